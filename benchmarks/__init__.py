@@ -1,0 +1,6 @@
+"""What a stateful singleton costs, measured side by side with what people use instead.
+
+``python -m benchmarks`` runs all parts, ``python -m benchmarks worker --quick`` one of them
+with fewer repetitions. Absolute figures belong to the machine and the moment; what is worth
+comparing are the ratios between variants that took turns within one run.
+"""

@@ -1,0 +1,72 @@
+"""``python -m benchmarks [--quick] [worker] [statements] [rows]``"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import signal
+import sqlite3
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import celery
+import psycopg
+import redis
+from rich.console import Console
+
+from . import rows, statements, worker
+from .servers import Servers, started_servers
+
+PARTS: dict[str, Callable[[Servers, bool, Console], None]] = {
+    "worker": worker.run,
+    "statements": statements.run,
+    "rows": rows.run,
+}
+
+
+def main() -> int:
+    """Run the parts that were asked for; a benchmark judges nothing, so the status is 0."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; or all")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, smaller tables")
+    arguments = parser.parse_args()
+    unknown = set(arguments.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    # So that the servers are stopped then, too.
+    signal.signal(signal.SIGTERM, _exit)
+    # Tables keep their columns where the output is not a terminal.
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    with started_servers() as servers:
+        for name in arguments.parts or PARTS:
+            PARTS[name](servers, arguments.quick, console)
+        console.print(facts(servers), style="dim", highlight=False)
+    return 0
+
+
+def facts(servers: Servers) -> str:
+    """One line on the machine and on what was measured."""
+    with psycopg.connect(servers.postgres) as connection:
+        postgres = connection.info.server_version // 10000
+        commit = connection.execute("SHOW synchronous_commit").fetchone()
+    with redis.Redis.from_url(servers.broker) as client:
+        broker = client.info("server")
+    kind = broker.get("server_name", "redis")
+    version = broker.get(f"{kind}_version", broker["redis_version"])
+    load = ", ".join(f"{part:.1f}" for part in os.getloadavg())
+    return (
+        f"{os.cpu_count()} cores (load {load}), {platform.system()}, "
+        f"Python {platform.python_version()}, Celery {celery.__version__}, "
+        f"PostgreSQL {postgres} (synchronous_commit {commit[0] if commit else '?'}), "
+        f"SQLite {sqlite3.sqlite_version}, {kind} {version}"
+    )
+
+
+def _exit(_number: int, _frame: FrameType | None) -> None:
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

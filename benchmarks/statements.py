@@ -1,0 +1,142 @@
+"""``statements``: what a run costs beside the two SQL statements that it cannot do without.
+
+Measured, in one process and one thread: the same two statements, take-and-load and
+save-and-release, with the same values
+
+- on a bare driver connection: prepared, autocommit, no pool, nothing around them;
+- as the store's ``acquire`` and ``release``;
+- as a direct call of a stateful task, which adds keys, history, state and heartbeat, and what
+  Celery does for a call.
+
+Not measured: a worker, a broker, a wait for a row that someone else has locked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sqlite3
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import msgspec
+import psycopg
+from celery import Celery
+from rich.console import Console
+from rich.table import Table
+
+from celery_singleton_state import SingletonTask, singleton_task
+from celery_singleton_state.history import Entry, Outcome
+from celery_singleton_state.runtime import close_runtime, runtime_of
+from celery_singleton_state.store import SqlStore
+from celery_singleton_state.store.base import Ended, NewValue
+from celery_singleton_state.store.statements import Statements
+
+from .measure import Samples, median_time, microseconds, relate, take_turns
+from .servers import Servers
+from .tasks import Counter
+
+TTL = 8.0
+TARGET = "<= 1.4"
+BARE, STORE, CALL = "two bare statements", "store.acquire, store.release", "a task's direct call"
+
+#: A history of the usual length, as a run would write it.
+_ENTRY = Entry("0" * 36, 0, "worker@host:12345:0123456789", 1, None, "succeeded", None, 1e9, 1e9)
+HISTORY = msgspec.json.encode([_ENTRY] * 16).decode()
+_counter = itertools.count(1)
+
+
+def run(servers: Servers, quick: bool, console: Console) -> None:
+    """Print one table a database."""
+    for title, url in (("PostgreSQL", servers.postgres), ("SQLite", servers.sqlite("statements"))):
+        app = make_app(url)
+        with console.status(f"statements: {title}"):
+            samples = _measure(app, url, quick)
+        close_runtime(app)
+        console.print(_table(title, samples))
+
+
+def make_app(url: str) -> Celery:
+    """An app without a broker, with one stateful singleton, ``count``."""
+    app = Celery("statements", broker="memory://", set_as_current=False)
+    app.conf.update(singleton_store_url=url, singleton_auto_migrate=True)
+    app.conf.update(singleton_table="statements")
+
+    @singleton_task(app, name="count", shared=False, state_schema=Counter)
+    def count(self: SingletonTask[Counter]) -> None:
+        self.state.count += 1
+
+    return app
+
+
+def _measure(app: Celery, url: str, quick: bool) -> Samples:
+    store = runtime_of(app).store
+    calls: dict[str, Callable[[], object]] = {
+        BARE: _bare_round(store, url),
+        STORE: _store_round(store),
+        CALL: app.tasks["count"],
+    }
+    for call in calls.values():
+        median_time(call, 50)
+    times = 100 if quick else 300
+    cases = {name: partial(median_time, call, times) for name, call in calls.items()}
+    return take_turns(cases, turns=9 if quick else 25)
+
+
+def _bare_round(store: SqlStore, url: str) -> Callable[[], None]:
+    sql = Statements(store.table, store.engine.dialect)
+    execute = _bare_sqlite(url) if url.startswith("sqlite") else _bare_postgres(url)
+    lease = {"key": "bare", "holder": "bare:1:1", "ttl": TTL, "task_id": None}
+
+    def round_trips() -> None:
+        fence, *_ = execute(sql.acquire, lease).fetchone()
+        execute(
+            sql.release_with_value,
+            {
+                "key": "bare",
+                "holder": "bare:1:1",
+                "fence": fence,
+                "value": _new_value(),
+                "schema_version": 1,
+                "outcome": "succeeded",
+                "history": HISTORY,
+            },
+        )
+
+    return round_trips
+
+
+def _bare_postgres(url: str) -> Callable[[str, dict[str, Any]], Any]:
+    return psycopg.connect(url, autocommit=True, prepare_threshold=0).cursor().execute
+
+
+def _bare_sqlite(url: str) -> Callable[[str, dict[str, Any]], Any]:
+    connection = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
+    connection.execute("PRAGMA synchronous = NORMAL")
+    return connection.execute
+
+
+def _store_round(store: SqlStore) -> Callable[[], None]:
+    def round_trips() -> None:
+        acquired = store.acquire("store", "store:1:1", TTL, None)
+        assert acquired is not None
+        ended = Ended(Outcome.SUCCEEDED, HISTORY)
+        store.release(acquired.lease, ended, NewValue(_new_value(), 1))
+
+    return round_trips
+
+
+def _new_value() -> str:
+    """A value that differs from the last one, as a run that changed nothing does not save."""
+    return f'{{"count":{next(_counter)}}}'
+
+
+def _table(title: str, samples: Samples) -> Table:
+    table = Table(title=f"statements: a whole run, {title}", title_justify="left")
+    table.add_column("what")
+    for heading in ("us", "of bare (least-most)", "target"):
+        table.add_column(heading, justify="right")
+    for name, seconds in samples.items():
+        target = TARGET if title == "PostgreSQL" and name != BARE else ""
+        table.add_row(name, microseconds(seconds), str(relate(samples, name, BARE)), target)
+    return table

@@ -1,0 +1,111 @@
+"""The app of the ``worker`` part: one task for each variant, all with the same no-op body.
+
+A message has a slot, of which there are :data:`SLOTS`, and a number of its own. A slot is
+what is run once at a time and has a state, a counter; messages that are near each other in the
+queue have different slots, so that no run ever meets another. The packages that drop
+duplicates when a message is sent see the number and find none.
+
+The servers come from the environment: ``BENCHMARK_BROKER``, ``BENCHMARK_DATABASE``; and
+``BENCHMARK_MARKS``, the directory that the times of the bodies are written to.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from array import array
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from celery import Celery, signals
+from celery_once import QueueOnce
+from celery_singleton import Singleton
+
+from celery_singleton_state import SingletonTask, singleton_task
+
+from .by_hand import BareStatements, LockAndTable
+
+SLOTS = 64
+
+BROKER = os.environ.get("BENCHMARK_BROKER", "redis://localhost/0")
+DATABASE = os.environ.get("BENCHMARK_DATABASE", "sqlite:///benchmark.db")
+
+app = Celery("benchmarks", broker=BROKER)
+app.conf.task_ignore_result = True
+app.conf.ONCE = {"backend": "celery_once.backends.Redis", "settings": {"url": BROKER}}
+app.conf.singleton_store_url = DATABASE
+
+#: When the bodies of this process ran.
+marks = array("d")
+
+
+def body() -> None:
+    """Does nothing but note the time, on a clock that all processes share."""
+    marks.append(time.monotonic())
+
+
+@signals.worker_process_shutdown.connect
+@signals.worker_shutdown.connect
+def _write_marks(**_: Any) -> None:
+    if marks:
+        path = Path(os.environ["BENCHMARK_MARKS"], str(os.getpid()))
+        path.write_bytes(marks.tobytes())
+
+
+def read_marks(folder: Path) -> list[float]:
+    """The times of all bodies that ran, in order."""
+    found = array("d")
+    for path in folder.iterdir():
+        found.frombytes(path.read_bytes())
+    return sorted(found)
+
+
+@dataclass
+class Counter:
+    """The state of a slot."""
+
+    count: int = 0
+
+
+# Made in the process that runs them: connections do not survive a fork.
+_lock_and_table = cache(lambda: LockAndTable(DATABASE, BROKER))
+_bare = cache(lambda: BareStatements(DATABASE, BROKER))
+
+
+@app.task
+def plain(slot: int, number: int) -> None:
+    """No lock, no state."""
+    body()
+
+
+@app.task(base=Singleton)
+def with_celery_singleton(slot: int, number: int) -> None:
+    """A lock from sending to success; no state."""
+    body()
+
+
+@app.task(base=QueueOnce)
+def with_celery_once(slot: int, number: int) -> None:
+    """A lock from sending to return; no state."""
+    body()
+
+
+@app.task
+def with_lock_and_table(slot: int, number: int) -> None:
+    """A lock around the run, and a state, by hand."""
+    _lock_and_table().run(slot, body)
+
+
+@app.task
+def with_bare_statements(slot: int, number: int) -> None:
+    """The same with as little as can be."""
+    _bare().run(slot, body)
+
+
+@singleton_task(app, state_schema=Counter, unique_on=["slot"])
+def stateful(self: SingletonTask[Counter], slot: int, number: int) -> None:
+    """A stateful singleton of this package."""
+    body()
+    self.state.count += 1

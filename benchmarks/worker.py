@@ -1,0 +1,97 @@
+"""``worker``: how many no-op tasks a worker runs in a second, with and without a state.
+
+Measured: a queue is filled, then a worker started, and the bodies note the time; the rate is
+taken from the first body (after a few that warm up) to the last. It contains all that a worker
+does for a message between two bodies: fetching, decoding, tracing, acknowledging, and what the
+variant adds.
+
+Not measured: sending (where celery-singleton and celery-once do most of their work), starting
+the worker, and any conflict: each body runs, or is shown as skipped. A body that does anything
+makes all variants more alike; this is the worst case. The rows of the stateful variants have
+been run often, so that their histories are full.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from functools import partial
+
+from rich.console import Console
+from rich.table import Table
+
+from . import by_hand
+from .drain import Drain, Pool, Variant, drain
+from .measure import Samples, relate, take_turns
+from .servers import Servers
+
+POOLS = (Pool("solo", 1), Pool("prefork", 2))
+#: Enough for each of the slots' histories to be full.
+FIRST_COUNT = 64 * 20
+BASE = "plain Celery task"
+TARGETS = {
+    ("solo", "this package, PostgreSQL"): ">= 0.50",
+    ("prefork", "this package, PostgreSQL"): ">= 0.75",
+    ("solo", "this package, SQLite"): ">= 0.80",
+}
+
+
+def run(servers: Servers, quick: bool, console: Console) -> None:
+    """Print one table a pool."""
+    variants = _variants(servers)
+    for pool in POOLS:
+        with console.status(f"worker: {pool}"):
+            samples, skipped = _measure(servers, pool, variants, quick)
+        console.print(_table(pool, samples, skipped))
+
+
+def _variants(servers: Servers) -> dict[str, Variant]:
+    postgres, own_file, other_file = servers.postgres, servers.sqlite("own"), servers.sqlite("hand")
+    for url in (postgres, other_file):
+        by_hand.prepare(url)
+    return {
+        BASE: Variant("plain", postgres),
+        "celery-singleton (no state)": Variant("with_celery_singleton", postgres),
+        "celery-once (no state)": Variant("with_celery_once", postgres),
+        "lock and table by hand, PostgreSQL": Variant("with_lock_and_table", postgres),
+        "lock and table by hand, SQLite": Variant("with_lock_and_table", other_file),
+        "two bare statements, two scripts": Variant("with_bare_statements", postgres),
+        "this package, PostgreSQL": Variant("stateful", postgres),
+        "this package, SQLite": Variant("stateful", own_file),
+    }
+
+
+def _measure(
+    servers: Servers, pool: Pool, variants: dict[str, Variant], quick: bool
+) -> tuple[Samples, dict[str, int]]:
+    """The rates of each variant, and how many bodies were skipped in all."""
+    seconds, turns = (1.0, 5) if quick else (2.5, 7)
+    skipped: dict[str, int] = defaultdict(int)
+
+    def measure(name: str, count: int) -> float:
+        result: Drain = drain(servers, variants[name], pool, count)
+        skipped[name] += result.skipped
+        return result.rate
+
+    # The first drain is not counted; it tells how many messages a variant needs.
+    first = {name: measure(name, FIRST_COUNT) for name in variants}
+    cases = {
+        name: partial(measure, name, max(int(rate * seconds), 300)) for name, rate in first.items()
+    }
+    return take_turns(cases, turns), skipped
+
+
+def _table(pool: Pool, samples: Samples, skipped: dict[str, int]) -> Table:
+    table = Table(title=f"worker: tasks a second, {pool}", title_justify="left")
+    table.add_column("variant")
+    for heading in ("tasks/s", "of plain (least-most)", "target", "skipped bodies"):
+        table.add_column(heading, justify="right")
+    for name, rates in samples.items():
+        table.add_row(
+            name,
+            f"{statistics.median(rates):.0f}",
+            str(relate(samples, name, BASE)),
+            TARGETS.get((pool.name, name), ""),
+            str(skipped[name]),
+        )
+    return table

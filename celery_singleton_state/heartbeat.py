@@ -1,0 +1,104 @@
+"""The heartbeat: one thread that keeps all leases of a process alive, in one statement.
+
+It is started by the first lease, wakes when the earliest renewal is due, and sleeps for good
+while nothing is held. Runs that are shorter than an interval are gone when it would look, and
+cost it nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from .lease import HeldLease, clock
+from .store.base import Store, StoreError
+
+logger = logging.getLogger(__name__)
+
+#: A renewal that met no answer is repeated after this part of the interval.
+RETRY_PART = 0.125
+
+
+class Heartbeat:
+    """Renews the leases that it is given until they are dropped or lost."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._held: set[HeldLease] = set()
+        self._changed = threading.Condition()
+        self._wakes_at = float("inf")
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def hold(self, held: HeldLease) -> None:
+        """Keep a lease alive from now on."""
+        with self._changed:
+            self._held.add(held)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._beat, name="singleton-heartbeat", daemon=True
+                )
+                self._thread.start()
+            elif held.renew_at < self._wakes_at:
+                self._changed.notify()
+
+    def drop(self, held: HeldLease) -> None:
+        """Leave a lease alone from now on."""
+        with self._changed:
+            self._held.discard(held)
+
+    def close(self) -> None:
+        """End the thread; leases that are still held run out."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _beat(self) -> None:
+        while self._wait_until_due():
+            with self._changed:
+                due = [held for held in self._held if held.renew_at <= clock()]
+            if due:
+                self._renew(due)
+            with self._changed:
+                for held in list(self._held):
+                    if not held.remaining:
+                        self._lose(held, "it was not renewed before its life ran out")
+
+    def _wait_until_due(self) -> bool:
+        with self._changed:
+            while not self._closed:
+                self._wakes_at = min((held.renew_at for held in self._held), default=float("inf"))
+                delay = self._wakes_at - clock()
+                if delay <= 0:
+                    return True
+                self._changed.wait(None if delay == float("inf") else delay)
+            return False
+
+    def _renew(self, due: list[HeldLease]) -> None:
+        asked_at = clock()
+        try:
+            alive = self._store.renew([held.lease for held in due])
+        except Exception as error:  # whatever it is, the other leases still need this thread
+            logger.warning(
+                "could not renew %d leases: %s",
+                len(due),
+                error,
+                exc_info=not isinstance(error, StoreError),
+            )
+            for held in due:
+                held.renew_at = min(clock() + held.renew_every * RETRY_PART, held.trusted_until)
+            return
+        with self._changed:
+            # What was dropped meanwhile was given back by its own run.
+            for held in self._held.intersection(due):
+                if held.lease.key in alive:
+                    held.renewed(asked_at)
+                else:
+                    self._lose(held, "its renewal was refused")
+
+    def _lose(self, held: HeldLease, why: str) -> None:
+        self._held.discard(held)
+        held.lost = why
+        logger.error("lease on %s (fence %d) is lost: %s", held.lease.key, held.lease.fence, why)

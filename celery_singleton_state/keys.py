@@ -1,0 +1,68 @@
+"""A singleton's name and the key of its row."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+#: A longer key keeps a readable head and ends in a digest: 255 is what the indexed key
+#: columns of the common databases can hold.
+MAX_KEY_LENGTH = 255
+_DIGEST_LENGTH = 32
+
+#: ``unique_on``: argument names, ``"*"`` for all, a callable, or none.
+UniqueOn = tuple[str, ...] | str | Callable[..., Any] | None
+
+
+def bind(signature: inspect.Signature, args: Any, kwargs: Any) -> Mapping[str, Any]:
+    """The arguments by name, defaults included, so that ``f(1)`` and ``f(x=1)`` are the same."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def singleton_name(
+    task_name: str, unique_on: UniqueOn, signature: inspect.Signature, args: Any, kwargs: Any
+) -> str:
+    """The task's name and, where ``unique_on`` says so, the chosen arguments as JSON.
+
+    :raises TypeError: the arguments do not fit the signature, or a chosen one cannot be
+        written as JSON.
+    """
+    if unique_on is None:
+        return task_name
+    if callable(unique_on):
+        return task_name + _json(task_name, unique_on(*args, **kwargs))
+    arguments = bind(signature, args, kwargs)
+    if unique_on != "*":
+        arguments = {name: arguments[name] for name in unique_on}
+    return task_name + _json(task_name, arguments)
+
+
+def row_key(prefix: str, name: str) -> str:
+    """The key of the row that a singleton's name stands under."""
+    key = prefix + name
+    if len(key) <= MAX_KEY_LENGTH:
+        return key
+    digest = hashlib.sha256(key.encode()).hexdigest()[:_DIGEST_LENGTH]
+    return f"{key[: MAX_KEY_LENGTH - _DIGEST_LENGTH - 1]}~{digest}"
+
+
+def _json(task_name: str, value: Any) -> str:
+    try:
+        return msgspec.json.encode(value, order="deterministic", enc_hook=_plain).decode()
+    except (TypeError, ValueError, msgspec.MsgspecError) as error:
+        raise TypeError(
+            f"task {task_name}: unique_on chose {value!r}, which cannot be written as JSON: {error}"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """What a pydantic model stands for in a key; anything else that JSON lacks is refused."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    raise TypeError(f"{type(value).__name__} is not a JSON type")

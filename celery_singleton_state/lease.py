@@ -1,0 +1,102 @@
+"""The lease: who may run, for how long, and what happens when that goes wrong.
+
+Terms
+-----
+A *lease* is the expiring, exclusive right to run one singleton. It is a part of the
+singleton's row in the store and has a *holder* (``nodename:pid:nonce``, new for each
+acquisition), a *fence* (a number that each acquisition raises by one and nothing ever lowers)
+and an expiry. Only the store's clock decides whether a lease has expired, so no clock is ever
+compared with another machine's.
+
+Two guards, of different strength
+---------------------------------
+*The expiry* keeps two bodies from running at the same time. It is as good as clocks and
+schedulers are: a process that is stopped for longer than its lease's life wakes up beside its
+successor and does not know.
+
+*The fence* keeps such a process from doing harm. Every write to the row names the fence and
+the holder, and changes nothing when either is no longer the row's. It needs no clock at all.
+A write does not ask for an expiry in the future: a holder that is late but has no successor is
+still the only one who may write.
+
+How long a holder may trust its lease
+-------------------------------------
+::
+
+    trusted until = its own clock just before the request was sent + the lease's life
+
+The store starts to count when the request arrives, which is later; so the holder stops trusting
+its lease before the store gives it away, as long as both clocks tick at about the same rate.
+The holder's clock goes on while the machine is suspended. A renewal that succeeds moves the
+moment on, counted from before *that* request. A lease is renewed every interval, and never
+later than half-way through its life, so that one renewal can fail and be repeated.
+
+::
+
+                      acquire                    save and release
+            free ----------------->  held  -----------------------------> free
+              ^                      |  ^
+              |               renew, |  | renewed or saved in time
+              |                 save +--+
+              |                      |
+              |                      |  refused, or trusted no longer
+              |                      v
+              |                     lost      every write from here is refused
+              |                      .
+              |                      .  the row still names the lost holder ...
+              +----------------------+  ... until its expiry: then acquire takes it, fence + 1
+
+What happens when
+-----------------
+- *The body raises*: released without saving; what was checkpointed stays.
+- *The holder dies*: nobody renews; the next acquisition after the expiry succeeds.
+- *The holder is paused and wakes up*: if somebody acquired meanwhile, its renewal and its save
+  are refused, and its run ends as ``HeartbeatFailed``.
+- *The store is out of reach*: the holder trusts its lease to the end of its life, and is lost
+  then; the store gives it to nobody earlier.
+- *A request was carried out and its answer lost*: acquiring again with the same holder answers
+  the same fence; saving again is the same save; after a release, the row's history names the
+  run, which is how its holder knows.
+- *A store restored from a backup* can hand out a fence twice. The holder's nonce still tells
+  the two leases apart in the row; what a body writes elsewhere under the fence's guard it
+  cannot protect.
+"""
+
+from __future__ import annotations
+
+import time
+
+from .store.base import Lease
+
+# CLOCK_MONOTONIC stands still while the machine is suspended, and the store's clock does not.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def clock() -> float:
+    """Seconds on the clock that leases are trusted by; only differences mean anything."""
+    return time.clock_gettime(_CLOCK)
+
+
+class HeldLease:
+    """A lease as its holder sees it.
+
+    :param asked_at: :func:`clock` just before the request that acquired it was sent.
+    :param interval: seconds between renewals.
+    """
+
+    def __init__(self, lease: Lease, asked_at: float, interval: float) -> None:
+        self.lease = lease
+        self.renew_every = min(interval, lease.ttl / 2)
+        #: Why it is lost, as a text for people; ``None`` while it is not.
+        self.lost: str | None = None
+        self.renewed(asked_at)
+
+    def renewed(self, asked_at: float) -> None:
+        """Trust it for another life, counted from before the request."""
+        self.trusted_until = asked_at + self.lease.ttl
+        self.renew_at = asked_at + self.renew_every
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that it may still be trusted; 0 when it is lost."""
+        return 0.0 if self.lost else max(0.0, self.trusted_until - clock())

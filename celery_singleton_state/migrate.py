@@ -1,0 +1,65 @@
+"""Making and upgrading the table, by Alembic driven from code.
+
+Safe to run again, and by several processes at once: the second waits for the first and finds
+nothing left to do. The version stands in a table of its own, ``<table>_version``.
+"""
+
+from __future__ import annotations
+
+import zlib
+from importlib.resources import as_file, files
+from typing import Any
+
+import sqlalchemy as sa
+from alembic.config import Config
+from alembic.runtime.environment import EnvironmentContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine
+
+from .settings import Settings
+from .store.engine import make_engine, parse_url
+from .store.sql import open_transaction
+
+#: Upgrading waits for locks and may build an index, so it is not bound by a lease's life.
+PATIENCE = 3600.0
+
+
+def migrate(settings: Settings) -> None:
+    """Make the table that the settings name, or upgrade it; its rows are kept.
+
+    :raises ImproperlyConfigured: the URL cannot be used.
+    :raises sqlalchemy.exc.SQLAlchemyError: the database refused.
+    """
+    engine = make_engine(parse_url(settings.store_url), PATIENCE)
+    try:
+        migrate_engine(engine, settings.table)
+    finally:
+        engine.dispose()
+
+
+def migrate_engine(engine: Engine, table_name: str) -> None:
+    """The same on an engine that is there already."""
+    package = files("celery_singleton_state") / "migrations"
+    with as_file(package) as location, open_transaction(engine) as connection:
+        _wait_for_others(connection, table_name)
+        script = ScriptDirectory(str(location))
+
+        def to_head(revision: Any, _context: Any) -> Any:
+            return script._upgrade_revs("head", revision)
+
+        schema, _, bare = table_name.rpartition(".")
+        with EnvironmentContext(Config(), script, fn=to_head) as environment:
+            environment.configure(
+                connection=connection,
+                version_table=f"{bare}_version",
+                version_table_schema=schema or None,
+                singleton_table=table_name,
+            )
+            environment.run_migrations()
+
+
+def _wait_for_others(connection: Connection, table_name: str) -> None:
+    """One migration at a time; on SQLite the open transaction already sees to that."""
+    if connection.dialect.name == "postgresql":
+        lock = zlib.crc32(f"celery-singleton-state:{table_name}".encode())
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": lock})

@@ -1,0 +1,73 @@
+"""Messages that come a second time: those whose run goes on, and those that were done."""
+
+from __future__ import annotations
+
+import logging
+import random
+from typing import Any
+
+from celery import states
+from celery.app.task import Context
+from celery.exceptions import Ignore
+
+logger = logging.getLogger(__name__)
+
+#: Counts in a message's headers how often it was put back.
+HEADER = "singleton_put_back"
+FIRST_DELAY = 0.5
+MAX_DELAY = 8.0
+
+
+def can_be_put_back(request: Context) -> bool:
+    """Whether the delivery is a message that can be sent again."""
+    return bool(request.id) and not request.called_directly and not request.is_eager
+
+
+def put_back(task: Any, request: Context, singleton: str) -> None:
+    """Send the message again, as it is, to come back a little later.
+
+    It is the only insurance if the run that holds the lease for it dies, so it is neither run
+    nor thrown away. It keeps its id and its count of retries, and its delays double up to
+    :data:`MAX_DELAY` seconds, jittered.
+
+    :raises Ignore: always, so that Celery drops this copy and says nothing about the task.
+    """
+    count = int(request.get(HEADER, 0) or 0)
+    delay = min(FIRST_DELAY * 2 ** min(count, 10), MAX_DELAY) * random.uniform(0.5, 1.0)
+    task.signature_from_request(
+        request,
+        countdown=delay,
+        retries=request.retries,
+        headers={**(request.headers or {}), HEADER: count + 1},
+    ).apply_async()
+    logger.info(
+        "singleton %s: task %s is still running; its message is put back for %.1f s",
+        singleton,
+        request.id,
+        delay,
+    )
+    raise Ignore(f"task {request.id} is still running")
+
+
+def end_duplicate(task: Any, request: Context, singleton: str) -> None:
+    """End a message that was done before.
+
+    Its first delivery may have died after its save and before Celery recorded the result and
+    sent what comes next. Where a result is stored, all of that is known to have happened.
+    Elsewhere the delivery ends like a skipped one, with ``None``, so that nobody who waits for
+    it hangs.
+
+    :raises Ignore: the result is stored; it, its callbacks and its chain are left alone.
+    """
+    logger.info("singleton %s: task %s was done before", singleton, request.id)
+    if _result_is_stored(task, request):
+        raise Ignore(f"task {request.id} was done before")
+
+
+def _result_is_stored(task: Any, request: Context) -> bool:
+    if not getattr(task.backend, "persistent", False):
+        return False
+    try:
+        return task.AsyncResult(request.id).state in states.READY_STATES
+    except Exception:  # a result backend that cannot tell is as good as none
+        return False

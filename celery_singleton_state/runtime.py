@@ -1,0 +1,116 @@
+"""What an app has once in each process: its settings, its store, its heartbeat.
+
+Connections and threads do not survive a fork, so a child forgets its parent's and makes its own
+at first use.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import threading
+import weakref
+
+from celery import Celery
+from celery.utils.nodenames import gethostname
+
+from .heartbeat import Heartbeat
+from .settings import Settings
+from .store import SqlStore, open_store
+
+#: Connections of a process that runs one body at a time: its own and the heartbeat's.
+SMALL_POOL = 2
+
+
+class Runtime:
+    """One app's singletons in this process."""
+
+    def __init__(self, app: Celery) -> None:
+        self.settings = Settings.from_app(app)
+        self._nonce = secrets.token_hex(4)
+        self._count = itertools.count(1)
+        self._opening = threading.Lock()
+        self._store: SqlStore | None = None
+        self._heartbeat: Heartbeat | None = None
+
+    @property
+    def store(self) -> SqlStore:
+        """The store, opened at first use.
+
+        :raises ImproperlyConfigured: it cannot be used as it is configured.
+        :raises StoreError: it could not be reached.
+        """
+        if self._store is None:
+            with self._opening:
+                if self._store is None:
+                    own = self.settings
+                    self._store = open_store(
+                        own.store_url, own.table, own.io_timeout, pool_size, own.auto_migrate
+                    )
+        return self._store
+
+    @property
+    def heartbeat(self) -> Heartbeat:
+        """The heartbeat of all leases in the store that this process holds."""
+        if self._heartbeat is None:
+            store = self.store
+            with self._opening:
+                self._heartbeat = self._heartbeat or Heartbeat(store)
+        return self._heartbeat
+
+    def new_holder(self, nodename: str | None = None) -> str:
+        """A holder's name, never given twice. Outside a worker the host's name is the node's."""
+        return f"{nodename or gethostname()}:{os.getpid()}:{self._nonce}{next(self._count):x}"
+
+    def close(self) -> None:
+        """Stop the heartbeat and close the connections, if there are any."""
+        if self._heartbeat is not None:
+            self._heartbeat.close()
+        if self._store is not None:
+            self._store.close()
+
+
+#: Connections at most for each store of this process; a worker sets it by its pool.
+pool_size = SMALL_POOL
+
+_runtimes: weakref.WeakKeyDictionary[Celery, Runtime] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+_inherited: list[Runtime] = []
+
+
+def runtime_of(app: Celery) -> Runtime:
+    """The app's runtime in this process, made at first use.
+
+    :raises ImproperlyConfigured: a setting is not allowed.
+    """
+    try:
+        return _runtimes[app]
+    except KeyError:
+        with _lock:
+            if app not in _runtimes:
+                _runtimes[app] = Runtime(app)
+            return _runtimes[app]
+
+
+def close_runtime(app: Celery) -> None:
+    """Close what the app has in this process; the next use makes it anew."""
+    with _lock:
+        runtime = _runtimes.pop(app, None)
+    if runtime is not None:
+        runtime.close()
+
+
+def _forget_parents() -> None:
+    """In a forked child: leave the parent's connections alone.
+
+    They are kept, and never used or closed: closing would end the parent's sessions.
+    """
+    global _lock, pool_size
+    _lock = threading.Lock()
+    pool_size = SMALL_POOL
+    _inherited.extend(_runtimes.values())
+    _runtimes.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parents)

@@ -1,0 +1,123 @@
+"""The ``singleton_…`` settings of an app: read, checked, and what follows from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from celery import Celery
+from celery.exceptions import ImproperlyConfigured
+
+MAX_THRESHOLD = 5
+MIN_INTERVAL = 0.1
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a text that is not empty")
+    return value
+
+
+def _number(least: float) -> Callable[[Any], float]:
+    def check(value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = -1.0
+        if isinstance(value, bool) or not least <= number < float("inf"):
+            raise ValueError(f"a number of seconds, {least:g} or more")
+        return number
+
+    return check
+
+
+def _whole(least: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        text = str(value)
+        if isinstance(value, bool) or not text.isdecimal() or int(text) < least:
+            raise ValueError(f"a whole number, {least} or more")
+        return int(text)
+
+    return check
+
+
+def _threshold(value: Any) -> int:
+    return min(_whole(0)(value) or 1, MAX_THRESHOLD)
+
+
+def _switch(value: Any) -> bool | None:
+    names = {"1": True, "true": True, "yes": True, "on": True}
+    names |= {"0": False, "false": False, "no": False, "off": False}
+    if value is None or isinstance(value, bool):
+        return value
+    try:
+        return names[str(value).lower()]
+    except KeyError:
+        raise ValueError("True or False") from None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one app, as ``app.conf.singleton_<name>``.
+
+    Each can also stand in the environment as ``CELERY_SINGLETON_<NAME>``, which wins, as
+    ``CELERY_BROKER_URL`` does.
+    """
+
+    store_url: str = "sqlite:///celery-singletons.db"
+    table: str = "kv_store"
+    key_prefix: str = "singleton-state:"
+    heartbeat_interval: float = 4.0
+    heartbeat_threshold: int = 2
+    history: int = 16
+    auto_migrate: bool | None = None
+
+    @property
+    def lease_ttl(self) -> float:
+        """Seconds that a lease lives without a renewal."""
+        return self.heartbeat_interval * self.heartbeat_threshold
+
+    @property
+    def io_timeout(self) -> float:
+        """Seconds of silence after which the store counts as out of reach.
+
+        A quarter of the lease's life: a call that meets silence, and its one repetition over
+        a new connection, then end before a lease renewed at half its life runs out.
+        """
+        return max(self.lease_ttl / 4, 0.1)
+
+    @classmethod
+    def from_app(cls, app: Celery) -> Settings:
+        """Read and check the settings of an app.
+
+        :raises ImproperlyConfigured: names the setting, its value and what is allowed.
+        """
+        found = {}
+        for field in fields(cls):
+            name = f"singleton_{field.name}"
+            value = os.environ.get(f"CELERY_{name.upper()}", app.conf.get(name))
+            if value is not None:
+                found[field.name] = _checked(app, name, value, _CHECKS[field.name])
+        return cls(**found)
+
+
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "store_url": _text,
+    "table": _text,
+    "key_prefix": _text,
+    "heartbeat_interval": _number(MIN_INTERVAL),
+    "heartbeat_threshold": _threshold,
+    "history": _whole(1),
+    "auto_migrate": _switch,
+}
+
+
+def _checked(app: Celery, name: str, value: Any, check: Callable[[Any], Any]) -> Any:
+    try:
+        return check(value)
+    except ValueError as error:
+        raise ImproperlyConfigured(
+            f"app {app.main!r}: setting {name}={value!r} is not allowed; it takes {error}"
+        ) from None

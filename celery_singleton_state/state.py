@@ -1,0 +1,143 @@
+"""The typed state: what a schema is, how a value is read, checked, migrated and written.
+
+A stored value is JSON beside the version of the schema that wrote it. Reading goes raw JSON
+-> migrations, one version at a time -> schema; writing goes value -> JSON -> schema again, as
+a check, so that nothing is stored which the next run could not load.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar, is_typeddict
+
+import msgspec
+
+S = TypeVar("S")
+
+#: The JSON of "no state yet": no schema has it as a value.
+NO_STATE = "null"
+
+#: A raw value of version n in, one of version n + 1 out.
+Migration = Callable[[Any], Any]
+
+
+class StateError(Exception):
+    """A value does not fit its schema. The message says why."""
+
+
+def is_schema(candidate: Any) -> bool:
+    """Whether this is a type that a state can have."""
+    return isinstance(candidate, type) and (
+        dataclasses.is_dataclass(candidate)
+        or issubclass(candidate, msgspec.Struct)
+        or hasattr(candidate, "__attrs_attrs__")
+        or is_typeddict(candidate)
+        or _is_pydantic(candidate)
+    )
+
+
+def _is_pydantic(schema: type) -> bool:
+    return hasattr(schema, "model_validate_json")
+
+
+class Codec(Generic[S]):
+    """Reads and writes the states of one schema.
+
+    :param schema: a dataclass, ``msgspec.Struct``, attrs class, ``TypedDict`` or pydantic model.
+    :param initial: the state of a singleton that never saved one: a value, or a callable that
+        makes one. Left out: ``schema()``.
+    :param version: the schema's version, from 1.
+    :param migrations: for version n, the function from its raw values to those of n + 1. A
+        version without one is read as the next one is.
+    """
+
+    def __init__(
+        self,
+        schema: type[S],
+        initial: S | Callable[[], S] | None = None,
+        version: int = 1,
+        migrations: Mapping[int, Migration] | None = None,
+    ) -> None:
+        self.schema = schema
+        self.version = version
+        self._make_initial = schema if initial is None else initial
+        self._migrations = dict(migrations or {})
+        self._dump, self._parse = _pydantic(schema) if _is_pydantic(schema) else _msgspec(schema)
+        # A TypedDict has no defaults of its own, so its initial state stands for them.
+        self._defaults = is_typeddict(schema) and initial is not None
+
+    def initial(self) -> S:
+        """A new initial state, shared with nobody.
+
+        :raises StateError: it cannot be made.
+        """
+        made = self._make_initial
+        try:
+            return made() if callable(made) else copy.deepcopy(made)
+        except Exception as error:
+            raise _misfit("no initial state can be made", error) from error
+
+    def decode(self, raw: str, version: int | None) -> S:
+        """The state that a stored value holds; no version counts as 1.
+
+        :raises StateError: the value is of a newer version, or does not fit.
+        """
+        stored = version or 1
+        if stored > self.version:
+            raise StateError(
+                f"the stored value has version {stored}, newer than this code's {self.version}"
+            )
+        try:
+            return self._parse(self._filled(self._migrate(raw.encode(), stored)))
+        except Exception as error:
+            raise _misfit(f"the stored value of version {stored} cannot be read", error) from error
+
+    def encode(self, state: S) -> str:
+        """The JSON of a state, shown to be readable again.
+
+        :raises StateError: the state does not fit the schema.
+        """
+        try:
+            document = self._dump(state)
+            self._parse(document)
+            return document.decode()
+        except Exception as error:
+            raise _misfit(f"the state does not fit {self.schema.__name__}", error) from error
+
+    def _migrate(self, document: bytes, stored: int) -> bytes:
+        steps = [n for n in range(stored, self.version) if n in self._migrations]
+        if not steps:
+            return document
+        value = msgspec.json.decode(document)
+        for n in steps:
+            value = self._migrations[n](value)
+        return msgspec.json.encode(value)
+
+    def _filled(self, document: bytes) -> bytes:
+        if not self._defaults:
+            return document
+        value = msgspec.json.decode(document, type=dict[str, Any])
+        return msgspec.json.encode(msgspec.to_builtins(self.initial()) | value)
+
+
+def _msgspec(schema: type[S]) -> tuple[Callable[[S], bytes], Callable[[bytes], S]]:
+    return msgspec.json.Encoder().encode, msgspec.json.Decoder(schema).decode
+
+
+def _pydantic(schema: Any) -> tuple[Callable[[S], bytes], Callable[[bytes], S]]:
+    # Only the user's own model brings pydantic in, so only then is it there to import.
+    to_json = importlib.import_module("pydantic_core").to_json
+
+    def dump(state: S) -> bytes:
+        document: bytes = to_json(state, by_alias=True)
+        return document
+
+    return dump, schema.model_validate_json
+
+
+def _misfit(what: str, error: Exception) -> StateError:
+    """Whatever a schema, a migration or a codec of the user's raised, in our words."""
+    return StateError(f"{what}: {type(error).__name__}: {error}")

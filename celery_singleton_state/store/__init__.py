@@ -1,0 +1,50 @@
+"""Stores: where leases and states live."""
+
+from __future__ import annotations
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from .base import Store, StoreNotReady, StoreUnavailable
+from .engine import make_engine, parse_url
+from .sql import SqlStore
+
+__all__ = ["SqlStore", "Store", "open_store"]
+
+
+def open_store(
+    url: str,
+    table_name: str,
+    io_timeout: float,
+    pool_size: int = 2,
+    auto_migrate: bool | None = None,
+) -> SqlStore:
+    """The store behind a URL, for this process.
+
+    :param io_timeout: seconds of silence after which the database counts as out of reach.
+    :param pool_size: connections at most.
+    :param auto_migrate: make or upgrade the table if need be; left out: on SQLite only.
+    :raises ImproperlyConfigured: the URL, its driver or its database cannot be used.
+    :raises StoreError: the table was to be made and that failed.
+    """
+    parsed = parse_url(url)
+    store = SqlStore(make_engine(parsed, io_timeout, pool_size), table_name)
+    if auto_migrate is None:
+        auto_migrate = parsed.get_backend_name() == "sqlite"
+    if auto_migrate:
+        try:
+            store.check()
+        except StoreNotReady:
+            _make_table(store)
+    return store
+
+
+def _make_table(store: SqlStore) -> None:
+    # Alembic takes longer to import than all else here, and is needed once in a table's life.
+    from celery_singleton_state.migrate import migrate_engine
+
+    try:
+        migrate_engine(store.engine, store.table.fullname)
+    except SQLAlchemyError as error:
+        raise StoreUnavailable(
+            f"table {store.table.fullname} could not be made: {error}"
+        ) from error

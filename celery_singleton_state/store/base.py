@@ -1,0 +1,158 @@
+"""What every store does: five verbs over leases, plain values in and out.
+
+The lease's protocol is explained in :mod:`celery_singleton_state.lease`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class StoreError(Exception):
+    """The store did not do what was asked; the message says why, for people."""
+
+
+class StoreUnavailable(StoreError):
+    """The store refused, broke off or did not answer. The same request may succeed later.
+
+    Whether the request took effect is not known.
+    """
+
+
+class StoreNotReady(StoreError):
+    """The store's table is missing or of an older release; the message names the command."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to run, as its holder names it in every later request.
+
+    :param key: the row's key.
+    :param holder: ``nodename:pid:nonce``, new for each acquisition.
+    :param fence: a number that each acquisition of the key raises by one.
+    :param ttl: seconds that it lives without a renewal.
+    """
+
+    key: str
+    holder: str
+    fence: int
+    ttl: float
+
+
+@dataclass(frozen=True, slots=True)
+class Acquired:
+    """A lease and what the row held when it was acquired.
+
+    :param value: the state as JSON, ``null`` when there is none.
+    :param acquired_at: seconds since the epoch by the store's clock.
+    """
+
+    lease: Lease
+    value: str
+    schema_version: int | None
+    history: str | None
+    acquired_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class NewValue:
+    """A state to be stored, as JSON, and the version of its schema."""
+
+    value: str
+    schema_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a run ended, for the row.
+
+    :param history: the whole new history, as JSON.
+    """
+
+    outcome: str
+    history: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A singleton's row, as it can be seen from outside.
+
+    :param expires_in: seconds until the lease runs out, negative when it has; ``None`` when
+        the singleton is free.
+    :param last_finished_at, updated_at: seconds since the epoch by the store's clock.
+    """
+
+    key: str
+    value: str
+    schema_version: int | None
+    updated_at: float | None
+    fence: int
+    holder: str | None
+    task_id: str | None
+    expires_in: float | None
+    run_count: int
+    last_outcome: str | None
+    last_finished_at: float | None
+    history: str | None
+
+    @property
+    def held(self) -> bool:
+        """Whether somebody holds the lease now."""
+        return self.expires_in is not None and self.expires_in > 0
+
+
+class Store(Protocol):
+    """Where leases and states live. Every verb may raise :exc:`StoreError`."""
+
+    def acquire(self, key: str, holder: str, ttl: float, task_id: str | None) -> Acquired | None:
+        """Take a free or expired lease and load its row; ``None`` when somebody holds it.
+
+        Asked again by the same holder it answers the same fence, so that a request whose
+        answer was lost can be repeated.
+        """
+
+    def renew(self, leases: Sequence[Lease]) -> set[str]:
+        """Prolong leases by their life from now; returns the keys that were still held."""
+
+    def save(self, lease: Lease, new: NewValue) -> bool:
+        """Store a state and prolong the lease; false when it is no longer held.
+
+        That the lease ran out does not matter as long as nobody took it since.
+        """
+
+    def release(self, lease: Lease, ended: Ended, new: NewValue | None = None) -> bool:
+        """Give a lease back, with a new state or without; false when it is no longer held."""
+
+    def peek(self, key: str) -> Row | None:
+        """The row of a singleton, if it has one."""
+
+    def list(self, prefix: str) -> Sequence[Row]:
+        """The rows of all singletons whose keys begin with a prefix, by key."""
+
+    def set_aside(self, key: str, value: str) -> None:
+        """Keep a value that cannot be decoded under a key of its own."""
+
+    def transaction(self) -> AbstractContextManager[FencedTransaction]:
+        """A transaction on the store's database that can carry a fenced save."""
+
+    def check(self) -> None:
+        """See that the store can be used; :exc:`StoreError` says what is missing."""
+
+    def close(self) -> None:
+        """Close all connections."""
+
+
+class FencedTransaction(Protocol):
+    """An open transaction: the caller's own statements and one fenced save."""
+
+    connection: Any
+
+    def save(self, lease: Lease, new: NewValue) -> float | None:
+        """Store a state within the transaction, last; ``None`` when no longer held.
+
+        Returns the row's new ``updated_at``, by which the commit is known again when its
+        answer was lost.
+        """

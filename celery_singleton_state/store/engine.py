@@ -1,0 +1,172 @@
+"""Connections to the store's database: autocommit, few, and never silent for long.
+
+Autocommit, no ping and no reset keep a statement at one round trip: BEGIN, COMMIT and
+ROLLBACK would double it. Engines must be made in the process that uses them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sqlite3
+import time
+from collections.abc import Generator
+from typing import Any
+
+from celery.exceptions import ImproperlyConfigured
+from sqlalchemy import URL, Engine, QueuePool, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError
+
+from .statements import DIALECTS
+
+APPLICATION_NAME = "celery-singleton-state"
+#: RETURNING came with this release.
+OLDEST_SQLITE = (3, 35)
+
+
+def parse_url(text: str) -> URL:
+    """A store's URL, with the drivers that this package uses.
+
+    :raises ImproperlyConfigured: it is no URL, or one of a database that is not supported.
+    """
+    try:
+        url = make_url("sqlite://" if text == "memory://" else text)
+    except ArgumentError:
+        raise ImproperlyConfigured(f"singleton_store_url={text!r} is not a URL") from None
+    if url.get_backend_name() == "postgres":
+        url = url.set(drivername="postgresql")
+    if url.get_backend_name() not in DIALECTS:
+        raise ImproperlyConfigured(
+            f"singleton_store_url={url!s} is not supported; "
+            f"it takes a URL of {', '.join(DIALECTS)}, or memory://"
+        )
+    if url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    return url
+
+
+def make_engine(url: URL, io_timeout: float, pool_size: int = 2) -> Engine:
+    """An engine for this process.
+
+    :param io_timeout: seconds that connecting, or an answer, may take.
+    :param pool_size: connections at most.
+    :raises ImproperlyConfigured: the driver is not installed, or SQLite is too old.
+    """
+    make = _sqlite if url.get_backend_name() == "sqlite" else _postgresql
+    try:
+        return make(url, io_timeout, pool_size)
+    except ImportError as error:
+        raise ImproperlyConfigured(
+            f"singleton_store_url={url!s} needs a driver: {error}; "
+            f"install celery-singleton-state[{url.get_backend_name()}]"
+        ) from error
+
+
+def _create(url: URL, pool_size: int, io_timeout: float, **options: Any) -> Engine:
+    return create_engine(
+        url,
+        isolation_level="AUTOCOMMIT",
+        poolclass=QueuePool,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=io_timeout,
+        pool_reset_on_return=None,
+        pool_use_lifo=True,
+        **options,
+    )
+
+
+def _sqlite(url: URL, io_timeout: float, pool_size: int) -> Engine:
+    if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+        raise ImproperlyConfigured(
+            f"SQLite {sqlite3.sqlite_version} is too old; "
+            f"{'.'.join(map(str, OLDEST_SQLITE))} or newer is needed"
+        )
+    in_memory = url.database in (None, "", ":memory:")
+    engine = _create(
+        url,
+        1 if in_memory else pool_size,
+        io_timeout,
+        connect_args={"timeout": io_timeout, "check_same_thread": False},
+    )
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: sqlite3.Connection, _record: Any) -> None:
+        if not in_memory:
+            _use_wal(connection, io_timeout)
+            connection.execute("PRAGMA synchronous = NORMAL")
+
+    return engine
+
+
+def _use_wal(connection: sqlite3.Connection, io_timeout: float) -> None:
+    """Switch the file to WAL, once: the switch does not wait for other processes by itself."""
+    deadline = time.monotonic() + io_timeout
+    while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        with contextlib.suppress(sqlite3.OperationalError):
+            connection.execute("PRAGMA journal_mode = WAL")
+            continue
+        if time.monotonic() > deadline:
+            raise sqlite3.OperationalError("database is locked: it could not be switched to WAL")
+        time.sleep(0.01)
+
+
+def _postgresql(url: URL, io_timeout: float, pool_size: int) -> Engine:
+    import psycopg
+
+    class Connection(psycopg.Connection[Any]):
+        """A connection that gives up on a server which stays silent.
+
+        TCP's own time-outs do not see a proxy that acknowledges and never answers.
+        """
+
+        patience: float | None = io_timeout
+
+        def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.patience is not None:
+                gen = self._impatient(gen, self.patience)
+            return super().wait(gen, *args, **kwargs)
+
+        def _impatient(self, gen: Any, patience: float) -> Generator[Any, Any, Any]:
+            try:
+                wanted = next(gen)
+                heard = time.monotonic()
+                while True:
+                    ready = yield wanted
+                    now = time.monotonic()
+                    if ready:
+                        heard = now
+                    elif now - heard > patience:
+                        self.pgconn.finish()
+                        raise psycopg.OperationalError(f"no answer within {patience:g} s")
+                    wanted = gen.send(ready)
+            except StopIteration as stop:
+                return stop.value
+
+    query = dict(url.query)
+    threshold = str(query.pop("prepare_threshold", "0"))
+    engine = _create(
+        url.set(query=query),
+        pool_size,
+        io_timeout,
+        use_native_hstore=False,
+        connect_args={
+            "connect_timeout": math.ceil(io_timeout),
+            "tcp_user_timeout": math.ceil(io_timeout * 1000),
+            "application_name": query.get("application_name", APPLICATION_NAME),
+            # Prepared at first use. A pooler that cannot pass that on: ?prepare_threshold=none
+            "prepare_threshold": None if threshold == "none" else int(threshold),
+        },
+    )
+
+    @event.listens_for(engine, "do_connect")
+    def connect(_dialect: Any, _record: Any, args: Any, kwargs: Any) -> Connection:
+        return Connection.connect(*args, **kwargs)
+
+    return engine
+
+
+def is_in_memory(text: str) -> bool:
+    """Whether a store's URL names a database that lives in one process."""
+    url = parse_url(text)
+    return url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")

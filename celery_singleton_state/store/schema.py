@@ -1,0 +1,47 @@
+"""The table, and the names that follow from its name."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    DateTime,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+)
+
+
+def make_table(name: str) -> Table:
+    """The ``kv_store`` table under a name, which may be qualified: ``schema.name``.
+
+    ``key``, ``value``, ``updated_at`` and the index are a given; the other columns can be
+    added to a table that has only these.
+    """
+    schema, _, bare = name.rpartition(".")
+    moment = DateTime(timezone=True)
+    table = Table(
+        bare,
+        MetaData(schema=schema or None),
+        Column("key", Text, primary_key=True),
+        Column("value", Text, nullable=False),
+        Column("updated_at", moment, nullable=False),
+        Column("schema_version", Integer),
+        Column("fence", BigInteger),
+        Column("holder", Text),
+        Column("task_id", Text),
+        Column("acquired_at", moment),
+        Column("expires_at", moment),
+        Column("run_count", BigInteger),
+        Column("last_outcome", Text),
+        Column("last_finished_at", moment),
+        Column("history", Text),
+        Column("handoff_to", Text),
+        Column("wanted", Text),
+        Column("queued_task_id", Text),
+        Column("queued_until", moment),
+    )
+    Index(f"idx_{bare}_updated_at", table.c.updated_at)
+    return table

@@ -1,0 +1,201 @@
+"""Leases and states in one table of an SQL database."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+from sqlalchemy import ColumnElement, Connection, Engine, literal_column
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from .base import Acquired, Ended, Lease, NewValue, Row, StoreError, StoreNotReady, StoreUnavailable
+from .schema import make_table
+from .statements import Statements
+
+#: SQLSTATEs of a missing table, column and schema.
+_NOT_READY_STATES = frozenset({"42P01", "42703", "3F000"})
+_NOT_READY_TEXTS = ("no such table", "no such column", "has no column")
+
+
+class SqlStore:
+    """A store on an engine of :func:`~celery_singleton_state.store.engine.make_engine`.
+
+    Each verb is one statement on a connection in autocommit mode.
+    """
+
+    def __init__(self, engine: Engine, table_name: str) -> None:
+        self.engine = engine
+        self.table = make_table(table_name)
+        self._sql = Statements(self.table, engine.dialect)
+        #: The database's time now, for statements made elsewhere.
+        self.now: ColumnElement[Any] = literal_column(self._sql.now)
+
+    def acquire(self, key: str, holder: str, ttl: float, task_id: str | None) -> Acquired | None:
+        rows, _ = self._execute(
+            self._sql.acquire, {"key": key, "holder": holder, "ttl": ttl, "task_id": task_id}
+        )
+        if not rows:
+            return None
+        fence, *found = rows[0]
+        return Acquired(Lease(key, holder, fence, ttl), *found)
+
+    def renew(self, leases: Sequence[Lease]) -> set[str]:
+        document = msgspec.json.encode(leases).decode()
+        rows, _ = self._execute(self._sql.renew, {"leases": document})
+        return {key for (key,) in rows}
+
+    def save(self, lease: Lease, new: NewValue) -> bool:
+        rows, _ = self._execute(self._sql.save, _named(lease, new, ttl=lease.ttl))
+        return bool(rows)
+
+    def release(self, lease: Lease, ended: Ended, new: NewValue | None = None) -> bool:
+        statement = self._sql.release if new is None else self._sql.release_with_value
+        outcome = {"outcome": ended.outcome, "history": ended.history}
+        _, changed = self._execute(statement, _named(lease, new, **outcome))
+        return changed == 1
+
+    def peek(self, key: str) -> Row | None:
+        rows, _ = self._execute(self._sql.peek, {"key": key})
+        return Row(*rows[0]) if rows else None
+
+    def list(self, prefix: str) -> Sequence[Row]:
+        rows, _ = self._execute(self._sql.list, {"prefix": prefix})
+        return [Row(*row) for row in rows]
+
+    def set_aside(self, key: str, value: str) -> None:
+        self._execute(self._sql.set_aside, {"key": key, "value": value})
+
+    def check(self) -> None:
+        self._execute(self._sql.check, {})
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    @contextmanager
+    def transaction(self) -> Iterator[SqlTransaction]:
+        """A transaction that commits when the block ends and rolls back when it raises.
+
+        :raises StoreUnavailable: the database went away; whether the commit took effect is
+            not known.
+        """
+        opened = False
+        try:
+            with open_transaction(self.engine) as connection:
+                opened = True
+                transaction = SqlTransaction(connection, self._sql)
+                try:
+                    yield transaction
+                finally:
+                    transaction.end_of_callers_part()
+        except (DBAPIError, PoolTimeoutError) as error:
+            if opened and not _went_away(error):
+                raise  # an error of the caller's own statements is the caller's
+            raise self.as_store_error(error) from error
+
+    def _execute(
+        self, statement: str, parameters: Mapping[str, Any]
+    ) -> tuple[Sequence[tuple[Any, ...]], int]:
+        """Run one statement; returns its rows and how many it changed.
+
+        The driver's cursor is used as it is: what SQLAlchemy's execution adds to it costs as
+        much as the statement does on SQLite.
+        """
+        driver_error = self.engine.dialect.loaded_dbapi.Error
+        try:
+            connection = self.engine.raw_connection()
+        except (driver_error, SQLAlchemyError) as error:
+            raise self.as_store_error(error) from error
+        try:
+            cursor = connection.cursor()
+            cursor.execute(statement, parameters)
+            rows = cursor.fetchall() if cursor.description else []
+            return rows, cursor.rowcount
+        except driver_error as error:
+            if self.engine.dialect.is_disconnect(error, connection.dbapi_connection, cursor):
+                connection.invalidate(error)
+                # The others in the pool are as old, and as dead.
+                self.engine.dispose()
+            raise self.as_store_error(error) from error
+        finally:
+            connection.close()
+
+    def as_store_error(self, error: Exception) -> StoreError:
+        """An error of the driver's or of SQLAlchemy's, as one of ours."""
+        error = getattr(error, "orig", None) or error
+        text = _line(error)
+        state = getattr(error, "sqlstate", None)
+        if state in _NOT_READY_STATES or any(part in text for part in _NOT_READY_TEXTS):
+            return StoreNotReady(
+                f"table {self.table.fullname} is missing or of an older release ({text}); "
+                "run: celery -A <your app> singleton migrate"
+            )
+        return StoreUnavailable(text)
+
+
+class SqlTransaction:
+    """An open transaction: the caller's own statements and one fenced save."""
+
+    def __init__(self, connection: Connection, sql: Statements) -> None:
+        self.connection = connection
+        self._sql = sql
+        self._driver_connection: Any = connection.connection.dbapi_connection
+        self._patience = getattr(self._driver_connection, "patience", None)
+        # The caller's own statements may take as long as they take.
+        self._set_patience(None)
+
+    def save(self, lease: Lease, new: NewValue) -> float | None:
+        """Store a state; returns the row's new ``updated_at``, ``None`` when refused.
+
+        It is the transaction's last statement, and locks the row until the commit, so that a
+        successor waits for the outcome.
+        """
+        self.end_of_callers_part()
+        try:
+            result = self.connection.exec_driver_sql(
+                self._sql.save, _named(lease, new, ttl=lease.ttl)
+            )
+        except DBAPIError as error:
+            raise StoreUnavailable(_line(error.orig or error)) from error
+        moment: float | None = result.scalar()
+        return moment
+
+    def end_of_callers_part(self) -> None:
+        self._set_patience(self._patience)
+
+    def _set_patience(self, seconds: float | None) -> None:
+        if self._patience is not None:
+            self._driver_connection.patience = seconds
+
+
+@contextmanager
+def open_transaction(engine: Engine) -> Iterator[Connection]:
+    """A transaction on an engine whose statements commit by themselves otherwise."""
+    is_sqlite = engine.dialect.name == "sqlite"
+    level = "SERIALIZABLE" if is_sqlite else "READ COMMITTED"
+    with (
+        engine.connect().execution_options(isolation_level=level) as connection,
+        connection.begin(),
+    ):
+        if is_sqlite:
+            # A transaction that reads first and writes later cannot wait for a writer.
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        yield connection
+
+
+def _named(lease: Lease, new: NewValue | None, **more: Any) -> dict[str, Any]:
+    named = {"key": lease.key, "fence": lease.fence, "holder": lease.holder, **more}
+    if new is not None:
+        named |= {"value": new.value, "schema_version": new.schema_version}
+    return named
+
+
+def _went_away(error: SQLAlchemyError) -> bool:
+    lost = getattr(error, "connection_invalidated", False)
+    return lost or "database is locked" in str(error)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,224 @@
+"""The task base class."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
+
+from celery import Celery, Task
+from celery._state import _task_stack  # type: ignore[attr-defined]  # missing in celery-types
+from celery.app.task import Context
+from sqlalchemy import Connection
+from typing_extensions import ParamSpec, TypeVar
+
+from .delivery import Delivery, deliver
+from .errors import SingletonError
+from .keys import row_key, singleton_name
+from .options import Options, find_misspelled, read_options, run_signature
+from .retry import RetryAfter, answer_to, policy_of
+from .run import Run, current_run
+from .runtime import runtime_of
+from .state import Codec
+from .worker import watch_over
+
+S = TypeVar("S", default=Any)
+P = ParamSpec("P", default=...)
+R = TypeVar("R", default=Any)
+
+if TYPE_CHECKING:
+
+    class _TypedTask(Task[P, R | None], Generic[S, P, R]):
+        pass
+else:
+
+    class _TypedTask(Task):
+        def __class_getitem__(cls, _types: Any) -> type:
+            return cls
+
+
+class SingletonTask(_TypedTask[S, P, R]):
+    """A task of which one run at most is active, and which starts where the last run stopped.
+
+    Use it as the ``base`` of a task, or through :func:`singleton_task`, which keeps the types.
+    All options of Celery's own apply. A delivery that is skipped ends with ``None``.
+
+    Options, each a class attribute or an argument of the decorator:
+
+    - ``unique_on``: names of arguments whose values tell singletons of this task apart;
+      ``"*"`` for all arguments; a callable that is given the arguments. None: one for the task.
+    - ``state_schema``: the type of the state. None: a singleton without state.
+    - ``initial_state``: the first state, or a callable that makes it. None: ``state_schema()``.
+    - ``state_version``: the version of the schema, from 1, the default.
+    - ``state_migrations``: for version n a function from its raw value to that of n + 1.
+    - ``on_decode_error``: ``"fail"`` (default), or ``"initial"`` to start anew and keep the old
+      value under a key of its own.
+    - ``persist_on_error``: whether a body that raises saves its state. Default false.
+    - ``on_conflict``: ``"skip"`` (default) or ``"raise"``, when the lease is taken.
+    - ``lease_ttl``: seconds that the lease lives without a renewal. None: heartbeat interval
+      times threshold, 8 s by default.
+    - ``deduplicate``: whether a message known as done is not run again. None: if there is state.
+    - ``retry_reasons``: the reasons that are retried. Default ``StateLoadFailed`` and
+      ``StatePersistFailed``.
+    - ``retry_policy``: a :class:`RetryPolicy` for single reasons. Others follow the task's
+      ``max_retries``, ``retry_backoff``, ``retry_backoff_max`` and ``retry_jitter``.
+
+    :raises ImproperlyConfigured: when the task is made, for an option that is not allowed.
+    """
+
+    abstract = True
+    #: A message is insurance for its run, so it is kept until the run is over ...
+    acks_late = True
+    #: ... and sent again, up to ``max_retries`` times, if the process that ran it died.
+    retry_on_worker_lost = True
+
+    # Made by bind().
+    _options: ClassVar[Options]
+    _codec: ClassVar[Codec[Any] | None]
+    _signature: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        find_misspelled(str(cls.__dict__.get("name") or cls.__name__), cls.__dict__)
+
+    @classmethod
+    def bind(cls, app: Celery) -> Celery:
+        bound = super().bind(app)
+        cls._options = read_options(cls)
+        cls._codec = cls._options.codec()
+        cls._signature = run_signature(cls)
+        watch_over(app)
+        return bound
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R | None:
+        with _own_request(self, args, kwargs) as request:
+            delivery = self._delivery(request, args, kwargs)
+            try:
+                result: R | None = deliver(delivery, args, kwargs)
+                return result
+            except SingletonError as error:
+                # One that a nested singleton raised is its own affair.
+                if error.singleton == delivery.name:
+                    self._answer(error, delivery)
+                raise
+
+    def _delivery(self, request: Context, args: Any, kwargs: Any) -> Delivery:
+        name = singleton_name(self.name, self._options.unique_on, self._signature, args, kwargs)
+        runtime = runtime_of(self.app)
+        key = row_key(runtime.settings.key_prefix, name)
+        return Delivery(self, request, name, key, self._options, self._codec, runtime)
+
+    def _answer(self, error: SingletonError, delivery: Delivery) -> None:
+        """Retry the message if the error is one to retry; come back if not.
+
+        :raises Retry: the message was sent again.
+        """
+        options, retries = self._options, delivery.retries
+        answer = answer_to(
+            error, retries, options.retry_reasons, options.retry_policy, policy_of(self)
+        )
+        if not isinstance(answer, RetryAfter):
+            return
+        try:
+            # The answer has judged the count already.
+            raise self.retry(exc=error, countdown=answer.seconds, max_retries=retries + 1)
+        finally:
+            # Celery leaves it on the task, where the next retry of its own would find it.
+            self.__dict__.pop("override_max_retries", None)
+
+    # -- for the body
+
+    @property
+    def state(self) -> S:
+        """The state of this run: loaded before it, saved when it succeeds.
+
+        :raises RuntimeError: outside a run, or without a ``state_schema``.
+        """
+        run = self._run_for("state")
+        run.need_state("state")
+        state: S = run.state
+        return state
+
+    @state.setter
+    def state(self, value: S) -> None:
+        run = self._run_for("state")
+        run.need_state("state")
+        run.state = value
+
+    @property
+    def fence(self) -> int:
+        """This run's fence: larger than that of any earlier run of the same singleton.
+
+        A body that writes elsewhere lets that place refuse a smaller number than the largest
+        it has seen.
+
+        :raises RuntimeError: outside a run.
+        """
+        return self._run_for("fence").held.lease.fence
+
+    @property
+    def lease_remaining(self) -> float:
+        """Seconds that this run may still count on its lease; 0 when it is lost.
+
+        :raises RuntimeError: outside a run.
+        """
+        return self._run_for("lease_remaining").held.remaining
+
+    def checkpoint(self) -> None:
+        """Save the state now. It stays saved if the body raises later.
+
+        :raises HeartbeatFailed: the lease was lost; nothing was saved.
+        :raises StatePersistFailed: the store is out of reach, after three tries.
+        :raises SchemaDecodeFailed: the state does not fit its schema; nothing was saved.
+        :raises RuntimeError: outside a run, without state, or within :meth:`transaction`.
+        """
+        self._run_for("checkpoint()").checkpoint()
+
+    def transaction(self) -> AbstractContextManager[Connection]:
+        """A transaction on the store's database whose commit also saves the state, fenced.
+
+        The block is given a SQLAlchemy connection. When it ends, the state is written and all
+        is committed; when it raises, all is rolled back. On SQLite the block holds the file's
+        only write lock, so keep it well below the lease's life.
+
+        :raises HeartbeatFailed: the lease was lost; all was rolled back.
+        :raises StatePersistFailed: the store went away; whether all was committed or nothing,
+            the next run's state tells.
+        :raises SchemaDecodeFailed: the state does not fit its schema; all was rolled back.
+        :raises RuntimeError: outside a run, without state, or within another transaction.
+        """
+        return self._run_for("transaction()").transaction()
+
+    def on_become_leader(self) -> None:
+        """Called in each run when the lease is acquired and the state loaded."""
+
+    def on_lose_leadership(self) -> None:
+        """Called exactly once for each :meth:`on_become_leader`, however the run ends."""
+
+    def _run_for(self, what: str) -> Run:
+        run = current_run(self)
+        if run is None:
+            raise RuntimeError(f"task {self.name}: {what} is there only while its body runs")
+        return run
+
+
+@contextmanager
+def _own_request(task: Any, args: Any, kwargs: Any) -> Iterator[Context]:
+    """The request of this call: the message's, or a new one for a direct call.
+
+    A body that calls its own task finds its message's request still there, and must not be
+    taken for that message.
+    """
+    request = task.request
+    run = current_run(task)
+    if not request.called_directly and (run is None or run.request is not request):
+        yield request
+        return
+    _task_stack.push(task)
+    task.push_request(args=args, kwargs=kwargs)
+    try:
+        yield task.request
+    finally:
+        task.pop_request()
+        _task_stack.pop()

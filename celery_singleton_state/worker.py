@@ -1,0 +1,80 @@
+"""What a worker does for its singletons when it starts: see that they can run, or say why not."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery import Celery, bootsteps
+from celery.exceptions import ImproperlyConfigured
+
+from . import runtime
+from .store.base import StoreNotReady, StoreUnavailable
+from .store.engine import is_in_memory
+
+logger = logging.getLogger(__name__)
+
+LOCAL_HOSTS = ("", "localhost", "127.0.0.1", "::1")
+#: Transports whose broker is a file or this process.
+LOCAL_TRANSPORTS = ("memory", "filesystem", "sqlalchemy", "sqla")
+
+
+class SingletonStep(bootsteps.StartStopStep):
+    """Checks settings, store and table in the worker, before the pool's processes are made.
+
+    What is wrong with the configuration or the table ends the worker with a message that says
+    what to do. A store that is out of reach does not: its runs are retried.
+    """
+
+    requires = ()
+
+    def __init__(self, parent: Any, **kwargs: Any) -> None:
+        super().__init__(parent, **kwargs)
+        app: Celery = parent.app
+        self.check(parent)
+        # A pool of processes must not inherit connections; one of threads opens them anew.
+        runtime.close_runtime(app)
+        if not is_prefork(parent):
+            runtime.pool_size = parent.concurrency + 1
+
+    def check(self, worker: Any) -> None:
+        """:raises ImproperlyConfigured: the worker's singletons could not run."""
+        own = runtime.runtime_of(worker.app)
+        url = own.settings.store_url
+        try:
+            own.store.check()
+        except StoreNotReady as error:
+            raise ImproperlyConfigured(str(error)) from error
+        except StoreUnavailable as error:
+            logger.error("singletons: the store cannot be reached, runs will be retried: %s", error)
+        if is_in_memory(url) and is_prefork(worker):
+            raise ImproperlyConfigured(
+                f"singleton_store_url={url!r} guards the threads of one process only; "
+                "use --pool=solo or --pool=threads, or a store that processes share"
+            )
+        self.warn_of_single_host(worker.app, url)
+
+    def warn_of_single_host(self, app: Celery, url: str) -> None:
+        """Say that SQLite guards one host; loudly where the broker may serve several."""
+        if not url.startswith("sqlite"):
+            return
+        broker = app.connection_for_read()
+        local = broker.transport_cls in LOCAL_TRANSPORTS or (broker.hostname or "") in LOCAL_HOSTS
+        logger.log(
+            logging.INFO if local else logging.WARNING,
+            "singletons are guarded by %s: only among workers that open this same file; "
+            "set singleton_store_url for workers on several hosts",
+            url,
+        )
+
+
+def is_prefork(worker: Any) -> bool:
+    """Whether the worker's pool is one of processes."""
+    pool = worker.pool_cls
+    name = pool if isinstance(pool, str) else pool.__module__
+    return "prefork" in name or "processes" in name
+
+
+def watch_over(app: Celery) -> None:
+    """Let the app's workers check their singletons when they start."""
+    app.steps["worker"].add(SingletonStep)

@@ -1,0 +1,23 @@
+"""Celery's settings: a broker and a store that are files in one folder."""
+
+import os
+from pathlib import Path
+
+FOLDER = Path(os.environ["IMPORTER_FOLDER"])
+
+broker_url = "filesystem://"
+broker_transport_options = {
+    "data_folder_in": str(FOLDER / "queue"),
+    "data_folder_out": str(FOLDER / "queue"),
+    "control_folder": str(FOLDER / "control"),
+    "store_processed": True,
+    "processed_folder": str(FOLDER / "processed"),
+    "polling_interval": 0.2,
+}
+task_ignore_result = True
+worker_enable_remote_control = False
+beat_schedule = {"import-orders": {"task": "tasks.import_orders", "schedule": 1.0}}
+
+singleton_store_url = f"sqlite:///{FOLDER / 'shop.db'}"
+# A lease lives for two intervals, so a dead worker is succeeded after 2 s, by default after 8 s.
+singleton_heartbeat_interval = 1

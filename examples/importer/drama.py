@@ -1,0 +1,172 @@
+"""The drama: orders arrive, the worker is killed in the middle of a batch, the import goes on."""
+
+import re
+import signal
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TypeVar
+
+from orders import FILE_SIZES, Arrivals, data_set
+from processes import Service
+from proof import Proof, prove
+from watch import Row, Watch, make_table
+
+T = TypeVar("T")
+
+TOTAL = sum(FILE_SIZES)
+KILL_AFTER = TOTAL // 2
+SECONDS_BETWEEN_REPORTS = 1.0
+DEADLINE = 120.0
+RESTARTS = 3
+
+START = re.compile(r"fence (\d+) starts at (\S+)$", re.MULTILINE)
+SKIPPED = re.compile(r"singleton \S+ skipped: ")
+
+
+class DemoFailed(Exception):
+    """The demo did not come to its end; the message says why."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What came of it."""
+
+    runs: int
+    skipped: int
+    killed_fence: int
+    resumed_fence: int
+    resumed_at: str
+    seconds: float
+    proof: Proof
+
+
+class Drama:
+    """One performance, in a folder of its own.
+
+    :param say: is given a line for each thing that happens.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        for name in ("queue", "control", "processed", "inbox"):
+            (folder / name).mkdir()
+        self._interrupted = False
+        self._say = say
+        self._began = self._reported = time.monotonic()
+        self._restarts = 0
+        self._database = folder / "shop.db"
+        make_table(self._database)
+        self._watch = Watch(self._database)
+        self._arrivals = Arrivals(folder / "inbox", say)
+        self._worker = Service(folder, "worker", "--loglevel=INFO", "--concurrency=2")
+        self._beat = Service(folder, "beat", f"--schedule={folder / 'beat-schedule'}")
+
+    def play(self) -> Ending:
+        """Let it happen, and prove at the end that no line was lost or doubled.
+
+        :raises DemoFailed: it did not come to its end.
+        :raises KeyboardInterrupt: it was interrupted.
+        """
+        with closing(self._watch):
+            self._say("starting a worker with a pool of 2, then a beat that ticks every second")
+            with self._worker:
+                self._wait_until("the worker is ready", lambda: " ready." in self._worker.log)
+                with self._beat, self._arrivals:
+                    dead = self._kill_in_mid_batch()
+                    fence, place = self._start_again(dead.fence)
+                    self._finish()
+            return Ending(
+                runs=self._watch.row().fence,
+                skipped=len(SKIPPED.findall(self._worker.log)),
+                killed_fence=dead.fence,
+                resumed_fence=fence,
+                resumed_at=place,
+                seconds=time.monotonic() - self._began,
+                proof=prove(self._database, chain.from_iterable(data_set().values())),
+            )
+
+    def interrupt(self, *_signal: object) -> None:
+        """End it early; made to be a signal handler."""
+        self._interrupted = True
+
+    def _kill_in_mid_batch(self) -> Row:
+        """Kill the worker and its pool; returns the importer's row as they left it."""
+        self._wait_until("half is imported", lambda: self._look().imported >= KILL_AFTER)
+        self._wait_until("a batch is half way", self._is_frozen_in_mid_batch, pause=0.001)
+        self._say(f"SIGKILL for worker {self._worker.pid} and its pool, in the middle of a batch")
+        status = self._worker.kill()
+        dead = self._watch.row()
+        self._say(f"all its processes are dead, exit status {status}; {dead.lease}")
+        self._say(f"committed are {dead.imported:,} lines, up to {dead.file}:{dead.line}")
+        return dead
+
+    def _is_frozen_in_mid_batch(self) -> bool:
+        """Stop all of the worker's processes, and let them go on if no transaction is open."""
+        if not self._watch.sees_open_transaction():
+            return False
+        self._worker.signal(signal.SIGSTOP)
+        if self._watch.sees_open_transaction():
+            return True
+        self._worker.signal(signal.SIGCONT)
+        return False
+
+    def _start_again(self, dead_fence: int) -> tuple[int, str]:
+        """Start the worker; returns fence and place of the first run after the dead one."""
+        self._say("starting the worker again")
+        self._worker.start()
+
+        def next_start() -> tuple[int, str] | None:
+            self._look()
+            starts = ((int(fence), place) for fence, place in START.findall(self._worker.log))
+            return next((start for start in starts if start[0] > dead_fence), None)
+
+        fence, place = self._wait_until("the next run starts", next_start)
+        self._say(f"the lease ran out, and a run with fence {fence} goes on at {place}")
+        return fence, place
+
+    def _finish(self) -> None:
+        self._wait_until("all is imported", lambda: self._look().imported >= TOTAL)
+        self._wait_until("the last run ends", lambda: self._look().holder is None)
+        self._say(f"all {TOTAL:,} lines are imported; stopping beat and worker")
+        self._beat.stop()
+        self._worker.stop()
+
+    # -- waiting
+
+    def _wait_until(self, what: str, condition: Callable[[], T], pause: float = 0.05) -> T:
+        """Wait for a condition to be true; returns what it answered."""
+        while not (answer := condition()):
+            if self._interrupted:
+                raise KeyboardInterrupt
+            if time.monotonic() - self._began > DEADLINE:
+                raise DemoFailed(f"waited in vain until {what}")
+            self._revive()
+            time.sleep(pause)
+        return answer
+
+    def _revive(self) -> None:
+        """Start again what ended by itself, as a service manager would.
+
+        It happens: the filesystem broker writes a message and reads it without a lock between
+        the two, and a worker that meets the half of one ends.
+        """
+        for service in (self._worker, self._beat):
+            if not service.has_ended:
+                continue
+            if self._restarts == RESTARTS:
+                raise DemoFailed(f"the {service.name} keeps ending by itself:\n{service.log}")
+            self._restarts += 1
+            self._say(f"the {service.name} ended by itself; starting it again")
+            service.kill()
+            service.start()
+
+    def _look(self) -> Row:
+        """The importer's row as it is now; once a second it is also said."""
+        row = self._watch.row()
+        if time.monotonic() - self._reported >= SECONDS_BETWEEN_REPORTS:
+            self._reported = time.monotonic()
+            self._say(f"{row.imported:,} of {TOTAL:,} lines imported; {row.lease}")
+        return row

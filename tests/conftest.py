@@ -1,0 +1,136 @@
+"""Servers, stores and apps for the tests."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from celery_singleton_state.runtime import close_runtime
+from celery_singleton_state.store import SqlStore, open_store
+from tests.servers import Postgres, Proxy, Valkey
+
+STORES = ("memory", "sqlite", "postgresql")
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _only_the_settings_of_the_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting comes in from the environment, and no file is left in the checkout."""
+    for name in list(os.environ):
+        if name.startswith("CELERY_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    server = Postgres()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[Postgres]:
+    """A server that the test may stop."""
+    server = Postgres()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[Valkey]:
+    server = Valkey()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres) -> Iterator[str]:
+    """A new, empty database."""
+    name = f"test_{os.getpid()}_{next(_numbers)}"
+    yield postgres.create_database(name)
+    postgres.drop_database(name)
+
+
+@pytest.fixture
+def make_proxy() -> Iterator[Callable[[int], Proxy]]:
+    """Makes a proxy in front of a port."""
+    made: list[Proxy] = []
+
+    def make(port: int) -> Proxy:
+        made.append(Proxy(port))
+        return made[-1]
+
+    yield make
+    for proxy in made:
+        proxy.close()
+
+
+@pytest.fixture(params=STORES)
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty database: the test runs once for each store."""
+    if request.param == "memory":
+        return "memory://"
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/store.db"
+    url: str = request.getfixturevalue("postgres_url")
+    return url
+
+
+@pytest.fixture(params=[name for name in STORES if name != "memory"])
+def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The same, of the stores that several processes can share."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/store.db"
+    url: str = request.getfixturevalue("postgres_url")
+    return url
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[SqlStore]:
+    """An opened store with its table."""
+    opened = open_store(store_url, "kv_store", io_timeout=2.0, pool_size=8, auto_migrate=True)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def make_app(store_url: str) -> Iterator[Callable[..., Celery]]:
+    """Makes apps on the test's store, with a short lease where nothing else is said."""
+    yield from _apps(store_url)
+
+
+@pytest.fixture
+def app(make_app: Callable[..., Celery]) -> Celery:
+    return make_app()
+
+
+@pytest.fixture
+def memory_app() -> Iterator[Celery]:
+    """An app for what does not depend on the store."""
+    for make in _apps("memory://"):
+        yield make()
+
+
+def _apps(store_url: str) -> Iterator[Callable[..., Celery]]:
+    made: list[Celery] = []
+
+    def make(**settings: Any) -> Celery:
+        app = Celery("shop", broker="memory://", backend="cache+memory://", set_as_current=False)
+        app.conf.update(
+            {"singleton_store_url": store_url, "singleton_auto_migrate": True} | settings
+        )
+        made.append(app)
+        return app
+
+    yield make
+    for app in made:
+        close_runtime(app)
+        app.close()

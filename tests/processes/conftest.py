@@ -1,0 +1,71 @@
+"""Fleets of real workers, and the test's own connection to their app."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import kombu.pools
+import pytest
+import redis
+from celery import Celery
+
+from celery_singleton_state.runtime import close_runtime
+from tests.processes.fleet import Fleet
+from tests.servers import Valkey
+
+_databases = itertools.count()
+
+
+@pytest.fixture
+def broker_url(valkey: Valkey) -> str:
+    """An empty database of the broker."""
+    url = f"redis://127.0.0.1:{valkey.port}/{next(_databases) % 16}"
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
+    return url
+
+
+@pytest.fixture
+def make_fleet(
+    tmp_path: Path, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Fleet]]:
+    """Makes a fleet on a store, and lets this process talk to it as a client."""
+    made: list[Fleet] = []
+
+    def make(store_url: str, **settings: Any) -> Fleet:
+        fleet = Fleet(tmp_path, broker_url, store_url, **settings)
+        for name, value in fleet.environment.items():
+            if os.environ.get(name) != value and name.startswith(("CELERY_", "TEST_")):
+                monkeypatch.setenv(name, value)
+        made.append(fleet)
+        return fleet
+
+    yield make
+    for fleet in made:
+        fleet.close()
+
+
+@pytest.fixture
+def client(make_fleet: Callable[..., Fleet]) -> Iterator[Callable[[], Celery]]:
+    """An app without tasks, with the fleet's settings: what sends by name, as a web server may."""
+    made: list[Celery] = []
+
+    def make() -> Celery:
+        made.append(Celery("client", set_as_current=False))
+        made[-1].conf.update(
+            task_serializer=os.environ.get("TEST_SERIALIZER", "json"),
+            accept_content=["json", os.environ.get("TEST_SERIALIZER", "json")],
+        )
+        return made[-1]
+
+    yield make
+    for app in made:
+        close_runtime(app)
+        app.close()
+        app.backend.result_consumer.stop()
+        app.backend.client.connection_pool.disconnect()
+    kombu.pools.reset()

@@ -1,0 +1,221 @@
+"""The app that the tests' worker processes run. All settings come from the environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+from celery.exceptions import Ignore, Reject
+from pydantic import BaseModel
+
+from celery_singleton_state import (
+    LeaderHandoffFailed,
+    RetryPolicy,
+    SingletonError,
+    SingletonTask,
+    singleton_task,
+)
+
+SOON = RetryPolicy(max_retries=100, backoff=0.2, backoff_max=0.2, jitter=False)
+PATIENT = {"StateLoadFailed": SOON, "StatePersistFailed": SOON}
+
+app = Celery("shop")
+app.conf.update(
+    worker_prefetch_multiplier=1,
+    broker_connection_retry_on_startup=True,
+    result_extended=True,
+    task_serializer=os.environ.get("TEST_SERIALIZER", "json"),
+    result_serializer=os.environ.get("TEST_SERIALIZER", "json"),
+    accept_content=["json", os.environ.get("TEST_SERIALIZER", "json")],
+)
+
+
+@dataclass
+class Counter:
+    n: int = 0
+
+
+def note(event: str, **facts: Any) -> None:
+    """Append a line to the test's log; a line of this length is written whole."""
+    line = json.dumps({"event": event, "pid": os.getpid(), "at": time.monotonic()} | facts)
+    with open(os.environ["TEST_LOG"], "a") as log:
+        log.write(line + "\n")
+
+
+@contextmanager
+def inside(name: str, **facts: Any) -> Iterator[None]:
+    note("enter", task=name, **facts)
+    try:
+        yield
+    finally:
+        note("leave", task=name, **facts)
+
+
+def wait_for(path: str) -> None:
+    while not Path(path).exists():
+        time.sleep(0.01)
+
+
+@singleton_task(app, state_schema=Counter, retry_policy=PATIENT, name="increment")
+def increment(self: SingletonTask[Counter], until: str = "") -> int:
+    with inside("increment", fence=self.fence, n=self.state.n):
+        if until:
+            wait_for(until)
+        self.state.n += 1
+    return self.state.n
+
+
+@singleton_task(app, state_schema=Counter, name="increment_or_raise", on_conflict="raise")
+def increment_or_raise(self: SingletonTask[Counter]) -> int:
+    self.state.n += 1
+    return self.state.n
+
+
+@singleton_task(app, state_schema=Counter, name="fail_after_checkpoint")
+def fail_after_checkpoint(self: SingletonTask[Counter]) -> None:
+    self.state.n = 1
+    self.checkpoint()
+    self.state.n = 2
+    raise LookupError("as told")
+
+
+@singleton_task(app, state_schema=Counter, name="retry_twice", max_retries=5)
+def retry_twice(self: SingletonTask[Counter]) -> int:
+    note("attempt", retries=self.request.retries)
+    self.state.n += 1
+    if self.request.retries < 2:
+        raise self.retry(countdown=0)
+    return self.state.n
+
+
+@singleton_task(
+    app,
+    state_schema=Counter,
+    name="autoretried",
+    autoretry_for=(LookupError,),
+    retry_backoff=False,
+    default_retry_delay=0,
+)
+def autoretried(self: SingletonTask[Counter]) -> int:
+    note("attempt", retries=self.request.retries)
+    self.state.n += 1
+    if self.request.retries < 1:
+        raise LookupError("once")
+    return self.state.n
+
+
+@singleton_task(app, state_schema=Counter, name="asks_for_another_and_succeeds")
+def asks_for_another_and_succeeds(self: SingletonTask[Counter]) -> int:
+    self.state.n += 1
+    if self.request.retries < 1:
+        self.retry(countdown=0, throw=False)
+    return self.state.n
+
+
+@singleton_task(app, state_schema=Counter, name="ignored")
+def ignored(self: SingletonTask[Counter]) -> None:
+    self.state.n += 1
+    note("attempt")
+    raise Ignore
+
+
+@singleton_task(app, state_schema=Counter, name="rejected")
+def rejected(self: SingletonTask[Counter]) -> None:
+    self.state.n += 1
+    note("attempt")
+    raise Reject("as told", requeue=False)
+
+
+@singleton_task(app, name="raises", unique_on=["reason"], retry_reasons=[])
+def raises(self: SingletonTask, reason: str) -> None:
+    raise SingletonError.from_reason(reason, "elsewhere", "as told")
+
+
+@singleton_task(app, name="held", on_conflict="raise")
+def held(self: SingletonTask, until: str) -> str:
+    with inside("held"):
+        wait_for(until)
+    return "held"
+
+
+@singleton_task(app, name="held_and_skipped", ignore_result=False)
+def held_and_skipped(self: SingletonTask, until: str = "") -> str:
+    with inside("held_and_skipped"):
+        if until:
+            wait_for(until)
+    return "ran"
+
+
+@app.task(name="plain_add")
+def plain_add(*numbers: Any) -> int:
+    return sum(number or 0 for number in _flat(numbers))
+
+
+@app.task(name="on_failure")
+def on_failure(request: Any, exc: Any, traceback: Any) -> None:
+    note("errback", error=type(exc).__name__, is_ours=isinstance(exc, LeaderHandoffFailed))
+
+
+class Order(BaseModel):
+    number: int
+
+
+@singleton_task(app, state_schema=Counter, name="modelled", unique_on=["order"], pydantic=True)
+def modelled(self: SingletonTask[Counter], order: Order) -> Order:
+    self.state.n += 1
+    return Order(number=order.number + self.state.n)
+
+
+class CountingBase(SingletonTask[Counter]):
+    """A base of the user's own, with Celery's hooks."""
+
+    abstract = True
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        note("before_start")
+
+    def on_success(self, retval: Any, task_id: str, args: Any, kwargs: Any) -> None:
+        note("on_success")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        note("call")
+        return super().__call__(*args, **kwargs)
+
+    def on_become_leader(self) -> None:
+        note("become_leader", n=self.state.n)
+
+    def on_lose_leadership(self) -> None:
+        note("lose_leadership")
+
+
+@app.task(bind=True, base=CountingBase, state_schema=Counter, name="of_own_base")
+def of_own_base(self: Any) -> int:
+    self.state.n += 1
+    return int(self.state.n)
+
+
+class ClassBased(SingletonTask):
+    name = "class_based"
+    state_schema = Counter
+
+    def run(self, by: int = 1) -> int:
+        self.state.n += by
+        return int(self.state.n)
+
+
+class_based = app.register_task(ClassBased())
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flat(value)
+        else:
+            yield value

