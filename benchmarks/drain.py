@@ -17,6 +17,8 @@ from .servers import Servers, stop_process
 #: The first bodies are not counted: they open connections, and fill caches.
 WARM_UP = 100
 TIMEOUT = 120.0
+#: Where ``benchmarks`` can be imported from.
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def drain(servers: Servers, variant: Variant, pool: Pool, count: int) -> Drain:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*_celery("worker"), *_options(pool)],
+                cwd=ROOT,
                 env=environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -88,6 +91,7 @@ def _send(servers: Servers, variant: Variant, count: int) -> None:
     """Send from a process of its own, whose app is configured as the worker's."""
     subprocess.run(
         [sys.executable, "-m", "benchmarks.send", variant.task, str(count)],
+        cwd=ROOT,
         env=_environment(servers, variant),
         check=True,
     )

@@ -23,6 +23,8 @@ from .store.base import Acquired, Row, StoreError
 LOAD_TRIES = 2
 #: How often a lease that was free again by the time of a second look is asked for.
 LOOKS = 3
+#: Counts in a message's headers how often this package retried it.
+RETRIES_HEADER = "singleton_retries"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +50,25 @@ class Delivery:
 
     @property
     def retries(self) -> int:
-        """How often the message was retried."""
+        """How often the message was retried, whoever asked for it."""
         return self.request.retries or 0
+
+    @property
+    def own_retries(self) -> int:
+        """How often this package asked for it, to repeat a run that failed over the store."""
+        return int(self.request.get(RETRIES_HEADER, 0) or 0)
+
+    @property
+    def generation(self) -> int:
+        """How often the body asked for it."""
+        return self.retries - self.own_retries
 
     def was_done(self, entries: tuple[history.Entry, ...]) -> bool:
         """Whether the history knows this message as done."""
         task_id = self.request.id
         if not task_id or not self.options.deduplicates:
             return False
-        return history.is_done(entries, task_id, self.retries)
+        return history.is_done(entries, task_id, self.generation)
 
 
 def deliver(delivery: Delivery, args: Any, kwargs: Any) -> Any:
@@ -70,7 +82,7 @@ def deliver(delivery: Delivery, args: Any, kwargs: Any) -> Any:
     if acquired is not None:
         run = Run(delivery, acquired, asked_at)
         if delivery.was_done(run.entries):
-            run.end(history.Outcome.DUPLICATE)
+            run.give_back()
             return end_duplicate(delivery.task, request, name)
         return run.execute(args, kwargs)
     if row is not None and delivery.was_done(history.decode(row.history, name)):

@@ -34,11 +34,12 @@ class Heartbeat:
         """Keep a lease alive from now on."""
         with self._changed:
             self._held.add(held)
-            if self._thread is None:
-                self._thread = threading.Thread(
+            if self._thread is None or not self._thread.is_alive():
+                thread = threading.Thread(
                     target=self._beat, name="singleton-heartbeat", daemon=True
                 )
-                self._thread.start()
+                thread.start()
+                self._thread = thread
             elif held.renew_at < self._wakes_at:
                 self._changed.notify()
 
@@ -78,8 +79,19 @@ class Heartbeat:
 
     def _renew(self, due: list[HeldLease]) -> None:
         asked_at = clock()
+        alive = self._ask(due)
+        if alive is None:
+            return
+        passed_over = [held for held in due if held.lease.key not in alive]
+        self._note(due, alive, asked_at, refused_too=len(due) == 1)
+        if len(due) > 1:
+            # One whose row somebody has locked must not cost the others their lives.
+            for held in passed_over:
+                self._renew([held])
+
+    def _ask(self, due: list[HeldLease]) -> set[str] | None:
         try:
-            alive = self._store.renew([held.lease for held in due])
+            return self._store.renew([held.lease for held in due])
         except Exception as error:  # whatever it is, the other leases still need this thread
             logger.warning(
                 "could not renew %d leases: %s",
@@ -88,14 +100,19 @@ class Heartbeat:
                 exc_info=not isinstance(error, StoreError),
             )
             for held in due:
-                held.renew_at = min(clock() + held.renew_every * RETRY_PART, held.trusted_until)
-            return
+                again_at = clock() + held.renew_every * RETRY_PART
+                held.renew_at = min(again_at, held.trusted_until)
+            return None
+
+    def _note(
+        self, due: list[HeldLease], alive: set[str], asked_at: float, refused_too: bool
+    ) -> None:
         with self._changed:
             # What was dropped meanwhile was given back by its own run.
             for held in self._held.intersection(due):
                 if held.lease.key in alive:
                     held.renewed(asked_at)
-                else:
+                elif refused_too:
                     self._lose(held, "its renewal was refused")
 
     def _lose(self, held: HeldLease, why: str) -> None:

@@ -32,10 +32,14 @@ DONE = frozenset({Outcome.SUCCEEDED, Outcome.DUPLICATE})
 
 
 class Entry(msgspec.Struct, array_like=True, frozen=True):
-    """One past run. Times are seconds since the epoch, by the store's clock at acquisition."""
+    """One past run. Times are seconds since the epoch, by the store's clock at acquisition.
+
+    A task's retries carry its id. Those that its body asked for are new work, and each counts
+    as a new *generation*; those that this package sent, to repeat a run, belong to the same.
+    """
 
     task_id: str | None
-    retries: int
+    generation: int
     holder: str
     fence: int
     tick: float | None
@@ -68,14 +72,10 @@ def append(entries: tuple[Entry, ...], entry: Entry, limit: int) -> str:
     return msgspec.json.encode((*entries, entry)[-limit:]).decode()
 
 
-def is_done(entries: tuple[Entry, ...], task_id: str, retries: int) -> bool:
-    """Whether this very message, or a later retry of it, is known to have been done.
-
-    A retry carries its task's id with a higher count, so a message is told apart from the
-    retry that a run, though it succeeded, asked for.
-    """
+def is_done(entries: tuple[Entry, ...], task_id: str, generation: int) -> bool:
+    """Whether this work, or a later generation of it, is known to have been done."""
     return any(
-        entry.task_id == task_id and entry.retries >= retries and entry.outcome in DONE
+        entry.task_id == task_id and entry.generation >= generation and entry.outcome in DONE
         for entry in entries
     )
 
@@ -87,5 +87,9 @@ def written_by(entries: tuple[Entry, ...], fence: int, holder: str) -> bool:
 
 def describe(error: BaseException) -> str:
     """An error in one short line."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    try:
+        message = str(error)
+    except Exception:  # a user's error may not even have a text
+        message = "(its text cannot be made)"
+    text = " ".join(f"{type(error).__name__}: {message}".split())
     return text[:MAX_ERROR_LENGTH]

@@ -6,10 +6,12 @@ is removed loses its state and keeps its fence.
 
 from __future__ import annotations
 
+import copy
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import msgspec
 import sqlalchemy as sa
@@ -46,31 +48,48 @@ class KeyValueStore:
 
     def __init__(self, url: str, table: str = "kv_store", *, timeout: float = 10.0) -> None:
         opened: dict[int, SqlStore] = {}
+        opening = threading.Lock()
 
         def store() -> SqlStore:
             # A forked child makes its own and leaves its parent's connections alone.
             if os.getpid() not in opened:
-                opened[os.getpid()] = open_store(url, table, timeout)
+                with opening:
+                    if os.getpid() not in opened:
+                        opened[os.getpid()] = open_store(url, table, timeout)
             return opened[os.getpid()]
 
+        def close() -> None:
+            if os.getpid() in opened:
+                opened.pop(os.getpid()).close()
+
         self._store: Callable[[], SqlStore] = store
+        self._close: Callable[[], None] = close
         self._prefix = ""
 
     @classmethod
     def from_app(cls, app: Celery) -> KeyValueStore:
         """The store that the app's settings name, over the same connections."""
-        return cls._view(lambda: runtime_of(app).store, "")
+        made = cls.__new__(cls)
+        made._store = lambda: runtime_of(app).store
+        made._close = lambda: None
+        made._prefix = ""
+        return made
 
-    @classmethod
-    def _view(cls, store: Callable[[], SqlStore], prefix: str) -> KeyValueStore:
-        view = cls.__new__(cls)
-        view._store = store
-        view._prefix = prefix
-        return view
+    def close(self) -> None:
+        """Close this process's connections, unless they are an app's; the next use reopens."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def prefix(self, prefix: str) -> KeyValueStore:
         """The same store, seen under a prefix: its keys are without it."""
-        return self._view(self._store, self._prefix + prefix)
+        view = copy.copy(self)
+        view._prefix = self._prefix + prefix
+        return view
 
     def for_schema(self, schema: type[T]) -> SchemaStore[T]:
         """The same store, its values of one type."""
@@ -82,7 +101,7 @@ class KeyValueStore:
         return default if raw is None else _decoded(key, raw, Any)
 
     def set(self, key: str, value: Any) -> None:
-        """Store a value that JSON has a form for.
+        """Store a value that JSON has a form for; NaN and infinity become null.
 
         :raises TypeError: it has none.
         """
@@ -113,14 +132,14 @@ class KeyValueStore:
         """How many values there are under this store's prefix."""
         columns = self._store_or_error().table.c
         question = sa.select(sa.func.count()).where(self._under_prefix(), _is_present(columns))
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return int(connection.execute(question).scalar_one())
 
     def is_empty(self) -> bool:
         """Whether there is no value under this store's prefix."""
         columns = self._store_or_error().table.c
         question = sa.select(columns.key).where(self._under_prefix(), _is_present(columns)).limit(1)
-        with self._transaction() as connection:
+        with self._reading() as connection:
             return connection.execute(question).first() is None
 
     def modify(self, key: str, fn: Callable[[Any], Any], default: Any = None) -> Any:
@@ -150,7 +169,7 @@ class KeyValueStore:
     def _get_raw(self, key: str) -> str | None:
         columns = self._store_or_error().table.c
         question = sa.select(columns.value).where(self._row(key), _is_present(columns))
-        with self._transaction() as connection:
+        with self._reading() as connection:
             raw: str | None = connection.execute(question).scalar()
             return raw
 
@@ -169,20 +188,37 @@ class KeyValueStore:
         )
 
     def _modify_raw(self, key: str, change: Callable[[str | None], tuple[str, T]]) -> T:
-        store = self._store_or_error()
+        raised: list[Exception] = []
+        try:
+            with self._transaction() as connection:
+                raw = self._locked(connection, key)
+                try:
+                    new, result = change(raw)
+                except Exception as error:
+                    raised.append(error)
+                    raise
+                self._write(connection, key, new)
+                return result
+        except KeyValueStoreError:
+            if raised:
+                raise raised[0] from None
+            raise
+
+    def _locked(self, connection: Connection, key: str) -> str | None:
+        """Lock a key's row, made where there was none; returns its value."""
+        store = self._store()
         columns = store.table.c
-        with self._transaction() as connection:
-            # A row to lock, also where there was none.
-            placed = connection.execute(
-                _INSERT[store.engine.dialect.name](store.table)
-                .values(key=self._prefix + key, value=NO_STATE, updated_at=store.now)
-                .on_conflict_do_nothing()
-            ).rowcount
-            question = sa.select(columns.value, _is_present(columns)).where(self._row(key))
-            value, is_present = connection.execute(question.with_for_update()).one()
-            raw, result = change(value if is_present and not placed else None)
-            self._write(connection, key, raw)
-            return result
+        insert = _INSERT[store.engine.dialect.name](store.table)
+        place = insert.values(key=self._prefix + key, value=NO_STATE, updated_at=store.now)
+        place = place.on_conflict_do_nothing().returning(columns.key)
+        question = sa.select(columns.value, _is_present(columns)).where(self._row(key))
+        while True:
+            placed = connection.execute(place).first()
+            found = connection.execute(question.with_for_update()).first()
+            # Between the two, somebody can have removed the row that was in the way.
+            if found is not None:
+                value, is_present = found
+                return value if is_present and placed is None else None
 
     def _remove(self, which: sa.ColumnElement[bool]) -> int:
         store = self._store_or_error()
@@ -206,12 +242,22 @@ class KeyValueStore:
             raise KeyValueStoreError(str(error)) from error
 
     @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        # Not a transaction: on SQLite that would wait for the file's only writer.
+        with self._says_what_failed() as store, store.engine.connect() as connection:
+            yield connection
+
+    @contextmanager
     def _transaction(self) -> Iterator[Connection]:
+        with self._says_what_failed() as store, open_transaction(store.engine) as connection:
+            yield connection
+
+    @contextmanager
+    def _says_what_failed(self) -> Iterator[SqlStore]:
         store = self._store_or_error()
         try:
-            with open_transaction(store.engine) as connection:
-                yield connection
-        except SQLAlchemyError as error:
+            yield store
+        except (SQLAlchemyError, UnicodeError) as error:
             raise KeyValueStoreError(str(store.as_store_error(error))) from error
 
 

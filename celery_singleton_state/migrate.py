@@ -6,6 +6,7 @@ nothing left to do. The version stands in a table of its own, ``<table>_version`
 
 from __future__ import annotations
 
+import threading
 import zlib
 from importlib.resources import as_file, files
 from typing import Any
@@ -22,6 +23,10 @@ from .store.sql import open_transaction
 
 #: Upgrading waits for locks and may build an index, so it is not bound by a lease's life.
 PATIENCE = 3600.0
+CONNECT_TIMEOUT = 10.0
+
+#: Alembic's ``op`` belongs to the whole process.
+_one_at_a_time = threading.Lock()
 
 
 def migrate(settings: Settings) -> None:
@@ -30,9 +35,14 @@ def migrate(settings: Settings) -> None:
     :raises ImproperlyConfigured: the URL cannot be used.
     :raises sqlalchemy.exc.SQLAlchemyError: the database refused.
     """
-    engine = make_engine(parse_url(settings.store_url), PATIENCE)
+    migrate_url(settings.store_url, settings.table)
+
+
+def migrate_url(url: str, table_name: str) -> None:
+    """The same for the table in the database behind a URL."""
+    engine = make_engine(parse_url(url), PATIENCE, connect_timeout=CONNECT_TIMEOUT)
     try:
-        migrate_engine(engine, settings.table)
+        migrate_engine(engine, table_name)
     finally:
         engine.dispose()
 
@@ -40,7 +50,11 @@ def migrate(settings: Settings) -> None:
 def migrate_engine(engine: Engine, table_name: str) -> None:
     """The same on an engine that is there already."""
     package = files("celery_singleton_state") / "migrations"
-    with as_file(package) as location, open_transaction(engine) as connection:
+    with (
+        _one_at_a_time,
+        as_file(package) as location,
+        open_transaction(engine) as connection,
+    ):
         _wait_for_others(connection, table_name)
         script = ScriptDirectory(str(location))
 

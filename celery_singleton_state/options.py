@@ -51,6 +51,10 @@ class Options:
 
 
 NAMES = tuple(option.name for option in fields(Options))
+#: What the column holds.
+MAX_VERSION = 2**31 - 1
+#: A day: nobody should wait longer for a dead run, and a living one renews.
+MAX_LEASE_TTL = 86400.0
 _OF_CELERY = frozenset(dir(Task))
 
 
@@ -161,8 +165,8 @@ def _schema(value: Any) -> Any:
 
 
 def _version(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError("a whole number, 1 or more")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
+        raise ValueError(f"a whole number from 1 to {MAX_VERSION}")
     return value
 
 
@@ -191,8 +195,12 @@ def _switch(value: Any) -> bool:
 
 
 def _lease_ttl(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < MIN_INTERVAL:
-        raise ValueError(f"a number of seconds, {MIN_INTERVAL:g} or more")
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not MIN_INTERVAL <= value <= MAX_LEASE_TTL
+    ):
+        raise ValueError(f"a number of seconds from {MIN_INTERVAL:g} to {MAX_LEASE_TTL:g}")
     return float(value)
 
 

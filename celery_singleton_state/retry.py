@@ -30,13 +30,17 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         retries = self.max_retries
-        if retries is not None and (isinstance(retries, bool) or not isinstance(retries, int)):
+        if retries is not None and (
+            isinstance(retries, bool) or not isinstance(retries, int) or retries < 0
+        ):
             raise ImproperlyConfigured(
-                f"RetryPolicy: max_retries={retries!r} is not allowed; it takes an int or None"
+                f"RetryPolicy: max_retries={retries!r} is not allowed; "
+                "it takes a whole number, 0 or more, or None"
             )
         for name in ("backoff", "backoff_max"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < float("inf"):
                 raise ImproperlyConfigured(
                     f"RetryPolicy: {name}={value!r} is not allowed; "
                     "it takes a number of seconds, 0 or more"

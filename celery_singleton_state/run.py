@@ -58,29 +58,36 @@ class Run:
         self._codec = delivery.codec
         self._acquired = acquired
         self._asked_at = asked_at
-        self._stored = NewValue(acquired.value, acquired.schema_version or 1)
+        #: What the row is known to hold; ``None`` while a write's answer is unknown.
+        self._stored: NewValue | None = NewValue(acquired.value, acquired.schema_version or 1)
         self._in_transaction = False
+        self._leads = False
 
     def execute(self, args: Any, kwargs: Any) -> Any:
         """Load the state, run the body, save and release; returns what the body returned."""
         token = _current.set(self)
-        self._runtime.heartbeat.hold(self.held)
-        leads = False
         try:
-            self._load()
-            leads = True
-            self.task.on_become_leader()
-            result = self.task.run(*args, **kwargs)
-            self.end(Outcome.SUCCEEDED, new=self._changed_value())
+            result, new = self._body(args, kwargs)
+            self.end(Outcome.SUCCEEDED, new=new)
             return result
+        finally:
+            try:
+                self._runtime.heartbeat.drop(self.held)
+                if self._leads:
+                    self._lose_leadership()
+            finally:
+                _current.reset(token)
+
+    def _body(self, args: Any, kwargs: Any) -> tuple[Any, NewValue | None]:
+        try:
+            self._runtime.heartbeat.hold(self.held)
+            self._load()
+            self._leads = True
+            self.task.on_become_leader()
+            return self.task.run(*args, **kwargs), self._changed_value()
         except BaseException as error:
             self._end_with(error)
             raise
-        finally:
-            self._runtime.heartbeat.drop(self.held)
-            if leads:
-                self._lose_leadership()
-            _current.reset(token)
 
     # -- what the body may do
 
@@ -93,6 +100,7 @@ class Run:
             )
         new = self._value()
         asked_at = clock()
+        self._stored = None
         self._persist(lambda: self._runtime.store.save(self.held.lease, new))
         self.held.renewed(asked_at)
         self._stored = new
@@ -111,6 +119,7 @@ class Run:
                 yield transaction.connection
                 new = self._value()
                 self._refuse_if_lost()
+                self._stored = None
                 saved_at = transaction.save(self.held.lease, new)
                 if saved_at is None:
                     raise self._refused()
@@ -136,7 +145,7 @@ class Run:
         started = self._acquired.acquired_at
         entry = history.Entry(
             task_id=self.request.id,
-            retries=self._delivery.retries,
+            generation=self._delivery.generation,
             holder=lease.holder,
             fence=lease.fence,
             tick=None,
@@ -150,9 +159,16 @@ class Run:
             lambda: self._runtime.store.release(lease, ended, new), recognised=self._has_ended
         )
 
+    def give_back(self) -> None:
+        """Release the lease of a message that turned out to be done: nothing hangs on it."""
+        try:
+            self.end(Outcome.DUPLICATE)
+        except SingletonError as failure:
+            logger.warning("singleton %s: a duplicate was not released: %s", self.name, failure)
+
     def _end_with(self, error: BaseException) -> None:
         """Release after an error, which is the one to be reported whatever happens here."""
-        if self.held.lost or isinstance(error, HeartbeatFailed):
+        if self.held.lost:
             return
         outcome = Outcome.FAILED
         if isinstance(error, Retry):
@@ -161,7 +177,7 @@ class Run:
             outcome = Outcome.SKIPPED
         try:
             self.end(outcome, error, self._value_after(error))
-        except SingletonError as failure:
+        except Exception as failure:
             logger.warning("singleton %s: not released after an error: %s", self.name, failure)
 
     def _value_after(self, error: BaseException) -> NewValue | None:

@@ -28,11 +28,24 @@ class Runtime:
 
     def __init__(self, app: Celery) -> None:
         self.settings = Settings.from_app(app)
+        options = (getattr(task, "_options", None) for task in app.tasks.values())
+        self._lives = [self.settings.lease_ttl]
+        self._lives += [own.lease_ttl for own in options if own and own.lease_ttl]
         self._nonce = secrets.token_hex(4)
         self._count = itertools.count(1)
         self._opening = threading.Lock()
         self._store: SqlStore | None = None
         self._heartbeat: Heartbeat | None = None
+
+    @property
+    def io_timeout(self) -> float:
+        """Seconds of silence after which the store counts as out of reach.
+
+        A quarter of the shortest lease's life: a call that meets silence, and its one
+        repetition over a new connection, then end before a lease that was to be renewed at
+        half its life runs out.
+        """
+        return min(self._lives) / 4
 
     @property
     def store(self) -> SqlStore:
@@ -46,7 +59,7 @@ class Runtime:
                 if self._store is None:
                     own = self.settings
                     self._store = open_store(
-                        own.store_url, own.table, own.io_timeout, pool_size, own.auto_migrate
+                        own.store_url, own.table, self.io_timeout, pool_size, own.auto_migrate
                     )
         return self._store
 

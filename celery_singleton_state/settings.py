@@ -79,15 +79,6 @@ class Settings:
         """Seconds that a lease lives without a renewal."""
         return self.heartbeat_interval * self.heartbeat_threshold
 
-    @property
-    def io_timeout(self) -> float:
-        """Seconds of silence after which the store counts as out of reach.
-
-        A quarter of the lease's life: a call that meets silence, and its one repetition over
-        a new connection, then end before a lease renewed at half its life runs out.
-        """
-        return max(self.lease_ttl / 4, 0.1)
-
     @classmethod
     def from_app(cls, app: Celery) -> Settings:
         """Read and check the settings of an app.

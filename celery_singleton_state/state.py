@@ -124,7 +124,15 @@ class Codec(Generic[S]):
 
 
 def _msgspec(schema: type[S]) -> tuple[Callable[[S], bytes], Callable[[bytes], S]]:
-    return msgspec.json.Encoder().encode, msgspec.json.Decoder(schema).decode
+    encode = msgspec.json.Encoder().encode
+
+    def dump(state: Any) -> bytes:
+        # msgspec leaves a default to the dataclass itself, and would leave it out here too: the
+        # stored value would then follow the code's default instead of the state.
+        is_one = dataclasses.is_dataclass(state) and not isinstance(state, type)
+        return encode(dataclasses.asdict(state) if is_one else state)
+
+    return dump, msgspec.json.Decoder(schema).decode
 
 
 def _pydantic(schema: Any) -> tuple[Callable[[S], bytes], Callable[[bytes], S]]:

@@ -13,7 +13,7 @@ from celery.app.task import Context
 from sqlalchemy import Connection
 from typing_extensions import ParamSpec, TypeVar
 
-from .delivery import Delivery, deliver
+from .delivery import RETRIES_HEADER, Delivery, deliver
 from .errors import SingletonError
 from .keys import row_key, singleton_name
 from .options import Options, find_misspelled, read_options, run_signature
@@ -122,7 +122,13 @@ class SingletonTask(_TypedTask[S, P, R]):
             return
         try:
             # The answer has judged the count already.
-            raise self.retry(exc=error, countdown=answer.seconds, max_retries=retries + 1)
+            raise self.retry(
+                exc=error,
+                countdown=answer.seconds,
+                max_retries=retries + 1,
+                headers=(delivery.request.headers or {})
+                | {RETRIES_HEADER: delivery.own_retries + 1},
+            )
         finally:
             # Celery leaves it on the task, where the next retry of its own would find it.
             self.__dict__.pop("override_max_retries", None)
@@ -208,7 +214,7 @@ def _own_request(task: Any, args: Any, kwargs: Any) -> Iterator[Context]:
     """The request of this call: the message's, or a new one for a direct call.
 
     A body that calls its own task finds its message's request still there, and must not be
-    taken for that message.
+    taken for that message; Celery's ``push_request`` would hand it the message's id.
     """
     request = task.request
     run = current_run(task)
@@ -216,7 +222,7 @@ def _own_request(task: Any, args: Any, kwargs: Any) -> Iterator[Context]:
         yield request
         return
     _task_stack.push(task)
-    task.push_request(args=args, kwargs=kwargs)
+    task.request_stack.push(Context(args=args, kwargs=kwargs, hostname=request.hostname))
     try:
         yield task.request
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy.exc import SQLAlchemyError
 
 from .base import Store, StoreNotReady, StoreUnavailable
-from .engine import make_engine, parse_url
+from .engine import is_in_memory, make_engine, parse_url
 from .sql import SqlStore
 
 __all__ = ["SqlStore", "Store", "open_store"]
@@ -34,17 +34,22 @@ def open_store(
         try:
             store.check()
         except StoreNotReady:
-            _make_table(store)
+            _make_table(store, url)
     return store
 
 
-def _make_table(store: SqlStore) -> None:
+def _make_table(store: SqlStore, url: str) -> None:
     # Alembic takes longer to import than all else here, and is needed once in a table's life.
-    from celery_singleton_state.migrate import migrate_engine
+    from alembic.util import CommandError
+
+    from celery_singleton_state.migrate import migrate_engine, migrate_url
 
     try:
-        migrate_engine(store.engine, store.table.fullname)
-    except SQLAlchemyError as error:
+        if is_in_memory(url):
+            migrate_engine(store.engine, store.table.fullname)
+        else:
+            migrate_url(url, store.table.fullname)
+    except (SQLAlchemyError, CommandError) as error:
         raise StoreUnavailable(
             f"table {store.table.fullname} could not be made: {error}"
         ) from error

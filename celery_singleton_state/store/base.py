@@ -115,7 +115,11 @@ class Store(Protocol):
         """
 
     def renew(self, leases: Sequence[Lease]) -> set[str]:
-        """Prolong leases by their life from now; returns the keys that were still held."""
+        """Prolong leases by their life from now; returns the keys of those that it prolonged.
+
+        Asked for several, it may pass over rows that somebody has locked at this moment. Asked
+        for one alone, it waits, and a key that is not returned is no longer held.
+        """
 
     def save(self, lease: Lease, new: NewValue) -> bool:
         """Store a state and prolong the lease; false when it is no longer held.

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sqlite3
 import time
+import weakref
 from collections.abc import Generator
 from typing import Any
 
@@ -22,6 +24,21 @@ from .statements import DIALECTS
 APPLICATION_NAME = "celery-singleton-state"
 #: RETURNING came with this release.
 OLDEST_SQLITE = (3, 35)
+
+_files: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _close_files() -> None:
+    """Before a fork: SQLite's own record of its locks must not be inherited.
+
+    A child that inherits it believes in locks that it does not have: it neither waits for
+    others nor keeps them from deleting its log. (https://sqlite.org/howtocorrupt.html, 2.6)
+    """
+    for engine in list(_files):
+        engine.dispose()
+
+
+os.register_at_fork(before=_close_files)
 
 
 def parse_url(text: str) -> URL:
@@ -45,16 +62,20 @@ def parse_url(text: str) -> URL:
     return url
 
 
-def make_engine(url: URL, io_timeout: float, pool_size: int = 2) -> Engine:
+def make_engine(
+    url: URL, io_timeout: float, pool_size: int = 2, connect_timeout: float | None = None
+) -> Engine:
     """An engine for this process.
 
-    :param io_timeout: seconds that connecting, or an answer, may take.
+    :param io_timeout: seconds that an answer may take.
     :param pool_size: connections at most.
+    :param connect_timeout: seconds that connecting may take; left out: as an answer.
     :raises ImproperlyConfigured: the driver is not installed, or SQLite is too old.
     """
-    make = _sqlite if url.get_backend_name() == "sqlite" else _postgresql
     try:
-        return make(url, io_timeout, pool_size)
+        if url.get_backend_name() == "sqlite":
+            return _sqlite(url, io_timeout, pool_size)
+        return _postgresql(url, io_timeout, pool_size, connect_timeout or io_timeout)
     except ImportError as error:
         raise ImproperlyConfigured(
             f"singleton_store_url={url!s} needs a driver: {error}; "
@@ -96,6 +117,8 @@ def _sqlite(url: URL, io_timeout: float, pool_size: int) -> Engine:
             _use_wal(connection, io_timeout)
             connection.execute("PRAGMA synchronous = NORMAL")
 
+    if not in_memory:
+        _files.add(engine)
     return engine
 
 
@@ -111,7 +134,7 @@ def _use_wal(connection: sqlite3.Connection, io_timeout: float) -> None:
         time.sleep(0.01)
 
 
-def _postgresql(url: URL, io_timeout: float, pool_size: int) -> Engine:
+def _postgresql(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) -> Engine:
     import psycopg
 
     class Connection(psycopg.Connection[Any]):
@@ -151,7 +174,7 @@ def _postgresql(url: URL, io_timeout: float, pool_size: int) -> Engine:
         io_timeout,
         use_native_hstore=False,
         connect_args={
-            "connect_timeout": math.ceil(io_timeout),
+            "connect_timeout": math.ceil(connect_timeout),
             "tcp_user_timeout": math.ceil(io_timeout * 1000),
             "application_name": query.get("application_name", APPLICATION_NAME),
             # Prepared at first use. A pooler that cannot pass that on: ?prepare_threshold=none

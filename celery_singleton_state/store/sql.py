@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, Engine, literal_column
+from sqlalchemy import ColumnElement, Connection, Engine, PoolProxiedConnection, literal_column
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -43,8 +43,9 @@ class SqlStore:
         return Acquired(Lease(key, holder, fence, ttl), *found)
 
     def renew(self, leases: Sequence[Lease]) -> set[str]:
+        statement = self._sql.renew_unlocked if len(leases) > 1 else self._sql.renew
         document = msgspec.json.encode(leases).decode()
-        rows, _ = self._execute(self._sql.renew, {"leases": document})
+        rows, _ = self._execute(statement, {"leases": document})
         return {key for (key,) in rows}
 
     def save(self, lease: Lease, new: NewValue) -> bool:
@@ -109,18 +110,31 @@ class SqlStore:
         except (driver_error, SQLAlchemyError) as error:
             raise self.as_store_error(error) from error
         try:
-            cursor = connection.cursor()
-            cursor.execute(statement, parameters)
-            rows = cursor.fetchall() if cursor.description else []
-            return rows, cursor.rowcount
-        except driver_error as error:
-            if self.engine.dialect.is_disconnect(error, connection.dbapi_connection, cursor):
-                connection.invalidate(error)
-                # The others in the pool are as old, and as dead.
-                self.engine.dispose()
+            with closing(connection.cursor()) as cursor:
+                cursor.execute(statement, parameters)
+                rows = cursor.fetchall() if cursor.description else []
+                return rows, cursor.rowcount
+        except (driver_error, UnicodeError) as error:
+            self._discard(connection, error)
             raise self.as_store_error(error) from error
+        except BaseException:
+            # Broken off in mid-statement, by a time limit say: it is in no state to be reused.
+            self._discard(connection, None)
+            raise
         finally:
             connection.close()
+
+    def _discard(self, connection: PoolProxiedConnection, error: Any) -> None:
+        """Throw away a connection that met an error, and its like; a file's stays good."""
+        if self.engine.dialect.name == "sqlite":
+            return
+        lost = error is not None and self.engine.dialect.is_disconnect(
+            error, connection.dbapi_connection, None
+        )
+        connection.invalidate(error)
+        if lost:
+            # The others in the pool are as old, and as dead.
+            self.engine.dispose()
 
     def as_store_error(self, error: Exception) -> StoreError:
         """An error of the driver's or of SQLAlchemy's, as one of ours."""
@@ -153,12 +167,12 @@ class SqlTransaction:
         successor waits for the outcome.
         """
         self.end_of_callers_part()
-        try:
-            result = self.connection.exec_driver_sql(
-                self._sql.save, _named(lease, new, ttl=lease.ttl)
+        if not self.connection.in_transaction():
+            raise RuntimeError(
+                "the block of transaction() ended the transaction itself; "
+                "it is committed when the block ends, and rolled back when it raises"
             )
-        except DBAPIError as error:
-            raise StoreUnavailable(_line(error.orig or error)) from error
+        result = self.connection.exec_driver_sql(self._sql.save, _named(lease, new, ttl=lease.ttl))
         moment: float | None = result.scalar()
         return moment
 
@@ -182,7 +196,21 @@ def open_transaction(engine: Engine) -> Iterator[Connection]:
         if is_sqlite:
             # A transaction that reads first and writes later cannot wait for a writer.
             connection.exec_driver_sql("BEGIN IMMEDIATE")
-        yield connection
+        try:
+            yield connection
+        except BaseException:
+            if _is_in_mid_statement(connection):
+                # Broken off by a time limit, say: not even a rollback can be sent over it.
+                connection.invalidate()
+            raise
+
+
+def _is_in_mid_statement(connection: Connection) -> bool:
+    if connection.closed or connection.invalidated:
+        return False
+    info = getattr(connection.connection.dbapi_connection, "info", None)
+    status = getattr(info, "transaction_status", None)
+    return getattr(status, "name", "") == "ACTIVE"
 
 
 def _named(lease: Lease, new: NewValue | None, **more: Any) -> dict[str, Any]:

@@ -23,7 +23,8 @@ VALUES (:key, 'null', {now}, 1, :holder, :task_id, {now}, {later})
 ON CONFLICT (key) DO UPDATE SET
   fence = CASE WHEN mine.holder = :holder THEN mine.fence ELSE coalesce(mine.fence, 0) + 1 END,
   holder = :holder, task_id = :task_id, acquired_at = {now}, expires_at = {later}
-WHERE mine.holder IS NULL OR mine.expires_at <= {now} OR mine.holder = :holder
+WHERE mine.holder IS NULL OR mine.holder = :holder
+  OR mine.expires_at <= {now} OR mine.expires_at IS NULL
 RETURNING fence, value, schema_version, history, {acquired_at}
 """
 
@@ -49,8 +50,14 @@ _NEW_VALUE = "value = :value, schema_version = :schema_version, updated_at = {no
 _RENEW = """
 UPDATE {table} SET expires_at = {held_later}
 FROM {held}
-WHERE key = held_key AND fence = held_fence AND holder = held_holder
+WHERE key = held_key AND fence = held_fence AND holder = held_holder {unlocked}
 RETURNING key
+"""
+
+_UNLOCKED = """
+AND key IN (
+  SELECT key FROM {table} WHERE key IN (SELECT held_key FROM {held}) FOR UPDATE SKIP LOCKED
+)
 """
 
 _ROWS = """
@@ -76,6 +83,7 @@ class _Words:
     epoch: str
     held: str
     parameter: str
+    skips_locked: bool
 
 
 _SQLITE_NOW = "strftime('%Y-%m-%d %H:%M:%f+00:00', 'now'{})"
@@ -89,6 +97,7 @@ _WORDS = {
         " FROM jsonb_to_recordset(CAST(:leases AS jsonb))"
         " AS lease(key text, fence bigint, holder text, ttl double precision)) AS held",
         parameter=r"%(\1)s",
+        skips_locked=True,
     ),
     "sqlite": _Words(
         now=_SQLITE_NOW.format(""),
@@ -99,6 +108,7 @@ _WORDS = {
         " json_extract(value, '$.holder') AS held_holder,"
         " json_extract(value, '$.ttl') AS held_ttl FROM json_each(:leases)) AS held",
         parameter=r":\1",
+        skips_locked=False,
     ),
 }
 
@@ -130,7 +140,9 @@ class Statements:
 
         self.now = words.now
         self.acquire = sql(_ACQUIRE)
-        self.renew = sql(_RENEW)
+        self.renew = sql(_RENEW, unlocked="")
+        unlocked = sql(_UNLOCKED) if words.skips_locked else ""
+        self.renew_unlocked = sql(_RENEW, unlocked=unlocked)
         self.save = sql(_SAVE)
         self.release = sql(_RELEASE, new_value="")
         self.release_with_value = sql(_RELEASE, new_value=_NEW_VALUE.format(now=words.now))

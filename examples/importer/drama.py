@@ -136,7 +136,7 @@ class Drama:
 
     # -- waiting
 
-    def _wait_until(self, what: str, condition: Callable[[], T], pause: float = 0.05) -> T:
+    def _wait_until(self, what: str, condition: Callable[[], T | None], pause: float = 0.05) -> T:
         """Wait for a condition to be true; returns what it answered."""
         while not (answer := condition()):
             if self._interrupted:
@@ -157,7 +157,8 @@ class Drama:
             if not service.has_ended:
                 continue
             if self._restarts == RESTARTS:
-                raise DemoFailed(f"the {service.name} keeps ending by itself:\n{service.log}")
+                end = service.log[-2000:]
+                raise DemoFailed(f"the {service.name} keeps ending by itself:\n{end}")
             self._restarts += 1
             self._say(f"the {service.name} ended by itself; starting it again")
             service.kill()

@@ -21,8 +21,8 @@ class Service:
         self._log = folder / f"{name}.log"
         self._command = [sys.executable, "-m", "celery", "-A", "tasks", name, *options]
         # Celery's own variables would win over the settings of the demo.
-        own = {name: value for name, value in os.environ.items() if not name.startswith("CELERY_")}
-        self._environment = own | {"IMPORTER_FOLDER": str(folder)}
+        own = {key: value for key, value in os.environ.items() if not key.startswith("CELERY_")}
+        self._environment = own | {"IMPORTER_FOLDER": str(folder), "TMPDIR": str(folder)}
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Service":

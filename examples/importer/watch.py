@@ -33,6 +33,8 @@ class Row(NamedTuple):
     @property
     def lease(self) -> str:
         """Who holds the lease and for how long, for people."""
+        if not self.fence:
+            return "no run yet"
         if self.holder is None or self.expires_in is None:
             return f"nobody holds the lease, last fence {self.fence}"
         if self.expires_in <= 0:

@@ -22,7 +22,7 @@ class Counter:
 
 
 def counting_task(app: Celery) -> Any:
-    @singleton_task(app, state_schema=Counter, name="count")
+    @singleton_task(app, state_schema=Counter, name="count", shared=False)
     def count(self: Any, checkpoints: int = 0) -> int:
         for _ in range(checkpoints):
             self.checkpoint()

@@ -1,0 +1,150 @@
+"""Making and upgrading the table."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import create_engine
+
+from celery_singleton_state import KeyValueStore
+from celery_singleton_state.migrate import migrate_url
+from celery_singleton_state.store import open_store
+from celery_singleton_state.store.schema import make_table
+
+GIVEN = """
+CREATE TABLE {name} (
+  key {text} PRIMARY KEY,
+  value TEXT NOT NULL,
+  updated_at {moment} NOT NULL DEFAULT CURRENT_TIMESTAMP
+)
+"""
+
+
+def execute(url: str, *statements: str) -> Any:
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        for statement in statements:
+            result = connection.exec_driver_sql(statement)
+        answer = result.all() if result.returns_rows else None
+    engine.dispose()
+    return answer
+
+
+def given_table(url: str, name: str = "kv_store") -> str:
+    is_sqlite = url.startswith("sqlite")
+    text, moment = ("TEXT", "TIMESTAMP") if is_sqlite else ("VARCHAR(255)", "TIMESTAMPTZ")
+    return GIVEN.format(name=name, text=text, moment=moment)
+
+
+def columns_and_indexes(url: str, name: str = "kv_store") -> tuple[set[str], list[Any]]:
+    engine = create_engine(url)
+    inspector = sa.inspect(engine)
+    columns = {column["name"] for column in inspector.get_columns(name)}
+    indexes = [(index["name"], index["column_names"]) for index in inspector.get_indexes(name)]
+    engine.dispose()
+    return columns, indexes
+
+
+ALL_COLUMNS = set(make_table("kv_store").columns.keys())
+
+
+def test_from_nothing(shared_store_url: str) -> None:
+    migrate_url(shared_store_url, "kv_store")
+    columns, indexes = columns_and_indexes(shared_store_url)
+    assert columns == ALL_COLUMNS
+    assert indexes == [("idx_kv_store_updated_at", ["updated_at"])]
+
+
+def test_twice_in_a_row(shared_store_url: str) -> None:
+    with KeyValueStore(shared_store_url) as kv:
+        migrate_url(shared_store_url, "kv_store")
+        kv.set("k", 1)
+        migrate_url(shared_store_url, "kv_store")
+        assert kv.get("k") == 1
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_from_three_columns_with_rows(shared_store_url: str, with_index: bool) -> None:
+    execute(shared_store_url, given_table(shared_store_url))
+    if with_index:
+        execute(shared_store_url, "CREATE INDEX idx_kv_store_updated_at ON kv_store (updated_at)")
+    execute(
+        shared_store_url,
+        "INSERT INTO kv_store (key, value) VALUES ('k', '{\"n\":1}')",
+        "INSERT INTO kv_store (key, value) VALUES ('singleton-state:s', '{\"n\":4}')",
+    )
+    before = execute(shared_store_url, "SELECT key, value, updated_at FROM kv_store ORDER BY key")
+    migrate_url(shared_store_url, "kv_store")
+    after = execute(shared_store_url, "SELECT key, value, updated_at FROM kv_store ORDER BY key")
+    assert after == before
+    columns, indexes = columns_and_indexes(shared_store_url)
+    assert columns == ALL_COLUMNS
+    assert [names for _, names in indexes] == [["updated_at"]]
+    # A writer that knows only the three columns goes on.
+    execute(shared_store_url, "INSERT INTO kv_store (key, value) VALUES ('later', '1')")
+
+
+def test_a_value_that_was_there_before_is_the_first_state(shared_store_url: str) -> None:
+    execute(
+        shared_store_url,
+        given_table(shared_store_url),
+        "INSERT INTO kv_store (key, value) VALUES ('singleton-state:s', '{\"n\":4}')",
+    )
+    migrate_url(shared_store_url, "kv_store")
+    store = open_store(shared_store_url, "kv_store", 2)
+    acquired = store.acquire("singleton-state:s", "h", 60, None)
+    store.close()
+    assert acquired is not None
+    assert (acquired.value, acquired.lease.fence) == ('{"n":4}', 1)
+
+
+def test_another_name(shared_store_url: str) -> None:
+    migrate_url(shared_store_url, "we_ird-Name")
+    migrate_url(shared_store_url, "kv_store")
+    assert columns_and_indexes(shared_store_url, "we_ird-Name")[0] == ALL_COLUMNS
+    with (
+        KeyValueStore(shared_store_url, "we_ird-Name") as one,
+        KeyValueStore(shared_store_url) as other,
+    ):
+        one.set("k", 1)
+        assert other.is_empty()
+
+
+def test_another_schema(postgres_url: str) -> None:
+    execute(postgres_url, "CREATE SCHEMA jobs")
+    for _ in range(2):
+        migrate_url(postgres_url, "jobs.kv_store")
+    store = open_store(postgres_url, "jobs.kv_store", 2)
+    assert store.acquire("k", "h", 60, None) is not None
+    store.close()
+    tables = execute(
+        postgres_url,
+        "SELECT table_schema, table_name FROM information_schema.tables"
+        " WHERE table_name LIKE 'kv_store%%' ORDER BY 2",
+    )
+    assert tables == [("jobs", "kv_store"), ("jobs", "kv_store_version")]
+
+
+def test_several_processes_at_once(shared_store_url: str) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    processes = [
+        spawn.Process(target=migrate_url, args=(shared_store_url, "kv_store")) for _ in range(4)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert columns_and_indexes(shared_store_url)[0] == ALL_COLUMNS
+
+
+def test_several_threads_at_once(tmp_path: Any) -> None:
+    """Alembic's helpers belong to the process: two tables at once must not meet in them."""
+    urls = [f"sqlite:///{tmp_path}/{n}.db" for n in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda url: migrate_url(url, "kv_store"), urls))
+    assert all(columns_and_indexes(url)[0] == ALL_COLUMNS for url in urls)

@@ -1,0 +1,190 @@
+import math
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+import attrs
+import msgspec
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from celery_singleton_state.state import Codec, StateError, is_schema
+
+
+@dataclass
+class Data:
+    n: int = 0
+    name: str = "new"
+    seen: list[int] = field(default_factory=list)
+
+
+class Struct(msgspec.Struct):
+    n: int = 0
+    name: str = "new"
+    seen: list[int] = msgspec.field(default_factory=list)
+
+
+@attrs.define
+class Attrs:
+    n: int = 0
+    name: str = "new"
+    seen: list[int] = attrs.field(factory=list)
+
+
+class Dict(TypedDict):
+    n: int
+    name: str
+    seen: list[int]
+
+
+class Model(pydantic.BaseModel):
+    n: int = 0
+    name: str = "new"
+    seen: list[int] = []
+
+
+def codec(schema: Any, **options: Any) -> Codec[Any]:
+    if schema is Dict:
+        options.setdefault("initial", {"n": 0, "name": "new", "seen": []})
+    return Codec(schema, **options)
+
+
+def plain(state: Any) -> Any:
+    """The state's JSON, read without its schema."""
+    schema = Dict if isinstance(state, dict) else type(state)
+    return msgspec.json.decode(codec(schema).encode(state))
+
+
+every_schema = pytest.mark.parametrize("schema", [Data, Struct, Attrs, Dict, Model])
+
+
+@every_schema
+def test_a_state_comes_back_as_it_was(schema: Any) -> None:
+    values = {"n": 7, "name": "ä😀\0", "seen": [1, 2]}
+    state = schema(**values)
+    again = codec(schema).decode(codec(schema).encode(state), 1)
+    assert type(again) is type(state)
+    assert plain(again) == values
+
+
+@every_schema
+def test_the_initial_state(schema: Any) -> None:
+    assert plain(codec(schema).initial()) == {"n": 0, "name": "new", "seen": []}
+
+
+@every_schema
+def test_initial_states_are_not_shared(schema: Any) -> None:
+    made = codec(schema, initial=schema(n=1, name="x", seen=[]))
+    one, other = made.initial(), made.initial()
+    (one["seen"] if schema is Dict else one.seen).append(1)
+    assert plain(other)["seen"] == []
+
+
+def test_the_initial_state_can_be_made() -> None:
+    assert Codec(Data, initial=lambda: Data(5)).initial() == Data(5)
+
+
+@every_schema
+def test_unknown_fields_are_dropped_and_missing_ones_take_their_default(schema: Any) -> None:
+    state = codec(schema).decode('{"n": 3, "gone": true}', 1)
+    assert plain(state) == {"n": 3, "name": "new", "seen": []}
+
+
+@every_schema
+@pytest.mark.parametrize("raw", ["", "{", "[]", "7", '{"n": "many"}', '{"n": null}', "\x00"])
+def test_what_does_not_fit_is_refused(schema: Any, raw: str) -> None:
+    with pytest.raises(StateError, match="the stored value of version 1 cannot be read"):
+        codec(schema).decode(raw, 1)
+
+
+@every_schema
+def test_what_a_body_left_must_fit(schema: Any) -> None:
+    made = codec(schema)
+    state = made.initial()
+    if schema is Dict:
+        state["n"] = "many"
+    else:
+        state.n = "many"
+    with pytest.raises(StateError, match=f"the state does not fit {schema.__name__}"):
+        made.encode(state)
+
+
+@every_schema
+@pytest.mark.parametrize("state", [None, 7, object(), [], "x"])
+def test_another_type_does_not_fit(schema: Any, state: Any) -> None:
+    with pytest.raises(StateError):
+        codec(schema).encode(state)
+
+
+def test_nan_does_not_fit() -> None:
+    @dataclass
+    class Measured:
+        value: float = 0.0
+
+    with pytest.raises(StateError):
+        Codec(Measured).encode(Measured(math.nan))
+
+
+def test_a_lone_surrogate_does_not_fit() -> None:
+    with pytest.raises(StateError):
+        Codec(Data).encode(Data(name="\ud800"))
+
+
+def rename(value: dict[str, Any]) -> dict[str, Any]:
+    return {"n": value["number"]}
+
+
+def double(value: dict[str, Any]) -> dict[str, Any]:
+    return value | {"n": value["n"] * 2}
+
+
+@every_schema
+def test_migrations_are_applied_one_version_at_a_time(schema: Any) -> None:
+    made = codec(schema, version=3, migrations={1: rename, 2: double})
+    assert plain(made.decode('{"number": 4}', 1))["n"] == 8
+    assert plain(made.decode('{"n": 4}', 2))["n"] == 8
+    assert plain(made.decode('{"n": 4}', 3))["n"] == 4
+
+
+def test_no_version_counts_as_the_first() -> None:
+    assert Codec(Data, version=2, migrations={1: rename}).decode('{"number": 4}', None).n == 4
+
+
+def test_a_version_without_a_migration_is_read_as_the_next() -> None:
+    made = Codec(Data, version=3, migrations={2: double})
+    assert made.decode('{"n": 4}', 1).n == 8
+
+
+def test_an_older_version_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(StateError, match="version 1"):
+        Codec(Data, version=2).decode('{"n": "four"}', 1)
+
+
+def test_a_newer_version_is_refused() -> None:
+    with pytest.raises(StateError, match="has version 3, newer than this code's 2"):
+        Codec(Data, version=2).decode('{"n": 4}', 3)
+
+
+def test_a_migration_that_fails_is_told() -> None:
+    with pytest.raises(StateError, match="KeyError: 'number'"):
+        Codec(Data, version=2, migrations={1: rename}).decode('{"n": 4}', 1)
+
+
+def test_pydantic_aliases() -> None:
+    class Aliased(pydantic.BaseModel):
+        n: int = pydantic.Field(default=0, alias="number")
+
+    made = Codec(Aliased)
+    assert made.decode(made.encode(Aliased(number=4)), 1).n == 4
+
+
+def test_what_a_schema_is() -> None:
+    assert all(map(is_schema, (Data, Struct, Attrs, Dict, Model)))
+    assert not any(map(is_schema, (dict, int, Data(), None, "Data", dict[str, int])))
+
+
+@given(st.builds(Data, n=st.integers(), name=st.text(), seen=st.lists(st.integers())))
+def test_any_state_comes_back(state: Data) -> None:
+    made = Codec(Data)
+    assert made.decode(made.encode(state), 1) == state
