@@ -65,7 +65,7 @@ def _measure(
     servers: Servers, pool: Pool, variants: dict[str, Variant], quick: bool
 ) -> tuple[Samples, dict[str, int]]:
     """The rates of each variant, and how many bodies were skipped in all."""
-    seconds, turns = (1.0, 5) if quick else (2.5, 7)
+    seconds, turns = (1.0, 3) if quick else (2.5, 7)
     skipped: dict[str, int] = defaultdict(int)
 
     def measure(name: str, count: int) -> float:

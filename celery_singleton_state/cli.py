@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import click
+import msgspec
 from celery import Celery
 from celery.bin.base import CeleryCommand, handle_preload_options
 from celery.exceptions import ImproperlyConfigured
@@ -92,8 +93,12 @@ def show(context: click.Context, name: str, as_json: bool) -> None:
         )
     entries = history.decode(row.history, name)
     if as_json:
-        runs = [{field: getattr(run, field) for field in run.__struct_fields__} for run in entries]
-        _print_json(_as_object(row, prefix) | {"value": row.value, "history": runs})
+        runs = [
+            msgspec.structs.asdict(run)
+            | {"started": _iso(run.started), "finished": _iso(run.finished)}
+            for run in entries
+        ]
+        _print_json(_as_object(row, prefix) | {"value": _value(row), "history": runs})
         return
     _print_row(row, prefix)
     _print_runs(entries)
@@ -153,7 +158,7 @@ def _as_object(row: Row, prefix: str) -> dict[str, Any]:
         "schema_version": row.schema_version,
         "run_count": row.run_count,
         "last_outcome": row.last_outcome,
-        "last_finished_at": _moment(row.last_finished_at),
+        "last_finished_at": _iso(row.last_finished_at),
     }
 
 
@@ -169,10 +174,21 @@ def _lease(row: Row) -> str:
     return f"{row.holder}, ran out {-row.expires_in:.0f} s ago"
 
 
+def _value(row: Row) -> Any:
+    """The state as JSON; as a text where it cannot be read."""
+    try:
+        return json.loads(row.value)
+    except ValueError:
+        return row.value
+
+
+def _iso(epoch: float | None) -> str | None:
+    return None if epoch is None else datetime.fromtimestamp(epoch, UTC).isoformat()
+
+
 def _moment(epoch: float | None) -> str | None:
-    if epoch is None:
-        return None
-    return datetime.fromtimestamp(epoch, UTC).isoformat(sep=" ", timespec="seconds")[:19]
+    """For people: UTC, to the second."""
+    return None if epoch is None else f"{datetime.fromtimestamp(epoch, UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:

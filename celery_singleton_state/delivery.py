@@ -13,7 +13,7 @@ from .errors import StateLoadFailed
 from .in_place import in_place
 from .lease import clock
 from .options import Options
-from .redelivery import can_be_put_back, end_duplicate, put_back
+from .redelivery import can_be_put_back, count_in, end_duplicate, put_back
 from .run import Run
 from .runtime import Runtime
 from .state import Codec
@@ -56,7 +56,7 @@ class Delivery:
     @property
     def own_retries(self) -> int:
         """How often this package asked for it, to repeat a run that failed over the store."""
-        return int(self.request.get(RETRIES_HEADER, 0) or 0)
+        return count_in(self.request, RETRIES_HEADER)
 
     @property
     def generation(self) -> int:

@@ -18,6 +18,11 @@ FIRST_DELAY = 0.5
 MAX_DELAY = 8.0
 
 
+def count_in(request: Context, header: str) -> int:
+    """A count of ours in the message's headers; 0 where it is not there."""
+    return int((request.headers or {}).get(header) or 0)
+
+
 def can_be_put_back(request: Context) -> bool:
     """Whether the delivery is a message that can be sent again."""
     return bool(request.id) and not request.called_directly and not request.is_eager
@@ -32,7 +37,7 @@ def put_back(task: Any, request: Context, singleton: str) -> None:
 
     :raises Ignore: always, so that Celery drops this copy and says nothing about the task.
     """
-    count = int(request.get(HEADER, 0) or 0)
+    count = count_in(request, HEADER)
     delay = min(FIRST_DELAY * 2 ** min(count, 10), MAX_DELAY) * random.uniform(0.5, 1.0)
     task.signature_from_request(
         request,

@@ -112,6 +112,7 @@ class Run:
         if self._in_transaction:
             raise RuntimeError(f"{self.name}: transaction() within transaction()")
         self._refuse_if_lost()
+        before = self._value()
         self._in_transaction = True
         saved_at = None
         try:
@@ -120,15 +121,26 @@ class Run:
                 new = self._value()
                 self._refuse_if_lost()
                 self._stored = None
+                asked_at = clock()
                 saved_at = transaction.save(self.held.lease, new)
                 if saved_at is None:
                     raise self._refused()
         except StoreError as error:
             if saved_at is None or not self._was_committed(saved_at):
+                self._roll_back(before)
                 raise StatePersistFailed(self.name, str(error)) from error
+        except BaseException:
+            self._roll_back(before)
+            raise
         finally:
             self._in_transaction = False
+        self.held.renewed(asked_at)
         self._stored = new
+
+    def _roll_back(self, before: NewValue) -> None:
+        """The state goes back with the rows: a body that goes on must not save it without them."""
+        assert self._codec is not None
+        self.state = self._codec.decode(before.value, before.schema_version)
 
     # -- its ends
 

@@ -185,7 +185,8 @@ class SingletonTask(_TypedTask[S, P, R]):
         """A transaction on the store's database whose commit also saves the state, fenced.
 
         The block is given a SQLAlchemy connection. When it ends, the state is written and all
-        is committed; when it raises, all is rolled back. On SQLite the block holds the file's
+        is committed; when it raises, all is rolled back, and ``self.state`` is a new object with
+        what it held before the block. On SQLite the block holds the file's
         only write lock, so keep it well below the lease's life.
 
         :raises HeartbeatFailed: the lease was lost; all was rolled back.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from sqlalchemy.exc import SQLAlchemyError
 
 from .base import Store, StoreNotReady, StoreUnavailable
 from .engine import is_in_memory, make_engine, parse_url
 from .sql import SqlStore
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["SqlStore", "Store", "open_store"]
 
@@ -49,6 +53,7 @@ def _make_table(store: SqlStore, url: str) -> None:
             migrate_engine(store.engine, store.table.fullname)
         else:
             migrate_url(url, store.table.fullname)
+        logger.info("table %s was made or upgraded", store.table.fullname)
     except (SQLAlchemyError, CommandError) as error:
         raise StoreUnavailable(
             f"table {store.table.fullname} could not be made: {error}"

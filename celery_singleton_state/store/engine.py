@@ -54,7 +54,7 @@ def parse_url(text: str) -> URL:
         url = url.set(drivername="postgresql")
     if url.get_backend_name() not in DIALECTS:
         raise ImproperlyConfigured(
-            f"singleton_store_url={url!s} is not supported; "
+            f"singleton_store_url={url.render_as_string()!r} is not supported; "
             f"it takes a URL of {', '.join(DIALECTS)}, or memory://"
         )
     if url.drivername == "postgresql":
@@ -78,7 +78,7 @@ def make_engine(
         return _postgresql(url, io_timeout, pool_size, connect_timeout or io_timeout)
     except ImportError as error:
         raise ImproperlyConfigured(
-            f"singleton_store_url={url!s} needs a driver: {error}; "
+            f"singleton_store_url={url.render_as_string()!r} needs a driver: {error}; "
             f"install celery-singleton-state[{url.get_backend_name()}]"
         ) from error
 

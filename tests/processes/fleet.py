@@ -38,6 +38,7 @@ class Worker:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                cwd=log.parent,
             )
 
     @property
@@ -120,6 +121,9 @@ class Fleet:
             return found if len(found) >= count else []
 
         return wait_until(enough, f"{count} times {event}")
+
+    def wait_for_output(self, worker: Worker, text: str) -> None:
+        wait_until(lambda: text in worker.output, f"the worker says {text!r}")
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run ``celery -A … <arguments>``."""

@@ -1,0 +1,74 @@
+"""``celery singleton ls`` and ``show``, as an operator types them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from celery import Celery
+
+from tests.processes.fleet import Fleet, outcome
+
+LS_FIELDS = {
+    *("singleton", "key", "fence", "holder", "task_id", "expires_in", "schema_version"),
+    *("run_count", "last_outcome", "last_finished_at"),
+}
+
+
+@pytest.fixture
+def fleet(make_fleet: Callable[..., Fleet], shared_store_url: str) -> Fleet:
+    return make_fleet(shared_store_url)
+
+
+def test_before_anything_ran(fleet: Fleet) -> None:
+    assert fleet.command("singleton", "ls").stdout == "no singleton has run yet\n"
+    assert json.loads(fleet.command("singleton", "ls", "--json").stdout) == []
+
+
+def test_ls_and_show(fleet: Fleet, client: Callable[[], Celery], tmp_path: Path) -> None:
+    app = client()
+    fleet.start("-c", "2")
+    go = tmp_path / "go"
+    assert outcome(app.send_task("increment")) == 1
+    running = app.send_task("held", (str(go),))
+    fleet.wait_for_notes("enter", 2)
+
+    held, free = json.loads(fleet.command("singleton", "ls", "--json").stdout)
+    assert set(held) == set(free) == LS_FIELDS
+    assert (held["singleton"], held["key"]) == ("held", "singleton-state:held")
+    assert held["task_id"] == running.id
+    assert 0 < held["expires_in"] <= 8.01
+    assert (free["singleton"], free["holder"], free["expires_in"]) == ("increment", None, None)
+    assert (free["fence"], free["run_count"], free["last_outcome"]) == (1, 1, "succeeded")
+    assert free["last_finished_at"]
+
+    table = fleet.command("singleton", "ls").stdout
+    assert "increment" in table
+    assert all(len(line) <= 80 for line in table.splitlines())
+
+    shown = json.loads(fleet.command("singleton", "show", "increment", "--json").stdout)
+    assert set(shown) == LS_FIELDS | {"value", "history"}
+    assert shown["value"] == {"n": 1}
+    assert [run["outcome"] for run in shown["history"]] == ["succeeded"]
+    assert "succeeded" in fleet.command("singleton", "show", "increment").stdout
+    go.touch()
+    assert outcome(running) == "held"
+
+
+def test_show_of_an_unknown_name_suggests(fleet: Fleet, client: Callable[[], Celery]) -> None:
+    app = client()
+    fleet.start("-P", "solo")
+    outcome(app.send_task("increment"))
+    answer = fleet.command("singleton", "show", "incremnt")
+    assert answer.returncode == 1
+    assert "'incremnt' has not run yet; did you mean increment?" in answer.stderr
+
+
+def test_a_store_out_of_reach_is_one_line(make_fleet: Callable[..., Fleet]) -> None:
+    fleet = make_fleet("postgresql://nobody@127.0.0.1:1/none", CELERY_SINGLETON_AUTO_MIGRATE="0")
+    answer = fleet.command("singleton", "ls")
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("Error: ")
+    assert "Traceback" not in answer.stderr

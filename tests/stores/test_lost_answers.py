@@ -1,0 +1,289 @@
+"""PostgreSQL behind a proxy that cuts, refuses or falls silent at the worst moment."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+import pytest
+from celery import Celery
+from celery.exceptions import SoftTimeLimitExceeded
+
+from celery_singleton_state import (
+    HeartbeatFailed,
+    RetryPolicy,
+    SingletonTask,
+    StateLoadFailed,
+    StatePersistFailed,
+    singleton_task,
+)
+from celery_singleton_state.history import decode
+from celery_singleton_state.migrate import migrate_url
+from celery_singleton_state.runtime import close_runtime, runtime_of
+from celery_singleton_state.store.base import Row
+from celery_singleton_state.store.sql import SqlTransaction
+from tests.servers import Postgres, Proxy
+from tests.waiting import wait_until
+
+AT_ONCE = RetryPolicy(max_retries=3, backoff=0, jitter=False)
+
+
+@dataclass
+class Counter:
+    n: int = 0
+
+
+@pytest.fixture
+def proxy(postgres: Postgres, make_proxy: Callable[[int], Proxy]) -> Proxy:
+    return make_proxy(postgres.port)
+
+
+@pytest.fixture
+def app(postgres: Postgres, postgres_url: str, proxy: Proxy) -> Iterator[Celery]:
+    migrate_url(postgres_url, "kv_store")
+    app = Celery("shop", broker="memory://", set_as_current=False)
+    app.conf.update(
+        singleton_store_url=postgres_url.replace(f":{postgres.port}/", f":{proxy.port}/"),
+        singleton_heartbeat_interval=1,
+    )
+    yield app
+    proxy.mode = "pass"
+    close_runtime(app)
+
+
+def make(app: Celery, act: Callable[[Any], None] = lambda task: None, **options: Any) -> Any:
+    """A task that counts its runs in its state, and acts in between; its lease is warm."""
+    options = {"state_schema": Counter, "name": "count", "shared": False} | options
+    acts = [lambda task: None]
+
+    def body(self: Any) -> int:
+        self.state.n += 1
+        acts[-1](self)
+        return int(self.state.n)
+
+    task = singleton_task(app, **options)(body)
+    assert task() == 1
+    acts.append(act)
+    return task
+
+
+def row(app: Celery) -> Row:
+    found = runtime_of(app).store.peek("singleton-state:count")
+    assert found is not None
+    return found
+
+
+def check_two_runs(app: Celery) -> None:
+    """Two runs, two fences, two increments: nothing lost and nothing doubled."""
+    found = row(app)
+    assert (found.value, found.fence, found.run_count) == ('{"n":2}', 2, 2)
+    assert found.holder is None
+    assert [run.outcome for run in decode(found.history, "")] == ["succeeded"] * 2
+
+
+def test_the_answer_to_acquire_is_lost(app: Celery, proxy: Proxy) -> None:
+    """The lease is taken, the holder does not know; it asks again and is told the same fence."""
+    task = make(app)
+    proxy.mode = "drop one answer"
+    assert task() == 2
+    check_two_runs(app)
+
+
+def test_the_answer_to_release_is_lost(app: Celery, proxy: Proxy) -> None:
+    """Saved and released, the run does not know; its repetition is refused, and it finds itself
+    in the history.
+    """
+
+    def act(task: Any) -> None:
+        proxy.mode = "drop one answer"
+
+    assert make(app, act)() == 2
+    check_two_runs(app)
+
+
+def test_the_answer_to_a_checkpoint_is_lost(app: Celery, proxy: Proxy) -> None:
+    def act(task: Any) -> None:
+        proxy.mode = "drop one answer"
+        task.checkpoint()
+
+    assert make(app, act)() == 2
+    check_two_runs(app)
+
+
+def insert_line(task: Any) -> None:
+    with task.transaction() as connection:
+        connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS lines (n integer)")
+        connection.exec_driver_sql(f"INSERT INTO lines VALUES ({task.state.n})")
+
+
+def lines(postgres_url: str) -> list[int]:
+    with psycopg.connect(postgres_url.replace("+psycopg", "")) as connection:
+        return [n for (n,) in connection.execute("SELECT n FROM lines ORDER BY n")]
+
+
+def test_the_answer_to_a_commit_is_lost(
+    app: Celery, proxy: Proxy, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows and state are committed, the run does not know; the row's moment tells it."""
+    save = SqlTransaction.save
+
+    def save_then_cut(self: SqlTransaction, *arguments: Any) -> Any:
+        saved_at = save(self, *arguments)
+        proxy.mode = "drop one answer"
+        return saved_at
+
+    task = make(app, insert_line)
+    monkeypatch.setattr(SqlTransaction, "save", save_then_cut)
+    assert task() == 2
+    check_two_runs(app)
+    assert lines(postgres_url) == [2]
+
+
+def test_a_connection_lost_before_the_commit(app: Celery, proxy: Proxy, postgres_url: str) -> None:
+    """Neither rows nor state are there; the retry starts from the state before."""
+    attempts = []
+
+    def act(task: Any) -> None:
+        attempts.append(task.state.n)
+        with task.transaction() as connection:
+            connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS lines (n integer)")
+            connection.exec_driver_sql(f"INSERT INTO lines VALUES ({task.state.n})")
+            if len(attempts) == 1:
+                proxy.cut()
+
+    task = make(app, act, retry_policy={"StatePersistFailed": AT_ONCE})
+    assert task.apply().get() == 2
+    assert attempts == [2, 2]
+    assert lines(postgres_url) == [2]
+    assert row(app).value == '{"n":2}'
+
+
+def test_out_of_reach_before_the_run(app: Celery, proxy: Proxy) -> None:
+    task = make(app, max_retries=0)
+    proxy.mode = "refuse"
+    proxy.cut()
+    with pytest.raises(StateLoadFailed) as caught:
+        task()
+    assert caught.value.singleton == "count"
+    assert isinstance(caught.value.__cause__, Exception)
+    proxy.mode = "pass"
+    assert task() == 2
+    check_two_runs(app)
+
+
+def test_out_of_reach_in_the_body(app: Celery, proxy: Proxy) -> None:
+    def act(task: Any) -> None:
+        proxy.mode = "refuse"
+        proxy.cut()
+
+    with pytest.raises(StatePersistFailed):
+        make(app, act)()
+    proxy.mode = "pass"
+    found = row(app)
+    assert (found.value, found.run_count) == ('{"n":1}', 1)
+
+
+@pytest.mark.parametrize("moment", ["before", "in the body"])
+def test_a_silent_server_becomes_an_error(app: Celery, proxy: Proxy, moment: str) -> None:
+    """It takes every byte and answers none, so that no time-out of TCP's sees it."""
+
+    def act(task: Any) -> None:
+        proxy.mode = "mute"
+
+    task = make(app, act)
+    if moment == "before":
+        proxy.mode = "mute"
+        with pytest.raises(StateLoadFailed, match=r"no answer|timeout"):
+            task()
+    else:
+        with pytest.raises((StatePersistFailed, HeartbeatFailed)):
+            task()
+
+
+def test_a_run_learns_from_silence_that_it_is_lost(app: Celery, proxy: Proxy) -> None:
+    """Its renewals meet no answer until its life runs out; it then does not ask the store."""
+
+    def act(task: Any) -> None:
+        proxy.mode = "mute"
+        wait_until(lambda: not task.lease_remaining, "the lease is not trusted any more")
+        wait_until(lambda: lost(task), "the run is told that it is lost")
+        proxy.mode = "pass"
+        task.checkpoint()
+
+    def lost(task: Any) -> Any:
+        return task._run_for("").held.lost
+
+    with pytest.raises(HeartbeatFailed, match="not renewed before its life ran out"):
+        make(app, act)()
+
+
+def test_a_commit_unknown_to_the_end_is_recognised_by_its_own_retry(
+    app: Celery, proxy: Proxy
+) -> None:
+    """The save is committed and no try gets an answer: the run fails as ``StatePersistFailed``
+    and is retried. The retry finds the run in the history, and does not repeat it.
+    """
+    bodies = []
+
+    class Base(SingletonTask[Counter]):
+        abstract = True
+
+        def on_lose_leadership(self) -> None:
+            proxy.mode = "pass"
+
+    def act(task: Any) -> None:
+        bodies.append(task.state.n)
+        proxy.mode = "drop answers"
+
+    task = make(app, act, base=Base, retry_policy={"StatePersistFailed": AT_ONCE})
+    assert task.apply(task_id="once").state == "SUCCESS"
+    assert bodies == [2]
+    assert row(app).value == '{"n":2}'
+
+
+def test_a_time_limit_in_mid_statement_leaves_the_pool_whole(
+    app: Celery, postgres_url: str
+) -> None:
+    """The row is locked by somebody, acquire waits for it, and the soft time limit strikes."""
+    task = make(app)
+
+    def strike(*_: Any) -> None:
+        raise SoftTimeLimitExceeded
+
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        with psycopg.connect(postgres_url.replace("+psycopg", "")) as other:
+            other.execute("SELECT * FROM kv_store FOR UPDATE")
+            for _ in range(3):
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+                with pytest.raises(SoftTimeLimitExceeded):
+                    task()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    # What was broken off may still take the lease for a moment, in nobody's name.
+    wait_until(lambda: not row(app).held, "the lease is free")
+    assert task() == 2
+
+
+def test_a_time_limit_within_a_transaction(app: Celery, postgres_url: str) -> None:
+    def strike(*_: Any) -> None:
+        raise SoftTimeLimitExceeded
+
+    def act(task: Any) -> None:
+        with task.transaction() as connection:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            connection.exec_driver_sql("SELECT pg_sleep(20)")
+
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        task = make(app, act)
+        for _ in range(4):
+            with pytest.raises(SoftTimeLimitExceeded):
+                task()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    found = row(app)
+    assert (found.value, found.holder, found.run_count) == ('{"n":1}', None, 5)

@@ -1,0 +1,71 @@
+"""Every code block of the documents is run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from celery import Celery
+
+from celery_singleton_state import RetryPolicy
+from celery_singleton_state.cli import singleton
+from celery_singleton_state.runtime import close_runtime, runtime_of
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def indented_commands(text: str) -> list[str]:
+    return re.findall(
+        r"^    (\S.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE
+    )
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) < 120
+
+
+def test_the_readmes_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks share one namespace, as a reader takes them; the store is in memory."""
+    monkeypatch.setenv("CELERY_SINGLETON_STORE_URL", "memory://")
+    orders = sa.Table("orders", sa.MetaData(), sa.Column("id", sa.Integer))
+    stock = [{"id": n} for n in range(1, 11)]
+
+    def fetch_orders(tenant: str, after: int) -> list[dict[str, int]]:
+        return [order for order in stock if order["id"] > after][:4]
+
+    names: dict[str, Any] = {
+        "fetch_orders": fetch_orders,
+        "insert_order": sa.insert(orders),
+        "RetryPolicy": RetryPolicy,
+        "__name__": "shop",
+    }
+    for block in python_blocks(README):
+        exec(compile(block, "README.md", "exec", dont_inherit=True), names)
+    app: Celery = names["app"]
+    orders.create(runtime_of(app).store.engine)
+    assert [names["import_orders"]("acme") for _ in range(4)] == [4, 4, 2, 0]
+    assert names["import_orders"]("other") == 4
+    with runtime_of(app).store.engine.connect() as connection:
+        assert connection.execute(sa.select(sa.func.count()).select_from(orders)).scalar() == 14
+    assert names["close_books"]() is None
+    close_runtime(app)
+
+
+def test_the_readmes_commands_are_known() -> None:
+    """What CI itself runs is left to it; the others are commands that exist."""
+    commands = indented_commands(README)
+    by_ci = [command for command in commands if command.startswith("python3 -m venv")]
+    assert len(by_ci) == 2
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+    ours = [command.split()[4] for command in commands if command.startswith("celery ")]
+    assert ours == ["migrate", "ls", "show"]
+    assert set(ours) <= set(singleton.commands)
+    assert len(commands) == len(by_ci) + len(ours) + 1  # and the installation by name
