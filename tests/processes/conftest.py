@@ -61,8 +61,9 @@ def client(make_fleet: Callable[..., Fleet]) -> Iterator[Callable[[], Celery]]:
             result_serializer=os.environ.get("TEST_SERIALIZER", "json"),
             accept_content=["json", os.environ.get("TEST_SERIALIZER", "json")],
         )
-        # Results are asked for; waiting for their announcement holds a socket that outlives us.
+        # Results are asked for; listening for them holds a socket that outlives the test.
         made[-1].backend.on_task_call = lambda *_: None
+        made[-1].backend.remove_pending_result = lambda *_: None
         return made[-1]
 
     yield make
