@@ -42,7 +42,7 @@ def main() -> int:
     with started_servers() as servers:
         for name in arguments.parts or PARTS:
             PARTS[name](servers, arguments.quick, console)
-        console.print(facts(servers), style="dim", highlight=False)
+        console.print(facts(servers), style="dim", highlight=False, soft_wrap=True)
     return 0
 
 

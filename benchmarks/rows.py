@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 from celery_singleton_state.history import Outcome
-from celery_singleton_state.settings import Settings
 from celery_singleton_state.store import SqlStore, open_store
 from celery_singleton_state.store.base import Ended, NewValue
 
@@ -29,6 +28,7 @@ from .servers import Servers
 
 SIZES = (1_000, 100_000, 1_000_000)
 TTL = 8.0
+IO_TIMEOUT = 10.0
 TARGET = "<= 1.20"
 
 _FILL = """
@@ -57,7 +57,7 @@ def run(servers: Servers, quick: bool, console: Console) -> None:
 
 def _filled(url: str, size: int) -> SqlStore:
     name = f"rows_{size}"
-    store = open_store(url, name, Settings().io_timeout, auto_migrate=True)
+    store = open_store(url, name, IO_TIMEOUT, auto_migrate=True)
     with psycopg.connect(url, autocommit=True) as connection:
         table = sql.Identifier(name)
         connection.execute(sql.SQL(_FILL).format(table=table, size=size))

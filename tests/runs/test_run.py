@@ -381,7 +381,7 @@ def test_a_run_with_a_successor_writes_nothing(
                 connection.exec_driver_sql("CREATE TABLE never (n integer)")
 
     with pytest.raises(HeartbeatFailed, match="count: the lease with fence 1 is lost"):
-        task_of(app, body, lease_ttl=0.3)()
+        task_of(app, body, lease_ttl=1)()
     assert (row(app).value, row(app).fence, row(app).holder) == ('{"n":100}', 2, "successor")
     with runtime_of(app).store.transaction() as transaction:
         transaction.connection.exec_driver_sql("CREATE TABLE never (n integer)")
@@ -397,7 +397,7 @@ def test_a_lost_run_knows(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
         self.checkpoint()
 
     with pytest.raises(HeartbeatFailed, match="its renewal was refused"):
-        task_of(app, body, lease_ttl=0.5)()
+        task_of(app, body, lease_ttl=1)()
 
 
 def test_a_transaction_carries_rows_and_state(app: Celery) -> None:

@@ -47,7 +47,7 @@ def app(postgres: Postgres, postgres_url: str, proxy: Proxy) -> Iterator[Celery]
     app = Celery("shop", broker="memory://", set_as_current=False)
     app.conf.update(
         singleton_store_url=postgres_url.replace(f":{postgres.port}/", f":{proxy.port}/"),
-        singleton_heartbeat_interval=1,
+        singleton_heartbeat_interval=2,
     )
     yield app
     proxy.mode = "pass"
