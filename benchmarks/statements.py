@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -40,10 +40,17 @@ TTL = 8.0
 TARGET = "<= 1.4"
 BARE, STORE, CALL = "two bare statements", "store.acquire, store.release", "a task's direct call"
 
-#: A history of the usual length, as a run would write it.
-_ENTRY = Entry("0" * 36, 0, "worker@host:12345:0123456789", 1, None, "succeeded", None, 1e9, 1e9)
-HISTORY = msgspec.json.encode([_ENTRY] * 16).decode()
 _counter = itertools.count(1)
+
+
+def _histories() -> Iterator[str]:
+    """Histories as a singleton's runs leave them, one after the other."""
+    entries = [
+        Entry(None, 0, f"host:12345:0123abcd{n:x}", n, None, "succeeded", None, 1e9 + n / 7, 1e9)
+        for n in range(1000, 1064)
+    ]
+    windows = [entries[n : n + 16] for n in range(len(entries) - 16)]
+    return itertools.cycle([msgspec.json.encode(window).decode() for window in windows])
 
 
 def run(servers: Servers, quick: bool, console: Console) -> None:
@@ -87,6 +94,7 @@ def _bare_round(store: SqlStore, url: str) -> Callable[[], None]:
     sql = Statements(store.table, store.engine.dialect)
     execute = _bare_sqlite(url) if url.startswith("sqlite") else _bare_postgres(url)
     lease = {"key": "bare", "holder": "bare:1:1", "ttl": TTL, "task_id": None}
+    histories = _histories()
 
     def round_trips() -> None:
         fence, *_ = execute(sql.acquire, lease).fetchone()
@@ -99,7 +107,7 @@ def _bare_round(store: SqlStore, url: str) -> Callable[[], None]:
                 "value": _new_value(),
                 "schema_version": 1,
                 "outcome": "succeeded",
-                "history": HISTORY,
+                "history": next(histories),
             },
         )
 
@@ -117,10 +125,12 @@ def _bare_sqlite(url: str) -> Callable[[str, dict[str, Any]], Any]:
 
 
 def _store_round(store: SqlStore) -> Callable[[], None]:
+    histories = _histories()
+
     def round_trips() -> None:
         acquired = store.acquire("store", "store:1:1", TTL, None)
         assert acquired is not None
-        ended = Ended(Outcome.SUCCEEDED, HISTORY)
+        ended = Ended(Outcome.SUCCEEDED, next(histories))
         store.release(acquired.lease, ended, NewValue(_new_value(), 1))
 
     return round_trips

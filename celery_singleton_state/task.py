@@ -13,7 +13,8 @@ from celery.app.task import Context
 from sqlalchemy import Connection
 from typing_extensions import ParamSpec, TypeVar
 
-from .delivery import RETRIES_HEADER, Delivery, deliver
+from .deliver import deliver
+from .delivery import RETRIES_HEADER, Delivery
 from .errors import SingletonError
 from .keys import row_key, singleton_name
 from .options import Options, find_misspelled, read_options, run_signature
@@ -141,16 +142,16 @@ class SingletonTask(_TypedTask[S, P, R]):
 
         :raises RuntimeError: outside a run, or without a ``state_schema``.
         """
-        run = self._run_for("state")
-        run.need_state("state")
-        state: S = run.state
-        return state
+        found = self._run_for("state").state
+        found.need("state")
+        value: S = found.value
+        return value
 
     @state.setter
     def state(self, value: S) -> None:
-        run = self._run_for("state")
-        run.need_state("state")
-        run.state = value
+        found = self._run_for("state").state
+        found.need("state")
+        found.value = value
 
     @property
     def fence(self) -> int:

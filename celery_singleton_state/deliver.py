@@ -1,0 +1,70 @@
+"""The way of a delivery: it takes the lease and runs, or ends as its conflict or past says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import history
+from .conflict import POLICIES, Conflict
+from .delivery import Delivery
+from .errors import StateLoadFailed
+from .in_place import in_place
+from .lease import clock
+from .redelivery import can_be_put_back, end_duplicate, put_back
+from .run import Run
+from .store.base import Acquired, Row, StoreError
+
+#: One for a connection that died in the pool, one over a new connection.
+LOAD_TRIES = 2
+#: How often a lease that was free again by the time of a second look is asked for.
+LOOKS = 3
+
+
+def deliver(delivery: Delivery, args: Any, kwargs: Any) -> Any:
+    """Run the body under the lease, or end the delivery as its conflict or its past says.
+
+    :raises SingletonError: what went wrong.
+    :raises Ignore: the message is put back, or was done before.
+    """
+    request, name = delivery.request, delivery.name
+    asked_at, acquired, row = _acquire(delivery)
+    if acquired is not None:
+        run = Run(delivery, acquired, asked_at)
+        if delivery.was_done(run.entries):
+            run.give_back()
+            return end_duplicate(delivery.task, request, name)
+        return run.execute(args, kwargs)
+    if row is not None and delivery.was_done(history.decode(row.history, name)):
+        return end_duplicate(delivery.task, request, name)
+    if row is not None and row.task_id == request.id and can_be_put_back(request):
+        return put_back(delivery.task, request, name)
+    return POLICIES[delivery.options.on_conflict](Conflict(name, row))
+
+
+def _acquire(delivery: Delivery) -> tuple[float, Acquired | None, Row | None]:
+    """Take the lease; the row of whoever holds it where that fails.
+
+    A request whose answer was lost is repeated in the same holder's name, and so answered with
+    what it took already.
+    """
+    holder = delivery.runtime.new_holder(delivery.request.hostname)
+    until = clock() + delivery.ttl
+
+    def ask() -> tuple[float, Acquired | None, Row | None]:
+        store = delivery.runtime.store
+        for _ in range(LOOKS):
+            asked_at = clock()
+            acquired = store.acquire(delivery.key, holder, delivery.ttl, delivery.request.id)
+            if acquired is not None:
+                return asked_at, acquired, None
+            # A run's own retry can be here before that run has given its lease back, and must
+            # not be taken for a conflict when it has by now.
+            row = store.peek(delivery.key)
+            if row is not None and row.held:
+                break
+        return asked_at, None, row
+
+    try:
+        return in_place(ask, LOAD_TRIES, until)
+    except StoreError as error:
+        raise StateLoadFailed(delivery.name, str(error)) from error
