@@ -6,11 +6,8 @@ nothing left to do. The version stands in a table of its own, ``<table>_version`
 
 from __future__ import annotations
 
-import logging
 import threading
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.resources import as_file, files
 from typing import Any
 
@@ -55,7 +52,6 @@ def migrate_engine(engine: Engine, table_name: str) -> None:
     package = files("celery_singleton_state") / "migrations"
     with (
         _one_at_a_time,
-        _quietly(),
         as_file(package) as location,
         open_transaction(engine) as connection,
     ):
@@ -74,18 +70,6 @@ def migrate_engine(engine: Engine, table_name: str) -> None:
                 singleton_table=table_name,
             )
             environment.run_migrations()
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without Alembic's own account of it, which would bury a worker's first lines."""
-    logger = logging.getLogger("alembic")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _wait_for_others(connection: Connection, table_name: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -43,18 +45,29 @@ def open_store(
 
 
 def _make_table(store: SqlStore, url: str) -> None:
-    # Alembic takes longer to import than all else here, and is needed once in a table's life.
-    from alembic.util import CommandError
-
-    from celery_singleton_state.migrate import migrate_engine, migrate_url
-
     try:
-        if is_in_memory(url):
-            migrate_engine(store.engine, store.table.fullname)
-        else:
-            migrate_url(url, store.table.fullname)
+        with _quiet_alembic():
+            # It takes longer to import than all else here, and is needed once in a table's life.
+            from celery_singleton_state.migrate import migrate_engine, migrate_url
+
+            if is_in_memory(url):
+                migrate_engine(store.engine, store.table.fullname)
+            else:
+                migrate_url(url, store.table.fullname)
         logger.info("table %s was made or upgraded", store.table.fullname)
-    except (SQLAlchemyError, CommandError) as error:
+    except SQLAlchemyError as error:
         raise StoreUnavailable(
             f"table {store.table.fullname} could not be made: {error}"
         ) from error
+
+
+@contextmanager
+def _quiet_alembic() -> Iterator[None]:
+    """Without Alembic's own account of it, which would bury a worker's first lines."""
+    alembic = logging.getLogger("alembic")
+    level = alembic.level
+    alembic.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        alembic.setLevel(level)
