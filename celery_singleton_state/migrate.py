@@ -15,9 +15,11 @@ import sqlalchemy as sa
 from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import Connection, Engine
 
 from .settings import Settings
+from .store.base import StoreNotReady
 from .store.engine import make_engine, parse_url
 from .store.sql import open_transaction
 
@@ -69,7 +71,12 @@ def migrate_engine(engine: Engine, table_name: str) -> None:
                 version_table_schema=schema or None,
                 singleton_table=table_name,
             )
-            environment.run_migrations()
+            try:
+                environment.run_migrations()
+            except CommandError as error:
+                raise StoreNotReady(
+                    f"table {table_name} is of a newer release than this one: {error}"
+                ) from error
 
 
 def _wait_for_others(connection: Connection, table_name: str) -> None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from celery import Task
 from celery.exceptions import ImproperlyConfigured
 
-from .conflict import POLICIES
-from .errors import RETRYABLE_REASONS, parse_reason
+from .errors import RETRYABLE_REASONS
 from .keys import UniqueOn
+from .option_checks import CHECKS
 from .retry import RetryPolicy
-from .settings import MIN_INTERVAL
-from .state import Codec, Migration, StateError, is_schema
+from .state import Codec, Migration, StateError
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,6 @@ class Options:
 
 
 NAMES = tuple(option.name for option in fields(Options))
-#: What the column holds.
-MAX_VERSION = 2**31 - 1
-#: A day: nobody should wait longer for a dead run, and a living one renews.
-MAX_LEASE_TTL = 86400.0
 _OF_CELERY = frozenset(dir(Task))
 
 
@@ -92,7 +87,7 @@ def find_misspelled(task_name: str, attributes: Mapping[str, Any]) -> None:
 
 def _checked(task: type[Task[Any, Any]], name: str, value: Any) -> Any:
     try:
-        return _CHECKS[name](value)
+        return CHECKS[name](value)
     except ValueError as error:
         raise _refused(task, name, value, str(error)) from None
 
@@ -106,35 +101,40 @@ def _refused(task: type[Task[Any, Any]], name: str, value: Any, allowed: str) ->
 def _check_together(task: type[Task[Any, Any]], options: Options) -> None:
     """What no option can be judged by alone."""
     if isinstance(options.unique_on, tuple):
-        names = list(run_signature(task).parameters)
-        if not set(options.unique_on) <= set(names):
-            allowed = ", ".join(names) or "none: the task has no arguments"
-            raise _refused(task, "unique_on", options.unique_on, f"names of arguments ({allowed})")
+        _check_names(task, options.unique_on)
     if options.state_schema is None:
-        for name in ("initial_state", "state_version", "state_migrations", "on_decode_error"):
-            if getattr(task, name, None) is not None:
-                value = getattr(task, name)
-                raise _refused(task, name, value, "a value only together with state_schema")
-    for version in options.state_migrations:
-        if version >= options.state_version:
-            raise _refused(
-                task,
-                "state_migrations",
-                dict(options.state_migrations),
-                f"versions below state_version={options.state_version}",
-            )
+        _check_no_state(task)
+    else:
+        _check_state(task, options)
+
+
+def _check_names(task: type[Task[Any, Any]], chosen: tuple[str, ...]) -> None:
+    names = list(run_signature(task).parameters)
+    if not set(chosen) <= set(names):
+        allowed = ", ".join(names) or "none: the task has no arguments"
+        raise _refused(task, "unique_on", chosen, f"names of arguments ({allowed})")
+
+
+def _check_no_state(task: type[Task[Any, Any]]) -> None:
+    for name in ("initial_state", "state_version", "state_migrations", "on_decode_error"):
+        value = getattr(task, name, None)
+        if value is not None:
+            raise _refused(task, name, value, "a value only together with state_schema")
+
+
+def _check_state(task: type[Task[Any, Any]], options: Options) -> None:
+    newest = max(options.state_migrations, default=0)
+    if newest >= options.state_version:
+        allowed = f"versions below state_version={options.state_version}"
+        raise _refused(task, "state_migrations", dict(options.state_migrations), allowed)
     codec = options.codec()
-    if codec is not None:
-        try:
-            codec.encode(codec.initial())
-        except StateError as error:
-            raise _refused(
-                task,
-                "initial_state",
-                options.initial_state,
-                f"a state of {codec.schema.__name__}, or nothing where "
-                f"{codec.schema.__name__}() makes one: {error}",
-            ) from error
+    assert codec is not None
+    name = codec.schema.__name__
+    try:
+        codec.encode(codec.initial())
+    except StateError as error:
+        allowed = f"a state of {name}, or nothing where {name}() makes one: {error}"
+        raise _refused(task, "initial_state", options.initial_state, allowed) from error
 
 
 def run_signature(task: type[Task[Any, Any]]) -> inspect.Signature:
@@ -144,91 +144,3 @@ def run_signature(task: type[Task[Any, Any]]) -> inspect.Signature:
     if isinstance(static, staticmethod | classmethod):
         return signature
     return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-
-def _unique_on(value: Any) -> UniqueOn:
-    if callable(value) or value == "*":
-        return value  # type: ignore[no-any-return]
-    if isinstance(value, list | tuple | set | frozenset) and value:
-        names = sorted(value) if isinstance(value, set | frozenset) else value
-        if all(isinstance(name, str) for name in names):
-            return tuple(names)
-    raise ValueError('names of arguments as a list, "*" for all of them, a callable, or nothing')
-
-
-def _schema(value: Any) -> Any:
-    if not is_schema(value):
-        raise ValueError(
-            "a dataclass, a msgspec.Struct, an attrs class, a TypedDict or a pydantic model"
-        )
-    return value
-
-
-def _version(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
-        raise ValueError(f"a whole number from 1 to {MAX_VERSION}")
-    return value
-
-
-def _migrations(value: Any) -> Any:
-    if not isinstance(value, Mapping) or not all(
-        isinstance(version, int) and version >= 1 and callable(step)
-        for version, step in value.items()
-    ):
-        raise ValueError("a dict from versions, 1 or more, to functions of one raw value")
-    return dict(value)
-
-
-def _choice(*allowed: str) -> Callable[[Any], str]:
-    def check(value: Any) -> str:
-        if value not in allowed:
-            raise ValueError(", ".join(repr(choice) for choice in allowed))
-        return str(value)
-
-    return check
-
-
-def _switch(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("True or False")
-    return value
-
-
-def _lease_ttl(value: Any) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not MIN_INTERVAL <= value <= MAX_LEASE_TTL
-    ):
-        raise ValueError(f"a number of seconds from {MIN_INTERVAL:g} to {MAX_LEASE_TTL:g}")
-    return float(value)
-
-
-def _reasons(value: Any) -> frozenset[str]:
-    if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
-        raise ValueError("a list of reasons")
-    return frozenset(parse_reason(name) for name in value)
-
-
-def _policies(value: Any) -> dict[str, RetryPolicy]:
-    if not isinstance(value, Mapping) or not all(
-        isinstance(policy, RetryPolicy) for policy in value.values()
-    ):
-        raise ValueError("a dict from reasons to RetryPolicy")
-    return {parse_reason(name): policy for name, policy in value.items()}
-
-
-_CHECKS: dict[str, Callable[[Any], Any]] = {
-    "unique_on": _unique_on,
-    "state_schema": _schema,
-    "initial_state": lambda value: value,
-    "state_version": _version,
-    "state_migrations": _migrations,
-    "on_decode_error": _choice("fail", "initial"),
-    "persist_on_error": _switch,
-    "on_conflict": _choice(*POLICIES),
-    "lease_ttl": _lease_ttl,
-    "deduplicate": _switch,
-    "retry_reasons": _reasons,
-    "retry_policy": _policies,
-}
