@@ -163,6 +163,12 @@ def on_failure(request: Any, exc: Any, traceback: Any) -> None:
     note("errback", error=type(exc).__name__, is_ours=isinstance(exc, LeaderHandoffFailed))
 
 
+@singleton_task(app, state_schema=Counter, name="keyed", unique_on=["number"])
+def keyed(self: SingletonTask[Counter], number: int) -> int:
+    self.state.n += 1
+    return number + self.state.n
+
+
 class Order(BaseModel):
     number: int
 

@@ -79,7 +79,7 @@ def test_the_pool_of_connections_is_small(
     fleet = make_fleet(f"{postgres_url}?application_name=counted")
     app = client()
     fleet.start("-P", pool, "-c", "4")
-    results = [app.send_task("modelled", ({"number": n},)) for n in range(40)]
+    results = [app.send_task("keyed", (n,)) for n in range(40)]
     for result in results:
         outcome(result)
     with psycopg.connect(postgres_url.replace("+psycopg", "")) as connection:
