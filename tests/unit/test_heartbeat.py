@@ -1,0 +1,174 @@
+"""The heartbeat thread against a store that answers as the test says."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from celery_singleton_state.heartbeat import Heartbeat
+from celery_singleton_state.lease import HeldLease, clock
+from celery_singleton_state.store.base import Lease, StoreUnavailable
+from tests.waiting import wait_until
+
+
+class Answers:
+    """A store that only renews, and writes down what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+        self.answer: Callable[[Sequence[Lease]], set[str]] = lambda leases: {
+            lease.key for lease in leases
+        }
+
+    def renew(self, leases: Sequence[Lease]) -> set[str]:
+        self.asked.append(sorted(lease.key for lease in leases))
+        return self.answer(leases)
+
+
+@pytest.fixture
+def store() -> Answers:
+    return Answers()
+
+
+@pytest.fixture
+def heartbeat(store: Answers) -> Iterator[Heartbeat]:
+    beating: Any = Heartbeat(store)  # type: ignore[arg-type]
+    yield beating
+    beating.close()
+
+
+def held(key: str, ttl: float = 1.0, interval: float = 0.1) -> HeldLease:
+    return HeldLease(Lease(key, "holder", 1, ttl), clock(), interval)
+
+
+def test_a_lease_is_renewed_again_and_again(heartbeat: Heartbeat, store: Answers) -> None:
+    lease = held("a")
+    heartbeat.hold(lease)
+    wait_until(lambda: len(store.asked) >= 3, "three renewals")
+    assert lease.lost is None
+    assert lease.remaining > 0
+
+
+def test_all_that_are_due_go_in_one_request(heartbeat: Heartbeat, store: Answers) -> None:
+    together = clock()
+    for key in "abc":
+        heartbeat.hold(HeldLease(Lease(key, "holder", 1, 1.0), together, 0.1))
+    wait_until(lambda: ["a", "b", "c"] in store.asked, "one request for all")
+
+
+def test_a_dropped_lease_is_left_alone(heartbeat: Heartbeat, store: Answers) -> None:
+    dropped, kept = held("dropped"), held("kept")
+    heartbeat.hold(dropped)
+    heartbeat.hold(kept)
+    heartbeat.drop(dropped)
+    wait_until(lambda: len(store.asked) >= 2, "two renewals")
+    assert all("dropped" not in keys for keys in store.asked[1:])
+    assert dropped.lost is None
+
+
+def test_a_short_run_costs_no_request(heartbeat: Heartbeat, store: Answers) -> None:
+    """It is gone before its renewal would be due; a longer one beside it proves the thread."""
+    short, long = held("short", ttl=60, interval=30), held("long")
+    heartbeat.hold(short)
+    heartbeat.hold(long)
+    heartbeat.drop(short)
+    wait_until(lambda: len(store.asked) >= 2, "the long one is renewed")
+    assert all(keys == ["long"] for keys in store.asked)
+
+
+def test_a_refused_lease_is_lost(heartbeat: Heartbeat, store: Answers) -> None:
+    store.answer = lambda leases: set()
+    lease = held("a")
+    heartbeat.hold(lease)
+    wait_until(lambda: lease.lost, "it is lost")
+    assert lease.lost == "its renewal was refused"
+    assert lease.remaining == 0
+    assert heartbeat._held == set()
+
+
+def test_one_that_is_passed_over_is_asked_for_alone(heartbeat: Heartbeat, store: Answers) -> None:
+    """A row that somebody has locked is left out of the batch, and is not lost for that."""
+    store.answer = lambda leases: (
+        {lease.key for lease in leases if lease.key != "locked" or len(leases) == 1}
+    )
+    together = clock()
+    leases = [HeldLease(Lease(key, "holder", 1, 1.0), together, 0.1) for key in ("a", "locked")]
+    for lease in leases:
+        heartbeat.hold(lease)
+    wait_until(lambda: ["a", "locked"] in store.asked, "they are asked for together")
+    wait_until(lambda: ["locked"] in store.asked, "it is asked for alone")
+    assert [lease.lost for lease in leases] == [None, None]
+
+
+@pytest.mark.parametrize("error", [StoreUnavailable("gone"), LookupError("a fault of ours")])
+def test_a_failed_request_is_repeated(
+    heartbeat: Heartbeat, store: Answers, error: Exception
+) -> None:
+    def fail_once(leases: Sequence[Lease]) -> set[str]:
+        if len(store.asked) == 1:
+            raise error
+        return {lease.key for lease in leases}
+
+    store.answer = fail_once
+    lease = held("a")
+    heartbeat.hold(lease)
+    wait_until(lambda: len(store.asked) >= 3, "it goes on")
+    assert lease.lost is None
+
+
+def test_without_an_answer_it_is_lost_when_its_life_runs_out(
+    heartbeat: Heartbeat, store: Answers
+) -> None:
+    def fail(leases: Sequence[Lease]) -> set[str]:
+        raise StoreUnavailable("gone")
+
+    store.answer = fail
+    lease = held("a", ttl=0.3)
+    heartbeat.hold(lease)
+    wait_until(lambda: lease.lost, "it is lost")
+    assert lease.lost == "it was not renewed before its life ran out"
+    assert clock() >= lease.trusted_until
+
+
+def test_released_while_its_renewal_is_under_way(heartbeat: Heartbeat, store: Answers) -> None:
+    """The renewal is sent; the run gives its lease back and drops it; the renewal is refused.
+
+    It was not lost: its own run ended it.
+    """
+    sent, go_on = threading.Event(), threading.Event()
+
+    def refuse_late(leases: Sequence[Lease]) -> set[str]:
+        sent.set()
+        go_on.wait(10)
+        return set()
+
+    store.answer = refuse_late
+    lease = held("a")
+    heartbeat.hold(lease)
+    assert sent.wait(10)
+    heartbeat.drop(lease)
+    go_on.set()
+    other = held("b")
+    store.answer = lambda leases: {each.key for each in leases}
+    heartbeat.hold(other)
+    wait_until(lambda: ["b"] in store.asked, "the thread goes on")
+    assert lease.lost is None
+
+
+def test_a_thread_that_died_is_replaced(heartbeat: Heartbeat, store: Answers) -> None:
+    heartbeat.hold(held("a"))
+    heartbeat.close()
+    heartbeat._closed = False
+    lease = held("b")
+    heartbeat.hold(lease)
+    wait_until(lambda: any("b" in keys for keys in store.asked), "a new thread renews")
+
+
+def test_a_renewal_is_due_half_way_through_a_short_life() -> None:
+    asked_at = clock()
+    lease = HeldLease(Lease("a", "holder", 1, 2.0), asked_at, interval=4.0)
+    assert lease.renew_at == asked_at + 1.0
+    assert lease.trusted_until == asked_at + 2.0
