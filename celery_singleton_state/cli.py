@@ -15,7 +15,7 @@ from celery import Celery
 from celery.bin.base import CeleryCommand, handle_preload_options
 from celery.exceptions import ImproperlyConfigured
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from sqlalchemy.exc import SQLAlchemyError
 
 from . import history
@@ -60,7 +60,9 @@ def ls(context: click.Context, as_json: bool) -> None:
     if as_json:
         _print_json([_as_object(row, prefix) for row in rows])
         return
-    table = Table("singleton", "fence", "runs", "last", "finished (UTC)", "lease", box=None)
+    # A name is what `show` takes, so it is folded and never cut.
+    name = Column("singleton", overflow="fold")
+    table = Table(name, "fence", "runs", "last", "finished (UTC)", "lease", box=None)
     for row in rows:
         table.add_row(
             _name(row, prefix),

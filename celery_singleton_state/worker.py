@@ -26,8 +26,6 @@ class SingletonStep(bootsteps.StartStopStep):
     what to do. A store that is out of reach does not: its runs are retried.
     """
 
-    requires = ()
-
     def __init__(self, parent: Any, **kwargs: Any) -> None:
         super().__init__(parent, **kwargs)
         app: Celery = parent.app
