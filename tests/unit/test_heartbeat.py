@@ -79,6 +79,33 @@ def test_a_short_run_costs_no_request(heartbeat: Heartbeat, store: Answers) -> N
     assert all(keys == ["long"] for keys in store.asked)
 
 
+def test_short_runs_do_not_wake_the_thread(
+    heartbeat: Heartbeat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run ends before the thread that its lease woke gets to look, and so does the next one:
+    the thread must not be told of each anew.
+    """
+    heartbeat.hold(held("first", ttl=60, interval=30))
+    wait_until(lambda: heartbeat._wakes_at < float("inf"), "the thread waits for the first")
+    told = []
+    monkeypatch.setattr(heartbeat._changed, "notify", lambda: told.append(1))
+    for n in range(100):
+        lease = held(str(n), ttl=60, interval=30)
+        heartbeat.hold(lease)
+        heartbeat.drop(lease)
+    assert told == []
+
+
+def test_after_an_interval_without_runs_it_sleeps_for_good(heartbeat: Heartbeat) -> None:
+    lease = held("a")
+    heartbeat.hold(lease)
+    heartbeat.drop(lease)
+    wait_until(lambda: heartbeat._wakes_at == float("inf"), "it sleeps for good")
+    later = held("b")
+    heartbeat.hold(later)
+    wait_until(lambda: heartbeat._wakes_at < float("inf"), "and is woken by the next lease")
+
+
 def test_a_refused_lease_is_lost(heartbeat: Heartbeat, store: Answers) -> None:
     store.answer = lambda leases: set()
     lease = held("a")
