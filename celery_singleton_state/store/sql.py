@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ class SqlStore:
         self.now: ColumnElement[Any] = literal_column(self._sql.now)
 
     def acquire(self, key: str, holder: str, ttl: float, task_id: str | None) -> Acquired | None:
-        rows, _ = self._execute(
+        rows = self._rows(
             self._sql.acquire, {"key": key, "holder": holder, "ttl": ttl, "task_id": task_id}
         )
         if not rows:
@@ -45,32 +45,31 @@ class SqlStore:
     def renew(self, leases: Sequence[Lease]) -> set[str]:
         statement = self._sql.renew_unlocked if len(leases) > 1 else self._sql.renew
         document = msgspec.json.encode(leases).decode()
-        rows, _ = self._execute(statement, {"leases": document})
+        rows = self._rows(statement, {"leases": document})
         return {key for (key,) in rows}
 
     def save(self, lease: Lease, new: NewValue) -> bool:
-        rows, _ = self._execute(self._sql.save, _named(lease, new, ttl=lease.ttl))
+        rows = self._rows(self._sql.save, _named(lease, new, ttl=lease.ttl))
         return bool(rows)
 
     def release(self, lease: Lease, ended: Ended, new: NewValue | None = None) -> bool:
         statement = self._sql.release if new is None else self._sql.release_with_value
         outcome = {"outcome": ended.outcome, "history": ended.history}
-        _, changed = self._execute(statement, _named(lease, new, **outcome))
-        return changed == 1
+        return self._change(statement, _named(lease, new, **outcome)) == 1
 
     def peek(self, key: str) -> Row | None:
-        rows, _ = self._execute(self._sql.peek, {"key": key})
+        rows = self._rows(self._sql.peek, {"key": key})
         return Row(*rows[0]) if rows else None
 
     def list(self, prefix: str) -> Sequence[Row]:
-        rows, _ = self._execute(self._sql.list, {"prefix": prefix})
+        rows = self._rows(self._sql.list, {"prefix": prefix})
         return [Row(*row) for row in rows]
 
     def set_aside(self, key: str, value: str) -> None:
-        self._execute(self._sql.set_aside, {"key": key, "value": value})
+        self._change(self._sql.set_aside, {"key": key, "value": value})
 
     def check(self) -> None:
-        self._execute(self._sql.check, {})
+        self._rows(self._sql.check, {})
 
     def close(self) -> None:
         self.engine.dispose()
@@ -96,10 +95,19 @@ class SqlStore:
                 raise  # an error of the caller's own statements is the caller's
             raise self.as_store_error(error) from error
 
+    def _rows(self, statement: str, parameters: Mapping[str, Any]) -> Sequence[tuple[Any, ...]]:
+        rows: Sequence[tuple[Any, ...]] = self._execute(
+            statement, parameters, lambda cursor: cursor.fetchall()
+        )
+        return rows
+
+    def _change(self, statement: str, parameters: Mapping[str, Any]) -> int:
+        return int(self._execute(statement, parameters, lambda cursor: cursor.rowcount))
+
     def _execute(
-        self, statement: str, parameters: Mapping[str, Any]
-    ) -> tuple[Sequence[tuple[Any, ...]], int]:
-        """Run one statement; returns its rows and how many it changed.
+        self, statement: str, parameters: Mapping[str, Any], answer: Callable[[Any], Any]
+    ) -> Any:
+        """Run one statement; returns what is wanted of its cursor.
 
         The driver's cursor is used as it is: what SQLAlchemy's execution adds to it costs as
         much as the statement does on SQLite.
@@ -112,8 +120,7 @@ class SqlStore:
         try:
             with closing(connection.cursor()) as cursor:
                 cursor.execute(statement, parameters)
-                rows = cursor.fetchall() if cursor.description else []
-                return rows, cursor.rowcount
+                return answer(cursor)
         except (driver_error, UnicodeError) as error:
             self._discard(connection, error)
             raise self.as_store_error(error) from error
