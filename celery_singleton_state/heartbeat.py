@@ -3,7 +3,7 @@
 It is started by the first lease and wakes when the earliest renewal is due. Runs that are shorter
 than an interval are gone when it looks: it wakes once an interval for all of them together, and
 sleeps for good when an interval passed without any. To wake it for each would cost each run two
-switches between threads, more than the run's own work.
+switches between threads.
 """
 
 from __future__ import annotations

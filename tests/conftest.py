@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from celery import Celery
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from celery_singleton_state.runtime import close_runtime
 from celery_singleton_state.store import SqlStore, open_store
 from tests.servers import Postgres, Proxy, Valkey
+
+# What hypothesis notes for itself is a file too, and no test leaves one in the checkout.
+_hypothesis_home = tempfile.mkdtemp(prefix="test-hypothesis-")
+atexit.register(shutil.rmtree, _hypothesis_home)
+set_hypothesis_home_dir(_hypothesis_home)
 
 STORES = ("memory", "sqlite", "postgresql")
 
