@@ -88,11 +88,12 @@ def test_short_runs_do_not_wake_the_thread(
     heartbeat.hold(held("first", ttl=60, interval=30))
     wait_until(lambda: heartbeat._wakes_at < float("inf"), "the thread waits for the first")
     told = []
-    monkeypatch.setattr(heartbeat._changed, "notify", lambda: told.append(1))
-    for n in range(100):
-        lease = held(str(n), ttl=60, interval=30)
-        heartbeat.hold(lease)
-        heartbeat.drop(lease)
+    with monkeypatch.context() as patched:
+        patched.setattr(heartbeat._changed, "notify", lambda: told.append(1))
+        for n in range(100):
+            lease = held(str(n), ttl=60, interval=30)
+            heartbeat.hold(lease)
+            heartbeat.drop(lease)
     assert told == []
 
 
