@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,17 @@ from tests.processes.fleet import Fleet
 from tests.servers import Valkey
 
 _databases = itertools.count()
+_fleets = pytest.StashKey[list[Fleet]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A failure shows what its workers said: it may not come again for whoever looks into it."""
+    report = yield
+    if report.failed:
+        for fleet in item.stash.get(_fleets, []):
+            report.sections += fleet.outputs()
+    return report
 
 
 @pytest.fixture
@@ -31,10 +42,13 @@ def broker_url(valkey: Valkey) -> str:
 
 @pytest.fixture
 def make_fleet(
-    tmp_path: Path, broker_url: str, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    broker_url: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[..., Fleet]]:
     """Makes a fleet on a store, and lets this process talk to it as a client."""
-    made: list[Fleet] = []
+    made = request.node.stash[_fleets] = []
 
     def make(store_url: str, **settings: Any) -> Fleet:
         fleet = Fleet(tmp_path, broker_url, store_url, **settings)

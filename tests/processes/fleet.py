@@ -135,6 +135,11 @@ class Fleet:
             timeout=60,
         )
 
+    def outputs(self) -> list[tuple[str, str]]:
+        """A title and a text for each worker, and for what the bodies wrote down."""
+        said = [(f"worker {worker.log.stem}", worker.output) for worker in self._workers]
+        return [*said, ("notes", self.notes_file.read_text())]
+
     def close(self) -> None:
         for worker in self._workers:
             worker.close()
