@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar, is_typeddict
+from typing import Any, Generic, TypeVar, get_args, get_type_hints, is_typeddict
 
 import msgspec
 
@@ -124,15 +124,36 @@ class Codec(Generic[S]):
 
 
 def _msgspec(schema: type[S]) -> tuple[Callable[[S], bytes], Callable[[bytes], S]]:
+    parse = msgspec.json.Decoder(schema).decode
     encode = msgspec.json.Encoder().encode
+    names = _names_of_flat(schema)
 
     def dump(state: Any) -> bytes:
         # msgspec leaves a default to the dataclass itself, and would leave it out here too: the
         # stored value would then follow the code's default instead of the state.
+        if names and type(state) is schema:
+            return encode({name: getattr(state, name) for name in names})
         is_one = dataclasses.is_dataclass(state) and not isinstance(state, type)
         return encode(dataclasses.asdict(state) if is_one else state)
 
-    return dump, msgspec.json.Decoder(schema).decode
+    return dump, parse
+
+
+def _names_of_flat(schema: type) -> tuple[str, ...]:
+    """The fields of a dataclass without others inside it; ``asdict`` would copy all they hold."""
+    if not dataclasses.is_dataclass(schema):
+        return ()
+    hints = get_type_hints(schema)
+    names = tuple(field.name for field in dataclasses.fields(schema))
+    return names if all(_is_plain(hints[name]) for name in names) else ()
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether values of a type are known to hold no dataclass."""
+    parts = get_args(hint)
+    if parts:
+        return all(map(_is_plain, parts))
+    return getattr(hint, "__module__", None) in ("builtins", "datetime", "decimal", "uuid")
 
 
 def _pydantic(schema: Any) -> tuple[Callable[[S], bytes], Callable[[bytes], S]]:

@@ -10,7 +10,7 @@ from celery.exceptions import ImproperlyConfigured
 
 from . import runtime
 from .store.base import StoreNotReady, StoreUnavailable
-from .store.engine import is_in_memory
+from .store.engine import is_in_memory, parse_url
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class SingletonStep(bootsteps.StartStopStep):
             raise ImproperlyConfigured(str(error)) from error
         except StoreUnavailable as error:
             logger.error("singletons: the store cannot be reached, runs will be retried: %s", error)
-        if is_in_memory(url) and is_prefork(worker):
+        if is_in_memory(parse_url(url)) and is_prefork(worker):
             raise ImproperlyConfigured(
                 f"singleton_store_url={url!r} guards the threads of one process only; "
                 "use --pool=solo or --pool=threads, or a store that processes share"

@@ -50,7 +50,7 @@ def _make_table(store: SqlStore, url: str) -> None:
             # It takes longer to import than all else here, and is needed once in a table's life.
             from celery_singleton_state.migrate import migrate_engine, migrate_url
 
-            if is_in_memory(url):
+            if is_in_memory(store.engine.url):
                 migrate_engine(store.engine, store.table.fullname)
             else:
                 migrate_url(url, store.table.fullname)

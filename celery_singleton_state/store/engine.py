@@ -62,6 +62,11 @@ def parse_url(text: str) -> URL:
     return url
 
 
+def is_in_memory(url: URL) -> bool:
+    """Whether a database lives in one process, and in its only connection."""
+    return url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
+
+
 def make_engine(
     url: URL, io_timeout: float, pool_size: int = 2, connect_timeout: float | None = None
 ) -> Engine:
@@ -103,7 +108,7 @@ def _sqlite(url: URL, io_timeout: float, pool_size: int) -> Engine:
             f"SQLite {sqlite3.sqlite_version} is too old; "
             f"{'.'.join(map(str, OLDEST_SQLITE))} or newer is needed"
         )
-    in_memory = url.database in (None, "", ":memory:")
+    in_memory = is_in_memory(url)
     engine = _create(
         url,
         1 if in_memory else pool_size,
@@ -187,9 +192,3 @@ def _postgresql(url: URL, io_timeout: float, pool_size: int, connect_timeout: fl
         return Connection.connect(*args, **kwargs)
 
     return engine
-
-
-def is_in_memory(text: str) -> bool:
-    """Whether a store's URL names a database that lives in one process."""
-    url = parse_url(text)
-    return url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")

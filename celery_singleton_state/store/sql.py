@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, Engine, PoolProxiedConnection, literal_column
+from sqlalchemy import ColumnElement, Connection, Engine, literal_column
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .base import Acquired, Ended, Lease, NewValue, Row, StoreError, StoreNotReady, StoreUnavailable
+from .connections import Connections
+from .engine import is_in_memory
 from .schema import make_table
 from .statements import Statements
 
@@ -30,6 +32,9 @@ class SqlStore:
         self.engine = engine
         self.table = make_table(table_name)
         self._sql = Statements(self.table, engine.dialect)
+        self._driver_error = engine.dialect.loaded_dbapi.Error
+        # A database in memory lives in its pool's only connection.
+        self._connections = Connections(engine, keeps_one=not is_in_memory(engine.url))
         #: The database's time now, for statements made elsewhere.
         self.now: ColumnElement[Any] = literal_column(self._sql.now)
 
@@ -107,41 +112,10 @@ class SqlStore:
     def _execute(
         self, statement: str, parameters: Mapping[str, Any], answer: Callable[[Any], Any]
     ) -> Any:
-        """Run one statement; returns what is wanted of its cursor.
-
-        The driver's cursor is used as it is: what SQLAlchemy's execution adds to it costs as
-        much as the statement does on SQLite.
-        """
-        driver_error = self.engine.dialect.loaded_dbapi.Error
         try:
-            connection = self.engine.raw_connection()
-        except (driver_error, SQLAlchemyError) as error:
+            return self._connections.execute(statement, parameters, answer)
+        except (self._driver_error, SQLAlchemyError, UnicodeError) as error:
             raise self.as_store_error(error) from error
-        try:
-            with closing(connection.cursor()) as cursor:
-                cursor.execute(statement, parameters)
-                return answer(cursor)
-        except (driver_error, UnicodeError) as error:
-            self._discard(connection, error)
-            raise self.as_store_error(error) from error
-        except BaseException:
-            # Broken off in mid-statement, by a time limit say: it is in no state to be reused.
-            self._discard(connection, None)
-            raise
-        finally:
-            connection.close()
-
-    def _discard(self, connection: PoolProxiedConnection, error: Any) -> None:
-        """Throw away a connection that met an error, and its like; a file's stays good."""
-        if self.engine.dialect.name == "sqlite":
-            return
-        lost = error is not None and self.engine.dialect.is_disconnect(
-            error, connection.dbapi_connection, None
-        )
-        connection.invalidate(error)
-        if lost:
-            # The others in the pool are as old, and as dead.
-            self.engine.dispose()
 
     def as_store_error(self, error: Exception) -> StoreError:
         """An error of the driver's or of SQLAlchemy's, as one of ours."""

@@ -57,7 +57,9 @@ def test_a_run_is_two_statements_on_sqlite(tmp_path: Path) -> None:
     def listen(connection: sqlite3.Connection, *_: Any) -> None:
         connection.set_trace_callback(seen.append)
 
-    event.listen(runtime_of(app).store.engine, "checkout", listen)
+    store = runtime_of(app).store
+    event.listen(store.engine, "connect", listen)
+    store.engine.dispose()
     count = counting_task(app)
     count()
     seen.clear()

@@ -91,6 +91,34 @@ def test_unknown_fields_are_dropped_and_missing_ones_take_their_default(schema: 
     assert plain(state) == {"n": 3, "name": "new", "seen": []}
 
 
+@dataclass
+class Part:
+    size: int = 7
+
+
+@dataclass
+class Whole:
+    part: Part = field(default_factory=Part)
+    parts: dict[str, list[Part]] = field(default_factory=dict)
+    number: int = 5
+
+
+@dataclass
+class MoreData(Data):
+    more: int = 1
+
+
+def test_defaults_of_dataclasses_within_dataclasses_are_written_too() -> None:
+    """A value that leaves them to the code would follow the next release's defaults."""
+    state = codec(Whole).decode('{"part": {}, "parts": {"a": [{}]}}', 1)
+    part = {"size": 7}
+    assert plain(state) == {"part": part, "parts": {"a": [part]}, "number": 5}
+
+
+def test_a_subclass_is_written_with_its_own_fields() -> None:
+    assert msgspec.json.decode(codec(Data).encode(MoreData(n=2)))["more"] == 1
+
+
 @every_schema
 @pytest.mark.parametrize("raw", ["", "{", "[]", "7", '{"n": "many"}', '{"n": null}', "\x00"])
 def test_what_does_not_fit_is_refused(schema: Any, raw: str) -> None:

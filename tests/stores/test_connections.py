@@ -1,0 +1,112 @@
+"""The connection that is kept at hand, and the pool behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import Engine
+
+from celery_singleton_state.store.connections import Connections
+from celery_singleton_state.store.engine import make_engine, parse_url
+
+
+@pytest.fixture
+def engine(postgres_url: str) -> Iterator[Engine]:
+    made = make_engine(parse_url(postgres_url), io_timeout=5.0, pool_size=2)
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def connections(engine: Engine) -> Connections:
+    return Connections(engine, keeps_one=True)
+
+
+def its_process(cursor: Any) -> int:
+    return int(cursor.connection.info.backend_pid)
+
+
+def process(connections: Connections) -> int:
+    """The server's process that answers the next statement."""
+    return int(connections.execute("SELECT 1", {}, its_process))
+
+
+def test_one_statement_after_another_uses_one_connection(connections: Connections) -> None:
+    assert len({process(connections) for _ in range(5)}) == 1
+
+
+def test_statements_at_the_same_time_have_connections_of_their_own(
+    connections: Connections,
+) -> None:
+    """A is not answered yet when B is sent; B does not wait, and A's is kept as before."""
+    kept = process(connections)
+
+    def meanwhile(cursor: Any) -> tuple[int, int]:
+        return its_process(cursor), process(connections)
+
+    first, second = connections.execute("SELECT 1", {}, meanwhile)
+    assert first == kept != second
+    assert process(connections) == kept
+
+
+def test_a_connection_that_is_outdated_in_mid_statement_is_closed_after_it(
+    engine: Engine, connections: Connections
+) -> None:
+    """A is not answered yet when all connections are closed; it is answered, and then closed."""
+
+    def meanwhile(cursor: Any) -> tuple[Any, Any]:
+        engine.dispose()
+        return cursor.connection, cursor.fetchall()
+
+    connection, rows = connections.execute("SELECT 1", {}, meanwhile)
+    assert (connection.closed, rows) == (True, [(1,)])
+
+
+def test_closing_the_pool_closes_the_one_that_is_kept(
+    engine: Engine, connections: Connections
+) -> None:
+    kept = connections.execute("SELECT 1", {}, lambda cursor: cursor.connection)
+    engine.dispose()
+    assert kept.closed
+
+
+def test_a_connection_that_met_an_error_is_not_used_again(connections: Connections) -> None:
+    kept = connections.execute("SELECT 1", {}, lambda cursor: cursor.connection)
+    with pytest.raises(psycopg.errors.UndefinedTable):
+        connections.execute("SELECT * FROM nothing", {}, its_process)
+    assert kept.closed
+    assert process(connections)
+
+
+def test_one_broken_off_in_mid_statement_is_not_used_again(connections: Connections) -> None:
+    """A time limit strikes between a statement and its answer."""
+    kept = connections.execute("SELECT 1", {}, lambda cursor: cursor.connection)
+
+    def strike(cursor: Any) -> None:
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        connections.execute("SELECT 1", {}, strike)
+    assert kept.closed
+    assert process(connections)
+
+
+def test_a_dead_connection_takes_its_like_with_it(
+    engine: Engine, connections: Connections, postgres_url: str
+) -> None:
+    """The server ends all sessions; the first error tells it of those in the pool as well."""
+    process(connections)
+    with engine.connect() as pooled:
+        before = pooled.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+    with psycopg.connect(postgres_url.replace("+psycopg", ""), autocommit=True) as other:
+        other.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+    with pytest.raises(psycopg.OperationalError):
+        process(connections)
+    with engine.connect() as pooled:
+        assert pooled.exec_driver_sql("SELECT pg_backend_pid()").scalar() != before
