@@ -65,6 +65,7 @@ What happens when
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from .store.base import Lease
 
@@ -89,12 +90,19 @@ class HeldLease:
         self.renew_every = min(interval, lease.ttl / 2)
         #: Why it is lost, as a text for people; ``None`` while it is not.
         self.lost: str | None = None
+        #: Called when the heartbeat finds it lost, in the heartbeat's thread.
+        self.on_lost: Callable[[], None] = lambda: None
         self.renewed(asked_at)
 
     def renewed(self, asked_at: float) -> None:
         """Trust it for another life, counted from before the request."""
         self.trusted_until = asked_at + self.lease.ttl
         self.renew_at = asked_at + self.renew_every
+
+    def lose(self, why: str) -> None:
+        """Trust it no longer, whoever else may hold it or not."""
+        self.lost = why
+        self.on_lost()
 
     @property
     def remaining(self) -> float:

@@ -103,6 +103,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "persist_on_error": _switch,
     "on_conflict": _choice(*POLICIES),
     "lease_ttl": _lease_ttl,
+    "on_lease_lost": _choice("interrupt", "finish"),
     "deduplicate": _switch,
     "retry_reasons": _reasons,
     "retry_policy": _policies,

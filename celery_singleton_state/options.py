@@ -31,6 +31,7 @@ class Options:
     persist_on_error: bool = False
     on_conflict: str = "skip"
     lease_ttl: float | None = None
+    on_lease_lost: str = "interrupt"
     deduplicate: bool | None = None
     retry_reasons: frozenset[str] = RETRYABLE_REASONS
     retry_policy: Mapping[str, RetryPolicy] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from .delivery import Delivery
 from .errors import SchemaDecodeFailed, SingletonError, StatePersistFailed
 from .fenced import FencedWriter
 from .history import Outcome
+from .interrupt import Body
 from .lease import HeldLease, clock
 from .run_state import RunState
 from .store.base import Acquired, Ended, NewValue, StoreError
@@ -55,7 +57,10 @@ class Run:
         self._acquired_at = acquired.acquired_at
         self._asked_at = asked_at
         self._in_transaction = False
+        self._leadership = threading.Lock()
         self._leads = False
+        self._section = Body(delivery.name)
+        self.held.on_lost = self._on_lost
 
     def execute(self, args: Any, kwargs: Any) -> Any:
         """Load the state, run the body, save and release; returns what the body returned."""
@@ -67,8 +72,7 @@ class Run:
         finally:
             try:
                 self._heartbeat.drop(self.held)
-                if self._leads:
-                    self._lose_leadership()
+                self._lose_leadership()
             finally:
                 _current.reset(token)
 
@@ -79,7 +83,9 @@ class Run:
             self.state.load(self._set_aside if starts_anew else None)
             self._leads = True
             self.task.on_become_leader()
-            return self.task.run(*args, **kwargs), self.state.changed()
+            with self._section:
+                result = self.task.run(*args, **kwargs)
+            return result, self.state.changed()
         except BaseException as error:
             self._end_with(error)
             raise
@@ -91,11 +97,27 @@ class Run:
 
         self._writer.write(keep)
 
+    def _on_lost(self) -> None:
+        """In the heartbeat's thread, which must not wait for what a task does about it."""
+        if self._delivery.options.on_lease_lost == "interrupt":
+            self._section.break_off(self._writer.refused().detail)
+        else:
+            threading.Thread(target=self._lose_leadership_beside, daemon=True).start()
+
+    def _lose_leadership_beside(self) -> None:
+        _current.set(self)
+        self._lose_leadership()
+
     def _lose_leadership(self) -> None:
-        try:
-            self.task.on_lose_leadership()
-        except Exception:
-            logger.exception("singleton %s: on_lose_leadership() failed", self.name)
+        """Tell the task, once; who comes second waits until it was told."""
+        with self._leadership:
+            if not self._leads:
+                return
+            self._leads = False
+            try:
+                self.task.on_lose_leadership()
+            except Exception:
+                logger.exception("singleton %s: on_lose_leadership() failed", self.name)
 
     # -- what the body may do
 

@@ -16,6 +16,7 @@ from typing_extensions import ParamSpec, TypeVar
 from .deliver import deliver
 from .delivery import RETRIES_HEADER, Delivery
 from .errors import SingletonError
+from .interrupt import Unbreakable
 from .keys import row_key, singleton_name
 from .options import Options, find_misspelled, read_options, run_signature
 from .retry import RetryAfter, answer_to, policy_of
@@ -59,6 +60,8 @@ class SingletonTask(_TypedTask[S, P, R]):
     - ``on_conflict``: ``"skip"`` (default) or ``"raise"``, when the lease is taken.
     - ``lease_ttl``: seconds that the lease lives without a renewal. None: heartbeat interval
       times threshold, 8 s by default.
+    - ``on_lease_lost``: ``"interrupt"`` (default) raises :exc:`HeartbeatFailed` in the body of a
+      run that lost its lease, ``"finish"`` lets it go on. Its state is not saved either way.
     - ``deduplicate``: whether a message known as done is not run again. None: if there is state.
     - ``retry_reasons``: the reasons that are retried. Default ``StateLoadFailed`` and
       ``StatePersistFailed``.
@@ -93,7 +96,7 @@ class SingletonTask(_TypedTask[S, P, R]):
         return bound
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R | None:
-        with _own_request(self, args, kwargs) as request:
+        with Unbreakable(), _own_request(self, args, kwargs) as request:
             delivery = self._delivery(request, args, kwargs)
             try:
                 result: R | None = deliver(delivery, args, kwargs)
@@ -202,7 +205,11 @@ class SingletonTask(_TypedTask[S, P, R]):
         """Called in each run when the lease is acquired and the state loaded."""
 
     def on_lose_leadership(self) -> None:
-        """Called exactly once for each :meth:`on_become_leader`, however the run ends."""
+        """Called exactly once for each :meth:`on_become_leader`, however the run ends.
+
+        That is when the run ends; with ``on_lease_lost="finish"`` it is when the lease is lost,
+        in a thread of its own, while the body goes on. A process that dies calls nothing.
+        """
 
     def _run_for(self, what: str) -> Run:
         run = current_run(self)

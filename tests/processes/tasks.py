@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -225,3 +226,46 @@ def _flat(values: Any) -> Iterator[Any]:
             yield from _flat(value)
         else:
             yield value
+
+
+class Leading(SingletonTask[Any]):
+    """Writes down when it leads and when no longer."""
+
+    abstract = True
+
+    def on_become_leader(self) -> None:
+        note("leads", task=self.name, fence=self.fence)
+
+    def on_lose_leadership(self) -> None:
+        note("leads no longer", task=self.name, fence=self.fence)
+
+
+def wait_in(how: str) -> None:
+    """Something that takes longer than any test waits."""
+    if how == "sleep":
+        time.sleep(300)
+    elif how == "socket":
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen()
+            listening.accept()
+    else:
+        end = time.monotonic() + 300
+        while time.monotonic() < end:
+            time.sleep(0.01)
+
+
+@singleton_task(app, state_schema=Counter, base=Leading, name="waits")
+def waits(self: SingletonTask[Counter], how: str = "sleep") -> None:
+    with inside("waits", fence=self.fence):
+        self.state.n += 1
+        self.checkpoint()
+        self.state.n += 100
+        wait_in(how)
+
+
+@singleton_task(app, state_schema=Counter, base=Leading, name="finishes", on_lease_lost="finish")
+def finishes(self: SingletonTask[Counter], until: str) -> None:
+    with inside("finishes", fence=self.fence):
+        self.state.n += 1
+        wait_for(until)

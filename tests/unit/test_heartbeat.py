@@ -79,17 +79,20 @@ def test_a_short_run_costs_no_request(heartbeat: Heartbeat, store: Answers) -> N
     assert all(keys == ["long"] for keys in store.asked)
 
 
-def test_short_runs_do_not_wake_the_thread(
+def test_short_runs_do_not_wake_the_threads(
     heartbeat: Heartbeat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run ends before the thread that its lease woke gets to look, and so does the next one:
-    the thread must not be told of each anew.
+    """A run ends before the threads that its lease woke get to look, and so does the next one:
+    they must not be told of each anew.
     """
     heartbeat.hold(held("first", ttl=60, interval=30))
-    wait_until(lambda: heartbeat._wakes_at < float("inf"), "the thread waits for the first")
+    alarms = (heartbeat._renewal, heartbeat._judge)
+    for alarm in alarms:
+        wait_until(lambda it=alarm: it._wakes_at < float("inf"), "it waits for the first")
     told = []
     with monkeypatch.context() as patched:
-        patched.setattr(heartbeat._changed, "notify", lambda: told.append(1))
+        for alarm in alarms:
+            patched.setattr(alarm._changed, "notify", lambda: told.append(1))
         for n in range(100):
             lease = held(str(n), ttl=60, interval=30)
             heartbeat.hold(lease)
@@ -101,10 +104,13 @@ def test_after_an_interval_without_runs_it_sleeps_for_good(heartbeat: Heartbeat)
     lease = held("a")
     heartbeat.hold(lease)
     heartbeat.drop(lease)
-    wait_until(lambda: heartbeat._wakes_at == float("inf"), "it sleeps for good")
+    alarms = (heartbeat._renewal, heartbeat._judge)
+    for alarm in alarms:
+        wait_until(lambda it=alarm: it._wakes_at == float("inf"), "it sleeps for good")
     later = held("b")
     heartbeat.hold(later)
-    wait_until(lambda: heartbeat._wakes_at < float("inf"), "and is woken by the next lease")
+    for alarm in alarms:
+        wait_until(lambda it=alarm: it._wakes_at < float("inf"), "the next lease wakes it")
 
 
 def test_a_refused_lease_is_lost(heartbeat: Heartbeat, store: Answers) -> None:
@@ -161,6 +167,44 @@ def test_without_an_answer_it_is_lost_when_its_life_runs_out(
     assert clock() >= lease.trusted_until
 
 
+def test_a_store_that_is_silent_keeps_no_lost_run_alive(
+    heartbeat: Heartbeat, store: Answers
+) -> None:
+    """A renewal is sent; no answer comes; the lease's life runs out; only then comes the answer.
+
+    The run is told when its life runs out. The late answer does not bring the lease back.
+    """
+    answered = threading.Event()
+
+    def answer_late(leases: Sequence[Lease]) -> set[str]:
+        answered.wait(30)
+        return {lease.key for lease in leases}
+
+    store.answer = answer_late
+    told: list[bool] = []
+    lease = held("a", ttl=0.3)
+    lease.on_lost = lambda: told.append(answered.is_set())
+    heartbeat.hold(lease)
+    wait_until(lambda: told, "it is told")
+    answered.set()
+    assert told == [False]
+    other = held("b")
+    store.answer = lambda leases: {each.key for each in leases}
+    heartbeat.hold(other)
+    wait_until(lambda: ["b"] in store.asked, "the renewal goes on")
+    assert lease.remaining == 0
+
+
+def test_leases_that_are_due_soon_are_renewed_with_one_that_is(
+    heartbeat: Heartbeat, store: Answers
+) -> None:
+    """Leases of different moments fall into step: one statement for all of them."""
+    asked_at = clock()
+    for key, earlier in (("a", 0.3), ("b", 0.2), ("c", 0.1), ("new", 0.0)):
+        heartbeat.hold(HeldLease(Lease(key, "holder", 1, 10.0), asked_at - earlier, 0.4))
+    wait_until(lambda: ["a", "b", "c", "new"] in store.asked, "they are all in step")
+
+
 def test_released_while_its_renewal_is_under_way(heartbeat: Heartbeat, store: Answers) -> None:
     """The renewal is sent; the run gives its lease back and drops it; the renewal is refused.
 
@@ -189,7 +233,7 @@ def test_released_while_its_renewal_is_under_way(heartbeat: Heartbeat, store: An
 def test_a_thread_that_died_is_replaced(heartbeat: Heartbeat, store: Answers) -> None:
     heartbeat.hold(held("a"))
     heartbeat.close()
-    heartbeat._closed = False
+    heartbeat._renewal._closed = heartbeat._judge._closed = False
     lease = held("b")
     heartbeat.hold(lease)
     wait_until(lambda: any("b" in keys for keys in store.asked), "a new thread renews")

@@ -1,0 +1,171 @@
+"""What the processes of this host hold, on file, so that the leases of the dead can be freed.
+
+Each process that runs singletons keeps a file in a directory of its own user and store, notes each
+lease there before it asks for it, and holds a lock (``flock``) on the file for as long as it
+lives. The kernel gives that lock up when the last descriptor of the file is closed, and so never
+while the process lives, and always when it has died. Whoever gets the lock of another's file
+knows, therefore, that its process is gone, and releases what the file names.
+
+Neither process ids nor host names are asked, which may be given again, in a container for
+instance: two containers either share the directory, and then one kernel keeps its locks; or they
+do not, and then neither finds the other's files. What is released is named by its holder, which
+is never given twice, and by its fence. A process that forked keeps its children's copy of the lock
+alive: then nothing is freed, and the lease runs out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import stat
+import tempfile
+import threading
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import msgspec
+
+logger = logging.getLogger(__name__)
+
+#: Bytes of a file that one lease has; a key has 255 characters, a holder a host's name.
+SLOT = 2048
+
+
+class Holding(msgspec.Struct, frozen=True, array_like=True):
+    """A lease that a process holds, or was about to ask for.
+
+    :param generation: of the message that it runs.
+    """
+
+    key: str
+    holder: str
+    generation: int
+
+
+_decoder = msgspec.json.Decoder(Holding)
+
+
+class Holdings:
+    """This process's own file, and those of the dead.
+
+    :param directory: of :func:`directory_of`; ``None``: nothing is noted and nobody found.
+    :param name: of this process's file: no other process ever has the same.
+    """
+
+    def __init__(self, directory: Path | None, name: str) -> None:
+        self._directory = directory
+        self._name = name
+        self._lock = threading.Lock()
+        self._descriptor: int | None = None
+        self._free: list[int] = []
+        self._slots = 0
+
+    def note(self, holding: Holding) -> int:
+        """Note a lease; returns the slot that it was given."""
+        with self._lock:
+            if self._descriptor is None and self._directory is not None:
+                self._open(self._directory)
+            slot = self._free.pop() if self._free else self._slots
+            self._slots = max(self._slots, slot + 1)
+        self._write(slot, msgspec.json.encode(holding)[: SLOT - 1] + b"\0")
+        return slot
+
+    def strike_out(self, slot: int) -> None:
+        """The lease of this slot was given back, or never acquired."""
+        self._write(slot, b"\0")
+        with self._lock:
+            self._free.append(slot)
+
+    def close(self) -> None:
+        """Remove the file: this process holds nothing any more."""
+        with self._lock:
+            if self._descriptor is not None and self._directory is not None:
+                with contextlib.suppress(OSError):
+                    (self._directory / self._name).unlink()
+                os.close(self._descriptor)
+            self._descriptor, self._directory = None, None
+
+    def of_the_dead(self, name: str = "*") -> Iterator[list[Holding]]:
+        """What each dead process held whose file has such a name.
+
+        The file is removed when the caller comes back for the next; not if it raises.
+        """
+        if self._directory is None:
+            return
+        for path in self._directory.glob(name):
+            if path.name != self._name:
+                with _locked(path) as descriptor:
+                    if descriptor is not None:
+                        yield _read(descriptor)
+                        path.unlink(missing_ok=True)
+
+    def _open(self, directory: Path) -> None:
+        try:
+            while self._descriptor is None:
+                path = directory / self._name
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                # Somebody may have found it before it was locked, and taken it for a dead one's.
+                if os.fstat(descriptor).st_nlink:
+                    self._descriptor = descriptor
+                else:
+                    os.close(descriptor)
+        except OSError as error:
+            logger.warning("singletons: leases of a dead process will have to run out: %s", error)
+            self._directory = None
+
+    def _write(self, slot: int, record: bytes) -> None:
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._descriptor, record, slot * SLOT)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[int | None]:
+    """The file's descriptor if its process is dead."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        yield None
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+        else:
+            yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _read(descriptor: int) -> list[Holding]:
+    found = []
+    for start in range(0, os.fstat(descriptor).st_size, SLOT):
+        record = os.pread(descriptor, SLOT, start).split(b"\0", 1)[0]
+        if record:
+            with contextlib.suppress(msgspec.MsgspecError):
+                found.append(_decoder.decode(record))
+    return found
+
+
+def directory_of(store: str) -> Path | None:
+    """The directory of this user's processes that use a store; made if need be.
+
+    ``None`` where it cannot be made, or belongs to somebody else.
+    """
+    parent = Path(tempfile.gettempdir(), f"celery-singletons-{os.getuid()}")
+    directory = parent / sha256(store.encode()).hexdigest()[:16]
+    try:
+        for path in (parent, directory):
+            path.mkdir(mode=0o700, exist_ok=True)
+            status = path.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                raise OSError(f"{path} belongs to somebody else")
+    except OSError as error:
+        logger.warning("singletons: leases of a dead process will have to run out: %s", error)
+        return None
+    return directory

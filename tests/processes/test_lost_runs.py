@@ -1,0 +1,117 @@
+"""A run that loses its lease, in every pool: what becomes of its body, and of what follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from sqlalchemy import create_engine
+
+from celery_singleton_state import HeartbeatFailed
+from tests.processes.fleet import Fleet, outcome
+from tests.waiting import wait_until
+
+POOLS = {
+    "prefork": ("-P", "prefork", "-c", "1"),
+    "solo": ("-P", "solo"),
+    "threads": ("-P", "threads", "-c", "2"),
+    "gevent": ("-P", "gevent", "-c", "2"),
+}
+
+
+@pytest.fixture
+def store_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/store.db"
+
+
+@pytest.fixture
+def fleet(make_fleet: Callable[..., Fleet], store_url: str) -> Fleet:
+    return make_fleet(store_url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.5")
+
+
+def steal(store_url: str, name: str) -> None:
+    """Another holder takes the lease as if it had run out, and gives it back."""
+    engine = create_engine(store_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "UPDATE kv_store SET fence = fence + 1, holder = NULL, expires_at = NULL"
+            f" WHERE key = 'singleton-state:{name}'"
+        )
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("pool", "how"),
+    [
+        ("prefork", "sleep"),
+        ("prefork", "socket"),
+        ("solo", "sleep"),
+        ("solo", "socket"),
+        ("threads", "work"),
+        ("gevent", "sleep"),
+        ("gevent", "socket"),
+    ],
+)
+def test_the_body_of_a_lost_run_is_broken_off(
+    fleet: Fleet, client: Callable[[], Celery], store_url: str, pool: str, how: str
+) -> None:
+    """Whatever it waits for; its task fails, and the worker goes on with the next run, which
+    starts from the checkpoint and is hit by nothing.
+    """
+    app = client()
+    fleet.start(*POOLS[pool])
+    lost = app.send_task("waits", (how,))
+    fleet.wait_for_notes("enter")
+    steal(store_url, "waits")
+    error = outcome(lost)
+    assert isinstance(error, HeartbeatFailed)
+    assert "its renewal was refused" in error.detail
+    assert [note["fence"] for note in fleet.notes("leave")] == [1]
+    assert outcome(app.send_task("increment")) == 1
+    events = ("leads", "leads no longer")
+    assert [[note["fence"] for note in fleet.notes(event)] for event in events] == [[1], [1]]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_lost_run_that_finishes(
+    fleet: Fleet, client: Callable[[], Celery], store_url: str, tmp_path: Path, pool: str
+) -> None:
+    """Its body goes on and ends; it is told, once, when it loses the lease; its save is refused."""
+    app = client()
+    fleet.start(*POOLS[pool])
+    go = tmp_path / "go"
+    result = app.send_task("finishes", (str(go),))
+    fleet.wait_for_notes("enter")
+    steal(store_url, "finishes")
+    fleet.wait_for_notes("leads no longer")
+    assert not fleet.notes("leave")
+    go.touch()
+    assert isinstance(outcome(result), HeartbeatFailed)
+    assert [note["fence"] for note in fleet.notes("leave")] == [1]
+    assert len(fleet.notes("leads no longer")) == 1
+
+
+def test_a_run_whose_store_falls_silent_is_broken_off(
+    make_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    make_proxy: Callable[[int], Any],
+    postgres: Any,
+    postgres_url: str,
+) -> None:
+    """The network is cut in mid-run; nobody answers and nobody refuses; the body sleeps."""
+    proxy = make_proxy(postgres.port)
+    through = postgres_url.replace(f":{postgres.port}/", f":{proxy.port}/")
+    fleet = make_fleet(through, CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.5")
+    app = client()
+    fleet.start(*POOLS["prefork"])
+    result = app.send_task("waits")
+    fleet.wait_for_notes("enter")
+    proxy.mode = "mute"
+    fleet.wait_for_notes("leave")
+    error = outcome(result)
+    assert isinstance(error, HeartbeatFailed)
+    assert "not renewed before its life ran out" in error.detail
+    wait_until(lambda: fleet.notes("leads no longer"), "it is told")
