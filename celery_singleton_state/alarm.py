@@ -1,8 +1,8 @@
 """A thread that wakes when the earliest of some moments comes.
 
-What is shorter than the wait is gone when it looks: it wakes once a wait for all of that together,
-and sleeps for good when a wait passed without any. To wake it for each short run would cost each
-two switches between threads.
+What is shorter than the wait is gone when it looks. It then lingers, looking now and then, and
+sleeps for good only when nothing came in between: to wake it for each short run would cost each two
+switches between threads.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from .lease import clock
 
 T = TypeVar("T")
 
-#: Seconds.
-SHORTEST_WAIT = 0.05
+#: Seconds between two looks while there is nothing to wait for.
+LINGER = 1.0
 
 
 class Alarm(Generic[T]):
@@ -43,22 +43,19 @@ class Alarm(Generic[T]):
         self._moment = moment
         self._ring = ring
         self._wakes_at = float("inf")
-        #: Whether there was anything since it last looked, and the shortest wait of all.
+        #: Whether there was anything since it last looked.
         self._used = False
-        self._wait = float("inf")
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def expect(self, thing: T) -> None:
         """See to it that a new thing is not slept through. The caller holds the lock."""
-        moment = self._moment(thing)
         self._used = True
-        self._wait = min(self._wait, max(moment - clock(), SHORTEST_WAIT))
-        if self._thread is None or not self._thread.is_alive():
+        if self._thread is None:
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             thread.start()
             self._thread = thread
-        elif moment < self._wakes_at:
+        elif self._moment(thing) < self._wakes_at:
             self._changed.notify()
 
     def close(self) -> None:
@@ -66,29 +63,32 @@ class Alarm(Generic[T]):
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if self._thread is not None:
-            self._thread.join()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                if not self._wait_until_due():
-                    return
-                due = [thing for thing in self._things if self._moment(thing) <= clock()]
-            if due:
+        try:
+            while due := self._wait_until_due():
                 self._ring(due)
+        finally:
+            with self._changed:
+                self._thread = None
 
-    def _wait_until_due(self) -> bool:
-        while not self._closed:
-            self._wakes_at = self._next_look()
-            delay = self._wakes_at - clock()
-            if delay <= 0:
-                return True
-            self._changed.wait(None if delay == float("inf") else delay)
-        return False
+    def _wait_until_due(self) -> list[T]:
+        """What is due, as soon as anything is; nothing when it was closed."""
+        with self._changed:
+            while not self._closed:
+                due = [thing for thing in self._things if self._moment(thing) <= clock()]
+                if due:
+                    return due
+                self._wakes_at = self._next_look()
+                forever = self._wakes_at == float("inf")
+                self._changed.wait(None if forever else self._wakes_at - clock())
+            return []
 
     def _next_look(self) -> float:
         if self._things:
             return min(map(self._moment, self._things))
         self._used, was_used = False, self._used
-        return clock() + self._wait if was_used else float("inf")
+        return clock() + LINGER if was_used else float("inf")

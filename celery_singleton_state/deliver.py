@@ -8,8 +8,10 @@ from . import history
 from .conflict import POLICIES, Conflict
 from .delivery import Delivery
 from .errors import StateLoadFailed
+from .holdings import Holding
 from .in_place import in_place
 from .lease import clock
+from .recovery import free_holder
 from .redelivery import can_be_put_back, end_duplicate, put_back
 from .run import Run
 from .store.base import Acquired, Row, StoreError
@@ -26,8 +28,19 @@ def deliver(delivery: Delivery, args: Any, kwargs: Any) -> Any:
     :raises SingletonError: what went wrong.
     :raises Ignore: the message is put back, or was done before.
     """
+    holdings = delivery.runtime.holdings
+    holder = delivery.runtime.new_holder(delivery.request.hostname)
+    # Noted before it is asked for: a process can die at any moment after that.
+    slot = holdings.note(Holding(delivery.key, holder, delivery.generation))
+    try:
+        return _deliver(delivery, holder, args, kwargs)
+    finally:
+        holdings.strike_out(slot)
+
+
+def _deliver(delivery: Delivery, holder: str, args: Any, kwargs: Any) -> Any:
     request, name = delivery.request, delivery.name
-    asked_at, acquired, row = _acquire(delivery)
+    asked_at, acquired, row = _acquire(delivery, holder)
     if acquired is not None:
         run = Run(delivery, acquired, asked_at)
         if delivery.was_done(run.entries):
@@ -41,13 +54,12 @@ def deliver(delivery: Delivery, args: Any, kwargs: Any) -> Any:
     return POLICIES[delivery.options.on_conflict](Conflict(name, row))
 
 
-def _acquire(delivery: Delivery) -> tuple[float, Acquired | None, Row | None]:
+def _acquire(delivery: Delivery, holder: str) -> tuple[float, Acquired | None, Row | None]:
     """Take the lease; the row of whoever holds it where that fails.
 
     A request whose answer was lost is repeated in the same holder's name, and so answered with
     what it took already.
     """
-    holder = delivery.runtime.new_holder(delivery.request.hostname)
     until = clock() + delivery.ttl
 
     def ask() -> tuple[float, Acquired | None, Row | None]:
@@ -60,7 +72,7 @@ def _acquire(delivery: Delivery) -> tuple[float, Acquired | None, Row | None]:
             # A run's own retry can be here before that run has given its lease back, and must
             # not be taken for a conflict when it has by now.
             row = store.peek(delivery.key)
-            if row is not None and row.held:
+            if row is not None and row.held and not free_holder(delivery.runtime, row.holder):
                 break
         return asked_at, None, row
 

@@ -15,10 +15,13 @@ alive: then nothing is freed, and the lease runs out.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import logging
+import mmap
 import os
+import re
 import stat
 import tempfile
 import threading
@@ -59,34 +62,46 @@ class Holdings:
         self._directory = directory
         self._name = name
         self._lock = threading.Lock()
-        self._descriptor: int | None = None
+        self._memory: mmap.mmap | None = None
         self._free: list[int] = []
-        self._slots = 0
 
-    def note(self, holding: Holding) -> int:
-        """Note a lease; returns the slot that it was given."""
+    def note(self, holding: Holding) -> int | None:
+        """Note a lease; returns the slot that it was given, if it could be."""
+        record = msgspec.json.encode(holding)
         with self._lock:
-            if self._descriptor is None and self._directory is not None:
+            if self._memory is None and self._directory is not None:
                 self._open(self._directory)
-            slot = self._free.pop() if self._free else self._slots
-            self._slots = max(self._slots, slot + 1)
-        self._write(slot, msgspec.json.encode(holding)[: SLOT - 1] + b"\0")
-        return slot
+            memory = self._memory
+            if memory is None or len(record) > SLOT - 2:
+                return None
+            if not self._free:
+                self._grow(memory)
+            start = self._free.pop()
+            memory[start + 1 : start + 2 + len(record)] = record + b"\0"
+            # Only now is it one: who dies before has not asked for it.
+            memory[start] = 1
+        return start
 
-    def strike_out(self, slot: int) -> None:
+    def strike_out(self, slot: int | None) -> None:
         """The lease of this slot was given back, or never acquired."""
-        self._write(slot, b"\0")
         with self._lock:
-            self._free.append(slot)
+            if slot is not None and self._memory is not None:
+                self._memory[slot] = 0
+                self._free.append(slot)
 
     def close(self) -> None:
         """Remove the file: this process holds nothing any more."""
         with self._lock:
-            if self._descriptor is not None and self._directory is not None:
-                with contextlib.suppress(OSError):
-                    (self._directory / self._name).unlink()
-                os.close(self._descriptor)
-            self._descriptor, self._directory = None, None
+            directory, self._directory = self._directory, None
+            if self._memory is None or directory is None:
+                return
+            atexit.unregister(self.close)
+            # A forked child must leave its parent's file alone.
+            if self._name.startswith(f"{os.getpid()}-"):
+                (directory / self._name).unlink(missing_ok=True)
+            self._memory.close()
+            self._memory = None
+            os.close(self._descriptor)
 
     def of_the_dead(self, name: str = "*") -> Iterator[list[Holding]]:
         """What each dead process held whose file has such a name.
@@ -104,23 +119,27 @@ class Holdings:
 
     def _open(self, directory: Path) -> None:
         try:
-            while self._descriptor is None:
-                path = directory / self._name
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            while True:
+                descriptor = os.open(directory / self._name, os.O_RDWR | os.O_CREAT, 0o600)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 # Somebody may have found it before it was locked, and taken it for a dead one's.
                 if os.fstat(descriptor).st_nlink:
-                    self._descriptor = descriptor
-                else:
-                    os.close(descriptor)
+                    break
+                os.close(descriptor)
+            os.truncate(descriptor, SLOT)
+            self._memory = mmap.mmap(descriptor, SLOT)
         except OSError as error:
             logger.warning("singletons: leases of a dead process will have to run out: %s", error)
             self._directory = None
+            return
+        self._descriptor = descriptor
+        self._free.append(0)
+        atexit.register(self.close)
 
-    def _write(self, slot: int, record: bytes) -> None:
-        if self._descriptor is not None:
-            with contextlib.suppress(OSError):
-                os.pwrite(self._descriptor, record, slot * SLOT)
+    def _grow(self, memory: mmap.mmap) -> None:
+        size = len(memory)
+        memory.resize(2 * size)
+        self._free.extend(range(size, 2 * size, SLOT))
 
 
 @contextlib.contextmanager
@@ -145,19 +164,31 @@ def _locked(path: Path) -> Iterator[int | None]:
 def _read(descriptor: int) -> list[Holding]:
     found = []
     for start in range(0, os.fstat(descriptor).st_size, SLOT):
-        record = os.pread(descriptor, SLOT, start).split(b"\0", 1)[0]
-        if record:
-            with contextlib.suppress(msgspec.MsgspecError):
-                found.append(_decoder.decode(record))
+        used, record = os.pread(descriptor, 1, start), os.pread(descriptor, SLOT - 1, start + 1)
+        if used == b"\1":
+            found.append(_decoder.decode(record.split(b"\0", 1)[0]))
     return found
 
 
-def directory_of(store: str) -> Path | None:
+def file_of(holder: str) -> str | None:
+    """The name of the file of a holder's process; ``None`` for no holder of ours."""
+    match = re.fullmatch(r".*:(\d+):([0-9a-f]+)\.[0-9a-f]+", holder)
+    return match and f"{match[1]}-{match[2]}"
+
+
+def root() -> Path:
+    """This user's directory of all stores."""
+    return Path(tempfile.gettempdir(), f"celery-singletons-{os.getuid()}")
+
+
+def directory_of(store: str | None) -> Path | None:
     """The directory of this user's processes that use a store; made if need be.
 
-    ``None`` where it cannot be made, or belongs to somebody else.
+    ``None`` where it cannot be made or belongs to somebody else, and for no store.
     """
-    parent = Path(tempfile.gettempdir(), f"celery-singletons-{os.getuid()}")
+    if store is None:
+        return None
+    parent = root()
     directory = parent / sha256(store.encode()).hexdigest()[:16]
     try:
         for path in (parent, directory):

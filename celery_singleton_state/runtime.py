@@ -16,6 +16,7 @@ from celery import Celery
 from celery.utils.nodenames import gethostname
 
 from .heartbeat import Heartbeat
+from .holdings import Holdings, directory_of
 from .settings import Settings
 from .store import SqlStore, open_store
 
@@ -36,6 +37,7 @@ class Runtime:
         self._opening = threading.Lock()
         self._store: SqlStore | None = None
         self._heartbeat: Heartbeat | None = None
+        self._holdings: Holdings | None = None
 
     @property
     def io_timeout(self) -> float:
@@ -72,12 +74,24 @@ class Runtime:
                 self._heartbeat = self._heartbeat or Heartbeat(store)
         return self._heartbeat
 
+    @property
+    def holdings(self) -> Holdings:
+        """What the processes of this host hold in the store."""
+        if self._holdings is None:
+            directory = directory_of(self.store.identity)
+            with self._opening:
+                name = f"{os.getpid()}-{self._nonce}"
+                self._holdings = self._holdings or Holdings(directory, name)
+        return self._holdings
+
     def new_holder(self, nodename: str | None = None) -> str:
         """A holder's name, never given twice. Outside a worker the host's name is the node's."""
-        return f"{nodename or gethostname()}:{os.getpid()}:{self._nonce}{next(self._count):x}"
+        return f"{nodename or gethostname()}:{os.getpid()}:{self._nonce}.{next(self._count):x}"
 
     def close(self) -> None:
         """Stop the heartbeat and close the connections, if there are any."""
+        if self._holdings is not None:
+            self._holdings.close()
         if self._heartbeat is not None:
             self._heartbeat.close()
         if self._store is not None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 from typing import Any
 
 from celery import Celery, bootsteps
 from celery.exceptions import ImproperlyConfigured
 
 from . import runtime
+from .children import watch_pool
+from .recovery import free_dead
 from .store.base import StoreNotReady, StoreUnavailable
 from .store.engine import is_in_memory, parse_url
 
@@ -31,6 +35,7 @@ class SingletonStep(bootsteps.StartStopStep):
         app: Celery = parent.app
         self.check(parent)
         # A pool of processes must not inherit connections; one of threads opens them anew.
+        free_dead(runtime.runtime_of(app))
         runtime.close_runtime(app)
         if not is_prefork(parent):
             runtime.pool_size = parent.concurrency + 1
@@ -66,6 +71,36 @@ class SingletonStep(bootsteps.StartStopStep):
         )
 
 
+class ChildrenStep(bootsteps.StartStopStep):
+    """Frees what a dead process of the pool held, and has the pool replace it at once."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def include_if(self, parent: Any) -> bool:
+        return is_prefork(parent)
+
+    def start(self, parent: Any) -> None:
+        self._app: Celery = parent.app
+        self._deaths, self._report = os.pipe()
+        watch = watch_pool(parent.pool._pool, self._on_death)
+        if watch is not None:
+            # After the pool's end, however the worker ends.
+            atexit.register(watch.close)
+
+    def register_with_event_loop(self, parent: Any, hub: Any) -> None:
+        """Called by Celery whenever its event loop starts."""
+        hub.add_reader(self._deaths, self._maintain, parent.pool._pool)
+
+    def _on_death(self, pid: int) -> None:
+        # The pool's own look at it can come a moment too early, and its next five seconds later.
+        os.write(self._report, b".")
+        free_dead(runtime.runtime_of(self._app), f"{pid}-*")
+
+    def _maintain(self, pool: Any) -> None:
+        os.read(self._deaths, 4096)
+        pool.maintain_pool()
+
+
 def is_prefork(worker: Any) -> bool:
     """Whether the worker's pool is one of processes."""
     pool = worker.pool_cls
@@ -74,5 +109,5 @@ def is_prefork(worker: Any) -> bool:
 
 
 def watch_over(app: Celery) -> None:
-    """Let the app's workers check their singletons when they start."""
-    app.steps["worker"].add(SingletonStep)
+    """Let the app's workers check their singletons when they start, and watch over them."""
+    app.steps["worker"].update((SingletonStep, ChildrenStep))

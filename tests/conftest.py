@@ -15,6 +15,7 @@ import pytest
 from celery import Celery
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from celery_singleton_state import holdings
 from celery_singleton_state.runtime import close_runtime
 from celery_singleton_state.store import SqlStore, open_store
 from tests.servers import Postgres, Proxy, Valkey
@@ -36,6 +37,7 @@ def _only_the_settings_of_the_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         if name.startswith("CELERY_"):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(holdings, "root", lambda: tmp_path / "holdings")
 
 
 @pytest.fixture(scope="session")

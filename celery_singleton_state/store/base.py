@@ -82,7 +82,8 @@ class Row:
 
     :param expires_in: seconds until the lease runs out, negative when it has; ``None`` when
         the singleton is free.
-    :param last_finished_at, updated_at: seconds since the epoch by the store's clock.
+    :param updated_at, acquired_at, last_finished_at: seconds since the epoch by the store's
+        clock; ``read_at`` is when it was asked.
     """
 
     key: str
@@ -92,11 +93,13 @@ class Row:
     fence: int
     holder: str | None
     task_id: str | None
+    acquired_at: float | None
     expires_in: float | None
     run_count: int
     last_outcome: str | None
     last_finished_at: float | None
     history: str | None
+    read_at: float
 
     @property
     def held(self) -> bool:

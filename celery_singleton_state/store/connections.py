@@ -7,11 +7,16 @@ use takes one of the pool's.
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import Engine, event
+
+#: Seconds that a fork waits for a statement on a file.
+LONGEST_PAUSE = 5.0
 
 #: Answers a cursor after its statement was executed.
 Answer = Callable[[Any], Any]
@@ -34,6 +39,9 @@ class Connections:
         self._kept: Any = None
         self._outdated = False
         self._keeps_one = keeps_one
+        self._paused = False
+        if self._is_file:
+            _of_files.add(self)
         event.listen(engine, "engine_disposed", self._outdate)
 
     def execute(self, statement: str, parameters: Mapping[str, Any], answer: Answer) -> Any:
@@ -100,6 +108,18 @@ class Connections:
             finally:
                 self._in_use.release()
 
+    def pause(self) -> None:
+        """Before a fork: let whoever uses the kept connection end, and close it."""
+        self._paused = self._in_use.acquire(timeout=LONGEST_PAUSE)
+        if self._paused:
+            self._close_kept()
+
+    def resume(self) -> None:
+        """After a fork."""
+        if self._paused:
+            self._paused = False
+            self._in_use.release()
+
     def _close_kept(self) -> None:
         kept, self._kept, self._outdated = self._kept, None, False
         if kept is not None:
@@ -113,3 +133,21 @@ def _execute(connection: Any, statement: str, parameters: Mapping[str, Any], ans
         return answer(cursor)
     finally:
         cursor.close()
+
+
+# A forked child that inherits a file's connection believes in locks that it does not have.
+# (https://sqlite.org/howtocorrupt.html, 2.6)
+_of_files: weakref.WeakSet[Connections] = weakref.WeakSet()
+
+
+def _pause_all() -> None:
+    for connections in list(_of_files):
+        connections.pause()
+
+
+def _resume_all() -> None:
+    for connections in list(_of_files):
+        connections.resume()
+
+
+os.register_at_fork(before=_pause_all, after_in_parent=_resume_all, after_in_child=_resume_all)

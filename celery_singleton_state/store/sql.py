@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -37,6 +38,16 @@ class SqlStore:
         self._connections = Connections(engine, keeps_one=not is_in_memory(engine.url))
         #: The database's time now, for statements made elsewhere.
         self.now: ColumnElement[Any] = literal_column(self._sql.now)
+
+    @property
+    def identity(self) -> str | None:
+        """The same text for all stores on the same table; ``None`` for one of this process."""
+        url = self.engine.url
+        if is_in_memory(url):
+            return None
+        if url.get_backend_name() == "sqlite":
+            url = url.set(database=str(Path(url.database or "").resolve()))
+        return f"{url.render_as_string()} {self.table.fullname}"
 
     def acquire(self, key: str, holder: str, ttl: float, task_id: str | None) -> Acquired | None:
         rows = self._rows(

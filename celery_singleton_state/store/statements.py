@@ -61,8 +61,9 @@ AND key IN (
 """
 
 _ROWS = """
-SELECT key, value, schema_version, {updated_at}, fence, holder, task_id,
-  {expires_at} - {epoch_now}, coalesce(run_count, 0), last_outcome, {last_finished_at}, history
+SELECT key, value, schema_version, {updated_at}, fence, holder, task_id, {acquired_at},
+  {expires_at} - {epoch_now}, coalesce(run_count, 0), last_outcome, {last_finished_at}, history,
+  {epoch_now}
 FROM {table} WHERE fence IS NOT NULL AND
 """
 

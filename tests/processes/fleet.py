@@ -86,6 +86,7 @@ class Fleet:
         }
         self.environment |= {
             "PYTHONPATH": str(ROOT),
+            "TMPDIR": str(directory),
             "TEST_LOG": str(self.notes_file),
             "C_FORCE_ROOT": "1",
             "CELERY_BROKER_URL": broker,

@@ -30,6 +30,7 @@ PATIENT = {"StateLoadFailed": SOON, "StatePersistFailed": SOON}
 app = Celery("shop")
 app.conf.update(
     worker_prefetch_multiplier=1,
+    worker_pool_restarts=True,
     broker_connection_retry_on_startup=True,
     result_extended=True,
     task_serializer=os.environ.get("TEST_SERIALIZER", "json"),
@@ -269,3 +270,16 @@ def finishes(self: SingletonTask[Counter], until: str) -> None:
     with inside("finishes", fence=self.fence):
         self.state.n += 1
         wait_for(until)
+
+
+@singleton_task(app, state_schema=Counter, name="dies", max_retries=0)
+def dies(self: SingletonTask[Counter], how: str) -> None:
+    self.state.n += 1
+    note("enter", task="dies", fence=self.fence)
+    if how == "os._exit":
+        os._exit(7)
+    if how == "MemoryError":
+        raise MemoryError
+    if how == "SystemExit":
+        raise SystemExit(3)
+    time.sleep(300)

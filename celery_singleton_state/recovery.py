@@ -1,0 +1,63 @@
+"""Freeing what dead processes of this host held."""
+
+from __future__ import annotations
+
+import logging
+
+from . import history
+from .history import Outcome
+from .holdings import Holding, file_of
+from .runtime import Runtime
+from .store.base import Ended, Lease, StoreError
+
+logger = logging.getLogger(__name__)
+
+
+def free_holder(runtime: Runtime, holder: str | None) -> bool:
+    """Free what this holder's process held, if it was of this host and is dead.
+
+    :returns: whether it was.
+    """
+    name = file_of(holder) if holder else None
+    return name is not None and free_dead(runtime, name) > 0
+
+
+def free_dead(runtime: Runtime, files: str = "*") -> int:
+    """Free what all dead processes held whose files have such a name.
+
+    Where the store is out of reach their files are left to whoever comes next.
+
+    :returns: how many processes were found dead.
+    """
+    found = 0
+    try:
+        for holdings in runtime.holdings.of_the_dead(files):
+            found += 1
+            for holding in holdings:
+                _free(runtime, holding)
+    except StoreError as error:
+        logger.warning("singletons: what a dead process held could not be freed: %s", error)
+    return found
+
+
+def _free(runtime: Runtime, holding: Holding) -> None:
+    """Release a lease in its dead holder's name; if it has ended, nothing happens."""
+    row = runtime.store.peek(holding.key)
+    if row is None or row.holder != holding.holder:
+        return
+    entry = history.Entry(
+        task_id=row.task_id,
+        generation=holding.generation,
+        holder=holding.holder,
+        fence=row.fence,
+        tick=None,
+        outcome=Outcome.LOST,
+        error="its process died",
+        started=row.acquired_at or row.read_at,
+        finished=row.read_at,
+    )
+    entries = history.decode(row.history, holding.key)
+    lease = Lease(holding.key, holding.holder, row.fence, 0)
+    ended = Ended(Outcome.LOST, history.append(entries, entry, runtime.settings.history))
+    if runtime.store.release(lease, ended):
+        logger.warning("%s is free: its holder %s died", holding.key, holding.holder)

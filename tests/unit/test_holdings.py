@@ -1,0 +1,186 @@
+"""What a process notes, and who may read it: told from real processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from celery_singleton_state import holdings
+from celery_singleton_state.holdings import SLOT, Holding, Holdings, directory_of, file_of
+
+FORK = multiprocessing.get_context("fork")
+
+
+def holding(n: int) -> Holding:
+    return Holding(f"singleton-state:task-{n}", f"w@host:1:abc.{n:x}", 0)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Holdings]:
+    made = Holdings(tmp_path, f"{os.getpid()}-aaaa")
+    yield made
+    made.close()
+
+
+def found(own: Holdings) -> list[list[Holding]]:
+    return list(own.of_the_dead())
+
+
+def hold_two(directory: Path, pipe: Connection) -> None:
+    held = Holdings(directory, f"{os.getpid()}-bbbb")
+    held.note(holding(1))
+    slot = held.note(holding(2))
+    held.note(holding(3))
+    held.strike_out(slot)
+    pipe.send("holds")
+    pipe.recv()
+
+
+def fork_and_hold(directory: Path, pipe: Connection) -> None:
+    held = Holdings(directory, f"{os.getpid()}-bbbb")
+    held.note(holding(1))
+    child = os.fork()
+    if not child:
+        signal.pause()
+    pipe.send(child)
+    pipe.recv()
+
+
+@contextmanager
+def process(target: Any, directory: Path) -> Iterator[tuple[Any, Any]]:
+    here, there = FORK.Pipe()
+    running = FORK.Process(target=target, args=(directory, there))
+    running.start()
+    try:
+        yield running, here.recv()
+    finally:
+        running.kill()
+        running.join(30)
+
+
+def test_the_living_are_left_alone_and_the_dead_are_found(own: Holdings, tmp_path: Path) -> None:
+    with process(hold_two, tmp_path) as (running, _):
+        assert found(own) == []
+        running.kill()
+        running.join(30)
+        assert found(own) == [[holding(1), holding(3)]]
+        assert found(own) == []
+
+
+def test_a_process_that_stands_still_is_no_dead_one(own: Holdings, tmp_path: Path) -> None:
+    with process(hold_two, tmp_path) as (running, _):
+        os.kill(running.pid, signal.SIGSTOP)
+        assert found(own) == []
+
+
+def test_a_forked_child_keeps_it_alive(own: Holdings, tmp_path: Path) -> None:
+    """The holder dies, and its child, which could go on with its work, does not."""
+    with process(fork_and_hold, tmp_path) as (running, child):
+        running.kill()
+        # Its child keeps open what join() waits for, too.
+        os.waitpid(running.pid, 0)
+        assert found(own) == []
+        os.kill(child, signal.SIGKILL)
+        # It is nobody's child here, so the lock tells when it is gone.
+        holdings_left = found(own)
+        while not holdings_left:
+            holdings_left = found(own)
+        assert holdings_left == [[holding(1)]]
+
+
+def test_what_could_not_be_freed_is_left_for_the_next(own: Holdings, tmp_path: Path) -> None:
+    with process(hold_two, tmp_path) as (running, _):
+        running.kill()
+        running.join(30)
+    looking: Any = own.of_the_dead()
+    next(looking)
+    with pytest.raises(ConnectionError):
+        looking.throw(ConnectionError)
+    assert found(own) == [[holding(1), holding(3)]]
+
+
+def test_two_who_look_do_not_both_find(own: Holdings, tmp_path: Path) -> None:
+    """A reads a dead process's file; B looks at the same time; B leaves it to A."""
+    with process(hold_two, tmp_path) as (running, _):
+        running.kill()
+        running.join(30)
+    first = own.of_the_dead()
+    assert next(first) == [holding(1), holding(3)]
+    assert found(Holdings(tmp_path, "1-cccc")) == []
+    assert list(first) == []
+
+
+def test_a_process_does_not_find_itself(own: Holdings) -> None:
+    own.note(holding(1))
+    assert found(own) == []
+
+
+def test_more_than_the_file_was_made_for(own: Holdings, tmp_path: Path) -> None:
+    slots = [own.note(holding(n)) for n in range(100)]
+    assert len(set(slots)) == 100
+    for slot in slots[10:]:
+        own.strike_out(slot)
+    descriptor = os.open(tmp_path / f"{os.getpid()}-aaaa", os.O_RDONLY)
+    assert {found.key for found in holdings._read(descriptor)} == {
+        holding(n).key for n in range(10)
+    }
+    os.close(descriptor)
+
+
+def test_a_holding_that_does_not_fit_is_not_noted(own: Holdings) -> None:
+    assert own.note(Holding("x" * SLOT, "h", 0)) is None
+    own.strike_out(None)
+
+
+def test_a_file_that_was_removed_before_it_was_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is made; somebody finds it unlocked and removes it; only then is it locked."""
+    made = Holdings(tmp_path, f"{os.getpid()}-dddd")
+    lock, removed = holdings.fcntl.flock, []
+
+    def remove_first(descriptor: int, operation: int) -> None:
+        if not removed:
+            removed.append(1)
+            (tmp_path / f"{os.getpid()}-dddd").unlink()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(holdings.fcntl, "flock", remove_first)
+    made.note(holding(1))
+    assert (tmp_path / f"{os.getpid()}-dddd").exists()
+    made.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("holder", ["", "somebody", "w@host:12", "a:b:c", "w@h:1:../../x.1"])
+def test_a_holder_that_is_none_of_ours_has_no_file(holder: str) -> None:
+    assert file_of(holder) is None
+
+
+def test_a_holder_names_its_file() -> None:
+    assert file_of("worker@host:8080:4711:abcd1234.1f") == "4711-abcd1234"
+
+
+def test_without_a_directory_nothing_is_noted() -> None:
+    made = Holdings(None, "1-aaaa")
+    assert made.note(holding(1)) is None
+    assert found(made) == []
+    made.close()
+
+
+def test_a_directory_of_somebody_else_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(holdings, "root", lambda: tmp_path / "taken")
+    (tmp_path / "taken").symlink_to(tmp_path)
+    assert directory_of("store") is None
+    assert "will have to run out" in caplog.text
+    assert directory_of(None) is None
