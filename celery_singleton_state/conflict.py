@@ -1,15 +1,33 @@
-"""What a delivery does that finds the lease taken: one function for each policy."""
+"""What a delivery does that finds the lease taken: one function for each policy.
+
+A policy ends the delivery by coming back, fails it by raising, or tries again: as a message of its
+own, which frees the worker, or in place where there is no message. How long it has waited it
+knows from what it waited for itself; time in a queue does not count.
+"""
 
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from .errors import LeaderHandoffFailed
+from .redelivery import WAITED_HEADER, can_be_put_back, send_again
 from .store.base import Row
+from .wish import wish_for
+
+if TYPE_CHECKING:
+    from .delivery import Delivery
 
 logger = logging.getLogger(__name__)
+
+#: Seconds before the second try of one that waits, doubled up to the longest, and jittered.
+FIRST_WAIT = 0.25
+LONGEST_WAIT = 4.0
+#: Seconds between two looks of one that asked the holder to hand over.
+HANDOVER_WAIT = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,19 +35,31 @@ class Conflict:
     """A delivery that found the lease of its singleton taken.
 
     :param row: the row as it was seen just after; it may have changed since.
+    :param waited: seconds that it has waited in place.
     """
 
-    singleton: str
+    delivery: Delivery
     row: Row | None
+    args: Any
+    kwargs: Any
+    waited: float
+
+    @property
+    def singleton(self) -> str:
+        """The singleton's name."""
+        return self.delivery.name
 
     @property
     def holder(self) -> str:
         """Who holds the lease, for how long, for people."""
-        if self.row is None or self.row.expires_in is None:
+        row = self.row
+        if row is None or row.expires_in is None:
             return "held by another run until a moment ago"
+        if row.held_on:
+            return f"held on after the run of {row.holder} for {max(row.expires_in, 0):.1f} s more"
         return (
-            f"held by {self.row.holder} for task {self.row.task_id or '(called directly)'}, "
-            f"lease runs out in {max(self.row.expires_in, 0):.1f} s unless renewed"
+            f"held by {row.holder} for task {row.task_id or '(called directly)'}, "
+            f"lease runs out in {max(row.expires_in, 0):.1f} s unless renewed"
         )
 
 
@@ -43,5 +73,66 @@ def refuse(conflict: Conflict) -> None:
     raise LeaderHandoffFailed(conflict.singleton, conflict.holder)
 
 
-#: The policies that ``on_conflict`` names.
-POLICIES: Mapping[str, Callable[[Conflict], None]] = {"skip": skip, "raise": refuse}
+def wait(conflict: Conflict) -> float | None:
+    """The delivery is tried again until the lease is free."""
+    waited = conflict.delivery.waited + conflict.waited
+    # Each wait is about as long as all before it.
+    return _try_again(conflict, min(max(waited, FIRST_WAIT), LONGEST_WAIT))
+
+
+def replace(conflict: Conflict) -> float | None:
+    """The holder is asked to stop, and the delivery tried again until it has."""
+    delivery = conflict.delivery
+    if conflict.row is not None and not conflict.row.held_on:
+        asking = delivery.request.id or "a direct call"
+        delivery.runtime.store.wishes.ask_to_hand_over(conflict.row, asking)
+    return _try_again(conflict, HANDOVER_WAIT)
+
+
+def coalesce(conflict: Conflict) -> float | None:
+    """The delivery succeeds with ``None``, and one more run is sent when the lease is released."""
+    row, delivery = conflict.row, conflict.delivery
+    if row is None:
+        return 0.0
+    wishes = delivery.runtime.store.wishes
+    if row.held_on and row.expires_in is not None and can_be_put_back(delivery.request):
+        # Nobody is there to send it: the first one waits for the end, the others rely on it.
+        task_id, left = str(delivery.request.id), max(row.expires_in, 0.0)
+        if wishes.enqueue(row.key, task_id, left + LONGEST_WAIT) == task_id:
+            send_again(delivery.task, delivery.request, left)
+    elif not row.held_on:
+        wish = wish_for(delivery, conflict.args, conflict.kwargs)
+        if not wishes.want(row, wish):
+            return 0.0
+    logger.info("singleton %s: one more run is wanted; %s", conflict.singleton, conflict.holder)
+    return None
+
+
+def _try_again(conflict: Conflict, pause: float) -> float:
+    """Send the message again, or return the seconds after which to try in place.
+
+    :raises LeaderHandoffFailed: it has waited for as long as it may.
+    """
+    delivery = conflict.delivery
+    waited = delivery.waited + conflict.waited
+    left = delivery.conflict_timeout - waited
+    if left <= 0:
+        raise LeaderHandoffFailed(
+            conflict.singleton,
+            f"not obtained within {delivery.conflict_timeout:g} s; {conflict.holder}",
+        )
+    pause = min(pause * random.uniform(0.75, 1.25), left)
+    if can_be_put_back(delivery.request):
+        send_again(delivery.task, delivery.request, pause, {WAITED_HEADER: waited + pause})
+    return pause
+
+
+#: The policies that ``on_conflict`` names. One that wants another try in place returns the seconds
+#: until then.
+POLICIES: Mapping[str, Callable[[Conflict], float | None]] = {
+    "skip": skip,
+    "wait": wait,
+    "raise": refuse,
+    "replace": replace,
+    "coalesce": coalesce,
+}

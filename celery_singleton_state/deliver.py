@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from . import history
 from .conflict import POLICIES, Conflict
 from .delivery import Delivery
-from .errors import StateLoadFailed
+from .enqueue import dequeue
+from .errors import LeaderHandoffFailed, StateLoadFailed
 from .holdings import Holding
 from .in_place import in_place
 from .lease import clock
@@ -32,26 +34,56 @@ def deliver(delivery: Delivery, args: Any, kwargs: Any) -> Any:
     holder = delivery.runtime.new_holder(delivery.request.hostname)
     # Noted before it is asked for: a process can die at any moment after that.
     slot = holdings.note(Holding(delivery.key, holder, delivery.generation))
+    waited = 0.0
     try:
-        return _deliver(delivery, holder, args, kwargs)
+        while True:
+            ended, result = _try(delivery, holder, args, kwargs, waited)
+            if ended:
+                return result
+            time.sleep(result)
+            waited += result
+    except StoreError as error:
+        raise StateLoadFailed(delivery.name, str(error)) from error
     finally:
         holdings.strike_out(slot)
 
 
-def _deliver(delivery: Delivery, holder: str, args: Any, kwargs: Any) -> Any:
+def _try(
+    delivery: Delivery, holder: str, args: Any, kwargs: Any, waited: float
+) -> tuple[bool, Any]:
+    """Whether the delivery is over, with its result; or the seconds until it is to be tried again.
+
+    :raises StoreError: the store did not answer.
+    """
     request, name = delivery.request, delivery.name
     asked_at, acquired, row = _acquire(delivery, holder)
     if acquired is not None:
         run = Run(delivery, acquired, asked_at)
         if delivery.was_done(run.entries):
             run.give_back()
-            return end_duplicate(delivery.task, request, name)
-        return run.execute(args, kwargs)
+            end_duplicate(delivery.task, request, name)
+            return True, None
+        return True, run.execute(args, kwargs)
     if row is not None and delivery.was_done(history.decode(row.history, name)):
-        return end_duplicate(delivery.task, request, name)
+        end_duplicate(delivery.task, request, name)
+        return True, None
     if row is not None and row.task_id == request.id and can_be_put_back(request):
-        return put_back(delivery.task, request, name)
-    return POLICIES[delivery.options.on_conflict](Conflict(name, row))
+        put_back(delivery.task, request, name)
+    again = _conflict(Conflict(delivery, row, args, kwargs, waited))
+    return again is None, again
+
+
+def _conflict(conflict: Conflict) -> float | None:
+    """Do as the policy says; the message is queued no more unless it comes again."""
+    delivery = conflict.delivery
+    try:
+        again = POLICIES[delivery.options.on_conflict](conflict)
+    except LeaderHandoffFailed:
+        dequeue(delivery)
+        raise
+    if again is None:
+        dequeue(delivery)
+    return again
 
 
 def _acquire(delivery: Delivery, holder: str) -> tuple[float, Acquired | None, Row | None]:
@@ -59,6 +91,8 @@ def _acquire(delivery: Delivery, holder: str) -> tuple[float, Acquired | None, R
 
     A request whose answer was lost is repeated in the same holder's name, and so answered with
     what it took already.
+
+    :raises StoreError: the store did not answer.
     """
     until = clock() + delivery.ttl
 
@@ -76,7 +110,4 @@ def _acquire(delivery: Delivery, holder: str) -> tuple[float, Acquired | None, R
                 break
         return asked_at, None, row
 
-    try:
-        return in_place(ask, LOAD_TRIES, until)
-    except StoreError as error:
-        raise StateLoadFailed(delivery.name, str(error)) from error
+    return in_place(ask, LOAD_TRIES, until)

@@ -9,7 +9,7 @@ from celery.app.task import Context
 
 from . import history
 from .options import Options
-from .redelivery import count_in
+from .redelivery import WAITED_HEADER, count_in
 from .runtime import Runtime
 from .state import Codec
 
@@ -37,6 +37,17 @@ class Delivery:
     def ttl(self) -> float:
         """Seconds that the lease lives without a renewal."""
         return self.options.lease_ttl or self.runtime.settings.lease_ttl
+
+    @property
+    def conflict_timeout(self) -> float:
+        """Seconds that it waits for the lease, where its policy waits at all."""
+        timeout = self.options.conflict_timeout
+        return self.runtime.settings.conflict_timeout if timeout is None else timeout
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the message has waited for the lease before it came here."""
+        return float((self.request.headers or {}).get(WAITED_HEADER) or 0.0)
 
     @property
     def retries(self) -> int:

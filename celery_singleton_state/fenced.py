@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from . import history
 from .errors import HeartbeatFailed, StatePersistFailed
@@ -11,6 +12,8 @@ from .lease import HeldLease
 from .store.base import Store, StoreError, StoreUnavailable
 
 TRIES = 3
+
+T = TypeVar("T")
 
 
 class FencedWriter:
@@ -25,13 +28,14 @@ class FencedWriter:
         self._held = held
 
     def write(
-        self, request: Callable[[], bool], recognised: Callable[[], bool] = lambda: False
-    ) -> None:
+        self, request: Callable[[], T | None], recognised: Callable[[], bool] = lambda: False
+    ) -> T | None:
         """Send a write, with tries in place and never past the lease's life.
 
         :param request: sends it; false when it was refused.
         :param recognised: asked when a repeated write is refused: whether that is because an
             earlier one, whose answer was lost, took effect.
+        :returns: the store's answer; ``None`` where it was lost.
         :raises HeartbeatFailed: the lease was lost, before or by this refusal.
         :raises StatePersistFailed: the store is out of reach; whether an earlier try took
             effect is not known.
@@ -39,20 +43,21 @@ class FencedWriter:
         self.refuse_if_lost()
         uncertain = False
 
-        def attempt() -> bool:
+        def attempt() -> T | None:
             nonlocal uncertain
             try:
-                return request() or (uncertain and recognised())
+                answer = request()
+                if not answer and not (uncertain and recognised()):
+                    raise self.refused()
+                return answer
             except StoreUnavailable:
                 uncertain = True
                 raise
 
         try:
-            written = in_place(attempt, TRIES, self._held.trusted_until)
+            return in_place(attempt, TRIES, self._held.trusted_until)
         except StoreError as error:
             raise StatePersistFailed(self._name, str(error)) from error
-        if not written:
-            raise self.refused()
 
     def has_ended(self) -> bool:
         """Whether the row's history holds the end of this lease's run."""

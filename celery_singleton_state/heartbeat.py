@@ -82,13 +82,15 @@ class Heartbeat:
         for held in due:
             if held.lease.key in alive:
                 held.renewed(asked_at)
+                if who := alive[held.lease.key]:
+                    held.on_handoff(who)
             elif len(due) == 1:
                 self._lose(held, "its renewal was refused")
             else:
                 # One whose row somebody has locked must not cost the others their lives.
                 self._renew_all([held])
 
-    def _ask(self, due: list[HeldLease]) -> set[str] | None:
+    def _ask(self, due: list[HeldLease]) -> dict[str, str | None] | None:
         try:
             return self._store.renew([held.lease for held in due])
         except Exception as error:  # whatever it is, the other leases still need this thread

@@ -92,6 +92,8 @@ class HeldLease:
         self.lost: str | None = None
         #: Called when the heartbeat finds it lost, in the heartbeat's thread.
         self.on_lost: Callable[[], None] = lambda: None
+        #: Called there, too, with whoever asks the holder to hand over.
+        self.on_handoff: Callable[[str], None] = lambda who: None
         self.renewed(asked_at)
 
     def renewed(self, asked_at: float) -> None:

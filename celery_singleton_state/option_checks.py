@@ -18,7 +18,7 @@ from .state import is_schema
 #: What the column holds.
 MAX_VERSION = 2**31 - 1
 #: A day: nobody should wait longer for a dead run, and a living one renews.
-MAX_LEASE_TTL = 86400.0
+MAX_SECONDS = 86400.0
 
 
 def _unique_on(value: Any) -> UniqueOn:
@@ -69,14 +69,14 @@ def _switch(value: Any) -> bool:
     return value
 
 
-def _lease_ttl(value: Any) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not MIN_INTERVAL <= value <= MAX_LEASE_TTL
-    ):
-        raise ValueError(f"a number of seconds from {MIN_INTERVAL:g} to {MAX_LEASE_TTL:g}")
-    return float(value)
+def _seconds(least: float) -> Callable[[Any], float]:
+    def check(value: Any) -> float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not least <= value <= MAX_SECONDS:
+            raise ValueError(f"a number of seconds from {least:g} to {MAX_SECONDS:g}")
+        return float(value)
+
+    return check
 
 
 def _reasons(value: Any) -> frozenset[str]:
@@ -102,7 +102,10 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "on_decode_error": _choice("fail", "initial"),
     "persist_on_error": _switch,
     "on_conflict": _choice(*POLICIES),
-    "lease_ttl": _lease_ttl,
+    "conflict_timeout": _seconds(0),
+    "hold_at_least": _seconds(0),
+    "enqueue_once": _switch,
+    "lease_ttl": _seconds(MIN_INTERVAL),
     "on_lease_lost": _choice("interrupt", "finish"),
     "deduplicate": _switch,
     "retry_reasons": _reasons,

@@ -30,6 +30,9 @@ class Options:
     on_decode_error: str = "fail"
     persist_on_error: bool = False
     on_conflict: str = "skip"
+    conflict_timeout: float | None = None
+    hold_at_least: float | None = None
+    enqueue_once: bool = False
     lease_ttl: float | None = None
     on_lease_lost: str = "interrupt"
     deduplicate: bool | None = None

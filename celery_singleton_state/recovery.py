@@ -9,6 +9,7 @@ from .history import Outcome
 from .holdings import Holding, file_of
 from .runtime import Runtime
 from .store.base import Ended, Lease, StoreError
+from .wish import grant
 
 logger = logging.getLogger(__name__)
 
@@ -59,5 +60,7 @@ def _free(runtime: Runtime, holding: Holding) -> None:
     entries = history.decode(row.history, holding.key)
     lease = Lease(holding.key, holding.holder, row.fence, 0)
     ended = Ended(Outcome.LOST, history.append(entries, entry, runtime.settings.history))
-    if runtime.store.release(lease, ended):
+    released = runtime.store.release(lease, ended)
+    if released is not None:
+        grant(runtime.app, runtime.store, holding.key, released.wanted)
         logger.warning("%s is free: its holder %s died", holding.key, holding.holder)

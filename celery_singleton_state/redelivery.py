@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from celery import states
 from celery.app.task import Context
@@ -14,6 +15,10 @@ logger = logging.getLogger(__name__)
 
 #: Counts in a message's headers how often it was put back.
 HEADER = "singleton_put_back"
+#: Marks a message that was sent again.
+SENT_AGAIN_HEADER = "singleton_sent_again"
+#: The seconds in a message's headers that it has waited for the lease.
+WAITED_HEADER = "singleton_waited"
 FIRST_DELAY = 0.5
 MAX_DELAY = 8.0
 
@@ -28,30 +33,43 @@ def can_be_put_back(request: Context) -> bool:
     return bool(request.id) and not request.called_directly and not request.is_eager
 
 
-def put_back(task: Any, request: Context, singleton: str) -> None:
+def send_again(
+    task: Any, request: Context, delay: float, headers: Mapping[str, Any] | None = None
+) -> NoReturn:
     """Send the message again, as it is, to come back a little later.
 
-    It is the only insurance if the run that holds the lease for it dies, so it is neither run
-    nor thrown away. It keeps its id and its count of retries, and its delays double up to
-    :data:`MAX_DELAY` seconds, jittered.
+    It keeps its id, its count of retries and all that hangs on it.
 
+    :param delay: seconds.
+    :param headers: added to the message's own.
     :raises Ignore: always, so that Celery drops this copy and says nothing about the task.
     """
-    count = count_in(request, HEADER)
-    delay = min(FIRST_DELAY * 2 ** min(count, 10), MAX_DELAY) * random.uniform(0.5, 1.0)
     task.signature_from_request(
         request,
         countdown=delay,
         retries=request.retries,
-        headers={**(request.headers or {}), HEADER: count + 1},
+        headers={**(request.headers or {}), SENT_AGAIN_HEADER: 1, **(headers or {})},
     ).apply_async()
+    raise Ignore(f"task {request.id} comes again in {delay:.1f} s")
+
+
+def put_back(task: Any, request: Context, singleton: str) -> NoReturn:
+    """Send a message again whose run goes on.
+
+    It is the only insurance if the run that holds the lease for it dies, so it is neither run
+    nor thrown away. Its delays double up to :data:`MAX_DELAY` seconds, jittered.
+
+    :raises Ignore: always.
+    """
+    count = count_in(request, HEADER)
+    delay = min(FIRST_DELAY * 2 ** min(count, 10), MAX_DELAY) * random.uniform(0.5, 1.0)
     logger.info(
         "singleton %s: task %s is still running; its message is put back for %.1f s",
         singleton,
         request.id,
         delay,
     )
-    raise Ignore(f"task {request.id} is still running")
+    send_again(task, request, delay, {HEADER: count + 1})
 
 
 def end_duplicate(task: Any, request: Context, singleton: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,13 +13,14 @@ from sqlalchemy import Connection
 
 from . import history
 from .delivery import Delivery
-from .errors import SchemaDecodeFailed, SingletonError, StatePersistFailed
+from .errors import HeartbeatFailed, SchemaDecodeFailed, SingletonError, StatePersistFailed
 from .fenced import FencedWriter
 from .history import Outcome
-from .interrupt import Body
+from .leadership import Leadership, asked_by
 from .lease import HeldLease, clock
 from .run_state import RunState
-from .store.base import Acquired, Ended, NewValue, StoreError
+from .store.base import Acquired, Ended, NewValue, Saved, StoreError
+from .wish import grant
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +57,14 @@ class Run:
         self._acquired_at = acquired.acquired_at
         self._asked_at = asked_at
         self._in_transaction = False
-        self._leadership = threading.Lock()
-        self._leads = False
-        self._section = Body(delivery.name)
-        self.held.on_lost = self._on_lost
+        self._leadership = Leadership(
+            delivery.task,
+            delivery.name,
+            self.held,
+            delivery.options.on_lease_lost == "interrupt",
+            self._writer.refused,
+            lambda: _current.set(self),
+        )
 
     def execute(self, args: Any, kwargs: Any) -> Any:
         """Load the state, run the body, save and release; returns what the body returned."""
@@ -72,7 +76,7 @@ class Run:
         finally:
             try:
                 self._heartbeat.drop(self.held)
-                self._lose_leadership()
+                self._leadership.end()
             finally:
                 _current.reset(token)
 
@@ -81,9 +85,8 @@ class Run:
             self._heartbeat.hold(self.held)
             starts_anew = self._delivery.options.on_decode_error == "initial"
             self.state.load(self._set_aside if starts_anew else None)
-            self._leads = True
-            self.task.on_become_leader()
-            with self._section:
+            self._leadership.begin()
+            with self._leadership.body:
                 result = self.task.run(*args, **kwargs)
             return result, self.state.changed()
         except BaseException as error:
@@ -97,28 +100,6 @@ class Run:
 
         self._writer.write(keep)
 
-    def _on_lost(self) -> None:
-        """In the heartbeat's thread, which must not wait for what a task does about it."""
-        if self._delivery.options.on_lease_lost == "interrupt":
-            self._section.break_off(self._writer.refused().detail)
-        else:
-            threading.Thread(target=self._lose_leadership_beside, daemon=True).start()
-
-    def _lose_leadership_beside(self) -> None:
-        _current.set(self)
-        self._lose_leadership()
-
-    def _lose_leadership(self) -> None:
-        """Tell the task, once; who comes second waits until it was told."""
-        with self._leadership:
-            if not self._leads:
-                return
-            self._leads = False
-            try:
-                self.task.on_lose_leadership()
-            except Exception:
-                logger.exception("singleton %s: on_lose_leadership() failed", self.name)
-
     # -- what the body may do
 
     def checkpoint(self) -> None:
@@ -131,9 +112,10 @@ class Run:
         new = self.state.document()
         asked_at = clock()
         self.state.stored = None
-        self._writer.write(lambda: self._store.save(self.held.lease, new))
+        saved = self._writer.write(lambda: self._store.save(self.held.lease, new))
         self.held.renewed(asked_at)
         self.state.stored = new
+        self._hand_over(saved)
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -144,7 +126,7 @@ class Run:
         self._writer.refuse_if_lost()
         before = self.state.document()
         self._in_transaction = True
-        saved_at = None
+        saved = None
         try:
             with self._store.transaction() as transaction:
                 yield transaction.connection
@@ -152,11 +134,11 @@ class Run:
                 self._writer.refuse_if_lost()
                 self.state.stored = None
                 asked_at = clock()
-                saved_at = transaction.save(self.held.lease, new)
-                if saved_at is None:
+                saved = transaction.save(self.held.lease, new)
+                if saved is None:
                     raise self._writer.refused()
         except StoreError as error:
-            if saved_at is None or not self._writer.was_committed(saved_at):
+            if saved is None or not self._writer.was_committed(saved.updated_at):
                 self.state.roll_back(before)
                 raise StatePersistFailed(self.name, str(error)) from error
         except BaseException:
@@ -166,6 +148,12 @@ class Run:
             self._in_transaction = False
         self.held.renewed(asked_at)
         self.state.stored = new
+        self._hand_over(saved)
+
+    def _hand_over(self, saved: Saved | None) -> None:
+        """:raises HeartbeatFailed: somebody asked for the lease; the state is saved."""
+        if saved is not None and saved.handoff_to is not None:
+            raise HeartbeatFailed(self.name, asked_by(saved.handoff_to))
 
     # -- its ends
 
@@ -191,10 +179,15 @@ class Run:
             finished=self._acquired_at + clock() - self._asked_at,
         )
         limit = self._delivery.runtime.settings.history
-        ended = Ended(outcome, history.append(self.entries, entry, limit))
-        self._writer.write(
+        hold = self._delivery.options.hold_at_least or 0.0
+        if outcome is not Outcome.SUCCEEDED or hold <= entry.finished - entry.started:
+            hold = 0.0
+        ended = Ended(outcome, history.append(self.entries, entry, limit), hold)
+        released = self._writer.write(
             lambda: self._store.release(lease, ended, new), recognised=self._writer.has_ended
         )
+        if released is not None:
+            grant(self.task.app, self._store, lease.key, released.wanted)
 
     def give_back(self) -> None:
         """Release the lease of a message that turned out to be done: nothing hangs on it."""
@@ -212,14 +205,21 @@ class Run:
             outcome = Outcome.RETRIED
         elif isinstance(error, Ignore):
             outcome = Outcome.SKIPPED
+        elif self._is_of_lease(error):
+            outcome = Outcome.LOST
         try:
             self.end(outcome, error, self._value_after(error))
         except Exception as failure:
             logger.warning("singleton %s: not released after an error: %s", self.name, failure)
 
+    def _is_of_lease(self, error: BaseException) -> bool:
+        return isinstance(error, HeartbeatFailed) and error.singleton == self.name
+
     def _value_after(self, error: BaseException) -> NewValue | None:
         wanted = self._delivery.options.persist_on_error
         if not wanted or self.state.value is None or not isinstance(error, Exception):
+            return None
+        if self._is_of_lease(error):
             return None
         try:
             return self.state.changed()

@@ -28,6 +28,7 @@ class Runtime:
     """One app's singletons in this process."""
 
     def __init__(self, app: Celery) -> None:
+        self._app = weakref.ref(app)
         self.settings = Settings.from_app(app)
         options = (getattr(task, "_options", None) for task in app.tasks.values())
         self._lives = [self.settings.lease_ttl]
@@ -38,6 +39,13 @@ class Runtime:
         self._store: SqlStore | None = None
         self._heartbeat: Heartbeat | None = None
         self._holdings: Holdings | None = None
+
+    @property
+    def app(self) -> Celery:
+        """The app, which outlives this."""
+        app = self._app()
+        assert app is not None
+        return app
 
     @property
     def io_timeout(self) -> float:

@@ -71,6 +71,7 @@ class Settings:
     key_prefix: str = "singleton-state:"
     heartbeat_interval: float = 4.0
     heartbeat_threshold: int = 2
+    conflict_timeout: float = 10.0
     history: int = 16
     auto_migrate: bool | None = None
 
@@ -100,6 +101,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "key_prefix": _text,
     "heartbeat_interval": _number(MIN_INTERVAL),
     "heartbeat_threshold": _threshold,
+    "conflict_timeout": _number(0),
     "history": _whole(1),
     "auto_migrate": _switch,
 }

@@ -15,6 +15,7 @@ from typing_extensions import ParamSpec, TypeVar
 
 from .deliver import deliver
 from .delivery import RETRIES_HEADER, Delivery
+from .enqueue import enqueue, is_guarded
 from .errors import SingletonError
 from .interrupt import Unbreakable
 from .keys import row_key, singleton_name
@@ -57,7 +58,15 @@ class SingletonTask(_TypedTask[S, P, R]):
     - ``on_decode_error``: ``"fail"`` (default), or ``"initial"`` to start anew and keep the old
       value under a key of its own.
     - ``persist_on_error``: whether a body that raises saves its state. Default false.
-    - ``on_conflict``: ``"skip"`` (default) or ``"raise"``, when the lease is taken.
+    - ``on_conflict``: what a delivery does that finds the lease taken. ``"skip"`` (default): it
+      succeeds with ``None``. ``"raise"``: it fails. ``"wait"``: it is tried again until it gets the
+      lease. ``"replace"``: the same, and the holder is asked to stop. ``"coalesce"``: it succeeds
+      with ``None``, and one more run, with the newest arguments, is sent at the release.
+    - ``conflict_timeout``: seconds that a delivery waits for the lease, not counting queues, before
+      it fails. None: the setting, 10 s.
+    - ``hold_at_least``: seconds from its acquisition that the lease is kept when a run succeeds.
+    - ``enqueue_once``: whether a message is not sent while another is queued or running; a queued
+      one counts for 300 s, or until it expires.
     - ``lease_ttl``: seconds that the lease lives without a renewal. None: heartbeat interval
       times threshold, 8 s by default.
     - ``on_lease_lost``: ``"interrupt"`` (default) raises :exc:`HeartbeatFailed` in the body of a
@@ -107,8 +116,38 @@ class SingletonTask(_TypedTask[S, P, R]):
                     self._answer(error, delivery)
                 raise
 
+    def apply_async(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        task_id: str | None = None,
+        *more: Any,
+        **options: Any,
+    ) -> Any:
+        """Send the task, as Celery does.
+
+        With ``enqueue_once`` the result of the message that is queued or running is returned,
+        and none is sent, if there is one. Retries, chains, groups and chords are always sent, and
+        so is a message with headers of its own, and one sent while the store is out of reach.
+        """
+        send = super().apply_async
+        asked = {"task_id": task_id, **options}
+        eager = self.app.conf.task_always_eager
+        if not self._options.enqueue_once or eager or not is_guarded(asked):
+            return send(args, kwargs, task_id, *more, **options)
+        name = self._name(tuple(args or ()), kwargs or {})
+        runtime = runtime_of(self.app)
+        key = row_key(runtime.settings.key_prefix, name)
+        sent = enqueue(
+            runtime, key, asked, lambda own_id: send(args, kwargs, own_id, *more, **options)
+        )
+        return self.AsyncResult(sent) if isinstance(sent, str) else sent
+
+    def _name(self, args: Any, kwargs: Any) -> str:
+        return singleton_name(self.name, self._options.unique_on, self._signature, args, kwargs)
+
     def _delivery(self, request: Context, args: Any, kwargs: Any) -> Delivery:
-        name = singleton_name(self.name, self._options.unique_on, self._signature, args, kwargs)
+        name = self._name(args, kwargs)
         runtime = runtime_of(self.app)
         key = row_key(runtime.settings.key_prefix, name)
         return Delivery(self, request, name, key, self._options, self._codec, runtime)

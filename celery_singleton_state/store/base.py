@@ -70,10 +70,34 @@ class Ended:
     """How a run ended, for the row.
 
     :param history: the whole new history, as JSON.
+    :param hold: seconds from its acquisition that the lease is kept, though the run is over.
     """
 
     outcome: str
     history: str
+    hold: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Answer to a save.
+
+    :param updated_at: the row's new ``updated_at``, in seconds since the epoch.
+    :param handoff_to: who asks the holder to hand over, if anybody does.
+    """
+
+    updated_at: float
+    handoff_to: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """Answer to a release.
+
+    :param wanted: the wish for one more run that is in the row, as JSON; to be granted now.
+    """
+
+    wanted: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +130,34 @@ class Row:
         """Whether somebody holds the lease now."""
         return self.expires_in is not None and self.expires_in > 0
 
+    @property
+    def held_on(self) -> bool:
+        """Whether the run is over and the lease kept for a while."""
+        return self.held and self.acquired_at is None
+
+
+class Wishes(Protocol):
+    """What others than a lease's holder can ask of a row."""
+
+    def ask_to_hand_over(self, row: Row, who: str) -> bool:
+        """Ask the holder that was seen to hand over; false when it is the holder no more."""
+
+    def want(self, row: Row, wish: str) -> bool:
+        """Have the holder that was seen send one more run when it releases, by this wish alone;
+        false when it is the holder no more.
+        """
+
+    def granted(self, key: str, wish: str) -> None:
+        """The run that was wanted was sent; a newer wish stays."""
+
+    def enqueue(self, key: str, task_id: str, life: float) -> str:
+        """Note a message as queued, for so many seconds, if none is queued or running; returns
+        the id of that which is.
+        """
+
+    def dequeue(self, key: str, task_id: str) -> None:
+        """The message is queued no more. (An acquisition for it says so by itself.)"""
+
 
 class Store(Protocol):
     """Where leases and states live. Every verb may raise :exc:`StoreError`."""
@@ -117,21 +169,22 @@ class Store(Protocol):
         answer was lost can be repeated.
         """
 
-    def renew(self, leases: Sequence[Lease]) -> set[str]:
-        """Prolong leases by their life from now; returns the keys of those that it prolonged.
+    def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
+        """Prolong leases by their life from now; returns the keys of those that it prolonged,
+        and for each who asks its holder to hand over, if anybody does.
 
         Asked for several, it may pass over rows that somebody has locked at this moment. Asked
         for one alone, it waits, and a key that is not returned is no longer held.
         """
 
-    def save(self, lease: Lease, new: NewValue) -> bool:
-        """Store a state and prolong the lease; false when it is no longer held.
+    def save(self, lease: Lease, new: NewValue) -> Saved | None:
+        """Store a state and prolong the lease; ``None`` when it is no longer held.
 
         That the lease ran out does not matter as long as nobody took it since.
         """
 
-    def release(self, lease: Lease, ended: Ended, new: NewValue | None = None) -> bool:
-        """Give a lease back, with a new state or without; false when it is no longer held."""
+    def release(self, lease: Lease, ended: Ended, new: NewValue | None = None) -> Released | None:
+        """Give a lease back, with a new state or without; ``None`` when it is no longer held."""
 
     def peek(self, key: str) -> Row | None:
         """The row of a singleton, if it has one."""
@@ -145,6 +198,10 @@ class Store(Protocol):
     def transaction(self) -> AbstractContextManager[FencedTransaction]:
         """A transaction on the store's database that can carry a fenced save."""
 
+    @property
+    def wishes(self) -> Wishes:
+        """What others than a lease's holder can ask of a row."""
+
     def check(self) -> None:
         """See that the store can be used; :exc:`StoreError` says what is missing."""
 
@@ -157,9 +214,8 @@ class FencedTransaction(Protocol):
 
     connection: Any
 
-    def save(self, lease: Lease, new: NewValue) -> float | None:
+    def save(self, lease: Lease, new: NewValue) -> Saved | None:
         """Store a state within the transaction, last; ``None`` when no longer held.
 
-        Returns the row's new ``updated_at``, by which the commit is known again when its
-        answer was lost.
+        By the row's new ``updated_at`` the commit is known again when its answer was lost.
         """

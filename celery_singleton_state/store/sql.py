@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,23 @@ from sqlalchemy import ColumnElement, Connection, Engine, literal_column
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from .base import Acquired, Ended, Lease, NewValue, Row, StoreError, StoreNotReady, StoreUnavailable
+from .base import (
+    Acquired,
+    Ended,
+    Lease,
+    NewValue,
+    Released,
+    Row,
+    Saved,
+    StoreError,
+    StoreNotReady,
+    StoreUnavailable,
+)
 from .connections import Connections
 from .engine import is_in_memory
 from .schema import make_table
 from .statements import Statements
+from .wishes import SqlWishes
 
 #: SQLSTATEs of a missing table, column and schema.
 _NOT_READY_STATES = frozenset({"42P01", "42703", "3F000"})
@@ -36,6 +49,7 @@ class SqlStore:
         self._driver_error = engine.dialect.loaded_dbapi.Error
         # A database in memory lives in its pool's only connection.
         self._connections = Connections(engine, keeps_one=not is_in_memory(engine.url))
+        self.wishes = SqlWishes(self._sql, self._rows, self._change)
         #: The database's time now, for statements made elsewhere.
         self.now: ColumnElement[Any] = literal_column(self._sql.now)
 
@@ -58,28 +72,29 @@ class SqlStore:
         fence, *found = rows[0]
         return Acquired(Lease(key, holder, fence, ttl), *found)
 
-    def renew(self, leases: Sequence[Lease]) -> set[str]:
+    def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
         statement = self._sql.renew_unlocked if len(leases) > 1 else self._sql.renew
         document = msgspec.json.encode(leases).decode()
         rows = self._rows(statement, {"leases": document})
-        return {key for (key,) in rows}
+        return dict(rows)
 
-    def save(self, lease: Lease, new: NewValue) -> bool:
+    def save(self, lease: Lease, new: NewValue) -> Saved | None:
         rows = self._rows(self._sql.save, _named(lease, new, ttl=lease.ttl))
-        return bool(rows)
+        return Saved(*rows[0]) if rows else None
 
-    def release(self, lease: Lease, ended: Ended, new: NewValue | None = None) -> bool:
-        statement = self._sql.release if new is None else self._sql.release_with_value
-        outcome = {"outcome": ended.outcome, "history": ended.history}
-        return self._change(statement, _named(lease, new, **outcome)) == 1
+    def release(self, lease: Lease, ended: Ended, new: NewValue | None = None) -> Released | None:
+        statement = self._sql.release[new is not None, ended.hold > 0]
+        more = {"outcome": ended.outcome, "history": ended.history, "hold": ended.hold}
+        rows = self._rows(statement, _named(lease, new, **more))
+        return Released(*rows[0]) if rows else None
 
     def peek(self, key: str) -> Row | None:
         rows = self._rows(self._sql.peek, {"key": key})
-        return Row(*rows[0]) if rows else None
+        return _row(rows[0]) if rows else None
 
     def list(self, prefix: str) -> Sequence[Row]:
         rows = self._rows(self._sql.list, {"prefix": prefix})
-        return [Row(*row) for row in rows]
+        return [_row(row) for row in rows]
 
     def set_aside(self, key: str, value: str) -> None:
         self._change(self._sql.set_aside, {"key": key, "value": value})
@@ -152,8 +167,8 @@ class SqlTransaction:
         # The caller's own statements may take as long as they take.
         self._set_patience(None)
 
-    def save(self, lease: Lease, new: NewValue) -> float | None:
-        """Store a state; returns the row's new ``updated_at``, ``None`` when refused.
+    def save(self, lease: Lease, new: NewValue) -> Saved | None:
+        """Store a state; ``None`` when refused.
 
         It is the transaction's last statement, and locks the row until the commit, so that a
         successor waits for the outcome.
@@ -165,8 +180,8 @@ class SqlTransaction:
                 "it is committed when the block ends, and rolled back when it raises"
             )
         result = self.connection.exec_driver_sql(self._sql.save, _named(lease, new, ttl=lease.ttl))
-        moment: float | None = result.scalar()
-        return moment
+        row = result.one_or_none()
+        return Saved(*row) if row else None
 
     def end_of_callers_part(self) -> None:
         self._set_patience(self._patience)
@@ -203,6 +218,14 @@ def _is_in_mid_statement(connection: Connection) -> bool:
     info = getattr(connection.connection.dbapi_connection, "info", None)
     status = getattr(info, "transaction_status", None)
     return getattr(status, "name", "") == "ACTIVE"
+
+
+def _row(values: Sequence[Any]) -> Row:
+    row = Row(*values)
+    if row.acquired_at is None and not row.held:
+        # It was held on after a run, and is not any more.
+        return dataclasses.replace(row, holder=None, expires_in=None)
+    return row
 
 
 def _named(lease: Lease, new: NewValue | None, **more: Any) -> dict[str, Any]:

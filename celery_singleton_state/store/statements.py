@@ -22,7 +22,9 @@ INSERT INTO {table} AS mine
 VALUES (:key, 'null', {now}, 1, :holder, :task_id, {now}, {later})
 ON CONFLICT (key) DO UPDATE SET
   fence = CASE WHEN mine.holder = :holder THEN mine.fence ELSE coalesce(mine.fence, 0) + 1 END,
-  holder = :holder, task_id = :task_id, acquired_at = {now}, expires_at = {later}
+  holder = :holder, task_id = :task_id, acquired_at = {now}, expires_at = {later},
+  handoff_to = NULL,
+  queued_until = CASE WHEN mine.queued_task_id = :task_id THEN NULL ELSE mine.queued_until END
 WHERE mine.holder IS NULL OR mine.holder = :holder
   OR mine.expires_at <= {now} OR mine.expires_at IS NULL
 RETURNING fence, value, schema_version, history, {acquired_at}
@@ -34,15 +36,27 @@ _SAVE = f"""
 UPDATE {{table}} SET value = :value, schema_version = :schema_version, updated_at = {{now}},
   expires_at = {{later}}
 {_HELD}
-RETURNING {{updated_at}}
+RETURNING {{updated_at}}, handoff_to
 """
 
 _RELEASE = f"""
-UPDATE {{table}} SET {{new_value}}
-  holder = NULL, task_id = NULL, acquired_at = NULL, expires_at = NULL,
+UPDATE {{table}} SET {{new_value}} {{lease}}
   run_count = coalesce(run_count, 0) + 1, last_outcome = :outcome, last_finished_at = {{now}},
   history = :history
 {_HELD}
+RETURNING wanted
+"""
+
+#: Added to the holder's name while the lease is held on after its run.
+HELD_ON = " (held on)"
+
+_FREE = "holder = NULL, task_id = NULL, acquired_at = NULL, expires_at = NULL,"
+
+# By another holder's name, so that what its run sent before, and repeats, is refused.
+_KEPT = f"""
+  task_id = NULL, acquired_at = NULL,
+  expires_at = CASE WHEN {{hold_until}} > {{now}} THEN {{hold_until}} END,
+  holder = CASE WHEN {{hold_until}} > {{now}} THEN holder || '{HELD_ON}' END,
 """
 
 _NEW_VALUE = "value = :value, schema_version = :schema_version, updated_at = {now},"
@@ -51,7 +65,7 @@ _RENEW = """
 UPDATE {table} SET expires_at = {held_later}
 FROM {held}
 WHERE key = held_key AND fence = held_fence AND holder = held_holder {unlocked}
-RETURNING key
+RETURNING key, handoff_to
 """
 
 _UNLOCKED = """
@@ -72,6 +86,33 @@ INSERT INTO {table} (key, value, updated_at) VALUES (:key, :value, {now})
 ON CONFLICT (key) DO NOTHING
 """
 
+_SEEN = "WHERE key = :key AND fence = :fence AND holder = :holder AND expires_at > {now}"
+
+_ASK_TO_HAND_OVER = f"UPDATE {{table}} SET handoff_to = :who {_SEEN}"
+
+_WANT = f"UPDATE {{table}} SET wanted = :wish {_SEEN}"
+
+_GRANTED = "UPDATE {table} SET wanted = NULL WHERE key = :key AND wanted = :wish"
+
+_ENQUEUE = """
+INSERT INTO {table} AS mine (key, value, updated_at, fence, queued_task_id, queued_until)
+VALUES (:key, 'null', {now}, 0, :task_id, {later})
+ON CONFLICT (key) DO UPDATE SET queued_task_id = :task_id, queued_until = {later}
+WHERE (mine.queued_until IS NULL OR mine.queued_until <= {now})
+  AND (mine.task_id IS NULL OR mine.expires_at IS NULL OR mine.expires_at <= {now})
+RETURNING queued_task_id
+"""
+
+_ENQUEUED = """
+SELECT CASE WHEN queued_until > {now} THEN queued_task_id
+  WHEN expires_at > {now} THEN task_id END
+FROM {table} WHERE key = :key
+"""
+
+_DEQUEUE = """
+UPDATE {table} SET queued_until = NULL WHERE key = :key AND queued_task_id = :task_id
+"""
+
 _CHECK = "SELECT {columns} FROM {table} WHERE 1 = 0"
 
 
@@ -81,6 +122,7 @@ class _Words:
 
     now: str
     later: str
+    hold_until: str
     epoch: str
     held: str
     parameter: str
@@ -93,6 +135,7 @@ _WORDS = {
     "postgresql": _Words(
         now="clock_timestamp()",
         later="clock_timestamp() + make_interval(secs => {seconds})",
+        hold_until="acquired_at + make_interval(secs => :hold)",
         epoch="CAST(extract(epoch FROM {moment}) AS double precision)",
         held="(SELECT key AS held_key, fence AS held_fence, holder AS held_holder, ttl AS held_ttl"
         " FROM jsonb_to_recordset(CAST(:leases AS jsonb))"
@@ -103,6 +146,7 @@ _WORDS = {
     "sqlite": _Words(
         now=_SQLITE_NOW.format(""),
         later=_SQLITE_NOW.format(", {seconds} || ' seconds'"),
+        hold_until=_SQLITE_NOW.format(", :hold || ' seconds'").replace("'now'", "acquired_at"),
         epoch="round((julianday({moment}) - 2440587.5) * 86400.0, 3)",
         held="(SELECT json_extract(value, '$.key') AS held_key,"
         " json_extract(value, '$.fence') AS held_fence,"
@@ -145,9 +189,23 @@ class Statements:
         unlocked = sql(_UNLOCKED) if words.skips_locked else ""
         self.renew_unlocked = sql(_RENEW, unlocked=unlocked)
         self.save = sql(_SAVE)
-        self.release = sql(_RELEASE, new_value="")
-        self.release_with_value = sql(_RELEASE, new_value=_NEW_VALUE.format(now=words.now))
+        #: By whether a value is stored, and whether the lease is kept for a while.
+        self.release = {
+            (stores, holds): sql(
+                _RELEASE,
+                new_value=_NEW_VALUE.format(now=words.now) if stores else "",
+                lease=_KEPT.format(hold_until=words.hold_until, now=words.now) if holds else _FREE,
+            )
+            for stores in (False, True)
+            for holds in (False, True)
+        }
         self.peek = sql(_ROWS + " key = :key")
         self.list = sql(_ROWS + " substr(key, 1, length(:prefix)) = :prefix ORDER BY key")
         self.set_aside = sql(_SET_ASIDE)
+        self.ask_to_hand_over = sql(_ASK_TO_HAND_OVER)
+        self.want = sql(_WANT)
+        self.granted = sql(_GRANTED)
+        self.enqueue = sql(_ENQUEUE)
+        self.enqueued = sql(_ENQUEUED)
+        self.dequeue = sql(_DEQUEUE)
         self.check = sql(_CHECK, columns=", ".join(table.columns.keys()))

@@ -31,6 +31,10 @@ app = Celery("shop")
 app.conf.update(
     worker_prefetch_multiplier=1,
     worker_pool_restarts=True,
+    worker_lost_wait=float(os.environ.get("TEST_WORKER_LOST_WAIT", "10")),
+    broker_transport_options={
+        "visibility_timeout": float(os.environ.get("TEST_VISIBILITY_TIMEOUT", "3600"))
+    },
     broker_connection_retry_on_startup=True,
     result_extended=True,
     task_serializer=os.environ.get("TEST_SERIALIZER", "json"),
@@ -229,6 +233,12 @@ def _flat(values: Any) -> Iterator[Any]:
             yield value
 
 
+@singleton_task(app, state_schema=Counter, name="dies_twice", max_retries=1, default_retry_delay=0)
+def dies_twice(self: SingletonTask[Counter]) -> None:
+    note("enter", task="dies_twice", fence=self.fence)
+    os._exit(7)
+
+
 class Leading(SingletonTask[Any]):
     """Writes down when it leads and when no longer."""
 
@@ -283,3 +293,47 @@ def dies(self: SingletonTask[Counter], how: str) -> None:
     if how == "SystemExit":
         raise SystemExit(3)
     time.sleep(300)
+
+
+@app.task(name="joined")
+def joined(*parts: str) -> str:
+    return "".join(parts)
+
+
+def run_until(self: SingletonTask[Counter], what: str, until: str) -> str:
+    with inside(self.name, what=what, n=self.state.n, retries=self.request.retries):
+        self.state.n += 1
+        self.checkpoint()
+        if until == "for ever":
+            wait_in("sleep")
+        elif until:
+            wait_for(until)
+    return what
+
+
+for policy, name in {
+    "wait": "waits_its_turn",
+    "replace": "replaces",
+    "coalesce": "coalesces",
+}.items():
+    singleton_task(app, state_schema=Counter, on_conflict=policy, conflict_timeout=30, name=name)(
+        run_until
+    )
+
+singleton_task(app, state_schema=Counter, on_conflict="wait", conflict_timeout=1, name="impatient")(
+    run_until
+)
+
+singleton_task(
+    app,
+    state_schema=Counter,
+    on_conflict="replace",
+    conflict_timeout=1,
+    on_lease_lost="finish",
+    name="stubborn",
+)(run_until)
+
+singleton_task(app, state_schema=Counter, hold_at_least=2, name="held_on")(run_until)
+singleton_task(
+    app, state_schema=Counter, hold_at_least=2, on_conflict="coalesce", name="held_on_coalesced"
+)(run_until)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from celery_singleton_state.store import SqlStore
-from celery_singleton_state.store.base import Acquired, Ended, Lease, NewValue
+from celery_singleton_state.store.base import Acquired, Ended, Lease, NewValue, Released, Row
 from tests.waiting import wait_until
 
 LONG = 60.0
 BRIEF = 0.2
+HOLD = 0.3
 #: Clocks are floating-point seconds here.
 ROUNDING = 0.01
 DONE = Ended("succeeded", "[]")
+HELD_ON = Ended("succeeded", "[]", hold=LONG)
+FREED = Released(wanted=None)
 
 
 def acquire(store: SqlStore, holder: str = "a", ttl: float = LONG, key: str = "k") -> Acquired:
@@ -24,12 +28,18 @@ def acquire(store: SqlStore, holder: str = "a", ttl: float = LONG, key: str = "k
     return acquired
 
 
+def peek(store: SqlStore, key: str = "k") -> Row:
+    row = store.peek(key)
+    assert row is not None
+    return row
+
+
 def let_run_out(store: SqlStore, key: str = "k") -> None:
     """Wait until the store's own clock says that the lease ran out."""
 
     def ran_out() -> bool:
-        row = store.peek(key)
-        return row is not None and row.expires_in is not None and not row.held
+        row = peek(store, key)
+        return row.expires_in is not None and not row.held
 
     wait_until(ran_out, "the lease runs out")
 
@@ -45,8 +55,7 @@ def test_first_acquisition_makes_the_row(store: SqlStore) -> None:
 def test_a_held_lease_is_not_acquired(store: SqlStore) -> None:
     acquire(store, "a")
     assert store.acquire("k", "b", LONG, None) is None
-    row = store.peek("k")
-    assert row is not None
+    row = peek(store)
     assert (row.holder, row.task_id, row.fence, row.held) == ("a", "task-a", 1, True)
     assert row.expires_in is not None
     assert 0 < row.expires_in <= LONG + ROUNDING
@@ -59,7 +68,7 @@ def test_the_same_holder_is_answered_with_what_it_holds(store: SqlStore) -> None
 
 
 def test_a_released_lease_is_acquired_with_a_larger_fence(store: SqlStore) -> None:
-    assert store.release(acquire(store, "a").lease, DONE)
+    assert store.release(acquire(store, "a").lease, DONE) == FREED
     assert acquire(store, "b").lease.fence == 2
 
 
@@ -71,9 +80,8 @@ def test_an_expired_lease_is_taken_over(store: SqlStore) -> None:
 
 def test_release_with_a_value_stores_all_of_it(store: SqlStore) -> None:
     lease = acquire(store).lease
-    assert store.release(lease, Ended("succeeded", '["h"]'), NewValue('{"n":1}', 3))
-    row = store.peek("k")
-    assert row is not None
+    assert store.release(lease, Ended("succeeded", '["h"]'), NewValue('{"n":1}', 3)) == FREED
+    row = peek(store)
     assert (row.value, row.schema_version, row.history) == ('{"n":1}', 3, '["h"]')
     assert (row.run_count, row.last_outcome) == (1, "succeeded")
     assert (row.holder, row.task_id, row.expires_in, row.held) == (None, None, None, False)
@@ -84,11 +92,9 @@ def test_release_with_a_value_stores_all_of_it(store: SqlStore) -> None:
 
 def test_release_without_a_value_leaves_the_state(store: SqlStore) -> None:
     store.release(acquire(store, "a").lease, DONE, NewValue('{"n":1}', 1))
-    before = store.peek("k")
+    before = peek(store)
     store.release(acquire(store, "b").lease, Ended("failed", "[]"))
-    after = store.peek("k")
-    assert before is not None
-    assert after is not None
+    after = peek(store)
     assert (after.value, after.schema_version) == ('{"n":1}', 1)
     assert after.updated_at == before.updated_at
     assert (after.run_count, after.last_outcome) == (2, "failed")
@@ -96,17 +102,17 @@ def test_release_without_a_value_leaves_the_state(store: SqlStore) -> None:
 
 def test_save_stores_and_keeps_the_lease(store: SqlStore) -> None:
     lease = acquire(store).lease
-    assert store.save(lease, NewValue('{"n":2}', 1))
-    row = store.peek("k")
-    assert row is not None
+    saved = store.save(lease, NewValue('{"n":2}', 1))
+    row = peek(store)
+    assert saved is not None
+    assert (saved.updated_at, saved.handoff_to) == (row.updated_at, None)
     assert (row.value, row.held, row.run_count) == ('{"n":2}', True, 0)
 
 
 def test_save_prolongs_the_lease(store: SqlStore) -> None:
     acquire(store, "a", BRIEF)
-    assert store.save(Lease("k", "a", 1, LONG), NewValue("{}", 1))
-    row = store.peek("k")
-    assert row is not None
+    assert store.save(Lease("k", "a", 1, LONG), NewValue("{}", 1)) is not None
+    row = peek(store)
     assert row.expires_in is not None
     assert row.expires_in > BRIEF
 
@@ -114,8 +120,8 @@ def test_save_prolongs_the_lease(store: SqlStore) -> None:
 def test_a_late_save_without_a_successor_is_the_only_writer(store: SqlStore) -> None:
     lease = acquire(store, "a", BRIEF).lease
     let_run_out(store)
-    assert store.save(lease, NewValue('{"n":1}', 1))
-    assert store.release(lease, DONE)
+    assert store.save(lease, NewValue('{"n":1}', 1)) is not None
+    assert store.release(lease, DONE) == FREED
 
 
 @pytest.mark.parametrize("with_value", [True, False])
@@ -125,15 +131,13 @@ def test_a_stale_holder_changes_nothing(store: SqlStore, with_value: bool) -> No
     let_run_out(store)
     current = acquire(store, "b").lease
     store.save(current, NewValue('{"by":"b"}', 1))
-    before = store.peek("k")
+    before = peek(store)
 
-    assert not store.save(stale, NewValue('{"by":"a"}', 1))
-    assert not store.release(stale, DONE, NewValue('{"by":"a"}', 1) if with_value else None)
-    assert store.renew([stale]) == set()
+    assert store.save(stale, NewValue('{"by":"a"}', 1)) is None
+    assert store.release(stale, DONE, NewValue('{"by":"a"}', 1) if with_value else None) is None
+    assert store.renew([stale]) == {}
 
-    after = store.peek("k")
-    assert before is not None
-    assert after is not None
+    after = peek(store)
     assert (after.value, after.fence, after.holder) == ('{"by":"b"}', 2, "b")
     assert after.run_count == before.run_count
 
@@ -145,40 +149,89 @@ def test_a_stale_holder_changes_nothing(store: SqlStore, with_value: bool) -> No
 )
 def test_fence_holder_and_key_must_all_match(store: SqlStore, wrong: Lease) -> None:
     acquire(store, "a")
-    assert not store.save(wrong, NewValue("{}", 1))
-    assert not store.release(wrong, DONE)
-    assert store.renew([wrong]) == set()
+    assert store.save(wrong, NewValue("{}", 1)) is None
+    assert store.release(wrong, DONE) is None
+    assert store.renew([wrong]) == {}
 
 
 def test_release_is_done_once(store: SqlStore) -> None:
     lease = acquire(store).lease
-    assert store.release(lease, DONE)
-    assert not store.release(lease, DONE)
-    assert not store.save(lease, NewValue("{}", 1))
-    assert store.renew([lease]) == set()
+    assert store.release(lease, DONE) == FREED
+    assert store.release(lease, DONE) is None
+    assert store.save(lease, NewValue("{}", 1)) is None
+    assert store.renew([lease]) == {}
+
+
+@pytest.mark.parametrize("new", [None, NewValue('{"n":1}', 1)], ids=["", "with a value"])
+def test_a_lease_that_is_held_on_is_not_acquired(store: SqlStore, new: NewValue | None) -> None:
+    acquired = acquire(store, "a")
+    assert store.release(acquired.lease, HELD_ON, new) == FREED
+    assert store.acquire("k", "b", LONG, None) is None
+    row = peek(store)
+    assert (row.held, row.held_on, row.holder, row.task_id) == (True, True, "a (held on)", None)
+    assert (row.run_count, row.last_outcome) == (1, "succeeded")
+    assert row.value == (new.value if new else "null")
+    assert row.expires_in is not None
+    ends_at = row.read_at + row.expires_in
+    assert ends_at == pytest.approx(acquired.acquired_at + LONG, abs=ROUNDING)
+
+
+def test_a_lease_that_is_held_on_is_free_when_the_hold_has_passed(store: SqlStore) -> None:
+    first = acquire(store, "a")
+    store.release(first.lease, Ended("succeeded", "[]", hold=HOLD))
+    second = wait_until(lambda: store.acquire("k", "b", LONG, None), "the hold passes")
+    assert second.lease.fence == 2
+    assert second.acquired_at - first.acquired_at >= HOLD - ROUNDING
+    row = peek(store)
+    assert (row.held, row.held_on, row.holder) == (True, False, "b")
+
+
+def test_a_hold_that_is_over_leaves_the_row_free(store: SqlStore) -> None:
+    """It counts from the acquisition: a run that took longer has nothing to hold on to."""
+    acquired = acquire(store, "a")
+    wait_until(
+        lambda: peek(store).read_at - acquired.acquired_at > HOLD, "the run takes longer than HOLD"
+    )
+    assert store.release(acquired.lease, Ended("succeeded", "[]", hold=HOLD)) == FREED
+    row = peek(store)
+    assert (row.held, row.held_on, row.holder, row.task_id) == (False, False, None, None)
+    assert acquire(store, "b").lease.fence == 2
+
+
+def test_a_row_says_since_when_it_is_held_and_when_it_was_read(store: SqlStore) -> None:
+    """Both by the store's clock, which is this machine's in the tests."""
+    asked_at = time.time()
+    acquired = acquire(store)
+    row = peek(store)
+    assert row.acquired_at == acquired.acquired_at
+    assert asked_at - ROUNDING <= acquired.acquired_at <= row.read_at <= time.time() + ROUNDING
+    store.renew([acquired.lease])
+    later = peek(store)
+    assert later.acquired_at == row.acquired_at
+    assert later.read_at >= row.read_at
+    store.release(acquired.lease, DONE)
+    assert peek(store).acquired_at is None
 
 
 def test_renew_prolongs_many_by_their_own_lives(store: SqlStore) -> None:
     leases = [acquire(store, "a", BRIEF, key).lease for key in ("k1", "k2", "k3")]
     longer = [Lease(each.key, "a", 1, LONG * n) for n, each in enumerate(leases[:2], 1)]
-    assert store.renew([*longer, Lease("k3", "b", 1, LONG)]) == {"k1", "k2"}
+    assert store.renew([*longer, Lease("k3", "b", 1, LONG)]) == {"k1": None, "k2": None}
     lives = [row.expires_in or 0 for row in store.list("k")]
     assert BRIEF < lives[0] <= LONG + ROUNDING < lives[1] <= 2 * LONG + ROUNDING
     assert lives[2] <= BRIEF + ROUNDING
 
 
 def test_renew_of_nothing(store: SqlStore) -> None:
-    assert store.renew([]) == set()
+    assert store.renew([]) == {}
 
 
 def test_renew_does_not_change_the_state(store: SqlStore) -> None:
     lease = acquire(store).lease
     store.save(lease, NewValue('{"n":1}', 1))
-    before = store.peek("k")
+    before = peek(store)
     store.renew([lease])
-    after = store.peek("k")
-    assert before is not None
-    assert after is not None
+    after = peek(store)
     assert (after.value, after.updated_at) == (before.value, before.updated_at)
 
 
@@ -234,8 +287,7 @@ def test_a_transaction_commits_rows_and_state(store: SqlStore) -> None:
         assert transaction.save(lease, NewValue('{"n":7}', 1)) is not None
     with store.transaction() as transaction:
         found = transaction.connection.exec_driver_sql("SELECT n FROM lines").scalar()
-    row = store.peek("k")
-    assert row is not None
+    row = peek(store)
     assert (found, row.value) == (7, '{"n":7}')
 
 
@@ -254,8 +306,7 @@ def test_a_transaction_that_raises_leaves_neither(store: SqlStore) -> None:
         fail()
     with store.transaction() as transaction:
         count = transaction.connection.exec_driver_sql("SELECT count(*) FROM lines").scalar()
-    row = store.peek("k")
-    assert row is not None
+    row = peek(store)
     assert (count, row.value) == (0, "null")
 
 
@@ -270,11 +321,25 @@ def test_a_transaction_of_a_stale_holder_is_told_so(store: SqlStore) -> None:
 def test_a_transactions_save_is_known_by_its_moment(store: SqlStore) -> None:
     lease = acquire(store).lease
     with store.transaction() as transaction:
-        saved_at = transaction.save(lease, NewValue("{}", 1))
-    row = store.peek("k")
-    assert row is not None
-    assert row.updated_at == saved_at
+        saved = transaction.save(lease, NewValue("{}", 1))
+    assert saved is not None
+    assert (saved.updated_at, saved.handoff_to) == (peek(store).updated_at, None)
 
 
 def test_check_accepts_the_table(store: SqlStore) -> None:
     store.check()
+
+
+def test_a_lease_that_is_held_on_is_its_holders_no_more(store: SqlStore) -> None:
+    """a's release took effect and its answer was lost: the repeat must not end the hold, nor a
+    renewal that was under way prolong it.
+    """
+    lease = acquire(store, "a").lease
+    store.release(lease, HELD_ON)
+    before = peek(store)
+    assert store.release(lease, DONE) is None
+    assert store.save(lease, NewValue("{}", 1)) is None
+    assert store.renew([lease]) == {}
+    assert store.acquire(lease.key, lease.holder, 60, None) is None
+    after = peek(store)
+    assert (after.held_on, after.run_count, after.value) == (True, 1, before.value)

@@ -22,10 +22,12 @@ class Answers:
         self.answer: Callable[[Sequence[Lease]], set[str]] = lambda leases: {
             lease.key for lease in leases
         }
+        #: Who asks the holders of which keys to hand over.
+        self.handoffs: dict[str, str] = {}
 
-    def renew(self, leases: Sequence[Lease]) -> set[str]:
+    def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
         self.asked.append(sorted(lease.key for lease in leases))
-        return self.answer(leases)
+        return {key: self.handoffs.get(key) for key in self.answer(leases)}
 
 
 @pytest.fixture
@@ -228,6 +230,18 @@ def test_released_while_its_renewal_is_under_way(heartbeat: Heartbeat, store: An
     heartbeat.hold(other)
     wait_until(lambda: ["b"] in store.asked, "the thread goes on")
     assert lease.lost is None
+
+
+def test_a_holder_hears_who_asks_it_to_hand_over(heartbeat: Heartbeat, store: Answers) -> None:
+    store.handoffs["a"] = "task 7"
+    asked, other = held("a"), held("b")
+    heard: list[str] = []
+    asked.on_handoff = other.on_handoff = heard.append
+    heartbeat.hold(asked)
+    heartbeat.hold(other)
+    wait_until(lambda: heard, "it is asked")
+    assert set(heard) == {"task 7"}
+    assert asked.lost is None
 
 
 def test_a_thread_that_died_is_replaced(heartbeat: Heartbeat, store: Answers) -> None:

@@ -1,0 +1,74 @@
+"""``enqueue_once``: a second copy of a message that waits in its queue is not published.
+
+The row remembers the id of the message that is queued. An acquisition for it, a conflict that ends
+it, and its life forget it; so a message that was revoked, expired or lost keeps others out for no
+longer than its life. What the lease guards it guards with or without this.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .delivery import Delivery
+from .runtime import Runtime
+from .store.base import StoreError
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a message counts as queued, if it does not expire before.
+LIFE = 300.0
+#: What only messages have that go on with something: a retry, a chain, a chord, a group.
+_CONTINUES = ("retries", "chain", "chord", "group_id", "root_id", "parent_id")
+
+
+def is_guarded(options: Mapping[str, Any]) -> bool:
+    """Whether a message that is sent with these options can be dropped for another one.
+
+    Retries, what is sent again, and parts of a larger work never are.
+    """
+    return not any(options.get(name) for name in (*_CONTINUES, "headers"))
+
+
+def enqueue(
+    runtime: Runtime, key: str, options: Mapping[str, Any], publish: Callable[[str], Any]
+) -> str | Any:
+    """Publish a message unless one is queued or running.
+
+    :param publish: sends it, given its id.
+    :returns: the id of the one that is queued or running; or what publishing returned.
+    """
+    task_id = options.get("task_id") or str(uuid.uuid4())
+    try:
+        queued = runtime.store.wishes.enqueue(key, task_id, _life(options))
+    except StoreError as error:
+        logger.warning("%s: sent, though it may be queued already: %s", key, error)
+        return publish(task_id)
+    if queued != task_id:
+        return queued
+    try:
+        return publish(task_id)
+    except BaseException:
+        _dequeue(runtime, key, task_id)
+        raise
+
+
+def dequeue(delivery: Delivery) -> None:
+    """The message of a delivery that ended without a run is queued no more."""
+    if delivery.options.enqueue_once and delivery.request.id:
+        _dequeue(delivery.runtime, delivery.key, delivery.request.id)
+
+
+def _dequeue(runtime: Runtime, key: str, task_id: str) -> None:
+    try:
+        runtime.store.wishes.dequeue(key, task_id)
+    except StoreError as error:
+        logger.warning("%s: task %s counts as queued until its life ends: %s", key, task_id, error)
+
+
+def _life(options: Mapping[str, Any]) -> float:
+    countdown, expires = options.get("countdown") or 0.0, options.get("expires")
+    life = LIFE + countdown
+    return min(life, float(expires)) if isinstance(expires, int | float) else life

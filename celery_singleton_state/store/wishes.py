@@ -1,0 +1,52 @@
+"""What others than its holder can ask of a row: to hand over, to run once more, to be queued."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .base import Row, StoreUnavailable
+from .statements import Statements
+
+#: How often a row that changes meanwhile is looked at again.
+LOOKS = 10
+
+Rows = Callable[[str, Mapping[str, Any]], Sequence[tuple[Any, ...]]]
+Change = Callable[[str, Mapping[str, Any]], int]
+
+
+class SqlWishes:
+    """The wishes of an SQL store; each is one statement.
+
+    :param rows: runs a statement and returns its rows; ``change``: how many rows it changed.
+    """
+
+    def __init__(self, sql: Statements, rows: Rows, change: Change) -> None:
+        self._sql = sql
+        self._rows = rows
+        self._change = change
+
+    def ask_to_hand_over(self, row: Row, who: str) -> bool:
+        return self._change(self._sql.ask_to_hand_over, _seen(row, who=who)) == 1
+
+    def want(self, row: Row, wish: str) -> bool:
+        return self._change(self._sql.want, _seen(row, wish=wish)) == 1
+
+    def granted(self, key: str, wish: str) -> None:
+        self._change(self._sql.granted, {"key": key, "wish": wish})
+
+    def enqueue(self, key: str, task_id: str, life: float) -> str:
+        named = {"key": key, "task_id": task_id, "ttl": life}
+        for _ in range(LOOKS):
+            rows = self._rows(self._sql.enqueue, named) or self._rows(self._sql.enqueued, named)
+            # Neither: what was queued or running ended between the two.
+            if rows and rows[0][0] is not None:
+                return str(rows[0][0])
+        raise StoreUnavailable(f"{key} changed {LOOKS} times while it was looked at")
+
+    def dequeue(self, key: str, task_id: str) -> None:
+        self._change(self._sql.dequeue, {"key": key, "task_id": task_id})
+
+
+def _seen(row: Row, **more: str) -> dict[str, Any]:
+    return {"key": row.key, "fence": row.fence, "holder": row.holder, **more}

@@ -1,0 +1,169 @@
+"""``enqueue_once``: what is published, seen from the client that sends, on every store."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from celery import Celery, chain, signals
+
+from celery_singleton_state import enqueue, singleton_task
+from celery_singleton_state.runtime import runtime_of
+from celery_singleton_state.store.base import StoreUnavailable
+from tests.waiting import wait_until
+
+
+@pytest.fixture
+def app(app: Celery) -> Celery:
+    app.conf.broker_url = "memory://"
+    return app
+
+
+@pytest.fixture
+def published() -> Iterator[list[str]]:
+    """The ids of all messages that were sent."""
+    ids: list[str] = []
+
+    def note(headers: dict[str, Any], **_: Any) -> None:
+        ids.append(headers["id"])
+
+    signals.before_task_publish.connect(note)
+    yield ids
+    signals.before_task_publish.disconnect(note)
+
+
+def task_of(app: Celery, **options: Any) -> Any:
+    options = {"name": "sent", "shared": False, "enqueue_once": True} | options
+
+    def body(self: Any, what: str = "") -> str:
+        return what
+
+    return singleton_task(app, **options)(body)
+
+
+def test_a_second_copy_is_not_published(app: Celery, published: list[str]) -> None:
+    task = task_of(app)
+    first = task.delay()
+    assert [task.delay().id, task.apply_async().id] == [first.id] * 2
+    assert published == [first.id]
+
+
+def test_each_singleton_has_a_queued_copy_of_its_own(app: Celery, published: list[str]) -> None:
+    task = task_of(app, unique_on=["what"])
+    ids = [task.delay(what).id for what in ("a", "b", "a")]
+    assert ids[0] == ids[2] != ids[1]
+    assert published == ids[:2]
+
+
+def test_when_it_has_run_the_next_one_is_published(app: Celery, published: list[str]) -> None:
+    task = task_of(app)
+    first = task.delay()
+    task.apply(task_id=first.id)
+    second = task.delay()
+    assert published == [first.id, second.id]
+
+
+def test_the_one_that_is_running_stands_for_it(app: Celery, published: list[str]) -> None:
+    inner: list[str] = []
+
+    def body(self: Any) -> None:
+        inner.append(self.apply_async().id)
+
+    task = singleton_task(app, name="sent", shared=False, enqueue_once=True)(body)
+    first = task.delay()
+    task.apply(task_id=first.id)
+    assert inner == published == [first.id]
+
+
+def test_what_is_skipped_is_queued_no_more(app: Celery, published: list[str]) -> None:
+    """Its message came while a direct call held the lease, and is gone."""
+    task = task_of(app)
+    first = task.delay()
+    store = runtime_of(app).store
+    acquired = store.acquire("singleton-state:sent", "somebody", 60, None)
+    assert acquired is not None
+    assert task.apply(task_id=first.id).get() is None
+    assert task.delay().id != first.id
+
+
+@pytest.mark.parametrize(
+    "options", [{"retries": 1}, {"headers": {"own": 1}}, {"group_id": "g"}, {"chain": []}]
+)
+def test_what_goes_on_with_something_is_never_held_back(
+    app: Celery, published: list[str], options: dict[str, Any]
+) -> None:
+    """celery-singleton #20: a retry is no second copy."""
+    task = task_of(app)
+    task.delay()
+    if options == {"chain": []}:
+        chain(task.si("a"), task.si("b")).apply_async()
+    else:
+        task.apply_async(**options)
+    assert len(published) == 2
+
+
+def test_a_lost_message_keeps_others_out_for_its_life_and_no_longer(
+    app: Celery, published: list[str]
+) -> None:
+    """celery-singleton #29, a revoked task blocks for ever: one that expires has no other life."""
+    task = task_of(app)
+    first = task.apply_async(expires=0.5)
+    wait_until(lambda: task.delay().id != first.id, "the next one is published")
+    assert len(published) == 2
+
+
+def test_one_that_could_not_be_published_keeps_nobody_out(
+    app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(app)
+    with monkeypatch.context() as patched:
+        patched.setattr(app.amqp, "send_task_message", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            task.delay()
+    task.delay()
+    assert len(published) == 1
+
+
+def test_while_the_store_is_out_of_reach_all_are_published(
+    app: Celery,
+    published: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The lease still lets only one run."""
+
+    def fail(*_: Any) -> str:
+        raise StoreUnavailable("gone")
+
+    task = task_of(app)
+    monkeypatch.setattr(runtime_of(app).store.wishes, "enqueue", fail)
+    task.delay()
+    task.delay()
+    assert len(published) == 2
+    assert "it may be queued already: gone" in caplog.text
+
+
+def test_many_at_once_publish_one(app: Celery, published: list[str]) -> None:
+    """All find nothing queued before any of them has noted its own."""
+    task = task_of(app)
+    runtime = runtime_of(app)
+    runtime.store.check()
+    together = threading.Barrier(4)
+
+    def ask(n: int) -> Any:
+        together.wait(10)
+        return enqueue.enqueue(runtime, "singleton-state:sent", {}, published.append) and n
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(ask, range(4)))
+    assert len(published) == 1
+    assert task.delay().id == published[0]
+
+
+def test_a_life(app: Celery) -> None:
+    assert enqueue._life({}) == 300
+    assert enqueue._life({"countdown": 60}) == 360
+    assert enqueue._life({"countdown": 60, "expires": 100}) == 100

@@ -1,0 +1,102 @@
+"""Conflicts of calls that are no messages: they wait where they are."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from celery_singleton_state import HeartbeatFailed, LeaderHandoffFailed, singleton_task
+from celery_singleton_state.runtime import runtime_of
+
+
+def task_of(app: Celery, body: Any, **options: Any) -> Any:
+    return singleton_task(app, **{"name": "called", "shared": False} | options)(body)
+
+
+def idle(self: Any, what: Any = None) -> None:
+    """A body that does nothing."""
+
+
+@pytest.fixture(params=["called directly", "eager"])
+def call(request: pytest.FixtureRequest) -> Any:
+    if request.param == "eager":
+        return lambda task, *arguments: task.apply(arguments).get()
+    return lambda task, *arguments: task(*arguments)
+
+
+def test_one_that_waits_runs_when_the_lease_is_free(app: Celery, call: Any) -> None:
+    """A is in its body; B is called, and meets the lease; A ends; B runs."""
+    inside, go = threading.Event(), threading.Event()
+    met: list[str] = []
+
+    def body(self: Any, what: str) -> str:
+        met.append(what)
+        if what == "first":
+            inside.set()
+            go.wait(30)
+        return what
+
+    task = task_of(app, body, on_conflict="wait")
+    acquire = runtime_of(app).store.acquire
+
+    def acquire_and_go(*arguments: Any) -> Any:
+        acquired = acquire(*arguments)
+        if acquired is None:
+            go.set()
+        return acquired
+
+    runtime_of(app).store.acquire = acquire_and_go  # type: ignore[method-assign]
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(call, task, "first")
+        assert inside.wait(30)
+        assert pool.submit(call, task, "second").result(30) == "second"
+        assert first.result(30) == "first"
+    assert met == ["first", "second"]
+
+
+@pytest.mark.parametrize("policy", ["wait", "replace"])
+def test_it_waits_for_no_longer_than_it_may(app: Celery, call: Any, policy: str) -> None:
+    store = runtime_of(app).store
+    assert store.acquire("singleton-state:called", "somebody", 60, "task-1") is not None
+    task = task_of(app, idle, on_conflict=policy, conflict_timeout=0.3)
+    with pytest.raises(LeaderHandoffFailed, match=r"not obtained within 0\.3 s; held by somebody"):
+        call(task)
+
+
+def test_a_checkpoint_hears_who_asks(app: Celery) -> None:
+    """The holder saves, and only then learns that it is asked: its state stays saved."""
+    store = runtime_of(app).store
+    after: list[str] = []
+
+    def body(self: Any) -> None:
+        row = store.peek("singleton-state:called")
+        assert row is not None
+        assert store.wishes.ask_to_hand_over(row, "task-2")
+        self.state["n"] += 1
+        self.checkpoint()
+        after.append("went on")
+
+    task = task_of(app, body, state_schema=dict_schema(), initial_state={"n": 0})
+    with pytest.raises(HeartbeatFailed, match="asked to hand over to task-2"):
+        task()
+    row = store.peek("singleton-state:called")
+    assert row is not None
+    assert (row.value, row.last_outcome, row.holder, after) == ('{"n":1}', "lost", None, [])
+
+
+def dict_schema() -> Any:
+    from typing import TypedDict
+
+    return TypedDict("State", {"n": int})
+
+
+def test_arguments_that_cannot_be_kept_are_told(app: Celery) -> None:
+    store = runtime_of(app).store
+    assert store.acquire("singleton-state:called", "somebody", 60, "task-1") is not None
+    task = task_of(app, idle, on_conflict="coalesce")
+    with pytest.raises(TypeError, match="task called: on_conflict='coalesce' keeps its arguments"):
+        task(object())
