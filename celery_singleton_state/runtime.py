@@ -19,6 +19,7 @@ from .heartbeat import Heartbeat
 from .holdings import Holdings, directory_of
 from .settings import Settings
 from .store import SqlStore, open_store
+from .store.engine import identity, parse_url
 
 #: Connections of a process that runs one body at a time: its own and the heartbeat's.
 SMALL_POOL = 2
@@ -86,7 +87,8 @@ class Runtime:
     def holdings(self) -> Holdings:
         """What the processes of this host hold in the store."""
         if self._holdings is None:
-            directory = directory_of(self.store.identity)
+            url = parse_url(self.settings.store_url)
+            directory = directory_of(identity(url, self.settings.table))
             with self._opening:
                 name = f"{os.getpid()}-{self._nonce}"
                 self._holdings = self._holdings or Holdings(directory, name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
@@ -123,7 +123,7 @@ class Row:
     last_outcome: str | None
     last_finished_at: float | None
     history: str | None
-    read_at: float
+    read_at: float = field(compare=False)
 
     @property
     def held(self) -> bool:

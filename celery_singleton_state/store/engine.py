@@ -13,6 +13,7 @@ import sqlite3
 import time
 import weakref
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 from celery.exceptions import ImproperlyConfigured
@@ -65,6 +66,15 @@ def parse_url(text: str) -> URL:
 def is_in_memory(url: URL) -> bool:
     """Whether a database lives in one process, and in its only connection."""
     return url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
+
+
+def identity(url: URL, table_name: str) -> str | None:
+    """The same text for all processes that use a table; ``None`` if only this one does."""
+    if is_in_memory(url):
+        return None
+    if url.get_backend_name() == "sqlite":
+        url = url.set(database=str(Path(url.database or "").resolve()))
+    return f"{url.render_as_string()} {table_name}"
 
 
 def make_engine(

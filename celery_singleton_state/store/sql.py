@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -52,16 +51,6 @@ class SqlStore:
         self.wishes = SqlWishes(self._sql, self._rows, self._change)
         #: The database's time now, for statements made elsewhere.
         self.now: ColumnElement[Any] = literal_column(self._sql.now)
-
-    @property
-    def identity(self) -> str | None:
-        """The same text for all stores on the same table; ``None`` for one of this process."""
-        url = self.engine.url
-        if is_in_memory(url):
-            return None
-        if url.get_backend_name() == "sqlite":
-            url = url.set(database=str(Path(url.database or "").resolve()))
-        return f"{url.render_as_string()} {self.table.fullname}"
 
     def acquire(self, key: str, holder: str, ttl: float, task_id: str | None) -> Acquired | None:
         rows = self._rows(
