@@ -1,4 +1,4 @@
-"""``python -m benchmarks [--quick] [worker] [statements] [rows]``"""
+"""``python -m benchmarks [--quick] [worker] [statements] [rows] [handoff]``"""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import psycopg
 import redis
 from rich.console import Console
 
-from . import rows, statements, worker
+from . import handoff, rows, statements, worker
 from .servers import Servers, started_servers
 
 PARTS: dict[str, Callable[[Servers, bool, Console], None]] = {
     "worker": worker.run,
     "statements": statements.run,
     "rows": rows.run,
+    "handoff": handoff.run,
 }
 
 

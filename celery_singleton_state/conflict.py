@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Seconds before the second try of one that waits, doubled up to the longest, and jittered.
-FIRST_WAIT = 0.25
+FIRST_WAIT = 0.1
 LONGEST_WAIT = 4.0
 #: Seconds between two looks of one that asked the holder to hand over.
 HANDOVER_WAIT = 0.2
