@@ -11,15 +11,13 @@ import logging
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .delivery import Delivery
 from .errors import LeaderHandoffFailed
 from .redelivery import WAITED_HEADER, can_be_put_back, send_again
 from .store.base import Row
 from .wish import wish_for
-
-if TYPE_CHECKING:
-    from .delivery import Delivery
 
 logger = logging.getLogger(__name__)
 

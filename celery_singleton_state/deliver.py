@@ -42,8 +42,6 @@ def deliver(delivery: Delivery, args: Any, kwargs: Any) -> Any:
                 return result
             time.sleep(result)
             waited += result
-    except StoreError as error:
-        raise StateLoadFailed(delivery.name, str(error)) from error
     finally:
         holdings.strike_out(slot)
 
@@ -51,10 +49,7 @@ def deliver(delivery: Delivery, args: Any, kwargs: Any) -> Any:
 def _try(
     delivery: Delivery, holder: str, args: Any, kwargs: Any, waited: float
 ) -> tuple[bool, Any]:
-    """Whether the delivery is over, with its result; or the seconds until it is to be tried again.
-
-    :raises StoreError: the store did not answer.
-    """
+    """Whether the delivery is over, and its result; or the seconds until it is tried again."""
     request, name = delivery.request, delivery.name
     asked_at, acquired, row = _acquire(delivery, holder)
     if acquired is not None:
@@ -81,6 +76,8 @@ def _conflict(conflict: Conflict) -> float | None:
     except LeaderHandoffFailed:
         dequeue(delivery)
         raise
+    except StoreError as error:
+        raise StateLoadFailed(delivery.name, str(error)) from error
     if again is None:
         dequeue(delivery)
     return again
@@ -92,7 +89,7 @@ def _acquire(delivery: Delivery, holder: str) -> tuple[float, Acquired | None, R
     A request whose answer was lost is repeated in the same holder's name, and so answered with
     what it took already.
 
-    :raises StoreError: the store did not answer.
+    :raises StateLoadFailed: the store is out of reach.
     """
     until = clock() + delivery.ttl
 
@@ -110,4 +107,7 @@ def _acquire(delivery: Delivery, holder: str) -> tuple[float, Acquired | None, R
                 break
         return asked_at, None, row
 
-    return in_place(ask, LOAD_TRIES, until)
+    try:
+        return in_place(ask, LOAD_TRIES, until)
+    except StoreError as error:
+        raise StateLoadFailed(delivery.name, str(error)) from error

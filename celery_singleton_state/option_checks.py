@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .conflict import POLICIES
 from .errors import parse_reason
 from .keys import UniqueOn
 from .retry import RetryPolicy
@@ -101,7 +100,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "state_migrations": _migrations,
     "on_decode_error": _choice("fail", "initial"),
     "persist_on_error": _switch,
-    "on_conflict": _choice(*POLICIES),
+    "on_conflict": _choice("skip", "wait", "raise", "replace", "coalesce"),
     "conflict_timeout": _seconds(0),
     "hold_at_least": _seconds(0),
     "enqueue_once": _switch,

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import logging
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from celery import Celery
 
+from .delivery import Delivery
 from .store.base import Store
-
-if TYPE_CHECKING:
-    from .delivery import Delivery
 
 logger = logging.getLogger(__name__)
 

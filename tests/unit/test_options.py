@@ -7,6 +7,7 @@ from celery import Celery, Task
 from celery.exceptions import ImproperlyConfigured
 
 from celery_singleton_state import RetryPolicy, SingletonTask, singleton_task
+from celery_singleton_state.conflict import POLICIES
 
 
 @dataclass
@@ -150,3 +151,15 @@ def test_static_functions_have_their_arguments_too(app: Celery) -> None:
     def static(a: int, b: int = 0) -> None: ...
 
     assert list(static._signature.parameters) == ["a", "b"]
+
+
+def test_each_policy_can_be_chosen_and_no_other(app: Celery) -> None:
+    for name in POLICIES:
+        singleton_task(app, on_conflict=name, name=name, shared=False)(idle)
+    app.finalize()
+    with pytest.raises(ImproperlyConfigured, match=", ".join(map(repr, POLICIES))):
+        singleton_task(app, on_conflict="hope", shared=False)(idle)
+
+
+def idle(self: Any) -> None:
+    """A body that does nothing."""
