@@ -99,7 +99,7 @@ def _bare_round(store: SqlStore, url: str) -> Callable[[], None]:
     def round_trips() -> None:
         fence, *_ = execute(sql.acquire, lease).fetchone()
         execute(
-            sql.release_with_value,
+            sql.release[True, False],
             {
                 "key": "bare",
                 "holder": "bare:1:1",

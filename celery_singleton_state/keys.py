@@ -18,15 +18,32 @@ _DIGEST_LENGTH = 32
 UniqueOn = tuple[str, ...] | str | Callable[..., Any] | None
 
 
-def bind(signature: inspect.Signature, args: Any, kwargs: Any) -> Mapping[str, Any]:
-    """The arguments by name, defaults included, so that ``f(1)`` and ``f(x=1)`` are the same."""
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.arguments
+class Binder:
+    """Binds arguments to a signature: by name, defaults included, so that ``f(1)`` and ``f(x=1)``
+    are the same.
+    """
+
+    def __init__(self, signature: inspect.Signature) -> None:
+        self.signature = signature
+        self._names = tuple(signature.parameters)
+        parameters = signature.parameters.values()
+        self._are_plain = all(each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)
+
+    def bind(self, args: Any, kwargs: Any) -> Mapping[str, Any]:
+        """The arguments by name.
+
+        :raises TypeError: they do not fit the signature.
+        """
+        if self._are_plain and not kwargs and len(args) == len(self._names):
+            # What binding comes to, at a tenth of its cost.
+            return dict(zip(self._names, args, strict=True))
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
 
 
 def singleton_name(
-    task_name: str, unique_on: UniqueOn, signature: inspect.Signature, args: Any, kwargs: Any
+    task_name: str, unique_on: UniqueOn, binder: Binder, args: Any, kwargs: Any
 ) -> str:
     """The task's name and, where ``unique_on`` says so, the chosen arguments as JSON.
 
@@ -37,7 +54,7 @@ def singleton_name(
         return task_name
     if callable(unique_on):
         return task_name + _json(task_name, unique_on(*args, **kwargs))
-    arguments = bind(signature, args, kwargs)
+    arguments = binder.bind(args, kwargs)
     if unique_on != "*":
         arguments = {name: arguments[name] for name in unique_on}
     return task_name + _json(task_name, arguments)

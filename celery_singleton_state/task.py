@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
@@ -18,7 +17,7 @@ from .delivery import RETRIES_HEADER, Delivery
 from .enqueue import enqueue, is_guarded
 from .errors import SingletonError
 from .interrupt import Unbreakable
-from .keys import row_key, singleton_name
+from .keys import Binder, row_key, singleton_name
 from .options import Options, find_misspelled, read_options, run_signature
 from .retry import RetryAfter, answer_to, policy_of
 from .run import Run, current_run
@@ -89,7 +88,7 @@ class SingletonTask(_TypedTask[S, P, R]):
     # Made by bind().
     _options: ClassVar[Options]
     _codec: ClassVar[Codec[Any] | None]
-    _signature: ClassVar[inspect.Signature]
+    _binder: ClassVar[Binder]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -100,7 +99,7 @@ class SingletonTask(_TypedTask[S, P, R]):
         bound = super().bind(app)
         cls._options = read_options(cls)
         cls._codec = cls._options.codec()
-        cls._signature = run_signature(cls)
+        cls._binder = Binder(run_signature(cls))
         watch_over(app)
         return bound
 
@@ -144,7 +143,7 @@ class SingletonTask(_TypedTask[S, P, R]):
         return self.AsyncResult(sent) if isinstance(sent, str) else sent
 
     def _name(self, args: Any, kwargs: Any) -> str:
-        return singleton_name(self.name, self._options.unique_on, self._signature, args, kwargs)
+        return singleton_name(self.name, self._options.unique_on, self._binder, args, kwargs)
 
     def _delivery(self, request: Context, args: Any, kwargs: Any) -> Delivery:
         name = self._name(args, kwargs)

@@ -7,18 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_singleton_state.keys import MAX_KEY_LENGTH, row_key, singleton_name
+from celery_singleton_state.keys import MAX_KEY_LENGTH, Binder, row_key, singleton_name
 
 
 def run(tenant: str, limit: int = 10, *rest: Any, **more: Any) -> None:
     """The signature under test."""
 
 
-SIGNATURE = inspect.signature(run)
+BINDER = Binder(inspect.signature(run))
 
 
 def name(unique_on: Any, *args: Any, **kwargs: Any) -> str:
-    return singleton_name("shop.run", unique_on, SIGNATURE, args, kwargs)
+    return singleton_name("shop.run", unique_on, BINDER, args, kwargs)
 
 
 def test_one_for_the_task() -> None:
@@ -28,6 +28,31 @@ def test_one_for_the_task() -> None:
 def test_positions_names_and_defaults_spell_the_same() -> None:
     spellings = [name(("tenant", "limit"), "a"), name(("tenant", "limit"), tenant="a", limit=10)]
     assert spellings == ['shop.run{"limit":10,"tenant":"a"}'] * 2
+
+
+def plain(tenant: str, limit: int = 10) -> None:
+    """Without anything that only binding can tell."""
+
+
+def keyword_only(tenant: str, *, limit: int) -> None:
+    """With a name that no position has."""
+
+
+@pytest.mark.parametrize("function", [run, plain, keyword_only])
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [(("a", 1), {}), (("a",), {}), (("a",), {"limit": 1}), ((), {"limit": 1, "tenant": "a"})],
+)
+def test_the_short_way_binds_as_python_does(function: Any, args: Any, kwargs: Any) -> None:
+    signature = inspect.signature(function)
+    try:
+        expected = signature.bind(*args, **kwargs)
+    except TypeError:
+        with pytest.raises(TypeError):
+            Binder(signature).bind(args, kwargs)
+        return
+    expected.apply_defaults()
+    assert Binder(signature).bind(args, kwargs) == expected.arguments
 
 
 def test_all_arguments() -> None:

@@ -150,7 +150,7 @@ def test_static_functions_have_their_arguments_too(app: Celery) -> None:
     @app.task(base=SingletonTask, unique_on=["a"], name="shop.static", shared=False)
     def static(a: int, b: int = 0) -> None: ...
 
-    assert list(static._signature.parameters) == ["a", "b"]
+    assert list(static._binder.signature.parameters) == ["a", "b"]
 
 
 def test_each_policy_can_be_chosen_and_no_other(app: Celery) -> None:
