@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 #: Seconds before the second try of one that waits, doubled up to the longest, and jittered.
 FIRST_WAIT = 0.1
 LONGEST_WAIT = 4.0
+#: Seconds after the lease of a holder that may be dead has run out.
+AFTER_EXPIRY = 0.1
 #: Seconds between two looks of one that asked the holder to hand over.
 HANDOVER_WAIT = 0.2
 
@@ -119,7 +121,11 @@ def _try_again(conflict: Conflict, pause: float) -> float:
             conflict.singleton,
             f"not obtained within {delivery.conflict_timeout:g} s; {conflict.holder}",
         )
-    pause = min(pause * random.uniform(0.75, 1.25), left)
+    pause *= random.uniform(0.75, 1.25)
+    if conflict.row is not None and conflict.row.held:
+        # A holder that died is succeeded when its lease runs out, and not when the wait is over.
+        pause = min(pause, (conflict.row.expires_in or 0.0) + AFTER_EXPIRY)
+    pause = min(pause, left)
     if can_be_put_back(delivery.request):
         send_again(delivery.task, delivery.request, pause, {WAITED_HEADER: waited + pause})
     return pause
