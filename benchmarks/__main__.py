@@ -1,4 +1,4 @@
-"""``python -m benchmarks [--quick] [worker] [statements] [rows] [handoff]``"""
+"""``python -m benchmarks [--quick] [worker] [statements] [rows] [handoff] [heartbeat]``"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import psycopg
 import redis
 from rich.console import Console
 
-from . import handoff, rows, statements, worker
+from . import handoff, heartbeat, rows, statements, worker
 from .servers import Servers, started_servers
 
 PARTS: dict[str, Callable[[Servers, bool, Console], None]] = {
@@ -24,6 +24,7 @@ PARTS: dict[str, Callable[[Servers, bool, Console], None]] = {
     "statements": statements.run,
     "rows": rows.run,
     "handoff": handoff.run,
+    "heartbeat": heartbeat.run,
 }
 
 

@@ -63,16 +63,18 @@ _NEW_VALUE = "value = :value, schema_version = :schema_version, updated_at = {no
 
 _RENEW = """
 UPDATE {table} SET expires_at = {held_later}
-FROM {held}
-WHERE key = held_key AND fence = held_fence AND holder = held_holder {unlocked}
+FROM {held_rows}
+WHERE key = held_key AND fence = held_fence AND holder = held_holder
 RETURNING key, handoff_to
 """
 
-_UNLOCKED = """
-AND key IN (
-  SELECT key FROM {table} WHERE key IN (SELECT held_key FROM {held}) FOR UPDATE SKIP LOCKED
-)
-"""
+# Those of the leases whose rows nobody has locked. A join, and not key IN (SELECT ...), which
+# PostgreSQL carries out as a loop over all leases for each lease.
+_UNLOCKED = """(
+  SELECT held.* FROM {held} JOIN {table} AS seen
+  ON seen.key = held_key AND seen.fence = held_fence AND seen.holder = held_holder
+  FOR UPDATE OF seen SKIP LOCKED
+) AS unlocked"""
 
 _ROWS = """
 SELECT key, value, schema_version, {updated_at}, fence, holder, task_id, {acquired_at},
@@ -185,9 +187,9 @@ class Statements:
 
         self.now = words.now
         self.acquire = sql(_ACQUIRE)
-        self.renew = sql(_RENEW, unlocked="")
-        unlocked = sql(_UNLOCKED) if words.skips_locked else ""
-        self.renew_unlocked = sql(_RENEW, unlocked=unlocked)
+        self.renew = sql(_RENEW, held_rows=words.held)
+        unlocked = sql(_UNLOCKED) if words.skips_locked else words.held
+        self.renew_unlocked = sql(_RENEW, held_rows=unlocked)
         self.save = sql(_SAVE)
         #: By whether a value is stored, and whether the lease is kept for a while.
         self.release = {
