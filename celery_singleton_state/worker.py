@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 from typing import Any
@@ -82,6 +83,8 @@ class ChildrenStep(bootsteps.StartStopStep):
     def start(self, parent: Any) -> None:
         self._app: Celery = parent.app
         self._deaths, self._report = os.pipe()
+        # Without an event loop nobody reads it, and one report is as good as many.
+        os.set_blocking(self._report, False)
         watch = watch_pool(parent.pool._pool, self._on_death)
         if watch is not None:
             # After the pool's end, however the worker ends.
@@ -93,7 +96,8 @@ class ChildrenStep(bootsteps.StartStopStep):
 
     def _on_death(self, pid: int) -> None:
         # The pool's own look at it can come a moment too early, and its next five seconds later.
-        os.write(self._report, b".")
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._report, b".")
         free_dead(runtime.runtime_of(self._app), f"{pid}-*")
 
     def _maintain(self, pool: Any) -> None:
