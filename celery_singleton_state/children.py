@@ -25,6 +25,7 @@ class ChildWatch:
 
     def __init__(self, on_death: Callable[[int], None]) -> None:
         self._on_death = on_death
+        self._own_pid = os.getpid()
         self._epoll = select.epoll()
         self._pids: dict[int, int] = {}
         self._thread: threading.Thread | None = None
@@ -46,6 +47,8 @@ class ChildWatch:
 
     def close(self) -> None:
         """End the thread, after it was told of all deaths until now."""
+        if os.getpid() != self._own_pid:
+            return  # a forked child that ends must leave its parent's watch alone
         os.write(self._wake_writer, b".")
         if self._thread is not None:
             self._thread.join()

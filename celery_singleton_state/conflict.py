@@ -95,15 +95,16 @@ def coalesce(conflict: Conflict) -> float | None:
     if row is None:
         return 0.0
     wishes = delivery.runtime.store.wishes
-    if row.held_on and row.expires_in is not None and can_be_put_back(delivery.request):
+    if row.held_on:
         # Nobody is there to send it: the first one waits for the end, the others rely on it.
-        task_id, left = str(delivery.request.id), max(row.expires_in, 0.0)
+        left = max(row.expires_in or 0.0, 0.0)
+        if not can_be_put_back(delivery.request):
+            return _try_again(conflict, left)
+        task_id = str(delivery.request.id)
         if wishes.enqueue(row.key, task_id, left + LONGEST_WAIT) == task_id:
             send_again(delivery.task, delivery.request, left)
-    elif not row.held_on:
-        wish = wish_for(delivery, conflict.args, conflict.kwargs)
-        if not wishes.want(row, wish):
-            return 0.0
+    elif not wishes.want(row, wish_for(delivery, conflict.args, conflict.kwargs)):
+        return 0.0
     logger.info("singleton %s: one more run is wanted; %s", conflict.singleton, conflict.holder)
     return None
 

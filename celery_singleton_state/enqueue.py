@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that a message counts as queued, if it does not expire before.
 LIFE = 300.0
-#: What only messages have that go on with something: a retry, a chain, a chord, a group.
-_CONTINUES = ("retries", "chain", "chord", "group_id", "root_id", "parent_id")
+#: What only messages have that go on with something, or that something hangs on: a retry, a part of
+#: a chain, a chord or a group, one with a callback.
+_CONTINUES = ("retries", "chain", "chord", "group_id", "root_id", "parent_id", "link", "link_error")
 
 
 def is_guarded(options: Mapping[str, Any]) -> bool:

@@ -67,15 +67,17 @@ class Holdings:
 
     def note(self, holding: Holding) -> int | None:
         """Note a lease; returns the slot that it was given, if it could be."""
-        record = msgspec.json.encode(holding)
         with self._lock:
             if self._memory is None and self._directory is not None:
                 self._open(self._directory)
             memory = self._memory
-            if memory is None or len(record) > SLOT - 2:
+            if memory is None:
                 return None
-            if not self._free:
-                self._grow(memory)
+            record = msgspec.json.encode(holding)
+            if len(record) > SLOT - 2:
+                return None
+            if not self._free and not self._grow(memory):
+                return None
             start = self._free.pop()
             memory[start + 1 : start + 2 + len(record)] = record + b"\0"
             # Only now is it one: who dies before has not asked for it.
@@ -126,7 +128,7 @@ class Holdings:
                 if os.fstat(descriptor).st_nlink:
                     break
                 os.close(descriptor)
-            os.truncate(descriptor, SLOT)
+            _make_room(descriptor, SLOT)
             self._memory = mmap.mmap(descriptor, SLOT)
         except OSError as error:
             logger.warning("singletons: leases of a dead process will have to run out: %s", error)
@@ -136,10 +138,24 @@ class Holdings:
         self._free.append(0)
         atexit.register(self.close)
 
-    def _grow(self, memory: mmap.mmap) -> None:
+    def _grow(self, memory: mmap.mmap) -> bool:
         size = len(memory)
-        memory.resize(2 * size)
+        try:
+            _make_room(self._descriptor, 2 * size)
+            memory.resize(2 * size)
+        except OSError as error:
+            logger.warning("singletons: this lease would have to run out: %s", error)
+            return False
         self._free.extend(range(size, 2 * size, SLOT))
+        return True
+
+
+def _make_room(descriptor: int, size: int) -> None:
+    """Lengthen a file; where the disk is full this fails, and not the write, with SIGBUS."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)
 
 
 @contextlib.contextmanager

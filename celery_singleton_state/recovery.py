@@ -62,5 +62,5 @@ def _free(runtime: Runtime, holding: Holding) -> None:
     ended = Ended(Outcome.LOST, history.append(entries, entry, runtime.settings.history))
     released = runtime.store.release(lease, ended)
     if released is not None:
-        grant(runtime.app, runtime.store, holding.key, released.wanted)
+        grant(runtime.app, runtime.store, holding.key, released)
         logger.warning("%s is free: its holder %s died", holding.key, holding.holder)

@@ -186,8 +186,7 @@ class Run:
         released = self._writer.write(
             lambda: self._store.release(lease, ended, new), recognised=self._writer.has_ended
         )
-        if released is not None:
-            grant(self.task.app, self._store, lease.key, released.wanted)
+        grant(self.task.app, self._store, lease.key, released)
 
     def give_back(self) -> None:
         """Release the lease of a message that turned out to be done: nothing hangs on it."""

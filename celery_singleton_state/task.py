@@ -120,25 +120,31 @@ class SingletonTask(_TypedTask[S, P, R]):
         args: Any = None,
         kwargs: Any = None,
         task_id: str | None = None,
-        *more: Any,
+        producer: Any = None,
+        link: Any = None,
+        link_error: Any = None,
+        shadow: str | None = None,
         **options: Any,
     ) -> Any:
         """Send the task, as Celery does.
 
         With ``enqueue_once`` the result of the message that is queued or running is returned,
         and none is sent, if there is one. Retries, chains, groups and chords are always sent, and
-        so is a message with headers of its own, and one sent while the store is out of reach.
+        so is a message with callbacks or headers, and one sent while the store is out of reach.
         """
         send = super().apply_async
-        asked = {"task_id": task_id, **options}
+        options |= {"link": link, "link_error": link_error}
         eager = self.app.conf.task_always_eager
-        if not self._options.enqueue_once or eager or not is_guarded(asked):
-            return send(args, kwargs, task_id, *more, **options)
+        if not self._options.enqueue_once or eager or not is_guarded(options):
+            return send(args, kwargs, task_id, producer, shadow=shadow, **options)
         name = self._name(tuple(args or ()), kwargs or {})
         runtime = runtime_of(self.app)
         key = row_key(runtime.settings.key_prefix, name)
         sent = enqueue(
-            runtime, key, asked, lambda own_id: send(args, kwargs, own_id, *more, **options)
+            runtime,
+            key,
+            {"task_id": task_id, **options},
+            lambda own_id: send(args, kwargs, own_id, producer, shadow=shadow, **options),
         )
         return self.AsyncResult(sent) if isinstance(sent, str) else sent
 

@@ -15,7 +15,7 @@ import msgspec
 from celery import Celery
 
 from .delivery import Delivery
-from .store.base import Store
+from .store.base import Released, Store
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +47,15 @@ def wish_for(delivery: Delivery, args: Any, kwargs: Any) -> str:
         ) from error
 
 
-def grant(app: Celery, store: Store, key: str, written: str | None) -> None:
-    """Send what a release found wanted, if anything; if that fails, the next release does it."""
-    if not written:
-        return
+def grant(app: Celery, store: Store, key: str, released: Released | None) -> None:
+    """Send what a release found wanted, if anything; if that fails, the next release does it.
+
+    :param released: the answer to the release; ``None`` where it was lost.
+    """
     try:
+        written = released.wanted if released is not None else store.wishes.wanted(key)
+        if not written:
+            return
         wish = msgspec.json.decode(written, type=Wish)
         app.tasks[wish.task].apply_async(
             tuple(wish.args), wish.kwargs, task_id=wish.id, **wish.routing

@@ -147,6 +147,9 @@ class Wishes(Protocol):
         false when it is the holder no more.
         """
 
+    def wanted(self, key: str) -> str | None:
+        """The wish that is in the row, for a release whose answer was lost."""
+
     def granted(self, key: str, wish: str) -> None:
         """The run that was wanted was sent; a newer wish stays."""
 

@@ -40,7 +40,7 @@ class Connections:
         self._outdated = False
         self._keeps_one = keeps_one
         self._paused = False
-        if self._is_file:
+        if self._is_file and keeps_one:
             _of_files.add(self)
         event.listen(engine, "engine_disposed", self._outdate)
 
@@ -109,8 +109,9 @@ class Connections:
                 self._in_use.release()
 
     def pause(self) -> None:
-        """Before a fork: let whoever uses the kept connection end, and close it."""
+        """Before a fork: let whoever uses the kept connection end, and close all."""
         self._paused = self._in_use.acquire(timeout=LONGEST_PAUSE)
+        self._engine.dispose()
         if self._paused:
             self._close_kept()
 
@@ -135,7 +136,8 @@ def _execute(connection: Any, statement: str, parameters: Mapping[str, Any], ans
         cursor.close()
 
 
-# A forked child that inherits a file's connection believes in locks that it does not have.
+# A forked child that inherits a file's connection believes in locks that it does not have: it
+# neither waits for others nor keeps them from deleting its log.
 # (https://sqlite.org/howtocorrupt.html, 2.6)
 _of_files: weakref.WeakSet[Connections] = weakref.WeakSet()
 

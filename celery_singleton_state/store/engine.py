@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sqlite3
 import time
-import weakref
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -25,21 +23,6 @@ from .statements import DIALECTS
 APPLICATION_NAME = "celery-singleton-state"
 #: RETURNING came with this release.
 OLDEST_SQLITE = (3, 35)
-
-_files: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-
-def _close_files() -> None:
-    """Before a fork: SQLite's own record of its locks must not be inherited.
-
-    A child that inherits it believes in locks that it does not have: it neither waits for
-    others nor keeps them from deleting its log. (https://sqlite.org/howtocorrupt.html, 2.6)
-    """
-    for engine in list(_files):
-        engine.dispose()
-
-
-os.register_at_fork(before=_close_files)
 
 
 def parse_url(text: str) -> URL:
@@ -132,8 +115,6 @@ def _sqlite(url: URL, io_timeout: float, pool_size: int) -> Engine:
             _use_wal(connection, io_timeout)
             connection.execute("PRAGMA synchronous = NORMAL")
 
-    if not in_memory:
-        _files.add(engine)
     return engine
 
 

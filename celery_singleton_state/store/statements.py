@@ -94,6 +94,8 @@ _ASK_TO_HAND_OVER = f"UPDATE {{table}} SET handoff_to = :who {_SEEN}"
 
 _WANT = f"UPDATE {{table}} SET wanted = :wish {_SEEN}"
 
+_WANTED = "SELECT wanted FROM {table} WHERE key = :key"
+
 _GRANTED = "UPDATE {table} SET wanted = NULL WHERE key = :key AND wanted = :wish"
 
 _ENQUEUE = """
@@ -206,6 +208,7 @@ class Statements:
         self.set_aside = sql(_SET_ASIDE)
         self.ask_to_hand_over = sql(_ASK_TO_HAND_OVER)
         self.want = sql(_WANT)
+        self.wanted = sql(_WANTED)
         self.granted = sql(_GRANTED)
         self.enqueue = sql(_ENQUEUE)
         self.enqueued = sql(_ENQUEUED)

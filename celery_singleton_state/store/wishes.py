@@ -32,6 +32,10 @@ class SqlWishes:
     def want(self, row: Row, wish: str) -> bool:
         return self._change(self._sql.want, _seen(row, wish=wish)) == 1
 
+    def wanted(self, key: str) -> str | None:
+        rows = self._rows(self._sql.wanted, {"key": key})
+        return rows[0][0] if rows else None
+
     def granted(self, key: str, wish: str) -> None:
         self._change(self._sql.granted, {"key": key, "wish": wish})
 

@@ -124,7 +124,7 @@ class Drama:
             return next((start for start in starts if start[0] > dead_fence), None)
 
         fence, place = self._wait_until("the next run starts", next_start)
-        self._say(f"the lease ran out, and a run with fence {fence} goes on at {place}")
+        self._say(f"the lease is free, and a run with fence {fence} goes on at {place}")
         return fence, place
 
     def _finish(self) -> None:

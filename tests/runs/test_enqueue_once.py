@@ -90,7 +90,8 @@ def test_what_is_skipped_is_queued_no_more(app: Celery, published: list[str]) ->
 
 
 @pytest.mark.parametrize(
-    "options", [{"retries": 1}, {"headers": {"own": 1}}, {"group_id": "g"}, {"chain": []}]
+    "options",
+    [{"retries": 1}, {"headers": {"own": 1}}, {"group_id": "g"}, {"chain": []}, {"link": []}],
 )
 def test_what_goes_on_with_something_is_never_held_back(
     app: Celery, published: list[str], options: dict[str, Any]
@@ -98,7 +99,9 @@ def test_what_goes_on_with_something_is_never_held_back(
     """celery-singleton #20: a retry is no second copy."""
     task = task_of(app)
     task.delay()
-    if options == {"chain": []}:
+    if "link" in options:
+        task.apply_async(link=task.si("callback"))
+    elif "chain" in options:
         chain(task.si("a"), task.si("b")).apply_async()
     else:
         task.apply_async(**options)

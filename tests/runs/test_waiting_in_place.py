@@ -11,6 +11,7 @@ from celery import Celery
 
 from celery_singleton_state import HeartbeatFailed, LeaderHandoffFailed, singleton_task
 from celery_singleton_state.runtime import runtime_of
+from celery_singleton_state.store.base import StoreUnavailable
 
 
 def task_of(app: Celery, body: Any, **options: Any) -> Any:
@@ -19,6 +20,11 @@ def task_of(app: Celery, body: Any, **options: Any) -> Any:
 
 def idle(self: Any, what: Any = None) -> None:
     """A body that does nothing."""
+
+
+def returned(self: Any, what: Any) -> Any:
+    """A body that answers."""
+    return what
 
 
 @pytest.fixture(params=["called directly", "eager"])
@@ -92,6 +98,45 @@ def dict_schema() -> Any:
     from typing import TypedDict
 
     return TypedDict("State", {"n": int})
+
+
+def test_a_wish_while_the_lease_is_held_on_waits_for_the_end(app: Celery, call: Any) -> None:
+    """A call is no message that could be sent after it, so it waits as the first message does."""
+    task = task_of(app, returned, on_conflict="coalesce", hold_at_least=0.3)
+    assert call(task, "first") == "first"
+    assert call(task, "second") == "second"
+
+
+def test_a_wish_outlives_the_lost_answer_to_a_release(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A's body runs; B wishes; A's release is carried out and its answer lost; repeated, it is
+    refused. A finds its end in the history, and the wish in the row.
+    """
+    store = runtime_of(app).store
+    sent: list[Any] = []
+
+    def body(self: Any, what: str) -> None:
+        if what == "first":
+            task("wish")
+
+    task = task_of(app, body, on_conflict="coalesce")
+    release, lost = store.release, []
+
+    def lose_the_answer(*arguments: Any) -> Any:
+        released = release(*arguments)
+        if not lost:
+            lost.append(released)
+            raise StoreUnavailable("cut")
+        return released
+
+    monkeypatch.setattr(store, "release", lose_the_answer)
+    monkeypatch.setattr(
+        type(task), "apply_async", lambda self, args, kwargs, **more: sent.append(args)
+    )
+    task("first")
+    assert sent == [("wish",)]
+    assert store.wishes.wanted("singleton-state:called") is None
 
 
 def test_arguments_that_cannot_be_kept_are_told(app: Celery) -> None:

@@ -140,6 +140,24 @@ def test_a_holding_that_does_not_fit_is_not_noted(own: Holdings) -> None:
     own.strike_out(None)
 
 
+def test_a_full_disk_costs_the_note_and_not_the_process(
+    own: Holdings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Writing to mapped memory that the disk has no room for would end it with SIGBUS."""
+    slot = own.note(holding(1))
+
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(holdings.os, "posix_fallocate", refuse)
+        assert own.note(holding(2)) is None
+        assert "No space left" in caplog.text
+        own.strike_out(slot)
+        assert own.note(holding(3)) == slot
+    assert own.note(holding(4)) is not None
+
+
 def test_a_file_that_was_removed_before_it_was_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
