@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 
 from celery import states
 from celery.app.task import Context
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Reject
+from kombu.exceptions import OperationalError
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +43,31 @@ def send_again(
 
     :param delay: seconds.
     :param headers: added to the message's own.
-    :raises Ignore: always, so that Celery drops this copy and says nothing about the task.
+    :raises Ignore: it is sent; so that Celery drops this copy and says nothing about the task.
+    :raises Reject: it could not be sent; the broker keeps it.
     """
-    task.signature_from_request(
+    signature = task.signature_from_request(
         request,
         countdown=delay,
         retries=request.retries,
         headers={**(request.headers or {}), SENT_AGAIN_HEADER: 1, **(headers or {})},
-    ).apply_async()
+    )
+    try:
+        signature.apply_async()
+    except OperationalError as error:
+        leave_with_broker(request, error)
     raise Ignore(f"task {request.id} comes again in {delay:.1f} s")
+
+
+def leave_with_broker(request: Context, error: OperationalError) -> NoReturn:
+    """End the delivery of a message that had to be sent again while the broker was out of reach.
+
+    An error would have it acknowledged, and so lost, as soon as the broker is back.
+
+    :raises Reject: always, with the wish that the broker gives the message out again.
+    """
+    logger.warning("task %s could not be sent again, its broker keeps it: %s", request.id, error)
+    raise Reject(error, requeue=True) from error
 
 
 def put_back(task: Any, request: Context, singleton: str) -> NoReturn:

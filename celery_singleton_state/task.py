@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 from celery import Celery, Task
 from celery._state import _task_stack  # type: ignore[attr-defined]  # missing in celery-types
 from celery.app.task import Context
+from celery.exceptions import Reject
+from kombu.exceptions import OperationalError
 from sqlalchemy import Connection
 from typing_extensions import ParamSpec, TypeVar
 
@@ -19,6 +21,7 @@ from .errors import SingletonError
 from .interrupt import Unbreakable
 from .keys import Binder, row_key, singleton_name
 from .options import Options, find_misspelled, read_options, run_signature
+from .redelivery import leave_with_broker
 from .retry import RetryAfter, answer_to, policy_of
 from .run import Run, current_run
 from .runtime import runtime_of
@@ -84,6 +87,8 @@ class SingletonTask(_TypedTask[S, P, R]):
     acks_late = True
     #: ... and sent again, up to ``max_retries`` times, if the process that ran it died.
     retry_on_worker_lost = True
+    #: Where that cannot be sent. Before Celery 5.7 nothing would end it for a task that kills.
+    reject_on_worker_lost = hasattr(Task, "retry_on_worker_lost")
 
     # Made by bind().
     _options: ClassVar[Options]
@@ -147,6 +152,20 @@ class SingletonTask(_TypedTask[S, P, R]):
             lambda own_id: send(args, kwargs, own_id, producer, shadow=shadow, **options),
         )
         return self.AsyncResult(sent) if isinstance(sent, str) else sent
+
+    def retry(self, *args: Any, **options: Any) -> Any:
+        """Retry the task, as Celery does.
+
+        :raises Retry: the message was sent again.
+        :raises Reject: it could not be sent; the broker keeps it, where Celery would drop it.
+        """
+        try:
+            return super().retry(*args, **options)
+        except Reject as rejected:
+            error = rejected.args[0]
+            if isinstance(error, OperationalError):
+                leave_with_broker(self.request, error)
+            raise
 
     def _name(self, args: Any, kwargs: Any) -> str:
         return singleton_name(self.name, self._options.unique_on, self._binder, args, kwargs)

@@ -155,10 +155,14 @@ class Postgres(Server):
 
 
 class Valkey(Server):
-    """A Valkey or Redis server."""
+    """A Valkey or Redis server.
 
-    def __init__(self) -> None:
+    :param durable: whether what it took outlives its death.
+    """
+
+    def __init__(self, durable: bool = False) -> None:
         super().__init__("valkey")
+        self._options = ("--appendonly", "yes", "--appendfsync", "always") if durable else ()
         self.start()
 
     @property
@@ -167,7 +171,8 @@ class Valkey(Server):
 
     def start(self) -> None:
         self.spawn(
-            self._find(), "--port", str(self.port), "--save", "", "--dir", str(self.directory)
+            *(self._find(), "--port", str(self.port), "--save", "", "--dir", str(self.directory)),
+            *self._options,
         )
         wait_until(self._answers, f"Valkey on port {self.port}")
 

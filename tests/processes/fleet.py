@@ -23,13 +23,18 @@ class Worker:
     """A ``celery worker`` with a session of its own."""
 
     def __init__(
-        self, name: str, environment: dict[str, str], log: Path, options: list[str]
+        self,
+        name: str,
+        environment: dict[str, str],
+        log: Path,
+        options: list[str],
+        app: str = "tests.processes.tasks",
     ) -> None:
         self.log = log
-        with log.open("wb") as output:
+        with log.open("ab") as output:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "celery", "-A", "tests.processes.tasks", "worker"),
+                    *(sys.executable, "-m", "celery", "-A", app, "worker"),
                     *("-n", f"{name}@%h", "-l", "INFO", "--without-mingle", "--without-gossip"),
                     *options,
                 ],

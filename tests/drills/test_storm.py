@@ -1,0 +1,73 @@
+"""P1, P2, P3: a fleet works through a storm, and nothing is overlapped, lost or doubled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.rabbitmq import RabbitMQ
+from tests.servers import Postgres, Valkey
+from tests.storm.checker import Findings, check
+from tests.storm.drill import Drill, Storm
+
+#: ``SINGLETON_TEST_STORM=<seed>:<seconds>`` asks for another storm.
+SEED, SECONDS = map(int, os.environ.get("SINGLETON_TEST_STORM", "1:40").split(":"))
+
+
+@pytest.fixture
+def durable_valkey() -> Iterator[Valkey]:
+    server = Valkey(durable=True)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def own_rabbitmq() -> Iterator[RabbitMQ]:
+    server = RabbitMQ()
+    yield server
+    server.close()
+
+
+def work_through(
+    storm: Storm, directory: Path, store: Postgres, broker: Valkey | RabbitMQ
+) -> Findings:
+    database = store.create_database("storm")
+    findings = check(Drill(storm, directory, store, database, broker, broker.url).run())
+    print(findings)
+    return findings
+
+
+def test_a_storm_on_valkey(durable_valkey: Valkey, own_postgres: Postgres, tmp_path: Path) -> None:
+    found = work_through(Storm(SEED, SECONDS), tmp_path, own_postgres, durable_valkey)
+    assert found.wrong == {}
+    assert found.runs > SECONDS
+
+
+def test_a_storm_on_rabbitmq(
+    own_rabbitmq: RabbitMQ, own_postgres: Postgres, tmp_path: Path
+) -> None:
+    found = work_through(Storm(SEED, SECONDS), tmp_path, own_postgres, own_rabbitmq)
+    assert found.wrong == {}
+    assert found.lost_by_broker == 0
+    assert found.runs > SECONDS
+
+
+@pytest.mark.parametrize(
+    ("fault", "kinds", "finding"),
+    [("without fence", ["stop worker"], "lost_updates"), ("without renewal", [], "overlaps")],
+)
+def test_a_fault_is_found(
+    fault: str,
+    kinds: list[str],
+    finding: str,
+    durable_valkey: Valkey,
+    own_postgres: Postgres,
+    tmp_path: Path,
+) -> None:
+    """The package broken on purpose: stale writers are believed, leases run out under bodies."""
+    broken = {"STORM_FAULT": fault}
+    storm = Storm(SEED, 15, rate=3, slow=50, calm=5, kinds=kinds, environment=broken)
+    assert finding in work_through(storm, tmp_path, own_postgres, durable_valkey).wrong

@@ -1,0 +1,49 @@
+"""The package, broken on purpose: what a storm must find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from celery_singleton_state.fenced import FencedWriter
+from celery_singleton_state.store.base import Lease
+from celery_singleton_state.store.sql import SqlStore
+from celery_singleton_state.store.statements import Statements
+
+
+def without_fence() -> None:
+    """Every writer is believed: the row is not asked for its fence, nor the run for its lease."""
+    make = Statements.__init__
+
+    def break_open(statement: str) -> str:
+        checked = "AND fence = %(fence)s AND holder = %(holder)s"
+        assert checked in statement
+        return statement.replace(checked, "")
+
+    def make_broken(self: Any, *args: Any) -> None:
+        make(self, *args)
+        self.save = break_open(self.save)
+        self.release = {kind: break_open(text) for kind, text in self.release.items()}
+
+    Statements.__init__ = make_broken  # type: ignore[method-assign]
+    FencedWriter.refuse_if_lost = lambda self: None  # type: ignore[method-assign]
+
+
+def without_renewal() -> None:
+    """Every lease counts as renewed, and none is."""
+
+    def renew(self: SqlStore, leases: Sequence[Lease]) -> dict[str, str | None]:
+        return {lease.key: None for lease in leases}
+
+    SqlStore.renew = renew  # type: ignore[method-assign]
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "": lambda: None,
+    "without fence": without_fence,
+    "without renewal": without_renewal,
+}
+
+
+def plant(fault: str) -> None:
+    FAULTS[fault]()

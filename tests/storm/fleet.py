@@ -1,0 +1,129 @@
+"""Workers that are always started again, each with a way of its own to the store and the broker."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+
+from tests.processes.fleet import Worker
+from tests.servers import Proxy
+from tests.storm.notes import note
+
+
+@dataclass(frozen=True)
+class Way:
+    """A URL, as it is reached through a proxy."""
+
+    url: str
+
+    def through(self, proxy: Proxy) -> str:
+        parts = urlsplit(self.url)
+        return self.url.replace(f":{parts.port}", f":{proxy.port}", 1)
+
+    def proxy(self) -> Proxy:
+        port = urlsplit(self.url).port
+        assert port is not None
+        return Proxy(port)
+
+
+class Berth:
+    """The place of one worker: it is started here again whenever it has ended.
+
+    :param store: the way to it, which this worker's proxy alone can cut; ``broker`` likewise.
+    :param app: the module of the worker's app.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: list[str],
+        environment: dict[str, str],
+        store: Way,
+        broker: Way,
+        directory: Path,
+        app: str,
+    ) -> None:
+        self.name = name
+        self.store, self.broker = store.proxy(), broker.proxy()
+        self.log = directory / f"{name}.log"
+        self._options, self._app = options, app
+        self._environment = environment | {
+            "CELERY_SINGLETON_STORE_URL": store.through(self.store),
+            "CELERY_BROKER_URL": broker.through(self.broker),
+        }
+        self._lock = threading.Lock()
+        self._starts = itertools.count()
+        self.worker = self._start()
+
+    def _start(self) -> Worker:
+        note("start", worker=self.name, number=next(self._starts))
+        return Worker(self.name, self._environment, self.log, self._options, self._app)
+
+    def keep(self) -> None:
+        """Start the worker again if it has ended."""
+        with self._lock:
+            if self.worker.process.poll() is not None:
+                self.worker.close()
+                self.worker = self._start()
+
+    def signal_all(self, number: signal.Signals) -> None:
+        with self._lock, contextlib.suppress(psutil.NoSuchProcess):
+            self.worker.signal_all(number)
+
+    def kill_child(self, chance: random.Random) -> None:
+        """One of the pool's processes, or the worker where it has none."""
+        with self._lock, contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            pids = self.worker.pids()
+            os.kill(chance.choice(pids[1:] or pids), signal.SIGKILL)
+
+    def shut_down(self, number: signal.Signals) -> None:
+        """Ask the worker to end."""
+        if number == signal.SIGQUIT and "solo" in self._options:
+            # Celery 5.7 raises NotImplementedError in the body then, whatever task it is of, and
+            # acknowledges its message as that of a failed one.
+            return
+        with self._lock, contextlib.suppress(ProcessLookupError):
+            os.kill(self.worker.process.pid, number)
+
+    def mend_store(self) -> None:
+        """Let it through to the store again, over new connections."""
+        self.store.mode = "pass"
+        self.store.cut()
+
+    def clear(self) -> None:
+        """Give it good weather."""
+        self.store.mode = "pass"
+        self.signal_all(signal.SIGCONT)
+
+    def close(self) -> None:
+        self.worker.close()
+        self.store.close()
+        self.broker.close()
+
+
+class Later:
+    """Things to be made good again, each at its time, in threads of their own."""
+
+    def __init__(self) -> None:
+        self._timers: list[threading.Timer] = []
+
+    def do(self, seconds: float, what: Callable[[], object]) -> None:
+        timer = threading.Timer(seconds, what)
+        self._timers.append(timer)
+        timer.start()
+
+    def wait(self) -> None:
+        """Until all of it is done."""
+        for timer in self._timers:
+            timer.join()
+        self._timers.clear()

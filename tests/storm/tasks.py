@@ -1,0 +1,148 @@
+"""The app of a storm's workers. A job is a message; each adds a line to its singleton's state.
+
+A run does what a careful user's would: it copies one event in a ``transaction()`` that moves its
+position, and writes its job into the state that is saved at the end. So the database shows what
+happened: each event has one row, and each job one line.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+import uuid
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import sqlalchemy as sa
+from celery import Celery, signals
+
+from celery_singleton_state import RetryPolicy, SingletonTask, singleton_task
+from tests.storm import faults
+from tests.storm.notes import note
+
+#: Seconds between two notes of a run that still trusts its lease.
+TICK = 0.01
+#: Retries outlast the storm.
+PATIENT = RetryPolicy(max_retries=10_000, backoff=0.3, backoff_max=2.0)
+RETRIED = ("StateLoadFailed", "StatePersistFailed", "HeartbeatFailed", "LeaderHandoffFailed")
+
+app = Celery("storm")
+app.conf.update(
+    worker_prefetch_multiplier=1,
+    worker_lost_wait=0.5,
+    broker_connection_max_retries=None,
+    broker_connection_retry_on_startup=True,
+    broker_transport_options=(
+        {"confirm_publish": True}
+        if os.environ.get("CELERY_BROKER_URL", "").startswith("amqp")
+        # The mutex of a worker that died while it looked for lost messages.
+        else {"visibility_timeout": 5.0, "unacked_mutex_expire": 2}
+    ),
+    task_ignore_result=True,
+)
+
+#: The singletons, and the task of each.
+SINGLETONS = {f"a{n}": "step" for n in range(5)} | {f"b{n}": "step_to_the_end" for n in range(5)}
+
+effects = sa.Table(
+    "effects",
+    sa.MetaData(),
+    sa.Column("singleton", sa.Text),
+    sa.Column("event", sa.Integer),
+    sa.Column("job", sa.Text),
+    sa.Column("fence", sa.Integer),
+)
+
+
+@dataclass
+class Line:
+    job: str
+    fence: int
+    position: int
+
+
+@dataclass
+class Trail:
+    name: str = ""
+    position: int = 0
+    lines: list[Line] = field(default_factory=list)
+
+
+def step(self: SingletonTask[Trail], name: str, job: str, seconds: float) -> None:
+    run = f"{self.fence}/{uuid.uuid4().hex[:8]}"
+    note("enter", singleton=name, run=run, job=job, fence=self.fence, lines=len(self.state.lines))
+    self.state.name = name
+    self.work(run, name, seconds / 2)
+    with self.transaction() as connection:
+        self.state.position += 1
+        connection.execute(
+            effects.insert(),
+            {
+                "singleton": name,
+                "event": self.state.position,
+                "job": job,
+                "fence": self.fence,
+            },
+        )
+    self.work(run, name, seconds / 2)
+    self.state.lines.append(Line(job, self.fence, self.state.position))
+
+
+class Working(SingletonTask[Any]):
+    abstract = True
+    autoretry_for = (sa.exc.DBAPIError,)
+    retry_kwargs = MappingProxyType({"max_retries": None, "countdown": 0.5})
+
+    def work(self, run: str, name: str, seconds: float) -> None:
+        """Note again and again, with the time from before, that the lease is trusted."""
+        end = time.monotonic() + seconds
+        while True:
+            at = time.monotonic()
+            if self.lease_remaining > 0:
+                note("trusts", at, run=run, singleton=name)
+            if at >= end:
+                return
+            time.sleep(random.uniform(0.5, 1.5) * TICK)
+
+
+for task, on_lease_lost in {"step": "interrupt", "step_to_the_end": "finish"}.items():
+    singleton_task(
+        app,
+        base=Working,
+        name=task,
+        state_schema=Trail,
+        unique_on=["name"],
+        on_conflict="wait",
+        conflict_timeout=600,
+        on_lease_lost=on_lease_lost,
+        max_retries=10_000,
+        # What Celery waits for before it repeats a task whose process died.
+        default_retry_delay=0.5,
+        retry_reasons=RETRIED,
+        retry_policy=dict.fromkeys(RETRIED, PATIENT),
+    )(step)
+
+
+@signals.task_success.connect
+def _succeeded(sender: Any, **_: Any) -> None:
+    note("succeeded", job=sender.request.id, worker=sender.request.hostname)
+
+
+@signals.task_failure.connect
+def _failed(sender: Any, task_id: str, exception: BaseException, **_: Any) -> None:
+    note("failed", job=task_id, error=f"{type(exception).__name__}: {exception}")
+
+
+@signals.before_task_publish.connect
+def _sends(headers: Any, **_: Any) -> None:
+    note("sends", job=headers["id"])
+
+
+@signals.task_received.connect
+def _received(request: Any, **_: Any) -> None:
+    note("received", job=request.id)
+
+
+faults.plant(os.environ.get("STORM_FAULT", ""))

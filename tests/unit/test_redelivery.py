@@ -1,0 +1,59 @@
+"""Messages that have to be sent again while their broker is out of reach."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.app.task import Context
+from celery.exceptions import Reject
+from kombu.exceptions import OperationalError
+
+from celery_singleton_state import SingletonTask, singleton_task
+from celery_singleton_state.redelivery import send_again
+
+
+@pytest.fixture
+def task(memory_app: Celery, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def send(producer: Any, name: str, message: Any, **_: Any) -> None:
+        json.dumps(message.body)
+        raise OperationalError("Connection refused")
+
+    monkeypatch.setattr(memory_app.amqp, "send_task_message", send)
+
+    @singleton_task(memory_app, name="task")
+    def body(self: SingletonTask) -> None:
+        pass
+
+    return body
+
+
+def test_what_cannot_be_sent_again_stays_with_the_broker(task: Any) -> None:
+    with pytest.raises(Reject) as caught:
+        send_again(task, Context(id="1", args=(), kwargs={}, headers={}), 1.0)
+    assert caught.value.requeue
+    assert isinstance(caught.value.args[0], OperationalError)
+
+
+def test_a_retry_that_cannot_be_sent_stays_with_the_broker(task: Any) -> None:
+    """Celery's own rejects the message for good."""
+    task.push_request(id="1", args=(), kwargs={}, called_directly=False)
+    try:
+        with pytest.raises(Reject) as caught:
+            task.retry(countdown=1)
+    finally:
+        task.pop_request()
+    assert caught.value.requeue
+
+
+def test_another_rejection_is_left_as_it_is(task: Any) -> None:
+    """A retry whose arguments no serializer takes could never be sent."""
+    task.push_request(id="1", args=(object(),), kwargs={}, called_directly=False)
+    try:
+        with pytest.raises(Reject) as caught:
+            task.retry(countdown=1)
+    finally:
+        task.pop_request()
+    assert not caught.value.requeue
