@@ -23,7 +23,7 @@ def task(memory_app: Celery, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(memory_app.amqp, "send_task_message", send)
 
-    @singleton_task(memory_app, name="task")
+    @singleton_task(memory_app, name="task", shared=False)
     def body(self: SingletonTask) -> None:
         pass
 
