@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from celery import states
@@ -68,6 +69,24 @@ def leave_with_broker(request: Context, error: OperationalError) -> NoReturn:
     """
     logger.warning("task %s could not be sent again, its broker keeps it: %s", request.id, error)
     raise Reject(error, requeue=True) from error
+
+
+@contextmanager
+def left_if_killed(request: Context) -> Iterator[None]:
+    """Has the broker give out a message again whose greenlet is killed.
+
+    Celery kills greenlets in a cold shutdown, and when it revokes a task or lost its connection;
+    it takes them for successful then, and acknowledges their messages. A revoked one it drops when
+    it comes again.
+
+    :raises Reject: it is killed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "GreenletExit" and can_be_put_back(request):
+            raise Reject("its greenlet was killed", requeue=True) from error
+        raise
 
 
 def put_back(task: Any, request: Context, singleton: str) -> NoReturn:

@@ -21,7 +21,7 @@ from .errors import SingletonError
 from .interrupt import Unbreakable
 from .keys import Binder, row_key, singleton_name
 from .options import Options, find_misspelled, read_options, run_signature
-from .redelivery import leave_with_broker
+from .redelivery import leave_with_broker, left_if_killed
 from .retry import RetryAfter, answer_to, policy_of
 from .run import Run, current_run
 from .runtime import runtime_of
@@ -109,7 +109,11 @@ class SingletonTask(_TypedTask[S, P, R]):
         return bound
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R | None:
-        with Unbreakable(), _own_request(self, args, kwargs) as request:
+        with (
+            Unbreakable(),
+            _own_request(self, args, kwargs) as request,
+            left_if_killed(request),
+        ):
             delivery = self._delivery(request, args, kwargs)
             try:
                 result: R | None = deliver(delivery, args, kwargs)

@@ -162,6 +162,29 @@ def test_a_cold_shutdown_leaves_no_lease(
     worker.process.wait(30)
 
 
+@pytest.mark.parametrize("pool", ["prefork", "gevent"])
+def test_a_cold_shutdown_leaves_the_message_to_another_worker(
+    make_fleet: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path, pool: str
+) -> None:
+    """Celery takes a greenlet that it killed for one that succeeded."""
+    fleet = make_fleet(
+        f"sqlite:///{tmp_path}/store.db",
+        CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
+        TEST_VISIBILITY_TIMEOUT="1",
+    )
+    app = client()
+    worker = fleet.start("-P", pool, "-c", "1")
+    go = tmp_path / "go"
+    result = app.send_task("increment", (str(go),))
+    fleet.wait_for_notes("enter")
+    stop_at_once(worker)
+    worker.process.wait(30)
+    fleet.start("-c", "1")
+    fleet.wait_for_notes("enter", 2)
+    go.touch()
+    assert outcome(result) == 1
+
+
 def test_a_warm_shutdown_lets_the_run_end(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:

@@ -159,7 +159,7 @@ def _lost_updates(log: Log) -> list[str]:
     }
     for note in log.notes["enter"]:
         place = places.get((note["singleton"], note["job"], note["fence"]))
-        if place is not None and place != note["lines"]:
+        if note["fence"] and place is not None and place != note["lines"]:
             found.append(f"{note['job']}: entered with {note['lines']} lines, is line {place}")
     return found
 
@@ -180,7 +180,10 @@ def _doubled(log: Log) -> list[str]:
 
 
 def _fences(log: Log) -> list[str]:
-    """Fences that do not grow: from line to line, from event to event, from run to run."""
+    """Fences that do not grow: from line to line, from event to event, from run to run.
+
+    What has no fences has zeros.
+    """
     sequences: list[tuple[str, Sequence[int]]] = [
         (f"{singleton}'s state", [line["fence"] for line in lines])
         for singleton, lines in log.trails.items()
@@ -200,7 +203,7 @@ def _fences(log: Log) -> list[str]:
         f"{what}: {after} after {before}"
         for what, fences in sequences
         for before, after in pairwise(fences)
-        if after <= before
+        if after <= before and after
     ]
 
 

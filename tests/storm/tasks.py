@@ -11,19 +11,18 @@ import os
 import random
 import time
 import uuid
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import sqlalchemy as sa
-from celery import Celery, signals
+from celery import Celery
 
 from celery_singleton_state import RetryPolicy, SingletonTask, singleton_task
 from tests.storm import faults
+from tests.storm.jobs import TICK, Line, Trail, effects
 from tests.storm.notes import note
+from tests.storm.signals import observe
 
-#: Seconds between two notes of a run that still trusts its lease.
-TICK = 0.01
 #: Retries outlast the storm.
 PATIENT = RetryPolicy(max_retries=10_000, backoff=0.3, backoff_max=2.0)
 RETRIED = ("StateLoadFailed", "StatePersistFailed", "HeartbeatFailed", "LeaderHandoffFailed")
@@ -45,29 +44,6 @@ app.conf.update(
 
 #: The singletons, and the task of each.
 SINGLETONS = {f"a{n}": "step" for n in range(5)} | {f"b{n}": "step_to_the_end" for n in range(5)}
-
-effects = sa.Table(
-    "effects",
-    sa.MetaData(),
-    sa.Column("singleton", sa.Text),
-    sa.Column("event", sa.Integer),
-    sa.Column("job", sa.Text),
-    sa.Column("fence", sa.Integer),
-)
-
-
-@dataclass
-class Line:
-    job: str
-    fence: int
-    position: int
-
-
-@dataclass
-class Trail:
-    name: str = ""
-    position: int = 0
-    lines: list[Line] = field(default_factory=list)
 
 
 def step(self: SingletonTask[Trail], name: str, job: str, seconds: float) -> None:
@@ -124,25 +100,5 @@ for task, on_lease_lost in {"step": "interrupt", "step_to_the_end": "finish"}.it
         retry_policy=dict.fromkeys(RETRIED, PATIENT),
     )(step)
 
-
-@signals.task_success.connect
-def _succeeded(sender: Any, **_: Any) -> None:
-    note("succeeded", job=sender.request.id, worker=sender.request.hostname)
-
-
-@signals.task_failure.connect
-def _failed(sender: Any, task_id: str, exception: BaseException, **_: Any) -> None:
-    note("failed", job=task_id, error=f"{type(exception).__name__}: {exception}")
-
-
-@signals.before_task_publish.connect
-def _sends(headers: Any, **_: Any) -> None:
-    note("sends", job=headers["id"])
-
-
-@signals.task_received.connect
-def _received(request: Any, **_: Any) -> None:
-    note("received", job=request.id)
-
-
+observe()
 faults.plant(os.environ.get("STORM_FAULT", ""))
