@@ -66,7 +66,11 @@ class RabbitMQ(Server):
 
     @property
     def url(self) -> str:
-        return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+        return self.url_at(self.port)
+
+    def url_at(self, port: int) -> str:
+        """Its URL at another port, where a proxy is."""
+        return f"amqp://guest:guest@127.0.0.1:{port}//"
 
     def start(self) -> None:
         self.spawn(self._script, env=self._environment, start_new_session=True)

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import celery
 import psutil
 import pytest
 from celery import Celery
@@ -162,23 +163,95 @@ def test_a_cold_shutdown_leaves_no_lease(
     worker.process.wait(30)
 
 
+@pytest.fixture
+def make_fleet_of_short_memory(
+    make_fleet: Callable[..., Fleet], tmp_path: Path
+) -> Callable[..., Fleet]:
+    """Makes a fleet whose broker gives out a message again after a second."""
+
+    def make(**settings: str) -> Fleet:
+        return make_fleet(
+            f"sqlite:///{tmp_path}/store.db",
+            CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
+            TEST_VISIBILITY_TIMEOUT="1",
+            **settings,
+        )
+
+    return make
+
+
 @pytest.mark.parametrize("pool", ["prefork", "gevent"])
 def test_a_cold_shutdown_leaves_the_message_to_another_worker(
-    make_fleet: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path, pool: str
+    make_fleet_of_short_memory: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+    pool: str,
 ) -> None:
     """Celery takes a greenlet that it killed for one that succeeded."""
-    fleet = make_fleet(
-        f"sqlite:///{tmp_path}/store.db",
-        CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
-        TEST_VISIBILITY_TIMEOUT="1",
-    )
-    app = client()
+    fleet = make_fleet_of_short_memory()
+    app, go = client(), tmp_path / "go"
     worker = fleet.start("-P", pool, "-c", "1")
-    go = tmp_path / "go"
     result = app.send_task("increment", (str(go),))
     fleet.wait_for_notes("enter")
     stop_at_once(worker)
     worker.process.wait(30)
+    fleet.start("-c", "1")
+    fleet.wait_for_notes("enter", 2)
+    go.touch()
+    assert outcome(result) == 1
+
+
+def test_a_cold_shutdown_of_threads_lets_the_run_end(
+    make_fleet_of_short_memory: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    """A thread cannot be ended: Celery breaks its shutdown off over that, and Python waits."""
+    fleet = make_fleet_of_short_memory()
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("-P", "threads", "-c", "1")
+    result = app.send_task("increment", (str(go),))
+    fleet.wait_for_notes("enter")
+    stop_at_once(worker)
+    fleet.wait_for_output(worker, "Cold shutdown" if celery.VERSION < (5, 5) else "Unrecoverable")
+    assert row_of(app, "increment").held
+    go.touch()
+    worker.process.wait(30)
+    assert outcome(result) == 1
+    assert row_of(app, "increment").holder is None
+
+
+needs_soft_shutdown = pytest.mark.skipif(celery.VERSION < (5, 5), reason="new in Celery 5.5")
+
+
+@needs_soft_shutdown
+def test_a_soft_shutdown_lets_the_run_end(
+    make_fleet_of_short_memory: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    fleet = make_fleet_of_short_memory(TEST_SOFT_SHUTDOWN="3")
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("-c", "1")
+    result = app.send_task("increment", (str(go),))
+    fleet.wait_for_notes("enter")
+    stop_at_once(worker)
+    fleet.wait_for_output(worker, "Initiating Soft Shutdown")
+    assert row_of(app, "increment").held
+    go.touch()
+    worker.process.wait(60)
+    assert outcome(result) == 1
+    assert row_of(app, "increment").holder is None
+
+
+@needs_soft_shutdown
+def test_a_soft_shutdown_whose_time_runs_out_leaves_the_message_to_another_worker(
+    make_fleet_of_short_memory: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    fleet = make_fleet_of_short_memory(TEST_SOFT_SHUTDOWN="0.5")
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("-c", "1")
+    result = app.send_task("increment", (str(go),))
+    fleet.wait_for_notes("enter")
+    stop_at_once(worker)
+    worker.process.wait(30)
+    wait_until_free(app, "increment")
     fleet.start("-c", "1")
     fleet.wait_for_notes("enter", 2)
     go.touch()

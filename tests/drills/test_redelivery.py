@@ -10,10 +10,13 @@ import celery
 import pytest
 from celery import Celery
 from celery.exceptions import WorkerLostError
+from celery.result import AsyncResult
 
 from celery_singleton_state.history import decode
 from celery_singleton_state.runtime import runtime_of
 from tests.processes.fleet import Fleet, outcome
+from tests.rabbitmq import RabbitMQ
+from tests.servers import Proxy
 from tests.waiting import wait_until
 
 #: Seconds after which the broker takes a message that is not acknowledged for lost.
@@ -28,6 +31,34 @@ def fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Fleet:
         TEST_VISIBILITY_TIMEOUT=VISIBILITY_TIMEOUT,
         TEST_WORKER_LOST_WAIT="0.1",
     )
+
+
+@pytest.fixture
+def make_rabbit_fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Callable[[str], Fleet]:
+    """Makes a fleet on RabbitMQ, in a queue of its own; its results are kept where they were."""
+
+    def make(url: str, **settings: str) -> Fleet:
+        return make_fleet(
+            f"sqlite:///{tmp_path}/store.db",
+            CELERY_BROKER_URL=url,
+            CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
+            TEST_QUEUE=tmp_path.name,
+            TEST_WORKER_LOST_WAIT="0.1",
+            **settings,
+        )
+
+    return make
+
+
+@pytest.fixture(params=["valkey", "rabbitmq"])
+def fleet_on_each(request: pytest.FixtureRequest) -> Fleet:
+    """The same fleet, once on each broker."""
+    if request.param == "valkey":
+        found: Fleet = request.getfixturevalue("fleet")
+        return found
+    rabbitmq = request.getfixturevalue("rabbitmq")
+    made: Fleet = request.getfixturevalue("make_rabbit_fleet")(rabbitmq.url)
+    return made
 
 
 def test_a_body_longer_than_the_visibility_timeout_runs_once(
@@ -56,9 +87,9 @@ def test_a_body_longer_than_the_visibility_timeout_runs_once(
 
 
 def test_the_same_message_published_twice_runs_once(
-    fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
+    fleet_on_each: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    app = client()
+    fleet, app = fleet_on_each, client()
     fleet.start("-c", "2")
     go = tmp_path / "go"
     results = [app.send_task("increment", (str(go),), task_id="the-same") for _ in range(2)]
@@ -77,10 +108,10 @@ def test_the_same_message_published_twice_runs_once(
 
 @pytest.mark.skipif(celery.VERSION < (5, 7), reason="Celery bounds this from 5.7 on")
 def test_a_message_whose_runs_die_comes_again_and_not_for_ever(
-    fleet: Fleet, client: Callable[[], Celery]
+    fleet_on_each: Fleet, client: Callable[[], Celery]
 ) -> None:
     """Each run ends its process; Celery sends the message again as often as it may."""
-    app = client()
+    fleet, app = fleet_on_each, client()
     fleet.start("-c", "1")
     result = app.send_task("dies_twice")
     error = outcome(result)
@@ -89,3 +120,126 @@ def test_a_message_whose_runs_die_comes_again_and_not_for_ever(
     row = runtime_of(app).store.peek("singleton-state:dies_twice")
     assert row is not None
     assert [entry.outcome for entry in decode(row.history, row.key)] == ["lost", "lost"]
+
+
+def send_and_enter(fleet: Fleet, app: Celery, go: Path) -> AsyncResult[int]:
+    """Send a message, and come back when its body has begun."""
+    result: AsyncResult[int] = app.send_task("increment", (str(go),))
+    fleet.wait_for_notes("enter")
+    return result
+
+
+def test_the_connection_of_a_worker_breaks_in_mid_body(
+    rabbitmq: RabbitMQ,
+    make_rabbit_fleet: Callable[..., Fleet],
+    make_proxy: Callable[[int], Proxy],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+) -> None:
+    """A's body runs; its connection breaks; RabbitMQ gives its message out again; A connects
+    again and takes it while the run goes on.
+
+    The copy is put back, and ends as a duplicate when the run has saved.
+    """
+    proxy = make_proxy(rabbitmq.port)
+    fleet = make_rabbit_fleet(rabbitmq.url_at(proxy.port))
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("-c", "2")
+    result = send_and_enter(fleet, app, go)
+    proxy.cut()
+    fleet.wait_for_output(worker, "its message is put back")
+    go.touch()
+    assert outcome(result) == 1
+    fleet.wait_for_output(worker, f"task {result.id} was done before")
+    assert len(fleet.notes("enter")) == 1
+
+
+def test_another_worker_gets_the_message_of_a_run_that_goes_on(
+    rabbitmq: RabbitMQ,
+    make_rabbit_fleet: Callable[..., Fleet],
+    make_proxy: Callable[[int], Proxy],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+) -> None:
+    """A's body runs; A is cut off from RabbitMQ for good; B gets its message.
+
+    B puts it back while A's run goes on, and ends it as a duplicate when it has saved.
+    """
+    proxy = make_proxy(rabbitmq.port)
+    fleet = make_rabbit_fleet(rabbitmq.url)
+    app, go = client(), tmp_path / "go"
+    fleet.environment["CELERY_BROKER_URL"] = rabbitmq.url_at(proxy.port)
+    fleet.start("-c", "1", name="a")
+    result = send_and_enter(fleet, app, go)
+    fleet.environment["CELERY_BROKER_URL"] = rabbitmq.url
+    other = fleet.start("-c", "1", name="b")
+    proxy.mode = "refuse"
+    proxy.cut()
+    fleet.wait_for_output(other, "its message is put back")
+    go.touch()
+    fleet.wait_for_output(other, f"task {result.id} was done before")
+    assert outcome(result) == 1
+    assert len(fleet.notes("enter")) == 1
+
+
+def test_a_run_that_is_ended_with_its_connection_is_run_again(
+    rabbitmq: RabbitMQ,
+    make_rabbit_fleet: Callable[..., Fleet],
+    make_proxy: Callable[[int], Proxy],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+) -> None:
+    """``worker_cancel_long_running_tasks_on_connection_loss``: A's connection breaks; Celery
+    ends the body's process; the lease is free at once; the message comes again and runs.
+    """
+    proxy = make_proxy(rabbitmq.port)
+    fleet = make_rabbit_fleet(rabbitmq.url_at(proxy.port), TEST_CANCEL="1")
+    app, go = client(), tmp_path / "go"
+    fleet.start("-c", "1")
+    result = send_and_enter(fleet, app, go)
+    proxy.cut()
+    assert [note["fence"] for note in fleet.wait_for_notes("enter", 2)] == [1, 2]
+    go.touch()
+    assert outcome(result) == 1
+
+
+def test_a_worker_that_dies_leaves_its_message_to_another(
+    rabbitmq: RabbitMQ,
+    make_rabbit_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+) -> None:
+    """A is killed whole in mid-body; B, on its host, gets the message and the lease."""
+    fleet = make_rabbit_fleet(rabbitmq.url)
+    app, go = client(), tmp_path / "go"
+    killed = fleet.start("-c", "1", name="a")
+    result = send_and_enter(fleet, app, go)
+    fleet.start("-c", "1", name="b")
+    killed.close()
+    assert [note["fence"] for note in fleet.wait_for_notes("enter", 2)] == [1, 2]
+    go.touch()
+    assert outcome(result) == 1
+
+
+def test_rabbitmq_dies_in_mid_body(
+    own_rabbitmq: RabbitMQ,
+    make_rabbit_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+) -> None:
+    """It is killed while a body runs, and started again: it kept the message, and gives it out
+    again. The run is not repeated, and the next message runs.
+    """
+    fleet = make_rabbit_fleet(own_rabbitmq.url)
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("-c", "2")
+    result = send_and_enter(fleet, app, go)
+    own_rabbitmq.stop()
+    fleet.wait_for_output(worker, "Connection to broker lost")
+    own_rabbitmq.start()
+    fleet.wait_for_output(worker, "its message is put back")
+    go.touch()
+    assert outcome(result) == 1
+    fleet.wait_for_output(worker, f"task {result.id} was done before")
+    assert outcome(app.send_task("increment")) == 2
+    assert len(fleet.notes("enter")) == 2

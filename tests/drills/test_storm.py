@@ -24,13 +24,6 @@ def durable_valkey() -> Iterator[Valkey]:
     server.close()
 
 
-@pytest.fixture
-def own_rabbitmq() -> Iterator[RabbitMQ]:
-    server = RabbitMQ()
-    yield server
-    server.close()
-
-
 def work_through(
     storm: Storm, directory: Path, store: Postgres, broker: Valkey | RabbitMQ
 ) -> Findings:

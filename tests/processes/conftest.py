@@ -71,10 +71,14 @@ def client(make_fleet: Callable[..., Fleet]) -> Iterator[Callable[[], Celery]]:
     def make() -> Celery:
         made.append(Celery("client", set_as_current=False))
         made[-1].conf.update(
+            task_default_queue=os.environ.get("TEST_QUEUE", "celery"),
             task_serializer=os.environ.get("TEST_SERIALIZER", "json"),
             result_serializer=os.environ.get("TEST_SERIALIZER", "json"),
             accept_content=["json", os.environ.get("TEST_SERIALIZER", "json")],
         )
+        if os.environ.get("CELERY_BROKER_URL", "").startswith("amqp"):
+            # What RabbitMQ did not confirm it loses when it is killed.
+            made[-1].conf.broker_transport_options = {"confirm_publish": True}
         # Results are asked for; listening for them holds a socket that outlives the test.
         made[-1].backend.on_task_call = lambda *_: None
         made[-1].backend.remove_pending_result = lambda *_: None

@@ -27,14 +27,21 @@ from celery_singleton_state import (
 SOON = RetryPolicy(max_retries=100, backoff=0.2, backoff_max=0.2, jitter=False)
 PATIENT = {"StateLoadFailed": SOON, "StatePersistFailed": SOON}
 
+ON_RABBITMQ = os.environ.get("CELERY_BROKER_URL", "").startswith("amqp")
+
 app = Celery("shop")
 app.conf.update(
+    task_default_queue=os.environ.get("TEST_QUEUE", "celery"),
+    worker_cancel_long_running_tasks_on_connection_loss="TEST_CANCEL" in os.environ,
     worker_prefetch_multiplier=1,
     worker_pool_restarts=True,
+    worker_soft_shutdown_timeout=float(os.environ.get("TEST_SOFT_SHUTDOWN", "0")),
     worker_lost_wait=float(os.environ.get("TEST_WORKER_LOST_WAIT", "10")),
-    broker_transport_options={
-        "visibility_timeout": float(os.environ.get("TEST_VISIBILITY_TIMEOUT", "3600"))
-    },
+    broker_transport_options=(
+        {"confirm_publish": True}
+        if ON_RABBITMQ
+        else {"visibility_timeout": float(os.environ.get("TEST_VISIBILITY_TIMEOUT", "3600"))}
+    ),
     broker_connection_retry_on_startup=True,
     result_extended=True,
     task_serializer=os.environ.get("TEST_SERIALIZER", "json"),
