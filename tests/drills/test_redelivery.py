@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,16 +18,13 @@ from tests.rabbitmq import RabbitMQ
 from tests.servers import Proxy
 from tests.waiting import wait_until
 
-#: Seconds after which the broker takes a message that is not acknowledged for lost.
-VISIBILITY_TIMEOUT = 1.0
-
 
 @pytest.fixture
 def fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Fleet:
     return make_fleet(
         f"sqlite:///{tmp_path}/store.db",
         CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
-        TEST_VISIBILITY_TIMEOUT=VISIBILITY_TIMEOUT,
+        TEST_VISIBILITY_TIMEOUT="1",
         TEST_WORKER_LOST_WAIT="0.1",
     )
 
@@ -59,31 +55,6 @@ def fleet_on_each(request: pytest.FixtureRequest) -> Fleet:
     rabbitmq = request.getfixturevalue("rabbitmq")
     made: Fleet = request.getfixturevalue("make_rabbit_fleet")(rabbitmq.url)
     return made
-
-
-def test_a_body_longer_than_the_visibility_timeout_runs_once(
-    fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
-) -> None:
-    """celery #5935. The second copy of the message is put back while the run goes on, and ends
-    as a duplicate when it has saved.
-    """
-    app = client()
-    go = tmp_path / "go"
-    first = fleet.start("-c", "1", name="a")
-    result = app.send_task("increment", (str(go),))
-    fleet.wait_for_notes("enter")
-    visible_from = time.monotonic() + VISIBILITY_TIMEOUT
-    wait_until(lambda: time.monotonic() > visible_from, "the broker takes the message for lost")
-    second = fleet.start("-c", "1", name="b")
-    fleet.wait_for_output(second, "its message is put back")
-    go.touch()
-    assert outcome(result) == 1
-    outputs = [first, second]
-    wait_until(
-        lambda: any(f"task {result.id} was done before" in each.output for each in outputs),
-        "the second copy ends as a duplicate",
-    )
-    assert len(fleet.notes("enter")) == 1
 
 
 def test_the_same_message_published_twice_runs_once(

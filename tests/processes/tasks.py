@@ -27,7 +27,23 @@ from celery_singleton_state import (
 SOON = RetryPolicy(max_retries=100, backoff=0.2, backoff_max=0.2, jitter=False)
 PATIENT = {"StateLoadFailed": SOON, "StatePersistFailed": SOON}
 
-ON_RABBITMQ = os.environ.get("CELERY_BROKER_URL", "").startswith("amqp")
+
+def transport_options() -> dict[str, Any]:
+    """What the tests need of each broker."""
+    broker = os.environ.get("CELERY_BROKER_URL", "")
+    if broker.startswith("amqp"):
+        return {"confirm_publish": True}
+    if broker.startswith("filesystem"):
+        folder = Path(os.environ["TEST_BROKER_FOLDER"], "broker")
+        for name in ("queue", "control"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        return {
+            "data_folder_in": str(folder / "queue"),
+            "data_folder_out": str(folder / "queue"),
+            "control_folder": str(folder / "control"),
+        }
+    return {"visibility_timeout": float(os.environ.get("TEST_VISIBILITY_TIMEOUT", "3600"))}
+
 
 app = Celery("shop")
 app.conf.update(
@@ -37,11 +53,7 @@ app.conf.update(
     worker_pool_restarts=True,
     worker_soft_shutdown_timeout=float(os.environ.get("TEST_SOFT_SHUTDOWN", "0")),
     worker_lost_wait=float(os.environ.get("TEST_WORKER_LOST_WAIT", "10")),
-    broker_transport_options=(
-        {"confirm_publish": True}
-        if ON_RABBITMQ
-        else {"visibility_timeout": float(os.environ.get("TEST_VISIBILITY_TIMEOUT", "3600"))}
-    ),
+    broker_transport_options=transport_options(),
     broker_connection_retry_on_startup=True,
     result_extended=True,
     task_serializer=os.environ.get("TEST_SERIALIZER", "json"),
@@ -344,3 +356,13 @@ singleton_task(app, state_schema=Counter, hold_at_least=2, name="held_on")(run_u
 singleton_task(
     app, state_schema=Counter, hold_at_least=2, on_conflict="coalesce", name="held_on_coalesced"
 )(run_until)
+
+
+@singleton_task(app, name="ticked")
+def ticked(self: SingletonTask) -> None:
+    with inside("ticked"):
+        time.sleep(0.3)
+
+
+if "TEST_BEAT" in os.environ:
+    app.conf.beat_schedule = {"often": {"task": "ticked", "schedule": 0.2}}
