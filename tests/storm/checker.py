@@ -180,7 +180,7 @@ def _doubled(log: Log) -> list[str]:
 
 
 def _fences(log: Log) -> list[str]:
-    """Fences that do not grow: from line to line, from event to event, from run to run.
+    """Fences that do not grow: from line to line and from event to event; or that two runs have.
 
     What has no fences has zeros.
     """
@@ -195,6 +195,7 @@ def _fences(log: Log) -> list[str]:
         (f"{singleton}'s events", [fence for _, fence in sorted(rows)])
         for singleton, rows in events.items()
     ]
+    # A run can be held up before its first note, so of runs only that no two have the same.
     runs: dict[str, list[int]] = defaultdict(list)
     for note in log.notes["enter"]:
         runs[note["singleton"]].append(note["fence"])

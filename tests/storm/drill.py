@@ -22,7 +22,7 @@ from tests.processes.fleet import ROOT
 from tests.servers import Postgres, Server
 from tests.storm import notes, weather
 from tests.storm.checker import Log
-from tests.storm.fleet import Berth, Later, Way
+from tests.storm.fleet import Berth, Later
 from tests.storm.weather import Blow
 from tests.waiting import wait_until
 
@@ -142,8 +142,8 @@ class Drill:
             f"w{number}",
             options,
             self._environment | {"TMPDIR": str(host)},
-            Way(self._database),
-            Way(self._broker_url),
+            self._database,
+            self._broker_url,
             self._directory,
             self.storm.app,
         )

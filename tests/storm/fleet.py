@@ -9,7 +9,6 @@ import random
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,26 +19,22 @@ from tests.servers import Proxy
 from tests.storm.notes import note
 
 
-@dataclass(frozen=True)
-class Way:
-    """A URL, as it is reached through a proxy."""
+def port_of(url: str) -> int:
+    port = urlsplit(url).port
+    assert port is not None
+    return port
 
-    url: str
 
-    def through(self, proxy: Proxy) -> str:
-        parts = urlsplit(self.url)
-        return self.url.replace(f":{parts.port}", f":{proxy.port}", 1)
-
-    def proxy(self) -> Proxy:
-        port = urlsplit(self.url).port
-        assert port is not None
-        return Proxy(port)
+def through(proxy: Proxy, url: str) -> str:
+    """The URL, as it is reached through a proxy."""
+    return url.replace(f":{port_of(url)}", f":{proxy.port}", 1)
 
 
 class Berth:
     """The place of one worker: it is started here again whenever it has ended.
 
-    :param store: the way to it, which this worker's proxy alone can cut; ``broker`` likewise.
+    Its ways to the store and the broker are its own, and so can be cut for it alone.
+
     :param app: the module of the worker's app.
     """
 
@@ -48,18 +43,18 @@ class Berth:
         name: str,
         options: list[str],
         environment: dict[str, str],
-        store: Way,
-        broker: Way,
+        store: str,
+        broker: str,
         directory: Path,
         app: str,
     ) -> None:
         self.name = name
-        self.store, self.broker = store.proxy(), broker.proxy()
+        self.store, self.broker = Proxy(port_of(store)), Proxy(port_of(broker))
         self.log = directory / f"{name}.log"
         self._options, self._app = options, app
         self._environment = environment | {
-            "CELERY_SINGLETON_STORE_URL": store.through(self.store),
-            "CELERY_BROKER_URL": broker.through(self.broker),
+            "CELERY_SINGLETON_STORE_URL": through(self.store, store),
+            "CELERY_BROKER_URL": through(self.broker, broker),
         }
         self._lock = threading.Lock()
         self._starts = itertools.count()
