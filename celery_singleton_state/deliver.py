@@ -54,12 +54,12 @@ def _try(
     asked_at, acquired, row = _acquire(delivery, holder)
     if acquired is not None:
         run = Run(delivery, acquired, asked_at)
-        if delivery.was_done(run.entries):
-            run.give_back()
+        if done := delivery.done_by(run.entries):
+            run.give_back(done)
             end_duplicate(delivery.task, request, name)
             return True, None
         return True, run.execute(args, kwargs)
-    if row is not None and delivery.was_done(history.decode(row.history, name)):
+    if row is not None and delivery.done_by(history.decode(row.history, name)):
         end_duplicate(delivery.task, request, name)
         return True, None
     if row is not None and row.task_id == request.id and can_be_put_back(request):

@@ -64,9 +64,9 @@ class Delivery:
         """How often the body asked for it."""
         return self.retries - self.own_retries
 
-    def was_done(self, entries: tuple[history.Entry, ...]) -> bool:
-        """Whether the history knows this message as done."""
+    def done_by(self, entries: tuple[history.Entry, ...]) -> history.Entry | None:
+        """The run that did what this message asks for, if the history knows one."""
         task_id = self.request.id
         if not task_id or not self.options.deduplicates:
-            return False
-        return history.is_done(entries, task_id, self.generation)
+            return None
+        return history.done_by(entries, task_id, self.generation)

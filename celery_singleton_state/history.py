@@ -34,8 +34,12 @@ DONE = frozenset({Outcome.SUCCEEDED, Outcome.DUPLICATE})
 class Entry(msgspec.Struct, array_like=True, frozen=True):
     """One past run. Times are seconds since the epoch, by the store's clock at acquisition.
 
-    A task's retries carry its id. Those that its body asked for are new work, and each counts
-    as a new *generation*; those that this package sent, to repeat a run, belong to the same.
+    A task's retries carry its id. Those that its body asked for each count as a new *generation*;
+    those that this package sent, to repeat a run, belong to the same.
+
+    :param final: whether the run asked for no retry: if it succeeded, no message with its id is new
+        work, of whatever generation. Copies of it are of several where a run asked for a retry and
+        its own message came again, as its worker died.
     """
 
     task_id: str | None
@@ -47,6 +51,7 @@ class Entry(msgspec.Struct, array_like=True, frozen=True):
     error: str | None
     started: float
     finished: float
+    final: bool = False
 
 
 _decoder = msgspec.json.Decoder(tuple[Entry, ...])
@@ -72,12 +77,13 @@ def append(entries: tuple[Entry, ...], entry: Entry, limit: int) -> str:
     return msgspec.json.encode((*entries, entry)[-limit:]).decode()
 
 
-def is_done(entries: tuple[Entry, ...], task_id: str, generation: int) -> bool:
-    """Whether this work, or a later generation of it, is known to have been done."""
-    return any(
-        entry.task_id == task_id and entry.generation >= generation and entry.outcome in DONE
-        for entry in entries
-    )
+def done_by(entries: tuple[Entry, ...], task_id: str, generation: int) -> Entry | None:
+    """The run that did this work, or a later generation of it, if one is known."""
+    for entry in reversed(entries):
+        is_of_it = entry.task_id == task_id and entry.outcome in DONE
+        if is_of_it and (entry.final or entry.generation >= generation):
+            return entry
+    return None
 
 
 def written_by(entries: tuple[Entry, ...], fence: int, holder: str) -> bool:

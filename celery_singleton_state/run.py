@@ -47,6 +47,8 @@ class Run:
         self.request = delivery.request
         self.outer = _current.get()
         self.entries = history.decode(acquired.history, delivery.name)
+        #: Whether its body has asked for no retry.
+        self.is_final = True
         self.state = RunState(delivery.name, delivery.codec, acquired)
         settings = delivery.runtime.settings
         self.held = HeldLease(acquired.lease, asked_at, settings.heartbeat_interval)
@@ -177,6 +179,7 @@ class Run:
             error=history.describe(error) if error else None,
             started=self._acquired_at,
             finished=self._acquired_at + clock() - self._asked_at,
+            final=self.is_final,
         )
         limit = self._delivery.runtime.settings.history
         hold = self._delivery.options.hold_at_least or 0.0
@@ -188,8 +191,9 @@ class Run:
         )
         grant(self.task.app, self._store, lease.key, released)
 
-    def give_back(self) -> None:
+    def give_back(self, done: history.Entry) -> None:
         """Release the lease of a message that turned out to be done: nothing hangs on it."""
+        self.is_final = done.final
         try:
             self.end(Outcome.DUPLICATE)
         except SingletonError as failure:

@@ -163,6 +163,9 @@ class SingletonTask(_TypedTask[S, P, R]):
         :raises Retry: the message was sent again.
         :raises Reject: it could not be sent; the broker keeps it, where Celery would drop it.
         """
+        run = current_run(self)
+        if run is not None:
+            run.is_final = False
         try:
             return super().retry(*args, **options)
         except Reject as rejected:

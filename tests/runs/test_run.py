@@ -335,6 +335,20 @@ def test_a_message_with_the_same_id_is_done_once(app: Celery) -> None:
     assert [run.outcome for run in decode(row(app).history, "")] == ["succeeded", "duplicate"]
 
 
+def test_of_a_message_and_the_retry_that_a_dead_run_sent_one_is_done(app: Celery) -> None:
+    """A run asks for a retry; its worker dies before its own message is acknowledged; that
+    comes again and succeeds; then the retry comes.
+    """
+
+    def body(self: Any) -> int:
+        self.state.n += 1
+        return self.state.n  # type: ignore[no-any-return]
+
+    task = task_of(app, body)
+    assert [task.apply(task_id="the-same", retries=n).result for n in (0, 1, 2)] == [1, None, None]
+    assert row(app).value == '{"n":1}'
+
+
 def test_without_deduplication_it_is_done_again(app: Celery) -> None:
     def body(self: Any) -> int:
         self.state.n += 1

@@ -6,8 +6,15 @@ from celery_singleton_state import history
 from celery_singleton_state.history import Entry
 
 
-def entry(fence: int, task_id: str = "t", generation: int = 0, outcome: str = "succeeded") -> Entry:
-    return Entry(task_id, generation, f"node:1:{fence}", fence, None, outcome, None, 1.5, 2.5)
+def entry(
+    fence: int,
+    task_id: str = "t",
+    generation: int = 0,
+    outcome: str = "succeeded",
+    final: bool = False,
+) -> Entry:
+    holder = f"node:1:{fence}"
+    return Entry(task_id, generation, holder, fence, None, outcome, None, 1.5, 2.5, final)
 
 
 def test_entries_come_back_as_they_were() -> None:
@@ -31,21 +38,26 @@ def test_what_cannot_be_read_counts_as_empty(
     assert bool(raw) == ("its history cannot be read" in caplog.text)
 
 
-def test_done_is_the_same_generation_or_a_later_one() -> None:
+def test_done_is_the_same_generation_or_an_earlier_one() -> None:
+    """The run asked for a retry and succeeded: the retry is new work, and it alone."""
     entries = (entry(1, generation=1),)
-    assert history.is_done(entries, "t", 0)
-    assert history.is_done(entries, "t", 1)
-    assert not history.is_done(entries, "t", 2)
-    assert not history.is_done(entries, "other", 0)
+    assert history.done_by(entries, "t", 0)
+    assert history.done_by(entries, "t", 1)
+    assert not history.done_by(entries, "t", 2)
+    assert not history.done_by(entries, "other", 0)
+
+
+def test_after_a_run_that_asked_for_no_retry_nothing_is_new() -> None:
+    assert history.done_by((entry(1, final=True),), "t", 5)
 
 
 @pytest.mark.parametrize("outcome", ["failed", "retried", "lost", "skipped"])
 def test_what_did_not_succeed_is_not_done(outcome: str) -> None:
-    assert not history.is_done((entry(1, outcome=outcome),), "t", 0)
+    assert not history.done_by((entry(1, outcome=outcome, final=True),), "t", 0)
 
 
 def test_a_duplicate_keeps_its_message_known() -> None:
-    assert history.is_done((entry(1, outcome="duplicate"),), "t", 0)
+    assert history.done_by((entry(1, outcome="duplicate"),), "t", 0)
 
 
 def test_written_by_asks_for_fence_and_holder() -> None:
