@@ -102,7 +102,7 @@ def coalesce(conflict: Conflict) -> float | None:
             return _try_again(conflict, left)
         task_id = str(delivery.request.id)
         if wishes.enqueue(row.key, task_id, left + LONGEST_WAIT) == task_id:
-            send_again(delivery.task, delivery.request, left)
+            send_again(delivery.task, delivery.request, delivery.name, left)
     elif not wishes.want(row, wish_for(delivery, conflict.args, conflict.kwargs)):
         return 0.0
     logger.info("singleton %s: one more run is wanted; %s", conflict.singleton, conflict.holder)
@@ -128,7 +128,13 @@ def _try_again(conflict: Conflict, pause: float) -> float:
         pause = min(pause, (conflict.row.expires_in or 0.0) + AFTER_EXPIRY)
     pause = min(pause, left)
     if can_be_put_back(delivery.request):
-        send_again(delivery.task, delivery.request, pause, {WAITED_HEADER: waited + pause})
+        send_again(
+            delivery.task,
+            delivery.request,
+            delivery.name,
+            pause,
+            {WAITED_HEADER: waited + pause},
+        )
     return pause
 
 

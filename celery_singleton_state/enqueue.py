@@ -1,8 +1,8 @@
 """``enqueue_once``: a second copy of a message that waits in its queue is not published.
 
 The row remembers the id of the message that is queued. An acquisition for it, a conflict that ends
-it, and its life forget it; so a message that was revoked, expired or lost keeps others out for no
-longer than its life. What the lease guards it guards with or without this.
+it, a worker that drops it as revoked or expired, and its life forget it; so one that was lost keeps
+others out for no longer than its life. What the lease guards it guards with or without this.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from celery.app.task import Context
+
 from .delivery import Delivery
+from .options import Options
 from .runtime import Runtime
 from .store.base import StoreError
 
@@ -60,6 +63,16 @@ def dequeue(delivery: Delivery) -> None:
     """The message of a delivery that ended without a run is queued no more."""
     if delivery.options.enqueue_once and delivery.request.id:
         _dequeue(delivery.runtime, delivery.key, delivery.request.id)
+
+
+def dequeue_dropped(sender: Any, request: Context, **_: Any) -> None:
+    """A message that a worker drops, as it was revoked or has expired, is queued no more.
+
+    Celery's signal ``task_revoked`` calls it, for all tasks.
+    """
+    options = getattr(sender, "_options", None)
+    if isinstance(options, Options) and options.enqueue_once:
+        dequeue(sender._delivery(request, tuple(request.args or ()), request.kwargs or {}))
 
 
 def _dequeue(runtime: Runtime, key: str, task_id: str) -> None:

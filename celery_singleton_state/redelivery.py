@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import random
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from celery import states
 from celery.app.task import Context
+from celery.concurrency.base import BasePool
 from celery.exceptions import Ignore, Reject
 from kombu.exceptions import OperationalError
 
@@ -36,7 +38,11 @@ def can_be_put_back(request: Context) -> bool:
 
 
 def send_again(
-    task: Any, request: Context, delay: float, headers: Mapping[str, Any] | None = None
+    task: Any,
+    request: Context,
+    singleton: str,
+    delay: float,
+    headers: Mapping[str, Any] | None = None,
 ) -> NoReturn:
     """Send the message again, as it is, to come back a little later.
 
@@ -56,37 +62,53 @@ def send_again(
     try:
         signature.apply_async()
     except OperationalError as error:
-        leave_with_broker(request, error)
+        leave_with_broker(request, singleton, error)
     raise Ignore(f"task {request.id} comes again in {delay:.1f} s")
 
 
-def leave_with_broker(request: Context, error: OperationalError) -> NoReturn:
+def leave_with_broker(request: Context, singleton: str, error: OperationalError) -> NoReturn:
     """End the delivery of a message that had to be sent again while the broker was out of reach.
 
     An error would have it acknowledged, and so lost, as soon as the broker is back.
 
     :raises Reject: always, with the wish that the broker gives the message out again.
     """
-    logger.warning("task %s could not be sent again, its broker keeps it: %s", request.id, error)
+    logger.warning(
+        "singleton %s: task %s could not be sent again, its broker keeps it: %s",
+        singleton,
+        request.id,
+        error,
+    )
     raise Reject(error, requeue=True) from error
 
 
 @contextmanager
 def left_if_killed(request: Context) -> Iterator[None]:
-    """Has the broker give out a message again whose greenlet is killed.
+    """Has the broker give out a message again whose greenlet or only thread is to end.
 
     Celery kills greenlets in a cold shutdown, and when it revokes a task or lost its connection;
     it takes them for successful then, and acknowledges their messages. A revoked one it drops when
-    it comes again.
+    it comes again. In a cold shutdown of a solo pool, whose jobs cannot be killed, the error that
+    says so breaks off the body, as if it were the body's own.
 
     :raises Reject: it is killed.
     """
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ == "GreenletExit" and can_be_put_back(request):
-            raise Reject("its greenlet was killed", requeue=True) from error
+        if _means_to_kill(error) and can_be_put_back(request):
+            raise Reject("it was killed in mid-run", requeue=True) from error
         raise
+
+
+def _means_to_kill(error: BaseException) -> bool:
+    """Whether it is how Celery ends a body, or fails to."""
+    if type(error).__name__ == "GreenletExit":
+        return True
+    if not isinstance(error, NotImplementedError):
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_code is BasePool.terminate_job.__code__
 
 
 def put_back(task: Any, request: Context, singleton: str) -> NoReturn:
@@ -105,7 +127,7 @@ def put_back(task: Any, request: Context, singleton: str) -> NoReturn:
         request.id,
         delay,
     )
-    send_again(task, request, delay, {HEADER: count + 1})
+    send_again(task, request, singleton, delay, {HEADER: count + 1})
 
 
 def end_duplicate(task: Any, request: Context, singleton: str) -> None:

@@ -171,7 +171,8 @@ class SingletonTask(_TypedTask[S, P, R]):
         except Reject as rejected:
             error = rejected.args[0]
             if isinstance(error, OperationalError):
-                leave_with_broker(self.request, error)
+                name = self._name(self.request.args or (), self.request.kwargs or {})
+                leave_with_broker(self.request, name, error)
             raise
 
     def _name(self, args: Any, kwargs: Any) -> str:

@@ -8,11 +8,12 @@ import logging
 import os
 from typing import Any
 
-from celery import Celery, bootsteps
+from celery import Celery, bootsteps, signals
 from celery.exceptions import ImproperlyConfigured
 
 from . import runtime
 from .children import watch_pool
+from .enqueue import dequeue_dropped
 from .recovery import free_dead
 from .store.base import StoreNotReady, StoreUnavailable
 from .store.engine import is_in_memory, parse_url
@@ -35,6 +36,7 @@ class SingletonStep(bootsteps.StartStopStep):
         super().__init__(parent, **kwargs)
         app: Celery = parent.app
         self.check(parent)
+        signals.task_revoked.connect(dequeue_dropped)
         # A pool of processes must not inherit connections; one of threads opens them anew.
         free_dead(runtime.runtime_of(app))
         runtime.close_runtime(app)

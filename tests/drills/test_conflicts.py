@@ -184,20 +184,6 @@ def test_a_holder_that_dies_does_not_take_the_wish_with_it(
     wait_until(lambda: "wish" in entered(fleet), "the wish is granted")
 
 
-def test_a_lease_that_is_held_on_keeps_others_out(
-    fleet: Fleet, client: Callable[[], Celery]
-) -> None:
-    """celery-once #104, keep the lock for a while after the end."""
-    app = client()
-    fleet.start("-c", "2")
-    assert outcome(send(app, "held_on", "first")) == "first"
-    assert row_of(app, "held_on").held_on
-    assert outcome(send(app, "held_on", "second")) is None
-    wait_until(lambda: not row_of(app, "held_on").held, "it is free")
-    assert outcome(send(app, "held_on", "third")) == "third"
-    assert entered(fleet) == ["first", "third"]
-
-
 def test_what_is_wanted_while_a_lease_is_held_on_runs_after_it(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:

@@ -180,14 +180,22 @@ def make_fleet_of_short_memory(
     return make
 
 
-@pytest.mark.parametrize("pool", ["prefork", "gevent"])
+in_solo = pytest.param(
+    "solo",
+    marks=pytest.mark.skipif(celery.VERSION < (5, 7), reason="a solo worker does not end by it"),
+)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "gevent", in_solo])
 def test_a_cold_shutdown_leaves_the_message_to_another_worker(
     make_fleet_of_short_memory: Callable[..., Fleet],
     client: Callable[[], Celery],
     tmp_path: Path,
     pool: str,
 ) -> None:
-    """Celery takes a greenlet that it killed for one that succeeded."""
+    """Celery takes a greenlet that it killed for one that succeeded, and a body in a solo pool,
+    into which it raises that it cannot be killed, for one that failed.
+    """
     fleet = make_fleet_of_short_memory()
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-P", pool, "-c", "1")
@@ -241,12 +249,16 @@ def test_a_soft_shutdown_lets_the_run_end(
 
 
 @needs_soft_shutdown
+@pytest.mark.parametrize("pool", ["prefork", in_solo])
 def test_a_soft_shutdown_whose_time_runs_out_leaves_the_message_to_another_worker(
-    make_fleet_of_short_memory: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path
+    make_fleet_of_short_memory: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+    pool: str,
 ) -> None:
     fleet = make_fleet_of_short_memory(TEST_SOFT_SHUTDOWN="0.5")
     app, go = client(), tmp_path / "go"
-    worker = fleet.start("-c", "1")
+    worker = fleet.start("-P", pool, "-c", "1")
     result = app.send_task("increment", (str(go),))
     fleet.wait_for_notes("enter")
     stop_at_once(worker)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -358,11 +359,99 @@ singleton_task(
 )(run_until)
 
 
-@singleton_task(app, name="ticked")
-def ticked(self: SingletonTask) -> None:
-    with inside("ticked"):
-        time.sleep(0.3)
+app.conf.beat_schedule = json.loads(os.environ.get("TEST_SCHEDULE", "{}"))
 
 
-if "TEST_BEAT" in os.environ:
-    app.conf.beat_schedule = {"often": {"task": "ticked", "schedule": 0.2}}
+@singleton_task(app, name="sent_once", enqueue_once=True, unique_on=["number"])
+def sent_once(self: SingletonTask, number: int, until: str = "") -> int:
+    with inside("sent_once", number=number):
+        if until:
+            wait_for(until)
+    return number
+
+
+@singleton_task(app, name="kept", hold_at_least=3600)
+def kept(self: SingletonTask) -> None:
+    note("enter", task="kept")
+
+
+@singleton_task(app, state_schema=Counter, name="deaf")
+def deaf(self: SingletonTask[Counter], how: str = "") -> str:
+    """One that hears no signal but the last, as in a library that never comes back."""
+    note("enter", task="deaf")
+    if how == "for ever":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        wait_in("sleep")
+    return "ran"
+
+
+@singleton_task(
+    app,
+    name="raises_and_is_retried",
+    unique_on=["reason"],
+    autoretry_for=(Exception,),
+    retry_backoff=False,
+    default_retry_delay=0,
+    max_retries=1,
+)
+def raises_and_is_retried(self: SingletonTask, reason: str) -> None:
+    note("attempt", retries=self.request.retries)
+    raise SingletonError.from_reason(reason, "elsewhere", "as told")
+
+
+def send_next(self: SingletonTask[Counter], left: int, until: str = "") -> int:
+    with inside(self.name, left=left):
+        if left:
+            self.apply_async((left - 1,))
+        if until:
+            wait_for(until)
+    return left
+
+
+singleton_task(
+    app, state_schema=Counter, on_conflict="wait", conflict_timeout=60, name="sends_next_and_waits"
+)(send_next)
+singleton_task(app, state_schema=Counter, on_conflict="raise", name="sends_next_or_raises")(
+    send_next
+)
+
+
+class Gated(SingletonTask[Any]):
+    """Waits for a file before it asks for its lease."""
+
+    abstract = True
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        note("starts")
+        wait_for(args[0])
+
+
+@singleton_task(app, state_schema=Counter, base=Gated, on_conflict="wait", name="waits_at_gate")
+def waits_at_gate(self: SingletonTask[Counter], gate: str, until: str) -> int:
+    with inside("waits_at_gate"):
+        wait_for(until)
+        self.state.n += 1
+    return self.state.n
+
+
+@singleton_task(app, state_schema=Counter, name="retries_once", default_retry_delay=0)
+def retries_once(self: SingletonTask[Counter], until: str) -> int:
+    with inside("retries_once", retries=self.request.retries):
+        wait_for(until)
+        self.state.n += 1
+        if not self.request.retries:
+            raise self.retry()
+    return self.state.n
+
+
+@singleton_task(
+    app,
+    state_schema=Counter,
+    enqueue_once=True,
+    name="sent_once_and_retried",
+    default_retry_delay=0,
+)
+def sent_once_and_retried(self: SingletonTask[Counter]) -> None:
+    note("attempt", retries=self.request.retries)
+    if not self.request.retries:
+        raise self.retry()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from celery import Celery
 from celery.app.task import Context
+from celery.concurrency.solo import TaskPool
 from celery.exceptions import Reject
 from kombu.exceptions import OperationalError
 
 from celery_singleton_state import SingletonTask, singleton_task
-from celery_singleton_state.redelivery import send_again
+from celery_singleton_state.redelivery import left_if_killed, send_again
 
 
 @pytest.fixture
@@ -30,11 +32,14 @@ def task(memory_app: Celery, monkeypatch: pytest.MonkeyPatch) -> Any:
     return body
 
 
-def test_what_cannot_be_sent_again_stays_with_the_broker(task: Any) -> None:
+def test_what_cannot_be_sent_again_stays_with_the_broker(
+    task: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(Reject) as caught:
-        send_again(task, Context(id="1", args=(), kwargs={}, headers={}), 1.0)
+        send_again(task, Context(id="1", args=(), kwargs={}, headers={}), "name", 1.0)
     assert caught.value.requeue
     assert isinstance(caught.value.args[0], OperationalError)
+    assert "singleton name: task 1 could not be sent again, its broker keeps it" in caplog.text
 
 
 def test_a_retry_that_cannot_be_sent_stays_with_the_broker(task: Any) -> None:
@@ -57,3 +62,30 @@ def test_another_rejection_is_left_as_it_is(task: Any) -> None:
     finally:
         task.pop_request()
     assert not caught.value.requeue
+
+
+class GreenletExit(BaseException):
+    """As gevent's and eventlet's are called."""
+
+
+def kill_greenlet() -> None:
+    raise GreenletExit
+
+
+def kill_in_solo_pool() -> None:
+    TaskPool(app=None).terminate_job(0)
+
+
+@pytest.mark.parametrize("kill", [kill_greenlet, kill_in_solo_pool])
+def test_a_body_that_celery_breaks_off_leaves_its_message_with_the_broker(
+    kill: Callable[[], None],
+) -> None:
+    request = Context(id="1", called_directly=False)
+    with pytest.raises(Reject) as caught, left_if_killed(request):
+        kill()
+    assert caught.value.requeue
+
+
+def test_an_error_of_the_body_is_left_as_it_is() -> None:
+    with pytest.raises(NotImplementedError), left_if_killed(Context(id="1")):
+        raise NotImplementedError
