@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from celery import Celery, Task
@@ -11,19 +11,19 @@ from celery._state import _task_stack  # type: ignore[attr-defined]  # missing i
 from celery.app.task import Context
 from celery.exceptions import Reject
 from kombu.exceptions import OperationalError
-from sqlalchemy import Connection
 from typing_extensions import ParamSpec, TypeVar
 
 from .deliver import deliver
 from .delivery import RETRIES_HEADER, Delivery
 from .enqueue import enqueue, is_guarded
 from .errors import SingletonError
+from .in_run import InRun
 from .interrupt import Unbreakable
 from .keys import Binder, row_key, singleton_name
 from .options import Options, find_misspelled, read_options, run_signature
 from .redelivery import leave_with_broker, left_if_killed
 from .retry import RetryAfter, answer_to, policy_of
-from .run import Run, current_run
+from .run import current_run
 from .runtime import runtime_of
 from .state import Codec
 from .worker import watch_over
@@ -34,11 +34,11 @@ R = TypeVar("R", default=Any)
 
 if TYPE_CHECKING:
 
-    class _TypedTask(Task[P, R | None], Generic[S, P, R]):
+    class _TypedTask(Task[P, R | None], InRun[S], Generic[S, P, R]):
         pass
 else:
 
-    class _TypedTask(Task):
+    class _TypedTask(Task, InRun):
         def __class_getitem__(cls, _types: Any) -> type:
             return cls
 
@@ -207,86 +207,6 @@ class SingletonTask(_TypedTask[S, P, R]):
         finally:
             # Celery leaves it on the task, where the next retry of its own would find it.
             self.__dict__.pop("override_max_retries", None)
-
-    # -- for the body
-
-    @property
-    def state(self) -> S:
-        """The state of this run: loaded before it, saved when it succeeds.
-
-        :raises RuntimeError: outside a run, or without a ``state_schema``.
-        """
-        found = self._run_for("state").state
-        found.need("state")
-        value: S = found.value
-        return value
-
-    @state.setter
-    def state(self, value: S) -> None:
-        found = self._run_for("state").state
-        found.need("state")
-        found.value = value
-
-    @property
-    def fence(self) -> int:
-        """This run's fence: larger than that of any earlier run of the same singleton.
-
-        A body that writes elsewhere lets that place refuse a smaller number than the largest
-        it has seen.
-
-        :raises RuntimeError: outside a run.
-        """
-        return self._run_for("fence").held.lease.fence
-
-    @property
-    def lease_remaining(self) -> float:
-        """Seconds that this run may still count on its lease; 0 when it is lost.
-
-        :raises RuntimeError: outside a run.
-        """
-        return self._run_for("lease_remaining").held.remaining
-
-    def checkpoint(self) -> None:
-        """Save the state now. It stays saved if the body raises later.
-
-        :raises HeartbeatFailed: the lease was lost; nothing was saved.
-        :raises StatePersistFailed: the store is out of reach, after three tries.
-        :raises SchemaDecodeFailed: the state does not fit its schema; nothing was saved.
-        :raises RuntimeError: outside a run, without state, or within :meth:`transaction`.
-        """
-        self._run_for("checkpoint()").checkpoint()
-
-    def transaction(self) -> AbstractContextManager[Connection]:
-        """A transaction on the store's database whose commit also saves the state, fenced.
-
-        The block is given a SQLAlchemy connection. When it ends, the state is written and all
-        is committed; when it raises, all is rolled back, and ``self.state`` is a new object with
-        what it held before the block. On SQLite the block holds the file's
-        only write lock, so keep it well below the lease's life.
-
-        :raises HeartbeatFailed: the lease was lost; all was rolled back.
-        :raises StatePersistFailed: the store went away; whether all was committed or nothing,
-            the next run's state tells.
-        :raises SchemaDecodeFailed: the state does not fit its schema; all was rolled back.
-        :raises RuntimeError: outside a run, without state, or within another transaction.
-        """
-        return self._run_for("transaction()").transaction()
-
-    def on_become_leader(self) -> None:
-        """Called in each run when the lease is acquired and the state loaded."""
-
-    def on_lose_leadership(self) -> None:
-        """Called exactly once for each :meth:`on_become_leader`, however the run ends.
-
-        That is when the run ends; with ``on_lease_lost="finish"`` it is when the lease is lost,
-        in a thread of its own, while the body goes on. A process that dies calls nothing.
-        """
-
-    def _run_for(self, what: str) -> Run:
-        run = current_run(self)
-        if run is None:
-            raise RuntimeError(f"task {self.name}: {what} is there only while its body runs")
-        return run
 
 
 @contextmanager
