@@ -83,10 +83,6 @@ class Berth:
 
     def shut_down(self, number: signal.Signals) -> None:
         """Ask the worker to end."""
-        if number == signal.SIGQUIT and "solo" in self._options:
-            # Celery 5.7 raises NotImplementedError in the body then, whatever task it is of, and
-            # acknowledges its message as that of a failed one.
-            return
         with self._lock, contextlib.suppress(ProcessLookupError):
             os.kill(self.worker.process.pid, number)
 
