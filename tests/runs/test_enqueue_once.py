@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from celery import Celery, chain, signals
+from celery.app.task import Context
 
 from celery_singleton_state import enqueue, singleton_task
+from celery_singleton_state.enqueue import dequeue_dropped
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import StoreUnavailable
 from tests.waiting import wait_until
@@ -116,6 +118,21 @@ def test_a_lost_message_keeps_others_out_for_its_life_and_no_longer(
     first = task.apply_async(expires=0.5)
     wait_until(lambda: task.delay().id != first.id, "the next one is published")
     assert len(published) == 2
+
+
+def test_one_that_a_worker_drops_is_queued_no_more(app: Celery, published: list[str]) -> None:
+    """Celery says so with a signal, of a message that was revoked and of one that has expired."""
+    task = task_of(app, unique_on=["what"])
+    first, other = task.delay("a"), task.delay("b")
+    dequeue_dropped(task, Context(id=first.id, args=["a"], kwargs={}))
+    assert task.delay("a").id != first.id
+    assert task.delay("b").id == other.id
+    assert len(published) == 3
+
+
+def test_what_else_a_worker_drops_is_left_alone(memory_app: Celery) -> None:
+    plain = memory_app.task(shared=False, name="plain")(lambda: None)
+    dequeue_dropped(plain, Context(id="1", args=[], kwargs={}))
 
 
 def test_one_that_could_not_be_published_keeps_nobody_out(
