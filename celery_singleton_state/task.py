@@ -139,12 +139,15 @@ class SingletonTask(_TypedTask[S, P, R]):
 
         With ``enqueue_once`` the result of the message that is queued or running is returned,
         and none is sent, if there is one. Retries, chains, groups and chords are always sent, and
-        so is a message with callbacks or headers, and one sent while the store is out of reach.
+        so is a message with callbacks or headers, one that a run of the task sends, and one sent
+        while the store is out of reach.
         """
         send = super().apply_async
         options |= {"link": link, "link_error": link_error}
         eager = self.app.conf.task_always_eager
-        if not self._options.enqueue_once or eager or not is_guarded(options):
+        # A run stands for what others send, and not for its own next one.
+        is_own = current_run(self) is not None
+        if not self._options.enqueue_once or eager or is_own or not is_guarded(options):
             return send(args, kwargs, task_id, producer, shadow=shadow, **options)
         name = self._name(tuple(args or ()), kwargs or {})
         runtime = runtime_of(self.app)

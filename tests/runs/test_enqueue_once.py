@@ -69,15 +69,31 @@ def test_when_it_has_run_the_next_one_is_published(app: Celery, published: list[
 
 
 def test_the_one_that_is_running_stands_for_it(app: Celery, published: list[str]) -> None:
+    """Another thread sends while it runs."""
     inner: list[str] = []
 
     def body(self: Any) -> None:
-        inner.append(self.apply_async().id)
+        with ThreadPoolExecutor() as others:
+            inner.append(others.submit(self.delay).result().id)
 
     task = singleton_task(app, name="sent", shared=False, enqueue_once=True)(body)
     first = task.delay()
     task.apply(task_id=first.id)
     assert inner == published == [first.id]
+
+
+def test_a_run_may_send_its_next_one(app: Celery, published: list[str]) -> None:
+    """celery-singleton #53: it does not stand for what it sends itself, only for what others do."""
+
+    def body(self: Any, what: str = "") -> list[bool]:
+        sent = [self.apply_async((what,), countdown=1).id for what in ("a", "b")]
+        return [task_id == self.request.id for task_id in sent]
+
+    task = singleton_task(app, name="sent", shared=False, enqueue_once=True, unique_on=["what"])(
+        body
+    )
+    assert task.apply(("a",)).result == [False, False]
+    assert len(published) == 2
 
 
 def test_what_is_skipped_is_queued_no_more(app: Celery, published: list[str]) -> None:
@@ -131,7 +147,10 @@ def test_one_that_a_worker_drops_is_queued_no_more(app: Celery, published: list[
 
 
 def test_what_else_a_worker_drops_is_left_alone(memory_app: Celery) -> None:
-    plain = memory_app.task(shared=False, name="plain")(lambda: None)
+    @memory_app.task(shared=False, name="plain")
+    def plain() -> None:
+        """No singleton."""
+
     dequeue_dropped(plain, Context(id="1", args=[], kwargs={}))
 
 
