@@ -13,6 +13,7 @@ from .errors import (
 )
 from .kv import KeyValueStore
 from .retry import RetryPolicy
+from .schedules import matches_now, next_runs
 from .task import SingletonTask
 
 __version__ = "0.1.0"
@@ -30,5 +31,7 @@ __all__ = [
     "StateLoadFailed",
     "StatePersistFailed",
     "__version__",
+    "matches_now",
+    "next_runs",
     "singleton_task",
 ]
