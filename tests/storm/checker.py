@@ -57,12 +57,12 @@ class Log:
 
     @cached_property
     def lost_by_broker(self) -> set[str]:
-        """Open jobs that were sent, or sent again, and since then given to no worker.
+        """Open jobs that were sent, or sent again, and that no worker has begun since then.
 
         kombu's Redis transport takes a message from the server before it notes that it has it.
         """
         ends: dict[str, str] = {}
-        for note in sorted(self.notes["sends"] + self.notes["received"], key=itemgetter("at")):
+        for note in sorted(self.notes["sends"] + self.notes["begins"], key=itemgetter("at")):
             ends[note["job"]] = note["event"]
         return {job for job in self.open_jobs if ends.get(job) == "sends"}
 
@@ -77,7 +77,7 @@ class Findings:
     """What is wrong, a line of text for each.
 
     :param runs: how many there were.
-    :param lost_by_broker: how many messages never came to a worker, which is not ours to mend.
+    :param lost_by_broker: how many messages no worker began, which is not ours to mend.
     """
 
     runs: int
@@ -106,8 +106,7 @@ def check(log: Log) -> Findings:
         overlaps=_overlaps(log),
         lost_updates=_lost_updates(log),
         lost_messages=[
-            f"{job} was received and is nowhere"
-            for job in sorted(log.open_jobs - log.lost_by_broker)
+            f"{job} was begun and is nowhere" for job in sorted(log.open_jobs - log.lost_by_broker)
         ],
         lost_by_broker=len(log.lost_by_broker),
         doubled_effects=_doubled(log),

@@ -21,13 +21,13 @@ def _sends(headers: Any, **_: Any) -> None:
     note("sends", job=headers["id"])
 
 
-def _received(request: Any, **_: Any) -> None:
-    note("received", job=request.id)
+def _begins(task_id: str, **_: Any) -> None:
+    note("begins", job=task_id)
 
 
 def observe() -> None:
-    """Write down what this process sends, and what becomes of what its worker receives."""
+    """Write down what this process sends, and what becomes of what it begins."""
     signals.before_task_publish.connect(_sends)
-    signals.task_received.connect(_received)
+    signals.task_prerun.connect(_begins)
     signals.task_success.connect(_succeeded)
     signals.task_failure.connect(_failed)

@@ -19,7 +19,7 @@ def good() -> dict[str, Any]:
         for event, when in {
             "sends": 0,
             "sent": 1,
-            "received": 2,
+            "begins": 2,
             "enter": 3,
             "succeeded": 8,
         }.items():
@@ -110,10 +110,10 @@ def test_what_is_wrong_is_found(fault: Any, finding: str) -> None:
     assert finding in check(Log(**log)).wrong
 
 
-def test_a_message_that_no_worker_saw_is_the_brokers_loss() -> None:
+def test_a_message_that_no_worker_began_is_the_brokers_loss() -> None:
     log = good()
     loses_a_message(log)
-    del log["notes"]["received"][1]
+    del log["notes"]["begins"][1]
     found = check(Log(**log))
     assert found.lost_by_broker == 1
     assert "lost_messages" not in found.wrong
