@@ -92,8 +92,14 @@ class Holdings:
                 self._free.append(slot)
 
     def close(self) -> None:
-        """Remove the file: this process holds nothing any more."""
+        """Remove the file, unless this process still holds something.
+
+        Then the kernel gives up the lock when the process is gone, and not before: a thread or
+        greenlet can be left in mid-run at a process's orderly exit.
+        """
         with self._lock:
+            if self._memory is not None and len(self._free) * SLOT < len(self._memory):
+                return
             directory, self._directory = self._directory, None
             if self._memory is None or directory is None:
                 return

@@ -42,6 +42,20 @@ def outcomes(row: Row) -> list[str]:
     return [entry.outcome for entry in decode(row.history, row.key)]
 
 
+def expiry(row: Row) -> float:
+    """When its lease runs out, by the store's clock."""
+    assert row.expires_in is not None
+    return row.read_at + row.expires_in
+
+
+def messages_kept(app: Celery) -> int:
+    """How many messages the broker has, those included that it gave out."""
+    with app.connection_for_read() as connection:
+        channel = connection.default_channel
+        queued, given_out = app.conf.task_default_queue, channel.unacked_key
+        return int(channel.client.llen(queued) + channel.client.hlen(given_out))
+
+
 def kill_child(app: Celery, fleet: Fleet, task_id: str) -> None:
     os.kill(fleet.notes("enter")[-1]["pid"], signal.SIGKILL)
 
@@ -209,43 +223,99 @@ def test_a_cold_shutdown_leaves_the_message_to_another_worker(
     assert outcome(result) == 1
 
 
+@pytest.mark.parametrize(
+    "soft",
+    [
+        "0",
+        pytest.param("0.5", marks=pytest.mark.skipif(celery.VERSION < (5, 5), reason="new in 5.5")),
+    ],
+)
 def test_a_cold_shutdown_of_threads_lets_the_run_end(
-    make_fleet_of_short_memory: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path
+    make_fleet: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path, soft: str
 ) -> None:
-    """A thread cannot be ended: Celery breaks its shutdown off over that, and Python waits."""
-    fleet = make_fleet_of_short_memory()
+    """A thread cannot be ended: Celery breaks its shutdown off over that, and Python waits.
+
+    The lease is renewed until the run has ended, and its message is acknowledged then.
+    """
+    fleet = make_fleet(
+        f"sqlite:///{tmp_path}/store.db",
+        CELERY_SINGLETON_HEARTBEAT_INTERVAL="1",
+        CELERY_SINGLETON_HEARTBEAT_THRESHOLD="5",
+        TEST_SOFT_SHUTDOWN=soft,
+    )
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-P", "threads", "-c", "1")
     result = app.send_task("increment", (str(go),))
     fleet.wait_for_notes("enter")
     stop_at_once(worker)
     fleet.wait_for_output(worker, "Cold shutdown" if celery.VERSION < (5, 5) else "Unrecoverable")
-    assert row_of(app, "increment").held
+    before = expiry(row_of(app, "increment"))
+    wait_until(lambda: expiry(row_of(app, "increment")) > before + 0.5, "the lease is renewed")
     go.touch()
     worker.process.wait(30)
     assert outcome(result) == 1
     assert row_of(app, "increment").holder is None
+    assert messages_kept(app) == 0
 
 
 needs_soft_shutdown = pytest.mark.skipif(celery.VERSION < (5, 5), reason="new in Celery 5.5")
 
 
 @needs_soft_shutdown
+@pytest.mark.parametrize(
+    ("settings", "stop"),
+    [
+        pytest.param({}, stop_at_once, id="SIGQUIT"),
+        pytest.param({"REMAP_SIGTERM": "SIGQUIT"}, stop_warmly, id="SIGTERM"),
+    ],
+)
 def test_a_soft_shutdown_lets_the_run_end(
-    make_fleet_of_short_memory: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path
+    make_fleet_of_short_memory: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+    settings: dict[str, str],
+    stop: Callable[[Worker], None],
 ) -> None:
-    fleet = make_fleet_of_short_memory(TEST_SOFT_SHUTDOWN="3")
+    fleet = make_fleet_of_short_memory(TEST_SOFT_SHUTDOWN="3", **settings)
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "1")
     result = app.send_task("increment", (str(go),))
     fleet.wait_for_notes("enter")
-    stop_at_once(worker)
+    stop(worker)
     fleet.wait_for_output(worker, "Initiating Soft Shutdown")
     assert row_of(app, "increment").held
     go.touch()
     worker.process.wait(60)
     assert outcome(result) == 1
     assert row_of(app, "increment").holder is None
+    assert messages_kept(app) == 0
+
+
+@needs_soft_shutdown
+@pytest.mark.parametrize("pool", [in_solo])
+def test_a_soft_shutdown_of_a_solo_worker_breaks_off_even_a_body_that_could_end(
+    make_fleet_of_short_memory: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+    pool: str,
+) -> None:
+    """Celery waits in the signal's handler, in the body's own thread: the body, told to end
+    while it waits, stands still, is broken off after the wait, and its message comes again.
+    """
+    fleet = make_fleet_of_short_memory(TEST_SOFT_SHUTDOWN="2")
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("-P", pool)
+    result = app.send_task("increment", (str(go),))
+    fleet.wait_for_notes("enter")
+    stop_at_once(worker)
+    fleet.wait_for_output(worker, "Initiating Soft Shutdown")
+    go.touch()
+    worker.process.wait(30)
+    assert outcomes(wait_until_free(app, "increment")) == ["failed"]
+    assert messages_kept(app) == 1
+    fleet.start("-c", "1")
+    assert outcome(result) == 1
+    assert [note["fence"] for note in fleet.notes("enter")] == [1, 2]
 
 
 @needs_soft_shutdown

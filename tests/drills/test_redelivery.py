@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,13 +181,70 @@ def test_a_worker_that_dies_leaves_its_message_to_another(
     client: Callable[[], Celery],
     tmp_path: Path,
 ) -> None:
-    """A is killed whole in mid-body; B, on its host, gets the message and the lease."""
-    fleet = make_rabbit_fleet(rabbitmq.url)
+    """A is killed whole in mid-body, with three messages in hand that wait for its one child; B,
+    on its host, gets all four, and the lease.
+    """
+    fleet = make_rabbit_fleet(rabbitmq.url, TEST_PREFETCH="4")
     app, go = client(), tmp_path / "go"
     killed = fleet.start("-c", "1", name="a")
     result = send_and_enter(fleet, app, go)
+    waiting = [app.send_task("keyed", (number,)) for number in range(3)]
+    for each in waiting:
+        fleet.wait_for_output(killed, f"{each.id}] received")
     fleet.start("-c", "1", name="b")
     killed.close()
+    assert [note["fence"] for note in fleet.wait_for_notes("enter", 2)] == [1, 2]
+    go.touch()
+    assert outcome(result) == 1
+    assert [outcome(each) for each in waiting] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("pool", ["threads", "solo"])
+def test_a_worker_that_falls_silent_to_rabbitmq_in_mid_body(
+    rabbitmq: RabbitMQ,
+    make_rabbit_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+    pool: str,
+) -> None:
+    """A's main thread, which sends RabbitMQ its heartbeats, is gone in a cold shutdown of
+    threads, and in the body in a solo pool; RabbitMQ takes A for dead while its run goes on, and
+    gives its message to B.
+
+    A cannot acknowledge it. B puts it back, and ends it as a duplicate when the run has saved.
+    """
+    fleet = make_rabbit_fleet(rabbitmq.url, TEST_BROKER_HEARTBEAT="1")
+    app, go = client(), tmp_path / "go"
+    silent = fleet.start("-P", pool, "-c", "1", name="a")
+    result = send_and_enter(fleet, app, go)
+    if pool == "threads":
+        silent.process.send_signal(signal.SIGQUIT)
+    fleet.environment["TEST_BROKER_HEARTBEAT"] = "120"
+    other = fleet.start("-c", "1", name="b")
+    fleet.wait_for_output(other, "its message is put back")
+    go.touch()
+    fleet.wait_for_output(other, f"task {result.id} was done before")
+    assert outcome(result) == 1
+    assert len(fleet.notes("enter")) == 1
+
+
+@pytest.mark.skipif(celery.VERSION < (5, 5), reason="soft shutdown is new in Celery 5.5")
+def test_a_soft_shutdown_of_gevent_in_mid_body(
+    rabbitmq: RabbitMQ,
+    make_rabbit_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+) -> None:
+    """Celery 5.7 cannot wait in a signal's handler under gevent: A ends at once, and its lease
+    stays behind. B, on its host, gets the message and the lease.
+    """
+    fleet = make_rabbit_fleet(rabbitmq.url, TEST_SOFT_SHUTDOWN="0.5")
+    app, go = client(), tmp_path / "go"
+    stopped = fleet.start("-P", "gevent", "-c", "1", name="a")
+    result = send_and_enter(fleet, app, go)
+    stopped.process.send_signal(signal.SIGQUIT)
+    stopped.process.wait(30)
+    fleet.start("-c", "1", name="b")
     assert [note["fence"] for note in fleet.wait_for_notes("enter", 2)] == [1, 2]
     go.touch()
     assert outcome(result) == 1

@@ -50,7 +50,8 @@ app = Celery("shop")
 app.conf.update(
     task_default_queue=os.environ.get("TEST_QUEUE", "celery"),
     worker_cancel_long_running_tasks_on_connection_loss="TEST_CANCEL" in os.environ,
-    worker_prefetch_multiplier=1,
+    worker_prefetch_multiplier=int(os.environ.get("TEST_PREFETCH", "1")),
+    broker_heartbeat=int(os.environ.get("TEST_BROKER_HEARTBEAT", "120")),
     worker_pool_restarts=True,
     worker_soft_shutdown_timeout=float(os.environ.get("TEST_SOFT_SHUTDOWN", "0")),
     worker_lost_wait=float(os.environ.get("TEST_WORKER_LOST_WAIT", "10")),

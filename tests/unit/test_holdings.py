@@ -44,6 +44,14 @@ def hold_two(directory: Path, pipe: Connection) -> None:
     pipe.recv()
 
 
+def hold_and_close(directory: Path, pipe: Connection) -> None:
+    held = Holdings(directory, f"{os.getpid()}-bbbb")
+    held.note(holding(1))
+    held.close()
+    pipe.send("closed")
+    pipe.recv()
+
+
 def fork_and_hold(directory: Path, pipe: Connection) -> None:
     held = Holdings(directory, f"{os.getpid()}-bbbb")
     held.note(holding(1))
@@ -73,6 +81,15 @@ def test_the_living_are_left_alone_and_the_dead_are_found(own: Holdings, tmp_pat
         running.join(30)
         assert found(own) == [[holding(1), holding(3)]]
         assert found(own) == []
+
+
+def test_what_a_process_holds_at_its_orderly_exit_is_found(own: Holdings, tmp_path: Path) -> None:
+    """It closes while one of its threads is in mid-run: that run is living until it is gone."""
+    with process(hold_and_close, tmp_path) as (running, _):
+        assert found(own) == []
+        running.kill()
+        running.join(30)
+        assert found(own) == [[holding(1)]]
 
 
 def test_a_process_that_stands_still_is_no_dead_one(own: Holdings, tmp_path: Path) -> None:
@@ -172,8 +189,9 @@ def test_a_file_that_was_removed_before_it_was_locked(
         lock(descriptor, operation)
 
     monkeypatch.setattr(holdings.fcntl, "flock", remove_first)
-    made.note(holding(1))
+    slot = made.note(holding(1))
     assert (tmp_path / f"{os.getpid()}-dddd").exists()
+    made.strike_out(slot)
     made.close()
     assert list(tmp_path.iterdir()) == []
 
