@@ -54,7 +54,8 @@ def _try(
     asked_at, acquired, row = _acquire(delivery, holder)
     if acquired is not None:
         run = Run(delivery, acquired, asked_at)
-        if done := delivery.done_by(run.entries):
+        done = delivery.done_by(run.entries)
+        if done or delivery.is_past(run.entries):
             run.give_back(done)
             end_duplicate(delivery.task, request, name)
             return True, None

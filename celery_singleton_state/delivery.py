@@ -12,6 +12,7 @@ from .options import Options
 from .redelivery import WAITED_HEADER, count_in
 from .runtime import Runtime
 from .state import Codec
+from .ticks import Tick, tick_of
 
 #: Counts in a message's headers how often this package retried it.
 RETRIES_HEADER = "singleton_retries"
@@ -64,9 +65,32 @@ class Delivery:
         """How often the body asked for it."""
         return self.retries - self.own_retries
 
+    @property
+    def tick(self) -> Tick | None:
+        """The tick that the message is for, if a beat of ours sent it."""
+        return tick_of(self.request)
+
     def done_by(self, entries: tuple[history.Entry, ...]) -> history.Entry | None:
-        """The run that did what this message asks for, if the history knows one."""
+        """The run that did what this message asks for, if the history knows one.
+
+        A tick is known again by its task's id, which every beat makes the same.
+        """
         task_id = self.request.id
-        if not task_id or not self.options.deduplicates:
+        if not task_id or not self.deduplicates:
             return None
         return history.done_by(entries, task_id, self.generation)
+
+    def is_past(self, entries: tuple[history.Entry, ...]) -> bool:
+        """Whether the message is for a tick that is too old to be known as new.
+
+        A retry is known as such.
+        """
+        if self.tick is None or self.retries or not self.deduplicates:
+            return False
+        return history.has_passed(entries, self.tick, self.runtime.settings.history)
+
+    @property
+    def deduplicates(self) -> bool:
+        """Whether what was done is not done again: as told, else for ticks or if there is state."""
+        told = self.options.deduplicate
+        return self.options.deduplicates or (told is None and self.tick is not None)

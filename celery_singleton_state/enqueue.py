@@ -18,6 +18,7 @@ from .delivery import Delivery
 from .options import Options
 from .runtime import Runtime
 from .store.base import StoreError
+from .ticks import BEAT_HEADERS
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ def is_guarded(options: Mapping[str, Any]) -> bool:
 
     Retries, what is sent again, and parts of a larger work never are.
     """
-    return not any(options.get(name) for name in (*_CONTINUES, "headers"))
+    headers = options.get("headers") or {}
+    return not any(options.get(name) for name in _CONTINUES) and BEAT_HEADERS.issuperset(headers)
 
 
 def enqueue(

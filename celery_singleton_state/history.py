@@ -12,6 +12,8 @@ from enum import StrEnum
 
 import msgspec
 
+from .ticks import Tick
+
 logger = logging.getLogger(__name__)
 
 MAX_ERROR_LENGTH = 200
@@ -46,7 +48,7 @@ class Entry(msgspec.Struct, array_like=True, frozen=True):
     generation: int
     holder: str
     fence: int
-    tick: float | None
+    tick: Tick | None
     outcome: str
     error: str | None
     started: float
@@ -84,6 +86,19 @@ def done_by(entries: tuple[Entry, ...], task_id: str, generation: int) -> Entry 
         if is_of_it and (entry.final or entry.generation >= generation):
             return entry
     return None
+
+
+def has_passed(entries: tuple[Entry, ...], tick: Tick, limit: int) -> bool:
+    """Whether a tick is older than all of its schedule entry that a full history still holds.
+
+    It cannot be known to be new then: what was done and is forgotten is older than what is held.
+    """
+    known = [
+        run.tick.due
+        for run in entries
+        if run.tick and run.tick.entry == tick.entry and run.outcome != Outcome.DUPLICATE
+    ]
+    return len(entries) >= limit and bool(known) and tick.due < min(known)
 
 
 def written_by(entries: tuple[Entry, ...], fence: int, holder: str) -> bool:

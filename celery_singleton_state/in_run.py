@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from datetime import datetime
 from typing import Any, Generic
 
 from sqlalchemy import Connection
 from typing_extensions import TypeVar
 
 from .run import Run, current_run
+from .ticks import due_of
 
 S = TypeVar("S", default=Any)
 
@@ -56,6 +58,15 @@ class InRun(Generic[S]):
         :raises RuntimeError: outside a run.
         """
         return self._run_for("lease_remaining").held.remaining
+
+    @property
+    def tick(self) -> datetime | None:
+        """When the schedule's entry that this run is for was due, in UTC; ``None`` for a run that
+        no :class:`~celery_singleton_state.beat.SingletonScheduler` or ``LeaderMixin`` asked for.
+
+        :raises RuntimeError: outside a run.
+        """
+        return due_of(self._run_for("tick").request)
 
     def checkpoint(self) -> None:
         """Save the state now. It stays saved if the body raises later.

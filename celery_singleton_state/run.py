@@ -174,7 +174,7 @@ class Run:
             generation=self._delivery.generation,
             holder=lease.holder,
             fence=lease.fence,
-            tick=None,
+            tick=self._delivery.tick,
             outcome=outcome,
             error=history.describe(error) if error else None,
             started=self._acquired_at,
@@ -191,9 +191,12 @@ class Run:
         )
         grant(self.task.app, self._store, lease.key, released)
 
-    def give_back(self, done: history.Entry) -> None:
-        """Release the lease of a message that turned out to be done: nothing hangs on it."""
-        self.is_final = done.final
+    def give_back(self, done: history.Entry | None) -> None:
+        """Release the lease of a message that turned out to be done: nothing hangs on it.
+
+        :param done: the run that did it, if it is known.
+        """
+        self.is_final = done is not None and done.final
         try:
             self.end(Outcome.DUPLICATE)
         except SingletonError as failure:

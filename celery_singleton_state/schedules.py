@@ -9,6 +9,7 @@ out none and has the repeated one twice.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
@@ -38,7 +39,7 @@ def next_runs(schedule: Any, n: int = 1, after: datetime | None = None) -> list[
     """
     if n < 1:
         raise ValueError(f"next_runs(): n={n!r} is not allowed; it is at least 1")
-    asked = _as_schedule(schedule)
+    asked = as_schedule(schedule)
     moment = _aware("next_runs(): after", after, asked)
     times = []
     for _ in range(n):
@@ -55,7 +56,7 @@ def matches_now(schedule: Any, now: datetime | None = None) -> bool:
     :raises ValueError: ``now`` is not aware, or the schedule is an interval: that is counted from
         its last run, and is due at no time of its own.
     """
-    asked = _as_schedule(schedule)
+    asked = as_schedule(schedule)
     if _is_interval(asked):
         raise ValueError(
             f"matches_now(): {schedule!r} is an interval, which has no times of its own"
@@ -71,20 +72,57 @@ def next_due(asked: Schedule, after: datetime) -> datetime:
     :raises ValueError: it is never due.
     """
     after = after.astimezone(UTC)
+    if is_plain_interval(asked):
+        plain: timedelta = asked.run_every
+        return after + plain
     if not isinstance(asked, schedules.crontab):
         left: timedelta = _frozen(asked, after).remaining_estimate(after)
         return after + left
     cron: Schedule = asked
-    steps = _every_hour if len(cron.hour) == 24 else _by_the_clock
+    moments = _every_hour if len(cron.hour) == 24 else _by_the_clock
     found = None
-    for moment in steps(cron, after):
+    for moment in moments(cron, after):
+        # Where clocks are changed, what comes later on the wall can be due earlier.
         if found and moment > found + CHANGE:
             break
         if moment > after:
             found = min(found or moment, moment)
+            if moments is _every_hour or _keeps_time(cron, after, found):
+                break
     if found is None:
         raise ValueError(f"{asked!r} is never due")
     return found
+
+
+def step_over(asked: Schedule, due: datetime, until: datetime) -> tuple[int, datetime, datetime]:
+    """Go from a time at which a schedule is due past all that are not later than a moment.
+
+    :param due: not later than the moment itself.
+    :returns: how many there are, the last of them, and the one that follows; in UTC.
+    """
+    if is_plain_interval(asked):
+        more = (until - due) // asked.run_every
+        last = due + more * asked.run_every
+        return more + 1, last, last + asked.run_every
+    count, last = 1, due
+    while (following := next_due(asked, last)) <= until:
+        count, last = count + 1, following
+    return count, last, following
+
+
+def spelled(asked: Schedule) -> str:
+    """A schedule as a text that is another where the schedule is another."""
+    if is_plain_interval(asked):
+        return f"every {asked.run_every.total_seconds():.15g} s"
+    made, arguments, *_ = asked.__reduce__()
+    plain = ", ".join(repr(value) for value in arguments if not callable(value))
+    zone = f" {asked.tz}" if isinstance(asked, schedules.crontab) else ""
+    return re.sub(r" at 0x[0-9a-f]+", "", f"{made.__name__}({plain}){zone}")
+
+
+def is_plain_interval(asked: Schedule) -> bool:
+    """Whether a schedule is an interval that is counted from any moment."""
+    return type(asked) is schedules.schedule and not asked.relative
 
 
 def _by_the_clock(asked: Schedule, after: datetime) -> Iterator[datetime]:
@@ -93,7 +131,9 @@ def _by_the_clock(asked: Schedule, after: datetime) -> Iterator[datetime]:
     Where clocks are put forward, those that it leaves out come among those that follow.
     """
     zone: tzinfo = asked.tz
-    wall = after.astimezone(zone).replace(tzinfo=None, fold=0, second=0, microsecond=0) - CHANGE
+    wall = after.astimezone(zone).replace(tzinfo=None, fold=0, second=0, microsecond=0)
+    if not _keeps_time(asked, after, after):
+        wall -= CHANGE
     end = wall + NEVER
     while wall < end:
         if wall.month not in asked.month_of_year:
@@ -106,6 +146,15 @@ def _by_the_clock(asked: Schedule, after: datetime) -> Iterator[datetime]:
             if wall.minute in asked.minute:
                 yield wall.replace(tzinfo=zone).astimezone(UTC)
             wall += MINUTE
+
+
+def _keeps_time(asked: Schedule, start: datetime, end: datetime) -> bool:
+    """Whether the clocks are surely not changed between two moments or close to them."""
+    if end - start > HOUR:
+        return False
+    zone: tzinfo = asked.tz
+    before, after = (start - CHANGE).astimezone(zone), (end + CHANGE).astimezone(zone)
+    return before.utcoffset() == after.utcoffset()
 
 
 def _every_hour(asked: Schedule, after: datetime) -> Iterator[datetime]:
@@ -127,7 +176,11 @@ def _is_its_day(asked: Schedule, wall: datetime) -> bool:
     return wall.day in asked.day_of_month and wall.isoweekday() % 7 in asked.day_of_week
 
 
-def _as_schedule(value: Any) -> Schedule:
+def as_schedule(value: Any) -> Schedule:
+    """What may stand in ``beat_schedule`` as a schedule, as one.
+
+    :raises ValueError: it is none.
+    """
     if isinstance(value, bool) or not isinstance(value, KINDS):
         raise ValueError(
             f"{value!r} is no schedule; a crontab, a solar event, a timedelta or seconds are"

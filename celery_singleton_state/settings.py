@@ -20,6 +20,12 @@ def _text(value: Any) -> str:
     return value
 
 
+def _beat_name(value: Any) -> str:
+    if not isinstance(value, str) or not value or ":" in value:
+        raise ValueError("a text that is not empty and has no colon")
+    return value
+
+
 def _number(least: float) -> Callable[[Any], float]:
     def check(value: Any) -> float:
         try:
@@ -74,6 +80,7 @@ class Settings:
     conflict_timeout: float = 10.0
     history: int = 16
     auto_migrate: bool | None = None
+    beat_name: str = ""
 
     @property
     def lease_ttl(self) -> float:
@@ -92,6 +99,8 @@ class Settings:
             value = os.environ.get(f"CELERY_{name.upper()}", app.conf.get(name))
             if value is not None:
                 found[field.name] = _checked(app, name, value, _CHECKS[field.name])
+        # The app's own name keeps apart those that share a table.
+        found.setdefault("beat_name", (app.main or "celery").replace(":", "."))
         return cls(**found)
 
 
@@ -104,6 +113,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "conflict_timeout": _number(0),
     "history": _whole(1),
     "auto_migrate": _switch,
+    "beat_name": _beat_name,
 }
 
 

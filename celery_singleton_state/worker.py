@@ -58,20 +58,7 @@ class SingletonStep(bootsteps.StartStopStep):
                 f"singleton_store_url={url!r} guards the threads of one process only; "
                 "use --pool=solo or --pool=threads, or a store that processes share"
             )
-        self.warn_of_single_host(worker.app, url)
-
-    def warn_of_single_host(self, app: Celery, url: str) -> None:
-        """Say that SQLite guards one host; loudly where the broker may serve several."""
-        if not url.startswith("sqlite"):
-            return
-        broker = app.connection_for_read()
-        local = broker.transport_cls in LOCAL_TRANSPORTS or (broker.hostname or "") in LOCAL_HOSTS
-        logger.log(
-            logging.INFO if local else logging.WARNING,
-            "singletons are guarded by %s: only among workers that open this same file; "
-            "set singleton_store_url for workers on several hosts",
-            url,
-        )
+        warn_of_single_host(worker.app, url)
 
 
 class ChildrenStep(bootsteps.StartStopStep):
@@ -117,3 +104,17 @@ def is_prefork(worker: Any) -> bool:
 def watch_over(app: Celery) -> None:
     """Let the app's workers check their singletons when they start, and watch over them."""
     app.steps["worker"].update((SingletonStep, ChildrenStep))
+
+
+def warn_of_single_host(app: Celery, url: str) -> None:
+    """Say that SQLite guards one host; loudly where the broker may serve several."""
+    if not url.startswith("sqlite"):
+        return
+    broker = app.connection_for_read()
+    local = broker.transport_cls in LOCAL_TRANSPORTS or (broker.hostname or "") in LOCAL_HOSTS
+    logger.log(
+        logging.INFO if local else logging.WARNING,
+        "singletons are guarded by %s: only among workers that open this same file; "
+        "set singleton_store_url for workers on several hosts",
+        url,
+    )

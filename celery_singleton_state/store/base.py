@@ -5,7 +5,7 @@ The lease's protocol is explained in :mod:`celery_singleton_state.lease`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -162,6 +162,23 @@ class Wishes(Protocol):
         """The message is queued no more. (An acquisition for it says so by itself.)"""
 
 
+class Entries(Protocol):
+    """The rows of a schedule's entries, which only their leader writes."""
+
+    def load(self, prefix: str) -> dict[str, str]:
+        """The values of all rows whose keys begin with a prefix and go on, by key."""
+
+    def record(self, lease: Lease, entries: Mapping[str, str]) -> float | None:
+        """Store values by key, if there are any, and prolong the leader's lease; returns the
+        store's time in seconds since the epoch, ``None`` when the lease is no longer held.
+
+        All or nothing. That the lease ran out does not matter as long as nobody took it since.
+        """
+
+    def forget(self, lease: Lease, keys: Sequence[str]) -> None:
+        """Remove rows, if the leader's lease is still held."""
+
+
 class Store(Protocol):
     """Where leases and states live. Every verb may raise :exc:`StoreError`."""
 
@@ -204,6 +221,10 @@ class Store(Protocol):
     @property
     def wishes(self) -> Wishes:
         """What others than a lease's holder can ask of a row."""
+
+    @property
+    def entries(self) -> Entries:
+        """The rows of a schedule's entries."""
 
     def check(self) -> None:
         """See that the store can be used; :exc:`StoreError` says what is missing."""

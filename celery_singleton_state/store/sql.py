@@ -26,6 +26,7 @@ from .base import (
 )
 from .connections import Connections
 from .engine import is_in_memory
+from .entries import SqlEntries
 from .schema import make_table
 from .statements import Statements
 from .wishes import SqlWishes
@@ -49,6 +50,7 @@ class SqlStore:
         # A database in memory lives in its pool's only connection.
         self._connections = Connections(engine, keeps_one=not is_in_memory(engine.url))
         self.wishes = SqlWishes(self._sql, self._rows, self._change)
+        self.entries = SqlEntries(self._sql, self._rows, self._change)
         #: The database's time now, for statements made elsewhere.
         self.now: ColumnElement[Any] = literal_column(self._sql.now)
 

@@ -117,6 +117,58 @@ _DEQUEUE = """
 UPDATE {table} SET queued_until = NULL WHERE key = :key AND queued_task_id = :task_id
 """
 
+_ENTRIES = """
+SELECT key, value FROM {table} WHERE substr(key, 1, length(:prefix)) = :prefix AND key <> :prefix
+"""
+
+# The leader's row first: who waits for it sees what became of it meanwhile, which a condition on
+# it in the same statement's snapshot would not.
+_RECORD = """
+WITH leader AS (
+  UPDATE {table} SET expires_at = {later}
+  WHERE key = :key AND fence = :fence AND holder = :holder
+  RETURNING {epoch_now} AS now
+), recorded AS (
+  INSERT INTO {table} (key, value, updated_at)
+  SELECT entry.key, entry.value, {now}
+  FROM leader, json_to_recordset(CAST(:entries AS json)) AS entry(key text, value text)
+  ON CONFLICT (key) DO UPDATE SET value = excluded.value, updated_at = excluded.updated_at
+)
+SELECT now FROM leader
+"""
+
+# SQLite has no such WITH, and one writer at a time: its statement sees nothing change. The leader's
+# row comes with the entries, to be renewed by the same INSERT.
+_RECORD_ONE_WRITER = """
+INSERT INTO {table} (key, value, updated_at, expires_at)
+SELECT entry.key, entry.value, {now}, entry.expires_at FROM (
+  SELECT :key AS key, 'null' AS value, {later} AS expires_at
+  UNION ALL
+  SELECT json_extract(value, '$.key'), json_extract(value, '$.value'), NULL
+  FROM json_each(:entries)
+) AS entry
+WHERE EXISTS (
+  SELECT 1 FROM {table} WHERE key = :key AND fence = :fence AND holder = :holder
+)
+ON CONFLICT (key) DO UPDATE SET
+  value = excluded.value, updated_at = excluded.updated_at, expires_at = excluded.expires_at
+RETURNING {epoch_now}
+"""
+
+_FORGET = """
+WITH leader AS (
+  SELECT 1 FROM {table} WHERE key = :key AND fence = :fence AND holder = :holder FOR UPDATE
+)
+DELETE FROM {table} USING leader
+WHERE key IN (SELECT value FROM json_array_elements_text(CAST(:keys AS json)))
+"""
+
+_FORGET_ONE_WRITER = """
+DELETE FROM {table} WHERE key IN (SELECT value FROM json_each(:keys)) AND EXISTS (
+  SELECT 1 FROM {table} WHERE key = :key AND fence = :fence AND holder = :holder
+)
+"""
+
 _CHECK = "SELECT {columns} FROM {table} WHERE 1 = 0"
 
 
@@ -131,6 +183,7 @@ class _Words:
     held: str
     parameter: str
     skips_locked: bool
+    one_writer: bool
 
 
 _SQLITE_NOW = "strftime('%Y-%m-%d %H:%M:%f+00:00', 'now'{})"
@@ -146,6 +199,7 @@ _WORDS = {
         " AS lease(key text, fence bigint, holder text, ttl double precision)) AS held",
         parameter=r"%(\1)s",
         skips_locked=True,
+        one_writer=False,
     ),
     "sqlite": _Words(
         now=_SQLITE_NOW.format(""),
@@ -158,6 +212,7 @@ _WORDS = {
         " json_extract(value, '$.ttl') AS held_ttl FROM json_each(:leases)) AS held",
         parameter=r":\1",
         skips_locked=False,
+        one_writer=True,
     ),
 }
 
@@ -213,4 +268,7 @@ class Statements:
         self.enqueue = sql(_ENQUEUE)
         self.enqueued = sql(_ENQUEUED)
         self.dequeue = sql(_DEQUEUE)
+        self.entries = sql(_ENTRIES)
+        self.record = sql(_RECORD_ONE_WRITER if words.one_writer else _RECORD)
+        self.forget = sql(_FORGET_ONE_WRITER if words.one_writer else _FORGET)
         self.check = sql(_CHECK, columns=", ".join(table.columns.keys()))

@@ -19,25 +19,16 @@ from tests.waiting import wait_until
 ROOT = Path(__file__).parents[2]
 
 
-class Worker:
-    """A ``celery worker`` with a session of its own."""
+class Program:
+    """A ``celery <command>`` with a session of its own."""
 
     def __init__(
-        self,
-        name: str,
-        environment: dict[str, str],
-        log: Path,
-        options: list[str],
-        app: str = "tests.processes.tasks",
+        self, command: list[str], environment: dict[str, str], log: Path, app: str
     ) -> None:
         self.log = log
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "celery", "-A", app, "worker"),
-                    *("-n", f"{name}@%h", "-l", "INFO", "--without-mingle", "--without-gossip"),
-                    *options,
-                ],
+                [sys.executable, "-m", "celery", "-A", app, *command],
                 env=environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -50,15 +41,17 @@ class Worker:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_ready(self) -> None:
-        def ready() -> bool:
-            assert self.process.poll() is None, self.output
-            return "ready." in self.output
+    def wait_for(self, text: str) -> None:
+        """Wait until it has said something."""
 
-        wait_until(ready, "the worker is ready")
+        def said() -> bool:
+            assert self.process.poll() is None, self.output
+            return text in self.output
+
+        wait_until(said, f"{self.log.stem} says {text!r}")
 
     def pids(self) -> list[int]:
-        """Of the worker and of all its children."""
+        """Of the program and of all its children."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         return [self.process.pid, *(child.pid for child in children)]
 
@@ -77,6 +70,41 @@ class Worker:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(timeout=10)
+
+
+class Worker(Program):
+    """A ``celery worker``."""
+
+    def __init__(
+        self,
+        name: str,
+        environment: dict[str, str],
+        log: Path,
+        options: list[str],
+        app: str = "tests.processes.tasks",
+    ) -> None:
+        command = ["worker", "-n", f"{name}@%h", "-l", "INFO"]
+        command += ["--without-mingle", "--without-gossip", *options]
+        super().__init__(command, environment, log, app)
+
+    def wait_ready(self) -> None:
+        self.wait_for("ready.")
+
+
+class Beat(Program):
+    """A ``celery beat``."""
+
+    def __init__(
+        self, environment: dict[str, str], log: Path, app: str, scheduler: str = "singleton"
+    ) -> None:
+        command = ["beat", "-S", scheduler, "-l", "INFO", "-s", f"{log}.schedule"]
+        super().__init__(command, environment, log, app)
+
+    def wait_leads(self) -> None:
+        self.wait_for("beat leads")
+
+    def wait_stands_by(self) -> None:
+        self.wait_for("beat stands by")
 
 
 class Fleet:
@@ -101,6 +129,7 @@ class Fleet:
         }
         self.environment |= {name: str(value) for name, value in settings.items()}
         self._workers: list[Worker] = []
+        self._beats: list[Beat] = []
 
     def start(self, *options: str, name: str = "w", ready: bool = True) -> Worker:
         """Start a worker, and wait until it is ready."""
@@ -115,6 +144,20 @@ class Fleet:
         if ready:
             worker.wait_ready()
         return worker
+
+    def start_beat(
+        self, app: str, scheduler: str = "singleton", host: str = "", **environment: str
+    ) -> Beat:
+        """Start a beat.
+
+        :param host: beats of different ones do not see each other's processes.
+        """
+        folder = self.directory / f"host{host}"
+        folder.mkdir(exist_ok=True)
+        log = self.directory / f"beat{len(self._beats)}.log"
+        settings = self.environment | {"TMPDIR": str(folder)} | environment
+        self._beats.append(Beat(settings, log, app, scheduler))
+        return self._beats[-1]
 
     def notes(self, event: str) -> list[dict[str, Any]]:
         """What the bodies wrote down of one kind, in order."""
@@ -143,12 +186,13 @@ class Fleet:
 
     def outputs(self) -> list[tuple[str, str]]:
         """A title and a text for each worker, and for what the bodies wrote down."""
-        said = [(f"worker {worker.log.stem}", worker.output) for worker in self._workers]
+        programs = (*self._workers, *self._beats)
+        said = [(program.log.stem, program.output) for program in programs]
         return [*said, ("notes", self.notes_file.read_text())]
 
     def close(self) -> None:
-        for worker in self._workers:
-            worker.close()
+        for program in (*self._beats, *self._workers):
+            program.close()
 
 
 def outcome(result: AsyncResult[Any], deadline: float = 60.0) -> Any:

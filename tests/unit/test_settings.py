@@ -15,7 +15,7 @@ def settings(**conf: Any) -> Settings:
 
 def test_defaults() -> None:
     found = settings()
-    assert found == Settings()
+    assert found == Settings(beat_name="shop")
     assert found.store_url == "sqlite:///celery-singletons.db"
     assert (found.heartbeat_interval, found.heartbeat_threshold, found.lease_ttl) == (4, 2, 8)
 
@@ -31,6 +31,16 @@ def test_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CELERY_SINGLETON_AUTO_MIGRATE", "off")
     found = settings(singleton_table="from_conf")
     assert (found.table, found.heartbeat_interval, found.auto_migrate) == ("from_env", 0.5, False)
+
+
+def test_beats_are_named_after_their_app() -> None:
+    app = Celery("shop:eu", set_as_current=False)
+    assert Settings.from_app(app).beat_name == "shop.eu"
+    app.conf.singleton_beat_name = "nightly"
+    assert Settings.from_app(app).beat_name == "nightly"
+    app.conf.singleton_beat_name = "shop:eu"
+    with pytest.raises(ImproperlyConfigured, match=r"singleton_beat_name='shop:eu'.*no colon"):
+        Settings.from_app(app)
 
 
 def test_a_namespace_as_django_uses_it() -> None:

@@ -1,0 +1,195 @@
+"""An entry of the schedule: what it sends, which ticks it wants, and what has become of it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from celery.beat import ScheduleEntry
+from celery.exceptions import ImproperlyConfigured
+
+from .entry_state import EntryState
+from .schedules import Schedule, as_schedule, is_plain_interval, next_due, spelled, step_over
+
+CATCH_UP = ("latest", "all", "none")
+NEXT_FROM = ("schedule", "last_run")
+#: Seconds, as is :data:`ON_TIME`.
+SKIP_IF_OLDER_THAN = 300.0
+#: With ``catch_up="none"``, later is missed: what it takes at most until another beat leads.
+ON_TIME = 10.0
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+#: The next tick of a schedule that is never due.
+NEVER = datetime.max.replace(tzinfo=UTC)
+
+
+class SingletonEntry(ScheduleEntry):
+    """An entry as in ``beat_schedule``, with rules for ticks that were missed.
+
+    :param skip_if_older_than: seconds after which a tick is too late to be sent. Left out: 300;
+        ``None``: never.
+    :param catch_up: what is sent of several that were missed: the ``"latest"`` (default), ``"all"``
+        in order, or ``"none"``, which sends nothing that is later than 10 s.
+    :param next_from: what the next tick is counted from: the ``"schedule"`` (default), or the
+        ``"last_run"``, the moment when the last one was sent.
+    :raises ImproperlyConfigured: an option is not allowed.
+
+    In the arguments of ``add_periodic_task`` they stand among the message's options.
+    """
+
+    schedule: Schedule
+
+    def __init__(
+        self,
+        name: str | None = None,
+        task: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> None:
+        options = dict(options or {})
+        rules = {
+            rule: fields.pop(rule, options.pop(rule, default))
+            for rule, default in (
+                ("skip_if_older_than", SKIP_IF_OLDER_THAN),
+                ("catch_up", "latest"),
+                ("next_from", "schedule"),
+            )
+        }
+        try:
+            super().__init__(name=name, task=task, options=options, **fields)
+            as_schedule(self.schedule)
+        except (TypeError, ValueError) as error:
+            raise ImproperlyConfigured(f"schedule entry {name!r}: {error}") from error
+        self.skip_if_older_than = _seconds(name, rules["skip_if_older_than"])
+        self.catch_up = _choice(name, "catch_up", rules["catch_up"], CATCH_UP)
+        self.next_from = _choice(name, "next_from", rules["next_from"], NEXT_FROM)
+        self.last_run_at: datetime | None = None
+        self.last_tick: datetime | None = None
+        self.missed_count = 0
+
+    # -- its state
+
+    def begin(self, now: datetime) -> None:
+        """Be due from now on, as an entry that nobody has seen before.
+
+        Intervals lie on a grid that follows from the entry's name, so that many of the same length
+        are not due all at once, and a schedule whose rows were lost goes on as it was.
+        """
+        counted_from = now
+        if is_plain_interval(self.schedule):
+            every = self.schedule.run_every
+            part = zlib.crc32(str(self.name).encode()) / 2**32
+            counted_from -= (now - EPOCH - part * every) % every
+        self.next_tick = self._due_after(counted_from)
+
+    def resume(self, state: EntryState, now: datetime) -> None:
+        """Go on from what the store has.
+
+        A schedule that is another than then is due at its first time after the last tick that lies
+        ahead: what it would have made due until now was not missed.
+        """
+        self.last_tick = state.last_tick
+        self.last_run_at = state.last_run_at
+        self.total_run_count = state.total_run_count
+        self.missed_count = state.missed_count
+        if state.schedule == self.spelled:
+            self.next_tick = state.next_tick or NEVER
+        elif self.last_tick is None:
+            self.begin(now)
+        else:
+            self.next_tick = self._due_after(self.last_tick)
+            if self.next_tick <= now:
+                self.next_tick = self._due_after(now)
+
+    def state(self) -> EntryState:
+        """What is to be stored of it."""
+        return EntryState(
+            entry=str(self.name),
+            task=str(self.task),
+            schedule=self.spelled,
+            next_tick=None if self.next_tick is NEVER else self.next_tick,
+            last_tick=self.last_tick,
+            last_run_at=self.last_run_at,
+            total_run_count=self.total_run_count,
+            missed_count=self.missed_count,
+        )
+
+    @property
+    def spelled(self) -> str:
+        """The schedule as a text."""
+        if "_spelled" not in self.__dict__:
+            self._spelled = spelled(self.schedule)
+        return self._spelled
+
+    # -- its ticks
+
+    def miss(self, now: datetime) -> int:
+        """Pass over the ticks that are due and not wanted any more; returns how many.
+
+        ``next_tick``, which is due, is then one to be sent, or lies ahead.
+        """
+        patience = self.skip_if_older_than
+        if self.catch_up == "none":
+            patience = min(patience, ON_TIME)
+        is_late = (now - self.next_tick).total_seconds() > patience
+        if self.next_from == "last_run":
+            missed = 1 if is_late else 0
+            if is_late:
+                self.next_tick = self._due_after(now)
+        elif self.catch_up == "all":
+            missed = self._pass(now - timedelta(seconds=patience)) if is_late else 0
+        else:
+            missed = self._pass_to_latest(now, patience)
+        self.missed_count += missed
+        return missed
+
+    def sent(self, now: datetime) -> None:
+        """``next_tick`` was sent, or could not be, for a reason that is its own."""
+        self.last_tick = self.next_tick
+        self.last_run_at = now
+        self.total_run_count += 1
+        self.next_tick = self._due_after(now if self.next_from == "last_run" else self.last_tick)
+
+    def _pass(self, until: datetime) -> int:
+        """Pass over all that are due before a moment."""
+        count, _, self.next_tick = step_over(
+            self.schedule, self.next_tick, until - timedelta.resolution
+        )
+        return count
+
+    def _pass_to_latest(self, now: datetime, patience: float) -> int:
+        count, last, following = step_over(self.schedule, self.next_tick, now)
+        if (now - last).total_seconds() > patience:
+            self.next_tick = following
+            return count
+        self.next_tick = last
+        return count - 1
+
+    def _due_after(self, moment: datetime) -> datetime:
+        try:
+            return next_due(self.schedule, moment)
+        except ValueError:
+            return NEVER
+
+
+def _seconds(entry: str | None, value: Any) -> float:
+    if value is None:
+        return float("inf")
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise ImproperlyConfigured(
+            f"schedule entry {entry!r}: skip_if_older_than={value!r} is not allowed; "
+            "it takes a number of seconds, 0 or more, a timedelta, or None for never"
+        )
+    return float(value)
+
+
+def _choice(entry: str | None, option: str, value: Any, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ImproperlyConfigured(
+            f"schedule entry {entry!r}: {option}={value!r} is not allowed; "
+            f"it takes {', '.join(map(repr, allowed))}"
+        )
+    return str(value)

@@ -1,0 +1,42 @@
+"""What the store keeps of a schedule's entry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+
+import msgspec
+
+
+class EntryState(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An entry's row, as JSON.
+
+    :param entry: its name.
+    :param schedule: its schedule as a text.
+    :param next_tick: which is due next; ``None`` for a schedule that is never due again.
+    :param last_tick: the newest that was sent, ``last_run_at`` when that was.
+    :param missed_count: ticks that were not sent, as the entry's rules for missed ones say.
+    """
+
+    entry: str
+    task: str
+    schedule: str
+    next_tick: datetime | None = None
+    last_tick: datetime | None = None
+    last_run_at: datetime | None = None
+    total_run_count: int = 0
+    missed_count: int = 0
+
+    @property
+    def age(self) -> int:
+        """Grows with each tick that passes."""
+        return self.total_run_count + self.missed_count
+
+
+def newer(stored: Mapping[str, EntryState], own: Mapping[str, EntryState]) -> dict[str, EntryState]:
+    """What the store has, and what this beat did and could not record, if nobody did more since."""
+    found = dict(stored)
+    for name, state in own.items():
+        if name not in found or found[name].age < state.age:
+            found[name] = state
+    return found

@@ -1,0 +1,209 @@
+"""One beat's part in the question who leads: the beats' lease, and the store's time with it.
+
+The lease is like any singleton's. What differs is who renews it: not a thread, but each record of
+what was sent, and so the same loop that sends. A beat that hangs in a broker's silence stops
+renewing, and another leads.
+
+A leader goes by the store's clock, which all beats share, and by its own only for how much time has
+passed; so a host whose clock is wrong does no harm.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+
+from celery import Celery
+from celery.exceptions import ImproperlyConfigured
+from celery.utils.nodenames import gethostname
+
+from . import history
+from .history import Outcome
+from .holdings import Holding
+from .keys import row_key
+from .lease import HeldLease, clock
+from .recovery import free_holder
+from .runtime import Runtime, runtime_of
+from .store.base import Ended, Store, StoreError, StoreNotReady
+from .store.engine import parse_url
+from .worker import warn_of_single_host
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "singleton-beat:"
+#: Seconds between two looks of a beat that stands by.
+STANDBY_POLL = 0.5
+
+
+class NotLeading(Exception):
+    """This beat may not send, or not before it has renewed its lease."""
+
+
+class Leader:
+    """What a beat knows of the leadership, and does for it."""
+
+    def __init__(self, app: Celery) -> None:
+        self.runtime: Runtime = runtime_of(app)
+        self.name = self.runtime.settings.beat_name
+        self.key = PREFIX + self.name
+        self._prefix = f"{self.key}:"
+        self._held: HeldLease | None = None
+        self._slot: int | None = None
+        self._started = 0.0
+        self._entries: tuple[history.Entry, ...] = ()
+        #: The store's time is the clock's plus this.
+        self._offset = 0.0
+        self._said = ""
+
+    def check(self) -> None:
+        """See that the store can be used, and that it may be that of several beats.
+
+        :raises ImproperlyConfigured: it cannot be used; the message says what is missing.
+        """
+        try:
+            self._store.check()
+        except StoreNotReady as error:
+            raise ImproperlyConfigured(str(error)) from error
+        except StoreError as error:
+            logger.error("beat stands by until it reaches the store: %s", error)
+        warn_of_single_host(self.runtime.app, self.runtime.settings.store_url)
+
+    @property
+    def store_url(self) -> str:
+        """Where the lease is, without a password."""
+        return parse_url(self.runtime.settings.store_url).render_as_string()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this beat may send now."""
+        return self._held is not None and self._held.remaining > 0
+
+    @property
+    def fence(self) -> int | None:
+        """Of the lease that is held, trusted or not."""
+        return self._held.lease.fence if self._held else None
+
+    @property
+    def renew_in(self) -> float:
+        """Seconds until the lease is to be renewed; negative when that is overdue."""
+        return self._held.renew_at - clock() if self._held else 0.0
+
+    def now(self) -> datetime:
+        """The store's time, while this beat leads."""
+        return datetime.fromtimestamp(clock() + self._offset, UTC)
+
+    def may_campaign(self) -> bool:
+        """Whether nobody leads, as far as one can see without asking for the lease.
+
+        :raises StoreError: it is out of reach.
+        """
+        row = self._store.peek(self.key)
+        if row is None or not row.held or free_holder(self.runtime, row.holder):
+            return True
+        self.say(f"beat stands by: {row.holder} leads {self.name!r}")
+        return False
+
+    def campaign(self) -> bool:
+        """Ask for the lease; returns whether this beat leads now.
+
+        :raises StoreError: it is out of reach; what it did is not known.
+        """
+        self.give_up()
+        settings = self.runtime.settings
+        holder = self.runtime.new_holder(f"celerybeat@{gethostname()}")
+        self._slot = self.runtime.holdings.note(Holding(self.key, holder, 0))
+        asked_at = clock()
+        acquired = None
+        try:
+            acquired = self._store.acquire(self.key, holder, settings.lease_ttl, None)
+        finally:
+            if acquired is None:
+                self._strike_out()
+        if acquired is None:
+            return False
+        self._entries = history.decode(acquired.history, self.key)
+        self._offset = acquired.acquired_at - asked_at
+        self._started = acquired.acquired_at
+        self._held = HeldLease(acquired.lease, asked_at, settings.heartbeat_interval)
+        self.say(f"beat leads {self.name!r} as {holder}, fence {acquired.lease.fence}")
+        return True
+
+    def load(self) -> dict[str, str]:
+        """The rows of all entries, by key; one statement.
+
+        :raises StoreError: it is out of reach.
+        """
+        return self._store.entries.load(self._prefix)
+
+    def record(self, entries: Mapping[str, str]) -> None:
+        """Store what entries have become, by name, and renew the lease; one statement.
+
+        :raises NotLeading: somebody else leads; nothing was stored.
+        :raises StoreError: it is out of reach.
+        """
+        assert self._held is not None
+        asked_at = clock()
+        rows = {row_key(self._prefix, name): value for name, value in entries.items()}
+        now = self._store.entries.record(self._held.lease, rows)
+        if now is None:
+            self.give_up()
+            self.say(f"beat lost the lead of {self.name!r}: its lease was taken over")
+            raise NotLeading
+        self._held.renewed(asked_at)
+        # The store read its clock between the request and the answer: that much is known, and a
+        # time that was right before stays as it is.
+        self._offset = min(max(self._offset, now - clock()), now - asked_at)
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Remove the rows of entries, if this beat leads.
+
+        :raises StoreError: it is out of reach.
+        """
+        assert self._held is not None
+        keys = [row_key(self._prefix, name) for name in names]
+        self._store.entries.forget(self._held.lease, keys)
+
+    def resign(self, why: str) -> None:
+        """Give the lease back, so that another beat leads at once."""
+        held = self._held
+        if held is None:
+            return
+        entry = history.Entry(
+            task_id=None,
+            generation=0,
+            holder=held.lease.holder,
+            fence=held.lease.fence,
+            tick=None,
+            outcome=Outcome.SUCCEEDED,
+            error=None,
+            started=self._started,
+            finished=self.now().timestamp(),
+        )
+        document = history.append(self._entries, entry, self.runtime.settings.history)
+        try:
+            self._store.release(held.lease, Ended(Outcome.SUCCEEDED, document))
+        except StoreError as error:
+            logger.warning("beat: the lead of %r runs out by itself: %s", self.name, error)
+            return
+        self.give_up()
+        self.say(f"beat gave back the lead of {self.name!r}: {why}")
+
+    def give_up(self) -> None:
+        """Hold the lease no more, whatever the store says."""
+        self._held = None
+        self._strike_out()
+
+    def say(self, what: str, level: int = logging.INFO) -> None:
+        """Log what has changed, and not again what has not."""
+        if what != self._said:
+            logger.log(level, "%s", what)
+            self._said = what
+
+    @property
+    def _store(self) -> Store:
+        return self.runtime.store
+
+    def _strike_out(self) -> None:
+        slot, self._slot = self._slot, None
+        self.runtime.holdings.strike_out(slot)

@@ -1,0 +1,279 @@
+"""Leadership for a scheduler class: any number of beats may run, one leads and sends.
+
+A tick is sent first and recorded after, with the renewal of the lease, in one statement for all
+that was sent meanwhile. So a tick is never lost; one that a dying leader sent and did not record is
+sent again by the next, with the same id, and refused by the singleton that has done it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from celery import Celery
+from celery.beat import Scheduler, SchedulingError
+from celery.utils.time import maybe_make_aware
+from kombu.exceptions import OperationalError
+from kombu.utils.objects import cached_property
+
+from .entry_state import EntryState, newer
+from .leader import STANDBY_POLL, Leader, NotLeading
+from .schedules import next_due, spelled
+from .store.base import StoreError
+from .ticks import message_of
+
+logger = logging.getLogger(__name__)
+
+_decoder = msgspec.json.Decoder(EntryState)
+
+if TYPE_CHECKING:
+    _Base = Scheduler
+else:
+    _Base = object
+
+
+class BrokerUnavailable(Exception):
+    """The broker does not take messages from this beat."""
+
+
+class LeaderMixin(_Base):
+    """Lets one of several beats lead, of any scheduler class; the others stand by.
+
+    ::
+
+        class LeadingScheduler(LeaderMixin, DatabaseScheduler):
+            pass
+
+    Whichever beat leads goes on with the last run times of the one before. They are kept in the
+    store, beside what the class keeps itself, which is believed of entries that the store does not
+    know. Each message carries the time that it was due, and an id that follows from it.
+
+    :raises ImproperlyConfigured: the store cannot be used as it is configured.
+    """
+
+    def __init__(self, app: Celery, *args: Any, **kwargs: Any) -> None:
+        self._leader = Leader(app)
+        #: The fence under which the schedule was taken over.
+        self._fence: int | None = None
+        #: What was sent and not recorded yet.
+        self._unrecorded: dict[str, EntryState] = {}
+        #: What the store had of entries that have not been seen since.
+        self._states: dict[str, EntryState] = {}
+        self._reserved: Any = None
+        self._failure: BaseException | None = None
+        super().__init__(app, *args, **kwargs)
+
+    # -- what Celery calls
+
+    def setup_schedule(self) -> None:
+        super().setup_schedule()
+        self._leader.check()
+
+    def tick(self, *args: Any, **kwargs: Any) -> float:
+        """Lead or stand by; returns the seconds until this is to be called again."""
+        try:
+            return self._lead(*args, **kwargs) if self._leads() else STANDBY_POLL
+        except NotLeading:
+            return STANDBY_POLL
+        except StoreError as error:
+            # What was sent is recorded before anything else is sent.
+            self._leader.say(f"beat waits for the store: {error}", logging.WARNING)
+            return STANDBY_POLL
+        except BrokerUnavailable as error:
+            self._leader.say(f"beat waits for the broker: {error}", logging.WARNING)
+            self._disconnect()
+            self._hand_over("it cannot reach the broker")
+            return STANDBY_POLL
+
+    def apply_entry(self, entry: Any, producer: Any = None) -> None:
+        """Send an entry for the tick that it is due for.
+
+        What is wrong with its message alone is logged, as Celery does.
+
+        :raises NotLeading: the lease is to be renewed first; nothing was sent.
+        :raises BrokerUnavailable: the broker did not take it, as far as one can tell.
+        """
+        if self._leader.renew_in <= 0:
+            self._fence = None
+            raise NotLeading
+        due = self._due(entry)
+        self._failure = None
+        super().apply_entry(message_of(entry, self._leader.name, due), producer)
+        if isinstance(self._failure, self._broker_errors):
+            self._fence = None
+            raise BrokerUnavailable(str(self._failure)) from self._failure
+        self._unrecorded[entry.name] = self._sent(entry, due)
+
+    def apply_async(self, entry: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().apply_async(entry, *args, **kwargs)
+        except SchedulingError as error:
+            # Celery logs it and goes on.
+            self._failure = error.__context__
+            raise
+
+    def reserve(self, entry: Any) -> Any:
+        self._reserved = super().reserve(entry)
+        return self._reserved
+
+    def is_due(self, entry: Any) -> Any:
+        self._adopt(entry)
+        return super().is_due(entry)
+
+    def sync(self) -> None:
+        if self._leader.leads:
+            super().sync()
+
+    def close(self) -> None:
+        """Record what was sent and hand over. May be called again, and by a signal's handler."""
+        try:
+            super().close()
+        finally:
+            self._disconnect()
+            self._hand_over("it stops")
+
+    # -- leading
+
+    def _leads(self) -> bool:
+        if self._leader.leads:
+            return True
+        if not self._leader.may_campaign():
+            return False
+        # Whoever cannot send should not lead.
+        self._connect()
+        return self._leader.campaign()
+
+    def _lead(self, *args: Any, **kwargs: Any) -> float:
+        if self._fence != self._leader.fence:
+            self._take_over()
+            self._fence = self._leader.fence
+        self._record()
+        pause = self._work(*args, **kwargs)
+        self._record()
+        # Never long, so that the lease is renewed in time.
+        return max(0.0, min(pause, self._leader.renew_in))
+
+    def _take_over(self) -> None:
+        """Go on from what the store has of the schedule."""
+        self._states = newer(self._load(), self._unrecorded)
+        # django-celery-beat reads its database anew by this, and so do those that grew from it.
+        self._initial_read = True
+        self._heap: Any = None
+        for name, entry in self.schedule.items():
+            if name not in self._states:
+                # Whoever leads next is to count from the same moment.
+                self._unrecorded[name] = _state(entry, None, entry)
+            self._adopt(entry)
+
+    def _work(self, *args: Any, **kwargs: Any) -> float:
+        """Send what is due; returns the seconds until something is."""
+        return float(super().tick(*args, **kwargs) or 0.0)
+
+    def _due(self, entry: Any) -> datetime:
+        return _due_after(entry.schedule, entry.last_run_at)
+
+    def _sent(self, entry: Any, due: datetime) -> EntryState:
+        return _state(entry, due, self._reserved)
+
+    def _adopt(self, entry: Any) -> None:
+        """Have an entry count from its last run that the store knows of."""
+        state = self._states.pop(entry.name, None)
+        if state is None or state.last_run_at is None:
+            return
+        for each in (entry, getattr(entry, "model", None)):
+            if each is not None:
+                each.last_run_at = state.last_run_at
+                each.total_run_count = state.total_run_count
+
+    # -- the store
+
+    def _load(self) -> dict[str, EntryState]:
+        found = {}
+        for key, value in self._leader.load().items():
+            try:
+                state = _decoder.decode(value)
+            except (msgspec.MsgspecError, ValueError) as error:
+                logger.warning("beat: %s cannot be read and starts anew: %s", key, error)
+            else:
+                found[state.entry] = state
+        return found
+
+    def _record(self) -> None:
+        """Record what was sent and renew the lease, if there is need.
+
+        :raises NotLeading: somebody else leads.
+        :raises StoreError: it is out of reach.
+        """
+        if self._unrecorded or self._leader.renew_in <= 0:
+            self._leader.record(
+                {
+                    name: msgspec.json.encode(state).decode()
+                    for name, state in self._unrecorded.items()
+                }
+            )
+            self._unrecorded.clear()
+
+    def _hand_over(self, why: str) -> None:
+        if self._leader.fence is None:
+            return
+        try:
+            if self._unrecorded:
+                self._record()
+        except NotLeading:
+            return
+        except StoreError as error:
+            logger.warning("beat: what was sent last could not be recorded: %s", error)
+        self._leader.resign(why)
+
+    # -- the broker
+
+    @cached_property
+    def _broker_errors(self) -> tuple[type[BaseException], ...]:
+        return (OperationalError, *self.app.connection_for_write().recoverable_connection_errors)
+
+    def _connect(self) -> None:
+        """:raises BrokerUnavailable: the broker cannot be reached."""
+        try:
+            _ = self.producer
+        except self._broker_errors as error:
+            raise BrokerUnavailable(str(error)) from error
+
+    def _ensure_connected(self) -> Any:
+        # Not for minutes, as Celery does: another beat may reach it.
+        tries = max(1, len(self.connection.alt))
+        return self.connection.ensure_connection(max_retries=tries, interval_start=0)
+
+    def _disconnect(self) -> None:
+        self.__dict__.pop("producer", None)
+        connection = self.__dict__.pop("connection", None)
+        if connection is not None:
+            with contextlib.suppress(*self._broker_errors):
+                connection.release()
+
+
+def _state(entry: Any, due: datetime | None, after: Any) -> EntryState:
+    """An entry as it is to be stored.
+
+    :param due: the tick that it was sent for, if it was; ``after``: the entry as it is after that.
+    """
+    return EntryState(
+        entry=entry.name,
+        task=entry.task,
+        schedule=spelled(entry.schedule),
+        next_tick=_due_after(entry.schedule, after.last_run_at),
+        last_tick=due,
+        last_run_at=maybe_make_aware(after.last_run_at),
+        total_run_count=after.total_run_count,
+    )
+
+
+def _due_after(schedule: Any, moment: datetime) -> datetime:
+    """The next tick; the moment itself for a schedule that is never due again."""
+    moment = maybe_make_aware(moment)
+    try:
+        return next_due(schedule, moment)
+    except ValueError:
+        return moment

@@ -1,0 +1,72 @@
+"""Ticks: what a message carries of the schedule entry that it is for, and what a run asks of it.
+
+A tick is one due time of one entry. Its task id follows from both, and so the same tick has the
+same id whichever beat sends it, and however often.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from celery.app.task import Context
+from celery.beat import ScheduleEntry
+
+ENTRY_HEADER = "singleton_entry"
+DUE_HEADER = "singleton_due"
+#: Beat's own headers, which do not make a message a part of a larger work.
+BEAT_HEADERS = frozenset({ENTRY_HEADER, DUE_HEADER, "celery_beat_task", "periodic_task_name"})
+
+_NAMESPACE = uuid.UUID("1d7c7bfb-7e5c-4f0e-9f0f-3c6c8f5b6f0a")
+
+
+class Tick(msgspec.Struct, frozen=True, array_like=True):
+    """One due time of one entry.
+
+    :param entry: its name, after that of its schedule.
+    :param due: seconds since the epoch.
+    """
+
+    entry: str
+    due: float
+
+
+def task_id_of(schedule: str, entry: str, due: datetime) -> str:
+    """The id of a tick's message."""
+    return str(uuid.uuid5(_NAMESPACE, f"{schedule}:{entry}:{due.astimezone(UTC).isoformat()}"))
+
+
+def message_of(entry: ScheduleEntry, schedule: str, due: datetime) -> ScheduleEntry:
+    """An entry as it is sent for one of its ticks, by the schedule of this name."""
+    name, options = str(entry.name), entry.options or {}
+    headers = {**(options.get("headers") or {}), **_headers_of(schedule, name, due)}
+    # Not a copy: Celery's entries leave their app behind when they are copied.
+    made = object.__new__(ScheduleEntry)
+    made.__dict__.update(entry.__dict__)
+    made.options = {
+        **options,
+        "headers": headers,
+        "task_id": task_id_of(schedule, name, due),
+    }
+    return made
+
+
+def _headers_of(schedule: str, entry: str, due: datetime) -> dict[str, str]:
+    """What a tick's message carries of it."""
+    return {ENTRY_HEADER: f"{schedule}:{entry}", DUE_HEADER: due.astimezone(UTC).isoformat()}
+
+
+def due_of(request: Context) -> datetime | None:
+    """The due time that a message is for, in UTC; ``None`` if no beat of ours sent it."""
+    text = (request.headers or {}).get(DUE_HEADER)
+    return None if text is None else datetime.fromisoformat(text)
+
+
+def tick_of(request: Context) -> Tick | None:
+    """The tick that a message is for."""
+    due = due_of(request)
+    headers: Mapping[str, Any] = request.headers or {}
+    return None if due is None else Tick(headers[ENTRY_HEADER], due.timestamp())
