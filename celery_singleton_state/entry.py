@@ -57,8 +57,8 @@ class SingletonEntry(ScheduleEntry):
             )
         }
         try:
+            as_schedule(fields.get("schedule"))
             super().__init__(name=name, task=task, options=options, **fields)
-            as_schedule(self.schedule)
         except (TypeError, ValueError) as error:
             raise ImproperlyConfigured(f"schedule entry {name!r}: {error}") from error
         self.skip_if_older_than = _seconds(name, rules["skip_if_older_than"])

@@ -75,8 +75,25 @@ def decode(raw: str | None, name: str) -> tuple[Entry, ...]:
 
 
 def append(entries: tuple[Entry, ...], entry: Entry, limit: int) -> str:
-    """The JSON of the newest ``limit`` entries, the new one among them."""
-    return msgspec.json.encode((*entries, entry)[-limit:]).decode()
+    """The JSON of the newest ``limit`` runs, and of as many duplicates, the new one among them.
+
+    What was refused as a duplicate must not push out what it is known by.
+    """
+    found = (*entries, entry)
+    runs = [each for each in found if is_run(each)]
+    refused = [each for each in found if is_duplicate(each)]
+    kept = {id(each) for each in (*runs[-limit:], *refused[-limit:])}
+    return msgspec.json.encode([each for each in found if id(each) in kept]).decode()
+
+
+def is_duplicate(entry: Entry) -> bool:
+    """Whether it is of a message that was done before."""
+    return entry.outcome == Outcome.DUPLICATE
+
+
+def is_run(entry: Entry) -> bool:
+    """Whether a body ran."""
+    return not is_duplicate(entry)
 
 
 def done_by(entries: tuple[Entry, ...], task_id: str, generation: int) -> Entry | None:
@@ -93,12 +110,9 @@ def has_passed(entries: tuple[Entry, ...], tick: Tick, limit: int) -> bool:
 
     It cannot be known to be new then: what was done and is forgotten is older than what is held.
     """
-    known = [
-        run.tick.due
-        for run in entries
-        if run.tick and run.tick.entry == tick.entry and run.outcome != Outcome.DUPLICATE
-    ]
-    return len(entries) >= limit and bool(known) and tick.due < min(known)
+    runs = [run for run in entries if is_run(run)]
+    known = [run.tick.due for run in runs if run.tick and run.tick.entry == tick.entry]
+    return len(runs) >= limit and bool(known) and tick.due < min(known)
 
 
 def written_by(entries: tuple[Entry, ...], fence: int, holder: str) -> bool:

@@ -1,0 +1,436 @@
+"""Beats from the inside, several in one process, on every store that processes can share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from celery import Celery, signals
+from celery.exceptions import ImproperlyConfigured
+from celery.schedules import crontab
+from kombu.exceptions import OperationalError
+
+from celery_singleton_state.beat import SingletonScheduler
+from celery_singleton_state.entry_state import EntryState
+from celery_singleton_state.leader import STANDBY_POLL
+from celery_singleton_state.runtime import close_runtime
+from celery_singleton_state.store.base import Ended, Lease, Row, StoreUnavailable
+from celery_singleton_state.ticks import DUE_HEADER, task_id_of
+from tests.waiting import wait_until
+
+SECOND = timedelta(seconds=1)
+EVERY_MINUTE = {"task": "t", "schedule": 60.0}
+
+
+class Beats:
+    """Makes beats as if each were a process of its own: with an app and a runtime each."""
+
+    def __init__(self, store_url: str) -> None:
+        self._store_url = store_url
+        self._made: list[SingletonScheduler] = []
+
+    def make(self, schedule: dict[str, Any], **settings: Any) -> SingletonScheduler:
+        app = Celery("shop", broker="memory://", set_as_current=False)
+        app.conf.update(
+            {
+                "singleton_store_url": self._store_url,
+                "singleton_auto_migrate": True,
+                "result_expires": None,
+                "beat_schedule": schedule,
+            }
+            | settings
+        )
+        self._made.append(SingletonScheduler(app))
+        return self._made[-1]
+
+    def close(self) -> None:
+        for beat in self._made:
+            beat.close()
+            close_runtime(beat.app)
+            beat.app.close()
+
+
+@pytest.fixture
+def beats(shared_store_url: str) -> Iterator[Beats]:
+    made = Beats(shared_store_url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def sent() -> Iterator[list[dict[str, Any]]]:
+    """The headers of all messages that were sent, in order."""
+    found: list[dict[str, Any]] = []
+
+    def note(sender: str, headers: dict[str, Any], **_: Any) -> None:
+        found.append(headers)
+
+    signals.before_task_publish.connect(note)
+    yield found
+    signals.before_task_publish.disconnect(note)
+
+
+def due_now(beat: SingletonScheduler, name: str = "e", ago: timedelta = SECOND) -> datetime:
+    """Have a leader's entry be due, a little while ago."""
+    moment = beat._leader.now() - ago
+    heap: list[Any] = beat._heap
+    for index, (_, number, entry) in enumerate(heap):
+        if entry.name == name:
+            entry.next_tick = moment
+            heap[index] = (moment, number, entry)
+    heap.sort(key=lambda event: event[:2])
+    return moment
+
+
+def row(beat: SingletonScheduler) -> Row:
+    """The leader's lease."""
+    found = beat._leader.runtime.store.peek("singleton-beat:shop")
+    assert found is not None
+    return found
+
+
+def lease_of(found: Row) -> Lease:
+    assert found.holder is not None
+    return Lease(found.key, found.holder, found.fence, 8.0)
+
+
+def stored(beat: SingletonScheduler) -> dict[str, EntryState]:
+    return beat._load()
+
+
+def take_over(beat: SingletonScheduler) -> None:
+    """Another holder takes the lease, as if this beat's had run out."""
+    store: Any = beat._leader.runtime.store
+    with store.engine.connect() as connection:
+        connection.exec_driver_sql(
+            "UPDATE kv_store SET fence = fence + 1, holder = 'another'"
+            " WHERE key = 'singleton-beat:shop'"
+        )
+        connection.commit()
+
+
+def test_one_leads_and_the_other_stands_by(beats: Beats, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
+    assert one.tick() > 0
+    assert other.tick() == STANDBY_POLL
+    assert other.tick() == STANDBY_POLL
+    said = [record.message for record in caplog.records if record.message.startswith("beat ")]
+    holder = row(one).holder
+    assert holder is not None
+    assert holder.startswith("celerybeat@")
+    assert said == [
+        f"beat leads 'shop' as {holder}, fence 1",
+        f"beat stands by: {holder} leads 'shop'",
+    ]
+
+
+def test_a_tick_is_sent_and_recorded(beats: Beats, sent: list[dict[str, Any]]) -> None:
+    beat = beats.make({"e": EVERY_MINUTE | {"args": (1,)}})
+    beat.tick()
+    due = due_now(beat)
+    beat.tick()
+    (message,) = sent
+    assert message["task"] == "t"
+    assert message["id"] == task_id_of("shop", "e", due)
+    assert datetime.fromisoformat(message[DUE_HEADER]) == due
+    assert message["celery_beat_task"] is True
+    state = stored(beat)["e"]
+    assert (state.last_tick, state.total_run_count) == (due, 1)
+    assert state.next_tick == due + timedelta(minutes=1)
+    assert state.last_run_at is not None
+    assert abs(state.last_run_at - due - SECOND) < SECOND
+
+
+def test_the_next_leader_goes_on(beats: Beats, sent: list[dict[str, Any]]) -> None:
+    """The first one stops in order: the other leads at its next look, and fires nothing again."""
+    one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
+    one.tick()
+    other.tick()
+    due = due_now(one)
+    one.tick()
+    one.close()
+    assert other.tick() > 0
+    assert other._leader.leads
+    assert [message["id"] for message in sent] == [task_id_of("shop", "e", due)]
+    assert stored(other)["e"].next_tick == due + timedelta(minutes=1)
+
+
+def test_what_was_sent_and_not_recorded_is_sent_again_with_the_same_id(
+    beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader sends a tick and dies before it records it; another leads."""
+    one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
+    one.tick()
+    due = due_now(one)
+    # It was recorded as due at that time, as a leader that has run for a while has it.
+    one._unrecorded["e"] = one.schedule["e"].state()
+    one._record()
+    monkeypatch.setattr(one, "_record", lambda: None)
+    one.tick()
+    take_over(one)
+    one._leader.runtime.store.release(lease_of(row(one)), Ended("succeeded", "[]"))
+    other.tick()
+    assert [message["id"] for message in sent] == [task_id_of("shop", "e", due)] * 2
+
+
+def test_nothing_is_sent_that_cannot_be_recorded(
+    beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store goes away after a tick was sent: no other is sent until that one is recorded."""
+    beat = beats.make({"e": EVERY_MINUTE, "f": EVERY_MINUTE})
+    beat.tick()
+    entries: Any = beat._leader.runtime.store.entries
+    record = entries.record
+    monkeypatch.setattr(entries, "record", _unavailable)
+    first = due_now(beat, "e")
+    assert beat.tick() == STANDBY_POLL
+    second = due_now(beat, "f")
+    for _ in range(3):
+        assert beat.tick() == STANDBY_POLL
+    assert len(sent) == 1
+    monkeypatch.setattr(entries, "record", record)
+    beat.tick()
+    assert [message[DUE_HEADER] for message in sent] == [due.isoformat() for due in (first, second)]
+    assert {name: state.last_tick for name, state in stored(beat).items()} == {
+        "e": first,
+        "f": second,
+    }
+
+
+def _unavailable(*_: Any, **__: Any) -> Any:
+    raise StoreUnavailable("no answer")
+
+
+def test_what_could_not_be_recorded_is_not_sent_again_by_the_same_beat(
+    beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is away for longer than the lease's life, and nobody else leads meanwhile."""
+    beat = beats.make(
+        {"e": EVERY_MINUTE}, singleton_heartbeat_interval=0.2, singleton_heartbeat_threshold=1
+    )
+    beat.tick()
+    due = due_now(beat)
+    store: Any = beat._leader.runtime.store
+    record = store.entries.record
+    monkeypatch.setattr(store.entries, "record", _unavailable)
+    beat.tick()
+    wait_until(lambda: not beat._leader.leads, "the lease runs out")
+    monkeypatch.setattr(store.entries, "record", record)
+    wait_until(lambda: beat.tick() >= 0 and beat._leader.leads, "it leads again")
+    beat.tick()
+    assert [message["id"] for message in sent] == [task_id_of("shop", "e", due)]
+    assert stored(beat)["e"].last_tick == due
+    assert row(beat).fence == 2
+
+
+def test_whoever_was_succeeded_sends_nothing(
+    beats: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A leader is stopped, its lease is taken over, and it wakes up before its own clock says that
+    its lease has run out: what it sends then it is the last of, and it learns that at its record.
+    """
+    caplog.set_level(logging.INFO)
+    beat = beats.make({"e": EVERY_MINUTE})
+    beat.tick()
+    take_over(beat)
+    due_now(beat)
+    assert beat.tick() == STANDBY_POLL
+    assert not beat._leader.leads
+    assert "its lease was taken over" in caplog.text
+    count = len(sent)
+    assert beat.tick() == STANDBY_POLL
+    assert len(sent) == count
+
+
+def test_a_lease_that_is_due_is_renewed_before_anything_is_sent(
+    beats: Beats, sent: list[dict[str, Any]]
+) -> None:
+    """A leader is stopped, and wakes up with a lease that was taken over: it asks first."""
+    beat = beats.make({"e": EVERY_MINUTE})
+    beat.tick()
+    take_over(beat)
+    due_now(beat)
+    held: Any = beat._leader._held
+    held.renew_at = 0.0
+    assert beat.tick() == STANDBY_POLL
+    assert sent == []
+
+
+def test_a_leader_without_a_broker_hands_over(
+    beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its broker refuses; another beat may reach it. The tick is not counted as sent."""
+    one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
+    one.tick()
+    other.tick()
+    due = due_now(one)
+    one._unrecorded["e"] = one.schedule["e"].state()
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OperationalError("refused")
+
+    monkeypatch.setattr(one, "send_task", refuse)
+    assert one.tick() == STANDBY_POLL
+    assert not row(one).held
+    assert other.tick() > 0
+    assert [message["id"] for message in sent] == [task_id_of("shop", "e", due)]
+
+
+def test_whoever_has_no_broker_does_not_lead(
+    beats: Beats, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    beat = beats.make({"e": EVERY_MINUTE})
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OperationalError("refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(beat, "_ensure_connected", refuse)
+        assert beat.tick() == STANDBY_POLL
+    assert "beat waits for the broker: refused" in caplog.text
+    assert beat._leader.runtime.store.peek("singleton-beat:shop") is None
+    assert beat.tick() > 0
+
+
+def test_a_message_that_cannot_be_made_stops_no_other(
+    beats: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    beat = beats.make({"bad": EVERY_MINUTE | {"args": (object(),)}, "good": EVERY_MINUTE})
+    beat.tick()
+    bad = due_now(beat, "bad", 2 * SECOND)
+    due_now(beat, "good")
+    beat.tick()
+    assert "Message Error" in caplog.text
+    assert len(stored(beat)) == 2
+    assert stored(beat)["bad"].last_tick == bad
+    assert stored(beat)["good"].total_run_count == 1
+
+
+def test_missed_ticks_are_counted_and_said(
+    beats: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    beat = beats.make({"e": EVERY_MINUTE, "all": EVERY_MINUTE | {"catch_up": "all"}})
+    beat.tick()
+    first = due_now(beat, "e", timedelta(minutes=60, seconds=1))
+    due_now(beat, "all", timedelta(minutes=60, seconds=1))
+    beat.tick()
+    assert stored(beat)["e"].missed_count == 60
+    assert f"60 ticks of e were missed from {first} on, and are not sent" in caplog.text
+    dues = [datetime.fromisoformat(message[DUE_HEADER]) for message in sent]
+    assert dues == sorted(dues)
+    assert len(dues) == 1 + 5
+
+
+def test_a_deployment_adds_changes_and_removes(beats: Beats, sent: list[dict[str, Any]]) -> None:
+    old = beats.make({"kept": EVERY_MINUTE, "changed": EVERY_MINUTE, "removed": EVERY_MINUTE})
+    old.tick()
+    ticks = {name: due_now(old, name) for name in ("kept", "changed", "removed")}
+    old.tick()
+    old.close()
+    sent.clear()
+    hourly = {"task": "t", "schedule": crontab(minute="0")}
+    new = beats.make({"kept": EVERY_MINUTE, "changed": hourly, "added": EVERY_MINUTE})
+    new.tick()
+    assert sent == []
+    found = stored(new)
+    assert set(found) == {"kept", "changed", "added"}
+    assert found["kept"].last_tick == ticks["kept"]
+    assert found["changed"].last_tick == ticks["changed"]
+    assert found["changed"].schedule.startswith("crontab")
+    assert found["added"].last_tick is None
+
+
+def test_entries_of_add_periodic_task(beats: Beats, sent: list[dict[str, Any]]) -> None:
+    beat = beats.make({})
+    beat.app.add_periodic_task(60.0, beat.app.signature("t"), name="e", catch_up="all")
+    beat = beats.make(beat.app.conf.beat_schedule)
+    beat.tick()
+    assert beat.schedule["e"].catch_up == "all"
+    due_now(beat)
+    beat.tick()
+    assert len(sent) == 1
+
+
+def test_entries_that_are_added_while_it_leads(beats: Beats, sent: list[dict[str, Any]]) -> None:
+    beat = beats.make({"e": EVERY_MINUTE})
+    beat.tick()
+    beat.add(name="f", task="t", schedule=60.0)
+    beat.update_from_dict({"g": EVERY_MINUTE})
+    beat.tick()
+    assert set(stored(beat)) == {"e", "f", "g"}
+
+
+def test_celerys_own_entry_for_the_backend(beats: Beats) -> None:
+    beat = beats.make({"e": EVERY_MINUTE}, result_backend="db+sqlite://", result_expires=60)
+    assert "celery.backend_cleanup" in beat.schedule
+
+
+def test_a_row_that_cannot_be_read_starts_anew(
+    beats: Beats, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
+    one.tick()
+    one._leader.record({"e": "{"})
+    one.close()
+    other.tick()
+    assert "singleton-beat:shop:e cannot be read and starts anew" in caplog.text
+    assert set(stored(other)) == {"e"}
+
+
+def test_a_wrong_clock_of_the_host_does_not_matter(
+    beats: Beats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is due is judged by the store's clock."""
+    right = beats.make({"e": EVERY_MINUTE})
+    right.tick()
+    now = right._leader.now()
+    right.close()
+    wrong = beats.make({"e": EVERY_MINUTE})
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    wrong.tick()
+    assert timedelta(0) <= wrong._leader.now() - now < 30 * SECOND
+
+
+def test_a_tick_is_one_statement(beats: Beats, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are due; and none where nothing is."""
+    beat = beats.make({f"e{number}": EVERY_MINUTE for number in range(50)})
+    beat.tick()
+    calls: list[str] = []
+    connections: Any = beat._leader.runtime.store
+    execute = connections._connections.execute
+
+    def count(statement: str, *arguments: Any) -> Any:
+        calls.append(statement.split()[0])
+        return execute(statement, *arguments)
+
+    monkeypatch.setattr(connections._connections, "execute", count)
+    beat.tick()
+    assert calls == []
+    for number in range(50):
+        due_now(beat, f"e{number}")
+    beat.tick()
+    assert len(calls) == 1
+
+
+def test_closing_twice_is_closing_once(beats: Beats) -> None:
+    """As Celery does: once in the signal's handler, and once at the end."""
+    beat = beats.make({"e": EVERY_MINUTE})
+    beat.tick()
+    beat.close()
+    fence = row(beat).fence
+    beat.close()
+    assert (row(beat).fence, row(beat).held, row(beat).run_count) == (fence, False, 1)
+
+
+def test_bad_entries_end_it_at_the_start(beats: Beats) -> None:
+    with pytest.raises(ImproperlyConfigured, match=r"'e': catch_up='some'"):
+        beats.make({"e": EVERY_MINUTE | {"catch_up": "some"}})
+
+
+def test_a_missing_table_ends_it_at_the_start(beats: Beats) -> None:
+    with pytest.raises(ImproperlyConfigured, match="singleton migrate"):
+        beats.make({"e": EVERY_MINUTE}, singleton_auto_migrate=False)
