@@ -19,6 +19,7 @@ from rich.table import Column, Table
 from sqlalchemy.exc import SQLAlchemyError
 
 from . import history
+from .cli_next import overview, print_overview, print_times, times_of
 from .keys import row_key
 from .runtime import runtime_of
 from .store.base import Row, StoreError
@@ -104,6 +105,30 @@ def show(context: click.Context, name: str, as_json: bool) -> None:
         return
     _print_row(row, prefix)
     _print_runs(entries)
+
+
+@singleton.command("next", cls=CeleryCommand)
+@click.argument("entry", required=False)
+@click.option(
+    *("-n", "--count"),
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="How many times of ENTRY.",
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs: one object.")
+@click.pass_context
+@_says_why
+def next_(context: click.Context, entry: str | None, count: int, as_json: bool) -> None:
+    """Show which beat leads, and what it sends when; or when ENTRY of beat_schedule is due."""
+    app: Celery = context.obj.app
+    found = overview(app) if entry is None else times_of(app, entry, count)
+    if as_json:
+        _print_json(found)
+    elif entry is None:
+        print_overview(found)
+    else:
+        print_times(found)
 
 
 @singleton.command(cls=CeleryCommand)
@@ -200,4 +225,4 @@ def _unknown(name: str, known: Sequence[str]) -> str:
 
 
 def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2))
+    click.echo(json.dumps(value, indent=2, default=datetime.isoformat))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from datetime import datetime
 
 import msgspec
+
+logger = logging.getLogger(__name__)
 
 
 class EntryState(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -31,6 +34,22 @@ class EntryState(msgspec.Struct, frozen=True, omit_defaults=True):
     def age(self) -> int:
         """Grows with each tick that passes."""
         return self.total_run_count + self.missed_count
+
+
+_decoder = msgspec.json.Decoder(EntryState)
+
+
+def decode_rows(rows: Mapping[str, str]) -> dict[str, EntryState]:
+    """The entries of rows by key, by their names; with a warning for one that cannot be read."""
+    found = {}
+    for key, value in rows.items():
+        try:
+            state = _decoder.decode(value)
+        except (msgspec.MsgspecError, ValueError) as error:
+            logger.warning("beat: %s cannot be read and starts anew: %s", key, error)
+        else:
+            found[state.entry] = state
+    return found
 
 
 def newer(stored: Mapping[str, EntryState], own: Mapping[str, EntryState]) -> dict[str, EntryState]:

@@ -25,7 +25,7 @@ from .keys import row_key
 from .lease import HeldLease, clock
 from .recovery import free_holder
 from .runtime import Runtime, runtime_of
-from .store.base import Ended, Store, StoreError, StoreNotReady
+from .store.base import Ended, Row, Store, StoreError, StoreNotReady
 from .store.engine import parse_url
 from .worker import warn_of_single_host
 
@@ -98,7 +98,7 @@ class Leader:
 
         :raises StoreError: it is out of reach.
         """
-        row = self._store.peek(self.key)
+        row = self.row()
         if row is None or not row.held or free_holder(self.runtime, row.holder):
             return True
         self.say(f"beat stands by: {row.holder} leads {self.name!r}")
@@ -128,6 +128,13 @@ class Leader:
         self._held = HeldLease(acquired.lease, asked_at, settings.heartbeat_interval)
         self.say(f"beat leads {self.name!r} as {holder}, fence {acquired.lease.fence}")
         return True
+
+    def row(self) -> Row | None:
+        """The lease's row, if any beat has led yet.
+
+        :raises StoreError: it is out of reach.
+        """
+        return self._store.peek(self.key)
 
     def load(self) -> dict[str, str]:
         """The rows of all entries, by key; one statement.

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from pathlib import Path
 from typing import Any
 
-from celery import Celery
+from celery import Celery, signals
 from celery.schedules import crontab
 
 from celery_singleton_state import SingletonTask, singleton_task
@@ -28,6 +30,7 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     broker_transport_options=transport_options(),
     result_expires=None,
+    beat_remote_control_max_tick_age=float(os.environ.get("TEST_MAX_TICK_AGE", "60")),
     beat_schedule={
         name: {"args": [name], **fields}
         | (
@@ -38,6 +41,14 @@ app.conf.update(
         for name, fields in json.loads(os.environ.get("TEST_SCHEDULE", "{}")).items()
     },
 )
+
+
+@signals.before_task_publish.connect
+def hang(**_: Any) -> None:
+    """Hang while a file is there."""
+    path = Path(os.environ.get("TEST_HANG", "/nowhere"))
+    while path.exists():
+        time.sleep(0.05)
 
 
 def _note(task: Any, entry: str) -> None:

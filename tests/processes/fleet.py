@@ -95,9 +95,14 @@ class Beat(Program):
     """A ``celery beat``."""
 
     def __init__(
-        self, environment: dict[str, str], log: Path, app: str, scheduler: str = "singleton"
+        self,
+        environment: dict[str, str],
+        log: Path,
+        app: str,
+        scheduler: str = "singleton",
+        options: tuple[str, ...] = (),
     ) -> None:
-        command = ["beat", "-S", scheduler, "-l", "INFO", "-s", f"{log}.schedule"]
+        command = ["beat", "-S", scheduler, "-l", "INFO", "-s", f"{log}.schedule", *options]
         super().__init__(command, environment, log, app)
 
     def wait_leads(self) -> None:
@@ -131,7 +136,13 @@ class Fleet:
         self._workers: list[Worker] = []
         self._beats: list[Beat] = []
 
-    def start(self, *options: str, name: str = "w", ready: bool = True) -> Worker:
+    def start(
+        self,
+        *options: str,
+        name: str = "w",
+        ready: bool = True,
+        app: str = "tests.processes.tasks",
+    ) -> Worker:
         """Start a worker, and wait until it is ready."""
         number = len(self._workers)
         worker = Worker(
@@ -139,6 +150,7 @@ class Fleet:
             self.environment,
             self.directory / f"worker{number}.log",
             list(options),
+            app,
         )
         self._workers.append(worker)
         if ready:
@@ -146,7 +158,12 @@ class Fleet:
         return worker
 
     def start_beat(
-        self, app: str, scheduler: str = "singleton", host: str = "", **environment: str
+        self,
+        app: str,
+        scheduler: str = "singleton",
+        host: str = "",
+        options: tuple[str, ...] = (),
+        **environment: str,
     ) -> Beat:
         """Start a beat.
 
@@ -156,7 +173,7 @@ class Fleet:
         folder.mkdir(exist_ok=True)
         log = self.directory / f"beat{len(self._beats)}.log"
         settings = self.environment | {"TMPDIR": str(folder)} | environment
-        self._beats.append(Beat(settings, log, app, scheduler))
+        self._beats.append(Beat(settings, log, app, scheduler, options))
         return self._beats[-1]
 
     def notes(self, event: str) -> list[dict[str, Any]]:
@@ -174,10 +191,12 @@ class Fleet:
     def wait_for_output(self, worker: Worker, text: str) -> None:
         wait_until(lambda: text in worker.output, f"the worker says {text!r}")
 
-    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def command(
+        self, *arguments: str, app: str = "tests.processes.tasks"
+    ) -> subprocess.CompletedProcess[str]:
         """Run ``celery -A … <arguments>``."""
         return subprocess.run(
-            [sys.executable, "-m", "celery", "-A", "tests.processes.tasks", *arguments],
+            [sys.executable, "-m", "celery", "-A", app, *arguments],
             env=self.environment,
             capture_output=True,
             text=True,

@@ -1,0 +1,141 @@
+"""``celery singleton next``: what runs when, who leads, and how late it is."""
+
+from __future__ import annotations
+
+import difflib
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+from celery import Celery
+from rich.console import Console
+from rich.table import Column, Table
+
+from .entry_state import EntryState, decode_rows
+from .leader import Leader
+from .schedules import Schedule, as_schedule, matches_now, next_runs
+
+#: Entries that people are shown.
+SHOWN = 100
+LAST = datetime.max.replace(tzinfo=UTC)
+
+
+def overview(app: Celery) -> dict[str, Any]:
+    """What the store knows of the schedule.
+
+    :raises StoreError: it is out of reach.
+    """
+    leader = Leader(app)
+    row = leader.row()
+    leads = row is not None and row.held
+    now = datetime.now(UTC) if row is None else datetime.fromtimestamp(row.read_at, UTC)
+    states = sorted(decode_rows(leader.load()).values(), key=_by_next_tick)
+    return {
+        "name": leader.name,
+        "now": now,
+        "leader": row.holder if row and leads else None,
+        "fence": row.fence if row else 0,
+        "leads_since": _of(row.acquired_at) if row and leads else None,
+        "expires_in": row.expires_in if row and leads else None,
+        "entries": [_as_object(state, now) for state in states],
+    }
+
+
+def print_overview(found: dict[str, Any]) -> None:
+    """The same for people."""
+    if not found["fence"]:
+        click.echo(f"no beat has led {found['name']!r} yet")
+        return
+    if found["leader"]:
+        since = f"{found['leads_since']:%Y-%m-%d %H:%M:%S}"
+        click.echo(f"{found['leader']} leads {found['name']!r} since {since} UTC")
+    else:
+        click.echo(f"nobody leads {found['name']!r}")
+    name = Column("entry", overflow="fold")
+    schedule = Column("schedule", overflow="fold")
+    table = Table(name, "next (UTC)", "late", "last", "runs", "missed", schedule, box=None)
+    for entry in found["entries"][:SHOWN]:
+        table.add_row(
+            entry["entry"],
+            _moment(entry["next_tick"], found["now"]),
+            f"{entry['late']:.1f} s" if entry["late"] else "",
+            _moment(entry["last_tick"], found["now"]),
+            str(entry["total_run_count"]),
+            str(entry["missed_count"]),
+            entry["schedule"],
+        )
+    Console().print(table)
+    if (more := len(found["entries"]) - SHOWN) > 0:
+        click.echo(f"and {more} more; --json has all")
+
+
+def times_of(app: Celery, name: str, count: int) -> dict[str, Any]:
+    """When an entry of the app's schedule is due next, and whether it is in this minute.
+
+    An interval goes on from the next tick that the store knows.
+
+    :raises click.ClickException: there is no such entry, or it is never due.
+    :raises StoreError: the store is out of reach.
+    """
+    app.finalize()
+    schedule = _schedule_of(app, name)
+    state = decode_rows(Leader(app).load()).get(name)
+    times = []
+    if state and state.next_tick and not _has_own_times(schedule):
+        times.append(state.next_tick)
+    try:
+        if len(times) < count:
+            times += next_runs(schedule, count - len(times), times[0] if times else None)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    now = matches_now(schedule) if _has_own_times(schedule) else None
+    return {"entry": name, "next": times, "matches_now": now}
+
+
+def print_times(found: dict[str, Any]) -> None:
+    """The same for people."""
+    for moment in found["next"]:
+        click.echo(f"{moment:%Y-%m-%d %H:%M:%S %Z}")
+    if found["matches_now"]:
+        click.echo("it is due in this minute")
+
+
+def _schedule_of(app: Celery, name: str) -> Schedule:
+    entries = app.conf.beat_schedule
+    if name not in entries:
+        near = difflib.get_close_matches(name, entries, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise click.ClickException(f"beat_schedule has no entry {name!r}{hint}")
+    schedule = as_schedule(entries[name]["schedule"])
+    schedule.app = app
+    return schedule
+
+
+def _has_own_times(schedule: Schedule) -> bool:
+    try:
+        matches_now(schedule)
+    except ValueError:
+        return False
+    return True
+
+
+def _by_next_tick(state: EntryState) -> tuple[datetime, str]:
+    return state.next_tick or LAST, state.entry
+
+
+def _as_object(state: EntryState, now: datetime) -> dict[str, Any]:
+    late = (now - state.next_tick).total_seconds() if state.next_tick else 0.0
+    return {name: getattr(state, name) for name in state.__struct_fields__} | {
+        "late": max(0.0, late)
+    }
+
+
+def _of(epoch: float | None) -> datetime | None:
+    return None if epoch is None else datetime.fromtimestamp(epoch, UTC)
+
+
+def _moment(moment: datetime | None, now: datetime) -> str:
+    """To the second; the day where it is another than today's."""
+    if moment is None:
+        return "-"
+    return f"{moment:%H:%M:%S}" if moment.date() == now.date() else f"{moment:%Y-%m-%d %H:%M}"

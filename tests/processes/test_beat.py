@@ -1,0 +1,198 @@
+"""``celery beat -S singleton`` and ``celery worker -B --scheduler singleton``, as one starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import celery
+import pytest
+from celery import Celery
+
+from tests.processes.fleet import Beat, Fleet
+from tests.waiting import wait_until
+
+APP = "tests.processes.beat_app"
+EVERY = 0.4
+REMOTE = "--enable-remote-control"
+SCHEDULE = {"a": {"task": "ticked", "schedule": EVERY, "catch_up": "all"}}
+has_ping = pytest.mark.skipif(
+    tuple(map(int, celery.__version__.split(".")[:2])) < (5, 7),
+    reason="Celery's beat answers to nothing before 5.7",
+)
+
+
+@pytest.fixture
+def fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Fleet:
+    # A life of 2 s.
+    return make_fleet(
+        f"sqlite:///{tmp_path}/store.db",
+        TEST_SCHEDULE=json.dumps(SCHEDULE),
+        CELERY_SINGLETON_HEARTBEAT_INTERVAL=1,
+    )
+
+
+def wait_for_ticks(fleet: Fleet, count: int) -> None:
+    """Wait until so many more have run, and see that each has run once and none was left out."""
+    fleet.wait_for_notes("tick", len(fleet.notes("tick")) + count)
+    dues = [datetime.fromisoformat(note["due"]) for note in fleet.notes("tick")]
+    steps = {later - earlier for earlier, later in pairwise(sorted(dues))}
+    assert steps == {timedelta(seconds=EVERY)}
+
+
+def senders(fleet: Fleet, beats: list[Beat]) -> list[int]:
+    """How much each beat has sent."""
+    return [beat.output.count("Sending due task a (ticked)") for beat in beats]
+
+
+def test_one_of_two_sends(fleet: Fleet) -> None:
+    fleet.start("-P", "solo", app=APP)
+    one = fleet.start_beat(APP)
+    one.wait_leads()
+    other = fleet.start_beat(APP)
+    other.wait_stands_by()
+    wait_for_ticks(fleet, 3)
+    assert "beat stands by: celerybeat@" in other.output
+    assert f":{one.process.pid}:" in other.output
+    assert senders(fleet, [one, other])[1] == 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_another_takes_over(fleet: Fleet, how: signal.Signals) -> None:
+    fleet.start("-P", "solo", app=APP)
+    one = fleet.start_beat(APP)
+    one.wait_leads()
+    other = fleet.start_beat(APP)
+    other.wait_stands_by()
+    wait_for_ticks(fleet, 2)
+    one.process.send_signal(how)
+    one.process.wait(timeout=30)
+    other.wait_leads()
+    wait_for_ticks(fleet, 3)
+    if how is not signal.SIGKILL:
+        assert "beat gave back the lead of 'shop': it stops" in one.output
+        assert one.process.returncode == 0
+        assert "Traceback" not in one.output
+
+
+def test_beats_within_workers(fleet: Fleet) -> None:
+    """``-B`` on every node: one leads; its worker is stopped in order, then the next one killed."""
+    workers = [
+        fleet.start("-c", "1", "-B", "--scheduler", "singleton", name=f"node{number}", app=APP)
+        for number in range(2)
+    ]
+
+    def leading() -> Any:
+        said = [worker for worker in workers if "beat leads" in worker.output]
+        return said[0] if said else None
+
+    first = wait_until(leading, "one of them leads")
+    wait_for_ticks(fleet, 2)
+    first.stop()
+    workers.remove(first)
+    (second,) = workers
+    second.wait_for("beat leads")
+    wait_for_ticks(fleet, 2)
+    assert "beat gave back the lead" in first.output
+
+
+def test_beat_within_a_worker_of_one_process(fleet: Fleet) -> None:
+    """A pool of none but itself, and beat beside it."""
+    worker = fleet.start("-P", "solo", "-B", "--scheduler", "singleton", app=APP)
+    worker.wait_for("beat leads")
+    wait_for_ticks(fleet, 3)
+    worker.stop()
+    assert "beat gave back the lead" in worker.output
+
+
+@has_ping
+def test_who_leads_and_who_stands_by_are_healthy(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
+    """Celery's own ``inspect ping``."""
+    app = client()
+    names = ["celerybeat@one", "celerybeat@other"]
+    beats = [fleet.start_beat(APP, options=("-n", name, REMOTE)) for name in names]
+    beats[0].wait_for("beat pidbox: Connected")
+    beats[1].wait_for("beat pidbox: Connected")
+
+    def answer() -> set[str]:
+        return {name for reply in app.control.ping(timeout=1.0) for name in reply}
+
+    wait_until(lambda: answer() == set(names), "both answer")
+
+
+@has_ping
+def test_a_leader_that_stopped_ticking_is_not(fleet: Fleet, client: Callable[[], Celery]) -> None:
+    """A hook of the user's hangs as a message is sent: the leader answers no more, and as it does
+    not renew its lease any more, another beat leads.
+    """
+    app = client()
+    hang = fleet.directory / "hang"
+    stuck = fleet.start_beat(
+        APP, options=("-n", "celerybeat@stuck", REMOTE), TEST_HANG=str(hang), TEST_MAX_TICK_AGE="3"
+    )
+    stuck.wait_leads()
+    stuck.wait_for("beat pidbox: Connected")
+    other = fleet.start_beat(APP, options=("-n", "celerybeat@other", REMOTE), TEST_MAX_TICK_AGE="3")
+    other.wait_stands_by()
+    other.wait_for("beat pidbox: Connected")
+    hang.touch()
+    other.wait_leads()
+
+    def answer() -> set[str]:
+        return {name for reply in app.control.ping(timeout=1.0) for name in reply}
+
+    wait_until(lambda: answer() == {"celerybeat@other"}, "only the other one answers")
+    hang.unlink()
+    stuck.wait_for("its lease was taken over")
+    wait_until(lambda: len(answer()) == 2, "both answer")
+
+
+def test_a_configuration_that_cannot_work_ends_it(fleet: Fleet) -> None:
+    bad = {"a": {"task": "ticked", "schedule": 1.0, "catch_up": "some"}}
+    beat = fleet.start_beat(APP, TEST_SCHEDULE=json.dumps(bad))
+    assert beat.process.wait(timeout=30) != 0
+    assert "schedule entry 'a': catch_up='some' is not allowed" in beat.output
+
+
+def test_a_stop_in_mid_batch_loses_and_doubles_nothing(
+    make_fleet: Callable[..., Fleet], postgres_url: str
+) -> None:
+    """300 entries are due at once, again and again; the leader is told to stop while it sends."""
+    schedule = {
+        f"e{number}": {"task": "plain", "schedule": 1.0, "catch_up": "all"} for number in range(300)
+    }
+    fleet = make_fleet(postgres_url, TEST_SCHEDULE=json.dumps(schedule))
+    one = fleet.start_beat(APP)
+    one.wait_leads()
+    other = fleet.start_beat(APP)
+    other.wait_stands_by()
+    wait_until(lambda: senders_of_any(one) > 400, "it sends")
+    os.kill(one.process.pid, signal.SIGTERM)
+    one.process.wait(timeout=30)
+    other.wait_leads()
+    wait_until(lambda: senders_of_any(other) > 700, "the other one sends")
+    other.stop()
+    fleet.start("-P", "threads", "-c", "2", app=APP)
+    sent = senders_of_any(one) + senders_of_any(other)
+    notes = fleet.wait_for_notes("tick", sent - 1)
+    ticks: dict[str, list[datetime]] = {}
+    for note in notes:
+        ticks.setdefault(note["entry"], []).append(datetime.fromisoformat(note["due"]))
+    doubled = len(notes) - len({note["id"] for note in notes})
+    # The one that was on its way when the signal came.
+    assert doubled <= 1
+    for dues in ticks.values():
+        steps = {later - earlier for earlier, later in pairwise(sorted(set(dues)))}
+        assert steps == {timedelta(seconds=1)}
+
+
+def senders_of_any(beat: Beat) -> int:
+    return beat.output.count("Sending due task")
