@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import sqlalchemy as sa
 from celery import Celery
 
 from celery_singleton_state import RetryPolicy
+from celery_singleton_state.beat import SingletonScheduler
 from celery_singleton_state.cli import singleton
 from celery_singleton_state.runtime import close_runtime, runtime_of
+from celery_singleton_state.ticks import message_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -59,6 +64,41 @@ def test_the_readmes_python(monkeypatch: pytest.MonkeyPatch) -> None:
     close_runtime(app)
 
 
+PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if python_blocks(page.read_text()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_pages_python(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page share one namespace; in a process of its own, for what they set up."""
+    monkeypatch.setenv("CELERY_SINGLETON_STORE_URL", "memory://")
+    code = "\n".join(python_blocks(page.read_text()))
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_pages_on_beat_say_what_is_so() -> None:
+    """The first page's schedule is one that a beat takes, and its task is due as it says."""
+    names: dict[str, Any] = {"__name__": "shop"}
+    exec(python_blocks((ROOT / "docs" / "beat.md").read_text())[0], names)
+    app: Celery = names["app"]
+    app.conf.singleton_store_url = "memory://"
+    beat = SingletonScheduler(app)
+    assert beat.schedule["close-day"].catch_up == "all"
+    assert beat.schedule["close-day"].skip_if_older_than == float("inf")
+    tick = message_of(beat.schedule["close-day"], "shop", datetime(2026, 11, 23, 23, 5, tzinfo=UTC))
+    assert names["close_day"].apply(**tick.options).result == "2026-11-23"
+    close_runtime(app)
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
 def test_the_readmes_commands_are_known() -> None:
     """What CI itself runs is left to it; the others are commands that exist."""
     commands = indented_commands(README)
@@ -66,6 +106,6 @@ def test_the_readmes_commands_are_known() -> None:
     assert len(by_ci) == 2
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
     ours = [command.split()[4] for command in commands if command.startswith("celery ")]
-    assert ours == ["migrate", "ls", "show"]
+    assert ours == ["migrate", "ls", "show", "next"]
     assert set(ours) <= set(singleton.commands)
     assert len(commands) == len(by_ci) + len(ours) + 1  # and the installation by name

@@ -83,6 +83,12 @@ def test_the_next_run_goes_on_where_the_dead_one_committed(performance: SimpleNa
     assert int(fence) > int(found(r"killed\W+1, with fence (\d+)", performance.output))
 
 
+def test_the_leading_beat_is_killed_and_the_other_one_leads(performance: SimpleNamespace) -> None:
+    killed = found(r"SIGKILL for (beat-\d), which leads", performance.output)
+    successor = found(r"(beat-\d) leads, and goes on", performance.output)
+    assert {killed, successor} == {"beat-1", "beat-2"}
+
+
 def test_deliveries_are_skipped_while_a_run_is_active(performance: SimpleNamespace) -> None:
     assert int(found(r"skipped deliveries\W+(\d+)", performance.output)) >= 1
 

@@ -16,6 +16,7 @@ broker_transport_options = {
 }
 task_ignore_result = True
 worker_enable_remote_control = False
+beat_scheduler = "singleton"
 beat_schedule = {"import-orders": {"task": "tasks.import_orders", "schedule": 1.0}}
 
 singleton_store_url = f"sqlite:///{FOLDER / 'shop.db'}"

@@ -1,4 +1,4 @@
-"""The drama: orders arrive, the worker is killed in the middle of a batch, the import goes on."""
+"""The drama: orders arrive, worker and leading beat are killed, and the import goes on."""
 
 import re
 import signal
@@ -62,7 +62,7 @@ class Drama:
         self._watch = Watch(self._database)
         self._arrivals = Arrivals(folder / "inbox", say)
         self._worker = Service(folder, "worker", "--loglevel=INFO", "--concurrency=2")
-        self._beat = Service(folder, "beat", f"--schedule={folder / 'beat-schedule'}")
+        self._beats = [Service(folder, f"beat-{number}", "--loglevel=INFO") for number in (1, 2)]
 
     def play(self) -> Ending:
         """Let it happen, and prove at the end that no line was lost or doubled.
@@ -71,12 +71,14 @@ class Drama:
         :raises KeyboardInterrupt: it was interrupted.
         """
         with closing(self._watch):
-            self._say("starting a worker with a pool of 2, then a beat that ticks every second")
-            with self._worker:
+            self._say("starting a worker with a pool of 2, and two beats that tick every second")
+            one, other = self._beats
+            with self._worker, one, other:
                 self._wait_until("the worker is ready", lambda: " ready." in self._worker.log)
-                with self._beat, self._arrivals:
+                with self._arrivals:
                     dead = self._kill_in_mid_batch()
                     fence, place = self._start_again(dead.fence)
+                    self._kill_leading_beat()
                     self._finish()
             return Ending(
                 runs=self._watch.row().fence,
@@ -127,11 +129,26 @@ class Drama:
         self._say(f"the lease is free, and a run with fence {fence} goes on at {place}")
         return fence, place
 
+    def _kill_leading_beat(self) -> None:
+        """Kill the beat that leads; the other one goes on with the schedule."""
+
+        def leads(beat: Service) -> bool:
+            return "beat leads" in beat.log
+
+        self._wait_until("a beat leads", lambda: any(map(leads, self._beats)))
+        leader, standby = sorted(self._beats, key=leads, reverse=True)
+        self._beats.remove(leader)
+        self._say(f"SIGKILL for {leader.name}, which leads")
+        leader.kill()
+        self._wait_until("the other beat leads", lambda: leads(standby))
+        self._say(f"{standby.name} leads, and goes on with the schedule")
+
     def _finish(self) -> None:
         self._wait_until("all is imported", lambda: self._look().imported >= TOTAL)
         self._wait_until("the last run ends", lambda: self._look().holder is None)
         self._say(f"all {TOTAL:,} lines are imported; stopping beat and worker")
-        self._beat.stop()
+        for beat in self._beats:
+            beat.stop()
         self._worker.stop()
 
     # -- waiting
@@ -153,7 +170,7 @@ class Drama:
         It happens: the filesystem broker writes a message and reads it without a lock between
         the two, and a worker that meets the half of one ends.
         """
-        for service in (self._worker, self._beat):
+        for service in (self._worker, *self._beats):
             if not service.has_ended:
                 continue
             if self._restarts == RESTARTS:

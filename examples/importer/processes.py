@@ -14,12 +14,16 @@ PATIENCE = 10.0
 
 
 class Service:
-    """A celery command with all the processes that it starts; within ``with`` it is up."""
+    """A celery command with all the processes that it starts; within ``with`` it is up.
+
+    :param name: is the command's, and a number where there are several.
+    """
 
     def __init__(self, folder: Path, name: str, *options: str) -> None:
         self.name = name
         self._log = folder / f"{name}.log"
-        self._command = [sys.executable, "-m", "celery", "-A", "tasks", name, *options]
+        command = name.split("-")[0]
+        self._command = [sys.executable, "-m", "celery", "-A", "tasks", command, *options]
         # Celery's own variables would win over the settings of the demo.
         own = {key: value for key, value in os.environ.items() if not key.startswith("CELERY_")}
         self._environment = own | {"IMPORTER_FOLDER": str(folder), "TMPDIR": str(folder)}

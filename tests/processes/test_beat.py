@@ -1,4 +1,4 @@
-"""``celery beat -S singleton`` and ``celery worker -B --scheduler singleton``, as one starts them."""
+"""``celery beat -S singleton`` and ``celery worker -B --scheduler singleton`` as processes."""
 
 from __future__ import annotations
 
