@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -9,9 +10,12 @@ from typing import Any
 
 from celery.beat import ScheduleEntry
 from celery.exceptions import ImproperlyConfigured
+from celery.schedules import crontab
 
 from .entry_state import EntryState
 from .schedules import Schedule, as_schedule, is_plain_interval, next_due, spelled, step_over
+
+logger = logging.getLogger(__name__)
 
 CATCH_UP = ("latest", "all", "none")
 NEXT_FROM = ("schedule", "last_run")
@@ -27,8 +31,8 @@ NEVER = datetime.max.replace(tzinfo=UTC)
 class SingletonEntry(ScheduleEntry):
     """An entry as in ``beat_schedule``, with rules for ticks that were missed.
 
-    :param skip_if_older_than: seconds after which a tick is too late to be sent. Left out: 300;
-        ``None``: never.
+    :param skip_if_older_than: seconds after which a tick is too late to be sent. Left out: 300, or
+        for a crontab Celery's ``beat_cron_starting_deadline`` if it is set; ``None``: never.
     :param catch_up: what is sent of several that were missed: the ``"latest"`` (default), ``"all"``
         in order, or ``"none"``, which sends nothing that is later than 10 s.
     :param next_from: what the next tick is counted from: the ``"schedule"`` (default), or the
@@ -48,22 +52,18 @@ class SingletonEntry(ScheduleEntry):
         **fields: Any,
     ) -> None:
         options = dict(options or {})
-        rules = {
-            rule: fields.pop(rule, options.pop(rule, default))
-            for rule, default in (
-                ("skip_if_older_than", SKIP_IF_OLDER_THAN),
-                ("catch_up", "latest"),
-                ("next_from", "schedule"),
-            )
-        }
+
+        def rule(option: str, default: Any) -> Any:
+            return fields.pop(option, options.pop(option, default))
+
+        self.skip_if_older_than = _seconds(name, rule("skip_if_older_than", _patience(fields)))
+        self.catch_up = _choice(name, "catch_up", rule("catch_up", "latest"), CATCH_UP)
+        self.next_from = _choice(name, "next_from", rule("next_from", "schedule"), NEXT_FROM)
         try:
             as_schedule(fields.get("schedule"))
             super().__init__(name=name, task=task, options=options, **fields)
         except (TypeError, ValueError) as error:
             raise ImproperlyConfigured(f"schedule entry {name!r}: {error}") from error
-        self.skip_if_older_than = _seconds(name, rules["skip_if_older_than"])
-        self.catch_up = _choice(name, "catch_up", rules["catch_up"], CATCH_UP)
-        self.next_from = _choice(name, "next_from", rules["next_from"], NEXT_FROM)
         self.last_run_at: datetime | None = None
         self.last_tick: datetime | None = None
         self.missed_count = 0
@@ -94,7 +94,7 @@ class SingletonEntry(ScheduleEntry):
         self.total_run_count = state.total_run_count
         self.missed_count = state.missed_count
         if state.schedule == self.spelled:
-            self.next_tick = state.next_tick or NEVER
+            self.next_tick = state.next_tick or self._due_after(now)
         elif self.last_tick is None:
             self.begin(now)
         else:
@@ -153,13 +153,12 @@ class SingletonEntry(ScheduleEntry):
 
     def _pass(self, until: datetime) -> int:
         """Pass over all that are due before a moment."""
-        count, _, self.next_tick = step_over(
-            self.schedule, self.next_tick, until - timedelta.resolution
-        )
+        before = until - timedelta.resolution
+        count, _, self.next_tick = step_over(self.schedule, self.next_tick, before, self._due_after)
         return count
 
     def _pass_to_latest(self, now: datetime, patience: float) -> int:
-        count, last, following = step_over(self.schedule, self.next_tick, now)
+        count, last, following = step_over(self.schedule, self.next_tick, now, self._due_after)
         if (now - last).total_seconds() > patience:
             self.next_tick = following
             return count
@@ -167,10 +166,28 @@ class SingletonEntry(ScheduleEntry):
         return count - 1
 
     def _due_after(self, moment: datetime) -> datetime:
+        """The first tick after a moment.
+
+        A schedule that cannot tell must not keep the others from theirs.
+        """
         try:
             return next_due(self.schedule, moment)
-        except ValueError:
+        except Exception as error:
+            logger.error(
+                "beat: the next tick of %s cannot be calculated, it is due no more until a beat"
+                " takes over: %s",
+                self.name,
+                error,
+                exc_info=not isinstance(error, ValueError),
+            )
             return NEVER
+
+
+def _patience(fields: Mapping[str, Any]) -> float:
+    """What is too late for an entry that does not say."""
+    app, is_crontab = fields.get("app"), isinstance(fields.get("schedule"), crontab)
+    deadline = app.conf.beat_cron_starting_deadline if app and is_crontab else None
+    return float(deadline or SKIP_IF_OLDER_THAN)
 
 
 def _seconds(entry: str | None, value: Any) -> float:

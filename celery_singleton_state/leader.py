@@ -126,7 +126,7 @@ class Leader:
         self._offset = acquired.acquired_at - asked_at
         self._started = acquired.acquired_at
         self._held = HeldLease(acquired.lease, asked_at, settings.heartbeat_interval)
-        self.say(f"beat leads {self.name!r} as {holder}, fence {acquired.lease.fence}")
+        self._say_leads()
         return True
 
     def row(self) -> Row | None:
@@ -161,6 +161,8 @@ class Leader:
         # The store read its clock between the request and the answer: that much is known, and a
         # time that was right before stays as it is.
         self._offset = min(max(self._offset, now - clock()), now - asked_at)
+        # Again, after it has waited for something.
+        self._say_leads()
 
     def forget(self, names: Sequence[str]) -> None:
         """Remove the rows of entries, if this beat leads.
@@ -206,6 +208,11 @@ class Leader:
         if what != self._said:
             logger.log(level, "%s", what)
             self._said = what
+
+    def _say_leads(self) -> None:
+        assert self._held is not None
+        lease = self._held.lease
+        self.say(f"beat leads {self.name!r} as {lease.holder}, fence {lease.fence}")
 
     @property
     def _store(self) -> Store:

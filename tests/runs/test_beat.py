@@ -178,9 +178,13 @@ def test_what_was_sent_and_not_recorded_is_sent_again_with_the_same_id(
 
 
 def test_nothing_is_sent_that_cannot_be_recorded(
-    beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    beats: Beats,
+    sent: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The store goes away after a tick was sent: no other is sent until that one is recorded."""
+    caplog.set_level(logging.INFO)
     beat = beats.make({"e": EVERY_MINUTE, "f": EVERY_MINUTE})
     beat.tick()
     entries: Any = beat._leader.runtime.store.entries
@@ -199,6 +203,9 @@ def test_nothing_is_sent_that_cannot_be_recorded(
         "e": first,
         "f": second,
     }
+    waited, led = caplog.text.rpartition("beat waits for the store: no answer")[::2]
+    assert "beat waits" not in waited
+    assert "beat leads 'shop'" in led
 
 
 def _unavailable(*_: Any, **__: Any) -> Any:

@@ -98,6 +98,35 @@ def test_the_age_is_an_option(utc_app: Celery, limit: Any) -> None:
     assert run_until(made, NOON + 10 * MINUTE + SECOND) == expected
 
 
+def test_celerys_own_setting_for_crontabs(utc_app: Celery) -> None:
+    utc_app.conf.beat_cron_starting_deadline = 60
+    assert entry(utc_app, crontab()).skip_if_older_than == 60
+    assert entry(utc_app, crontab(), skip_if_older_than=5).skip_if_older_than == 5
+    assert entry(utc_app, 60.0).skip_if_older_than == 300
+
+
+def test_a_schedule_that_cannot_tell_is_due_no_more(
+    utc_app: Celery, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It must not end the beat, and is asked again by the next leader."""
+
+    class Broken(solar):
+        broken = True
+
+        def remaining_estimate(self, last_run_at: datetime) -> timedelta:
+            if Broken.broken:
+                raise RuntimeError("no sun")
+            return HOUR
+
+    made = entry(utc_app, Broken("sunset", 0.0, 0.0))
+    assert run_until(made, NOON + SECOND) == [NOON]
+    assert made.next_tick is NEVER
+    assert "next tick of e cannot be calculated" in caplog.text
+    Broken.broken = False
+    made.resume(made.state(), NOON)
+    assert made.next_tick == NOON + HOUR
+
+
 def test_counted_from_the_last_run(utc_app: Celery) -> None:
     """One run makes up for a pause, and the next is an interval later than that."""
     made = entry(utc_app, 60.0, next_from="last_run", catch_up="all", skip_if_older_than=None)
