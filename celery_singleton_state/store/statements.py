@@ -140,7 +140,7 @@ SELECT now FROM leader
 # SQLite has no such WITH, and one writer at a time: its statement sees nothing change. The leader's
 # row comes with the entries, to be renewed by the same INSERT.
 _RECORD_ONE_WRITER = """
-INSERT INTO {table} (key, value, updated_at, expires_at)
+INSERT INTO {table} AS mine (key, value, updated_at, expires_at)
 SELECT entry.key, entry.value, {now}, entry.expires_at FROM (
   SELECT :key AS key, 'null' AS value, {later} AS expires_at
   UNION ALL
@@ -150,8 +150,9 @@ SELECT entry.key, entry.value, {now}, entry.expires_at FROM (
 WHERE EXISTS (
   SELECT 1 FROM {table} WHERE key = :key AND fence = :fence AND holder = :holder
 )
-ON CONFLICT (key) DO UPDATE SET
-  value = excluded.value, updated_at = excluded.updated_at, expires_at = excluded.expires_at
+ON CONFLICT (key) DO UPDATE SET expires_at = excluded.expires_at,
+  value = CASE WHEN mine.key = :key THEN mine.value ELSE excluded.value END,
+  updated_at = CASE WHEN mine.key = :key THEN mine.updated_at ELSE excluded.updated_at END
 RETURNING {epoch_now}
 """
 

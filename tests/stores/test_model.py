@@ -167,6 +167,8 @@ class Leases(RuleBasedStateMachine):
         self.nonce = 0
         #: Every lease that was ever handed out.
         self.leases: list[Lease] = []
+        #: What the leaders among the holders have recorded of their schedules' entries.
+        self.entries: dict[str, str] = {}
         self.accepted = dict.fromkeys(KEYS, 0)
         self.highest = dict.fromkeys(KEYS, 0)
 
@@ -333,6 +335,31 @@ class Leases(RuleBasedStateMachine):
         for key in right:
             self.rows[key].expired = False
 
+    @precondition(lambda self: self.leased)
+    @rule(run=one_of("leased"), late=SELDOM, renews_only=st.booleans())
+    def record(self, run: Run, late: bool, renews_only: bool) -> None:
+        """As the leading beat does, of whose schedule the lease is."""
+        self.let_run_out(run.key, late)
+        self.nonce += 1
+        entries = {} if renews_only else {f"{run.key}:{name}": str(self.nonce) for name in "ab"}
+        before = self.table()
+        now = self.store.entries.record(run.lease, entries)
+        assert (now is not None) == self.rows[run.key].admits(run.lease)
+        if now is None:
+            assert self.table() == before
+            return
+        self.rows[run.key].expired = False
+        self.entries |= entries
+
+    @precondition(lambda self: self.leased and self.entries)
+    @rule(run=one_of("leased"), late=SELDOM)
+    def forget(self, run: Run, late: bool) -> None:
+        self.let_run_out(run.key, late)
+        key = f"{run.key}:a"
+        self.store.entries.forget(run.lease, [key])
+        if self.rows[run.key].admits(run.lease):
+            self.entries.pop(key, None)
+
     @precondition(lambda self: self.leases)
     @rule(key=st.sampled_from(KEYS), wrong=st.sampled_from(["key", "fence", "holder"]))
     def write_with_parts_of_a_lease(self, key: str, wrong: str) -> None:
@@ -345,6 +372,8 @@ class Leases(RuleBasedStateMachine):
         assert self.store.release(lease, Ended("wrong", "[]")) is None
         assert self.store.release(lease, Ended("wrong", "[]", LIFE), state(-1)) is None
         assert self.store.renew([lease]) == {}
+        assert self.store.entries.record(lease, {f"{key}:a": "wrong"}) is None
+        self.store.entries.forget(lease, [f"{key}:a"])
         assert self.table() == before
 
     # -- what happens to them
@@ -413,6 +442,11 @@ class Leases(RuleBasedStateMachine):
         assert len(json.loads(row.history or "[]")) == row.run_count
 
     @invariant()
+    def the_entries_are_the_models(self) -> None:
+        found = [self.store.entries.load(f"{key}:") for key in KEYS]
+        assert found[0] | found[1] == self.entries
+
+    @invariant()
     def no_fence_is_given_to_two(self) -> None:
         given = {(lease.key, lease.fence, lease.holder) for lease in self.leases}
         assert len(given) == len({(key, fence) for key, fence, _ in given})
@@ -443,6 +477,11 @@ FAULTS = {
     "a hold counts from the release": ("release", "acquired_at, :hold", "'now', :hold"),
     "renew without the fence": ("renew", "AND fence = held_fence", ""),
     "renew without the holder": ("renew", "AND holder = held_holder", ""),
+    "record without the fence": ("record", "AND fence = :fence", ""),
+    "record without the holder": ("record", "AND holder = :holder", ""),
+    "record without a renewal": ("record", "expires_at = excluded.expires_at,", ""),
+    "forget without the fence": ("forget", "AND fence = :fence", ""),
+    "forget without the holder": ("forget", "AND holder = :holder", ""),
 }
 
 
