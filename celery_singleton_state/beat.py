@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 #: Ticks between two records, which are what the next leader sends again at most.
 BATCH = 500
+#: Entries that a warning of missed ticks names.
+LISTED = 20
 
 
 class SingletonScheduler(LeaderMixin, Scheduler):
@@ -73,31 +75,23 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         )
 
     def _work(self, *_args: Any, **_kwargs: Any) -> float:
-        heap = self._heap
+        heap, missed = self._heap, {}
         now = self._leader.now()
         # A lease that is to be renewed is renewed first, with what was sent till then.
         while heap and heap[0][0] <= now and self._leader.renew_in > 0:
             if len(self._unrecorded) >= BATCH:
-                return 0.0
-            _, number, entry = heap[0]
-            self._pass(entry, now)
+                break
+            first, number, entry = heap[0]
+            if count := entry.miss(now):
+                missed[entry.name] = f"{count} of {entry.name} from {first:%Y-%m-%d %H:%M:%S} on"
+                self._unrecorded[entry.name] = entry.state()
+            else:
+                self.apply_entry(entry, self.producer)
             heapq.heapreplace(heap, (entry.next_tick, number, entry))
             now = self._leader.now()
+        if missed:
+            _log_missed(list(missed.values()))
         return (heap[0][0] - now).total_seconds() if heap else float(self.max_interval)
-
-    def _pass(self, entry: SingletonEntry, now: datetime) -> None:
-        """Send an entry's next tick, or pass over those that are missed."""
-        first = entry.next_tick
-        if missed := entry.miss(now):
-            logger.warning(
-                "beat: %d ticks of %s were missed from %s on, and are not sent",
-                missed,
-                entry.name,
-                first,
-            )
-            self._unrecorded[str(entry.name)] = entry.state()
-        else:
-            self.apply_entry(entry, self.producer)
 
     def _due(self, entry: SingletonEntry) -> datetime:
         return entry.next_tick
@@ -105,3 +99,10 @@ class SingletonScheduler(LeaderMixin, Scheduler):
     def _sent(self, entry: SingletonEntry, due: datetime) -> EntryState:
         entry.sent(self._leader.now())
         return entry.state()
+
+
+def _log_missed(missed: list[str]) -> None:
+    more = f", and of {len(missed) - LISTED} more entries" if len(missed) > LISTED else ""
+    logger.warning(
+        "beat: ticks were missed, and are not sent (UTC): %s%s", ", ".join(missed[:LISTED]), more
+    )
