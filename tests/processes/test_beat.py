@@ -6,15 +6,20 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import celery
+import msgspec
 import pytest
 from celery import Celery
+from msgspec.structs import replace
 
+from celery_singleton_state.entry_state import decode_rows
+from celery_singleton_state.store import open_store
+from celery_singleton_state.store.base import Ended
 from tests.processes.fleet import Beat, Fleet
 from tests.waiting import wait_until
 
@@ -196,3 +201,80 @@ def test_a_stop_in_mid_batch_loses_and_doubles_nothing(
 
 def senders_of_any(beat: Beat) -> int:
     return beat.output.count("Sending due task")
+
+
+MINUTES = {
+    "latest": {"catch_up": "latest"},
+    "all": {"catch_up": "all"},
+    "all of them": {"catch_up": "all", "skip_if_older_than": None},
+    "none": {"catch_up": "none"},
+    "ten minutes": {"catch_up": "all", "skip_if_older_than": 600},
+    "last run": {"next_from": "last_run", "skip_if_older_than": None},
+}
+
+
+def test_after_a_pause_of_an_hour(make_fleet: Callable[..., Fleet], tmp_path: Path) -> None:
+    """Everything stands still for an hour: what the store has is made an hour older. Then a beat
+    leads, and what is sent is what each entry asks for, in the order in which it was due.
+    """
+    store_url = f"sqlite:///{tmp_path}/store.db"
+    schedule = {
+        name: {"task": "plain", "schedule": 60.0, **rules} for name, rules in MINUTES.items()
+    }
+    fleet = make_fleet(store_url, TEST_SCHEDULE=json.dumps(schedule))
+    before = fleet.start_beat(APP)
+    before.wait_for("6 entries, 6 of them new")
+    before.stop()
+    first = move_back(store_url, timedelta(hours=1))
+    after = fleet.start_beat(APP)
+    after.wait_for("beat leads")
+    fleet.start("-P", "solo", app=APP)
+    began = led_since(store_url)
+    fleet.wait_for_notes("tick", 1 + 5 + 60 + 10 + 1)
+    sent = [(note["entry"], datetime.fromisoformat(note["due"])) for note in fleet.notes("tick")]
+    by_entry = {
+        name: [due for entry, due in sent if entry == name and due <= began] for name in MINUTES
+    }
+    assert [began - due < timedelta(minutes=1) for due in by_entry["latest"]] == [True]
+    assert len(by_entry["all"]) in (5, 6)
+    assert len(by_entry["all of them"]) in (60, 61)
+    assert by_entry["all of them"][0] == first["all of them"]
+    assert len(by_entry["ten minutes"]) in (10, 11)
+    assert by_entry["last run"] == [first["last run"]]
+    for name in ("all", "all of them", "ten minutes"):
+        assert {later - earlier for earlier, later in pairwise(by_entry[name])} == {
+            timedelta(minutes=1)
+        }
+    dues = [due for _, due in sent]
+    assert dues == sorted(dues)
+    assert "of none from" in after.output
+    assert "of latest from" in after.output
+
+
+def led_since(store_url: str) -> datetime:
+    store = open_store(store_url, "kv_store", 5.0)
+    row = store.peek("singleton-beat:shop")
+    store.close()
+    assert row is not None
+    assert row.acquired_at is not None
+    return datetime.fromtimestamp(row.acquired_at, UTC)
+
+
+def move_back(store_url: str, by: timedelta) -> dict[str, datetime]:
+    """Make the whole schedule older; returns the next tick of each entry."""
+    store = open_store(store_url, "kv_store", 5.0)
+    lease = store.acquire("singleton-beat:shop", "the test", 60, None)
+    assert lease is not None
+    rows = store.entries.load("singleton-beat:shop:")
+    older = {
+        name: replace(state, next_tick=state.next_tick - by)
+        for name, state in decode_rows(rows).items()
+        if state.next_tick is not None
+    }
+    keys = {f"singleton-beat:shop:{name}": state for name, state in older.items()}
+    store.entries.record(
+        lease.lease, {key: msgspec.json.encode(state).decode() for key, state in keys.items()}
+    )
+    store.release(lease.lease, Ended("succeeded", "[]"))
+    store.close()
+    return {name: state.next_tick for name, state in older.items() if state.next_tick}
