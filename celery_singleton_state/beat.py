@@ -10,7 +10,7 @@ from typing import Any
 from celery.beat import Scheduler
 
 from .entry import SingletonEntry
-from .entry_state import EntryState, newer
+from .entry_state import EntryState
 from .leader_mixin import LeaderMixin
 
 __all__ = ["LeaderMixin", "SingletonEntry", "SingletonScheduler"]
@@ -54,7 +54,7 @@ class SingletonScheduler(LeaderMixin, Scheduler):
 
     def _take_over(self) -> None:
         now = self._leader.now()
-        states = newer(self._load(), self._unrecorded)
+        states = self._load()
         self._heap = []
         schedule: Any = self.schedule
         for number, (name, entry) in enumerate(schedule.items()):

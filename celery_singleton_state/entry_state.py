@@ -30,10 +30,11 @@ class EntryState(msgspec.Struct, frozen=True, omit_defaults=True):
     total_run_count: int = 0
     missed_count: int = 0
 
-    @property
-    def age(self) -> int:
-        """Grows with each tick that passes."""
-        return self.total_run_count + self.missed_count
+    def is_before(self, other: EntryState) -> bool:
+        """Whether the other is what has become of it later."""
+        if self.schedule != other.schedule or self.next_tick is None or other.next_tick is None:
+            return False
+        return self.next_tick < other.next_tick
 
 
 _decoder = msgspec.json.Decoder(EntryState)
@@ -52,10 +53,12 @@ def decode_rows(rows: Mapping[str, str]) -> dict[str, EntryState]:
     return found
 
 
-def newer(stored: Mapping[str, EntryState], own: Mapping[str, EntryState]) -> dict[str, EntryState]:
-    """What the store has, and what this beat did and could not record, if nobody did more since."""
-    found = dict(stored)
-    for name, state in own.items():
-        if name not in found or found[name].age < state.age:
-            found[name] = state
-    return found
+def unknown_to(
+    stored: Mapping[str, EntryState], own: Mapping[str, EntryState]
+) -> dict[str, EntryState]:
+    """Of what this beat did and could not record, that after which nobody did more."""
+    return {
+        name: state
+        for name, state in own.items()
+        if name not in stored or stored[name].is_before(state)
+    }

@@ -19,15 +19,13 @@ from celery.utils.time import maybe_make_aware
 from kombu.exceptions import OperationalError
 from kombu.utils.objects import cached_property
 
-from .entry_state import EntryState, newer
+from .entry_state import EntryState, decode_rows, unknown_to
 from .leader import STANDBY_POLL, Leader, NotLeading
 from .schedules import next_due, spelled
 from .store.base import StoreError
 from .ticks import message_of
 
 logger = logging.getLogger(__name__)
-
-_decoder = msgspec.json.Decoder(EntryState)
 
 if TYPE_CHECKING:
     _Base = Scheduler
@@ -158,7 +156,7 @@ class LeaderMixin(_Base):
 
     def _take_over(self) -> None:
         """Go on from what the store has of the schedule."""
-        self._states = newer(self._load(), self._unrecorded)
+        self._states = self._load()
         # django-celery-beat reads its database anew by this, and so do those that grew from it.
         self._initial_read = True
         self._heap: Any = None
@@ -191,15 +189,10 @@ class LeaderMixin(_Base):
     # -- the store
 
     def _load(self) -> dict[str, EntryState]:
-        found = {}
-        for key, value in self._leader.load().items():
-            try:
-                state = _decoder.decode(value)
-            except (msgspec.MsgspecError, ValueError) as error:
-                logger.warning("beat: %s cannot be read and starts anew: %s", key, error)
-            else:
-                found[state.entry] = state
-        return found
+        """What the store has, with what this beat did and could not record before."""
+        stored = decode_rows(self._leader.load())
+        self._unrecorded = unknown_to(stored, self._unrecorded)
+        return stored | self._unrecorded
 
     def _record(self) -> None:
         """Record what was sent and renew the lease, if there is need.

@@ -234,6 +234,33 @@ def test_what_could_not_be_recorded_is_not_sent_again_by_the_same_beat(
     assert row(beat).fence == 2
 
 
+def test_what_others_have_done_since_is_not_undone(
+    beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A beat sends, cannot record it, and loses the lead; another one goes on; the first leads
+    again, and must neither send nor record what it had in mind.
+    """
+    one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
+    one.tick()
+    due_now(one, ago=timedelta(seconds=90))
+    with monkeypatch.context() as patch:
+        patch.setattr(one._leader.runtime.store.entries, "record", _unavailable)
+        one.tick()
+    assert list(one._unrecorded) == ["e"]
+    take_over(one)
+    one._leader.give_up()
+    one._leader.runtime.store.release(lease_of(row(one)), Ended("succeeded", "[]"))
+    other.tick()
+    later = due_now(other)
+    other.tick()
+    other.close()
+    count = len(sent)
+    one.tick()
+    assert one._leader.leads
+    assert len(sent) == count
+    assert stored(one)["e"].last_tick == later
+
+
 def test_whoever_was_succeeded_sends_nothing(
     beats: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:

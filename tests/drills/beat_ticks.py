@@ -1,0 +1,39 @@
+"""What must be true of the ticks that were run, read afterwards from the log and the store."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+
+from celery_singleton_state.entry_state import EntryState
+
+
+def complaints(
+    states: Mapping[str, EntryState],
+    intervals: Mapping[str, timedelta],
+    executed: Mapping[str, Sequence[datetime]],
+) -> list[str]:
+    """What is wrong, a line each; nothing where each tick was run once or counted as missed."""
+    found: list[str] = []
+    for name, every in intervals.items():
+        found += (f"{name}: {what}" for what in _of(states[name], every, executed.get(name, ())))
+    return found
+
+
+def _of(state: EntryState, every: timedelta, executed: Sequence[datetime]) -> list[str]:
+    ticks = sorted(set(executed))
+    if not ticks:
+        return ["no tick was run"]
+    found = [f"{tick} was run {n} times" for tick, n in Counter(executed).items() if n > 1]
+    found += [f"{tick} was never due" for tick in ticks if (tick - ticks[0]) % every]
+    due = (ticks[-1] - ticks[0]) // every + 1
+    counted = state.total_run_count + state.missed_count
+    if due != counted:
+        found.append(f"{due} ticks were due, and {counted} counted as sent or missed")
+    # What a leader sent and could not record, another one may have passed over.
+    if due - len(ticks) > state.missed_count:
+        found.append(f"{due - len(ticks)} ticks were not run, and {state.missed_count} missed")
+    if ticks[-1] != state.last_tick:
+        found.append(f"the last one run is {ticks[-1]}, and the last one sent {state.last_tick}")
+    return found
