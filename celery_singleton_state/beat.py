@@ -75,22 +75,25 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         )
 
     def _work(self, *_args: Any, **_kwargs: Any) -> float:
-        heap, missed = self._heap, {}
+        heap = self._heap
+        missed: list[str] = []
         now = self._leader.now()
-        # A lease that is to be renewed is renewed first, with what was sent till then.
-        while heap and heap[0][0] <= now and self._leader.renew_in > 0:
-            if len(self._unrecorded) >= BATCH:
-                break
-            first, number, entry = heap[0]
-            if count := entry.miss(now):
-                missed[entry.name] = f"{count} of {entry.name} from {first:%Y-%m-%d %H:%M:%S} on"
-                self._unrecorded[entry.name] = entry.state()
-            else:
-                self.apply_entry(entry, self.producer)
-            heapq.heapreplace(heap, (entry.next_tick, number, entry))
-            now = self._leader.now()
-        if missed:
-            _log_missed(list(missed.values()))
+        try:
+            # A lease that is to be renewed is renewed first, with what was sent till then.
+            while heap and heap[0][0] <= now and self._leader.renew_in > 0:
+                if len(self._unrecorded) >= BATCH:
+                    break
+                first, number, entry = heap[0]
+                if count := entry.miss(now):
+                    missed.append(f"{count} of {entry.name} from {first:%Y-%m-%d %H:%M:%S} on")
+                    self._unrecorded[entry.name] = entry.state()
+                else:
+                    self.apply_entry(entry, self.producer)
+                heapq.heapreplace(heap, (entry.next_tick, number, entry))
+                now = self._leader.now()
+        finally:
+            if missed:
+                _log_missed(missed)
         return (heap[0][0] - now).total_seconds() if heap else float(self.max_interval)
 
     def _due(self, entry: SingletonEntry) -> datetime:

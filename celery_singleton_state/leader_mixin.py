@@ -58,7 +58,7 @@ class LeaderMixin(_Base):
         self._fence: int | None = None
         #: What was sent and not recorded yet.
         self._unrecorded: dict[str, EntryState] = {}
-        #: What the store had of entries that have not been seen since.
+        #: What the store has, or will have with the next record.
         self._states: dict[str, EntryState] = {}
         self._reserved: Any = None
         self._failure: BaseException | None = None
@@ -95,13 +95,13 @@ class LeaderMixin(_Base):
         :raises BrokerUnavailable: the broker did not take it, as far as one can tell.
         """
         if self._leader.renew_in <= 0:
-            self._fence = None
+            self._put_back(entry)
             raise NotLeading
         due = self._due(entry)
         self._failure = None
         super().apply_entry(message_of(entry, self._leader.name, due), producer)
         if isinstance(self._failure, self._broker_errors):
-            self._fence = None
+            self._put_back(entry)
             raise BrokerUnavailable(str(self._failure)) from self._failure
         self._unrecorded[entry.name] = self._sent(entry, due)
 
@@ -160,11 +160,9 @@ class LeaderMixin(_Base):
         # django-celery-beat reads its database anew by this, and so do those that grew from it.
         self._initial_read = True
         self._heap: Any = None
-        for name, entry in self.schedule.items():
-            if name not in self._states:
-                # Whoever leads next is to count from the same moment.
-                self._unrecorded[name] = _state(entry, None, entry)
-            self._adopt(entry)
+        for entry in self.schedule.values():
+            # A row that all beats share can be right. A file of this beat's alone is not.
+            self._adopt(entry, believes=hasattr(entry, "model"))
 
     def _work(self, *args: Any, **kwargs: Any) -> float:
         """Send what is due; returns the seconds until something is."""
@@ -174,17 +172,30 @@ class LeaderMixin(_Base):
         return _due_after(entry.schedule, entry.last_run_at)
 
     def _sent(self, entry: Any, due: datetime) -> EntryState:
-        return _state(entry, due, self._reserved)
+        self._states[entry.name] = _state(entry, due, self._reserved)
+        return self._states[entry.name]
 
-    def _adopt(self, entry: Any) -> None:
-        """Have an entry count from its last run that the store knows of."""
-        state = self._states.pop(entry.name, None)
-        if state is None or state.last_run_at is None:
-            return
-        for each in (entry, getattr(entry, "model", None)):
-            if each is not None:
-                each.last_run_at = state.last_run_at
-                each.total_run_count = state.total_run_count
+    def _adopt(self, entry: Any, believes: bool = True) -> None:
+        """Have an entry count from its last run, which the class may not have stored yet.
+
+        :param believes: whether a later last run that the class has is believed: somebody has
+            edited the entry, or made it new. Whoever leads next is to count from there, too.
+        """
+        state = self._states.get(entry.name)
+        known = state.last_run_at if state else None
+        own = maybe_make_aware(entry.last_run_at)
+        if state is None or known is None or (known < own and believes):
+            self._states[entry.name] = self._unrecorded[entry.name] = _state(entry, None, entry)
+        elif known != own:
+            _set(entry, known, state.total_run_count)
+
+    def _put_back(self, entry: Any) -> None:
+        """An entry was not sent, and its class has counted it as sent."""
+        self._fence = None
+        _set(entry, entry.last_run_at, entry.total_run_count)
+        self.schedule[entry.name] = entry
+        getattr(self, "_dirty", set()).add(entry.name)
+        self.sync()
 
     # -- the store
 
@@ -245,6 +256,14 @@ class LeaderMixin(_Base):
         if connection is not None:
             with contextlib.suppress(*self._broker_errors):
                 connection.release()
+
+
+def _set(entry: Any, last_run_at: datetime, total_run_count: int) -> None:
+    """Set what an entry counts from, and its row's in a database of django-celery-beat's."""
+    for each in (entry, getattr(entry, "model", None)):
+        if each is not None:
+            each.last_run_at = last_run_at
+            each.total_run_count = total_run_count
 
 
 def _state(entry: Any, due: datetime | None, after: Any) -> EntryState:

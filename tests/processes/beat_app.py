@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from celery import Celery, signals
 from celery.schedules import crontab
 
 from celery_singleton_state import SingletonTask, singleton_task
+from celery_singleton_state.leader import Leader
 from tests.processes.tasks import SOON, note, transport_options
 
 PATIENT = {"StateLoadFailed": SOON, "StatePersistFailed": SOON}
@@ -49,6 +51,18 @@ def hang(**_: Any) -> None:
     path = Path(os.environ.get("TEST_HANG", "/nowhere"))
     while path.exists():
         time.sleep(0.05)
+
+
+if "TEST_CRASH" in os.environ:
+    record = Leader.record
+
+    def crash(self: Leader, entries: Any) -> None:
+        """Die before this entry is recorded as sent."""
+        if '"last_tick"' in entries.get(os.environ["TEST_CRASH"], ""):
+            os.kill(os.getpid(), signal.SIGKILL)
+        record(self, entries)
+
+    Leader.record = crash  # type: ignore[method-assign]
 
 
 def _note(task: Any, entry: str) -> None:
