@@ -16,12 +16,20 @@ def complaints(
 ) -> list[str]:
     """What is wrong, a line each; nothing where each tick was run once or counted as missed."""
     found: list[str] = []
+    unrecorded = 0
     for name, every in intervals.items():
-        found += (f"{name}: {what}" for what in _of(states[name], every, executed.get(name, ())))
+        last = states[name].last_tick
+        ticks = [tick for tick in executed.get(name, ()) if last and tick <= last]
+        unrecorded += len(executed.get(name, ())) - len(ticks)
+        found += (f"{name}: {what}" for what in _of(states[name], every, ticks))
+    # The one that was on its way when the last beat was told to stop.
+    if unrecorded > 1:
+        found.append(f"{unrecorded} ticks were run that nobody recorded")
     return found
 
 
 def _of(state: EntryState, every: timedelta, executed: Sequence[datetime]) -> list[str]:
+    """:param executed: up to the last one that was recorded."""
     ticks = sorted(set(executed))
     if not ticks:
         return ["no tick was run"]

@@ -27,6 +27,8 @@ def test_nothing_is_wrong() -> None:
     assert found([*TICKS[:2], *TICKS[3:]], runs=4, missed=1) == []
     # Sent, not recorded, and passed over by the next leader.
     assert found(TICKS, runs=4, missed=1) == []
+    # On its way when the last beat was told to stop.
+    assert found([*TICKS, TICKS[-1] + EVERY]) == []
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,7 @@ def test_nothing_is_wrong() -> None:
         (TICKS, 6, 0, "5 ticks were due, and 6 counted"),
         (TICKS, 5, 1, "5 ticks were due, and 6 counted"),
         ([], 0, 0, "no tick was run"),
+        ([*TICKS, *[TICKS[-1] + EVERY] * 2], 5, 0, "2 ticks were run that nobody recorded"),
     ],
 )
 def test_a_planted_fault_is_found(
