@@ -11,8 +11,8 @@ from celery import Celery
 from rich.console import Console
 from rich.table import Column, Table
 
-from .entry_state import EntryState, decode_rows
-from .leader import Leader
+from .beat.entry_state import EntryState, decode_rows
+from .beat.leader import Leader
 from .schedules import Schedule, as_schedule, matches_now, next_runs
 
 #: Entries that people are shown.

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 import redis
 
-from celery_singleton_state.entry_state import EntryState, decode_rows
+from celery_singleton_state.beat.entry_state import EntryState, decode_rows
 from celery_singleton_state.store import SqlStore, open_store
 from tests.drills.beat_ticks import complaints
 from tests.processes.fleet import Beat, Fleet

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
-from celery_singleton_state.entry_state import EntryState
+from celery_singleton_state.beat.entry_state import EntryState
 
 
 def complaints(

@@ -17,7 +17,7 @@ from celery import Celery, signals
 from celery.schedules import crontab
 
 from celery_singleton_state import SingletonTask, singleton_task
-from celery_singleton_state.leader import Leader
+from celery_singleton_state.beat.leader import Leader
 from tests.processes.tasks import SOON, note, transport_options
 
 PATIENT = {"StateLoadFailed": SOON, "StatePersistFailed": SOON}

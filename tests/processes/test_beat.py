@@ -17,7 +17,7 @@ import pytest
 from celery import Celery
 from msgspec.structs import replace
 
-from celery_singleton_state.entry_state import decode_rows
+from celery_singleton_state.beat.entry_state import decode_rows
 from celery_singleton_state.store import open_store
 from celery_singleton_state.store.base import Ended
 from tests.processes.fleet import Beat, Fleet

@@ -14,8 +14,8 @@ from celery.schedules import crontab
 from kombu.exceptions import OperationalError
 
 from celery_singleton_state.beat import SingletonScheduler
-from celery_singleton_state.entry_state import EntryState
-from celery_singleton_state.leader import STANDBY_POLL
+from celery_singleton_state.beat.entry_state import EntryState
+from celery_singleton_state.beat.leader import STANDBY_POLL
 from celery_singleton_state.runtime import close_runtime
 from celery_singleton_state.store.base import Ended, Lease, Row, StoreUnavailable
 from celery_singleton_state.ticks import DUE_HEADER, task_id_of

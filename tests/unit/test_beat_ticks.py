@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from celery_singleton_state.entry_state import EntryState
+from celery_singleton_state.beat.entry_state import EntryState
 from tests.drills.beat_ticks import complaints
 
 NOON = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)

@@ -11,7 +11,7 @@ from celery.exceptions import ImproperlyConfigured
 from celery.schedules import crontab, solar
 
 from celery_singleton_state.beat import SingletonEntry
-from celery_singleton_state.entry import NEVER
+from celery_singleton_state.beat.entry import NEVER
 from celery_singleton_state.schedules import spelled
 from tests.unit.test_schedules import on_the_30th_of_february
 

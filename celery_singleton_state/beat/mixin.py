@@ -19,11 +19,12 @@ from celery.utils.time import maybe_make_aware
 from kombu.exceptions import OperationalError
 from kombu.utils.objects import cached_property
 
+from celery_singleton_state.schedules import next_due, spelled
+from celery_singleton_state.store.base import StoreError
+from celery_singleton_state.ticks import message_of
+
 from .entry_state import EntryState, decode_rows, unknown_to
 from .leader import STANDBY_POLL, Leader, NotLeading
-from .schedules import next_due, spelled
-from .store.base import StoreError
-from .ticks import message_of
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +152,7 @@ class LeaderMixin(_Base):
         self._record()
         pause = self._work(*args, **kwargs)
         self._record()
+        self._leader.say_leads()
         # Never long, so that the lease is renewed in time.
         return max(0.0, min(pause, self._leader.renew_in))
 

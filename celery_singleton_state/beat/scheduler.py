@@ -11,9 +11,7 @@ from celery.beat import Scheduler
 
 from .entry import SingletonEntry
 from .entry_state import EntryState
-from .leader_mixin import LeaderMixin
-
-__all__ = ["LeaderMixin", "SingletonEntry", "SingletonScheduler"]
+from .mixin import LeaderMixin
 
 logger = logging.getLogger(__name__)
 

@@ -18,16 +18,16 @@ from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 from celery.utils.nodenames import gethostname
 
-from . import history
-from .history import Outcome
-from .holdings import Holding
-from .keys import row_key
-from .lease import HeldLease, clock
-from .recovery import free_holder
-from .runtime import Runtime, runtime_of
-from .store.base import Ended, Row, Store, StoreError, StoreNotReady
-from .store.engine import parse_url
-from .worker import warn_of_single_host
+from celery_singleton_state import history
+from celery_singleton_state.history import Outcome
+from celery_singleton_state.holdings import Holding
+from celery_singleton_state.keys import row_key
+from celery_singleton_state.lease import HeldLease, clock
+from celery_singleton_state.recovery import free_holder
+from celery_singleton_state.runtime import Runtime, runtime_of
+from celery_singleton_state.store.base import Ended, Row, Store, StoreError, StoreNotReady
+from celery_singleton_state.store.engine import parse_url
+from celery_singleton_state.worker import warn_of_single_host
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Leader:
         self._offset = acquired.acquired_at - asked_at
         self._started = acquired.acquired_at
         self._held = HeldLease(acquired.lease, asked_at, settings.heartbeat_interval)
-        self._say_leads()
+        self.say_leads()
         return True
 
     def row(self) -> Row | None:
@@ -161,8 +161,6 @@ class Leader:
         # The store read its clock between the request and the answer: that much is known, and a
         # time that was right before stays as it is.
         self._offset = min(max(self._offset, now - clock()), now - asked_at)
-        # Again, after it has waited for something.
-        self._say_leads()
 
     def forget(self, names: Sequence[str]) -> None:
         """Remove the rows of entries, if this beat leads.
@@ -209,7 +207,8 @@ class Leader:
             logger.log(level, "%s", what)
             self._said = what
 
-    def _say_leads(self) -> None:
+    def say_leads(self) -> None:
+        """Log that it leads, if that is news: also after it has waited for something."""
         assert self._held is not None
         lease = self._held.lease
         self.say(f"beat leads {self.name!r} as {lease.holder}, fence {lease.fence}")

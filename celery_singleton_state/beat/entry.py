@@ -12,8 +12,16 @@ from celery.beat import ScheduleEntry
 from celery.exceptions import ImproperlyConfigured
 from celery.schedules import crontab
 
+from celery_singleton_state.schedules import (
+    Schedule,
+    as_schedule,
+    is_plain_interval,
+    next_due,
+    spelled,
+    step_over,
+)
+
 from .entry_state import EntryState
-from .schedules import Schedule, as_schedule, is_plain_interval, next_due, spelled, step_over
 
 logger = logging.getLogger(__name__)
 
