@@ -10,9 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+import pytest
+
 from tests.drills.beat_hosts import APP, Host, Hosts
 from tests.servers import Proxy
 from tests.waiting import wait_until
+
+pytestmark = pytest.mark.xdist_group("storm")
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,8 @@ from tests.servers import Postgres, Valkey
 from tests.storm.checker import Findings, check
 from tests.storm.drill import Drill, Storm
 
+pytestmark = pytest.mark.xdist_group("storm")
+
 #: ``SINGLETON_TEST_STORM=<seed>:<seconds>`` asks for another storm.
 SEED, SECONDS = map(int, os.environ.get("SINGLETON_TEST_STORM", "1:40").split(":"))
 
