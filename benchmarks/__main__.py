@@ -1,4 +1,5 @@
-"""``python -m benchmarks [--quick] [worker] [statements] [rows] [handoff] [heartbeat]``"""
+"""``python -m benchmarks [--quick] [worker] [statements] [rows] [handoff] [heartbeat] [beat]
+[takeover]``"""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import psycopg
 import redis
 from rich.console import Console
 
-from . import handoff, heartbeat, rows, statements, worker
+from . import beat, handoff, heartbeat, rows, statements, takeover, worker
 from .servers import Servers, started_servers
 
 PARTS: dict[str, Callable[[Servers, bool, Console], None]] = {
@@ -25,6 +26,8 @@ PARTS: dict[str, Callable[[Servers, bool, Console], None]] = {
     "rows": rows.run,
     "handoff": handoff.run,
     "heartbeat": heartbeat.run,
+    "beat": beat.run,
+    "takeover": takeover.run,
 }
 
 

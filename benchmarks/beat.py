@@ -1,0 +1,185 @@
+"""``beat``: schedulers side by side: what they send of what is due, how late, and at which cost.
+
+Real ``celery beat`` processes send to a real broker; nobody runs the tasks, and the benchmark
+throws the messages away. Entry i is due every 1 + i % 60 seconds.
+
+- *late*: from when a message was due until the broker had it. Due is what its header says; of
+  Celery's and RedBeat's schedulers, which have none, an interval after the last run that they know.
+- *busy*: processor time of the beat process, for each message; what it waits for is not in it.
+- *saturated*: less was sent than was due.
+- *statements*: round trips to this package's store; these and *messages* are counted for each call
+  of the scheduler's ``tick()``.
+- *start-up*: from the start of the process to its first message, imports included.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table
+
+from .beat_figures import Figures, Window, measure, prepare
+from .beat_process import OURS, Schedule
+from .drain import ROOT
+from .servers import Servers
+
+CELERY = "celery.beat:PersistentScheduler"
+REDBEAT = "redbeat.RedBeatScheduler"
+NAMES = {"postgresql": "this package, PostgreSQL", "sqlite": "this package, SQLite"}
+MIDDLE = 10_000
+
+
+class Part:
+    """One run of this part."""
+
+    def __init__(self, servers: Servers, quick: bool, console: Console) -> None:
+        self._servers, self._quick, self._console = servers, quick, console
+        self._window = Window(1, 3) if quick else Window(5, 15)
+        self._runs = 0
+
+    def run(self) -> None:
+        """Print the tables."""
+        sizes = (1_000, MIDDLE) if self._quick else (1_000, MIDDLE, 100_000)
+        found = {size: self._side_by_side(size) for size in sizes}
+        for size, figures in found.items():
+            self._console.print(_table(size, figures))
+        self._console.print(self._same_load(sizes))
+        self._console.print(self._saturated())
+        self._console.print(self._start_ups(found[sizes[-1]]))
+
+    def _side_by_side(self, size: int) -> dict[str, Figures]:
+        figures = {NAMES["postgresql"]: self._measure(self._ours(size))}
+        if size == MIDDLE:
+            figures[NAMES["sqlite"]] = self._measure(self._ours(size, "sqlite"))
+        for name, scheduler in {"Celery's default": CELERY, "RedBeat": REDBEAT}.items():
+            figures[name] = self._measure(replace(self._ours(size), scheduler=scheduler))
+        return figures
+
+    def _same_load(self, sizes: tuple[int, ...]) -> Table:
+        """Intervals so much longer that in each size as many are due in a second."""
+        table = _columns(
+            "beat: the same number due in a second, as more entries have longer intervals",
+            *("entries", "due/s", "sent/s", "late p99 (s)", "busy (ms)", "of the first", "target"),
+        )
+        first = None
+        for size in sizes:
+            figures = self._measure(self._ours(size, stretch=size // sizes[0]))
+            first = first or figures
+            table.add_row(
+                f"{size:,}",
+                f"{figures.due_rate:.1f}",
+                f"{figures.rate:.1f}",
+                f"{figures.late(0.99):.3f}",
+                f"{figures.busy * 1e3:.2f}",
+                f"{figures.busy / first.busy:.2f}",
+                "" if figures is first else "<= 1.2",
+            )
+        return table
+
+    def _saturated(self) -> Table:
+        """More due than can be sent, between two turns of a loop that does nothing but send."""
+        before = self._bare()
+        size = 40_000 if self._quick else 100_000
+        ours = self._measure(self._ours(size))
+        bare = (before + self._bare()) / 2
+        table = _columns(
+            f"beat: {ours.due_rate:.0f} due/s, more than can be sent",
+            *("", "messages/s", "of the loop", "target", "busy (ms)", "messages"),
+        )
+        table.add_row("apply_async in a loop", f"{bare:.0f}", "1.00", "", "", "")
+        table.add_row(
+            NAMES["postgresql"],
+            f"{ours.rate:.0f}",
+            f"{ours.rate / bare:.2f}",
+            ">= 0.80",
+            f"{ours.busy * 1e3:.2f}",
+            f"{ours.messages_a_tick:.0f}",
+        )
+        return table
+
+    def _start_ups(self, others: dict[str, Figures]) -> Table:
+        size = MIDDLE if self._quick else 100_000
+        table = _columns(
+            f"beat: start-up with {size:,} entries",
+            *("scheduler", "start", "seconds", "busy (s)", "statements", "target (s)"),
+        )
+        short = replace(self._window, warm_up=0, seconds=1)
+        for database, name in NAMES.items():
+            schedule = self._ours(size, database)
+            for start in ("first, all are new", "second"):
+                figures = self._measure(schedule, short)
+                _add_start(table, name, start, figures, str(figures.start_statements), "<= 5")
+        for name, figures in others.items():
+            if name not in NAMES.values():
+                _add_start(table, name, "first", figures, "", "")
+        return table
+
+    def _ours(self, size: int, database: str = "postgresql", stretch: int = 1) -> Schedule:
+        self._runs += 1
+        table = f"beat_{self._runs}"
+        url = self._servers.postgres if database == "postgresql" else self._servers.sqlite(table)
+        return Schedule(OURS, url, table, size, stretch)
+
+    def _measure(self, schedule: Schedule, window: Window | None = None) -> Figures:
+        what = schedule.scheduler.rpartition(":")[2]
+        with self._console.status(f"beat: {what}, {schedule.entries:,} entries"):
+            prepare(self._servers, schedule)
+            return measure(self._servers, schedule, window or self._window)
+
+    def _bare(self) -> float:
+        with self._console.status("beat: a loop that sends"):
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.beat_bare", "2" if self._quick else "5"],
+                cwd=ROOT,
+                env=self._ours(0).environment(self._servers),
+                check=True,
+                capture_output=True,
+            )
+        return float(done.stdout)
+
+
+def run(servers: Servers, quick: bool, console: Console) -> None:
+    """Print a table for each size, and three on what this package costs."""
+    Part(servers, quick, console).run()
+
+
+def _table(size: int, figures: dict[str, Figures]) -> Table:
+    due_rate = next(iter(figures.values())).due_rate
+    table = _columns(
+        f"beat: {size:,} entries, {due_rate:.0f} due/s",
+        *("scheduler", "sent/s", "of due", "late p50 (s)", "p99 (s)", "busy (ms)"),
+        *("statements", "messages"),
+    )
+    for name, each in figures.items():
+        is_ours = name in NAMES.values()
+        table.add_row(
+            name,
+            f"{each.rate:.1f}",
+            f"{'saturated, ' if each.saturated else ''}{each.rate / each.due_rate:.3f}",
+            f"{each.late(0.5):.3f}",
+            f"{each.late(0.99):.3f}",
+            f"{each.busy * 1e3:.2f}",
+            f"{each.statements_a_tick:.2f}" if is_ours else "",
+            f"{each.messages_a_tick:.2f}",
+        )
+    if size == MIDDLE:
+        table.caption = "target of this package: all sent, p99 <= 0.25 s"
+    return table
+
+
+def _add_start(
+    table: Table, name: str, start: str, figures: Figures, statements: str, target: str
+) -> None:
+    table.add_row(
+        name, start, f"{figures.start:.1f}", f"{figures.start_busy:.1f}", statements, target
+    )
+
+
+def _columns(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number == 0 else "right")
+    return table

@@ -1,0 +1,152 @@
+"""What a beat did in a window of time, from its notes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+
+from celery_singleton_state.store import open_store
+
+from .beat_app import seconds_between
+from .beat_notes import Note, read
+from .beat_process import Schedule, redbeat_url, started_beat
+from .servers import Servers
+
+#: A scheduler that sends less of what is due has fallen behind.
+SATURATED = 0.97
+
+
+@dataclass(frozen=True)
+class Window:
+    """Seconds from the first message on that are not counted, and then those that are."""
+
+    warm_up: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One beat's.
+
+    :param due_rate: ticks due in a second, by the intervals alone.
+    :param start: seconds from the process's start to its first message.
+    :param start_busy: of these, seconds of processor time; ``start_statements``: those sent to
+        the store until then.
+    :param notes: of the window's messages.
+    """
+
+    due_rate: float
+    window: Window
+    start: float
+    start_busy: float
+    start_statements: int
+    notes: list[Note]
+
+    @property
+    def rate(self) -> float:
+        """Messages a second."""
+        return len(self.notes) / self.window.seconds
+
+    @property
+    def saturated(self) -> bool:
+        """Whether it sent less than was due."""
+        return self.rate < SATURATED * self.due_rate
+
+    def late(self, share: float) -> float:
+        """The seconds by which this share of the messages was late at most."""
+        late = sorted(note.late for note in self.notes)
+        return late[min(len(late) - 1, round(share * len(late)))] if late else float("nan")
+
+    @property
+    def busy(self) -> float:
+        """Seconds of processor time a message."""
+        return self._each("busy", len(self.notes) - 1)
+
+    @property
+    def statements_a_tick(self) -> float:
+        """Round trips to the store for each call of ``tick()``."""
+        return self._each("statements", self.ticks)
+
+    @property
+    def messages_a_tick(self) -> float:
+        """Messages for each call of ``tick()``."""
+        return (len(self.notes) - 1) / self.ticks if self.ticks else float("nan")
+
+    @property
+    def ticks(self) -> float:
+        """Calls of ``tick()`` between the first and the last message."""
+        return self.notes[-1].ticks - self.notes[0].ticks if self.notes else 0.0
+
+    def _each(self, what: str, count: float) -> float:
+        if count <= 0:
+            return float("nan")
+        grown: float = getattr(self.notes[-1], what) - getattr(self.notes[0], what)
+        return grown / count
+
+
+def prepare(servers: Servers, schedule: Schedule) -> None:
+    """Have the tables made, and nothing left of another's run."""
+    with redis.Redis.from_url(redbeat_url(servers)) as client:
+        client.flushdb()
+    store = open_store(schedule.database, schedule.table, 10.0, auto_migrate=True)
+    store.check()
+    store.close()
+
+
+def measure(servers: Servers, schedule: Schedule, window: Window) -> Figures:
+    """Run a beat until the end of its window.
+
+    :raises RuntimeError: it ended early, or what it noted is not what the broker got.
+    """
+    with Drain(servers) as drain, started_beat(servers, schedule) as beat:
+        beat.wait_until(lambda: bool(read(beat.notes)))
+        begin = read(beat.notes)[0].sent + window.warm_up
+        end = begin + window.seconds
+        beat.wait_until(lambda: time.time() > end, 0.2)
+    notes = read(beat.notes)
+    if abs(len(notes) - drain.count) > 1:
+        raise RuntimeError(f"{len(notes)} messages were noted and {drain.count} arrived")
+    first = notes[0]
+    due_rate = sum(1 / seconds_between(n, schedule.stretch) for n in range(schedule.entries))
+    return Figures(
+        due_rate,
+        window,
+        first.sent - beat.started,
+        first.busy,
+        int(first.statements),
+        [note for note in notes if begin <= note.sent < end],
+    )
+
+
+class Drain:
+    """Throws away what arrives at the broker, and counts it."""
+
+    def __init__(self, servers: Servers) -> None:
+        self.count = 0
+        self._client = redis.Redis.from_url(servers.broker)
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Drain:
+        self._client.unlink("celery")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._ends.set()
+        self._thread.join()
+        self._take()
+        self._client.close()
+
+    def _run(self) -> None:
+        while not self._ends.wait(0.25):
+            self._take()
+
+    def _take(self) -> None:
+        pipe: Any
+        with self._client.pipeline() as pipe:
+            self.count += int(pipe.llen("celery").unlink("celery").execute()[0])
