@@ -123,7 +123,8 @@ class Leader:
         if acquired is None:
             return False
         self._entries = history.decode(acquired.history, self.key)
-        self._offset = acquired.acquired_at - asked_at
+        # Not early, whatever the answer took; the first record makes it right.
+        self._offset = acquired.acquired_at - clock()
         self._started = acquired.acquired_at
         self._held = HeldLease(acquired.lease, asked_at, settings.heartbeat_interval)
         self.say_leads()
@@ -189,12 +190,13 @@ class Leader:
         )
         document = history.append(self._entries, entry, self.runtime.settings.history)
         try:
-            self._store.release(held.lease, Ended(Outcome.SUCCEEDED, document))
+            released = self._store.release(held.lease, Ended(Outcome.SUCCEEDED, document))
         except StoreError as error:
             logger.warning("beat: the lead of %r runs out by itself: %s", self.name, error)
             return
         self.give_up()
-        self.say(f"beat gave back the lead of {self.name!r}: {why}")
+        ended = "gave back" if released else "had lost"
+        self.say(f"beat {ended} the lead of {self.name!r}: {why}")
 
     def give_up(self) -> None:
         """Hold the lease no more, whatever the store says."""

@@ -101,7 +101,8 @@ class LeaderMixin(_Base):
         due = self._due(entry)
         self._failure = None
         super().apply_entry(message_of(entry, self._leader.name, due), producer)
-        if isinstance(self._failure, self._broker_errors):
+        # Celery makes this of whatever goes wrong with the connection, and only of that.
+        if isinstance(self._failure, OperationalError):
             self._put_back(entry)
             raise BrokerUnavailable(str(self._failure)) from self._failure
         self._unrecorded[entry.name] = self._sent(entry, due)
@@ -129,10 +130,12 @@ class LeaderMixin(_Base):
     def close(self) -> None:
         """Record what was sent and hand over. May be called again, and by a signal's handler."""
         try:
-            super().close()
+            self.sync()
         finally:
-            self._disconnect()
+            # Before the connection, whose end can take long.
             self._hand_over("it stops")
+            super().close()
+            self._disconnect()
 
     # -- leading
 
@@ -174,7 +177,7 @@ class LeaderMixin(_Base):
         return _due_after(entry.schedule, entry.last_run_at)
 
     def _sent(self, entry: Any, due: datetime) -> EntryState:
-        self._states[entry.name] = _state(entry, due, self._reserved)
+        self._states[entry.name] = _state(entry, due, self._reserved or entry)
         return self._states[entry.name]
 
     def _adopt(self, entry: Any, believes: bool = True) -> None:
@@ -285,9 +288,9 @@ def _state(entry: Any, due: datetime | None, after: Any) -> EntryState:
 
 
 def _due_after(schedule: Any, moment: datetime) -> datetime:
-    """The next tick; the moment itself for a schedule that is never due again."""
+    """The next tick; the moment itself for a schedule that cannot tell."""
     moment = maybe_make_aware(moment)
     try:
         return next_due(schedule, moment)
-    except ValueError:
+    except Exception:  # the class judges for itself what is due, and says so
         return moment

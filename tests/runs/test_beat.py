@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from celery import Celery, signals
+from celery.beat import BeatLazyFunc
 from celery.exceptions import ImproperlyConfigured
 from celery.schedules import crontab
 from kombu.exceptions import OperationalError
@@ -340,6 +341,26 @@ def test_a_message_that_cannot_be_made_stops_no_other(
     assert "Message Error" in caplog.text
     assert len(stored(beat)) == 2
     assert stored(beat)["bad"].last_tick == bad
+    assert stored(beat)["good"].total_run_count == 1
+
+
+def test_a_lazy_argument_that_fails_stops_no_other(
+    beats: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """With an error that brokers' connections have as well: it is not the broker's."""
+
+    def read() -> str:
+        raise FileNotFoundError("config")
+
+    lazy = EVERY_MINUTE | {"args": (BeatLazyFunc(read),)}
+    beat = beats.make({"lazy": lazy, "good": EVERY_MINUTE})
+    beat.tick()
+    due_now(beat, "lazy", 2 * SECOND)
+    due_now(beat, "good")
+    beat.tick()
+    assert "Message Error" in caplog.text
+    assert beat._leader.leads
+    assert stored(beat)["lazy"].total_run_count == 1
     assert stored(beat)["good"].total_run_count == 1
 
 
