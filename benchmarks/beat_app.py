@@ -28,6 +28,11 @@ def seconds_between(number: int, stretch: int = 1) -> float:
     return float((1 + number % LONGEST) * stretch)
 
 
+def entry_name(number: int) -> str:
+    """The name of an entry."""
+    return f"entry-{number}"
+
+
 def _entry(number: int, now: datetime, stretch: int) -> dict[str, Any]:
     """An entry, in mid-interval.
 
@@ -41,7 +46,7 @@ def _entry(number: int, now: datetime, stretch: int) -> dict[str, Any]:
 
 def _schedule(count: int, stretch: int) -> dict[str, Any]:
     now = datetime.now(UTC)
-    return {f"entry-{number}": _entry(number, now, stretch) for number in range(count)}
+    return {entry_name(number): _entry(number, now, stretch) for number in range(count)}
 
 
 app = Celery("beats", broker=os.environ.get("BENCHMARK_BROKER", "redis://localhost/0"))

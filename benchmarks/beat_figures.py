@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import redis
 
+from celery_singleton_state.beat import SingletonEntry
 from celery_singleton_state.store import open_store
 
-from .beat_app import seconds_between
+from .beat_app import app, entry_name, seconds_between
 from .beat_notes import Note, read
-from .beat_process import Schedule, redbeat_url, started_beat
+from .beat_process import OURS, Schedule, redbeat_url, started_beat
 from .servers import Servers
 
-#: A scheduler that sends less of what is due has fallen behind.
-SATURATED = 0.97
+#: A scheduler that sends less of what is due, half of it later by so many seconds, has fallen
+#: behind. One that counts from the last run sends a little less as it is.
+SATURATED, BEHIND = 0.97, 0.25
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Window:
 class Figures:
     """One beat's.
 
-    :param due_rate: ticks due in a second, by the intervals alone.
+    :param due_rate: ticks due in a second: of this package in this very window, of the others,
+        which count from the last run, by the intervals alone.
     :param start: seconds from the process's start to its first message.
     :param start_busy: of these, seconds of processor time; ``start_statements``: those sent to
         the store until then.
@@ -53,8 +58,8 @@ class Figures:
 
     @property
     def saturated(self) -> bool:
-        """Whether it sent less than was due."""
-        return self.rate < SATURATED * self.due_rate
+        """Whether it could not send all that was due."""
+        return self.rate < SATURATED * self.due_rate and self.late(0.5) > BEHIND
 
     def late(self, share: float) -> float:
         """The seconds by which this share of the messages was late at most."""
@@ -111,15 +116,26 @@ def measure(servers: Servers, schedule: Schedule, window: Window) -> Figures:
     if abs(len(notes) - drain.count) > 1:
         raise RuntimeError(f"{len(notes)} messages were noted and {drain.count} arrived")
     first = notes[0]
-    due_rate = sum(1 / seconds_between(n, schedule.stretch) for n in range(schedule.entries))
     return Figures(
-        due_rate,
+        _due_rate(schedule, begin, window.seconds),
         window,
         first.sent - beat.started,
         first.busy,
         int(first.statements),
         [note for note in notes if begin <= note.sent < end],
     )
+
+
+def _due_rate(schedule: Schedule, begin: float, seconds: float) -> float:
+    every = [seconds_between(number, schedule.stretch) for number in range(schedule.entries)]
+    if schedule.scheduler != OURS:
+        return sum(1 / each for each in every)
+    due = 0
+    for number, each in enumerate(every):
+        entry = SingletonEntry(name=entry_name(number), task="noop", schedule=each, app=app)
+        entry.begin(datetime.fromtimestamp(begin, UTC))
+        due += max(0, math.ceil((begin + seconds - entry.next_tick.timestamp()) / each))
+    return due / seconds
 
 
 class Drain:

@@ -88,42 +88,57 @@ def doubled(fleet: Fleet) -> list[str]:
     return [task_id for task_id, n in ids.items() if n > 1]
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def project(
+@pytest.fixture
+def make_project(
     request: pytest.FixtureRequest, make_fleet: Callable[..., Fleet], tmp_path: Path
-) -> Project:
-    """With its tables, and the store on the same kind of database."""
-    if request.param == "sqlite":
-        store = f"sqlite:///{tmp_path}/store.db"
-        database = {
-            "ENGINE": "django.db.backends.sqlite3",
-            "NAME": f"{tmp_path}/django.db",
-            "OPTIONS": {"timeout": 10},
-        }
-    else:
-        store = request.getfixturevalue("postgres_url")
-        url = make_url(store)
-        database = {
-            "ENGINE": "django.db.backends.postgresql",
-            "NAME": url.database,
-            "HOST": url.host,
-            "PORT": url.port,
-            "USER": url.username,
-        }
-    fleet = make_fleet(
-        store, TEST_DJANGO_DATABASE=json.dumps(database), CELERY_SINGLETON_HEARTBEAT_INTERVAL=1
-    )
-    project = Project(fleet)
-    project.run("call_command('migrate', verbosity=0)")
-    fleet.start("-P", "solo", app="tests.processes.beat_app")
-    return project
+) -> Callable[[str], Project]:
+    """Makes one with its tables, and the store on the same kind of database."""
+
+    def make(kind: str) -> Project:
+        if kind == "sqlite":
+            store = f"sqlite:///{tmp_path}/store.db"
+            database: dict[str, Any] = {
+                "ENGINE": "django.db.backends.sqlite3",
+                "NAME": f"{tmp_path}/django.db",
+                "OPTIONS": {"timeout": 10},
+            }
+        else:
+            store = request.getfixturevalue("postgres_url")
+            url = make_url(store)
+            database = {
+                "ENGINE": "django.db.backends.postgresql",
+                "NAME": url.database,
+                "HOST": url.host,
+                "PORT": url.port,
+                "USER": url.username,
+            }
+        fleet = make_fleet(
+            store, TEST_DJANGO_DATABASE=json.dumps(database), CELERY_SINGLETON_HEARTBEAT_INTERVAL=1
+        )
+        project = Project(fleet)
+        project.run("call_command('migrate', verbosity=0)")
+        fleet.start("-P", "solo", app="tests.processes.beat_app")
+        return project
+
+    return make
 
 
-def test_what_a_dead_leader_has_sent_is_not_sent_again(project: Project) -> None:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def any_project(request: pytest.FixtureRequest, make_project: Callable[[str], Project]) -> Project:
+    return make_project(request.param)
+
+
+@pytest.fixture
+def project(make_project: Callable[[str], Project]) -> Project:
+    return make_project("sqlite")
+
+
+def test_what_a_dead_leader_has_sent_is_not_sent_again(any_project: Project) -> None:
     """The leader sends an entry that is due once an hour, and is killed long before its scheduler
     writes that to its database, which it does every three minutes; another beat leads.
     (django-celery-beat #337, #576, celery #1495, #1876)
     """
+    project = any_project
     project.run("""
 task("often", every(1))
 task("hourly", every(3600), last_run_at=now - timedelta(hours=2))
@@ -160,8 +175,9 @@ def test_an_orderly_stop(project: Project) -> None:
     assert doubled(project.fleet) == []
 
 
-def test_entries_are_edited_while_it_runs(project: Project) -> None:
+def test_entries_are_edited_while_it_runs(any_project: Project) -> None:
     """Added, made quicker, disabled and removed; then another beat leads, and has it so too."""
+    project = any_project
     project.run("""
 task("kept", every(1))
 task("changed", every(3600), last_run_at=now)
