@@ -7,38 +7,28 @@ sent again by the next, with the same id, and refused by the singleton that has 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from celery import Celery
-from celery.beat import Scheduler, SchedulingError
+from celery.beat import SchedulingError
 from celery.utils.time import maybe_make_aware
 from kombu.exceptions import OperationalError
-from kombu.utils.objects import cached_property
 
-from celery_singleton_state.schedules import next_due, spelled
 from celery_singleton_state.store.base import StoreError
 from celery_singleton_state.ticks import message_of
 
+from .broker import BrokerConnection, BrokerUnavailable
+from .celerys_entry import count_from, due_after, state_of
 from .entry_state import EntryState, decode_rows, unknown_to
 from .leader import STANDBY_POLL, Leader, NotLeading
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    _Base = Scheduler
-else:
-    _Base = object
 
-
-class BrokerUnavailable(Exception):
-    """The broker does not take messages from this beat."""
-
-
-class LeaderMixin(_Base):
+class LeaderMixin(BrokerConnection):
     """Lets one of several beats lead, of any scheduler class; the others stand by.
 
     ::
@@ -174,10 +164,10 @@ class LeaderMixin(_Base):
         return float(super().tick(*args, **kwargs) or 0.0)
 
     def _due(self, entry: Any) -> datetime:
-        return _due_after(entry.schedule, entry.last_run_at)
+        return due_after(entry.schedule, entry.last_run_at)
 
     def _sent(self, entry: Any, due: datetime) -> EntryState:
-        self._states[entry.name] = _state(entry, due, self._reserved or entry)
+        self._states[entry.name] = state_of(entry, due, self._reserved or entry)
         return self._states[entry.name]
 
     def _adopt(self, entry: Any, believes: bool = True) -> None:
@@ -190,14 +180,14 @@ class LeaderMixin(_Base):
         known = state.last_run_at if state else None
         own = maybe_make_aware(entry.last_run_at)
         if state is None or known is None or (known < own and believes):
-            self._states[entry.name] = self._unrecorded[entry.name] = _state(entry, None, entry)
+            self._states[entry.name] = self._unrecorded[entry.name] = state_of(entry, None, entry)
         elif known != own:
-            _set(entry, known, state.total_run_count)
+            count_from(entry, known, state.total_run_count)
 
     def _put_back(self, entry: Any) -> None:
         """An entry was not sent, and its class has counted it as sent."""
         self._fence = None
-        _set(entry, entry.last_run_at, entry.total_run_count)
+        count_from(entry, entry.last_run_at, entry.total_run_count)
         self.schedule[entry.name] = entry
         getattr(self, "_dirty", set()).add(entry.name)
         self.sync()
@@ -236,61 +226,3 @@ class LeaderMixin(_Base):
         except StoreError as error:
             logger.warning("beat: what was sent last could not be recorded: %s", error)
         self._leader.resign(why)
-
-    # -- the broker
-
-    @cached_property
-    def _broker_errors(self) -> tuple[type[BaseException], ...]:
-        return (OperationalError, *self.app.connection_for_write().recoverable_connection_errors)
-
-    def _connect(self) -> None:
-        """:raises BrokerUnavailable: the broker cannot be reached."""
-        try:
-            _ = self.producer
-        except self._broker_errors as error:
-            raise BrokerUnavailable(str(error)) from error
-
-    def _ensure_connected(self) -> Any:
-        # Not for minutes, as Celery does: another beat may reach it.
-        tries = max(1, len(self.connection.alt))
-        return self.connection.ensure_connection(max_retries=tries, interval_start=0)
-
-    def _disconnect(self) -> None:
-        self.__dict__.pop("producer", None)
-        connection = self.__dict__.pop("connection", None)
-        if connection is not None:
-            with contextlib.suppress(*self._broker_errors):
-                connection.release()
-
-
-def _set(entry: Any, last_run_at: datetime, total_run_count: int) -> None:
-    """Set what an entry counts from, and its row's in a database of django-celery-beat's."""
-    for each in (entry, getattr(entry, "model", None)):
-        if each is not None:
-            each.last_run_at = last_run_at
-            each.total_run_count = total_run_count
-
-
-def _state(entry: Any, due: datetime | None, after: Any) -> EntryState:
-    """An entry as it is to be stored.
-
-    :param due: the tick that it was sent for, if it was; ``after``: the entry as it is after that.
-    """
-    return EntryState(
-        entry=entry.name,
-        task=entry.task,
-        schedule=spelled(entry.schedule),
-        next_tick=_due_after(entry.schedule, after.last_run_at),
-        last_tick=due,
-        last_run_at=maybe_make_aware(after.last_run_at),
-        total_run_count=after.total_run_count,
-    )
-
-
-def _due_after(schedule: Any, moment: datetime) -> datetime:
-    """The next tick; the moment itself for a schedule that cannot tell."""
-    moment = maybe_make_aware(moment)
-    try:
-        return next_due(schedule, moment)
-    except Exception:  # the class judges for itself what is due, and says so
-        return moment
