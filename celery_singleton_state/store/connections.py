@@ -69,6 +69,8 @@ class Connections:
             if self._outdated:
                 self._close_kept()
             self._in_use.release()
+            # Outdated between the two, by somebody who found it in use.
+            self._close_outdated()
 
     def _execute_on_pools(
         self, statement: str, parameters: Mapping[str, Any], answer: Answer
@@ -102,7 +104,10 @@ class Connections:
     def _outdate(self, _engine: Engine) -> None:
         """With the pool's connections, that which is kept is closed: now, or after its use."""
         self._outdated = True
-        if self._in_use.acquire(blocking=False):
+        self._close_outdated()
+
+    def _close_outdated(self) -> None:
+        if self._outdated and self._in_use.acquire(blocking=False):
             try:
                 self._close_kept()
             finally:

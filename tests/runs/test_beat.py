@@ -31,10 +31,12 @@ class Beats:
 
     def __init__(self, store_url: str) -> None:
         self._store_url = store_url
+        self._apps: list[Celery] = []
         self._made: list[SingletonScheduler] = []
 
     def make(self, schedule: dict[str, Any], **settings: Any) -> SingletonScheduler:
         app = Celery("shop", broker="memory://", set_as_current=False)
+        self._apps.append(app)
         app.conf.update(
             {
                 "singleton_store_url": self._store_url,
@@ -50,8 +52,10 @@ class Beats:
     def close(self) -> None:
         for beat in self._made:
             beat.close()
-            close_runtime(beat.app)
-            beat.app.close()
+        # Also of those that did not come to be a beat.
+        for app in self._apps:
+            close_runtime(app)
+            app.close()
 
 
 @pytest.fixture

@@ -65,6 +65,29 @@ def test_a_connection_that_is_outdated_in_mid_statement_is_closed_after_it(
     assert (connection.closed, rows) == (True, [(1,)])
 
 
+def test_a_connection_that_is_outdated_just_before_it_is_let_go_is_closed(
+    engine: Engine, connections: Connections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A has seen that its connection is good; all are closed by B, who finds it in use; A lets it
+    go, and nobody uses it again.
+    """
+    lock = connections._in_use
+
+    class Late:
+        acquire = lock.acquire
+        disposed = False
+
+        def release(self) -> None:
+            if not self.disposed:
+                self.disposed = True
+                engine.dispose()
+            lock.release()
+
+    monkeypatch.setattr(connections, "_in_use", Late())
+    kept = connections.execute("SELECT 1", {}, lambda cursor: cursor.connection)
+    assert kept.closed
+
+
 def test_closing_the_pool_closes_the_one_that_is_kept(
     engine: Engine, connections: Connections
 ) -> None:
