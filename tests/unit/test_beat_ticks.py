@@ -14,9 +14,17 @@ EVERY = timedelta(seconds=2)
 TICKS = [NOON + number * EVERY for number in range(5)]
 
 
-def found(executed: list[datetime], runs: int = 5, missed: int = 0) -> list[str]:
+def found(
+    executed: list[datetime], runs: int = 5, missed: int = 0, missed_since: int = 0
+) -> list[str]:
     state = EntryState(
-        "e", "t", "every 2 s", last_tick=TICKS[-1], total_run_count=runs, missed_count=missed
+        "e",
+        "t",
+        "every 2 s",
+        next_tick=TICKS[-1] + (1 + missed_since) * EVERY,
+        last_tick=TICKS[-1],
+        total_run_count=runs,
+        missed_count=missed + missed_since,
     )
     return complaints({"e": state}, {"e": EVERY}, {"e": executed})
 
@@ -27,6 +35,8 @@ def test_nothing_is_wrong() -> None:
     assert found([*TICKS[:2], *TICKS[3:]], runs=4, missed=1) == []
     # Sent, not recorded, and passed over by the next leader.
     assert found(TICKS, runs=4, missed=1) == []
+    # Passed over after the last one was sent.
+    assert found(TICKS, missed_since=3) == []
     # On its way when the last beat was told to stop.
     assert found([*TICKS, TICKS[-1] + EVERY]) == []
 
