@@ -100,7 +100,8 @@ def make_project(
             database: dict[str, Any] = {
                 "ENGINE": "django.db.backends.sqlite3",
                 "NAME": f"{tmp_path}/django.db",
-                "OPTIONS": {"timeout": 10},
+                # One that reads first and writes later cannot wait for a writer.
+                "OPTIONS": {"timeout": 10, "transaction_mode": "IMMEDIATE"},
             }
         else:
             store = request.getfixturevalue("postgres_url")
