@@ -1,5 +1,6 @@
 """Celery tasks that run once at a time and remember where they were."""
 
+from . import signals
 from .decorator import singleton_task
 from .errors import (
     HeartbeatFailed,
@@ -11,6 +12,7 @@ from .errors import (
     StateLoadFailed,
     StatePersistFailed,
 )
+from .health import Health, SingletonHealth, check_health
 from .kv import KeyValueStore
 from .retry import RetryPolicy
 from .schedules import matches_now, next_runs
@@ -19,6 +21,7 @@ from .task import SingletonTask
 __version__ = "0.1.0"
 
 __all__ = [
+    "Health",
     "HeartbeatFailed",
     "KeyValueStore",
     "KeyValueStoreError",
@@ -27,11 +30,14 @@ __all__ = [
     "SchemaDecodeFailed",
     "SingletonError",
     "SingletonErrorReason",
+    "SingletonHealth",
     "SingletonTask",
     "StateLoadFailed",
     "StatePersistFailed",
     "__version__",
+    "check_health",
     "matches_now",
     "next_runs",
+    "signals",
     "singleton_task",
 ]

@@ -7,7 +7,6 @@ knows from what it waited for itself; time in a queue does not count.
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from typing import Any
 
 from .delivery import Delivery
 from .errors import LeaderHandoffFailed
+from .history import Outcome
+from .hooks import Skipped
 from .redelivery import WAITED_HEADER, can_be_put_back, send_again
 from .store.base import Row
 from .wish import wish_for
-
-logger = logging.getLogger(__name__)
 
 #: Seconds before the second try of one that waits, doubled up to the longest, and jittered.
 FIRST_WAIT = 0.1
@@ -65,7 +64,7 @@ class Conflict:
 
 def skip(conflict: Conflict) -> None:
     """The delivery succeeds with ``None``."""
-    logger.info("singleton %s skipped: %s", conflict.singleton, conflict.holder)
+    _tell_skipped(conflict, "skipped")
 
 
 def refuse(conflict: Conflict) -> None:
@@ -105,8 +104,12 @@ def coalesce(conflict: Conflict) -> float | None:
             send_again(delivery.task, delivery.request, delivery.name, left)
     elif not wishes.want(row, wish_for(delivery, conflict.args, conflict.kwargs)):
         return 0.0
-    logger.info("singleton %s: one more run is wanted; %s", conflict.singleton, conflict.holder)
+    _tell_skipped(conflict, "skipped, and one more run is wanted")
     return None
+
+
+def _tell_skipped(conflict: Conflict, what: str) -> None:
+    conflict.delivery.tell(Skipped, outcome=Outcome.SKIPPED, why=f"{what}: {conflict.holder}")
 
 
 def _try_again(conflict: Conflict, pause: float) -> float:

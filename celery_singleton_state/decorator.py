@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from datetime import timedelta
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from celery import Celery
@@ -34,6 +35,7 @@ def singleton_task(
     deduplicate: bool | None = None,
     retry_reasons: Collection[str] | None = None,
     retry_policy: Mapping[str, RetryPolicy] | None = None,
+    expected_interval: float | timedelta | None = None,
     base: type[SingletonTask[Any, Any, Any]] = SingletonTask,
     **celery_options: Any,
 ) -> Callable[[Callable[Concatenate[Any, P], R]], SingletonTask[S, P, R]]:
@@ -64,6 +66,7 @@ def singleton_task(
         "deduplicate": deduplicate,
         "retry_reasons": retry_reasons,
         "retry_policy": retry_policy,
+        "expected_interval": expected_interval,
     }
     chosen = {name: value for name, value in options.items() if value is not None}
 

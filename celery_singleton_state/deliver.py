@@ -10,7 +10,9 @@ from .conflict import POLICIES, Conflict
 from .delivery import Delivery
 from .enqueue import dequeue
 from .errors import LeaderHandoffFailed, StateLoadFailed
+from .history import Outcome
 from .holdings import Holding
+from .hooks import Conflicted, Skipped
 from .in_place import in_place
 from .lease import clock
 from .recovery import free_holder
@@ -57,11 +59,11 @@ def _try(
         done = delivery.done_by(run.entries)
         if done or delivery.is_past(run.entries):
             run.give_back(done)
-            end_duplicate(delivery.task, request, name)
+            _end_duplicate(delivery)
             return True, None
         return True, run.execute(args, kwargs)
     if row is not None and delivery.done_by(history.decode(row.history, name)):
-        end_duplicate(delivery.task, request, name)
+        _end_duplicate(delivery)
         return True, None
     if row is not None and row.task_id == request.id and can_be_put_back(request):
         put_back(delivery.task, request, name)
@@ -69,11 +71,21 @@ def _try(
     return again is None, again
 
 
+def _end_duplicate(delivery: Delivery) -> None:
+    """:raises Ignore: its result is stored."""
+    request = delivery.request
+    delivery.tell(Skipped, outcome=Outcome.DUPLICATE, why=f"task {request.id} was done before")
+    end_duplicate(delivery.task, request)
+
+
 def _conflict(conflict: Conflict) -> float | None:
     """Do as the policy says; the message is queued no more unless it comes again."""
     delivery = conflict.delivery
+    policy = delivery.options.on_conflict
+    if not (delivery.waited or conflict.waited):
+        delivery.tell(Conflicted, policy=policy, found=conflict.holder)
     try:
-        again = POLICIES[delivery.options.on_conflict](conflict)
+        again = POLICIES[policy](conflict)
     except LeaderHandoffFailed:
         dequeue(delivery)
         raise

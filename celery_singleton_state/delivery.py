@@ -8,6 +8,7 @@ from typing import Any
 from celery.app.task import Context
 
 from . import history
+from .hooks import Details
 from .options import Options
 from .redelivery import WAITED_HEADER, count_in
 from .runtime import Runtime
@@ -33,6 +34,12 @@ class Delivery:
     options: Options
     codec: Codec[Any] | None
     runtime: Runtime
+
+    def tell(self, kind: type[Details], **fields: Any) -> None:
+        """Tell those who look on that something happened to the singleton."""
+        self.runtime.door.tell(
+            kind(singleton=self.task.name, key=self.name, task_id=self.request.id, **fields)
+        )
 
     @property
     def ttl(self) -> float:

@@ -20,18 +20,26 @@ class FencedWriter:
     """Sends a run's writes, each with its fence and holder.
 
     :param name: the singleton's name, for its errors.
+    :param on_refused: told the operation that the store refused.
     """
 
-    def __init__(self, name: str, store: Store, held: HeldLease) -> None:
+    def __init__(
+        self, name: str, store: Store, held: HeldLease, on_refused: Callable[[str], None]
+    ) -> None:
         self._name = name
         self._store = store
         self._held = held
+        self._on_refused = on_refused
 
     def write(
-        self, request: Callable[[], T | None], recognised: Callable[[], bool] = lambda: False
+        self,
+        operation: str,
+        request: Callable[[], T | None],
+        recognised: Callable[[], bool] = lambda: False,
     ) -> T | None:
         """Send a write, with tries in place and never past the lease's life.
 
+        :param operation: what it is, for those who look on.
         :param request: sends it; false when it was refused.
         :param recognised: asked when a repeated write is refused: whether that is because an
             earlier one, whose answer was lost, took effect.
@@ -48,7 +56,7 @@ class FencedWriter:
             try:
                 answer = request()
                 if not answer and not (uncertain and recognised()):
-                    raise self.refused()
+                    raise self.refused(operation)
                 return answer
             except StoreUnavailable:
                 uncertain = True
@@ -78,11 +86,16 @@ class FencedWriter:
     def refuse_if_lost(self) -> None:
         """:raises HeartbeatFailed: the lease is known to be lost; the store is not asked."""
         if self._held.lost:
-            raise self.refused()
+            raise self.failure()
 
-    def refused(self) -> HeartbeatFailed:
+    def refused(self, operation: str) -> HeartbeatFailed:
         """The error of a write that the store refused; the lease is lost from here on."""
         self._held.lost = self._held.lost or "the write was refused"
+        self._on_refused(operation)
+        return self.failure()
+
+    def failure(self) -> HeartbeatFailed:
+        """The error of a run whose lease is lost."""
         return HeartbeatFailed(
             self._name,
             f"the lease with fence {self._held.lease.fence} is lost: {self._held.lost}",

@@ -110,5 +110,4 @@ class Heartbeat:
             if held not in self._held:
                 return
             self._held.discard(held)
-        logger.error("lease on %s (fence %d) is lost: %s", held.lease.key, held.lease.fence, why)
         held.lose(why)

@@ -17,6 +17,8 @@ from .ticks import Tick
 logger = logging.getLogger(__name__)
 
 MAX_ERROR_LENGTH = 200
+#: The error of a run whose process died.
+DIED = "its process died"
 
 
 class Outcome(StrEnum):

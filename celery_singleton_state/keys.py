@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -58,6 +59,18 @@ def singleton_name(
     if unique_on != "*":
         arguments = {name: arguments[name] for name in unique_on}
     return task_name + _json(task_name, arguments)
+
+
+def task_of(name: str, tasks: Collection[str]) -> str:
+    """The task that a singleton's name belongs to.
+
+    :param tasks: the names of those that are known; of another one it is what comes before the
+        arguments, as far as one can tell.
+    """
+    head = re.split(r'[{\["]', name, maxsplit=1)[0]
+    if head in tasks:
+        return head
+    return max((task for task in tasks if name.startswith(task)), key=len, default=head)
 
 
 def row_key(prefix: str, name: str) -> str:

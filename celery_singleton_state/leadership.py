@@ -18,7 +18,7 @@ class Leadership:
     """A run's leadership: begun once, and ended once, however the run ends.
 
     :param interrupts: whether a body is broken off that lost its lease, or is asked for it.
-    :param lost: makes the error of a run that is lost.
+    :param lost: told that it is lost; makes the error of that.
     :param enter: makes the calling thread one of the run's.
     """
 
@@ -61,8 +61,9 @@ class Leadership:
     # -- in the heartbeat's threads, which must not wait for what a task does about it
 
     def _on_lost(self) -> None:
+        why = self._lost().detail
         if self._interrupts:
-            self.body.break_off(self._lost().detail)
+            self.body.break_off(why)
         else:
             threading.Thread(target=self._end_beside, daemon=True).start()
 

@@ -6,6 +6,7 @@ A refusal is a :exc:`ValueError` whose message says what is allowed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 from .errors import parse_reason
@@ -78,6 +79,14 @@ def _seconds(least: float) -> Callable[[Any], float]:
     return check
 
 
+def _interval(value: Any) -> float:
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not is_number or not 0 < seconds < float("inf"):
+        raise ValueError("a timedelta or a number of seconds, above 0")
+    return float(seconds)
+
+
 def _reasons(value: Any) -> frozenset[str]:
     if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
         raise ValueError("a list of reasons")
@@ -109,4 +118,5 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "deduplicate": _switch,
     "retry_reasons": _reasons,
     "retry_policy": _policies,
+    "expected_interval": _interval,
 }

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from celery import Task
+from celery import Celery, Task
 from celery.exceptions import ImproperlyConfigured
 
 from .errors import RETRYABLE_REASONS
@@ -38,6 +38,7 @@ class Options:
     deduplicate: bool | None = None
     retry_reasons: frozenset[str] = RETRYABLE_REASONS
     retry_policy: Mapping[str, RetryPolicy] = field(default_factory=dict)
+    expected_interval: float | None = None
 
     @property
     def deduplicates(self) -> bool:
@@ -70,6 +71,24 @@ def read_options(task: type[Task[Any, Any]]) -> Options:
     options = Options(**found)
     _check_together(task, options)
     return options
+
+
+def options_of(task: Any) -> Options | None:
+    """A task's options; ``None`` if it is no singleton."""
+    options = getattr(task, "_options", None)
+    return options if isinstance(options, Options) else None
+
+
+def expected_singletons(app: Celery) -> set[str]:
+    """The names of those singletons that should run now and then, as far as their tasks tell.
+
+    One with ``unique_on`` is known by its first run.
+    """
+    return {
+        name
+        for name, task in app.tasks.items()
+        if (own := options_of(task)) and own.expected_interval and own.unique_on is None
+    }
 
 
 def find_misspelled(task_name: str, attributes: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from . import history
 from .history import Outcome
 from .holdings import Holding, file_of
 from .runtime import Runtime
-from .store.base import Ended, Lease, StoreError
+from .store.base import Ended, Lease, Row, StoreError
 from .wish import grant
 
 logger = logging.getLogger(__name__)
@@ -46,21 +46,38 @@ def _free(runtime: Runtime, holding: Holding) -> None:
     row = runtime.store.peek(holding.key)
     if row is None or row.holder != holding.holder:
         return
+    if end_for(runtime, row, holding.generation, history.DIED):
+        logger.warning("%s is free: its holder %s died", holding.key, holding.holder)
+
+
+def end_for(runtime: Runtime, row: Row, generation: int, why: str) -> bool:
+    """Release a lease in the name of the holder that was seen; false if it is the holder no more.
+
+    :param generation: of the message that it runs.
+    :param why: for the history.
+    :raises StoreError: the store is out of reach.
+    """
+    holder = row.holder or ""
+    if row.acquired_at is None:
+        # Held on after its run, which has its entry.
+        return runtime.store.wishes.let_go(row)
     entry = history.Entry(
         task_id=row.task_id,
-        generation=holding.generation,
-        holder=holding.holder,
+        generation=generation,
+        holder=holder,
         fence=row.fence,
         tick=None,
         outcome=Outcome.LOST,
-        error="its process died",
-        started=row.acquired_at or row.read_at,
+        error=why,
+        started=row.acquired_at,
         finished=row.read_at,
     )
-    entries = history.decode(row.history, holding.key)
-    lease = Lease(holding.key, holding.holder, row.fence, 0)
-    ended = Ended(Outcome.LOST, history.append(entries, entry, runtime.settings.history))
-    released = runtime.store.release(lease, ended)
-    if released is not None:
-        grant(runtime.app, runtime.store, holding.key, released)
-        logger.warning("%s is free: its holder %s died", holding.key, holding.holder)
+    entries = history.decode(row.history, row.key)
+    document = history.append(entries, entry, runtime.settings.history)
+    released = runtime.store.release(
+        Lease(row.key, holder, row.fence, 0), Ended(Outcome.LOST, document)
+    )
+    if released is None:
+        return False
+    grant(runtime.app, runtime.store, row.key, released)
+    return True

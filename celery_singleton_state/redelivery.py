@@ -130,7 +130,7 @@ def put_back(task: Any, request: Context, singleton: str) -> NoReturn:
     send_again(task, request, singleton, delay, {HEADER: count + 1})
 
 
-def end_duplicate(task: Any, request: Context, singleton: str) -> None:
+def end_duplicate(task: Any, request: Context) -> None:
     """End a message that was done before.
 
     Its first delivery may have died after its save and before Celery recorded the result and
@@ -140,7 +140,6 @@ def end_duplicate(task: Any, request: Context, singleton: str) -> None:
 
     :raises Ignore: the result is stored; it, its callbacks and its chain are left alone.
     """
-    logger.info("singleton %s: task %s was done before", singleton, request.id)
     if _result_is_stored(task, request):
         raise Ignore(f"task {request.id} was done before")
 

@@ -18,6 +18,7 @@ from .fenced import FencedWriter
 from .history import Outcome
 from .leadership import Leadership, asked_by
 from .lease import HeldLease, clock
+from .report import Report
 from .run_state import RunState
 from .store.base import Acquired, Ended, NewValue, Saved, StoreError
 from .wish import grant
@@ -55,7 +56,8 @@ class Run:
         self._delivery = delivery
         self._store = delivery.runtime.store
         self._heartbeat = delivery.runtime.heartbeat
-        self._writer = FencedWriter(delivery.name, self._store, self.held)
+        self._report = Report(delivery, self.held, asked_at)
+        self._writer = FencedWriter(delivery.name, self._store, self.held, self._report.refused)
         self._acquired_at = acquired.acquired_at
         self._asked_at = asked_at
         self._in_transaction = False
@@ -64,13 +66,14 @@ class Run:
             delivery.name,
             self.held,
             delivery.options.on_lease_lost == "interrupt",
-            self._writer.refused,
+            self._on_lost,
             lambda: _current.set(self),
         )
 
     def execute(self, args: Any, kwargs: Any) -> Any:
         """Load the state, run the body, save and release; returns what the body returned."""
         token = _current.set(self)
+        self._report.begin(self.entries)
         try:
             result, new = self._body(args, kwargs)
             self.end(Outcome.SUCCEEDED, new=new)
@@ -78,6 +81,8 @@ class Run:
         finally:
             try:
                 self._heartbeat.drop(self.held)
+                if self.held.lost:
+                    self._report.lost()
                 self._leadership.end()
             finally:
                 _current.reset(token)
@@ -86,7 +91,7 @@ class Run:
         try:
             self._heartbeat.hold(self.held)
             starts_anew = self._delivery.options.on_decode_error == "initial"
-            self.state.load(self._set_aside if starts_anew else None)
+            self.state.load(self._set_aside if starts_anew else None, self._report.loaded)
             self._leadership.begin()
             with self._leadership.body:
                 result = self.task.run(*args, **kwargs)
@@ -95,12 +100,16 @@ class Run:
             self._end_with(error)
             raise
 
+    def _on_lost(self) -> HeartbeatFailed:
+        self._report.lost()
+        return self._writer.failure()
+
     def _set_aside(self, key: str, value: str) -> None:
         def keep() -> bool:
             self._store.set_aside(key, value)
             return True
 
-        self._writer.write(keep)
+        self._writer.write("quarantine", keep)
 
     # -- what the body may do
 
@@ -114,9 +123,10 @@ class Run:
         new = self.state.document()
         asked_at = clock()
         self.state.stored = None
-        saved = self._writer.write(lambda: self._store.save(self.held.lease, new))
+        saved = self._writer.write("checkpoint", lambda: self._store.save(self.held.lease, new))
         self.held.renewed(asked_at)
         self.state.stored = new
+        self._report.saved("checkpoint", new)
         self._hand_over(saved)
 
     @contextmanager
@@ -138,7 +148,7 @@ class Run:
                 asked_at = clock()
                 saved = transaction.save(self.held.lease, new)
                 if saved is None:
-                    raise self._writer.refused()
+                    raise self._writer.refused("transaction")
         except StoreError as error:
             if saved is None or not self._writer.was_committed(saved.updated_at):
                 self.state.roll_back(before)
@@ -150,6 +160,7 @@ class Run:
             self._in_transaction = False
         self.held.renewed(asked_at)
         self.state.stored = new
+        self._report.saved("transaction", new)
         self._hand_over(saved)
 
     def _hand_over(self, saved: Saved | None) -> None:
@@ -167,6 +178,18 @@ class Run:
         :raises HeartbeatFailed: the lease was lost; nothing was written.
         :raises StatePersistFailed: the store is out of reach.
         """
+        text = history.describe(error) if error else None
+        try:
+            self._release(outcome, text, new)
+        except StatePersistFailed as failure:
+            if error is None:
+                outcome, text = Outcome.FAILED, history.describe(failure)
+            self._report.ended(outcome, text, given_back=False)
+            raise
+        self._report.saved("save", new)
+        self._report.ended(outcome, text, given_back=True)
+
+    def _release(self, outcome: Outcome, error: str | None, new: NewValue | None) -> None:
         lease = self.held.lease
         self._heartbeat.drop(self.held)
         entry = history.Entry(
@@ -176,7 +199,7 @@ class Run:
             fence=lease.fence,
             tick=self._delivery.tick,
             outcome=outcome,
-            error=history.describe(error) if error else None,
+            error=error,
             started=self._acquired_at,
             finished=self._acquired_at + clock() - self._asked_at,
             final=self.is_final,
@@ -187,7 +210,9 @@ class Run:
             hold = 0.0
         ended = Ended(outcome, history.append(self.entries, entry, limit), hold)
         released = self._writer.write(
-            lambda: self._store.release(lease, ended, new), recognised=self._writer.has_ended
+            "save" if new else "release",
+            lambda: self._store.release(lease, ended, new),
+            recognised=self._writer.has_ended,
         )
         grant(self.task.app, self._store, lease.key, released)
 
@@ -198,7 +223,7 @@ class Run:
         """
         self.is_final = done is not None and done.final
         try:
-            self.end(Outcome.DUPLICATE)
+            self._release(Outcome.DUPLICATE, None, None)
         except SingletonError as failure:
             logger.warning("singleton %s: a duplicate was not released: %s", self.name, failure)
 

@@ -34,16 +34,22 @@ class RunState:
             raise RuntimeError(f"{self._name}: {what} needs a state_schema")
         return self._codec
 
-    def load(self, set_aside: Callable[[str, str], None] | None) -> None:
+    def load(
+        self,
+        set_aside: Callable[[str, str], None] | None,
+        loaded: Callable[[str, int | None], None],
+    ) -> None:
         """Decode what the row held, or make the initial state.
 
         :param set_aside: keeps a value that cannot be decoded under a key, so that the run can
             start anew; ``None``: that is an error.
+        :param loaded: told what the row held, where there is a schema.
         :raises SchemaDecodeFailed: there is no way to a state.
         """
         if self._codec is None:
             return
         found = self._acquired
+        loaded(found.value, found.schema_version)
         try:
             if found.value == NO_STATE:
                 self.value = self._codec.initial()

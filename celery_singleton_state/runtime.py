@@ -17,6 +17,8 @@ from celery.utils.nodenames import gethostname
 
 from .heartbeat import Heartbeat
 from .holdings import Holdings, directory_of
+from .hooks import Door
+from .lease import clock
 from .settings import Settings
 from .store import SqlStore, open_store
 from .store.engine import identity, parse_url
@@ -34,6 +36,9 @@ class Runtime:
         options = (getattr(task, "_options", None) for task in app.tasks.values())
         self._lives = [self.settings.lease_ttl]
         self._lives += [own.lease_ttl for own in options if own and own.lease_ttl]
+        #: On :func:`~celery_singleton_state.lease.clock`.
+        self.made_at = clock()
+        self.door = Door(app, self.settings.hooks)
         self._nonce = secrets.token_hex(4)
         self._count = itertools.count(1)
         self._opening = threading.Lock()
@@ -99,11 +104,12 @@ class Runtime:
         return f"{nodename or gethostname()}:{os.getpid()}:{self._nonce}.{next(self._count):x}"
 
     def close(self) -> None:
-        """Stop the heartbeat and close the connections, if there are any."""
+        """Stop the heartbeat, hand on what waits for hooks, and close the connections."""
         if self._holdings is not None:
             self._holdings.close()
         if self._heartbeat is not None:
             self._heartbeat.close()
+        self.door.close()
         if self._store is not None:
             self._store.close()
 

@@ -10,6 +10,8 @@ from typing import Any
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
+from .hooks.door import check_hook
+
 MAX_THRESHOLD = 5
 MIN_INTERVAL = 0.1
 
@@ -64,6 +66,14 @@ def _switch(value: Any) -> bool | None:
         raise ValueError("True or False") from None
 
 
+def _hooks(value: Any) -> tuple[Any, ...]:
+    """From the environment: names with commas between them."""
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple):
+        raise ValueError("a list of callables, or of the names of some")
+    return tuple(check_hook(name.strip() if isinstance(name, str) else name) for name in names)
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settings of one app, as ``app.conf.singleton_<name>``.
@@ -78,9 +88,11 @@ class Settings:
     heartbeat_interval: float = 4.0
     heartbeat_threshold: int = 2
     conflict_timeout: float = 10.0
+    startup_grace: float = 60.0
     history: int = 16
     auto_migrate: bool | None = None
     beat_name: str = ""
+    hooks: tuple[Any, ...] = ()
 
     @property
     def lease_ttl(self) -> float:
@@ -111,9 +123,11 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "heartbeat_interval": _number(MIN_INTERVAL),
     "heartbeat_threshold": _threshold,
     "conflict_timeout": _number(0),
+    "startup_grace": _number(0),
     "history": _whole(1),
     "auto_migrate": _switch,
     "beat_name": _beat_name,
+    "hooks": _hooks,
 }
 
 

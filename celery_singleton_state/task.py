@@ -17,6 +17,7 @@ from .deliver import deliver
 from .delivery import RETRIES_HEADER, Delivery
 from .enqueue import enqueue, is_guarded
 from .errors import SingletonError
+from .hooks import Failed
 from .in_run import InRun
 from .interrupt import Unbreakable
 from .keys import Binder, row_key, singleton_name
@@ -78,6 +79,9 @@ class SingletonTask(_TypedTask[S, P, R]):
       ``StatePersistFailed``.
     - ``retry_policy``: a :class:`RetryPolicy` for single reasons. Others follow the task's
       ``max_retries``, ``retry_backoff``, ``retry_backoff_max`` and ``retry_jitter``.
+    - ``expected_interval``: seconds, or a timedelta, between runs as they should be: one that has
+      not finished within that, times ``singleton_heartbeat_threshold``, is not healthy. None: it
+      is always healthy.
 
     :raises ImproperlyConfigured: when the task is made, for an option that is not allowed.
     """
@@ -121,6 +125,7 @@ class SingletonTask(_TypedTask[S, P, R]):
             except SingletonError as error:
                 # One that a nested singleton raised is its own affair.
                 if error.singleton == delivery.name:
+                    delivery.tell(Failed, reason=error.reason, detail=error.detail)
                     self._answer(error, delivery)
                 raise
 

@@ -14,8 +14,11 @@ from celery.exceptions import ImproperlyConfigured
 from . import runtime
 from .children import watch_pool
 from .enqueue import dequeue_dropped
+from .hooks import events
+from .keys import row_key
+from .options import expected_singletons
 from .recovery import free_dead
-from .store.base import StoreNotReady, StoreUnavailable
+from .store.base import StoreError, StoreNotReady, StoreUnavailable
 from .store.engine import is_in_memory, parse_url
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,7 @@ class SingletonStep(bootsteps.StartStopStep):
         app: Celery = parent.app
         self.check(parent)
         signals.task_revoked.connect(dequeue_dropped)
+        events.follow(parent.hostname)
         # A pool of processes must not inherit connections; one of threads opens them anew.
         free_dead(runtime.runtime_of(app))
         runtime.close_runtime(app)
@@ -53,12 +57,24 @@ class SingletonStep(bootsteps.StartStopStep):
             raise ImproperlyConfigured(str(error)) from error
         except StoreUnavailable as error:
             logger.error("singletons: the store cannot be reached, runs will be retried: %s", error)
+        else:
+            self.expect(own)
         if is_in_memory(parse_url(url)) and is_prefork(worker):
             raise ImproperlyConfigured(
                 f"singleton_store_url={url!r} guards the threads of one process only; "
                 "use --pool=solo or --pool=threads, or a store that processes share"
             )
         warn_of_single_host(worker.app, url)
+
+    @staticmethod
+    def expect(own: runtime.Runtime) -> None:
+        """Note since when those singletons are waited for that should run now and then."""
+        keys = [row_key(own.settings.key_prefix, name) for name in expected_singletons(own.app)]
+        if keys:
+            try:
+                own.store.wishes.expect(keys)
+            except StoreError as error:
+                logger.warning("singletons: health begins with the first runs: %s", error)
 
 
 class ChildrenStep(bootsteps.StartStopStep):

@@ -63,6 +63,14 @@ def valkey() -> Iterator[Valkey]:
 
 
 @pytest.fixture
+def own_valkey() -> Iterator[Valkey]:
+    """A server that the test may stop."""
+    server = Valkey()
+    yield server
+    server.close()
+
+
+@pytest.fixture
 def postgres_url(postgres: Postgres) -> Iterator[str]:
     """A new, empty database."""
     name = f"test_{os.getpid()}_{next(_numbers)}"

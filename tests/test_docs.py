@@ -106,6 +106,6 @@ def test_the_readmes_commands_are_known() -> None:
     assert len(by_ci) == 2
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
     ours = [command.split()[4] for command in commands if command.startswith("celery ")]
-    assert ours == ["migrate", "ls", "show", "next"]
+    assert ours == ["migrate", "ls", "show", "next", "exporter"]
     assert set(ours) <= set(singleton.commands)
     assert len(commands) == len(by_ci) + len(ours) + 1  # and the installation by name

@@ -101,17 +101,17 @@ class Released:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A singleton's row, as it can be seen from outside.
+class Listed:
+    """A singleton's row, as it can be seen from outside, in a list of many.
 
     :param expires_in: seconds until the lease runs out, negative when it has; ``None`` when
         the singleton is free.
     :param updated_at, acquired_at, last_finished_at: seconds since the epoch by the store's
         clock; ``read_at`` is when it was asked.
+    :param history: as JSON; in a list left out where the last run succeeded.
     """
 
     key: str
-    value: str
     schema_version: int | None
     updated_at: float | None
     fence: int
@@ -136,11 +136,24 @@ class Row:
         return self.held and self.acquired_at is None
 
 
+@dataclass(frozen=True, slots=True)
+class Row(Listed):
+    """The whole row.
+
+    :param value: the state as JSON, ``null`` when there is none.
+    """
+
+    value: str
+
+
 class Wishes(Protocol):
     """What others than a lease's holder can ask of a row."""
 
     def ask_to_hand_over(self, row: Row, who: str) -> bool:
         """Ask the holder that was seen to hand over; false when it is the holder no more."""
+
+    def let_go(self, row: Row) -> bool:
+        """End the holding on of a lease that was seen; false when it is not held on any more."""
 
     def want(self, row: Row, wish: str) -> bool:
         """Have the holder that was seen send one more run when it releases, by this wish alone;
@@ -157,6 +170,12 @@ class Wishes(Protocol):
         """Note a message as queued, for so many seconds, if none is queued or running; returns
         the id of that which is.
         """
+
+    def expect(self, keys: Sequence[str]) -> None:
+        """Note that these singletons are to run, as rows that no run has changed yet."""
+
+    def put(self, key: str, new: NewValue) -> bool:
+        """Store a state if nobody has the lease; false when somebody has."""
 
     def dequeue(self, key: str, task_id: str) -> None:
         """The message is queued no more. (An acquisition for it says so by itself.)"""
@@ -209,8 +228,13 @@ class Store(Protocol):
     def peek(self, key: str) -> Row | None:
         """The row of a singleton, if it has one."""
 
-    def list(self, prefix: str) -> Sequence[Row]:
-        """The rows of all singletons whose keys begin with a prefix, by key."""
+    def list(self, prefix: str, also: str = "") -> Sequence[Listed]:
+        """The rows of all singletons whose keys begin with a prefix, and one more, by key."""
+
+    def contents(
+        self, keys: Sequence[str], values: bool
+    ) -> dict[str, tuple[str | None, str | None]]:
+        """The histories of some singletons by key, and their values if they are wanted."""
 
     def set_aside(self, key: str, value: str) -> None:
         """Keep a value that cannot be decoded under a key of its own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from sqlalchemy import ColumnElement, Connection, Engine, literal_column
@@ -16,6 +16,7 @@ from .base import (
     Acquired,
     Ended,
     Lease,
+    Listed,
     NewValue,
     Released,
     Row,
@@ -30,6 +31,8 @@ from .entries import SqlEntries
 from .schema import make_table
 from .statements import Statements
 from .wishes import SqlWishes
+
+Seen = TypeVar("Seen", bound=Listed)
 
 #: SQLSTATEs of a missing table, column and schema.
 _NOT_READY_STATES = frozenset({"42P01", "42703", "3F000"})
@@ -81,11 +84,18 @@ class SqlStore:
 
     def peek(self, key: str) -> Row | None:
         rows = self._rows(self._sql.peek, {"key": key})
-        return _row(rows[0]) if rows else None
+        return _seen(Row(*rows[0])) if rows else None
 
-    def list(self, prefix: str) -> Sequence[Row]:
-        rows = self._rows(self._sql.list, {"prefix": prefix})
-        return [_row(row) for row in rows]
+    def list(self, prefix: str, also: str = "") -> Sequence[Listed]:
+        rows = self._rows(self._sql.list, {"prefix": prefix, "also": also})
+        return [_seen(Listed(*row)) for row in rows]
+
+    def contents(
+        self, keys: Sequence[str], values: bool
+    ) -> dict[str, tuple[str | None, str | None]]:
+        document = msgspec.json.encode(keys).decode()
+        rows = self._rows(self._sql.contents, {"keys": document, "values": values})
+        return {key: (history, value) for key, history, value in rows}
 
     def set_aside(self, key: str, value: str) -> None:
         self._change(self._sql.set_aside, {"key": key, "value": value})
@@ -211,8 +221,7 @@ def _is_in_mid_statement(connection: Connection) -> bool:
     return getattr(status, "name", "") == "ACTIVE"
 
 
-def _row(values: Sequence[Any]) -> Row:
-    row = Row(*values)
+def _seen(row: Seen) -> Seen:
     if row.acquired_at is None and not row.held:
         # It was held on after a run, and is not any more.
         return dataclasses.replace(row, holder=None, expires_in=None)

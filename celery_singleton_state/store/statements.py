@@ -77,10 +77,19 @@ _UNLOCKED = """(
 ) AS unlocked"""
 
 _ROWS = """
-SELECT key, value, schema_version, {updated_at}, fence, holder, task_id, {acquired_at},
-  {expires_at} - {epoch_now}, coalesce(run_count, 0), last_outcome, {last_finished_at}, history,
-  {epoch_now}
+SELECT key, schema_version, {updated_at}, fence, holder, task_id, {acquired_at},
+  {expires_at} - {epoch_now}, coalesce(run_count, 0), last_outcome, {last_finished_at},
+  {more}
 FROM {table} WHERE fence IS NOT NULL AND
+"""
+
+_WHOLE = "history, {epoch_now}, value"
+
+_LISTED = "CASE WHEN last_outcome = 'succeeded' THEN NULL ELSE history END, {epoch_now}"
+
+_CONTENTS = """
+SELECT key, history, CASE WHEN :values THEN value END FROM {table}
+WHERE key IN (SELECT value FROM {keys})
 """
 
 _SET_ASIDE = """
@@ -93,6 +102,8 @@ _SEEN = "WHERE key = :key AND fence = :fence AND holder = :holder AND expires_at
 _ASK_TO_HAND_OVER = f"UPDATE {{table}} SET handoff_to = :who {_SEEN}"
 
 _WANT = f"UPDATE {{table}} SET wanted = :wish {_SEEN}"
+
+_LET_GO = f"UPDATE {{table}} SET {_FREE.rstrip(',')} {_SEEN} AND acquired_at IS NULL"
 
 _WANTED = "SELECT wanted FROM {table} WHERE key = :key"
 
@@ -111,6 +122,22 @@ _ENQUEUED = """
 SELECT CASE WHEN queued_until > {now} THEN queued_task_id
   WHEN expires_at > {now} THEN task_id END
 FROM {table} WHERE key = :key
+"""
+
+_EXPECT = """
+INSERT INTO {table} (key, value, updated_at, fence)
+SELECT value, 'null', {now}, 0 FROM {keys} WHERE true
+ON CONFLICT (key) DO NOTHING
+"""
+
+# One that is held on after its run, and no longer, is free.
+_PUT = """
+INSERT INTO {table} AS mine (key, value, schema_version, updated_at, fence)
+VALUES (:key, :value, :schema_version, {now}, 0)
+ON CONFLICT (key) DO UPDATE SET value = :value, schema_version = :schema_version,
+  updated_at = {now}, fence = coalesce(mine.fence, 0)
+WHERE mine.holder IS NULL OR (mine.acquired_at IS NULL AND mine.expires_at <= {now})
+RETURNING key
 """
 
 _DEQUEUE = """
@@ -161,11 +188,11 @@ WITH leader AS (
   SELECT 1 FROM {table} WHERE key = :key AND fence = :fence AND holder = :holder FOR UPDATE
 )
 DELETE FROM {table} USING leader
-WHERE key IN (SELECT value FROM json_array_elements_text(CAST(:keys AS json)))
+WHERE key IN (SELECT value FROM {keys})
 """
 
 _FORGET_ONE_WRITER = """
-DELETE FROM {table} WHERE key IN (SELECT value FROM json_each(:keys)) AND EXISTS (
+DELETE FROM {table} WHERE key IN (SELECT value FROM {keys}) AND EXISTS (
   SELECT 1 FROM {table} WHERE key = :key AND fence = :fence AND holder = :holder
 )
 """
@@ -182,6 +209,7 @@ class _Words:
     hold_until: str
     epoch: str
     held: str
+    keys: str
     parameter: str
     skips_locked: bool
     one_writer: bool
@@ -198,6 +226,7 @@ _WORDS = {
         held="(SELECT key AS held_key, fence AS held_fence, holder AS held_holder, ttl AS held_ttl"
         " FROM jsonb_to_recordset(CAST(:leases AS jsonb))"
         " AS lease(key text, fence bigint, holder text, ttl double precision)) AS held",
+        keys="json_array_elements_text(CAST(:keys AS json))",
         parameter=r"%(\1)s",
         skips_locked=True,
         one_writer=False,
@@ -211,6 +240,7 @@ _WORDS = {
         " json_extract(value, '$.fence') AS held_fence,"
         " json_extract(value, '$.holder') AS held_holder,"
         " json_extract(value, '$.ttl') AS held_ttl FROM json_each(:leases)) AS held",
+        keys="json_each(:keys)",
         parameter=r":\1",
         skips_locked=False,
         one_writer=True,
@@ -237,6 +267,7 @@ class Statements:
                 later=words.later.format(seconds=":ttl"),
                 held_later=words.later.format(seconds="held_ttl"),
                 held=words.held,
+                keys=words.keys,
                 epoch_now=words.epoch.format(moment=words.now),
                 **epochs,
                 **more,
@@ -259,16 +290,23 @@ class Statements:
             for stores in (False, True)
             for holds in (False, True)
         }
-        self.peek = sql(_ROWS + " key = :key")
-        self.list = sql(_ROWS + " substr(key, 1, length(:prefix)) = :prefix ORDER BY key")
+        now = words.epoch.format(moment=words.now)
+        whole, listed = _WHOLE.format(epoch_now=now), _LISTED.format(epoch_now=now)
+        begins = "(substr(key, 1, length(:prefix)) = :prefix OR key = :also)"
+        self.peek = sql(_ROWS + " key = :key", more=whole)
+        self.list = sql(f"{_ROWS} {begins} ORDER BY key", more=listed)
+        self.contents = sql(_CONTENTS)
         self.set_aside = sql(_SET_ASIDE)
         self.ask_to_hand_over = sql(_ASK_TO_HAND_OVER)
+        self.let_go = sql(_LET_GO)
         self.want = sql(_WANT)
         self.wanted = sql(_WANTED)
         self.granted = sql(_GRANTED)
         self.enqueue = sql(_ENQUEUE)
         self.enqueued = sql(_ENQUEUED)
         self.dequeue = sql(_DEQUEUE)
+        self.expect = sql(_EXPECT)
+        self.put = sql(_PUT)
         self.entries = sql(_ENTRIES)
         self.record = sql(_RECORD_ONE_WRITER if words.one_writer else _RECORD)
         self.forget = sql(_FORGET_ONE_WRITER if words.one_writer else _FORGET)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .base import Row, StoreUnavailable
+import msgspec
+
+from .base import NewValue, Row, StoreUnavailable
 from .statements import Statements
 
 #: How often a row that changes meanwhile is looked at again.
@@ -29,6 +31,9 @@ class SqlWishes:
     def ask_to_hand_over(self, row: Row, who: str) -> bool:
         return self._change(self._sql.ask_to_hand_over, _seen(row, who=who)) == 1
 
+    def let_go(self, row: Row) -> bool:
+        return self._change(self._sql.let_go, _seen(row)) == 1
+
     def want(self, row: Row, wish: str) -> bool:
         return self._change(self._sql.want, _seen(row, wish=wish)) == 1
 
@@ -47,6 +52,13 @@ class SqlWishes:
             if rows and rows[0][0] is not None:
                 return str(rows[0][0])
         raise StoreUnavailable(f"{key} changed {LOOKS} times while it was looked at")
+
+    def expect(self, keys: Sequence[str]) -> None:
+        self._change(self._sql.expect, {"keys": msgspec.json.encode(keys).decode()})
+
+    def put(self, key: str, new: NewValue) -> bool:
+        named = {"key": key, "value": new.value, "schema_version": new.schema_version}
+        return bool(self._rows(self._sql.put, named))
 
     def dequeue(self, key: str, task_id: str) -> None:
         self._change(self._sql.dequeue, {"key": key, "task_id": task_id})

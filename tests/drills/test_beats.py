@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -156,14 +156,6 @@ def test_redbeat_92_a_dead_leader_is_succeeded_in_seconds(
 def execute(hosts: Hosts, statement: str) -> None:
     with hosts.store.engine.connect() as connection:
         connection.execute(sa.text(statement))
-
-
-@pytest.fixture
-def own_valkey() -> Iterator[Valkey]:
-    """A broker that the test may kill, and that keeps what it took."""
-    server = Valkey(durable=True)
-    yield server
-    server.close()
 
 
 def test_servers_are_killed_under_all_beats(

@@ -8,11 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import psutil
 from celery.result import AsyncResult
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.waiting import wait_until
 
@@ -112,6 +115,47 @@ class Beat(Program):
         self.wait_for("beat stands by")
 
 
+#: Labels that come first.
+LEADING = ("key", "singleton")
+
+
+class Exporter(Program):
+    """A ``celery singleton exporter``."""
+
+    def __init__(
+        self, environment: dict[str, str], log: Path, app: str, options: tuple[str, ...]
+    ) -> None:
+        super().__init__(["singleton", "exporter", "--port", "0", *options], environment, log, app)
+
+    @property
+    def url(self) -> str:
+        """Where it listens, as soon as it does."""
+        self.wait_for("listening at ")
+        port = int(self.output.split("listening at ")[1].split("/\n")[0].rsplit(":", 1)[1])
+        return f"http://127.0.0.1:{port}"
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and body of an answer."""
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+                return int(answer.status), answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def metrics(self) -> dict[str, dict[tuple[str, ...], float]]:
+        """The samples of a scrape: by name, and by the labels' values, singleton first."""
+        found: dict[str, dict[tuple[str, ...], float]] = {}
+        for family in text_string_to_metric_families(self.get("/metrics")[1]):
+            for sample in family.samples:
+                names = sorted(
+                    sample.labels, key=lambda name: (name not in LEADING, name == "key", name)
+                )
+                labels = tuple(sample.labels[name] for name in names)
+                found.setdefault(sample.name, {})[labels] = sample.value
+        return found
+
+
 class Fleet:
     """Workers on one broker and one store, and the log that their bodies write."""
 
@@ -135,6 +179,7 @@ class Fleet:
         self.environment |= {name: str(value) for name, value in settings.items()}
         self._workers: list[Worker] = []
         self._beats: list[Beat] = []
+        self._exporters: list[Exporter] = []
 
     def start(
         self,
@@ -176,6 +221,14 @@ class Fleet:
         self._beats.append(Beat(settings, log, app, scheduler, options))
         return self._beats[-1]
 
+    def start_exporter(self, app: str, *options: str) -> Exporter:
+        """Start an exporter, and wait until it receives events."""
+        log = self.directory / f"exporter{len(self._exporters)}.log"
+        started = Exporter(self.environment, log, app, options)
+        self._exporters.append(started)
+        wait_until(lambda: started.metrics()["singleton_broker_up"][()], "it receives events")
+        return started
+
     def notes(self, event: str) -> list[dict[str, Any]]:
         """What the bodies wrote down of one kind, in order."""
         lines = self.notes_file.read_text().splitlines()
@@ -191,12 +244,17 @@ class Fleet:
     def wait_for_output(self, worker: Worker, text: str) -> None:
         wait_until(lambda: text in worker.output, f"the worker says {text!r}")
 
+    @staticmethod
+    def celery(*arguments: str, app: str = "tests.processes.tasks") -> list[str]:
+        """The words of ``celery -A … <arguments>``."""
+        return [sys.executable, "-m", "celery", "-A", app, *arguments]
+
     def command(
         self, *arguments: str, app: str = "tests.processes.tasks"
     ) -> subprocess.CompletedProcess[str]:
         """Run ``celery -A … <arguments>``."""
         return subprocess.run(
-            [sys.executable, "-m", "celery", "-A", app, *arguments],
+            self.celery(*arguments, app=app),
             env=self.environment,
             capture_output=True,
             text=True,
@@ -205,12 +263,12 @@ class Fleet:
 
     def outputs(self) -> list[tuple[str, str]]:
         """A title and a text for each worker, and for what the bodies wrote down."""
-        programs = (*self._workers, *self._beats)
+        programs = (*self._workers, *self._beats, *self._exporters)
         said = [(program.log.stem, program.output) for program in programs]
         return [*said, ("notes", self.notes_file.read_text())]
 
     def close(self) -> None:
-        for program in (*self._beats, *self._workers):
+        for program in (*self._exporters, *self._beats, *self._workers):
             program.close()
 
 

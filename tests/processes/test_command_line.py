@@ -13,7 +13,7 @@ from tests.processes.fleet import Fleet, outcome
 
 LS_FIELDS = {
     *("singleton", "key", "fence", "holder", "task_id", "expires_in", "schema_version"),
-    *("run_count", "last_outcome", "last_finished_at"),
+    *("run_count", "last_outcome", "last_finished_at", "healthy"),
 }
 
 

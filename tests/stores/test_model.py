@@ -406,7 +406,9 @@ class Leases(RuleBasedStateMachine):
 
     def find_what_the_dead_held(self) -> None:
         """The first half of a recovery; several can be on their way at once."""
-        for row in self.store.list(""):
+        for listed in self.store.list(""):
+            row = self.store.peek(listed.key)
+            assert row is not None
             if row.holder in self.dead:
                 run = Run(row.key, row.holder, history=json.loads(row.history or "[]"))
                 run.lease = Lease(row.key, row.holder, row.fence, 0)

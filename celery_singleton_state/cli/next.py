@@ -8,16 +8,43 @@ from typing import Any
 
 import click
 from celery import Celery
+from celery.bin.base import CeleryCommand
 from rich.console import Console
 from rich.table import Column, Table
 
-from .beat.entry_state import EntryState, decode_rows
-from .beat.leader import Leader
-from .schedules import Schedule, as_schedule, matches_now, next_runs
+from celery_singleton_state.beat.entry_state import EntryState, decode_rows
+from celery_singleton_state.beat.leader import Leader
+from celery_singleton_state.schedules import Schedule, as_schedule, matches_now, next_runs
+
+from .common import print_json, says_why, short_moment
 
 #: Entries that people are shown.
 SHOWN = 100
 LAST = datetime.max.replace(tzinfo=UTC)
+
+
+@click.command("next", cls=CeleryCommand)
+@click.argument("entry", required=False)
+@click.option(
+    *("-n", "--count"),
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="How many times of ENTRY.",
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs: one object.")
+@click.pass_context
+@says_why
+def next_(context: click.Context, entry: str | None, count: int, as_json: bool) -> None:
+    """Show which beat leads, and what it sends when; or when ENTRY of beat_schedule is due."""
+    app: Celery = context.obj.app
+    found = overview(app) if entry is None else times_of(app, entry, count)
+    if as_json:
+        print_json(found)
+    elif entry is None:
+        print_overview(found)
+    else:
+        print_times(found)
 
 
 def overview(app: Celery) -> dict[str, Any]:
@@ -57,9 +84,9 @@ def print_overview(found: dict[str, Any]) -> None:
     for entry in found["entries"][:SHOWN]:
         table.add_row(
             entry["entry"],
-            _moment(entry["next_tick"], found["now"]),
+            _short(entry["next_tick"], found["now"]),
             f"{entry['late']:.1f} s" if entry["late"] else "",
-            _moment(entry["last_tick"], found["now"]),
+            _short(entry["last_tick"], found["now"]),
             str(entry["total_run_count"]),
             str(entry["missed_count"]),
             entry["schedule"],
@@ -134,8 +161,5 @@ def _of(epoch: float | None) -> datetime | None:
     return None if epoch is None else datetime.fromtimestamp(epoch, UTC)
 
 
-def _moment(moment: datetime | None, now: datetime) -> str:
-    """To the second; the day where it is another than today's."""
-    if moment is None:
-        return "-"
-    return f"{moment:%H:%M:%S}" if moment.date() == now.date() else f"{moment:%Y-%m-%d %H:%M}"
+def _short(moment: datetime | None, now: datetime) -> str:
+    return short_moment(moment.timestamp() if moment else None, now.timestamp())

@@ -1,0 +1,187 @@
+"""``celery singleton state`` and ``release``: what an operator changes.
+
+Each change is fenced like a run's own. It leaves a line in the log and an event, whatever the
+workers' switch for events says.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+from typing import Any
+
+import click
+from celery import Celery
+from celery.bin.base import CeleryCommand
+from celery.utils.nodenames import gethostname
+
+from celery_singleton_state.hooks import Changed
+from celery_singleton_state.keys import row_key, task_of
+from celery_singleton_state.options import options_of
+from celery_singleton_state.recovery import end_for
+from celery_singleton_state.runtime import Runtime, runtime_of
+from celery_singleton_state.state import NO_STATE, Codec, StateError
+from celery_singleton_state.store.base import NewValue, Row
+
+from .common import find, says_why, unknown
+
+YES = click.option("--yes", is_flag=True, help="Do not ask.")
+FORCE = click.option("--force", is_flag=True, help="Take the lease away from a run first.")
+
+
+@click.command(cls=CeleryCommand)
+@click.argument("name")
+@YES
+@click.pass_context
+@says_why
+def release(context: click.Context, name: str, yes: bool) -> None:
+    """Give back the lease of singleton NAME in its holder's place.
+
+    A holder that is alive hears of it at its next heartbeat and loses its run; what it writes until
+    then is refused. What it does elsewhere is not, and another run may begin beside it.
+    """
+    runtime = runtime_of(_app(context))
+    row = find(runtime, name)
+    if row.holder is None:
+        click.echo(f"{name} is free")
+        return
+    if not yes:
+        click.confirm(f"{_warning(runtime, row)} Release it?", abort=True)
+    _release(runtime, row)
+    click.echo(f"{name} is free; {row.holder} had it, with fence {row.fence}")
+
+
+@click.command(cls=CeleryCommand)
+@click.argument("name")
+@click.pass_context
+@says_why
+def get(context: click.Context, name: str) -> None:
+    """Print the state of singleton NAME as JSON; null where there is none."""
+    click.echo(find(runtime_of(_app(context)), name).value)
+
+
+@click.command("set", cls=CeleryCommand)
+@click.argument("name")
+@click.argument("value")
+@FORCE
+@YES
+@click.pass_context
+@says_why
+def set_(context: click.Context, name: str, value: str, force: bool, yes: bool) -> None:
+    """Make VALUE, as JSON, the state of singleton NAME; - reads it from standard input.
+
+    It must fit the schema of the task's state. Refused while a run is active.
+    """
+    runtime = runtime_of(_app(context))
+    text = sys.stdin.read() if value == "-" else value
+    _change(runtime, name, _fitting(runtime, name, text), "state set", force, yes)
+    click.echo(f"the state of {name} is set")
+
+
+@click.command(cls=CeleryCommand)
+@click.argument("name")
+@FORCE
+@YES
+@click.pass_context
+@says_why
+def reset(context: click.Context, name: str, force: bool, yes: bool) -> None:
+    """Have singleton NAME start from its initial state. Refused while a run is active."""
+    runtime = runtime_of(_app(context))
+    find(runtime, name)
+    _change(runtime, name, NewValue(NO_STATE, 1), "state reset", force, yes)
+    click.echo(f"{name} starts from its initial state")
+
+
+@click.group()
+def state() -> None:
+    """Look at the state of a singleton, or change it."""
+
+
+for command in (get, set_, reset):
+    state.add_command(command)
+
+
+def _app(context: click.Context) -> Celery:
+    app: Celery = context.obj.app
+    app.finalize(auto=True)
+    return app
+
+
+def _fitting(runtime: Runtime, name: str, text: str) -> NewValue:
+    """:raises click.ClickException: it is no state of the singleton's."""
+    codec = _codec(runtime, name)
+    try:
+        return NewValue(codec.encode(codec.decode(text, codec.version)), codec.version)
+    except StateError as error:
+        raise click.ClickException(f"not a state of {name}: {error}") from error
+
+
+def _codec(runtime: Runtime, name: str) -> Codec[Any]:
+    tasks = runtime.app.tasks
+    task = task_of(name, tasks)
+    options = options_of(tasks.get(task))
+    if options is None:
+        raise click.ClickException(f"this app has no singleton task {task!r}")
+    if options.unique_on is None and name != task:
+        raise click.ClickException(unknown(name, [task]))
+    if options.unique_on is not None:
+        # Its name is not to be made up by hand: only a run spells it right.
+        find(runtime, name)
+    codec = options.codec()
+    if codec is None:
+        raise click.ClickException(f"task {task} has no state_schema, and so no state")
+    return codec
+
+
+def _change(runtime: Runtime, name: str, new: NewValue, what: str, force: bool, yes: bool) -> None:
+    """Put a state into the row of a singleton that nobody holds."""
+    key = row_key(runtime.settings.key_prefix, name)
+    row = runtime.store.peek(key)
+    if row is not None and row.held and not force:
+        raise click.ClickException(
+            f"{name} has an active run, of {row.holder}, which would not know of it; "
+            "wait for its end, or take its lease away with --force"
+        )
+    if not yes:
+        warning = _warning(runtime, row) if row is not None and row.held else ""
+        click.confirm(
+            f"{warning}The state is {json.dumps(row.value) if row else 'none'}. Replace it?",
+            abort=True,
+        )
+    if row is not None and row.holder is not None:
+        # Also one whose lease ran out: late and without a successor it could still save.
+        _release(runtime, row)
+    if not runtime.store.wishes.put(key, new):
+        raise click.ClickException(f"a run of {name} has begun just now; nothing was changed")
+    _tell(runtime, name, what)
+
+
+def _release(runtime: Runtime, row: Row) -> None:
+    name = row.key.removeprefix(runtime.settings.key_prefix)
+    if not end_for(runtime, row, 0, f"released by {_who()}"):
+        raise click.ClickException(f"{name} is held by {row.holder} no more; nothing was changed")
+    _tell(runtime, name, "released")
+
+
+def _warning(runtime: Runtime, row: Row) -> str:
+    if not row.held:
+        return f"The lease of {row.holder} has run out, and no run has begun since. "
+    left = f"{row.expires_in or 0.0:.0f} s"
+    if row.held_on:
+        return f"The run is over, and its lease is held on for {left} more. "
+    interval = f"{runtime.settings.heartbeat_interval:g} s"
+    return (
+        f"{row.holder} may be alive: its lease has {left} left unless renewed. Its body goes on "
+        f"until its next heartbeat, within {interval}, while another run may begin; what it "
+        "writes is refused. "
+    )
+
+
+def _tell(runtime: Runtime, name: str, what: str) -> None:
+    task = task_of(name, runtime.app.tasks)
+    runtime.door.publish(Changed(singleton=task, key=name, what=what, by=_who()))
+
+
+def _who() -> str:
+    return f"{getpass.getuser()}@{gethostname()}"

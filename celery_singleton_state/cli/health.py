@@ -1,0 +1,36 @@
+"""``celery singleton health``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+from celery.bin.base import CeleryCommand
+
+from celery_singleton_state.health import check_health
+
+from .common import print_json, says_why
+
+
+@click.command(cls=CeleryCommand)
+@click.option("--json", "as_json", is_flag=True, help="For programs: one object.")
+@click.pass_context
+@says_why
+def health(context: click.Context, as_json: bool) -> None:
+    """Say which singletons did not run when they should have; exit status 1 if any did not.
+
+    A singleton is healthy if it last finished within its task's expected_interval times
+    singleton_heartbeat_threshold.
+    """
+    found = check_health(context.obj.app)
+    if as_json:
+        print_json({"healthy": found.healthy, **asdict(found)})
+    else:
+        if found.error:
+            click.echo(f"the store is out of reach: {found.error}", err=True)
+        for each in found.singletons:
+            if not each.healthy:
+                click.echo(f"{each.singleton}: {each.reason}")
+        if found.healthy:
+            click.echo(f"healthy: {len(found.singletons)} singletons")
+    context.exit(0 if found.healthy else 1)

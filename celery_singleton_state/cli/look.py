@@ -1,0 +1,182 @@
+"""``celery singleton ls`` and ``show``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import click
+import msgspec
+from celery import Celery
+from celery.bin.base import CeleryCommand
+from rich.console import Console
+from rich.live import Live
+from rich.table import Column, Table
+
+from celery_singleton_state import history
+from celery_singleton_state.health import judge
+from celery_singleton_state.runtime import Runtime, runtime_of
+from celery_singleton_state.store.base import Listed, Row
+
+from .common import find, iso, moment, print_json, says_why, short_moment
+
+#: Seconds between two looks of one who watches.
+WATCH = 2.0
+
+
+@click.command(cls=CeleryCommand)
+@click.option("--json", "as_json", is_flag=True, help="For programs: a list of objects.")
+@click.option("-w", "--watch", is_flag=True, help="Look again every 2 s, until interrupted.")
+@click.pass_context
+@says_why
+def ls(context: click.Context, as_json: bool, watch: bool) -> None:
+    """List the singletons: lease, fence, runs, how the last one ended, and whether they are
+    healthy.
+    """
+    if as_json and watch:
+        raise click.UsageError("--watch is for people, and --json for programs")
+    app: Celery = context.obj.app
+    app.finalize(auto=True)
+    runtime = runtime_of(app)
+    if as_json:
+        print_json(_objects(runtime, runtime.store.list(runtime.settings.key_prefix)))
+    elif watch:
+        _watch(runtime)
+    else:
+        Console().print(_listed(runtime))
+
+
+@click.command(cls=CeleryCommand)
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="For programs: one object.")
+@click.pass_context
+@says_why
+def show(context: click.Context, name: str, as_json: bool) -> None:
+    """Show one singleton: its lease, its state and its last runs.
+
+    NAME is as `ls` prints it.
+    """
+    app: Celery = context.obj.app
+    app.finalize(auto=True)
+    runtime = runtime_of(app)
+    prefix = runtime.settings.key_prefix
+    row = find(runtime, name)
+    entries = history.decode(row.history, name)
+    if as_json:
+        runs = [
+            msgspec.structs.asdict(run)
+            | {"started": iso(run.started), "finished": iso(run.finished)}
+            for run in entries
+        ]
+        (found,) = _objects(runtime, [row])
+        print_json(found | {"value": _value(row), "history": runs})
+        return
+    _print_row(row, prefix)
+    _print_runs(entries)
+
+
+def _watch(runtime: Runtime) -> None:
+    with Live(_listed(runtime), auto_refresh=False) as screen:
+        try:
+            while True:
+                time.sleep(WATCH)
+                screen.update(_listed(runtime), refresh=True)
+        except KeyboardInterrupt:
+            return
+
+
+def _listed(runtime: Runtime) -> Table | str:
+    prefix = runtime.settings.key_prefix
+    rows = runtime.store.list(prefix)
+    healthy = _healthy(runtime, rows)
+    # A name is what `show` takes, so it is folded and never cut.
+    name = Column("singleton", overflow="fold")
+    table = Table(name, "fence", "runs", "last", "at (UTC)", "healthy", "lease", box=None)
+    for row in rows:
+        table.add_row(
+            _name(row, prefix),
+            str(row.fence),
+            str(row.run_count),
+            row.last_outcome or "-",
+            short_moment(row.last_finished_at, row.read_at),
+            "yes" if healthy[_name(row, prefix)] else "no",
+            _lease(row),
+        )
+    return table if rows else "no singleton has run yet"
+
+
+def _healthy(runtime: Runtime, rows: Sequence[Listed]) -> dict[str, bool]:
+    return {each.singleton: each.healthy for each in judge(runtime, rows).singletons}
+
+
+def _objects(runtime: Runtime, rows: Sequence[Listed]) -> list[dict[str, Any]]:
+    prefix, healthy = runtime.settings.key_prefix, _healthy(runtime, rows)
+    return [_as_object(row, prefix) | {"healthy": healthy[_name(row, prefix)]} for row in rows]
+
+
+def _print_row(row: Row, prefix: str) -> None:
+    table = Table(box=None, show_header=False)
+    for title, value in (
+        ("singleton", _name(row, prefix)),
+        ("key", row.key),
+        ("lease", _lease(row)),
+        ("task", row.task_id or "-"),
+        ("fence", str(row.fence)),
+        ("runs", str(row.run_count)),
+        ("state", row.value),
+        ("schema version", str(row.schema_version or "-")),
+        ("state changed", moment(row.updated_at) or "-"),
+    ):
+        table.add_row(title, value)
+    Console().print(table)
+
+
+def _print_runs(entries: Sequence[history.Entry]) -> None:
+    table = Table("started (UTC)", "seconds", "fence", "outcome", "error", box=None)
+    for run in reversed(entries):
+        table.add_row(
+            moment(run.started),
+            f"{run.finished - run.started:.1f}",
+            str(run.fence),
+            run.outcome,
+            run.error or "",
+        )
+    if entries:
+        Console().print(table)
+
+
+def _as_object(row: Listed, prefix: str) -> dict[str, Any]:
+    return {
+        "singleton": _name(row, prefix),
+        "key": row.key,
+        "fence": row.fence,
+        "holder": row.holder,
+        "task_id": row.task_id,
+        "expires_in": row.expires_in,
+        "schema_version": row.schema_version,
+        "run_count": row.run_count,
+        "last_outcome": row.last_outcome,
+        "last_finished_at": iso(row.last_finished_at),
+    }
+
+
+def _name(row: Listed, prefix: str) -> str:
+    return row.key.removeprefix(prefix)
+
+
+def _lease(row: Listed) -> str:
+    if row.expires_in is None:
+        return "free"
+    if row.held:
+        return f"{row.holder}, {row.expires_in:.0f} s left"
+    return f"{row.holder}, ran out {-row.expires_in:.0f} s ago"
+
+
+def _value(row: Row) -> Any:
+    """The state as JSON; as a text where it cannot be read."""
+    try:
+        return json.loads(row.value)
+    except ValueError:
+        return row.value

@@ -1,0 +1,120 @@
+"""The hook that counts for Prometheus: what happened, by the task's name.
+
+It stands in the exporter, which is told by the workers' events: a counter in a prefork pool's
+process is seen by nobody. A worker that is one process can use it as any other hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from celery_singleton_state.history import Outcome
+from celery_singleton_state.hooks import (
+    Conflicted,
+    Details,
+    Failed,
+    Lost,
+    Released,
+    Skipped,
+    StateLoaded,
+    StateSaved,
+    TookOver,
+    WriteRefused,
+)
+
+#: Seconds. Runs are from a few milliseconds to hours long.
+BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 14400.0)
+
+
+class Counts:
+    """Counters and a histogram in a registry.
+
+    :param per_key: whether each singleton of a task has series of its own, labelled ``key``.
+        Left out: they are counted together, as there may be any number of them.
+    """
+
+    def __init__(self, registry: CollectorRegistry, per_key: bool = False) -> None:
+        self._per_key = per_key
+        labels = ("singleton", "key") if per_key else ("singleton",)
+
+        def counter(name: str, text: str, *more: str) -> Counter:
+            return Counter(name, text, (*labels, *more), registry=registry)
+
+        self._durations = Histogram(
+            "singleton_duration_seconds",
+            "How long runs took, in seconds.",
+            labels,
+            registry=registry,
+            buckets=BUCKETS,
+        )
+        self._executions = counter(
+            "singleton_executions_total", "Deliveries that ended, by their outcome.", "outcome"
+        )
+        self._errors = counter(
+            "singleton_state_errors_total", "Deliveries that met an error, by its reason.", "reason"
+        )
+        self._operations = counter(
+            "singleton_state_operations_total", "States loaded and written.", "operation"
+        )
+        self._conflicts = counter(
+            "singleton_conflicts_total", "Deliveries that found the lease taken.", "policy"
+        )
+        self._takeovers = counter(
+            "singleton_takeovers_total", "Runs after one that did not end by itself.", "how"
+        )
+        self._lost = counter("singleton_lost_leases_total", "Runs that lost their lease.")
+        self._refused = counter(
+            "singleton_refused_writes_total", "Writes that the store refused as stale.", "operation"
+        )
+
+    def __call__(self, details: Details) -> None:
+        count = _COUNTED.get(type(details))
+        if count is not None:
+            labels = (details.singleton, details.key) if self._per_key else (details.singleton,)
+            count(self, labels, details)
+
+    def _released(self, labels: tuple[str, ...], details: Released) -> None:
+        self._durations.labels(*labels).observe(details.seconds)
+        self._executions.labels(*labels, details.outcome).inc()
+
+    def _was_lost(self, labels: tuple[str, ...], details: Lost) -> None:
+        self._durations.labels(*labels).observe(details.seconds)
+        self._executions.labels(*labels, Outcome.LOST).inc()
+        self._lost.labels(*labels).inc()
+
+    def _skipped(self, labels: tuple[str, ...], details: Skipped) -> None:
+        self._executions.labels(*labels, details.outcome).inc()
+
+    def _failed(self, labels: tuple[str, ...], details: Failed) -> None:
+        self._errors.labels(*labels, details.reason).inc()
+
+    def _loaded(self, labels: tuple[str, ...], details: StateLoaded) -> None:
+        self._operations.labels(*labels, "load").inc()
+
+    def _saved(self, labels: tuple[str, ...], details: StateSaved) -> None:
+        self._operations.labels(*labels, details.operation).inc()
+
+    def _conflicted(self, labels: tuple[str, ...], details: Conflicted) -> None:
+        self._conflicts.labels(*labels, details.policy).inc()
+
+    def _took_over(self, labels: tuple[str, ...], details: TookOver) -> None:
+        self._takeovers.labels(*labels, details.how).inc()
+
+    def _was_refused(self, labels: tuple[str, ...], details: WriteRefused) -> None:
+        self._refused.labels(*labels, details.operation).inc()
+
+
+_COUNTED: dict[type[Details], Callable[[Counts, tuple[str, ...], Any], None]] = {
+    Released: Counts._released,
+    Lost: Counts._was_lost,
+    Skipped: Counts._skipped,
+    Failed: Counts._failed,
+    StateLoaded: Counts._loaded,
+    StateSaved: Counts._saved,
+    Conflicted: Counts._conflicted,
+    TookOver: Counts._took_over,
+    WriteRefused: Counts._was_refused,
+}

@@ -1,0 +1,38 @@
+"""One look at the store: what it holds of all singletons, and of the beats' lease."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from celery_singleton_state.beat.leader import PREFIX
+from celery_singleton_state.health import Health, judge
+from celery_singleton_state.runtime import Runtime
+from celery_singleton_state.store.base import Listed, StoreError
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was seen; one statement.
+
+    :param rows: of the singletons, by name.
+    :param leader: the row of the beats' lease, if any beat ever led.
+    :param health: its ``error`` says why nothing was seen.
+    """
+
+    rows: dict[str, Listed]
+    leader: Listed | None
+    health: Health
+
+
+def look(runtime: Runtime) -> Look:
+    """Look now. A store that is out of reach is an answer, too."""
+    prefix = runtime.settings.key_prefix
+    beat = PREFIX + runtime.settings.beat_name
+    try:
+        found = list(runtime.store.list(prefix, also=beat))
+    except StoreError as error:
+        return Look({}, None, Health((), str(error)))
+    rows = [row for row in found if row.key.startswith(prefix)]
+    leader = next((row for row in found if row.key == beat), None)
+    named = {row.key.removeprefix(prefix): row for row in rows}
+    return Look(named, leader, judge(runtime, rows))

@@ -1,0 +1,109 @@
+"""Health: whether the singletons ran when they should have, as their rows tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from celery import Celery
+
+from .keys import task_of
+from .lease import clock
+from .options import expected_singletons, options_of
+from .runtime import Runtime, runtime_of
+from .settings import Settings
+from .store.base import Listed, StoreError
+
+
+@dataclass(frozen=True, slots=True)
+class SingletonHealth:
+    """One singleton's health.
+
+    :param singleton: its name, as ``celery singleton ls`` prints it.
+    :param task: the name of its task.
+    :param reason: why it is healthy or not, for people.
+    """
+
+    singleton: str
+    task: str
+    healthy: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The health of an app's singletons.
+
+    :param singletons: each that ever ran, or should have; by name.
+    :param error: why nothing is known, where the store is out of reach.
+    """
+
+    singletons: tuple[SingletonHealth, ...]
+    error: str | None = None
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the store answers and all singletons are healthy."""
+        return self.error is None and all(each.healthy for each in self.singletons)
+
+
+def check_health(app: Celery) -> Health:
+    """Ask the store whether the app's singletons ran when they should have; one statement.
+
+    A singleton is healthy if it last finished within its task's ``expected_interval`` times
+    ``singleton_heartbeat_threshold``, or has no ``expected_interval``. One that never ran is given
+    that time, but ``singleton_startup_grace`` at least, from the first start of a worker that
+    knows it; where none has started, from this process's first use of the app's singletons.
+
+    :raises ImproperlyConfigured: a setting is not allowed.
+    """
+    app.finalize(auto=True)
+    runtime = runtime_of(app)
+    try:
+        rows = runtime.store.list(runtime.settings.key_prefix)
+    except StoreError as error:
+        return Health((), str(error))
+    return judge(runtime, rows)
+
+
+def judge(runtime: Runtime, rows: Sequence[Listed]) -> Health:
+    """The health of the singletons with these rows, and of those that should have one."""
+    prefix, tasks = runtime.settings.key_prefix, runtime.app.tasks
+    found = {}
+    for row in rows:
+        name = row.key.removeprefix(prefix)
+        task = task_of(name, tasks)
+        expected = _expected(runtime, task)
+        healthy, reason = _of(row, expected, runtime.settings)
+        found[name] = SingletonHealth(name, task, healthy, reason)
+    since = clock() - runtime.made_at
+    for name in expected_singletons(runtime.app) - found.keys():
+        healthy, reason = _never_ran(since, _expected(runtime, name) or 0.0, runtime.settings)
+        found[name] = SingletonHealth(name, name, healthy, reason)
+    return Health(tuple(found[name] for name in sorted(found)))
+
+
+def _expected(runtime: Runtime, task: str) -> float | None:
+    options = options_of(runtime.app.tasks.get(task))
+    return options.expected_interval if options else None
+
+
+def _of(row: Listed, expected: float | None, settings: Settings) -> tuple[bool, str]:
+    if expected is None:
+        return True, "it has no expected_interval"
+    if row.last_finished_at is None:
+        return _never_ran(row.read_at - (row.updated_at or row.read_at), expected, settings)
+    age = row.read_at - row.last_finished_at
+    limit = expected * settings.heartbeat_threshold
+    text = f"it finished {_seconds(age)} ago"
+    return age <= limit, text if age <= limit else f"{text}, and should have within {limit:g} s"
+
+
+def _never_ran(since: float, expected: float, settings: Settings) -> tuple[bool, str]:
+    limit = max(settings.startup_grace, expected * settings.heartbeat_threshold)
+    text = f"it never ran, and is waited for since {_seconds(since)}"
+    return since <= limit, text if since <= limit else f"{text}, longer than {limit:g} s"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s"

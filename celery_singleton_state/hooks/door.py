@@ -1,0 +1,175 @@
+"""The one door: what happens is told here, and handed to all who look on.
+
+Who tells is in mid-run, and must neither wait nor fail. So the details only join a queue, and a
+thread hands them on, in order; it sleeps a little first, so that a burst of short runs wakes it
+once. A queue that grows over its limit loses what is newest, and says so.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from celery import signals as celery_signals
+from kombu.utils.imports import symbol_by_name
+
+from . import log
+from .details import Details
+from .events import EventsHook
+from .signals import SignalsHook
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that the first details of a burst wait for the others.
+GATHER = 0.05
+#: Details that wait at most.
+LIMIT = 10_000
+#: Seconds that the process's end waits for them.
+PATIENCE = 5.0
+
+
+class Hook(Protocol):
+    """Looks on: called with each details object, in order, in a thread of its own.
+
+    What it raises is logged. A slow one delays the other hooks and no run.
+    """
+
+    def __call__(self, details: Details, /) -> object: ...
+
+
+class Door:
+    """Where one app's process tells what happens.
+
+    :param names: hooks of users, each a callable or the name of one; a class is instantiated, in
+        each process that uses it.
+    """
+
+    def __init__(self, app: Celery, names: Sequence[str | Hook] = ()) -> None:
+        self._app = weakref.ref(app)
+        self._names = names
+        self._signals = SignalsHook()
+        self._events = EventsHook(app)
+        self._hooks: list[Hook] | None = None
+        self._waiting: deque[Details] = deque()
+        self._dropped = 0
+        self._came = threading.Event()
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closed = threading.Event()
+
+    def tell(self, details: Details) -> None:
+        """Something happened. Never waits, never raises."""
+        log.write(details)
+        if not (self._names or self._signals.wants(details) or self._events.is_on):
+            return
+        if len(self._waiting) >= LIMIT:
+            self._dropped += 1
+            return
+        self._waiting.append(details)
+        if not self._came.is_set():
+            self._came.set()
+            if self._thread is None:
+                self._start()
+
+    def publish(self, details: Details) -> None:
+        """Tell it here and now, and as an event whatever the switch says: for a command's end."""
+        log.write(details)
+        self._call(self._signals, details)
+        for hook in self._users_hooks():
+            self._call(hook, details)
+        self._call(self._events, details)
+        self._events.flush()
+        self._events.close()
+
+    def close(self) -> None:
+        """Hand on what waits, for a few seconds at most, and end the thread."""
+        self._closed.set()
+        self._came.set()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(PATIENCE)
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is None and not self._closed.is_set():
+                self._thread = threading.Thread(
+                    target=self._run, name="singleton-hooks", daemon=True
+                )
+                _open.add(self)
+                self._thread.start()
+
+    # -- in the thread
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            self._came.wait()
+            self._closed.wait(GATHER)
+            self._came.clear()
+            self._hand_on()
+        self._events.close()
+
+    def _hand_on(self) -> None:
+        hooks: list[Hook] = [self._signals, *self._users_hooks()]
+        while self._waiting:
+            details = self._waiting.popleft()
+            for hook in hooks:
+                self._call(hook, details)
+            if self._events.is_on:
+                self._call(self._events, details)
+        self._events.flush()
+        if self._dropped:
+            dropped, self._dropped = self._dropped, 0
+            logger.warning("singletons: hooks are too slow, and were not told %d things", dropped)
+
+    def _users_hooks(self) -> list[Hook]:
+        if self._hooks is None:
+            self._hooks = [hook for hook in map(_made, self._names) if hook is not None]
+        return self._hooks
+
+    def _call(self, hook: Hook, details: Details) -> None:
+        try:
+            hook(details)
+        except Exception:
+            logger.exception("singletons: a hook failed: %r", hook)
+
+
+def check_hook(value: Any) -> Any:
+    """:raises ValueError: it is neither a callable nor the name of one."""
+    try:
+        found = symbol_by_name(value)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"callables, or the names of some: {error}") from None
+    if not callable(found):
+        raise ValueError(f"callables, or the names of some; {value!r} is none")
+    return value
+
+
+def _made(name: str | Hook) -> Hook | None:
+    try:
+        found: Any = symbol_by_name(name) if isinstance(name, str) else name
+        made: Hook = found() if isinstance(found, type) else found
+        return made
+    except Exception:
+        logger.exception("singletons: hook %r cannot be used", name)
+        return None
+
+
+_open: weakref.WeakSet[Door] = weakref.WeakSet()
+
+
+def _close_all(**_: Any) -> None:
+    for door in list(_open):
+        door.close()
+
+
+# A process of a prefork pool ends without what Python does at exit.
+celery_signals.worker_process_shutdown.connect(_close_all)
+atexit.register(_close_all)

@@ -1,0 +1,49 @@
+"""The hook that writes log lines."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .details import (
+    Acquired,
+    Changed,
+    Details,
+    Lost,
+    Released,
+    Skipped,
+    StateSaved,
+    TookOver,
+    WriteRefused,
+)
+
+logger = logging.getLogger("celery_singleton_state")
+
+#: By kind: a level, and what is written after the singleton's name, from the kind's own fields.
+_LINES: Mapping[type[Details], tuple[int, str, Callable[[Any], tuple[Any, ...]]]] = {
+    Acquired: (logging.DEBUG, "acquired with fence %d", lambda d: (d.fence,)),
+    TookOver: (
+        logging.INFO,
+        "taken over with fence %d: the last run %s",
+        lambda d: (d.fence, d.how),
+    ),
+    StateSaved: (logging.DEBUG, "state saved by %s", lambda d: (d.operation,)),
+    WriteRefused: (logging.WARNING, "a %s was refused", lambda d: (d.operation,)),
+    Lost: (logging.ERROR, "lease with fence %d is lost: %s", lambda d: (d.fence, d.why)),
+    Released: (
+        logging.DEBUG,
+        "%s after %.3f s",
+        lambda d: (d.outcome, d.seconds),
+    ),
+    Skipped: (logging.INFO, "%s", lambda d: (d.why,)),
+    Changed: (logging.WARNING, "%s by %s", lambda d: (d.what, d.by)),
+}
+
+
+def write(details: Details) -> None:
+    """Write the line of what happened, if it has one."""
+    found = _LINES.get(type(details))
+    if found is not None and logger.isEnabledFor(found[0]):
+        level, text, fields = found
+        logger.log(level, f"singleton %s {text}", details.key, *fields(details))

@@ -1,0 +1,84 @@
+"""What a run tells of itself, at the door where all look on."""
+
+from __future__ import annotations
+
+import threading
+
+from .delivery import Delivery
+from .history import DIED, Entry, Outcome
+from .hooks import Acquired, Lost, Released, StateLoaded, StateSaved, TookOver, WriteRefused
+from .lease import HeldLease, clock
+from .store.base import NewValue
+
+
+class Report:
+    """A run's own account: begun once, and ended once, as released or as lost.
+
+    :param asked_at: :func:`~celery_singleton_state.lease.clock` before the lease was asked for.
+    """
+
+    def __init__(self, delivery: Delivery, held: HeldLease, asked_at: float) -> None:
+        self._tell = delivery.tell
+        self._held = held
+        self._asked_at = asked_at
+        #: Taken by whoever tells the end.
+        self._ending = threading.Lock()
+
+    def begin(self, past: tuple[Entry, ...]) -> None:
+        """The run begins, after those of its history."""
+        lease = self._held.lease
+        how = _taken_over(past, lease.fence)
+        if how:
+            self._tell(TookOver, holder=lease.holder, fence=lease.fence, how=how)
+        self._tell(Acquired, holder=lease.holder, fence=lease.fence)
+
+    def loaded(self, value: str, schema_version: int | None) -> None:
+        """The state was loaded, from this JSON."""
+        self._tell(StateLoaded, size=len(value), schema_version=schema_version)
+
+    def saved(self, operation: str, new: NewValue | None) -> None:
+        """The state was written, if it was."""
+        if new is not None:
+            self._tell(StateSaved, operation=operation, size=len(new.value))
+
+    def refused(self, operation: str) -> None:
+        """The store refused a write."""
+        self._tell(WriteRefused, operation=operation)
+
+    def lost(self) -> None:
+        """The run has lost its lease."""
+        lease, why = self._held.lease, self._held.lost or ""
+        if self._ending.acquire(blocking=False):
+            self._tell(
+                Lost, holder=lease.holder, fence=lease.fence, why=why, seconds=self._seconds()
+            )
+
+    def ended(self, outcome: Outcome, error: str | None, given_back: bool) -> None:
+        """The run is over, and was not lost before."""
+        lease = self._held.lease
+        if self._ending.acquire(blocking=False):
+            self._tell(
+                Released,
+                holder=lease.holder,
+                fence=lease.fence,
+                outcome=outcome,
+                seconds=self._seconds(),
+                error=error,
+                given_back=given_back,
+            )
+
+    def _seconds(self) -> float:
+        return clock() - self._asked_at
+
+
+def _taken_over(past: tuple[Entry, ...], fence: int) -> str | None:
+    """How the lease came from a run that did not end by itself; ``None`` where it did.
+
+    Each end leaves an entry with its fence, so one that is missing is of a run that left none.
+    """
+    last = past[-1] if past else None
+    if last is None or last.fence < fence - 1:
+        return "expired" if fence > 1 else None
+    if last.outcome == Outcome.LOST:
+        return "died" if last.error == DIED else "handed over"
+    return None

@@ -1,0 +1,30 @@
+"""A hook that tells StatsD of runs: one counter by outcome, and one timer."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from celery_singleton_state.hooks import Details, Lost, Released, Skipped
+
+
+class StatsD:
+    """Sends to ``STATSD_HOST`` and ``STATSD_PORT``; localhost and 8125 where they are not set."""
+
+    def __init__(self) -> None:
+        host = os.environ.get("STATSD_HOST", "localhost")
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._address = (socket.gethostbyname(host), int(os.environ.get("STATSD_PORT", "8125")))
+
+    def __call__(self, details: Details) -> None:
+        name = f"singleton.{details.singleton}"
+        match details:
+            case Released(outcome=outcome, seconds=seconds):
+                self._send(f"{name}.{outcome}:1|c\n{name}.duration:{seconds * 1000:.0f}|ms")
+            case Lost(seconds=seconds):
+                self._send(f"{name}.lost:1|c\n{name}.duration:{seconds * 1000:.0f}|ms")
+            case Skipped(outcome=outcome):
+                self._send(f"{name}.{outcome}:1|c")
+
+    def _send(self, lines: str) -> None:
+        self._socket.sendto(lines.encode(), self._address)

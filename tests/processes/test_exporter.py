@@ -1,0 +1,206 @@
+"""``celery singleton exporter``: what it counts, shows and says, with real workers and brokers."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.store.base import Ended, NewValue
+from tests.processes.fleet import Exporter, Fleet, outcome
+from tests.servers import Valkey
+from tests.waiting import wait_until
+
+APP = "tests.processes.seen_app"
+RUNS = 500
+DOES = ("save", "idle", "checkpoint", "transaction", "fail", "misfit", "sleep")
+#: What each kind of run does to the state, the state being new to each.
+OPERATIONS = {
+    "save": ("load", "save"),
+    "idle": ("load", "save"),
+    "checkpoint": ("load", "checkpoint", "save"),
+    "transaction": ("load", "transaction"),
+    "fail": ("load",),
+    "misfit": ("load",),
+    "sleep": ("load", "save"),
+}
+
+
+@pytest.fixture
+def fleet(make_fleet: Callable[..., Fleet], postgres_url: str) -> Fleet:
+    return make_fleet(postgres_url)
+
+
+@pytest.fixture
+def store(fleet: Fleet, postgres_url: str) -> Iterator[SqlStore]:
+    opened = open_store(postgres_url, "kv_store", 5.0, auto_migrate=True)
+    yield opened
+    opened.close()
+
+
+def executions(exporter: Exporter) -> dict[str, float]:
+    found = exporter.metrics().get("singleton_executions_total", {})
+    return {outcome: count for (singleton, outcome), count in found.items()}
+
+
+def test_the_counters_agree_with_what_500_runs_did(
+    fleet: Fleet, client: Callable[[], Celery], store: SqlStore
+) -> None:
+    """And 10,000 keys, or 500, are one series."""
+    app = client()
+    fleet.start("-c", "2", "-E", app=APP)
+    exporter = fleet.start_exporter(APP)
+    chance = random.Random(5)
+    script = [chance.choices(DOES, weights=(40, 20, 15, 15, 5, 3, 2))[0] for _ in range(RUNS)]
+    sent = [app.send_task("counted", (f"key {number}", does)) for number, does in enumerate(script)]
+    fleet.wait_for_notes("runs", RUNS)
+    done = [
+        (number, result)
+        for number, (does, result) in enumerate(zip(script, sent, strict=True))
+        if does not in ("fail", "misfit")
+    ]
+    for number, result in done[:20]:
+        outcome(result)
+        app.send_task("counted", (f"key {number}", script[number]), task_id=result.id)
+    for number in range(10):
+        assert store.acquire(f'singleton-state:counted{{"key":"taken {number}"}}', "other", 60, "x")
+        app.send_task("counted", (f"taken {number}",))
+
+    does = Counter(script)
+    failed = does["fail"] + does["misfit"]
+    expected = {
+        "succeeded": RUNS - failed,
+        "failed": failed,
+        "duplicate": 20,
+        "skipped": 10,
+    }
+    wait_until(lambda: executions(exporter) == expected, f"it counts {expected}")
+    found = exporter.metrics()
+    assert found["singleton_duration_seconds_count"] == {("counted",): RUNS}
+    assert found["singleton_duration_seconds_sum"][("counted",)] > 0.3 * does["sleep"]
+    operations = Counter(each for kind in script for each in OPERATIONS[kind])
+    assert found["singleton_state_operations_total"] == {
+        ("counted", operation): count for operation, count in operations.items()
+    }
+    assert found["singleton_state_errors_total"] == {
+        ("counted", "SchemaDecodeFailed"): does["misfit"]
+    }
+    assert found["singleton_conflicts_total"] == {("counted", "skip"): 10}
+    assert found["singleton_keys"] == {("hourly",): 1, ("counted",): RUNS + 10}
+    assert found["singleton_leases_held"] == {("hourly",): 0, ("counted",): 10}
+    assert "singleton_lost_leases_total" not in found
+    assert len(exporter.get("/metrics")[1].splitlines()) < 120
+
+
+def test_events_follow_the_workers_switch(fleet: Fleet, client: Callable[[], Celery]) -> None:
+    """Off at the start, switched on from outside while it works, and off again."""
+    app = client()
+    fleet.start("-c", "1", app=APP)
+    exporter = fleet.start_exporter(APP)
+    outcome(app.send_task("counted", ("a",)))
+    app.control.enable_events(reply=True)
+    outcome(app.send_task("counted", ("b",)))
+    wait_until(lambda: executions(exporter) == {"succeeded": 1}, "the second one is counted")
+    app.control.disable_events(reply=True)
+    outcome(app.send_task("counted", ("c",)))
+    app.control.enable_events(reply=True)
+    outcome(app.send_task("counted", ("d",)))
+    wait_until(lambda: executions(exporter) == {"succeeded": 2}, "the fourth one is counted")
+
+
+@pytest.mark.parametrize("pool", ["solo", "threads", "gevent"])
+def test_events_from_each_pool(fleet: Fleet, client: Callable[[], Celery], pool: str) -> None:
+    fleet.start("-P", pool, "-c", "2", "-E", app=APP)
+    exporter = fleet.start_exporter(APP, "--per-key")
+    app = client()
+    outcome(app.send_task("counted", ("a",)))
+    outcome(app.send_task("counted", ("b", "fail")))
+    wait_until(lambda: len(exporter.metrics().get("singleton_executions_total", {})) == 2, "both")
+    found = exporter.metrics()
+    assert found["singleton_executions_total"] == {
+        ("counted", 'counted{"key":"a"}', "succeeded"): 1,
+        ("counted", 'counted{"key":"b"}', "failed"): 1,
+    }
+    assert found["singleton_keys"][("counted", 'counted{"key":"a"}')] == 1
+
+
+def test_what_waits_is_told_when_a_worker_stops(
+    make_fleet: Callable[..., Fleet], postgres_url: str, client: Callable[[], Celery]
+) -> None:
+    """A user's hook sees all of a run, though its process ends just after it."""
+    fleet = make_fleet(postgres_url, TEST_HOOK="1")
+    worker = fleet.start("-c", "1", app=APP)
+    outcome(client().send_task("counted", ("a",)))
+    worker.stop()
+    kinds = [note["kind"] for note in fleet.notes("told")]
+    assert kinds == ["Acquired", "StateLoaded", "StateSaved", "Released"]
+
+
+def test_health_over_http(fleet: Fleet, store: SqlStore) -> None:
+    exporter = fleet.start_exporter(APP)
+    status, body = exporter.get("/health")
+    assert (status, json.loads(body)["healthy"]) == (200, True)
+    taken = store.acquire("singleton-state:hourly", "other", 60, None)
+    assert taken is not None
+    assert store.release(taken.lease, Ended("failed", "[]"))
+    with store.engine.connect() as connection:
+        connection.exec_driver_sql("UPDATE kv_store SET last_finished_at = '2001-01-01 00:00Z'")
+    status, body = exporter.get("/health")
+    found: dict[str, Any] = json.loads(body)
+    assert (status, found["healthy"]) == (503, False)
+    assert "and should have within 7200 s" in found["singletons"][0]["reason"]
+    assert exporter.metrics()["singleton_healthy"] == {("hourly",): 0}
+
+
+def test_it_is_read_only_and_hides_states(fleet: Fleet, store: SqlStore) -> None:
+    taken = store.acquire('singleton-state:counted{"key":"a"}', "other", 60, None)
+    assert taken is not None
+    assert store.save(taken.lease, NewValue('{"n":123454321}', 1))
+    exporter = fleet.start_exporter(APP)
+    status, page = exporter.get("/")
+    assert status == 200
+    assert "other" in page
+    assert "123454321" not in page
+    assert "123454321" in fleet.start_exporter(APP, "--show-state").get("/")[1]
+    assert exporter.get("/nothing")[0] == 404
+
+
+def test_it_outlives_its_store_and_its_broker(
+    make_fleet: Callable[..., Fleet],
+    own_postgres: Any,
+    own_valkey: Valkey,
+    client: Callable[[], Celery],
+) -> None:
+    url = own_postgres.create_database("shop")
+    fleet = make_fleet(
+        url, CELERY_BROKER_URL=own_valkey.url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="1"
+    )
+    exporter = fleet.start_exporter(APP)
+    own_postgres.stop()
+    own_valkey.stop()
+    wait_until(lambda: not exporter.metrics()["singleton_broker_up"][()], "the broker is missed")
+    assert exporter.metrics()["singleton_store_up"] == {(): 0}
+    status, body = exporter.get("/health")
+    assert (status, bool(json.loads(body)["error"])) == (503, True)
+    assert exporter.get("/")[0] == 200
+    own_postgres.start()
+    own_valkey.start()
+    wait_until(lambda: exporter.metrics()["singleton_broker_up"][()], "the broker is back")
+    assert exporter.metrics()["singleton_store_up"] == {(): 1}
+    fleet.start("-P", "solo", "-E", app=APP)
+    outcome(client().send_task("counted", ("a",)))
+    wait_until(lambda: executions(exporter) == {"succeeded": 1}, "it counts again")
+
+
+def test_an_address_in_use_is_one_line(fleet: Fleet) -> None:
+    taken = fleet.start_exporter(APP)
+    port = taken.url.rsplit(":", 1)[1]
+    answer = fleet.command("singleton", "exporter", "--port", port, app=APP)
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("Error: cannot listen at 127.0.0.1:")

@@ -1,0 +1,124 @@
+"""Health: what the rows say of when each singleton ran."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from celery_singleton_state import SingletonTask, check_health, singleton_task
+from celery_singleton_state.keys import task_of
+from celery_singleton_state.runtime import runtime_of
+from celery_singleton_state.store.base import StoreUnavailable
+
+
+def nothing(self: SingletonTask) -> None:
+    pass
+
+
+def with_x(self: SingletonTask, x: str) -> None:
+    pass
+
+
+def health(app: Celery) -> dict[str, tuple[bool, str]]:
+    found = check_health(app)
+    assert found.error is None
+    assert found.healthy == all(each.healthy for each in found.singletons)
+    return {each.singleton: (each.healthy, each.reason) for each in found.singletons}
+
+
+def make_older(app: Celery, column: str, seconds: float) -> None:
+    """Move a column of all rows back, as if it had been written so much earlier."""
+    store: Any = runtime_of(app).store
+    with store.engine.connect() as connection:
+        connection.exec_driver_sql(
+            f"UPDATE kv_store SET {column} ="
+            f" strftime('%Y-%m-%d %H:%M:%f+00:00', {column}, '-{seconds} seconds')"
+        )
+
+
+def test_one_that_finished_in_time_is_healthy_and_one_that_did_not_is_not(
+    memory_app: Celery,
+) -> None:
+    """Within its interval times the threshold, which is 2."""
+    task = singleton_task(
+        memory_app, shared=False, name="t", expected_interval=timedelta(seconds=100)
+    )(nothing)
+    task()
+    assert health(memory_app)["t"] == (True, "it finished 0 s ago")
+    make_older(memory_app, "last_finished_at", 190)
+    assert health(memory_app)["t"] == (True, "it finished 190 s ago")
+    make_older(memory_app, "last_finished_at", 20)
+    assert health(memory_app)["t"] == (
+        False,
+        "it finished 210 s ago, and should have within 200 s",
+    )
+
+
+def test_each_key_is_judged(memory_app: Celery) -> None:
+    task = singleton_task(
+        memory_app, shared=False, name="t", unique_on=["x"], expected_interval=10
+    )(with_x)
+    task("a")
+    make_older(memory_app, "last_finished_at", 60)
+    task("b")
+    found = health(memory_app)
+    assert {name: healthy for name, (healthy, _) in found.items()} == {
+        't{"x":"a"}': False,
+        't{"x":"b"}': True,
+    }
+
+
+def test_without_an_interval_it_is_always_healthy(memory_app: Celery) -> None:
+    singleton_task(memory_app, shared=False, name="t")(nothing)()
+    make_older(memory_app, "last_finished_at", 10**6)
+    assert health(memory_app)["t"][0]
+
+
+def test_one_that_never_ran_is_waited_for(memory_app: Celery) -> None:
+    """From the worker's start on, which has made its row."""
+    singleton_task(memory_app, shared=False, name="quick", expected_interval=1)(nothing)
+    singleton_task(memory_app, shared=False, name="daily", expected_interval=86400)(nothing)
+    assert health(memory_app)["quick"][0], "in this process's first minute"
+    keys = ["singleton-state:quick", "singleton-state:daily"]
+    runtime_of(memory_app).store.wishes.expect(keys)
+    make_older(memory_app, "updated_at", 50)
+    assert health(memory_app)["quick"][0]
+    make_older(memory_app, "updated_at", 20)
+    found = health(memory_app)
+    assert found["quick"] == (
+        False,
+        "it never ran, and is waited for since 70 s, longer than 60 s",
+    )
+    assert found["daily"][0]
+    runtime_of(memory_app).store.wishes.expect(keys)
+    assert health(memory_app)["quick"] == found["quick"], "a second start is not the first"
+
+
+def test_a_store_out_of_reach_is_not_healthy(
+    memory_app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any) -> None:
+        raise StoreUnavailable("it is away")
+
+    monkeypatch.setattr(runtime_of(memory_app).store, "list", away)
+    found = check_health(memory_app)
+    assert (found.healthy, found.error) == (False, "it is away")
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("shop.t", "shop.t"),
+        ('shop.t{"x":"a"}', "shop.t"),
+        ('shop.t["a"]', "shop.t"),
+        ('shop.t"a"', "shop.t"),
+        ("shop.t5", "shop.t"),
+        ("shop.tt5", "shop.tt"),
+        ('gone{"x":1}', "gone"),
+    ],
+)
+def test_the_task_of_a_name(name: str, task: str) -> None:
+    assert task_of(name, {"shop.t", "shop.tt", "other"}) == task
