@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, disable_created_metrics
 
+from celery_singleton_state.options import options_of
 from celery_singleton_state.runtime import Runtime
 
 from .counts import Counts
@@ -33,7 +34,11 @@ def run(
     """
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
-    receiver = Receiver(runtime.app, Counts(registry, per_key))
+    counts = Counts(registry, per_key)
+    for name, task in runtime.app.tasks.items():
+        if options_of(task) is not None:
+            counts.begin(name)
+    receiver = Receiver(runtime.app, counts)
     registry.register(Gauges(runtime, lambda: receiver.is_up, per_key))
     server = make(Pages(runtime, registry, shows_state), host, port)
     receiver.start()

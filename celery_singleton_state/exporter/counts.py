@@ -11,6 +11,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from celery_singleton_state.errors import SingletonErrorReason
 from celery_singleton_state.history import Outcome
 from celery_singleton_state.hooks import (
     Conflicted,
@@ -25,6 +26,9 @@ from celery_singleton_state.hooks import (
     WriteRefused,
 )
 
+#: Operations that write a state, and ways in which a lease is taken over.
+WRITES = ("save", "checkpoint", "transaction")
+TAKEOVERS = ("expired", "died", "handed over")
 #: Seconds. Runs are from a few milliseconds to hours long.
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 14400.0)
 
@@ -69,6 +73,23 @@ class Counts:
         self._refused = counter(
             "singleton_refused_writes_total", "Writes that the store refused as stale.", "operation"
         )
+
+    def begin(self, task: str) -> None:
+        """Have series of a task that say 0: the first of anything is an increase, then."""
+        if self._per_key:
+            return
+        for outcome in Outcome:
+            self._executions.labels(task, outcome)
+        for reason in SingletonErrorReason:
+            self._errors.labels(task, reason)
+        for operation in ("load", *WRITES):
+            self._operations.labels(task, operation)
+        for operation in (*WRITES, "release"):
+            self._refused.labels(task, operation)
+        for how in TAKEOVERS:
+            self._takeovers.labels(task, how)
+        self._lost.labels(task)
+        self._durations.labels(task)
 
     def __call__(self, details: Details) -> None:
         count = _COUNTED.get(type(details))

@@ -28,6 +28,7 @@ class Sums:
     rows: int = 0
     held: int = 0
     unhealthy: int = 0
+    expected_interval: float | None = None
     last_execution: float = 0.0
     last_success: float = 0.0
     heartbeat_age: float = 0.0
@@ -53,6 +54,8 @@ GAUGES: tuple[tuple[str, str, Callable[[Sums], float | None]], ...] = (
     ("singleton_unhealthy_keys", "Singletons that are not healthy.", lambda s: s.unhealthy),
     ("singleton_healthy", "Whether all singletons of the task are healthy: 1 or 0.",
      lambda s: not s.unhealthy),
+    ("singleton_expected_interval_seconds", "Seconds between runs as the task expects them.",
+     lambda s: s.expected_interval),
     ("singleton_last_execution_timestamp_seconds", "When the last run ended, since the epoch.",
      lambda s: s.last_execution or None),
     ("singleton_last_success_timestamp_seconds",
@@ -110,7 +113,8 @@ class Gauges(Collector):
             if self._per_key:
                 labels = (each.task, each.singleton)
             row = seen.rows.get(each.singleton)
-            sums.setdefault(labels, Sums()).add(row, each.healthy, self._ttl(each.task))
+            found = sums.setdefault(labels, Sums(expected_interval=self._expected(each.task)))
+            found.add(row, each.healthy, self._ttl(each.task))
         names = ("singleton", "key") if self._per_key else ("singleton",)
         for name, text, value in GAUGES:
             family = GaugeMetricFamily(name, text, labels=names)
@@ -118,6 +122,10 @@ class Gauges(Collector):
                 if (number := value(found)) is not None:
                     family.add_metric(labels, float(number))
             yield family
+
+    def _expected(self, task: str) -> float | None:
+        own = options_of(self._runtime.app.tasks.get(task))
+        return own.expected_interval if own else None
 
     def _ttl(self, task: str) -> float:
         own = options_of(self._runtime.app.tasks.get(task))
