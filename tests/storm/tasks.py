@@ -31,6 +31,9 @@ app = Celery("storm")
 app.conf.update(
     worker_prefetch_multiplier=1,
     worker_lost_wait=0.5,
+    # With it a worker of threads was seen to hang, once in ten storms: it had lost RabbitMQ, and
+    # asked for its prefetch count back as soon as it was connected again.
+    worker_enable_prefetch_count_reduction=False,
     broker_connection_max_retries=None,
     broker_connection_retry_on_startup=True,
     broker_transport_options=(
