@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
 import weakref
 from collections import deque
@@ -114,6 +115,8 @@ class Door:
             self._closed.wait(GATHER)
             self._came.clear()
             self._hand_on()
+        # What came while the last ones were handed on.
+        self._hand_on()
         self._events.close()
 
     def _hand_on(self) -> None:
@@ -170,6 +173,8 @@ def _close_all(**_: Any) -> None:
         door.close()
 
 
+# A child's copies of its parent's doors have no thread, and locks in whatever state.
+os.register_at_fork(after_in_child=_open.clear)
 # A process of a prefork pool ends without what Python does at exit.
 celery_signals.worker_process_shutdown.connect(_close_all)
 atexit.register(_close_all)

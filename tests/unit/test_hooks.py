@@ -219,6 +219,31 @@ def test_a_slow_hook_stalls_no_run_and_what_is_too_much_is_dropped(
     assert len(seen.details) < 6 * 4
 
 
+def test_what_comes_while_the_last_is_handed_on_is_told_as_well(
+    memory_app: Celery, seen: Seen
+) -> None:
+    """The hook is told of A; B is told to the door, which is then closed; the hook comes back."""
+    held, go = threading.Event(), threading.Event()
+
+    def slow(details: Details) -> None:
+        seen(details)
+        held.set()
+        go.wait(30)
+
+    use(memory_app, slow)
+    own = runtime_of(memory_app).door
+    first, second = EXAMPLES[:2]
+    own.tell(first)
+    assert held.wait(30)
+    own.tell(second)
+    closing = threading.Thread(target=own.close)
+    closing.start()
+    wait_until(own._closed.is_set, "it is being closed")
+    go.set()
+    closing.join(30)
+    assert seen.details == [first, second]
+
+
 def test_signals_have_the_task_as_sender(
     memory_app: Celery, connected: Callable[..., None]
 ) -> None:
