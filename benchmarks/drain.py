@@ -31,10 +31,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class Pool:
-    """A worker's pool."""
+    """A worker's pool, and more options of the worker's."""
 
     name: str
     concurrency: int
+    options: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.name if self.name == "solo" else f"{self.name} {self.concurrency}"
@@ -117,6 +118,7 @@ def _options(pool: Pool) -> list[str]:
         # It has no neighbours to wait for.
         "--without-mingle",
         "--without-gossip",
+        *pool.options,
     ]
 
 
