@@ -350,3 +350,14 @@ def test_log_lines(memory_app: Celery, caplog: pytest.LogCaptureFixture) -> None
     make_task(memory_app, add)()
     assert "singleton t acquired with fence 1" in caplog.text
     assert "singleton t succeeded after 0.0" in caplog.text
+
+
+def test_celerys_own_view_of_events_is_left_alone(memory_app: Celery) -> None:
+    """Flower and celery-exporter keep it: no event of ours is taken for a task's or a worker's."""
+    state = memory_app.events.State()
+    for example in EXAMPLES:
+        event = events.msgspec.to_builtins(example)
+        event |= {"hostname": "w@h", "pid": 1, "clock": 3, "utcoffset": 0, "local_received": 1.0}
+        state.event(event)
+    assert not state.tasks
+    assert not state.workers
