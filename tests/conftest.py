@@ -64,8 +64,8 @@ def valkey() -> Iterator[Valkey]:
 
 @pytest.fixture
 def own_valkey() -> Iterator[Valkey]:
-    """A server that the test may stop."""
-    server = Valkey()
+    """A server that the test may stop, and that keeps what it took."""
+    server = Valkey(durable=True)
     yield server
     server.close()
 

@@ -147,10 +147,11 @@ class Leader:
     def record(self, entries: Mapping[str, str]) -> None:
         """Store what entries have become, by name, and renew the lease; one statement.
 
-        :raises NotLeading: somebody else leads; nothing was stored.
+        :raises NotLeading: somebody else leads, or this beat has handed over; nothing was stored.
         :raises StoreError: it is out of reach.
         """
-        assert self._held is not None
+        if self._held is None:
+            raise NotLeading
         asked_at = clock()
         rows = {row_key(self._prefix, name): value for name, value in entries.items()}
         now = self._store.entries.record(self._held.lease, rows)

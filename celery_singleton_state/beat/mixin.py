@@ -53,6 +53,7 @@ class LeaderMixin(BrokerConnection):
         self._states: dict[str, EntryState] = {}
         self._reserved: Any = None
         self._failure: BaseException | None = None
+        self._closed = False
         super().__init__(app, *args, **kwargs)
 
     # -- what Celery calls
@@ -62,7 +63,13 @@ class LeaderMixin(BrokerConnection):
         self._leader.check()
 
     def tick(self, *args: Any, **kwargs: Any) -> float:
-        """Lead or stand by; returns the seconds until this is to be called again."""
+        """Lead or stand by; returns the seconds until this is to be called again.
+
+        :raises SystemExit: it was closed. A signal's handler closes it and raises that, which is
+            lost in a destructor, say, as that of a result whose message was just sent.
+        """
+        if self._closed:
+            raise SystemExit
         try:
             return self._lead(*args, **kwargs) if self._leads() else STANDBY_POLL
         except NotLeading:
@@ -119,6 +126,7 @@ class LeaderMixin(BrokerConnection):
 
     def close(self) -> None:
         """Record what was sent and hand over. May be called again, and by a signal's handler."""
+        self._closed = True
         try:
             self.sync()
         finally:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -175,7 +176,11 @@ def test_servers_are_killed_under_all_beats(
         own_valkey.url
     )
     store_url = own_postgres.url("shop")
-    hosts = Hosts(fleet, schedule, store_url, own_valkey.url, make_proxy)
+    with closing(Hosts(fleet, schedule, store_url, own_valkey.url, make_proxy)) as hosts:
+        kill_both(hosts, own_postgres, own_valkey)
+
+
+def kill_both(hosts: Hosts, own_postgres: Postgres, own_valkey: Valkey) -> None:
     beats = [hosts.start().beat for _ in range(2)]
     hosts.leader()
     hosts.wait_for_sent(10)
@@ -192,7 +197,6 @@ def test_servers_are_killed_under_all_beats(
     own_valkey.start()
     hosts.wait_for_sent(20)
     assert [beat.process.poll() for beat in beats] == [None, None]
-    fleet.start("-P", "solo", app=APP)
+    hosts.fleet.start("-P", "solo", app=APP)
     hosts.stop()
     assert hosts.complaints() == []
-    hosts.close()

@@ -493,3 +493,28 @@ def test_bad_entries_end_it_at_the_start(beats: Beats) -> None:
 def test_a_missing_table_ends_it_at_the_start(beats: Beats) -> None:
     with pytest.raises(ImproperlyConfigured, match="singleton migrate"):
         beats.make({"e": EVERY_MINUTE}, singleton_auto_migrate=False)
+
+
+def test_a_stop_that_is_lost_is_a_stop_at_the_next_tick(
+    beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes while a message is sent: its handler closes the beat, and its SystemExit is
+    lost, as in a destructor. Nothing more is sent, and the beat ends.
+    """
+    beat = beats.make({"e": EVERY_MINUTE, "f": EVERY_MINUTE})
+    beat.tick()
+    due_now(beat, "e")
+    due_now(beat, "f")
+    apply_async = beat.apply_async
+
+    def handle_signal(*arguments: Any, **options: Any) -> Any:
+        result = apply_async(*arguments, **options)
+        beat.close()
+        return result
+
+    monkeypatch.setattr(beat, "apply_async", handle_signal)
+    assert beat.tick() == STANDBY_POLL
+    assert len(sent) == 1
+    assert not row(beat).held
+    with pytest.raises(SystemExit):
+        beat.tick()
