@@ -109,6 +109,19 @@ class Hosts:
         before = self.sent()
         wait_until(lambda: self.sent() >= before + more, f"{more} more ticks are sent")
 
+    def wait_until_caught_up(self) -> None:
+        """Until the leader has sent again what others sent and could not record."""
+
+        def caught_up() -> bool:
+            row = self.store.peek(LEADER)
+            if row is None or not row.held:
+                return False
+            late = row.read_at - 2.0
+            ticks = [state.next_tick for state in self.states().values()]
+            return all(tick is not None and tick.timestamp() > late for tick in ticks)
+
+        wait_until(caught_up, "the leader is not behind", 90)
+
     def stop(self) -> None:
         """Stop all beats in order, and wait until all that was sent has run."""
         for host in self.hosts:

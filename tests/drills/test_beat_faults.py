@@ -111,6 +111,7 @@ def test_every_tick_is_run_once_whatever_happens_to_the_leader(
     faults = list(storm(hosts, random.Random(SEED)))
     hosts.leader()
     hosts.wait_for_ticks(2 * ENTRIES)
+    hosts.wait_until_caught_up()
     hosts.stop()
 
     assert not (found := hosts.complaints()), "\n".join(found)
