@@ -59,7 +59,7 @@ def executions(exporter: Exporter) -> dict[str, float]:
 def test_the_counters_agree_with_what_500_runs_did(
     fleet: Fleet, client: Callable[[], Celery], store: SqlStore
 ) -> None:
-    """And 10,000 keys, or 500, are one series."""
+    """And its 500 keys are one series."""
     app = client()
     fleet.start("-c", "2", "-E", app=APP)
     exporter = fleet.start_exporter(APP)
