@@ -7,6 +7,7 @@ sent again by the next, with the same id, and refused by the singleton that has 
 
 from __future__ import annotations
 
+import gc
 import logging
 from datetime import datetime
 from typing import Any
@@ -44,6 +45,10 @@ class LeaderMixin(BrokerConnection):
     """
 
     def __init__(self, app: Celery, *args: Any, **kwargs: Any) -> None:
+        # Within a worker this is a forked process, in which Celery has closed all files and not
+        # told the objects that the worker had them in. What is garbage among these would close
+        # its file's number later, when that is the store's.
+        gc.collect()
         self._leader = Leader(app)
         #: The fence under which the schedule was taken over.
         self._fence: int | None = None

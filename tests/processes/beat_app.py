@@ -6,8 +6,10 @@ seconds or a crontab as a list of its fields.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import select
 import signal
 import time
 from pathlib import Path
@@ -51,6 +53,20 @@ def hang(**_: Any) -> None:
     path = Path(os.environ.get("TEST_HANG", "/nowhere"))
     while path.exists():
         time.sleep(0.05)
+
+
+if "TEST_GARBAGE" in os.environ:
+
+    @signals.worker_init.connect
+    def leave_files_in_garbage(**_: Any) -> None:
+        gc.disable()
+        for _number in range(40):
+            cycle: list[Any] = [select.epoll()]
+            cycle.append(cycle)
+
+    @signals.before_task_publish.connect
+    def collect(**_: Any) -> None:
+        gc.collect()
 
 
 if "TEST_CRASH" in os.environ:

@@ -108,6 +108,17 @@ def test_beats_within_workers(fleet: Fleet) -> None:
     assert "beat gave back the lead" in first.output
 
 
+def test_what_a_worker_leaves_to_its_beat_closes_no_file_of_it(fleet: Fleet) -> None:
+    """Celery closes the files that a worker's beat inherits, and the numbers are given to the
+    store's; then Python finds the objects of the old ones, and closes these numbers.
+    """
+    fleet.environment["TEST_GARBAGE"] = "1"
+    worker = fleet.start("-c", "1", "-B", "--scheduler", "singleton", app=APP)
+    worker.wait_for("beat leads")
+    wait_for_ticks(fleet, 3)
+    assert "beat waits" not in worker.output
+
+
 def test_beat_within_a_worker_of_one_process(fleet: Fleet) -> None:
     """A pool of none but itself, and beat beside it."""
     worker = fleet.start("-P", "solo", "-B", "--scheduler", "singleton", app=APP)
