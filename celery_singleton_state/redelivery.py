@@ -89,7 +89,8 @@ def left_if_killed(request: Context) -> Iterator[None]:
     Celery kills greenlets in a cold shutdown, and when it revokes a task or lost its connection;
     it takes them for successful then, and acknowledges their messages. A revoked one it drops when
     it comes again. In a cold shutdown of a solo pool, whose jobs cannot be killed, the error that
-    says so breaks off the body, as if it were the body's own.
+    says so breaks off the body, as if it were the body's own; where it breaks off a retry that is
+    being sent, Celery takes it for the sending's, and drops the message.
 
     :raises Reject: it is killed.
     """
@@ -103,6 +104,8 @@ def left_if_killed(request: Context) -> Iterator[None]:
 
 def _means_to_kill(error: BaseException) -> bool:
     """Whether it is how Celery ends a body, or fails to."""
+    if isinstance(error, Reject) and isinstance(error.args[0], BaseException):
+        error = error.args[0]
     if type(error).__name__ == "GreenletExit":
         return True
     if not isinstance(error, NotImplementedError):

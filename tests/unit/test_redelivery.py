@@ -86,6 +86,24 @@ def test_a_body_that_celery_breaks_off_leaves_its_message_with_the_broker(
     assert caught.value.requeue
 
 
+def test_a_retry_that_celery_breaks_off_leaves_its_message_with_the_broker(
+    task: Any, memory_app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal of a solo pool's cold shutdown comes while the retry is being sent."""
+
+    def send(*_: Any, **__: Any) -> None:
+        kill_in_solo_pool()
+
+    monkeypatch.setattr(memory_app.amqp, "send_task_message", send)
+    task.push_request(id="1", args=(), kwargs={}, called_directly=False)
+    try:
+        with pytest.raises(Reject) as caught, left_if_killed(task.request):
+            task.retry(countdown=1)
+    finally:
+        task.pop_request()
+    assert caught.value.requeue
+
+
 def test_an_error_of_the_body_is_left_as_it_is() -> None:
     with pytest.raises(NotImplementedError), left_if_killed(Context(id="1")):
         raise NotImplementedError
