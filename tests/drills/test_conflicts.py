@@ -15,7 +15,7 @@ from celery import Celery, chain
 from celery_singleton_state import HeartbeatFailed, LeaderHandoffFailed
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Row
-from tests.processes.fleet import Fleet, outcome
+from tests.processes.fleet import Fleet, Worker, outcome
 from tests.waiting import wait_until
 
 #: Seconds after which the broker takes a message that is not acknowledged for lost.
@@ -105,6 +105,17 @@ def test_the_holder_dies_while_another_waits(
     assert outcome(second) == "second"
 
 
+def is_stopped_with(worker: Worker, app: Celery, task_id: str) -> bool:
+    """Stop a worker; it goes on if the broker does not know by then that it has the message."""
+    worker.signal_all(signal.SIGSTOP)
+    with app.connection() as connection:
+        waiting = connection.default_channel.client.hvals("unacked")
+    if any(task_id.encode() in message for message in waiting):
+        return True
+    worker.signal_all(signal.SIGCONT)
+    return False
+
+
 def test_who_waits_dies(fleet: Fleet, client: Callable[[], Celery], go: Path) -> None:
     """Its worker is killed; the broker gives its message to another one, in its own time: Redis
     looks for such messages when a worker starts, and then rarely.
@@ -116,6 +127,8 @@ def test_who_waits_dies(fleet: Fleet, client: Callable[[], Celery], go: Path) ->
     killed = fleet.start("-c", "1", "-Q", "b", name="b")
     second = send(app, "waits_its_turn", "second", queue="b")
     fleet.wait_for_output(killed, f"Task waits_its_turn[{second.id}] ignored")
+    # Redis forgets a message that is on its way to a worker when that is killed.
+    wait_until(lambda: is_stopped_with(killed, app, second.id), "it is stopped with its message")
     killed.close()
     restored_from = time.monotonic() + VISIBILITY_TIMEOUT
     wait_until(lambda: time.monotonic() > restored_from, "the broker may restore the message")

@@ -49,7 +49,7 @@ SETTINGS = settings(
     report_multiple_bugs=False,
 )
 #: For faults, which need not be told in the shortest way.
-TO_THE_FIRST_FAILURE = settings(SETTINGS, max_examples=100, phases=[Phase.generate])
+TO_THE_FIRST_FAILURE = settings(SETTINGS, max_examples=1000, phases=[Phase.generate])
 
 
 class Rollback(Exception):
