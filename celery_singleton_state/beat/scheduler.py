@@ -85,7 +85,9 @@ class SingletonScheduler(LeaderMixin, Scheduler):
                 if count := entry.miss(now):
                     missed.append(f"{count} of {entry.name} from {first:%Y-%m-%d %H:%M:%S} on")
                     self._unrecorded[entry.name] = entry.state()
-                else:
+                # At once, and not in the order of its due time: who is behind would have missed it
+                # again by then.
+                if entry.next_tick <= now:
                     self.apply_entry(entry, self.producer)
                 heapq.heapreplace(heap, (entry.next_tick, number, entry))
                 now = self._leader.now()
