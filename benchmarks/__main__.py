@@ -1,5 +1,5 @@
 """``python -m benchmarks [--quick] [worker] [statements] [rows] [handoff] [heartbeat] [events]
-[beat] [takeover]``"""
+[scrape] [beat] [takeover]``"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import psycopg
 import redis
 from rich.console import Console
 
-from . import beat, events, handoff, heartbeat, rows, statements, takeover, worker
+from . import beat, events, handoff, heartbeat, rows, scrape, statements, takeover, worker
 from .servers import Servers, started_servers
 
 PARTS: dict[str, Callable[[Servers, bool, Console], None]] = {
@@ -27,6 +27,7 @@ PARTS: dict[str, Callable[[Servers, bool, Console], None]] = {
     "handoff": handoff.run,
     "heartbeat": heartbeat.run,
     "events": events.run,
+    "scrape": scrape.run,
     "beat": beat.run,
     "takeover": takeover.run,
 }

@@ -24,14 +24,14 @@ from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.state import NO_STATE, Codec, StateError
 from celery_singleton_state.store.base import NewValue, Row
 
-from .common import find, says_why, unknown
+from .common import complete_name, find, says_why, unknown
 
 YES = click.option("--yes", is_flag=True, help="Do not ask.")
 FORCE = click.option("--force", is_flag=True, help="Take the lease away from a run first.")
 
 
 @click.command(cls=CeleryCommand)
-@click.argument("name")
+@click.argument("name", shell_complete=complete_name)
 @YES
 @click.pass_context
 @says_why
@@ -53,7 +53,7 @@ def release(context: click.Context, name: str, yes: bool) -> None:
 
 
 @click.command(cls=CeleryCommand)
-@click.argument("name")
+@click.argument("name", shell_complete=complete_name)
 @click.pass_context
 @says_why
 def get(context: click.Context, name: str) -> None:
@@ -62,7 +62,7 @@ def get(context: click.Context, name: str) -> None:
 
 
 @click.command("set", cls=CeleryCommand)
-@click.argument("name")
+@click.argument("name", shell_complete=complete_name)
 @click.argument("value")
 @FORCE
 @YES
@@ -80,7 +80,7 @@ def set_(context: click.Context, name: str, value: str, force: bool, yes: bool) 
 
 
 @click.command(cls=CeleryCommand)
-@click.argument("name")
+@click.argument("name", shell_complete=complete_name)
 @FORCE
 @YES
 @click.pass_context

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import click
+from celery.app.utils import find_app
 from celery.exceptions import ImproperlyConfigured
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_singleton_state.keys import row_key
-from celery_singleton_state.runtime import Runtime
+from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.store.base import Row, StoreError
 
 P = ParamSpec("P")
@@ -32,6 +34,22 @@ def says_why(command: Callable[P, R]) -> Callable[P, R]:
             raise click.ClickException(str(error)) from error
 
     return run
+
+
+def complete_name(context: click.Context, _argument: click.Parameter, begun: str) -> list[str]:
+    """For a shell: the singletons whose names begin so, and need no quotes.
+
+    None where the app or its store cannot be had: a shell has no place for an error.
+    """
+    try:
+        app = find_app(context.find_root().params["app"])
+        app.finalize(auto=True)
+        runtime = runtime_of(app)
+        prefix = runtime.settings.key_prefix
+        names = [row.key.removeprefix(prefix) for row in runtime.store.list(prefix + begun)]
+    except Exception:
+        return []
+    return [name for name in names if shlex.quote(name) == name]
 
 
 def find(runtime: Runtime, name: str) -> Row:

@@ -20,7 +20,7 @@ from celery_singleton_state.health import judge
 from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.store.base import Listed, Row
 
-from .common import find, iso, moment, print_json, says_why, short_moment
+from .common import complete_name, find, iso, moment, print_json, says_why, short_moment
 
 #: Seconds between two looks of one who watches.
 WATCH = 2.0
@@ -49,7 +49,7 @@ def ls(context: click.Context, as_json: bool, watch: bool) -> None:
 
 
 @click.command(cls=CeleryCommand)
-@click.argument("name")
+@click.argument("name", shell_complete=complete_name)
 @click.option("--json", "as_json", is_flag=True, help="For programs: one object.")
 @click.pass_context
 @says_why

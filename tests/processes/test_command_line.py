@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from celery import Celery
 
+from celery_singleton_state.store import open_store
 from tests.processes.fleet import Fleet, outcome
 
 LS_FIELDS = {
@@ -55,6 +58,39 @@ def test_ls_and_show(fleet: Fleet, client: Callable[[], Celery], tmp_path: Path)
     assert "succeeded" in fleet.command("singleton", "show", "increment").stdout
     go.touch()
     assert outcome(running) == "held"
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("celery -A shop singleton ", {"ls", "show", "state", "release", "health", "exporter"}),
+        ("celery -A shop singleton state s", {"set"}),
+        ("celery -A shop singleton ls --w", {"--watch"}),
+        ("celery -A shop singleton show incr", {"increment", "increment_or_raise"}),
+        ("celery -A nothing singleton show incr", set()),
+    ],
+)
+def test_a_shell_completes(fleet: Fleet, typed: str, offered: set[str]) -> None:
+    """By click's protocol, as bash asks when ``_CELERY_COMPLETE=bash_source celery`` was read."""
+    (fleet.directory / "shop.py").write_text("from tests.processes.tasks import app\n")
+    store = open_store(fleet.environment["CELERY_SINGLETON_STORE_URL"], "kv_store", 5.0, 2, True)
+    for name in ("increment", "increment_or_raise", 'keyed{"key":"a"}'):
+        assert store.acquire(f"singleton-state:{name}", "other", 60, None)
+    store.close()
+    words = typed.split(" ")
+    answer = subprocess.run(
+        [Path(sys.executable).parent / "celery"],
+        env=fleet.environment
+        | {"_CELERY_COMPLETE": "bash_complete", "COMP_WORDS": typed}
+        | {"COMP_CWORD": str(len(words) - 1)},
+        cwd=fleet.directory,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert answer.stderr == ""
+    found = {line.partition(",")[2] for line in answer.stdout.split()}
+    assert offered <= found if words[-1] == "" else offered == found
 
 
 def test_show_of_an_unknown_name_suggests(fleet: Fleet, client: Callable[[], Celery]) -> None:

@@ -14,7 +14,7 @@ from celery import Celery
 from celery_singleton_state.store import SqlStore, open_store
 from celery_singleton_state.store.base import Ended, NewValue
 from tests.processes.fleet import Exporter, Fleet, outcome
-from tests.servers import Valkey
+from tests.servers import Postgres, Valkey
 from tests.waiting import wait_until
 
 APP = "tests.processes.seen_app"
@@ -45,6 +45,49 @@ def store(fleet: Fleet, postgres_url: str) -> Iterator[SqlStore]:
     opened.close()
 
 
+#: By a counter's name: what it is for the values of its labels, where that is not 0.
+Expected = dict[str, dict[frozenset[str], float]]
+
+
+def work_through_the_script(app: Celery, fleet: Fleet, store: SqlStore) -> Expected:
+    """Have 500 runs, each of a key of its own, some duplicates and some conflicts; returns what is
+    to be counted, which may be a moment later.
+    """
+    chance = random.Random(5)
+    script = [chance.choices(DOES, weights=(40, 20, 15, 15, 5, 3, 2))[0] for _ in range(RUNS)]
+    sent = [app.send_task("counted", (f"key {number}", does)) for number, does in enumerate(script)]
+    fleet.wait_for_notes("runs", RUNS)
+    done = [
+        (number, result)
+        for number, (does, result) in enumerate(zip(script, sent, strict=True))
+        if does not in ("fail", "misfit")
+    ]
+    for number, result in done[:20]:
+        outcome(result)
+        app.send_task("counted", (f"key {number}", script[number]), task_id=result.id)
+    for number in range(10):
+        assert store.acquire(f'singleton-state:counted{{"key":"taken {number}"}}', "other", 60, "x")
+        app.send_task("counted", (f"taken {number}",))
+    does = Counter(script)
+    failed = does["fail"] + does["misfit"]
+    outcomes = {"succeeded": RUNS - failed, "failed": failed, "duplicate": 20, "skipped": 10}
+    operations = Counter(each for kind in script for each in OPERATIONS[kind])
+    expected = {
+        "executions_total": outcomes,
+        "state_operations_total": operations,
+        "state_errors_total": {"SchemaDecodeFailed": does["misfit"]},
+        "conflicts_total": {"skip": 10},
+        "lost_leases_total": {},
+        "takeovers_total": {},
+        "refused_writes_total": {},
+    }
+    found: Expected = {
+        f"singleton_{name}": {frozenset({"counted", label}): n for label, n in counted.items()}
+        for name, counted in expected.items()
+    }
+    return found | {"singleton_duration_seconds_count": {frozenset({"counted"}): RUNS}}
+
+
 def counts(exporter: Exporter, name: str) -> dict[tuple[str, ...], float]:
     """The series of a counter that have counted anything."""
     found = exporter.metrics().get(name, {})
@@ -63,48 +106,41 @@ def test_the_counters_agree_with_what_500_runs_did(
     app = client()
     fleet.start("-c", "2", "-E", app=APP)
     exporter = fleet.start_exporter(APP)
-    chance = random.Random(5)
-    script = [chance.choices(DOES, weights=(40, 20, 15, 15, 5, 3, 2))[0] for _ in range(RUNS)]
-    sent = [app.send_task("counted", (f"key {number}", does)) for number, does in enumerate(script)]
-    fleet.wait_for_notes("runs", RUNS)
-    done = [
-        (number, result)
-        for number, (does, result) in enumerate(zip(script, sent, strict=True))
-        if does not in ("fail", "misfit")
-    ]
-    for number, result in done[:20]:
-        outcome(result)
-        app.send_task("counted", (f"key {number}", script[number]), task_id=result.id)
-    for number in range(10):
-        assert store.acquire(f'singleton-state:counted{{"key":"taken {number}"}}', "other", 60, "x")
-        app.send_task("counted", (f"taken {number}",))
+    expected = work_through_the_script(app, fleet, store)
 
-    does = Counter(script)
-    failed = does["fail"] + does["misfit"]
-    expected = {
-        "succeeded": RUNS - failed,
-        "failed": failed,
-        "duplicate": 20,
-        "skipped": 10,
-    }
-    wait_until(lambda: executions(exporter) == expected, f"it counts {expected}")
-    found = exporter.metrics()
-    assert counts(exporter, "singleton_duration_seconds_count") == {("counted",): RUNS}
-    assert found["singleton_duration_seconds_sum"][("counted",)] > 0.3 * does["sleep"]
-    operations = Counter(each for kind in script for each in OPERATIONS[kind])
-    assert counts(exporter, "singleton_state_operations_total") == {
-        ("counted", operation): count for operation, count in operations.items()
-    }
-    assert counts(exporter, "singleton_state_errors_total") == {
-        ("counted", "SchemaDecodeFailed"): does["misfit"]
-    }
-    assert counts(exporter, "singleton_conflicts_total") == {("counted", "skip"): 10}
-    assert found["singleton_keys"] == {("hourly",): 1, ("counted",): RUNS + 10}
+    def found(name: str) -> dict[frozenset[str], float]:
+        return {frozenset(labels): count for labels, count in counts(exporter, name).items()}
+
+    for name, counted in expected.items():
+        wait_until(lambda n=name, c=counted: found(n) == c, f"{name} is {counted}")
+    metrics = exporter.metrics()
+    assert metrics["singleton_keys"] == {("hourly",): 1, ("counted",): RUNS + 10}
     assert not any(
-        "key " in label for series in found.values() for each in series for label in each
+        "key " in label for series in metrics.values() for each in series for label in each
     )
-    assert found["singleton_leases_held"] == {("hourly",): 0, ("counted",): 10}
-    assert counts(exporter, "singleton_lost_leases_total") == {}
+    assert metrics["singleton_leases_held"] == {("hourly",): 0, ("counted",): 10}
+
+
+def test_ten_thousand_keys_are_no_series_and_one_statement(
+    make_fleet: Callable[..., Fleet], postgres: Postgres, postgres_url: str
+) -> None:
+    """But where they are asked for."""
+    url = f"{postgres_url}?application_name=scraped&options=-c%20log_statement%3Dall"
+    fleet = make_fleet(url)
+    exporter, per_key = fleet.start_exporter(APP), fleet.start_exporter(APP, "--per-key")
+    store = open_store(postgres_url, "kv_store", 5.0)
+    store.wishes.expect(['singleton-state:counted{"key":"0"}'])
+    before = exporter.metrics()
+    store.wishes.expect([f'singleton-state:counted{{"key":"{n}"}}' for n in range(10_000)])
+    store.close()
+    said = len(postgres.statements_of("scraped"))
+    after = exporter.metrics()
+    assert postgres.statements_of("scraped")[said:] == ["SELECT"]
+    assert after["singleton_keys"][("counted",)] == 10_000
+    assert {name: set(each) for name, each in after.items()} == {
+        name: set(each) for name, each in before.items()
+    }
+    assert len(per_key.metrics()["singleton_keys"]) == 10_001
 
 
 def test_events_follow_the_workers_switch(fleet: Fleet, client: Callable[[], Celery]) -> None:
