@@ -29,7 +29,7 @@ class KeyValueStore:
     Every method raises :exc:`KeyValueStoreError` when the database cannot be reached, refuses,
     or holds a value that is not JSON. It can be used as a context manager, which closes it.
 
-    :param url: a SQLAlchemy URL of PostgreSQL or SQLite, or ``memory://``.
+    :param url: a SQLAlchemy URL of PostgreSQL, MariaDB, MySQL or SQLite, or ``memory://``.
     :param table: the table's name, which may be qualified. On SQLite it is made if missing.
     :param timeout: seconds of silence after which the database counts as out of reach.
     """

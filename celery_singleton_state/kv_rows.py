@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from .errors import KeyValueStoreError
@@ -22,6 +23,7 @@ T = TypeVar("T")
 _INSERT: dict[str, Callable[[sa.Table], Any]] = {
     "postgresql": postgresql.insert,
     "sqlite": sqlite.insert,
+    "mysql": mysql.insert,
 }
 
 
@@ -106,27 +108,23 @@ class Rows:
 
     def _write(self, store: SqlStore, connection: Connection, key: str, raw: str) -> None:
         new = {"value": raw, "updated_at": store.now}
-        insert = _INSERT[store.engine.dialect.name](store.table)
-        connection.execute(
-            insert.values(key=self._prefix + key, **new).on_conflict_do_update(
-                index_elements=["key"], set_=new
-            )
-        )
+        connection.execute(_upsert(store, {"key": self._prefix + key, **new}, new))
 
     def _lock(self, store: SqlStore, connection: Connection, key: str) -> str | None:
         """Lock a key's row, made where there was none; returns its value."""
         columns = store.table.c
-        insert = _INSERT[store.engine.dialect.name](store.table)
-        place = insert.values(key=self._prefix + key, value=NO_STATE, updated_at=store.now)
-        place = place.on_conflict_do_nothing().returning(columns.key)
+        # Told from all that others may have there.
+        placed = f"placed {uuid.uuid4()}"
+        row = {"key": self._prefix + key, "value": placed, "updated_at": store.now}
+        place = _upsert(store, row)
         question = sa.select(columns.value, _is_present(store)).where(self._one(store, key))
         while True:
-            placed = connection.execute(place).first()
+            connection.execute(place)
             found = connection.execute(question.with_for_update()).first()
             # Between the two, somebody can have removed the row that was in the way.
             if found is not None:
                 value, is_present = found
-                return value if is_present and placed is None else None
+                return value if is_present and value != placed else None
 
     @contextmanager
     def _reading(self) -> Iterator[tuple[SqlStore, Connection]]:
@@ -149,6 +147,17 @@ class Rows:
             yield store
         except (SQLAlchemyError, UnicodeError) as error:
             raise KeyValueStoreError(str(store.as_store_error(error))) from error
+
+
+def _upsert(store: SqlStore, row: dict[str, Any], change: dict[str, Any] | None = None) -> Any:
+    """Insert a row, or change the one that has its key; left out: leave that as it is."""
+    name = store.engine.dialect.name
+    insert = _INSERT[name](store.table).values(row)
+    if name == "mysql":
+        return insert.on_duplicate_key_update(change or {"key": store.table.c.key})
+    if change is None:
+        return insert.on_conflict_do_nothing()
+    return insert.on_conflict_do_update(index_elements=["key"], set_=change)
 
 
 def _is_present(store: SqlStore) -> sa.ColumnElement[bool]:

@@ -81,6 +81,11 @@ def migrate_engine(engine: Engine, table_name: str) -> None:
 
 def _wait_for_others(connection: Connection, table_name: str) -> None:
     """One migration at a time; on SQLite the open transaction already sees to that."""
+    name = f"celery-singleton-state:{table_name}"
     if connection.dialect.name == "postgresql":
-        lock = zlib.crc32(f"celery-singleton-state:{table_name}".encode())
+        lock = zlib.crc32(name.encode())
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": lock})
+    elif connection.dialect.name == "mysql":
+        # Until the connection is closed: each of its DDL statements ends a transaction.
+        wanted = {"name": name[-64:], "seconds": PATIENCE}
+        connection.execute(sa.text("SELECT GET_LOCK(:name, :seconds)"), wanted)

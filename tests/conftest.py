@@ -18,6 +18,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from celery_singleton_state import holdings
 from celery_singleton_state.runtime import close_runtime
 from celery_singleton_state.store import SqlStore, open_store
+from tests.mariadb import MariaDB
 from tests.servers import Postgres, Proxy, Valkey
 
 # What hypothesis notes for itself is a file too, and no test leaves one in the checkout.
@@ -25,7 +26,7 @@ _hypothesis_home = tempfile.mkdtemp(prefix="test-hypothesis-")
 atexit.register(shutil.rmtree, _hypothesis_home)
 set_hypothesis_home_dir(_hypothesis_home)
 
-STORES = ("memory", "sqlite", "postgresql")
+STORES = ("memory", "sqlite", "postgresql", "mariadb")
 
 _numbers = itertools.count(1)
 
@@ -56,6 +57,13 @@ def own_postgres() -> Iterator[Postgres]:
 
 
 @pytest.fixture(scope="session")
+def mariadb() -> Iterator[MariaDB]:
+    server = MariaDB()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
 def valkey() -> Iterator[Valkey]:
     server = Valkey()
     yield server
@@ -79,6 +87,22 @@ def postgres_url(postgres: Postgres) -> Iterator[str]:
 
 
 @pytest.fixture
+def own_mariadb() -> Iterator[MariaDB]:
+    """A server that the test may stop."""
+    server = MariaDB()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def mariadb_url(mariadb: MariaDB) -> Iterator[str]:
+    """A new, empty database."""
+    name = f"test_{os.getpid()}_{next(_numbers)}"
+    yield mariadb.create_database(name)
+    mariadb.drop_database(name)
+
+
+@pytest.fixture
 def make_proxy() -> Iterator[Callable[[int], Proxy]]:
     """Makes a proxy in front of a port."""
     made: list[Proxy] = []
@@ -99,7 +123,13 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return "memory://"
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/store.db"
-    url: str = request.getfixturevalue("postgres_url")
+    return url_of(request)
+
+
+def url_of(request: pytest.FixtureRequest) -> str:
+    """The URL of an empty database on the server that the test's parameter names."""
+    fixture = {"postgresql": "postgres_url", "mariadb": "mariadb_url"}[request.param]
+    url: str = request.getfixturevalue(fixture)
     return url
 
 
@@ -108,8 +138,7 @@ def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The same, of the stores that several processes can share."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/store.db"
-    url: str = request.getfixturevalue("postgres_url")
-    return url
+    return url_of(request)
 
 
 @pytest.fixture

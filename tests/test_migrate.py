@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, make_url
 
 from celery_singleton_state import KeyValueStore
 from celery_singleton_state.migrate import migrate_url
@@ -17,7 +17,7 @@ from celery_singleton_state.store.schema import make_table
 
 GIVEN = """
 CREATE TABLE {name} (
-  key {text} PRIMARY KEY,
+  {key} {text} PRIMARY KEY,
   value TEXT NOT NULL,
   updated_at {moment} NOT NULL DEFAULT CURRENT_TIMESTAMP
 )
@@ -35,9 +35,17 @@ def execute(url: str, *statements: str) -> Any:
 
 
 def given_table(url: str, name: str = "kv_store") -> str:
-    is_sqlite = url.startswith("sqlite")
-    text, moment = ("TEXT", "TIMESTAMP") if is_sqlite else ("VARCHAR(255)", "TIMESTAMPTZ")
-    return GIVEN.format(name=name, text=text, moment=moment)
+    text, moment = {
+        "sqlite": ("TEXT", "TIMESTAMP"),
+        "postgresql": ("VARCHAR(255)", "TIMESTAMPTZ"),
+        "mysql": ("VARCHAR(255)", "DATETIME"),
+    }[make_url(url).get_backend_name()]
+    return GIVEN.format(name=name, text=text, moment=moment, key=key_of(url))
+
+
+def key_of(url: str) -> str:
+    """The column's name, quoted where it is a word of the database's own."""
+    return "`key`" if url.startswith("mysql") else "key"
 
 
 def columns_and_indexes(url: str, name: str = "kv_store") -> tuple[set[str], list[Any]]:
@@ -69,30 +77,33 @@ def test_twice_in_a_row(shared_store_url: str) -> None:
 
 @pytest.mark.parametrize("with_index", [True, False])
 def test_from_three_columns_with_rows(shared_store_url: str, with_index: bool) -> None:
+    key = key_of(shared_store_url)
     execute(shared_store_url, given_table(shared_store_url))
     if with_index:
         execute(shared_store_url, "CREATE INDEX idx_kv_store_updated_at ON kv_store (updated_at)")
     execute(
         shared_store_url,
-        "INSERT INTO kv_store (key, value) VALUES ('k', '{\"n\":1}')",
-        "INSERT INTO kv_store (key, value) VALUES ('singleton-state:s', '{\"n\":4}')",
+        f"INSERT INTO kv_store ({key}, value) VALUES ('k', '{{\"n\":1}}')",
+        f"INSERT INTO kv_store ({key}, value) VALUES ('singleton-state:s', '{{\"n\":4}}')",
     )
-    before = execute(shared_store_url, "SELECT key, value, updated_at FROM kv_store ORDER BY key")
+    rows = f"SELECT {key}, value, updated_at FROM kv_store ORDER BY {key}"
+    before = execute(shared_store_url, rows)
     migrate_url(shared_store_url, "kv_store")
-    after = execute(shared_store_url, "SELECT key, value, updated_at FROM kv_store ORDER BY key")
+    after = execute(shared_store_url, rows)
     assert after == before
     columns, indexes = columns_and_indexes(shared_store_url)
     assert columns == ALL_COLUMNS
     assert [names for _, names in indexes] == [["updated_at"]]
     # A writer that knows only the three columns goes on.
-    execute(shared_store_url, "INSERT INTO kv_store (key, value) VALUES ('later', '1')")
+    execute(shared_store_url, f"INSERT INTO kv_store ({key}, value) VALUES ('later', '1')")
 
 
 def test_a_value_that_was_there_before_is_the_first_state(shared_store_url: str) -> None:
     execute(
         shared_store_url,
         given_table(shared_store_url),
-        "INSERT INTO kv_store (key, value) VALUES ('singleton-state:s', '{\"n\":4}')",
+        f"INSERT INTO kv_store ({key_of(shared_store_url)}, value)"
+        " VALUES ('singleton-state:s', '{\"n\":4}')",
     )
     migrate_url(shared_store_url, "kv_store")
     store = open_store(shared_store_url, "kv_store", 2)
@@ -100,6 +111,18 @@ def test_a_value_that_was_there_before_is_the_first_state(shared_store_url: str)
     store.close()
     assert acquired is not None
     assert (acquired.value, acquired.lease.fence) == ('{"n":4}', 1)
+
+
+def test_keys_are_told_apart_by_their_bytes(mariadb_url: str) -> None:
+    """A table that was there compares without regard to case, as MariaDB does by default."""
+    execute(mariadb_url, given_table(mariadb_url))
+    migrate_url(mariadb_url, "kv_store")
+    store = open_store(mariadb_url, "kv_store", 2)
+    assert store.acquire("singleton-state:a", "h", 60, None) is not None
+    assert store.acquire("singleton-state:A", "h", 60, None) is not None
+    assert store.acquire("singleton-state:Ä", "h", 60, None) is not None
+    assert len(store.list("singleton-state:")) == 3
+    store.close()
 
 
 def test_another_name(shared_store_url: str) -> None:

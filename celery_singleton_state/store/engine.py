@@ -10,7 +10,7 @@ import contextlib
 import math
 import sqlite3
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from celery.exceptions import ImproperlyConfigured
 from sqlalchemy import URL, Engine, QueuePool, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError
 
-from .statements import DIALECTS
+from .dialects import DIALECTS
 
 APPLICATION_NAME = "celery-singleton-state"
 #: RETURNING came with this release.
@@ -43,7 +43,22 @@ def parse_url(text: str) -> URL:
         )
     if url.drivername == "postgresql":
         url = url.set(drivername="postgresql+psycopg")
+    if url.get_backend_name() in ("mariadb", "mysql"):
+        url = _with_pymysql(url)
     return url
+
+
+def _with_pymysql(url: URL) -> URL:
+    """:raises ImproperlyConfigured: it names another driver; only this one is sent several
+    statements at once.
+    """
+    driver = url.drivername.partition("+")[2]
+    if driver not in ("", "pymysql"):
+        raise ImproperlyConfigured(
+            f"singleton_store_url={url.render_as_string()!r} is not supported: "
+            f"its driver is to be pymysql, not {driver}"
+        )
+    return url.set(drivername="mysql+pymysql")
 
 
 def is_in_memory(url: URL) -> bool:
@@ -73,6 +88,8 @@ def make_engine(
     try:
         if url.get_backend_name() == "sqlite":
             return _sqlite(url, io_timeout, pool_size)
+        if url.get_backend_name() == "mysql":
+            return _mysql(url, io_timeout, pool_size, connect_timeout or io_timeout)
         return _postgresql(url, io_timeout, pool_size, connect_timeout or io_timeout)
     except ImportError as error:
         raise ImproperlyConfigured(
@@ -128,6 +145,67 @@ def _use_wal(connection: sqlite3.Connection, io_timeout: float) -> None:
         if time.monotonic() > deadline:
             raise sqlite3.OperationalError("database is locked: it could not be switched to WAL")
         time.sleep(0.01)
+
+
+def _mysql(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) -> Engine:
+    import pymysql
+    from pymysql.constants import CLIENT
+
+    class Connection(pymysql.connections.Connection):  # type: ignore[misc]
+        """A connection whose patience with a server that stays silent can be changed.
+
+        It knows whether it was broken off in mid-statement, by a time limit say.
+        """
+
+        is_in_mid_statement = False
+
+        def query(self, *args: Any, **kwargs: Any) -> Any:
+            return self._whole(super().query, *args, **kwargs)
+
+        def next_result(self, *args: Any, **kwargs: Any) -> Any:
+            return self._whole(super().next_result, *args, **kwargs)
+
+        def _whole(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self.is_in_mid_statement = True
+            try:
+                result = step(*args, **kwargs)
+            except pymysql.MySQLError:
+                self.is_in_mid_statement = not self.open
+                raise
+            self.is_in_mid_statement = False
+            return result
+
+        @property
+        def patience(self) -> float | None:
+            patience: float | None = self._read_timeout
+            return patience
+
+        @patience.setter
+        def patience(self, seconds: float | None) -> None:
+            self._read_timeout = seconds
+
+    engine = _create(
+        url,
+        pool_size,
+        io_timeout,
+        connect_args={
+            "charset": "utf8mb4",
+            "client_flag": CLIENT.MULTI_STATEMENTS | CLIENT.FOUND_ROWS,
+            "connect_timeout": connect_timeout,
+            "read_timeout": io_timeout,
+            "write_timeout": io_timeout,
+            "program_name": APPLICATION_NAME,
+            # Times are UTC, and a text that is too long is an error.
+            "init_command": "SET time_zone = '+00:00', sql_mode = 'TRADITIONAL',"
+            f" innodb_lock_wait_timeout = {math.ceil(io_timeout)}",
+        },
+    )
+
+    @event.listens_for(engine, "do_connect")
+    def connect(_dialect: Any, _record: Any, args: Any, kwargs: Any) -> Connection:
+        return Connection(*args, **kwargs)
+
+    return engine
 
 
 def _postgresql(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) -> Engine:

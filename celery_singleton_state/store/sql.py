@@ -26,6 +26,7 @@ from .base import (
     StoreUnavailable,
 )
 from .connections import Connections
+from .dialects import statements_for
 from .engine import is_in_memory
 from .entries import SqlEntries
 from .schema import make_table
@@ -34,8 +35,13 @@ from .wishes import SqlWishes
 
 Seen = TypeVar("Seen", bound=Listed)
 
-#: SQLSTATEs of a missing table, column and schema.
-_NOT_READY_STATES = frozenset({"42P01", "42703", "3F000"})
+#: SQLSTATEs, and MySQL's numbers, of a missing table, column and schema.
+_NOT_READY = frozenset({"42P01", "42703", "3F000", 1146, 1054})
+#: Of a statement that was undone, as it and another waited for each other or could not have run one
+#: after the other; it is sent again at once.
+_UNDONE = frozenset({"40001", "40P01", 1213})
+#: How often it is sent at most.
+TRIES = 5
 _NOT_READY_TEXTS = ("no such table", "no such column", "has no column")
 
 
@@ -48,7 +54,7 @@ class SqlStore:
     def __init__(self, engine: Engine, table_name: str) -> None:
         self.engine = engine
         self.table = make_table(table_name)
-        self._sql = Statements(self.table, engine.dialect)
+        self._sql = statements_for(self.table, engine.dialect)
         self._driver_error = engine.dialect.loaded_dbapi.Error
         # A database in memory lives in its pool's only connection.
         self._connections = Connections(engine, keeps_one=not is_in_memory(engine.url))
@@ -117,7 +123,7 @@ class SqlStore:
         try:
             with open_transaction(self.engine) as connection:
                 opened = True
-                transaction = SqlTransaction(connection, self._sql)
+                transaction = SqlTransaction(connection, self._sql, self.as_store_error)
                 try:
                     yield transaction
                 finally:
@@ -128,9 +134,7 @@ class SqlStore:
             raise self.as_store_error(error) from error
 
     def _rows(self, statement: str, parameters: Mapping[str, Any]) -> Sequence[tuple[Any, ...]]:
-        rows: Sequence[tuple[Any, ...]] = self._execute(
-            statement, parameters, lambda cursor: cursor.fetchall()
-        )
+        rows: Sequence[tuple[Any, ...]] = self._execute(statement, parameters, self._sql.rows)
         return rows
 
     def _change(self, statement: str, parameters: Mapping[str, Any]) -> int:
@@ -139,17 +143,21 @@ class SqlStore:
     def _execute(
         self, statement: str, parameters: Mapping[str, Any], answer: Callable[[Any], Any]
     ) -> Any:
-        try:
-            return self._connections.execute(statement, parameters, answer)
-        except (self._driver_error, SQLAlchemyError, UnicodeError) as error:
-            raise self.as_store_error(error) from error
+        tries = TRIES
+        while True:
+            try:
+                return self._connections.execute(statement, parameters, answer)
+            except (self._driver_error, SQLAlchemyError, UnicodeError) as error:
+                tries -= 1
+                if tries and _code(error) in _UNDONE:
+                    continue
+                raise self.as_store_error(error) from error
 
     def as_store_error(self, error: Exception) -> StoreError:
         """An error of the driver's or of SQLAlchemy's, as one of ours."""
         error = getattr(error, "orig", None) or error
         text = _line(error)
-        state = getattr(error, "sqlstate", None)
-        if state in _NOT_READY_STATES or any(part in text for part in _NOT_READY_TEXTS):
+        if _code(error) in _NOT_READY or any(part in text for part in _NOT_READY_TEXTS):
             return StoreNotReady(
                 f"table {self.table.fullname} is missing or of an older release ({text}); "
                 "run: celery -A <your app> singleton migrate"
@@ -160,9 +168,15 @@ class SqlStore:
 class SqlTransaction:
     """An open transaction: the caller's own statements and one fenced save."""
 
-    def __init__(self, connection: Connection, sql: Statements) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        sql: Statements,
+        as_store_error: Callable[[Exception], StoreError],
+    ) -> None:
         self.connection = connection
         self._sql = sql
+        self._as_store_error = as_store_error
         self._driver_connection: Any = connection.connection.dbapi_connection
         self._patience = getattr(self._driver_connection, "patience", None)
         # The caller's own statements may take as long as they take.
@@ -173,6 +187,8 @@ class SqlTransaction:
 
         It is the transaction's last statement, and locks the row until the commit, so that a
         successor waits for the outcome.
+
+        :raises StoreError: it failed, and with it the transaction.
         """
         self.end_of_callers_part()
         if not self.connection.in_transaction():
@@ -180,8 +196,13 @@ class SqlTransaction:
                 "the block of transaction() ended the transaction itself; "
                 "it is committed when the block ends, and rolled back when it raises"
             )
-        result = self.connection.exec_driver_sql(self._sql.save, _named(lease, new, ttl=lease.ttl))
-        row = result.one_or_none()
+        named = _named(lease, new, ttl=lease.ttl)
+        try:
+            for statement in self._sql.save_within:
+                result = self.connection.exec_driver_sql(statement, named)
+            row = result.one_or_none()
+        except DBAPIError as error:
+            raise self._as_store_error(error) from error
         return Saved(*row) if row else None
 
     def end_of_callers_part(self) -> None:
@@ -192,18 +213,26 @@ class SqlTransaction:
             self._driver_connection.patience = seconds
 
 
+#: The level that SQLAlchemy is to set, and what begins a transaction, where the driver does not.
+_TRANSACTIONS = {
+    "postgresql": ("READ COMMITTED", None),
+    # One that reads first and writes later cannot wait for a writer.
+    "sqlite": ("SERIALIZABLE", "BEGIN IMMEDIATE"),
+    # To set the level of all that come after, and to set it back, would be four round trips.
+    "mysql": ("AUTOCOMMIT", "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; START TRANSACTION"),
+}
+
+
 @contextmanager
 def open_transaction(engine: Engine) -> Iterator[Connection]:
     """A transaction on an engine whose statements commit by themselves otherwise."""
-    is_sqlite = engine.dialect.name == "sqlite"
-    level = "SERIALIZABLE" if is_sqlite else "READ COMMITTED"
+    level, begin = _TRANSACTIONS[engine.dialect.name]
     with (
         engine.connect().execution_options(isolation_level=level) as connection,
         connection.begin(),
     ):
-        if is_sqlite:
-            # A transaction that reads first and writes later cannot wait for a writer.
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        if begin:
+            connection.exec_driver_sql(begin)
         try:
             yield connection
         except BaseException:
@@ -216,9 +245,11 @@ def open_transaction(engine: Engine) -> Iterator[Connection]:
 def _is_in_mid_statement(connection: Connection) -> bool:
     if connection.closed or connection.invalidated:
         return False
-    info = getattr(connection.connection.dbapi_connection, "info", None)
-    status = getattr(info, "transaction_status", None)
-    return getattr(status, "name", "") == "ACTIVE"
+    driver_connection: Any = connection.connection.dbapi_connection
+    status = getattr(getattr(driver_connection, "info", None), "transaction_status", None)
+    if getattr(status, "name", "") == "ACTIVE":
+        return True
+    return bool(getattr(driver_connection, "is_in_mid_statement", False))
 
 
 def _seen(row: Seen) -> Seen:
@@ -233,6 +264,13 @@ def _named(lease: Lease, new: NewValue | None, **more: Any) -> dict[str, Any]:
     if new is not None:
         named |= {"value": new.value, "schema_version": new.schema_version}
     return named
+
+
+def _code(error: Exception) -> str | int | None:
+    """What the database calls an error: by SQLSTATE, or by a number as MySQL does."""
+    number = error.args[0] if error.args else None
+    state: str | None = getattr(error, "sqlstate", None)
+    return number if isinstance(number, int) else state
 
 
 def _went_away(error: SQLAlchemyError) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mariadb import MariaDB
 from tests.rabbitmq import RabbitMQ
 from tests.servers import Postgres, Valkey
 from tests.storm.checker import Findings, check
@@ -27,7 +28,7 @@ def durable_valkey() -> Iterator[Valkey]:
 
 
 def work_through(
-    storm: Storm, directory: Path, store: Postgres, broker: Valkey | RabbitMQ
+    storm: Storm, directory: Path, store: Postgres | MariaDB, broker: Valkey | RabbitMQ
 ) -> Findings:
     database = store.create_database("storm")
     findings = check(Drill(storm, directory, store, database, broker, broker.url).run())
@@ -47,6 +48,12 @@ def test_a_storm_on_rabbitmq(
     found = work_through(Storm(SEED, SECONDS), tmp_path, own_postgres, own_rabbitmq)
     assert found.wrong == {}
     assert found.lost_by_broker == 0
+    assert found.runs > SECONDS
+
+
+def test_a_storm_on_mariadb(durable_valkey: Valkey, own_mariadb: MariaDB, tmp_path: Path) -> None:
+    found = work_through(Storm(SEED, SECONDS), tmp_path, own_mariadb, durable_valkey)
+    assert found.wrong == {}
     assert found.runs > SECONDS
 
 

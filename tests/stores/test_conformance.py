@@ -282,11 +282,11 @@ def test_one_of_many_threads_acquires(store: SqlStore) -> None:
 def test_a_transaction_commits_rows_and_state(store: SqlStore) -> None:
     lease = acquire(store).lease
     with store.transaction() as transaction:
-        transaction.connection.exec_driver_sql("CREATE TABLE lines (n integer)")
-        transaction.connection.exec_driver_sql("INSERT INTO lines VALUES (7)")
+        transaction.connection.exec_driver_sql("CREATE TABLE written (n integer)")
+        transaction.connection.exec_driver_sql("INSERT INTO written VALUES (7)")
         assert transaction.save(lease, NewValue('{"n":7}', 1)) is not None
     with store.transaction() as transaction:
-        found = transaction.connection.exec_driver_sql("SELECT n FROM lines").scalar()
+        found = transaction.connection.exec_driver_sql("SELECT n FROM written").scalar()
     row = peek(store)
     assert (found, row.value) == (7, '{"n":7}')
 
@@ -294,18 +294,18 @@ def test_a_transaction_commits_rows_and_state(store: SqlStore) -> None:
 def test_a_transaction_that_raises_leaves_neither(store: SqlStore) -> None:
     lease = acquire(store).lease
     with store.transaction() as transaction:
-        transaction.connection.exec_driver_sql("CREATE TABLE lines (n integer)")
+        transaction.connection.exec_driver_sql("CREATE TABLE written (n integer)")
 
     def fail() -> None:
         with store.transaction() as transaction:
-            transaction.connection.exec_driver_sql("INSERT INTO lines VALUES (7)")
+            transaction.connection.exec_driver_sql("INSERT INTO written VALUES (7)")
             transaction.save(lease, NewValue('{"n":7}', 1))
             raise LookupError
 
     with pytest.raises(LookupError):
         fail()
     with store.transaction() as transaction:
-        count = transaction.connection.exec_driver_sql("SELECT count(*) FROM lines").scalar()
+        count = transaction.connection.exec_driver_sql("SELECT count(*) FROM written").scalar()
     row = peek(store)
     assert (count, row.value) == (0, "null")
 

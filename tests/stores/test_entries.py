@@ -140,7 +140,8 @@ def test_a_record_that_waits_for_the_next_leader_is_refused(shared_store_url: st
         if store.engine.dialect.name == "sqlite":
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         connection.exec_driver_sql(
-            f"UPDATE kv_store SET holder = 'b', fence = fence + 1 WHERE key = '{LEADER}'"
+            f"UPDATE kv_store SET holder = 'b', fence = fence + 1"
+            f" WHERE {store._sql.words.key} = '{LEADER}'"
         )
         answer = pool.submit(store.entries.record, first, {f"{ENTRIES}a": "1"})
         end = clock() + 0.3

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psycopg
+import sqlalchemy as sa
 
 from celery_singleton_state.store import open_store
 from tests.processes.fleet import ROOT
-from tests.servers import Postgres, Server
+from tests.servers import Server
 from tests.storm import notes, weather
 from tests.storm.checker import Log
 from tests.storm.fleet import Berth, Later
@@ -75,7 +75,7 @@ class Drill:
         self,
         storm: Storm,
         directory: Path,
-        store: Postgres,
+        store: Server,
         database: str,
         broker: Server,
         broker_url: str,
@@ -128,8 +128,8 @@ class Drill:
         )
         store.check()
         store.close()
-        with psycopg.connect(self._dsn) as connection:
-            connection.execute(
+        with self._connection() as connection:
+            connection.exec_driver_sql(
                 "CREATE TABLE effects (singleton text, event int, job text, fence int)"
             )
 
@@ -244,11 +244,15 @@ class Drill:
         wait_until(over, "the calm is over", deadline=2 * self.storm.calm + QUIET)
 
     def _log(self) -> Log:
-        with psycopg.connect(self._dsn) as connection:
-            states = connection.execute("SELECT value FROM kv_store WHERE value <> 'null'")
-            effects = connection.execute("SELECT singleton, event, job, fence FROM effects")
-            return Log.read(self._notes, states.fetchall(), effects.fetchall())
+        with self._connection() as connection:
+            read = connection.exec_driver_sql
+            states = read("SELECT value FROM kv_store WHERE value <> 'null'").all()
+            effects = read("SELECT singleton, event, job, fence FROM effects").all()
+            return Log.read(self._notes, states, effects)
 
-    @property
-    def _dsn(self) -> str:
-        return self._database.replace("+psycopg", "", 1)
+    @contextmanager
+    def _connection(self) -> Iterator[sa.Connection]:
+        engine = sa.create_engine(self._database)
+        with engine.begin() as connection:
+            yield connection
+        engine.dispose()

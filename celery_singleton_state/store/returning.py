@@ -1,0 +1,176 @@
+"""PostgreSQL and SQLite: each verb is one statement, and nothing around it.
+
+``INSERT … ON CONFLICT DO UPDATE … WHERE`` waits for a row that another transaction has
+locked and then reads it anew, so that the lease and the state it returns belong together.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Dialect, Table
+
+from .statements import ENDED, FREE, HELD, HELD_ON, NEW_VALUE, Statements
+from .words import POSTGRESQL, SQLITE
+
+_ACQUIRE = """
+INSERT INTO {table} AS mine
+  (key, value, updated_at, fence, holder, task_id, acquired_at, expires_at)
+VALUES (:key, 'null', {now}, 1, :holder, :task_id, {now}, {later})
+ON CONFLICT (key) DO UPDATE SET
+  fence = CASE WHEN mine.holder = :holder THEN mine.fence ELSE coalesce(mine.fence, 0) + 1 END,
+  holder = :holder, task_id = :task_id, acquired_at = {now}, expires_at = {later},
+  handoff_to = NULL,
+  queued_until = CASE WHEN mine.queued_task_id = :task_id THEN NULL ELSE mine.queued_until END
+WHERE mine.holder IS NULL OR mine.holder = :holder
+  OR mine.expires_at <= {now} OR mine.expires_at IS NULL
+RETURNING fence, value, schema_version, history, {acquired_at}
+"""
+
+_SAVE = f"""
+UPDATE {{table}} SET value = :value, schema_version = :schema_version, updated_at = {{now}},
+  expires_at = {{later}}
+{HELD}
+RETURNING {{updated_at}}, handoff_to
+"""
+
+_RELEASE = f"UPDATE {{table}} SET {{new_value}} {{lease}} {ENDED} {HELD} RETURNING wanted"
+
+# By another holder's name, so that what its run sent before, and repeats, is refused.
+_KEPT = f"""
+  task_id = NULL, acquired_at = NULL,
+  expires_at = CASE WHEN {{hold_until}} > {{now}} THEN {{hold_until}} END,
+  holder = CASE WHEN {{hold_until}} > {{now}} THEN holder || '{HELD_ON}' END,
+"""
+
+_RENEW = """
+UPDATE {table} SET expires_at = {held_later}
+FROM {held_rows}
+WHERE key = held_key AND fence = held_fence AND holder = held_holder
+RETURNING key, handoff_to
+"""
+
+# Those of the leases whose rows nobody has locked. A join, and not key IN (SELECT ...), which
+# PostgreSQL carries out as a loop over all leases for each lease.
+_UNLOCKED = """(
+  SELECT held.* FROM {held} JOIN {table} AS seen
+  ON seen.key = held_key AND seen.fence = held_fence AND seen.holder = held_holder
+  FOR UPDATE OF seen SKIP LOCKED
+) AS unlocked"""
+
+_SET_ASIDE = """
+INSERT INTO {table} (key, value, updated_at) VALUES (:key, :value, {now})
+ON CONFLICT (key) DO NOTHING
+"""
+
+_ENQUEUE = """
+INSERT INTO {table} AS mine (key, value, updated_at, fence, queued_task_id, queued_until)
+VALUES (:key, 'null', {now}, 0, :task_id, {later})
+ON CONFLICT (key) DO UPDATE SET queued_task_id = :task_id, queued_until = {later}
+WHERE (mine.queued_until IS NULL OR mine.queued_until <= {now})
+  AND (mine.task_id IS NULL OR mine.expires_at IS NULL OR mine.expires_at <= {now})
+RETURNING queued_task_id
+"""
+
+_EXPECT = """
+INSERT INTO {table} (key, value, updated_at, fence)
+SELECT value, 'null', {now}, 0 FROM {keys} WHERE true
+ON CONFLICT (key) DO NOTHING
+"""
+
+# One that is held on after its run, and no longer, is free.
+_PUT = """
+INSERT INTO {table} AS mine (key, value, schema_version, updated_at, fence)
+VALUES (:key, :value, :schema_version, {now}, 0)
+ON CONFLICT (key) DO UPDATE SET value = :value, schema_version = :schema_version,
+  updated_at = {now}, fence = coalesce(mine.fence, 0)
+WHERE mine.holder IS NULL OR (mine.acquired_at IS NULL AND mine.expires_at <= {now})
+RETURNING key
+"""
+
+# The leader's row first: who waits for it sees what became of it meanwhile, which a condition on
+# it in the same statement's snapshot would not.
+_RECORD = f"""
+WITH leader AS (
+  UPDATE {{table}} SET expires_at = {{later}}
+  {HELD}
+  RETURNING {{epoch_now}} AS now
+), recorded AS (
+  INSERT INTO {{table}} (key, value, updated_at)
+  SELECT entry.key, entry.value, {{now}}
+  FROM leader, json_to_recordset(CAST(:entries AS json)) AS entry(key text, value text)
+  ON CONFLICT (key) DO UPDATE SET value = excluded.value, updated_at = excluded.updated_at
+)
+SELECT now FROM leader
+"""
+
+# SQLite has no such WITH, and one writer at a time: its statement sees nothing change. The leader's
+# row comes with the entries, to be renewed by the same INSERT.
+_RECORD_ONE_WRITER = f"""
+INSERT INTO {{table}} AS mine (key, value, updated_at, expires_at)
+SELECT entry.key, entry.value, {{now}}, entry.expires_at FROM (
+  SELECT :key AS key, 'null' AS value, {{later}} AS expires_at
+  UNION ALL
+  SELECT json_extract(value, '$.key'), json_extract(value, '$.value'), NULL
+  FROM json_each(:entries)
+) AS entry
+WHERE EXISTS (SELECT 1 FROM {{table}} {HELD})
+ON CONFLICT (key) DO UPDATE SET expires_at = excluded.expires_at,
+  value = CASE WHEN mine.key = :key THEN mine.value ELSE excluded.value END,
+  updated_at = CASE WHEN mine.key = :key THEN mine.updated_at ELSE excluded.updated_at END
+RETURNING {{epoch_now}}
+"""
+
+_FORGET = f"""
+WITH leader AS (SELECT 1 FROM {{table}} {HELD} FOR UPDATE)
+DELETE FROM {{table}} USING leader
+WHERE key IN (SELECT value FROM {{keys}})
+"""
+
+_FORGET_ONE_WRITER = f"""
+DELETE FROM {{table}} WHERE key IN (SELECT value FROM {{keys}})
+  AND EXISTS (SELECT 1 FROM {{table}} {HELD})
+"""
+
+
+class ReturningStatements(Statements):
+    """What PostgreSQL and SQLite have in common."""
+
+    def __init__(self, table: Table, dialect: Dialect) -> None:
+        super().__init__(table, dialect)
+        self.acquire = self.sql(_ACQUIRE)
+        self.renew = self.renew_unlocked = self.sql(_RENEW, held_rows="{held}")
+        self.save = self.sql(_SAVE)
+        self.save_within = (self.save,)
+        self.release = {
+            (stores, holds): self.sql(
+                _RELEASE, new_value=NEW_VALUE if stores else "", lease=_KEPT if holds else FREE
+            )
+            for stores in (False, True)
+            for holds in (False, True)
+        }
+        self.set_aside = self.sql(_SET_ASIDE)
+        self.enqueue = self.sql(_ENQUEUE)
+        self.expect = self.sql(_EXPECT)
+        self.put = self.sql(_PUT)
+
+
+class PostgresqlStatements(ReturningStatements):
+    """Many writers, and rows that are locked."""
+
+    words = POSTGRESQL
+
+    def __init__(self, table: Table, dialect: Dialect) -> None:
+        super().__init__(table, dialect)
+        self.renew_unlocked = self.sql(_RENEW, held_rows=_UNLOCKED)
+        self.record = self.sql(_RECORD)
+        self.forget = self.sql(_FORGET)
+
+
+class SqliteStatements(ReturningStatements):
+    """One writer at a time."""
+
+    words = SQLITE
+
+    def __init__(self, table: Table, dialect: Dialect) -> None:
+        super().__init__(table, dialect)
+        self.record = self.sql(_RECORD_ONE_WRITER)
+        self.forget = self.sql(_FORGET_ONE_WRITER)

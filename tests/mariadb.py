@@ -1,0 +1,90 @@
+"""A real MariaDB server for the tests, from the system's packages.
+
+There is no wheel of it. Where it is not installed its tests are skipped, unless
+``SINGLETON_TEST_MARIADB=required`` is in the environment, as in CI.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+import pymysql
+import pytest
+
+from tests.servers import Server
+from tests.waiting import wait_until
+
+PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
+
+
+def find(*names: str) -> str:
+    """The path of a program, by one of its names; skips the test where there is none."""
+    for name in names:
+        if found := shutil.which(name, path=PATH):
+            return found
+    assert os.environ.get("SINGLETON_TEST_MARIADB") != "required", f"no {names[0]} here"
+    pytest.skip(f"no {names[0]} here")
+
+
+class MariaDB(Server):
+    """A server with its defaults, but that a commit waits for the system, and not for the disk."""
+
+    def __init__(self) -> None:
+        program = find("mariadbd", "mysqld")
+        install = find("mariadb-install-db", "mysql_install_db")
+        super().__init__("mariadb")
+        self._program = program
+        self._options = ["--no-defaults", f"--datadir={self.directory}/data"]
+        if os.geteuid() == 0:
+            self._options.append("--user=root")
+        subprocess.run(
+            [install, *self._options, "--auth-root-authentication-method=normal", "--skip-test-db"],
+            check=True,
+            capture_output=True,
+        )
+        self.start()
+
+    def start(self) -> None:
+        self.spawn(
+            self._program,
+            *self._options,
+            f"--port={self.port}",
+            "--bind-address=127.0.0.1",
+            f"--socket={self.directory}/socket",
+            f"--pid-file={self.directory}/pid",
+            "--skip-name-resolve",
+            "--innodb-flush-log-at-trx-commit=2",
+            "--innodb-buffer-pool-size=32M",
+            "--max-allowed-packet=64M",
+        )
+        wait_until(self._answers, f"MariaDB on port {self.port}")
+
+    def url(self, database: str, port: int | None = None) -> str:
+        return f"mysql+pymysql://root@127.0.0.1:{port or self.port}/{database}"
+
+    def create_database(self, name: str) -> str:
+        self._admin(f"CREATE DATABASE {name}")
+        return self.url(name)
+
+    def drop_database(self, name: str) -> None:
+        self._admin(f"DROP DATABASE {name}")
+
+    def connect(self, database: str | None = None) -> pymysql.Connection:
+        return pymysql.connect(
+            host="127.0.0.1", port=self.port, user="root", database=database, autocommit=True
+        )
+
+    def _admin(self, statement: str) -> None:
+        with self.connect() as connection, connection.cursor() as cursor:
+            cursor.execute(statement)
+
+    def _answers(self) -> bool:
+        if self.process is None or self.process.poll() is not None:
+            raise RuntimeError(f"MariaDB did not start:\n{self.log.read_text()}")
+        try:
+            self.connect().close()
+        except pymysql.OperationalError:
+            return False
+        return True
