@@ -27,6 +27,7 @@ atexit.register(shutil.rmtree, _hypothesis_home)
 set_hypothesis_home_dir(_hypothesis_home)
 
 STORES = ("memory", "sqlite", "postgresql", "mariadb")
+_SERVERS = {"postgresql": "postgres_url", "mariadb": "mariadb_url"}
 
 _numbers = itertools.count(1)
 
@@ -116,29 +117,26 @@ def make_proxy() -> Iterator[Callable[[int], Proxy]]:
         proxy.close()
 
 
-@pytest.fixture(params=STORES)
-def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty database: the test runs once for each store."""
-    if request.param == "memory":
+def url_on(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty database on the store of this name."""
+    if name == "memory":
         return "memory://"
-    if request.param == "sqlite":
+    if name == "sqlite":
         return f"sqlite:///{tmp_path}/store.db"
-    return url_of(request)
-
-
-def url_of(request: pytest.FixtureRequest) -> str:
-    """The URL of an empty database on the server that the test's parameter names."""
-    fixture = {"postgresql": "postgres_url", "mariadb": "mariadb_url"}[request.param]
-    url: str = request.getfixturevalue(fixture)
+    url: str = request.getfixturevalue(_SERVERS[name])
     return url
 
 
-@pytest.fixture(params=[name for name in STORES if name != "memory"])
+@pytest.fixture(params=STORES)
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty database: the test runs once for each store."""
+    return url_on(request.param, request, tmp_path)
+
+
+@pytest.fixture(params=STORES[1:])
 def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The same, of the stores that several processes can share."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/store.db"
-    return url_of(request)
+    return url_on(request.param, request, tmp_path)
 
 
 @pytest.fixture

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 from celery import Celery
 
 from celery_singleton_state.runtime import runtime_of
+from tests.conftest import STORES, url_on
 from tests.processes.fleet import Fleet, outcome
 from tests.waiting import wait_until
 
 PROCESSES = 8
 DELIVERIES = 200
+
+
+@pytest.fixture(params=STORES[1:])
+def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of an empty database on each store."""
+    return url_on(request.param, request, tmp_path)
 
 
 def test_bodies_never_overlap_and_no_increment_is_lost(

@@ -54,7 +54,7 @@ def test_memory_does_not_guard_processes(make_fleet: Callable[..., Fleet]) -> No
     ("name", "value", "allowed"),
     [
         ("STORE_URL", "no url", "is not a URL"),
-        ("STORE_URL", "oracle://host/db", "postgresql, sqlite, or memory://"),
+        ("STORE_URL", "oracle://host/db", "postgresql, sqlite, mariadb, mysql, or memory://"),
         ("HEARTBEAT_INTERVAL", "often", "a number of seconds"),
         ("HISTORY", "0", "1 or more"),
     ],
