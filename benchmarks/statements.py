@@ -30,7 +30,7 @@ from celery_singleton_state.history import Entry, Outcome
 from celery_singleton_state.runtime import close_runtime, runtime_of
 from celery_singleton_state.store import SqlStore
 from celery_singleton_state.store.base import Ended, NewValue
-from celery_singleton_state.store.statements import Statements
+from celery_singleton_state.store.dialects import statements_for
 
 from .measure import Samples, median_time, microseconds, relate, take_turns
 from .servers import Servers
@@ -77,7 +77,7 @@ def make_app(url: str) -> Celery:
 
 
 def _measure(app: Celery, url: str, quick: bool) -> Samples:
-    store = runtime_of(app).store
+    store = runtime_of(app).sql
     calls: dict[str, Callable[[], object]] = {
         BARE: _bare_round(store, url),
         STORE: _store_round(store),
@@ -91,7 +91,7 @@ def _measure(app: Celery, url: str, quick: bool) -> Samples:
 
 
 def _bare_round(store: SqlStore, url: str) -> Callable[[], None]:
-    sql = Statements(store.table, store.engine.dialect)
+    sql = statements_for(store.table, store.engine.dialect)
     execute = _bare_sqlite(url) if url.startswith("sqlite") else _bare_postgres(url)
     lease = {"key": "bare", "holder": "bare:1:1", "ttl": TTL, "task_id": None}
     histories = _histories()

@@ -1,4 +1,4 @@
-"""The heartbeat: keeps all leases of a process alive, in one statement, and says which are lost.
+"""The heartbeat: keeps leases of a process alive, in one statement, and says which are lost.
 
 Two threads, as one that waits for the store cannot tell the time: one renews the leases, the
 other judges them by the clock. Both are started by the first lease, and neither is woken by runs
@@ -12,7 +12,7 @@ import threading
 
 from .alarm import Alarm
 from .lease import HeldLease, clock
-from .store.base import Store, StoreError
+from .store.base import Leases, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ TOGETHER_PART = 0.5
 class Heartbeat:
     """Renews the leases that it is given until they are dropped or lost."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Leases) -> None:
         self._store = store
         self._lock = threading.Lock()
         self._held: set[HeldLease] = set()

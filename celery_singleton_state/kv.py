@@ -42,7 +42,7 @@ class KeyValueStore:
     @classmethod
     def from_app(cls, app: Celery) -> Self:
         """The store that the app's settings name, over the same connections."""
-        return cls._over(Rows(lambda: runtime_of(app).store), lambda: None)
+        return cls._over(Rows(lambda: runtime_of(app).sql), lambda: None)
 
     @classmethod
     def _over(cls, rows: Rows, close: Callable[[], None]) -> Self:

@@ -55,7 +55,7 @@ class Run:
         self.held = HeldLease(acquired.lease, asked_at, settings.heartbeat_interval)
         self._delivery = delivery
         self._store = delivery.runtime.store
-        self._heartbeat = delivery.runtime.heartbeat
+        self._heartbeat = delivery.runtime.heartbeat_of(delivery.key)
         self._report = Report(delivery, self.held, asked_at)
         self._writer = FencedWriter(delivery.name, self._store, self.held, self._report.refused)
         self._acquired_at = acquired.acquired_at

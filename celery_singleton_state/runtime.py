@@ -13,15 +13,20 @@ import threading
 import weakref
 
 from celery import Celery
+from celery.exceptions import ImproperlyConfigured
 from celery.utils.nodenames import gethostname
 
 from .heartbeat import Heartbeat
 from .holdings import Holdings, directory_of
 from .hooks import Door
+from .keys import task_of
 from .lease import clock
 from .settings import Settings
-from .store import SqlStore, open_store
+from .store import SqlStore, Store, open_store
+from .store.base import Leases
 from .store.engine import identity, parse_url
+from .store.redis import RedisStore
+from .store.routed import NO_SQL, RoutedStore
 
 #: Connections of a process that runs one body at a time: its own and the heartbeat's.
 SMALL_POOL = 2
@@ -42,8 +47,9 @@ class Runtime:
         self._nonce = secrets.token_hex(4)
         self._count = itertools.count(1)
         self._opening = threading.Lock()
-        self._store: SqlStore | None = None
-        self._heartbeat: Heartbeat | None = None
+        self._sql: SqlStore | None = None
+        self._store: Store | None = None
+        self._heartbeats: dict[int, Heartbeat] = {}
         self._holdings: Holdings | None = None
 
     @property
@@ -64,40 +70,75 @@ class Runtime:
         return min(self._lives) / 4
 
     @property
-    def store(self) -> SqlStore:
-        """The store, opened at first use.
+    def sql(self) -> SqlStore:
+        """The database, opened at first use.
+
+        :raises ImproperlyConfigured: there is none, or it cannot be used as it is configured.
+        :raises StoreError: it could not be reached.
+        """
+        if self._sql is None:
+            own = self.settings
+            if not own.has_store:
+                raise ImproperlyConfigured(NO_SQL)
+            with self._opening:
+                if self._sql is None:
+                    self._sql = open_store(
+                        own.store_url, own.table, self.io_timeout, pool_size, own.auto_migrate
+                    )
+        return self._sql
+
+    @property
+    def store(self) -> Store:
+        """Where leases and states are, opened at first use.
 
         :raises ImproperlyConfigured: it cannot be used as it is configured.
         :raises StoreError: it could not be reached.
         """
         if self._store is None:
+            own = self.settings
+            sql = self.sql if own.has_store else None
             with self._opening:
-                if self._store is None:
-                    own = self.settings
-                    self._store = open_store(
-                        own.store_url, own.table, self.io_timeout, pool_size, own.auto_migrate
+                if self._store is None and own.lease_url is None:
+                    self._store = sql
+                elif self._store is None:
+                    self._store = RoutedStore(
+                        sql, RedisStore(own.lease_url, self.io_timeout), self._has_no_state
                     )
+        assert self._store is not None
         return self._store
 
-    @property
-    def heartbeat(self) -> Heartbeat:
-        """The heartbeat of all leases in the store that this process holds."""
-        if self._heartbeat is None:
-            store = self.store
-            with self._opening:
-                self._heartbeat = self._heartbeat or Heartbeat(store)
-        return self._heartbeat
+    def _has_no_state(self, key: str) -> bool:
+        name = key.removeprefix(self.settings.key_prefix)
+        tasks = self.app.tasks
+        options = getattr(tasks.get(task_of(name, tasks)), "_options", None)
+        return name != key and options is not None and options.state_schema is None
+
+    def heartbeat_of(self, key: str) -> Heartbeat:
+        """The heartbeat of all leases that this process holds in the store that has this key.
+
+        Each store has one of its own, so that a silent one costs the other's leases nothing.
+        """
+        store: Leases = self.store
+        if isinstance(store, RoutedStore):
+            store = store.of(key)
+        with self._opening:
+            return self._heartbeats.setdefault(id(store), Heartbeat(store))
 
     @property
     def holdings(self) -> Holdings:
         """What the processes of this host hold in the store."""
         if self._holdings is None:
-            url = parse_url(self.settings.store_url)
-            directory = directory_of(identity(url, self.settings.table))
+            directory = directory_of(self._identity())
             with self._opening:
                 name = f"{os.getpid()}-{self._nonce}"
                 self._holdings = self._holdings or Holdings(directory, name)
         return self._holdings
+
+    def _identity(self) -> str | None:
+        """The same text for all processes that use the same stores."""
+        own = self.settings
+        sql = identity(parse_url(own.store_url), own.table) if own.has_store else None
+        return sql if own.lease_url is None else f"{own.lease_url} {sql}"
 
     def new_holder(self, nodename: str | None = None) -> str:
         """A holder's name, never given twice. Outside a worker the host's name is the node's."""
@@ -107,8 +148,8 @@ class Runtime:
         """Stop the heartbeat, hand on what waits for hooks, and close the connections."""
         if self._holdings is not None:
             self._holdings.close()
-        if self._heartbeat is not None:
-            self._heartbeat.close()
+        for heartbeat in self._heartbeats.values():
+            heartbeat.close()
         self.door.close()
         if self._store is not None:
             self._store.close()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
 from .hooks.door import check_hook
+from .store.redis_url import SCHEMES
 
 MAX_THRESHOLD = 5
 MIN_INTERVAL = 0.1
@@ -20,6 +21,13 @@ def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("a text that is not empty")
     return value
+
+
+def _lease_url(value: Any) -> str:
+    text = _text(value)
+    if text.partition("://")[0] not in SCHEMES:
+        raise ValueError(f"a URL that begins with {', '.join(f'{name}://' for name in SCHEMES)}")
+    return text
 
 
 def _beat_name(value: Any) -> str:
@@ -83,6 +91,7 @@ class Settings:
     """
 
     store_url: str = "sqlite:///celery-singletons.db"
+    lease_url: str | None = None
     table: str = "kv_store"
     key_prefix: str = "singleton-state:"
     heartbeat_interval: float = 4.0
@@ -93,6 +102,9 @@ class Settings:
     auto_migrate: bool | None = None
     beat_name: str = ""
     hooks: tuple[Any, ...] = ()
+
+    #: Whether there is a database: not where only ``lease_url`` is set.
+    has_store: bool = field(default=True, repr=False)
 
     @property
     def lease_ttl(self) -> float:
@@ -106,11 +118,12 @@ class Settings:
         :raises ImproperlyConfigured: names the setting, its value and what is allowed.
         """
         found = {}
-        for field in fields(cls):
-            name = f"singleton_{field.name}"
+        for own, check in _CHECKS.items():
+            name = f"singleton_{own}"
             value = os.environ.get(f"CELERY_{name.upper()}", app.conf.get(name))
             if value is not None:
-                found[field.name] = _checked(app, name, value, _CHECKS[field.name])
+                found[own] = _checked(app, name, value, check)
+        found["has_store"] = "store_url" in found or "lease_url" not in found
         # The app's own name keeps apart those that share a table.
         found.setdefault("beat_name", (app.main or "celery").replace(":", "."))
         return cls(**found)
@@ -118,6 +131,7 @@ class Settings:
 
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "store_url": _text,
+    "lease_url": _lease_url,
     "table": _text,
     "key_prefix": _text,
     "heartbeat_interval": _number(MIN_INTERVAL),

@@ -16,10 +16,11 @@ from .children import watch_pool
 from .enqueue import dequeue_dropped
 from .hooks import events
 from .keys import row_key
-from .options import expected_singletons
+from .options import expected_singletons, options_of
 from .recovery import free_dead
 from .store.base import StoreError, StoreNotReady, StoreUnavailable
 from .store.engine import is_in_memory, parse_url
+from .store.routed import NO_SQL
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class SingletonStep(bootsteps.StartStopStep):
     def check(self, worker: Any) -> None:
         """:raises ImproperlyConfigured: the worker's singletons could not run."""
         own = runtime.runtime_of(worker.app)
-        url = own.settings.store_url
+        refuse_states_without_store(own)
         try:
             own.store.check()
         except StoreNotReady as error:
@@ -59,6 +60,9 @@ class SingletonStep(bootsteps.StartStopStep):
             logger.error("singletons: the store cannot be reached, runs will be retried: %s", error)
         else:
             self.expect(own)
+        url = own.settings.store_url
+        if not own.settings.has_store:
+            return
         if is_in_memory(parse_url(url)) and is_prefork(worker):
             raise ImproperlyConfigured(
                 f"singleton_store_url={url!r} guards the threads of one process only; "
@@ -108,6 +112,16 @@ class ChildrenStep(bootsteps.StartStopStep):
     def _maintain(self, pool: Any) -> None:
         os.read(self._deaths, 4096)
         pool.maintain_pool()
+
+
+def refuse_states_without_store(own: runtime.Runtime) -> None:
+    """:raises ImproperlyConfigured: a task has a state, and there is no database for it."""
+    if own.settings.has_store:
+        return
+    for name, task in own.app.tasks.items():
+        options = options_of(task)
+        if options is not None and options.state_schema is not None:
+            raise ImproperlyConfigured(f"task {name} has a state_schema: {NO_SQL}")
 
 
 def is_prefork(worker: Any) -> bool:

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from celery import Celery
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from celery_singleton_state import holdings
 from celery_singleton_state.runtime import close_runtime
 from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.store.base import Leases
+from celery_singleton_state.store.redis import RedisStore
 from tests.mariadb import MariaDB
 from tests.servers import Postgres, Proxy, Valkey
 
@@ -69,6 +72,15 @@ def valkey() -> Iterator[Valkey]:
     server = Valkey()
     yield server
     server.close()
+
+
+@pytest.fixture
+def lease_url(valkey: Valkey) -> str:
+    """An empty database for leases."""
+    url = f"redis://127.0.0.1:{valkey.port}/15"
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
+    return url
 
 
 @pytest.fixture
@@ -143,6 +155,19 @@ def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def store(store_url: str) -> Iterator[SqlStore]:
     """An opened store with its table."""
     opened = open_store(store_url, "kv_store", io_timeout=2.0, pool_size=8, auto_migrate=True)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(params=[*STORES, "redis"])
+def leases(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Leases]:
+    """An opened store that has leases: also one that has no states."""
+    opened: Leases
+    if request.param == "redis":
+        opened = RedisStore(request.getfixturevalue("lease_url"), io_timeout=2.0)
+    else:
+        url = url_on(request.param, request, tmp_path)
+        opened = open_store(url, "kv_store", io_timeout=2.0, pool_size=8, auto_migrate=True)
     yield opened
     opened.close()
 

@@ -55,10 +55,10 @@ def test_the_readmes_python(monkeypatch: pytest.MonkeyPatch) -> None:
     for block in python_blocks(README):
         exec(compile(block, "README.md", "exec", dont_inherit=True), names)
     app: Celery = names["app"]
-    orders.create(runtime_of(app).store.engine)
+    orders.create(runtime_of(app).sql.engine)
     assert [names["import_orders"]("acme") for _ in range(4)] == [4, 4, 2, 0]
     assert names["import_orders"]("other") == 4
-    with runtime_of(app).store.engine.connect() as connection:
+    with runtime_of(app).sql.engine.connect() as connection:
         assert connection.execute(sa.select(sa.func.count()).select_from(orders)).scalar() == 14
     assert names["close_books"]() is None
     close_runtime(app)

@@ -218,7 +218,7 @@ class Leader:
 
     @property
     def _store(self) -> Store:
-        return self.runtime.store
+        return self.runtime.sql
 
     def _strike_out(self) -> None:
         slot, self._slot = self._slot, None

@@ -198,8 +198,8 @@ class Entries(Protocol):
         """Remove rows, if the leader's lease is still held."""
 
 
-class Store(Protocol):
-    """Where leases and states live. Every verb may raise :exc:`StoreError`."""
+class Leases(Protocol):
+    """Where leases live. Every verb may raise :exc:`StoreError`."""
 
     def acquire(self, key: str, holder: str, ttl: float, task_id: str | None) -> Acquired | None:
         """Take a free or expired lease and load its row; ``None`` when somebody holds it.
@@ -216,12 +216,6 @@ class Store(Protocol):
         for one alone, it waits, and a key that is not returned is no longer held.
         """
 
-    def save(self, lease: Lease, new: NewValue) -> Saved | None:
-        """Store a state and prolong the lease; ``None`` when it is no longer held.
-
-        That the lease ran out does not matter as long as nobody took it since.
-        """
-
     def release(self, lease: Lease, ended: Ended, new: NewValue | None = None) -> Released | None:
         """Give a lease back, with a new state or without; ``None`` when it is no longer held."""
 
@@ -236,6 +230,26 @@ class Store(Protocol):
     ) -> dict[str, tuple[str | None, str | None]]:
         """The histories of some singletons by key, and their values if they are wanted."""
 
+    @property
+    def wishes(self) -> Wishes:
+        """What others than a lease's holder can ask of a row."""
+
+    def check(self) -> None:
+        """See that the store can be used; :exc:`StoreError` says what is missing."""
+
+    def close(self) -> None:
+        """Close all connections."""
+
+
+class Store(Leases, Protocol):
+    """Where leases and states live. Every verb may raise :exc:`StoreError`."""
+
+    def save(self, lease: Lease, new: NewValue) -> Saved | None:
+        """Store a state and prolong the lease; ``None`` when it is no longer held.
+
+        That the lease ran out does not matter as long as nobody took it since.
+        """
+
     def set_aside(self, key: str, value: str) -> None:
         """Keep a value that cannot be decoded under a key of its own."""
 
@@ -243,18 +257,8 @@ class Store(Protocol):
         """A transaction on the store's database that can carry a fenced save."""
 
     @property
-    def wishes(self) -> Wishes:
-        """What others than a lease's holder can ask of a row."""
-
-    @property
     def entries(self) -> Entries:
         """The rows of a schedule's entries."""
-
-    def check(self) -> None:
-        """See that the store can be used; :exc:`StoreError` says what is missing."""
-
-    def close(self) -> None:
-        """Close all connections."""
 
 
 class FencedTransaction(Protocol):

@@ -36,6 +36,11 @@ def parse_url(text: str) -> URL:
         raise ImproperlyConfigured(f"singleton_store_url={text!r} is not a URL") from None
     if url.get_backend_name() == "postgres":
         url = url.set(drivername="postgresql")
+    if url.drivername.startswith(("redis", "sentinel")):
+        raise ImproperlyConfigured(
+            f"singleton_store_url={url.render_as_string()!r} is not supported: states are kept in "
+            "SQL; singleton_lease_url takes it, for leases of singletons without a state"
+        )
     if url.get_backend_name() not in DIALECTS:
         raise ImproperlyConfigured(
             f"singleton_store_url={url.render_as_string()!r} is not supported; "

@@ -41,7 +41,7 @@ def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def broker_url(valkey: Valkey) -> str:
     """An empty database of the broker."""
-    url = f"redis://127.0.0.1:{valkey.port}/{next(_databases) % 16}"
+    url = f"redis://127.0.0.1:{valkey.port}/{next(_databases) % 15}"
     with redis.Redis.from_url(url) as client:
         client.flushdb()
     return url

@@ -18,6 +18,7 @@ from celery_singleton_state import (
     SingletonTask,
     singleton_task,
 )
+from celery_singleton_state.heartbeat import Heartbeat
 from celery_singleton_state.history import decode
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Ended, NewValue, Row
@@ -54,13 +55,13 @@ def write(app: Celery, value: str, version: int | None = None, name: str = "coun
 
 def make_table(app: Celery) -> None:
     """One of the user's, for numbers."""
-    with runtime_of(app).store.engine.connect() as connection:
+    with runtime_of(app).sql.engine.connect() as connection:
         connection.exec_driver_sql("CREATE TABLE written (n integer)")
 
 
 def written(app: Celery) -> list[int]:
     """The numbers in the user's table."""
-    with runtime_of(app).store.engine.connect() as connection:
+    with runtime_of(app).sql.engine.connect() as connection:
         found = connection.exec_driver_sql("SELECT n FROM written ORDER BY n").all()
     return [n for (n,) in found]
 
@@ -396,7 +397,7 @@ def test_a_run_with_a_successor_writes_nothing(
     app: Celery, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """The run's renewals stop; its lease runs out; a successor saves; the run wants to write."""
-    monkeypatch.setattr(runtime_of(app).heartbeat, "hold", lambda held: None)
+    monkeypatch.setattr(Heartbeat, "hold", lambda self, held: None)
 
     def body(self: Any) -> None:
         take_over(app, self)

@@ -1,4 +1,4 @@
-"""What every store does. A new store passes all of it."""
+"""What every store does: of leases, every store; of states, those that have any."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from celery_singleton_state.store import SqlStore
-from celery_singleton_state.store.base import Acquired, Ended, Lease, NewValue, Released, Row
+from celery_singleton_state.store.base import (
+    Acquired,
+    Ended,
+    Lease,
+    Leases,
+    NewValue,
+    Released,
+    Row,
+)
 from tests.waiting import wait_until
 
 LONG = 60.0
@@ -22,19 +30,19 @@ HELD_ON = Ended("succeeded", "[]", hold=LONG)
 FREED = Released(wanted=None)
 
 
-def acquire(store: SqlStore, holder: str = "a", ttl: float = LONG, key: str = "k") -> Acquired:
+def acquire(store: Leases, holder: str = "a", ttl: float = LONG, key: str = "k") -> Acquired:
     acquired = store.acquire(key, holder, ttl, f"task-{holder}")
     assert acquired is not None
     return acquired
 
 
-def peek(store: SqlStore, key: str = "k") -> Row:
+def peek(store: Leases, key: str = "k") -> Row:
     row = store.peek(key)
     assert row is not None
     return row
 
 
-def let_run_out(store: SqlStore, key: str = "k") -> None:
+def let_run_out(store: Leases, key: str = "k") -> None:
     """Wait until the store's own clock says that the lease ran out."""
 
     def ran_out() -> bool:
@@ -52,30 +60,30 @@ def test_first_acquisition_makes_the_row(store: SqlStore) -> None:
     assert acquired.history is None
 
 
-def test_a_held_lease_is_not_acquired(store: SqlStore) -> None:
-    acquire(store, "a")
-    assert store.acquire("k", "b", LONG, None) is None
-    row = peek(store)
+def test_a_held_lease_is_not_acquired(leases: Leases) -> None:
+    acquire(leases, "a")
+    assert leases.acquire("k", "b", LONG, None) is None
+    row = peek(leases)
     assert (row.holder, row.task_id, row.fence, row.held) == ("a", "task-a", 1, True)
     assert row.expires_in is not None
     assert 0 < row.expires_in <= LONG + ROUNDING
 
 
-def test_the_same_holder_is_answered_with_what_it_holds(store: SqlStore) -> None:
+def test_the_same_holder_is_answered_with_what_it_holds(leases: Leases) -> None:
     """A request whose answer was lost is repeated, and must not raise the fence again."""
-    first = acquire(store, "a")
-    assert acquire(store, "a").lease == first.lease
+    first = acquire(leases, "a")
+    assert acquire(leases, "a").lease == first.lease
 
 
-def test_a_released_lease_is_acquired_with_a_larger_fence(store: SqlStore) -> None:
-    assert store.release(acquire(store, "a").lease, DONE) == FREED
-    assert acquire(store, "b").lease.fence == 2
+def test_a_released_lease_is_acquired_with_a_larger_fence(leases: Leases) -> None:
+    assert leases.release(acquire(leases, "a").lease, DONE) == FREED
+    assert acquire(leases, "b").lease.fence == 2
 
 
-def test_an_expired_lease_is_taken_over(store: SqlStore) -> None:
-    acquire(store, "a", BRIEF)
-    let_run_out(store)
-    assert acquire(store, "b").lease.fence == 2
+def test_an_expired_lease_is_taken_over(leases: Leases) -> None:
+    acquire(leases, "a", BRIEF)
+    let_run_out(leases)
+    assert acquire(leases, "b").lease.fence == 2
 
 
 def test_release_with_a_value_stores_all_of_it(store: SqlStore) -> None:
@@ -176,54 +184,54 @@ def test_a_lease_that_is_held_on_is_not_acquired(store: SqlStore, new: NewValue 
     assert ends_at == pytest.approx(acquired.acquired_at + LONG, abs=ROUNDING)
 
 
-def test_a_lease_that_is_held_on_is_free_when_the_hold_has_passed(store: SqlStore) -> None:
-    first = acquire(store, "a")
-    store.release(first.lease, Ended("succeeded", "[]", hold=HOLD))
-    second = wait_until(lambda: store.acquire("k", "b", LONG, None), "the hold passes")
+def test_a_lease_that_is_held_on_is_free_when_the_hold_has_passed(leases: Leases) -> None:
+    first = acquire(leases, "a")
+    leases.release(first.lease, Ended("succeeded", "[]", hold=HOLD))
+    second = wait_until(lambda: leases.acquire("k", "b", LONG, None), "the hold passes")
     assert second.lease.fence == 2
     assert second.acquired_at - first.acquired_at >= HOLD - ROUNDING
-    row = peek(store)
+    row = peek(leases)
     assert (row.held, row.held_on, row.holder) == (True, False, "b")
 
 
-def test_a_hold_that_is_over_leaves_the_row_free(store: SqlStore) -> None:
+def test_a_hold_that_is_over_leaves_the_row_free(leases: Leases) -> None:
     """It counts from the acquisition: a run that took longer has nothing to hold on to."""
-    acquired = acquire(store, "a")
+    acquired = acquire(leases, "a")
     wait_until(
-        lambda: peek(store).read_at - acquired.acquired_at > HOLD, "the run takes longer than HOLD"
+        lambda: peek(leases).read_at - acquired.acquired_at > HOLD, "the run takes longer than HOLD"
     )
-    assert store.release(acquired.lease, Ended("succeeded", "[]", hold=HOLD)) == FREED
-    row = peek(store)
+    assert leases.release(acquired.lease, Ended("succeeded", "[]", hold=HOLD)) == FREED
+    row = peek(leases)
     assert (row.held, row.held_on, row.holder, row.task_id) == (False, False, None, None)
-    assert acquire(store, "b").lease.fence == 2
+    assert acquire(leases, "b").lease.fence == 2
 
 
-def test_a_row_says_since_when_it_is_held_and_when_it_was_read(store: SqlStore) -> None:
-    """Both by the store's clock, which is this machine's in the tests."""
+def test_a_row_says_since_when_it_is_held_and_when_it_was_read(leases: Leases) -> None:
+    """Both by the leases's clock, which is this machine's in the tests."""
     asked_at = time.time()
-    acquired = acquire(store)
-    row = peek(store)
+    acquired = acquire(leases)
+    row = peek(leases)
     assert row.acquired_at == acquired.acquired_at
     assert asked_at - ROUNDING <= acquired.acquired_at <= row.read_at <= time.time() + ROUNDING
-    store.renew([acquired.lease])
-    later = peek(store)
+    leases.renew([acquired.lease])
+    later = peek(leases)
     assert later.acquired_at == row.acquired_at
     assert later.read_at >= row.read_at
-    store.release(acquired.lease, DONE)
-    assert peek(store).acquired_at is None
+    leases.release(acquired.lease, DONE)
+    assert peek(leases).acquired_at is None
 
 
-def test_renew_prolongs_many_by_their_own_lives(store: SqlStore) -> None:
-    leases = [acquire(store, "a", BRIEF, key).lease for key in ("k1", "k2", "k3")]
-    longer = [Lease(each.key, "a", 1, LONG * n) for n, each in enumerate(leases[:2], 1)]
-    assert store.renew([*longer, Lease("k3", "b", 1, LONG)]) == {"k1": None, "k2": None}
-    lives = [row.expires_in or 0 for row in store.list("k")]
+def test_renew_prolongs_many_by_their_own_lives(leases: Leases) -> None:
+    held = [acquire(leases, "a", BRIEF, key).lease for key in ("k1", "k2", "k3")]
+    longer = [Lease(each.key, "a", 1, LONG * n) for n, each in enumerate(held[:2], 1)]
+    assert leases.renew([*longer, Lease("k3", "b", 1, LONG)]) == {"k1": None, "k2": None}
+    lives = [row.expires_in or 0 for row in leases.list("k")]
     assert BRIEF < lives[0] <= LONG + ROUNDING < lives[1] <= 2 * LONG + ROUNDING
     assert lives[2] <= BRIEF + ROUNDING
 
 
-def test_renew_of_nothing(store: SqlStore) -> None:
-    assert store.renew([]) == {}
+def test_renew_of_nothing(leases: Leases) -> None:
+    assert leases.renew([]) == {}
 
 
 def test_renew_does_not_change_the_state(store: SqlStore) -> None:
@@ -235,8 +243,8 @@ def test_renew_does_not_change_the_state(store: SqlStore) -> None:
     assert (after.value, after.updated_at) == (before.value, before.updated_at)
 
 
-def test_peek_of_nothing(store: SqlStore) -> None:
-    assert store.peek("k") is None
+def test_peek_of_nothing(leases: Leases) -> None:
+    assert leases.peek("k") is None
 
 
 def test_list_is_by_prefix_and_shows_singletons_only(store: SqlStore) -> None:
@@ -264,19 +272,19 @@ def test_values_come_back_as_they_were(store: SqlStore, value: str) -> None:
     assert acquire(store, "b").value == value
 
 
-def test_one_of_many_threads_acquires(store: SqlStore) -> None:
+def test_one_of_many_threads_acquires(leases: Leases) -> None:
     """All ask for a free lease at the same moment: one is answered, and then the next."""
     barrier = threading.Barrier(8)
 
     def ask(n: int) -> Acquired | None:
         barrier.wait()
-        return store.acquire("k", f"h{n}", LONG, None)
+        return leases.acquire("k", f"h{n}", LONG, None)
 
     with ThreadPoolExecutor(8) as pool:
         for fence in range(1, 6):
             winners = [found for found in pool.map(ask, range(8)) if found]
             assert [winner.lease.fence for winner in winners] == [fence]
-            store.release(winners[0].lease, DONE)
+            leases.release(winners[0].lease, DONE)
 
 
 def test_a_transaction_commits_rows_and_state(store: SqlStore) -> None:
@@ -326,8 +334,8 @@ def test_a_transactions_save_is_known_by_its_moment(store: SqlStore) -> None:
     assert (saved.updated_at, saved.handoff_to) == (peek(store).updated_at, None)
 
 
-def test_check_accepts_the_table(store: SqlStore) -> None:
-    store.check()
+def test_check_accepts_the_table(leases: Leases) -> None:
+    leases.check()
 
 
 def test_a_lease_that_is_held_on_is_its_holders_no_more(store: SqlStore) -> None:

@@ -128,7 +128,7 @@ def test_a_locked_row_costs_no_other_lease_its_life(postgres_url: str) -> None:
     with psycopg.connect(postgres_url.replace("+psycopg", "")) as other:
         other.execute("SELECT * FROM kv_store WHERE key = 'locked' FOR UPDATE")
         for lease in held:
-            runtime.heartbeat.hold(lease)
+            runtime.heartbeat_of(lease.lease.key).hold(lease)
         wait_until(lambda: held[0].lost, "the locked one is lost")
         assert [lease.lost for lease in held[1:]] == [None, None]
     close_runtime(app)

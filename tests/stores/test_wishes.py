@@ -1,4 +1,4 @@
-"""What others than its holder ask of a row. A new store passes all of it."""
+"""What others than its holder ask of a row; every store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from celery_singleton_state.store import SqlStore
-from celery_singleton_state.store.base import Ended, Lease, NewValue, Released, Row
+from celery_singleton_state.store.base import Ended, Lease, Leases, NewValue, Released, Row
 from tests.stores.test_conformance import (
     BRIEF,
     DONE,
@@ -27,7 +27,7 @@ from tests.waiting import wait_until
 NEW = NewValue('{"n":1}', 1)
 
 
-def peek_later(store: SqlStore) -> Row:
+def peek_later(store: Leases) -> Row:
     """The row as it is. The store's clock then moves on, so that no later write has its times."""
     before = peek(store)
     wait_until(lambda: peek(store).read_at - before.read_at > ROUNDING, "the store's clock goes on")
@@ -37,7 +37,7 @@ def peek_later(store: SqlStore) -> Row:
 # -- asked of a holder that is gone
 
 
-def released(store: SqlStore) -> Row:
+def released(store: Leases) -> Row:
     """A row as it was seen when a held it, which a does no more; so are the others."""
     lease = acquire(store, "a").lease
     seen = peek(store)
@@ -45,20 +45,20 @@ def released(store: SqlStore) -> Row:
     return seen
 
 
-def expired(store: SqlStore) -> Row:
+def expired(store: Leases) -> Row:
     acquire(store, "a", BRIEF)
     seen = peek(store)
     let_run_out(store)
     return seen
 
 
-def taken_over(store: SqlStore) -> Row:
+def taken_over(store: Leases) -> Row:
     seen = expired(store)
     acquire(store, "b")
     return seen
 
 
-def held_on(store: SqlStore) -> Row:
+def held_on(store: Leases) -> Row:
     lease = acquire(store, "a").lease
     seen = peek(store)
     store.release(lease, HELD_ON)
@@ -68,22 +68,22 @@ def held_on(store: SqlStore) -> Row:
 @pytest.mark.parametrize("verb", ["ask_to_hand_over", "want"])
 @pytest.mark.parametrize("gone", [released, expired, taken_over, held_on])
 def test_a_holder_that_is_gone_is_asked_nothing(
-    store: SqlStore, gone: Callable[[SqlStore], Row], verb: str
+    leases: Leases, gone: Callable[[SqlStore], Row], verb: str
 ) -> None:
     """c finds a holding; a releases, or dies and is followed by b; c asks by what it saw, and
     must learn that nobody heard it.
     """
-    assert getattr(store.wishes, verb)(gone(store), "c") is False
+    assert getattr(leases.wishes, verb)(gone(leases), "c") is False
 
 
-def test_a_successor_hears_nothing_that_was_meant_for_its_predecessor(store: SqlStore) -> None:
+def test_a_successor_hears_nothing_that_was_meant_for_its_predecessor(leases: Leases) -> None:
     """c finds a holding; a releases; b acquires; c asks by what it saw; b goes on unharmed."""
-    seen = released(store)
-    successor = acquire(store, "b").lease
-    assert not store.wishes.ask_to_hand_over(seen, "c")
-    assert not store.wishes.want(seen, "w")
-    assert store.renew([successor]) == {"k": None}
-    assert store.release(successor, DONE) == FREED
+    seen = released(leases)
+    successor = acquire(leases, "b").lease
+    assert not leases.wishes.ask_to_hand_over(seen, "c")
+    assert not leases.wishes.want(seen, "w")
+    assert leases.renew([successor]) == {"k": None}
+    assert leases.release(successor, DONE) == FREED
 
 
 # -- ask_to_hand_over
@@ -103,27 +103,27 @@ def test_the_holder_hears_who_asks_it_to_hand_over(store: SqlStore) -> None:
     assert committed.handoff_to == "b"
 
 
-def test_one_of_many_leases_hears_who_asks_for_it(store: SqlStore) -> None:
-    leases = [acquire(store, "a", LONG, key).lease for key in ("k1", "k2")]
-    store.wishes.ask_to_hand_over(peek(store, "k2"), "b")
-    assert store.renew(leases) == {"k1": None, "k2": "b"}
+def test_one_of_many_leases_hears_who_asks_for_it(leases: Leases) -> None:
+    held = [acquire(leases, "a", LONG, key).lease for key in ("k1", "k2")]
+    leases.wishes.ask_to_hand_over(peek(leases, "k2"), "b")
+    assert leases.renew(held) == {"k1": None, "k2": "b"}
 
 
-def test_asking_changes_nothing_else(store: SqlStore) -> None:
-    acquire(store, "a")
-    before = peek_later(store)
-    store.wishes.ask_to_hand_over(before, "b")
-    store.wishes.want(before, "w")
-    after = peek(store)
+def test_asking_changes_nothing_else(leases: Leases) -> None:
+    acquire(leases, "a")
+    before = peek_later(leases)
+    leases.wishes.ask_to_hand_over(before, "b")
+    leases.wishes.want(before, "w")
+    after = peek(leases)
     assert replace(after, read_at=before.read_at, expires_in=before.expires_in) == before
 
 
-def test_the_next_holder_is_not_asked_to_hand_over(store: SqlStore) -> None:
+def test_the_next_holder_is_not_asked_to_hand_over(leases: Leases) -> None:
     """a is asked and releases; who acquires next may be the one who asked."""
-    lease = acquire(store, "a").lease
-    store.wishes.ask_to_hand_over(peek(store), "b")
-    store.release(lease, DONE)
-    assert store.renew([acquire(store, "b").lease]) == {"k": None}
+    lease = acquire(leases, "a").lease
+    leases.wishes.ask_to_hand_over(peek(leases), "b")
+    leases.release(lease, DONE)
+    assert leases.renew([acquire(leases, "b").lease]) == {"k": None}
 
 
 # -- want
@@ -139,46 +139,46 @@ def test_the_release_returns_what_is_wanted(
     assert store.release(lease, ended, new) == Released('{"n":1}')
 
 
-def test_the_last_wish_counts(store: SqlStore) -> None:
-    lease = acquire(store, "a").lease
+def test_the_last_wish_counts(leases: Leases) -> None:
+    lease = acquire(leases, "a").lease
     for wish in ("w1", "w2"):
-        assert store.wishes.want(peek(store), wish)
-    assert store.release(lease, DONE) == Released("w2")
+        assert leases.wishes.want(peek(leases), wish)
+    assert leases.release(lease, DONE) == Released("w2")
 
 
-def test_a_wish_stays_until_it_was_granted(store: SqlStore) -> None:
+def test_a_wish_stays_until_it_was_granted(leases: Leases) -> None:
     """a dies between its release and the sending: the next release returns it again."""
-    lease = acquire(store, "a").lease
-    store.wishes.want(peek(store), "w")
-    assert store.release(lease, DONE) == Released("w")
-    assert store.release(acquire(store, "b").lease, DONE) == Released("w")
-    store.wishes.granted("k", "w")
-    assert store.release(acquire(store, "c").lease, DONE) == FREED
+    lease = acquire(leases, "a").lease
+    leases.wishes.want(peek(leases), "w")
+    assert leases.release(lease, DONE) == Released("w")
+    assert leases.release(acquire(leases, "b").lease, DONE) == Released("w")
+    leases.wishes.granted("k", "w")
+    assert leases.release(acquire(leases, "c").lease, DONE) == FREED
 
 
-def test_a_newer_wish_survives_the_granting_of_an_older_one(store: SqlStore) -> None:
+def test_a_newer_wish_survives_the_granting_of_an_older_one(leases: Leases) -> None:
     """a releases and is told w1; b acquires; c wants w2; a has sent w1 and strikes it out; b
     releases, and must be told w2.
     """
-    lease = acquire(store, "a").lease
-    store.wishes.want(peek(store), "w1")
-    assert store.release(lease, DONE) == Released("w1")
-    successor = acquire(store, "b").lease
-    store.wishes.want(peek(store), "w2")
-    store.wishes.granted("k", "w1")
-    assert store.release(successor, DONE) == Released("w2")
+    lease = acquire(leases, "a").lease
+    leases.wishes.want(peek(leases), "w1")
+    assert leases.release(lease, DONE) == Released("w1")
+    successor = acquire(leases, "b").lease
+    leases.wishes.want(peek(leases), "w2")
+    leases.wishes.granted("k", "w1")
+    assert leases.release(successor, DONE) == Released("w2")
 
 
-def test_a_wish_outlives_its_holder(store: SqlStore) -> None:
+def test_a_wish_outlives_its_holder(leases: Leases) -> None:
     """c wants one more run of a, which dies; b takes over, and sends it when it releases."""
-    lease = acquire(store, "a").lease
-    store.wishes.want(peek(store), "w")
-    store.renew([replace(lease, ttl=BRIEF)])
-    let_run_out(store)
-    assert store.release(acquire(store, "b").lease, DONE) == Released("w")
+    lease = acquire(leases, "a").lease
+    leases.wishes.want(peek(leases), "w")
+    leases.renew([replace(lease, ttl=BRIEF)])
+    let_run_out(leases)
+    assert leases.release(acquire(leases, "b").lease, DONE) == Released("w")
 
 
-def test_a_wish_is_either_returned_or_refused(store: SqlStore) -> None:
+def test_a_wish_is_either_returned_or_refused(leases: Leases) -> None:
     """c finds a holding; a releases while c wants one more run. Either c is first, and a is told;
     or a is, and c is refused. A wish that is taken and not told is a run that is lost.
     """
@@ -186,99 +186,99 @@ def test_a_wish_is_either_returned_or_refused(store: SqlStore) -> None:
 
     def release(lease: Lease) -> Released | None:
         barrier.wait()
-        return store.release(lease, DONE)
+        return leases.release(lease, DONE)
 
     with ThreadPoolExecutor(1) as pool:
         for n in range(10):
-            told = pool.submit(release, acquire(store, f"h{n}").lease)
-            seen, wish = peek(store), f"w{n}"
+            told = pool.submit(release, acquire(leases, f"h{n}").lease)
+            seen, wish = peek(leases), f"w{n}"
             barrier.wait()
-            taken = store.wishes.want(seen, wish)
+            taken = leases.wishes.want(seen, wish)
             assert told.result() == Released(wish if taken else None)
-            store.wishes.granted("k", wish)
+            leases.wishes.granted("k", wish)
 
 
 # -- enqueue
 
 
-def test_a_message_is_queued_once(store: SqlStore) -> None:
+def test_a_message_is_queued_once(leases: Leases) -> None:
     """The first can ask again, as it does not know whether an answer that was lost said so."""
-    assert store.wishes.enqueue("k", "t1", LONG) == "t1"
-    assert store.wishes.enqueue("k", "t2", LONG) == "t1"
-    assert store.wishes.enqueue("k", "t1", LONG) == "t1"
+    assert leases.wishes.enqueue("k", "t1", LONG) == "t1"
+    assert leases.wishes.enqueue("k", "t2", LONG) == "t1"
+    assert leases.wishes.enqueue("k", "t1", LONG) == "t1"
 
 
-def test_keys_have_queues_of_their_own(store: SqlStore) -> None:
-    assert store.wishes.enqueue("k1", "t1", LONG) == "t1"
-    assert store.wishes.enqueue("k2", "t2", LONG) == "t2"
+def test_keys_have_queues_of_their_own(leases: Leases) -> None:
+    assert leases.wishes.enqueue("k1", "t1", LONG) == "t1"
+    assert leases.wishes.enqueue("k2", "t2", LONG) == "t2"
 
 
-def test_no_message_is_queued_beside_one_that_runs(store: SqlStore) -> None:
-    acquire(store, "a")
-    assert store.wishes.enqueue("k", "t", LONG) == "task-a"
+def test_no_message_is_queued_beside_one_that_runs(leases: Leases) -> None:
+    acquire(leases, "a")
+    assert leases.wishes.enqueue("k", "t", LONG) == "task-a"
 
 
-def test_a_message_is_queued_beside_a_run_without_one(store: SqlStore) -> None:
+def test_a_message_is_queued_beside_a_run_without_one(leases: Leases) -> None:
     """A direct call has no id that could be the answer."""
-    assert store.acquire("k", "a", LONG, None) is not None
-    assert store.wishes.enqueue("k", "t", LONG) == "t"
+    assert leases.acquire("k", "a", LONG, None) is not None
+    assert leases.wishes.enqueue("k", "t", LONG) == "t"
 
 
-def test_a_message_is_queued_while_the_lease_is_held_on(store: SqlStore) -> None:
-    store.release(acquire(store, "a").lease, HELD_ON)
-    assert store.wishes.enqueue("k", "t", LONG) == "t"
+def test_a_message_is_queued_while_the_lease_is_held_on(leases: Leases) -> None:
+    leases.release(acquire(leases, "a").lease, HELD_ON)
+    assert leases.wishes.enqueue("k", "t", LONG) == "t"
 
 
-def test_a_message_is_queued_after_a_run_that_died(store: SqlStore) -> None:
-    acquire(store, "a", BRIEF)
-    let_run_out(store)
-    assert store.wishes.enqueue("k", "t", LONG) == "t"
+def test_a_message_is_queued_after_a_run_that_died(leases: Leases) -> None:
+    acquire(leases, "a", BRIEF)
+    let_run_out(leases)
+    assert leases.wishes.enqueue("k", "t", LONG) == "t"
 
 
-def test_a_message_that_runs_is_queued_no_more(store: SqlStore) -> None:
-    store.wishes.enqueue("k", "task-a", LONG)
-    lease = acquire(store, "a").lease
-    assert store.wishes.enqueue("k", "t", LONG) == "task-a"
-    store.release(lease, DONE)
-    assert store.wishes.enqueue("k", "t", LONG) == "t"
+def test_a_message_that_runs_is_queued_no_more(leases: Leases) -> None:
+    leases.wishes.enqueue("k", "task-a", LONG)
+    lease = acquire(leases, "a").lease
+    assert leases.wishes.enqueue("k", "t", LONG) == "task-a"
+    leases.release(lease, DONE)
+    assert leases.wishes.enqueue("k", "t", LONG) == "t"
 
 
-def test_a_message_stays_queued_while_another_runs(store: SqlStore) -> None:
+def test_a_message_stays_queued_while_another_runs(leases: Leases) -> None:
     """One that was sent before, or put back, comes between the sending and the run."""
-    store.wishes.enqueue("k", "t1", LONG)
-    lease = acquire(store, "a").lease
-    assert store.wishes.enqueue("k", "t2", LONG) == "t1"
-    store.release(lease, DONE)
-    assert store.wishes.enqueue("k", "t2", LONG) == "t1"
+    leases.wishes.enqueue("k", "t1", LONG)
+    lease = acquire(leases, "a").lease
+    assert leases.wishes.enqueue("k", "t2", LONG) == "t1"
+    leases.release(lease, DONE)
+    assert leases.wishes.enqueue("k", "t2", LONG) == "t1"
 
 
-def test_a_message_that_is_refused_the_lease_stays_queued(store: SqlStore) -> None:
+def test_a_message_that_is_refused_the_lease_stays_queued(leases: Leases) -> None:
     """It will be tried again."""
-    store.wishes.enqueue("k", "task-b", LONG)
-    acquire(store, "a")
-    assert store.acquire("k", "b", LONG, "task-b") is None
-    assert store.wishes.enqueue("k", "t", LONG) == "task-b"
+    leases.wishes.enqueue("k", "task-b", LONG)
+    acquire(leases, "a")
+    assert leases.acquire("k", "b", LONG, "task-b") is None
+    assert leases.wishes.enqueue("k", "t", LONG) == "task-b"
 
 
-def test_dequeue_forgets_its_own_message_only(store: SqlStore) -> None:
-    store.wishes.enqueue("k", "t1", LONG)
-    store.wishes.dequeue("k", "t2")
-    assert store.wishes.enqueue("k", "t2", LONG) == "t1"
-    store.wishes.dequeue("k", "t1")
-    assert store.wishes.enqueue("k", "t2", LONG) == "t2"
+def test_dequeue_forgets_its_own_message_only(leases: Leases) -> None:
+    leases.wishes.enqueue("k", "t1", LONG)
+    leases.wishes.dequeue("k", "t2")
+    assert leases.wishes.enqueue("k", "t2", LONG) == "t1"
+    leases.wishes.dequeue("k", "t1")
+    assert leases.wishes.enqueue("k", "t2", LONG) == "t2"
 
 
-def test_a_message_that_was_lost_is_forgotten_after_its_life(store: SqlStore) -> None:
-    store.wishes.enqueue("k", "t1", BRIEF)
-    wait_until(lambda: store.wishes.enqueue("k", "t2", LONG) == "t2", "its life ends")
-    assert store.wishes.enqueue("k", "t1", LONG) == "t2"
+def test_a_message_that_was_lost_is_forgotten_after_its_life(leases: Leases) -> None:
+    leases.wishes.enqueue("k", "t1", BRIEF)
+    wait_until(lambda: leases.wishes.enqueue("k", "t2", LONG) == "t2", "its life ends")
+    assert leases.wishes.enqueue("k", "t1", LONG) == "t2"
 
 
-def test_enqueue_changes_nothing_else(store: SqlStore) -> None:
-    store.release(acquire(store, "a").lease, DONE, NEW)
-    before = peek_later(store)
-    store.wishes.enqueue("k", "t", LONG)
-    assert replace(peek(store), read_at=before.read_at) == before
+def test_enqueue_changes_nothing_else(leases: Leases) -> None:
+    leases.release(acquire(leases, "a").lease, DONE)
+    before = peek_later(leases)
+    leases.wishes.enqueue("k", "t", LONG)
+    assert replace(peek(leases), read_at=before.read_at) == before
 
 
 def test_enqueue_before_the_first_run(store: SqlStore) -> None:
@@ -299,7 +299,7 @@ def test_enqueue_on_a_value_that_never_was_leased(store: SqlStore) -> None:
     assert (acquired.lease.fence, acquired.value) == (1, "kept")
 
 
-def test_one_of_many_threads_enqueues(store: SqlStore) -> None:
+def test_one_of_many_threads_enqueues(leases: Leases) -> None:
     """All find nothing queued and write at the same moment: one is first; the others wait for its
     row, look at it anew, and are told its id.
     """
@@ -307,7 +307,7 @@ def test_one_of_many_threads_enqueues(store: SqlStore) -> None:
 
     def ask(task_id: str) -> str:
         barrier.wait()
-        return store.wishes.enqueue("k", task_id, LONG)
+        return leases.wishes.enqueue("k", task_id, LONG)
 
     task_ids = [f"t{n}" for n in range(8)]
     with ThreadPoolExecutor(8) as pool:
@@ -316,10 +316,10 @@ def test_one_of_many_threads_enqueues(store: SqlStore) -> None:
             winner = answers[0]
             assert winner in task_ids
             assert answers == [winner] * 8
-            store.wishes.dequeue("k", winner)
+            leases.wishes.dequeue("k", winner)
 
 
-def test_threads_that_enqueue_and_dequeue_are_alone_in_between(store: SqlStore) -> None:
+def test_threads_that_enqueue_and_dequeue_are_alone_in_between(leases: Leases) -> None:
     """t1 is queued; t2's writing is refused; t1 is dequeued; t2 looks who is queued and finds
     nobody. It asks again, and is told its own id or that of another which came between.
     """
@@ -328,13 +328,13 @@ def test_threads_that_enqueue_and_dequeue_are_alone_in_between(store: SqlStore) 
 
     def use(task_id: str) -> None:
         for _ in range(20):
-            answer = store.wishes.enqueue("k", task_id, LONG)
+            answer = leases.wishes.enqueue("k", task_id, LONG)
             assert answer in task_ids
             if answer == task_id:
                 assert alone.acquire(blocking=False)
-                assert store.wishes.enqueue("k", task_id, LONG) == task_id
+                assert leases.wishes.enqueue("k", task_id, LONG) == task_id
                 alone.release()
-                store.wishes.dequeue("k", task_id)
+                leases.wishes.dequeue("k", task_id)
 
     with ThreadPoolExecutor(len(task_ids)) as pool:
         list(pool.map(use, task_ids))
