@@ -27,9 +27,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.store import SqlStore, open_store, redis_scripts
 from celery_singleton_state.store.base import Ended, Lease, NewValue, Row
 from celery_singleton_state.store.engine import is_in_memory
+from celery_singleton_state.store.redis import INDEX, RedisStore
 from celery_singleton_state.store.statements import HELD_ON
 
 KEYS = ("k1", "k2")
@@ -154,11 +155,14 @@ def one_of(name: str) -> st.SearchStrategy[Run]:
 class Leases(RuleBasedStateMachine):
     """:param open_: opens the store under test."""
 
+    #: Whether there are states, and entries of a schedule.
+    has_states = True
+
     def __init__(self, open_: Callable[[], SqlStore]) -> None:
         super().__init__()
         self.open = open_
-        self.store = open_()
-        self.store._change(f"DELETE FROM {self.store.table.fullname}", {})
+        self.store: Any = open_()
+        self.clear()
         self.rows: dict[str, ModelRow] = {}
         #: Runs of living processes: also those that were lost or ended, and do not know.
         self.runs: list[Run] = []
@@ -174,6 +178,9 @@ class Leases(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.store.close()
+
+    def clear(self) -> None:
+        self.store._change(f"DELETE FROM {self.store.table.fullname}", {})
 
     def table(self) -> Any:
         name = self.store._sql.words.key
@@ -236,7 +243,7 @@ class Leases(RuleBasedStateMachine):
 
     # -- to write
 
-    @precondition(lambda self: self.leased)
+    @precondition(lambda self: self.has_states and self.leased)
     @rule(run=one_of("leased"), late=SELDOM, in_transaction=st.booleans(), answered=MOSTLY)
     def save(self, run: Run, late: bool, in_transaction: bool, answered: bool) -> None:
         self.let_run_out(run.key, late)
@@ -280,6 +287,7 @@ class Leases(RuleBasedStateMachine):
     )
     def release(self, run: Run, saves: bool, late: bool, hold: float, answered: bool) -> None:
         self.let_run_out(run.key, late)
+        saves = saves and self.has_states
         run.n += saves
         outcome = "succeeded" if saves else "failed"
         new = state(run.n) if saves else None
@@ -336,7 +344,7 @@ class Leases(RuleBasedStateMachine):
         for key in right:
             self.rows[key].expired = False
 
-    @precondition(lambda self: self.leased)
+    @precondition(lambda self: self.has_states and self.leased)
     @rule(run=one_of("leased"), late=SELDOM, renews_only=st.booleans())
     def record(self, run: Run, late: bool, renews_only: bool) -> None:
         """As the leading beat does, of whose schedule the lease is."""
@@ -369,12 +377,14 @@ class Leases(RuleBasedStateMachine):
         lease = Lease(key, row.holder or "nobody", row.fence, LIFE)
         lease = replace(lease, **{wrong: row.fence + 1 if wrong == "fence" else "another"})
         before = self.table()
-        assert self.store.save(lease, state(-1)) is None
         assert self.store.release(lease, Ended("wrong", "[]")) is None
-        assert self.store.release(lease, Ended("wrong", "[]", LIFE), state(-1)) is None
+        assert self.store.release(lease, Ended("wrong", "[]", LIFE)) is None
         assert self.store.renew([lease]) == {}
-        assert self.store.entries.record(lease, {f"{key}:a": "wrong"}) is None
-        self.store.entries.forget(lease, [f"{key}:a"])
+        if self.has_states:
+            assert self.store.save(lease, state(-1)) is None
+            assert self.store.release(lease, Ended("wrong", "[]", LIFE), state(-1)) is None
+            assert self.store.entries.record(lease, {f"{key}:a": "wrong"}) is None
+            self.store.entries.forget(lease, [f"{key}:a"])
         assert self.table() == before
 
     # -- what happens to them
@@ -384,6 +394,11 @@ class Leases(RuleBasedStateMachine):
         row = self.rows.get(key)
         if not late or row is None or row.holder is None:
             return
+        self.move_back(key)
+        row.run_out()
+
+    def move_back(self, key: str) -> None:
+        """The row's times."""
         # UTC, which MariaDB need not be told, and does not understand.
         zone = "" if self.store.engine.dialect.name == "mysql" else "+00:00"
         for moment in ("acquired_at", "expires_at"):
@@ -392,7 +407,6 @@ class Leases(RuleBasedStateMachine):
                 f" WHERE {self.store._sql.words.key} = '{key}' AND {moment} IS NOT NULL",
                 {},
             )
-        row.run_out()
 
     @precondition(lambda self: self.runs)
     @rule(run=one_of("runs"), recovers=st.booleans(), reopens=SELDOM)
@@ -403,9 +417,12 @@ class Leases(RuleBasedStateMachine):
         if recovers:
             self.find_what_the_dead_held()
         # What is in memory dies with its process, and its store with it.
-        if reopens and not is_in_memory(self.store.engine.url):
+        if reopens and self.outlives_its_process():
             self.store.close()
             self.store = self.open()
+
+    def outlives_its_process(self) -> bool:
+        return not is_in_memory(self.store.engine.url)
 
     def find_what_the_dead_held(self) -> None:
         """The first half of a recovery; several can be on their way at once."""
@@ -448,6 +465,8 @@ class Leases(RuleBasedStateMachine):
 
     @invariant()
     def the_entries_are_the_models(self) -> None:
+        if not self.has_states:
+            return
         found = [self.store.entries.load(f"{key}:") for key in KEYS]
         assert found[0] | found[1] == self.entries
 
@@ -457,6 +476,28 @@ class Leases(RuleBasedStateMachine):
         assert len(given) == len({(key, fence) for key, fence, _ in given})
 
 
+class RedisLeases(Leases):
+    """The same of leases whose singletons have no state."""
+
+    has_states = False
+
+    def clear(self) -> None:
+        self.store._client.flushdb()
+
+    def table(self) -> Any:
+        client = self.store._client
+        return {key: client.hgetall(key) for key in client.zrange(INDEX, 0, -1)}
+
+    def move_back(self, key: str) -> None:
+        client = self.store._client
+        for moment in ("acquired_at", "expires_at"):
+            if client.hexists(key, moment):
+                client.hset(key, moment, "946684800.000000")
+
+    def outlives_its_process(self) -> bool:
+        return True
+
+
 def opener(url: str) -> Callable[[], SqlStore]:
     return lambda: open_store(url, "kv_store", io_timeout=10.0, pool_size=2, auto_migrate=True)
 
@@ -464,6 +505,24 @@ def opener(url: str) -> Callable[[], SqlStore]:
 def test_any_order_of_steps(store_url: str) -> None:
     open_ = opener(store_url)
     run_state_machine_as_test(lambda: Leases(open_), settings=SETTINGS)
+
+
+def test_any_order_of_steps_in_redis(lease_url: str) -> None:
+    run_state_machine_as_test(
+        lambda: RedisLeases(lambda: RedisStore(lease_url, io_timeout=10.0)), settings=SETTINGS
+    )
+
+
+def test_the_steps_find_a_fault_in_redis(lease_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = "if not is_held_by(holder, fence) then"
+    assert check in redis_scripts.RELEASE
+    wrong = redis_scripts.RELEASE.replace(check, "if get('holder') ~= holder then")
+    monkeypatch.setattr(redis_scripts, "RELEASE", wrong)
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(
+            lambda: RedisLeases(lambda: RedisStore(lease_url, io_timeout=10.0)),
+            settings=TO_THE_FIRST_FAILURE,
+        )
 
 
 #: Of one statement each: what is replaced in its text, and by what.

@@ -1,0 +1,299 @@
+"""Leases in Redis: what is Redis's own, and which of two stores a singleton belongs to."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery
+from celery.exceptions import ImproperlyConfigured, SoftTimeLimitExceeded
+
+from celery_singleton_state import (
+    HeartbeatFailed,
+    StateLoadFailed,
+    singleton_task,
+)
+from celery_singleton_state.beat import SingletonScheduler
+from celery_singleton_state.runtime import close_runtime, runtime_of
+from celery_singleton_state.store.base import StoreNotReady, StoreUnavailable
+from celery_singleton_state.store.redis import RedisStore
+from celery_singleton_state.store.redis_url import client_for
+from celery_singleton_state.worker import refuse_states_without_store
+from tests.sentinel import Replica, Sentinel
+from tests.servers import Proxy, Valkey
+from tests.storm.fleet import port_of, through
+from tests.waiting import wait_until
+
+
+@dataclass
+class Counter:
+    n: int = 0
+
+
+@pytest.fixture
+def make_app(tmp_path: Path, lease_url: str) -> Iterator[Callable[..., Celery]]:
+    made: list[Celery] = []
+
+    def make(**settings: Any) -> Celery:
+        app = Celery("shop", broker="memory://", set_as_current=False)
+        app.conf.update({"singleton_lease_url": lease_url, "singleton_heartbeat_interval": 2})
+        app.conf.update(settings)
+        made.append(app)
+        return app
+
+    yield make
+    for app in made:
+        close_runtime(app)
+
+
+def fence_of(self: Any) -> int:
+    """A body."""
+    return int(self.fence)
+
+
+def task_of(app: Celery, body: Callable[[Any], Any] = fence_of, **options: Any) -> Any:
+    return singleton_task(app, **{"name": "task", "shared": False} | options)(body)
+
+
+@pytest.fixture
+def both(make_app: Callable[..., Celery], tmp_path: Path) -> Celery:
+    """An app with a database and a server for leases."""
+    return make_app(singleton_store_url=f"sqlite:///{tmp_path}/store.db")
+
+
+def test_a_run_is_two_calls(lease_url: str, make_app: Callable[..., Celery]) -> None:
+    """Counted by the server, which is told none of the scripts again."""
+    task = task_of(make_app())
+    task()
+    with redis.Redis.from_url(lease_url, decode_responses=True) as client:
+        client.config_resetstat()
+        for _ in range(5):
+            task()
+        counted = client.info("commandstats")
+    calls = {name: each["calls"] for name, each in counted.items()}
+    assert calls["cmdstat_evalsha"] == 10
+    assert "cmdstat_eval" not in calls
+    assert "cmdstat_script|load" not in calls
+
+
+def test_scripts_that_were_flushed_are_told_again(
+    lease_url: str, make_app: Callable[..., Celery]
+) -> None:
+    def body(self: Any) -> int:
+        with redis.Redis.from_url(lease_url) as client:
+            client.script_flush()
+        return int(self.fence)
+
+    task = task_of(make_app(), body)
+    assert [task(), task()] == [1, 2]
+
+
+def test_a_state_is_in_sql_and_its_lease_as_well(both: Celery, lease_url: str) -> None:
+    stateful = task_of(both, name="stateful", state_schema=Counter)
+    assert stateful() == 1
+    assert task_of(both, name="without")() == 1
+    with redis.Redis.from_url(lease_url, decode_responses=True) as client:
+        assert client.keys("singleton-state:*") == ["singleton-state:without"]
+        client.flushdb()
+    # Redis lost all it had: the fence that guards a state goes on, the other begins anew.
+    assert stateful() == 2
+    assert both.tasks["without"]() == 1
+
+
+def test_both_are_listed(both: Celery) -> None:
+    for name, options in {"b": {"state_schema": Counter}, "a": {}, "c": {}}.items():
+        task_of(both, name=name, **options)()
+    store = runtime_of(both).store
+    listed = store.list("singleton-state:")
+    assert [row.key.partition(":")[2] for row in listed] == ["a", "b", "c"]
+    assert {row.last_outcome for row in listed} == {"succeeded"}
+    assert len(store.contents([row.key for row in listed], values=False)) == 3
+
+
+def test_where_there_is_no_database_a_state_is_refused(make_app: Callable[..., Celery]) -> None:
+    app = make_app()
+    task_of(app)()
+    stateful = task_of(app, name="stateful", state_schema=Counter)
+    with pytest.raises(ImproperlyConfigured, match=r"task stateful has a state_schema.*store_url"):
+        refuse_states_without_store(runtime_of(app))
+    with pytest.raises(ImproperlyConfigured, match="set singleton_store_url as well"):
+        stateful()
+    with pytest.raises(ImproperlyConfigured, match="set singleton_store_url as well"):
+        SingletonScheduler(app).setup_schedule()
+    assert not list(Path().glob("*.db*"))
+
+
+def test_a_server_that_evicts_leases_is_refused(lease_url: str) -> None:
+    store = RedisStore(lease_url, io_timeout=2.0)
+    with redis.Redis.from_url(lease_url) as client:
+        try:
+            client.config_set("maxmemory-policy", "allkeys-lru")
+            with pytest.raises(StoreNotReady, match="maxmemory-policy is allkeys-lru"):
+                store.check()
+            client.config_set("maxmemory-policy", "volatile-lru")
+            store.check()
+        finally:
+            client.config_set("maxmemory-policy", "noeviction")
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://host/0", "redis://host:port/0", "sentinel://host:26379", "sentinel://host:x/name"],
+)
+def test_a_url_that_is_none_is_refused(make_app: Callable[..., Celery], url: str) -> None:
+    app = make_app(singleton_lease_url=url)
+    with pytest.raises(ImproperlyConfigured, match="singleton_lease_url"):
+        _ = runtime_of(app).store
+
+
+def test_redis_is_no_place_for_states(make_app: Callable[..., Celery], lease_url: str) -> None:
+    app = make_app(singleton_store_url=lease_url)
+    with pytest.raises(ImproperlyConfigured, match="singleton_lease_url takes it"):
+        _ = runtime_of(app).store
+
+
+def test_over_a_socket(tmp_path: Path) -> None:
+    server = Valkey()
+    path = server.directory / "socket"
+    server.stop()
+    server._options = ("--unixsocket", str(path))
+    server.start()
+    store = RedisStore(f"redis+socket://{path}?db=3", io_timeout=2.0)
+    assert store.acquire("k", "h", 60, None) is not None
+    store.close()
+    with redis.Redis(port=server.port, db=3) as client:
+        assert client.exists("k")
+    server.close()
+
+
+def test_with_tls_it_is_asked_for() -> None:
+    client = client_for("rediss://:secret@host:6380/2?ssl_cert_reqs=none")
+    assert client.connection_pool.connection_class is redis.SSLConnection
+    client.close()
+
+
+def test_out_of_reach(make_app: Callable[..., Celery]) -> None:
+    task = task_of(make_app(singleton_lease_url="redis://127.0.0.1:1/0"), max_retries=0)
+    with pytest.raises(StateLoadFailed, match="ConnectionError"):
+        task()
+
+
+@pytest.fixture
+def proxied(
+    lease_url: str,
+    make_app: Callable[..., Celery],
+    make_proxy: Callable[[int], Proxy],
+    tmp_path: Path,
+) -> Iterator[tuple[Celery, Proxy]]:
+    proxy = make_proxy(port_of(lease_url))
+    url = f"sqlite:///{tmp_path}/store.db"
+    yield make_app(singleton_lease_url=through(proxy, lease_url), singleton_store_url=url), proxy
+    proxy.mode = "pass"
+
+
+def test_a_silent_server_becomes_an_error(proxied: tuple[Celery, Proxy]) -> None:
+    """It takes every byte and answers none, for longer than a lease lives."""
+    app, proxy = proxied
+    task = task_of(app, max_retries=0)
+    task()
+    proxy.mode = "mute"
+    with pytest.raises(StateLoadFailed, match="Timeout"):
+        task()
+
+
+def test_the_answer_to_acquire_is_lost(proxied: tuple[Celery, Proxy]) -> None:
+    """The lease is taken, the holder does not know; it asks again and is told the same fence."""
+    app, proxy = proxied
+    task = task_of(app)
+    assert task() == 1
+    proxy.mode = "drop one answer"
+    assert task() == 2
+
+
+def test_the_answer_to_release_is_lost(proxied: tuple[Celery, Proxy]) -> None:
+    """Its repetition is refused, and it finds itself in the history."""
+    app, proxy = proxied
+
+    def body(self: Any) -> None:
+        proxy.mode = "drop one answer"
+
+    task_of(app, body)()
+    row = runtime_of(app).store.peek("singleton-state:task")
+    assert row is not None
+    assert (row.holder, row.run_count, row.last_outcome) == (None, 1, "succeeded")
+
+
+def test_a_silent_server_costs_a_state_nothing(proxied: tuple[Celery, Proxy]) -> None:
+    """The heartbeat of the leases in SQL goes on while that of those in Redis gets no answer."""
+    app, proxy = proxied
+
+    def inner(self: Any) -> None:
+        proxy.mode = "mute"
+        wait_until(lambda: not self.lease_remaining, "the lease in Redis is lost")
+
+    def outer(self: Any) -> int:
+        with pytest.raises(HeartbeatFailed):
+            app.tasks["inner"]()
+        self.state.n += 1
+        return int(self.state.n)
+
+    task_of(app, inner, name="inner", on_lease_lost="finish")
+    assert task_of(app, outer, name="outer", state_schema=Counter)() == 1
+
+
+def test_a_time_limit_in_mid_call_leaves_no_answer_behind(
+    proxied: tuple[Celery, Proxy],
+) -> None:
+    app, proxy = proxied
+    store = runtime_of(app).store
+    task_of(app)()
+
+    def strike(*_: Any) -> None:
+        raise SoftTimeLimitExceeded
+
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        proxy.mode = "mute"
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(SoftTimeLimitExceeded):
+            store.acquire("singleton-state:task", "h", 60, None)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    proxy.mode = "pass"
+    row = store.peek("singleton-state:task")
+    assert row is not None
+    assert row.last_outcome == "succeeded"
+
+
+def test_sentinel_knows_where_the_master_is() -> None:
+    """The master is killed; the replica takes its place, and what it has heard of goes on."""
+    master = Valkey()
+    replica = Replica(master)
+    sentinel = Sentinel(master)
+    store = RedisStore(sentinel.url, io_timeout=2.0)
+    try:
+        acquired = store.acquire("k", "h", 60, None)
+        assert acquired is not None
+        with redis.Redis(port=replica.port) as client:
+            wait_until(lambda: client.exists("k"), "the replica has heard of it")
+        master.stop(signal.SIGKILL)
+        wait_until(lambda: sentinel.master_port() == replica.port, "the replica is the master")
+
+        def renewed() -> bool:
+            try:
+                return store.renew([acquired.lease]) == {"k": None}
+            except StoreUnavailable:
+                return False
+
+        wait_until(renewed, "the lease is renewed")
+        assert store.acquire("k", "another", 60, None) is None
+    finally:
+        store.close()
+        for server in (sentinel, replica, master):
+            server.close()
