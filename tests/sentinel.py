@@ -11,16 +11,16 @@ NAME = "leases"
 
 
 class Replica(Valkey):
-    """A server that follows another."""
+    """A server that follows another, which it reaches at a port."""
 
-    def __init__(self, master: Valkey) -> None:
-        self._master = master
+    def __init__(self, port: int) -> None:
+        self._followed = port
         super().__init__()
 
     def start(self) -> None:
         super().start()
         with redis.Redis(port=self.port) as client:
-            client.replicaof("127.0.0.1", self._master.port)
+            client.replicaof("127.0.0.1", self._followed)
             wait_until(lambda: client.info()["master_link_status"] == "up", "the replica follows")
 
 

@@ -274,7 +274,7 @@ def test_a_time_limit_in_mid_call_leaves_no_answer_behind(
 def test_sentinel_knows_where_the_master_is() -> None:
     """The master is killed; the replica takes its place, and what it has heard of goes on."""
     master = Valkey()
-    replica = Replica(master)
+    replica = Replica(master.port)
     sentinel = Sentinel(master)
     store = RedisStore(sentinel.url, io_timeout=2.0)
     try:

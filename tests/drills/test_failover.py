@@ -1,0 +1,91 @@
+"""A failover to a replica that had not heard of a lease: what it does to P1, and not to P2."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from celery import Celery
+
+from celery_singleton_state import HeartbeatFailed
+from tests.processes.fleet import Fleet, outcome
+from tests.sentinel import Replica, Sentinel
+from tests.servers import Proxy, Valkey
+from tests.waiting import wait_until
+
+
+@pytest.fixture
+def master() -> Iterator[Valkey]:
+    server = Valkey()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def link(master: Valkey, make_proxy: Callable[[int], Proxy]) -> Proxy:
+    """Between the two."""
+    return make_proxy(master.port)
+
+
+@pytest.fixture
+def replica(link: Proxy) -> Iterator[Replica]:
+    server = Replica(link.port)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def sentinel(master: Valkey, replica: Replica) -> Iterator[Sentinel]:
+    server = Sentinel(master)
+    yield server
+    server.close()
+
+
+def test_a_failover_that_loses_leases(
+    make_fleet: Callable[..., Fleet],
+    postgres_url: str,
+    client: Callable[[], Celery],
+    tmp_path: Path,
+    master: Valkey,
+    link: Proxy,
+    replica: Replica,
+    sentinel: Sentinel,
+) -> None:
+    """A's lease is acquired while the replica hears nothing. The master dies, and the replica takes
+    its place: without the lease. B acquires it: two run, until A's next renewal is refused, and its
+    body is broken off. A singleton with a state, whose lease was acquired at the same time, runs
+    through all of it alone, and saves.
+    """
+    fleet = make_fleet(
+        postgres_url,
+        CELERY_SINGLETON_LEASE_URL=sentinel.url,
+        CELERY_SINGLETON_HEARTBEAT_INTERVAL="2",
+        CELERY_SINGLETON_HEARTBEAT_THRESHOLD="5",
+    )
+    app, go = client(), tmp_path / "go"
+    fleet.start("-c", "4")
+    link.mode = "mute"
+    first = app.send_task("held", (str(go),))
+    stateful = app.send_task("increment", (str(go),))
+    fleet.wait_for_notes("enter", 2)
+    master.stop(signal.SIGKILL)
+    wait_until(lambda: sentinel.master_port() == replica.port, "the replica is the master")
+    with redis.Redis(port=replica.port) as server:
+        assert not server.exists("singleton-state:held")
+
+    second = app.send_task("held", (str(go),))
+    error = outcome(first)
+    assert isinstance(error, HeartbeatFailed)
+    assert "its renewal was refused" in error.detail
+    entered = [note for note in fleet.notes("enter") if note["task"] == "held"]
+    left = [note for note in fleet.notes("leave") if note["task"] == "held"]
+    assert len(entered) == 2
+    assert len(left) == 1
+    assert entered[1]["at"] < left[0]["at"], "for a moment there were two"
+    assert outcome(app.send_task("increment")) is None, "of the other there is one all the time"
+    go.touch()
+    assert outcome(second) == "held"
+    assert outcome(stateful) == 1

@@ -1,0 +1,75 @@
+"""Workers whose stateless singletons have their leases in Redis."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from celery import Celery
+
+from celery_singleton_state import LeaderHandoffFailed
+from tests.processes.fleet import Fleet, outcome
+
+
+@pytest.fixture
+def fleet(make_fleet: Callable[..., Fleet], postgres_url: str, lease_url: str) -> Fleet:
+    return make_fleet(postgres_url, CELERY_SINGLETON_LEASE_URL=lease_url)
+
+
+def test_one_runs_and_the_other_is_refused(
+    fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    app, go = client(), tmp_path / "go"
+    fleet.start("-c", "2")
+    first = app.send_task("held", (str(go),))
+    (entered,) = fleet.wait_for_notes("enter")
+    error = outcome(app.send_task("held", ("",)))
+    assert isinstance(error, LeaderHandoffFailed)
+    assert outcome(app.send_task("increment")) == 1
+    held, stateful = json.loads(fleet.command("singleton", "ls", "--json").stdout)
+    assert (held["singleton"], held["task_id"], held["fence"]) == ("held", first.id, 1)
+    assert (stateful["singleton"], stateful["run_count"]) == ("increment", 1)
+    go.touch()
+    assert outcome(first) == "held"
+    assert entered["task"] == "held"
+
+
+def test_a_killed_childs_lease_is_free_at_once(
+    fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    """Its worker sees the death, and releases in its name, long before the lease runs out."""
+    fleet.environment["CELERY_SINGLETON_HEARTBEAT_INTERVAL"] = "60"
+    app = client()
+    worker = fleet.start("-c", "1")
+    app.send_task("held", ("never",))
+    child = int(fleet.wait_for_notes("enter")[0]["pid"])
+    os.kill(child, signal.SIGKILL)
+    fleet.wait_for_output(worker, "singleton-state:held is free")
+    shown = json.loads(fleet.command("singleton", "show", "held", "--json").stdout)
+    assert [run["outcome"] for run in shown["history"]] == ["lost"]
+
+
+def test_a_queued_copy_is_not_published(fleet: Fleet) -> None:
+    """``enqueue_once``, by a client that knows the task."""
+    script = (
+        "from tests.processes.tasks import sent_once;"
+        "print(sent_once.delay(1).id, sent_once.delay(1).id, sent_once.delay(2).id)"
+    )
+    sent = subprocess.run(
+        [sys.executable, "-c", script], env=fleet.environment, capture_output=True, text=True
+    )
+    one, again, other = sent.stdout.split()
+    assert one == again != other
+
+
+def test_a_state_needs_a_database(fleet: Fleet) -> None:
+    del fleet.environment["CELERY_SINGLETON_STORE_URL"]
+    worker = fleet.start("-P", "solo", ready=False)
+    assert worker.process.wait(timeout=30) != 0
+    assert "set singleton_store_url as well" in worker.output
