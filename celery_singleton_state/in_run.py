@@ -45,7 +45,7 @@ class InRun(Generic[S]):
         """This run's fence: larger than that of any earlier run of the same singleton.
 
         A body that writes elsewhere lets that place refuse a smaller number than the largest
-        it has seen.
+        it has seen. After `celery singleton prune` has removed a key it begins anew.
 
         :raises RuntimeError: outside a run.
         """

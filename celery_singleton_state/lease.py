@@ -4,9 +4,9 @@ Terms
 -----
 A *lease* is the expiring, exclusive right to run one singleton. It is a part of the
 singleton's row in the store and has a *holder* (``nodename:pid:nonce``, new for each
-acquisition), a *fence* (a number that each acquisition raises by one and nothing ever lowers)
-and an expiry. Only the store's clock decides whether a lease has expired, so no clock is ever
-compared with another machine's.
+acquisition), a *fence* (a number that each acquisition raises by one and nothing ever lowers,
+as long as the row is there) and an expiry. Only the store's clock decides whether a lease has
+expired, so no clock is ever compared with another machine's.
 
 Two guards, of different strength
 ---------------------------------

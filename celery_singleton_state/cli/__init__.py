@@ -15,6 +15,7 @@ from .health import health
 from .look import ls, show
 from .migrate import migrate
 from .next import next_
+from .prune import prune
 
 __all__ = ["singleton"]
 
@@ -26,5 +27,5 @@ def singleton(context: click.Context) -> None:
     """The group; celery's own options come before it."""
 
 
-for command in (ls, show, state, release, health, next_, migrate, exporter):
+for command in (ls, show, state, release, prune, health, next_, migrate, exporter):
     singleton.add_command(command)

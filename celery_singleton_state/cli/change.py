@@ -154,14 +154,14 @@ def _change(runtime: Runtime, name: str, new: NewValue, what: str, force: bool, 
         _release(runtime, row)
     if not runtime.store.wishes.put(key, new):
         raise click.ClickException(f"a run of {name} has begun just now; nothing was changed")
-    _tell(runtime, name, what)
+    tell(runtime, name, what)
 
 
 def _release(runtime: Runtime, row: Row) -> None:
     name = row.key.removeprefix(runtime.settings.key_prefix)
     if not end_for(runtime, row, 0, f"released by {_who()}"):
         raise click.ClickException(f"{name} is held by {row.holder} no more; nothing was changed")
-    _tell(runtime, name, "released")
+    tell(runtime, name, "released")
 
 
 def _warning(runtime: Runtime, row: Row) -> str:
@@ -178,7 +178,8 @@ def _warning(runtime: Runtime, row: Row) -> str:
     )
 
 
-def _tell(runtime: Runtime, name: str, what: str) -> None:
+def tell(runtime: Runtime, name: str, what: str) -> None:
+    """Leave a line in the log and an event: what this operator has changed."""
     task = task_of(name, runtime.app.tasks)
     runtime.door.publish(Changed(singleton=task, key=name, what=what, by=_who()))
 

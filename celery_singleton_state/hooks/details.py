@@ -138,7 +138,8 @@ class Failed(Details, frozen=True, kw_only=True, tag="singleton-failed"):
 class Changed(Details, frozen=True, kw_only=True, tag="singleton-changed"):
     """An operator has changed something.
 
-    :param what: ``"released"``, ``"state set"`` or ``"state reset"``.
+    :param what: ``"released"``, ``"state set"``, ``"state reset"``, or ``"3 keys pruned"``, of a
+        task whose name is the ``key`` then.
     :param by: who, as the operating system says.
     """
 

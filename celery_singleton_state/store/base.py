@@ -230,6 +230,22 @@ class Leases(Protocol):
     ) -> dict[str, tuple[str | None, str | None]]:
         """The histories of some singletons by key, and their values if they are wanted."""
 
+    def unused(self, prefix: str, older_than: float) -> Sequence[str]:
+        """The keys, in order, of singletons that begin with a prefix and that nobody uses.
+
+        Nobody holds the lease, not even late; nobody asked the holder to hand over, or wants one
+        more run; no message is queued; and neither the state has changed nor a run ended for so
+        many seconds, by the store's clock.
+        """
+
+    def prune(self, keys: Sequence[str], older_than: float) -> Sequence[str]:
+        """Remove the rows of those of the keys that nobody uses; returns them.
+
+        What :meth:`unused` asks is asked again of each row as it is removed: a run that begins
+        meanwhile keeps its row. It may pass over rows that somebody has locked at this moment.
+        The next acquisition of a key that was removed makes a new row, with fence 1.
+        """
+
     @property
     def wishes(self) -> Wishes:
         """What others than a lease's holder can ask of a row."""

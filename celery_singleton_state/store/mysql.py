@@ -20,7 +20,7 @@ from typing import Any
 
 from sqlalchemy import Dialect, Table
 
-from .statements import ENDED, FREE, HELD, HELD_ON, NEW_VALUE, Statements
+from .statements import ENDED, FREE, HELD, HELD_ON, NEW_VALUE, UNUSED, Statements
 from .words import MYSQL, MYSQL_ENTRIES
 
 _TRANSACTION = """
@@ -136,6 +136,16 @@ ON DUPLICATE KEY UPDATE
 SELECT {{key}} FROM {{table}} WHERE {{key}} = :key AND {_HAS_NO_RUN}
 """
 
+_CHOSEN = f"""
+SELECT {{key}} FROM {{table}} WHERE {{key}} IN (SELECT value FROM {{keys}}) AND {UNUSED}
+FOR UPDATE SKIP LOCKED
+"""
+
+_PRUNE = f"""
+{_CHOSEN};
+DELETE gone FROM ({_CHOSEN}) AS chosen JOIN {{table}} AS gone ON gone.{{key}} = chosen.{{key}}
+"""
+
 _RECORD = f"""
 UPDATE {{table}} SET expires_at = {{later}} {HELD};
 INSERT INTO {{table}} ({{key}}, value, updated_at)
@@ -177,6 +187,7 @@ class MySqlStatements(Statements):
         self.enqueue = self._transaction(_ENQUEUE)
         self.expect = self.sql(_EXPECT)
         self.put = self._transaction(_PUT)
+        self.prune = self._transaction(_PRUNE)
         self.record = self._transaction(_RECORD)
         self.forget = self._transaction(_FORGET)
 

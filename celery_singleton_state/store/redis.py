@@ -97,6 +97,14 @@ class RedisStore:
         value = NO_STATE if values else None
         return {key: (history, value) for key, history in zip(keys, histories, strict=True)}
 
+    def unused(self, prefix: str, older_than: float) -> Sequence[str]:
+        found: Sequence[str] = self._call(scripts.UNUSED, [INDEX], [older_than, prefix])
+        return found
+
+    def prune(self, keys: Sequence[str], older_than: float) -> Sequence[str]:
+        found: Sequence[str] = self._call(scripts.PRUNE, [*keys, INDEX], [older_than])
+        return found
+
     def check(self) -> None:
         """See that the server answers and keeps what it is told.
 

@@ -157,6 +157,45 @@ if get('queued_task_id') == ARGV[1] then drop('queued_until') end
 return 1
 """
 
+#: Nobody holds it, asks for it, wishes it to run once more or has it queued, for so long.
+_IS_UNUSED = """
+local function is_old(name) return not (tonumber(get(name) or '0') > now - tonumber(ARGV[1])) end
+local function is_unused()
+  local held_on = get('holder') and not get('acquired_at') and not later('expires_at')
+  return redis.call('EXISTS', key) == 1 and (held_on or not get('holder'))
+    and not get('handoff_to') and not get('wanted') and not later('queued_until')
+    and is_old('updated_at') and is_old('last_finished_at')
+end
+"""
+
+UNUSED = f"""
+{_HEAD}
+{_IS_UNUSED}
+local found = {{}}
+local first, last = '[' .. ARGV[2], '[' .. ARGV[2] .. '\\255'
+for _, each in ipairs(redis.call('ZRANGEBYLEX', KEYS[1], first, last)) do
+  key = each
+  if is_unused() then found[#found + 1] = key end
+end
+return found
+"""
+
+#: The last of the keys is that of all keys.
+PRUNE = f"""
+{_HEAD}
+{_IS_UNUSED}
+local found = {{}}
+for number = 1, #KEYS - 1 do
+  key = KEYS[number]
+  if is_unused() then
+    redis.call('DEL', key)
+    redis.call('ZREM', KEYS[#KEYS], key)
+    found[#found + 1] = key
+  end
+end
+return found
+"""
+
 EXPECT = f"""
 {_HEAD}
 make()

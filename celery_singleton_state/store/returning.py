@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sqlalchemy import Dialect, Table
 
-from .statements import ENDED, FREE, HELD, HELD_ON, NEW_VALUE, Statements
+from .statements import ENDED, FREE, HELD, HELD_ON, NEW_VALUE, UNUSED, Statements
 from .words import POSTGRESQL, SQLITE
 
 _ACQUIRE = """
@@ -83,6 +83,16 @@ VALUES (:key, :value, :schema_version, {now}, 0)
 ON CONFLICT (key) DO UPDATE SET value = :value, schema_version = :schema_version,
   updated_at = {now}, fence = coalesce(mine.fence, 0)
 WHERE mine.holder IS NULL OR (mine.acquired_at IS NULL AND mine.expires_at <= {now})
+RETURNING key
+"""
+
+# A row is locked and then looked at anew, so that a run which began meanwhile keeps it; one that
+# somebody has locked is passed over. WITH, as a subselect that locks may be carried out many times.
+_PRUNE = f"""
+WITH chosen AS (
+  SELECT key FROM {{table}} WHERE key IN (SELECT value FROM {{keys}}) AND {UNUSED} {{locking}}
+)
+DELETE FROM {{table}} WHERE key IN (SELECT key FROM chosen)
 RETURNING key
 """
 
@@ -161,6 +171,7 @@ class PostgresqlStatements(ReturningStatements):
     def __init__(self, table: Table, dialect: Dialect) -> None:
         super().__init__(table, dialect)
         self.renew_unlocked = self.sql(_RENEW, held_rows=_UNLOCKED)
+        self.prune = self.sql(_PRUNE, locking="FOR UPDATE SKIP LOCKED")
         self.record = self.sql(_RECORD)
         self.forget = self.sql(_FORGET)
 
@@ -172,5 +183,6 @@ class SqliteStatements(ReturningStatements):
 
     def __init__(self, table: Table, dialect: Dialect) -> None:
         super().__init__(table, dialect)
+        self.prune = self.sql(_PRUNE, locking="")
         self.record = self.sql(_RECORD_ONE_WRITER)
         self.forget = self.sql(_FORGET_ONE_WRITER)

@@ -89,6 +89,19 @@ class RoutedStore:
             found |= store.contents(own, values) if own else {}
         return found
 
+    def unused(self, prefix: str, older_than: float) -> Sequence[str]:
+        found = [key for store in self._all for key in store.unused(prefix, older_than)]
+        # What is left of a task in the store that it was in before is not the other's to remove.
+        return sorted(set(found))
+
+    def prune(self, keys: Sequence[str], older_than: float) -> Sequence[str]:
+        return [
+            key
+            for store in self._all
+            if (own := [key for key in keys if self.of(key) is store])
+            for key in store.prune(own, older_than)
+        ]
+
     def check(self) -> None:
         for store in self._all:
             store.check()

@@ -106,6 +106,15 @@ class SqlStore:
     def set_aside(self, key: str, value: str) -> None:
         self._change(self._sql.set_aside, {"key": key, "value": value})
 
+    def unused(self, prefix: str, older_than: float) -> Sequence[str]:
+        rows = self._rows(self._sql.unused, {"prefix": prefix, "older_than": older_than})
+        return sorted(key for (key,) in rows)
+
+    def prune(self, keys: Sequence[str], older_than: float) -> Sequence[str]:
+        document = msgspec.json.encode(keys).decode()
+        rows = self._rows(self._sql.prune, {"keys": document, "older_than": older_than})
+        return [key for (key,) in rows]
+
     def check(self) -> None:
         self._rows(self._sql.check, {})
 

@@ -70,6 +70,17 @@ _DEQUEUE = """
 UPDATE {table} SET queued_until = NULL WHERE {key} = :key AND queued_task_id = :task_id
 """
 
+# A singleton's row that nobody holds, asks for, wishes to run once more or has queued, for so long.
+# A lease that was held on after its run, and is not any more, is nobody's.
+UNUSED = """
+  fence IS NOT NULL AND (holder IS NULL OR (acquired_at IS NULL AND expires_at <= {now}))
+  AND handoff_to IS NULL AND wanted IS NULL AND (queued_until IS NULL OR queued_until <= {now})
+  AND updated_at <= {long_ago} AND (last_finished_at IS NULL OR last_finished_at <= {long_ago})
+"""
+
+# In no order: what there is of a large table comes as it is found, and without a silence.
+_UNUSED_KEYS = f"SELECT {{key}} FROM {{table}} WHERE {_BEGINS} AND {UNUSED}"
+
 _ENTRIES = f"SELECT {{key}}, value FROM {{table}} WHERE {_BEGINS} AND {{key}} <> :prefix"
 
 _CHECK = "SELECT {columns} FROM {table} WHERE 1 = 0"
@@ -96,6 +107,7 @@ class Statements:
     put: str
     record: str
     forget: str
+    prune: str
 
     def __init__(self, table: Table, dialect: Dialect) -> None:
         self._table = dialect.identifier_preparer.format_table(table)
@@ -112,6 +124,7 @@ class Statements:
         self.granted = self.sql(_GRANTED)
         self.enqueued = self.sql(_ENQUEUED)
         self.dequeue = self.sql(_DEQUEUE)
+        self.unused = self.sql(_UNUSED_KEYS)
         self.entries = self.sql(_ENTRIES)
         self.check = self.sql(_CHECK, columns=", ".join(columns))
 
@@ -137,6 +150,8 @@ class Statements:
             "later": words.later.format(seconds=":ttl"),
             "held_later": words.later.format(seconds="held_ttl"),
             "hold_until": words.hold_until,
+            # Asked once, so that the index on it can be used.
+            "long_ago": f"(SELECT {words.later.format(seconds='-:older_than')})",
             "held": words.held,
             "keys": words.keys,
             "epoch_now": words.epoch.format(moment=words.now),
