@@ -1,10 +1,12 @@
 """MariaDB and MySQL: each verb is a short transaction, sent as one text, in one round trip.
 
 They have no ``UPDATE … RETURNING``, and MySQL has none at all; so what is written is read back
-before the transaction's end, while its row is locked. Three rules of theirs shape the texts:
+before the transaction's end, while its row is locked. Four rules of theirs shape the texts:
 
 - Assignments are carried out from left to right, and each sees those before it. So what a condition
   reads is assigned last.
+- A row that a statement only looks at on its way is locked by it as well, and small tables are
+  looked at whole. So in a join the table comes last, and by its key.
 - A condition that stands in several assignments is judged anew in each. So the time is taken once,
   after the row is locked, into a variable.
 - With ``REPEATABLE READ``, the default, who asks for a row that is not there locks the gap where it
@@ -80,7 +82,7 @@ _KEPT = f"""
 """
 
 _RENEWABLE = """
-{held} STRAIGHT_JOIN {table} AS seen
+{held} STRAIGHT_JOIN {table} AS seen FORCE INDEX (PRIMARY)
   ON seen.{key} = held_key AND seen.fence = held_fence AND seen.holder = held_holder
 """
 
@@ -89,7 +91,7 @@ _RENEWABLE = """
 _RENEW = """
 SELECT seen.{key}, seen.handoff_to FROM {renewable} FOR UPDATE {waits};
 UPDATE (SELECT held_key, held_ttl FROM {renewable} FOR UPDATE {waits}) AS locked
-STRAIGHT_JOIN {table} AS mine ON mine.{key} = held_key
+STRAIGHT_JOIN {table} AS mine FORCE INDEX (PRIMARY) ON mine.{key} = held_key
 SET mine.expires_at = {held_later}
 """
 
@@ -137,13 +139,16 @@ SELECT {{key}} FROM {{table}} WHERE {{key}} = :key AND {_HAS_NO_RUN}
 """
 
 _CHOSEN = f"""
-SELECT {{key}} FROM {{table}} WHERE {{key}} IN (SELECT value FROM {{keys}}) AND {UNUSED}
+SELECT seen.{{key}} FROM {{keys}}
+STRAIGHT_JOIN {{table}} AS seen FORCE INDEX (PRIMARY) ON seen.{{key}} = listed.value
+WHERE {UNUSED}
 FOR UPDATE SKIP LOCKED
 """
 
 _PRUNE = f"""
 {_CHOSEN};
-DELETE gone FROM ({_CHOSEN}) AS chosen JOIN {{table}} AS gone ON gone.{{key}} = chosen.{{key}}
+DELETE gone FROM ({_CHOSEN}) AS chosen
+STRAIGHT_JOIN {{table}} AS gone FORCE INDEX (PRIMARY) ON gone.{{key}} = chosen.{{key}}
 """
 
 _RECORD = f"""
@@ -157,10 +162,10 @@ SELECT {{epoch_now}} FROM {{table}} {HELD}
 
 _FORGET = f"""
 SELECT 1 FROM {{table}} {HELD} FOR UPDATE;
-DELETE gone FROM {{table}} AS gone
-JOIN {{table}} AS leader
+DELETE gone FROM {{keys}}
+STRAIGHT_JOIN {{table}} AS leader FORCE INDEX (PRIMARY)
   ON leader.{{key}} = :key AND leader.fence = :fence AND leader.holder = :holder
-WHERE gone.{{key}} IN (SELECT value FROM {{keys}})
+STRAIGHT_JOIN {{table}} AS gone FORCE INDEX (PRIMARY) ON gone.{{key}} = listed.value
 """
 
 

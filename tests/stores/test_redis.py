@@ -20,7 +20,7 @@ from celery_singleton_state import (
 )
 from celery_singleton_state.beat import SingletonScheduler
 from celery_singleton_state.runtime import close_runtime, runtime_of
-from celery_singleton_state.store.base import StoreNotReady, StoreUnavailable
+from celery_singleton_state.store.base import Ended, StoreNotReady, StoreUnavailable
 from celery_singleton_state.store.redis import RedisStore
 from celery_singleton_state.store.redis_url import client_for
 from celery_singleton_state.worker import refuse_states_without_store
@@ -297,3 +297,30 @@ def test_sentinel_knows_where_the_master_is() -> None:
         store.close()
         for server in (sentinel, replica, master):
             server.close()
+
+
+def test_prune(lease_url: str) -> None:
+    """What nobody has used for so long; nothing that is held, late even, wanted or queued."""
+    store = RedisStore(lease_url, io_timeout=2.0)
+    for key in ("t:old", "t:held", "t:wanted", "t:queued", "t:new", "u:old"):
+        taken = store.acquire(key, "h", 60, None)
+        assert taken is not None
+        if key == "t:wanted":
+            row = store.peek(key)
+            assert row is not None
+            assert store.wishes.want(row, "w")
+        if key != "t:held":
+            store.release(taken.lease, Ended("succeeded", "[]"))
+    store.wishes.enqueue("t:queued", "id", 60)
+    with redis.Redis.from_url(lease_url) as client:
+        for key in ("t:old", "t:held", "t:wanted", "t:queued", "u:old"):
+            for moment in ("updated_at", "last_finished_at", "expires_at"):
+                if client.hexists(key, moment):
+                    client.hset(key, moment, "946684800")
+    assert store.unused("t:", 3600) == ["t:old"]
+    assert store.prune(["t:old", "t:held", "t:wanted", "t:queued", "t:new"], 3600) == ["t:old"]
+    assert [row.key for row in store.list("")] == [
+        *("t:held", "t:new", "t:queued", "t:wanted", "u:old"),
+    ]
+    assert store.prune([], 3600) == []
+    store.close()

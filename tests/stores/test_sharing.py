@@ -8,14 +8,16 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-import psycopg
+import pytest
 from celery import Celery
 from sqlalchemy import create_engine
 
 from celery_singleton_state.lease import HeldLease, clock
 from celery_singleton_state.runtime import close_runtime, runtime_of
 from celery_singleton_state.store.base import Ended, Lease
+from tests.conftest import url_on
 from tests.waiting import wait_until
 
 FORK = multiprocessing.get_context("fork")
@@ -114,9 +116,13 @@ def test_a_killed_childs_lease_is_taken_over(shared_store_url: str) -> None:
     close_runtime(app)
 
 
-def test_a_locked_row_costs_no_other_lease_its_life(postgres_url: str) -> None:
+@pytest.mark.parametrize("server", ["postgresql", "mariadb"])
+def test_a_locked_row_costs_no_other_lease_its_life(
+    request: pytest.FixtureRequest, tmp_path: Path, server: str
+) -> None:
     """Somebody holds one row's lock for longer than a life; the others are renewed past it."""
-    app = app_on(postgres_url)
+    url = url_on(server, request, tmp_path)
+    app = app_on(url)
     app.conf.singleton_heartbeat_interval = 1
     runtime = runtime_of(app)
     interval = runtime.settings.heartbeat_interval
@@ -125,12 +131,15 @@ def test_a_locked_row_costs_no_other_lease_its_life(postgres_url: str) -> None:
         acquired = runtime.store.acquire(key, "holder", 2, None)
         assert acquired is not None
         held.append(HeldLease(acquired.lease, clock(), interval))
-    with psycopg.connect(postgres_url.replace("+psycopg", "")) as other:
-        other.execute("SELECT * FROM kv_store WHERE key = 'locked' FOR UPDATE")
+    blocker = create_engine(url)
+    with blocker.connect() as other:
+        name = runtime.sql._sql.words.key
+        other.exec_driver_sql(f"SELECT * FROM kv_store WHERE {name} = 'locked' FOR UPDATE")
         for lease in held:
             runtime.heartbeat_of(lease.lease.key).hold(lease)
         wait_until(lambda: held[0].lost, "the locked one is lost")
         assert [lease.lost for lease in held[1:]] == [None, None]
+    blocker.dispose()
     close_runtime(app)
 
 
