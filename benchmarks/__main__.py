@@ -1,5 +1,5 @@
 """``python -m benchmarks [--quick] [worker] [statements] [rows] [handoff] [heartbeat] [events]
-[scrape] [beat] [takeover]``"""
+[stores] [contention] [scrape] [beat] [takeover]``"""
 
 from __future__ import annotations
 
@@ -17,7 +17,19 @@ import psycopg
 import redis
 from rich.console import Console
 
-from . import beat, events, handoff, heartbeat, rows, scrape, statements, takeover, worker
+from . import (
+    beat,
+    contention,
+    events,
+    handoff,
+    heartbeat,
+    rows,
+    scrape,
+    statements,
+    stores,
+    takeover,
+    worker,
+)
 from .servers import Servers, started_servers
 
 PARTS: dict[str, Callable[[Servers, bool, Console], None]] = {
@@ -26,6 +38,8 @@ PARTS: dict[str, Callable[[Servers, bool, Console], None]] = {
     "rows": rows.run,
     "handoff": handoff.run,
     "heartbeat": heartbeat.run,
+    "stores": stores.run,
+    "contention": contention.run,
     "events": events.run,
     "scrape": scrape.run,
     "beat": beat.run,

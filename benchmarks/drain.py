@@ -23,10 +23,14 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Variant:
-    """A task of :mod:`benchmarks.tasks` and the database that it uses."""
+    """A task of :mod:`benchmarks.tasks` and the database that it uses.
+
+    :param leases: whether the leases of singletons without a state are in Redis.
+    """
 
     task: str
     database: str
+    leases: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ def _environment(servers: Servers, variant: Variant) -> dict[str, str]:
         "BENCHMARK_BROKER": servers.broker,
         "BENCHMARK_DATABASE": variant.database,
         "CELERY_SINGLETON_AUTO_MIGRATE": "true",
+        **({"CELERY_SINGLETON_LEASE_URL": servers.broker} if variant.leases else {}),
     }
 
 

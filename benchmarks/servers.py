@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import pymysql
 import redis
 
 START_TIMEOUT = 30.0
@@ -37,11 +38,13 @@ class Servers:
     :param postgres: a URL of an empty database.
     :param broker: a URL of an empty Redis or Valkey database.
     :param scratch: a directory that is removed at the end.
+    :param mariadb: a URL of an empty database; ``None`` where it is not installed.
     """
 
     postgres: str
     broker: str
     scratch: Path
+    mariadb: str | None = None
 
     def sqlite(self, name: str) -> str:
         """The URL of a database file of its own."""
@@ -55,7 +58,8 @@ def started_servers() -> Iterator[Servers]:
         scratch = Path(stack.enter_context(_temporary_directory()))
         postgres = stack.enter_context(_postgres())
         broker = stack.enter_context(_broker())
-        yield Servers(postgres, broker, scratch)
+        mariadb = stack.enter_context(_mariadb())
+        yield Servers(postgres, broker, scratch, mariadb)
 
 
 @contextlib.contextmanager
@@ -93,6 +97,37 @@ def _broker() -> Iterator[str]:
         ):
             _wait_for(process, client.ping, redis.ConnectionError)
             yield url
+
+
+@contextlib.contextmanager
+def _mariadb() -> Iterator[str | None]:
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin"
+    server, install = (shutil.which(name, path=path) for name in ("mariadbd", "mariadb-install-db"))
+    if not server or not install:
+        yield None
+        return
+    with _temporary_directory() as data:
+        options = ["--no-defaults", f"--datadir={data}/data"]
+        options += ["--user=root"] if os.geteuid() == 0 else []
+        subprocess.run(
+            [install, *options, "--auth-root-authentication-method=normal", "--skip-test-db"],
+            check=True,
+            capture_output=True,
+        )
+        port = _free_port()
+        listens = [f"--port={port}", "--bind-address=127.0.0.1", f"--socket={data}/socket"]
+
+        def make() -> None:
+            with (
+                pymysql.connect(host="127.0.0.1", port=port, user="root") as connection,
+                connection.cursor() as cursor,
+            ):
+                cursor.execute("CREATE DATABASE benchmarks")
+
+        command = [server, *options, *listens, f"--pid-file={data}/pid"]
+        with _process(command, data, signal.SIGTERM, {}) as process:
+            _wait_for(process, make, pymysql.OperationalError)
+            yield f"mysql+pymysql://root@127.0.0.1:{port}/benchmarks"
 
 
 def _program(name: str, package: str, name_in_package: str) -> Path:

@@ -109,3 +109,9 @@ def stateful(self: SingletonTask[Counter], slot: int, number: int) -> None:
     """A stateful singleton of this package."""
     body()
     self.state.count += 1
+
+
+@singleton_task(app, unique_on=["slot"])
+def stateless(self: SingletonTask, slot: int, number: int) -> None:
+    """A singleton of this package without a state."""
+    body()

@@ -33,6 +33,7 @@ TARGETS = {
     ("solo", "this package, PostgreSQL"): ">= 0.50",
     ("prefork", "this package, PostgreSQL"): ">= 0.75",
     ("solo", "this package, SQLite"): ">= 0.80",
+    ("solo", "this package, no state, Redis"): ">= 0.75",
 }
 
 
@@ -58,6 +59,7 @@ def _variants(servers: Servers) -> dict[str, Variant]:
         "two bare statements, two scripts": Variant("with_bare_statements", postgres),
         "this package, PostgreSQL": Variant("stateful", postgres),
         "this package, SQLite": Variant("stateful", own_file),
+        "this package, no state, Redis": Variant("stateless", postgres, leases=True),
     }
 
 

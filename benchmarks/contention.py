@@ -1,0 +1,122 @@
+"""``contention``: 64 processes that all want singletons, on PostgreSQL: one, 64, or 10,000 of them.
+
+Each process takes singletons at random for some seconds: acquires, and if it got the lease releases
+it with a state; a delivery does no less. The rate of those that got it, the rate of those that were
+turned away, what an acquisition took, and what is left of dead rows some time after: PostgreSQL's
+autovacuum runs as it is set by default, but that it looks every second and not every minute.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import time
+from typing import Any
+
+import psycopg
+from rich.console import Console
+from rich.table import Table
+
+from celery_singleton_state.store import open_store
+from celery_singleton_state.store.base import Ended, NewValue
+
+from .servers import Servers
+
+PROCESSES = 64
+SINGLETONS = (1, 64, 10_000)
+TTL = 60.0
+#: Seconds that autovacuum is given at most.
+PATIENCE = 30.0
+PAST = '["0123456789abcdef",0,"h:1:a",1,null,"succeeded",null,1.0,2.0]'
+HISTORY = f"[{','.join([PAST] * 16)}]"
+
+
+def run(servers: Servers, quick: bool, console: Console) -> None:
+    """Print the table."""
+    seconds = 3.0 if quick else 15.0
+    table = Table(title=f"contention: {PROCESSES} processes, PostgreSQL", title_justify="left")
+    for heading in (
+        *("singletons", "acquired/s", "turned away/s", "acquire ms (p50)", "ms (p99)"),
+        *("rows", "dead rows", "size MB"),
+    ):
+        table.add_column(heading, justify="right")
+    with psycopg.connect(servers.postgres, autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET autovacuum_naptime = '1s'")
+        connection.execute("SELECT pg_reload_conf()")
+        for count in SINGLETONS:
+            with console.status(f"contention: {count}"):
+                table.add_row(f"{count:,}", *_measure(servers, connection, count, seconds))
+    console.print(table)
+
+
+def _measure(
+    servers: Servers, connection: psycopg.Connection, count: int, seconds: float
+) -> list[str]:
+    name = f"contended_{count}"
+    open_store(servers.postgres, name, 10.0, auto_migrate=True).close()
+    spawn = multiprocessing.get_context("spawn")
+    start, results = spawn.Event(), spawn.Queue()
+    workers = [
+        spawn.Process(target=_work, args=(servers.postgres, name, count, seconds, start, results))
+        for _ in range(PROCESSES)
+    ]
+    for worker in workers:
+        worker.start()
+    for _ in workers:
+        results.get()  # it is connected
+    start.set()
+    found = [results.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    taken = sorted(each for acquired, _ in found for each in acquired)
+    turned_away = sum(away for _, away in found)
+    return [
+        f"{len(taken) / seconds:.0f}",
+        f"{turned_away / seconds:.0f}",
+        f"{taken[len(taken) // 2] * 1e3:.2f}",
+        f"{taken[int(len(taken) * 0.99)] * 1e3:.1f}",
+        *_rows(connection, name),
+    ]
+
+
+def _work(url: str, table: str, count: int, seconds: float, start: Any, results: Any) -> None:
+    store = open_store(url, table, 10.0, pool_size=1)
+    store.peek("connects")
+    chance = random.Random(os.getpid())
+    results.put("connected")
+    start.wait()
+    acquired, away = [], 0
+    end = time.monotonic() + seconds
+    number = 0
+    while time.monotonic() < end:
+        number += 1
+        asked = time.perf_counter()
+        found = store.acquire(
+            f"k{chance.randrange(count)}", f"h:{os.getpid()}:a.{number:x}", TTL, None
+        )
+        if found is None:
+            away += 1
+            continue
+        acquired.append(time.perf_counter() - asked)
+        store.release(found.lease, Ended("succeeded", HISTORY), NewValue('{"count":1}', 1))
+    store.close()
+    results.put((acquired, away))
+
+
+def _rows(connection: psycopg.Connection, table: str) -> tuple[str, str, str]:
+    """How many there are, how many of them dead, after autovacuum has had its time."""
+    query = (
+        "SELECT n_live_tup, n_dead_tup, pg_total_relation_size(relid) FROM pg_stat_user_tables"
+        " WHERE relname = %s"
+    )
+    end = time.monotonic() + PATIENCE
+    while True:
+        connection.execute("SELECT pg_stat_clear_snapshot()")
+        row = connection.execute(query, [table]).fetchone()
+        assert row is not None
+        live, dead, size = row
+        # What autovacuum leaves alone: its threshold, 50 rows and a fifth of the table.
+        if dead <= 50 + 0.2 * live or time.monotonic() > end:
+            return f"{live:,}", f"{dead:,}", f"{size / 1e6:.1f}"
+        time.sleep(0.5)
