@@ -36,8 +36,8 @@ class Words:
 
 POSTGRESQL = Words(
     now="clock_timestamp()",
-    later="clock_timestamp() + make_interval(secs => {seconds})",
-    hold_until="acquired_at + make_interval(secs => :hold)",
+    later="clock_timestamp() + {seconds} * interval '1 second'",
+    hold_until="acquired_at + :hold * interval '1 second'",
     epoch="CAST(extract(epoch FROM {moment}) AS double precision)",
     held="(SELECT key AS held_key, fence AS held_fence, holder AS held_holder, ttl AS held_ttl"
     " FROM jsonb_to_recordset(CAST(:leases AS jsonb))"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pymysql
+import pytest
 from celery import Celery
 from sqlalchemy import event
 
@@ -46,6 +48,28 @@ def test_a_run_is_two_statements_on_postgresql(postgres: Postgres, postgres_url:
     count(checkpoints=3)
     verbs = postgres.statements_of("counted")[before:]
     assert verbs == ["INSERT", "UPDATE"] * 5 + ["INSERT", "UPDATE", "UPDATE", "UPDATE", "UPDATE"]
+    close_runtime(app)
+
+
+def test_a_run_is_two_texts_on_mariadb(mariadb_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has several statements in it; what is counted is what is sent and waited for."""
+    app = Celery("shop", set_as_current=False)
+    app.conf.singleton_store_url = mariadb_url
+    migrate(runtime_of(app).settings)
+    count = counting_task(app)
+    count()  # connects
+    sent: list[Any] = []
+    send = pymysql.connections.Connection._execute_command
+
+    def counted(self: Any, *arguments: Any) -> None:
+        sent.append(arguments)
+        send(self, *arguments)
+
+    monkeypatch.setattr(pymysql.connections.Connection, "_execute_command", counted)
+    for _ in range(5):
+        count()
+    count(checkpoints=3)
+    assert len(sent) == 5 * 2 + 2 + 3
     close_runtime(app)
 
 
