@@ -16,11 +16,13 @@ from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
+from celery.exceptions import ImproperlyConfigured
 from sqlalchemy import Connection, Engine
 
 from .settings import Settings
 from .store.base import StoreNotReady
 from .store.engine import make_engine, parse_url
+from .store.routed import NO_SQL
 from .store.sql import open_transaction
 
 #: Upgrading waits for locks and may build an index, so it is not bound by a lease's life.
@@ -34,9 +36,11 @@ _one_at_a_time = threading.Lock()
 def migrate(settings: Settings) -> None:
     """Make the table that the settings name, or upgrade it; its rows are kept.
 
-    :raises ImproperlyConfigured: the URL cannot be used.
+    :raises ImproperlyConfigured: the URL cannot be used, or there is no database.
     :raises sqlalchemy.exc.SQLAlchemyError: the database refused.
     """
+    if not settings.has_store:
+        raise ImproperlyConfigured(NO_SQL)
     migrate_url(settings.store_url, settings.table)
 
 

@@ -19,6 +19,7 @@ from celery_singleton_state import (
     singleton_task,
 )
 from celery_singleton_state.beat import SingletonScheduler
+from celery_singleton_state.migrate import migrate
 from celery_singleton_state.runtime import close_runtime, runtime_of
 from celery_singleton_state.store.base import Ended, StoreNotReady, StoreUnavailable
 from celery_singleton_state.store.redis import RedisStore
@@ -324,3 +325,8 @@ def test_prune(lease_url: str) -> None:
     ]
     assert store.prune([], 3600) == []
     store.close()
+
+
+def test_where_there_is_no_database_none_is_made(make_app: Callable[..., Celery]) -> None:
+    with pytest.raises(ImproperlyConfigured, match="set singleton_store_url as well"):
+        migrate(runtime_of(make_app()).settings)
