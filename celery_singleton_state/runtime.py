@@ -151,8 +151,9 @@ class Runtime:
         for heartbeat in self._heartbeats.values():
             heartbeat.close()
         self.door.close()
-        if self._store is not None:
-            self._store.close()
+        for store in (self._store, self._sql):
+            if store is not None:
+                store.close()
 
 
 #: Connections at most for each store of this process; a worker sets it by its pool.
