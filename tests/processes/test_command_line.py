@@ -21,8 +21,8 @@ LS_FIELDS = {
 
 
 @pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], shared_store_url: str) -> Fleet:
-    return make_fleet(shared_store_url)
+def fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Fleet:
+    return make_fleet(f"sqlite:///{tmp_path}/store.db")
 
 
 def test_before_anything_ran(fleet: Fleet) -> None:
