@@ -14,7 +14,6 @@ import redis
 from celery import Celery
 
 from celery_singleton_state.runtime import close_runtime
-from tests.conftest import url_on
 from tests.processes.fleet import Fleet
 from tests.servers import Valkey
 
@@ -30,12 +29,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
         for fleet in item.stash.get(_fleets, []):
             report.sections += fleet.outputs()
     return report
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty database: what each store does is tests/stores' affair."""
-    return url_on(request.param, request, tmp_path)
 
 
 @pytest.fixture
