@@ -25,7 +25,6 @@ from .settings import Settings
 from .store import SqlStore, Store, open_store
 from .store.base import Leases
 from .store.engine import identity, parse_url
-from .store.redis import RedisStore
 from .store.routed import NO_SQL, RoutedStore
 
 #: Connections of a process that runs one body at a time: its own and the heartbeat's.
@@ -101,6 +100,9 @@ class Runtime:
                 if self._store is None and own.lease_url is None:
                     self._store = sql
                 elif self._store is None:
+                    # Not needed otherwise, and its client library need not be there.
+                    from .store.redis import RedisStore
+
                     self._store = RoutedStore(
                         sql, RedisStore(own.lease_url, self.io_timeout), self._has_no_state
                     )

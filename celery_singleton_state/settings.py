@@ -11,7 +11,7 @@ from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
 from .hooks.door import check_hook
-from .store.redis_url import SCHEMES
+from .store.schemes import LEASE_SCHEMES
 
 MAX_THRESHOLD = 5
 MIN_INTERVAL = 0.1
@@ -25,8 +25,9 @@ def _text(value: Any) -> str:
 
 def _lease_url(value: Any) -> str:
     text = _text(value)
-    if text.partition("://")[0] not in SCHEMES:
-        raise ValueError(f"a URL that begins with {', '.join(f'{name}://' for name in SCHEMES)}")
+    if text.partition("://")[0] not in LEASE_SCHEMES:
+        allowed = ", ".join(f"{name}://" for name in LEASE_SCHEMES)
+        raise ValueError(f"a URL that begins with {allowed}")
     return text
 
 

@@ -9,9 +9,7 @@ from celery.exceptions import ImproperlyConfigured
 from redis import Redis
 from redis.sentinel import Sentinel
 
-#: What Celery's brokers call a socket, and what the client library does.
-_SOCKET, _UNIX = "redis+socket", "unix"
-SCHEMES = ("redis", "rediss", _SOCKET, _UNIX, "sentinel")
+from .schemes import CELERYS_SOCKET, CLIENTS_SOCKET, LEASE_SCHEMES
 
 
 def client_for(url: str, **options: Any) -> Redis:
@@ -25,15 +23,15 @@ def client_for(url: str, **options: Any) -> Redis:
     :raises ImproperlyConfigured: it is no such URL.
     """
     parts = urlsplit(url)
-    if parts.scheme not in SCHEMES:
-        allowed = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+    if parts.scheme not in LEASE_SCHEMES:
+        allowed = ", ".join(f"{scheme}://" for scheme in LEASE_SCHEMES)
         raise ImproperlyConfigured(
             f"singleton_lease_url={parts.scheme + '://…'!r} is not supported; it takes {allowed}"
         )
     try:
         if parts.scheme == "sentinel":
             return _through_sentinels(url, options)
-        url = url.replace(f"{_SOCKET}://", f"{_UNIX}://", 1)
+        url = url.replace(f"{CELERYS_SOCKET}://", f"{CLIENTS_SOCKET}://", 1)
         client: Redis = Redis.from_url(url, **options)
         return client
     except ValueError as error:

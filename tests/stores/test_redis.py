@@ -120,7 +120,7 @@ def test_where_there_is_no_database_a_state_is_refused(make_app: Callable[..., C
     app = make_app()
     task_of(app)()
     stateful = task_of(app, name="stateful", state_schema=Counter)
-    with pytest.raises(ImproperlyConfigured, match=r"task stateful has a state_schema.*store_url"):
+    with pytest.raises(ImproperlyConfigured, match=r"task \S+ has a state_schema.*store_url"):
         refuse_states_without_store(runtime_of(app))
     with pytest.raises(ImproperlyConfigured, match="set singleton_store_url as well"):
         stateful()

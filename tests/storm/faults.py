@@ -7,13 +7,13 @@ from typing import Any
 
 from celery_singleton_state.fenced import FencedWriter
 from celery_singleton_state.store.base import Lease
+from celery_singleton_state.store.returning import PostgresqlStatements
 from celery_singleton_state.store.sql import SqlStore
-from celery_singleton_state.store.statements import Statements
 
 
 def without_fence() -> None:
     """Every writer is believed: the row is not asked for its fence, nor the run for its lease."""
-    make = Statements.__init__
+    make = PostgresqlStatements.__init__
 
     def break_open(statement: str) -> str:
         checked = "AND fence = %(fence)s AND holder = %(holder)s"
@@ -23,9 +23,10 @@ def without_fence() -> None:
     def make_broken(self: Any, *args: Any) -> None:
         make(self, *args)
         self.save = break_open(self.save)
+        self.save_within = (self.save,)
         self.release = {kind: break_open(text) for kind, text in self.release.items()}
 
-    Statements.__init__ = make_broken  # type: ignore[method-assign]
+    PostgresqlStatements.__init__ = make_broken  # type: ignore[method-assign]
     FencedWriter.refuse_if_lost = lambda self: None  # type: ignore[method-assign]
 
 
