@@ -94,7 +94,7 @@ def test_workers_and_beats_answer_for_themselves(start: Callable[[str], Containe
         wait_until(lambda each=container: each.passes("livenessProbe"), "it is alive")
     containers[0].program.close()
     assert not containers[0].passes("livenessProbe")
-    assert containers[1].passes("livenessProbe")
+    wait_until(lambda: containers[1].passes("livenessProbe"), "the other one is alive")
 
 
 def test_the_exporter_is_ready_while_all_are_healthy(
