@@ -97,17 +97,18 @@ class Runtime:
             own = self.settings
             sql = self.sql if own.has_store else None
             with self._opening:
-                if self._store is None and own.lease_url is None:
-                    self._store = sql
-                elif self._store is None:
-                    # Not needed otherwise, and its client library need not be there.
-                    from .store.redis import RedisStore
-
-                    self._store = RoutedStore(
-                        sql, RedisStore(own.lease_url, self.io_timeout), self._has_no_state
-                    )
+                self._store = self._store or self._beside_redis(sql) or sql
         assert self._store is not None
         return self._store
+
+    def _beside_redis(self, sql: SqlStore | None) -> Store | None:
+        if self.settings.lease_url is None:
+            return None
+        # Its client library need not be there otherwise.
+        from .store.redis import RedisStore
+
+        leases = RedisStore(self.settings.lease_url, self.io_timeout)
+        return RoutedStore(sql, leases, self._has_no_state)
 
     def _has_no_state(self, key: str) -> bool:
         name = key.removeprefix(self.settings.key_prefix)

@@ -11,7 +11,6 @@ from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
 from .hooks.door import check_hook
-from .store.schemes import LEASE_SCHEMES
 
 MAX_THRESHOLD = 5
 MIN_INTERVAL = 0.1
@@ -21,14 +20,6 @@ def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("a text that is not empty")
     return value
-
-
-def _lease_url(value: Any) -> str:
-    text = _text(value)
-    if text.partition("://")[0] not in LEASE_SCHEMES:
-        allowed = ", ".join(f"{name}://" for name in LEASE_SCHEMES)
-        raise ValueError(f"a URL that begins with {allowed}")
-    return text
 
 
 def _beat_name(value: Any) -> str:
@@ -132,7 +123,7 @@ class Settings:
 
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "store_url": _text,
-    "lease_url": _lease_url,
+    "lease_url": _text,
     "table": _text,
     "key_prefix": _text,
     "heartbeat_interval": _number(MIN_INTERVAL),

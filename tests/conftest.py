@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import redis
@@ -22,7 +22,8 @@ from celery_singleton_state.store import SqlStore, open_store
 from celery_singleton_state.store.base import Leases
 from celery_singleton_state.store.redis import RedisStore
 from tests.mariadb import MariaDB
-from tests.servers import Postgres, Proxy, Valkey
+from tests.pgbouncer import PgBouncer
+from tests.servers import Postgres, Proxy, Server, Valkey
 
 # What hypothesis notes for itself is a file too, and no test leaves one in the checkout.
 _hypothesis_home = tempfile.mkdtemp(prefix="test-hypothesis-")
@@ -45,33 +46,40 @@ def _only_the_settings_of_the_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(holdings, "root", lambda: tmp_path / "holdings")
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    server = Postgres()
+S = TypeVar("S", bound=Server)
+
+
+def running(start: Callable[[], S]) -> Iterator[S]:
+    """A server for as long as a fixture lives."""
+    server = start()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    yield from running(Postgres)
 
 
 @pytest.fixture
 def own_postgres() -> Iterator[Postgres]:
     """A server that the test may stop."""
-    server = Postgres()
-    yield server
-    server.close()
+    yield from running(Postgres)
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(postgres: Postgres) -> Iterator[PgBouncer]:
+    yield from running(lambda: PgBouncer(postgres.port))
 
 
 @pytest.fixture(scope="session")
 def mariadb() -> Iterator[MariaDB]:
-    server = MariaDB()
-    yield server
-    server.close()
+    yield from running(MariaDB)
 
 
 @pytest.fixture(scope="session")
 def valkey() -> Iterator[Valkey]:
-    server = Valkey()
-    yield server
-    server.close()
+    yield from running(Valkey)
 
 
 @pytest.fixture
@@ -86,9 +94,7 @@ def lease_url(valkey: Valkey) -> str:
 @pytest.fixture
 def own_valkey() -> Iterator[Valkey]:
     """A server that the test may stop, and that keeps what it took."""
-    server = Valkey(durable=True)
-    yield server
-    server.close()
+    yield from running(lambda: Valkey(durable=True))
 
 
 @pytest.fixture
@@ -102,9 +108,7 @@ def postgres_url(postgres: Postgres) -> Iterator[str]:
 @pytest.fixture
 def own_mariadb() -> Iterator[MariaDB]:
     """A server that the test may stop."""
-    server = MariaDB()
-    yield server
-    server.close()
+    yield from running(MariaDB)
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 
 class StoreError(Exception):
@@ -144,6 +144,23 @@ class Row(Listed):
     """
 
     value: str
+
+
+Seen = TypeVar("Seen", bound=Listed)
+
+
+def seen(row: Seen) -> Seen:
+    """A row as it was read, with the holder struck out of one that was held on after its run, and
+    is not any more.
+    """
+    if row.acquired_at is None and not row.held:
+        return replace(row, holder=None, expires_in=None)
+    return row
+
+
+def one_line(error: BaseException) -> str:
+    """What an error is and says, for people."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class Wishes(Protocol):

@@ -170,7 +170,7 @@ STRAIGHT_JOIN {{table}} AS gone FORCE INDEX (PRIMARY) ON gone.{{key}} = listed.v
 
 
 class MySqlStatements(Statements):
-    """Of MariaDB from 10.6 on, and MySQL from 8.0.31 on."""
+    """Of MariaDB from 10.6 on, and of MySQL 8, on which nothing was run."""
 
     words = MYSQL
 

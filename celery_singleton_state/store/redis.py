@@ -30,6 +30,8 @@ from .base import (
     Row,
     StoreNotReady,
     StoreUnavailable,
+    one_line,
+    seen,
 )
 from .redis_url import client_for
 
@@ -81,11 +83,11 @@ class RedisStore:
 
     def peek(self, key: str) -> Row | None:
         now, fields = self._call(scripts.PEEK, [key], [])
-        return Row(**_listed(key, fields, now), value=NO_STATE) if fields else None
+        return seen(Row(**_listed(key, fields, now), value=NO_STATE)) if fields else None
 
     def list(self, prefix: str, also: str = "") -> Sequence[Listed]:
         now, found = self._call(scripts.LIST, [INDEX], [prefix])
-        return [Listed(**_listed(key, fields, now)) for key, fields in found]
+        return [seen(Listed(**_listed(key, fields, now))) for key, fields in found]
 
     def contents(
         self, keys: Sequence[str], values: bool
@@ -195,18 +197,14 @@ def _listed(key: str, fields: Sequence[str], now: str) -> dict[str, Any]:
         return float(found[name]) if name in found else None
 
     expires_at, read_at = number("expires_at"), float(now)
-    acquired_at, holder = number("acquired_at"), found.get("holder")
-    if expires_at is not None and expires_at <= read_at and acquired_at is None:
-        # It was held on after a run, and is not any more.
-        expires_at = holder = None
     return {
         "key": key,
         "schema_version": None,
         "updated_at": number("updated_at"),
         "fence": int(found.get("fence", 0)),
-        "holder": holder,
+        "holder": found.get("holder"),
         "task_id": found.get("task_id"),
-        "acquired_at": acquired_at,
+        "acquired_at": number("acquired_at"),
         "expires_in": None if expires_at is None else expires_at - read_at,
         "run_count": int(found.get("run_count", 0)),
         "last_outcome": found.get("last_outcome"),
@@ -222,4 +220,4 @@ def _as_ours() -> Iterator[None]:
     try:
         yield
     except RedisError as error:
-        raise StoreUnavailable(" ".join(f"{type(error).__name__}: {error}".split())) from error
+        raise StoreUnavailable(one_line(error)) from error

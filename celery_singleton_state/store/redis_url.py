@@ -9,7 +9,9 @@ from celery.exceptions import ImproperlyConfigured
 from redis import Redis
 from redis.sentinel import Sentinel
 
-from .schemes import CELERYS_SOCKET, CLIENTS_SOCKET, LEASE_SCHEMES
+#: What Celery's brokers call a socket, and what the client library does.
+CELERYS_SOCKET, CLIENTS_SOCKET = "redis+socket", "unix"
+SCHEMES = ("redis", "rediss", CELERYS_SOCKET, CLIENTS_SOCKET, "sentinel")
 
 
 def client_for(url: str, **options: Any) -> Redis:
@@ -23,8 +25,8 @@ def client_for(url: str, **options: Any) -> Redis:
     :raises ImproperlyConfigured: it is no such URL.
     """
     parts = urlsplit(url)
-    if parts.scheme not in LEASE_SCHEMES:
-        allowed = ", ".join(f"{scheme}://" for scheme in LEASE_SCHEMES)
+    if parts.scheme not in SCHEMES:
+        allowed = ", ".join(f"{scheme}://" for scheme in SCHEMES)
         raise ImproperlyConfigured(
             f"singleton_lease_url={parts.scheme + '://…'!r} is not supported; it takes {allowed}"
         )

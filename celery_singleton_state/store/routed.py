@@ -151,8 +151,12 @@ class RoutedWishes:
         return self._of(key).enqueue(key, task_id, life)
 
     def expect(self, keys: Sequence[str]) -> None:
+        by_store: dict[int, tuple[Wishes, list[str]]] = {}
         for key in keys:
-            self._of(key).expect([key])
+            wishes = self._of(key)
+            by_store.setdefault(id(wishes), (wishes, []))[1].append(key)
+        for wishes, own in by_store.values():
+            wishes.expect(own)
 
     def put(self, key: str, new: NewValue) -> bool:
         return self._of(key).put(key, new)

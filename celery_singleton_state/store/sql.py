@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from sqlalchemy import ColumnElement, Connection, Engine, literal_column
@@ -24,6 +23,8 @@ from .base import (
     StoreError,
     StoreNotReady,
     StoreUnavailable,
+    one_line,
+    seen,
 )
 from .connections import Connections
 from .dialects import statements_for
@@ -32,8 +33,6 @@ from .entries import SqlEntries
 from .schema import make_table
 from .statements import Statements
 from .wishes import SqlWishes
-
-Seen = TypeVar("Seen", bound=Listed)
 
 #: SQLSTATEs, and MySQL's numbers, of a missing table, column and schema.
 _NOT_READY = frozenset({"42P01", "42703", "3F000", 1146, 1054})
@@ -90,11 +89,11 @@ class SqlStore:
 
     def peek(self, key: str) -> Row | None:
         rows = self._rows(self._sql.peek, {"key": key})
-        return _seen(Row(*rows[0])) if rows else None
+        return seen(Row(*rows[0])) if rows else None
 
     def list(self, prefix: str, also: str = "") -> Sequence[Listed]:
         rows = self._rows(self._sql.list, {"prefix": prefix, "also": also})
-        return [_seen(Listed(*row)) for row in rows]
+        return [seen(Listed(*row)) for row in rows]
 
     def contents(
         self, keys: Sequence[str], values: bool
@@ -165,7 +164,7 @@ class SqlStore:
     def as_store_error(self, error: Exception) -> StoreError:
         """An error of the driver's or of SQLAlchemy's, as one of ours."""
         error = getattr(error, "orig", None) or error
-        text = _line(error)
+        text = one_line(error)
         if _code(error) in _NOT_READY or any(part in text for part in _NOT_READY_TEXTS):
             return StoreNotReady(
                 f"table {self.table.fullname} is missing or of an older release ({text}); "
@@ -261,13 +260,6 @@ def _is_in_mid_statement(connection: Connection) -> bool:
     return bool(getattr(driver_connection, "is_in_mid_statement", False))
 
 
-def _seen(row: Seen) -> Seen:
-    if row.acquired_at is None and not row.held:
-        # It was held on after a run, and is not any more.
-        return dataclasses.replace(row, holder=None, expires_in=None)
-    return row
-
-
 def _named(lease: Lease, new: NewValue | None, **more: Any) -> dict[str, Any]:
     named = {"key": lease.key, "fence": lease.fence, "holder": lease.holder, **more}
     if new is not None:
@@ -285,7 +277,3 @@ def _code(error: Exception) -> str | int | None:
 def _went_away(error: SQLAlchemyError) -> bool:
     lost = getattr(error, "connection_invalidated", False)
     return lost or "database is locked" in str(error)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.conftest import running
 from tests.drills.beat_hosts import Hosts, Schedule
 from tests.processes.conftest import broker_url, client, make_fleet, pytest_runtest_makereport
 from tests.processes.fleet import Fleet
@@ -18,17 +19,13 @@ __all__ = ["broker_url", "client", "make_fleet", "pytest_runtest_makereport"]
 
 @pytest.fixture(scope="session")
 def rabbitmq() -> Iterator[RabbitMQ]:
-    server = RabbitMQ()
-    yield server
-    server.close()
+    yield from running(RabbitMQ)
 
 
 @pytest.fixture
 def own_rabbitmq() -> Iterator[RabbitMQ]:
     """A server that the test may stop."""
-    server = RabbitMQ()
-    yield server
-    server.close()
+    yield from running(RabbitMQ)
 
 
 @pytest.fixture

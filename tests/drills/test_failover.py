@@ -11,6 +11,7 @@ import redis
 from celery import Celery
 
 from celery_singleton_state import HeartbeatFailed
+from tests.conftest import running
 from tests.processes.fleet import Fleet, outcome
 from tests.sentinel import Replica, Sentinel
 from tests.servers import Proxy, Valkey
@@ -19,9 +20,7 @@ from tests.waiting import wait_until
 
 @pytest.fixture
 def master() -> Iterator[Valkey]:
-    server = Valkey()
-    yield server
-    server.close()
+    yield from running(Valkey)
 
 
 @pytest.fixture
@@ -32,16 +31,12 @@ def link(master: Valkey, make_proxy: Callable[[int], Proxy]) -> Proxy:
 
 @pytest.fixture
 def replica(link: Proxy) -> Iterator[Replica]:
-    server = Replica(link.port)
-    yield server
-    server.close()
+    yield from running(lambda: Replica(link.port))
 
 
 @pytest.fixture
 def sentinel(master: Valkey, replica: Replica) -> Iterator[Sentinel]:
-    server = Sentinel(master)
-    yield server
-    server.close()
+    yield from running(lambda: Sentinel(master))
 
 
 def test_a_failover_that_loses_leases(

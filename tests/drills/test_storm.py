@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import running
 from tests.mariadb import MariaDB
 from tests.rabbitmq import RabbitMQ
 from tests.servers import Postgres, Valkey
@@ -22,9 +23,7 @@ SEED, SECONDS = map(int, os.environ.get("SINGLETON_TEST_STORM", "1:40").split(":
 
 @pytest.fixture
 def durable_valkey() -> Iterator[Valkey]:
-    server = Valkey(durable=True)
-    yield server
-    server.close()
+    yield from running(lambda: Valkey(durable=True))
 
 
 def work_through(

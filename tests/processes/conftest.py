@@ -14,6 +14,7 @@ import redis
 from celery import Celery
 
 from celery_singleton_state.runtime import close_runtime
+from celery_singleton_state.store import SqlStore, open_store
 from tests.processes.fleet import Fleet
 from tests.servers import Valkey
 
@@ -29,6 +30,20 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
         for fleet in item.stash.get(_fleets, []):
             report.sections += fleet.outputs()
     return report
+
+
+@pytest.fixture
+def store_url(tmp_path: Path) -> str:
+    """What is asked of a store is held by the tests of each; here one will do."""
+    return f"sqlite:///{tmp_path}/store.db"
+
+
+@pytest.fixture
+def store(fleet: Fleet, store_url: str) -> Iterator[SqlStore]:
+    """The fleet's, opened by the test."""
+    opened = open_store(store_url, "kv_store", 5.0, auto_migrate=True)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from celery import Celery
 
-from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.store import SqlStore
 from celery_singleton_state.store.base import Ended
 from tests.processes.fleet import Fleet, outcome
 
@@ -20,21 +19,8 @@ APP = "tests.processes.seen_app"
 
 
 @pytest.fixture
-def store_url(tmp_path: Path) -> str:
-    """What the commands ask of a store is held by the tests of each; here one will do."""
-    return f"sqlite:///{tmp_path}/store.db"
-
-
-@pytest.fixture
 def fleet(make_fleet: Callable[..., Fleet], store_url: str) -> Fleet:
     return make_fleet(store_url)
-
-
-@pytest.fixture
-def store(fleet: Fleet, store_url: str) -> Iterator[SqlStore]:
-    opened = open_store(store_url, "kv_store", 5.0, auto_migrate=True)
-    yield opened
-    opened.close()
 
 
 def said(answer: subprocess.CompletedProcess[str], status: int = 0) -> str:

@@ -1,0 +1,103 @@
+"""Connections to PostgreSQL, by psycopg."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator
+from typing import Any
+
+import psycopg
+from celery.exceptions import ImproperlyConfigured
+from sqlalchemy import URL, Engine, event
+
+from .pooled import APPLICATION_NAME, pooled
+
+
+class Connection(psycopg.Connection[Any]):
+    """A connection that gives up on a server which stays silent.
+
+    TCP's own time-outs do not see a proxy that acknowledges and never answers.
+    """
+
+    #: Seconds; ``None``: for ever.
+    patience: float | None = None
+
+    def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.patience is not None:
+            gen = self._impatient(gen, self.patience)
+        return super().wait(gen, *args, **kwargs)
+
+    def _impatient(self, gen: Any, patience: float) -> Generator[Any, Any, Any]:
+        try:
+            wanted = next(gen)
+            heard = time.monotonic()
+            while True:
+                ready = yield wanted
+                now = time.monotonic()
+                if ready:
+                    heard = now
+                elif now - heard > patience:
+                    self.pgconn.finish()
+                    raise psycopg.OperationalError(f"no answer within {patience:g} s")
+                wanted = gen.send(ready)
+        except StopIteration as stop:
+            return stop.value
+
+
+def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) -> Engine:
+    """An engine. Statements are prepared at first use, unless a pooler is in between, or the URL
+    says otherwise: ``?prepare_threshold=none``.
+
+    :raises ImproperlyConfigured: what it says is not allowed.
+    """
+    query = dict(url.query)
+    wanted = query.pop("prepare_threshold", None)
+    engine = pooled(
+        url.set(query=query),
+        pool_size,
+        io_timeout,
+        use_native_hstore=False,
+        connect_args={
+            "connect_timeout": math.ceil(connect_timeout),
+            "tcp_user_timeout": math.ceil(io_timeout * 1000),
+            "application_name": query.get("application_name", APPLICATION_NAME),
+            "prepare_threshold": _threshold(wanted),
+            "autocommit": True,
+        },
+    )
+
+    @event.listens_for(engine, "do_connect")
+    def connect(_dialect: Any, _record: Any, args: Any, kwargs: Any) -> Connection:
+        connection = Connection.connect(*args, **kwargs)
+        connection.patience = io_timeout
+        if wanted is None and not _is_pooled(connection):
+            connection.prepare_threshold = 0
+        return connection
+
+    return engine
+
+
+def _threshold(wanted: Any) -> int | None:
+    if wanted is None or wanted == "none":
+        return None
+    if not str(wanted).isdecimal():
+        raise ImproperlyConfigured(
+            f"singleton_store_url: prepare_threshold={wanted} is not allowed; "
+            "it takes none, or how often a statement is sent before it is prepared"
+        )
+    return int(wanted)
+
+
+def _is_pooled(connection: Connection) -> bool:
+    """Whether a pooler stands between this process and the server: it has an id of its own.
+
+    One that gives each transaction any of its connections, and does not know of prepared
+    statements, runs by a statement's name what another client has prepared under it.
+    """
+    try:
+        row = connection.execute("SELECT pg_backend_pid()").fetchone()
+    except BaseException:
+        connection.close()
+        raise
+    return row is None or row[0] != connection.info.backend_pid

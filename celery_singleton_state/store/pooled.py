@@ -1,0 +1,32 @@
+"""What the engines of all databases have in common: few connections, in autocommit mode.
+
+Autocommit, no ping and no reset keep a statement at one round trip: BEGIN, COMMIT and
+ROLLBACK would double it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import URL, Engine, QueuePool, create_engine
+
+APPLICATION_NAME = "celery-singleton-state"
+
+
+def pooled(url: URL, pool_size: int, io_timeout: float, **options: Any) -> Engine:
+    """An engine with a small pool.
+
+    :param io_timeout: seconds that who finds all connections in use waits for one.
+    :param options: of the database's own.
+    """
+    return create_engine(
+        url,
+        isolation_level="AUTOCOMMIT",
+        poolclass=QueuePool,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=io_timeout,
+        pool_reset_on_return=None,
+        pool_use_lifo=True,
+        **options,
+    )
