@@ -53,12 +53,14 @@ def test_a_failover_that_loses_leases(
     its place: without the lease. B acquires it: two run, until A's next renewal is refused, and its
     body is broken off. A singleton with a state, whose lease was acquired at the same time, runs
     through all of it alone, and saves.
+
+    The renewal is so far away that B, whose first try may find no master yet, is there before it.
     """
     fleet = make_fleet(
         postgres_url,
         CELERY_SINGLETON_LEASE_URL=sentinel.url,
-        CELERY_SINGLETON_HEARTBEAT_INTERVAL="2",
-        CELERY_SINGLETON_HEARTBEAT_THRESHOLD="5",
+        CELERY_SINGLETON_HEARTBEAT_INTERVAL="12",
+        CELERY_SINGLETON_HEARTBEAT_THRESHOLD="3",
     )
     app, go = client(), tmp_path / "go"
     fleet.start("-c", "4")
@@ -72,6 +74,7 @@ def test_a_failover_that_loses_leases(
         assert not server.exists("singleton-state:held")
 
     second = app.send_task("held", (str(go),))
+    fleet.wait_for_notes("enter", 3)
     error = outcome(first)
     assert isinstance(error, HeartbeatFailed)
     assert "its renewal was refused" in error.detail
