@@ -27,7 +27,8 @@ from .store.base import Leases
 from .store.engine import identity, parse_url
 from .store.routed import NO_SQL, RoutedStore
 
-#: Connections of a process that runs one body at a time: its own and the heartbeat's.
+#: Connections in the pool of a process that runs one body at a time: the body's transaction and
+#: what it does beside that. The heartbeat has the one that is kept besides the pool's.
 SMALL_POOL = 2
 
 

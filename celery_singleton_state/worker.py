@@ -46,7 +46,7 @@ class SingletonStep(bootsteps.StartStopStep):
         free_dead(runtime.runtime_of(app))
         runtime.close_runtime(app)
         if not is_prefork(parent):
-            runtime.pool_size = parent.concurrency + 1
+            runtime.pool_size = bodies_at_once(parent) + 1
 
     def check(self, worker: Any) -> None:
         """:raises ImproperlyConfigured: the worker's singletons could not run."""
@@ -126,9 +126,20 @@ def refuse_states_without_store(own: runtime.Runtime) -> None:
 
 def is_prefork(worker: Any) -> bool:
     """Whether the worker's pool is one of processes."""
-    pool = worker.pool_cls
-    name = pool if isinstance(pool, str) else pool.__module__
+    name = _pool_of(worker)
     return "prefork" in name or "processes" in name
+
+
+def bodies_at_once(worker: Any) -> int:
+    """How many bodies run in the worker's own process; Celery's number is that of its cores where
+    nothing else is said, in a solo pool, too.
+    """
+    return 1 if "solo" in _pool_of(worker) else int(worker.concurrency)
+
+
+def _pool_of(worker: Any) -> str:
+    pool = worker.pool_cls
+    return str(pool if isinstance(pool, str) else pool.__module__)
 
 
 def watch_over(app: Celery) -> None:

@@ -18,6 +18,7 @@ from celery.exceptions import Ignore, Reject
 from pydantic import BaseModel
 
 from celery_singleton_state import (
+    KeyValueStore,
     LeaderHandoffFailed,
     RetryPolicy,
     SingletonError,
@@ -456,3 +457,17 @@ def sent_once_and_retried(self: SingletonTask[Counter]) -> None:
     note("attempt", retries=self.request.retries)
     if not self.request.retries:
         raise self.retry()
+
+
+@singleton_task(app, state_schema=Counter, name="uses_the_store", unique_on=["number"])
+def uses_the_store(self: SingletonTask[Counter], number: int, until: str, beside: bool) -> int:
+    """Uses it at once in a transaction, beside that if it is told to, and by the heartbeat."""
+    kv = KeyValueStore.from_app(app).prefix("beside:")
+    with inside("uses_the_store", number=number), self.transaction() as connection:
+        while not Path(until).exists():
+            connection.exec_driver_sql("SELECT 1")
+            if beside:
+                kv.modify(str(number), lambda n: n + 1, default=0)
+            time.sleep(0.01)
+        self.state.n += 1
+    return self.state.n

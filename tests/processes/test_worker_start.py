@@ -67,23 +67,3 @@ def test_a_wrong_setting_ends_it_with_a_clear_error(
     assert f"singleton_{name.lower()}={value!r}" in output
     assert allowed in output
     assert "ImproperlyConfigured" in output
-
-
-@pytest.mark.parametrize("pool", ["solo", "threads", "prefork"])
-def test_the_pool_of_connections_is_small(
-    make_fleet: Callable[..., Fleet], client: Callable[[], Celery], postgres_url: str, pool: str
-) -> None:
-    """Two for a process that runs one body at a time, one more than its bodies elsewhere."""
-    import psycopg
-
-    fleet = make_fleet(f"{postgres_url}?application_name=counted")
-    app = client()
-    fleet.start("-P", pool, "-c", "4")
-    results = [app.send_task("keyed", (n,)) for n in range(40)]
-    for result in results:
-        outcome(result)
-    with psycopg.connect(postgres_url.replace("+psycopg", "")) as connection:
-        (count,) = connection.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'counted'"
-        ).fetchone() or (0,)
-    assert 1 <= count <= {"solo": 2, "threads": 5, "prefork": 4 * 2}[pool]

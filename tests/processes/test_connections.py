@@ -1,0 +1,112 @@
+"""How many connections a process has at most, as the server counts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from celery import Celery
+
+from tests.processes.fleet import ROOT, Fleet, outcome
+from tests.waiting import wait_until
+
+PAGE = (ROOT / "docs" / "databases.md").read_text()
+BODIES = 2
+#: Rows of the page's table, and what they come to for so many bodies: at most, and where bodies
+#: use the store for nothing else while they have a transaction.
+BUDGETS = {
+    "prefork": ("each process of a prefork pool | 3 | 2", 3 * BODIES, 2 * BODIES),
+    "threads": ("threads, gevent: a worker | concurrency + 2 |", BODIES + 2, BODIES + 1),
+    "gevent": ("threads, gevent: a worker | concurrency + 2 |", BODIES + 2, BODIES + 1),
+    "solo": ("solo: a worker | 3 | 2", 3, 2),
+}
+RENEWALS = 5
+
+
+@pytest.fixture
+def server(postgres_url: str) -> Iterator[psycopg.Connection[Any]]:
+    """Asks the server for what the workers do."""
+    dsn = postgres_url.replace("+psycopg", "")
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        yield connection
+
+
+def connections(server: psycopg.Connection[Any]) -> int:
+    found = server.execute(
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE application_name = 'celery-singleton-state' AND datname = current_database()"
+    )
+    return int((found.fetchone() or (0,))[0])
+
+
+@pytest.mark.parametrize(
+    ("pool", "beside"),
+    [
+        ("prefork", True),
+        ("prefork", False),
+        ("threads", True),
+        ("threads", False),
+        ("gevent", True),
+        ("solo", True),
+    ],
+)
+def test_a_worker_under_load_keeps_to_the_budget(
+    make_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    postgres_url: str,
+    server: psycopg.Connection[Any],
+    tmp_path: Path,
+    pool: str,
+    beside: bool,
+) -> None:
+    """Each body has a transaction open, and changes values beside it or does not, while heartbeats
+    renew its lease. Nothing needs more at once, so the budget is used up, and kept to.
+    """
+    row, most, usual = BUDGETS[pool]
+    assert row in PAGE
+    fleet = make_fleet(postgres_url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.2")
+    app, until = client(), tmp_path / "until"
+    fleet.start("-P", pool, "-c", str(BODIES))
+    bodies = 1 if pool == "solo" else BODIES
+    results = [
+        app.send_task("uses_the_store", (number, str(until), beside)) for number in range(bodies)
+    ]
+    fleet.wait_for_notes("enter", bodies)
+
+    counts, expiries = [], set()
+
+    def renewed() -> bool:
+        counts.append(connections(server))
+        rows = server.execute("SELECT key, expires_at FROM kv_store WHERE holder IS NOT NULL")
+        expiries.update(rows.fetchall())
+        return len(expiries) >= RENEWALS * bodies
+
+    wait_until(renewed, "the leases are renewed many times")
+    until.touch()
+    assert [outcome(result) for result in results] == [1] * bodies
+    counts.append(connections(server))
+    assert max(counts) == (most if beside else usual)
+
+
+def test_a_prefork_workers_own_process_connects_when_a_child_dies(
+    make_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    postgres_url: str,
+    server: psycopg.Connection[Any],
+    tmp_path: Path,
+) -> None:
+    assert "a prefork worker's own process | 3 | 0, and 1 after" in PAGE
+    fleet = make_fleet(postgres_url)
+    worker = fleet.start("-c", "1")
+    wait_until(lambda: connections(server) == 0, "those of its start are closed")
+    client().send_task("finishes", (str(tmp_path / "never"),))
+    (note,) = fleet.wait_for_notes("enter")
+    assert connections(server) == 1
+    os.kill(note["pid"], signal.SIGKILL)
+    fleet.wait_for_output(worker, "is free: its holder")
+    assert 1 <= connections(server) <= 3
