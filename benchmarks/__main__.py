@@ -1,5 +1,5 @@
 """``python -m benchmarks [--quick] [worker] [statements] [rows] [handoff] [heartbeat] [events]
-[stores] [contention] [scrape] [beat] [takeover]``"""
+[stores] [contention] [scrape] [beat] [takeover] [upgrade]``"""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from . import (
     statements,
     stores,
     takeover,
+    upgrade,
     worker,
 )
 from .servers import Servers, started_servers
@@ -44,6 +45,7 @@ PARTS: dict[str, Callable[[Servers, bool, Console], None]] = {
     "scrape": scrape.run,
     "beat": beat.run,
     "takeover": takeover.run,
+    "upgrade": upgrade.run,
 }
 
 

@@ -7,18 +7,18 @@ nothing left to do. The version stands in a table of its own, ``<table>_version`
 from __future__ import annotations
 
 import threading
-import zlib
 from importlib.resources import as_file, files
 from typing import Any
 
-import sqlalchemy as sa
 from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from celery.exceptions import ImproperlyConfigured
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 
+from .migrations import unobtrusive
+from .migrations.concurrent_index import build_index
 from .settings import Settings
 from .store.base import StoreNotReady
 from .store.engine import make_engine, parse_url
@@ -37,6 +37,7 @@ def migrate(settings: Settings) -> None:
     """Make the table that the settings name, or upgrade it; its rows are kept.
 
     :raises ImproperlyConfigured: the URL cannot be used, or there is no database.
+    :raises StoreError: the role may not do it, or others have locked the table for minutes.
     :raises sqlalchemy.exc.SQLAlchemyError: the database refused.
     """
     if not settings.has_store:
@@ -46,7 +47,11 @@ def migrate(settings: Settings) -> None:
 
 def migrate_url(url: str, table_name: str) -> None:
     """The same for the table in the database behind a URL."""
-    engine = make_engine(parse_url(url), PATIENCE, connect_timeout=CONNECT_TIMEOUT)
+    parsed = parse_url(url)
+    if parsed.get_backend_name() == "postgresql":
+        # Each statement is sent once, and some while others wait.
+        parsed = parsed.update_query_dict({"prepare_threshold": "none"})
+    engine = make_engine(parsed, PATIENCE, connect_timeout=CONNECT_TIMEOUT)
     try:
         migrate_engine(engine, table_name)
     finally:
@@ -56,13 +61,24 @@ def migrate_url(url: str, table_name: str) -> None:
 def migrate_engine(engine: Engine, table_name: str) -> None:
     """The same on an engine that is there already."""
     package = files("celery_singleton_state") / "migrations"
-    with (
-        _one_at_a_time,
-        as_file(package) as location,
-        open_transaction(engine) as connection,
-    ):
-        _wait_for_others(connection, table_name)
-        script = ScriptDirectory(str(location))
+    with _one_at_a_time, as_file(package) as location:
+
+        def upgrade() -> None:
+            if engine.dialect.name == "postgresql":
+                build_index(engine, table_name)
+            _upgrade(engine, table_name, str(location))
+
+        if engine.dialect.name == "sqlite":
+            # Its transaction keeps all others out.
+            upgrade()
+        else:
+            unobtrusive.migrate(engine, table_name, upgrade)
+
+
+def _upgrade(engine: Engine, table_name: str, location: str) -> None:
+    with open_transaction(engine) as connection:
+        unobtrusive.give_up_soon(connection)
+        script = ScriptDirectory(location)
 
         def to_head(revision: Any, _context: Any) -> Any:
             return script._upgrade_revs("head", revision)
@@ -81,15 +97,3 @@ def migrate_engine(engine: Engine, table_name: str) -> None:
                 raise StoreNotReady(
                     f"table {table_name} is of a newer release than this one: {error}"
                 ) from error
-
-
-def _wait_for_others(connection: Connection, table_name: str) -> None:
-    """One migration at a time; on SQLite the open transaction already sees to that."""
-    name = f"celery-singleton-state:{table_name}"
-    if connection.dialect.name == "postgresql":
-        lock = zlib.crc32(name.encode())
-        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": lock})
-    elif connection.dialect.name == "mysql":
-        # Until the connection is closed: each of its DDL statements ends a transaction.
-        wanted = {"name": name[-64:], "seconds": PATIENCE}
-        connection.execute(sa.text("SELECT GET_LOCK(:name, :seconds)"), wanted)

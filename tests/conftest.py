@@ -17,10 +17,9 @@ from celery import Celery
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from celery_singleton_state import holdings
+from celery_singleton_state.migrate import migrate_url
 from celery_singleton_state.runtime import close_runtime
 from celery_singleton_state.store import SqlStore, open_store
-from celery_singleton_state.store.base import Leases
-from celery_singleton_state.store.redis import RedisStore
 from tests.mariadb import MariaDB
 from tests.pgbouncer import PgBouncer
 from tests.servers import Postgres, Proxy, Server, Valkey
@@ -31,7 +30,13 @@ atexit.register(shutil.rmtree, _hypothesis_home)
 set_hypothesis_home_dir(_hypothesis_home)
 
 STORES = ("memory", "sqlite", "postgresql", "mariadb")
-_SERVERS = {"postgresql": "postgres_url", "mariadb": "mariadb_url"}
+_SERVERS = {
+    "postgresql": "postgres_url",
+    "mariadb": "mariadb_url",
+    "pgbouncer": "pgbouncer_url",
+}
+#: What a store does by itself is tested through a pooler, too; what is built upon it is not again.
+STORES_AND_POOLED = (*STORES, "pgbouncer")
 
 _numbers = itertools.count(1)
 
@@ -105,6 +110,23 @@ def postgres_url(postgres: Postgres) -> Iterator[str]:
     postgres.drop_database(name)
 
 
+@pytest.fixture(scope="session")
+def _pooled_database(postgres: Postgres, pgbouncer: PgBouncer) -> str:
+    name = f"pooled_{os.getpid()}"
+    postgres.create_database(name)
+    migrate_url(pgbouncer.url(name), "kv_store")
+    return name
+
+
+@pytest.fixture
+def pgbouncer_url(postgres: Postgres, pgbouncer: PgBouncer, _pooled_database: str) -> str:
+    """A database behind the pooler, with its table, which is emptied: the pooler's connections
+    are those of the tests before.
+    """
+    postgres.empty_database(_pooled_database, but_for="kv_store")
+    return pgbouncer.url(_pooled_database)
+
+
 @pytest.fixture
 def own_mariadb() -> Iterator[MariaDB]:
     """A server that the test may stop."""
@@ -159,19 +181,6 @@ def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def store(store_url: str) -> Iterator[SqlStore]:
     """An opened store with its table."""
     opened = open_store(store_url, "kv_store", io_timeout=2.0, pool_size=8, auto_migrate=True)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(params=[*STORES, "redis"])
-def leases(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Leases]:
-    """An opened store that has leases: also one that has no states."""
-    opened: Leases
-    if request.param == "redis":
-        opened = RedisStore(request.getfixturevalue("lease_url"), io_timeout=2.0)
-    else:
-        url = url_on(request.param, request, tmp_path)
-        opened = open_store(url, "kv_store", io_timeout=2.0, pool_size=8, auto_migrate=True)
     yield opened
     opened.close()
 

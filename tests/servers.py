@@ -117,6 +117,19 @@ class Postgres(Server):
     def drop_database(self, name: str) -> None:
         self._admin(f"DROP DATABASE {name} WITH (FORCE)")
 
+    def empty_database(self, name: str, but_for: str) -> None:
+        """Have a database with one table and its version, and no row in it; which takes a tenth
+        of the time that making both takes.
+        """
+        others = (
+            "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
+            f" AND tablename NOT IN ('{but_for}', '{but_for}_version')"
+        )
+        with psycopg.connect(f"{self._dsn} dbname={name}") as connection:
+            for (other,) in connection.execute(others).fetchall():
+                connection.execute(f"DROP TABLE {other}")
+            connection.execute(f"TRUNCATE {but_for}")
+
     def statements_of(self, application: str) -> list[str]:
         """The verbs of an application's statements, where it set ``log_statement=all``."""
         logged = rf"^{application}\|LOG:\s+(?:execute [^:]*|statement):\s+(\w+)"

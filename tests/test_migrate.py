@@ -14,6 +14,7 @@ from celery_singleton_state import KeyValueStore
 from celery_singleton_state.migrate import migrate_url
 from celery_singleton_state.store import open_store
 from celery_singleton_state.store.schema import make_table
+from tests.stores.all_verbs import use_all, use_all_values
 
 GIVEN = """
 CREATE TABLE {name} (
@@ -135,6 +136,10 @@ def test_another_name(shared_store_url: str) -> None:
     ):
         one.set("k", 1)
         assert other.is_empty()
+        use_all_values(one)
+    store = open_store(shared_store_url, "we_ird-Name", 2)
+    use_all(store)
+    store.close()
 
 
 def test_another_schema(postgres_url: str) -> None:
@@ -142,8 +147,10 @@ def test_another_schema(postgres_url: str) -> None:
     for _ in range(2):
         migrate_url(postgres_url, "jobs.kv_store")
     store = open_store(postgres_url, "jobs.kv_store", 2)
-    assert store.acquire("k", "h", 60, None) is not None
+    use_all(store)
     store.close()
+    with KeyValueStore(postgres_url, "jobs.kv_store") as kv:
+        use_all_values(kv)
     tables = execute(
         postgres_url,
         "SELECT table_schema, table_name FROM information_schema.tables"

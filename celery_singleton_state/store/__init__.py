@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from .base import Store, StoreNotReady, StoreUnavailable
+from .base import Store, StoreMisconfigured, StoreNotReady, StoreUnavailable
 from .engine import is_in_memory, make_engine, parse_url
 from .sql import SqlStore
 
@@ -30,7 +30,7 @@ def open_store(
     :param pool_size: connections at most.
     :param auto_migrate: make or upgrade the table if need be; left out: on SQLite only.
     :raises ImproperlyConfigured: the URL, its driver or its database cannot be used.
-    :raises StoreError: the table was to be made and that failed.
+    :raises StoreError: the table was to be made and that failed, or cannot help.
     """
     parsed = parse_url(url)
     store = SqlStore(make_engine(parsed, io_timeout, pool_size), table_name)
@@ -38,10 +38,20 @@ def open_store(
         auto_migrate = parsed.get_backend_name() == "sqlite"
     if auto_migrate:
         try:
-            store.check()
-        except StoreNotReady:
-            _make_table(store, url)
+            _see_to_table(store, url)
+        except BaseException:
+            store.close()
+            raise
     return store
+
+
+def _see_to_table(store: SqlStore, url: str) -> None:
+    try:
+        store.check()
+    except StoreMisconfigured:
+        raise
+    except StoreNotReady:
+        _make_table(store, url)
 
 
 def _make_table(store: SqlStore, url: str) -> None:

@@ -26,6 +26,12 @@ class StoreNotReady(StoreError):
     """The store's table is missing or of an older release; the message names the command."""
 
 
+class StoreMisconfigured(StoreNotReady):
+    """The database is not set up as it must be, which making the table does not mend; the message
+    says what is to be done.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
     """The right to run, as its holder names it in every later request.

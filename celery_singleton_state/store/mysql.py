@@ -168,6 +168,14 @@ STRAIGHT_JOIN {{table}} AS leader FORCE INDEX (PRIMARY)
 STRAIGHT_JOIN {{table}} AS gone FORCE INDEX (PRIMARY) ON gone.{{key}} = listed.value
 """
 
+# Changes nothing, and is an error that names the privilege which the role lacks.
+_MAY_CHANGE = """
+INSERT INTO {table} ({key}, value, updated_at) SELECT {key}, value, updated_at FROM {table}
+WHERE 1 = 0;
+UPDATE {table} SET value = value WHERE 1 = 0;
+DELETE FROM {table} WHERE 1 = 0
+"""
+
 
 class MySqlStatements(Statements):
     """Of MariaDB from 10.6 on, and of MySQL 8, on which nothing was run."""
@@ -195,6 +203,7 @@ class MySqlStatements(Statements):
         self.prune = self._transaction(_PRUNE)
         self.record = self._transaction(_RECORD)
         self.forget = self._transaction(_FORGET)
+        self.check = f"{self.check};{self.sql(_MAY_CHANGE)}"
 
     def rows(self, cursor: Any) -> Sequence[tuple[Any, ...]]:
         """Those of the last statement that has any to tell."""

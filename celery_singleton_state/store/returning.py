@@ -141,6 +141,16 @@ DELETE FROM {{table}} WHERE key IN (SELECT value FROM {{keys}})
 """
 
 
+# Rights on single columns count, as they may be on all that are needed.
+_LACKING = """
+SELECT quote_ident(current_user), string_agg(privilege, ', ')
+FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
+WHERE NOT CASE privilege WHEN 'DELETE' THEN has_table_privilege(:table, privilege)
+  ELSE has_any_column_privilege(:table, privilege) END
+HAVING count(*) > 0
+"""
+
+
 class ReturningStatements(Statements):
     """What PostgreSQL and SQLite have in common."""
 
@@ -174,6 +184,7 @@ class PostgresqlStatements(ReturningStatements):
         self.prune = self.sql(_PRUNE, locking="FOR UPDATE SKIP LOCKED")
         self.record = self.sql(_RECORD)
         self.forget = self.sql(_FORGET)
+        self.lacking = self.sql(_LACKING)
 
 
 class SqliteStatements(ReturningStatements):

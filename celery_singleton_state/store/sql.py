@@ -21,27 +21,20 @@ from .base import (
     Row,
     Saved,
     StoreError,
-    StoreNotReady,
-    StoreUnavailable,
-    one_line,
+    StoreMisconfigured,
     seen,
 )
 from .connections import Connections
 from .dialects import statements_for
 from .engine import is_in_memory
 from .entries import SqlEntries
+from .faults import as_store_error, grant, is_undone, went_away
 from .schema import make_table
 from .statements import Statements
 from .wishes import SqlWishes
 
-#: SQLSTATEs, and MySQL's numbers, of a missing table, column and schema.
-_NOT_READY = frozenset({"42P01", "42703", "3F000", 1146, 1054})
-#: Of a statement that was undone, as it and another waited for each other or could not have run one
-#: after the other; it is sent again at once.
-_UNDONE = frozenset({"40001", "40P01", 1213})
-#: How often it is sent at most.
+#: How often a statement that was undone is sent at most.
 TRIES = 5
-_NOT_READY_TEXTS = ("no such table", "no such column", "has no column")
 
 
 class SqlStore:
@@ -115,6 +108,12 @@ class SqlStore:
         return [key for (key,) in rows]
 
     def check(self) -> None:
+        if self._sql.lacking is not None:
+            for role, privileges in self._rows(self._sql.lacking, {"table": self._sql.table}):
+                raise StoreMisconfigured(
+                    f"role {role} lacks {privileges} on table {self.table.fullname}; "
+                    f"run as its owner: {grant(privileges, self._sql.table, role)}"
+                )
         self._rows(self._sql.check, {})
 
     def close(self) -> None:
@@ -137,7 +136,7 @@ class SqlStore:
                 finally:
                     transaction.end_of_callers_part()
         except (DBAPIError, PoolTimeoutError) as error:
-            if opened and not _went_away(error):
+            if opened and not went_away(error):
                 raise  # an error of the caller's own statements is the caller's
             raise self.as_store_error(error) from error
 
@@ -157,20 +156,13 @@ class SqlStore:
                 return self._connections.execute(statement, parameters, answer)
             except (self._driver_error, SQLAlchemyError, UnicodeError) as error:
                 tries -= 1
-                if tries and _code(error) in _UNDONE:
+                if tries and is_undone(error):
                     continue
                 raise self.as_store_error(error) from error
 
     def as_store_error(self, error: Exception) -> StoreError:
         """An error of the driver's or of SQLAlchemy's, as one of ours."""
-        error = getattr(error, "orig", None) or error
-        text = one_line(error)
-        if _code(error) in _NOT_READY or any(part in text for part in _NOT_READY_TEXTS):
-            return StoreNotReady(
-                f"table {self.table.fullname} is missing or of an older release ({text}); "
-                "run: celery -A <your app> singleton migrate"
-            )
-        return StoreUnavailable(text)
+        return as_store_error(error, self._sql.table)
 
 
 class SqlTransaction:
@@ -265,15 +257,3 @@ def _named(lease: Lease, new: NewValue | None, **more: Any) -> dict[str, Any]:
     if new is not None:
         named |= {"value": new.value, "schema_version": new.schema_version}
     return named
-
-
-def _code(error: Exception) -> str | int | None:
-    """What the database calls an error: by SQLSTATE, or by a number as MySQL does."""
-    number = error.args[0] if error.args else None
-    state: str | None = getattr(error, "sqlstate", None)
-    return number if isinstance(number, int) else state
-
-
-def _went_away(error: SQLAlchemyError) -> bool:
-    lost = getattr(error, "connection_invalidated", False)
-    return lost or "database is locked" in str(error)

@@ -108,9 +108,12 @@ class Statements:
     record: str
     forget: str
     prune: str
+    #: Asks which privileges on the table the role lacks, where an error does not say so.
+    lacking: str | None = None
 
     def __init__(self, table: Table, dialect: Dialect) -> None:
-        self._table = dialect.identifier_preparer.format_table(table)
+        #: The table's name, quoted where it must be.
+        self.table = dialect.identifier_preparer.format_table(table)
         self.now = self.words.now
         columns = (dialect.identifier_preparer.quote(column.name) for column in table.columns)
         self.peek = self.sql(f"{_ROWS} {{key}} = :key", more=_WHOLE)
@@ -143,7 +146,7 @@ class Statements:
             name: words.epoch.format(moment=name)
             for name in ("acquired_at", "updated_at", "expires_at", "last_finished_at")
         } | {
-            "table": self._table,
+            "table": self.table,
             "key": words.key,
             "length": words.length,
             "now": words.now,

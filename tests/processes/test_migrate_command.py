@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+from celery import Celery
 
-from tests.processes.fleet import Fleet
+from tests.processes.fleet import Fleet, Program, outcome
+from tests.roles import OWNER, TABLE, WORKER, drop_roles, grant, make_roles, of
 from tests.test_migrate import execute, given_table
 
 
@@ -42,3 +44,81 @@ def test_a_worker_with_an_older_table_says_the_same(fleet: Fleet, postgres_url: 
     assert "of an older release" in worker.output
     assert fleet.command("singleton", "migrate").returncode == 0
     fleet.start("-P", "solo")
+
+
+def test_a_table_that_is_there_already_under_another_name(
+    make_fleet: Callable[..., Fleet], client: Callable[[], Celery], postgres_url: str
+) -> None:
+    """In another schema, by a name that has to be quoted; its value is the first state."""
+    table = '"Jobs"."we_ird Name-1"'
+    execute(
+        postgres_url,
+        'CREATE SCHEMA "Jobs"',
+        given_table(postgres_url, table),
+        f"INSERT INTO {table} (key, value) VALUES ('singleton-state:increment', '{{\"n\":41}}')",
+    )
+    fleet = make_fleet(
+        postgres_url,
+        CELERY_SINGLETON_AUTO_MIGRATE="0",
+        CELERY_SINGLETON_TABLE=table.replace('"', ""),
+    )
+    assert fleet.command("singleton", "migrate").returncode == 0
+    fleet.start("-P", "solo")
+    assert outcome(client().send_task("increment")) == 42
+    (listed,) = json.loads(fleet.command("singleton", "ls", "--json").stdout)
+    assert (listed["singleton"], listed["fence"], listed["run_count"]) == ("increment", 1, 1)
+    execute(postgres_url, f"INSERT INTO {table} (key, value) VALUES ('of old', '1')")
+    tables = execute(postgres_url, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+    assert tables == []
+
+
+@pytest.fixture
+def restricted(make_fleet: Callable[..., Fleet], postgres_url: str) -> Iterator[Fleet]:
+    """A fleet whose role may use the table, and has none yet."""
+    make_roles(postgres_url)
+    yield make_fleet(
+        of(WORKER, postgres_url),
+        CELERY_SINGLETON_AUTO_MIGRATE="0",
+        CELERY_SINGLETON_TABLE=TABLE,
+    )
+    drop_roles(postgres_url)
+
+
+def refused(program: Program) -> str:
+    """What it says that does not start."""
+    program.process.wait(timeout=30)
+    assert program.process.returncode != 0
+    return program.output
+
+
+def test_a_role_that_may_only_use_the_table(
+    restricted: Fleet, client: Callable[[], Celery], postgres_url: str
+) -> None:
+    fleet = restricted
+    by_worker = fleet.command("singleton", "migrate")
+    assert by_worker.returncode == 1
+    assert f"Error: role {WORKER} may not make or upgrade table {TABLE}" in by_worker.stderr
+    assert "Traceback" not in by_worker.stderr
+    url = fleet.environment["CELERY_SINGLETON_STORE_URL"]
+    fleet.environment["CELERY_SINGLETON_STORE_URL"] = of(OWNER, postgres_url)
+    assert fleet.command("singleton", "migrate").returncode == 0
+    fleet.environment["CELERY_SINGLETON_STORE_URL"] = url
+
+    lacks = f"role {WORKER} lacks SELECT, INSERT, UPDATE, DELETE on table {TABLE}"
+    grants = f"GRANT SELECT, INSERT, UPDATE, DELETE ON {TABLE} TO {WORKER};"
+    for program in (
+        fleet.start("-P", "solo", ready=False),
+        fleet.start_beat("tests.processes.tasks"),
+    ):
+        said = refused(program)
+        assert lacks in said
+        assert grants in said
+
+    grant(postgres_url)
+    fleet.start("-c", "1")
+    app = client()
+    assert outcome(app.send_task("increment")) == 1
+    assert outcome(app.send_task("sent_once", (3,))) == 3
+    fleet.start_beat("tests.processes.tasks").wait_leads()
+    listed = json.loads(fleet.command("singleton", "ls", "--json").stdout)
+    assert {each["singleton"] for each in listed} == {"increment", 'sent_once{"number":3}'}

@@ -49,6 +49,9 @@ SETTINGS = settings(
     stateful_step_count=30,
     report_multiple_bugs=False,
 )
+#: Where each step is several statements and as many commits; and behind a pooler, where they are
+#: another store's.
+FEW = settings(SETTINGS, max_examples=12)
 #: For faults, which need not be told in the shortest way.
 TO_THE_FIRST_FAILURE = settings(SETTINGS, max_examples=1000, phases=[Phase.generate])
 
@@ -502,10 +505,10 @@ def opener(url: str) -> Callable[[], SqlStore]:
     return lambda: open_store(url, "kv_store", io_timeout=10.0, pool_size=2, auto_migrate=True)
 
 
-def test_any_order_of_steps(store_url: str) -> None:
+def test_any_order_of_steps(store_url: str, request: pytest.FixtureRequest) -> None:
     open_ = opener(store_url)
-    # Each step there is several statements, and as many commits.
-    steps = settings(SETTINGS, max_examples=15) if store_url.startswith("mysql") else SETTINGS
+    few = request.node.callspec.params["store_url"] in ("mariadb", "pgbouncer")
+    steps = FEW if few else SETTINGS
     run_state_machine_as_test(lambda: Leases(open_), settings=steps)
 
 

@@ -5,6 +5,10 @@ Every added column may be null, so that no row is rewritten and old writers go o
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
@@ -46,31 +50,62 @@ def added() -> list[sa.Column[object]]:
     ]
 
 
-def compare_by_bytes(name: str, schema: str | None, inspector: sa.Inspector) -> None:
-    """Have keys and values as a new table has them: two keys that differ only in case are two."""
-    found = {
-        column["name"]: column["type"] for column in inspector.get_columns(name, schema=schema)
-    }
-    for column, wanted in {"key": KEY, "value": TEXT}.items():
-        is_text = isinstance(found[column], sa.String)
-        if is_text and getattr(found[column], "collation", None) != BINARY["collation"]:
-            op.alter_column(name, column, type_=wanted, nullable=False, schema=schema)
-
-
 def upgrade() -> None:
+    """All questions come first: from the first change on nobody else can use the table."""
     schema, _, name = op.get_context().opts["singleton_table"].rpartition(".")
     schema = schema or None
     inspector = sa.inspect(op.get_bind())
+    indexed: list[object] = []
     if not inspector.has_table(name, schema=schema):
         op.create_table(name, *given(), *added(), schema=schema, mysql_engine="InnoDB")
     else:
-        present = {column["name"] for column in inspector.get_columns(name, schema=schema)}
-        for column in added():
-            if column.name not in present:
-                op.add_column(name, column, schema=schema)
-        if op.get_bind().dialect.name == "mysql":
-            compare_by_bytes(name, schema, inspector)
-    inspector.clear_cache()
-    indexed = [index["column_names"] for index in inspector.get_indexes(name, schema=schema)]
+        found = {column["name"]: column for column in inspector.get_columns(name, schema=schema)}
+        indexed = [index["column_names"] for index in inspector.get_indexes(name, schema=schema)]
+        alter(sa.Table(name, sa.MetaData(), schema=schema), found)
     if ["updated_at"] not in indexed:
         op.create_index(f"idx_{name}_updated_at", name, ["updated_at"], schema=schema)
+
+
+def alter(table: sa.Table, found: dict[str, Any]) -> None:
+    """Add columns, by one statement where a database has that: each may wait for others."""
+    dialect = op.get_bind().dialect
+    changes = [
+        f"ADD COLUMN {definition(column, dialect)}"
+        for column in added()
+        if column.name not in found
+    ]
+    if dialect.name == "mysql":
+        changes += [f"MODIFY COLUMN {definition(column, dialect)}" for column in changed(found)]
+    quoted = dialect.identifier_preparer.format_table(table)
+    for change in changes if dialect.name == "sqlite" else [", ".join(changes)]:
+        if change:
+            op.execute(f"ALTER TABLE {quoted} {change}")
+
+
+def definition(column: sa.Column[object], dialect: sa.Dialect) -> str:
+    return str(sa.schema.CreateColumn(column).compile(dialect=dialect))
+
+
+def changed(found: dict[str, Any]) -> Iterator[sa.Column[object]]:
+    """Columns of MariaDB's or MySQL's that are to be as a new table has them.
+
+    Two keys that differ only in case are two; and of two moments within a second one is later.
+    """
+    for column in given():
+        before = found[column.name]["type"]
+        if isinstance(before, sa.String):
+            as_wanted = getattr(before, "collation", None) == BINARY["collation"]
+        else:
+            as_wanted = getattr(before, "fsp", None) == 6
+            if isinstance(before, mysql.TIMESTAMP):
+                column = sa.Column(column.name, mysql.TIMESTAMP(fsp=6), nullable=False)
+        if not as_wanted:
+            default = found[column.name].get("default")
+            if default is not None:
+                column.server_default = sa.DefaultClause(sa.text(to_the_microsecond(default)))
+            yield column
+
+
+def to_the_microsecond(default: str) -> str:
+    """A column's default, or what it is set to at each change, as precise as its column."""
+    return re.sub(r"(?i)\bcurrent_timestamp\b(\(\d*\))?", "CURRENT_TIMESTAMP(6)", default)

@@ -1,0 +1,67 @@
+"""Everything that is done with a store, once: for tests of who may, and where."""
+
+from __future__ import annotations
+
+from celery_singleton_state import KeyValueStore
+from celery_singleton_state.store import SqlStore
+from celery_singleton_state.store.base import Acquired, Ended, NewValue
+
+DONE = Ended("succeeded", "[]")
+NEW = NewValue('{"n":1}', 1)
+
+
+def use_all(store: SqlStore) -> None:
+    """The five verbs, and what is asked of others' rows and of a schedule's."""
+    store.check()
+    lease = acquire(store, "a").lease
+    other = acquire(store, "a", key="k2").lease
+    assert store.renew([lease]) == {"k": None}
+    assert store.renew([lease, other]) == {"k": None, "k2": None}
+    assert store.save(lease, NEW)
+    with store.transaction() as transaction:
+        assert transaction.save(lease, NEW)
+    row = store.peek("k")
+    assert row is not None
+    assert (row.value, row.fence) == (NEW.value, 1)
+    assert [row.key for row in store.list("k")] == ["k", "k2"]
+    assert store.contents(["k"], values=True) == {"k": (None, NEW.value)}
+
+    wishes = store.wishes
+    assert wishes.ask_to_hand_over(row, "b")
+    assert wishes.want(row, "{}")
+    assert wishes.wanted("k") == "{}"
+    wishes.granted("k", "{}")
+    assert store.release(lease, DONE, NEW)
+    assert wishes.enqueue("k", "task", 60) == "task"
+    wishes.dequeue("k", "task")
+    assert wishes.put("k", NEW)
+    wishes.expect(["k", "k3"])
+    assert store.release(other, Ended("succeeded", "[]", hold=60))
+    held_on = store.peek("k2")
+    assert held_on is not None
+    assert wishes.let_go(held_on)
+    store.set_aside("k4", "broken")
+    assert acquire(store, "b").lease.fence == 2
+
+    leader = acquire(store, "beat", key="beat").lease
+    assert store.entries.record(leader, {"beat:a": "1", "beat:b": "2"}) is not None
+    store.entries.forget(leader, ["beat:a"])
+    assert store.entries.load("beat:") == {"beat:b": "2"}
+
+
+def acquire(store: SqlStore, holder: str, key: str = "k") -> Acquired:
+    acquired = store.acquire(key, holder, 60, f"task-{holder}")
+    assert acquired is not None
+    return acquired
+
+
+def use_all_values(kv: KeyValueStore) -> None:
+    """What a key-value store can do."""
+    kv = kv.prefix("values:")
+    kv.set("k", 1)
+    kv.set_bytes("b", b"2")
+    assert kv.modify("k", lambda n: n + 1) == 2
+    assert (kv.get("k"), kv.get_bytes("b"), kv.has("k"), kv.size()) == (2, b"2", True, 2)
+    assert kv.remove("b")
+    kv.clear()
+    assert kv.is_empty()
