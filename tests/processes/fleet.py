@@ -17,6 +17,7 @@ import psutil
 from celery.result import AsyncResult
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.processes import commands
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -253,13 +254,7 @@ class Fleet:
         self, *arguments: str, app: str = "tests.processes.tasks"
     ) -> subprocess.CompletedProcess[str]:
         """Run ``celery -A … <arguments>``."""
-        return subprocess.run(
-            self.celery(*arguments, app=app),
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        return commands.run(["-A", app, *arguments], self.environment, ROOT)
 
     def outputs(self) -> list[tuple[str, str]]:
         """A title and a text for each worker, and for what the bodies wrote down."""

@@ -1,19 +1,14 @@
-"""Our events beside Celery's own, as ``celery events`` and Flower see them."""
+"""Our events beside Celery's own, as ``celery events`` sees them."""
 
 from __future__ import annotations
 
-import json
 import re
-import urllib.request
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
 from celery import Celery
 
 from tests.processes.fleet import Fleet, Program, outcome
-from tests.servers import free_port
-from tests.waiting import wait_until
 
 APP = "tests.processes.seen_app"
 
@@ -24,67 +19,21 @@ def fleet(make_fleet: Callable[..., Fleet], postgres_url: str) -> Fleet:
 
 
 @pytest.fixture
-def start(fleet: Fleet) -> Any:
-    """Starts another of Celery's commands."""
-    started: list[Program] = []
-
-    def run(*command: str, **environment: str) -> Program:
-        log = fleet.directory / f"{command[0]}.log"
-        started.append(Program([*command], fleet.environment | environment, log, APP))
-        return started[-1]
-
-    yield run
-    for program in started:
-        program.close()
+def dump(fleet: Fleet) -> Iterator[Program]:
+    """``celery events``, which prints what it sees."""
+    environment = fleet.environment | {"PYTHONUNBUFFERED": "1"}
+    program = Program(["events", "--dump"], environment, fleet.directory / "events.log", APP)
+    yield program
+    program.close()
 
 
 def test_celery_events_shows_them(
-    fleet: Fleet, client: Callable[[], Celery], start: Callable[..., Program]
+    fleet: Fleet, client: Callable[[], Celery], dump: Program
 ) -> None:
     fleet.start("-P", "solo", "-E", app=APP)
-    dump = start("events", "--dump", PYTHONUNBUFFERED="1")
     dump.wait_for("heartbeat")
     outcome(client().send_task("counted", ("a",)))
     dump.wait_for("singleton released")
     said = re.findall(r"\] singleton (.*?): (.*)", dump.output)
     assert [kind for kind, _ in said] == ["acquired", "state loaded", "state saved", "released"]
     assert all('counted{"key":"a"}' in fields for _, fields in said)
-
-
-def test_flower_counts_tasks_as_if_they_were_not_there(
-    fleet: Fleet, client: Callable[[], Celery], start: Callable[..., Program]
-) -> None:
-    """It is sent ours as well, and neither makes tasks nor counts of them."""
-    fleet.start("-P", "solo", "-E", app=APP)
-    port = free_port()
-    # Reading its tasks is for those who are told who they are.
-    start("flower", f"--port={port}", "--address=127.0.0.1", FLOWER_UNAUTHENTICATED_API="1")
-
-    def get(path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
-            return str(answer.read().decode())
-
-    def answers() -> bool:
-        try:
-            return "flower_worker_online{" in get("/metrics")
-        except OSError:
-            return False
-
-    wait_until(answers, "Flower has seen the worker")
-    app = client()
-    sent = [app.send_task("counted", (str(n), "fail" if n % 4 == 0 else "save")) for n in range(12)]
-    for result in sent:
-        outcome(result)
-
-    def counted(kind: str) -> int:
-        found = re.findall(
-            rf'^flower_events_total{{.*type="{kind}".*}} (\S+)', get("/metrics"), re.M
-        )
-        return round(sum(map(float, found)))
-
-    wait_until(lambda: counted("task-succeeded") + counted("task-failed") == 12, "all have ended")
-    assert (counted("task-succeeded"), counted("task-failed")) == (9, 3)
-    tasks = json.loads(get("/api/tasks"))
-    assert {task: each["state"] for task, each in tasks.items()} == {
-        result.id: "FAILURE" if n % 4 == 0 else "SUCCESS" for n, result in enumerate(sent)
-    }
