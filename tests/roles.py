@@ -37,7 +37,7 @@ def grant(url: str) -> None:
 def drop_roles(url: str) -> None:
     """With all that they have; a server has them once for all its databases."""
     both = f"{OWNER}, {WORKER}"
-    execute(url, f"DROP OWNED BY {both}", f"DROP ROLE {both}")
+    execute(url, f"DROP OWNED BY {both} CASCADE", f"DROP ROLE {both}")
 
 
 def make_roles_on_mariadb(url: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from celery_singleton_state.migrate import migrate_url
-from celery_singleton_state.migrations import unobtrusive
+from celery_singleton_state.migrations import concurrent_index, unobtrusive
 from celery_singleton_state.store.base import StoreUnavailable
 from tests.pgbouncer import PgBouncer
 from tests.servers import Postgres
@@ -24,6 +24,9 @@ from tests.waiting import wait_until
 Connect = Callable[..., psycopg.Connection[Any]]
 
 VALID = "SELECT indisvalid FROM pg_index WHERE indrelid = '{table}'::regclass AND NOT indisprimary"
+WAITS = """
+SELECT 1 FROM pg_stat_activity WHERE query LIKE 'LOCK TABLE%' AND wait_event_type = 'Lock'
+"""
 BUILDS = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'CREATE INDEX CONCURRENTLY%'"
 
 
@@ -73,6 +76,7 @@ def is_valid(watch: psycopg.Connection[Any], table: str = "kv_store") -> list[bo
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unobtrusive, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(concurrent_index, "LOCK_TIMEOUT", 0.1)
     monkeypatch.setattr(unobtrusive, "PAUSE", 0.1)
 
 
@@ -177,6 +181,39 @@ def test_an_index_whose_build_broke_off_is_built_anew(
         assert is_valid(watch, name) == [True]
     (count,) = watch.execute(f"SELECT count(*) FROM {name} WHERE fence IS NULL").fetchone() or (0,)
     assert count == 2
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_build_whose_client_died_is_waited_for(
+    postgres_url: str,
+    writer: psycopg.Connection[Any],
+    watch: psycopg.Connection[Any],
+    pool: ThreadPoolExecutor,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A builds the index, and waits for a transaction; A's process is killed, while the database
+    goes on; B wants to migrate, and waits for that, others beside it; the transaction ends, and so
+    does A's build, which waits for whoever has a snapshot. B has found its work done.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    process = spawn.Process(target=migrate_url, args=(postgres_url, "kv_store"), daemon=True)
+    process.start()
+    wait_until(lambda: is_valid(watch) == [False], "the index is being built")
+    process.kill()
+    process.join()
+    index = "SELECT 'idx_kv_store_updated_at'::regclass::oid::int"
+    before = watch.execute(index).fetchone()
+
+    with caplog.at_level(logging.WARNING):
+        upgraded = pool.submit(migrate_url, postgres_url, "kv_store")
+        wait_until(lambda: caplog.text.count("is locked, trying again: pid") >= 2, "B waits")
+    watch.execute("UPDATE kv_store SET value = '2'")
+    assert is_valid(watch) == [False]
+    wait_until(lambda: watch.execute(WAITS).fetchall(), "B waits for the lock")
+    writer.commit()
+    upgraded.result()
+    assert (is_valid(watch), watch.execute(index).fetchone()) == ([True], before)
+    assert columns_and_indexes(postgres_url)[0] == ALL_COLUMNS
 
 
 @pytest.mark.usefixtures("table")

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from celery_singleton_state.store.base import StoreMisconfigured, StoreUnavailable
-from celery_singleton_state.store.faults import is_forbidden, is_locked
+from celery_singleton_state.store.faults import is_forbidden, is_locked, is_undone
 from celery_singleton_state.store.schema import make_table
 from celery_singleton_state.store.sql import open_transaction
 
@@ -120,7 +120,7 @@ def _patiently(engine: Engine, table_name: str, upgrade: Callable[[], None]) -> 
         try:
             return upgrade()
         except OperationalError as error:
-            if not is_locked(error):
+            if not (is_locked(error) or is_undone(error)):
                 raise
             holders = _holders(engine, table_name)
             if time.monotonic() > until:

@@ -138,7 +138,8 @@ def test_an_upgrade_loses_nothing_and_stops_nobody(
     print(f"of {users.reads + users.counted} reads and changes the longest took", end=" ")
     print(f"{users.longest * 1000:.1f} ms")
 
-    assert (upgraded.returncode, upgraded.stdout) == (0, "table kv_store is ready\n")
+    assert upgraded.returncode == 0, upgraded.stderr
+    assert upgraded.stdout == "table kv_store is ready\n"
     assert columns_and_indexes(postgres_url) == (
         ALL_COLUMNS,
         [("idx_kv_store_updated_at", ["updated_at"])],
