@@ -16,6 +16,9 @@ import socket
 import subprocess
 import tempfile
 import threading
+from collections.abc import Iterator
+from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,40 @@ import psycopg
 
 from tests.waiting import wait_until
 
+#: Bytes.
+ROOM = 4 * 2**30
+#: Below those that a system gives to clients (from 32768 on Linux, 49152 elsewhere): none of them
+#: takes the port of a server which is yet to start, or is down for a moment.
+PORTS = range(20_000, 32_000)
+#: Of a process of the tests' own, unless there are very many.
+SHARE = 100
+
+
+@cache
+def _ports() -> Iterator[int]:
+    first = os.getpid() * SHARE % len(PORTS)
+    return cycle(PORTS[first : first + SHARE])
+
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    for port in _ports():
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            # What a server sets too: connections that have ended are no hindrance.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable")
+
+
+def in_memory() -> str | None:
+    """A folder on a file system in memory, where there is one with room: a database that is made
+    for a minute would have the disk do half of the work.
+    """
+    folder = "/dev/shm"
+    with contextlib.suppress(OSError):
+        if os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > ROOM:
+            return folder
+    return None
 
 
 class Server:
@@ -35,7 +67,7 @@ class Server:
 
     def __init__(self, name: str) -> None:
         self.port = free_port()
-        self.directory = Path(tempfile.mkdtemp(prefix=f"test-{name}-"))
+        self.directory = Path(tempfile.mkdtemp(prefix=f"test-{name}-", dir=in_memory()))
         self.log = self.directory / "log"
         self.process: subprocess.Popen[bytes] | None = None
 

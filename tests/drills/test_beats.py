@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -53,13 +53,17 @@ def test_a_crash_between_sending_and_recording(
 
 
 @pytest.fixture
-def faketime() -> str:
+def faketime() -> Iterator[str]:
     """The library that shows a process another time."""
     found = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
     if not found:
         assert os.environ.get("SINGLETON_TEST_FAKETIME") != "required", "no libfaketime"
         pytest.skip("no libfaketime")
-    return str(found[0])
+    yield str(found[0])
+    # What those that were killed left in memory.
+    for left in Path("/dev/shm").glob("*faketime_s*_*"):
+        if not Path("/proc", left.name.rpartition("_")[2]).exists():
+            left.unlink()
 
 
 def test_a_wrong_clock_does_no_harm(make_hosts: Callable[..., Hosts], faketime: str) -> None:
