@@ -232,7 +232,8 @@ class Fleet:
 
     def notes(self, event: str) -> list[dict[str, Any]]:
         """What the bodies wrote down of one kind, in order."""
-        lines = self.notes_file.read_text().splitlines()
+        # Of a line that is being written a first part can be there already.
+        lines = self.notes_file.read_text().rpartition("\n")[0].splitlines()
         return [note for note in map(json.loads, lines) if note["event"] == event]
 
     def wait_for_notes(self, event: str, count: int = 1) -> list[dict[str, Any]]:

@@ -71,7 +71,7 @@ class Counter:
 
 
 def note(event: str, **facts: Any) -> None:
-    """Append a line to the test's log; a line of this length is written whole."""
+    """Append a line to the test's log: at once, so that no two are mixed up."""
     line = json.dumps({"event": event, "pid": os.getpid(), "at": time.monotonic()} | facts)
     with open(os.environ["TEST_LOG"], "a") as log:
         log.write(line + "\n")
