@@ -126,7 +126,10 @@ class Runtime:
         if isinstance(store, RoutedStore):
             store = store.of(key)
         with self._opening:
-            return self._heartbeats.setdefault(id(store), Heartbeat(store))
+            heartbeat = self._heartbeats.get(id(store))
+            if heartbeat is None:
+                heartbeat = self._heartbeats[id(store)] = Heartbeat(store)
+            return heartbeat
 
     @property
     def holdings(self) -> Holdings:

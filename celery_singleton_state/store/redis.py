@@ -10,11 +10,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from hashlib import sha1
 from typing import Any
 
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
 from celery_singleton_state.state import NO_STATE
@@ -33,6 +32,7 @@ from .base import (
     one_line,
     seen,
 )
+from .redis_calls import ScriptCalls
 from .redis_url import client_for
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class RedisStore:
             socket_connect_timeout=io_timeout,
             retry=Retry(NoBackoff(), 0),
         )
+        self._scripts = ScriptCalls(self._client)
         self.wishes = RedisWishes(self._call)
 
     def acquire(self, key: str, holder: str, ttl: float, task_id: str | None) -> Acquired | None:
@@ -128,22 +129,12 @@ class RedisStore:
             )
 
     def close(self) -> None:
+        self._scripts.close()
         self._client.close()
 
     def _call(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
-        words = [len(keys), *keys, *arguments]
         with _as_ours():
-            try:
-                return self._client.evalsha(sha1(script.encode()).hexdigest(), *words)
-            except NoScriptError:
-                # New to this server, or its scripts were flushed.
-                return self._client.eval(script, *words)
-            except RedisError:
-                raise
-            except BaseException:
-                # Broken off, by a time limit say: what is answered is not for who asks next.
-                self._client.connection_pool.disconnect()
-                raise
+            return self._scripts.call(script, keys, arguments)
 
 
 class RedisWishes:

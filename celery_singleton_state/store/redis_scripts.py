@@ -32,22 +32,20 @@ local function is_held_by(holder, fence)
 end
 """
 
+#: This one and the release are what a run waits for, so each reads once and writes once.
 ACQUIRE = f"""
 {_HEAD}
 local holder, ttl, task_id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
-local other = get('holder')
-if other and other ~= holder and later('expires_at') then return false end
-make()
-if other ~= holder then redis.call('HINCRBY', key, 'fence', 1) end
-set('holder', holder)
-set('acquired_at', moment(now))
-set('expires_at', moment(now + ttl))
-drop('handoff_to')
-if task_id == '' then drop('task_id') else
-  set('task_id', task_id)
-  if get('queued_task_id') == task_id then drop('queued_until') end
-end
-return {{get('fence'), get('history'), moment(now)}}
+local other, expires_at, fence, history, queued = unpack(redis.call(
+  'HMGET', key, 'holder', 'expires_at', 'fence', 'history', 'queued_task_id'))
+if other and other ~= holder and expires_at and tonumber(expires_at) > now then return false end
+if not fence then make() end
+if other ~= holder then fence = redis.call('HINCRBY', key, 'fence', 1) end
+redis.call('HSET', key, 'holder', holder, 'acquired_at', moment(now),
+  'expires_at', moment(now + ttl), 'task_id', task_id)
+if task_id == '' then drop('handoff_to', 'task_id') else drop('handoff_to') end
+if queued and queued == task_id then drop('queued_until') end
+return {{tonumber(fence), history, moment(now)}}
 """
 
 #: For each of the keys three arguments; answers for each ``false``, or who asks to take over.
@@ -70,20 +68,20 @@ return found
 RELEASE = f"""
 {_HEAD}
 local holder, fence, outcome, history, hold = unpack(ARGV)
-if not is_held_by(holder, fence) then return false end
-local until_then = tonumber(get('acquired_at') or '0') + tonumber(hold)
-drop('task_id', 'acquired_at')
-if tonumber(hold) > 0 and until_then > now then
-  set('holder', holder .. '{HELD_ON}')
-  set('expires_at', moment(until_then))
-else
-  drop('holder', 'expires_at')
-end
+local other, last, acquired_at, wanted = unpack(redis.call(
+  'HMGET', key, 'holder', 'fence', 'acquired_at', 'wanted'))
+if other ~= holder or last ~= fence then return false end
 redis.call('HINCRBY', key, 'run_count', 1)
-set('last_outcome', outcome)
-set('last_finished_at', moment(now))
-set('history', history)
-return get('wanted') or ''
+redis.call('HSET', key, 'last_outcome', outcome, 'last_finished_at', moment(now),
+  'history', history)
+local until_then = tonumber(acquired_at or '0') + tonumber(hold)
+if tonumber(hold) > 0 and until_then > now then
+  drop('task_id', 'acquired_at')
+  redis.call('HSET', key, 'holder', holder .. '{HELD_ON}', 'expires_at', moment(until_then))
+else
+  drop('task_id', 'acquired_at', 'holder', 'expires_at')
+end
+return wanted or ''
 """
 
 PEEK = f"""

@@ -519,9 +519,9 @@ def test_any_order_of_steps_in_redis(lease_url: str) -> None:
 
 
 def test_the_steps_find_a_fault_in_redis(lease_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check = "if not is_held_by(holder, fence) then"
+    check = "if other ~= holder or last ~= fence then"
     assert check in redis_scripts.RELEASE
-    wrong = redis_scripts.RELEASE.replace(check, "if get('holder') ~= holder then")
+    wrong = redis_scripts.RELEASE.replace(check, "if other ~= holder then")
     monkeypatch.setattr(redis_scripts, "RELEASE", wrong)
     with pytest.raises(AssertionError):
         run_state_machine_as_test(

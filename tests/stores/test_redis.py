@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,6 +272,53 @@ def test_a_time_limit_in_mid_call_leaves_no_answer_behind(
     row = store.peek("singleton-state:task")
     assert row is not None
     assert row.last_outcome == "succeeded"
+
+
+@pytest.fixture
+def kept(lease_url: str) -> Iterator[RedisStore]:
+    """A store that has a connection."""
+    store = RedisStore(lease_url, io_timeout=5.0)
+    store.wishes.expect(["first"])
+    yield store
+    store.close()
+
+
+def test_a_connection_that_the_server_has_closed_is_not_used(
+    kept: RedisStore, lease_url: str
+) -> None:
+    with redis.Redis.from_url(lease_url) as client:
+        client.client_kill_filter(_type="normal", skipme=True)
+    assert kept.acquire("k", "h", 60, None) is not None
+
+
+def test_a_forked_process_has_a_connection_of_its_own(kept: RedisStore) -> None:
+    """Both take leases by turns of the scheduler's; none is given another's answer."""
+    child = multiprocessing.get_context("fork").Process(target=take_and_give, args=(kept, "child"))
+    child.start()
+    take_and_give(kept, "parent")
+    child.join(30)
+    assert child.exitcode == 0
+    take_and_give(kept, "afterwards")
+
+
+def test_threads_share_it(kept: RedisStore) -> None:
+    """One has the connection, the others go to the pool; none is given another's answer."""
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: take_and_give(kept, name), "abcd"))
+
+
+def take_and_give(store: RedisStore, name: str) -> None:
+    """Take each of some leases twice, by one's own name, and give it back."""
+    for number in range(100):
+        key = f"{name}-{number}"
+        for fence in (1, 2):
+            acquired = store.acquire(key, f"{name}-{fence}", 60, None)
+            assert acquired is not None
+            assert (acquired.lease.key, acquired.lease.fence) == (key, fence)
+            assert store.release(acquired.lease, Ended("succeeded", f"[{number}]", 0.0))
+        row = store.peek(key)
+        assert row is not None
+        assert (row.key, row.history) == (key, f"[{number}]")
 
 
 def test_sentinel_knows_where_the_master_is() -> None:
