@@ -39,6 +39,9 @@ class MariaDB(Server):
         # The kernel has only so many places for asynchronous writes, and each server takes many.
         self._options = ["--no-defaults", f"--datadir={self.directory}/data"]
         self._options += ["--innodb-use-native-aio=0"]
+        # Servers that share one while they are made crash now and then.
+        (self.directory / "tmp").mkdir()
+        self._options.append(f"--tmpdir={self.directory}/tmp")
         if os.geteuid() == 0:
             self._options.append("--user=root")
         made = subprocess.run(
