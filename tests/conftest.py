@@ -103,10 +103,14 @@ def own_valkey() -> Iterator[Valkey]:
 
 
 @pytest.fixture
-def postgres_url(postgres: Postgres) -> Iterator[str]:
-    """A new, empty database."""
+def postgres_url(postgres: Postgres, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A new, empty database; behind a pooler, where the environment says so."""
     name = f"test_{os.getpid()}_{next(_numbers)}"
-    yield postgres.create_database(name)
+    url = postgres.create_database(name)
+    if os.environ.get("SINGLETON_TEST_POOLED"):
+        pgbouncer: PgBouncer = request.getfixturevalue("pgbouncer")
+        url = pgbouncer.url(name)
+    yield url
     postgres.drop_database(name)
 
 

@@ -43,7 +43,7 @@ class ScriptCalls:
             return self._send("EVAL", script, *words)
 
     def close(self) -> None:
-        """Close what is kept, or let whoever uses it do so."""
+        """Give back what is kept; one that is in use ends with the client's pool."""
         if self._in_use.acquire(blocking=False):
             kept, self._kept = self._kept, None
             if kept is not None:
