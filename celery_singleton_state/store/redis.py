@@ -129,8 +129,8 @@ class RedisStore:
             )
 
     def close(self) -> None:
-        self._scripts.close()
-        self._client.close()
+        # Those in use as well, whichever release of the client library it is.
+        self._client.connection_pool.disconnect()
 
     def _call(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         with _as_ours():

@@ -1,7 +1,7 @@
 """Calls of scripts: over one connection that is kept at hand, and over the client's pool.
 
 What redis-py adds to a command beside sending it and reading its answer (the pool, tries, what it
-tells of itself) costs as much as the server does. So the first caller has a connection for itself,
+tells of itself) costs more than the server's work. So the first caller has a connection for itself,
 and who comes while it is in use goes the client's way.
 """
 
@@ -26,7 +26,7 @@ class ScriptCalls:
         #: Held by whoever uses the kept connection. One that a signal takes away before its
         #: release only sends all later callers to the pool.
         self._in_use = threading.Lock()
-        #: A client of one connection, and the process that it is of.
+        #: A client of one of the pool's connections, and the process that it is of.
         self._kept: Any = None
         self._pid = 0
 
@@ -42,21 +42,21 @@ class ScriptCalls:
             # New to this server, or its scripts were flushed.
             return self._send("EVAL", script, *words)
 
-    def close(self) -> None:
-        """Give back what is kept; one that is in use ends with the client's pool."""
-        if self._in_use.acquire(blocking=False):
-            kept, self._kept = self._kept, None
-            if kept is not None:
-                kept.close()
-            self._in_use.release()
-
     def _send(self, *words: Any) -> Any:
-        if not self._in_use.acquire(blocking=False):
-            return self._send_over_pool(words)
         try:
-            return _ask(self._connection(), words)
-        finally:
-            self._in_use.release()
+            if not self._in_use.acquire(blocking=False):
+                return self._client.execute_command(*words)
+            try:
+                return _ask(self._connection(), words)
+            finally:
+                self._in_use.release()
+        except RedisError:
+            raise
+        except BaseException:
+            # Broken off, by a time limit say: who asks next must be given neither this answer nor a
+            # connection that was not told its database yet.
+            self._client.connection_pool.disconnect()
+            raise
 
     def _connection(self) -> Any:
         if self._kept is None or self._pid != os.getpid():
@@ -69,16 +69,6 @@ class ScriptCalls:
             connection.disconnect()
         return connection
 
-    def _send_over_pool(self, words: Sequence[Any]) -> Any:
-        try:
-            return self._client.execute_command(*words)
-        except RedisError:
-            raise
-        except BaseException:
-            # Broken off, by a time limit say: what is answered is not for who asks next.
-            self._client.connection_pool.disconnect()
-            raise
-
 
 def _ask(connection: Any, words: Sequence[Any]) -> Any:
     try:
@@ -86,7 +76,7 @@ def _ask(connection: Any, words: Sequence[Any]) -> Any:
         return connection.read_response()
     except NoScriptError:
         raise
-    except BaseException:
+    except RedisError:
         # It is in no state to be reused, or its server is one that may only be read.
         connection.disconnect()
         raise

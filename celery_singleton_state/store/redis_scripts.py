@@ -32,7 +32,7 @@ local function is_held_by(holder, fence)
 end
 """
 
-#: This one and the release are what a run waits for, so each reads once and writes once.
+#: This one and the release are what a run waits for, so each reads all at once.
 ACQUIRE = f"""
 {_HEAD}
 local holder, ttl, task_id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
@@ -44,7 +44,7 @@ if other ~= holder then fence = redis.call('HINCRBY', key, 'fence', 1) end
 redis.call('HSET', key, 'holder', holder, 'acquired_at', moment(now),
   'expires_at', moment(now + ttl), 'task_id', task_id)
 if task_id == '' then drop('handoff_to', 'task_id') else drop('handoff_to') end
-if queued and queued == task_id then drop('queued_until') end
+if queued == task_id then drop('queued_until') end
 return {{tonumber(fence), history, moment(now)}}
 """
 

@@ -291,6 +291,35 @@ def test_a_connection_that_the_server_has_closed_is_not_used(
     assert kept.acquire("k", "h", 60, None) is not None
 
 
+@pytest.mark.parametrize("moment", ["first", "again"])
+def test_a_time_limit_while_it_connects_leaves_no_half_made_connection(
+    lease_url: str, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """It strikes before the connection was told its database: who asks next asks that database, and
+    not the first one.
+    """
+    store = RedisStore(lease_url, io_timeout=5.0)
+    if moment == "again":
+        store.wishes.expect(["first"])
+        with redis.Redis.from_url(lease_url) as client:
+            client.client_kill_filter(_type="normal", skipme=True)
+    send = redis.Connection.send_command
+
+    def strike(self: Any, *words: Any, **options: Any) -> None:
+        if words[0] == "SELECT":
+            monkeypatch.undo()
+            raise SoftTimeLimitExceeded
+        send(self, *words, **options)
+
+    monkeypatch.setattr(redis.Connection, "send_command", strike)
+    with pytest.raises(SoftTimeLimitExceeded):
+        store.acquire("k", "h", 60, None)
+    assert store.acquire("k", "h", 60, None) is not None
+    store.close()
+    with redis.Redis.from_url(lease_url) as client:
+        assert client.exists("k")
+
+
 def test_a_forked_process_has_a_connection_of_its_own(kept: RedisStore) -> None:
     """Both take leases by turns of the scheduler's; none is given another's answer."""
     child = multiprocessing.get_context("fork").Process(target=take_and_give, args=(kept, "child"))
