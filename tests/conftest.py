@@ -103,15 +103,20 @@ def own_valkey() -> Iterator[Valkey]:
 
 
 @pytest.fixture
-def postgres_url(postgres: Postgres, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A new, empty database; behind a pooler, where the environment says so."""
+def server_url(postgres: Postgres) -> Iterator[str]:
+    """A new, empty database, past any pooler: its connections, roles and log can be seen."""
     name = f"test_{os.getpid()}_{next(_numbers)}"
-    url = postgres.create_database(name)
-    if os.environ.get("SINGLETON_TEST_POOLED"):
-        pgbouncer: PgBouncer = request.getfixturevalue("pgbouncer")
-        url = pgbouncer.url(name)
-    yield url
+    yield postgres.create_database(name)
     postgres.drop_database(name)
+
+
+@pytest.fixture
+def postgres_url(server_url: str, request: pytest.FixtureRequest) -> str:
+    """A new, empty database; behind a pooler, where the environment says so."""
+    if not os.environ.get("SINGLETON_TEST_POOLED"):
+        return server_url
+    pgbouncer: PgBouncer = request.getfixturevalue("pgbouncer")
+    return pgbouncer.url(server_url.rpartition("/")[2])
 
 
 @pytest.fixture(scope="session")

@@ -29,9 +29,9 @@ RENEWALS = 5
 
 
 @pytest.fixture
-def server(postgres_url: str) -> Iterator[psycopg.Connection[Any]]:
+def server(server_url: str) -> Iterator[psycopg.Connection[Any]]:
     """Asks the server for what the workers do."""
-    dsn = postgres_url.replace("+psycopg", "")
+    dsn = server_url.replace("+psycopg", "")
     with psycopg.connect(dsn, autocommit=True) as connection:
         yield connection
 
@@ -58,7 +58,7 @@ def connections(server: psycopg.Connection[Any]) -> int:
 def test_a_worker_under_load_keeps_to_the_budget(
     make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
-    postgres_url: str,
+    server_url: str,
     server: psycopg.Connection[Any],
     tmp_path: Path,
     pool: str,
@@ -69,7 +69,7 @@ def test_a_worker_under_load_keeps_to_the_budget(
     """
     row, most, usual = BUDGETS[pool]
     assert row in PAGE
-    fleet = make_fleet(postgres_url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.2")
+    fleet = make_fleet(server_url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.2")
     app, until = client(), tmp_path / "until"
     fleet.start("-P", pool, "-c", str(BODIES))
     bodies = 1 if pool == "solo" else BODIES
@@ -96,12 +96,12 @@ def test_a_worker_under_load_keeps_to_the_budget(
 def test_a_prefork_workers_own_process_connects_when_a_child_dies(
     make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
-    postgres_url: str,
+    server_url: str,
     server: psycopg.Connection[Any],
     tmp_path: Path,
 ) -> None:
     assert "a prefork worker's own process | 3 | 0, and 1 after" in PAGE
-    fleet = make_fleet(postgres_url)
+    fleet = make_fleet(server_url)
     worker = fleet.start("-c", "1")
     wait_until(lambda: connections(server) == 0, "those of its start are closed")
     client().send_task("finishes", (str(tmp_path / "never"),))

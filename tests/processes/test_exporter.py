@@ -120,13 +120,13 @@ def test_the_counters_agree_with_what_500_runs_did(
 
 
 def test_ten_thousand_keys_are_no_series_and_one_statement(
-    make_fleet: Callable[..., Fleet], postgres: Postgres, postgres_url: str
+    make_fleet: Callable[..., Fleet], postgres: Postgres, server_url: str
 ) -> None:
     """But where they are asked for."""
-    url = f"{postgres_url}?application_name=scraped&options=-c%20log_statement%3Dall"
+    url = f"{server_url}?application_name=scraped&options=-c%20log_statement%3Dall"
     fleet = make_fleet(url)
     exporter, per_key = fleet.start_exporter(APP), fleet.start_exporter(APP, "--per-key")
-    store = open_store(postgres_url, "kv_store", 5.0)
+    store = open_store(server_url, "kv_store", 5.0)
     store.wishes.expect(['singleton-state:counted{"key":"0"}'])
     before = exporter.metrics()
     store.wishes.expect([f'singleton-state:counted{{"key":"{n}"}}' for n in range(10_000)])

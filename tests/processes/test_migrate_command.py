@@ -73,15 +73,15 @@ def test_a_table_that_is_there_already_under_another_name(
 
 
 @pytest.fixture
-def restricted(make_fleet: Callable[..., Fleet], postgres_url: str) -> Iterator[Fleet]:
+def restricted(make_fleet: Callable[..., Fleet], server_url: str) -> Iterator[Fleet]:
     """A fleet whose role may use the table, and has none yet."""
-    make_roles(postgres_url)
+    make_roles(server_url)
     yield make_fleet(
-        of(WORKER, postgres_url),
+        of(WORKER, server_url),
         CELERY_SINGLETON_AUTO_MIGRATE="0",
         CELERY_SINGLETON_TABLE=TABLE,
     )
-    drop_roles(postgres_url)
+    drop_roles(server_url)
 
 
 def refused(program: Program) -> str:
@@ -92,7 +92,7 @@ def refused(program: Program) -> str:
 
 
 def test_a_role_that_may_only_use_the_table(
-    restricted: Fleet, client: Callable[[], Celery], postgres_url: str
+    restricted: Fleet, client: Callable[[], Celery], server_url: str
 ) -> None:
     fleet = restricted
     by_worker = fleet.command("singleton", "migrate")
@@ -100,7 +100,7 @@ def test_a_role_that_may_only_use_the_table(
     assert f"Error: role {WORKER} may not make or upgrade table {TABLE}" in by_worker.stderr
     assert "Traceback" not in by_worker.stderr
     url = fleet.environment["CELERY_SINGLETON_STORE_URL"]
-    fleet.environment["CELERY_SINGLETON_STORE_URL"] = of(OWNER, postgres_url)
+    fleet.environment["CELERY_SINGLETON_STORE_URL"] = of(OWNER, server_url)
     assert fleet.command("singleton", "migrate").returncode == 0
     fleet.environment["CELERY_SINGLETON_STORE_URL"] = url
 
@@ -114,7 +114,7 @@ def test_a_role_that_may_only_use_the_table(
         assert lacks in said
         assert grants in said
 
-    grant(postgres_url)
+    grant(server_url)
     fleet.start("-c", "1")
     app = client()
     assert outcome(app.send_task("increment")) == 1
