@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from celery_singleton_state.store import open_store
-from celery_singleton_state.store.base import Ended, NewValue
+from celery_singleton_state.store.base import Ended, NewValue, Write
 
 from .servers import Servers
 
@@ -99,7 +99,8 @@ def _work(url: str, table: str, count: int, seconds: float, start: Any, results:
             away += 1
             continue
         acquired.append(time.perf_counter() - asked)
-        store.release(found.lease, Ended("succeeded", HISTORY), NewValue('{"count":1}', 1))
+        write = Write(1, found.write, NewValue('{"count":1}', 1))
+        store.release(found.lease, Ended("succeeded", HISTORY), write)
     store.close()
     results.put((acquired, away))
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from celery_singleton_state.history import Outcome
 from celery_singleton_state.store import SqlStore, open_store
-from celery_singleton_state.store.base import Ended, NewValue
+from celery_singleton_state.store.base import Ended, NewValue, Write
 
 from .measure import Samples, microseconds, relate, take_turns
 from .servers import Servers
@@ -74,7 +74,7 @@ def _median(store: SqlStore, size: int, times: int) -> float:
         taken.append(time.perf_counter() - started)
         assert acquired is not None
         ended = Ended(Outcome.SUCCEEDED, "[]")
-        store.release(acquired.lease, ended, NewValue('{"count":2}', 1))
+        store.release(acquired.lease, ended, Write(1, acquired.write, NewValue('{"count":2}', 1)))
     return statistics.median(taken)
 
 

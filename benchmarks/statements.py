@@ -29,7 +29,7 @@ from celery_singleton_state import SingletonTask, singleton_task
 from celery_singleton_state.history import Entry, Outcome
 from celery_singleton_state.runtime import close_runtime, runtime_of
 from celery_singleton_state.store import SqlStore
-from celery_singleton_state.store.base import Ended, NewValue
+from celery_singleton_state.store.base import Ended, NewValue, Write
 from celery_singleton_state.store.dialects import statements_for
 
 from .measure import Samples, median_time, microseconds, relate, take_turns
@@ -97,7 +97,7 @@ def _bare_round(store: SqlStore, url: str) -> Callable[[], None]:
     histories = _histories()
 
     def round_trips() -> None:
-        fence, *_ = execute(sql.acquire, lease).fetchone()
+        fence, *_, seen = execute(sql.acquire, lease).fetchone()
         execute(
             sql.release[True, False],
             {
@@ -106,6 +106,8 @@ def _bare_round(store: SqlStore, url: str) -> Callable[[], None]:
                 "fence": fence,
                 "value": _new_value(),
                 "schema_version": 1,
+                "number": 1,
+                "seen": seen,
                 "outcome": "succeeded",
                 "history": next(histories),
             },
@@ -131,7 +133,7 @@ def _store_round(store: SqlStore) -> Callable[[], None]:
         acquired = store.acquire("store", "store:1:1", TTL, None)
         assert acquired is not None
         ended = Ended(Outcome.SUCCEEDED, next(histories))
-        store.release(acquired.lease, ended, NewValue(_new_value(), 1))
+        store.release(acquired.lease, ended, Write(1, acquired.write, NewValue(_new_value(), 1)))
 
     return round_trips
 

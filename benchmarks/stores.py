@@ -30,7 +30,7 @@ from rich.table import Table
 from sqlalchemy import make_url
 
 from celery_singleton_state.store import SqlStore, open_store, redis_scripts
-from celery_singleton_state.store.base import Acquired, Ended, Lease, Leases, NewValue
+from celery_singleton_state.store.base import Acquired, Ended, Lease, Leases, NewValue, Write
 from celery_singleton_state.store.redis import INDEX, RedisStore
 
 from .measure import Samples, relate
@@ -41,7 +41,8 @@ MANY = 100
 PAST = '["0123456789abcdef",0,"h:1:a",1,null,"succeeded",null,1.0,2.0]'
 HISTORY = f"[{','.join([PAST] * 16)}]"
 ENDED = Ended("succeeded", HISTORY)
-VALUE = NewValue('{"count":1}', 1)
+#: It is the first write of its lease each time, or that one repeated.
+WRITE = Write(1, 0, NewValue('{"count":1}', 1))
 
 #: Sends a text with named parameters; or a script with keys and arguments.
 Send = Callable[..., Any]
@@ -94,15 +95,15 @@ def _sql(store: SqlStore, send: Send) -> Iterator[Verb]:
         return {"key": lease.key, "fence": lease.fence, "holder": lease.holder, **more}
 
     def free() -> None:
-        store.release(_acquired(store).lease, ENDED, VALUE)
+        store.release(_acquired(store).lease, ENDED, WRITE)
 
     asked = {"key": "k", "holder": "h:1:a", "ttl": TTL, "task_id": "task"}
     yield Verb("acquire", lambda: _acquired(store), lambda: send(sql.acquire, asked), free)
     lease = _acquired(store).lease
-    new = {"value": VALUE.value, "schema_version": 1}
+    new = {"value": WRITE.new.value, "schema_version": 1, "number": 1, "seen": 0}
     yield Verb(
         "save",
-        lambda: store.save(lease, VALUE),
+        lambda: store.save(lease, WRITE),
         lambda: send(sql.save, named(lease, ttl=TTL, **new)),
     )
     ended = {"outcome": "succeeded", "history": HISTORY, "hold": 0.0}
@@ -110,7 +111,7 @@ def _sql(store: SqlStore, send: Send) -> Iterator[Verb]:
     held: list[Lease] = [lease]
     yield Verb(
         "release, with a state",
-        lambda: store.release(held[-1], ENDED, VALUE),
+        lambda: store.release(held[-1], ENDED, WRITE),
         lambda: send(release, named(held[-1], **ended, **new)),
         lambda: held.append(_acquired(store).lease),
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .delivery import Delivery
+from .enqueue import claim
 from .errors import LeaderHandoffFailed
 from .history import Outcome
 from .hooks import Skipped
@@ -100,7 +101,8 @@ def coalesce(conflict: Conflict) -> float | None:
         if not can_be_put_back(delivery.request):
             return _try_again(conflict, left)
         task_id = str(delivery.request.id)
-        if wishes.enqueue(row.key, task_id, left + LONGEST_WAIT) == task_id:
+        found = claim(delivery.runtime, row.key, task_id, left + LONGEST_WAIT)
+        if found in (None, task_id):
             send_again(delivery.task, delivery.request, delivery.name, left)
     elif not wishes.want(row, wish_for(delivery, conflict.args, conflict.kwargs)):
         return 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import history
@@ -26,42 +27,51 @@ LOAD_TRIES = 2
 LOOKS = 3
 
 
+@dataclass(slots=True)
+class Claim:
+    """What a delivery has asked the store for.
+
+    :param may_hold: whether the holder may have the lease: it has, or a request whose answer was
+        lost may have taken it.
+    """
+
+    delivery: Delivery
+    holder: str
+    may_hold: bool = False
+
+
 def deliver(delivery: Delivery, args: Any, kwargs: Any) -> Any:
     """Run the body under the lease, or end the delivery as its conflict or its past says.
 
     :raises SingletonError: what went wrong.
     :raises Ignore: the message is put back, or was done before.
     """
-    holdings = delivery.runtime.holdings
-    holder = delivery.runtime.new_holder(delivery.request.hostname)
+    runtime = delivery.runtime
+    claim = Claim(delivery, runtime.new_holder(delivery.request.hostname))
     # Noted before it is asked for: a process can die at any moment after that.
-    slot = holdings.note(Holding(delivery.key, holder, delivery.generation))
+    slot = runtime.holdings.note(Holding(delivery.key, claim.holder, delivery.generation))
     waited = 0.0
     try:
         while True:
-            ended, result = _try(delivery, holder, args, kwargs, waited)
+            ended, result = _try(claim, args, kwargs, waited)
             if ended:
                 return result
             time.sleep(result)
             waited += result
     finally:
-        holdings.strike_out(slot)
+        if claim.may_hold:
+            runtime.unreturned.add(delivery.key, claim.holder, slot)
+        else:
+            runtime.holdings.strike_out(slot)
 
 
-def _try(
-    delivery: Delivery, holder: str, args: Any, kwargs: Any, waited: float
-) -> tuple[bool, Any]:
+def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any]:
     """Whether the delivery is over, and its result; or the seconds until it is tried again."""
+    delivery = claim.delivery
     request, name = delivery.request, delivery.name
-    asked_at, acquired, row = _acquire(delivery, holder)
+    asked_at, acquired, row = _acquire(claim)
     if acquired is not None:
-        run = Run(delivery, acquired, asked_at)
-        done = delivery.done_by(run.entries)
-        if done or delivery.is_past(run.entries):
-            run.give_back(done)
-            _end_duplicate(delivery)
-            return True, None
-        return True, run.execute(args, kwargs)
+        return True, _run(claim, acquired, asked_at, args, kwargs)
     if row is not None and delivery.done_by(history.decode(row.history, name)):
         _end_duplicate(delivery)
         return True, None
@@ -69,6 +79,21 @@ def _try(
         put_back(delivery.task, request, name)
     again = _conflict(Conflict(delivery, row, args, kwargs, waited))
     return again is None, again
+
+
+def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: Any) -> Any:
+    """Run the body, unless its message or its tick was done before."""
+    delivery = claim.delivery
+    run = Run(delivery, acquired, asked_at)
+    try:
+        done = delivery.done_by(run.entries)
+        if not done and not delivery.is_past(run.entries):
+            return run.execute(args, kwargs)
+        run.give_back(done)
+    finally:
+        claim.may_hold = not run.given_back
+    _end_duplicate(delivery)
+    return None
 
 
 def _end_duplicate(delivery: Delivery) -> None:
@@ -96,7 +121,7 @@ def _conflict(conflict: Conflict) -> float | None:
     return again
 
 
-def _acquire(delivery: Delivery, holder: str) -> tuple[float, Acquired | None, Row | None]:
+def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
     """Take the lease; the row of whoever holds it where that fails.
 
     A request whose answer was lost is repeated in the same holder's name, and so answered with
@@ -104,18 +129,17 @@ def _acquire(delivery: Delivery, holder: str) -> tuple[float, Acquired | None, R
 
     :raises StateLoadFailed: the store is out of reach.
     """
-    until = clock() + delivery.ttl
+    delivery = claim.delivery
+    until = clock() + delivery.first_ttl
 
     def ask() -> tuple[float, Acquired | None, Row | None]:
-        store = delivery.runtime.store
         for _ in range(LOOKS):
-            asked_at = clock()
-            acquired = store.acquire(delivery.key, holder, delivery.ttl, delivery.request.id)
+            asked_at, acquired = _ask(claim)
             if acquired is not None:
                 return asked_at, acquired, None
             # A run's own retry can be here before that run has given its lease back, and must
             # not be taken for a conflict when it has by now.
-            row = store.peek(delivery.key)
+            row = delivery.runtime.store.peek(delivery.key)
             if row is not None and row.held and not free_holder(delivery.runtime, row.holder):
                 break
         return asked_at, None, row
@@ -124,3 +148,23 @@ def _acquire(delivery: Delivery, holder: str) -> tuple[float, Acquired | None, R
         return in_place(ask, LOAD_TRIES, until)
     except StoreError as error:
         raise StateLoadFailed(delivery.name, str(error)) from error
+
+
+def _ask(claim: Claim) -> tuple[float, Acquired | None]:
+    """Ask for the lease, for its short first life; confirm it if its whole life is longer.
+
+    :returns: the time before the request by which the lease is trusted, and the lease.
+    """
+    delivery, store = claim.delivery, claim.delivery.runtime.store
+    asked_at, may_have_held = clock(), claim.may_hold
+    claim.may_hold = True
+    acquired = store.acquire(delivery.key, claim.holder, delivery.first_ttl, delivery.request.id)
+    if acquired is None:
+        # An earlier request, whose answer was lost, may still take it.
+        claim.may_hold = may_have_held
+        return asked_at, None
+    if delivery.ttl <= delivery.first_ttl:
+        return asked_at, acquired
+    asked_at, lease = clock(), replace(acquired.lease, ttl=delivery.ttl)
+    confirmed = delivery.key in store.renew([lease])
+    return asked_at, replace(acquired, lease=lease) if confirmed else None

@@ -47,6 +47,11 @@ class Delivery:
         return self.options.lease_ttl or self.runtime.settings.lease_ttl
 
     @property
+    def first_ttl(self) -> float:
+        """Seconds that an acquisition takes the lease for; the run then confirms a longer life."""
+        return min(self.ttl, self.runtime.settings.lease_ttl)
+
+    @property
     def conflict_timeout(self) -> float:
         """Seconds that it waits for the lease, where its policy waits at all."""
         timeout = self.options.conflict_timeout

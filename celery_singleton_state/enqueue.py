@@ -10,11 +10,14 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from celery.app.task import Context
 
 from .delivery import Delivery
+from .in_place import in_place
+from .lease import clock
 from .options import Options
 from .runtime import Runtime
 from .store.base import StoreError
@@ -22,6 +25,10 @@ from .ticks import BEAT_HEADERS
 
 logger = logging.getLogger(__name__)
 
+#: How often a queue that changes meanwhile is looked at.
+LOOKS = 5
+#: How often a claim is sent whose answer is lost.
+CLAIM_TRIES = 2
 #: Seconds that a message counts as queued, if it does not expire before.
 LIFE = 300.0
 #: What only messages have that go on with something, or that something hangs on: a retry, a part of
@@ -48,17 +55,39 @@ def enqueue(
     """
     task_id = options.get("task_id") or str(uuid.uuid4())
     try:
-        queued = runtime.store.wishes.enqueue(key, task_id, _life(options))
+        queued = claim(runtime, key, task_id, _life(options))
     except StoreError as error:
         logger.warning("%s: sent, though it may be queued already: %s", key, error)
         return publish(task_id)
-    if queued != task_id:
+    if queued not in (None, task_id):
         return queued
     try:
         return publish(task_id)
     except BaseException:
         _dequeue(runtime, key, task_id)
         raise
+
+
+def claim(runtime: Runtime, key: str, task_id: str, life: float) -> str | None:
+    """Note a message as queued, or find the one that is queued or running.
+
+    A claim names the number of the queue that it was made for, so that one which is carried out
+    late, when its message has long been done, is refused.
+
+    :returns: the id of the other message; ``None`` if this one is to be sent, which it is as well
+        when the queue changes at every look.
+    :raises StoreError: the store is out of reach.
+    """
+    wishes = runtime.store.wishes
+    until = clock() + runtime.io_timeout * CLAIM_TRIES
+    for _ in range(LOOKS):
+        seen = wishes.queued(key)
+        if seen.task_id is not None:
+            return seen.task_id
+        request = partial(wishes.claim, key, task_id, life, seen.number)
+        if in_place(request, CLAIM_TRIES, until):
+            return None
+    return None
 
 
 def dequeue(delivery: Delivery) -> None:

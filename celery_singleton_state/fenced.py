@@ -1,4 +1,4 @@
-"""Writing to the row in the name of a lease, and knowing whether it happened."""
+"""Writing to the row in the name of a lease, in order, and knowing whether it happened."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from . import history
 from .errors import HeartbeatFailed, StatePersistFailed
 from .in_place import in_place
 from .lease import HeldLease
-from .store.base import Store, StoreError, StoreUnavailable
+from .store.base import NewValue, Store, StoreError, StoreUnavailable, Write
 
 TRIES = 3
 
@@ -17,19 +17,37 @@ T = TypeVar("T")
 
 
 class FencedWriter:
-    """Sends a run's writes, each with its fence and holder.
+    """Numbers a run's writes and sends each with its fence and holder.
 
     :param name: the singleton's name, for its errors.
+    :param seen: the row's write number when the lease was acquired.
     :param on_refused: told the operation that the store refused.
     """
 
     def __init__(
-        self, name: str, store: Store, held: HeldLease, on_refused: Callable[[str], None]
+        self,
+        name: str,
+        store: Store,
+        held: HeldLease,
+        seen: int,
+        on_refused: Callable[[str], None],
     ) -> None:
         self._name = name
         self._store = store
         self._held = held
         self._on_refused = on_refused
+        self._number = 0
+        self._seen = seen
+        self._undecided = False
+
+    def next_write(self, new: NewValue) -> Write:
+        """Give a new state the next number."""
+        self._number += 1
+        return Write(self._number, self._seen, new)
+
+    def answered(self, write: Write) -> None:
+        """Note that a write was carried out."""
+        self._seen = write.number
 
     def write(
         self,
@@ -67,21 +85,65 @@ class FencedWriter:
         except StoreError as error:
             raise StatePersistFailed(self._name, str(error)) from error
 
-    def has_ended(self) -> bool:
-        """Whether the row's history holds the end of this lease's run."""
-        lease = self._held.lease
-        row = self._store.peek(lease.key)
-        entries = history.decode(row.history if row else None, self._name)
-        return history.written_by(entries, lease.fence, lease.holder)
+    def has_ended(self, own: history.Entry) -> bool:
+        """Whether a release took effect whose answer was lost.
 
-    def was_committed(self, saved_at: float) -> bool:
-        """Whether the row is the one that a transaction saved at this moment of the store's."""
+        :param own: the entry that the release would have left in the row's history.
+        :raises StatePersistFailed: that cannot be known any more.
+        """
+        row = self._store.peek(self._held.lease.key)
+        entries = history.decode(row.history if row else None, self._name)
+        ended = history.has_ended(entries, own, row.run_count if row else 0)
+        if ended is None:
+            raise StatePersistFailed(
+                self._name,
+                "whether the run was saved is not known: the answer was lost, and more runs have "
+                "ended since than the history holds",
+            )
+        return ended
+
+    def was_committed(self, write: Write) -> bool:
+        """Whether a transaction was committed whose COMMIT was not answered, or was broken off.
+
+        If the store says that the lease is not held any more, the lease is lost. If the store
+        does not say anything while the lease is trusted, the outcome stays unknown, and the run
+        writes no state from here on.
+        """
         lease = self._held.lease
+        self._undecided = True
+        if self._held.lost:
+            return False
         try:
-            row = in_place(lambda: self._store.peek(lease.key), TRIES, self._held.trusted_until)
+            committed = in_place(
+                lambda: self._store.written(lease, write.number),
+                float("inf"),
+                self._held.trusted_until,
+            )
         except StoreError:
             return False
-        return row is not None and row.fence == lease.fence and row.updated_at == saved_at
+        self._undecided = False
+        if committed is None:
+            self.refused("transaction")
+        elif committed:
+            self.answered(write)
+        return bool(committed)
+
+    @property
+    def may_write(self) -> bool:
+        """Whether the outcome of every transaction is known."""
+        return not self._undecided
+
+    def refuse_if_undecided(self) -> None:
+        """Refuse to write after a transaction whose outcome is unknown.
+
+        :raises StatePersistFailed: what the run holds in memory and what the row holds may differ.
+        """
+        if self._undecided:
+            raise StatePersistFailed(
+                self._name,
+                "whether a transaction was committed is not known, so this run saves nothing "
+                "any more; the next one starts from what the row holds",
+            )
 
     def refuse_if_lost(self) -> None:
         """:raises HeartbeatFailed: the lease is known to be lost; the store is not asked."""

@@ -117,9 +117,22 @@ def has_passed(entries: tuple[Entry, ...], tick: Tick, limit: int) -> bool:
     return len(runs) >= limit and bool(known) and tick.due < min(known)
 
 
-def written_by(entries: tuple[Entry, ...], fence: int, holder: str) -> bool:
-    """Whether the holder of this lease has already ended its run here."""
-    return any(entry.fence == fence and entry.holder == holder for entry in entries)
+def has_ended(entries: tuple[Entry, ...], own: Entry, run_count: int) -> bool | None:
+    """Whether a run's release took effect, whose answer was lost.
+
+    An entry with the run's fence and another outcome is somebody else's: of an operator, say, who
+    released the lease.
+
+    :param own: the entry that the release would have left.
+    :param run_count: of the row: how many entries there ever were.
+    :returns: ``None`` if the history may have dropped the entry since.
+    """
+    ended = (own.fence, own.holder, own.outcome)
+    if any((entry.fence, entry.holder, entry.outcome) == ended for entry in entries):
+        return True
+    kept = [entry for entry in entries if is_duplicate(entry) == is_duplicate(own)]
+    reaches_back = any(entry.fence <= own.fence for entry in kept)
+    return False if reaches_back or len(entries) >= run_count else None
 
 
 def describe(error: BaseException) -> str:
@@ -128,5 +141,6 @@ def describe(error: BaseException) -> str:
         message = str(error)
     except Exception:  # a user's error may not even have a text
         message = "(its text cannot be made)"
-    text = " ".join(f"{type(error).__name__}: {message}".split())
-    return text[:MAX_ERROR_LENGTH]
+    text = " ".join(f"{type(error).__name__}: {message}".split())[:MAX_ERROR_LENGTH]
+    # Half an emoji cannot be encoded, and the end of a run must be recorded all the same.
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -14,12 +14,13 @@ T = TypeVar("T")
 
 #: Seconds before the second try; doubled for each further one, and jittered.
 FIRST_PAUSE = 0.05
+LONGEST_PAUSE = 1.0
 
 
-def in_place(request: Callable[[], T], tries: int, until: float) -> T:
+def in_place(request: Callable[[], T], tries: float, until: float) -> T:
     """Send a request until the store answers it.
 
-    :param tries: how often at most.
+    :param tries: how often at most; infinity for no limit.
     :param until: the moment, on :func:`~celery_singleton_state.lease.clock`, after which it is
         not sent again.
     :raises StoreUnavailable: the last try's.
@@ -33,4 +34,4 @@ def in_place(request: Callable[[], T], tries: int, until: float) -> T:
             if tries <= 0 or clock() + pause >= until:
                 raise
         time.sleep(pause * random.uniform(0.5, 1.0))
-        pause *= 2
+        pause = min(2 * pause, LONGEST_PAUSE)

@@ -45,7 +45,9 @@ class InRun(Generic[S]):
         """This run's fence: larger than that of any earlier run of the same singleton.
 
         A body that writes elsewhere lets that place refuse a smaller number than the largest
-        it has seen. After `celery singleton prune` has removed a key it begins anew.
+        it has seen. It is never smaller than the store's clock in milliseconds since 1970, so it
+        goes on growing after `celery singleton prune`, a restored backup or a fail-over that lost
+        commits, unless the new server's clock is behind by more than what was lost.
 
         :raises RuntimeError: outside a run.
         """
@@ -87,8 +89,9 @@ class InRun(Generic[S]):
         only write lock, so keep it well below the lease's life.
 
         :raises HeartbeatFailed: the lease was lost; all was rolled back.
-        :raises StatePersistFailed: the store went away; whether all was committed or nothing,
-            the next run's state tells.
+        :raises StatePersistFailed: the store went away, and all was rolled back; or the store does
+            not tell whether all was committed. Then this run saves nothing any more, and the next
+            one starts from what was committed.
         :raises SchemaDecodeFailed: the state does not fit its schema; all was rolled back.
         :raises RuntimeError: outside a run, without state, or within another transaction.
         """

@@ -4,9 +4,12 @@ Terms
 -----
 A *lease* is the expiring, exclusive right to run one singleton. It is a part of the
 singleton's row in the store and has a *holder* (``nodename:pid:nonce``, new for each
-acquisition), a *fence* (a number that each acquisition raises by one and nothing ever lowers,
-as long as the row is there) and an expiry. Only the store's clock decides whether a lease has
-expired, so no clock is ever compared with another machine's.
+acquisition), a *fence* (a number that only grows) and an expiry. Only the store's clock decides
+whether a lease has expired, so no clock is ever compared with another machine's.
+
+An acquisition makes the fence the larger of the last fence + 1 and the store's clock in
+milliseconds. So a store that lost its newest commits, was restored from a backup or wiped, or whose
+row was pruned, gives no fence twice, unless its clock is behind by more than it lost.
 
 Two guards, of different strength
 ---------------------------------
@@ -19,17 +22,38 @@ the holder, and changes nothing when either is no longer the row's. It needs no 
 A write does not ask for an expiry in the future: a holder that is late but has no successor is
 still the only one who may write.
 
+Late requests
+-------------
+The server can carry out a request after its client gave it up: a moment or a day later, after the
+client repeated it, after the run has ended, after the process has died. Or never. An answer can be
+lost. Five rules make all of that harmless:
+
+1. *Writes are numbered.* A run numbers the writes of a state within its lease 1, 2, 3 …, and each
+   names the newest number whose answer has come. The store refuses a write when a newer one was
+   carried out (it is late), or when an answered one is missing (the store lost commits). The same
+   number is the same content for ever, so a write can be repeated.
+2. *A repeated acquisition changes nothing*, except that it never brings the expiry nearer.
+3. *The first life is short*: at most interval times threshold. A run whose ``lease_ttl`` is longer
+   confirms it by one renewal before its body begins. So an acquisition that is carried out late
+   holds the lease for nobody for a short time only.
+4. *What a process may hold without knowing it gives back*
+   (:mod:`celery_singleton_state.unreturned`), but not before the body has ended.
+5. *An outcome is known or unknown, and nothing is assumed.* After a COMMIT without an answer the
+   run asks the row under its lock. If that is not answered either, the run writes nothing any more.
+
 How long a holder may trust its lease
 -------------------------------------
 ::
 
-    trusted until = its own clock just before the request was sent + the lease's life
+    trusted until = its own clock just before the request was sent + 0.9 * the lease's life
 
 The store starts to count when the request arrives, which is later; so the holder stops trusting
-its lease before the store gives it away, as long as both clocks tick at about the same rate.
-The holder's clock goes on while the machine is suspended. A renewal that succeeds moves the
-moment on, counted from before *that* request. A lease is renewed every interval, and never
-later than half-way through its life, so that one renewal can fail and be repeated.
+its lease before the store gives it away. The last tenth is for the body: it hears of the loss with
+0.8 s left by default, and two bodies do not overlap if it ends within that time (less twice the
+difference between the rates of the two clocks over a life). The holder's clock goes on while the
+machine is suspended. A renewal that succeeds moves the moment on, counted from before *that*
+request. A lease is renewed every interval, and never later than half-way through the time that it
+is trusted, so that one renewal can fail and be repeated.
 
 ::
 
@@ -61,10 +85,8 @@ What happens when
   then; the store gives it to nobody earlier.
 - *A request was carried out and its answer lost*: acquiring again with the same holder answers
   the same fence; saving again is the same save; after a release, the row's history names the
-  run, which is how its holder knows.
-- *A store restored from a backup* can hand out a fence twice. The holder's nonce still tells
-  the two leases apart in the row; what a body writes elsewhere under the fence's guard it
-  cannot protect.
+  run and its outcome, which is how its holder knows. If so many runs ended since that the history
+  may have dropped it, the outcome is unknown, and the run fails as ``StatePersistFailed``.
 """
 
 from __future__ import annotations
@@ -76,6 +98,10 @@ from .store.base import Lease
 
 # CLOCK_MONOTONIC stands still while the machine is suspended, and the store's clock does not.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+#: The part of a lease's life for which its holder trusts it. The rest is for the body to end in.
+TRUSTED_PART = 0.9
 
 
 def clock() -> float:
@@ -92,7 +118,7 @@ class HeldLease:
 
     def __init__(self, lease: Lease, asked_at: float, interval: float) -> None:
         self.lease = lease
-        self.renew_every = min(interval, lease.ttl / 2)
+        self.renew_every = min(interval, TRUSTED_PART * lease.ttl / 2)
         #: Why it is lost, as a text for people; ``None`` while it is not.
         self.lost: str | None = None
         #: Called when the heartbeat finds it lost, in the heartbeat's thread.
@@ -102,8 +128,8 @@ class HeldLease:
         self.renewed(asked_at)
 
     def renewed(self, asked_at: float) -> None:
-        """Trust it for another life, counted from before the request."""
-        self.trusted_until = asked_at + self.lease.ttl
+        """Trust it anew, counted from before the request."""
+        self.trusted_until = asked_at + TRUSTED_PART * self.lease.ttl
         self.renew_at = asked_at + self.renew_every
 
     def lose(self, why: str) -> None:

@@ -24,10 +24,13 @@ class Report:
         #: Taken by whoever tells the end.
         self._ending = threading.Lock()
 
-    def begin(self, past: tuple[Entry, ...]) -> None:
-        """The run begins, after those of its history."""
+    def begin(self, past: tuple[Entry, ...], took_over: bool) -> None:
+        """The run begins, after those of its history.
+
+        :param took_over: whether the lease of another holder had run out.
+        """
         lease = self._held.lease
-        how = _taken_over(past, lease.fence)
+        how = "expired" if took_over else _ended_by_others(past)
         if how:
             self._tell(TookOver, holder=lease.holder, fence=lease.fence, how=how)
         self._tell(Acquired, holder=lease.holder, fence=lease.fence)
@@ -71,14 +74,9 @@ class Report:
         return clock() - self._asked_at
 
 
-def _taken_over(past: tuple[Entry, ...], fence: int) -> str | None:
-    """How the lease came from a run that did not end by itself; ``None`` where it did.
-
-    Each end leaves an entry with its fence, so one that is missing is of a run that left none.
-    """
+def _ended_by_others(past: tuple[Entry, ...]) -> str | None:
+    """How the last run lost its lease; ``None`` if it gave the lease back by itself."""
     last = past[-1] if past else None
-    if last is None or last.fence < fence - 1:
-        return "expired" if fence > 1 else None
-    if last.outcome == Outcome.LOST:
-        return "died" if last.error == DIED else "handed over"
-    return None
+    if last is None or last.outcome != Outcome.LOST:
+        return None
+    return "died" if last.error == DIED else "handed over"

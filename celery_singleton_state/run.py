@@ -20,7 +20,7 @@ from .leadership import Leadership, asked_by
 from .lease import HeldLease, clock
 from .report import Report
 from .run_state import RunState
-from .store.base import Acquired, Ended, NewValue, Saved, StoreError
+from .store.base import TAKEN_OVER, Acquired, Ended, NewValue, Saved, StoreError, Write
 from .wish import grant
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,13 @@ class Run:
         self._store = delivery.runtime.store
         self._heartbeat = delivery.runtime.heartbeat_of(delivery.key)
         self._report = Report(delivery, self.held, asked_at)
-        self._writer = FencedWriter(delivery.name, self._store, self.held, self._report.refused)
+        self._writer = FencedWriter(
+            delivery.name, self._store, self.held, acquired.write, self._report.refused
+        )
+        #: Whether the store has answered that the lease is given back.
+        self.given_back = False
         self._acquired_at = acquired.acquired_at
+        self._took_over = acquired.write == TAKEN_OVER
         self._asked_at = asked_at
         self._in_transaction = False
         self._leadership = Leadership(
@@ -73,7 +78,7 @@ class Run:
     def execute(self, args: Any, kwargs: Any) -> Any:
         """Load the state, run the body, save and release; returns what the body returned."""
         token = _current.set(self)
-        self._report.begin(self.entries)
+        self._report.begin(self.entries, self._took_over)
         try:
             result, new = self._body(args, kwargs)
             self.end(Outcome.SUCCEEDED, new=new)
@@ -95,6 +100,7 @@ class Run:
             self._leadership.begin()
             with self._leadership.body:
                 result = self.task.run(*args, **kwargs)
+            self._writer.refuse_if_undecided()
             return result, self.state.changed()
         except BaseException as error:
             self._end_with(error)
@@ -120,10 +126,13 @@ class Run:
             raise RuntimeError(
                 f"{self.name}: checkpoint() within transaction(), whose commit saves the state"
             )
+        self._writer.refuse_if_undecided()
         new = self.state.document()
+        write = self._writer.next_write(new)
         asked_at = clock()
         self.state.stored = None
-        saved = self._writer.write("checkpoint", lambda: self._store.save(self.held.lease, new))
+        saved = self._writer.write("checkpoint", lambda: self._store.save(self.held.lease, write))
+        self._writer.answered(write)
         self.held.renewed(asked_at)
         self.state.stored = new
         self._report.saved("checkpoint", new)
@@ -136,32 +145,47 @@ class Run:
         if self._in_transaction:
             raise RuntimeError(f"{self.name}: transaction() within transaction()")
         self._writer.refuse_if_lost()
+        self._writer.refuse_if_undecided()
         before = self.state.document()
         self._in_transaction = True
-        saved = None
+        write = saved = None
         try:
             with self._store.transaction() as transaction:
                 yield transaction.connection
-                new = self.state.document()
+                write = self._writer.next_write(self.state.document())
                 self._writer.refuse_if_lost()
                 self.state.stored = None
                 asked_at = clock()
-                saved = transaction.save(self.held.lease, new)
+                saved = transaction.save(self.held.lease, write)
                 if saved is None:
                     raise self._writer.refused("transaction")
-        except StoreError as error:
-            if saved is None or not self._writer.was_committed(saved.updated_at):
+            self._writer.answered(write)
+        except BaseException as error:
+            # Without an answer to its save, no COMMIT was sent.
+            if write is None or saved is None or not self._writer.was_committed(write):
                 self.state.roll_back(before)
-                raise StatePersistFailed(self.name, str(error)) from error
-        except BaseException:
-            self.state.roll_back(before)
-            raise
+                if isinstance(error, StoreError):
+                    raise self._not_committed(error) from error
+                raise
+            self._committed(write, asked_at)
+            if not isinstance(error, StoreError):
+                raise
+        else:
+            self._committed(write, asked_at)
         finally:
             self._in_transaction = False
-        self.held.renewed(asked_at)
-        self.state.stored = new
-        self._report.saved("transaction", new)
         self._hand_over(saved)
+
+    def _committed(self, write: Write, asked_at: float) -> None:
+        self.held.renewed(asked_at)
+        self.state.stored = write.new
+        self._report.saved("transaction", write.new)
+
+    def _not_committed(self, error: StoreError) -> SingletonError:
+        """The error of a transaction that was rolled back, or whose outcome is unknown."""
+        if self.held.lost:
+            return self._writer.failure()
+        return StatePersistFailed(self.name, str(error))
 
     def _hand_over(self, saved: Saved | None) -> None:
         """:raises HeartbeatFailed: somebody asked for the lease; the state is saved."""
@@ -209,12 +233,14 @@ class Run:
         if outcome is not Outcome.SUCCEEDED or hold <= entry.finished - entry.started:
             hold = 0.0
         ended = Ended(outcome, history.append(self.entries, entry, limit), hold)
+        write = self._writer.next_write(new) if new else None
         released = self._writer.write(
             "save" if new else "release",
-            lambda: self._store.release(lease, ended, new),
-            recognised=self._writer.has_ended,
+            lambda: self._store.release(lease, ended, write),
+            recognised=lambda: self._writer.has_ended(entry),
         )
-        grant(self.task.app, self._store, lease.key, released)
+        self.given_back = True
+        grant(self.task.app, self._store, lease.key, released, self.request.id)
 
     def give_back(self, done: history.Entry | None) -> None:
         """Release the lease of a message that turned out to be done: nothing hangs on it.
@@ -250,7 +276,7 @@ class Run:
         wanted = self._delivery.options.persist_on_error
         if not wanted or self.state.value is None or not isinstance(error, Exception):
             return None
-        if self._is_of_lease(error):
+        if self._is_of_lease(error) or not self._writer.may_write:
             return None
         try:
             return self.state.changed()

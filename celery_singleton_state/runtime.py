@@ -20,12 +20,13 @@ from .heartbeat import Heartbeat
 from .holdings import Holdings, directory_of
 from .hooks import Door
 from .keys import task_of
-from .lease import clock
+from .lease import TRUSTED_PART, clock
 from .settings import Settings
 from .store import SqlStore, Store, open_store
 from .store.base import Leases
 from .store.engine import identity, parse_url
 from .store.routed import NO_SQL, RoutedStore
+from .unreturned import Unreturned
 
 #: Connections in the pool of a process that runs one body at a time: the body's transaction and
 #: what it does beside that. The heartbeat has the one that is kept besides the pool's.
@@ -51,6 +52,8 @@ class Runtime:
         self._store: Store | None = None
         self._heartbeats: dict[int, Heartbeat] = {}
         self._holdings: Holdings | None = None
+        #: Leases that this process may hold without a run.
+        self.unreturned = Unreturned(self)
 
     @property
     def app(self) -> Celery:
@@ -63,11 +66,11 @@ class Runtime:
     def io_timeout(self) -> float:
         """Seconds of silence after which the store counts as out of reach.
 
-        A quarter of the shortest lease's life: a call that meets silence, and its one
-        repetition over a new connection, then end before a lease that was to be renewed at
-        half its life runs out.
+        A quarter of the time for which the shortest-lived lease is trusted: a call that meets
+        silence, and its one repetition over a new connection, then end before a lease that was to
+        be renewed half-way is lost.
         """
-        return min(self._lives) / 4
+        return TRUSTED_PART * min(self._lives) / 4
 
     @property
     def sql(self) -> SqlStore:
@@ -153,6 +156,7 @@ class Runtime:
 
     def close(self) -> None:
         """Stop the heartbeat, hand on what waits for hooks, and close the connections."""
+        self.unreturned.close()
         if self._holdings is not None:
             self._holdings.close()
         for heartbeat in self._heartbeats.values():

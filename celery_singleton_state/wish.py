@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import logging
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from celery import Celery
 
-from .delivery import Delivery
 from .store.base import Released, Store
+
+if TYPE_CHECKING:
+    from .delivery import Delivery
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +49,23 @@ def wish_for(delivery: Delivery, args: Any, kwargs: Any) -> str:
         ) from error
 
 
-def grant(app: Celery, store: Store, key: str, released: Released | None) -> None:
+def grant(
+    app: Celery, store: Store, key: str, released: Released | None, task_id: str | None = None
+) -> None:
     """Send what a release found wanted, if anything; if that fails, the next release does it.
 
     :param released: the answer to the release; ``None`` where it was lost.
+    :param task_id: of the run that has ended. A wish with this id has been sent, and its sender has
+        died, or has not struck it out yet.
     """
     try:
         written = released.wanted if released is not None else store.wishes.wanted(key)
         if not written:
             return
         wish = msgspec.json.decode(written, type=Wish)
+        if wish.id == task_id:
+            store.wishes.granted(key, written)
+            return
         app.tasks[wish.task].apply_async(
             tuple(wish.args), wish.kwargs, task_id=wish.id, **wish.routing
         )

@@ -16,6 +16,7 @@ from celery_singleton_state import KeyValueStore, KeyValueStoreError
 from celery_singleton_state.migrate import migrate_url
 from celery_singleton_state.runtime import close_runtime, runtime_of
 from celery_singleton_state.store.base import Ended, NewValue
+from tests.stores.writes import write
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def test_leases_are_never_touched(app: Celery, kv: KeyValueStore) -> None:
     assert acquired is not None
     assert not kv.has("singleton-state:s")
     assert kv.is_empty()
-    store.release(acquired.lease, Ended("succeeded", "[]"), NewValue('{"n":1}', 1))
+    store.release(acquired.lease, Ended("succeeded", "[]"), write(NewValue('{"n":1}', 1)))
     assert kv.get("singleton-state:s") == {"n": 1}
 
     for empty in (lambda: kv.remove("singleton-state:s"), kv.clear):
@@ -202,11 +203,12 @@ def test_leases_are_never_touched(app: Celery, kv: KeyValueStore) -> None:
         assert kv.is_empty()
         row = store.peek("singleton-state:s")
         assert row is not None
-        assert (row.value, row.fence, row.schema_version, row.run_count) == ("null", 1, None, 1)
+        assert (row.value, row.schema_version, row.run_count) == ("null", None, 1)
+        assert row.fence == acquired.lease.fence
 
     again = store.acquire("singleton-state:s", "holder", 60, None)
     assert again is not None
-    assert again.lease.fence == 2
+    assert again.lease.fence > acquired.lease.fence
     kv.set("singleton-state:s", {"n": 9})
     kv.clear()
     row = store.peek("singleton-state:s")

@@ -111,7 +111,7 @@ def test_a_value_that_was_there_before_is_the_first_state(shared_store_url: str)
     acquired = store.acquire("singleton-state:s", "h", 60, None)
     store.close()
     assert acquired is not None
-    assert (acquired.value, acquired.lease.fence) == ('{"n":4}', 1)
+    assert (acquired.value, acquired.write) == ('{"n":4}', 0)
 
 
 def test_keys_are_told_apart_by_their_bytes(mariadb_url: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import NoReturn
 
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
@@ -50,6 +51,8 @@ class Leader:
         self._prefix = f"{self.key}:"
         self._held: HeldLease | None = None
         self._slot: int | None = None
+        #: The numbers of the last write under this lease, and of the last that was answered.
+        self._number = self._seen = 0
         self._started = 0.0
         self._entries: tuple[history.Entry, ...] = ()
         #: The store's time is the clock's plus this.
@@ -114,14 +117,16 @@ class Leader:
         holder = self.runtime.new_holder(f"celerybeat@{gethostname()}")
         self._slot = self.runtime.holdings.note(Holding(self.key, holder, 0))
         asked_at = clock()
-        acquired = None
         try:
             acquired = self._store.acquire(self.key, holder, settings.lease_ttl, None)
-        finally:
-            if acquired is None:
-                self._strike_out()
+        except BaseException:
+            # It may have taken the lease.
+            self._return(holder)
+            raise
         if acquired is None:
+            self._strike_out()
             return False
+        self._number, self._seen = 0, acquired.write
         self._entries = history.decode(acquired.history, self.key)
         # Not early, whatever the answer took; the first record makes it right.
         self._offset = acquired.acquired_at - clock()
@@ -154,24 +159,28 @@ class Leader:
             raise NotLeading
         asked_at = clock()
         rows = {row_key(self._prefix, name): value for name, value in entries.items()}
-        now = self._store.entries.record(self._held.lease, rows)
+        self._number += 1
+        now = self._store.entries.record(self._held.lease, rows, self._number, self._seen)
         if now is None:
-            self.give_up()
-            self.say(f"beat lost the lead of {self.name!r}: its lease was taken over")
-            raise NotLeading
+            self._lose()
+        self._seen = self._number
         self._held.renewed(asked_at)
         # The store read its clock between the request and the answer: that much is known, and a
         # time that was right before stays as it is.
         self._offset = min(max(self._offset, now - clock()), now - asked_at)
 
     def forget(self, names: Sequence[str]) -> None:
-        """Remove the rows of entries, if this beat leads.
+        """Remove the rows of entries.
 
+        :raises NotLeading: somebody else leads; nothing was removed.
         :raises StoreError: it is out of reach.
         """
         assert self._held is not None
         keys = [row_key(self._prefix, name) for name in names]
-        self._store.entries.forget(self._held.lease, keys)
+        self._number += 1
+        if not self._store.entries.forget(self._held.lease, keys, self._number, self._seen):
+            self._lose()
+        self._seen = self._number
 
     def resign(self, why: str) -> None:
         """Give the lease back, so that another beat leads at once."""
@@ -193,7 +202,9 @@ class Leader:
         try:
             released = self._store.release(held.lease, Ended(Outcome.SUCCEEDED, document))
         except StoreError as error:
-            logger.warning("beat: the lead of %r runs out by itself: %s", self.name, error)
+            logger.warning("beat: the lead of %r is not given back yet: %s", self.name, error)
+            self._held = None
+            self._return(held.lease.holder)
             return
         self.give_up()
         ended = "gave back" if released else "had lost"
@@ -203,6 +214,11 @@ class Leader:
         """Hold the lease no more, whatever the store says."""
         self._held = None
         self._strike_out()
+
+    def _lose(self) -> NoReturn:
+        self.give_up()
+        self.say(f"beat lost the lead of {self.name!r}: its lease was taken over")
+        raise NotLeading
 
     def say(self, what: str, level: int = logging.INFO) -> None:
         """Log what has changed, and not again what has not."""
@@ -219,6 +235,11 @@ class Leader:
     @property
     def _store(self) -> Store:
         return self.runtime.sql
+
+    def _return(self, holder: str) -> None:
+        """Have the process give back a lease that this beat may hold."""
+        slot, self._slot = self._slot, None
+        self.runtime.unreturned.add(self.key, holder, slot)
 
     def _strike_out(self) -> None:
         slot, self._slot = self._slot, None

@@ -201,7 +201,15 @@ class LeaderMixin(BrokerConnection):
         """An entry was not sent, and its class has counted it as sent."""
         self._fence = None
         count_from(entry, entry.last_run_at, entry.total_run_count)
-        self.schedule[entry.name] = entry
+        # Asking for the schedule can load it anew, without an entry that was disabled meanwhile, or
+        # with one that was edited.
+        found = self.schedule.get(entry.name)
+        if found is None:
+            return
+        if found is self._reserved:
+            self.schedule[entry.name] = entry
+        else:
+            count_from(found, entry.last_run_at, entry.total_run_count)
         getattr(self, "_dirty", set()).add(entry.name)
         self.sync()
 

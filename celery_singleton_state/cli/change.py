@@ -152,7 +152,8 @@ def _change(runtime: Runtime, name: str, new: NewValue, what: str, force: bool, 
     if row is not None and row.holder is not None:
         # Also one whose lease ran out: late and without a successor it could still save.
         _release(runtime, row)
-    if not runtime.store.wishes.put(key, new):
+        row = runtime.store.peek(key)
+    if not runtime.store.wishes.put(key, row, new):
         raise click.ClickException(f"a run of {name} has begun just now; nothing was changed")
     tell(runtime, name, what)
 

@@ -38,7 +38,8 @@ class Lease:
 
     :param key: the row's key.
     :param holder: ``nodename:pid:nonce``, new for each acquisition.
-    :param fence: a number that each acquisition of the key raises by one.
+    :param fence: a number that only grows: at each acquisition the larger of the last fence + 1
+        and the store's clock in milliseconds since 1970.
     :param ttl: seconds that it lives without a renewal.
     """
 
@@ -54,6 +55,8 @@ class Acquired:
 
     :param value: the state as JSON, ``null`` when there is none.
     :param acquired_at: seconds since the epoch by the store's clock.
+    :param write: the row's write number, which is the first :attr:`Write.seen` of the run: 0, or
+        :data:`TAKEN_OVER` if the lease of another holder had run out.
     """
 
     lease: Lease
@@ -61,6 +64,7 @@ class Acquired:
     schema_version: int | None
     history: str | None
     acquired_at: float
+    write: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,36 @@ class NewValue:
 
     value: str
     schema_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One write of a state within a lease.
+
+    The store carries it out if the row's write number is at least ``seen`` and at most ``number``.
+    A larger one means that a newer write was carried out, so this one is late; a smaller one that
+    the database has lost writes that it had answered.
+
+    :param number: 1 for the first write of a lease, and one more for each further one. A number
+        belongs to one content for ever, also if that write failed or was rolled back.
+    :param seen: the number of the newest write whose answer has come, or :attr:`Acquired.write`.
+    """
+
+    number: int
+    seen: int
+    new: NewValue
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """What ``enqueue_once`` finds.
+
+    :param number: the queue's number, which each claim, acquisition and dequeueing raises by one.
+    :param task_id: of the message that is queued or running, if there is one.
+    """
+
+    number: int
+    task_id: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +122,9 @@ class Ended:
 class Saved:
     """Answer to a save.
 
-    :param updated_at: the row's new ``updated_at``, in seconds since the epoch.
     :param handoff_to: who asks the holder to hand over, if anybody does.
     """
 
-    updated_at: float
     handoff_to: str | None
 
 
@@ -147,10 +179,18 @@ class Row(Listed):
     """The whole row.
 
     :param value: the state as JSON, ``null`` when there is none.
+    :param wanted: the wish for one more run, as JSON, if there is one.
+    :param write: the number of the last write.
     """
 
     value: str
+    wanted: str | None
+    write: int
 
+
+#: The write number after an acquisition that took over the lease of a holder which did not give it
+#: back. It tells such a takeover from an orderly handoff.
+TAKEN_OVER = -1
 
 Seen = TypeVar("Seen", bound=Listed)
 
@@ -179,8 +219,10 @@ class Wishes(Protocol):
         """End the holding on of a lease that was seen; false when it is not held on any more."""
 
     def want(self, row: Row, wish: str) -> bool:
-        """Have the holder that was seen send one more run when it releases, by this wish alone;
-        false when it is the holder no more.
+        """Have the holder that was seen send one more run when it releases, by this wish alone.
+
+        :returns: false if it is not the holder any more, or if the row has another wish by now
+            than when it was seen: a late request must not replace a newer wish.
         """
 
     def wanted(self, key: str) -> str | None:
@@ -189,19 +231,32 @@ class Wishes(Protocol):
     def granted(self, key: str, wish: str) -> None:
         """The run that was wanted was sent; a newer wish stays."""
 
-    def enqueue(self, key: str, task_id: str, life: float) -> str:
-        """Note a message as queued, for so many seconds, if none is queued or running; returns
-        the id of that which is.
+    def queued(self, key: str) -> Queued:
+        """The message that is queued or running, and the queue's number for :meth:`claim`."""
+
+    def claim(self, key: str, task_id: str, life: float, number: int) -> bool:
+        """Note a message as queued, for so many seconds.
+
+        :param number: of the queue, as it was seen when no message was queued or running.
+        :returns: false if the queue has another number by now. A claim that is repeated while it
+            still counts succeeds again.
         """
 
     def expect(self, keys: Sequence[str]) -> None:
         """Note that these singletons are to run, as rows that no run has changed yet."""
 
-    def put(self, key: str, new: NewValue) -> bool:
-        """Store a state if nobody has the lease; false when somebody has."""
+    def put(self, key: str, row: Row | None, new: NewValue) -> bool:
+        """Store a state from outside a run.
+
+        :param row: as it was seen; ``None`` if there was none.
+        :returns: false if a lease is held, or if the row has changed since it was seen.
+        """
 
     def dequeue(self, key: str, task_id: str) -> None:
-        """The message is queued no more. (An acquisition for it says so by itself.)"""
+        """Note that a message is not queued any more, and refuse a claim for it that is late.
+
+        (An acquisition for it does so by itself.)
+        """
 
 
 class Entries(Protocol):
@@ -210,15 +265,19 @@ class Entries(Protocol):
     def load(self, prefix: str) -> dict[str, str]:
         """The values of all rows whose keys begin with a prefix and go on, by key."""
 
-    def record(self, lease: Lease, entries: Mapping[str, str]) -> float | None:
-        """Store values by key, if there are any, and prolong the leader's lease; returns the
-        store's time in seconds since the epoch, ``None`` when the lease is no longer held.
+    def record(
+        self, lease: Lease, entries: Mapping[str, str], number: int, seen: int
+    ) -> float | None:
+        """Store values by key, if there are any, and prolong the leader's lease.
 
         All or nothing. That the lease ran out does not matter as long as nobody took it since.
+
+        :param number, seen: of this write within the leader's lease, as in :class:`Write`.
+        :returns: the store's time in seconds since the epoch; ``None`` if the write was refused.
         """
 
-    def forget(self, lease: Lease, keys: Sequence[str]) -> None:
-        """Remove rows, if the leader's lease is still held."""
+    def forget(self, lease: Lease, keys: Sequence[str], number: int, seen: int) -> bool:
+        """Remove rows, as a write of the leader's like :meth:`record`; false if it was refused."""
 
 
 class Leases(Protocol):
@@ -227,8 +286,9 @@ class Leases(Protocol):
     def acquire(self, key: str, holder: str, ttl: float, task_id: str | None) -> Acquired | None:
         """Take a free or expired lease and load its row; ``None`` when somebody holds it.
 
-        Asked again by the same holder it answers the same fence, so that a request whose
-        answer was lost can be repeated.
+        Asked again by the same holder it changes nothing, except that the lease lives for at least
+        ``ttl`` from now. So a request whose answer was lost can be repeated, and a late one does
+        no harm.
         """
 
     def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
@@ -239,8 +299,17 @@ class Leases(Protocol):
         for one alone, it waits, and a key that is not returned is no longer held.
         """
 
-    def release(self, lease: Lease, ended: Ended, new: NewValue | None = None) -> Released | None:
-        """Give a lease back, with a new state or without; ``None`` when it is no longer held."""
+    def release(self, lease: Lease, ended: Ended, write: Write | None = None) -> Released | None:
+        """Give a lease back, with a new state or without; ``None`` when that is refused."""
+
+    def give_back(self, key: str, holder: str) -> Released | None:
+        """Give a lease back whose fence may be unknown, and which may never have been taken.
+
+        Nothing is noted of a run. A holder's name is never used again, so a late request is
+        refused.
+
+        :returns: ``None`` if this is not the holder.
+        """
 
     def peek(self, key: str) -> Row | None:
         """The row of a singleton, if it has one."""
@@ -266,7 +335,8 @@ class Leases(Protocol):
 
         What :meth:`unused` asks is asked again of each row as it is removed: a run that begins
         meanwhile keeps its row. It may pass over rows that somebody has locked at this moment.
-        The next acquisition of a key that was removed makes a new row, with fence 1.
+        The next acquisition of a key that was removed makes a new row, whose fence is the store's
+        clock.
         """
 
     @property
@@ -283,10 +353,18 @@ class Leases(Protocol):
 class Store(Leases, Protocol):
     """Where leases and states live. Every verb may raise :exc:`StoreError`."""
 
-    def save(self, lease: Lease, new: NewValue) -> Saved | None:
-        """Store a state and prolong the lease; ``None`` when it is no longer held.
+    def save(self, lease: Lease, write: Write) -> Saved | None:
+        """Store a state and prolong the lease; ``None`` when that is refused.
 
         That the lease ran out does not matter as long as nobody took it since.
+        """
+
+    def written(self, lease: Lease, number: int) -> bool | None:
+        """Whether the write with this number took effect, after a COMMIT that was not answered.
+
+        The row is read under its lock, so that a COMMIT which is still under way has ended.
+
+        :returns: ``None`` if the lease is not held any more.
         """
 
     def set_aside(self, key: str, value: str) -> None:
@@ -305,8 +383,8 @@ class FencedTransaction(Protocol):
 
     connection: Any
 
-    def save(self, lease: Lease, new: NewValue) -> Saved | None:
-        """Store a state within the transaction, last; ``None`` when no longer held.
+    def save(self, lease: Lease, write: Write) -> Saved | None:
+        """Store a state within the transaction, last; ``None`` when that is refused.
 
-        By the row's new ``updated_at`` the commit is known again when its answer was lost.
+        :meth:`Store.written` tells whether it was committed when the answer to that was lost.
         """

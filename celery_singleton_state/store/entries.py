@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from .base import Lease
 from .statements import Statements
-from .wishes import Change, Rows
+from .wishes import Rows
 
 
 class SqlEntries:
-    """The entries of an SQL store; each verb is one statement.
+    """The entries of an SQL store.
 
-    :param rows: runs a statement and returns its rows; ``change``: how many rows it changed.
+    :param rows: runs a statement and returns its rows.
+    :param run_within: runs statements in one transaction, if the first that answers rows does so.
     """
 
-    def __init__(self, sql: Statements, rows: Rows, change: Change) -> None:
+    def __init__(
+        self,
+        sql: Statements,
+        rows: Rows,
+        run_within: Callable[[Sequence[str], Mapping[str, Any]], bool],
+    ) -> None:
         self._sql = sql
         self._rows = rows
-        self._change = change
+        self._run_within = run_within
 
     def load(self, prefix: str) -> dict[str, str]:
         return dict(self._rows(self._sql.entries, {"prefix": prefix}))
 
-    def record(self, lease: Lease, entries: Mapping[str, str]) -> float | None:
+    def record(
+        self, lease: Lease, entries: Mapping[str, str], number: int, seen: int
+    ) -> float | None:
         document = [{"key": key, "value": value} for key, value in entries.items()]
-        rows = self._rows(self._sql.record, _of(lease, entries=document) | {"ttl": lease.ttl})
+        order = {"number": number, "seen": seen}
+        named = _of(lease, entries=document) | order | {"ttl": lease.ttl}
+        rows = self._rows(self._sql.record, named)
         return float(rows[0][0]) if rows else None
 
-    def forget(self, lease: Lease, keys: Sequence[str]) -> None:
-        self._change(self._sql.forget, _of(lease, keys=keys))
+    def forget(self, lease: Lease, keys: Sequence[str], number: int, seen: int) -> bool:
+        named = _of(lease, keys=keys) | {"number": number, "seen": seen}
+        return self._run_within(self._sql.forget_within, named)
 
 
 def _of(lease: Lease, **documents: Any) -> dict[str, Any]:

@@ -22,7 +22,18 @@ from typing import Any
 
 from sqlalchemy import Dialect, Table
 
-from .statements import ENDED, FREE, HELD, HELD_ON, NEW_VALUE, UNUSED, Statements
+from .base import TAKEN_OVER
+from .statements import (
+    ENDED,
+    FREE,
+    GIVE_BACK,
+    HELD,
+    HELD_ON,
+    IN_ORDER,
+    NEW_VALUE,
+    UNUSED,
+    Statements,
+)
 from .words import MYSQL, MYSQL_ENTRIES
 
 _TRANSACTION = """
@@ -41,36 +52,46 @@ _NOW = "CAST(@singleton_now AS DATETIME(6))"
 
 _LATER = f"{_NOW} + INTERVAL :ttl SECOND"
 
-_IS_FREE = f"(holder IS NULL OR holder = :holder OR expires_at <= {_NOW} OR expires_at IS NULL)"
+_IS_FREE = f"(holder IS NULL OR expires_at <= {_NOW} OR expires_at IS NULL)"
 
+_TAKES = f"({_IS_FREE} AND NOT holder <=> :holder)"
+
+# Repeated by the same holder, it changes nothing but an expiry that would be nearer. The holder and
+# the expiry are assigned last, because the conditions read them.
 _ACQUIRE = f"""
 {_LOCK}
 INSERT INTO {{table}}
-  ({{key}}, value, updated_at, fence, holder, task_id, acquired_at, expires_at)
-VALUES (:key, 'null', {_NOW}, 1, :holder, :task_id, {_NOW}, {_LATER})
+  ({{key}}, value, updated_at, fence, {{write}}, queue, holder, task_id, acquired_at, expires_at)
+VALUES
+  (:key, 'null', {_NOW}, {{milliseconds}}, 0, 1, :holder, :task_id, {_NOW}, {_LATER})
 ON DUPLICATE KEY UPDATE
-  fence = IF({_IS_FREE}, IF(holder = :holder, fence, coalesce(fence, 0) + 1), fence),
-  task_id = IF({_IS_FREE}, :task_id, task_id),
-  acquired_at = IF({_IS_FREE}, {_NOW}, acquired_at),
-  handoff_to = IF({_IS_FREE}, NULL, handoff_to),
-  queued_until = IF({_IS_FREE} AND queued_task_id = :task_id, NULL, queued_until),
+  fence = IF({_TAKES}, greatest(coalesce(fence, 0) + 1, {{milliseconds}}), fence),
+  {{write}} = IF({_TAKES},
+    IF(holder IS NOT NULL AND acquired_at IS NOT NULL, {TAKEN_OVER}, 0), {{write}}),
+  queue = IF({_TAKES}, coalesce(queue, 0) + 1, queue),
+  acquired_at = IF({_TAKES}, {_NOW}, acquired_at),
+  handoff_to = IF({_TAKES}, NULL, handoff_to),
+  queued_until = IF({_TAKES} AND queued_task_id = :task_id, NULL, queued_until),
+  task_id = IF({_TAKES}, :task_id, task_id),
   holder = IF({_IS_FREE}, :holder, holder),
-  expires_at = IF(holder = :holder, {_LATER}, expires_at);
-SELECT fence, value, schema_version, history, {{acquired_at}}
+  expires_at = IF(holder = :holder,
+    greatest(coalesce(expires_at, {_LATER}), {_LATER}), expires_at);
+SELECT fence, value, schema_version, history, {{acquired_at}}, {{write}}
 FROM {{table}} WHERE {{key}} = :key AND holder = :holder
 """
 
 _SAVE = (
-    f"""
-UPDATE {{table}} SET value = :value, schema_version = :schema_version, updated_at = {{now}},
-  expires_at = {{later}}
-{HELD}
-""",
-    "SELECT {updated_at}, handoff_to FROM {table} WHERE {key} = :key AND ROW_COUNT() = 1",
+    f"UPDATE {{table}} SET {NEW_VALUE} expires_at = {{later}} {HELD} {IN_ORDER}",
+    "SELECT handoff_to FROM {table} WHERE {key} = :key AND ROW_COUNT() = 1",
 )
 
 _RELEASE = f"""
-UPDATE {{table}} SET {{new_value}} {{lease}} {ENDED} {HELD};
+UPDATE {{table}} SET {{new_value}} {{lease}} {ENDED} {HELD} {{order}};
+SELECT wanted FROM {{table}} WHERE {{key}} = :key AND ROW_COUNT() = 1
+"""
+
+_GIVE_BACK = f"""
+{GIVE_BACK};
 SELECT wanted FROM {{table}} WHERE {{key}} = :key AND ROW_COUNT() = 1
 """
 
@@ -100,21 +121,27 @@ INSERT INTO {table} ({key}, value, updated_at) VALUES (:key, :value, {now})
 ON DUPLICATE KEY UPDATE updated_at = updated_at
 """
 
-_IS_NOT_QUEUED = f"""(
-  (queued_until IS NULL OR queued_until <= {_NOW})
-  AND (task_id IS NULL OR expires_at IS NULL OR expires_at <= {_NOW})
-)"""
+# Repeated, it is the same claim.
+_MAY_CLAIM = f"""(coalesce(queue, 0) = :number OR (
+  queue = :number + 1 AND queued_task_id = :task_id AND queued_until > {_NOW}))"""
 
-_ENQUEUE = f"""
+_CLAIM = f"""
 {_LOCK}
-INSERT INTO {{table}} ({{key}}, value, updated_at, fence, queued_task_id, queued_until)
-VALUES (:key, 'null', {_NOW}, 0, :task_id, {_LATER})
+INSERT INTO {{table}} ({{key}}, value, updated_at, fence, queue, queued_task_id, queued_until)
+VALUES (:key, 'null', {_NOW}, 0, 1, :task_id, {_LATER})
 ON DUPLICATE KEY UPDATE
-  queued_task_id = IF({_IS_NOT_QUEUED}, :task_id, queued_task_id),
-  queued_until = IF({_IS_NOT_QUEUED}, {_LATER}, queued_until);
-SELECT CASE WHEN queued_until > {_NOW} THEN queued_task_id
-  WHEN expires_at > {_NOW} THEN task_id END
-FROM {{table}} WHERE {{key}} = :key
+  queued_until = IF({_MAY_CLAIM}, {_LATER}, queued_until),
+  queued_task_id = IF({_MAY_CLAIM}, :task_id, queued_task_id),
+  queue = IF({_MAY_CLAIM}, :number + 1, queue);
+SELECT queue FROM {{table}} WHERE {{key}} = :key
+  AND queued_task_id = :task_id AND queued_until > {_NOW} AND queue IN (1, :number + 1)
+"""
+
+# Counted whoever is queued, and where no row is yet: a claim that is under way is refused then.
+_DEQUEUE = """
+INSERT INTO {table} ({key}, value, updated_at, fence, queue) VALUES (:key, 'null', {now}, 0, 1)
+ON DUPLICATE KEY UPDATE
+  queue = coalesce(queue, 0) + 1, queued_until = IF(queued_task_id = :task_id, NULL, queued_until)
 """
 
 _EXPECT = """
@@ -128,14 +155,18 @@ _HAS_NO_RUN = f"(holder IS NULL OR (acquired_at IS NULL AND expires_at <= {_NOW}
 
 _PUT = f"""
 {_LOCK}
-INSERT INTO {{table}} ({{key}}, value, schema_version, updated_at, fence)
-VALUES (:key, :value, :schema_version, {_NOW}, 0)
+SET @singleton_put = coalesce((
+  SELECT IF({_HAS_NO_RUN} AND coalesce(fence, 0) = :fence AND coalesce({{write}}, 0) = :write, 1, 0)
+  FROM {{table}} WHERE {{key}} = :key), 1);
+INSERT INTO {{table}} ({{key}}, value, schema_version, updated_at, fence, {{write}})
+VALUES (:key, :value, :schema_version, {_NOW}, 0, 1)
 ON DUPLICATE KEY UPDATE
-  value = IF({_HAS_NO_RUN}, :value, value),
-  schema_version = IF({_HAS_NO_RUN}, :schema_version, schema_version),
-  updated_at = IF({_HAS_NO_RUN}, {_NOW}, updated_at),
-  fence = IF({_HAS_NO_RUN}, coalesce(fence, 0), fence);
-SELECT {{key}} FROM {{table}} WHERE {{key}} = :key AND {_HAS_NO_RUN}
+  value = IF(@singleton_put, :value, value),
+  schema_version = IF(@singleton_put, :schema_version, schema_version),
+  updated_at = IF(@singleton_put, {_NOW}, updated_at),
+  fence = IF(@singleton_put, coalesce(fence, 0), fence),
+  {{write}} = IF(@singleton_put, coalesce({{write}}, 0) + 1, {{write}});
+SELECT {{key}} FROM {{table}} WHERE {{key}} = :key AND @singleton_put
 """
 
 _CHOSEN = f"""
@@ -152,21 +183,22 @@ STRAIGHT_JOIN {{table}} AS gone FORCE INDEX (PRIMARY) ON gone.{{key}} = chosen.{
 """
 
 _RECORD = f"""
-UPDATE {{table}} SET expires_at = {{later}} {HELD};
+UPDATE {{table}} SET expires_at = {{later}}, {{write}} = :number {HELD} {IN_ORDER};
 INSERT INTO {{table}} ({{key}}, value, updated_at)
 SELECT entry_key, entry_value, {{now}} FROM {MYSQL_ENTRIES}
-WHERE EXISTS (SELECT 1 FROM {{table}} {HELD})
+WHERE EXISTS (SELECT 1 FROM {{table}} {HELD} AND {{write}} = :number)
 ON DUPLICATE KEY UPDATE value = VALUES(value), updated_at = VALUES(updated_at);
-SELECT {{epoch_now}} FROM {{table}} {HELD}
+SELECT {{epoch_now}} FROM {{table}} {HELD} AND {{write}} = :number
 """
 
-_FORGET = f"""
-SELECT 1 FROM {{table}} {HELD} FOR UPDATE;
-DELETE gone FROM {{keys}}
-STRAIGHT_JOIN {{table}} AS leader FORCE INDEX (PRIMARY)
-  ON leader.{{key}} = :key AND leader.fence = :fence AND leader.holder = :holder
-STRAIGHT_JOIN {{table}} AS gone FORCE INDEX (PRIMARY) ON gone.{{key}} = listed.value
-"""
+_FORGET = (
+    f"UPDATE {{table}} SET {{write}} = :number {HELD} {IN_ORDER}",
+    "SELECT {key} FROM {table} WHERE {key} = :key AND ROW_COUNT() = 1",
+    """
+DELETE gone FROM {keys}
+STRAIGHT_JOIN {table} AS gone FORCE INDEX (PRIMARY) ON gone.{key} = listed.value
+""",
+)
 
 # Changes nothing, and is an error that names the privilege which the role lacks.
 _MAY_CHANGE = """
@@ -191,18 +223,23 @@ class MySqlStatements(Statements):
         self.save_within = tuple(map(self.sql, _SAVE))
         self.release = {
             (stores, holds): self._transaction(
-                _RELEASE, new_value=NEW_VALUE if stores else "", lease=_KEPT if holds else FREE
+                _RELEASE,
+                new_value=NEW_VALUE if stores else "",
+                order=IN_ORDER if stores else "",
+                lease=_KEPT if holds else FREE,
             )
             for stores in (False, True)
             for holds in (False, True)
         }
         self.set_aside = self.sql(_SET_ASIDE)
-        self.enqueue = self._transaction(_ENQUEUE)
+        self.give_back = self._transaction(_GIVE_BACK)
+        self.claim = self._transaction(_CLAIM)
+        self.dequeue = self.sql(_DEQUEUE)
         self.expect = self.sql(_EXPECT)
         self.put = self._transaction(_PUT)
         self.prune = self._transaction(_PRUNE)
         self.record = self._transaction(_RECORD)
-        self.forget = self._transaction(_FORGET)
+        self.forget_within = tuple(map(self.sql, _FORGET))
         self.check = f"{self.check};{self.sql(_MAY_CHANGE)}"
 
     def rows(self, cursor: Any) -> Sequence[tuple[Any, ...]]:

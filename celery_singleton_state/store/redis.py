@@ -1,16 +1,19 @@
 """Leases in Redis or Valkey, for singletons without a state: one script call a verb.
 
-What Redis took it can lose: a failover to a replica that had not heard of it yet, or a restart
-without its file. Then a lease is free while its holder runs, and two runs are active, until the
-first one's next renewal is refused. So a state, which must never be overwritten, is not kept here.
+Redis can lose a lease after it acknowledged it: by a failover to a replica that had not received it
+yet, or by a restart without its file. Then the lease is free while its holder runs, and two runs
+are active until the first run's next renewal is refused. So a state, which must never be
+overwritten, is not kept here. No fence is given twice, because a fence is never smaller than the
+server's clock.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
@@ -25,20 +28,25 @@ from .base import (
     Lease,
     Listed,
     NewValue,
+    Queued,
     Released,
     Row,
-    StoreNotReady,
-    StoreUnavailable,
-    one_line,
+    StoreMisconfigured,
+    Write,
     seen,
 )
 from .redis_calls import ScriptCalls
+from .redis_faults import NO_CLUSTER, as_store_error
 from .redis_url import client_for
 
 logger = logging.getLogger(__name__)
 
-#: Of the sorted set of all keys.
+T = TypeVar("T")
+
+#: The sorted set of all keys.
 INDEX = "celery-singleton-keys"
+#: How many singletons one script reads at most. The server does nothing else meanwhile.
+PAGE = 200
 #: Policies by which a server whose memory is full removes keys without an expiry.
 _EVICTING = "allkeys"
 
@@ -53,88 +61,111 @@ class RedisStore:
     """
 
     def __init__(self, url: str, io_timeout: float) -> None:
-        self._client: Any = client_for(
+        connect = partial(
+            client_for,
             url,
             decode_responses=True,
             socket_timeout=io_timeout,
             socket_connect_timeout=io_timeout,
             retry=Retry(NoBackoff(), 0),
         )
-        self._scripts = ScriptCalls(self._client)
+        self._scripts = ScriptCalls(connect)
         self.wishes = RedisWishes(self._call)
 
     def acquire(self, key: str, holder: str, ttl: float, task_id: str | None) -> Acquired | None:
         found = self._call(scripts.ACQUIRE, [key, INDEX], [holder, ttl, task_id or ""])
         if found is None:
             return None
-        fence, history, now = found
-        return Acquired(Lease(key, holder, int(fence), ttl), NO_STATE, None, history, float(now))
+        fence, history, acquired_at, write = found
+        lease = Lease(key, holder, int(fence), ttl)
+        since = float(acquired_at)
+        return Acquired(lease, NO_STATE, None, history, acquired_at=since, write=int(write))
 
     def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
-        keys = [lease.key for lease in leases]
-        named = [part for lease in leases for part in (lease.holder, lease.fence, lease.ttl)]
-        found = self._call(scripts.RENEW, keys, named)
-        return {key: who or None for key, who in zip(keys, found, strict=True) if who is not None}
+        renewed: dict[str, str | None] = {}
+        for some in _in_pages(leases):
+            keys = [lease.key for lease in some]
+            named = [part for lease in some for part in (lease.holder, lease.fence, lease.ttl)]
+            found = self._call(scripts.RENEW, keys, named)
+            answers = zip(keys, found, strict=True)
+            renewed |= {key: who or None for key, who in answers if who is not None}
+        return renewed
 
-    def release(self, lease: Lease, ended: Ended, new: NewValue | None = None) -> Released | None:
-        assert new is None, "a state is kept in SQL"
+    def give_back(self, key: str, holder: str) -> Released | None:
+        return _released(self._call(scripts.GIVE_BACK, [key], [holder]))
+
+    def release(self, lease: Lease, ended: Ended, write: Write | None = None) -> Released | None:
+        assert write is None, "a state is kept in SQL"
         named = [lease.holder, lease.fence, ended.outcome, ended.history, ended.hold]
-        wanted = self._call(scripts.RELEASE, [lease.key], named)
-        return None if wanted is None else Released(wanted or None)
+        return _released(self._call(scripts.RELEASE, [lease.key], named))
 
     def peek(self, key: str) -> Row | None:
         now, fields = self._call(scripts.PEEK, [key], [])
-        return seen(Row(**_listed(key, fields, now), value=NO_STATE)) if fields else None
+        return seen(_row(key, fields, now)) if fields else None
 
     def list(self, prefix: str, also: str = "") -> Sequence[Listed]:
-        now, found = self._call(scripts.LIST, [INDEX], [prefix])
-        return [seen(Listed(**_listed(key, fields, now))) for key, fields in found]
+        return [
+            seen(Listed(**_listed(key, _by_name(fields), now)))
+            for now, found in self._pages(scripts.LIST, prefix)
+            for key, fields in found
+        ]
 
     def contents(
         self, keys: Sequence[str], values: bool
     ) -> dict[str, tuple[str | None, str | None]]:
-        with _as_ours(), self._client.pipeline(transaction=False) as pipeline:
-            for key in keys:
-                pipeline.hget(key, "history")
-            histories = pipeline.execute()
         value = NO_STATE if values else None
-        return {key: (history, value) for key, history in zip(keys, histories, strict=True)}
+        return {
+            key: (history, value)
+            for some in _in_pages(keys)
+            for key, history in zip(some, self._call(scripts.HISTORIES, some, []), strict=True)
+        }
 
     def unused(self, prefix: str, older_than: float) -> Sequence[str]:
-        found: Sequence[str] = self._call(scripts.UNUSED, [INDEX], [older_than, prefix])
-        return found
+        pages = self._pages(scripts.UNUSED, prefix, older_than)
+        return [key for _, found in pages for key in found]
 
     def prune(self, keys: Sequence[str], older_than: float) -> Sequence[str]:
-        found: Sequence[str] = self._call(scripts.PRUNE, [*keys, INDEX], [older_than])
-        return found
+        return [
+            key
+            for some in _in_pages(keys)
+            for key in self._call(scripts.PRUNE, [*some, INDEX], [older_than])
+        ]
 
     def check(self) -> None:
-        """See that the server answers and keeps what it is told.
+        """See that the server answers, runs scripts and keeps what it is told.
 
-        :raises StoreNotReady: it would remove leases when its memory is full.
-        :raises StoreUnavailable: it is out of reach.
+        :raises StoreMisconfigured: it is a cluster, removes leases when its memory is full, or
+            refuses the scripts to this user.
+        :raises StoreUnavailable: it does not answer, or is a replica.
         """
         with _as_ours():
             try:
-                policy = self._client.info("memory").get("maxmemory_policy", "")
+                _check_info(self._scripts.info())
             except ResponseError as error:
                 logger.warning(
-                    "singleton_lease_url: it does not tell how it evicts keys: %s", error
+                    "singleton_lease_url: the server does not say whether it is a cluster, nor "
+                    "how it evicts keys: %s",
+                    error,
                 )
-                return
-        if policy.startswith(_EVICTING):
-            raise StoreNotReady(
-                f"singleton_lease_url: the server's maxmemory-policy is {policy}, by which it "
-                "removes leases when its memory is full; set noeviction, or a volatile-… one"
-            )
+        # Scripts may be refused to this user; and a replica refuses them.
+        self._call(scripts.UNUSED, [INDEX], ["", "", 1, 0])
 
     def close(self) -> None:
-        # Those in use as well, whichever release of the client library it is.
-        self._client.connection_pool.disconnect()
+        self._scripts.close()
 
     def _call(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         with _as_ours():
             return self._scripts.call(script, keys, arguments)
+
+    def _pages(self, script: str, prefix: str, *more: Any) -> Iterator[tuple[str, Sequence[Any]]]:
+        """The server's time and what a script finds, page by page, in the order of the keys.
+
+        Each page is of its own moment.
+        """
+        after: str | None = ""
+        while after is not None:
+            now, after, found = self._call(script, [INDEX], [prefix, after, PAGE, *more])
+            yield now, found
 
 
 class RedisWishes:
@@ -147,13 +178,13 @@ class RedisWishes:
         self._call = call
 
     def ask_to_hand_over(self, row: Row, who: str) -> bool:
-        return self._tell(row, "handoff_to", who)
+        return self._tell(scripts.ASK_TO_HAND_OVER, row, who)
 
     def let_go(self, row: Row) -> bool:
-        return bool(self._call(scripts.LET_GO, [row.key], [row.holder or "", row.fence]))
+        return self._tell(scripts.LET_GO, row)
 
     def want(self, row: Row, wish: str) -> bool:
-        return self._tell(row, "wanted", wish)
+        return self._tell(scripts.WANT, row, row.wanted or "", wish)
 
     def wanted(self, key: str) -> str | None:
         found: str | None = self._call(scripts.WANTED, [key], [])
@@ -162,27 +193,49 @@ class RedisWishes:
     def granted(self, key: str, wish: str) -> None:
         self._call(scripts.GRANTED, [key], [wish])
 
-    def enqueue(self, key: str, task_id: str, life: float) -> str:
-        return str(self._call(scripts.ENQUEUE, [key, INDEX], [task_id, life]))
+    def queued(self, key: str) -> Queued:
+        number, task_id = self._call(scripts.QUEUED, [key], [])
+        return Queued(int(number), task_id)
+
+    def claim(self, key: str, task_id: str, life: float, number: int) -> bool:
+        return bool(self._call(scripts.CLAIM, [key, INDEX], [task_id, life, number]))
 
     def expect(self, keys: Sequence[str]) -> None:
         for key in keys:
             self._call(scripts.EXPECT, [key, INDEX], [])
 
-    def put(self, key: str, new: NewValue) -> bool:
+    def put(self, key: str, seen: Row | None, new: NewValue) -> bool:
         raise AssertionError("a state is kept in SQL")
 
     def dequeue(self, key: str, task_id: str) -> None:
-        self._call(scripts.DEQUEUE, [key], [task_id])
+        self._call(scripts.DEQUEUE, [key, INDEX], [task_id])
 
-    def _tell(self, row: Row, field: str, what: str) -> bool:
-        named = [row.holder or "", row.fence, field, what]
-        return bool(self._call(scripts.TELL, [row.key], named))
+    def _tell(self, script: str, row: Row, *more: str) -> bool:
+        return bool(self._call(script, [row.key], [row.holder or "", row.fence, *more]))
 
 
-def _listed(key: str, fields: Sequence[str], now: str) -> dict[str, Any]:
-    """The arguments of a :class:`Listed`, from names and values in turn."""
-    found = dict(zip(fields[::2], fields[1::2], strict=True))
+def _in_pages(all_of_them: Sequence[T]) -> Iterator[Sequence[T]]:
+    for first in range(0, len(all_of_them), PAGE):
+        yield all_of_them[first : first + PAGE]
+
+
+def _released(wanted: str | None) -> Released | None:
+    return None if wanted is None else Released(wanted or None)
+
+
+def _by_name(fields: Sequence[str]) -> dict[str, str]:
+    """From names and values in turn."""
+    return dict(zip(fields[::2], fields[1::2], strict=True))
+
+
+def _row(key: str, fields: Sequence[str], now: str) -> Row:
+    found = _by_name(fields)
+    write, wanted = int(found.get("write", 0)), found.get("wanted")
+    return Row(**_listed(key, found, now), value=NO_STATE, write=write, wanted=wanted)
+
+
+def _listed(key: str, found: Mapping[str, str], now: str) -> dict[str, Any]:
+    """The arguments of a :class:`Listed`."""
 
     def number(name: str) -> float | None:
         return float(found[name]) if name in found else None
@@ -205,10 +258,22 @@ def _listed(key: str, fields: Sequence[str], now: str) -> dict[str, Any]:
     }
 
 
+def _check_info(info: Mapping[str, str]) -> None:
+    """:raises StoreMisconfigured: the server is a cluster, or may remove leases."""
+    if info.get("cluster_enabled") == "1" or info.get("redis_mode") == "cluster":
+        raise StoreMisconfigured(f"singleton_lease_url is that of a Redis Cluster: {NO_CLUSTER}")
+    policy = info.get("maxmemory_policy", "")
+    if policy.startswith(_EVICTING):
+        raise StoreMisconfigured(
+            f"singleton_lease_url: the server's maxmemory-policy is {policy}, by which it "
+            "removes leases when its memory is full; set noeviction, or a volatile-… one"
+        )
+
+
 @contextmanager
 def _as_ours() -> Iterator[None]:
-    """:raises StoreUnavailable: for any error of the client's or the server's."""
+    """:raises StoreError: for any error of the client's or the server's."""
     try:
         yield
     except RedisError as error:
-        raise StoreUnavailable(one_line(error)) from error
+        raise as_store_error(error) from error

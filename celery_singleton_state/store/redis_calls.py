@@ -1,34 +1,37 @@
-"""Calls of scripts: over one connection that is kept at hand, and over the client's pool.
+"""Calls of scripts, over connections that are kept at hand.
 
-What redis-py adds to a command beside sending it and reading its answer (the pool, tries, what it
-tells of itself) costs more than the server's work. So the first caller has a connection for itself,
-and who comes while it is in use goes the client's way.
+The client library's pool and its retries cost more than the server's work, and its pool finds out
+about a demoted server with each connection anew. So its client only says how to connect.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from hashlib import sha1
 from typing import Any
 
 from redis import Redis
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+
+from .redis_faults import is_elsewhere
 
 
 class ScriptCalls:
-    """:param client: connects, at first use, and again whenever that is needed."""
+    """Calls of any number of threads; each has a connection for itself meanwhile.
 
-    def __init__(self, client: Redis) -> None:
-        self._client: Any = client
-        #: Held by whoever uses the kept connection. One that a signal takes away before its
-        #: release only sends all later callers to the pool.
-        self._in_use = threading.Lock()
-        #: A client of one of the pool's connections, and the process that it is of.
-        self._kept: Any = None
-        self._pid = 0
+    :param make_client: makes a client that does not connect yet. It is called again in a forked
+        process, which uses nothing of its parent's: neither sockets, nor locks that another
+        thread of the parent may have held.
+    """
+
+    def __init__(self, make_client: Callable[[], Redis]) -> None:
+        self._make_client = make_client
+        self._mine = _Connections(make_client())
+        #: Those of the processes that this one was forked from: never used, and never freed,
+        #: because a client that is freed asks for its pool's lock.
+        self._inherited: list[_Connections] = []
 
     def call(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         """Its answer, after one request; after two from a server that does not know the script.
@@ -42,44 +45,95 @@ class ScriptCalls:
             # New to this server, or its scripts were flushed.
             return self._send("EVAL", script, *words)
 
+    def info(self) -> dict[str, str]:
+        """What the server says of itself.
+
+        :raises RedisError: whatever the client library raises.
+        """
+        lines = self._send("INFO").splitlines()
+        return dict(line.split(":", 1) for line in lines if ":" in line)
+
+    def close(self) -> None:
+        """Close all connections; those in use are closed after their calls."""
+        own = self._own()
+        own.connect_anew(own.idle)
+
     def _send(self, *words: Any) -> Any:
+        own = self._own()
+        idle = own.idle
+        connection = own.take(idle)
         try:
-            if not self._in_use.acquire(blocking=False):
-                return self._client.execute_command(*words)
-            try:
-                return _ask(self._connection(), words)
-            finally:
-                self._in_use.release()
-        except RedisError:
+            connection.send_command(*words)
+            answer = connection.read_response()
+        except RedisError as error:
+            if isinstance(error, ResponseError) and not is_elsewhere(error):
+                own.give_back(connection, idle)
+            else:
+                connection.disconnect()
+                own.connect_anew(idle)
             raise
         except BaseException:
-            # Broken off, by a time limit say: who asks next must be given neither this answer nor a
-            # connection that was not told its database yet.
-            self._client.connection_pool.disconnect()
-            raise
-
-    def _connection(self) -> Any:
-        if self._kept is None or self._pid != os.getpid():
-            # One that a fork left here is its parent's.
-            self._kept, self._pid = self._client.client(), os.getpid()
-        connection = self._kept.connection
-        connection.connect()
-        if _is_spoilt(connection):
-            # Sending connects it again.
+            # Broken off, by a time limit say: the next call must not be given this answer.
             connection.disconnect()
+            raise
+        own.give_back(connection, idle)
+        return answer
+
+    def _own(self) -> _Connections:
+        if self._mine.pid != os.getpid():
+            self._inherited.append(self._mine)
+            self._mine = _Connections(self._make_client())
+        return self._mine
+
+
+class _Connections:
+    """The connections of one process to one server.
+
+    A thread takes an idle connection out of the list and puts it back after an answer. A connection
+    whose call was broken off is never put back. When the primary has become another server, the
+    list is replaced, and a connection that was taken from an older list is closed instead of being
+    put back: so one refusal is enough for all connections to be made anew.
+    """
+
+    def __init__(self, client: Redis) -> None:
+        self.pid = os.getpid()
+        self.idle: list[Any] = []
+        self._client: Any = client
+
+    def take(self, idle: list[Any]) -> Any:
+        """A connection that is ready to be used; it may connect as it sends."""
+        try:
+            connection = idle.pop()
+        except IndexError:
+            pool = self._client.connection_pool
+            connection = pool.connection_class(**pool.connection_kwargs)
+        try:
+            connection.connect()
+            if _is_spoilt(connection):
+                connection.disconnect()
+                connection.connect()
+        except BaseException:
+            # Half made: it may not have been told its database yet.
+            connection.disconnect()
+            raise
         return connection
 
+    def give_back(self, connection: Any, idle: list[Any]) -> None:
+        """:param idle: the list that it was taken from."""
+        if idle is self.idle:
+            idle.append(connection)
+        else:
+            connection.disconnect()
 
-def _ask(connection: Any, words: Sequence[Any]) -> Any:
-    try:
-        connection.send_command(*words)
-        return connection.read_response()
-    except NoScriptError:
-        raise
-    except RedisError:
-        # It is in no state to be reused, or its server is one that may only be read.
-        connection.disconnect()
-        raise
+    def connect_anew(self, idle: list[Any]) -> None:
+        """Have all later calls connect anew, unless another thread has done so meanwhile.
+
+        :param idle: the list that was the present one when the caller took its connection.
+        """
+        if idle is self.idle:
+            self.idle = []
+        while idle:
+            idle.pop().disconnect()
 
 
 def _is_spoilt(connection: Any) -> bool:

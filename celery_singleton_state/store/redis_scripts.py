@@ -5,6 +5,14 @@ its own: its lease has, and its fence must outlive that. All keys stand in one s
 they are listed.
 
 A script is atomic: nothing comes between what it reads and what it writes.
+
+Every script begins its writes with one that changes nothing (``touch``), and that has two effects:
+
+- A replica refuses the script. Without that a primary that was demoted would go on to answer from
+  old data: that a lease is held, or that it is lost.
+- A server whose memory is full accepts the script's other writes. It refuses only a *first* write
+  that can need memory. So renewals, releases and runs of known singletons go on; only a singleton
+  that the server does not know yet is refused.
 """
 
 from __future__ import annotations
@@ -21,37 +29,55 @@ local function get(name) return redis.call('HGET', key, name) end
 local function set(name, value) redis.call('HSET', key, name, value) end
 local function drop(...) redis.call('HDEL', key, ...) end
 local function later(name) local at = get(name); return at and tonumber(at) > now end
+local function touch() redis.call('HDEL', key, '') end
 local function make()
-  if redis.call('HSETNX', key, 'fence', '0') == 1 then
-    set('updated_at', moment(now))
-    redis.call('ZADD', KEYS[2], 0, key)
-  end
+  if redis.call('HEXISTS', key, 'fence') == 1 then return touch() end
+  redis.call('HSET', key, 'fence', '0', 'updated_at', moment(now))
+  redis.call('ZADD', KEYS[2], 0, key)
 end
 local function is_held_by(holder, fence)
   return get('holder') == holder and get('fence') == fence
 end
 """
 
-#: This one and the release are what a run waits for, so each reads all at once.
+#: The acquisition and the release are what a run waits for, so each reads all fields at once. Lua's
+#: numbers are exact up to 2^53 only: beyond that Redis itself adds to the fence, and it is answered
+#: as text.
 ACQUIRE = f"""
 {_HEAD}
 local holder, ttl, task_id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
-local other, expires_at, fence, history, queued = unpack(redis.call(
-  'HMGET', key, 'holder', 'expires_at', 'fence', 'history', 'queued_task_id'))
-if other and other ~= holder and expires_at and tonumber(expires_at) > now then return false end
-if not fence then make() end
-if other ~= holder then fence = redis.call('HINCRBY', key, 'fence', 1) end
+local other, expires_at, fence, history, queued, acquired_at, write = unpack(redis.call(
+  'HMGET', key, 'holder', 'expires_at', 'fence', 'history', 'queued_task_id', 'acquired_at',
+  'write'))
+local is_over = not expires_at or tonumber(expires_at) <= now
+if other and other ~= holder and not is_over then touch() return false end
+make()
+if other == holder then
+  set('expires_at', moment(math.max(tonumber(expires_at or '0'), now + ttl)))
+  return {{fence, history, acquired_at, tonumber(write or '0')}}
+end
+local clock = time[1] * 1000 + math.floor(time[2] / 1000)
+if tonumber(fence or '0') < clock then
+  fence = string.format('%.0f', clock)
+  set('fence', fence)
+else
+  redis.call('HINCRBY', key, 'fence', 1)
+  fence = get('fence')
+end
+write = other and acquired_at and -1 or 0
+redis.call('HINCRBY', key, 'queue', 1)
 redis.call('HSET', key, 'holder', holder, 'acquired_at', moment(now),
-  'expires_at', moment(now + ttl), 'task_id', task_id)
+  'expires_at', moment(now + ttl), 'task_id', task_id, 'write', write)
 if task_id == '' then drop('handoff_to', 'task_id') else drop('handoff_to') end
 if queued == task_id then drop('queued_until') end
-return {{tonumber(fence), history, moment(now)}}
+return {{fence, history, moment(now), write}}
 """
 
 #: For each of the keys three arguments; answers for each ``false``, or who asks to take over.
 RENEW = f"""
 {_HEAD}
 local found = {{}}
+touch()
 for number = 1, #KEYS do
   key = KEYS[number]
   local first = 3 * number - 2
@@ -67,6 +93,7 @@ return found
 
 RELEASE = f"""
 {_HEAD}
+touch()
 local holder, fence, outcome, history, hold = unpack(ARGV)
 local other, last, acquired_at, wanted = unpack(redis.call(
   'HMGET', key, 'holder', 'fence', 'acquired_at', 'wanted'))
@@ -84,17 +111,39 @@ end
 return wanted or ''
 """
 
+#: By the holder alone: its fence may be unknown, and a holder's name is never used again.
+GIVE_BACK = f"""
+{_HEAD}
+touch()
+local other, wanted = unpack(redis.call('HMGET', key, 'holder', 'wanted'))
+if other ~= ARGV[1] then return false end
+drop('task_id', 'acquired_at', 'holder', 'expires_at')
+return wanted or ''
+"""
+
 PEEK = f"""
 {_HEAD}
+touch()
 return {{moment(now), redis.call('HGETALL', key)}}
 """
 
-#: Of all keys that begin so. Histories of those whose last run succeeded are left out.
-LIST = f"""
+#: One page of the keys that begin with a prefix: those after a key, or the first ones. A script
+#: stops the server for as long as it runs, so none reads all keys. Its second answer is the key
+#: after which the next page begins, ``false`` at the end.
+_PAGE = f"""
 {_HEAD}
+redis.call('ZREM', KEYS[1], '')
+local prefix, after, size = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local page = redis.call('ZRANGEBYLEX', KEYS[1],
+  after == '' and '[' .. prefix or '(' .. after, '[' .. prefix .. '\\255', 'LIMIT', 0, size)
+local next_after = #page == size and page[size]
 local found = {{}}
-local first, last = '[' .. ARGV[1], '[' .. ARGV[1] .. '\\255'
-for _, each in ipairs(redis.call('ZRANGEBYLEX', KEYS[1], first, last)) do
+"""
+
+#: Histories of singletons whose last run succeeded are left out.
+LIST = f"""
+{_PAGE}
+for _, each in ipairs(page) do
   key = each
   local all, fields = redis.call('HGETALL', key), {{}}
   local brief = get('last_outcome') == 'succeeded'
@@ -106,18 +155,35 @@ for _, each in ipairs(redis.call('ZRANGEBYLEX', KEYS[1], first, last)) do
   end
   found[#found + 1] = {{key, fields}}
 end
-return {{moment(now), found}}
+return {{moment(now), next_after, found}}
+"""
+
+HISTORIES = f"""
+{_HEAD}
+touch()
+local found = {{}}
+for number = 1, #KEYS do found[number] = redis.call('HGET', KEYS[number], 'history') end
+return found
 """
 
 _SEEN = f"""
 {_HEAD}
+touch()
 if not is_held_by(ARGV[1], ARGV[2]) or not later('expires_at') then return 0 end
 """
 
-#: Of one whom somebody has seen: sets a field.
-TELL = f"""
+ASK_TO_HAND_OVER = f"""
 {_SEEN}
-set(ARGV[3], ARGV[4])
+set('handoff_to', ARGV[3])
+return 1
+"""
+
+#: Only in place of the wish that was seen together with the holder, so that a late request does
+#: not replace a newer wish.
+WANT = f"""
+{_SEEN}
+if (get('wanted') or '') ~= ARGV[3] then return 0 end
+set('wanted', ARGV[4])
 return 1
 """
 
@@ -130,34 +196,53 @@ return 1
 
 WANTED = f"""
 {_HEAD}
+touch()
 return get('wanted')
 """
 
 GRANTED = f"""
 {_HEAD}
+touch()
 if get('wanted') == ARGV[1] then drop('wanted') end
 return 1
 """
 
-ENQUEUE = f"""
+#: The queue's number, and the message that is queued or running.
+QUEUED = f"""
 {_HEAD}
-if later('queued_until') then return get('queued_task_id') end
-if get('task_id') and later('expires_at') then return get('task_id') end
-make()
-set('queued_task_id', ARGV[1])
-set('queued_until', moment(now + tonumber(ARGV[2])))
-return ARGV[1]
+touch()
+local task_id = later('queued_until') and get('queued_task_id')
+  or later('expires_at') and get('task_id')
+return {{tonumber(get('queue') or '0'), task_id}}
 """
 
+#: By the number that the queue had when it was read. A repeated claim is answered like the first.
+CLAIM = f"""
+{_HEAD}
+local task_id, life, number = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local queue = tonumber(get('queue') or '0')
+local is_repeated = queue == number + 1 and get('queued_task_id') == task_id
+  and later('queued_until')
+if queue ~= number and not is_repeated then touch() return 0 end
+make()
+redis.call('HSET', key, 'queue', number + 1, 'queued_task_id', task_id,
+  'queued_until', moment(now + life))
+return 1
+"""
+
+#: The number grows whoever is queued, also of a singleton that is not known yet: a claim of this
+#: message that is still under way is refused.
 DEQUEUE = f"""
 {_HEAD}
+make()
+redis.call('HINCRBY', key, 'queue', 1)
 if get('queued_task_id') == ARGV[1] then drop('queued_until') end
 return 1
 """
 
 #: Nobody holds it, asks for it, wishes it to run once more or has it queued, for so long.
 _IS_UNUSED = """
-local function is_old(name) return not (tonumber(get(name) or '0') > now - tonumber(ARGV[1])) end
+local function is_old(name) return not (tonumber(get(name) or '0') > now - older_than) end
 local function is_unused()
   local held_on = get('holder') and not get('acquired_at') and not later('expires_at')
   return redis.call('EXISTS', key) == 1 and (held_on or not get('holder'))
@@ -167,22 +252,23 @@ end
 """
 
 UNUSED = f"""
-{_HEAD}
+{_PAGE}
+local older_than = tonumber(ARGV[4])
 {_IS_UNUSED}
-local found = {{}}
-local first, last = '[' .. ARGV[2], '[' .. ARGV[2] .. '\\255'
-for _, each in ipairs(redis.call('ZRANGEBYLEX', KEYS[1], first, last)) do
+for _, each in ipairs(page) do
   key = each
   if is_unused() then found[#found + 1] = key end
 end
-return found
+return {{moment(now), next_after, found}}
 """
 
 #: The last of the keys is that of all keys.
 PRUNE = f"""
 {_HEAD}
+local older_than = tonumber(ARGV[1])
 {_IS_UNUSED}
 local found = {{}}
+touch()
 for number = 1, #KEYS - 1 do
   key = KEYS[number]
   if is_unused() then

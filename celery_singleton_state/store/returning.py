@@ -8,31 +8,52 @@ from __future__ import annotations
 
 from sqlalchemy import Dialect, Table
 
-from .statements import ENDED, FREE, HELD, HELD_ON, NEW_VALUE, UNUSED, Statements
+from .base import TAKEN_OVER
+from .statements import (
+    ENDED,
+    FREE,
+    GIVE_BACK,
+    HELD,
+    HELD_ON,
+    IN_ORDER,
+    NEW_VALUE,
+    UNUSED,
+    Statements,
+)
 from .words import POSTGRESQL, SQLITE
 
-_ACQUIRE = """
-INSERT INTO {table} AS mine
-  (key, value, updated_at, fence, holder, task_id, acquired_at, expires_at)
-VALUES (:key, 'null', {now}, 1, :holder, :task_id, {now}, {later})
+# Repeated by the same holder, it changes nothing but an expiry that would be nearer.
+_ACQUIRE = f"""
+INSERT INTO {{table}} AS mine
+  (key, value, updated_at, fence, write, queue, holder, task_id, acquired_at, expires_at)
+VALUES (:key, 'null', {{now}}, {{milliseconds}}, 0, 1, :holder, :task_id, {{now}}, {{later}})
 ON CONFLICT (key) DO UPDATE SET
-  fence = CASE WHEN mine.holder = :holder THEN mine.fence ELSE coalesce(mine.fence, 0) + 1 END,
-  holder = :holder, task_id = :task_id, acquired_at = {now}, expires_at = {later},
-  handoff_to = NULL,
-  queued_until = CASE WHEN mine.queued_task_id = :task_id THEN NULL ELSE mine.queued_until END
+  fence = CASE WHEN mine.holder = :holder THEN mine.fence
+    ELSE {{larger}}(coalesce(mine.fence, 0) + 1, {{milliseconds}}) END,
+  write = CASE WHEN mine.holder = :holder THEN mine.write
+    WHEN mine.holder IS NOT NULL AND mine.acquired_at IS NOT NULL THEN {TAKEN_OVER} ELSE 0 END,
+  queue = CASE WHEN mine.holder = :holder THEN mine.queue ELSE coalesce(mine.queue, 0) + 1 END,
+  acquired_at = CASE WHEN mine.holder = :holder THEN mine.acquired_at ELSE {{now}} END,
+  expires_at = CASE WHEN mine.holder = :holder
+    THEN {{larger}}(coalesce(mine.expires_at, {{later}}), {{later}}) ELSE {{later}} END,
+  handoff_to = CASE WHEN mine.holder = :holder THEN mine.handoff_to END,
+  queued_until = CASE WHEN mine.holder = :holder THEN mine.queued_until
+    WHEN mine.queued_task_id = :task_id THEN NULL ELSE mine.queued_until END,
+  holder = :holder, task_id = :task_id
 WHERE mine.holder IS NULL OR mine.holder = :holder
-  OR mine.expires_at <= {now} OR mine.expires_at IS NULL
-RETURNING fence, value, schema_version, history, {acquired_at}
+  OR mine.expires_at <= {{now}} OR mine.expires_at IS NULL
+RETURNING fence, value, schema_version, history, {{acquired_at}}, write
 """
 
 _SAVE = f"""
-UPDATE {{table}} SET value = :value, schema_version = :schema_version, updated_at = {{now}},
-  expires_at = {{later}}
-{HELD}
-RETURNING {{updated_at}}, handoff_to
+UPDATE {{table}} SET {NEW_VALUE} expires_at = {{later}}
+{HELD} {IN_ORDER}
+RETURNING handoff_to
 """
 
-_RELEASE = f"UPDATE {{table}} SET {{new_value}} {{lease}} {ENDED} {HELD} RETURNING wanted"
+_RELEASE = f"UPDATE {{table}} SET {{new_value}} {{lease}} {ENDED} {HELD} {{order}} RETURNING wanted"
+
+_GIVE_BACK = f"{GIVE_BACK} RETURNING wanted"
 
 # By another holder's name, so that what its run sent before, and repeats, is refused.
 _KEPT = f"""
@@ -61,13 +82,22 @@ INSERT INTO {table} (key, value, updated_at) VALUES (:key, :value, {now})
 ON CONFLICT (key) DO NOTHING
 """
 
-_ENQUEUE = """
-INSERT INTO {table} AS mine (key, value, updated_at, fence, queued_task_id, queued_until)
-VALUES (:key, 'null', {now}, 0, :task_id, {later})
-ON CONFLICT (key) DO UPDATE SET queued_task_id = :task_id, queued_until = {later}
-WHERE (mine.queued_until IS NULL OR mine.queued_until <= {now})
-  AND (mine.task_id IS NULL OR mine.expires_at IS NULL OR mine.expires_at <= {now})
-RETURNING queued_task_id
+_CLAIM = """
+INSERT INTO {table} AS mine (key, value, updated_at, fence, queue, queued_task_id, queued_until)
+VALUES (:key, 'null', {now}, 0, 1, :task_id, {later})
+ON CONFLICT (key) DO UPDATE SET
+  queued_task_id = :task_id, queued_until = {later}, queue = :number + 1
+WHERE coalesce(mine.queue, 0) = :number OR (
+  mine.queue = :number + 1 AND mine.queued_task_id = :task_id AND mine.queued_until > {now})
+RETURNING queue
+"""
+
+# Counted whoever is queued, and where no row is yet: a claim that is under way is refused then.
+_DEQUEUE = """
+INSERT INTO {table} AS mine (key, value, updated_at, fence, queue)
+VALUES (:key, 'null', {now}, 0, 1)
+ON CONFLICT (key) DO UPDATE SET queue = coalesce(mine.queue, 0) + 1, queued_until =
+  CASE WHEN mine.queued_task_id = :task_id THEN NULL ELSE mine.queued_until END
 """
 
 _EXPECT = """
@@ -78,11 +108,12 @@ ON CONFLICT (key) DO NOTHING
 
 # One that is held on after its run, and no longer, is free.
 _PUT = """
-INSERT INTO {table} AS mine (key, value, schema_version, updated_at, fence)
-VALUES (:key, :value, :schema_version, {now}, 0)
+INSERT INTO {table} AS mine (key, value, schema_version, updated_at, fence, write)
+VALUES (:key, :value, :schema_version, {now}, 0, 1)
 ON CONFLICT (key) DO UPDATE SET value = :value, schema_version = :schema_version,
-  updated_at = {now}, fence = coalesce(mine.fence, 0)
-WHERE mine.holder IS NULL OR (mine.acquired_at IS NULL AND mine.expires_at <= {now})
+  updated_at = {now}, fence = coalesce(mine.fence, 0), write = coalesce(mine.write, 0) + 1
+WHERE (mine.holder IS NULL OR (mine.acquired_at IS NULL AND mine.expires_at <= {now}))
+  AND coalesce(mine.fence, 0) = :fence AND coalesce(mine.write, 0) = :write
 RETURNING key
 """
 
@@ -100,8 +131,8 @@ RETURNING key
 # it in the same statement's snapshot would not.
 _RECORD = f"""
 WITH leader AS (
-  UPDATE {{table}} SET expires_at = {{later}}
-  {HELD}
+  UPDATE {{table}} SET expires_at = {{later}}, write = :number
+  {HELD} {IN_ORDER}
   RETURNING {{epoch_now}} AS now
 ), recorded AS (
   INSERT INTO {{table}} (key, value, updated_at)
@@ -115,30 +146,24 @@ SELECT now FROM leader
 # SQLite has no such WITH, and one writer at a time: its statement sees nothing change. The leader's
 # row comes with the entries, to be renewed by the same INSERT.
 _RECORD_ONE_WRITER = f"""
-INSERT INTO {{table}} AS mine (key, value, updated_at, expires_at)
-SELECT entry.key, entry.value, {{now}}, entry.expires_at FROM (
-  SELECT :key AS key, 'null' AS value, {{later}} AS expires_at
+INSERT INTO {{table}} AS mine (key, value, updated_at, expires_at, write)
+SELECT entry.key, entry.value, {{now}}, entry.expires_at, entry.number FROM (
+  SELECT :key AS key, 'null' AS value, {{later}} AS expires_at, :number AS number
   UNION ALL
-  SELECT json_extract(value, '$.key'), json_extract(value, '$.value'), NULL
+  SELECT json_extract(value, '$.key'), json_extract(value, '$.value'), NULL, NULL
   FROM json_each(:entries)
 ) AS entry
-WHERE EXISTS (SELECT 1 FROM {{table}} {HELD})
-ON CONFLICT (key) DO UPDATE SET expires_at = excluded.expires_at,
+WHERE EXISTS (SELECT 1 FROM {{table}} {HELD} {IN_ORDER})
+ON CONFLICT (key) DO UPDATE SET expires_at = excluded.expires_at, write = excluded.write,
   value = CASE WHEN mine.key = :key THEN mine.value ELSE excluded.value END,
   updated_at = CASE WHEN mine.key = :key THEN mine.updated_at ELSE excluded.updated_at END
 RETURNING {{epoch_now}}
 """
 
-_FORGET = f"""
-WITH leader AS (SELECT 1 FROM {{table}} {HELD} FOR UPDATE)
-DELETE FROM {{table}} USING leader
-WHERE key IN (SELECT value FROM {{keys}})
-"""
-
-_FORGET_ONE_WRITER = f"""
-DELETE FROM {{table}} WHERE key IN (SELECT value FROM {{keys}})
-  AND EXISTS (SELECT 1 FROM {{table}} {HELD})
-"""
+_FORGET = (
+    f"UPDATE {{table}} SET write = :number {HELD} {IN_ORDER} RETURNING key",
+    "DELETE FROM {table} WHERE key IN (SELECT value FROM {keys})",
+)
 
 
 # Rights on single columns count, as they may be on all that are needed.
@@ -160,17 +185,23 @@ class ReturningStatements(Statements):
         self.renew = self.renew_unlocked = self.sql(_RENEW, held_rows="{held}")
         self.save = self.sql(_SAVE)
         self.save_within = (self.save,)
+        self.give_back = self.sql(_GIVE_BACK)
         self.release = {
             (stores, holds): self.sql(
-                _RELEASE, new_value=NEW_VALUE if stores else "", lease=_KEPT if holds else FREE
+                _RELEASE,
+                new_value=NEW_VALUE if stores else "",
+                order=IN_ORDER if stores else "",
+                lease=_KEPT if holds else FREE,
             )
             for stores in (False, True)
             for holds in (False, True)
         }
         self.set_aside = self.sql(_SET_ASIDE)
-        self.enqueue = self.sql(_ENQUEUE)
+        self.claim = self.sql(_CLAIM)
+        self.dequeue = self.sql(_DEQUEUE)
         self.expect = self.sql(_EXPECT)
         self.put = self.sql(_PUT)
+        self.forget_within = tuple(map(self.sql, _FORGET))
 
 
 class PostgresqlStatements(ReturningStatements):
@@ -183,7 +214,6 @@ class PostgresqlStatements(ReturningStatements):
         self.renew_unlocked = self.sql(_RENEW, held_rows=_UNLOCKED)
         self.prune = self.sql(_PRUNE, locking="FOR UPDATE SKIP LOCKED")
         self.record = self.sql(_RECORD)
-        self.forget = self.sql(_FORGET)
         self.lacking = self.sql(_LACKING)
 
 
@@ -191,9 +221,9 @@ class SqliteStatements(ReturningStatements):
     """One writer at a time."""
 
     words = SQLITE
+    for_update = ""
 
     def __init__(self, table: Table, dialect: Dialect) -> None:
         super().__init__(table, dialect)
         self.prune = self.sql(_PRUNE, locking="")
         self.record = self.sql(_RECORD_ONE_WRITER)
-        self.forget = self.sql(_FORGET_ONE_WRITER)

@@ -19,11 +19,13 @@ from .base import (
     Leases,
     Listed,
     NewValue,
+    Queued,
     Released,
     Row,
     Saved,
     Store,
     Wishes,
+    Write,
 )
 
 NO_SQL = (
@@ -70,8 +72,11 @@ class RoutedStore:
             found |= store.renew(own) if own else {}
         return found
 
-    def release(self, lease: Lease, ended: Ended, new: NewValue | None = None) -> Released | None:
-        return self.of(lease.key).release(lease, ended, new)
+    def release(self, lease: Lease, ended: Ended, write: Write | None = None) -> Released | None:
+        return self.of(lease.key).release(lease, ended, write)
+
+    def give_back(self, key: str, holder: str) -> Released | None:
+        return self.of(key).give_back(key, holder)
 
     def peek(self, key: str) -> Row | None:
         return self.of(key).peek(key)
@@ -112,8 +117,11 @@ class RoutedStore:
 
     # -- what only a state and a schedule need
 
-    def save(self, lease: Lease, new: NewValue) -> Saved | None:
-        return self._sql.save(lease, new)
+    def save(self, lease: Lease, write: Write) -> Saved | None:
+        return self._sql.save(lease, write)
+
+    def written(self, lease: Lease, number: int) -> bool | None:
+        return self._sql.written(lease, number)
 
     def set_aside(self, key: str, value: str) -> None:
         self._sql.set_aside(key, value)
@@ -147,8 +155,11 @@ class RoutedWishes:
     def granted(self, key: str, wish: str) -> None:
         self._of(key).granted(key, wish)
 
-    def enqueue(self, key: str, task_id: str, life: float) -> str:
-        return self._of(key).enqueue(key, task_id, life)
+    def queued(self, key: str) -> Queued:
+        return self._of(key).queued(key)
+
+    def claim(self, key: str, task_id: str, life: float, number: int) -> bool:
+        return self._of(key).claim(key, task_id, life, number)
 
     def expect(self, keys: Sequence[str]) -> None:
         by_store: dict[int, tuple[Wishes, list[str]]] = {}
@@ -158,8 +169,8 @@ class RoutedWishes:
         for wishes, own in by_store.values():
             wishes.expect(own)
 
-    def put(self, key: str, new: NewValue) -> bool:
-        return self._of(key).put(key, new)
+    def put(self, key: str, row: Row | None, new: NewValue) -> bool:
+        return self._of(key).put(key, row, new)
 
     def dequeue(self, key: str, task_id: str) -> None:
         self._of(key).dequeue(key, task_id)

@@ -30,6 +30,7 @@ def make_table(name: str) -> Table:
         Column("updated_at", moment, nullable=False),
         Column("schema_version", Integer),
         Column("fence", BigInteger),
+        Column("write", BigInteger),
         Column("holder", Text),
         Column("task_id", Text),
         Column("acquired_at", moment),
@@ -40,6 +41,7 @@ def make_table(name: str) -> Table:
         Column("history", Text),
         Column("handoff_to", Text),
         Column("wanted", Text),
+        Column("queue", BigInteger),
         Column("queued_task_id", Text),
         Column("queued_until", moment),
     )

@@ -16,12 +16,12 @@ from .base import (
     Ended,
     Lease,
     Listed,
-    NewValue,
     Released,
     Row,
     Saved,
     StoreError,
     StoreMisconfigured,
+    Write,
     seen,
 )
 from .connections import Connections
@@ -51,7 +51,7 @@ class SqlStore:
         # A database in memory lives in its pool's only connection.
         self._connections = Connections(engine, keeps_one=not is_in_memory(engine.url))
         self.wishes = SqlWishes(self._sql, self._rows, self._change)
-        self.entries = SqlEntries(self._sql, self._rows, self._change)
+        self.entries = SqlEntries(self._sql, self._rows, self.run_within)
         #: The database's time now, for statements made elsewhere.
         self.now: ColumnElement[Any] = literal_column(self._sql.now)
 
@@ -70,15 +70,24 @@ class SqlStore:
         rows = self._rows(statement, {"leases": document})
         return dict(rows)
 
-    def save(self, lease: Lease, new: NewValue) -> Saved | None:
-        rows = self._rows(self._sql.save, _named(lease, new, ttl=lease.ttl))
+    def save(self, lease: Lease, write: Write) -> Saved | None:
+        rows = self._rows(self._sql.save, _named(lease, write, ttl=lease.ttl))
         return Saved(*rows[0]) if rows else None
 
-    def release(self, lease: Lease, ended: Ended, new: NewValue | None = None) -> Released | None:
-        statement = self._sql.release[new is not None, ended.hold > 0]
+    def release(self, lease: Lease, ended: Ended, write: Write | None = None) -> Released | None:
+        statement = self._sql.release[write is not None, ended.hold > 0]
         more = {"outcome": ended.outcome, "history": ended.history, "hold": ended.hold}
-        rows = self._rows(statement, _named(lease, new, **more))
+        rows = self._rows(statement, _named(lease, write, **more))
         return Released(*rows[0]) if rows else None
+
+    def give_back(self, key: str, holder: str) -> Released | None:
+        rows = self._rows(self._sql.give_back, {"key": key, "holder": holder})
+        return Released(*rows[0]) if rows else None
+
+    def written(self, lease: Lease, number: int) -> bool | None:
+        rows = self._rows(self._sql.written, _named(lease, None, number=number))
+        is_holder, is_written = rows[0] if rows else (False, False)
+        return bool(is_written) if is_holder else None
 
     def peek(self, key: str) -> Row | None:
         rows = self._rows(self._sql.peek, {"key": key})
@@ -147,6 +156,21 @@ class SqlStore:
     def _change(self, statement: str, parameters: Mapping[str, Any]) -> int:
         return int(self._execute(statement, parameters, lambda cursor: cursor.rowcount))
 
+    def run_within(self, statements: Sequence[str], parameters: Mapping[str, Any]) -> bool:
+        """Run statements in one transaction, if the first that answers rows does so.
+
+        :returns: whether it did; otherwise nothing is changed.
+        """
+        try:
+            with open_transaction(self.engine) as connection:
+                for statement in statements:
+                    result = connection.exec_driver_sql(statement, dict(parameters))
+                    if result.returns_rows and result.first() is None:
+                        return False
+                return True
+        except (DBAPIError, PoolTimeoutError) as error:
+            raise self.as_store_error(error) from error
+
     def _execute(
         self, statement: str, parameters: Mapping[str, Any], answer: Callable[[Any], Any]
     ) -> Any:
@@ -182,7 +206,7 @@ class SqlTransaction:
         # The caller's own statements may take as long as they take.
         self._set_patience(None)
 
-    def save(self, lease: Lease, new: NewValue) -> Saved | None:
+    def save(self, lease: Lease, write: Write) -> Saved | None:
         """Store a state; ``None`` when refused.
 
         It is the transaction's last statement, and locks the row until the commit, so that a
@@ -196,7 +220,7 @@ class SqlTransaction:
                 "the block of transaction() ended the transaction itself; "
                 "it is committed when the block ends, and rolled back when it raises"
             )
-        named = _named(lease, new, ttl=lease.ttl)
+        named = _named(lease, write, ttl=lease.ttl)
         try:
             for statement in self._sql.save_within:
                 result = self.connection.exec_driver_sql(statement, named)
@@ -225,21 +249,40 @@ _TRANSACTIONS = {
 
 @contextmanager
 def open_transaction(engine: Engine) -> Iterator[Connection]:
-    """A transaction on an engine whose statements commit by themselves otherwise."""
+    """A transaction on an engine whose statements commit by themselves otherwise.
+
+    It commits when the block ends and rolls back when the block raises. If the COMMIT itself is
+    broken off, its outcome is not known, and the connection is closed.
+    """
     level, begin = _TRANSACTIONS[engine.dialect.name]
-    with (
-        engine.connect().execution_options(isolation_level=level) as connection,
-        connection.begin(),
-    ):
-        if begin:
-            connection.exec_driver_sql(begin)
+    with engine.connect().execution_options(isolation_level=level) as connection:
+        transaction = connection.begin()
         try:
+            if begin:
+                connection.exec_driver_sql(begin)
             yield connection
         except BaseException:
             if _is_in_mid_statement(connection):
                 # Broken off by a time limit, say: not even a rollback can be sent over it.
                 connection.invalidate()
+            transaction.close()
             raise
+        try:
+            transaction.commit()
+        except BaseException:
+            _abandon(connection)
+            raise
+
+
+def _abandon(connection: Connection) -> None:
+    """Leave a connection whose COMMIT was broken off, so that the server can end it."""
+    if connection.closed or connection.invalidated:
+        return
+    if is_in_memory(connection.engine.url):
+        # The database lives in this connection, and COMMIT is one call: it came before or after.
+        connection.connection.rollback()
+    else:
+        connection.invalidate()
 
 
 def _is_in_mid_statement(connection: Connection) -> bool:
@@ -252,8 +295,10 @@ def _is_in_mid_statement(connection: Connection) -> bool:
     return bool(getattr(driver_connection, "is_in_mid_statement", False))
 
 
-def _named(lease: Lease, new: NewValue | None, **more: Any) -> dict[str, Any]:
+def _named(lease: Lease, write: Write | None, **more: Any) -> dict[str, Any]:
     named = {"key": lease.key, "fence": lease.fence, "holder": lease.holder, **more}
-    if new is not None:
+    if write is not None:
+        new = write.new
         named |= {"value": new.value, "schema_version": new.schema_version}
+        named |= {"number": write.number, "seen": write.seen}
     return named

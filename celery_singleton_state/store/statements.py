@@ -18,12 +18,17 @@ from .words import Words
 #: Which row a holder may write: by fence and holder alone, however late.
 HELD = "WHERE {key} = :key AND fence = :fence AND holder = :holder"
 
+#: Which write of a holder's is in its order: neither late, nor behind what the database lost.
+IN_ORDER = "AND {write} BETWEEN :seen AND :number"
+
 #: Added to the holder's name while the lease is held on after its run.
 HELD_ON = " (held on)"
 
 FREE = "holder = NULL, task_id = NULL, acquired_at = NULL, expires_at = NULL,"
 
-NEW_VALUE = "value = :value, schema_version = :schema_version, updated_at = {now},"
+NEW_VALUE = (
+    "value = :value, schema_version = :schema_version, updated_at = {now}, {write} = :number,"
+)
 
 ENDED = """
   run_count = coalesce(run_count, 0) + 1, last_outcome = :outcome, last_finished_at = {now},
@@ -37,7 +42,7 @@ SELECT {key}, schema_version, {updated_at}, fence, holder, task_id, {acquired_at
 FROM {table} WHERE fence IS NOT NULL AND
 """
 
-_WHOLE = "history, {epoch_now}, value"
+_WHOLE = "history, {epoch_now}, value, wanted, coalesce({write}, 0)"
 
 _LISTED = "CASE WHEN last_outcome = 'succeeded' THEN NULL ELSE history END, {epoch_now}"
 
@@ -52,7 +57,15 @@ _SEEN = f"{HELD} AND expires_at > {{now}}"
 
 _ASK_TO_HAND_OVER = f"UPDATE {{table}} SET handoff_to = :who {_SEEN}"
 
-_WANT = f"UPDATE {{table}} SET wanted = :wish {_SEEN}"
+_WANT = f"UPDATE {{table}} SET wanted = :wish {_SEEN} AND wanted {{is_same}} :wanted"
+
+GIVE_BACK = f"UPDATE {{table}} SET {FREE.rstrip(',')} WHERE {{key}} = :key AND holder = :holder"
+
+# With the lock, where a database has locks of rows: a COMMIT that is under way has ended then.
+_WRITTEN = """
+SELECT fence = :fence AND holder = :holder, {write} >= :number FROM {table}
+WHERE {key} = :key {for_update}
+"""
 
 _LET_GO = f"UPDATE {{table}} SET {FREE.rstrip(',')} {_SEEN} AND acquired_at IS NULL"
 
@@ -60,14 +73,10 @@ _WANTED = "SELECT wanted FROM {table} WHERE {key} = :key"
 
 _GRANTED = "UPDATE {table} SET wanted = NULL WHERE {key} = :key AND wanted = :wish"
 
-_ENQUEUED = """
-SELECT CASE WHEN queued_until > {now} THEN queued_task_id
+_QUEUED = """
+SELECT coalesce(queue, 0), CASE WHEN queued_until > {now} THEN queued_task_id
   WHEN expires_at > {now} THEN task_id END
 FROM {table} WHERE {key} = :key
-"""
-
-_DEQUEUE = """
-UPDATE {table} SET queued_until = NULL WHERE {key} = :key AND queued_task_id = :task_id
 """
 
 # A singleton's row that nobody holds, asks for, wishes to run once more or has queued, for so long.
@@ -101,13 +110,18 @@ class Statements:
     save_within: Sequence[str]
     #: By whether a value is stored, and whether the lease is kept for a while.
     release: Mapping[tuple[bool, bool], str]
+    give_back: str
     set_aside: str
-    enqueue: str
+    claim: str
+    dequeue: str
     expect: str
     put: str
     record: str
-    forget: str
+    #: One after the other within a transaction; the first says whether the write is in order.
+    forget_within: Sequence[str]
     prune: str
+    #: What locks the rows that a SELECT reads.
+    for_update = "FOR UPDATE"
     #: Asks which privileges on the table the role lacks, where an error does not say so.
     lacking: str | None = None
 
@@ -125,8 +139,8 @@ class Statements:
         self.want = self.sql(_WANT)
         self.wanted = self.sql(_WANTED)
         self.granted = self.sql(_GRANTED)
-        self.enqueued = self.sql(_ENQUEUED)
-        self.dequeue = self.sql(_DEQUEUE)
+        self.queued = self.sql(_QUEUED)
+        self.written = self.sql(_WRITTEN, for_update=self.for_update)
         self.unused = self.sql(_UNUSED_KEYS)
         self.entries = self.sql(_ENTRIES)
         self.check = self.sql(_CHECK, columns=", ".join(columns))
@@ -148,6 +162,10 @@ class Statements:
         } | {
             "table": self.table,
             "key": words.key,
+            "write": words.write,
+            "milliseconds": words.milliseconds,
+            "larger": words.larger,
+            "is_same": words.is_same,
             "length": words.length,
             "now": words.now,
             "later": words.later.format(seconds=":ttl"),

@@ -7,11 +7,8 @@ from typing import Any
 
 import msgspec
 
-from .base import NewValue, Row, StoreUnavailable
+from .base import NewValue, Queued, Row
 from .statements import Statements
-
-#: How often a row that changes meanwhile is looked at again.
-LOOKS = 10
 
 Rows = Callable[[str, Mapping[str, Any]], Sequence[tuple[Any, ...]]]
 Change = Callable[[str, Mapping[str, Any]], int]
@@ -35,7 +32,7 @@ class SqlWishes:
         return self._change(self._sql.let_go, _seen(row)) == 1
 
     def want(self, row: Row, wish: str) -> bool:
-        return self._change(self._sql.want, _seen(row, wish=wish)) == 1
+        return self._change(self._sql.want, _seen(row, wish=wish, wanted=row.wanted)) == 1
 
     def wanted(self, key: str) -> str | None:
         rows = self._rows(self._sql.wanted, {"key": key})
@@ -44,25 +41,30 @@ class SqlWishes:
     def granted(self, key: str, wish: str) -> None:
         self._change(self._sql.granted, {"key": key, "wish": wish})
 
-    def enqueue(self, key: str, task_id: str, life: float) -> str:
-        named = {"key": key, "task_id": task_id, "ttl": life}
-        for _ in range(LOOKS):
-            rows = self._rows(self._sql.enqueue, named) or self._rows(self._sql.enqueued, named)
-            # Neither: what was queued or running ended between the two.
-            if rows and rows[0][0] is not None:
-                return str(rows[0][0])
-        raise StoreUnavailable(f"{key} changed {LOOKS} times while it was looked at")
+    def queued(self, key: str) -> Queued:
+        rows = self._rows(self._sql.queued, {"key": key})
+        return Queued(*rows[0]) if rows else Queued(0, None)
+
+    def claim(self, key: str, task_id: str, life: float, number: int) -> bool:
+        named = {"key": key, "task_id": task_id, "ttl": life, "number": number}
+        return bool(self._rows(self._sql.claim, named))
 
     def expect(self, keys: Sequence[str]) -> None:
         self._change(self._sql.expect, {"keys": msgspec.json.encode(keys).decode()})
 
-    def put(self, key: str, new: NewValue) -> bool:
-        named = {"key": key, "value": new.value, "schema_version": new.schema_version}
+    def put(self, key: str, row: Row | None, new: NewValue) -> bool:
+        named = {
+            "key": key,
+            "value": new.value,
+            "schema_version": new.schema_version,
+            "fence": row.fence if row else 0,
+            "write": row.write if row else 0,
+        }
         return bool(self._rows(self._sql.put, named))
 
     def dequeue(self, key: str, task_id: str) -> None:
         self._change(self._sql.dequeue, {"key": key, "task_id": task_id})
 
 
-def _seen(row: Row, **more: str) -> dict[str, Any]:
+def _seen(row: Row, **more: str | None) -> dict[str, Any]:
     return {"key": row.key, "fence": row.fence, "holder": row.holder, **more}

@@ -20,6 +20,9 @@ class Words:
     :param hold_until: until when a lease is kept after its run.
     :param epoch: a ``{moment}`` in seconds since the epoch.
     :param held: rows of leases, from the parameter ``leases``; ``keys``, from ``keys``: of keys.
+    :param milliseconds: the time in whole milliseconds since 1970, which a fence is never below.
+    :param larger: the function that answers the larger of its arguments.
+    :param is_same: compares two values that may be NULL.
     :param parameter: a parameter in the driver's style.
     """
 
@@ -30,7 +33,11 @@ class Words:
     held: str
     keys: str
     parameter: str
+    milliseconds: str
+    larger: str
+    is_same: str
     key: str = "key"
+    write: str = "write"
     length: str = "length"
 
 
@@ -44,6 +51,9 @@ POSTGRESQL = Words(
     " AS lease(key text, fence bigint, holder text, ttl double precision)) AS held",
     keys="json_array_elements_text(CAST(:keys AS json))",
     parameter=r"%(\1)s",
+    milliseconds="CAST(floor(extract(epoch FROM clock_timestamp()) * 1000) AS bigint)",
+    larger="greatest",
+    is_same="IS NOT DISTINCT FROM",
 )
 
 _SQLITE_NOW = "strftime('%Y-%m-%d %H:%M:%f+00:00', 'now'{})"
@@ -59,6 +69,9 @@ SQLITE = Words(
     " json_extract(value, '$.ttl') AS held_ttl FROM json_each(:leases)) AS held",
     keys="json_each(:keys)",
     parameter=r":\1",
+    milliseconds="CAST(round((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER)",
+    larger="max",
+    is_same="IS",
 )
 
 #: As the columns are, so that what comes from JSON is compared with them by their index.
@@ -75,7 +88,11 @@ MYSQL = Words(
     " held_ttl DOUBLE PATH '$.ttl')) AS held",
     keys=f"JSON_TABLE(:keys, '$[*]' COLUMNS (value {_TEXT.format(255)} PATH '$')) AS listed",
     parameter=r"%(\1)s",
+    milliseconds="TIMESTAMPDIFF(MICROSECOND, '1970-01-01', SYSDATE(6)) DIV 1000",
+    larger="greatest",
+    is_same="<=>",
     key="`key`",
+    write="`write`",
     length="CHAR_LENGTH",
 )
 

@@ -81,7 +81,7 @@ class Drama:
                     self._kill_leading_beat()
                     self._finish()
             return Ending(
-                runs=self._watch.row().fence,
+                runs=self._watch.row().runs,
                 skipped=len(SKIPPED.findall(self._worker.log)),
                 killed_fence=dead.fence,
                 resumed_fence=fence,

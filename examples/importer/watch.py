@@ -15,7 +15,7 @@ CREATE TABLE order_lines (
 SELECT_ROW = """
 SELECT fence, holder, (julianday(expires_at) - julianday('now')) * 86400,
     coalesce(json_extract(value, '$.file'), ''), coalesce(json_extract(value, '$.line'), 0),
-    coalesce(json_extract(value, '$.imported'), 0)
+    coalesce(json_extract(value, '$.imported'), 0), coalesce(run_count, 0)
 FROM kv_store WHERE key = 'singleton-state:tasks.import_orders'
 """
 
@@ -29,6 +29,7 @@ class Row(NamedTuple):
     file: str = ""
     line: int = 0
     imported: int = 0
+    runs: int = 0
 
     @property
     def lease(self) -> str:

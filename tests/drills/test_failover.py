@@ -1,4 +1,6 @@
-"""A failover to a replica that had not heard of a lease: what it does to P1, and not to P2."""
+"""Failovers of the server of leases: to a replica that had not heard of a lease (what that does to
+P1, and not to P2), and a demotion of a server that lives on.
+"""
 
 from __future__ import annotations
 
@@ -87,3 +89,48 @@ def test_a_failover_that_loses_leases(
     go.touch()
     assert outcome(second) == "held"
     assert outcome(stateful) == 1
+
+
+def test_a_demotion_costs_no_run_its_lease(
+    make_fleet: Callable[..., Fleet],
+    postgres_url: str,
+    client: Callable[[], Celery],
+    make_proxy: Callable[[int], Proxy],
+    tmp_path: Path,
+    master: Valkey,
+    replica: Replica,
+) -> None:
+    """Eight runs hold leases in a worker whose threads have connections to a server that becomes a
+    replica, lives on and closes none of them; its name leads to the new primary from then on. All
+    leases are renewed there, all runs end well, and the next runs begin, in each thread.
+    """
+    name = make_proxy(master.port)
+    fleet = make_fleet(postgres_url, CELERY_SINGLETON_LEASE_URL=f"redis://127.0.0.1:{name.port}/0")
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("--pool", "threads", "-c", "8")
+    with (
+        redis.Redis(port=master.port, decode_responses=True) as old,
+        redis.Redis(port=replica.port, decode_responses=True) as new,
+    ):
+        # Each thread's call waits, so that each thread's connection is made.
+        old.client_pause(60_000, all=False)
+        runs = [app.send_task("sent_once", (number, str(go))) for number in range(8)]
+        wait_until(lambda: old.info("clients")["blocked_clients"] >= 8, "all acquire at once")
+        old.client_unpause()
+        fleet.wait_for_notes("enter", 8)
+        keys = list(old.scan_iter("singleton-state:*"))
+        assert len(keys) == 8
+        wait_until(lambda: new.exists(*keys) == 8, "the replica has heard of all leases")
+        new.replicaof("NO", "ONE")
+        name._target = replica.port
+        old.replicaof("127.0.0.1", replica.port)
+        before = {key: new.hget(key, "expires_at") for key in keys}
+        wait_until(
+            lambda: all(new.hget(key, "expires_at") != before[key] for key in keys),
+            "all leases are renewed at the new primary",
+        )
+    go.touch()
+    assert [outcome(run) for run in runs] == list(range(8))
+    runs = [app.send_task("sent_once", (number,)) for number in range(64)]
+    assert [outcome(run) for run in runs] == list(range(64))
+    assert worker.output.count("read only replica") <= 1, "one call was refused, the heartbeat's"

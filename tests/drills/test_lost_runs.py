@@ -69,10 +69,11 @@ def test_the_body_of_a_lost_run_is_broken_off(
     error = outcome(lost)
     assert isinstance(error, HeartbeatFailed)
     assert "its renewal was refused" in error.detail
-    assert [note["fence"] for note in fleet.notes("leave")] == [1]
+    (left,) = fleet.notes("leave")
     assert outcome(app.send_task("increment")) == 1
     events = ("leads", "leads no longer")
-    assert [[note["fence"] for note in fleet.notes(event)] for event in events] == [[1], [1]]
+    fences = [[note["fence"] for note in fleet.notes(event)] for event in events]
+    assert fences == [[left["fence"]]] * 2
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -90,7 +91,7 @@ def test_a_lost_run_that_finishes(
     assert not fleet.notes("leave")
     go.touch()
     assert isinstance(outcome(result), HeartbeatFailed)
-    assert [note["fence"] for note in fleet.notes("leave")] == [1]
+    assert len(fleet.notes("leave")) == 1
     assert len(fleet.notes("leads no longer")) == 1
 
 

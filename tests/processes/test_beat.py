@@ -291,9 +291,8 @@ def move_back(store_url: str, by: timedelta) -> dict[str, datetime]:
         if state.next_tick is not None
     }
     keys = {f"singleton-beat:shop:{name}": state for name, state in older.items()}
-    store.entries.record(
-        lease.lease, {key: msgspec.json.encode(state).decode() for key, state in keys.items()}
-    )
+    document = {key: msgspec.json.encode(state).decode() for key, state in keys.items()}
+    store.entries.record(lease.lease, document, 1, lease.write)
     store.release(lease.lease, Ended("succeeded", "[]"))
     store.close()
     return {name: state.next_tick for name, state in older.items() if state.next_tick}

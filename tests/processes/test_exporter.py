@@ -12,7 +12,7 @@ import pytest
 from celery import Celery
 
 from celery_singleton_state.store import SqlStore, open_store
-from celery_singleton_state.store.base import Ended, NewValue
+from celery_singleton_state.store.base import Ended, NewValue, Write
 from tests.processes.fleet import Exporter, Fleet, outcome
 from tests.servers import Postgres, Valkey
 from tests.waiting import wait_until
@@ -204,7 +204,7 @@ def test_health_over_http(fleet: Fleet, store: SqlStore) -> None:
 def test_it_is_read_only_and_hides_states(fleet: Fleet, store: SqlStore) -> None:
     taken = store.acquire('singleton-state:counted{"key":"a"}', "other", 60, None)
     assert taken is not None
-    assert store.save(taken.lease, NewValue('{"n":123454321}', 1))
+    assert store.save(taken.lease, Write(1, 0, NewValue('{"n":123454321}', 1)))
     exporter = fleet.start_exporter(APP)
     status, page = exporter.get("/")
     assert status == 200

@@ -33,7 +33,7 @@ def test_one_runs_and_the_other_is_refused(
     assert isinstance(error, LeaderHandoffFailed)
     assert outcome(app.send_task("increment")) == 1
     held, stateful = json.loads(fleet.command("singleton", "ls", "--json").stdout)
-    assert (held["singleton"], held["task_id"], held["fence"]) == ("held", first.id, 1)
+    assert (held["singleton"], held["task_id"]) == ("held", first.id)
     assert (stateful["singleton"], stateful["run_count"]) == ("increment", 1)
     go.touch()
     assert outcome(first) == "held"

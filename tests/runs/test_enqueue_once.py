@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +14,7 @@ from celery.app.task import Context
 from celery_singleton_state import enqueue, singleton_task
 from celery_singleton_state.enqueue import dequeue_dropped
 from celery_singleton_state.runtime import runtime_of
-from celery_singleton_state.store.base import StoreUnavailable
+from celery_singleton_state.store.base import Queued, StoreUnavailable
 from tests.waiting import wait_until
 
 
@@ -166,11 +166,13 @@ def test_one_that_could_not_be_published_keeps_nobody_out(
     assert len(published) == 1
 
 
+@pytest.mark.parametrize("verb", ["queued", "claim"])
 def test_while_the_store_is_out_of_reach_all_are_published(
     app: Celery,
     published: list[str],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    verb: str,
 ) -> None:
     """The lease still lets only one run."""
 
@@ -178,7 +180,7 @@ def test_while_the_store_is_out_of_reach_all_are_published(
         raise StoreUnavailable("gone")
 
     task = task_of(app)
-    monkeypatch.setattr(runtime_of(app).store.wishes, "enqueue", fail)
+    monkeypatch.setattr(runtime_of(app).store.wishes, verb, fail)
     task.delay()
     task.delay()
     assert len(published) == 2
@@ -200,6 +202,75 @@ def test_many_at_once_publish_one(app: Celery, published: list[str]) -> None:
         list(pool.map(ask, range(4)))
     assert len(published) == 1
     assert task.delay().id == published[0]
+
+
+class Wishes:
+    """The store's, and what comes between a look and the claim that follows it."""
+
+    def __init__(self, wishes: Any, between: Callable[[int], None]) -> None:
+        self._wishes = wishes
+        self._between = between
+        self.looks = 0
+
+    def queued(self, key: str) -> Queued:
+        found: Queued = self._wishes.queued(key)
+        self.looks += 1
+        self._between(self.looks)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wishes, name)
+
+
+def test_one_that_is_queued_between_the_look_and_the_claim_stands_for_it(
+    app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A looks, and nobody is queued; B looks, claims and publishes; A claims, is refused, and looks
+    again.
+    """
+    task = task_of(app)
+    store = runtime_of(app).store
+    wishes = store.wishes
+
+    def between(looks: int) -> None:
+        if looks == 1:
+            assert wishes.claim("singleton-state:sent", "b", 60, 0)
+
+    monkeypatch.setattr(store, "wishes", Wishes(wishes, between))
+    assert task.delay().id == "b"
+    assert published == []
+
+
+def test_a_queue_that_changes_at_every_look_keeps_nobody_out(
+    app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between each look and the claim another message is dequeued."""
+    task = task_of(app)
+    store = runtime_of(app).store
+    wishes = store.wishes
+    changing = Wishes(wishes, lambda looks: wishes.dequeue("singleton-state:sent", "other"))
+    monkeypatch.setattr(store, "wishes", changing)
+    assert published == [task.delay().id]
+    assert changing.looks == enqueue.LOOKS
+
+
+def test_a_claim_whose_answer_is_lost_is_repeated(
+    app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(app)
+    wishes = runtime_of(app).store.wishes
+    claim = wishes.claim
+    answers = []
+
+    def lose_the_first(*arguments: Any) -> bool:
+        answers.append(claim(*arguments))
+        if len(answers) == 1:
+            raise StoreUnavailable("the answer is lost")
+        return answers[-1]
+
+    monkeypatch.setattr(wishes, "claim", lose_the_first)
+    assert [task.delay().id for _ in range(2)] == published * 2
+    assert answers == [True, True]
 
 
 def test_a_life(app: Celery) -> None:

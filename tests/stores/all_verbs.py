@@ -5,6 +5,7 @@ from __future__ import annotations
 from celery_singleton_state import KeyValueStore
 from celery_singleton_state.store import SqlStore
 from celery_singleton_state.store.base import Acquired, Ended, NewValue
+from tests.stores.writes import enqueue, write
 
 DONE = Ended("succeeded", "[]")
 NEW = NewValue('{"n":1}', 1)
@@ -17,12 +18,13 @@ def use_all(store: SqlStore) -> None:
     other = acquire(store, "a", key="k2").lease
     assert store.renew([lease]) == {"k": None}
     assert store.renew([lease, other]) == {"k": None, "k2": None}
-    assert store.save(lease, NEW)
+    assert store.save(lease, write(NEW))
     with store.transaction() as transaction:
-        assert transaction.save(lease, NEW)
+        assert transaction.save(lease, write(NEW, 2))
+    assert store.written(lease, 2)
     row = store.peek("k")
     assert row is not None
-    assert (row.value, row.fence) == (NEW.value, 1)
+    assert (row.value, row.fence, row.write) == (NEW.value, lease.fence, 2)
     assert [row.key for row in store.list("k")] == ["k", "k2"]
     assert store.contents(["k"], values=True) == {"k": (None, NEW.value)}
 
@@ -31,21 +33,22 @@ def use_all(store: SqlStore) -> None:
     assert wishes.want(row, "{}")
     assert wishes.wanted("k") == "{}"
     wishes.granted("k", "{}")
-    assert store.release(lease, DONE, NEW)
-    assert wishes.enqueue("k", "task", 60) == "task"
+    assert store.release(lease, DONE, write(NEW, 3))
+    assert enqueue(wishes, "k", "task", 60) == "task"
     wishes.dequeue("k", "task")
-    assert wishes.put("k", NEW)
+    assert wishes.put("k", store.peek("k"), NEW)
     wishes.expect(["k", "k3"])
     assert store.release(other, Ended("succeeded", "[]", hold=60))
     held_on = store.peek("k2")
     assert held_on is not None
     assert wishes.let_go(held_on)
     store.set_aside("k4", "broken")
-    assert acquire(store, "b").lease.fence == 2
+    assert acquire(store, "b").lease.fence > lease.fence
+    assert store.give_back("k", "b")
 
     leader = acquire(store, "beat", key="beat").lease
-    assert store.entries.record(leader, {"beat:a": "1", "beat:b": "2"}) is not None
-    store.entries.forget(leader, ["beat:a"])
+    assert store.entries.record(leader, {"beat:a": "1", "beat:b": "2"}, 1, 0) is not None
+    assert store.entries.forget(leader, ["beat:a"], 2, 1)
     assert store.entries.load("beat:") == {"beat:b": "2"}
 
 

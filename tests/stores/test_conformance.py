@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from celery_singleton_state.store import SqlStore
+from celery_singleton_state.store import SqlStore, open_store
 from celery_singleton_state.store.base import (
+    TAKEN_OVER,
     Acquired,
     Ended,
     Lease,
@@ -17,7 +21,11 @@ from celery_singleton_state.store.base import (
     NewValue,
     Released,
     Row,
+    Saved,
+    Write,
 )
+from tests.conftest import url_on
+from tests.stores.writes import write
 from tests.waiting import wait_until
 
 LONG = 60.0
@@ -25,9 +33,15 @@ BRIEF = 0.2
 HOLD = 0.3
 #: Clocks are floating-point seconds here.
 ROUNDING = 0.01
+NEW, NEWER = NewValue('{"n":1}', 1), NewValue('{"n":2}', 1)
 DONE = Ended("succeeded", "[]")
 HELD_ON = Ended("succeeded", "[]", hold=LONG)
 FREED = Released(wanted=None)
+#: How many statements wait for a lock.
+WAITING = {
+    "postgresql": "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'",
+    "mysql": "SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'",
+}
 
 
 def acquire(store: Leases, holder: str = "a", ttl: float = LONG, key: str = "k") -> Acquired:
@@ -42,6 +56,12 @@ def peek(store: Leases, key: str = "k") -> Row:
     return row
 
 
+def expires_at(store: Leases, key: str = "k") -> float:
+    row = peek(store, key)
+    assert row.expires_in is not None
+    return row.read_at + row.expires_in
+
+
 def let_run_out(store: Leases, key: str = "k") -> None:
     """Wait until the store's own clock says that the lease ran out."""
 
@@ -54,17 +74,17 @@ def let_run_out(store: Leases, key: str = "k") -> None:
 
 def test_first_acquisition_makes_the_row(store: SqlStore) -> None:
     acquired = acquire(store)
-    assert acquired.lease == Lease("k", "a", 1, LONG)
-    assert acquired.value == "null"
+    assert acquired.lease == Lease("k", "a", acquired.lease.fence, LONG)
+    assert (acquired.value, acquired.write) == ("null", 0)
     assert acquired.schema_version is None
     assert acquired.history is None
 
 
 def test_a_held_lease_is_not_acquired(leases: Leases) -> None:
-    acquire(leases, "a")
+    lease = acquire(leases, "a").lease
     assert leases.acquire("k", "b", LONG, None) is None
     row = peek(leases)
-    assert (row.holder, row.task_id, row.fence, row.held) == ("a", "task-a", 1, True)
+    assert (row.holder, row.task_id, row.fence, row.held) == ("a", "task-a", lease.fence, True)
     assert row.expires_in is not None
     assert 0 < row.expires_in <= LONG + ROUNDING
 
@@ -72,23 +92,173 @@ def test_a_held_lease_is_not_acquired(leases: Leases) -> None:
 def test_the_same_holder_is_answered_with_what_it_holds(leases: Leases) -> None:
     """A request whose answer was lost is repeated, and must not raise the fence again."""
     first = acquire(leases, "a")
-    assert acquire(leases, "a").lease == first.lease
+    assert acquire(leases, "a") == first
+
+
+def test_a_repeated_acquisition_keeps_what_happened_since(leases: Leases) -> None:
+    """a acquires, and the request stays under way; its copy is answered; c asks a to hand over and
+    wants one more run; the first copy is carried out. a must still hear of both.
+    """
+    first = acquire(leases, "a")
+    assert leases.wishes.ask_to_hand_over(peek(leases), "c")
+    assert leases.wishes.want(peek(leases), "w")
+    assert acquire(leases, "a").acquired_at == first.acquired_at
+    assert leases.renew([first.lease]) == {"k": "c"}
+    assert leases.release(first.lease, DONE) == Released("w")
+
+
+def test_a_repeated_acquisition_never_brings_the_expiry_nearer(leases: Leases) -> None:
+    """a acquires for a first, brief life, and the request stays under way; its copy is answered,
+    and a confirms by a renewal for a long life; the first copy is carried out.
+    """
+    lease = acquire(leases, "a", BRIEF).lease
+    assert leases.renew([replace(lease, ttl=LONG)])
+    before = expires_at(leases)
+    acquire(leases, "a", BRIEF)
+    assert expires_at(leases) == pytest.approx(before, abs=ROUNDING)
+    acquire(leases, "a", 2 * LONG)
+    assert expires_at(leases) == pytest.approx(before + LONG, abs=LONG / 2)
+
+
+def test_a_repeated_acquisition_by_a_late_holder_prolongs_its_lease(leases: Leases) -> None:
+    """Nobody came in between, so that the holder's lease, fence included, goes on."""
+    first = acquire(leases, "a", BRIEF)
+    let_run_out(leases)
+    again = acquire(leases, "a")
+    assert (again.lease.fence, again.write) == (first.lease.fence, first.write)
+    assert peek(leases).held
+
+
+def test_a_repeated_acquisition_keeps_the_write_number(store: SqlStore) -> None:
+    """a acquires, and the request stays under way; its copy is answered; a's writes 1 and 2 are
+    answered, but the first copy of write 1 is still under way; the acquisition is carried out, and
+    then write 1. It must not pass because the acquisition has set the number back.
+    """
+    lease = acquire(store, "a").lease
+    assert store.save(lease, write(NEW, 1))
+    assert store.save(lease, write(NEWER, 2))
+    assert acquire(store, "a").write == 2
+    assert store.save(lease, write(NEW, 1)) is None
+    assert store.release(lease, DONE, write(NEW, 3))
+
+
+def test_a_fence_is_the_stores_time_in_milliseconds(leases: Leases) -> None:
+    """So no fence comes again after a row was removed, or the store has lost what it had."""
+    acquired = acquire(leases)
+    assert acquired.lease.fence / 1000 == pytest.approx(acquired.acquired_at, abs=ROUNDING)
+
+
+def test_a_fence_goes_on_by_one_while_the_stores_clock_is_behind_it(store: SqlStore) -> None:
+    """The clock was put back."""
+    ahead = acquire(store, "a").lease.fence + 10**9
+    store._change(f"UPDATE kv_store SET fence = {ahead}", {})
+    assert store.give_back("k", "a")
+    assert acquire(store, "b").lease.fence == ahead + 1
+
+
+def test_fences_grow_within_a_millisecond(leases: Leases) -> None:
+    """Many runs may begin and end in one."""
+    fences = []
+    for n in range(50):
+        lease = acquire(leases, f"h{n}").lease
+        assert leases.release(lease, DONE)
+        fences.append(lease.fence)
+    assert fences == sorted(set(fences))
 
 
 def test_a_released_lease_is_acquired_with_a_larger_fence(leases: Leases) -> None:
-    assert leases.release(acquire(leases, "a").lease, DONE) == FREED
-    assert acquire(leases, "b").lease.fence == 2
+    first = acquire(leases, "a").lease
+    assert leases.release(first, DONE) == FREED
+    second = acquire(leases, "b")
+    assert second.lease.fence > first.fence
+    assert second.write == 0
 
 
 def test_an_expired_lease_is_taken_over(leases: Leases) -> None:
+    """The answer tells such a takeover from an orderly handoff."""
+    first = acquire(leases, "a", BRIEF).lease
+    let_run_out(leases)
+    second = acquire(leases, "b")
+    assert second.lease.fence > first.fence
+    assert second.write == TAKEN_OVER
+
+
+# -- give_back
+
+
+def test_a_lease_is_given_back_by_its_holders_name_alone(leases: Leases) -> None:
+    """a's acquisition took effect and its answer was lost: a does not know the fence."""
+    first = acquire(leases, "a").lease
+    assert leases.give_back("k", "a") == FREED
+    row = peek(leases)
+    assert (row.holder, row.task_id, row.acquired_at, row.expires_in) == (None,) * 4
+    assert (row.fence, row.run_count, row.last_outcome) == (first.fence, 0, None)
+    second = acquire(leases, "b")
+    assert second.lease.fence > first.fence
+    assert second.write == 0
+
+
+def test_who_gives_back_is_told_what_is_wanted(leases: Leases) -> None:
+    acquire(leases, "a")
+    assert leases.wishes.want(peek(leases), "w")
+    assert leases.give_back("k", "a") == Released("w")
+
+
+def test_a_late_lease_without_a_successor_is_given_back(leases: Leases) -> None:
     acquire(leases, "a", BRIEF)
     let_run_out(leases)
-    assert acquire(leases, "b").lease.fence == 2
+    assert leases.give_back("k", "a") == FREED
+    assert peek(leases).holder is None
+
+
+def test_only_the_holder_gives_back(leases: Leases) -> None:
+    """a's lease runs out; b takes it over; a gives back, and repeats it as an answer was lost."""
+    acquire(leases, "a", BRIEF)
+    let_run_out(leases)
+    lease = acquire(leases, "b").lease
+    before = peek(leases)
+    assert leases.give_back("k", "a") is None
+    assert leases.give_back("k", "a") is None
+    assert leases.give_back("other", "a") is None
+    after = peek(leases)
+    assert (after.holder, after.fence, after.acquired_at) == ("b", lease.fence, before.acquired_at)
+    assert after.held
+
+
+def test_a_lease_is_given_back_once(leases: Leases) -> None:
+    lease = acquire(leases, "a").lease
+    assert leases.give_back("k", "a") == FREED
+    assert leases.give_back("k", "a") is None
+    assert leases.renew([lease]) == {}
+    assert leases.release(lease, DONE) is None
+
+
+def test_what_was_released_is_not_given_back(leases: Leases) -> None:
+    """A lease that is held on after its run is its holder's no more."""
+    lease = acquire(leases, "a").lease
+    assert leases.release(lease, HELD_ON)
+    assert leases.give_back("k", "a") is None
+    assert peek(leases).held_on
+
+
+def test_giving_back_leaves_the_state(store: SqlStore) -> None:
+    lease = acquire(store, "a").lease
+    assert store.save(lease, write(NEW))
+    before = peek(store)
+    assert store.give_back("k", "a") == FREED
+    after = peek(store)
+    assert (after.value, after.schema_version) == (NEW.value, NEW.schema_version)
+    assert after.updated_at == before.updated_at
+    assert store.save(lease, write(NEWER, 2)) is None
+
+
+# -- a state
 
 
 def test_release_with_a_value_stores_all_of_it(store: SqlStore) -> None:
     lease = acquire(store).lease
-    assert store.release(lease, Ended("succeeded", '["h"]'), NewValue('{"n":1}', 3)) == FREED
+    new = write(NewValue('{"n":1}', 3))
+    assert store.release(lease, Ended("succeeded", '["h"]'), new) == FREED
     row = peek(store)
     assert (row.value, row.schema_version, row.history) == ('{"n":1}', 3, '["h"]')
     assert (row.run_count, row.last_outcome) == (1, "succeeded")
@@ -99,7 +269,7 @@ def test_release_with_a_value_stores_all_of_it(store: SqlStore) -> None:
 
 
 def test_release_without_a_value_leaves_the_state(store: SqlStore) -> None:
-    store.release(acquire(store, "a").lease, DONE, NewValue('{"n":1}', 1))
+    store.release(acquire(store, "a").lease, DONE, write(NEW))
     before = peek(store)
     store.release(acquire(store, "b").lease, Ended("failed", "[]"))
     after = peek(store)
@@ -110,16 +280,15 @@ def test_release_without_a_value_leaves_the_state(store: SqlStore) -> None:
 
 def test_save_stores_and_keeps_the_lease(store: SqlStore) -> None:
     lease = acquire(store).lease
-    saved = store.save(lease, NewValue('{"n":2}', 1))
+    assert store.save(lease, write(NEW)) == Saved(handoff_to=None)
     row = peek(store)
-    assert saved is not None
-    assert (saved.updated_at, saved.handoff_to) == (row.updated_at, None)
-    assert (row.value, row.held, row.run_count) == ('{"n":2}', True, 0)
+    assert (row.value, row.held, row.run_count, row.write) == (NEW.value, True, 0, 1)
+    assert row.updated_at == pytest.approx(row.read_at, abs=LONG)
 
 
 def test_save_prolongs_the_lease(store: SqlStore) -> None:
-    acquire(store, "a", BRIEF)
-    assert store.save(Lease("k", "a", 1, LONG), NewValue("{}", 1)) is not None
+    lease = acquire(store, "a", BRIEF).lease
+    assert store.save(replace(lease, ttl=LONG), write(NEW)) is not None
     row = peek(store)
     assert row.expires_in is not None
     assert row.expires_in > BRIEF
@@ -128,8 +297,168 @@ def test_save_prolongs_the_lease(store: SqlStore) -> None:
 def test_a_late_save_without_a_successor_is_the_only_writer(store: SqlStore) -> None:
     lease = acquire(store, "a", BRIEF).lease
     let_run_out(store)
-    assert store.save(lease, NewValue('{"n":1}', 1)) is not None
+    assert store.save(lease, write(NEW)) is not None
     assert store.release(lease, DONE) == FREED
+
+
+# -- the order of writes
+
+
+def save(store: SqlStore, lease: Lease, write: Write) -> bool:
+    return store.save(lease, write) is not None
+
+
+def save_in_transaction(store: SqlStore, lease: Lease, write: Write) -> bool:
+    with store.transaction() as transaction:
+        return transaction.save(lease, write) is not None
+
+
+def release(store: SqlStore, lease: Lease, write: Write) -> bool:
+    return store.release(lease, DONE, write) is not None
+
+
+def hold_on(store: SqlStore, lease: Lease, write: Write) -> bool:
+    return store.release(lease, HELD_ON, write) is not None
+
+
+def record(store: SqlStore, lease: Lease, write: Write) -> bool:
+    return store.entries.record(lease, {"k:a": "1"}, write.number, write.seen) is not None
+
+
+def forget(store: SqlStore, lease: Lease, write: Write) -> bool:
+    return store.entries.forget(lease, ["k:a"], write.number, write.seen)
+
+
+EACH_WRITE = pytest.mark.parametrize(
+    "carry_out", [save, save_in_transaction, release, hold_on, record, forget]
+)
+CarryOut = Callable[[SqlStore, Lease, Write], bool]
+
+
+@EACH_WRITE
+def test_a_late_write_is_refused(store: SqlStore, carry_out: CarryOut) -> None:
+    """a's write 1 stays under way; its copy is answered, and so is write 2; the first copy of write
+    1 is carried out.
+    """
+    lease = acquire(store).lease
+    assert store.save(lease, write(NEW, 1))
+    assert store.save(lease, write(NEWER, 2))
+    before = peek(store)
+    assert not carry_out(store, lease, write(NEW, 1))
+    after = peek(store)
+    assert replace(after, read_at=before.read_at, expires_in=before.expires_in) == before
+    assert store.entries.load("k:") == {}
+
+
+@EACH_WRITE
+def test_a_write_after_some_whose_outcome_is_unknown_is_carried_out(
+    store: SqlStore, carry_out: CarryOut
+) -> None:
+    """a's write 1 is answered; of its writes 2 and 3 one was carried out, and no answer came."""
+    lease = acquire(store).lease
+    assert store.save(lease, write(NEW, 1))
+    assert store.save(lease, write(NEW, 2))
+    assert carry_out(store, lease, write(NEWER, 4, seen=1))
+    assert peek(store).write == 4
+
+
+@EACH_WRITE
+def test_a_write_after_some_that_the_store_has_lost_is_refused(
+    store: SqlStore, carry_out: CarryOut
+) -> None:
+    """a's writes 1 and 2 are answered; a fail-over loses write 2; a's write 3 counts on it."""
+    lease = acquire(store).lease
+    assert store.save(lease, write(NEW, 1))
+    before = peek(store)
+    assert not carry_out(store, lease, write(NEWER, 3, seen=2))
+    after = peek(store)
+    assert (after.value, after.write, after.holder) == (before.value, before.write, "a")
+
+
+@pytest.mark.parametrize("carry_out", [save, save_in_transaction, record, forget])
+def test_a_repeated_write_is_carried_out_again(store: SqlStore, carry_out: CarryOut) -> None:
+    """Its answer was lost."""
+    lease = acquire(store).lease
+    assert carry_out(store, lease, write(NEW))
+    assert carry_out(store, lease, write(NEW))
+    assert peek(store).write == 1
+
+
+@EACH_WRITE
+def test_the_first_write_after_a_takeover(store: SqlStore, carry_out: CarryOut) -> None:
+    """By the number that the acquisition answered, which is smaller than after a handoff."""
+    acquire(store, "a", BRIEF)
+    let_run_out(store)
+    acquired = acquire(store, "b")
+    assert carry_out(store, acquired.lease, write(NEW, 1, seen=acquired.write))
+
+
+def test_a_release_without_a_value_names_no_write(store: SqlStore) -> None:
+    """It ends a run whose last transaction has an unknown outcome."""
+    lease = acquire(store).lease
+    assert store.save(lease, write(NEW, 1))
+    assert store.release(lease, DONE) == FREED
+    assert (peek(store).value, peek(store).write) == (NEW.value, 1)
+
+
+# -- written
+
+
+def test_whether_a_write_took_effect(store: SqlStore) -> None:
+    lease = acquire(store).lease
+    assert store.written(lease, 1) is False
+    assert store.save(lease, write(NEW, 1))
+    assert store.written(lease, 1) is True
+    assert store.written(lease, 2) is False
+    assert store.save(lease, write(NEW, 3, seen=1))
+    assert store.written(lease, 2) is True, "a newer one did, so that it was not refused"
+
+
+def test_after_a_takeover_nothing_is_written_yet(store: SqlStore) -> None:
+    acquire(store, "a", BRIEF)
+    let_run_out(store)
+    assert store.written(acquire(store, "b").lease, 1) is False
+
+
+def test_a_lease_that_ran_out_without_a_successor_is_asked_for_its_writes(store: SqlStore) -> None:
+    lease = acquire(store, "a", BRIEF).lease
+    assert store.save(lease, write(NEW, 1))
+    let_run_out(store)
+    assert store.written(lease, 1) is True
+
+
+def test_who_is_not_the_holder_learns_nothing_of_writes(store: SqlStore) -> None:
+    """Neither after a's end, nor of what b has written since."""
+    lease = acquire(store, "a").lease
+    assert store.release(lease, DONE, write(NEW, 1))
+    assert store.written(lease, 1) is None
+    assert store.save(acquire(store, "b").lease, write(NEW, 1))
+    assert store.written(lease, 1) is None
+    assert store.written(replace(lease, key="other"), 1) is None
+
+
+@pytest.mark.parametrize("server", ["postgresql", "mariadb", "pgbouncer"])
+def test_the_question_waits_for_a_commit_that_is_under_way(
+    request: pytest.FixtureRequest, tmp_path: Path, server: str
+) -> None:
+    """a's transaction has saved, and its COMMIT is not carried out yet; a asks; the COMMIT is
+    carried out. a must not be told that nothing was written.
+    """
+    url = url_on(server, request, tmp_path)
+    store = open_store(url, "kv_store", 10.0, pool_size=8, auto_migrate=True)
+    lease = acquire(store).lease
+    waiting = WAITING[store.engine.dialect.name]
+    with ThreadPoolExecutor(1) as pool:
+        with store.transaction() as transaction:
+            assert transaction.save(lease, write(NEW, 1))
+            asked = pool.submit(store.written, lease, 1)
+            wait_until(lambda: store._rows(waiting, {})[0][0] > 0, "the question waits for a lock")
+            assert not asked.done()
+        assert asked.result() is True
+    store.close()
+
+
+# -- who may not write
 
 
 @pytest.mark.parametrize("with_value", [True, False])
@@ -138,26 +467,35 @@ def test_a_stale_holder_changes_nothing(store: SqlStore, with_value: bool) -> No
     stale = acquire(store, "a", BRIEF).lease
     let_run_out(store)
     current = acquire(store, "b").lease
-    store.save(current, NewValue('{"by":"b"}', 1))
+    store.save(current, write(NewValue('{"by":"b"}', 1)))
     before = peek(store)
 
-    assert store.save(stale, NewValue('{"by":"a"}', 1)) is None
-    assert store.release(stale, DONE, NewValue('{"by":"a"}', 1) if with_value else None) is None
+    late = write(NewValue('{"by":"a"}', 1))
+    assert store.save(stale, late) is None
+    assert store.release(stale, DONE, late if with_value else None) is None
     assert store.renew([stale]) == {}
 
     after = peek(store)
-    assert (after.value, after.fence, after.holder) == ('{"by":"b"}', 2, "b")
+    assert (after.value, after.fence, after.holder) == ('{"by":"b"}', current.fence, "b")
     assert after.run_count == before.run_count
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [Lease("k", "a", 2, LONG), Lease("k", "b", 1, LONG), Lease("j", "a", 1, LONG)],
-    ids=["fence", "holder", "key"],
+    "change",
+    [
+        lambda lease: replace(lease, fence=lease.fence + 1),
+        lambda lease: replace(lease, fence=lease.fence - 1),
+        lambda lease: replace(lease, holder="b"),
+        lambda lease: replace(lease, key="j"),
+    ],
+    ids=["larger fence", "smaller fence", "holder", "key"],
 )
-def test_fence_holder_and_key_must_all_match(store: SqlStore, wrong: Lease) -> None:
-    acquire(store, "a")
-    assert store.save(wrong, NewValue("{}", 1)) is None
+def test_fence_holder_and_key_must_all_match(
+    store: SqlStore, change: Callable[[Lease], Lease]
+) -> None:
+    wrong = change(acquire(store, "a").lease)
+    assert store.save(wrong, write(NEW)) is None
+    assert store.written(wrong, 1) is None
     assert store.release(wrong, DONE) is None
     assert store.renew([wrong]) == {}
 
@@ -166,14 +504,14 @@ def test_release_is_done_once(store: SqlStore) -> None:
     lease = acquire(store).lease
     assert store.release(lease, DONE) == FREED
     assert store.release(lease, DONE) is None
-    assert store.save(lease, NewValue("{}", 1)) is None
+    assert store.save(lease, write(NEW)) is None
     assert store.renew([lease]) == {}
 
 
-@pytest.mark.parametrize("new", [None, NewValue('{"n":1}', 1)], ids=["", "with a value"])
+@pytest.mark.parametrize("new", [None, NEW], ids=["", "with a value"])
 def test_a_lease_that_is_held_on_is_not_acquired(store: SqlStore, new: NewValue | None) -> None:
     acquired = acquire(store, "a")
-    assert store.release(acquired.lease, HELD_ON, new) == FREED
+    assert store.release(acquired.lease, HELD_ON, write(new) if new else None) == FREED
     assert store.acquire("k", "b", LONG, None) is None
     row = peek(store)
     assert (row.held, row.held_on, row.holder, row.task_id) == (True, True, "a (held on)", None)
@@ -188,7 +526,8 @@ def test_a_lease_that_is_held_on_is_free_when_the_hold_has_passed(leases: Leases
     first = acquire(leases, "a")
     leases.release(first.lease, Ended("succeeded", "[]", hold=HOLD))
     second = wait_until(lambda: leases.acquire("k", "b", LONG, None), "the hold passes")
-    assert second.lease.fence == 2
+    assert second.lease.fence > first.lease.fence
+    assert second.write == 0, "the run has ended in order"
     assert second.acquired_at - first.acquired_at >= HOLD - ROUNDING
     row = peek(leases)
     assert (row.held, row.held_on, row.holder) == (True, False, "b")
@@ -203,7 +542,7 @@ def test_a_hold_that_is_over_leaves_the_row_free(leases: Leases) -> None:
     assert leases.release(acquired.lease, Ended("succeeded", "[]", hold=HOLD)) == FREED
     row = peek(leases)
     assert (row.held, row.held_on, row.holder, row.task_id) == (False, False, None, None)
-    assert acquire(leases, "b").lease.fence == 2
+    assert acquire(leases, "b").lease.fence > acquired.lease.fence
 
 
 def test_a_row_says_since_when_it_is_held_and_when_it_was_read(leases: Leases) -> None:
@@ -223,8 +562,9 @@ def test_a_row_says_since_when_it_is_held_and_when_it_was_read(leases: Leases) -
 
 def test_renew_prolongs_many_by_their_own_lives(leases: Leases) -> None:
     held = [acquire(leases, "a", BRIEF, key).lease for key in ("k1", "k2", "k3")]
-    longer = [Lease(each.key, "a", 1, LONG * n) for n, each in enumerate(held[:2], 1)]
-    assert leases.renew([*longer, Lease("k3", "b", 1, LONG)]) == {"k1": None, "k2": None}
+    longer = [replace(each, ttl=LONG * n) for n, each in enumerate(held[:2], 1)]
+    others = replace(held[2], holder="b", ttl=LONG)
+    assert leases.renew([*longer, others]) == {"k1": None, "k2": None}
     lives = [row.expires_in or 0 for row in leases.list("k")]
     assert BRIEF < lives[0] <= LONG + ROUNDING < lives[1] <= 2 * LONG + ROUNDING
     assert lives[2] <= BRIEF + ROUNDING
@@ -236,11 +576,12 @@ def test_renew_of_nothing(leases: Leases) -> None:
 
 def test_renew_does_not_change_the_state(store: SqlStore) -> None:
     lease = acquire(store).lease
-    store.save(lease, NewValue('{"n":1}', 1))
+    store.save(lease, write(NEW))
     before = peek(store)
     store.renew([lease])
     after = peek(store)
     assert (after.value, after.updated_at) == (before.value, before.updated_at)
+    assert after.write == before.write
 
 
 def test_peek_of_nothing(leases: Leases) -> None:
@@ -268,7 +609,7 @@ def test_set_aside_keeps_the_first_value(store: SqlStore) -> None:
     ids=["unicode", "nul", "5 MB", "placeholders"],
 )
 def test_values_come_back_as_they_were(store: SqlStore, value: str) -> None:
-    store.release(acquire(store).lease, DONE, NewValue(value, 1))
+    store.release(acquire(store).lease, DONE, write(NewValue(value, 1)))
     assert acquire(store, "b").value == value
 
 
@@ -281,10 +622,12 @@ def test_one_of_many_threads_acquires(leases: Leases) -> None:
         return leases.acquire("k", f"h{n}", LONG, None)
 
     with ThreadPoolExecutor(8) as pool:
-        for fence in range(1, 6):
-            winners = [found for found in pool.map(ask, range(8)) if found]
-            assert [winner.lease.fence for winner in winners] == [fence]
-            leases.release(winners[0].lease, DONE)
+        fences = [0]
+        for _ in range(5):
+            (winner,) = (found for found in pool.map(ask, range(8)) if found)
+            fences.append(winner.lease.fence)
+            leases.release(winner.lease, DONE)
+        assert fences == sorted(set(fences))
 
 
 def test_a_transaction_commits_rows_and_state(store: SqlStore) -> None:
@@ -292,7 +635,7 @@ def test_a_transaction_commits_rows_and_state(store: SqlStore) -> None:
     with store.transaction() as transaction:
         transaction.connection.exec_driver_sql("CREATE TABLE written (n integer)")
         transaction.connection.exec_driver_sql("INSERT INTO written VALUES (7)")
-        assert transaction.save(lease, NewValue('{"n":7}', 1)) is not None
+        assert transaction.save(lease, write(NewValue('{"n":7}', 1))) is not None
     with store.transaction() as transaction:
         found = transaction.connection.exec_driver_sql("SELECT n FROM written").scalar()
     row = peek(store)
@@ -307,7 +650,7 @@ def test_a_transaction_that_raises_leaves_neither(store: SqlStore) -> None:
     def fail() -> None:
         with store.transaction() as transaction:
             transaction.connection.exec_driver_sql("INSERT INTO written VALUES (7)")
-            transaction.save(lease, NewValue('{"n":7}', 1))
+            transaction.save(lease, write(NewValue('{"n":7}', 1)))
             raise LookupError
 
     with pytest.raises(LookupError):
@@ -315,7 +658,7 @@ def test_a_transaction_that_raises_leaves_neither(store: SqlStore) -> None:
     with store.transaction() as transaction:
         count = transaction.connection.exec_driver_sql("SELECT count(*) FROM written").scalar()
     row = peek(store)
-    assert (count, row.value) == (0, "null")
+    assert (count, row.value, row.write) == (0, "null", 0)
 
 
 def test_a_transaction_of_a_stale_holder_is_told_so(store: SqlStore) -> None:
@@ -323,15 +666,25 @@ def test_a_transaction_of_a_stale_holder_is_told_so(store: SqlStore) -> None:
     let_run_out(store)
     acquire(store, "b")
     with store.transaction() as transaction:
-        assert transaction.save(stale, NewValue('{"by":"a"}', 1)) is None
+        assert transaction.save(stale, write(NEW)) is None
 
 
-def test_a_transactions_save_is_known_by_its_moment(store: SqlStore) -> None:
+def test_a_transactions_save_is_known_by_its_number(store: SqlStore) -> None:
+    """Also where an earlier one, of another number, was rolled back."""
     lease = acquire(store).lease
+
+    def save_and_fail() -> None:
+        with store.transaction() as transaction:
+            assert transaction.save(lease, write(NEW, 1))
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        save_and_fail()
+    assert store.written(lease, 1) is False
     with store.transaction() as transaction:
-        saved = transaction.save(lease, NewValue("{}", 1))
-    assert saved is not None
-    assert (saved.updated_at, saved.handoff_to) == (peek(store).updated_at, None)
+        assert transaction.save(lease, write(NEWER, 2, seen=0)) == Saved(handoff_to=None)
+    assert store.written(lease, 2) is True
+    assert (peek(store).value, peek(store).write) == (NEWER.value, 2)
 
 
 def test_check_accepts_the_table(leases: Leases) -> None:
@@ -346,8 +699,9 @@ def test_a_lease_that_is_held_on_is_its_holders_no_more(store: SqlStore) -> None
     store.release(lease, HELD_ON)
     before = peek(store)
     assert store.release(lease, DONE) is None
-    assert store.save(lease, NewValue("{}", 1)) is None
+    assert store.save(lease, write(NEW)) is None
     assert store.renew([lease]) == {}
+    assert store.written(lease, 1) is None
     assert store.acquire(lease.key, lease.holder, 60, None) is None
     after = peek(store)
     assert (after.held_on, after.run_count, after.value) == (True, 1, before.value)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from celery_singleton_state.store import SqlStore
-from celery_singleton_state.store.base import Ended, Lease, NewValue
+from celery_singleton_state.store.base import Ended, Lease, NewValue, Row
+from tests.stores.writes import write
 
 
 def run(store: SqlStore, key: str, outcome: str = "succeeded", value: str = '{"n":1}') -> Lease:
     acquired = store.acquire(key, "h:1:a.1", 60, None)
     assert acquired is not None
-    assert store.release(acquired.lease, Ended(outcome, f'["{key}"]'), NewValue(value, 2))
+    assert store.release(acquired.lease, Ended(outcome, f'["{key}"]'), write(NewValue(value, 2)))
     return acquired.lease
 
 
@@ -51,23 +52,28 @@ def test_what_is_expected_has_a_row_and_what_ran_keeps_its_own(store: SqlStore) 
     assert new.updated_at == pytest.approx(new.read_at, abs=60)
     acquired = store.acquire("a:2", "h:1:a.2", 60, None)
     assert acquired is not None
-    assert acquired.lease.fence == 1
+    assert acquired.write == 0
+
+
+def put(store: SqlStore, key: str, value: str, version: int) -> bool:
+    """By the row as it is."""
+    return store.wishes.put(key, store.peek(key), NewValue(value, version))
 
 
 def test_a_state_is_put_where_nobody_has_the_lease(store: SqlStore) -> None:
-    assert store.wishes.put("new", NewValue("1", 3))
-    run(store, "free")
-    assert store.wishes.put("free", NewValue("2", 4))
+    assert put(store, "new", "1", 3)
+    free = run(store, "free")
+    assert put(store, "free", "2", 4)
     acquired = store.acquire("held", "h:1:a.1", 60, None)
     assert acquired is not None
-    assert not store.wishes.put("held", NewValue("3", 4))
+    assert not put(store, "held", "3", 4)
     found = {key: store.peek(key) for key in ("new", "free", "held")}
     assert {
         key: (row.value, row.schema_version, row.fence) for key, row in found.items() if row
     } == {
         "new": ("1", 3, 0),
-        "free": ("2", 4, 1),
-        "held": ("null", None, 1),
+        "free": ("2", 4, free.fence),
+        "held": ("null", None, acquired.lease.fence),
     }
     assert found["free"] is not None
     assert found["free"].history == '["free"]'
@@ -79,8 +85,55 @@ def test_a_lease_that_ran_out_without_a_successor_keeps_others_from_putting(
     """Its holder may be late, and is still the only one who may write."""
     acquired = store.acquire("late", "h:1:a.1", 0, None)
     assert acquired is not None
-    assert not store.wishes.put("late", NewValue("3", 4))
-    assert store.save(acquired.lease, NewValue("4", 4))
+    assert not put(store, "late", "3", 4)
+    assert store.save(acquired.lease, write(NewValue("4", 4)))
+
+
+def row_of(store: SqlStore, key: str) -> Row:
+    row = store.peek(key)
+    assert row is not None
+    return row
+
+
+def test_a_state_is_not_put_over_one_that_was_not_seen(store: SqlStore) -> None:
+    """Two operators see a row, or none, and put a state each, one of them late; and one sees a row
+    and puts a state when a run has been there meanwhile.
+    """
+    assert store.wishes.put("new", None, NewValue("1", 1))
+    assert not store.wishes.put("new", None, NewValue("2", 1))
+    seen = row_of(store, "new")
+    assert store.wishes.put("new", seen, NewValue("3", 1))
+    assert not store.wishes.put("new", seen, NewValue("1", 1))
+    seen = row_of(store, "new")
+    run(store, "new", value="4")
+    assert not store.wishes.put("new", seen, NewValue("5", 1))
+    row = row_of(store, "new")
+    assert (row.value, row.schema_version) == ("4", 2)
+
+
+def test_a_state_is_not_put_after_a_run_that_saved_nothing(store: SqlStore) -> None:
+    """The row has changed since it was seen, whatever has changed."""
+    run(store, "k")
+    seen = row_of(store, "k")
+    acquired = store.acquire("k", "h:1:a.2", 60, None)
+    assert acquired is not None
+    assert store.release(acquired.lease, Ended("succeeded", "[]"))
+    assert not store.wishes.put("k", seen, NewValue("5", 1))
+    assert store.wishes.put("k", row_of(store, "k"), NewValue("5", 1))
+
+
+@pytest.mark.parametrize("made", ["expected", "queued", "set aside"])
+def test_a_state_is_put_into_a_row_that_had_no_run(store: SqlStore, made: str) -> None:
+    """Whoever looks sees a row, or none where the row was not a singleton's yet."""
+    if made == "expected":
+        store.wishes.expect(["k"])
+    elif made == "queued":
+        assert store.wishes.claim("k", "t", 60, 0)
+    else:
+        store.set_aside("k", "0")
+    assert put(store, "k", "1", 1)
+    row = row_of(store, "k")
+    assert (row.value, row.write, row.run_count) == ("1", 1, 0)
 
 
 def test_a_lease_that_is_held_on_is_let_go(store: SqlStore) -> None:
@@ -93,7 +146,7 @@ def test_a_lease_that_is_held_on_is_let_go(store: SqlStore) -> None:
     kept = store.peek("kept")
     assert kept is not None
     assert kept.held_on
-    assert not store.wishes.put("kept", NewValue("3", 4))
+    assert not put(store, "kept", "3", 4)
     assert store.wishes.let_go(kept)
     assert not store.wishes.let_go(kept)
     free = store.peek("kept")

@@ -485,17 +485,18 @@ class RedisLeases(Leases):
     has_states = False
 
     def clear(self) -> None:
-        self.store._client.flushdb()
+        with self.store._scripts._make_client() as client:
+            client.flushdb()
 
     def table(self) -> Any:
-        client = self.store._client
-        return {key: client.hgetall(key) for key in client.zrange(INDEX, 0, -1)}
+        with self.store._scripts._make_client() as client:
+            return {key: client.hgetall(key) for key in client.zrange(INDEX, 0, -1)}
 
     def move_back(self, key: str) -> None:
-        client = self.store._client
-        for moment in ("acquired_at", "expires_at"):
-            if client.hexists(key, moment):
-                client.hset(key, moment, "946684800.000000")
+        with self.store._scripts._make_client() as client:
+            for moment in ("acquired_at", "expires_at"):
+                if client.hexists(key, moment):
+                    client.hset(key, moment, "946684800.000000")
 
     def outlives_its_process(self) -> bool:
         return True

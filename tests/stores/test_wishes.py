@@ -10,7 +10,15 @@ from dataclasses import replace
 import pytest
 
 from celery_singleton_state.store import SqlStore
-from celery_singleton_state.store.base import Ended, Lease, Leases, NewValue, Released, Row
+from celery_singleton_state.store.base import (
+    Ended,
+    Lease,
+    Leases,
+    NewValue,
+    Queued,
+    Released,
+    Row,
+)
 from tests.stores.test_conformance import (
     BRIEF,
     DONE,
@@ -22,6 +30,7 @@ from tests.stores.test_conformance import (
     let_run_out,
     peek,
 )
+from tests.stores.writes import enqueue, write
 from tests.waiting import wait_until
 
 NEW = NewValue('{"n":1}', 1)
@@ -94,11 +103,11 @@ def test_the_holder_hears_who_asks_it_to_hand_over(store: SqlStore) -> None:
     lease = acquire(store, "a").lease
     assert store.wishes.ask_to_hand_over(peek(store), "b") is True
     assert store.renew([lease]) == {"k": "b"}
-    saved = store.save(lease, NEW)
+    saved = store.save(lease, write(NEW))
     assert saved is not None
     assert saved.handoff_to == "b"
     with store.transaction() as transaction:
-        committed = transaction.save(lease, NEW)
+        committed = transaction.save(lease, write(NEW, 2))
     assert committed is not None
     assert committed.handoff_to == "b"
 
@@ -115,7 +124,9 @@ def test_asking_changes_nothing_else(leases: Leases) -> None:
     leases.wishes.ask_to_hand_over(before, "b")
     leases.wishes.want(before, "w")
     after = peek(leases)
-    assert replace(after, read_at=before.read_at, expires_in=before.expires_in) == before
+    assert after.wanted == "w"
+    times = {"read_at": before.read_at, "expires_in": before.expires_in}
+    assert replace(after, wanted=None, **times) == before
 
 
 def test_the_next_holder_is_not_asked_to_hand_over(leases: Leases) -> None:
@@ -136,13 +147,48 @@ def test_the_release_returns_what_is_wanted(
 ) -> None:
     lease = acquire(store, "a").lease
     assert store.wishes.want(peek(store), '{"n":1}') is True
-    assert store.release(lease, ended, new) == Released('{"n":1}')
+    assert peek(store).wanted == '{"n":1}'
+    assert store.release(lease, ended, write(new) if new else None) == Released('{"n":1}')
 
 
 def test_the_last_wish_counts(leases: Leases) -> None:
     lease = acquire(leases, "a").lease
     for wish in ("w1", "w2"):
         assert leases.wishes.want(peek(leases), wish)
+    assert leases.release(lease, DONE) == Released("w2")
+
+
+def test_a_late_wish_does_not_replace_a_newer_one(leases: Leases) -> None:
+    """b wants w1, by a's row as it was seen, and the request stays under way; c sees the row and
+    wants w2; the request for w1 is carried out. The one more run must be c's.
+    """
+    lease = acquire(leases, "a").lease
+    seen_by_b = peek(leases)
+    assert leases.wishes.want(peek(leases), "w2")
+    assert not leases.wishes.want(seen_by_b, "w1")
+    assert leases.release(lease, DONE) == Released("w2")
+
+
+def test_a_late_wish_does_not_come_back_after_it_was_replaced(leases: Leases) -> None:
+    """b wants w1; its copy is answered; c wants w2; the first copy is carried out."""
+    acquire(leases, "a")
+    seen_by_b = peek(leases)
+    assert leases.wishes.want(seen_by_b, "w1")
+    assert leases.wishes.want(peek(leases), "w2")
+    assert not leases.wishes.want(seen_by_b, "w1")
+    assert leases.wishes.wanted("k") == "w2"
+
+
+def test_a_wish_replaces_the_one_that_was_seen(leases: Leases) -> None:
+    """Also where the run that it was meant for has not been sent yet."""
+    leases.release(acquire(leases, "a").lease, DONE)
+    lease = acquire(leases, "b").lease
+    assert leases.wishes.want(peek(leases), "w1")
+    seen = peek(leases)
+    assert seen.wanted == "w1"
+    leases.wishes.granted("k", "w1")
+    assert not leases.wishes.want(seen, "w2"), "it was sent meanwhile"
+    assert leases.wishes.want(replace(seen, wanted=None), "w2")
     assert leases.release(lease, DONE) == Released("w2")
 
 
@@ -198,105 +244,216 @@ def test_a_wish_is_either_returned_or_refused(leases: Leases) -> None:
             leases.wishes.granted("k", wish)
 
 
-# -- enqueue
+# -- queued, claim, dequeue
 
 
 def test_a_message_is_queued_once(leases: Leases) -> None:
     """The first can ask again, as it does not know whether an answer that was lost said so."""
-    assert leases.wishes.enqueue("k", "t1", LONG) == "t1"
-    assert leases.wishes.enqueue("k", "t2", LONG) == "t1"
-    assert leases.wishes.enqueue("k", "t1", LONG) == "t1"
+    assert enqueue(leases.wishes, "k", "t1", LONG) == "t1"
+    assert enqueue(leases.wishes, "k", "t2", LONG) == "t1"
+    assert enqueue(leases.wishes, "k", "t1", LONG) == "t1"
 
 
 def test_keys_have_queues_of_their_own(leases: Leases) -> None:
-    assert leases.wishes.enqueue("k1", "t1", LONG) == "t1"
-    assert leases.wishes.enqueue("k2", "t2", LONG) == "t2"
+    assert enqueue(leases.wishes, "k1", "t1", LONG) == "t1"
+    assert enqueue(leases.wishes, "k2", "t2", LONG) == "t2"
 
 
 def test_no_message_is_queued_beside_one_that_runs(leases: Leases) -> None:
     acquire(leases, "a")
-    assert leases.wishes.enqueue("k", "t", LONG) == "task-a"
+    assert enqueue(leases.wishes, "k", "t", LONG) == "task-a"
 
 
 def test_a_message_is_queued_beside_a_run_without_one(leases: Leases) -> None:
     """A direct call has no id that could be the answer."""
     assert leases.acquire("k", "a", LONG, None) is not None
-    assert leases.wishes.enqueue("k", "t", LONG) == "t"
+    assert enqueue(leases.wishes, "k", "t", LONG) == "t"
 
 
 def test_a_message_is_queued_while_the_lease_is_held_on(leases: Leases) -> None:
     leases.release(acquire(leases, "a").lease, HELD_ON)
-    assert leases.wishes.enqueue("k", "t", LONG) == "t"
+    assert enqueue(leases.wishes, "k", "t", LONG) == "t"
 
 
 def test_a_message_is_queued_after_a_run_that_died(leases: Leases) -> None:
     acquire(leases, "a", BRIEF)
     let_run_out(leases)
-    assert leases.wishes.enqueue("k", "t", LONG) == "t"
+    assert enqueue(leases.wishes, "k", "t", LONG) == "t"
 
 
 def test_a_message_that_runs_is_queued_no_more(leases: Leases) -> None:
-    leases.wishes.enqueue("k", "task-a", LONG)
+    enqueue(leases.wishes, "k", "task-a", LONG)
     lease = acquire(leases, "a").lease
-    assert leases.wishes.enqueue("k", "t", LONG) == "task-a"
+    assert enqueue(leases.wishes, "k", "t", LONG) == "task-a"
     leases.release(lease, DONE)
-    assert leases.wishes.enqueue("k", "t", LONG) == "t"
+    assert enqueue(leases.wishes, "k", "t", LONG) == "t"
 
 
 def test_a_message_stays_queued_while_another_runs(leases: Leases) -> None:
     """One that was sent before, or put back, comes between the sending and the run."""
-    leases.wishes.enqueue("k", "t1", LONG)
+    enqueue(leases.wishes, "k", "t1", LONG)
     lease = acquire(leases, "a").lease
-    assert leases.wishes.enqueue("k", "t2", LONG) == "t1"
+    assert enqueue(leases.wishes, "k", "t2", LONG) == "t1"
     leases.release(lease, DONE)
-    assert leases.wishes.enqueue("k", "t2", LONG) == "t1"
+    assert enqueue(leases.wishes, "k", "t2", LONG) == "t1"
 
 
 def test_a_message_that_is_refused_the_lease_stays_queued(leases: Leases) -> None:
     """It will be tried again."""
-    leases.wishes.enqueue("k", "task-b", LONG)
+    enqueue(leases.wishes, "k", "task-b", LONG)
     acquire(leases, "a")
     assert leases.acquire("k", "b", LONG, "task-b") is None
-    assert leases.wishes.enqueue("k", "t", LONG) == "task-b"
+    assert enqueue(leases.wishes, "k", "t", LONG) == "task-b"
 
 
 def test_dequeue_forgets_its_own_message_only(leases: Leases) -> None:
-    leases.wishes.enqueue("k", "t1", LONG)
+    enqueue(leases.wishes, "k", "t1", LONG)
     leases.wishes.dequeue("k", "t2")
-    assert leases.wishes.enqueue("k", "t2", LONG) == "t1"
+    assert enqueue(leases.wishes, "k", "t2", LONG) == "t1"
     leases.wishes.dequeue("k", "t1")
-    assert leases.wishes.enqueue("k", "t2", LONG) == "t2"
+    assert enqueue(leases.wishes, "k", "t2", LONG) == "t2"
 
 
 def test_a_message_that_was_lost_is_forgotten_after_its_life(leases: Leases) -> None:
-    leases.wishes.enqueue("k", "t1", BRIEF)
-    wait_until(lambda: leases.wishes.enqueue("k", "t2", LONG) == "t2", "its life ends")
-    assert leases.wishes.enqueue("k", "t1", LONG) == "t2"
+    enqueue(leases.wishes, "k", "t1", BRIEF)
+    wait_until(lambda: enqueue(leases.wishes, "k", "t2", LONG) == "t2", "its life ends")
+    assert enqueue(leases.wishes, "k", "t1", LONG) == "t2"
+
+
+def claim(store: Leases, task_id: str, number: int) -> bool:
+    return store.wishes.claim("k", task_id, LONG, number)
+
+
+def test_a_claim_names_the_queue_that_was_seen(leases: Leases) -> None:
+    """Both see nobody, and both claim."""
+    seen = leases.wishes.queued("k")
+    assert seen == Queued(0, None)
+    assert claim(leases, "t1", seen.number)
+    assert not claim(leases, "t2", seen.number)
+    assert leases.wishes.queued("k") == Queued(1, "t1")
+
+
+def test_a_repeated_claim_succeeds(leases: Leases) -> None:
+    """Its answer was lost; the number is not counted twice."""
+    assert claim(leases, "t", 0)
+    assert claim(leases, "t", 0)
+    assert leases.wishes.queued("k") == Queued(1, "t")
+
+
+def ran(store: Leases, task_id: str) -> None:
+    acquired = store.acquire("k", "b", LONG, task_id)
+    assert acquired is not None
+    store.release(acquired.lease, DONE)
+
+
+def runs(store: Leases, task_id: str) -> None:
+    assert store.acquire("k", "b", LONG, task_id)
+
+
+def dropped(store: Leases, task_id: str) -> None:
+    """By a worker, as it was revoked or has expired."""
+    store.wishes.dequeue("k", task_id)
+
+
+@pytest.mark.parametrize("ended", [ran, runs, dropped])
+@pytest.mark.parametrize("before", ["no row", "a row", "a queue"])
+def test_a_late_claim_for_a_message_that_is_queued_no_more_is_refused(
+    leases: Leases, before: str, ended: Callable[[Leases, str], None]
+) -> None:
+    """t's claim stays under way; its copy is answered and the message is sent; it runs, or is
+    dropped; the first copy is carried out. A finished message must not keep others out.
+    """
+    if before != "no row":
+        ran(leases, "t0")
+    if before == "a queue":
+        enqueue(leases.wishes, "k", "t0", LONG)
+        ran(leases, "t0")
+    number = leases.wishes.queued("k").number
+    assert claim(leases, "t", number)
+    ended(leases, "t")
+    assert not claim(leases, "t", number)
+    assert leases.wishes.queued("k").task_id == ("t" if ended is runs else None)
+
+
+@pytest.mark.parametrize("row", [False, True], ids=["no row", "a row"])
+def test_a_claim_that_comes_after_its_message_was_dropped_is_refused(
+    leases: Leases, row: bool
+) -> None:
+    """t's claim, the only one, stays under way and is given up; the message is sent all the same,
+    and dropped; the claim is carried out.
+    """
+    if row:
+        ran(leases, "t0")
+    number = leases.wishes.queued("k").number
+    leases.wishes.dequeue("k", "t")
+    assert not claim(leases, "t", number)
+    assert leases.wishes.queued("k") == Queued(number + 1, None)
+
+
+def test_a_claim_that_comes_when_its_life_has_ended_is_refused(leases: Leases) -> None:
+    """t1's claim is carried out, and again when its life has ended; then t2 claims, and t1's comes
+    once more.
+    """
+    assert leases.wishes.claim("k", "t1", BRIEF, 0)
+    wait_until(lambda: leases.wishes.queued("k").task_id is None, "its life ends")
+    assert not leases.wishes.claim("k", "t1", LONG, 0)
+    assert claim(leases, "t2", 1)
+    assert not claim(leases, "t1", 0)
+    assert leases.wishes.queued("k") == Queued(2, "t2")
+
+
+def test_a_claim_after_the_queue_went_on_is_refused(leases: Leases) -> None:
+    """t2 sees that nobody is queued; t1 is claimed, sent, and runs; t2's claim comes."""
+    number = leases.wishes.queued("k").number
+    enqueue(leases.wishes, "k", "t1", LONG)
+    ran(leases, "t1")
+    assert not claim(leases, "t2", number)
+    assert enqueue(leases.wishes, "k", "t2", LONG) == "t2"
+
+
+def test_a_repeated_acquisition_leaves_the_queue(leases: Leases) -> None:
+    """a acquires for task-a, and the request stays under way; its copy is answered; the body puts
+    its own message back and claims the queue for it; the first copy is carried out.
+    """
+    lease = acquire(leases, "a").lease
+    number = leases.wishes.queued("k").number
+    assert claim(leases, "task-a", number)
+    assert acquire(leases, "a").lease == lease
+    assert leases.wishes.queued("k") == Queued(number + 1, "task-a")
+
+
+def test_dequeue_before_the_first_run(store: SqlStore) -> None:
+    """It makes the row, and must not look like an acquisition."""
+    store.wishes.dequeue("k", "t")
+    row = peek(store)
+    assert (row.value, row.schema_version, row.run_count, row.holder) == ("null", None, 0, None)
+    acquired = acquire(store, "a")
+    assert (acquired.value, acquired.write) == ("null", 0)
 
 
 def test_enqueue_changes_nothing_else(leases: Leases) -> None:
     leases.release(acquire(leases, "a").lease, DONE)
     before = peek_later(leases)
-    leases.wishes.enqueue("k", "t", LONG)
+    enqueue(leases.wishes, "k", "t", LONG)
     assert replace(peek(leases), read_at=before.read_at) == before
 
 
 def test_enqueue_before_the_first_run(store: SqlStore) -> None:
     """It makes the row, and must not look like an acquisition."""
-    store.wishes.enqueue("k", "t", LONG)
+    enqueue(store.wishes, "k", "t", LONG)
     row = peek(store)
     assert (row.value, row.schema_version, row.run_count) == ("null", None, 0)
     assert (row.holder, row.task_id, row.expires_in, row.held) == (None, None, None, False)
     acquired = acquire(store, "a")
-    assert (acquired.lease, acquired.value) == (Lease("k", "a", 1, LONG), "null")
+    assert (acquired.value, acquired.write) == ("null", 0)
+    assert acquired.lease.fence / 1000 == pytest.approx(acquired.acquired_at, abs=ROUNDING)
 
 
 def test_enqueue_on_a_value_that_never_was_leased(store: SqlStore) -> None:
     store.set_aside("k", "kept")
-    assert store.wishes.enqueue("k", "t1", LONG) == "t1"
-    assert store.wishes.enqueue("k", "t2", LONG) == "t1"
-    acquired = acquire(store, "a")
-    assert (acquired.lease.fence, acquired.value) == (1, "kept")
+    assert enqueue(store.wishes, "k", "t1", LONG) == "t1"
+    assert enqueue(store.wishes, "k", "t2", LONG) == "t1"
+    assert acquire(store, "a").value == "kept"
 
 
 def test_one_of_many_threads_enqueues(leases: Leases) -> None:
@@ -307,7 +464,7 @@ def test_one_of_many_threads_enqueues(leases: Leases) -> None:
 
     def ask(task_id: str) -> str:
         barrier.wait()
-        return leases.wishes.enqueue("k", task_id, LONG)
+        return enqueue(leases.wishes, "k", task_id, LONG)
 
     task_ids = [f"t{n}" for n in range(8)]
     with ThreadPoolExecutor(8) as pool:
@@ -328,11 +485,11 @@ def test_threads_that_enqueue_and_dequeue_are_alone_in_between(leases: Leases) -
 
     def use(task_id: str) -> None:
         for _ in range(20):
-            answer = leases.wishes.enqueue("k", task_id, LONG)
+            answer = enqueue(leases.wishes, "k", task_id, LONG)
             assert answer in task_ids
             if answer == task_id:
                 assert alone.acquire(blocking=False)
-                assert leases.wishes.enqueue("k", task_id, LONG) == task_id
+                assert enqueue(leases.wishes, "k", task_id, LONG) == task_id
                 alone.release()
                 leases.wishes.dequeue("k", task_id)
 

@@ -130,7 +130,7 @@ class Drill:
         store.close()
         with self._connection() as connection:
             connection.exec_driver_sql(
-                "CREATE TABLE effects (singleton text, event int, job text, fence int)"
+                "CREATE TABLE effects (singleton text, event int, job text, fence bigint)"
             )
 
     def _berth(self, number: int, options: list[str]) -> Berth:

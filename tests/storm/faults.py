@@ -15,16 +15,21 @@ def without_fence() -> None:
     """Every writer is believed: the row is not asked for its fence, nor the run for its lease."""
     make = PostgresqlStatements.__init__
 
-    def break_open(statement: str) -> str:
-        checked = "AND fence = %(fence)s AND holder = %(holder)s"
-        assert checked in statement
-        return statement.replace(checked, "")
+    def break_open(statement: str, *, writes: bool = True) -> str:
+        checked = ["AND fence = %(fence)s AND holder = %(holder)s"]
+        checked += ["AND write BETWEEN %(seen)s AND %(number)s"] if writes else []
+        for guard in checked:
+            assert guard in statement
+            statement = statement.replace(guard, "")
+        return statement
 
     def make_broken(self: Any, *args: Any) -> None:
         make(self, *args)
         self.save = break_open(self.save)
         self.save_within = (self.save,)
-        self.release = {kind: break_open(text) for kind, text in self.release.items()}
+        self.release = {
+            kind: break_open(text, writes=kind[0]) for kind, text in self.release.items()
+        }
 
     PostgresqlStatements.__init__ = make_broken  # type: ignore[method-assign]
     FencedWriter.refuse_if_lost = lambda self: None  # type: ignore[method-assign]

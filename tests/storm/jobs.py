@@ -15,7 +15,7 @@ effects = sa.Table(
     sa.Column("singleton", sa.Text),
     sa.Column("event", sa.Integer),
     sa.Column("job", sa.Text),
-    sa.Column("fence", sa.Integer),
+    sa.Column("fence", sa.BigInteger),
 )
 
 

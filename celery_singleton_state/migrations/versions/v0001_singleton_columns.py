@@ -35,6 +35,7 @@ def added() -> list[sa.Column[object]]:
     return [
         sa.Column("schema_version", sa.Integer),
         sa.Column("fence", sa.BigInteger),
+        sa.Column("write", sa.BigInteger),
         sa.Column("holder", TEXT),
         sa.Column("task_id", TEXT),
         sa.Column("acquired_at", MOMENT),
@@ -45,6 +46,7 @@ def added() -> list[sa.Column[object]]:
         sa.Column("history", TEXT),
         sa.Column("handoff_to", TEXT),
         sa.Column("wanted", TEXT),
+        sa.Column("queue", sa.BigInteger),
         sa.Column("queued_task_id", TEXT),
         sa.Column("queued_until", MOMENT),
     ]

@@ -1,0 +1,97 @@
+"""Leases that this process may hold without a run, and gives back until the store has answered.
+
+A request whose answer was lost may have taken the lease; one that was to give it back may have
+failed. Nobody else knows of such a lease: its holder's process lives, so others wait until it runs
+out. So the process keeps the holder's name and sends *give back* at once, and every interval until
+it is answered. Until then the lease stays noted in the process's file of holdings, so that others
+on its host free it if the process dies.
+
+A delivery leaves its holder's name here when its body has ended and not before: a successor that
+began while the body of a lost run still tidies up would run beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .store.base import StoreUnavailable
+from .wish import grant
+
+if TYPE_CHECKING:
+    from .runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Unreturned:
+    key: str
+    holder: str
+    slot: int | None
+
+
+class Unreturned:
+    """Gives leases back in a thread of its own, which lives while there are any."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._lock = threading.Lock()
+        self._leases: list[_Unreturned] = []
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self, key: str, holder: str, slot: int | None) -> None:
+        """Give a lease back, if this holder has it, as soon as the store answers.
+
+        :param slot: of the file of holdings, which is struck out then.
+        """
+        with self._lock:
+            self._leases.append(_Unreturned(key, holder, slot))
+            if self._thread is None and not self._closed.is_set():
+                self._thread = threading.Thread(
+                    target=self._run, name="singleton-give-back", daemon=True
+                )
+                self._thread.start()
+
+    def close(self) -> None:
+        """End the thread. What is not given back yet stays noted in the file of holdings."""
+        self._closed.set()
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        while leases := self._left():
+            returned = [lease for lease in leases if self._give_back(lease)]
+            with self._lock:
+                self._leases = [lease for lease in self._leases if lease not in returned]
+            if len(returned) < len(leases):
+                self._closed.wait(self._runtime.settings.heartbeat_interval)
+
+    def _left(self) -> list[_Unreturned]:
+        """The leases to give back; none ends the thread."""
+        with self._lock:
+            leases = [] if self._closed.is_set() else list(self._leases)
+            if not leases:
+                self._thread = None
+            return leases
+
+    def _give_back(self, lease: _Unreturned) -> bool:
+        """Whether the store has answered."""
+        runtime = self._runtime
+        try:
+            released = runtime.store.give_back(lease.key, lease.holder)
+        except StoreUnavailable as error:
+            logger.warning("%s: not given back yet: %s", lease.key, error)
+            return False
+        except Exception as error:  # whatever it is, the other leases still need this thread
+            logger.warning("%s: not given back, its lease runs out: %s", lease.key, error)
+            released = None
+        runtime.holdings.strike_out(lease.slot)
+        if released is not None:
+            logger.info("%s is free: %s gave it back", lease.key, lease.holder)
+            grant(runtime.app, runtime.store, lease.key, released)
+        return True

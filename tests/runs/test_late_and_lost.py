@@ -1,0 +1,411 @@
+"""Requests that are carried out late, and answers that are lost, as a run meets them.
+
+The store is the real one. A test puts itself between the run and one of the store's verbs: it
+carries a request out and loses the answer, or does not carry it out, or keeps it for later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import pytest
+from celery import Celery
+
+from celery_singleton_state import (
+    HeartbeatFailed,
+    LeaderHandoffFailed,
+    StateLoadFailed,
+    StatePersistFailed,
+)
+from celery_singleton_state.history import decode
+from celery_singleton_state.recovery import end_for
+from celery_singleton_state.runtime import runtime_of
+from celery_singleton_state.store.base import StoreUnavailable
+from celery_singleton_state.wish import Wish
+from tests.runs.test_run import idle, make_table, row, task_of, written
+from tests.waiting import wait_until
+
+#: Seconds that a lease lives by default.
+ORDINARY_LIFE = 8.0
+LONG_LIFE = 600.0
+
+
+class Verb:
+    """One verb of an app's store, as a test wants it to go.
+
+    :param times: how often it goes wrong.
+    :param carried_out: whether a request is carried out whose answer is lost.
+    """
+
+    def __init__(
+        self, app: Celery, monkeypatch: pytest.MonkeyPatch, name: str, times: int = 1000
+    ) -> None:
+        self.store = runtime_of(app).store
+        self.real: Callable[..., Any] = getattr(self.store, name)
+        self.times = times
+        self.carried_out = True
+        #: The arguments of each request.
+        self.requests: list[Any] = []
+        monkeypatch.setattr(self.store, name, self._ask)
+
+    def _ask(self, *args: Any, **kwargs: Any) -> Any:
+        self.requests.append((args, kwargs))
+        if self.times <= 0:
+            return self.real(*args, **kwargs)
+        self.times -= 1
+        if self.carried_out:
+            self.real(*args, **kwargs)
+        raise StoreUnavailable("the answer is lost")
+
+    def arrives_late(self) -> Any:
+        """Carry out the first request, once more or at last."""
+        args, kwargs = self.requests[0]
+        return self.real(*args, **kwargs)
+
+
+def increment(self: Any) -> int:
+    self.state.n += 1
+    return int(self.state.n)
+
+
+def is_free(app: Celery) -> bool:
+    return row(app).holder is None
+
+
+@pytest.fixture(autouse=True)
+def _no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("celery_singleton_state.in_place.FIRST_PAUSE", 0.001)
+
+
+def test_a_lease_whose_answers_were_all_lost_is_given_back(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Acquire is carried out twice, both answers are lost: nobody else knows of that lease."""
+    task = task_of(app, increment, lease_ttl=LONG_LIFE, max_retries=0)
+    Verb(app, monkeypatch, "acquire", times=2)
+    with pytest.raises(StateLoadFailed):
+        task()
+    wait_until(lambda: is_free(app), "the process gives the lease back")
+    assert task() == 1
+
+
+def test_a_lease_is_given_back_as_soon_as_the_store_answers(
+    make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app(singleton_heartbeat_interval=0.1)
+    task = task_of(app, increment, lease_ttl=LONG_LIFE, max_retries=0)
+    back = Verb(app, monkeypatch, "give_back", times=2)
+    back.carried_out = False
+    Verb(app, monkeypatch, "acquire", times=2)
+    with pytest.raises(StateLoadFailed):
+        task()
+    wait_until(lambda: is_free(app), "the third request is answered")
+    assert len(back.requests) == 3
+
+
+def test_a_late_acquisition_holds_the_lease_for_an_ordinary_life_at_most(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run has ended, and its acquisition is carried out once more, for nobody."""
+    task = task_of(app, increment, lease_ttl=LONG_LIFE)
+    acquire = Verb(app, monkeypatch, "acquire", times=0)
+    assert task() == 1
+    assert acquire.arrives_late() is not None
+    left = row(app).expires_in
+    assert left is not None
+    assert left <= ORDINARY_LIFE + 0.01
+
+
+def test_a_lease_with_a_long_life_is_confirmed_before_the_body(app: Celery) -> None:
+    def body(self: Any) -> tuple[float, float]:
+        return self.lease_remaining, row(app).expires_in or 0.0
+
+    trusted, left = task_of(app, body, lease_ttl=LONG_LIFE)()
+    assert ORDINARY_LIFE < trusted <= 0.9 * LONG_LIFE
+    assert ORDINARY_LIFE < left <= LONG_LIFE + 0.01
+
+
+@pytest.mark.parametrize("carried_out", [True, False])
+def test_a_body_does_not_begin_on_an_unconfirmed_lease(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, carried_out: bool
+) -> None:
+    bodies = []
+
+    def body(self: Any) -> None:
+        bodies.append(1)
+
+    task = task_of(app, body, lease_ttl=LONG_LIFE, max_retries=0)
+    Verb(app, monkeypatch, "renew", times=2).carried_out = carried_out
+    with pytest.raises(StateLoadFailed):
+        task()
+    wait_until(lambda: is_free(app), "the process gives the lease back")
+    assert bodies == []
+    task()
+    assert bodies == [1]
+
+
+def test_a_lease_that_was_lost_before_it_was_confirmed_is_a_conflict(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Acquire is answered; the process is stopped until somebody else has the lease."""
+    task = task_of(app, idle, lease_ttl=LONG_LIFE, on_conflict="raise")
+    store = runtime_of(app).store
+    renew = store.renew
+
+    def lose_first(leases: Any) -> Any:
+        assert end_for(runtime_of(app), row(app), 0, "released by somebody")
+        assert store.acquire(row(app).key, "another", 60, "another task")
+        return renew(leases)
+
+    monkeypatch.setattr(store, "renew", lose_first)
+    with pytest.raises(LeaderHandoffFailed, match="held by another"):
+        task()
+
+
+@pytest.mark.parametrize("fails", ["headers", "in the store"])
+def test_an_error_between_acquisition_and_run_leaves_nothing_held(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    task = task_of(app, increment, lease_ttl=LONG_LIFE)
+    if fails == "headers":
+        assert task.apply(headers={"singleton_due": "no time"}).state == "FAILURE"
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr("celery_singleton_state.deliver.Run", _fail)
+            with pytest.raises(ZeroDivisionError):
+                task()
+    wait_until(lambda: not runtime_of(app).store.list("singleton-state:") or is_free(app), "free")
+    assert task() == 1
+
+
+def _fail(*_: Any) -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("text", ["half an emoji: \ud83d", "a NUL: \0"])
+def test_an_error_that_cannot_be_encoded_is_recorded(app: Celery, text: str) -> None:
+    def body(self: Any) -> None:
+        raise ValueError(text)
+
+    with pytest.raises(ValueError, match=text.partition(":")[0]):
+        task_of(app, body)()
+    found = row(app)
+    assert (found.holder, found.last_outcome) == (None, "failed")
+    (run,) = decode(found.history, "")
+    assert run.error is not None
+    assert run.error.startswith(f"ValueError: {text.partition(':')[0]}")
+
+
+def test_a_late_checkpoint_does_not_undo_a_newer_one(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoint 1 stalls and is repeated; checkpoint 2 follows; the first copy of 1 is carried
+    out; the body ends without another change, so its release writes no state.
+    """
+    save = Verb(app, monkeypatch, "save", times=1)
+    save.carried_out = False
+
+    def body(self: Any) -> None:
+        for n in (1, 2):
+            self.state.n = n
+            self.checkpoint()
+        assert save.arrives_late() is None
+
+    task_of(app, body)()
+    assert row(app).value == '{"n":2}'
+
+
+def test_a_checkpoint_after_one_that_was_given_up_is_saved(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Verb(app, monkeypatch, "save", times=3)
+    save.carried_out = False
+
+    def body(self: Any) -> None:
+        self.state.n = 1
+        with pytest.raises(StatePersistFailed):
+            self.checkpoint()
+        self.state.n = 2
+        self.checkpoint()
+        assert save.arrives_late() is None
+
+    task_of(app, body)()
+    assert row(app).value == '{"n":2}'
+
+
+@contextmanager
+def _commit_that(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, is_carried_out: bool, error: Exception
+) -> Iterator[None]:
+    """The next COMMIT ends with an error, and was carried out or not."""
+    store: Any = runtime_of(app).store
+    transaction = store.transaction
+
+    @contextmanager
+    def broken_off() -> Any:
+        try:
+            with transaction() as opened:
+                yield opened
+                if not is_carried_out:
+                    raise error
+        except type(error):
+            raise error from None
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "transaction", broken_off)
+        yield
+
+
+@pytest.mark.parametrize("is_carried_out", [True, False])
+@pytest.mark.parametrize("error", [StoreUnavailable("silent"), TimeoutError("a time limit")])
+def test_a_commit_whose_answer_is_lost_is_asked_for(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, is_carried_out: bool, error: Exception
+) -> None:
+    """Rows and state agree, and what the body holds in memory agrees with them."""
+    make_table(app)
+    caught: list[BaseException] = []
+
+    def body(self: Any) -> int:
+        try:
+            with (
+                _commit_that(app, monkeypatch, is_carried_out, error),
+                self.transaction() as connection,
+            ):
+                self.state.n = 1
+                connection.exec_driver_sql("INSERT INTO written VALUES (1)")
+        except Exception as failure:
+            caught.append(failure)
+        return int(self.state.n)
+
+    n = task_of(app, body)()
+    assert n == len(written(app)) == is_carried_out
+    assert row(app).value == ('{"n":1}' if is_carried_out else '{"n":0}')
+    raised: list[type] = [type(error)] if isinstance(error, TimeoutError) else []
+    if not is_carried_out and not raised:
+        raised = [StatePersistFailed]
+    assert [type(failure) for failure in caught] == raised
+
+
+@pytest.mark.parametrize("is_carried_out", [True, False])
+def test_a_commit_of_which_nobody_knows_is_never_overwritten(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, is_carried_out: bool
+) -> None:
+    """The answer to COMMIT is lost and the store does not answer the question either. The body
+    goes on; with ``persist_on_error`` its memory would be saved over what was committed.
+    """
+    make_table(app)
+    Verb(app, monkeypatch, "written")
+
+    def insert_line(self: Any) -> None:
+        with (
+            _commit_that(app, monkeypatch, is_carried_out, StoreUnavailable("silent")),
+            self.transaction() as connection,
+        ):
+            self.state.n = 1
+            connection.exec_driver_sql("INSERT INTO written VALUES (1)")
+
+    def body(self: Any) -> None:
+        with pytest.raises(StatePersistFailed):
+            insert_line(self)
+        for write in (self.checkpoint, self.transaction().__enter__):
+            with pytest.raises(StatePersistFailed, match="whether a transaction was committed"):
+                write()
+
+    task = task_of(app, body, persist_on_error=True, lease_ttl=0.5, max_retries=0)
+    with pytest.raises(StatePersistFailed, match="whether a transaction was committed"):
+        task()
+    assert len(written(app)) == is_carried_out
+    assert row(app).value == ('{"n":1}' if is_carried_out else "null")
+    assert is_free(app)
+
+
+def test_a_release_whose_answer_was_lost_is_found_in_the_history(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(app, increment)
+    Verb(app, monkeypatch, "release", times=1)
+    assert task() == 1
+
+
+@pytest.mark.parametrize(("others", "is_known"), [(1, True), (2, False), (3, False)])
+def test_a_release_that_the_history_has_dropped_is_unknown(
+    make_app: Callable[..., Celery],
+    monkeypatch: pytest.MonkeyPatch,
+    others: int,
+    is_known: bool,
+) -> None:
+    """The release is carried out and its answer lost; more runs end than the history holds; the
+    release is repeated and refused. The run was saved, so it is not reported as lost.
+    """
+    app = make_app(singleton_history=2)
+    task = task_of(app, increment, max_retries=0)
+    assert task() == 1
+    store = runtime_of(app).store
+    release = store.release
+    attempts = []
+
+    def lose_answer(*arguments: Any) -> Any:
+        attempts.append(arguments)
+        answer = release(*arguments)
+        if len(attempts) == 1:
+            for _ in range(others):
+                task()
+            raise StoreUnavailable("the answer is lost")
+        return answer
+
+    monkeypatch.setattr(store, "release", lose_answer)
+    if is_known:
+        assert task() == 2
+    else:
+        with pytest.raises(StatePersistFailed, match="whether the run was saved is not known"):
+            task()
+    assert row(app).value == f'{{"n":{2 + others}}}'
+
+
+def test_a_release_that_never_arrived_is_lost_though_the_history_is_full(
+    make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Like above, but the first copy is not carried out and an operator releases the lease: what
+    stands in the history with this run's fence is the operator's entry.
+    """
+    app = make_app(singleton_history=2)
+    task = task_of(app, increment, max_retries=0)
+    for n in (1, 2, 3):
+        assert task() == n
+    runtime = runtime_of(app)
+    release = runtime.store.release
+    attempts = []
+
+    def release_by_hand(*arguments: Any) -> Any:
+        attempts.append(arguments)
+        if len(attempts) == 1:
+            assert end_for(runtime, row(app), 0, "released by an operator")
+            raise StoreUnavailable("the request is lost")
+        return release(*arguments)
+
+    monkeypatch.setattr(runtime.store, "release", release_by_hand)
+    with pytest.raises(HeartbeatFailed):
+        task()
+    assert row(app).value == '{"n":3}'
+
+
+def test_a_run_that_was_wished_for_strikes_its_own_wish_out(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sender died between sending the message and striking the wish out."""
+    sent: list[Any] = []
+
+    def body(self: Any) -> None:
+        found = row(app)
+        wish = Wish(self.name, self.request.id, [], {}, {})
+        assert runtime_of(app).store.wishes.want(found, msgspec.json.encode(wish).decode())
+
+    task = task_of(app, body, on_conflict="coalesce")
+    monkeypatch.setattr(type(task._get_current_object()), "apply_async", sent.append)
+    task.apply(task_id="the wish's id").get()
+    assert sent == []
+    assert row(app).wanted is None
