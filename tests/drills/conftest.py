@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import running
 from tests.drills.beat_hosts import Hosts, Schedule
+from tests.drills.shop import Gate, Shop
+from tests.mariadb import MariaDB
 from tests.processes.conftest import broker_url, client, make_fleet, pytest_runtest_makereport
 from tests.processes.fleet import Fleet
 from tests.rabbitmq import RabbitMQ
-from tests.servers import Proxy
+from tests.servers import Postgres, Proxy
 
 __all__ = ["broker_url", "client", "make_fleet", "pytest_runtest_makereport"]
 
@@ -46,3 +49,33 @@ def make_hosts(
     yield make
     for hosts in made:
         hosts.close()
+
+
+@pytest.fixture(params=["postgresql", "mariadb"])
+def own_server(request: pytest.FixtureRequest) -> Postgres | MariaDB:
+    """A server that the test may stop, or stall: the test runs once for each."""
+    name = {"postgresql": "own_postgres", "mariadb": "own_mariadb"}[request.param]
+    server: Postgres | MariaDB = request.getfixturevalue(name)
+    return server
+
+
+@pytest.fixture
+def make_shop(
+    make_fleet: Callable[..., Fleet], make_proxy: Callable[[int], Proxy]
+) -> Iterator[Callable[..., Shop]]:
+    """Makes a shop on a server."""
+    made: list[Shop] = []
+
+    def make(server: Postgres | MariaDB, **settings: object) -> Shop:
+        made.append(Shop(server, make_fleet, make_proxy(server.port), **settings))
+        return made[-1]
+
+    yield make
+    for shop in made:
+        shop.close()
+
+
+@pytest.fixture
+def make_gate(tmp_path: Path) -> Callable[[str], Gate]:
+    """Makes a place where bodies wait."""
+    return lambda name: Gate(tmp_path, name)
