@@ -166,6 +166,10 @@ class Postgres(Server):
         self._admin(f"ALTER SYSTEM SET {name} = '{value}'")
         self._admin("SELECT pg_reload_conf()")
 
+    def make_read_only(self, whether: bool) -> None:
+        """Refuse all that writes, as a standby does, or no longer."""
+        self.configure("default_transaction_read_only", "on" if whether else "off")
+
     def backends(self, where: str = "true") -> list[int]:
         """The processes that serve the package's connections.
 
@@ -177,6 +181,17 @@ class Postgres(Server):
         )
         with psycopg.connect(self._dsn, autocommit=True) as connection:
             return [pid for (pid,) in connection.execute(found).fetchall()]
+
+    def tool(self, program: str, *arguments: str) -> None:
+        """Run one of PostgreSQL's programs as a client of this server."""
+        client = [str(self._bin / program), "-h", "127.0.0.1", "-p", str(self.port)]
+        subprocess.run(
+            [*client, "-U", "postgres", *arguments],
+            check=True,
+            capture_output=True,
+            cwd=self.directory,
+            **self._user,
+        )
 
     def statements_of(self, application: str) -> list[str]:
         """The verbs of an application's statements, where it set ``log_statement=all``."""

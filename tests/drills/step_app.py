@@ -37,6 +37,9 @@ class Stepping(SingletonTask[Any]):
         note("reached", place=place, fence=self.fence)
         wait_for(gate)
 
+    def tell(self) -> None:
+        note("told", fence=self.fence)
+
     def mark(self, text: str) -> None:
         self.state.mark = text
 
@@ -65,27 +68,22 @@ class Stepping(SingletonTask[Any]):
 def take_steps(self: Stepping, *steps: Sequence[Any]) -> int:
     for name, *arguments in steps:
         getattr(self, name)(*arguments)
-    return int(self.state.n)
+    return int(self.state.n) if self.state_schema else 0
 
 
-#: The options of each task.
+COMMON = {"state_schema": Progress, "on_conflict": "wait", "conflict_timeout": 20}
+#: The other options of each task.
 TASKS: dict[str, dict[str, Any]] = {
     "steps": {},
     "persistent steps": {"persist_on_error": True},
+    "stateless steps": {"state_schema": None},
+    "coalesced steps": {"on_conflict": "coalesce", "retry_reasons": []},
     "long steps": {"lease_ttl": 600},
     "long steps, not retried": {"lease_ttl": 600, "retry_reasons": []},
 }
 
 for name, options in TASKS.items():
-    singleton_task(
-        app,
-        base=Stepping,
-        name=name,
-        state_schema=Progress,
-        on_conflict="wait",
-        conflict_timeout=20,
-        **options,
-    )(take_steps)
+    singleton_task(app, base=Stepping, name=name, **(COMMON | options))(take_steps)
 
 
 @singleton_task(app, name="sent once", enqueue_once=True)
