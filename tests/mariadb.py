@@ -77,6 +77,19 @@ class MariaDB(Server):
     def drop_database(self, name: str) -> None:
         self._admin(f"DROP DATABASE {name}")
 
+    def create_database_for_shop(self, name: str) -> str:
+        """One that is used by somebody who is no administrator, and may not write where
+        :meth:`make_read_only` has said so.
+        """
+        url = self.create_database(name)
+        self._admin("CREATE USER shop@'%'")
+        self._admin(f"GRANT ALL ON {name}.* TO shop@'%'")
+        return url.replace("root@", "shop@")
+
+    def make_read_only(self, whether: bool) -> None:
+        """Refuse all that writes, as a standby does, or no longer; but not what root writes."""
+        self._admin(f"SET GLOBAL read_only = {int(whether)}")
+
     def connect(self, database: str | None = None) -> pymysql.Connection:
         return pymysql.connect(
             host="127.0.0.1", port=self.port, user="root", database=database, autocommit=True

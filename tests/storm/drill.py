@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -15,11 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import sqlalchemy as sa
 
 from celery_singleton_state.store import open_store
+from tests.mariadb import MariaDB
 from tests.processes.fleet import ROOT
-from tests.servers import Server
+from tests.servers import Postgres, Server
 from tests.storm import notes, weather
 from tests.storm.checker import Log
 from tests.storm.fleet import Berth, Later
@@ -75,12 +78,13 @@ class Drill:
         self,
         storm: Storm,
         directory: Path,
-        store: Server,
+        store: Postgres | MariaDB,
         database: str,
         broker: Server,
         broker_url: str,
     ) -> None:
         self.storm = storm
+        self._store = store
         self._servers = {"restart store": store, "restart broker": broker}
         self._database, self._broker_url = database, broker_url
         self._notes = directory / "notes"
@@ -213,6 +217,10 @@ class Drill:
                 berth.broker.cut()
             case "restart store" | "restart broker":
                 self._later.do(0, lambda: self._restart(self._servers[blow.kind], blow.lasts))
+            case "stop backends":
+                self._stop_backends(blow.lasts)
+            case "read-only store":
+                self._later.do(0, lambda: self._make_read_only(blow.lasts))
             case _:
                 raise ValueError(blow.kind)
 
@@ -221,6 +229,24 @@ class Drill:
             server.stop(signal.SIGKILL)
             time.sleep(seconds)
             server.start()
+
+    def _stop_backends(self, seconds: float) -> None:
+        """Half of the server's processes that serve the workers; a server of threads has none."""
+        if not isinstance(self._store, Postgres):
+            return
+        # The server may be down at this moment, and have none either.
+        with contextlib.suppress(psycopg.OperationalError):
+            backends = self._store.backends()
+            stopped = self._chance.sample(backends, (len(backends) + 1) // 2)
+            _signal_each(stopped, signal.SIGSTOP)
+            self._later.do(seconds, lambda: _signal_each(stopped, signal.SIGCONT))
+
+    def _make_read_only(self, seconds: float) -> None:
+        """As if all ways led to a standby for a while."""
+        with self._restarting:
+            self._store.make_read_only(True)
+            time.sleep(seconds)
+            self._store.make_read_only(False)
 
     # -- the calm
 
@@ -256,3 +282,9 @@ class Drill:
         with engine.begin() as connection:
             yield connection
         engine.dispose()
+
+
+def _signal_each(pids: Sequence[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)

@@ -7,8 +7,6 @@ have; the options that let Celery repeat what died; and a lock in Redis that out
 from __future__ import annotations
 
 import os
-import random
-import time
 import uuid
 from functools import cache, partial
 from types import MappingProxyType
@@ -22,7 +20,8 @@ from celery_once import QueueOnce
 from celery_singleton import Singleton
 from sqlalchemy.dialects.postgresql import insert
 
-from tests.storm.jobs import TICK, Line, Trail, effects
+from tests.storm.jobs import Line, Trail, effects
+from tests.storm.manners import moments
 from tests.storm.notes import note
 from tests.storm.signals import observe
 
@@ -70,14 +69,10 @@ def save(connection: sa.Connection, trail: Trail) -> None:
     connection.execute(row.on_conflict_do_update(index_elements=["key"], set_=value))
 
 
-def work(run: str, name: str, seconds: float) -> None:
+def work(run: str, name: str, job: str, seconds: float) -> None:
     """Note again and again that it runs: it cannot know better."""
-    end = time.monotonic() + seconds
-    while True:
+    for _ in moments(job, 0, seconds):
         note("trusts", run=run, singleton=name)
-        if time.monotonic() >= end:
-            return
-        time.sleep(random.uniform(0.5, 1.5) * TICK)
 
 
 def body(name: str, job: str, seconds: float) -> None:
@@ -85,13 +80,13 @@ def body(name: str, job: str, seconds: float) -> None:
     run = uuid.uuid4().hex[:8]
     trail = load(name)
     note("enter", singleton=name, run=run, job=job, fence=0, lines=len(trail.lines))
-    work(run, name, seconds / 2)
+    work(run, name, job, seconds / 2)
     with engine(os.getpid()).begin() as connection:
         trail.position += 1
         event = {"singleton": name, "event": trail.position, "job": job, "fence": 0}
         connection.execute(effects.insert(), event)
         save(connection, trail)
-    work(run, name, seconds / 2)
+    work(run, name, job, seconds / 2)
     trail.lines.append(Line(job, 0, trail.position))
     with engine(os.getpid()).begin() as connection:
         save(connection, trail)

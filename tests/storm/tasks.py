@@ -1,14 +1,13 @@
 """The app of a storm's workers. A job is a message; each adds a line to its singleton's state.
 
-A run does what a careful user's would: it copies one event in a ``transaction()`` that moves its
-position, and writes its job into the state that is saved at the end. So the database shows what
-happened: each event has one row, and each job one line.
+A run does what a careful user's would: it makes a checkpoint, copies one event in a
+``transaction()`` that moves its position, and writes its job into the state that is saved at the
+end. So the database shows what happened: each event has one row, and each job one line.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import time
 import uuid
 from types import MappingProxyType
@@ -19,7 +18,8 @@ from celery import Celery
 
 from celery_singleton_state import RetryPolicy, SingletonTask, singleton_task
 from tests.storm import faults
-from tests.storm.jobs import TICK, Line, Trail, effects
+from tests.storm.jobs import Line, Trail, effects
+from tests.storm.manners import moments
 from tests.storm.notes import note
 from tests.storm.signals import observe
 
@@ -53,7 +53,8 @@ def step(self: SingletonTask[Trail], name: str, job: str, seconds: float) -> Non
     run = f"{self.fence}/{uuid.uuid4().hex[:8]}"
     note("enter", singleton=name, run=run, job=job, fence=self.fence, lines=len(self.state.lines))
     self.state.name = name
-    self.work(run, name, seconds / 2)
+    self.checkpoint()
+    self.work(run, name, job, seconds / 2)
     with self.transaction() as connection:
         self.state.position += 1
         connection.execute(
@@ -65,7 +66,7 @@ def step(self: SingletonTask[Trail], name: str, job: str, seconds: float) -> Non
                 "fence": self.fence,
             },
         )
-    self.work(run, name, seconds / 2)
+    self.work(run, name, job, seconds / 2)
     self.state.lines.append(Line(job, self.fence, self.state.position))
 
 
@@ -74,16 +75,12 @@ class Working(SingletonTask[Any]):
     autoretry_for = (sa.exc.DBAPIError,)
     retry_kwargs = MappingProxyType({"max_retries": None, "countdown": 0.5})
 
-    def work(self, run: str, name: str, seconds: float) -> None:
+    def work(self, run: str, name: str, job: str, seconds: float) -> None:
         """Note again and again, with the time from before, that the lease is trusted."""
-        end = time.monotonic() + seconds
-        while True:
+        for _ in moments(job, self.request.retries, seconds):
             at = time.monotonic()
             if self.lease_remaining > 0:
                 note("trusts", at, run=run, singleton=name)
-            if at >= end:
-                return
-            time.sleep(random.uniform(0.5, 1.5) * TICK)
 
 
 for task, on_lease_lost in {"step": "interrupt", "step_to_the_end": "finish"}.items():

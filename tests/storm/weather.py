@@ -19,7 +19,7 @@ TO_A_WORKER = (
     "store answers lost",
     "broker cut",
 )
-TO_A_SERVER = ("restart store", "restart broker")
+TO_A_SERVER = ("restart store", "restart broker", "stop backends", "read-only store")
 
 
 @dataclass(frozen=True, slots=True)
