@@ -12,6 +12,7 @@ import pytest
 from celery import Celery
 
 from celery_singleton_state import StateLoadFailed
+from celery_singleton_state.history import decode
 from tests.drills.shop import Shop
 from tests.mariadb import MariaDB
 from tests.processes.fleet import outcome
@@ -82,3 +83,21 @@ def test_a_message_with_a_malformed_header(
     shop.wait_given_back(name, SOON)
     copied = len(shop.rows())
     assert outcome(app.send_task(name, (["copy"],))) == copied + 1
+
+
+@pytest.mark.parametrize(
+    "text", ["half an emoji: \ud83d", "a zero: \0", "long: " + "\ud83d" * 1000]
+)
+def test_a_body_that_raises_an_error_of_which_the_text_cannot_be_stored(
+    shop: Shop, client: Callable[[], Celery], text: str
+) -> None:
+    """Its failure is in the row's history, and the next run gets its lease at once."""
+    app, name = client(), "long steps, not retried"
+    assert isinstance(outcome(app.send_task(name, (["copy"], ["fail", text]))), ValueError)
+    shop.wait_given_back(name, SOON)
+    row = shop.row(name)
+    assert row is not None
+    (failed,) = decode(row.history, name)
+    assert (failed.outcome, row.last_outcome) == ("failed", "failed")
+    assert str(failed.error).startswith(f"ValueError: {text.split()[0]}")
+    assert outcome(app.send_task(name, (["copy"],))) == 2
