@@ -78,9 +78,7 @@ class MariaDB(Server):
         self._admin(f"DROP DATABASE {name}")
 
     def create_database_for_shop(self, name: str) -> str:
-        """One that is used by somebody who is no administrator, and may not write where
-        :meth:`make_read_only` has said so.
-        """
+        """One whose user may not write where :meth:`make_read_only` has said so."""
         url = self.create_database(name)
         self._admin("CREATE USER shop@'%'")
         self._admin(f"GRANT ALL ON {name}.* TO shop@'%'")

@@ -145,6 +145,10 @@ class Postgres(Server):
         self._admin(f"CREATE DATABASE {name}")
         return self.url(name)
 
+    def create_database_for_shop(self, name: str) -> str:
+        """One whose user may not write where :meth:`make_read_only` has said so."""
+        return self.create_database(name)
+
     def drop_database(self, name: str) -> None:
         self._admin(f"DROP DATABASE {name} WITH (FORCE)")
 
@@ -175,12 +179,16 @@ class Postgres(Server):
 
         :param where: which of them, by the columns of ``pg_stat_activity``.
         """
-        found = (
+        return self.column(
+            "postgres",
             "SELECT pid FROM pg_stat_activity"
-            f" WHERE application_name = 'celery-singleton-state' AND {where}"
+            f" WHERE application_name = 'celery-singleton-state' AND {where}",
         )
-        with psycopg.connect(self._dsn, autocommit=True) as connection:
-            return [pid for (pid,) in connection.execute(found).fetchall()]
+
+    def column(self, database: str, query: str) -> list[Any]:
+        """What a query of one column finds."""
+        with psycopg.connect(f"{self._dsn} dbname={database}", autocommit=True) as connection:
+            return [value for (value,) in connection.execute(query).fetchall()]
 
     def tool(self, program: str, *arguments: str) -> None:
         """Run one of PostgreSQL's programs as a client of this server."""

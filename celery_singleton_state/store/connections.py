@@ -15,6 +15,8 @@ from typing import Any
 
 from sqlalchemy import Engine, event
 
+from .faults import is_read_only
+
 #: Seconds that a fork waits for a statement on a file.
 LONGEST_PAUSE = 5.0
 
@@ -98,7 +100,7 @@ class Connections:
         return (
             not self._is_file
             and isinstance(error, self._driver_error)
-            and self._engine.dialect.is_disconnect(error, connection, None)
+            and (self._engine.dialect.is_disconnect(error, connection, None) or is_read_only(error))
         )
 
     def _outdate(self, _engine: Engine) -> None:

@@ -23,6 +23,11 @@ _UNPREPARED = frozenset({"42P05", "26000"})
 #: Also of another client's prepared statement that has another number of parameters.
 _PROTOCOL_VIOLATION = "08P01"
 
+#: Of a write to a server that is read-only: a standby, or a primary that a failover has demoted.
+_READ_ONLY = frozenset({"25006", 1792, 1836})
+#: Of a statement that one of the server's options prevents; --read-only is one of them.
+_PREVENTED = 1290
+
 PRIVILEGES = "SELECT, INSERT, UPDATE, DELETE"
 ROLE = "<the worker's role>"
 
@@ -70,6 +75,12 @@ def is_locked(error: Exception) -> bool:
     return _code(error) in _LOCKED
 
 
+def is_read_only(error: Exception) -> bool:
+    """Whether the server takes no writes: a new connection may lead to one that does."""
+    code = _code(error)
+    return code in _READ_ONLY or (code == _PREVENTED and "read-only" in str(error))
+
+
 def is_unprepared(error: Exception) -> bool:
     """Whether it comes of prepared statements that are not those of their connection."""
     code = _code(error)
@@ -81,7 +92,8 @@ def is_unprepared(error: Exception) -> bool:
 def went_away(error: SQLAlchemyError) -> bool:
     """Whether it is the database's, and not the statement's."""
     lost = isinstance(error, DBAPIError) and error.connection_invalidated
-    return lost or "database is locked" in str(error) or is_unprepared(error)
+    refused = "database is locked" in str(error) or is_read_only(error) or is_unprepared(error)
+    return lost or refused
 
 
 def grant(privileges: str, table: str, role: str) -> str:

@@ -28,7 +28,7 @@ from .connections import Connections
 from .dialects import statements_for
 from .engine import is_in_memory
 from .entries import SqlEntries
-from .faults import as_store_error, grant, is_undone, went_away
+from .faults import as_store_error, grant, is_read_only, is_undone, went_away
 from .schema import make_table
 from .statements import Statements
 from .wishes import SqlWishes
@@ -261,10 +261,13 @@ def open_transaction(engine: Engine) -> Iterator[Connection]:
             if begin:
                 connection.exec_driver_sql(begin)
             yield connection
-        except BaseException:
+        except BaseException as error:
             if _is_in_mid_statement(connection):
                 # Broken off by a time limit, say: not even a rollback can be sent over it.
                 connection.invalidate()
+            if _is_of_read_only_server(error):
+                connection.invalidate()
+                engine.dispose()
             transaction.close()
             raise
         try:
@@ -283,6 +286,12 @@ def _abandon(connection: Connection) -> None:
         connection.connection.rollback()
     else:
         connection.invalidate()
+
+
+def _is_of_read_only_server(error: BaseException) -> bool:
+    """Whether the pool's connections may all lead to a server that a failover has demoted."""
+    cause = error.__cause__ if isinstance(error, StoreError) else error
+    return isinstance(cause, DBAPIError) and is_read_only(cause)
 
 
 def _is_in_mid_statement(connection: Connection) -> bool:

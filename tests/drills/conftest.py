@@ -15,7 +15,7 @@ from tests.mariadb import MariaDB
 from tests.processes.conftest import broker_url, client, make_fleet, pytest_runtest_makereport
 from tests.processes.fleet import Fleet
 from tests.rabbitmq import RabbitMQ
-from tests.servers import Postgres, Proxy
+from tests.servers import Postgres, Proxy, Standby
 
 __all__ = ["broker_url", "client", "make_fleet", "pytest_runtest_makereport"]
 
@@ -79,3 +79,23 @@ def make_shop(
 def make_gate(tmp_path: Path) -> Callable[[str], Gate]:
     """Makes a place where bodies wait."""
     return lambda name: Gate(tmp_path, name)
+
+
+@pytest.fixture
+def link(own_postgres: Postgres, make_proxy: Callable[[int], Proxy]) -> Proxy:
+    """From a standby to its primary."""
+    return make_proxy(own_postgres.port)
+
+
+@pytest.fixture
+def make_standby(link: Proxy) -> Iterator[Callable[[], Standby]]:
+    """Makes standbys of the test's own server, as it is at this moment."""
+    made: list[Standby] = []
+
+    def make() -> Standby:
+        made.append(Standby(link.port))
+        return made[-1]
+
+    yield make
+    for standby in made:
+        standby.close()

@@ -37,7 +37,7 @@ class Shop:
         **settings: object,
     ) -> None:
         self.server, self.proxy = server, proxy
-        self.database = server.create_database("shop")
+        self.database = server.create_database_for_shop("shop")
         migrate_url(self.database, "kv_store")
         self.engine = sa.create_engine(self.database, poolclass=sa.NullPool)
         copied.metadata.create_all(self.engine)

@@ -29,8 +29,7 @@ def durable_valkey() -> Iterator[Valkey]:
 def work_through(
     storm: Storm, directory: Path, store: Postgres | MariaDB, broker: Valkey | RabbitMQ
 ) -> Findings:
-    make = getattr(store, "create_database_for_shop", store.create_database)
-    database = make("storm")
+    database = store.create_database_for_shop("storm")
     findings = check(Drill(storm, directory, store, database, broker, broker.url).run())
     print(findings)
     return findings
