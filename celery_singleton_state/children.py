@@ -3,10 +3,15 @@
 Celery reports a child's death late: up to five seconds after it when the child was killed, while it
 still lives when a hard time limit kills it. So the worker waits for the deaths itself, on a
 ``pidfd`` for each child, which the kernel marks when the child is surely gone.
+
+Where the kernel refuses a ``pidfd`` (Linux before 5.3, gVisor, a seccomp filter, a process that has
+too many files open), a thread waits for that child, and leaves it to Celery to be reaped. Without
+either, which is macOS before Python 3.13, the leases of a dead child run out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -15,6 +20,9 @@ from collections.abc import Callable
 from typing import Any
 
 logger = logging.getLogger(__name__)
+
+#: Seconds that the worker's end waits for the end of each child.
+PATIENCE = 1.0
 
 
 class ChildWatch:
@@ -26,32 +34,45 @@ class ChildWatch:
     def __init__(self, on_death: Callable[[int], None]) -> None:
         self._on_death = on_death
         self._own_pid = os.getpid()
-        self._epoll = select.epoll()
         self._pids: dict[int, int] = {}
         self._thread: threading.Thread | None = None
-        self._wake_reader, self._wake_writer = os.pipe()
-        self._epoll.register(self._wake_reader, select.EPOLLIN)
+        #: Each waits for one child.
+        self._waiting: set[threading.Thread] = set()
 
     def watch(self, pid: int) -> None:
         """Watch over a child from now on. One that is gone already is called back for as well."""
         try:
+            if self._thread is None:
+                self._start()
             descriptor = os.pidfd_open(pid)
         except ProcessLookupError:
             self._on_death(pid)
             return
+        except (AttributeError, OSError) as error:
+            logger.debug("singletons: process %d has no pidfd: %s", pid, error)
+            self._wait_for(pid)
+            return
         self._pids[descriptor] = pid
         self._epoll.register(descriptor, select.EPOLLIN)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="singleton-watch", daemon=True)
-            self._thread.start()
 
     def close(self) -> None:
-        """End the thread, after it was told of all deaths until now."""
+        """End the threads, after they were told of all deaths until now."""
+        # A forked child that ends must leave its parent's watch alone.
         if os.getpid() != self._own_pid:
-            return  # a forked child that ends must leave its parent's watch alone
-        os.write(self._wake_writer, b".")
+            return
         if self._thread is not None:
+            os.write(self._wake_writer, b".")
             self._thread.join()
+        for waiting in list(self._waiting):
+            # The pool has ended; whoever lives nevertheless is not waited for.
+            waiting.join(PATIENCE)
+
+    def _start(self) -> None:
+        self._epoll = select.epoll()
+        self._wake_reader, self._wake_writer = os.pipe()
+        self._epoll.register(self._wake_reader, select.EPOLLIN)
+        self._thread = threading.Thread(target=self._run, name="singleton-watch", daemon=True)
+        self._thread.start()
 
     def _run(self) -> None:
         closing = False
@@ -60,42 +81,44 @@ class ChildWatch:
                 if descriptor == self._wake_reader:
                     closing = True
                 else:
-                    self._tell(descriptor)
+                    self._epoll.unregister(descriptor)
+                    pid = self._pids.pop(descriptor)
+                    os.close(descriptor)
+                    self._tell(pid)
 
-    def _tell(self, descriptor: int) -> None:
-        self._epoll.unregister(descriptor)
-        pid = self._pids.pop(descriptor)
-        os.close(descriptor)
+    def _wait_for(self, pid: int) -> None:
+        if not hasattr(os, "waitid"):
+            return
+
+        def wait() -> None:
+            # It may have been reaped by now.
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            self._tell(pid)
+            self._waiting.discard(threading.current_thread())
+
+        thread = threading.Thread(target=wait, name=f"singleton-watch-{pid}", daemon=True)
+        self._waiting.add(thread)
+        thread.start()
+
+    def _tell(self, pid: int) -> None:
         try:
             self._on_death(pid)
         except Exception:  # the next death must be seen as well
             logger.exception("singletons: what process %d held could not be freed", pid)
 
 
-def watch_pool(pool: Any, on_death: Callable[[int], None]) -> ChildWatch | None:
-    """Watch over all processes of a billiard pool, those that it will make included.
-
-    Where there is no ``pidfd`` the pool's own reports are used, late as they are.
-    """
-    if not hasattr(os, "pidfd_open"):
-        report = pool.on_process_down
-
-        def report_and_call(process: Any) -> None:
-            report(process)
-            on_death(process.pid)
-
-        pool.on_process_down = report_and_call
-        return None
+def watch_pool(pool: Any, on_death: Callable[[int], None]) -> ChildWatch:
+    """Watch over all processes of a billiard pool, those that it will make included."""
     children = ChildWatch(on_death)
-    watch = children.watch
     make = pool._create_worker_process
 
     def make_and_watch(i: int) -> Any:
         process = make(i)
-        watch(process.pid)
+        children.watch(process.pid)
         return process
 
     pool._create_worker_process = make_and_watch
     for process in list(pool._pool):
-        watch(process.pid)
+        children.watch(process.pid)
     return children

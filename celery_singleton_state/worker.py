@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 from celery import Celery, bootsteps, signals
+from celery.concurrency import get_implementation
 from celery.exceptions import ImproperlyConfigured
 
 from . import runtime
@@ -94,10 +95,8 @@ class ChildrenStep(bootsteps.StartStopStep):
         self._deaths, self._report = os.pipe()
         # Without an event loop nobody reads it, and one report is as good as many.
         os.set_blocking(self._report, False)
-        watch = watch_pool(parent.pool._pool, self._on_death)
-        if watch is not None:
-            # After the pool's end, however the worker ends.
-            atexit.register(watch.close)
+        # After the pool's end, however the worker ends.
+        atexit.register(watch_pool(parent.pool._pool, self._on_death).close)
 
     def register_with_event_loop(self, parent: Any, hub: Any) -> None:
         """Called by Celery whenever its event loop starts."""
@@ -125,21 +124,25 @@ def refuse_states_without_store(own: runtime.Runtime) -> None:
 
 
 def is_prefork(worker: Any) -> bool:
-    """Whether the worker's pool is one of processes."""
-    name = _pool_of(worker)
-    return "prefork" in name or "processes" in name
+    """Whether the worker's pool is one of processes: Celery's own, or a subclass of it."""
+    # Each pool's module is imported where it is asked for, as Celery does.
+    from celery.concurrency.prefork import TaskPool
+
+    return _is_pool(worker, TaskPool)
 
 
 def bodies_at_once(worker: Any) -> int:
     """How many bodies run in the worker's own process; Celery's number is that of its cores where
     nothing else is said, in a solo pool, too.
     """
-    return 1 if "solo" in _pool_of(worker) else int(worker.concurrency)
+    from celery.concurrency.solo import TaskPool
+
+    return 1 if _is_pool(worker, TaskPool) else int(worker.concurrency)
 
 
-def _pool_of(worker: Any) -> str:
-    pool = worker.pool_cls
-    return str(pool if isinstance(pool, str) else pool.__module__)
+def _is_pool(worker: Any, kind: type) -> bool:
+    pool = get_implementation(worker.pool_cls)
+    return isinstance(pool, type) and issubclass(pool, kind)
 
 
 def watch_over(app: Celery) -> None:
