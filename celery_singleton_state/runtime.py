@@ -90,6 +90,12 @@ class Runtime:
                     )
         return self._sql
 
+    def allow(self, connections: int) -> None:
+        """Let an open database have so many connections."""
+        with self._opening:
+            if self._sql is not None:
+                self._sql.allow(connections)
+
     @property
     def store(self) -> Store:
         """Where leases and states are, opened at first use.
@@ -167,7 +173,7 @@ class Runtime:
                 store.close()
 
 
-#: Connections at most for each store of this process; a worker sets it by its pool.
+#: Connections at most for each store of this process; a worker raises it by its pool.
 pool_size = SMALL_POOL
 
 _runtimes: weakref.WeakKeyDictionary[Celery, Runtime] = weakref.WeakKeyDictionary()
@@ -187,6 +193,16 @@ def runtime_of(app: Celery) -> Runtime:
             if app not in _runtimes:
                 _runtimes[app] = Runtime(app)
             return _runtimes[app]
+
+
+def allow_connections(number: int) -> None:
+    """Let each store of this process have so many connections from now on, if it may not yet."""
+    global pool_size
+    with _lock:
+        pool_size = max(pool_size, number)
+        runtimes = list(_runtimes.values())
+    for runtime in runtimes:
+        runtime.allow(number)
 
 
 def close_runtime(app: Celery) -> None:

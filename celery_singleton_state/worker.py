@@ -46,8 +46,6 @@ class SingletonStep(bootsteps.StartStopStep):
         # A pool of processes must not inherit connections; one of threads opens them anew.
         free_dead(runtime.runtime_of(app))
         runtime.close_runtime(app)
-        if not is_prefork(parent):
-            runtime.pool_size = bodies_at_once(parent) + 1
 
     def check(self, worker: Any) -> None:
         """:raises ImproperlyConfigured: the worker's singletons could not run."""
@@ -80,6 +78,31 @@ class SingletonStep(bootsteps.StartStopStep):
                 own.store.wishes.expect(keys)
             except StoreError as error:
                 logger.warning("singletons: health begins with the first runs: %s", error)
+
+
+class ConnectionsStep(bootsteps.StartStopStep):
+    """Lets a worker's own process have a connection for each body that it can run at once.
+
+    That number can grow: by ``--autoscale``, and by the remote control's ``pool_grow``.
+    """
+
+    requires = ("celery.worker.components:Pool",)
+
+    def include_if(self, parent: Any) -> bool:
+        return not is_prefork(parent)
+
+    def start(self, parent: Any) -> None:
+        runtime.allow_connections(bodies_at_once(parent) + 1)
+        pool = parent.pool
+        grow = getattr(pool, "grow", None)
+        if grow is None:
+            return  # one of threads
+
+        def allow_and_grow(n: int = 1) -> Any:
+            runtime.allow_connections(pool.num_processes + n + 1)
+            return grow(n)
+
+        pool.grow = allow_and_grow
 
 
 class ChildrenStep(bootsteps.StartStopStep):
@@ -132,12 +155,14 @@ def is_prefork(worker: Any) -> bool:
 
 
 def bodies_at_once(worker: Any) -> int:
-    """How many bodies run in the worker's own process; Celery's number is that of its cores where
-    nothing else is said, in a solo pool, too.
+    """How many bodies run in the worker's own process at most, when its pool is made; Celery's
+    number is that of its cores where nothing else is said, in a solo pool, too.
     """
     from celery.concurrency.solo import TaskPool
 
-    return 1 if _is_pool(worker, TaskPool) else int(worker.concurrency)
+    if _is_pool(worker, TaskPool):
+        return 1
+    return max(int(worker.concurrency), worker.max_concurrency or 0)
 
 
 def _is_pool(worker: Any, kind: type) -> bool:
@@ -147,7 +172,7 @@ def _is_pool(worker: Any, kind: type) -> bool:
 
 def watch_over(app: Celery) -> None:
     """Let the app's workers check their singletons when they start, and watch over them."""
-    app.steps["worker"].update((SingletonStep, ChildrenStep))
+    app.steps["worker"].update((SingletonStep, ConnectionsStep, ChildrenStep))
 
 
 def warn_of_single_host(app: Celery, url: str) -> None:

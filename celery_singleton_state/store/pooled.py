@@ -13,6 +13,18 @@ from sqlalchemy import URL, Engine, QueuePool, create_engine
 APPLICATION_NAME = "celery-singleton-state"
 
 
+class GrowingPool(QueuePool):
+    """A pool whose number of connections can be raised while it is in use."""
+
+    def allow(self, connections: int) -> None:
+        """Make so many connections at most from now on, and keep them, if it was fewer before."""
+        with self._overflow_lock:
+            more = max(0, connections - self.size())
+            self._pool.maxsize += more
+            # Counted from the size: how many there are is the sum of both.
+            self._overflow -= more
+
+
 def pooled(url: URL, pool_size: int, io_timeout: float, **options: Any) -> Engine:
     """An engine with a small pool.
 
@@ -22,7 +34,7 @@ def pooled(url: URL, pool_size: int, io_timeout: float, **options: Any) -> Engin
     return create_engine(
         url,
         isolation_level="AUTOCOMMIT",
-        poolclass=QueuePool,
+        poolclass=GrowingPool,
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=io_timeout,

@@ -28,7 +28,8 @@ from .connections import Connections
 from .dialects import statements_for
 from .engine import is_in_memory
 from .entries import SqlEntries
-from .faults import as_store_error, grant, is_read_only, is_undone, went_away
+from .faults import as_store_error, grant, is_undone, went_away
+from .pooled import GrowingPool
 from .schema import make_table
 from .statements import Statements
 from .wishes import SqlWishes
@@ -127,6 +128,13 @@ class SqlStore:
 
     def close(self) -> None:
         self.engine.dispose()
+
+    def allow(self, connections: int) -> None:
+        """Have so many connections at most in the pool, if it was fewer before."""
+        pool = self.engine.pool
+        # A database in memory is lost with its only connection, and has no second.
+        if isinstance(pool, GrowingPool) and not is_in_memory(self.engine.url):
+            pool.allow(connections)
 
     @contextmanager
     def transaction(self) -> Iterator[SqlTransaction]:

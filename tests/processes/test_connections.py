@@ -110,3 +110,48 @@ def test_a_prefork_workers_own_process_connects_when_a_child_dies(
     os.kill(note["pid"], signal.SIGKILL)
     fleet.wait_for_output(worker, "is free: its holder")
     assert 1 <= connections(server) <= 3
+
+
+def in_transactions(server: psycopg.Connection[Any]) -> int:
+    found = server.execute(
+        "SELECT count(*) FROM pg_stat_activity WHERE xact_start IS NOT NULL"
+        " AND application_name = 'celery-singleton-state' AND datname = current_database()"
+    )
+    return int((found.fetchone() or (0,))[0])
+
+
+@pytest.mark.parametrize("how", ["autoscale", "pool_grow"])
+def test_a_worker_that_grows_has_a_connection_for_each_body(
+    make_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    server_url: str,
+    server: psycopg.Connection[Any],
+    tmp_path: Path,
+    how: str,
+) -> None:
+    """All bodies have a transaction open at one time, though the pool was made for two."""
+    bodies = 20
+    fleet = make_fleet(server_url, TEST_PREFETCH="10")
+    app, until = client(), tmp_path / "until"
+    if how == "autoscale":
+        fleet.start("-P", "gevent", f"--autoscale={bodies},2")
+    else:
+        fleet.start("-P", "gevent", "-c", "2")
+        # Its connections are open before it grows.
+        assert outcome(app.send_task("increment")) == 1
+        (reply,) = app.control.pool_grow(bodies - 2, reply=True, timeout=10, limit=1)
+        assert "pool will grow" in str(reply)
+    results = [
+        app.send_task("uses_the_store", (number, str(until), False)) for number in range(bodies)
+    ]
+    most = 0
+
+    def all_have_one() -> bool:
+        nonlocal most
+        most = max(most, connections(server))
+        return in_transactions(server) >= bodies
+
+    wait_until(all_have_one, "each body is in its transaction")
+    until.touch()
+    assert [outcome(result) for result in results] == [1] * bodies
+    assert max(most, connections(server)) <= bodies + 2

@@ -11,6 +11,8 @@ from sqlalchemy import Engine
 
 from celery_singleton_state.store.connections import Connections
 from celery_singleton_state.store.engine import make_engine, parse_url
+from celery_singleton_state.store.pooled import GrowingPool
+from celery_singleton_state.store.sql import SqlStore
 
 
 @pytest.fixture
@@ -133,3 +135,30 @@ def test_a_dead_connection_takes_its_like_with_it(
         process(connections)
     with engine.connect() as pooled:
         assert pooled.exec_driver_sql("SELECT pg_backend_pid()").scalar() != before
+
+
+def test_a_pool_that_may_grow_makes_no_more_than_it_is_allowed(engine: Engine) -> None:
+    """It grows while all are in use; what it made it keeps, after a loss of all as well."""
+    store = SqlStore(engine, "kv_store")
+    held = [engine.connect(), engine.connect()]
+    store.allow(4)
+    store.allow(3)
+    held += [engine.connect(), engine.connect()]
+    assert pool_of(engine).checkedout() == 4
+    assert pool_of(engine)._inc_overflow() is False
+    for connection in held:
+        connection.close()
+    assert pool_of(engine).checkedin() == 4
+    engine.dispose()
+    assert (pool_of(engine).size(), pool_of(engine).checkedin()) == (4, 0)
+
+
+def test_a_database_in_memory_has_one_connection_whatever_is_allowed() -> None:
+    engine = make_engine(parse_url("memory://"), io_timeout=5.0, pool_size=2)
+    SqlStore(engine, "kv_store").allow(4)
+    assert pool_of(engine).size() == 1
+
+
+def pool_of(engine: Engine) -> GrowingPool:
+    assert isinstance(engine.pool, GrowingPool)
+    return engine.pool
