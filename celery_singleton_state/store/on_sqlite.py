@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from typing import Any
+from typing import Any, Self
 
 from celery.exceptions import ImproperlyConfigured
 from sqlalchemy import URL, Engine, event
@@ -14,6 +14,58 @@ from .pooled import pooled
 
 #: RETURNING came with this release.
 OLDEST = (3, 35)
+#: Seconds between two looks at a lock: the first, and the longest.
+FIRST_LOOK, LONGEST_LOOK = 0.001, 0.02
+
+
+_execute = sqlite3.Cursor.execute
+
+
+class Connection(sqlite3.Connection):
+    """A connection that waits for the file's lock in Python, and not in SQLite.
+
+    SQLite waits in C. Under gevent that stops all greenlets, and with them the one that has the
+    lock; elsewhere no time limit's signal is heard meanwhile.
+    """
+
+    #: Seconds that a statement waits for others' lock at most.
+    lock_timeout = 0.0
+
+    def cursor(self, factory: Any = None) -> Any:
+        return super().cursor(factory or Cursor)
+
+
+class Cursor(sqlite3.Cursor):
+    """A cursor of :class:`Connection`."""
+
+    connection: Connection
+
+    def execute(self, statement: str, parameters: Any = ()) -> Self:
+        """Run a statement, when nobody else has the file's lock.
+
+        :raises sqlite3.OperationalError: somebody had it for too long.
+        """
+        try:
+            return _execute(self, statement, parameters)
+        except sqlite3.OperationalError as error:
+            if not self._can_wait(error):
+                raise
+        pause, deadline = FIRST_LOOK, time.monotonic() + self.connection.lock_timeout
+        while True:
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_LOOK)
+            try:
+                return _execute(self, statement, parameters)
+            except sqlite3.OperationalError as error:
+                if time.monotonic() > deadline or not self._can_wait(error):
+                    raise
+
+    def _can_wait(self, error: sqlite3.OperationalError) -> bool:
+        """Whether the statement changed nothing, and can be sent again: it is not a transaction's
+        second, which would wait for somebody who may wait for the transaction.
+        """
+        code: int = getattr(error, "sqlite_errorcode", 0)
+        return code & 0xFF == sqlite3.SQLITE_BUSY and not self.connection.in_transaction
 
 
 def make(url: URL, in_memory: bool, io_timeout: float, pool_size: int) -> Engine:
@@ -30,11 +82,12 @@ def make(url: URL, in_memory: bool, io_timeout: float, pool_size: int) -> Engine
         url,
         1 if in_memory else pool_size,
         io_timeout,
-        connect_args={"timeout": io_timeout, "check_same_thread": False},
+        connect_args={"timeout": 0, "check_same_thread": False, "factory": Connection},
     )
 
     @event.listens_for(engine, "connect")
-    def prepare(connection: sqlite3.Connection, _record: Any) -> None:
+    def prepare(connection: Connection, _record: Any) -> None:
+        connection.lock_timeout = io_timeout
         if not in_memory:
             _use_wal(connection, io_timeout)
             connection.execute("PRAGMA synchronous = NORMAL")
