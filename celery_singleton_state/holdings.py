@@ -6,11 +6,13 @@ lives. The kernel gives that lock up when the last descriptor of the file is clo
 while the process lives, and always when it has died. Whoever gets the lock of another's file
 knows, therefore, that its process is gone, and releases what the file names.
 
-Neither process ids nor host names are asked, which may be given again, in a container for
-instance: two containers either share the directory, and then one kernel keeps its locks; or they
-do not, and then neither finds the other's files. What is released is named by its holder, which
-is never given twice, and by its fence. A process that forked keeps its children's copy of the lock
-alive: then nothing is freed, and the lease runs out.
+This holds only among processes of one kernel: on many network file systems hosts share files and
+not their locks. So the directory is one boot's of one host, and nobody looks into another's
+(:func:`_kernel`). Process ids are not asked, which may be given again, in a container for
+instance. What is released is named by its holder, which is never given twice, and by its fence.
+
+A child that a process forks has a copy of the lock, and gives it up at once: what a run holds is
+its process's, and not its children's (:func:`_leave_to_parent`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ import re
 import stat
 import tempfile
 import threading
+import uuid
+import weakref
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -64,6 +68,7 @@ class Holdings:
         self._lock = threading.Lock()
         self._memory: mmap.mmap | None = None
         self._free: list[int] = []
+        _all.add(self)
 
     def note(self, holding: Holding) -> int | None:
         """Note a lease; returns the slot that it was given, if it could be."""
@@ -104,26 +109,44 @@ class Holdings:
             if self._memory is None or directory is None:
                 return
             atexit.unregister(self.close)
-            # A forked child must leave its parent's file alone.
-            if self._name.startswith(f"{os.getpid()}-"):
-                (directory / self._name).unlink(missing_ok=True)
-            self._memory.close()
-            self._memory = None
-            os.close(self._descriptor)
+            with contextlib.suppress(OSError):
+                (directory / self._name).unlink()
+            self._unlock(self._memory)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: give up its copies of the file's lock, and note nothing any more."""
+        # Another thread of the parent's may have it.
+        self._lock = threading.Lock()
+        self._directory = None
+        if self._memory is not None:
+            self._unlock(self._memory)
+
+    def _unlock(self, memory: mmap.mmap) -> None:
+        """Close all that keeps the file open: mapped memory does, too."""
+        self._memory = None
+        memory.close()
+        os.close(self._descriptor)
 
     def of_the_dead(self, name: str = "*") -> Iterator[list[Holding]]:
         """What each dead process held whose file has such a name.
 
         The file is removed when the caller comes back for the next; not if it raises.
         """
+        for path in self._others(name):
+            with _locked(path) as descriptor:
+                if descriptor is not None:
+                    yield _read(descriptor)
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+
+    def _others(self, name: str) -> list[Path]:
         if self._directory is None:
-            return
-        for path in self._directory.glob(name):
-            if path.name != self._name:
-                with _locked(path) as descriptor:
-                    if descriptor is not None:
-                        yield _read(descriptor)
-                        path.unlink(missing_ok=True)
+            return []
+        try:
+            return [path for path in self._directory.glob(name) if path.name != self._name]
+        except OSError as error:  # a directory that went away, or no descriptor for it
+            logger.debug("singletons: dead processes are not looked for: %s", error)
+            return []
 
     def _open(self, directory: Path) -> None:
         try:
@@ -188,7 +211,9 @@ def _read(descriptor: int) -> list[Holding]:
     for start in range(0, os.fstat(descriptor).st_size, SLOT):
         used, record = os.pread(descriptor, 1, start), os.pread(descriptor, SLOT - 1, start + 1)
         if used == b"\1":
-            found.append(_decoder.decode(record.split(b"\0", 1)[0]))
+            # A broken one must not keep the others from being found.
+            with contextlib.suppress(msgspec.DecodeError):
+                found.append(_decoder.decode(record.split(b"\0", 1)[0]))
     return found
 
 
@@ -199,20 +224,25 @@ def file_of(holder: str) -> str | None:
 
 
 def root() -> Path:
-    """This user's directory of all stores."""
+    """This user's directory of all stores.
+
+    :raises OSError: there is no directory for temporary files that can be written to.
+    """
     return Path(tempfile.gettempdir(), f"celery-singletons-{os.getuid()}")
 
 
 def directory_of(store: str | None) -> Path | None:
-    """The directory of this user's processes that use a store; made if need be.
+    """The directory of this user's processes on this kernel that use a store; made if need be.
 
-    ``None`` where it cannot be made or belongs to somebody else, and for no store.
+    ``None`` where it cannot be made or belongs to somebody else, and for no store. Those of earlier
+    boots are left to whatever empties the directory for temporary files: whether they are of an
+    earlier boot of this host, or of another host that runs, cannot be told. They are small.
     """
     if store is None:
         return None
-    parent = root()
-    directory = parent / sha256(store.encode()).hexdigest()[:16]
     try:
+        parent = root()
+        directory = parent / sha256(f"{_kernel()} {store}".encode()).hexdigest()[:16]
         for path in (parent, directory):
             path.mkdir(mode=0o700, exist_ok=True)
             status = path.lstat()
@@ -222,3 +252,36 @@ def directory_of(store: str | None) -> Path | None:
         logger.warning("singletons: leases of a dead process will have to run out: %s", error)
         return None
     return directory
+
+
+#: Where Linux tells a random number that it draws when it starts.
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def _kernel() -> str:
+    """The same text for processes that surely share one kernel, and so its locks on files.
+
+    Containers of a host are told the same boot, and their locks are seen by each other. But virtual
+    machines that go on from one snapshot are told the same as well, and so are some sandboxes with
+    a kernel of their own. So the host's name must be the same, too. Containers with different names
+    that share a directory do not find each other's files then: their leases run out, which costs
+    some seconds, where a live run that is taken for dead would cost the guard.
+    """
+    try:
+        boot = BOOT_ID.read_text().strip()
+    except OSError:
+        # The address of its network card; if that cannot be had, it is random in each process.
+        boot = f"{uuid.getnode():x}"
+    return f"{boot} {os.uname().nodename}"
+
+
+_all: weakref.WeakSet[Holdings] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """In a forked child: a parent that dies is dead, whatever its children still do."""
+    for holdings in list(_all):
+        holdings.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)

@@ -1,21 +1,27 @@
-"""The app of the other workers, on a kernel that gives no ``pidfd``, as TEST_PIDFD says."""
+"""The app of the other workers, on a host that is not the usual one, as the environment says."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
+from celery_singleton_state import holdings
 from tests.processes.tasks import app
 
 __all__ = ["app"]
+
+PIDFD = os.environ.get("TEST_PIDFD")
 
 _open = os.pidfd_open
 _opened: list[int] = []
 
 
-def refuse(pid: int, *_: Any) -> int:
-    how = os.environ["TEST_PIDFD"]
+def refuse_pidfd(pid: int, *_: Any) -> int:
+    how = str(PIDFD)
     if how == "EMFILE, once":
         _opened.append(pid)
         if len(_opened) > 1:
@@ -24,7 +30,17 @@ def refuse(pid: int, *_: Any) -> int:
     raise OSError(getattr(errno, how), os.strerror(getattr(errno, how)))
 
 
-if os.environ["TEST_PIDFD"] == "missing":
+def no_temporary_directory() -> str:
+    raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+
+if PIDFD == "missing":
     del os.pidfd_open
-else:
-    os.pidfd_open = refuse
+elif PIDFD is not None:
+    os.pidfd_open = refuse_pidfd
+if "TEST_NO_TEMPDIR" in os.environ:
+    tempfile.gettempdir = no_temporary_directory
+if "TEST_BOOT_ID" in os.environ:
+    # Another host: it has another boot, and on some file systems sees nobody else's locks.
+    holdings.BOOT_ID = Path(os.environ["TEST_BOOT_ID"])
+    fcntl.flock = lambda *_: None

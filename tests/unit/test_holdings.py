@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,8 +58,8 @@ def fork_and_hold(directory: Path, pipe: Connection) -> None:
     held.note(holding(1))
     child = os.fork()
     if not child:
+        pipe.send(os.getpid())
         signal.pause()
-    pipe.send(child)
     pipe.recv()
 
 
@@ -98,19 +99,41 @@ def test_a_process_that_stands_still_is_no_dead_one(own: Holdings, tmp_path: Pat
         assert found(own) == []
 
 
-def test_a_forked_child_keeps_it_alive(own: Holdings, tmp_path: Path) -> None:
-    """The holder dies, and its child, which could go on with its work, does not."""
+def test_a_holder_that_dies_is_found_while_its_forked_child_lives(
+    own: Holdings, tmp_path: Path
+) -> None:
+    """The child has a copy of the file, of its lock, and of the memory that it is mapped to."""
     with process(fork_and_hold, tmp_path) as (running, child):
-        running.kill()
-        # Its child keeps open what join() waits for, too.
-        os.waitpid(running.pid, 0)
         assert found(own) == []
-        os.kill(child, signal.SIGKILL)
-        # It is nobody's child here, so the lock tells when it is gone.
-        holdings_left = found(own)
-        while not holdings_left:
-            holdings_left = found(own)
-        assert holdings_left == [[holding(1)]]
+        running.kill()
+        # Its child keeps open what join() waits for.
+        os.waitpid(running.pid, 0)
+        try:
+            assert found(own) == [[holding(1)]]
+            os.kill(child, 0)
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_forked_child_that_ends_as_its_parent_would_leaves_its_parents_file(
+    own: Holdings, tmp_path: Path
+) -> None:
+    slot = own.note(holding(1))
+
+    def end() -> None:
+        own.strike_out(slot)
+        assert own.note(holding(2)) is None
+        own.close()
+
+    child = FORK.Process(target=end)
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
+    descriptor = os.open(tmp_path / f"{os.getpid()}-aaaa", os.O_RDONLY)
+    assert holdings._read(descriptor) == [holding(1)]
+    os.close(descriptor)
+    assert found(Holdings(tmp_path, "1-cccc")) == []
+    own.strike_out(slot)
 
 
 def test_what_could_not_be_freed_is_left_for_the_next(own: Holdings, tmp_path: Path) -> None:
@@ -220,3 +243,43 @@ def test_a_directory_of_somebody_else_is_not_used(
     assert directory_of("store") is None
     assert "will have to run out" in caplog.text
     assert directory_of(None) is None
+
+
+def test_processes_of_two_kernels_do_not_look_into_each_others_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another host, another boot, or another virtual machine of a snapshot shares the directory."""
+    here = directory_of("store")
+    assert here == directory_of("store") != directory_of("another store")
+    uname = os.uname()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(holdings.os, "uname", lambda: SimpleNamespace(nodename="elsewhere"))
+        assert directory_of("store") != here
+    assert os.uname() == uname
+    (tmp_path / "boot_id").write_text("another\n")
+    monkeypatch.setattr(holdings, "BOOT_ID", tmp_path / "boot_id")
+    another = directory_of("store")
+    assert another != here
+    (tmp_path / "boot_id").unlink()
+    assert directory_of("store") not in (here, another)
+
+
+def test_a_directory_that_went_away_is_an_empty_one(
+    own: Holdings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Path, "glob", refuse)
+    assert found(own) == []
+
+
+def test_a_note_that_is_broken_hides_no_other(own: Holdings, tmp_path: Path) -> None:
+    with process(hold_two, tmp_path) as (running, _):
+        running.kill()
+        running.join(30)
+    (file,) = tmp_path.iterdir()
+    with file.open("r+b") as broken:
+        broken.seek(1)
+        broken.write(b"?")
+    assert found(own) == [[holding(3)]]
