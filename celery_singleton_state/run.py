@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -66,6 +67,7 @@ class Run:
         self._took_over = acquired.write == TAKEN_OVER
         self._asked_at = asked_at
         self._in_transaction = False
+        self._pid = os.getpid()
         self._leadership = Leadership(
             delivery.task,
             delivery.name,
@@ -85,10 +87,11 @@ class Run:
             return result
         finally:
             try:
-                self._heartbeat.drop(self.held)
-                if self.held.lost:
-                    self._report.lost()
-                self._leadership.end()
+                if self._is_here:
+                    self._heartbeat.drop(self.held)
+                    if self.held.lost:
+                        self._report.lost()
+                    self._leadership.end()
             finally:
                 _current.reset(token)
 
@@ -121,6 +124,7 @@ class Run:
 
     def checkpoint(self) -> None:
         """Save the state now, fenced, and prolong the lease."""
+        self._refuse_elsewhere("checkpoint()")
         self.state.need("checkpoint()")
         if self._in_transaction:
             raise RuntimeError(
@@ -142,6 +146,7 @@ class Run:
     def transaction(self) -> Iterator[Connection]:
         """A transaction whose commit carries the body's rows and the fenced state, or neither."""
         self.state.need("transaction()")
+        self._refuse_elsewhere("transaction()")
         if self._in_transaction:
             raise RuntimeError(f"{self.name}: transaction() within transaction()")
         self._writer.refuse_if_lost()
@@ -152,6 +157,7 @@ class Run:
         try:
             with self._store.transaction() as transaction:
                 yield transaction.connection
+                self._refuse_elsewhere("transaction()")
                 write = self._writer.next_write(self.state.document())
                 self._writer.refuse_if_lost()
                 self.state.stored = None
@@ -192,6 +198,19 @@ class Run:
         if saved is not None and saved.handoff_to is not None:
             raise HeartbeatFailed(self.name, asked_by(saved.handoff_to))
 
+    @property
+    def _is_here(self) -> bool:
+        """Whether this is the run's process, and not a child that the body forked."""
+        return self._pid == os.getpid()
+
+    def _refuse_elsewhere(self, what: str) -> None:
+        """:raises RuntimeError: this is a forked child."""
+        if not self._is_here:
+            raise RuntimeError(
+                f"{self.name}: {what} in process {os.getpid()}, which the body forked; the run and "
+                f"its lease are those of process {self._pid}: hand it what it is to save"
+            )
+
     # -- its ends
 
     def end(
@@ -202,6 +221,8 @@ class Run:
         :raises HeartbeatFailed: the lease was lost; nothing was written.
         :raises StatePersistFailed: the store is out of reach.
         """
+        if not self._is_here:
+            return  # it is its parent's to end
         text = history.describe(error) if error else None
         try:
             self._release(outcome, text, new)
@@ -255,7 +276,7 @@ class Run:
 
     def _end_with(self, error: BaseException) -> None:
         """Release after an error, which is the one to be reported whatever happens here."""
-        if self.held.lost:
+        if self.held.lost or not self._is_here:
             return
         outcome = Outcome.FAILED
         if isinstance(error, Retry):

@@ -214,9 +214,9 @@ def close_runtime(app: Celery) -> None:
 
 
 def _forget_parents() -> None:
-    """In a forked child: leave the parent's connections alone.
+    """In a forked child: leave what the parent has alone.
 
-    They are kept, and never used or closed: closing would end the parent's sessions.
+    It is kept, and never used or closed; the child's copies of connections to databases are gone.
     """
     global _lock, pool_size
     _lock = threading.Lock()

@@ -13,6 +13,7 @@ began while the body of a lost run still tidies up would run beside it.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -42,12 +43,15 @@ class Unreturned:
         self._leases: list[_Unreturned] = []
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
 
     def add(self, key: str, holder: str, slot: int | None) -> None:
         """Give a lease back, if this holder has it, as soon as the store answers.
 
         :param slot: of the file of holdings, which is struck out then.
         """
+        if os.getpid() != self._pid:
+            return  # a child that the body forked: the lease is its parent's
         with self._lock:
             self._leases.append(_Unreturned(key, holder, slot))
             if self._thread is None and not self._closed.is_set():

@@ -42,8 +42,8 @@ class Connections:
         self._outdated = False
         self._keeps_one = keeps_one
         self._paused = False
-        if self._is_file and keeps_one:
-            _of_files.add(self)
+        if keeps_one:
+            _all.add(self)
         event.listen(engine, "engine_disposed", self._outdate)
 
     def execute(self, statement: str, parameters: Mapping[str, Any], answer: Answer) -> Any:
@@ -116,17 +116,31 @@ class Connections:
                 self._in_use.release()
 
     def pause(self) -> None:
-        """Before a fork: let whoever uses the kept connection end, and close all."""
+        """Before a fork: let whoever uses a file's kept connection end, and close all.
+
+        A forked child that inherits a file's connection believes in locks that it does not have: it
+        neither waits for others nor keeps them from deleting its log.
+        (https://sqlite.org/howtocorrupt.html, 2.6)
+        """
+        if not self._is_file:
+            return
         self._paused = self._in_use.acquire(timeout=LONGEST_PAUSE)
         self._engine.dispose()
         if self._paused:
             self._close_kept()
 
     def resume(self) -> None:
-        """After a fork."""
+        """After a fork, in the parent."""
         if self._paused:
             self._paused = False
             self._in_use.release()
+
+    def begin_anew(self) -> None:
+        """After a fork, in the child: leave all connections to the parent."""
+        self._kept, self._paused = None, False
+        # Another thread of the parent's may have it.
+        self._in_use = threading.Lock()
+        self._engine.dispose(close=False)
 
     def _close_kept(self) -> None:
         kept, self._kept, self._outdated = self._kept, None, False
@@ -143,20 +157,22 @@ def _execute(connection: Any, statement: str, parameters: Mapping[str, Any], ans
         cursor.close()
 
 
-# A forked child that inherits a file's connection believes in locks that it does not have: it
-# neither waits for others nor keeps them from deleting its log.
-# (https://sqlite.org/howtocorrupt.html, 2.6)
-_of_files: weakref.WeakSet[Connections] = weakref.WeakSet()
+_all: weakref.WeakSet[Connections] = weakref.WeakSet()
 
 
 def _pause_all() -> None:
-    for connections in list(_of_files):
+    for connections in list(_all):
         connections.pause()
 
 
 def _resume_all() -> None:
-    for connections in list(_of_files):
+    for connections in list(_all):
         connections.resume()
 
 
-os.register_at_fork(before=_pause_all, after_in_parent=_resume_all, after_in_child=_resume_all)
+def _begin_all_anew() -> None:
+    for connections in list(_all):
+        connections.begin_anew()
+
+
+os.register_at_fork(before=_pause_all, after_in_parent=_resume_all, after_in_child=_begin_all_anew)

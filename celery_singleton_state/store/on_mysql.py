@@ -37,6 +37,10 @@ class Connection(pymysql.connections.Connection):  # type: ignore[misc]
         self.is_in_mid_statement = False
         return result
 
+    def leave_to_parent(self) -> None:
+        """In a forked child. The session's end is not sent."""
+        self._force_close()
+
     @property
     def patience(self) -> float | None:
         patience: float | None = self._read_timeout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Generator
 from typing import Any
@@ -27,6 +28,15 @@ class Connection(psycopg.Connection[Any]):
         if self.patience is not None:
             gen = self._impatient(gen, self.patience)
         return super().wait(gen, *args, **kwargs)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child. libpq cannot close a socket without sending the session's end, so that
+        goes nowhere.
+        """
+        nothing = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nothing, self.fileno(), inheritable=False)
+        os.close(nothing)
+        self.close()
 
     def _impatient(self, gen: Any, patience: float) -> Generator[Any, Any, Any]:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sqlite3
 import time
 from typing import Any, Self
@@ -31,8 +32,35 @@ class Connection(sqlite3.Connection):
     #: Seconds that a statement waits for others' lock at most.
     lock_timeout = 0.0
 
+    _is_parents = False
+
     def cursor(self, factory: Any = None) -> Any:
+        self._refuse_parents()
         return super().cursor(factory or Cursor)
+
+    def commit(self) -> None:
+        self._refuse_parents()
+        super().commit()
+
+    def rollback(self) -> None:
+        if not self._is_parents:
+            super().rollback()
+
+    def close(self) -> None:
+        if not self._is_parents:
+            super().close()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: never use it, nor end it, which would roll back in memory that both
+        share.
+        """
+        self._is_parents = True
+        # Not even the interpreter's end may free it.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+
+    def _refuse_parents(self) -> None:
+        if self._is_parents:
+            raise sqlite3.OperationalError("the connection is that of this process's parent")
 
 
 class Cursor(sqlite3.Cursor):

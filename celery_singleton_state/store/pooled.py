@@ -2,13 +2,20 @@
 
 Autocommit, no ping and no reset keep a statement at one round trip: BEGIN, COMMIT and
 ROLLBACK would double it.
+
+A connection is its process's. A child that is forked while one is in use must never touch it, not
+even to end it: what the child sends on the socket that both have, the server takes for its
+parent's. So the child loses its copies at once, and is told so when it uses one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import weakref
 from typing import Any
 
-from sqlalchemy import URL, Engine, QueuePool, create_engine
+from sqlalchemy import URL, Engine, QueuePool, create_engine, event
 
 APPLICATION_NAME = "celery-singleton-state"
 
@@ -31,7 +38,7 @@ def pooled(url: URL, pool_size: int, io_timeout: float, **options: Any) -> Engin
     :param io_timeout: seconds that who finds all connections in use waits for one.
     :param options: of the database's own.
     """
-    return create_engine(
+    engine = create_engine(
         url,
         isolation_level="AUTOCOMMIT",
         poolclass=GrowingPool,
@@ -42,3 +49,24 @@ def pooled(url: URL, pool_size: int, io_timeout: float, **options: Any) -> Engin
         pool_use_lifo=True,
         **options,
     )
+    event.listen(engine, "connect", _remember)
+    return engine
+
+
+#: The drivers' connections of this process: each can be left to the parent.
+_connections: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _remember(connection: Any, _record: Any) -> None:
+    _connections.add(connection)
+
+
+def _leave_to_parent() -> None:
+    for connection in list(_connections):
+        # One that is closed has no socket.
+        with contextlib.suppress(Exception):
+            connection.leave_to_parent()
+    _connections.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +29,7 @@ from .connections import Connections
 from .dialects import statements_for
 from .engine import is_in_memory
 from .entries import SqlEntries
-from .faults import as_store_error, grant, is_undone, went_away
+from .faults import as_store_error, grant, is_read_only, is_undone, went_away
 from .pooled import GrowingPool
 from .schema import make_table
 from .statements import Statements
@@ -263,6 +264,7 @@ def open_transaction(engine: Engine) -> Iterator[Connection]:
     broken off, its outcome is not known, and the connection is closed.
     """
     level, begin = _TRANSACTIONS[engine.dialect.name]
+    pid = os.getpid()
     with engine.connect().execution_options(isolation_level=level) as connection:
         transaction = connection.begin()
         try:
@@ -270,8 +272,9 @@ def open_transaction(engine: Engine) -> Iterator[Connection]:
                 connection.exec_driver_sql(begin)
             yield connection
         except BaseException as error:
-            if _is_in_mid_statement(connection):
-                # Broken off by a time limit, say: not even a rollback can be sent over it.
+            if os.getpid() != pid or _is_in_mid_statement(connection):
+                # A forked child's, or broken off by a time limit, say: not even a rollback can be
+                # sent over it.
                 connection.invalidate()
             if _is_of_read_only_server(error):
                 connection.invalidate()

@@ -471,3 +471,22 @@ def uses_the_store(self: SingletonTask[Counter], number: int, until: str, beside
             time.sleep(0.01)
         self.state.n += 1
     return self.state.n
+
+
+@singleton_task(app, state_schema=Counter, name="forks", max_retries=0)
+def forks(self: SingletonTask[Counter], until: str, childs_end: str) -> int:
+    """Leaves a child behind, which reads the state, and saves while that lives."""
+    with self.transaction() as connection:
+        connection.exec_driver_sql("SELECT 1")
+        child = os.fork()
+        if not child:
+            wait_for(childs_end)
+            note("child ends", n=self.state.n)
+            os._exit(0)
+        self.state.n += 1
+    note("forked", child=child)
+    while not Path(until).exists():
+        self.state.n += 1
+        self.checkpoint()
+        time.sleep(0.01)
+    return self.state.n

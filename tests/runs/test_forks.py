@@ -1,0 +1,75 @@
+"""A body that forks: the run stays its own, whatever the child does and however it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from celery_singleton_state.history import decode
+from celery_singleton_state.store import open_store
+from tests.conftest import url_on
+from tests.processes.fleet import ROOT
+
+#: What the child notes of each way.
+WAYS = {
+    "use": ["is refused: checkpoint", "is refused: transaction", "succeeds"],
+    "use_its_own": ["has its own", "succeeds"],
+    "leave": [],
+    "fail": ["LookupError"],
+    "come_back": ["succeeds"],
+    # A block that ends would save the state.
+    "use in transaction": [
+        "is refused: checkpoint",
+        "is refused: transaction",
+        "is refused: statement",
+        "RuntimeError",
+    ],
+    "use_its_own in transaction": ["has its own", "RuntimeError"],
+    "leave in transaction": [],
+    "fail in transaction": ["LookupError"],
+    "come_back in transaction": ["RuntimeError"],
+}
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
+def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty database of each driver."""
+    return url_on(request.param, request, tmp_path)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_child_that_a_body_forks_leaves_the_run_to_its_parent(
+    shared_store_url: str, tmp_path: Path, how: str
+) -> None:
+    """The parent has a lease, connections, and, in some of the ways, a transaction. The child,
+    which has copies of all that, does what it does and ends; the parent goes on and saves.
+    """
+    store = open_store(shared_store_url, "kv_store", 5.0, auto_migrate=True)
+    with store.transaction() as transaction:
+        transaction.connection.execute(text("CREATE TABLE written (n integer)"))
+    notes = tmp_path / "notes"
+    program = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.runs.forking", shared_store_url, how, notes],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (program.returncode, program.stderr) == (0, "")
+    lines = notes.read_text().splitlines()
+    childs = [line.removeprefix("child ") for line in lines if line.startswith("child")]
+    assert childs == WAYS[how]
+    assert lines[len(childs) :] == ["parent leads no longer", "parent succeeds"]
+    row = store.peek("singleton-state:forks")
+    assert row is not None
+    assert (row.value, row.holder, row.run_count) == ('{"n":3}', None, 1)
+    assert [entry.outcome for entry in decode(row.history, "forks")] == ["succeeded"]
+    with store.engine.connect() as connection:
+        rows = connection.exec_driver_sql("SELECT n FROM written ORDER BY n").scalars().all()
+    assert rows == ([1, 2] if "transaction" in how else [])
+    store.close()
