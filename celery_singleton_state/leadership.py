@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 class Leadership:
     """A run's leadership: begun once, and ended once, however the run ends.
 
-    :param interrupts: whether a body is broken off that lost its lease, or is asked for it.
+    :param interrupts: whether the body is interrupted when its run has lost the lease, or is asked
+        to hand it over.
     :param lost: told that it is lost; makes the error of that.
     :param enter: makes the calling thread one of the run's.
     """
@@ -63,13 +64,13 @@ class Leadership:
     def _on_lost(self) -> None:
         why = self._lost().detail
         if self._interrupts:
-            self.body.break_off(why)
+            self.body.interrupt(why)
         else:
             threading.Thread(target=self._end_beside, daemon=True).start()
 
     def _on_handoff(self, who: str) -> None:
         if self._interrupts:
-            self.body.break_off(asked_by(who))
+            self.body.interrupt(asked_by(who))
 
     def _end_beside(self) -> None:
         self._enter()

@@ -101,9 +101,7 @@ class Run:
             starts_anew = self._delivery.options.on_decode_error == "initial"
             self.state.load(self._set_aside if starts_anew else None, self._report.loaded)
             self._leadership.begin()
-            with self._leadership.body:
-                result = self.task.run(*args, **kwargs)
-            self._writer.refuse_if_undecided()
+            result = self._leadership.body.call(self.task.run, args, kwargs)
             return result, self.state.changed()
         except BaseException as error:
             self._end_with(error)

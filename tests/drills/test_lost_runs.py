@@ -33,12 +33,12 @@ def fleet(make_fleet: Callable[..., Fleet], store_url: str) -> Fleet:
 
 
 def steal(store_url: str, name: str) -> None:
-    """Another holder takes the lease as if it had run out, and gives it back."""
+    """Another holder takes the leases of a task as if they had run out, and gives them back."""
     engine = create_engine(store_url)
     with engine.begin() as connection:
         connection.exec_driver_sql(
             "UPDATE kv_store SET fence = fence + 1, holder = NULL, expires_at = NULL"
-            f" WHERE key = 'singleton-state:{name}'"
+            f" WHERE key LIKE 'singleton-state:{name}%%'"
         )
     engine.dispose()
 
@@ -74,6 +74,57 @@ def test_the_body_of_a_lost_run_is_broken_off(
     events = ("leads", "leads no longer")
     fences = [[note["fence"] for note in fleet.notes(event)] for event in events]
     assert fences == [[left["fence"]]] * 2
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_an_interruption_that_is_swallowed_comes_again(
+    fleet: Fleet, client: Callable[[], Celery], store_url: str, pool: str
+) -> None:
+    """By logging, a destructor, a callback of C code, an event loop, or the body itself, whose task
+    is retried over every ``Exception``: each ends as lost, once, and its worker goes on.
+    """
+    app = client()
+    worker = fleet.start(*POOLS[pool])
+    ways = ["logging", "except Exception", "destructor", "callback"]
+    if pool != "gevent":  # whose greenlets cannot have an event loop each
+        ways.append("asyncio")
+    for number, way in enumerate(ways, 1):
+        lost = app.send_task("swallows", (way,))
+        fleet.wait_for_notes("enter", number)
+        steal(store_url, "swallows")
+        assert isinstance(outcome(lost), HeartbeatFailed), way
+    assert [note["retries"] for note in fleet.notes("enter")] == [0] * len(ways)
+    assert len(fleet.notes("leads no longer")) == len(fleet.notes("leads")) == len(ways)
+    assert outcome(app.send_task("increment")) == 1
+    assert "--- Logging error ---" not in worker.output
+
+
+def test_bodies_that_log_in_a_loop_all_end(
+    fleet: Fleet, client: Callable[[], Celery], store_url: str
+) -> None:
+    """With the default ``on_lease_lost``; 17 of 24 ran to their end."""
+    app = client()
+    worker = fleet.start("-P", "prefork", "-c", "8")
+    lost = [app.send_task("swallows", ("logging", number)) for number in range(8)]
+    fleet.wait_for_notes("enter", 8)
+    steal(store_url, "swallows")
+    assert [type(outcome(each)) for each in lost] == [HeartbeatFailed] * 8
+    assert "--- Logging error ---" not in worker.output
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_lost_run_tidies_up_undisturbed(
+    fleet: Fleet, client: Callable[[], Celery], store_url: str, pool: str
+) -> None:
+    """For longer than the pause before the next interruption; ``except Exception`` sees nothing."""
+    app = client()
+    fleet.start(*POOLS[pool])
+    lost = app.send_task("tidies_up")
+    fleet.wait_for_notes("enter")
+    steal(store_url, "tidies_up")
+    assert isinstance(outcome(lost), HeartbeatFailed)
+    assert len(fleet.notes("tidied up")) == 1
+    assert not fleet.notes("caught")
 
 
 @pytest.mark.parametrize("pool", POOLS)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import logging
 import os
 import signal
 import socket
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +29,8 @@ from celery_singleton_state import (
     SingletonTask,
     singleton_task,
 )
+
+logger = logging.getLogger(__name__)
 
 SOON = RetryPolicy(max_retries=100, backoff=0.2, backoff_max=0.2, jitter=False)
 PATIENT = {"StateLoadFailed": SOON, "StatePersistFailed": SOON}
@@ -295,6 +301,99 @@ def waits(self: SingletonTask[Counter], how: str = "sleep") -> None:
         self.checkpoint()
         self.state.n += 100
         wait_in(how)
+
+
+class Destroyed:
+    """Works in its destructor, whose exceptions Python ignores."""
+
+    def __del__(self) -> None:
+        sum(range(20_000))
+
+
+def log_in_a_loop() -> None:
+    while True:
+        logger.info("working")
+        time.sleep(0)
+
+
+def catch_in_a_loop() -> None:
+    while True:
+        with contextlib.suppress(Exception):
+            sum(range(1000))
+        time.sleep(0)
+
+
+def destroy_in_a_loop() -> None:
+    while True:
+        Destroyed()
+        time.sleep(0)
+
+
+def call_back_in_a_loop() -> None:
+    """SQLite makes an error of its own of what the function raises."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        connection.create_function("work", 0, lambda: sum(range(20_000)))
+        while True:
+            with contextlib.suppress(sqlite3.OperationalError):
+                connection.execute("SELECT work()")
+            time.sleep(0)
+
+
+def wait_for_timers() -> None:
+    """An event loop logs and drops what a timer's callback raises; the body waits for the last."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        waited_for = loop.create_future()
+
+        def tick(left: int) -> None:
+            sum(range(20_000))
+            if left:
+                loop.call_later(0.0001, tick, left - 1)
+            else:
+                waited_for.set_result(None)
+
+        tick(1_000_000)
+        await waited_for
+
+    asyncio.run(main())
+
+
+WAYS = {
+    "logging": log_in_a_loop,
+    "except Exception": catch_in_a_loop,
+    "destructor": destroy_in_a_loop,
+    "callback": call_back_in_a_loop,
+    "asyncio": wait_for_timers,
+}
+
+
+@singleton_task(
+    app,
+    state_schema=Counter,
+    base=Leading,
+    name="swallows",
+    unique_on=["way", "number"],
+    autoretry_for=(Exception,),
+    default_retry_delay=0,
+)
+def swallows(self: SingletonTask[Counter], way: str, number: int = 0) -> None:
+    """Works where other code than its own can swallow an exception."""
+    with inside("swallows", way=way, retries=self.request.retries):
+        WAYS[way]()
+
+
+@singleton_task(app, state_schema=Counter, base=Leading, name="tidies_up")
+def tidies_up(self: SingletonTask[Counter]) -> None:
+    with inside("tidies_up", fence=self.fence):
+        try:
+            wait_in("work")
+        except Exception:
+            note("caught")
+        finally:
+            for _ in range(30):
+                time.sleep(0.01)
+            note("tidied up")
 
 
 @singleton_task(app, state_schema=Counter, base=Leading, name="finishes", on_lease_lost="finish")
