@@ -71,10 +71,10 @@ class SingletonTask(_TypedTask[S, P, R]):
     - ``enqueue_once``: whether a message is not sent while another is queued or running; a queued
       one counts for 300 s, or until it expires.
     - ``lease_ttl``: seconds that the lease lives without a renewal. None: heartbeat interval
-      times threshold, 8 s by default. A longer life is confirmed before the body begins, by one
-      statement more.
-    - ``on_lease_lost``: ``"interrupt"`` (default) raises :exc:`HeartbeatFailed` in the body of a
-      run that lost its lease, ``"finish"`` lets it go on. Its state is not saved either way.
+      times threshold, 8 s by default.
+    - ``on_lease_lost``: ``"interrupt"`` (default) interrupts the body of a run that lost its lease,
+      ``"finish"`` lets it go on. The run ends as :exc:`HeartbeatFailed`, and saves no state,
+      either way.
     - ``deduplicate``: whether a message known as done is not run again. None: if there is state.
     - ``retry_reasons``: the reasons that are retried. Default ``StateLoadFailed`` and
       ``StatePersistFailed``.

@@ -49,6 +49,7 @@ class SingletonStep(bootsteps.StartStopStep):
 
     def check(self, worker: Any) -> None:
         """:raises ImproperlyConfigured: the worker's singletons could not run."""
+        warn_of_eventlet(worker)
         own = runtime.runtime_of(worker.app)
         refuse_states_without_store(own)
         try:
@@ -168,6 +169,18 @@ def bodies_at_once(worker: Any) -> int:
 def _is_pool(worker: Any, kind: type) -> bool:
     pool = get_implementation(worker.pool_cls)
     return isinstance(pool, type) and issubclass(pool, kind)
+
+
+def warn_of_eventlet(worker: Any) -> None:
+    """Warn that a pool of eventlet cannot interrupt a run that lost its lease."""
+    pool = worker.pool_cls
+    modules = [base.__module__ for base in getattr(pool, "__mro__", ())] or [str(pool)]
+    if any("eventlet" in module for module in modules):
+        logger.warning(
+            "singletons: in a pool of eventlet a run that loses its lease, or is asked to hand it "
+            "over, is not interrupted: its body goes on beside the next run, and only what it "
+            "saves is refused; use --pool=gevent, threads or prefork"
+        )
 
 
 def watch_over(app: Celery) -> None:
