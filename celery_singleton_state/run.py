@@ -102,6 +102,7 @@ class Run:
             self.state.load(self._set_aside if starts_anew else None, self._report.loaded)
             self._leadership.begin()
             result = self._leadership.body.call(self.task.run, args, kwargs)
+            self._writer.refuse_if_undecided()
             return result, self.state.changed()
         except BaseException as error:
             self._end_with(error)

@@ -71,7 +71,8 @@ class SingletonTask(_TypedTask[S, P, R]):
     - ``enqueue_once``: whether a message is not sent while another is queued or running; a queued
       one counts for 300 s, or until it expires.
     - ``lease_ttl``: seconds that the lease lives without a renewal. None: heartbeat interval
-      times threshold, 8 s by default.
+      times threshold, 8 s by default. A longer life is confirmed before the body begins, by one
+      statement more.
     - ``on_lease_lost``: ``"interrupt"`` (default) interrupts the body of a run that lost its lease,
       ``"finish"`` lets it go on. The run ends as :exc:`HeartbeatFailed`, and saves no state,
       either way.
