@@ -155,7 +155,13 @@ class Run:
         write = saved = None
         try:
             with self._store.transaction() as transaction:
-                yield transaction.connection
+                try:
+                    yield transaction.connection
+                except BaseException:
+                    if self.held.lost:
+                        # A lost run does not wait for the store in order to stop.
+                        transaction.abandon()
+                    raise
                 self._refuse_elsewhere("transaction()")
                 write = self._writer.next_write(self.state.document())
                 self._writer.refuse_if_lost()

@@ -388,3 +388,6 @@ class FencedTransaction(Protocol):
 
         :meth:`Store.written` tells whether it was committed when the answer to that was lost.
         """
+
+    def abandon(self) -> None:
+        """Leave the transaction to be rolled back without waiting for an answer of the store."""

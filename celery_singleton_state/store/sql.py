@@ -238,6 +238,11 @@ class SqlTransaction:
             raise self._as_store_error(error) from error
         return Saved(*row) if row else None
 
+    def abandon(self) -> None:
+        """Close the connection, whose server then rolls back. A file is not waited for anyway."""
+        if self._patience is not None and not self.connection.closed:
+            self.connection.invalidate()
+
     def end_of_callers_part(self) -> None:
         self._set_patience(self._patience)
 
