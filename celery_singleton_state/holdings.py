@@ -37,8 +37,11 @@ import msgspec
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of a file that one lease has; a key has 255 characters, a holder a host's name.
-SLOT = 2048
+#: Bytes of a file that one lease has.
+SLOT = 4096
+#: The first bytes of a slot are the :class:`Holding`'s: a key has 255 characters, a holder a host's
+#: name. :mod:`celery_singleton_state.renewal_slots` says what is in the others.
+RECORD = 1536
 
 
 class Holding(msgspec.Struct, frozen=True, array_like=True):
@@ -68,7 +71,14 @@ class Holdings:
         self._lock = threading.Lock()
         self._memory: mmap.mmap | None = None
         self._free: list[int] = []
+        #: The holder's name of each slot in use.
+        self._holders: dict[int, str] = {}
         _all.add(self)
+
+    @property
+    def directory(self) -> Path | None:
+        """Where the files of this store's processes are, if leases are noted at all."""
+        return self._directory
 
     def note(self, holding: Holding) -> int | None:
         """Note a lease; returns the slot that it was given, if it could be."""
@@ -79,7 +89,7 @@ class Holdings:
             if memory is None:
                 return None
             record = msgspec.json.encode(holding)
-            if len(record) > SLOT - 2:
+            if len(record) > RECORD - 2:
                 return None
             if not self._free and not self._grow(memory):
                 return None
@@ -87,13 +97,45 @@ class Holdings:
             memory[start + 1 : start + 2 + len(record)] = record + b"\0"
             # Only now is it one: who dies before has not asked for it.
             memory[start] = 1
+            self._holders[start] = holding.holder
         return start
+
+    def put(self, holder: str, at: int, data: bytes) -> bool:
+        """Write bytes into a holder's slot; false if it has none."""
+        with self._lock:
+            start = self._slot_of(holder)
+            if start is None or self._memory is None:
+                return False
+            self._memory[start + at : start + at + len(data)] = data
+            return True
+
+    def get(self, holder: str, at: int, size: int) -> bytes:
+        """Read bytes from a holder's slot; none if it has no slot.
+
+        Takes no lock, because a body that reads can be interrupted at any moment.
+        """
+        start, memory = self._slot_of(holder), self._memory
+        if start is None or memory is None:
+            return b""
+        try:
+            return memory[start + at : start + at + size]
+        except ValueError:  # closed meanwhile
+            return b""
+
+    def _slot_of(self, holder: str) -> int | None:
+        # A process that leaves renewals to its parent runs one body at a time: there is one slot,
+        # or a few.
+        for start, name in tuple(self._holders.items()):
+            if name == holder:
+                return start
+        return None
 
     def strike_out(self, slot: int | None) -> None:
         """The lease of this slot was given back, or never acquired."""
         with self._lock:
             if slot is not None and self._memory is not None:
                 self._memory[slot] = 0
+                self._holders.pop(slot, None)
                 self._free.append(slot)
 
     def close(self) -> None:
@@ -209,7 +251,7 @@ def _locked(path: Path) -> Iterator[int | None]:
 def _read(descriptor: int) -> list[Holding]:
     found = []
     for start in range(0, os.fstat(descriptor).st_size, SLOT):
-        used, record = os.pread(descriptor, 1, start), os.pread(descriptor, SLOT - 1, start + 1)
+        used, record = os.pread(descriptor, 1, start), os.pread(descriptor, RECORD - 1, start + 1)
         if used == b"\1":
             # A broken one must not keep the others from being found.
             with contextlib.suppress(msgspec.DecodeError):

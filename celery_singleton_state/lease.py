@@ -125,12 +125,30 @@ class HeldLease:
         self.on_lost: Callable[[], None] = lambda: None
         #: Called there, too, with whoever asks the holder to hand over.
         self.on_handoff: Callable[[str], None] = lambda who: None
+        #: Called before anybody reads how long it may be trusted.
+        self.look: Callable[[], None] = lambda: None
+        self.asked_at = asked_at
         self.renewed(asked_at)
 
     def renewed(self, asked_at: float) -> None:
-        """Trust it anew, counted from before the request."""
+        """Trust it anew, counted from before the request.
+
+        The answer to an older request than the last answered one changes nothing.
+        """
+        if asked_at < self.asked_at:
+            return
+        self.asked_at = asked_at
         self.trusted_until = asked_at + TRUSTED_PART * self.lease.ttl
         self.renew_at = asked_at + self.renew_every
+
+    def answered(self, asked_at: float, who: str | None) -> None:
+        """Take the answer to a renewal.
+
+        :param who: asks the holder to hand over, if anybody does.
+        """
+        self.renewed(asked_at)
+        if who:
+            self.on_handoff(who)
 
     def lose(self, why: str) -> None:
         """Trust it no longer, whoever else may hold it or not."""
@@ -140,4 +158,6 @@ class HeldLease:
     @property
     def remaining(self) -> float:
         """Seconds that it may still be trusted; 0 when it is lost."""
+        if not self.lost:
+            self.look()
         return 0.0 if self.lost else max(0.0, self.trusted_until - clock())

@@ -21,6 +21,7 @@ from .holdings import Holdings, directory_of
 from .hooks import Door
 from .keys import task_of
 from .lease import TRUSTED_PART, clock
+from .renewal_slots import LeftToParent, parents_mark
 from .settings import Settings
 from .store import SqlStore, Store, open_store
 from .store.base import Leases
@@ -134,11 +135,13 @@ class Runtime:
         store: Leases = self.store
         if isinstance(store, RoutedStore):
             store = store.of(key)
-        with self._opening:
-            heartbeat = self._heartbeats.get(id(store))
-            if heartbeat is None:
-                heartbeat = self._heartbeats[id(store)] = Heartbeat(store)
-            return heartbeat
+        heartbeat = self._heartbeats.get(id(store))
+        if heartbeat is None:
+            mark = parents_mark()
+            parent = LeftToParent(self.holdings, mark) if mark is not None else None
+            with self._opening:
+                heartbeat = self._heartbeats.setdefault(id(store), Heartbeat(store, parent))
+        return heartbeat
 
     @property
     def holdings(self) -> Holdings:

@@ -18,7 +18,9 @@ from .enqueue import dequeue_dropped
 from .hooks import events
 from .keys import row_key
 from .options import expected_singletons, options_of
+from .parent_renewal import ParentRenewal
 from .recovery import free_dead
+from .renewal_slots import mark_as_parent
 from .store.base import StoreError, StoreNotReady, StoreUnavailable
 from .store.engine import is_in_memory, parse_url
 from .store.routed import NO_SQL
@@ -46,6 +48,8 @@ class SingletonStep(bootsteps.StartStopStep):
         # A pool of processes must not inherit connections; one of threads opens them anew.
         free_dead(runtime.runtime_of(app))
         runtime.close_runtime(app)
+        if is_prefork(parent):
+            mark_as_parent()
 
     def check(self, worker: Any) -> None:
         """:raises ImproperlyConfigured: the worker's singletons could not run."""
@@ -107,7 +111,9 @@ class ConnectionsStep(bootsteps.StartStopStep):
 
 
 class ChildrenStep(bootsteps.StartStopStep):
-    """Frees what a dead process of the pool held, and has the pool replace it at once."""
+    """Renews what the pool's processes hold; frees what a dead one held, and has the pool replace
+    it at once.
+    """
 
     requires = ("celery.worker.components:Pool",)
 
@@ -121,6 +127,7 @@ class ChildrenStep(bootsteps.StartStopStep):
         os.set_blocking(self._report, False)
         # After the pool's end, however the worker ends.
         atexit.register(watch_pool(parent.pool._pool, self._on_death).close)
+        ParentRenewal(parent.app, lambda: _processes_of(parent)).start()
 
     def register_with_event_loop(self, parent: Any, hub: Any) -> None:
         """Called by Celery whenever its event loop starts."""
@@ -135,6 +142,12 @@ class ChildrenStep(bootsteps.StartStopStep):
     def _maintain(self, pool: Any) -> None:
         os.read(self._deaths, 4096)
         pool.maintain_pool()
+
+
+def _processes_of(worker: Any) -> list[Any]:
+    """The processes of the worker's pool; none before it is made and after its end."""
+    pool = getattr(worker.pool, "_pool", None)
+    return list(getattr(pool, "_pool", None) or ())
 
 
 def refuse_states_without_store(own: runtime.Runtime) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -516,6 +518,34 @@ singleton_task(
 singleton_task(app, state_schema=Counter, on_conflict="raise", name="sends_next_or_raises")(
     send_next
 )
+
+
+@singleton_task(
+    app, state_schema=Counter, on_conflict="wait", conflict_timeout=60, name="keeps_the_gil"
+)
+def keeps_the_gil(self: SingletonTask[Counter], how: str, seconds: float) -> int:
+    """Keeps the GIL without a break for at least so long."""
+    with inside("keeps_the_gil", n=self.state.n):
+        kept, length = 0.0, 20
+        while kept < seconds:
+            start = time.monotonic()
+            if how == "C call":
+                ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+            else:
+                re.match(r"(a+)+$", "a" * length + "b")  # takes twice as long for one letter more
+            kept = time.monotonic() - start
+            length += 1
+            note("kept", seconds=kept)
+        self.state.n += 1
+    return self.state.n
+
+
+@singleton_task(app, state_schema=Counter, name="long_body", unique_on=["number"])
+def long_body(self: SingletonTask[Counter], number: int, until: str) -> int:
+    with inside("long_body", number=number):
+        wait_for(until)
+        self.state.n += 1
+    return self.state.n
 
 
 class Gated(SingletonTask[Any]):

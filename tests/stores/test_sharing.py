@@ -6,9 +6,11 @@ import gc
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery import Celery
@@ -125,31 +127,62 @@ def test_a_killed_childs_lease_is_taken_over(shared_store_url: str) -> None:
     close_runtime(app)
 
 
-@pytest.mark.parametrize("server", ["postgresql", "mariadb"])
-def test_a_locked_row_costs_no_other_lease_its_life(
-    request: pytest.FixtureRequest, tmp_path: Path, server: str
-) -> None:
-    """Somebody holds one row's lock for longer than a life; the others are renewed past it."""
-    url = url_on(server, request, tmp_path)
+@pytest.fixture(params=["postgresql", "mariadb"])
+def locking_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database whose rows can be locked one by one."""
+    return url_on(request.param, request, tmp_path)
+
+
+@contextmanager
+def leases_with_locked_rows(url: str) -> Iterator[tuple[list[HeldLease], list[HeldLease], Any]]:
+    """Leases whose rows another transaction has locked, others, and that transaction."""
     app = app_on(url)
-    app.conf.singleton_heartbeat_interval = 1
+    app.conf.singleton_heartbeat_interval = 1.5
     runtime = runtime_of(app)
-    interval = runtime.settings.heartbeat_interval
-    held = []
-    for key in ("locked", "a", "b"):
-        acquired = runtime.store.acquire(key, "holder", 2, None)
+    leases = []
+    for key in ("l1", "l2", "l3", "l4", "a", "b", "c", "d"):
+        asked_at = clock()
+        acquired = runtime.store.acquire(key, "holder", 3, None)
         assert acquired is not None
-        held.append(HeldLease(acquired.lease, clock(), interval))
+        leases.append(HeldLease(acquired.lease, asked_at, runtime.settings.heartbeat_interval))
     blocker = create_engine(url)
-    with blocker.connect() as other:
-        name = runtime.sql._sql.words.key
-        other.exec_driver_sql(f"SELECT * FROM kv_store WHERE {name} = 'locked' FOR UPDATE")
-        for lease in held:
-            runtime.heartbeat_of(lease.lease.key).hold(lease)
-        wait_until(lambda: held[0].lost, "the locked one is lost")
-        assert [lease.lost for lease in held[1:]] == [None, None]
-    blocker.dispose()
-    close_runtime(app)
+    try:
+        with blocker.connect() as other:
+            name = runtime.sql._sql.words.key
+            other.exec_driver_sql(f"SELECT * FROM kv_store WHERE {name} LIKE 'l%%' FOR UPDATE")
+            for held in leases:
+                runtime.heartbeat_of(held.lease.key).hold(held)
+            yield leases[:4], leases[4:], other
+    finally:
+        blocker.dispose()
+        close_runtime(app)
+
+
+def test_locked_rows_cost_no_other_lease_its_life(locking_url: str) -> None:
+    """Somebody holds the locks of four rows for longer than a life. A statement waits for each of
+    them in turn, for a quarter of a life. Beside that, the other leases are renewed.
+    """
+    with leases_with_locked_rows(locking_url) as (locked, others, _):
+        wait_until(lambda: all(held.lost for held in locked), "the locked ones are lost")
+        lost_at = clock()
+        wait_until(lambda: all(held.asked_at > lost_at for held in others), "the others go on")
+        assert [held.lost for held in others] == [None] * 4
+
+
+def test_leases_live_whose_locked_rows_are_free_in_time(locking_url: str) -> None:
+    """Somebody holds the locks of four rows until shortly before their leases' end, while a
+    statement waits for one of them. When the locks are given up, the next statement for all leases
+    renews these four, too.
+    """
+    with leases_with_locked_rows(locking_url) as (locked, others, other):
+        asked_at = [held.asked_at for held in locked]
+        end = min(held.trusted_until for held in locked) - 1.0
+        wait_until(lambda: clock() > end, "the locks are held until shortly before the end")
+        assert [held.asked_at for held in locked] == asked_at
+        other.rollback()
+        wait_until(lambda: all(held.asked_at > end for held in locked), "the locked are renewed")
+        wait_until(lambda: all(held.asked_at > end for held in others), "and the others")
+        assert [held.lost for held in (*locked, *others)] == [None] * 8
 
 
 def test_the_clock_goes_on_while_a_statement_waits_for_a_lock(shared_store_url: str) -> None:

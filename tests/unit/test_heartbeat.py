@@ -139,6 +139,72 @@ def test_one_that_is_passed_over_is_asked_for_alone(heartbeat: Heartbeat, store:
     assert [lease.lost for lease in leases] == [None, None]
 
 
+def test_a_locked_row_does_not_delay_the_other_leases(heartbeat: Heartbeat, store: Answers) -> None:
+    """Four rows are locked; a statement for one of them alone waits for its lock; meanwhile all are
+    asked for together, and those that are not locked are renewed; the locks are given up, and all
+    four are renewed before that statement ends.
+    """
+    locked, free = {"w", "x", "y", "z"}, threading.Event()
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def answer(leases: Sequence[Lease]) -> set[str]:
+        keys = {lease.key for lease in leases}
+        if len(keys) == 1:
+            waiting.set()
+            go_on.wait(30)
+            return keys
+        return keys if free.is_set() else keys - locked
+
+    store.answer = answer
+    asked_at = clock()
+    leases = {
+        key: HeldLease(Lease(key, "holder", 1, 60.0), asked_at, 0.1) for key in (*locked, "a")
+    }
+    for lease in leases.values():
+        heartbeat.hold(lease)
+    assert waiting.wait(30)
+    before = leases["a"].asked_at
+    wait_until(lambda: leases["a"].asked_at > before, "the one that is not locked is renewed again")
+    assert all(leases[key].asked_at == asked_at for key in locked)
+    free.set()
+    wait_until(lambda: all(leases[key].asked_at > asked_at for key in locked), "the four are, too")
+    go_on.set()
+    wait_until(lambda: not heartbeat._passed_over, "nobody waits for them any more")
+    assert [lease.lost for lease in leases.values()] == [None] * 5
+
+
+def test_a_refused_lease_among_locked_ones_is_lost(heartbeat: Heartbeat, store: Answers) -> None:
+    """A statement for several cannot tell the two apart; that for one alone can."""
+    store.answer = lambda leases: (
+        {lease.key for lease in leases if lease.key != "refused"} if len(leases) > 1 else set()
+    )
+    refused, other = held("refused", ttl=60), held("other", ttl=60)
+    heartbeat.hold(refused)
+    heartbeat.hold(other)
+    wait_until(lambda: refused.lost, "it is lost")
+    assert refused.lost == "its renewal was refused"
+    assert other.lost is None
+
+
+def test_a_lease_is_asked_for_alone_only_if_it_is_the_only_one(
+    heartbeat: Heartbeat, store: Answers
+) -> None:
+    """One is due often, the other rarely: a statement that waits would delay the other."""
+    heartbeat.hold(held("rarely", ttl=60, interval=30))
+    heartbeat.hold(held("often"))
+    wait_until(lambda: len(store.asked) >= 3, "three renewals")
+    assert all(keys == ["often", "rarely"] for keys in store.asked)
+
+
+def test_an_answer_that_comes_after_a_newer_one_changes_nothing() -> None:
+    lease = held("a")
+    newer = clock() + 1
+    lease.renewed(newer)
+    until = lease.trusted_until
+    lease.renewed(newer - 0.5)
+    assert (lease.asked_at, lease.trusted_until) == (newer, until)
+
+
 @pytest.mark.parametrize("error", [StoreUnavailable("gone"), LookupError("a fault of ours")])
 def test_a_failed_request_is_repeated(
     heartbeat: Heartbeat, store: Answers, error: Exception
