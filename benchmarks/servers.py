@@ -134,8 +134,10 @@ def _program(name: str, package: str, name_in_package: str) -> Path:
     """A program from the path, else from a wheel."""
     found = shutil.which(name)
     if found:
-        # Its companions stand beside the program, and not always beside a link to it.
-        return Path(found).resolve()
+        # Its companions stand beside the program, and not always beside a link to it. A program
+        # that goes by the name of the link, as Debian's redis-server does, has to keep it.
+        program = Path(found).resolve()
+        return program if program.name == name else Path(found)
     spec = find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for candidate in Path(folder).rglob(name_in_package):

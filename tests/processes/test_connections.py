@@ -69,7 +69,7 @@ def test_a_worker_under_load_keeps_to_the_budget(
     """
     row, most, usual = BUDGETS[pool]
     assert row in PAGE
-    fleet = make_fleet(server_url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.2")
+    fleet = make_fleet(server_url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.5")
     app, until = client(), tmp_path / "until"
     fleet.start("-P", pool, "-c", str(BODIES))
     bodies = 1 if pool == "solo" else BODIES

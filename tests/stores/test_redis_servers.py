@@ -179,7 +179,7 @@ def test_a_demoted_server_answers_nothing(
     row = store.peek("k")
     assert row is not None
     change_places(primary, replica, proxy)
-    proxy._target = primary.port
+    proxy.target = primary.port
     another = Lease("k", "another", lease.fence, LONG)
     calls: list[Callable[[], Any]] = [
         lambda: store.acquire("k", "another", LONG, None),
@@ -211,7 +211,7 @@ def change_places(primary: Valkey, replica: Replica, proxy: Proxy) -> None:
     with redis.Redis(port=primary.port) as old, redis.Redis(port=replica.port) as new:
         wait_until(lambda: new.exists("k"), "the replica has the lease")
         new.replicaof("NO", "ONE")
-        proxy._target = replica.port
+        proxy.target = replica.port
         old.replicaof("127.0.0.1", replica.port)
 
 
