@@ -1,0 +1,230 @@
+"""What is explored: scenarios in which the protocol holds, and faults that the model finds.
+
+A scenario is small. It leaves out what it is not about: the length of lives, bodies that raise, or
+invariants that are not claimed there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .explorer import Model
+from .lease_model import LeaseModel
+from .lease_state import ALL, FORMER, ORDINARY, Protocol
+from .queue_model import QueueModel, WantModel
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A scenario in which no invariant breaks.
+
+    :param states: how many different states it has.
+    """
+
+    states: int
+    model: Model
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A scenario in which an invariant breaks; INTERLEAVINGS.md says how."""
+
+    invariant: str
+    model: Model
+
+
+GOOD = Protocol()
+
+NOTHING: tuple[str, ...] = ()
+CK, TX = "checkpoint", "transaction"
+CHECKPOINT, TRANSACTION = (CK,), (TX,)
+
+
+def one(*body: str, **bounds: Any) -> LeaseModel:
+    """One client. Each of its requests is sent twice."""
+    return LeaseModel(**{"protocol": GOOD, "bodies": (body,)} | bounds)
+
+
+def several(*bodies: tuple[str, ...], **bounds: Any) -> LeaseModel:
+    """Several clients. Each request is sent once; an only copy is late, too, when its client has
+    given it up.
+    """
+    return LeaseModel(**{"protocol": GOOD, "bodies": bodies, "tries": 1} | bounds)
+
+
+def without(*invariants: str) -> tuple[str, ...]:
+    return tuple(each for each in ALL if each not in invariants)
+
+
+#: A lease lives for an ordinary life.
+SHORT: dict[str, Any] = {"lease_ttl": ORDINARY}
+#: Bodies tidy up for less than the margin when their lease is lost.
+TIDIES: dict[str, Any] = {"heartbeats": 1, "tidies_for": 1, "invariants": ("I5",)}
+MARGIN = GOOD._replace(short_first_life=False, margin=1)
+OPERATOR: dict[str, Any] = {"frees": 1, "invariants": without("I5", "refused"), **SHORT}
+FAIL_OVER: dict[str, Any] = {"fail_overs": 1, "invariants": ("I1", "I3", "I6"), **SHORT}
+PRUNED: dict[str, Any] = {"prunes": 1, "invariants": without("I3", "asked", "refused"), **SHORT}
+NEXT = GOOD._replace(fence="next")
+
+HOLDS = {
+    "one run: checkpoint, transaction": Scenario(50_442, one(CK, TX)),
+    "one run: checkpoint, transaction, persist_on_error": Scenario(
+        47_947, one(CK, TX, persist_on_error=True)
+    ),
+    "one run: two checkpoints": Scenario(34_070, one(CK, CK)),
+    "one run: two checkpoints, four requests under way": Scenario(64_035, one(CK, CK, under_way=4)),
+    "one run: somebody asks it to hand over": Scenario(95_973, one(CK, asks=1, heartbeats=1)),
+    "one run: an operator releases its lease": Scenario(15_125, one(CK, **OPERATOR)),
+    "one run: a fail-over loses a commit": Scenario(72_445, one(TX, CK, **FAIL_OVER)),
+    "one run: it dies, its host frees the lease, its parent goes on renewing": Scenario(
+        31_656, one(CK, heartbeats=1, deaths=1, frees=1, by_host=True, strays=1)
+    ),
+    "one client, two deliveries: checkpoint, two requests under way": Scenario(
+        693_420, one(CK, deliveries=2, under_way=2)
+    ),
+    "two clients: checkpoint and none": Scenario(118_289, several(CHECKPOINT, NOTHING)),
+    "two clients: checkpoint and none, two tries, two requests under way": Scenario(
+        829_627, several(CHECKPOINT, NOTHING, tries=2, under_way=2, raises=False, **SHORT)
+    ),
+    "two clients: transaction and checkpoint": Scenario(
+        279_564, several(TRANSACTION, CHECKPOINT, **SHORT)
+    ),
+    "two clients: checkpoint and none, heartbeats": Scenario(
+        815_752, several(CHECKPOINT, NOTHING, heartbeats=1)
+    ),
+    "two clients: no writes, two tries, two requests under way": Scenario(
+        617_779, several(NOTHING, NOTHING, tries=2, under_way=2, raises=False)
+    ),
+    "two clients: a margin, and bodies that tidy up for less": Scenario(
+        399_236, several(CHECKPOINT, NOTHING, protocol=MARGIN, **TIDIES)
+    ),
+    "two clients: one dies, its host frees the lease": Scenario(
+        196_408, several(CHECKPOINT, NOTHING, deaths=1, frees=1, by_host=True)
+    ),
+    "two clients: transactions, persist_on_error, one dies": Scenario(
+        371_117,
+        several(TRANSACTION, TRANSACTION, persist_on_error=True, deaths=1, raises=False, **SHORT),
+    ),
+    "two clients: the lease is held after a run": Scenario(
+        31_299, several(NOTHING, NOTHING, holds=True)
+    ),
+    "two clients: the row is pruned": Scenario(118_522, several(CHECKPOINT, NOTHING, **PRUNED)),
+    "two clients: an operator releases a lease": Scenario(
+        58_086, several(NOTHING, NOTHING, **OPERATOR)
+    ),
+    "two clients: a fail-over loses a commit": Scenario(
+        818_074, several((TX, CK), NOTHING, **FAIL_OVER)
+    ),
+    "two clients: the clock is put back": Scenario(
+        113_165, several(NOTHING, NOTHING, clock_resets=1)
+    ),
+    "enqueue_once: two senders, two requests under way": Scenario(
+        241_141, QueueModel("number", under_way=2)
+    ),
+    "enqueue_once: three senders, one try": Scenario(
+        1_015_079, QueueModel("number", senders=3, tries=1)
+    ),
+    "enqueue_once: one sender, three tries": Scenario(
+        1_176, QueueModel("number", senders=1, tries=3)
+    ),
+    "enqueue_once, otherwise: a confirmation that names the claim": Scenario(
+        192_684, QueueModel("confirmed by number")
+    ),
+    "coalesce: a request names the pending run that it replaces": Scenario(
+        142_909, WantModel("run and pending")
+    ),
+}
+
+#: The protocol as it was before it was made for late requests.
+FORMER_FAULTS = {
+    "a late save overwrites a newer one": Fault(
+        "I1", one(CK, CK, protocol=FORMER, invariants=("I1",), **SHORT)
+    ),
+    "both answers to acquire are lost: a lease for nobody": Fault(
+        "I4", one(protocol=FORMER, invariants=("I4",))
+    ),
+    "a late acquire: a lease for nobody": Fault(
+        "I4", one(protocol=FORMER._replace(gives_back=True), invariants=("I4",))
+    ),
+    "COMMIT's answer is lost, persist_on_error": Fault(
+        "I3",
+        one(TX, protocol=FORMER, persist_on_error=True, tries=1, invariants=("I3",), **SHORT),
+    ),
+    "a run saved, and is reported as lost": Fault(
+        "I9", several(NOTHING, NOTHING, protocol=FORMER, tries=2, invariants=("I9",), **SHORT)
+    ),
+    "an operator released a lease, and its run is reported as saved": Fault(
+        "I9", one(protocol=FORMER, frees=1, invariants=("I9",), **SHORT)
+    ),
+    "a repeated acquire forgets who asked for the lease": Fault(
+        "asked", one(protocol=FORMER, asks=1, invariants=("asked",))
+    ),
+    "a fence is given twice, because the row was pruned": Fault(
+        "I6", several(NOTHING, NOTHING, protocol=NEXT, **PRUNED | {"invariants": ("I6",)})
+    ),
+    "a fence is given twice, because a fail-over lost an acquisition": Fault(
+        "I6", several(NOTHING, NOTHING, protocol=NEXT, **FAIL_OVER | {"invariants": ("I6",)})
+    ),
+    "a late claim: a finished message counts as queued": Fault("I8", QueueModel("none")),
+    "a late request for a pending run replaces a newer one": Fault("I7", WantModel("run")),
+}
+
+#: The protocol of PROTOCOL.md with one rule otherwise.
+HALF_FIXES = {
+    "the number must be the next one": Fault(
+        "refused", one(CK, CK, protocol=GOOD._replace(order="next"), tries=1, **SHORT)
+    ),
+    "a number that is not smaller is enough": Fault(
+        "I3",
+        one(TX, TX, protocol=GOOD._replace(order="not smaller"), tries=1, **FAIL_OVER),
+    ),
+    "a repeated acquire resets the number, and seen is not asked": Fault(
+        "I1",
+        one(CK, CK, protocol=GOOD._replace(order="not smaller", repeated="expiry and number")),
+    ),
+    "a repeated acquire resets the number": Fault(
+        "refused", one(CK, CK, protocol=GOOD._replace(repeated="expiry and number"))
+    ),
+    "a repeated acquire sets the first life again": Fault(
+        "I5", several(NOTHING, NOTHING, tries=2, protocol=GOOD._replace(repeated="expiry"))
+    ),
+    "the first write names 0 as seen, whatever acquire answered": Fault(
+        "refused", several(CHECKPOINT, CHECKPOINT, protocol=GOOD._replace(first_seen="zero"))
+    ),
+    "the lease is given back, without a short first life": Fault(
+        "I4", one(protocol=GOOD._replace(short_first_life=False))
+    ),
+    "a short first life, and the lease is not given back": Fault(
+        "I4", one(protocol=GOOD._replace(gives_back=False))
+    ),
+    "the row is asked without its lock": Fault(
+        "I2", one(TX, protocol=GOOD._replace(unknown_commit="asks without lock"), tries=1, **SHORT)
+    ),
+    "the outcome is undecided, and the body's state is saved": Fault(
+        "I2",
+        one(TX, protocol=GOOD._replace(careful=False), tries=1, persist_on_error=True, **SHORT),
+    ),
+    "no margin, and a body that tidies up": Fault(
+        "I5", several(NOTHING, NOTHING, protocol=MARGIN._replace(margin=0), **TIDIES)
+    ),
+    "a margin, and a lost run gives back before its body has ended": Fault(
+        "I5", several(NOTHING, NOTHING, protocol=MARGIN._replace(gives_back_at="loss"), **TIDIES)
+    ),
+    "any entry with a run's name counts as its end": Fault(
+        "I9", one(protocol=GOOD._replace(proof="any"), frees=1, **SHORT)
+    ),
+    "a claim is refused if the history has its message": Fault("I8", QueueModel("history")),
+    "a claim has a short first life, and is confirmed by its message": Fault(
+        "I8", QueueModel("confirmed")
+    ),
+}
+
+#: The protocol of PROTOCOL.md where it claims nothing.
+NOT_CLAIMED = {
+    "a fence is given twice, because the row was pruned and the clock put back": Fault(
+        "I6", several(NOTHING, NOTHING, clock_resets=1, **PRUNED | {"invariants": ("I6",)})
+    ),
+}
+
+FAULTS = FORMER_FAULTS | HALF_FIXES | NOT_CLAIMED
