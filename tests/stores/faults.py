@@ -1,0 +1,116 @@
+"""Faults for the model's tests: one place in one statement is wrong.
+
+They are planted into the statements of the store in memory, which are those of SQLite, and into the
+scripts of Redis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery_singleton_state.store import SqlStore
+from celery_singleton_state.store.statements import HELD_ON
+
+IN_ORDER = "AND write BETWEEN :seen AND :number"
+NEW_QUEUE = "'now'), 0, 1)"
+SAME = "CASE WHEN mine.holder = :holder THEN"
+#: Of a statement, what is replaced in its text, and by what.
+FAULTS = {
+    "acquire takes a held lease": ("acquire", "WHERE mine.holder IS NULL", "WHERE 1 = 1"),
+    "acquire raises no fence": ("acquire", "coalesce(mine.fence, 0) + 1", "mine.fence"),
+    "acquire does not ask the clock": ("acquire", "mine.fence, 0) + 1,", "mine.fence, 0) + 1, 0 *"),
+    "a new row's fence is not the clock's": (
+        "acquire",
+        " AS INTEGER), 0, 1,",
+        " AS INTEGER) * 0 + 1, 0, 1,",
+    ),
+    "acquire again raises the fence": ("acquire", f"{SAME} mine.fence", f"{SAME} mine.fence + 1"),
+    "acquire again resets the number": ("acquire", f"{SAME} mine.write", f"{SAME} 0"),
+    "acquire again sets the first life": ("acquire", "coalesce(mine.expires_at", "coalesce(NULL"),
+    "acquire again forgets who asked": ("acquire", f"{SAME} mine.handoff_to END", "NULL"),
+    "acquire again changes the queue": (
+        "acquire",
+        f"{SAME} mine.queue ",
+        f"{SAME} mine.queue + 1 ",
+    ),
+    "acquire again is a new moment": (
+        "acquire",
+        f"acquired_at = {SAME} mine.acquired_at ELSE",
+        "acquired_at = CASE WHEN 1 = 0 THEN 0 ELSE",
+    ),
+    "acquire does not change the queue": ("acquire", "coalesce(mine.queue, 0) + 1", "mine.queue"),
+    "acquire leaves its message queued": (
+        "acquire",
+        "queued_task_id = :task_id THEN NULL",
+        "queued_task_id = :task_id THEN mine.queued_until",
+    ),
+    "acquire does not mark a takeover": ("acquire", "THEN -1 ELSE 0", "THEN 0 ELSE 0"),
+    "save without the key": ("save", "key = :key AND", ""),
+    "save without the fence": ("save", "AND fence = :fence", ""),
+    "save without the holder": ("save", "AND holder = :holder", ""),
+    "save in time only": ("save", "WHERE", "WHERE expires_at > '2001-01-01' AND"),
+    "save in any order": ("save", IN_ORDER, ""),
+    "save without what was seen": ("save", IN_ORDER, "AND write <= :number"),
+    "save by the next number only": ("save", IN_ORDER, "AND write IN (:number - 1, :number)"),
+    "save does not note its number": ("save", "write = :number,", ""),
+    "release without the fence": ("release", "AND fence = :fence", ""),
+    "release without the holder": ("release", "AND holder = :holder", ""),
+    "release without an end to it": ("release", "holder = NULL", "holder = holder"),
+    "release in any order": ("release", IN_ORDER, ""),
+    "release without what was seen": ("release", IN_ORDER, "AND write <= :number"),
+    "a hold is its holder's still": ("release", f"holder || '{HELD_ON}'", "holder"),
+    "a hold counts from the release": ("release", "acquired_at, :hold", "'now', :hold"),
+    "give back without the holder": ("give_back", "AND holder = :holder", ""),
+    "give back does not free": ("give_back", "holder = NULL", "holder = holder"),
+    "the question is always answered with yes": ("written", "write >= :number", "1 = 1"),
+    "the question without the fence": ("written", "fence = :fence AND", ""),
+    "renew without the fence": ("renew", "AND fence = held_fence", ""),
+    "renew without the holder": ("renew", "AND holder = held_holder", ""),
+    "record without the fence": ("record", "AND fence = :fence", ""),
+    "record without the holder": ("record", "AND holder = :holder", ""),
+    "record without a renewal": ("record", "expires_at = excluded.expires_at,", ""),
+    "record in any order": ("record", IN_ORDER, ""),
+    "record without what was seen": ("record", IN_ORDER, "AND write <= :number"),
+    "record does not note its number": ("record", "write = excluded.write,", ""),
+    "forget without the fence": ("forget_within", "AND fence = :fence", ""),
+    "forget without the holder": ("forget_within", "AND holder = :holder", ""),
+    "forget in any order": ("forget_within", IN_ORDER, ""),
+    "want without the pending run that was seen": ("want", "AND wanted IS :wanted", ""),
+    "want without the holder": ("want", "AND holder = :holder", ""),
+    "a strike hits any pending run": ("granted", "AND wanted = :wish", ""),
+    "a run's lease is let go": ("let_go", "AND acquired_at IS NULL", ""),
+    "claim without the number": ("claim", "coalesce(mine.queue, 0) = :number OR", "1 = 1 OR"),
+    "a repeated claim is refused": ("claim", "mine.queue = :number + 1 AND", "1 = 0 AND"),
+    "claim does not change the number": ("claim", "queue = :number + 1\n", "queue = :number\n"),
+    "dequeue does not change the number": ("dequeue", "coalesce(mine.queue, 0) + 1", "mine.queue"),
+    "dequeue does not make a row": ("dequeue", NEW_QUEUE, NEW_QUEUE.replace("0, 1", "0, 0")),
+    "put without the fence": ("put", "coalesce(mine.fence, 0) = :fence AND", ""),
+    "put without the number": ("put", "AND coalesce(mine.write, 0) = :write", ""),
+    "put does not change the number": ("put", "coalesce(mine.write, 0) + 1", "mine.write"),
+    "put into a held lease": ("put", "mine.holder IS NULL OR", "1 = 1 OR"),
+}
+
+
+#: The same of a script.
+REDIS_FAULTS = {
+    "release without the fence": (
+        "RELEASE",
+        "if other ~= holder or last ~= fence then",
+        "if other ~= holder then",
+    ),
+}
+
+
+def planted(text: Any, right: str, wrong: str) -> Any:
+    if isinstance(text, dict):
+        return {kind: planted(each, right, wrong) for kind, each in text.items()}
+    if isinstance(text, tuple):
+        return tuple(planted(each, right, wrong) for each in text)
+    return text.replace(right, wrong)
+
+
+def plant(store: SqlStore, statement: str, right: str, wrong: str) -> SqlStore:
+    texts = vars(store._sql)
+    assert right in str(texts[statement]).replace("\\n", "\n")
+    texts[statement] = planted(texts[statement], right, wrong)
+    return store

@@ -1,0 +1,362 @@
+"""The row of a singleton and the rules of the lease's protocol, in plain Python.
+
+tests/spec/PROTOCOL.md has the rules. :class:`Model` has the verbs of a store and answers as every
+store must. It has no clock: a lease's life is one of two lengths, until it runs out.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from celery_singleton_state.store.base import (
+    TAKEN_OVER,
+    Acquired,
+    Ended,
+    Lease,
+    NewValue,
+    Queued,
+    Released,
+    Row,
+    Saved,
+    Write,
+)
+from celery_singleton_state.store.statements import HELD_ON
+
+#: What an acquire takes a lease for, and what a confirmation or a renewal makes of it. Longer than
+#: any test: a lease runs out only when a test says so.
+FIRST, LONG = 10_000.0, 20_000.0
+
+
+@dataclass(frozen=True)
+class State:
+    """A state: checkpoints made, and items done in transactions."""
+
+    checkpoints: int = 0
+    items: int = 0
+
+    def encoded(self) -> NewValue:
+        return NewValue(json.dumps(vars(self)), 1)
+
+
+def decoded(value: str) -> State:
+    return State(**(json.loads(value) or {}))
+
+
+@dataclass
+class ModelRow:
+    """A singleton's row."""
+
+    value: str = "null"
+    schema_version: int | None = None
+    fence: int = 0
+    write: int = 0
+    #: Of a lease that is held after its run, a name that no run has.
+    holder: str | None = None
+    task_id: str | None = None
+    #: Seconds that the lease lives, about; 0 if it ran out.
+    life: float = 0.0
+    #: The run has taken longer than any hold.
+    outlasted: bool = False
+    run_count: int = 0
+    last_outcome: str | None = None
+    history: str | None = None
+    handoff_to: str | None = None
+    wanted: str | None = None
+    queue: int = 0
+    queued_task_id: str | None = None
+    #: The queued message still counts as queued.
+    queued: bool = False
+
+    @property
+    def held_on(self) -> bool:
+        return self.holder is not None and self.holder.endswith(HELD_ON)
+
+    def is_held(self, lease: Lease | Row) -> bool:
+        mine = self.holder is not None and self.holder == lease.holder
+        return mine and self.fence == lease.fence
+
+    def free(self) -> None:
+        self.holder = self.task_id = None
+        self.life = 0.0
+
+    def run_out(self) -> None:
+        """Time passes, longer than any life."""
+        self.life, self.outlasted, self.queued = 0.0, True, False
+        if self.held_on:
+            self.holder = None
+
+    def store(self, write: Write) -> None:
+        self.value, self.schema_version = write.new.value, write.new.schema_version
+        self.write = write.number
+
+    def seen(self) -> dict[str, Any]:
+        """What :meth:`Leases.peek` shows of it."""
+        names = ("value", "schema_version", "fence", "write", "holder", "task_id", "wanted")
+        more = ("run_count", "last_outcome", "history")
+        return {name: getattr(self, name) for name in names + more} | {
+            "held": self.life > 0,
+            "held_on": self.held_on,
+        }
+
+    def hidden(self) -> tuple[Any, ...]:
+        """What no verb shows."""
+        return self.handoff_to, self.queue, self.queued_task_id if self.queued else None
+
+    def unused(self) -> bool:
+        asked = self.handoff_to is not None or self.wanted is not None
+        return self.holder is None and not asked and not self.queued
+
+
+class Model:
+    """All rows, and the entries of a schedule.
+
+    A verb that is refused answers ``None`` or ``False``, and changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, ModelRow] = {}
+        self.entries: dict[str, str] = {}
+
+    def row(self, key: str) -> ModelRow:
+        """A row to be changed, which is made if there is none."""
+        return self.rows.setdefault(key, ModelRow())
+
+    def seen(self, key: str) -> ModelRow:
+        """A row to be read."""
+        return self.rows.get(key, ModelRow())
+
+    def held(self, lease: Lease | Row) -> ModelRow | None:
+        row = self.seen(lease.key)
+        return row if row.is_held(lease) else None
+
+    def in_order(self, lease: Lease, number: int, seen: int) -> ModelRow | None:
+        row = self.held(lease)
+        return row if row and seen <= row.write <= number else None
+
+    def refuses(self, request: Request) -> bool:
+        """Whether a request will be refused, so that it must not change anything."""
+        if request.verb == "acquire":
+            key, holder = request.arguments[:2]
+            row = self.seen(key)
+            return row.holder not in (None, holder) and row.life > 0
+        if request.verb in ("dequeue", "granted"):
+            return False
+        trial = Model()
+        trial.rows, trial.entries = copy.deepcopy(self.rows), dict(self.entries)
+        return getattr(trial, request.verb)(*request.arguments) in (None, False)
+
+    # -- a holder's requests
+
+    def acquire(
+        self, key: str, holder: str, ttl: float, task_id: str | None, found: Acquired | None
+    ) -> Acquired | None:
+        """:param found: the store's answer, which has the store's times and with them the fence;
+        :func:`fence_is_right` is about that.
+        """
+        row = self.seen(key)
+        if row.holder != holder and row.holder is not None and row.life:
+            return None
+        assert found is not None
+        row = self.row(key)
+        if row.holder == holder:
+            row.life = max(row.life, ttl)
+        else:
+            row.fence = found.lease.fence
+            row.write = 0 if row.holder is None else TAKEN_OVER
+            row.queue += 1
+            row.queued = row.queued and row.queued_task_id != task_id
+            row.life, row.outlasted, row.handoff_to = ttl, False, None
+            row.holder, row.task_id = holder, task_id
+        lease = Lease(key, holder, row.fence, ttl)
+        return Acquired(
+            lease, row.value, row.schema_version, row.history, found.acquired_at, row.write
+        )
+
+    def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
+        renewed = {}
+        for lease in leases:
+            if row := self.held(lease):
+                row.life = lease.ttl
+                renewed[lease.key] = row.handoff_to
+        return renewed
+
+    def save(self, lease: Lease, write: Write) -> Saved | None:
+        row = self.in_order(lease, write.number, write.seen)
+        if row is None:
+            return None
+        row.store(write)
+        row.life = lease.ttl
+        return Saved(row.handoff_to)
+
+    def written(self, lease: Lease, number: int) -> bool | None:
+        row = self.held(lease)
+        return row.write >= number if row else None
+
+    def release(self, lease: Lease, ended: Ended, write: Write | None = None) -> Released | None:
+        row = self.held(lease)
+        if write is not None:
+            row = self.in_order(lease, write.number, write.seen)
+        if row is None:
+            return None
+        if write is not None:
+            row.store(write)
+        row.run_count += 1
+        row.last_outcome, row.history = ended.outcome, ended.history
+        holder = row.holder
+        row.free()
+        if ended.hold > 0 and not row.outlasted:
+            row.holder, row.life = f"{holder}{HELD_ON}", ended.hold
+        return Released(row.wanted)
+
+    def give_back(self, key: str, holder: str) -> Released | None:
+        row = self.seen(key)
+        if row.holder != holder:
+            return None
+        row.free()
+        return Released(row.wanted)
+
+    # -- others' requests, by what they saw of the row
+
+    def ask_to_hand_over(self, row: Row, who: str) -> bool:
+        mine = self.held(row)
+        if mine is None or not mine.life:
+            return False
+        mine.handoff_to = who
+        return True
+
+    def let_go(self, row: Row) -> bool:
+        mine = self.held(row)
+        if mine is None or not mine.held_on:
+            return False
+        mine.free()
+        return True
+
+    def want(self, row: Row, wish: str) -> bool:
+        mine = self.held(row)
+        if mine is None or not mine.life or mine.wanted != row.wanted:
+            return False
+        mine.wanted = wish
+        return True
+
+    def granted(self, key: str, wish: str) -> None:
+        row = self.seen(key)
+        if row.wanted == wish:
+            row.wanted = None
+
+    def queued(self, key: str) -> Queued:
+        row = self.seen(key)
+        if row.queued:
+            return Queued(row.queue, row.queued_task_id)
+        return Queued(row.queue, row.task_id if row.life else None)
+
+    def claim(self, key: str, task_id: str, life: float, number: int) -> bool:
+        row = self.seen(key)
+        repeated = row.queue == number + 1 and row.queued_task_id == task_id and row.queued
+        if row.queue != number and not repeated:
+            return False
+        row = self.row(key)
+        row.queue, row.queued_task_id, row.queued = number + 1, task_id, True
+        return True
+
+    def dequeue(self, key: str, task_id: str) -> None:
+        row = self.row(key)
+        row.queue += 1
+        row.queued = row.queued and row.queued_task_id != task_id
+
+    def put(self, key: str, row: Row | None, new: NewValue) -> bool:
+        mine = self.seen(key)
+        fence, write = (row.fence, row.write) if row else (0, 0)
+        if mine.holder is not None or (mine.fence, mine.write) != (fence, write):
+            return False
+        self.row(key).store(Write(write + 1, write, new))
+        return True
+
+    def prune(self, keys: Sequence[str], older_than: float) -> list[str]:
+        found = [key for key in keys if key in self.rows and self.rows[key].unused()]
+        for key in found:
+            del self.rows[key]
+        return found
+
+    # -- the leader's requests, of whose schedule the lease is
+
+    def record(
+        self, lease: Lease, entries: Mapping[str, str], number: int, seen: int
+    ) -> bool | None:
+        row = self.in_order(lease, number, seen)
+        if row is None:
+            return None
+        row.write, row.life = number, lease.ttl
+        self.entries |= entries
+        return True
+
+    def forget(self, lease: Lease, keys: Sequence[str], number: int, seen: int) -> bool:
+        row = self.in_order(lease, number, seen)
+        if row is None:
+            return False
+        row.write = number
+        for key in keys:
+            self.entries.pop(key, None)
+        return True
+
+
+@dataclass(frozen=True)
+class Request:
+    """A verb of a store and its arguments; it can be carried out at any moment, and repeatedly."""
+
+    verb: str
+    arguments: tuple[Any, ...]
+    #: Business rows that a transaction writes, whose last statement the save is; and whether it is
+    #: committed.
+    item: int | None = None
+    commits: bool = True
+
+    @property
+    def key(self) -> str:
+        first = self.arguments[0]
+        if isinstance(first, (list, tuple)):
+            first = first[0]
+        return first if isinstance(first, str) else str(first.key)
+
+    def __str__(self) -> str:
+        return f"{self.verb}{self.arguments}"
+
+
+@dataclass(eq=False)
+class Run:
+    """What a process knows of its run."""
+
+    key: str
+    holder: str
+    process: int
+    task_id: str | None
+    #: Whether it confirms its first life before its body begins.
+    confirms: bool = False
+    #: "acquires", "confirms", "body", "commits" (and was not answered) or "releases".
+    phase: str = "acquires"
+    #: The request whose answer it waits for, and whether an earlier copy was not answered.
+    request: Request | None = None
+    unsure: bool = False
+    lease: Lease | None = None
+    #: In memory: the state, and the last write's number.
+    state: State = field(default_factory=State)
+    before: State = field(default_factory=State)
+    number: int = 0
+    seen: int = 0
+    #: Its COMMIT's outcome will never be known.
+    undecided: bool = False
+    trusts: bool = False
+    history: list[list[Any]] = field(default_factory=list)
+    outcome: str = ""
+
+
+def fence_is_right(fence: int, before: int, earliest: float, latest: float) -> bool:
+    """Whether an acquisition's fence is the larger of the fence before + 1 and the clock.
+
+    :param earliest, latest: between these moments the store read its clock, in seconds.
+    """
+    low, high = int(earliest * 1000) - 2, int(latest * 1000) + 2
+    return max(before + 1, low) <= fence <= max(before + 1, high)

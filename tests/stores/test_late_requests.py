@@ -1,0 +1,596 @@
+"""Requests that are carried out late, on every store: the interleavings of the lease's protocol.
+
+A store carries a request out when the test sends it, so a late request is one that the test sends
+after the requests that overtook it. tests/spec/INTERLEAVINGS.md shows what each became before.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.store.base import (
+    TAKEN_OVER,
+    Acquired,
+    Ended,
+    Leases,
+    NewValue,
+    Queued,
+    Released,
+    Row,
+    Store,
+    Write,
+)
+from tests.conftest import url_on
+from tests.waiting import wait_until
+
+LONG, FIRST, BRIEF = 600.0, 8.0, 0.2
+DONE = Ended("succeeded", "[]")
+HOUR = 3_600_000
+
+
+def acquire(store: Leases, holder: str = "a", ttl: float = LONG, task: str = "m") -> Acquired:
+    acquired = store.acquire("k", holder, ttl, task)
+    assert acquired is not None
+    return acquired
+
+
+def peek(store: Leases) -> Row:
+    row = store.peek("k")
+    assert row is not None
+    return row
+
+
+def let_run_out(store: Leases) -> None:
+    """Wait until the store's own clock says that the lease ran out."""
+    wait_until(lambda: not peek(store).held, "the lease runs out")
+
+
+def write(number: int, seen: int) -> Write:
+    """The run's write with a number, whose content tells it from the others."""
+    return Write(number, seen, NewValue(f'{{"write":{number}}}', 1))
+
+
+def value(number: int) -> str:
+    return write(number, 0).new.value
+
+
+# -- writes
+
+
+def test_a_late_save_does_not_overwrite_a_newer_one(store: SqlStore) -> None:
+    """Save 1 stalls; the run repeats it, and is answered; save 2 is answered; then the first copy
+    of save 1 is carried out.
+    """
+    lease = acquire(store).lease
+    assert store.save(lease, write(1, seen=0))
+    assert store.save(lease, write(2, seen=1))
+    before = peek(store)
+    assert store.save(lease, write(1, seen=0)) is None
+    after = peek(store)
+    assert (after.value, after.write) == (value(2), 2)
+    assert after.updated_at == before.updated_at
+
+
+def test_a_late_save_does_not_overwrite_a_transaction(store: SqlStore) -> None:
+    """Save 1 stalls and is given up; a transaction with write 2 commits; then save 1 is carried
+    out.
+    """
+    lease = acquire(store).lease
+    with store.transaction() as transaction:
+        assert transaction.save(lease, write(2, seen=0))
+    assert store.save(lease, write(1, seen=0)) is None
+    assert peek(store).value == value(2)
+
+
+def test_a_late_release_does_not_save_over_a_newer_write(store: SqlStore) -> None:
+    """A release with a state names what it has seen, like every write; one that is behind the row
+    is refused, and so the lease stays.
+    """
+    lease = acquire(store).lease
+    assert store.save(lease, write(2, seen=0))
+    assert store.release(lease, DONE, write(1, seen=0)) is None
+    row = peek(store)
+    assert (row.value, row.holder, row.run_count) == (value(2), "a", 0)
+
+
+def test_a_late_save_after_the_end_of_its_run_is_refused(store: SqlStore) -> None:
+    """Save 1 stalls and is given up; the run saves and releases; save 1 is carried out, on the free
+    row, and again when the next run has the lease.
+    """
+    lease = acquire(store).lease
+    assert store.release(lease, DONE, write(2, seen=0))
+    assert store.save(lease, write(1, seen=0)) is None
+    acquire(store, "b")
+    assert store.save(lease, write(1, seen=0)) is None
+    assert peek(store).value == value(2)
+
+
+def test_a_repeated_write_is_the_same_write(store: SqlStore) -> None:
+    """Each write is carried out and its answer lost; its repetition succeeds. A release's does not,
+    because the lease is free.
+    """
+    lease = acquire(store).lease
+    for _ in range(2):
+        assert store.save(lease, write(1, seen=0))
+    for _ in range(2):
+        with store.transaction() as transaction:
+            assert transaction.save(lease, write(2, seen=1))
+    assert store.release(lease, DONE, write(3, seen=2))
+    assert store.release(lease, DONE, write(3, seen=2)) is None
+    row = peek(store)
+    assert (row.value, row.write, row.run_count) == (value(3), 3, 1)
+
+
+@pytest.mark.parametrize("carried_out", [True, False])
+def test_a_write_follows_one_whose_outcome_is_unknown(store: SqlStore, carried_out: bool) -> None:
+    """Save 1 is carried out or not, and is given up; the run goes on, and save 2 succeeds either
+    way.
+
+    If save 2 needed save 1 to be there, a healthy run would be lost.
+    """
+    lease = acquire(store).lease
+    if carried_out:
+        assert store.save(lease, write(1, seen=0))
+    assert store.save(lease, write(2, seen=0))
+    assert peek(store).value == value(2)
+
+
+def test_a_write_is_refused_if_the_database_lost_what_the_run_has_seen(store: SqlStore) -> None:
+    """Write 2 is answered; a fail-over loses it, and the row says 1 again; write 3 would store a
+    state that counts the lost write as done.
+    """
+    lease = acquire(store).lease
+    assert store.save(lease, write(1, seen=0))
+    for lost in (
+        store.save(lease, write(3, seen=2)),
+        store.release(lease, DONE, write(3, seen=2)),
+    ):
+        assert lost is None
+    with store.transaction() as transaction:
+        assert transaction.save(lease, write(3, seen=2)) is None
+    assert peek(store).value == value(1)
+    # Without a state it may end.
+    assert store.release(lease, Ended("failed", "[]"))
+
+
+def test_the_first_number_tells_a_takeover_from_a_handoff(leases: Leases) -> None:
+    """A new row and an orderly handoff: 0; a holder that let its lease run out: -1; a lease that
+    was held after its run: 0, because its holder had released it.
+    """
+    first = acquire(leases, "a")
+    assert (first.write, peek(leases).write) == (0, 0)
+    leases.release(first.lease, DONE)
+    second = acquire(leases, "b", BRIEF)
+    assert (second.write, peek(leases).write) == (0, 0)
+    let_run_out(leases)
+    third = acquire(leases, "c")
+    assert (third.write, peek(leases).write) == (TAKEN_OVER, TAKEN_OVER)
+    leases.release(third.lease, Ended("succeeded", "[]", hold=BRIEF))
+    fourth = wait_until(lambda: leases.acquire("k", "d", LONG, None), "the hold passes")
+    assert fourth.write == 0
+
+
+def test_a_run_that_took_over_writes(store: SqlStore) -> None:
+    """Its first write names as seen what acquire answered, -1."""
+    acquire(store, "a", BRIEF)
+    let_run_out(store)
+    second = acquire(store, "b")
+    assert store.save(second.lease, write(1, seen=0)) is None
+    assert store.save(second.lease, write(1, seen=second.write))
+    assert store.release(second.lease, DONE, write(2, seen=1))
+
+
+# -- a COMMIT whose outcome is unknown
+
+
+def test_the_row_tells_whether_a_write_was_carried_out(store: SqlStore) -> None:
+    lease = acquire(store).lease
+    assert store.written(lease, 1) is False
+    with store.transaction() as transaction:
+        transaction.save(lease, write(1, seen=0))
+    assert store.written(lease, 1) is True
+    assert store.written(lease, 2) is False
+    assert store.written(replace(lease, fence=lease.fence + 1), 1) is None
+    assert store.written(replace(lease, holder="b"), 1) is None
+    assert store.written(replace(lease, key="other"), 1) is None
+    store.release(lease, DONE)
+    assert store.written(lease, 1) is None
+
+
+@pytest.fixture(params=["postgresql", "pgbouncer", "mariadb"])
+def server_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqlStore]:
+    """A store whose database locks rows."""
+    url = url_on(request.param, request, tmp_path)
+    opened = open_store(url, "kv_store", io_timeout=10.0, pool_size=4, auto_migrate=True)
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("commits", [True, False])
+def test_the_question_waits_for_a_commit_under_way(server_store: SqlStore, commits: bool) -> None:
+    """The transaction's save was carried out, its COMMIT is still to come; the row, if it were
+    asked without its lock, would say no; the run would go on, and COMMIT would come after that.
+    """
+    store = server_store
+    lease = acquire(store).lease
+    asked = threading.Event()
+
+    def ask() -> bool | None:
+        asked.set()
+        return store.written(lease, 1)
+
+    class RolledBack(Exception):
+        """What ends the transaction without a COMMIT."""
+
+    with ThreadPoolExecutor(1) as pool:
+        answer: Any = None
+        try:
+            with store.transaction() as transaction:
+                transaction.save(lease, write(1, seen=0))
+                answer = pool.submit(ask)
+                asked.wait()
+                wait_until(lambda: waiting_statements(store), "the question waits for the lock")
+                assert not answer.done()
+                if not commits:
+                    raise RolledBack
+        except RolledBack:
+            pass
+        assert answer.result() is commits
+
+
+def waiting_statements(store: SqlStore) -> int:
+    """How many statements wait for a lock, as the server tells."""
+    if store.engine.dialect.name == "postgresql":
+        query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    else:
+        # Refreshed by the server ten times a second.
+        query = "SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
+    return int(store._rows(query, {})[0][0])
+
+
+# -- acquire, and what it takes for nobody
+
+
+def test_a_repeated_acquire_keeps_who_asked(leases: Leases) -> None:
+    """Acquire is carried out and its answer lost; somebody asks the holder to hand over; the
+    repetition of acquire must not forget that.
+    """
+    lease = acquire(leases).lease
+    assert leases.wishes.ask_to_hand_over(peek(leases), "b")
+    assert acquire(leases).lease == lease
+    assert leases.renew([lease]) == {"k": "b"}
+
+
+def test_a_repeated_acquire_brings_no_expiry_nearer(leases: Leases) -> None:
+    """Acquire, for the first life, stalls and is repeated; the run confirms for its long life; the
+    first copy is carried out. If it set the first life again, a second body would begin beside the
+    first, which trusts its lease.
+    """
+    lease = replace(acquire(leases, ttl=FIRST).lease, ttl=LONG)
+    assert leases.renew([lease])
+    acquire(leases, ttl=FIRST)
+    expires_in = peek(leases).expires_in
+    assert expires_in is not None
+    assert expires_in > LONG / 2
+
+
+def test_a_repeated_acquire_keeps_number_and_moment(store: SqlStore) -> None:
+    """Acquire stalls and is repeated; saves 1 and 2 are answered; the first copy of acquire is
+    carried out, then that of save 1. If the number were 0 again, the late save would pass, and the
+    run's own next save would not.
+    """
+    first = acquire(store)
+    store.save(first.lease, write(1, seen=0))
+    store.save(first.lease, write(2, seen=1))
+    before = peek(store)
+    again = acquire(store)
+    assert (again.lease, again.acquired_at, again.write) == (first.lease, first.acquired_at, 2)
+    after = peek(store)
+    assert (after.write, after.acquired_at) == (before.write, before.acquired_at)
+    assert store.save(first.lease, write(1, seen=0)) is None
+    assert store.save(first.lease, write(3, seen=2))
+
+
+def test_a_late_acquire_holds_for_the_first_life_at_most(leases: Leases) -> None:
+    """Acquire stalls and is repeated; the run confirms, ends and releases; the first copy of
+    acquire is carried out, and takes the free lease for nobody. The late copy of the confirmation
+    names an older fence, and does not prolong that.
+    """
+    lease = replace(acquire(leases, ttl=FIRST).lease, ttl=LONG)
+    assert leases.renew([lease])
+    assert leases.release(lease, DONE)
+    late = acquire(leases, ttl=FIRST)
+    assert late.lease.fence > lease.fence
+    assert leases.renew([lease]) == {}
+    expires_in = peek(leases).expires_in
+    assert expires_in is not None
+    assert expires_in <= FIRST + 0.01
+
+
+def test_a_lease_is_given_back_by_the_holders_name_alone(leases: Leases) -> None:
+    """Both answers to acquire are lost, so its holder knows no fence. It gives back until that is
+    answered, and a late copy of it takes no lease from the next holder.
+    """
+    acquire(leases, "a")
+    assert leases.wishes.want(peek(leases), "{}")
+    before = peek(leases)
+    assert leases.give_back("k", "b") is None
+    assert leases.give_back("k", "a") == Released(wanted="{}")
+    row = peek(leases)
+    assert (row.holder, row.task_id, row.expires_in, row.acquired_at) == (None,) * 4
+    # It is no run's end.
+    assert (row.run_count, row.history, row.fence) == (0, None, before.fence)
+    assert leases.give_back("k", "a") is None
+    acquire(leases, "b")
+    assert leases.give_back("k", "a") is None
+    assert peek(leases).holder == "b"
+    assert leases.give_back("nothing", "a") is None
+
+
+def test_give_back_does_not_end_a_hold(leases: Leases) -> None:
+    """The run's release, which keeps the lease for a while, is carried out and its answer lost; the
+    process gives back what it may hold.
+    """
+    leases.release(acquire(leases).lease, Ended("succeeded", "[]", hold=LONG))
+    assert leases.give_back("k", "a") is None
+    assert peek(leases).held_on
+
+
+def test_a_late_renewal_does_not_prolong_anothers_lease(leases: Leases) -> None:
+    """A parent renews for a child whose run has ended: the lease is free, or another run's."""
+    lease = acquire(leases, "a").lease
+    leases.release(lease, DONE)
+    assert leases.renew([lease]) == {}
+    acquire(leases, "b", FIRST)
+    assert leases.renew([lease]) == {}
+    expires_in = peek(leases).expires_in
+    assert expires_in is not None
+    assert expires_in <= FIRST + 0.01
+
+
+def test_a_run_finds_another_end_than_its_own(leases: Leases) -> None:
+    """Release stalls; an operator releases the lease, which leaves an entry with the run's fence
+    and holder; the repetition is refused. The entry's outcome is not the run's, so the run must not
+    take it for its own end.
+    """
+    lease = acquire(leases).lease
+    assert leases.release(lease, Ended("lost", '["lost"]'))
+    assert leases.release(lease, Ended("succeeded", '["succeeded"]')) is None
+    row = peek(leases)
+    assert (row.history, row.last_outcome, row.run_count) == ('["lost"]', "lost", 1)
+
+
+# -- fences
+
+
+def clock() -> int:
+    """Milliseconds since 1970; the tests' servers have this machine's clock."""
+    return int(time.time() * 1000)
+
+
+def set_fence(store: Any, fence: int) -> None:
+    """As if the row had come from a moment when the clock was ahead, or behind."""
+    if isinstance(store, SqlStore):
+        store._change(f"UPDATE {store.table.fullname} SET fence = {fence}", {})
+    else:
+        with store._scripts._make_client() as client:
+            client.hset("k", "fence", fence)
+
+
+def test_a_fence_is_the_stores_clock(leases: Leases) -> None:
+    before = clock()
+    fence = acquire(leases).lease.fence
+    assert before - 2 <= fence <= clock() + 2
+
+
+def test_a_fence_is_not_given_twice_after_the_row_was_removed(leases: Leases) -> None:
+    """A run writes elsewhere by its fence, ends, and its row is removed: pruned, or with a wiped
+    Redis. A late request of that run must not meet its fence in the new row either.
+    """
+    first = acquire(leases).lease
+    leases.release(first, DONE)
+    wait_until(lambda: clock() > first.fence + 2, "the clock moves on")
+    assert leases.prune(["k"], 0.0) == ["k"]
+    second = acquire(leases, "b").lease
+    assert second.fence > first.fence
+    assert leases.renew([first]) == {}
+
+
+def test_a_fence_is_not_given_twice_after_an_older_row_came_back(leases: Leases) -> None:
+    """A fail-over loses commits, or a backup is restored: the row has an older fence than was given
+    out, and the next acquisition must not count on from that.
+    """
+    first = acquire(leases).lease
+    leases.release(first, DONE)
+    wait_until(lambda: clock() > first.fence + 2, "the clock moves on")
+    set_fence(leases, first.fence - HOUR)
+    assert acquire(leases, "b").lease.fence > first.fence
+
+
+def test_a_fence_goes_on_by_one_when_the_clock_was_put_back(leases: Leases) -> None:
+    """The row's fence is an hour ahead of the clock."""
+    leases.release(acquire(leases).lease, DONE)
+    ahead = clock() + HOUR
+    set_fence(leases, ahead)
+    for number in (1, 2):
+        lease = acquire(leases, f"b{number}").lease
+        assert lease.fence == ahead + number
+        leases.release(lease, DONE)
+
+
+# -- enqueue_once and pending runs
+
+
+def claim(leases: Leases, task_id: str, number: int) -> bool:
+    return leases.wishes.claim("k", task_id, LONG, number)
+
+
+def test_a_late_claim_does_not_count_a_finished_message_as_queued(leases: Leases) -> None:
+    """A claim stalls; its repetition is answered, the message is sent, runs and ends; then the
+    first copy is carried out.
+    """
+    number = leases.wishes.queued("k").number
+    assert claim(leases, "m", number)
+    assert claim(leases, "m", number), "repeated while it counts"
+    assert leases.wishes.queued("k").task_id == "m"
+    lease = acquire(leases, task="m").lease
+    assert not claim(leases, "m", number)
+    leases.release(lease, DONE)
+    assert not claim(leases, "m", number)
+    assert leases.wishes.queued("k").task_id is None
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "a new singleton"])
+def test_a_late_claim_of_a_message_that_was_dequeued_is_refused(
+    leases: Leases, known: bool
+) -> None:
+    """A claim stalls and is given up, the message is sent without; it is revoked, and its worker
+    dequeues it; then the claim is carried out. The singleton may never have run.
+    """
+    if known:
+        leases.release(acquire(leases).lease, DONE)
+    number = leases.wishes.queued("k").number
+    leases.wishes.dequeue("k", "m")
+    assert not claim(leases, "m", number)
+    assert leases.wishes.queued("k").task_id is None
+
+
+def test_one_of_two_claims_is_accepted(leases: Leases) -> None:
+    """Two senders see that no message is queued."""
+    number = leases.wishes.queued("k").number
+    assert claim(leases, "m1", number)
+    assert not claim(leases, "m2", number)
+    assert leases.wishes.queued("k") == Queued(number + 1, "m1")
+
+
+def test_dequeue_leaves_another_message_queued(leases: Leases) -> None:
+    assert claim(leases, "m1", leases.wishes.queued("k").number)
+    leases.wishes.dequeue("k", "m2")
+    assert leases.wishes.queued("k").task_id == "m1"
+    leases.wishes.dequeue("k", "m1")
+    assert leases.wishes.queued("k").task_id is None
+
+
+def test_a_direct_call_leaves_what_is_queued(leases: Leases) -> None:
+    """An acquisition takes only its own message out of the queue."""
+    assert claim(leases, "m1", leases.wishes.queued("k").number)
+    leases.release(acquire(leases, task="direct").lease, DONE)
+    assert leases.wishes.queued("k").task_id == "m1"
+
+
+def test_a_late_pending_run_does_not_replace_a_newer_one(leases: Leases) -> None:
+    """A pending run stalls and is given up, because its message is retried; a newer one is noted;
+    then the first is carried out under the same holder.
+    """
+    acquire(leases)
+    row = peek(leases)
+    assert leases.wishes.want(row, "newer")
+    assert not leases.wishes.want(row, "older")
+    assert leases.wishes.wanted("k") == "newer"
+    assert leases.wishes.want(peek(leases), "newest")
+    assert peek(leases).wanted == "newest"
+
+
+def test_a_pending_run_is_struck_out_by_its_own_name(leases: Leases) -> None:
+    """A run sends the pending run; its strike stalls, a newer one is noted; then the strike is
+    carried out.
+    """
+    acquire(leases)
+    assert leases.wishes.want(peek(leases), "older")
+    assert leases.wishes.want(peek(leases), "newer")
+    leases.wishes.granted("k", "older")
+    assert leases.wishes.wanted("k") == "newer"
+    leases.wishes.granted("k", "newer")
+    assert leases.wishes.wanted("k") is None
+
+
+# -- the leader of a schedule, and operators
+
+
+def test_a_late_record_does_not_take_last_times_back(store: Store) -> None:
+    """The leader records, which stalls; it records again and is answered; then the first record is
+    carried out. The leader forgets an entry; then the second record is carried out again.
+    """
+    leader = acquire(store).lease
+    entries = store.entries
+    assert entries.record(leader, {"e:a": "2", "e:b": "2"}, number=2, seen=0)
+    assert entries.record(leader, {"e:a": "1"}, number=1, seen=0) is None
+    assert entries.load("e:") == {"e:a": "2", "e:b": "2"}
+    assert entries.record(leader, {"e:a": "2"}, number=2, seen=0), "repeated"
+    assert entries.forget(leader, ["e:b"], number=3, seen=2)
+    assert entries.record(leader, {"e:b": "2"}, number=2, seen=0) is None
+    assert not entries.forget(leader, ["e:a"], number=2, seen=0)
+    assert entries.load("e:") == {"e:a": "2"}
+    assert peek(store).write == 3
+
+
+def test_a_record_is_refused_if_the_database_lost_what_the_leader_has_seen(store: Store) -> None:
+    leader = acquire(store).lease
+    assert store.entries.record(leader, {"e:a": "1"}, number=1, seen=0)
+    assert store.entries.record(leader, {"e:a": "3"}, number=3, seen=2) is None
+    assert not store.entries.forget(leader, ["e:a"], number=3, seen=2)
+    assert store.entries.load("e:") == {"e:a": "1"}
+
+
+def test_a_leader_that_took_over_records(store: Store) -> None:
+    acquire(store, "a", BRIEF)
+    let_run_out(store)
+    leader = acquire(store, "b")
+    assert store.entries.record(leader.lease, {}, number=1, seen=leader.write)
+
+
+NEW, NEWER = NewValue('{"put":1}', 1), NewValue('{"put":2}', 1)
+
+
+def test_a_late_put_does_not_overwrite_a_newer_state(store: Store) -> None:
+    """An operator puts a state, which stalls; a run saves, or another operator puts; then the first
+    put is carried out.
+    """
+    store.release(acquire(store).lease, DONE)
+    row = peek(store)
+    assert store.wishes.put("k", row, NEWER)
+    assert not store.wishes.put("k", row, NEW)
+    row = peek(store)
+    store.release(acquire(store, "b").lease, DONE, write(1, seen=0))
+    assert not store.wishes.put("k", row, NEW)
+    assert peek(store).value == value(1)
+
+
+def test_a_late_put_of_a_new_singleton_is_refused(store: Store) -> None:
+    """There was no row; then a run has made one, or another operator."""
+    assert store.wishes.put("k", None, NEWER)
+    assert not store.wishes.put("k", None, NEW)
+    store.release(acquire(store).lease, DONE)
+    assert not store.wishes.put("k", None, NEW)
+    assert peek(store).value == NEWER.value
+
+
+def test_put_leaves_a_running_singleton_alone(store: Store) -> None:
+    """Also one whose lease has run out: its holder may still write."""
+    acquire(store, "a", BRIEF)
+    assert not store.wishes.put("k", peek(store), NEW)
+    let_run_out(store)
+    assert not store.wishes.put("k", peek(store), NEW)
+    assert peek(store).value == "null"
+
+
+def test_an_old_row_without_a_number_is_run(store: SqlStore) -> None:
+    """A row from before has no numbers: write and queue are null."""
+    store.release(acquire(store).lease, DONE)
+    store._change(
+        f"UPDATE {store.table.fullname} SET {store._sql.words.write} = NULL, queue = NULL", {}
+    )
+    assert peek(store).write == 0
+    assert claim(store, "m", store.wishes.queued("k").number)
+    assert store.wishes.put("k", peek(store), NEW)
+    acquired = acquire(store, "b")
+    assert store.save(acquired.lease, write(1, acquired.write))
