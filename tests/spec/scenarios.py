@@ -83,6 +83,9 @@ HOLDS = {
     "one client, two deliveries: checkpoint, two requests under way": Scenario(
         693_420, one(CK, deliveries=2, under_way=2)
     ),
+    "one client, two deliveries: transaction, persist_on_error": Scenario(
+        2_317_702, one(TX, persist_on_error=True, deliveries=2, **SHORT)
+    ),
     "two clients: checkpoint and none": Scenario(118_289, several(CHECKPOINT, NOTHING)),
     "two clients: checkpoint and none, two tries, two requests under way": Scenario(
         829_627, several(CHECKPOINT, NOTHING, tries=2, under_way=2, raises=False, **SHORT)
@@ -118,6 +121,9 @@ HOLDS = {
     ),
     "two clients: the clock is put back": Scenario(
         113_165, several(NOTHING, NOTHING, clock_resets=1)
+    ),
+    "three clients: no writes, two requests under way": Scenario(
+        1_562_301, several(NOTHING, NOTHING, NOTHING, under_way=2, raises=False)
     ),
     "enqueue_once: two senders, two requests under way": Scenario(
         241_141, QueueModel("number", under_way=2)
