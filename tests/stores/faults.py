@@ -51,7 +51,6 @@ FAULTS = {
     "save in time only": ("save", "WHERE", "WHERE expires_at > '2001-01-01' AND"),
     "save in any order": ("save", IN_ORDER, ""),
     "save without what was seen": ("save", IN_ORDER, "AND write <= :number"),
-    "save by the next number only": ("save", IN_ORDER, "AND write IN (:number - 1, :number)"),
     "save does not note its number": ("save", "write = :number,", ""),
     "release without the fence": ("release", "AND fence = :fence", ""),
     "release without the holder": ("release", "AND holder = :holder", ""),
@@ -77,6 +76,9 @@ FAULTS = {
     "forget in any order": ("forget_within", IN_ORDER, ""),
     "want without the pending run that was seen": ("want", "AND wanted IS :wanted", ""),
     "want without the holder": ("want", "AND holder = :holder", ""),
+    "asking without the holder": ("ask_to_hand_over", "AND holder = :holder", ""),
+    "asking without the fence": ("ask_to_hand_over", "AND fence = :fence", ""),
+    "want without the fence": ("want", "AND fence = :fence", ""),
     "a strike hits any pending run": ("granted", "AND wanted = :wish", ""),
     "a run's lease is let go": ("let_go", "AND acquired_at IS NULL", ""),
     "claim without the number": ("claim", "coalesce(mine.queue, 0) = :number OR", "1 = 1 OR"),
@@ -98,6 +100,10 @@ REDIS_FAULTS = {
         "if other ~= holder or last ~= fence then",
         "if other ~= holder then",
     ),
+    "acquire does not ask the clock": ("ACQUIRE", "tonumber(fence or '0') < clock", "false"),
+    "acquire does not mark a takeover": ("ACQUIRE", "other and acquired_at and -1 or 0", "0"),
+    "give back without the holder": ("GIVE_BACK", "other ~= ARGV[1]", "not other"),
+    "claim without the number": ("CLAIM", "queue ~= number and not is_repeated", "false"),
 }
 
 
@@ -114,3 +120,25 @@ def plant(store: SqlStore, statement: str, right: str, wrong: str) -> SqlStore:
     assert right in str(texts[statement]).replace("\\n", "\n")
     texts[statement] = planted(texts[statement], right, wrong)
     return store
+
+
+#: The faults that are planted with the ordinary tests; ``tox -e spec`` plants them all.
+BRIEFLY = (
+    "acquire takes a held lease",
+    "acquire does not ask the clock",
+    "acquire again resets the number",
+    "acquire again sets the first life",
+    "acquire again forgets who asked",
+    "save without the fence",
+    "save without the holder",
+    "save in any order",
+    "save without what was seen",
+    "release in any order",
+    "record in any order",
+    "give back without the holder",
+    "claim without the number",
+    "dequeue does not change the number",
+    "want without the pending run that was seen",
+    "put without the number",
+)
+REDIS_BRIEFLY = ("claim without the number",)

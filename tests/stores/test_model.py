@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from typing import Any
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Flaky
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     invariant,
@@ -35,7 +37,7 @@ from celery_singleton_state.store import SqlStore, open_store, redis_scripts
 from celery_singleton_state.store.base import Ended, Lease, Row, Write
 from celery_singleton_state.store.engine import is_in_memory
 from celery_singleton_state.store.redis import INDEX, RedisStore
-from tests.stores.faults import FAULTS, REDIS_FAULTS, plant
+from tests.stores.faults import BRIEFLY, FAULTS, REDIS_BRIEFLY, REDIS_FAULTS, plant
 from tests.stores.model import (
     FIRST,
     LONG,
@@ -48,6 +50,8 @@ from tests.stores.model import (
 )
 from tests.waiting import wait_until
 
+#: All faults are planted.
+WHOLE = os.environ.get("SINGLETON_TEST_SPEC") == "whole"
 KEYS = ("k1", "k2")
 ANY_KEY = st.sampled_from(("k1", "k1", "k1", "k2"))
 PROCESSES = (1, 2, 3)
@@ -61,6 +65,8 @@ LONG_AGO = "2000-01-01 00:00:00.000"
 AHEAD = 3_600_000
 #: How many runs the history holds.
 HISTORY = 2
+#: A fault that depends on the clock's milliseconds does not show itself each time.
+FOUND = (AssertionError, Flaky)
 #: A request was not answered.
 UNKNOWN = object()
 
@@ -68,13 +74,13 @@ SETTINGS = settings(
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=40,
+    max_examples=60,
     stateful_step_count=40,
     report_multiple_bugs=False,
 )
 #: Where each step is several statements and as many commits; and behind a pooler, where they are
 #: another store's.
-FEW = settings(SETTINGS, max_examples=12)
+FEW = settings(SETTINGS, max_examples=20)
 #: For faults, which need not be told in the shortest way.
 TO_THE_FIRST_FAILURE = settings(SETTINGS, max_examples=3000, phases=[Phase.generate])
 
@@ -103,6 +109,15 @@ def one_of(name: str) -> st.SearchStrategy[Any]:
         return st.sampled_from(found[-2:]) | st.sampled_from(found)
 
     return st.runner().flatmap(draw)
+
+
+def all_but_one_part(lease: Any) -> list[Any]:
+    """A lease, or a row, of which the key, the fence or the holder is another."""
+    return [
+        replace(lease, key="another"),
+        replace(lease, fence=lease.fence + 1),
+        replace(lease, holder="another"),
+    ]
 
 
 class Leases(RuleBasedStateMachine):
@@ -432,8 +447,9 @@ class Leases(RuleBasedStateMachine):
         return [run for run in self.ready if self.has_states and not run.undecided]
 
     @precondition(lambda self: self.writing)
-    @rule(run=one_of("writing"), fate=FATES)
-    def checkpoint(self, run: Run, fate: str) -> None:
+    @rule(run=one_of("writing"), overdue=SELDOM, fate=FATES)
+    def checkpoint(self, run: Run, overdue: bool, fate: str) -> None:
+        self.pass_time(run.key, overdue)
         run.state = replace(run.state, checkpoints=run.state.checkpoints + 1)
         self.ask(run, Request("save", (run.lease, self.next_write(run))), fate)
 
@@ -471,10 +487,14 @@ class Leases(RuleBasedStateMachine):
         run=one_of("ready"),
         outcome=st.sampled_from(("succeeded", "succeeded", "failed")),
         persists=st.booleans(),
-        hold=st.sampled_from((0.0, 0.0, LONG)),
+        hold=st.sampled_from((0.0, LONG)),
+        overdue=SELDOM,
         fate=FATES,
     )
-    def release(self, run: Run, outcome: str, persists: bool, hold: float, fate: str) -> None:
+    def release(
+        self, run: Run, outcome: str, persists: bool, hold: float, overdue: bool, fate: str
+    ) -> None:
+        self.pass_time(run.key, overdue)
         run.outcome = "failed" if run.undecided else outcome
         succeeded = run.outcome == "succeeded"
         write = None
@@ -591,24 +611,30 @@ class Leases(RuleBasedStateMachine):
 
     # -- others
 
-    @rule(
-        key=ANY_KEY,
-        verb=st.sampled_from(("ask_to_hand_over", "want", "let_go", "release")),
-        fate=FATES,
-    )
-    def act_on_what_was_seen(self, key: str, verb: str, fate: str) -> None:
-        """A conflict asks for the lease or for one more run; an operator frees it."""
+    @rule(key=ANY_KEY, fate=FATES)
+    def ask_to_hand_over(self, key: str, fate: str) -> None:
         row = self.row(key)
-        if row is None or row.holder is None or (verb == "let_go") != row.held_on:
+        if row is not None and row.holder is not None:
+            self.nonce += 1
+            self.send(Request("ask_to_hand_over", (row, f"asks {self.nonce}")), fate)
+
+    @rule(key=ANY_KEY, fate=FATES)
+    def free_by_an_operator(self, key: str, fate: str) -> None:
+        """A run is released in its name; a lease that is held after its run is let go."""
+        row = self.row(key)
+        if row is not None and row.holder is not None:
+            free = Request("let_go", (row,)) if row.held_on else self.release_of_another(row)
+            self.send(free, fate)
+
+    @rule(key=ANY_KEY, fate=FATES, rivals=st.booleans())
+    def want(self, key: str, fate: str, rivals: bool) -> None:
+        """A conflict wants one more run; or two conflicts do, which saw the same row."""
+        row = self.row(key)
+        if row is None or row.holder is None:
             return
-        self.nonce += 1
-        if verb == "release":
-            request = self.release_of_another(row)
-        elif verb == "let_go":
-            request = Request("let_go", (row,))
-        else:
-            request = Request(verb, (row, f"{verb} {self.nonce}"))
-        self.send(request, fate)
+        for _ in range(1 + rivals):
+            self.nonce += 1
+            self.send(Request("want", (row, f"pending {self.nonce}")), fate)
 
     @precondition(lambda self: self.noted)
     @rule(pending=one_of("noted"), fate=FATES)
@@ -659,8 +685,11 @@ class Leases(RuleBasedStateMachine):
 
     @rule(key=ANY_KEY)
     def let_run_out(self, key: str) -> None:
-        """Time passes; a holder that is paused meanwhile is in no way told."""
-        if key in self.model.rows:
+        self.pass_time(key, True)
+
+    def pass_time(self, key: str, longer_than_any_life: bool) -> None:
+        """Let all lives of a key run out; a holder that is paused meanwhile is in no way told."""
+        if longer_than_any_life and key in self.model.rows:
             self.move_back(key)
             self.model.rows[key].run_out()
             for run in self.runs:
@@ -692,26 +721,49 @@ class Leases(RuleBasedStateMachine):
             if self.has_states:
                 self.store._change(f"DELETE FROM business WHERE of_key = '{key}'", {})
 
-    @precondition(lambda self: self.leases)
-    @rule(key=ANY_KEY, wrong=st.sampled_from(["key", "fence", "holder"]))
-    def write_with_parts_of_a_lease(self, key: str, wrong: str) -> None:
+    @precondition(lambda self: self.model.rows)
+    @rule(key=ANY_KEY)
+    def write_with_parts_of_a_lease(self, key: str) -> None:
+        """Two of key, fence and holder are right, and one is not."""
         row = self.model.seen(key)
         lease = Lease(key, row.holder or "nobody", row.fence, LONG)
-        lease = replace(lease, **{wrong: row.fence + 1 if wrong == "fence" else "another"})
         write = Write(row.write + 1, row.write, State(checkpoints=-1).encoded())
-        requests = [
-            Request("release", (lease, Ended("wrong", "[]"))),
-            Request("release", (lease, Ended("wrong", "[]", LONG))),
-            Request("renew", ([lease],)),
-        ]
+        for wrong in all_but_one_part(lease):
+            self.refuse(
+                Request("release", (wrong, Ended("wrong", "[]"))),
+                Request("release", (wrong, Ended("wrong", "[]", LONG))),
+                Request("renew", ([wrong],)),
+            )
+            if self.has_states:
+                entries, order = {f"{key}:a": "wrong"}, (write.number, write.seen)
+                self.refuse(
+                    Request("save", (wrong, write)),
+                    Request("written", (wrong, 0)),
+                    Request("release", (wrong, Ended("wrong", "[]", LONG), write)),
+                    Request("record", (wrong, entries, *order)),
+                    Request("forget", (wrong, [f"{key}:a"], *order)),
+                )
+
+    @precondition(lambda self: self.model.rows)
+    @rule(key=ANY_KEY)
+    def act_on_parts_of_what_was_seen(self, key: str) -> None:
+        row = self.row(key)
+        if row is None:
+            return
+        for wrong in all_but_one_part(row):
+            self.refuse(
+                Request("ask_to_hand_over", (wrong, "wrong")),
+                Request("want", (wrong, "wrong")),
+                Request("let_go", (wrong,)),
+            )
+        self.refuse(Request("granted", (key, "another")))
+        if not row.held_on:
+            self.refuse(Request("let_go", (row,)))
         if self.has_states:
-            requests += [
-                Request("save", (lease, write)),
-                Request("written", (lease, 0)),
-                Request("release", (lease, Ended("wrong", "[]", LONG), write)),
-                Request("record", (lease, {f"{key}:a": "wrong"}, write.number, write.seen)),
-                Request("forget", (lease, [f"{key}:a"], write.number, write.seen)),
-            ]
+            other = replace(row, fence=row.fence + 1)
+            self.refuse(Request("put", (key, other, State(checkpoints=-1).encoded())))
+
+    def refuse(self, *requests: Request) -> None:
         for request in requests:
             assert not self.carry_out(request)
 
@@ -724,14 +776,13 @@ class Leases(RuleBasedStateMachine):
             return
         lease = Lease(key, row.holder, row.fence, LONG)
         write = Write(row.write + 2, row.write + 1, State(checkpoints=-1).encoded())
-        for request in (
+        self.refuse(
             Request("save", (lease, write)),
             Request("save", (lease, write), item=0),
             Request("release", (lease, Ended("wrong", "[]"), write)),
             Request("record", (lease, {f"{key}:a": "wrong"}, write.number, write.seen)),
             Request("forget", (lease, [f"{key}:a"], write.number, write.seen)),
-        ):
-            assert not self.carry_out(request)
+        )
 
     # -- what always holds
 
@@ -865,7 +916,7 @@ def test_any_order_of_steps_in_redis(lease_url: str) -> None:
     run_state_machine_as_test(lambda: redis_leases(lease_url), settings=SETTINGS)
 
 
-@pytest.mark.parametrize("fault", REDIS_FAULTS)
+@pytest.mark.parametrize("fault", REDIS_FAULTS if WHOLE else REDIS_BRIEFLY)
 def test_the_steps_find_a_fault_in_redis(
     fault: str, lease_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -873,15 +924,15 @@ def test_the_steps_find_a_fault_in_redis(
     text = getattr(redis_scripts, script)
     assert right in text
     monkeypatch.setattr(redis_scripts, script, text.replace(right, wrong))
-    with pytest.raises(AssertionError):
+    with pytest.raises(FOUND):
         run_state_machine_as_test(lambda: redis_leases(lease_url), settings=TO_THE_FIRST_FAILURE)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", FAULTS if WHOLE else BRIEFLY)
 def test_the_steps_find_a_fault(fault: str) -> None:
     """What finds none in a store that has one says nothing about a store where it finds none."""
     store = plant(opener("memory://")(), *FAULTS[fault])
-    with pytest.raises(AssertionError):
+    with pytest.raises(FOUND):
         run_state_machine_as_test(
             lambda: Leases(lambda: store, closes=False), settings=TO_THE_FIRST_FAILURE
         )
