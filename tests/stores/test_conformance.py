@@ -19,6 +19,7 @@ from celery_singleton_state.store.base import (
     Lease,
     Leases,
     NewValue,
+    Queued,
     Released,
     Row,
     Saved,
@@ -456,6 +457,25 @@ def test_the_question_waits_for_a_commit_that_is_under_way(
             assert not asked.done()
         assert asked.result() is True
     store.close()
+
+
+def test_a_row_that_an_older_release_has_used(store: SqlStore) -> None:
+    """Its fence is a small number, and it has neither a write number nor a queue's."""
+    assert store.release(acquire(store, "a").lease, DONE, write(NEW))
+    words = store._sql.words
+    store._change(f"UPDATE kv_store SET fence = 3, {words.write} = NULL, queue = NULL", {})
+    assert store.wishes.queued("k") == Queued(0, None)
+    row = peek(store)
+    assert (row.fence, row.write) == (3, 0)
+    assert store.wishes.put("k", row, NEWER)
+    assert store.wishes.claim("k", "task-b", LONG, 0)
+    store._change(f"UPDATE kv_store SET {words.write} = NULL, queue = NULL", {})
+    store.wishes.dequeue("k", "other")
+    acquired = acquire(store, "b")
+    assert (acquired.value, acquired.write) == (NEWER.value, 0)
+    assert acquired.lease.fence / 1000 == pytest.approx(acquired.acquired_at, abs=ROUNDING)
+    assert store.wishes.queued("k") == Queued(2, "task-b")
+    assert store.save(acquired.lease, Write(1, acquired.write, NEW))
 
 
 # -- who may not write
