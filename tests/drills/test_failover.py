@@ -122,7 +122,7 @@ def test_a_demotion_costs_no_run_its_lease(
         assert len(keys) == 8
         wait_until(lambda: new.exists(*keys) == 8, "the replica has heard of all leases")
         new.replicaof("NO", "ONE")
-        name._target = replica.port
+        name.target = replica.port
         old.replicaof("127.0.0.1", replica.port)
         before = {key: new.hget(key, "expires_at") for key in keys}
         wait_until(
