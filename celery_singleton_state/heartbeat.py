@@ -121,10 +121,18 @@ class Heartbeat:
             self._renew_all(due)
 
     def _to_be_renewed(self) -> list[HeldLease]:
-        """The leases that are due or nearly so, if any is due."""
+        """The leases that are due or nearly so, if any is due; of each key one.
+
+        Two runs of a process can hold leases of one key: one lost its lease and does not know it
+        yet, the other took it over. The store answers by key, so the renewal of the second lease
+        would count for the first one as well.
+        """
         now = clock()
+        by_key: dict[str, HeldLease] = {}
         with self._lock:
-            held = sorted(self._held, key=lambda one: one.renew_at)
+            for one in sorted(self._held, key=lambda one: one.renew_at):
+                by_key.setdefault(one.lease.key, one)
+        held = list(by_key.values())
         if not held or held[0].renew_at > now:
             return []
         together = [one for one in held if one.renew_at - one.renew_every * TOGETHER_PART <= now]

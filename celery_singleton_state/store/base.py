@@ -296,7 +296,8 @@ class Leases(Protocol):
         and for each who asks its holder to hand over, if anybody does.
 
         Asked for several, it may pass over rows that somebody has locked at this moment. Asked
-        for one alone, it waits, and a key that is not returned is no longer held.
+        for one alone, it waits, and a key that is not returned is no longer held. No two of the
+        leases have the same key: the answer could not tell them apart.
         """
 
     def release(self, lease: Lease, ended: Ended, write: Write | None = None) -> Released | None:

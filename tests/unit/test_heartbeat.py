@@ -61,6 +61,28 @@ def test_all_that_are_due_go_in_one_request(heartbeat: Heartbeat, store: Answers
     wait_until(lambda: ["a", "b", "c"] in store.asked, "one request for all")
 
 
+def test_a_lost_lease_is_not_taken_for_that_of_its_successor_in_the_same_process(
+    heartbeat: Heartbeat, store: Answers
+) -> None:
+    """A runs; the store loses its lease; B acquires it, in the same process or in another child of
+    the same worker. Both are due at the same time, and only B's is renewed. The store answers by
+    key: A must be told that its lease is lost, and B must not.
+    """
+
+    def renewed(leases: Sequence[Lease]) -> set[str]:
+        return {lease.key for lease in leases if lease.holder != "a"}
+
+    store.answer = renewed
+    together = clock()
+    first, second = (HeldLease(Lease("k", who, 1, 60.0), together, 0.1) for who in ("a", "b"))
+    other = HeldLease(Lease("other", "c", 1, 60.0), together, 0.1)
+    for lease in (first, second, other):
+        heartbeat.hold(lease)
+    wait_until(lambda: first.lost, "the first is lost")
+    wait_until(lambda: second.asked_at > together, "the second is renewed")
+    assert (second.lost, other.lost) == (None, None)
+
+
 def test_a_dropped_lease_is_left_alone(heartbeat: Heartbeat, store: Answers) -> None:
     dropped, kept = held("dropped"), held("kept")
     heartbeat.hold(dropped)
