@@ -134,8 +134,8 @@ def _program(name: str, package: str, name_in_package: str) -> Path:
     """A program from the path, else from a wheel."""
     found = shutil.which(name)
     if found:
-        # Its companions stand beside the program, and not always beside a link to it. A program
-        # that goes by the name of the link, as Debian's redis-server does, has to keep it.
+        # Its companions stand beside the program, and not always beside a link to it. A link to a
+        # program of another name is for one that looks by which name it was called.
         program = Path(found).resolve()
         return program if program.name == name else Path(found)
     spec = find_spec(package)

@@ -119,4 +119,5 @@ def test_a_stopped_child_is_renewed_until_a_time_limit_ends_it(
     wait_for_lives(app, "increment")
     wait_until(lambda: row_of(app, "increment").last_outcome == "lost", "the limit ends it")
     assert not row_of(app, "increment").held
-    assert not psutil.pid_exists(child["pid"])
+    # Its parent collects it a moment after its death.
+    wait_until(lambda: not psutil.pid_exists(child["pid"]), "the child is gone")

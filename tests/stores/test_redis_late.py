@@ -230,7 +230,7 @@ def test_a_message_that_runs_is_answered_as_the_queued_one(store: RedisStore) ->
     assert store.wishes.queued("k").task_id == "next"
 
 
-def test_what_finds_no_row_makes_none(store: RedisStore) -> None:
+def test_looking_and_giving_back_make_no_row(store: RedisStore) -> None:
     assert store.wishes.queued("k").number == 0
     assert not claim(store, "t", 7)
     assert store.give_back("k", "a") is None
