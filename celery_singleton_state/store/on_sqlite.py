@@ -38,6 +38,10 @@ class Connection(sqlite3.Connection):
         self._refuse_parents()
         return super().cursor(factory or Cursor)
 
+    def execute(self, statement: str, parameters: Any = ()) -> Any:
+        """Run a statement. Python's own method uses no cursor of this class, so does not wait."""
+        return self.cursor().execute(statement, parameters)
+
     def commit(self) -> None:
         self._refuse_parents()
         super().commit()

@@ -6,9 +6,10 @@ import gc
 import multiprocessing
 import os
 import signal
+import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from celery import Celery
 from sqlalchemy import create_engine
 
 from celery_singleton_state.lease import HeldLease, clock
+from celery_singleton_state.migrate import migrate_url
 from celery_singleton_state.runtime import close_runtime, runtime_of
+from celery_singleton_state.store import open_store
 from celery_singleton_state.store.base import TAKEN_OVER, Ended, Lease
 from tests.conftest import url_on
 from tests.waiting import wait_until
@@ -183,6 +186,24 @@ def test_leases_live_whose_locked_rows_are_free_in_time(locking_url: str) -> Non
         wait_until(lambda: all(held.asked_at > end for held in locked), "the locked are renewed")
         wait_until(lambda: all(held.asked_at > end for held in others), "and the others")
         assert [held.lost for held in (*locked, *others)] == [None] * 8
+
+
+def test_who_opens_a_file_that_is_locked_waits_for_it(tmp_path: Path) -> None:
+    """SQLite: B has the file to itself, as for a moment while its log is recovered; A opens it, and
+    asks for what a new connection asks first; B gives it up. A must not be told that it is locked.
+    """
+    url = f"sqlite:///{tmp_path}/store.db"
+    migrate_url(url, "kv_store")
+    with closing(sqlite3.connect(tmp_path / "store.db", isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with ThreadPoolExecutor(1) as pool:
+            opening = pool.submit(open_store, url, "kv_store", 10.0)
+            end = clock() + 0.3
+            wait_until(lambda: clock() > end or opening.done(), "it has begun and waits")
+            assert not opening.done()
+            other.close()
+            opening.result().close()
 
 
 def test_the_clock_goes_on_while_a_statement_waits_for_a_lock(shared_store_url: str) -> None:
