@@ -16,12 +16,29 @@ import weakref
 from typing import Any
 
 from sqlalchemy import URL, Engine, QueuePool, create_engine, event
+from sqlalchemy.pool import ConnectionPoolEntry
 
 APPLICATION_NAME = "celery-singleton-state"
 
 
 class GrowingPool(QueuePool):
-    """A pool whose number of connections can be raised while it is in use."""
+    """A pool whose number of connections can be raised while it is in use.
+
+    When it is disposed of, because its server went away, the connections that are in use then are
+    closed as they come back. Otherwise they would stay open until the pool is garbage.
+    """
+
+    _is_disposed = False
+
+    def dispose(self) -> None:
+        self._is_disposed = True
+        super().dispose()
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        if self._is_disposed:
+            record.close()
+        else:
+            super()._do_return_conn(record)
 
     def allow(self, connections: int) -> None:
         """Make so many connections at most from now on, and keep them, if it was fewer before."""

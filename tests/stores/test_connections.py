@@ -153,6 +153,20 @@ def test_a_pool_that_may_grow_makes_no_more_than_it_is_allowed(engine: Engine) -
     assert (pool_of(engine).size(), pool_of(engine).checkedin()) == (4, 0)
 
 
+def test_a_connection_in_use_is_closed_when_it_comes_back_to_a_pool_that_is_gone(
+    engine: Engine,
+) -> None:
+    """One statement waits for a lock; another finds the server gone and closes the pool; then the
+    first one's connection comes back.
+    """
+    connection = engine.raw_connection()
+    drivers: Any = connection.dbapi_connection
+    engine.dispose()
+    assert not drivers.closed
+    connection.close()
+    assert drivers.closed
+
+
 def test_a_database_in_memory_has_one_connection_whatever_is_allowed() -> None:
     engine = make_engine(parse_url("memory://"), io_timeout=5.0, pool_size=2)
     SqlStore(engine, "kv_store").allow(4)
