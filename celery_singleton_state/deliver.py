@@ -1,4 +1,6 @@
-"""The way of a delivery: it takes the lease and runs, or ends as its conflict or past says."""
+"""Handle one delivery: acquire the lease and run the body, or resolve it as a conflict, a duplicate
+or a redelivery.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ class Claim:
 
 
 def deliver(delivery: Delivery, args: Any, kwargs: Any) -> Any:
-    """Run the body under the lease, or end the delivery as its conflict or its past says.
+    """Run the body under the lease, or resolve a conflict, a duplicate or a redelivery.
 
     :raises SingletonError: what went wrong.
     :raises Ignore: the message is put back, or was done before.
@@ -89,7 +91,7 @@ def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: A
         done = delivery.done_by(run.entries)
         if not done and not delivery.is_past(run.entries):
             return run.execute(args, kwargs)
-        run.give_back(done)
+        run.end_as_duplicate(done)
     finally:
         claim.may_hold = not run.given_back
     _end_duplicate(delivery)

@@ -76,7 +76,7 @@ def claim(runtime: Runtime, key: str, task_id: str, life: float) -> str | None:
 
     :returns: the id of the other message; ``None`` if this one is to be sent, which it is as well
         when the queue changes at every look.
-    :raises StoreError: the store is out of reach.
+    :raises StoreError: the store is unavailable.
     """
     wishes = runtime.store.wishes
     until = clock() + runtime.io_timeout * CLAIM_TRIES

@@ -63,7 +63,7 @@ class FencedWriter:
             earlier one, whose answer was lost, took effect.
         :returns: the store's answer; ``None`` where it was lost.
         :raises HeartbeatFailed: the lease was lost, before or by this refusal.
-        :raises StatePersistFailed: the store is out of reach; whether an earlier try took
+        :raises StatePersistFailed: the store is unavailable; whether an earlier try took
             effect is not known.
         """
         self.refuse_if_lost()
@@ -103,7 +103,7 @@ class FencedWriter:
         return ended
 
     def was_committed(self, write: Write) -> bool:
-        """Whether a transaction was committed whose COMMIT was not answered, or was broken off.
+        """Whether a transaction was committed whose COMMIT was not answered, or was interrupted.
 
         If the store says that the lease is not held any more, the lease is lost. If the store
         does not say anything while the lease is trusted, the outcome stays unknown, and the run

@@ -268,7 +268,7 @@ class Run:
         self.given_back = True
         grant(self.task.app, self._store, lease.key, released, self.request.id)
 
-    def give_back(self, done: history.Entry | None) -> None:
+    def end_as_duplicate(self, done: history.Entry | None) -> None:
         """Release the lease of a message that turned out to be done: nothing hangs on it.
 
         :param done: the run that did it, if it is known.

@@ -1,10 +1,10 @@
 """Leases that this process may hold without a run, and gives back until the store has answered.
 
-A request whose answer was lost may have taken the lease; one that was to give it back may have
-failed. Nobody else knows of such a lease: its holder's process lives, so others wait until it runs
-out. So the process keeps the holder's name and sends *give back* at once, and every interval until
-it is answered. Until then the lease stays noted in the process's file of holdings, so that others
-on its host free it if the process dies.
+An acquisition whose answer was lost may have taken the lease; a release may have failed. Nobody
+else knows of such a lease: its holder's process lives, so others wait until the lease runs out.
+Therefore the process keeps the holder's name and sends *give back* at once, and every interval
+until it is answered. Until then the lease stays noted in the process's file of holdings, so that
+others on its host free it if the process dies.
 
 A delivery leaves its holder's name here when its body has ended and not before: a successor that
 began while the body of a lost run still tidies up would run beside it.
@@ -48,7 +48,8 @@ class Unreturned:
     def add(self, key: str, holder: str, slot: int | None) -> None:
         """Give a lease back, if this holder has it, as soon as the store answers.
 
-        :param slot: of the file of holdings, which is struck out then.
+        :param slot: the lease's place in the file of holdings; it is cleared when the store has
+            answered.
         """
         if os.getpid() != self._pid:
             return  # a child that the body forked: the lease is its parent's

@@ -266,7 +266,7 @@ def open_transaction(engine: Engine) -> Iterator[Connection]:
     """A transaction on an engine whose statements commit by themselves otherwise.
 
     It commits when the block ends and rolls back when the block raises. If the COMMIT itself is
-    broken off, its outcome is not known, and the connection is closed.
+    interrupted, its outcome is not known, and the connection is closed.
     """
     level, begin = _TRANSACTIONS[engine.dialect.name]
     pid = os.getpid()
@@ -278,8 +278,8 @@ def open_transaction(engine: Engine) -> Iterator[Connection]:
             yield connection
         except BaseException as error:
             if os.getpid() != pid or _is_in_mid_statement(connection):
-                # A forked child's, or broken off by a time limit, say: not even a rollback can be
-                # sent over it.
+                # The connection is in a forked child, or a time limit (for example) interrupted its
+                # statement: not even a rollback can be sent over it.
                 connection.invalidate()
             if _is_of_read_only_server(error):
                 connection.invalidate()
@@ -294,7 +294,7 @@ def open_transaction(engine: Engine) -> Iterator[Connection]:
 
 
 def _abandon(connection: Connection) -> None:
-    """Leave a connection whose COMMIT was broken off, so that the server can end it."""
+    """Leave a connection whose COMMIT was interrupted, so that the server can end it."""
     if connection.closed or connection.invalidated:
         return
     if is_in_memory(connection.engine.url):
