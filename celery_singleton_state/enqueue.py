@@ -55,15 +55,16 @@ def enqueue(
     """
     task_id = options.get("task_id") or str(uuid.uuid4())
     try:
-        queued = claim(runtime, key, task_id, _life(options))
-    except StoreError as error:
-        logger.warning("%s: sent, though it may be queued already: %s", key, error)
-        return publish(task_id)
-    if queued not in (None, task_id):
-        return queued
-    try:
+        try:
+            queued = claim(runtime, key, task_id, _life(options))
+        except StoreError as error:
+            logger.warning("%s: sent, though it may be queued already: %s", key, error)
+            queued = None
+        if queued not in (None, task_id):
+            return queued
         return publish(task_id)
     except BaseException:
+        # Also a claim without an answer, or one that a time limit interrupted, may be in the row.
         _dequeue(runtime, key, task_id)
         raise
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 from . import history
 from .errors import HeartbeatFailed, StatePersistFailed
 from .in_place import in_place
-from .lease import HeldLease
+from .lease import HeldLease, clock
 from .store.base import NewValue, Store, StoreError, StoreUnavailable, Write
 
 TRIES = 3
@@ -81,7 +81,7 @@ class FencedWriter:
                 raise
 
         try:
-            return in_place(attempt, TRIES, self._held.trusted_until)
+            return in_place(attempt, TRIES, clock() + self._held.remaining)
         except StoreError as error:
             raise StatePersistFailed(self._name, str(error)) from error
 
@@ -117,7 +117,7 @@ class FencedWriter:
             committed = in_place(
                 lambda: self._store.written(lease, write.number),
                 float("inf"),
-                self._held.trusted_until,
+                clock() + self._held.remaining,
             )
         except StoreError:
             return False

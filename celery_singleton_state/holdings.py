@@ -214,7 +214,7 @@ class Holdings:
         try:
             _make_room(self._descriptor, 2 * size)
             memory.resize(2 * size)
-        except OSError as error:
+        except (OSError, SystemError) as error:  # some systems cannot resize mapped memory
             logger.warning("singletons: this lease would have to run out: %s", error)
             return False
         self._free.extend(range(size, 2 * size, SLOT))

@@ -8,7 +8,7 @@ from . import history
 from .history import Outcome
 from .holdings import Holding, file_of
 from .runtime import Runtime
-from .store.base import Ended, Lease, Row, StoreError
+from .store.base import Ended, Lease, Leases, Row, StoreError
 from .wish import grant
 
 logger = logging.getLogger(__name__)
@@ -43,24 +43,29 @@ def free_dead(runtime: Runtime, files: str = "*") -> int:
 
 def _free(runtime: Runtime, holding: Holding) -> None:
     """Release a lease in its dead holder's name; if it has ended, nothing happens."""
-    row = runtime.store.peek(holding.key)
-    if row is None or row.holder != holding.holder:
-        return
-    if end_for(runtime, row, holding.generation, history.DIED):
-        logger.warning("%s is free: its holder %s died", holding.key, holding.holder)
+    # Which store it is in follows from the task, and this app may not have that task any more.
+    for store in runtime.stores:
+        row = store.peek(holding.key)
+        if row is None or row.holder != holding.holder:
+            continue
+        if end_for(runtime, row, holding.generation, history.DIED, store):
+            logger.warning("%s is free: its holder %s died", holding.key, holding.holder)
 
 
-def end_for(runtime: Runtime, row: Row, generation: int, why: str) -> bool:
+def end_for(
+    runtime: Runtime, row: Row, generation: int, why: str, store: Leases | None = None
+) -> bool:
     """Release a lease in the name of the holder that was seen; false if it is the holder no more.
 
     :param generation: of the message that it runs.
     :param why: for the history.
+    :param store: that has the row; left out: the one that the key belongs to.
     :raises StoreError: the store is out of reach.
     """
-    holder = row.holder or ""
+    holder, store = row.holder or "", store or runtime.store
     if row.acquired_at is None:
         # Held on after its run, which has its entry.
-        return runtime.store.wishes.let_go(row)
+        return store.wishes.let_go(row)
     entry = history.Entry(
         task_id=row.task_id,
         generation=generation,
@@ -74,10 +79,8 @@ def end_for(runtime: Runtime, row: Row, generation: int, why: str) -> bool:
     )
     entries = history.decode(row.history, row.key)
     document = history.append(entries, entry, runtime.settings.history)
-    released = runtime.store.release(
-        Lease(row.key, holder, row.fence, 0), Ended(Outcome.LOST, document)
-    )
+    released = store.release(Lease(row.key, holder, row.fence, 0), Ended(Outcome.LOST, document))
     if released is None:
         return False
-    grant(runtime.app, runtime.store, row.key, released)
+    grant(runtime.app, store, row.key, released)
     return True

@@ -80,8 +80,8 @@ class Run:
     def execute(self, args: Any, kwargs: Any) -> Any:
         """Load the state, run the body, save and release; returns what the body returned."""
         token = _current.set(self)
-        self._report.begin(self.entries, self._took_over)
         try:
+            self._report.begin(self.entries, self._took_over)
             result, new = self._body(args, kwargs)
             self.end(Outcome.SUCCEEDED, new=new)
             return result
@@ -229,20 +229,40 @@ class Run:
         if not self._is_here:
             return  # it is its parent's to end
         text = history.describe(error) if error else None
+        entry = self._entry(outcome, text)
         try:
-            self._release(outcome, text, new)
+            self._release(entry, new)
         except StatePersistFailed as failure:
             if error is None:
                 outcome, text = Outcome.FAILED, history.describe(failure)
             self._report.ended(outcome, text, given_back=False)
             raise
+        except HeartbeatFailed:
+            raise
+        except BaseException as interruption:
+            self._find_out_end(entry, new, interruption)
+            raise
         self._report.saved("save", new)
         self._report.ended(outcome, text, given_back=True)
 
-    def _release(self, outcome: Outcome, error: str | None, new: NewValue | None) -> None:
+    def _find_out_end(
+        self, entry: history.Entry, new: NewValue | None, interruption: BaseException
+    ) -> None:
+        """Report whether a release took effect that a time limit, for example, interrupted."""
+        try:
+            self.given_back = self._writer.has_ended(entry)
+        except (StoreError, StatePersistFailed):
+            self.given_back = False
+        if self.given_back:
+            grant(self.task.app, self._store, self.held.lease.key, None, self.request.id)
+            self._report.saved("save", new)
+            self._report.ended(Outcome(entry.outcome), entry.error, given_back=True)
+        else:
+            self._report.ended(Outcome.FAILED, history.describe(interruption), given_back=False)
+
+    def _entry(self, outcome: Outcome, error: str | None) -> history.Entry:
         lease = self.held.lease
-        self._heartbeat.drop(self.held)
-        entry = history.Entry(
+        return history.Entry(
             task_id=self.request.id,
             generation=self._delivery.generation,
             holder=lease.holder,
@@ -254,11 +274,15 @@ class Run:
             finished=self._acquired_at + clock() - self._asked_at,
             final=self.is_final,
         )
+
+    def _release(self, entry: history.Entry, new: NewValue | None) -> None:
+        lease = self.held.lease
+        self._heartbeat.drop(self.held)
         limit = self._delivery.runtime.settings.history
         hold = self._delivery.options.hold_at_least or 0.0
-        if outcome is not Outcome.SUCCEEDED or hold <= entry.finished - entry.started:
+        if entry.outcome != Outcome.SUCCEEDED or hold <= entry.finished - entry.started:
             hold = 0.0
-        ended = Ended(outcome, history.append(self.entries, entry, limit), hold)
+        ended = Ended(entry.outcome, history.append(self.entries, entry, limit), hold)
         write = self._writer.next_write(new) if new else None
         released = self._writer.write(
             "save" if new else "release",
@@ -275,7 +299,7 @@ class Run:
         """
         self.is_final = done is not None and done.final
         try:
-            self._release(Outcome.DUPLICATE, None, None)
+            self._release(self._entry(Outcome.DUPLICATE, None), None)
         except SingletonError as failure:
             logger.warning("singleton %s: a duplicate was not released: %s", self.name, failure)
 

@@ -86,4 +86,7 @@ class RunState:
 
     def roll_back(self, before: NewValue) -> None:
         """Go back, with the rows: a body that goes on must not save a state without them."""
-        self.value = self.need("state").decode(before.value, before.schema_version)
+        codec = self.need("state")
+        # If a time limit interrupts the decoding, there is no state that could be saved.
+        self.value = None
+        self.value = codec.decode(before.value, before.schema_version)

@@ -11,6 +11,7 @@ import os
 import secrets
 import threading
 import weakref
+from collections.abc import Sequence
 
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
@@ -111,6 +112,12 @@ class Runtime:
                 self._store = self._store or self._beside_redis(sql) or sql
         assert self._store is not None
         return self._store
+
+    @property
+    def stores(self) -> Sequence[Leases]:
+        """All stores of the app: the database, and Redis where leases are kept there."""
+        store = self.store
+        return store.stores if isinstance(store, RoutedStore) else [store]
 
     def _beside_redis(self, sql: SqlStore | None) -> Store | None:
         if self.settings.lease_url is None:

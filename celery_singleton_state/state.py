@@ -14,11 +14,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar, get_args, get_type_hints, is_typeddict
 
 import msgspec
+from celery.exceptions import SoftTimeLimitExceeded
 
 S = TypeVar("S")
 
 #: The JSON of "no state yet": no schema has it as a value.
 NO_STATE = "null"
+#: Errors that can come at any moment, and say nothing of the value that is read or written then.
+FROM_OUTSIDE = (SoftTimeLimitExceeded, MemoryError)
 
 #: A raw value of version n in, one of version n + 1 out.
 Migration = Callable[[Any], Any]
@@ -77,6 +80,8 @@ class Codec(Generic[S]):
         made = self._make_initial
         try:
             return made() if callable(made) else copy.deepcopy(made)
+        except FROM_OUTSIDE:
+            raise
         except Exception as error:
             raise _misfit("no initial state can be made", error) from error
 
@@ -92,6 +97,8 @@ class Codec(Generic[S]):
             )
         try:
             return self._parse(self._filled(self._migrate(raw.encode(), stored)))
+        except FROM_OUTSIDE:
+            raise
         except Exception as error:
             raise _misfit(f"the stored value of version {stored} cannot be read", error) from error
 
@@ -104,6 +111,8 @@ class Codec(Generic[S]):
             document = self._dump(state)
             self._parse(document)
             return document.decode()
+        except FROM_OUTSIDE:
+            raise
         except Exception as error:
             raise _misfit(f"the state does not fit {self.schema.__name__}", error) from error
 

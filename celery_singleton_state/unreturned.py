@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Unreturned:
     key: str
     holder: str
     slot: int | None
+    #: Whether a request was not answered: it may have been carried out.
+    is_unsure: bool = False
 
 
 class Unreturned:
@@ -56,10 +58,13 @@ class Unreturned:
         with self._lock:
             self._leases.append(_Unreturned(key, holder, slot))
             if self._thread is None and not self._closed.is_set():
-                self._thread = threading.Thread(
-                    target=self._run, name="singleton-give-back", daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="singleton-give-back", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    logger.warning("%s: given back together with the next lease: %s", key, error)
+                else:
+                    self._thread = thread
 
     def close(self) -> None:
         """End the thread. What is not given back yet stays noted in the file of holdings."""
@@ -91,6 +96,7 @@ class Unreturned:
             released = runtime.store.give_back(lease.key, lease.holder)
         except StoreUnavailable as error:
             logger.warning("%s: not given back yet: %s", lease.key, error)
+            lease.is_unsure = True
             return False
         except Exception as error:  # whatever it is, the other leases still need this thread
             logger.warning("%s: not given back, its lease runs out: %s", lease.key, error)
@@ -98,5 +104,6 @@ class Unreturned:
         runtime.holdings.strike_out(lease.slot)
         if released is not None:
             logger.info("%s is free: %s gave it back", lease.key, lease.holder)
+        if released is not None or lease.is_unsure:
             grant(runtime.app, runtime.store, lease.key, released)
         return True

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from celery import Celery
 
-from .store.base import Released, Store
+from .store.base import Leases, Released
 
 if TYPE_CHECKING:
     from .delivery import Delivery
@@ -50,7 +50,7 @@ def wish_for(delivery: Delivery, args: Any, kwargs: Any) -> str:
 
 
 def grant(
-    app: Celery, store: Store, key: str, released: Released | None, task_id: str | None = None
+    app: Celery, store: Leases, key: str, released: Released | None, task_id: str | None = None
 ) -> None:
     """Send what a release found wanted, if anything; if that fails, the next release does it.
 

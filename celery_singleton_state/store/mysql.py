@@ -153,15 +153,16 @@ ON DUPLICATE KEY UPDATE fence = fence
 # One that is held on after its run, and no longer, is free.
 _HAS_NO_RUN = f"(holder IS NULL OR (acquired_at IS NULL AND expires_at <= {_NOW}))"
 
+_MAY_PUT = f"{_HAS_NO_RUN} AND coalesce(fence, 0) = :fence AND coalesce({{write}}, 0) = :write"
+
+# A row that is not there is not locked, so the condition is evaluated as the row is written.
 _PUT = f"""
 {_LOCK}
-SET @singleton_put = coalesce((
-  SELECT IF({_HAS_NO_RUN} AND coalesce(fence, 0) = :fence AND coalesce({{write}}, 0) = :write, 1, 0)
-  FROM {{table}} WHERE {{key}} = :key), 1);
+SET @singleton_put = 1;
 INSERT INTO {{table}} ({{key}}, value, schema_version, updated_at, fence, {{write}})
 VALUES (:key, :value, :schema_version, {_NOW}, 0, 1)
 ON DUPLICATE KEY UPDATE
-  value = IF(@singleton_put, :value, value),
+  value = IF(@singleton_put := coalesce({_MAY_PUT}, 0), :value, value),
   schema_version = IF(@singleton_put, :schema_version, schema_version),
   updated_at = IF(@singleton_put, {_NOW}, updated_at),
   fence = IF(@singleton_put, coalesce(fence, 0), fence),

@@ -59,7 +59,8 @@ class RoutedStore:
         return self._sql_or_none
 
     @property
-    def _all(self) -> list[Leases]:
+    def stores(self) -> list[Leases]:
+        """All stores that there are."""
         return [store for store in (self._sql_or_none, self._leases) if store is not None]
 
     def acquire(self, key: str, holder: str, ttl: float, task_id: str | None) -> Acquired | None:
@@ -67,7 +68,7 @@ class RoutedStore:
 
     def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
         found: dict[str, str | None] = {}
-        for store in self._all:
+        for store in self.stores:
             own = [lease for lease in leases if self.of(lease.key) is store]
             found |= store.renew(own) if own else {}
         return found
@@ -82,37 +83,37 @@ class RoutedStore:
         return self.of(key).peek(key)
 
     def list(self, prefix: str, also: str = "") -> Sequence[Listed]:
-        found = [row for store in self._all for row in store.list(prefix, also)]
+        found = [row for store in self.stores for row in store.list(prefix, also)]
         return sorted(found, key=lambda row: row.key)
 
     def contents(
         self, keys: Sequence[str], values: bool
     ) -> dict[str, tuple[str | None, str | None]]:
         found: dict[str, tuple[str | None, str | None]] = {}
-        for store in self._all:
+        for store in self.stores:
             own = [key for key in keys if self.of(key) is store]
             found |= store.contents(own, values) if own else {}
         return found
 
     def unused(self, prefix: str, older_than: float) -> Sequence[str]:
-        found = [key for store in self._all for key in store.unused(prefix, older_than)]
+        found = [key for store in self.stores for key in store.unused(prefix, older_than)]
         # What is left of a task in the store that it was in before is not the other's to remove.
         return sorted(set(found))
 
     def prune(self, keys: Sequence[str], older_than: float) -> Sequence[str]:
         return [
             key
-            for store in self._all
+            for store in self.stores
             if (own := [key for key in keys if self.of(key) is store])
             for key in store.prune(own, older_than)
         ]
 
     def check(self) -> None:
-        for store in self._all:
+        for store in self.stores:
             store.check()
 
     def close(self) -> None:
-        for store in self._all:
+        for store in self.stores:
             store.close()
 
     # -- what only a state and a schedule need

@@ -284,7 +284,11 @@ def open_transaction(engine: Engine) -> Iterator[Connection]:
             if _is_of_read_only_server(error):
                 connection.invalidate()
                 engine.dispose()
-            transaction.close()
+            try:
+                transaction.close()
+            except BaseException:
+                _abandon(connection)
+                raise
             raise
         try:
             transaction.commit()
@@ -294,7 +298,7 @@ def open_transaction(engine: Engine) -> Iterator[Connection]:
 
 
 def _abandon(connection: Connection) -> None:
-    """Leave a connection whose COMMIT was interrupted, so that the server can end it."""
+    """Leave a connection whose COMMIT or ROLLBACK was interrupted, so that the server ends it."""
     if connection.closed or connection.invalidated:
         return
     if is_in_memory(connection.engine.url):

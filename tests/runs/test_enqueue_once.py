@@ -187,6 +187,30 @@ def test_while_the_store_is_out_of_reach_all_are_published(
     assert "it may be queued already: gone" in caplog.text
 
 
+@pytest.mark.parametrize("error", [StoreUnavailable("the answer is lost"), TimeoutError()])
+def test_a_claim_whose_message_was_not_sent_does_not_count(
+    app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The claim is carried out, its answer is lost, or a time limit interrupts it; and then the
+    broker takes no message either.
+    """
+    task = task_of(app)
+    wishes = runtime_of(app).store.wishes
+    claim = wishes.claim
+
+    def lose_answer(*arguments: Any) -> Any:
+        claim(*arguments)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wishes, "claim", lose_answer)
+        patch.setattr("celery.app.task.Task.apply_async", lambda *_, **__: 1 / 0)
+        with pytest.raises((ZeroDivisionError, TimeoutError)):
+            task.delay()
+    task.delay()
+    assert len(published) == 1
+
+
 def test_many_at_once_publish_one(app: Celery, published: list[str]) -> None:
     """All find nothing queued before any of them has noted its own."""
     task = task_of(app)

@@ -6,6 +6,7 @@ carries a request out and loses the answer, or does not carry it out, or keeps i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 from celery import Celery
+from celery.exceptions import SoftTimeLimitExceeded
 
 from celery_singleton_state import (
     HeartbeatFailed,
@@ -21,11 +23,13 @@ from celery_singleton_state import (
     StatePersistFailed,
 )
 from celery_singleton_state.history import decode
+from celery_singleton_state.hooks import Released
+from celery_singleton_state.lease import clock
 from celery_singleton_state.recovery import end_for
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import StoreUnavailable
 from celery_singleton_state.wish import Wish
-from tests.runs.test_run import idle, make_table, row, task_of, written
+from tests.runs.test_run import idle, make_table, row, task_of, write, written
 from tests.waiting import wait_until
 
 #: Seconds that a lease lives by default.
@@ -311,9 +315,9 @@ def test_a_commit_of_which_nobody_knows_is_never_overwritten(
     def body(self: Any) -> None:
         with pytest.raises(StatePersistFailed):
             insert_line(self)
-        for write in (self.checkpoint, self.transaction().__enter__):
+        for save in (self.checkpoint, self.transaction().__enter__):
             with pytest.raises(StatePersistFailed, match="whether a transaction was committed"):
-                write()
+                save()
 
     task = task_of(app, body, persist_on_error=True, lease_ttl=0.5, max_retries=0)
     with pytest.raises(StatePersistFailed, match="whether a transaction was committed"):
@@ -409,3 +413,165 @@ def test_a_run_that_was_wished_for_strikes_its_own_wish_out(
     task.apply(task_id="the wish's id").get()
     assert sent == []
     assert row(app).wanted is None
+
+
+def _interrupted(*_: Any, **__: Any) -> Any:
+    raise SoftTimeLimitExceeded
+
+
+def test_a_time_limit_while_the_state_is_read_says_nothing_of_the_state(app: Celery) -> None:
+    """It must neither count as a value that cannot be read, nor be swallowed."""
+    write(app, '{"n":2}', 1)
+    task = task_of(
+        app,
+        increment,
+        state_version=2,
+        state_migrations={1: _interrupted},
+        on_decode_error="initial",
+    )
+    with pytest.raises(SoftTimeLimitExceeded):
+        task()
+    assert (row(app).value, row(app).last_outcome) == ('{"n":2}', "failed")
+
+
+def test_a_state_whose_rolling_back_is_interrupted_is_not_saved(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block raises, its rows are rolled back, and a time limit strikes as the state is."""
+    make_table(app)
+
+    def body(self: Any) -> None:
+        with self.transaction() as connection:
+            self.state.n = 99
+            connection.exec_driver_sql("INSERT INTO written VALUES (99)")
+            monkeypatch.setattr(type(self._codec), "decode", _interrupted)
+            raise ZeroDivisionError
+
+    task = task_of(app, body, persist_on_error=True)
+    with pytest.raises(SoftTimeLimitExceeded):
+        task()
+    assert written(app) == []
+    assert row(app).value == "null"
+
+
+def test_a_roll_back_that_is_interrupted_spoils_no_connection(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_table(app)
+    dialect = runtime_of(app).sql.engine.dialect
+
+    def body(self: Any) -> None:
+        with self.transaction() as connection:
+            connection.exec_driver_sql("INSERT INTO written VALUES (1)")
+            if patched:
+                raise ZeroDivisionError
+
+    task = task_of(app, body)
+    patched = True
+    for _ in range(4):  # more often than there are connections
+        with monkeypatch.context() as patch:
+            patch.setattr(dialect, "do_rollback", _interrupted)
+            with pytest.raises(SoftTimeLimitExceeded):
+                task()
+    patched = False
+    task()
+    assert written(app) == [1]
+
+
+@pytest.mark.parametrize("is_carried_out", [True, False])
+def test_a_release_that_a_time_limit_interrupts_is_reported_as_it_ended(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, is_carried_out: bool
+) -> None:
+    told: list[Any] = []
+    task = task_of(app, increment)
+    store = runtime_of(app).store
+    release = store.release
+
+    def interrupt(*arguments: Any) -> Any:
+        monkeypatch.setattr(store, "release", release)
+        if is_carried_out:
+            release(*arguments)
+        raise SoftTimeLimitExceeded
+
+    monkeypatch.setattr(store, "release", interrupt)
+    monkeypatch.setattr(runtime_of(app).door, "tell", told.append)
+    with pytest.raises(SoftTimeLimitExceeded):
+        task()
+    (ended,) = [details for details in told if isinstance(details, Released)]
+    assert (ended.outcome, ended.given_back) == (
+        ("succeeded", True) if is_carried_out else ("failed", False)
+    )
+    wait_until(lambda: is_free(app), "the process gives the lease back")
+
+
+def test_what_cannot_be_given_back_for_want_of_a_thread_is_given_back_later(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    task = task_of(app, increment, lease_ttl=LONG_LIFE, max_retries=0)
+    assert task() == 1
+    Verb(app, monkeypatch, "acquire", times=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(StateLoadFailed):
+            task()
+    assert not is_free(app)
+    runtime_of(app).unreturned.add("another key", "nobody", None)
+    wait_until(lambda: is_free(app), "the next one takes it along")
+
+
+def test_a_wish_is_granted_by_a_give_back_whose_answer_was_lost(
+    make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app(singleton_heartbeat_interval=0.1)
+    task = task_of(app, increment, on_conflict="coalesce")
+    sent: list[Any] = []
+    monkeypatch.setattr(
+        type(task._get_current_object()), "apply_async", lambda *a, **k: sent.append(k["task_id"])
+    )
+    runtime = runtime_of(app)
+    acquired = runtime.store.acquire("singleton-state:count", "holder", 60, None)
+    assert acquired is not None
+    wish = Wish("count", "one more", [], {}, {})
+    assert runtime.store.wishes.want(row(app), msgspec.json.encode(wish).decode())
+    Verb(app, monkeypatch, "give_back", times=1)
+    runtime.unreturned.add("singleton-state:count", "holder", None)
+    wait_until(lambda: sent == ["one more"], "the run that is wanted is sent")
+    wait_until(lambda: row(app).wanted is None, "the wish is struck out")
+
+
+def test_a_run_that_is_interrupted_as_it_begins_is_nobodys_current_run(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(app, increment)
+    with monkeypatch.context() as patch:
+        patch.setattr("celery_singleton_state.report.Report.begin", _interrupted)
+        with pytest.raises(SoftTimeLimitExceeded):
+            task()
+    with pytest.raises(RuntimeError, match="only while its body runs"):
+        _ = task.fence
+    wait_until(lambda: is_free(app), "the process gives the lease back")
+    assert task() == 1
+
+
+def test_a_write_is_tried_for_as_long_as_its_parent_renews_the_lease(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The body kept the GIL for longer than a life; its parent renewed, which the run learns by
+    looking. Then the first copy of its checkpoint meets a dead connection.
+    """
+    save = Verb(app, monkeypatch, "save", times=1)
+    save.carried_out = False
+
+    def body(self: Any) -> None:
+        held = self._run_for("").held
+        held.trusted_until = 0.0
+        held.look = lambda: held.renewed(clock())
+        self.state.n = 1
+        self.checkpoint()
+
+    task_of(app, body)()
+    assert row(app).value == '{"n":1}'
+    assert len(save.requests) == 2

@@ -10,11 +10,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pymysql
 import pytest
+import sqlalchemy as sa
 
 from celery_singleton_state.store import SqlStore, open_store
 from celery_singleton_state.store.base import (
@@ -594,3 +597,32 @@ def test_an_old_row_without_a_number_is_run(store: SqlStore) -> None:
     assert store.wishes.put("k", peek(store), NEW)
     acquired = acquire(store, "b")
     assert store.save(acquired.lease, write(1, acquired.write))
+
+
+def test_a_put_that_found_no_row_leaves_the_run_alone_that_has_made_it(mariadb_url: str) -> None:
+    """A put finds no row, and so locks none; a run acquires the lease, and so makes the row; the
+    put writes.
+    """
+    store = open_store(mariadb_url, "kv_store", 10.0, auto_migrate=True)
+    gate, url = "DO GET_LOCK('gate', 10);\nINSERT", sa.make_url(mariadb_url)
+    assert store._sql.put.count("INSERT") == 1
+    store._sql.put = store._sql.put.replace("INSERT", gate)
+    other = pymysql.connect(host=url.host, port=url.port, user=url.username, database=url.database)
+    with closing(other), other.cursor() as cursor, ThreadPoolExecutor(1) as pool:
+        cursor.execute("SELECT GET_LOCK('gate', 10)")
+        putting = pool.submit(store.wishes.put, "k", None, NewValue('{"n":9}', 1))
+        waiting = "SELECT count(*) FROM information_schema.processlist WHERE state = 'User lock'"
+
+        def is_at_the_gate() -> bool:
+            cursor.execute(waiting)
+            return cursor.fetchone() == (1,)
+
+        wait_until(is_at_the_gate, "the put has looked")
+        acquired = store.acquire("k", "a", 60.0, None)
+        cursor.execute("SELECT RELEASE_LOCK('gate')")
+        assert not putting.result(30)
+    assert acquired is not None
+    row = store.peek("k")
+    assert row is not None
+    assert (row.value, row.write, row.holder) == ("null", 0, "a")
+    store.close()

@@ -21,7 +21,9 @@ from celery_singleton_state import (
     singleton_task,
 )
 from celery_singleton_state.beat import SingletonScheduler
+from celery_singleton_state.holdings import Holding, Holdings
 from celery_singleton_state.migrate import migrate
+from celery_singleton_state.recovery import free_dead
 from celery_singleton_state.runtime import close_runtime, runtime_of
 from celery_singleton_state.store.base import Ended, StoreNotReady, StoreUnavailable
 from celery_singleton_state.store.redis import RedisStore
@@ -413,3 +415,22 @@ def test_prune(lease_url: str) -> None:
 def test_where_there_is_no_database_none_is_made(make_app: Callable[..., Celery]) -> None:
     with pytest.raises(ImproperlyConfigured, match="set singleton_store_url as well"):
         migrate(runtime_of(make_app()).settings)
+
+
+def test_what_a_dead_process_held_is_freed_though_its_task_is_gone(
+    make_app: Callable[..., Celery],
+) -> None:
+    """Its file names a task that this app has renamed or removed: no task says in which store."""
+    app = make_app()
+    task_of(app)()
+    runtime = runtime_of(app)
+    key, holder = "singleton-state:renamed", "h@h:1:abcdef.1"
+    (store,) = runtime.stores
+    assert store.acquire(key, holder, 600, None)
+    dead = Holdings(runtime.holdings.directory, "1-abcdef")
+    dead.note(Holding(key, holder, 0))
+    dead.leave_to_parent()  # gives up the lock, as a death does
+    assert free_dead(runtime) == 1
+    row = store.peek(key)
+    assert row is not None
+    assert (row.holder, row.last_outcome) == (None, "lost")
