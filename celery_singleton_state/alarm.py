@@ -7,7 +7,9 @@ switches between threads.
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Set
 from typing import Generic, TypeVar
 
@@ -15,6 +17,10 @@ from .lease import clock
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
+#: Seconds that a thread waits after an error before it looks again.
+AFTER_ERROR = 0.1
 #: Seconds between two looks while there is nothing to wait for.
 LINGER = 1.0
 
@@ -70,7 +76,11 @@ class Alarm(Generic[T]):
     def _run(self) -> None:
         try:
             while due := self._wait_until_due():
-                self._ring(due)
+                try:
+                    self._ring(due)
+                except Exception:  # whatever it is, the other things still need this thread
+                    logger.exception("singletons: thread %s goes on", self._name)
+                    time.sleep(AFTER_ERROR)
         finally:
             with self._changed:
                 self._thread = None
@@ -84,7 +94,9 @@ class Alarm(Generic[T]):
                     return due
                 self._wakes_at = self._next_look()
                 forever = self._wakes_at == float("inf")
-                self._changed.wait(None if forever else self._wakes_at - clock())
+                # Not for longer, because the wait's clock stands still while the host is suspended.
+                left = min(self._wakes_at - clock(), LINGER)
+                self._changed.wait(None if forever else left)
             return []
 
     def _next_look(self) -> float:

@@ -29,7 +29,7 @@ import threading
 
 from .alarm import Alarm
 from .lease import HeldLease, clock
-from .renewal_slots import LeftToParent, listen
+from .renewal_slots import LeftToParent, hear_signals, listen
 from .store.base import Leases, StoreError
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,8 @@ class Heartbeat:
     def hold(self, held: HeldLease) -> None:
         """Keep a lease alive from now on."""
         if self._parent is not None:
+            # The heartbeat may have been made in another thread than the main one.
+            hear_signals()
             self._parent.add(held)
         with self._lock:
             self._held.add(held)

@@ -91,8 +91,11 @@ class Holdings:
             record = msgspec.json.encode(holding)
             if len(record) > RECORD - 2:
                 return None
-            if not self._free and not self._grow(memory):
-                return None
+            if not self._free:
+                grown = self._grow(memory)
+                if grown is None:
+                    return None
+                memory = grown
             start = self._free.pop()
             memory[start + 1 : start + 2 + len(record)] = record + b"\0"
             # Only now is it one: who dies before has not asked for it.
@@ -209,16 +212,18 @@ class Holdings:
         self._free.append(0)
         atexit.register(self.close)
 
-    def _grow(self, memory: mmap.mmap) -> bool:
+    def _grow(self, memory: mmap.mmap) -> mmap.mmap | None:
         size = len(memory)
         try:
             _make_room(self._descriptor, 2 * size)
-            memory.resize(2 * size)
-        except (OSError, SystemError) as error:  # some systems cannot resize mapped memory
+            # Mapped anew, because some systems cannot resize mapped memory.
+            grown = self._memory = mmap.mmap(self._descriptor, 2 * size)
+        except OSError as error:
             logger.warning("singletons: this lease would have to run out: %s", error)
-            return False
+            return None
+        memory.close()
         self._free.extend(range(size, 2 * size, SLOT))
-        return True
+        return grown
 
 
 def _make_room(descriptor: int, size: int) -> None:

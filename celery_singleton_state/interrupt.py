@@ -38,6 +38,8 @@ from celery.exceptions import TaskPredicate
 
 from .errors import HeartbeatFailed
 
+logger = logging.getLogger(__name__)
+
 #: Seconds before a body is interrupted for the second time; then growing by the factor, to the
 #: limit.
 FIRST_PAUSE = 0.05
@@ -52,11 +54,14 @@ TIDY_UP = 10.0
 #: future may have taken it, or its traceback is part of a reference cycle.
 KEPT = 1.0
 
-#: Functions of logging that take or give back a lock for their callers. To interrupt one of them
-#: would leave the lock held, and every other thread of the process would hang when it logs.
-_LOGGING_LOCKS = frozenset[CodeType](
+#: Functions in Python that take or give back a lock for their callers. To interrupt one of them
+#: would leave the lock held, and every other thread that wants it would hang: when it logs, or
+#: uses the same event, queue or semaphore, which are made of conditions.
+_LOCKING = frozenset[CodeType](
     function.__code__
     for function in (
+        threading.Condition.__enter__,
+        threading.Condition.__exit__,
         logging.Handler.acquire,
         logging.Handler.release,
         # Before Python 3.13.
@@ -95,6 +100,8 @@ class Body:
     def __init__(self, singleton: str) -> None:
         self._singleton = singleton
         self._why: str | None = None
+        #: Whether a thread interrupts it again and again.
+        self._is_repeated = False
         self._stack: _Stack | None = None
         self._interrupted_at: float | None = None
         self._interruption: Callable[[], RunInterrupted | None] = lambda: None
@@ -103,14 +110,23 @@ class Body:
 
     def interrupt(self, why: str) -> None:
         """Interrupt the body until it ends, from any thread. Before its call: when it is called."""
-        is_first = self._why is None
         self._why = why
-        if self.is_on and is_first:
-            # A thread of its own strikes for the first time, too. The caller may be the body's
-            # thread, in another signal's handler, and must not be hit before the thread is started.
-            repeating = threading.Thread(target=self._repeat, name="singleton-interruption")
-            repeating.daemon = True
+        if not self.is_on or self._is_repeated or self._stack is None:
+            return
+        # A thread of its own strikes for the first time, too. The caller may be the body's thread,
+        # in another signal's handler, and must not be hit before the thread is started.
+        repeating = threading.Thread(target=self._repeat, name="singleton-interruption")
+        repeating.daemon = True
+        try:
             repeating.start()
+            self._is_repeated = True
+        except RuntimeError as error:
+            logger.warning(
+                "singleton %s: interrupted once only, and again at its next heartbeat: %s",
+                self._singleton,
+                error,
+            )
+            self._stack.strike()
 
     def call(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -295,7 +311,7 @@ class _MainThread(_Thread):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if callable(self._previous):
             self._previous(number, frame)
-        if not _holds_logging_lock(frame):
+        if not _is_locking(frame):
             self.raise_if_due()
 
 
@@ -315,7 +331,7 @@ class _OtherThread(_Thread):
             # While nothing is under way, no exception can arrive between the look and the sending.
             self._take_back()
             frame = sys._current_frames().get(self._ident)
-            if self.due() is not None and not _holds_logging_lock(frame):
+            if self.due() is not None and not _is_locking(frame):
                 self._sent = True
                 self._raise_in_thread(ctypes.py_object(RunInterrupted))
 
@@ -362,8 +378,8 @@ class _Greenlet(_Stack):
             self._greenlet.throw(body.interruption())
 
 
-def _holds_logging_lock(frame: FrameType | None) -> bool:
-    return frame is not None and frame.f_code in _LOGGING_LOCKS
+def _is_locking(frame: FrameType | None) -> bool:
+    return frame is not None and frame.f_code in _LOCKING
 
 
 def _make_stack() -> _Stack:

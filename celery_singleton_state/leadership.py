@@ -48,6 +48,11 @@ class Leadership:
         self._leads = True
         self._task.on_become_leader()
 
+    def forget(self) -> None:
+        """Let go of the run, which is over: it is freed at once, with its state."""
+        self._lost = lambda: HeartbeatFailed("")
+        self._enter = lambda: None
+
     def end(self) -> None:
         """Tell the task that it leads no longer, once; who comes second waits until it is told."""
         with self._telling:

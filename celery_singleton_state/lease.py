@@ -121,14 +121,18 @@ class HeldLease:
         self.renew_every = min(interval, TRUSTED_PART * lease.ttl / 2)
         #: Why it is lost, as a text for people; ``None`` while it is not.
         self.lost: str | None = None
+        self.asked_at = asked_at
+        self.forget()
+        self.renewed(asked_at)
+
+    def forget(self) -> None:
+        """Call nobody any more: its run is over."""
         #: Called when the heartbeat finds it lost, in the heartbeat's thread.
         self.on_lost: Callable[[], None] = lambda: None
         #: Called there, too, with whoever asks the holder to hand over.
         self.on_handoff: Callable[[str], None] = lambda who: None
         #: Called before anybody reads how long it may be trusted.
         self.look: Callable[[], None] = lambda: None
-        self.asked_at = asked_at
-        self.renewed(asked_at)
 
     def renewed(self, asked_at: float) -> None:
         """Trust it anew, counted from before the request.

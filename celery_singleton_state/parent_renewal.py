@@ -107,18 +107,20 @@ class ParentRenewal:
         while not stopped.wait(runtime_of(self._app).io_timeout / 2):
             try:
                 self.look()
-            except StoreError as error:
-                logger.warning("singletons: processes of the pool renew by themselves: %s", error)
-            except Exception:  # the other leases, and the next look, still need this thread
-                logger.exception("singletons: processes of the pool renew by themselves")
+            except Exception as error:  # the next look still needs this thread
+                logger.warning(
+                    "singletons: processes of the pool renew by themselves: %s",
+                    error,
+                    exc_info=not isinstance(error, StoreError),
+                )
+                # Otherwise the leases of processes that have died meanwhile would be renewed.
+                self._drop(*self._leases)
 
     def look(self) -> None:
         """Find out which leases are to be renewed, and renew them from now on."""
         own = runtime_of(self._app)
         found = dict(self._requests(own))
-        for holder in self._leases.keys() - found.keys():
-            held, heartbeat = self._leases.pop(holder)
-            heartbeat.drop(held)
+        self._drop(*self._leases.keys() - found.keys())
         for holder, held in found.items():
             if holder not in self._leases:
                 heartbeat = own.heartbeat_of(held.lease.key)
@@ -126,6 +128,11 @@ class ParentRenewal:
                 heartbeat.hold(held)
             elif self._leases[holder][0].lost:
                 self._leases[holder][0].tell_loss()
+
+    def _drop(self, *holders: str) -> None:
+        for holder in holders:
+            held, heartbeat = self._leases.pop(holder)
+            heartbeat.drop(held)
 
     def _requests(self, own: Runtime) -> Iterator[tuple[str, ChildsLease]]:
         for path, pid in self._files(own.holdings.directory):

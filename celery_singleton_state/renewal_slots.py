@@ -153,11 +153,12 @@ class LeftToParent:
 def requests_in(path: Path) -> Iterator[tuple[int, RenewalRequest]]:
     """The requests in a process's file, each with the start of its slot.
 
-    A file that is gone has none.
+    A file that is gone, or cannot be read, has none: its process renews by itself.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    except OSError as error:
+        logger.debug("singletons: %s cannot be read: %s", path, error)
         return
     try:
         content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
@@ -245,8 +246,13 @@ def listen(callback: Callable[[], None]) -> None:
     C code that keeps the GIL, but looks for signals as ``re`` does, calls the handler. That is
     Python code, so while it runs, other threads get the GIL.
     """
-    global _installed, _previous
     _listening.append(weakref.WeakMethod(callback))
+    hear_signals()
+
+
+def hear_signals() -> None:
+    """Install the signal's handler, if this is the main thread and nobody has done so."""
+    global _installed, _previous
     if _installed or ANSWERED is None:
         return
     if threading.current_thread() is threading.main_thread():

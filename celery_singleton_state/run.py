@@ -94,6 +94,9 @@ class Run:
                     self._leadership.end()
             finally:
                 _current.reset(token)
+                # Both refer to this run, which would keep it and its state for the collector.
+                self.held.forget()
+                self._leadership.forget()
 
     def _body(self, args: Any, kwargs: Any) -> tuple[Any, NewValue | None]:
         try:

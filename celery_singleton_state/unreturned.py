@@ -43,7 +43,9 @@ class Unreturned:
         self._runtime = runtime
         self._lock = threading.Lock()
         self._leases: list[_Unreturned] = []
-        self._closed = threading.Event()
+        self._closed = False
+        #: Set when there is something new to do.
+        self._called = threading.Event()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
 
@@ -57,7 +59,8 @@ class Unreturned:
             return  # a child that the body forked: the lease is its parent's
         with self._lock:
             self._leases.append(_Unreturned(key, holder, slot))
-            if self._thread is None and not self._closed.is_set():
+            self._called.set()
+            if self._thread is None and not self._closed:
                 thread = threading.Thread(target=self._run, name="singleton-give-back", daemon=True)
                 try:
                     thread.start()
@@ -68,7 +71,8 @@ class Unreturned:
 
     def close(self) -> None:
         """End the thread. What is not given back yet stays noted in the file of holdings."""
-        self._closed.set()
+        self._closed = True
+        self._called.set()
         thread = self._thread
         if thread is not None:
             thread.join()
@@ -79,12 +83,13 @@ class Unreturned:
             with self._lock:
                 self._leases = [lease for lease in self._leases if lease not in returned]
             if len(returned) < len(leases):
-                self._closed.wait(self._runtime.settings.heartbeat_interval)
+                self._called.wait(self._runtime.settings.heartbeat_interval)
 
     def _left(self) -> list[_Unreturned]:
-        """The leases to give back; none ends the thread."""
+        """The leases to give back, new ones first; none ends the thread."""
         with self._lock:
-            leases = [] if self._closed.is_set() else list(self._leases)
+            self._called.clear()
+            leases = [] if self._closed else sorted(self._leases, key=lambda one: one.is_unsure)
             if not leases:
                 self._thread = None
             return leases

@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 from celery import signals as celery_signals
@@ -61,7 +62,10 @@ class Door:
         self._hooks: list[Hook] | None = None
         self._waiting: deque[Details] = deque()
         self._dropped = 0
-        self._came = threading.Event()
+        #: Whether the thread has been called since it last looked. It is called by a queue in C,
+        #: because whoever tells can be interrupted at any moment, and must leave no lock behind.
+        self._is_called = False
+        self._calls: SimpleQueue[None] = SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
@@ -75,8 +79,9 @@ class Door:
             self._dropped += 1
             return
         self._waiting.append(details)
-        if not self._came.is_set():
-            self._came.set()
+        if not self._is_called:
+            self._is_called = True
+            self._calls.put(None)
             if self._thread is None:
                 self._start()
 
@@ -93,7 +98,7 @@ class Door:
     def close(self) -> None:
         """Hand on what waits, for a few seconds at most, and end the thread."""
         self._closed.set()
-        self._came.set()
+        self._calls.put(None)
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(PATIENCE)
@@ -101,19 +106,18 @@ class Door:
     def _start(self) -> None:
         with self._starting:
             if self._thread is None and not self._closed.is_set():
-                self._thread = threading.Thread(
-                    target=self._run, name="singleton-hooks", daemon=True
-                )
+                thread = threading.Thread(target=self._run, name="singleton-hooks", daemon=True)
+                thread.start()
+                self._thread = thread
                 _open.add(self)
-                self._thread.start()
 
     # -- in the thread
 
     def _run(self) -> None:
         while not self._closed.is_set():
-            self._came.wait()
+            self._calls.get()
             self._closed.wait(GATHER)
-            self._came.clear()
+            self._is_called = False
             self._hand_on()
         # What came while the last ones were handed on.
         self._hand_on()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -501,3 +503,21 @@ def test_the_users_own_errors_pass_through_a_transaction(app: Celery) -> None:
     with pytest.raises(DBAPIError):
         task_of(app, body)()
     assert row(app).holder is None
+
+
+def test_a_run_that_is_over_is_freed_at_once_with_its_state(app: Celery) -> None:
+    """Without help of the garbage collector, which can come late where states are large."""
+    states: list[weakref.ref[Any]] = []
+
+    def body(self: Any) -> None:
+        states.append(weakref.ref(self.state))
+
+    task = task_of(app, body)
+    task()
+    gc.collect()
+    gc.disable()
+    try:
+        task()
+        assert states[-1]() is None
+    finally:
+        gc.enable()

@@ -346,3 +346,22 @@ def test_a_renewal_is_due_half_way_through_the_trusted_part_of_a_short_life() ->
     lease = HeldLease(Lease("a", "holder", 1, 2.0), asked_at, interval=4.0)
     assert lease.trusted_until == asked_at + 1.8
     assert lease.renew_at == asked_at + 0.9
+
+
+def test_an_error_in_what_is_told_costs_no_other_lease_its_life(
+    heartbeat: Heartbeat, store: Answers
+) -> None:
+    """A holder is asked to hand over, and no thread can be started to interrupt its body."""
+
+    def fail(_: str) -> None:
+        raise RuntimeError("can't start new thread")
+
+    asked, other = held("asked"), held("other")
+    asked.on_handoff = fail
+    store.handoffs["asked"] = "somebody"
+    for lease in (asked, other):
+        heartbeat.hold(lease)
+    before = other.asked_at
+    wait_until(lambda: other.asked_at > before, "the other one is renewed")
+    first = other.asked_at
+    wait_until(lambda: other.asked_at > first, "and renewed again")

@@ -521,15 +521,19 @@ def test_what_tells_celery_what_to_do_passes(here: Here, kind: type[BaseExceptio
         here(lambda: call(body, way))
 
 
-def test_no_lock_of_logging_is_left_behind(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A handler has just acquired its lock for the body when the body is interrupted.
+@pytest.mark.parametrize("whose", ["logging's", "a condition's"])
+def test_no_lock_is_left_behind(here: Here, monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
+    """A function in Python has just acquired a lock for the body when the body is interrupted.
 
-    The handler must not be hit there: every other thread that logs would hang.
+    The function must not be hit there: every other thread that wants the lock would hang.
     """
     body, handler = Body("s"), logging.NullHandler()
     acquired, released = SimpleQueue[bool](), list[int]()
-    # A function in C, as a real lock's is.
-    handler.lock = SimpleNamespace(acquire=acquired.get)  # type: ignore[assignment]
+    # Functions in C, as a real lock's are.
+    lock = SimpleNamespace(acquire=acquired.get, __enter__=acquired.get)
+    condition: Any = threading.Condition()
+    handler.lock = condition._lock = lock  # type: ignore[assignment]
+    acquire = handler.acquire if whose == "logging's" else condition.__enter__
 
     def way() -> None:
         strikes = count_strikes(monkeypatch)
@@ -541,7 +545,7 @@ def test_no_lock_of_logging_is_left_behind(here: Here, monkeypatch: pytest.Monke
 
         # It asks for the lock long before.
         threading.Timer(0.1, let_acquire).start()
-        handler.acquire()
+        acquire()
         try:
             work_on()
         finally:
