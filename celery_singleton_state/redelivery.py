@@ -13,7 +13,7 @@ from celery import states
 from celery.app.task import Context
 from celery.concurrency.base import BasePool
 from celery.exceptions import Ignore, Reject
-from kombu.exceptions import OperationalError
+from kombu.exceptions import EncodeError
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,8 @@ HEADER = "singleton_put_back"
 SENT_AGAIN_HEADER = "singleton_sent_again"
 #: The seconds in a message's headers that it has waited for the lease.
 WAITED_HEADER = "singleton_waited"
+#: Errors of a message that can never be sent.
+UNSENDABLE = (EncodeError, TypeError)
 FIRST_DELAY = 0.5
 MAX_DELAY = 8.0
 
@@ -61,13 +63,13 @@ def send_again(
     )
     try:
         signature.apply_async()
-    except OperationalError as error:
+    except Exception as error:  # a client whose connection breaks can raise anything
         leave_with_broker(request, singleton, error)
     raise Ignore(f"task {request.id} comes again in {delay:.1f} s")
 
 
-def leave_with_broker(request: Context, singleton: str, error: OperationalError) -> NoReturn:
-    """End the delivery of a message that had to be sent again while the broker was out of reach.
+def leave_with_broker(request: Context, singleton: str, error: Exception) -> NoReturn:
+    """End the delivery of a message that had to be sent again and could not.
 
     An error would have it acknowledged, and so lost, as soon as the broker is back.
 

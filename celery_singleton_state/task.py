@@ -10,7 +10,6 @@ from celery import Celery, Task
 from celery._state import _task_stack  # type: ignore[attr-defined]  # missing in celery-types
 from celery.app.task import Context
 from celery.exceptions import Reject
-from kombu.exceptions import OperationalError
 from typing_extensions import ParamSpec, TypeVar
 
 from .deliver import deliver
@@ -22,7 +21,7 @@ from .in_run import InRun
 from .interrupt import Unbreakable
 from .keys import Binder, row_key, singleton_name
 from .options import Options, find_misspelled, read_options, run_signature
-from .redelivery import leave_with_broker, left_if_killed
+from .redelivery import UNSENDABLE, leave_with_broker, left_if_killed
 from .retry import RetryAfter, answer_to, policy_of
 from .run import current_run
 from .runtime import runtime_of
@@ -180,7 +179,7 @@ class SingletonTask(_TypedTask[S, P, R]):
             return super().retry(*args, **options)
         except Reject as rejected:
             error = rejected.args[0]
-            if isinstance(error, OperationalError):
+            if isinstance(error, Exception) and not isinstance(error, UNSENDABLE):
                 name = self._name(self.request.args or (), self.request.kwargs or {})
                 leave_with_broker(self.request, name, error)
             raise
