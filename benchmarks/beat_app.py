@@ -15,8 +15,8 @@ from typing import Any
 from celery import Celery, signals
 from celery.beat import Scheduler
 
+from celery_singleton_state.headers import DUE
 from celery_singleton_state.store.connections import Connections
-from celery_singleton_state.ticks import DUE_HEADER
 
 from .beat_notes import Note, Notebook
 
@@ -70,7 +70,7 @@ def noop() -> None:
 
 def _due(entry: Any) -> float:
     """When an entry that is about to be sent is due, in seconds since the epoch."""
-    header = (entry.options.get("headers") or {}).get(DUE_HEADER)
+    header = (entry.options.get("headers") or {}).get(DUE)
     if header is not None:
         return datetime.fromisoformat(header).timestamp()
     if entry.last_run_at is None:

@@ -15,9 +15,10 @@ from typing import Any
 from .delivery import Delivery
 from .enqueue import claim
 from .errors import LeaderHandoffFailed
+from .headers import WAITED
 from .history import Outcome
 from .hooks import Skipped
-from .redelivery import WAITED_HEADER, can_be_put_back, send_again
+from .redelivery import can_be_put_back, send_again
 from .store.base import Row
 from .wish import wish_for
 
@@ -138,7 +139,7 @@ def _try_again(conflict: Conflict, pause: float) -> float:
             delivery.request,
             delivery.name,
             pause,
-            {WAITED_HEADER: waited + pause},
+            {WAITED: waited + pause},
         )
     return pause
 

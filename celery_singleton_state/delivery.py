@@ -8,15 +8,12 @@ from typing import Any
 from celery.app.task import Context
 
 from . import history
+from .headers import RETRIES, WAITED, count_in, header
 from .hooks import Details
 from .options import Options
-from .redelivery import WAITED_HEADER, count_in
 from .runtime import Runtime
 from .state import Codec
 from .ticks import Tick, tick_of
-
-#: Counts in a message's headers how often this package retried it.
-RETRIES_HEADER = "singleton_retries"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +57,7 @@ class Delivery:
     @property
     def waited(self) -> float:
         """Seconds that the message has waited for the lease before it came here."""
-        return float((self.request.headers or {}).get(WAITED_HEADER) or 0.0)
+        return float(header(self.request, WAITED, 0.0))
 
     @property
     def retries(self) -> int:
@@ -70,7 +67,7 @@ class Delivery:
     @property
     def own_retries(self) -> int:
         """How often this package asked for it, to repeat a run that failed over the store."""
-        return count_in(self.request, RETRIES_HEADER)
+        return count_in(self.request, RETRIES)
 
     @property
     def generation(self) -> int:

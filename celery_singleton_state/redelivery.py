@@ -15,23 +15,14 @@ from celery.concurrency.base import BasePool
 from celery.exceptions import Ignore, Reject
 from kombu.exceptions import EncodeError
 
+from .headers import PUT_BACK, SENT_AGAIN, count_in, custom_headers
+
 logger = logging.getLogger(__name__)
 
-#: Counts in a message's headers how often it was put back.
-HEADER = "singleton_put_back"
-#: Marks a message that was sent again.
-SENT_AGAIN_HEADER = "singleton_sent_again"
-#: The seconds in a message's headers that it has waited for the lease.
-WAITED_HEADER = "singleton_waited"
 #: Errors of a message that can never be sent.
 UNSENDABLE = (EncodeError, TypeError)
 FIRST_DELAY = 0.5
 MAX_DELAY = 8.0
-
-
-def count_in(request: Context, header: str) -> int:
-    """A count of ours in the message's headers; 0 where it is not there."""
-    return int((request.headers or {}).get(header) or 0)
 
 
 def can_be_put_back(request: Context) -> bool:
@@ -59,7 +50,7 @@ def send_again(
         request,
         countdown=delay,
         retries=request.retries,
-        headers={**(request.headers or {}), SENT_AGAIN_HEADER: 1, **(headers or {})},
+        headers={**custom_headers(request), SENT_AGAIN: 1, **(headers or {})},
     )
     try:
         signature.apply_async()
@@ -124,7 +115,7 @@ def put_back(task: Any, request: Context, singleton: str) -> NoReturn:
 
     :raises Ignore: always.
     """
-    count = count_in(request, HEADER)
+    count = count_in(request, PUT_BACK)
     delay = min(FIRST_DELAY * 2 ** min(count, 10), MAX_DELAY) * random.uniform(0.5, 1.0)
     logger.info(
         "singleton %s: task %s is still running; its message is put back for %.1f s",
@@ -132,7 +123,7 @@ def put_back(task: Any, request: Context, singleton: str) -> NoReturn:
         request.id,
         delay,
     )
-    send_again(task, request, singleton, delay, {HEADER: count + 1})
+    send_again(task, request, singleton, delay, {PUT_BACK: count + 1})
 
 
 def end_duplicate(task: Any, request: Context) -> None:

@@ -13,9 +13,10 @@ from celery.exceptions import Reject
 from typing_extensions import ParamSpec, TypeVar
 
 from .deliver import deliver
-from .delivery import RETRIES_HEADER, Delivery
+from .delivery import Delivery
 from .enqueue import enqueue, is_guarded
 from .errors import SingletonError
+from .headers import RETRIES, custom_headers
 from .hooks import Failed
 from .in_run import InRun
 from .interrupt import Unbreakable
@@ -210,8 +211,7 @@ class SingletonTask(_TypedTask[S, P, R]):
                 exc=error,
                 countdown=answer.seconds,
                 max_retries=retries + 1,
-                headers=(delivery.request.headers or {})
-                | {RETRIES_HEADER: delivery.own_retries + 1},
+                headers=custom_headers(delivery.request) | {RETRIES: delivery.own_retries + 1},
             )
         finally:
             # Celery leaves it on the task, where the next retry of its own would find it.

@@ -7,18 +7,16 @@ same id whichever beat sends it, and however often.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
 
 import msgspec
 from celery.app.task import Context
 from celery.beat import ScheduleEntry
 
-ENTRY_HEADER = "singleton_entry"
-DUE_HEADER = "singleton_due"
+from .headers import DUE, ENTRY, header
+
 #: Beat's own headers, which do not make a message a part of a larger work.
-BEAT_HEADERS = frozenset({ENTRY_HEADER, DUE_HEADER, "celery_beat_task", "periodic_task_name"})
+BEAT_HEADERS = frozenset({ENTRY, DUE, "celery_beat_task", "periodic_task_name"})
 
 _NAMESPACE = uuid.UUID("1d7c7bfb-7e5c-4f0e-9f0f-3c6c8f5b6f0a")
 
@@ -56,17 +54,16 @@ def message_of(entry: ScheduleEntry, schedule: str, due: datetime) -> ScheduleEn
 
 def _headers_of(schedule: str, entry: str, due: datetime) -> dict[str, str]:
     """What a tick's message carries of it."""
-    return {ENTRY_HEADER: f"{schedule}:{entry}", DUE_HEADER: due.astimezone(UTC).isoformat()}
+    return {ENTRY: f"{schedule}:{entry}", DUE: due.astimezone(UTC).isoformat()}
 
 
 def due_of(request: Context) -> datetime | None:
     """The due time that a message is for, in UTC; ``None`` if no beat of ours sent it."""
-    text = (request.headers or {}).get(DUE_HEADER)
+    text = header(request, DUE)
     return None if text is None else datetime.fromisoformat(text)
 
 
 def tick_of(request: Context) -> Tick | None:
     """The tick that a message is for."""
     due = due_of(request)
-    headers: Mapping[str, Any] = request.headers or {}
-    return None if due is None else Tick(headers[ENTRY_HEADER], due.timestamp())
+    return None if due is None else Tick(header(request, ENTRY), due.timestamp())

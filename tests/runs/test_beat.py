@@ -17,9 +17,10 @@ from kombu.exceptions import OperationalError
 from celery_singleton_state.beat import LeaderMixin, SingletonScheduler
 from celery_singleton_state.beat.entry_state import EntryState
 from celery_singleton_state.beat.leader import STANDBY_POLL, NotLeading
+from celery_singleton_state.headers import DUE, ENTRY
 from celery_singleton_state.runtime import close_runtime
 from celery_singleton_state.store.base import Ended, Lease, Row, StoreUnavailable
-from celery_singleton_state.ticks import DUE_HEADER, ENTRY_HEADER, task_id_of
+from celery_singleton_state.ticks import task_id_of
 from tests.waiting import wait_until
 
 SECOND = timedelta(seconds=1)
@@ -143,7 +144,7 @@ def test_a_tick_is_sent_and_recorded(beats: Beats, sent: list[dict[str, Any]]) -
     (message,) = sent
     assert message["task"] == "t"
     assert message["id"] == task_id_of("shop", "e", due)
-    assert datetime.fromisoformat(message[DUE_HEADER]) == due
+    assert datetime.fromisoformat(message[DUE]) == due
     assert message["celery_beat_task"] is True
     state = stored(beat)["e"]
     assert (state.last_tick, state.total_run_count) == (due, 1)
@@ -203,7 +204,7 @@ def test_nothing_is_sent_that_cannot_be_recorded(
     assert len(sent) == 1
     monkeypatch.setattr(entries, "record", record)
     beat.tick()
-    assert [message[DUE_HEADER] for message in sent] == [due.isoformat() for due in (first, second)]
+    assert [message[DUE] for message in sent] == [due.isoformat() for due in (first, second)]
     assert {name: state.last_tick for name, state in stored(beat).items()} == {
         "e": first,
         "f": second,
@@ -387,8 +388,8 @@ def dues_of(sent: list[dict[str, Any]]) -> dict[str, list[datetime]]:
     """What was sent of each entry, in order."""
     found: dict[str, list[datetime]] = {}
     for message in sent:
-        due = datetime.fromisoformat(message[DUE_HEADER])
-        found.setdefault(message[ENTRY_HEADER], []).append(due)
+        due = datetime.fromisoformat(message[DUE])
+        found.setdefault(message[ENTRY], []).append(due)
     return found
 
 
@@ -401,7 +402,7 @@ def test_who_is_behind_sends_of_each(beats: Beats, sent: list[dict[str, Any]]) -
     due_now(beat, "all", timedelta(minutes=4, seconds=1))
     due_now(beat, "e", timedelta(minutes=4, seconds=2))
     beat.tick()
-    assert [message[ENTRY_HEADER] for message in sent] == ["shop:e"] + ["shop:all"] * 5
+    assert [message[ENTRY] for message in sent] == ["shop:e"] + ["shop:all"] * 5
 
 
 def test_a_deployment_adds_changes_and_removes(beats: Beats, sent: list[dict[str, Any]]) -> None:
