@@ -57,6 +57,8 @@ class Acquired:
     :param acquired_at: seconds since the epoch by the store's clock.
     :param write: the row's write number, which is the first :attr:`Write.seen` of the run: 0, or
         :data:`TAKEN_OVER` if the lease of another holder had run out.
+    :param ticks_done: what is known of ticks, as JSON; see
+        :mod:`~celery_singleton_state.ticks_done`.
     """
 
     lease: Lease
@@ -65,6 +67,7 @@ class Acquired:
     history: str | None
     acquired_at: float
     write: int
+    ticks_done: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +114,13 @@ class Ended:
 
     :param history: the whole new history, as JSON.
     :param hold: seconds from its acquisition that the lease is kept, though the run is over.
+    :param ticks_done: what is known of ticks from now on, as JSON; ``None``: as before.
     """
 
     outcome: str
     history: str
     hold: float = 0.0
+    ticks_done: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +186,27 @@ class Row(Listed):
     :param value: the state as JSON, ``null`` when there is none.
     :param wanted: the wish for one more run, as JSON, if there is one.
     :param write: the number of the last write.
+    :param ticks_done: what is known of ticks, as JSON.
     """
 
     value: str
     wanted: str | None
     write: int
+    ticks_done: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SeenTicks:
+    """What a singleton's row says to a beat that waits for the end of a tick.
+
+    :param held: whether somebody holds the lease now.
+    :param task_id: of the message that the holder runs, if there is one.
+    :param ticks_done: what is known of ticks, as JSON.
+    """
+
+    held: bool
+    task_id: str | None
+    ticks_done: str | None
 
 
 #: The write number after an acquisition that took over the lease of a holder which did not give it
@@ -322,6 +343,9 @@ class Leases(Protocol):
         self, keys: Sequence[str], values: bool
     ) -> dict[str, tuple[str | None, str | None]]:
         """The histories of some singletons by key, and their values if they are wanted."""
+
+    def ticks(self, keys: Sequence[str]) -> dict[str, SeenTicks]:
+        """What is known of the ticks of some singletons, by key; of those that have a row."""
 
     def unused(self, prefix: str, older_than: float) -> Sequence[str]:
         """The keys, in order, of singletons that begin with a prefix and that nobody uses.

@@ -76,7 +76,7 @@ ON DUPLICATE KEY UPDATE
   holder = IF({_IS_FREE}, :holder, holder),
   expires_at = IF(holder = :holder,
     greatest(coalesce(expires_at, {_LATER}), {_LATER}), expires_at);
-SELECT fence, value, schema_version, history, {{acquired_at}}, {{write}}
+SELECT fence, value, schema_version, history, {{acquired_at}}, {{write}}, ticks_done
 FROM {{table}} WHERE {{key}} = :key AND holder = :holder
 """
 

@@ -31,6 +31,7 @@ from .base import (
     Queued,
     Released,
     Row,
+    SeenTicks,
     StoreMisconfigured,
     Write,
     seen,
@@ -76,10 +77,10 @@ class RedisStore:
         found = self._call(scripts.ACQUIRE, [key, INDEX], [holder, ttl, task_id or ""])
         if found is None:
             return None
-        fence, history, acquired_at, write = found
+        fence, history, acquired_at, write, ticks_done = found
         lease = Lease(key, holder, int(fence), ttl)
         since = float(acquired_at)
-        return Acquired(lease, NO_STATE, None, history, acquired_at=since, write=int(write))
+        return Acquired(lease, NO_STATE, None, history, since, int(write), ticks_done)
 
     def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
         renewed: dict[str, str | None] = {}
@@ -97,6 +98,7 @@ class RedisStore:
     def release(self, lease: Lease, ended: Ended, write: Write | None = None) -> Released | None:
         assert write is None, "a state is kept in SQL"
         named = [lease.holder, lease.fence, ended.outcome, ended.history, ended.hold]
+        named.append(ended.ticks_done or "")
         return _released(self._call(scripts.RELEASE, [lease.key], named))
 
     def peek(self, key: str) -> Row | None:
@@ -118,6 +120,15 @@ class RedisStore:
             key: (history, value)
             for some in _in_pages(keys)
             for key, history in zip(some, self._call(scripts.HISTORIES, some, []), strict=True)
+        }
+
+    def ticks(self, keys: Sequence[str]) -> dict[str, SeenTicks]:
+        return {
+            key: SeenTicks(bool(held), task_id, ticks_done)
+            for some in _in_pages(keys)
+            for key, found in zip(some, self._call(scripts.TICKS, some, []), strict=True)
+            if found is not None
+            for held, task_id, ticks_done in [found]
         }
 
     def unused(self, prefix: str, older_than: float) -> Sequence[str]:
@@ -231,7 +242,14 @@ def _by_name(fields: Sequence[str]) -> dict[str, str]:
 def _row(key: str, fields: Sequence[str], now: str) -> Row:
     found = _by_name(fields)
     write, wanted = int(found.get("write", 0)), found.get("wanted")
-    return Row(**_listed(key, found, now), value=NO_STATE, write=write, wanted=wanted)
+    ticks_done = found.get("ticks_done")
+    return Row(
+        **_listed(key, found, now),
+        value=NO_STATE,
+        write=write,
+        wanted=wanted,
+        ticks_done=ticks_done,
+    )
 
 
 def _listed(key: str, found: Mapping[str, str], now: str) -> dict[str, Any]:

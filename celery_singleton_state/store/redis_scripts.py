@@ -46,15 +46,15 @@ end
 ACQUIRE = f"""
 {_HEAD}
 local holder, ttl, task_id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
-local other, expires_at, fence, history, queued, acquired_at, write = unpack(redis.call(
-  'HMGET', key, 'holder', 'expires_at', 'fence', 'history', 'queued_task_id', 'acquired_at',
-  'write'))
+local other, expires_at, fence, history, queued, acquired_at, write, ticks_done = unpack(
+  redis.call('HMGET', key, 'holder', 'expires_at', 'fence', 'history', 'queued_task_id',
+    'acquired_at', 'write', 'ticks_done'))
 local is_over = not expires_at or tonumber(expires_at) <= now
 if other and other ~= holder and not is_over then touch() return false end
 make()
 if other == holder then
   set('expires_at', moment(math.max(tonumber(expires_at or '0'), now + ttl)))
-  return {{fence, history, acquired_at, tonumber(write or '0')}}
+  return {{fence, history, acquired_at, tonumber(write or '0'), ticks_done}}
 end
 local clock = time[1] * 1000 + math.floor(time[2] / 1000)
 if tonumber(fence or '0') < clock then
@@ -70,7 +70,7 @@ redis.call('HSET', key, 'holder', holder, 'acquired_at', moment(now),
   'expires_at', moment(now + ttl), 'task_id', task_id, 'write', write)
 if task_id == '' then drop('handoff_to', 'task_id') else drop('handoff_to') end
 if queued == task_id then drop('queued_until') end
-return {{fence, history, moment(now), write}}
+return {{fence, history, moment(now), write, ticks_done}}
 """
 
 #: For each of the keys three arguments; answers for each ``false``, or who asks to take over.
@@ -94,13 +94,14 @@ return found
 RELEASE = f"""
 {_HEAD}
 touch()
-local holder, fence, outcome, history, hold = unpack(ARGV)
+local holder, fence, outcome, history, hold, ticks_done = unpack(ARGV)
 local other, last, acquired_at, wanted = unpack(redis.call(
   'HMGET', key, 'holder', 'fence', 'acquired_at', 'wanted'))
 if other ~= holder or last ~= fence then return false end
 redis.call('HINCRBY', key, 'run_count', 1)
 redis.call('HSET', key, 'last_outcome', outcome, 'last_finished_at', moment(now),
   'history', history)
+if ticks_done ~= '' then set('ticks_done', ticks_done) end
 local until_then = tonumber(acquired_at or '0') + tonumber(hold)
 if tonumber(hold) > 0 and until_then > now then
   drop('task_id', 'acquired_at')
@@ -163,6 +164,19 @@ HISTORIES = f"""
 touch()
 local found = {{}}
 for number = 1, #KEYS do found[number] = redis.call('HGET', KEYS[number], 'history') end
+return found
+"""
+
+#: For each of the keys ``false``, or whether the lease is held, for which task, and the ticks.
+TICKS = f"""
+{_HEAD}
+local found = {{}}
+touch()
+for number = 1, #KEYS do
+  key = KEYS[number]
+  found[number] = redis.call('EXISTS', key) == 1 and {{
+    later('expires_at') and 1 or 0, get('task_id'), get('ticks_done')}}
+end
 return found
 """
 

@@ -42,7 +42,7 @@ ON CONFLICT (key) DO UPDATE SET
   holder = :holder, task_id = :task_id
 WHERE mine.holder IS NULL OR mine.holder = :holder
   OR mine.expires_at <= {{now}} OR mine.expires_at IS NULL
-RETURNING fence, value, schema_version, history, {{acquired_at}}, write
+RETURNING fence, value, schema_version, history, {{acquired_at}}, write, ticks_done
 """
 
 _SAVE = f"""

@@ -23,6 +23,7 @@ from .base import (
     Released,
     Row,
     Saved,
+    SeenTicks,
     Store,
     Wishes,
     Write,
@@ -93,6 +94,13 @@ class RoutedStore:
         for store in self.stores:
             own = [key for key in keys if self.of(key) is store]
             found |= store.contents(own, values) if own else {}
+        return found
+
+    def ticks(self, keys: Sequence[str]) -> dict[str, SeenTicks]:
+        found: dict[str, SeenTicks] = {}
+        for store in self.stores:
+            own = [key for key in keys if self.of(key) is store]
+            found |= store.ticks(own) if own else {}
         return found
 
     def unused(self, prefix: str, older_than: float) -> Sequence[str]:

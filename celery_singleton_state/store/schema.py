@@ -39,6 +39,7 @@ def make_table(name: str) -> Table:
         Column("last_outcome", Text),
         Column("last_finished_at", moment),
         Column("history", Text),
+        Column("ticks_done", Text),
         Column("handoff_to", Text),
         Column("wanted", Text),
         Column("queue", BigInteger),

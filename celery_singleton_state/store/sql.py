@@ -20,6 +20,7 @@ from .base import (
     Released,
     Row,
     Saved,
+    SeenTicks,
     StoreError,
     StoreMisconfigured,
     Write,
@@ -79,6 +80,7 @@ class SqlStore:
     def release(self, lease: Lease, ended: Ended, write: Write | None = None) -> Released | None:
         statement = self._sql.release[write is not None, ended.hold > 0]
         more = {"outcome": ended.outcome, "history": ended.history, "hold": ended.hold}
+        more |= {"ticks_done": ended.ticks_done}
         rows = self._rows(statement, _named(lease, write, **more))
         return Released(*rows[0]) if rows else None
 
@@ -105,6 +107,10 @@ class SqlStore:
         document = msgspec.json.encode(keys).decode()
         rows = self._rows(self._sql.contents, {"keys": document, "values": values})
         return {key: (history, value) for key, history, value in rows}
+
+    def ticks(self, keys: Sequence[str]) -> dict[str, SeenTicks]:
+        rows = self._rows(self._sql.ticks, {"keys": msgspec.json.encode(keys).decode()})
+        return {key: SeenTicks(bool(held), *more) for key, held, *more in rows}
 
     def set_aside(self, key: str, value: str) -> None:
         self._change(self._sql.set_aside, {"key": key, "value": value})

@@ -32,7 +32,7 @@ NEW_VALUE = (
 
 ENDED = """
   run_count = coalesce(run_count, 0) + 1, last_outcome = :outcome, last_finished_at = {now},
-  history = :history
+  history = :history, ticks_done = coalesce(:ticks_done, ticks_done)
 """
 
 _ROWS = """
@@ -42,7 +42,7 @@ SELECT {key}, schema_version, {updated_at}, fence, holder, task_id, {acquired_at
 FROM {table} WHERE fence IS NOT NULL AND
 """
 
-_WHOLE = "history, {epoch_now}, value, wanted, coalesce({write}, 0)"
+_WHOLE = "history, {epoch_now}, value, wanted, coalesce({write}, 0), ticks_done"
 
 _LISTED = "CASE WHEN last_outcome = 'succeeded' THEN NULL ELSE history END, {epoch_now}"
 
@@ -50,6 +50,12 @@ _BEGINS = "substr({key}, 1, {length}(:prefix)) = :prefix"
 
 _CONTENTS = """
 SELECT {key}, history, CASE WHEN :values THEN value END FROM {table}
+WHERE {key} IN (SELECT value FROM {keys})
+"""
+
+# A lease that is held on after its run is for no task.
+_TICKS = """
+SELECT {key}, coalesce(expires_at > {now}, 1 = 0), task_id, ticks_done FROM {table}
 WHERE {key} IN (SELECT value FROM {keys})
 """
 
@@ -134,6 +140,7 @@ class Statements:
         found = f"({_BEGINS} OR {{key}} = :also)"
         self.list = self.sql(f"{_ROWS} {found} ORDER BY {{key}}", more=_LISTED)
         self.contents = self.sql(_CONTENTS)
+        self.ticks = self.sql(_TICKS)
         self.ask_to_hand_over = self.sql(_ASK_TO_HAND_OVER)
         self.let_go = self.sql(_LET_GO)
         self.want = self.sql(_WANT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from celery_singleton_state import KeyValueStore
 from celery_singleton_state.store import SqlStore
-from celery_singleton_state.store.base import Acquired, Ended, NewValue
+from celery_singleton_state.store.base import Acquired, Ended, NewValue, SeenTicks
 from tests.stores.writes import enqueue, write
 
 DONE = Ended("succeeded", "[]")
@@ -27,6 +27,7 @@ def use_all(store: SqlStore) -> None:
     assert (row.value, row.fence, row.write) == (NEW.value, lease.fence, 2)
     assert [row.key for row in store.list("k")] == ["k", "k2"]
     assert store.contents(["k"], values=True) == {"k": (None, NEW.value)}
+    assert store.ticks(["k", "none"]) == {"k": SeenTicks(True, "task-a", None)}
 
     wishes = store.wishes
     assert wishes.ask_to_hand_over(row, "b")

@@ -64,6 +64,7 @@ class ModelRow:
     run_count: int = 0
     last_outcome: str | None = None
     history: str | None = None
+    ticks_done: str | None = None
     handoff_to: str | None = None
     wanted: str | None = None
     queue: int = 0
@@ -96,7 +97,7 @@ class ModelRow:
     def seen(self) -> dict[str, Any]:
         """What :meth:`Leases.peek` shows of it."""
         names = ("value", "schema_version", "fence", "write", "holder", "task_id", "wanted")
-        more = ("run_count", "last_outcome", "history")
+        more = ("run_count", "last_outcome", "history", "ticks_done")
         return {name: getattr(self, name) for name in names + more} | {
             "held": self.life > 0,
             "held_on": self.held_on,
@@ -173,7 +174,13 @@ class Model:
             row.holder, row.task_id = holder, task_id
         lease = Lease(key, holder, row.fence, ttl)
         return Acquired(
-            lease, row.value, row.schema_version, row.history, found.acquired_at, row.write
+            lease,
+            row.value,
+            row.schema_version,
+            row.history,
+            found.acquired_at,
+            row.write,
+            row.ticks_done,
         )
 
     def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
@@ -206,6 +213,8 @@ class Model:
             row.store(write)
         row.run_count += 1
         row.last_outcome, row.history = ended.outcome, ended.history
+        if ended.ticks_done is not None:
+            row.ticks_done = ended.ticks_done
         holder = row.holder
         row.free()
         if ended.hold > 0 and not row.outlasted:

@@ -23,6 +23,7 @@ from celery_singleton_state.store.base import (
     Released,
     Row,
     Saved,
+    SeenTicks,
     Write,
 )
 from tests.conftest import url_on
@@ -267,6 +268,38 @@ def test_release_with_a_value_stores_all_of_it(store: SqlStore) -> None:
     assert row.last_finished_at is not None
     loaded = acquire(store, "b")
     assert (loaded.value, loaded.schema_version, loaded.history) == ('{"n":1}', 3, '["h"]')
+
+
+def test_a_release_keeps_or_replaces_what_is_known_of_ticks(leases: Leases) -> None:
+    """Also where leases have no state. An operator who releases a lease knows nothing of ticks."""
+    leases.release(acquire(leases).lease, replace(DONE, ticks_done='{"e":[]}'))
+    assert peek(leases).ticks_done == '{"e":[]}'
+    second = acquire(leases, "b")
+    assert second.ticks_done == '{"e":[]}'
+    assert acquire(leases, "b").ticks_done == '{"e":[]}'
+    leases.release(second.lease, Ended("lost", "[]"))
+    assert peek(leases).ticks_done == '{"e":[]}'
+    third = acquire(leases, "c")
+    leases.give_back("k", "c")
+    assert peek(leases).ticks_done == third.ticks_done == '{"e":[]}'
+    leases.release(acquire(leases, "d").lease, replace(DONE, ticks_done="{}"))
+    assert peek(leases).ticks_done == "{}"
+
+
+def test_what_a_beat_asks_of_the_rows_of_ticks(leases: Leases) -> None:
+    """A lease that ran out, or is held on after its run, is for no task any more."""
+    leases.release(acquire(leases, "a", key="free").lease, replace(DONE, ticks_done='{"e":[]}'))
+    acquire(leases, "b", key="held")
+    acquire(leases, "c", BRIEF, key="late")
+    leases.release(acquire(leases, "d", key="kept").lease, HELD_ON)
+    let_run_out(leases, "late")
+    assert leases.ticks(["free", "held", "late", "kept", "none"]) == {
+        "free": SeenTicks(False, None, '{"e":[]}'),
+        "held": SeenTicks(True, "task-b", None),
+        "late": SeenTicks(False, "task-c", None),
+        "kept": SeenTicks(True, None, None),
+    }
+    assert leases.ticks([]) == {}
 
 
 def test_release_without_a_value_leaves_the_state(store: SqlStore) -> None:

@@ -503,7 +503,9 @@ class Leases(RuleBasedStateMachine):
             write = self.next_write(run)
         assert run.lease is not None
         history = [*run.history, [run.lease.fence, run.holder, run.outcome]][-HISTORY:]
-        ended = Ended(run.outcome, json.dumps(history), hold if succeeded else 0.0)
+        # A run of a tick that is done raises the mark; any other leaves it.
+        ticks_done = f'"{run.lease.fence}"' if succeeded else None
+        ended = Ended(run.outcome, json.dumps(history), hold if succeeded else 0.0, ticks_done)
         run.phase = "releases"
         self.ask(run, Request("release", (run.lease, ended, write)), fate)
 

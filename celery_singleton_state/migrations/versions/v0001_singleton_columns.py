@@ -44,6 +44,7 @@ def added() -> list[sa.Column[object]]:
         sa.Column("last_outcome", TEXT),
         sa.Column("last_finished_at", MOMENT),
         sa.Column("history", TEXT),
+        sa.Column("ticks_done", TEXT),
         sa.Column("handoff_to", TEXT),
         sa.Column("wanted", TEXT),
         sa.Column("queue", sa.BigInteger),
