@@ -10,7 +10,7 @@ from typing import Any
 
 from . import history
 from .conflict import POLICIES, Conflict
-from .delivery import Delivery
+from .delivery import DONE_BEFORE, Delivery
 from .enqueue import dequeue
 from .errors import LeaderHandoffFailed, StateLoadFailed
 from .history import Outcome
@@ -74,9 +74,14 @@ def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any
     asked_at, acquired, row = _acquire(claim)
     if acquired is not None:
         return True, _run(claim, acquired, asked_at, args, kwargs)
-    if row is not None and delivery.done_by(history.decode(row.history, name)):
-        _end_duplicate(delivery)
-        return True, None
+    if row is not None:
+        entries = history.decode(row.history, name)
+        if delivery.done_by(entries):
+            _end_duplicate(delivery)
+            return True, None
+        if why := delivery.passed(entries, row.ticks_done):
+            _end_duplicate(delivery, why)
+            return True, None
     if row is not None and row.task_id == request.id and can_be_put_back(request):
         put_back(delivery.task, request, name)
     again = _conflict(Conflict(delivery, row, args, kwargs, waited))
@@ -89,26 +94,32 @@ def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: A
     run = Run(delivery, acquired, asked_at)
     try:
         done = delivery.done_by(run.entries)
-        if not done and not delivery.is_past(run.entries):
+        why = DONE_BEFORE if done else delivery.passed(run.entries, acquired.ticks_done)
+        if why is None:
             return run.execute(args, kwargs)
         run.end_as_duplicate(done)
     finally:
         claim.may_hold = not run.given_back
-    _end_duplicate(delivery)
+    _end_duplicate(delivery, why)
     return None
 
 
-def _end_duplicate(delivery: Delivery) -> None:
+def _end_duplicate(delivery: Delivery, why: str = DONE_BEFORE) -> None:
     """:raises Ignore: its result is stored."""
-    request = delivery.request
-    delivery.tell(Skipped, outcome=Outcome.DUPLICATE, why=f"task {request.id} was done before")
+    request, tick = delivery.request, delivery.tick
+    delivery.tell(
+        Skipped,
+        outcome=Outcome.DUPLICATE,
+        why=f"task {request.id} {why}" + (f", for tick {tick}" if tick else ""),
+        tick=tick.entry if tick else None,
+    )
     end_duplicate(delivery.task, request)
 
 
 def _conflict(conflict: Conflict) -> float | None:
     """Do as the policy says; the message is queued no more unless it comes again."""
     delivery = conflict.delivery
-    policy = delivery.options.on_conflict
+    policy = delivery.on_conflict
     if not (delivery.waited or conflict.waited):
         delivery.tell(Conflicted, policy=policy, found=conflict.holder)
     try:

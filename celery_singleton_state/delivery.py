@@ -7,13 +7,22 @@ from typing import Any
 
 from celery.app.task import Context
 
-from . import history
-from .headers import RETRIES, WAITED, count_in, header
+from . import history, ticks_done
+from .errors import SingletonError
+from .headers import ONE_BY_ONE, RETRIES, WAITED, count_in, header
 from .hooks import Details
 from .options import Options
+from .retry import Fail, RetryAfter, answer_to, policy_of
 from .runtime import Runtime
 from .state import Codec
-from .ticks import Tick, tick_of
+from .ticks import Tick, previous_of, tick_of
+from .ticks_done import EntryTicks, TicksDone
+
+#: Why a message is refused whose work is done.
+DONE_BEFORE = "was done before"
+#: Seconds that a tick which must not be skipped waits for the lease. After that it fails, and beat
+#: sends it again.
+ONE_BY_ONE_TIMEOUT = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +60,21 @@ class Delivery:
     @property
     def conflict_timeout(self) -> float:
         """Seconds that it waits for the lease, where its policy waits at all."""
+        if self.is_one_by_one:
+            return ONE_BY_ONE_TIMEOUT
         timeout = self.options.conflict_timeout
         return self.runtime.settings.conflict_timeout if timeout is None else timeout
+
+    @property
+    def on_conflict(self) -> str:
+        """The policy for a lease that is taken. A tick that must not be skipped waits."""
+        policy = self.options.on_conflict
+        return "wait" if self.is_one_by_one and policy != "replace" else policy
+
+    @property
+    def is_one_by_one(self) -> bool:
+        """Whether the next tick of the message's entry is sent when this one has ended."""
+        return bool(count_in(self.request, ONE_BY_ONE))
 
     @property
     def waited(self) -> float:
@@ -74,6 +96,13 @@ class Delivery:
         """How often the body asked for it."""
         return self.retries - self.own_retries
 
+    def answer_to(self, error: SingletonError) -> RetryAfter | Fail:
+        """How the message goes on after an error of this singleton."""
+        own = self.options
+        return answer_to(
+            error, self.retries, own.retry_reasons, own.retry_policy, policy_of(self.task)
+        )
+
     @property
     def tick(self) -> Tick | None:
         """The tick that the message is for, if a beat of ours sent it."""
@@ -89,14 +118,38 @@ class Delivery:
             return None
         return history.done_by(entries, task_id, self.generation)
 
-    def is_past(self, entries: tuple[history.Entry, ...]) -> bool:
-        """Whether the message is for a tick that is too old to be known as new.
+    @property
+    def previous(self) -> float | None:
+        """The tick that was sent before the message's own, if it is known."""
+        return previous_of(self.request)
 
-        A retry is known as such.
+    def ticks_of(self, raw: str | None) -> tuple[TicksDone, EntryTicks]:
+        """What a row knows of ticks, and of those of the message's own entry.
+
+        :param raw: the row's ``ticks_done``.
         """
-        if self.tick is None or self.retries or not self.deduplicates:
-            return False
-        return history.has_passed(entries, self.tick, self.runtime.settings.history)
+        known = ticks_done.decode(raw, self.name)
+        return known, known.get(self.tick.entry if self.tick else "", EntryTicks())
+
+    def passed(self, entries: tuple[history.Entry, ...], raw: str | None) -> str | None:
+        """Why the message's tick is refused though the history does not know it as done, if it is.
+
+        Only a message that does not name the tick before its own, and that is no retry, can be for
+        a tick which nobody can tell from one that was done and forgotten.
+
+        :param raw: the row's ``ticks_done``.
+        """
+        tick = self.tick
+        if tick is None or not self.deduplicates:
+            return None
+        _, own = self.ticks_of(raw)
+        if own.is_done(tick.due):
+            return DONE_BEFORE
+        if self.retries or self.previous is not None or own.reaches_back_to(tick.due):
+            return None
+        if history.has_passed(entries, tick, self.runtime.settings.history):
+            return "is older than all that its row remembers, so it may have been done before"
+        return None
 
     @property
     def deduplicates(self) -> bool:

@@ -18,6 +18,10 @@ RETRIES = "singleton_retries"
 ENTRY = "singleton_entry"
 #: The due time of that tick, in ISO format.
 DUE = "singleton_due"
+#: The due time of the tick of that entry which was sent before, in ISO format.
+PREVIOUS = "singleton_previous"
+#: Marks a tick whose entry sends the next one when this one has ended, so that it is not skipped.
+ONE_BY_ONE = "singleton_one_by_one"
 
 
 def header(request: Context, name: str, default: Any = None) -> Any:

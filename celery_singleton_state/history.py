@@ -110,7 +110,8 @@ def done_by(entries: tuple[Entry, ...], task_id: str, generation: int) -> Entry 
 def has_passed(entries: tuple[Entry, ...], tick: Tick, limit: int) -> bool:
     """Whether a tick is older than all of its schedule entry that a full history still holds.
 
-    It cannot be known to be new then: what was done and is forgotten is older than what is held.
+    For ticks of which ``ticks_done`` cannot tell: one cannot be known to be new then, because what
+    was done and is forgotten is older than what is held.
     """
     runs = [run for run in entries if is_run(run)]
     known = [run.tick.due for run in runs if run.tick and run.tick.entry == tick.entry]

@@ -90,12 +90,12 @@ def left_if_killed(request: Context) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if _means_to_kill(error) and can_be_put_back(request):
+        if means_to_kill(error) and can_be_put_back(request):
             raise Reject("it was killed in mid-run", requeue=True) from error
         raise
 
 
-def _means_to_kill(error: BaseException) -> bool:
+def means_to_kill(error: BaseException) -> bool:
     """Whether it is how Celery ends a body, or fails to."""
     if isinstance(error, Reject) and isinstance(error.args[0], BaseException):
         error = error.args[0]

@@ -9,22 +9,30 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from celery.exceptions import Ignore, Retry
+from celery.exceptions import Ignore, Reject, Retry
 from sqlalchemy import Connection
 
-from . import history
+from . import history, ticks_done
 from .delivery import Delivery
 from .errors import HeartbeatFailed, SchemaDecodeFailed, SingletonError, StatePersistFailed
 from .fenced import FencedWriter
 from .history import Outcome
 from .leadership import Leadership, asked_by
 from .lease import HeldLease, clock
+from .redelivery import means_to_kill
 from .report import Report
+from .retry import RetryAfter
 from .run_state import RunState
 from .store.base import TAKEN_OVER, Acquired, Ended, NewValue, Saved, StoreError, Write
+from .ticks import Tick
+from .ticks_done import EntryTicks
 from .wish import grant
 
 logger = logging.getLogger(__name__)
+
+#: How many spans of ticks a row keeps of one entry: with conflicts that wait, messages of ticks can
+#: overtake each other; elsewhere a gap is nearly always a tick that was skipped.
+SPANS_OF_WAITING, SPANS = 1000, 300
 
 _current: ContextVar[Run | None] = ContextVar("celery_singleton_state_run", default=None)
 
@@ -64,6 +72,7 @@ class Run:
         #: Whether the store has answered that the lease is given back.
         self.given_back = False
         self._acquired_at = acquired.acquired_at
+        self._ticks_done = acquired.ticks_done
         self._took_over = acquired.write == TAKEN_OVER
         self._asked_at = asked_at
         self._in_transaction = False
@@ -285,7 +294,8 @@ class Run:
         hold = self._delivery.options.hold_at_least or 0.0
         if entry.outcome != Outcome.SUCCEEDED or hold <= entry.finished - entry.started:
             hold = 0.0
-        ended = Ended(entry.outcome, history.append(self.entries, entry, limit), hold)
+        document = history.append(self.entries, entry, limit)
+        ended = Ended(entry.outcome, document, hold, self._new_ticks_done(entry))
         write = self._writer.next_write(new) if new else None
         released = self._writer.write(
             "save" if new else "release",
@@ -294,6 +304,39 @@ class Run:
         )
         self.given_back = True
         grant(self.task.app, self._store, lease.key, released, self.request.id)
+
+    def _new_ticks_done(self, entry: history.Entry) -> str | None:
+        """What the row is to know of ticks; ``None`` if the run changes nothing of it.
+
+        A run that was lost has not ended: its message comes again.
+        """
+        tick, outcome = entry.tick, entry.outcome
+        if tick is None or outcome == Outcome.LOST:
+            return None
+        known, before = self._delivery.ticks_of(self._ticks_done)
+        if outcome in history.DONE and entry.final:
+            after = self._with_done(before, tick)
+        elif outcome == Outcome.DUPLICATE:
+            return None
+        elif entry.final:
+            after = before.with_failed(tick.due)
+        else:
+            after = before.with_retried(tick.due)
+        return None if after == before else ticks_done.encode(known, tick, after)
+
+    def _with_done(self, before: EntryTicks, tick: Tick) -> EntryTicks:
+        after = before.with_done(tick.due, self._delivery.previous)
+        waits = self._delivery.on_conflict in ("wait", "replace")
+        kept = after.with_at_most(SPANS_OF_WAITING if waits else SPANS)
+        if kept is not after:
+            logger.log(
+                logging.WARNING if waits else logging.INFO,
+                "singleton %s: too many ticks of %s are missing among those that are done; the "
+                "oldest missing ones count as done from now on",
+                self.name,
+                tick.entry,
+            )
+        return kept
 
     def end_as_duplicate(self, done: history.Entry | None) -> None:
         """Release the lease of a message that turned out to be done: nothing hangs on it.
@@ -311,6 +354,7 @@ class Run:
         if self.held.lost or not self._is_here:
             return
         outcome = Outcome.FAILED
+        self.is_final = self.is_final and self._is_for_good(error)
         if isinstance(error, Retry):
             outcome = Outcome.RETRIED
         elif isinstance(error, Ignore):
@@ -321,6 +365,16 @@ class Run:
             self.end(outcome, error, self._value_after(error))
         except Exception as failure:
             logger.warning("singleton %s: not released after an error: %s", self.name, failure)
+
+    def _is_for_good(self, error: BaseException) -> bool:
+        """Whether the message does not come again after this error."""
+        if isinstance(error, Reject):
+            return not getattr(error, "requeue", False)
+        if isinstance(error, Retry) or not isinstance(error, Exception) or means_to_kill(error):
+            return False
+        if isinstance(error, SingletonError) and error.singleton == self.name:
+            return not isinstance(self._delivery.answer_to(error), RetryAfter)
+        return True
 
     def _is_of_lease(self, error: BaseException) -> bool:
         return isinstance(error, HeartbeatFailed) and error.singleton == self.name

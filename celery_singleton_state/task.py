@@ -23,7 +23,7 @@ from .interrupt import Unbreakable
 from .keys import Binder, row_key, singleton_name
 from .options import Options, find_misspelled, read_options, run_signature
 from .redelivery import UNSENDABLE, leave_with_broker, left_if_killed
-from .retry import RetryAfter, answer_to, policy_of
+from .retry import RetryAfter
 from .run import current_run
 from .runtime import runtime_of
 from .state import Codec
@@ -199,10 +199,7 @@ class SingletonTask(_TypedTask[S, P, R]):
 
         :raises Retry: the message was sent again.
         """
-        options, retries = self._options, delivery.retries
-        answer = answer_to(
-            error, retries, options.retry_reasons, options.retry_policy, policy_of(self)
-        )
+        answer = delivery.answer_to(error)
         if not isinstance(answer, RetryAfter):
             return
         try:
@@ -210,7 +207,7 @@ class SingletonTask(_TypedTask[S, P, R]):
             raise self.retry(
                 exc=error,
                 countdown=answer.seconds,
-                max_retries=retries + 1,
+                max_retries=delivery.retries + 1,
                 headers=custom_headers(delivery.request) | {RETRIES: delivery.own_retries + 1},
             )
         finally:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import uuid
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 from celery.app.task import Context
 from celery.beat import ScheduleEntry
 
-from .headers import DUE, ENTRY, header
+from .headers import DUE, ENTRY, ONE_BY_ONE, PREVIOUS, header
 
-#: Beat's own headers, which do not make a message a part of a larger work.
-BEAT_HEADERS = frozenset({ENTRY, DUE, "celery_beat_task", "periodic_task_name"})
+#: Beat's own headers, which do not make a message a part of a larger work. A tick that must not be
+#: skipped is sent in any case, so its own header is not among them.
+BEAT_HEADERS = frozenset({ENTRY, DUE, PREVIOUS, "celery_beat_task", "periodic_task_name"})
 
 _NAMESPACE = uuid.UUID("1d7c7bfb-7e5c-4f0e-9f0f-3c6c8f5b6f0a")
 
@@ -31,16 +33,33 @@ class Tick(msgspec.Struct, frozen=True, array_like=True):
     entry: str
     due: float
 
+    def __str__(self) -> str:
+        return f"{datetime.fromtimestamp(self.due, UTC):%Y-%m-%d %H:%M:%S} of {self.entry}"
+
 
 def task_id_of(schedule: str, entry: str, due: datetime) -> str:
     """The id of a tick's message."""
     return str(uuid.uuid5(_NAMESPACE, f"{schedule}:{entry}:{due.astimezone(UTC).isoformat()}"))
 
 
-def message_of(entry: ScheduleEntry, schedule: str, due: datetime) -> ScheduleEntry:
-    """An entry as it is sent for one of its ticks, by the schedule of this name."""
+def message_of(
+    entry: ScheduleEntry,
+    schedule: str,
+    due: datetime,
+    previous: datetime | None = None,
+    one_by_one: bool = False,
+) -> ScheduleEntry:
+    """An entry as it is sent for one of its ticks, by the schedule of this name.
+
+    :param previous: the tick that was sent before, if there was one.
+    :param one_by_one: whether the next tick is sent when this one has ended.
+    """
     name, options = str(entry.name), entry.options or {}
-    headers = {**(options.get("headers") or {}), **_headers_of(schedule, name, due)}
+    headers: dict[str, Any] = {**(options.get("headers") or {}), **_headers_of(schedule, name, due)}
+    if previous is not None:
+        headers[PREVIOUS] = previous.astimezone(UTC).isoformat()
+    if one_by_one:
+        headers[ONE_BY_ONE] = 1
     # Not a copy: Celery's entries leave their app behind when they are copied.
     made = object.__new__(ScheduleEntry)
     made.__dict__.update(entry.__dict__)
@@ -61,6 +80,12 @@ def due_of(request: Context) -> datetime | None:
     """The due time that a message is for, in UTC; ``None`` if no beat of ours sent it."""
     text = header(request, DUE)
     return None if text is None else datetime.fromisoformat(text)
+
+
+def previous_of(request: Context) -> float | None:
+    """The tick that was sent before the message's own, in seconds since the epoch, if known."""
+    text = header(request, PREVIOUS)
+    return None if text is None else datetime.fromisoformat(text).timestamp()
 
 
 def tick_of(request: Context) -> Tick | None:

@@ -119,10 +119,12 @@ class Skipped(Details, frozen=True, kw_only=True, tag="singleton-skipped"):
 
     :param outcome: ``"skipped"``, or ``"duplicate"`` for a message that was done before.
     :param why: for people.
+    :param tick: the schedule entry whose tick was refused as done before, if it was one.
     """
 
     outcome: str
     why: str
+    tick: str | None = None
 
 
 class Failed(Details, frozen=True, kw_only=True, tag="singleton-failed"):

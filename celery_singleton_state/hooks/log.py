@@ -44,6 +44,10 @@ _LINES: Mapping[type[Details], tuple[int, str, Callable[[Any], tuple[Any, ...]]]
 def write(details: Details) -> None:
     """Write the line of what happened, if it has one."""
     found = _LINES.get(type(details))
-    if found is not None and logger.isEnabledFor(found[0]):
-        level, text, fields = found
+    if found is None:
+        return
+    level, text, fields = found
+    if isinstance(details, Skipped) and details.tick is not None:
+        level = logging.WARNING
+    if logger.isEnabledFor(level):
         logger.log(level, f"singleton %s {text}", details.key, *fields(details))

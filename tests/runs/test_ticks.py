@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import random
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -10,11 +13,23 @@ from typing import Any
 import pytest
 from celery import Celery
 from celery.beat import ScheduleEntry
+from celery.exceptions import Ignore, Reject, Retry
 
+from celery_singleton_state import (
+    SchemaDecodeFailed,
+    SingletonTask,
+    StatePersistFailed,
+    run,
+    ticks_done,
+)
 from celery_singleton_state.history import decode
+from celery_singleton_state.hooks import Conflicted, Details
+from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.ticks import message_of
+from celery_singleton_state.ticks_done import EntryTicks
 from tests.runs.test_enqueue_once import published
 from tests.runs.test_run import idle, row, task_of
+from tests.waiting import wait_until
 
 __all__ = ["published"]
 
@@ -22,11 +37,25 @@ NOON = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
 
 
-def options_of(app: Celery, due: datetime, entry: str = "e", beat: str = "shop") -> dict[str, Any]:
+def options_of(
+    app: Celery,
+    due: datetime,
+    entry: str = "e",
+    beat: str = "shop",
+    previous: datetime | None = None,
+    one_by_one: bool = False,
+) -> dict[str, Any]:
     """What a beat's message for a tick has, as JSON makes it."""
     made = ScheduleEntry(name=entry, task="count", schedule=60, app=app)
-    options: dict[str, Any] = json.loads(json.dumps(message_of(made, beat, due).options))
+    message = message_of(made, beat, due, previous, one_by_one)
+    options: dict[str, Any] = json.loads(json.dumps(message.options))
     return options
+
+
+def in_chain(app: Celery, number: int, **more: Any) -> dict[str, Any]:
+    """The message of a tick which names the one that was sent a second before."""
+    due = NOON + number * SECOND
+    return options_of(app, due, previous=due - SECOND, **more)
 
 
 def counting(app: Celery, ran: list[datetime | None], **options: Any) -> Any:
@@ -153,6 +182,156 @@ def test_a_retry_of_an_old_tick_is_run(make_app: Callable[..., Celery]) -> None:
         task.apply(**options_of(app, NOON + number * SECOND))
     task.apply(retries=1, **options_of(app, NOON - SECOND))
     assert outcomes(app)[-1] == "succeeded"
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_what_was_done_is_known_however_many_runs_came_between(
+    app: Celery, seed: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """60 ticks are owed, and their messages overtake each other: each runs once, also those older
+    than all that the history of 16 holds. Each second copy is refused, and that is a warning.
+    """
+    ran: list[datetime | None] = []
+    task = counting(app, ran)
+    numbers = list(range(60))
+    if seed:
+        random.Random(seed).shuffle(numbers)
+    for number in numbers:
+        task.apply(**in_chain(app, number))
+    assert ran == [NOON + number * SECOND for number in numbers]
+    assert "was done before" not in caplog.text
+    for number in numbers:
+        task.apply(**in_chain(app, number))
+    assert len(ran) == 60
+    refused = [record for record in caplog.records if "was done before" in record.message]
+    assert len(refused) == 60
+    assert {record.levelno for record in refused} == {logging.WARNING}
+    assert "for tick 2026-11-24 12:00:07 of shop:e" in caplog.text
+
+
+def test_a_tick_that_its_row_knows_as_done_does_not_wait_for_the_lease(app: Celery) -> None:
+    """Its history has forgotten it, and another run holds the lease."""
+    ran: list[datetime | None] = []
+    task = counting(app, ran, on_conflict="raise")
+    for number in range(20):
+        task.apply(**in_chain(app, number))
+    assert runtime_of(app).store.acquire("singleton-state:count", "another", 60, "t")
+    assert task.apply(**in_chain(app, 0)).successful()
+
+
+def test_a_tick_whose_retry_is_under_way_has_not_ended(app: Celery) -> None:
+    """20 other ticks end before the retry comes; and a copy of the retry is refused."""
+    tries: list[int] = []
+
+    def body(self: Any) -> None:
+        tries.append(self.request.retries)
+        if self.tick == NOON and not self.request.retries:
+            raise Retry("later")
+
+    task = task_of(app, body)
+    for number in range(20):
+        task.apply(**in_chain(app, number))
+    known = known_ticks(app)
+    assert (known.retried, known.is_done(NOON.timestamp())) == ((NOON.timestamp(),), False)
+    for _ in range(2):
+        task.apply(retries=1, **in_chain(app, 0))
+    assert tries == [0] * 20 + [1]
+    assert known_ticks(app).retried == ()
+    assert len(known_ticks(app).done) == 1
+
+
+def known_ticks(app: Celery) -> EntryTicks:
+    return ticks_done.decode(row(app).ticks_done, "")["shop:e"]
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [
+        (ValueError("bad"), True),
+        (Ignore(), True),
+        (Reject(requeue=False), True),
+        (Reject(requeue=True), False),
+        (SchemaDecodeFailed("count", "bad"), True),
+        (StatePersistFailed("count", "away"), False),
+        (StatePersistFailed("another", "away"), True),
+    ],
+)
+def test_a_tick_that_failed_for_good_has_ended(
+    app: Celery, error: Exception, ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is not done: a second copy is run. A message that comes again has not ended."""
+    monkeypatch.setattr(SingletonTask, "_answer", lambda *_: None)
+    tries: list[int] = []
+
+    def body(self: Any) -> None:
+        tries.append(1)
+        raise error
+
+    task = task_of(app, body)
+    for _ in range(2):
+        task.apply(**in_chain(app, 0))
+    assert len(tries) == 2
+    known = known_ticks(app)
+    assert known.has_ended(NOON.timestamp()) is ended
+    assert not known.is_done(NOON.timestamp())
+
+
+def test_runs_that_are_no_ticks_leave_what_is_known(app: Celery) -> None:
+    ran: list[datetime | None] = []
+    task = counting(app, ran)
+    task.apply(**in_chain(app, 0))
+    known = row(app).ticks_done
+    task()
+    task.apply(task_id="by hand")
+    assert row(app).ticks_done == known is not None
+
+
+def test_gaps_that_are_too_many_are_closed_with_a_warning(
+    app: Celery, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other tick is missing; a gap that was given up is refused, with a warning, too."""
+    monkeypatch.setattr(run, "SPANS_OF_WAITING", 3)
+    ran: list[datetime | None] = []
+    task = counting(app, ran, on_conflict="wait")
+    for number in range(0, 10, 2):
+        task.apply(**in_chain(app, number))
+    assert caplog.text.count("too many ticks of shop:e are missing") == 2
+    task.apply(**in_chain(app, 1))
+    task.apply(**in_chain(app, 7))
+    assert [tick and (tick - NOON) // SECOND for tick in ran] == [0, 2, 4, 6, 8, 7]
+    assert "for tick 2026-11-24 12:00:01 of shop:e" in caplog.text
+
+
+@pytest.mark.parametrize("policy", ["skip", "raise", "coalesce", "wait", "replace"])
+def test_a_tick_that_is_sent_one_by_one_waits_for_the_lease(
+    make_app: Callable[..., Celery], policy: str
+) -> None:
+    """A run by hand holds the lease, of whatever policy the task is: no day is skipped."""
+    seen: list[Details] = []
+    app = make_app(singleton_hooks=[seen.append])
+    ran: list[datetime | None] = []
+    task = counting(app, ran, on_conflict=policy, conflict_timeout=0)
+    store = runtime_of(app).store
+    held = store.acquire("singleton-state:count", "by hand", 60, "t")
+    assert held is not None
+    thread = threading.Thread(
+        target=lambda: task.apply(**in_chain(app, 0, one_by_one=True)), daemon=True
+    )
+    thread.start()
+    wait_until(lambda: any(isinstance(each, Conflicted) for each in seen), "it is a conflict")
+    assert not ran
+    store.give_back("singleton-state:count", "by hand")
+    thread.join(30)
+    assert ran == [NOON]
+
+
+def test_enqueue_once_keeps_no_owed_tick_back(app: Celery, published: list[str]) -> None:
+    app.conf.broker_url = "memory://"
+    task = task_of(app, idle, enqueue_once=True)
+    task.apply_async(task_id="by hand")
+    owed = in_chain(app, 0, one_by_one=True)
+    assert task.apply_async(**owed).id == owed["task_id"]
+    assert published == ["by hand", owed["task_id"]]
 
 
 def test_enqueue_once_holds_for_ticks(app: Celery, published: list[str]) -> None:
