@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 
@@ -92,28 +92,6 @@ def next_due(asked: Schedule, after: datetime) -> datetime:
     if found is None:
         raise ValueError(f"{asked!r} is never due")
     return found
-
-
-def step_over(
-    asked: Schedule,
-    due: datetime,
-    until: datetime,
-    due_after: Callable[[datetime], datetime],
-) -> tuple[int, datetime, datetime]:
-    """Go from a time at which a schedule is due past all that are not later than a moment.
-
-    :param due: not later than the moment itself.
-    :param due_after: the schedule's first time after a moment.
-    :returns: how many there are, the last of them, and the one that follows; in UTC.
-    """
-    if is_plain_interval(asked):
-        more = (until - due) // asked.run_every
-        last = due + more * asked.run_every
-        return more + 1, last, last + asked.run_every
-    count, last = 1, due
-    while (following := due_after(last)) <= until:
-        count, last = count + 1, following
-    return count, last, following
 
 
 def spelled(asked: Schedule) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
+from math import inf
 from typing import Any
 
 from celery.beat import ScheduleEntry
@@ -18,10 +19,11 @@ from celery_singleton_state.schedules import (
     is_plain_interval,
     next_due,
     spelled,
-    step_over,
 )
 
 from .entry_state import EntryState
+from .passing import pass_over, surplus
+from .under_way import UnderWay
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,8 @@ NEXT_FROM = ("schedule", "last_run")
 SKIP_IF_OLDER_THAN = 300.0
 #: With ``catch_up="none"``, later is missed: what it takes at most until another beat leads.
 ON_TIME = 10.0
+#: After which it is counted again whether too many ticks of a crontab are owed.
+COUNT_AGAIN = timedelta(hours=1)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: The next tick of a schedule that is never due.
 NEVER = datetime.max.replace(tzinfo=UTC)
@@ -75,6 +79,14 @@ class SingletonEntry(ScheduleEntry):
         self.last_run_at: datetime | None = None
         self.last_tick: datetime | None = None
         self.missed_count = 0
+        self.previous_tick: datetime | None = None
+        #: The key of its singleton's row, if its ticks are sent one by one.
+        self.row_key: str | None = None
+        #: The tick that was sent last, until that row says that it has ended.
+        self.under_way: UnderWay | None = None
+        #: Whether ``next_tick`` is one of many that are missed, the rest of which come in turns.
+        self.is_passing = False
+        self._count_again_at = EPOCH
 
     # -- its state
 
@@ -101,6 +113,10 @@ class SingletonEntry(ScheduleEntry):
         self.last_run_at = state.last_run_at
         self.total_run_count = state.total_run_count
         self.missed_count = state.missed_count
+        self.previous_tick = state.previous_tick
+        self.under_way = None
+        if state.under_way and self.row_key and self.last_tick:
+            self.under_way = UnderWay(self.last_tick, state.under_way, self.last_run_at or now)
         if state.schedule == self.spelled:
             self.next_tick = state.next_tick or self._due_after(now)
         elif self.last_tick is None:
@@ -121,6 +137,8 @@ class SingletonEntry(ScheduleEntry):
             last_run_at=self.last_run_at,
             total_run_count=self.total_run_count,
             missed_count=self.missed_count,
+            previous_tick=self.previous_tick,
+            under_way=self.under_way.key if self.under_way else None,
         )
 
     @property
@@ -135,8 +153,9 @@ class SingletonEntry(ScheduleEntry):
     def miss(self, now: datetime) -> int:
         """Pass over the ticks that are due and not wanted any more; returns how many.
 
-        ``next_tick``, which is due, is then one to be sent, or lies ahead.
+        ``next_tick``, which is due, is then one to be sent, or lies ahead, unless ``is_passing``.
         """
+        self.is_passing = False
         patience = self.skip_if_older_than
         if self.catch_up == "none":
             patience = min(patience, ON_TIME)
@@ -147,6 +166,7 @@ class SingletonEntry(ScheduleEntry):
                 self.next_tick = self._due_after(now)
         elif self.catch_up == "all":
             missed = self._pass(now - timedelta(seconds=patience)) if is_late else 0
+            missed += self._pass_surplus(now)
         else:
             missed = self._pass_to_latest(now, patience)
         self.missed_count += missed
@@ -154,24 +174,53 @@ class SingletonEntry(ScheduleEntry):
 
     def sent(self, now: datetime) -> None:
         """``next_tick`` was sent, or could not be, for a reason that is its own."""
-        self.last_tick = self.next_tick
+        self.previous_tick, self.last_tick = self.last_tick, self.next_tick
         self.last_run_at = now
         self.total_run_count += 1
+        if self.row_key:
+            self.under_way = UnderWay(self.last_tick, self.row_key, now)
         self.next_tick = self._due_after(now if self.next_from == "last_run" else self.last_tick)
+
+    def next_look(self, now: datetime) -> datetime:
+        """When a beat is to look at the entry again; one that is due comes after all that are."""
+        if self.under_way:
+            return self.under_way.next_look(self.next_tick, now)
+        return max(self.next_tick, now)
 
     def _pass(self, until: datetime) -> int:
         """Pass over all that are due before a moment."""
-        before = until - timedelta.resolution
-        count, _, self.next_tick = step_over(self.schedule, self.next_tick, before, self._due_after)
-        return count
+        return self._pass_over(until - timedelta.resolution, and_the_last=lambda: True)
 
     def _pass_to_latest(self, now: datetime, patience: float) -> int:
-        count, last, following = step_over(self.schedule, self.next_tick, now, self._due_after)
-        if (now - last).total_seconds() > patience:
-            self.next_tick = following
-            return count
-        self.next_tick = last
-        return count - 1
+        def is_late() -> bool:
+            return (now - self.next_tick).total_seconds() > patience
+
+        return self._pass_over(now, and_the_last=is_late)
+
+    def _pass_surplus(self, now: datetime) -> int:
+        """Pass over the oldest ticks of more than are ever owed."""
+        if self.is_passing or now < self._count_again_at or self.next_tick > now:
+            return 0
+        more = surplus(self.schedule, self.next_tick, now)
+        if not more:
+            # No schedule but an interval, which costs nothing to count, has more than one a minute.
+            if not is_plain_interval(self.schedule):
+                self._count_again_at = now + COUNT_AGAIN
+            return 0
+        return self._pass_over(now, and_the_last=lambda: False, at_most=more)
+
+    def _pass_over(
+        self, until: datetime, and_the_last: Callable[[], bool], at_most: float = inf
+    ) -> int:
+        """Go to the last tick up to a moment, or past it if that one is missed as well."""
+        count, self.next_tick, is_through = pass_over(
+            self.schedule, self.next_tick, until, self._due_after, at_most
+        )
+        self.is_passing = not is_through
+        if is_through and and_the_last():
+            self.next_tick = self._due_after(self.next_tick)
+            count += 1
+        return count
 
     def _due_after(self, moment: datetime) -> datetime:
         """The first tick after a moment.

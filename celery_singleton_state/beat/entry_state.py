@@ -19,6 +19,9 @@ class EntryState(msgspec.Struct, frozen=True, omit_defaults=True):
     :param next_tick: which is due next; ``None`` for a schedule that is never due again.
     :param last_tick: the newest that was sent, ``last_run_at`` when that was.
     :param missed_count: ticks that were not sent, as the entry's rules for missed ones say.
+    :param previous_tick: the one that was sent before ``last_tick``.
+    :param under_way: the key of the row that is to say when ``last_tick`` has ended; ``None`` if it
+        has said so, or if nobody waits for it.
     """
 
     entry: str
@@ -29,6 +32,8 @@ class EntryState(msgspec.Struct, frozen=True, omit_defaults=True):
     last_run_at: datetime | None = None
     total_run_count: int = 0
     missed_count: int = 0
+    previous_tick: datetime | None = None
+    under_way: str | None = None
 
     def is_before(self, other: EntryState) -> bool:
         """Whether the other is what has become of it later."""

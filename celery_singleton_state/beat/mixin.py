@@ -102,7 +102,7 @@ class LeaderMixin(BrokerConnection):
             raise NotLeading
         due = self._due(entry)
         self._failure = None
-        super().apply_entry(message_of(entry, self._leader.name, due), producer)
+        super().apply_entry(self._message(entry, due), producer)
         # Celery makes this of whatever goes wrong with the connection, and only of that.
         if isinstance(self._failure, OperationalError):
             self._put_back(entry)
@@ -178,6 +178,11 @@ class LeaderMixin(BrokerConnection):
 
     def _due(self, entry: Any) -> datetime:
         return due_after(entry.schedule, entry.last_run_at)
+
+    def _message(self, entry: Any, due: datetime) -> Any:
+        """An entry as it is sent for a tick."""
+        state = self._states.get(entry.name)
+        return message_of(entry, self._leader.name, due, state.last_tick if state else None)
 
     def _sent(self, entry: Any, due: datetime) -> EntryState:
         self._states[entry.name] = state_of(entry, due, self._reserved or entry)

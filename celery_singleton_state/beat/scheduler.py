@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import heapq
 import logging
-from datetime import datetime
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 from celery.beat import Scheduler
 
+from celery_singleton_state.store.base import StoreError
+from celery_singleton_state.ticks import message_of
+
 from .entry import SingletonEntry
 from .entry_state import EntryState
 from .mixin import LeaderMixin
+from .under_way import row_key_of
 
 logger = logging.getLogger(__name__)
 
-#: Ticks between two records, which are what the next leader sends again at most.
+#: Messages between two records, which are what the next leader sends again at most.
 BATCH = 500
+#: After which an entry has another turn that was due and could not be sent.
+AGAIN = timedelta(seconds=1)
 #: Entries that a warning of missed ticks names.
 LISTED = 20
 
@@ -30,6 +37,12 @@ class SingletonScheduler(LeaderMixin, Scheduler):
     Entry = SingletonEntry
     #: Also twice this, but a minute at least, is what `inspect ping` takes for a stalled beat.
     max_interval = 5
+
+    #: Messages that were sent since the last record.
+    _sent_now = 0
+    _was_sent = False
+    #: Whether the rows of singletons could not be asked the last time.
+    _cannot_ask = False
 
     def setup_schedule(self) -> None:
         self.merge_inplace(self.app.conf.beat_schedule)
@@ -53,9 +66,11 @@ class SingletonScheduler(LeaderMixin, Scheduler):
     def _take_over(self) -> None:
         now = self._leader.now()
         states = self._load()
+        prefix = self._leader.runtime.settings.key_prefix
         self._heap = []
         schedule: Any = self.schedule
         for number, (name, entry) in enumerate(schedule.items()):
+            entry.row_key = row_key_of(entry, self.app, prefix)
             state = states.pop(name, None)
             if state is None:
                 entry.begin(now)
@@ -63,7 +78,8 @@ class SingletonScheduler(LeaderMixin, Scheduler):
                 entry.resume(state, now)
             if entry.state() != state:
                 self._unrecorded[name] = entry.state()
-            self._heap.append((entry.next_tick, number, entry))
+            look = entry.next_look(now) if entry.under_way else entry.next_tick
+            self._heap.append((look, number, entry))
         heapq.heapify(self._heap)
         if states:
             self._leader.forget(list(states))
@@ -73,34 +89,114 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         )
 
     def _work(self, *_args: Any, **_kwargs: Any) -> float:
-        heap = self._heap
+        """Send what is due, in rounds: each entry that is due sends one tick, and then the next.
+
+        So one entry's backlog keeps another entry waiting for no longer than a round.
+        """
         missed: list[str] = []
-        now = self._leader.now()
+        self._sent_now = 0
         try:
             # A lease that is to be renewed is renewed first, with what was sent till then.
-            while heap and heap[0][0] <= now and self._leader.renew_in > 0:
-                if len(self._unrecorded) >= BATCH:
-                    break
-                first, number, entry = heap[0]
-                if count := entry.miss(now):
-                    missed.append(f"{count} of {entry.name} from {first:%Y-%m-%d %H:%M:%S} on")
-                    self._unrecorded[entry.name] = entry.state()
-                # At once, and not in the order of its due time: who is behind would have missed it
-                # again by then.
-                if entry.next_tick <= now:
-                    self.apply_entry(entry, self.producer)
-                heapq.heapreplace(heap, (entry.next_tick, number, entry))
-                now = self._leader.now()
+            while self._may_go_on() and self._round(missed):
+                pass
         finally:
             if missed:
                 _log_missed(missed)
-        return (heap[0][0] - now).total_seconds() if heap else float(self.max_interval)
+        if not self._heap:
+            return float(self.max_interval)
+        return float((self._heap[0][0] - self._leader.now()).total_seconds())
+
+    def _may_go_on(self) -> bool:
+        return self._leader.renew_in > 0 and self._sent_now < BATCH
+
+    def _round(self, missed: list[str]) -> bool:
+        """Give each entry that is due its turn, as long as this beat may go on.
+
+        :returns: whether any was due.
+        """
+        heap, now = self._heap, self._leader.now()
+        turns: list[tuple[datetime, int, SingletonEntry]] = []
+        while heap and heap[0][0] <= now and len(turns) < BATCH:
+            turns.append(heapq.heappop(heap))
+        done = 0
+        try:
+            self._find_ended([entry for *_, entry in turns if entry.under_way])
+            for _, number, entry in turns:
+                if not self._may_go_on():
+                    break
+                look = self._turn(entry, missed)
+                heapq.heappush(heap, (look, number, entry))
+                done += 1
+        finally:
+            for turn in turns[done:]:
+                heapq.heappush(heap, turn)
+        return bool(turns)
+
+    def _turn(self, entry: SingletonEntry, missed: list[str]) -> datetime:
+        """Send one tick of an entry, if one is to be sent; returns when to look at it again."""
+        now = self._leader.now()
+        if entry.under_way:
+            if entry.under_way.is_overdue:
+                logger.warning(
+                    "beat: nothing is known of the tick %s of %s, it is sent again",
+                    *(entry.under_way.due, entry.name),
+                )
+                return self._send(entry)
+            return entry.next_look(now)
+        if (first := entry.next_tick) > now:
+            return first
+        if count := entry.miss(now):
+            missed.append(f"{count} of {entry.name} from {first:%Y-%m-%d %H:%M:%S} on")
+            self._unrecorded[str(entry.name)] = entry.state()
+        # At once, and not in the order of its due time: a beat that is behind would have missed it
+        # again by then.
+        if entry.next_tick <= now and not entry.is_passing:
+            return self._send(entry)
+        return entry.next_look(now)
+
+    def _send(self, entry: SingletonEntry) -> datetime:
+        self._was_sent = False
+        self.apply_entry(entry, self.producer)
+        self._sent_now += 1
+        now = self._leader.now()
+        return entry.next_look(now) if self._was_sent else now + AGAIN
+
+    def _find_ended(self, entries: Sequence[SingletonEntry]) -> None:
+        """Ask the rows of singletons which of the ticks that are under way have ended."""
+        waiting = [(entry, entry.under_way) for entry in entries if entry.under_way]
+        if not waiting:
+            return
+        try:
+            store = self._leader.runtime.store
+            rows = store.ticks(list({tick.key for _, tick in waiting}))
+        except StoreError as error:
+            # Others than these entries go on: leases may be in another store than the schedule.
+            if not self._cannot_ask:
+                logger.warning("beat: whether ticks have ended cannot be asked: %s", error)
+            self._cannot_ask = True
+            return
+        self._cannot_ask = False
+        now = self._leader.now()
+        for entry, tick in waiting:
+            name = str(entry.name)
+            if tick.has_ended(rows.get(tick.key), self._leader.name, name, now):
+                entry.under_way = None
+                self._unrecorded[name] = entry.state()
 
     def _due(self, entry: SingletonEntry) -> datetime:
-        return entry.next_tick
+        return entry.under_way.due if entry.under_way else entry.next_tick
+
+    def _message(self, entry: SingletonEntry, due: datetime) -> Any:
+        previous = entry.previous_tick if entry.under_way else entry.last_tick
+        return message_of(entry, self._leader.name, due, previous, entry.row_key is not None)
 
     def _sent(self, entry: SingletonEntry, due: datetime) -> EntryState:
-        entry.sent(self._leader.now())
+        self._was_sent = True
+        now = self._leader.now()
+        if entry.under_way and entry.row_key:
+            entry.under_way.sent_again(entry.row_key, now)
+        else:
+            entry.sent(now)
         return entry.state()
 
 
