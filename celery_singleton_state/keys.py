@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
+import numbers
 import re
+from base64 import b64encode
 from collections.abc import Callable, Collection, Mapping
+from datetime import date, datetime, time
+from decimal import Decimal
+from enum import Enum
 from typing import Any
+from uuid import UUID
 
 import msgspec
+from kombu.utils.json import JSONEncoder
 
 #: A longer key keeps a readable head and ends in a digest: 255 is what the indexed key
 #: columns of the common databases can hold.
@@ -18,7 +26,7 @@ _DIGEST_LENGTH = 32
 #: What chosen arguments begin with: an object, a list or a text.
 _ARGUMENTS = r'[{\["]'
 #: What else a callable can choose.
-_BARE = re.compile(r"-?\d[\d.eE+-]*|true|false|null", re.ASCII)
+_BARE = re.compile(r"-?(\d[\d.eE+-]*|Infinity)|NaN|true|false|null", re.ASCII)
 
 #: ``unique_on``: argument names, ``"*"`` for all, a callable, or none.
 UniqueOn = tuple[str, ...] | str | Callable[..., Any] | None
@@ -108,16 +116,56 @@ def _head(name: str) -> str:
 
 
 def _json(task_name: str, value: Any) -> str:
+    """The value as canonical JSON: the same for what a caller passes and for what a message brings.
+
+    On its way a tuple becomes a list, and a number that is a key becomes a text.
+    """
     try:
-        return msgspec.json.encode(value, order="deterministic", enc_hook=_plain).decode()
-    except (TypeError, ValueError, msgspec.MsgspecError) as error:
+        text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(
             f"task {task_name}: unique_on chose {value!r}, which cannot be written as JSON: {error}"
         ) from error
+    # Half of a surrogate pair, as in the name of a file whose encoding is not known.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _plain(value: Any) -> Any:
-    """What a pydantic model stands for in a key; anything else that JSON lacks is refused."""
+    """What a value comes to in a key, made of the types that JSON has.
+
+    :raises TypeError: nothing that tells it from others.
+    """
+    for types, made_plain in _PLAIN:
+        if isinstance(value, types):
+            return made_plain(value)
     if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json")
-    raise TypeError(f"{type(value).__name__} is not a JSON type")
+        return _plain(value.model_dump(mode="json"))
+    if isinstance(value, msgspec.Struct) or any(
+        hasattr(value, name) for name in ("__dataclass_fields__", "__attrs_attrs__")
+    ):
+        return _plain(msgspec.to_builtins(value, str_keys=True, enc_hook=_plain))
+    # Kombu's way with further types: lazy texts, those with ``__json__``, registered ones.
+    return _plain(JSONEncoder().default(value))
+
+
+def _plain_key(key: Any) -> str:
+    """A dict's key as JSON writes it."""
+    plain = _plain(key)
+    return plain if isinstance(plain, str) else json.dumps(plain, sort_keys=True)
+
+
+#: In this order: ``bool`` is an ``int``, and members of an enumeration can be of any type.
+_PLAIN: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
+    ((bool, type(None)), lambda value: value),
+    (str, str.__str__),
+    (int, int.__int__),
+    (float, float.__float__),
+    (Mapping, lambda value: {_plain_key(key): _plain(each) for key, each in value.items()}),
+    ((list, tuple), lambda value: [_plain(each) for each in value]),
+    ((set, frozenset), lambda value: sorted((_plain(each) for each in value), key=json.dumps)),
+    ((datetime, date, time), lambda value: value.isoformat()),
+    ((Decimal, UUID), str),
+    ((bytes, bytearray, memoryview), lambda value: b64encode(value).decode()),
+    (Enum, lambda value: _plain(value.value)),
+    (numbers.Integral, int),
+)

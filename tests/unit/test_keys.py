@@ -1,13 +1,25 @@
 import inspect
-from datetime import UTC, datetime
-from typing import Any
+from collections import OrderedDict
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time
+from decimal import Decimal
+from enum import Enum, IntEnum, StrEnum
+from typing import Any, NamedTuple
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kombu.serialization import dumps, loads
 
-from celery_singleton_state.keys import MAX_KEY_LENGTH, Binder, row_key, singleton_name
+from celery_singleton_state.keys import (
+    MAX_KEY_LENGTH,
+    Binder,
+    row_key,
+    singleton_name,
+    sure_task_of,
+)
 
 
 def run(tenant: str, limit: int = 10, *rest: Any, **more: Any) -> None:
@@ -95,3 +107,106 @@ def test_long_keys_fit_and_stay_apart(one: str, other: str) -> None:
     keys = {row_key("singleton-state:", text) for text in (one, other)}
     assert all(len(key) <= MAX_KEY_LENGTH for key in keys)
     assert len(keys) == len({one, other})
+
+
+class Text(str):
+    """As Django's ``SafeString`` is."""
+
+
+class Level(IntEnum):
+    HIGH = 3
+
+
+class Colour(StrEnum):
+    RED = "red"
+
+
+class Coloured(str, Enum):  # noqa: UP042  # its own text is not its value
+    RED = "red"
+
+
+class Point(NamedTuple):
+    x: int
+    y: int
+
+
+class Money:
+    """Has a JSON of its own."""
+
+    def __json__(self) -> Any:
+        return {"amount": Decimal("1.50"), 7: "EUR"}
+
+
+class Promise:
+    """As Django's lazy texts are."""
+
+    def __str__(self) -> str:
+        return "lazy"
+
+
+#: What Celery sends as JSON, and what makes it so.
+SENT = [
+    Text("a"),
+    {1: "a", 2.5: "b", None: "c", Text("t"): "d"},
+    {True: "a"},
+    {1: "first", "1": "last"},
+    Level.HIGH,
+    Colour.RED,
+    Coloured.RED,
+    {Level.HIGH: Colour.RED},
+    Decimal("1.50"),
+    datetime(2026, 1, 1, 12, tzinfo=ZoneInfo("Europe/Berlin")),
+    datetime(2026, 1, 1),
+    date(2026, 1, 1),
+    time(12, 30),
+    UUID(int=1),
+    b"\xff\x00",
+    (1, (2, [3])),
+    Point(1, 2),
+    2**70,
+    float("nan"),
+    float("inf"),
+    "a\udc80b",
+    "\x00",
+    OrderedDict(b=1, a=2),
+    Money(),
+    Promise(),
+]
+
+
+@pytest.mark.parametrize("value", SENT, ids=repr)
+def test_the_sender_and_the_body_have_the_same_key(
+    value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value changes on its way; the key that the sender made of it must be that of the run."""
+    monkeypatch.setattr("kombu.utils.json.textual_types", (Promise,))
+    content_type, encoding, sent = dumps([value], "json")
+    (received,) = loads(sent, content_type, encoding)
+    assert name(("tenant",), value) == name(("tenant",), received)
+    assert name(lambda tenant: tenant, value) == name(lambda tenant: tenant, received)
+    name(("tenant",), value).encode()
+
+
+@pytest.mark.parametrize("value", [{1: (2, {3})}, frozenset({"a", 1}), Level.HIGH, Colour, 1.0])
+def test_so_have_they_with_pickle(value: Any) -> None:
+    if value is Colour:
+        value = {"plain": PlainEnum.ONE, "made of parts": Made(Text("x"), {1: Decimal(1)})}
+    content_type, encoding, sent = dumps(value, "pickle")
+    received = loads(sent, content_type, encoding, accept={content_type})
+    assert name(("tenant",), value) == name(("tenant",), received)
+
+
+class PlainEnum(Enum):
+    ONE = 1
+
+
+@dataclass(frozen=True)
+class Made:
+    text: str
+    parts: dict[int, Decimal]
+
+
+def test_a_name_whose_number_is_none_is_still_its_tasks() -> None:
+    for value in (float("nan"), float("-inf"), -1.5, 2**70):
+        found = singleton_name("sync", lambda value: value, BINDER, (value,), {})
+        assert sure_task_of(found, ["sync"], "sync") == "sync"
