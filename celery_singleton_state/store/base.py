@@ -68,6 +68,9 @@ class Acquired:
     acquired_at: float
     write: int
     ticks_done: str | None = None
+    queue: int = field(default=0, compare=False)
+    queued_task_id: str | None = field(default=None, compare=False)
+    queued_in: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +104,13 @@ class Queued:
     """What ``enqueue_once`` finds.
 
     :param number: the queue's number, which each claim, acquisition and dequeueing raises by one.
-    :param task_id: of the message that is queued or running, if there is one.
+    :param task_id: of the message that is queued; else of the one that is running, if there is one.
+    :param running: whether that message is running.
     """
 
     number: int
     task_id: str | None
+    running: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +192,9 @@ class Row(Listed):
     :param wanted: the wish for one more run, as JSON, if there is one.
     :param write: the number of the last write.
     :param ticks_done: what is known of ticks, as JSON.
+    :param queue: the queue's number, for a claim.
+    :param queued_task_id: the message that counts as queued, if one does.
+    :param queued_in: seconds until it does not count any more.
     """
 
     value: str
@@ -255,12 +263,14 @@ class Wishes(Protocol):
     def queued(self, key: str) -> Queued:
         """The message that is queued or running, and the queue's number for :meth:`claim`."""
 
-    def claim(self, key: str, task_id: str, life: float, number: int) -> bool:
-        """Note a message as queued, for so many seconds.
+    def claim(self, key: str, task_id: str, life: float, number: int, first: bool = False) -> bool:
+        """Note a message as queued, for so many seconds, in place of any other.
 
-        :param number: of the queue, as it was seen when no message was queued or running.
+        :param number: of the queue, as it was seen.
+        :param first: whether the caller has not sent this claim before.
         :returns: false if the queue has another number by now. A claim that is repeated while it
-            still counts succeeds again.
+            still counts succeeds again; one that is sent first does not, because the equal claim
+            in the row is that of another caller with the same task id.
         """
 
     def expect(self, keys: Sequence[str]) -> None:

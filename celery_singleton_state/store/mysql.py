@@ -123,18 +123,19 @@ ON DUPLICATE KEY UPDATE updated_at = updated_at
 
 # Repeated, it is the same claim.
 _MAY_CLAIM = f"""(coalesce(queue, 0) = :number OR (
-  queue = :number + 1 AND queued_task_id = :task_id AND queued_until > {_NOW}))"""
+  queue = :number + 1 AND queued_task_id = :task_id AND queued_until > {_NOW} AND :first = 0))"""
 
+# A row that is not there is not locked, so the condition is evaluated as the row is written.
 _CLAIM = f"""
 {_LOCK}
+SET @singleton_claim = 1;
 INSERT INTO {{table}} ({{key}}, value, updated_at, fence, queue, queued_task_id, queued_until)
 VALUES (:key, 'null', {_NOW}, 0, 1, :task_id, {_LATER})
 ON DUPLICATE KEY UPDATE
-  queued_until = IF({_MAY_CLAIM}, {_LATER}, queued_until),
-  queued_task_id = IF({_MAY_CLAIM}, :task_id, queued_task_id),
-  queue = IF({_MAY_CLAIM}, :number + 1, queue);
-SELECT queue FROM {{table}} WHERE {{key}} = :key
-  AND queued_task_id = :task_id AND queued_until > {_NOW} AND queue IN (1, :number + 1)
+  queued_until = IF(@singleton_claim := coalesce({_MAY_CLAIM}, 0), {_LATER}, queued_until),
+  queued_task_id = IF(@singleton_claim, :task_id, queued_task_id),
+  queue = IF(@singleton_claim, :number + 1, queue);
+SELECT queue FROM {{table}} WHERE {{key}} = :key AND @singleton_claim
 """
 
 # Counted whoever is queued, and where no row is yet: a claim that is under way is refused then.

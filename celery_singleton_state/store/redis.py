@@ -205,11 +205,12 @@ class RedisWishes:
         self._call(scripts.GRANTED, [key], [wish])
 
     def queued(self, key: str) -> Queued:
-        number, task_id = self._call(scripts.QUEUED, [key], [])
-        return Queued(int(number), task_id)
+        number, queued, running = self._call(scripts.QUEUED, [key], [])
+        return Queued(int(number), queued or running, not queued and running is not None)
 
-    def claim(self, key: str, task_id: str, life: float, number: int) -> bool:
-        return bool(self._call(scripts.CLAIM, [key, INDEX], [task_id, life, number]))
+    def claim(self, key: str, task_id: str, life: float, number: int, first: bool = False) -> bool:
+        arguments = [task_id, life, number, int(first)]
+        return bool(self._call(scripts.CLAIM, [key, INDEX], arguments))
 
     def expect(self, keys: Sequence[str]) -> None:
         for key in keys:
@@ -241,14 +242,16 @@ def _by_name(fields: Sequence[str]) -> dict[str, str]:
 
 def _row(key: str, fields: Sequence[str], now: str) -> Row:
     found = _by_name(fields)
-    write, wanted = int(found.get("write", 0)), found.get("wanted")
-    ticks_done = found.get("ticks_done")
+    queued_in = float(found["queued_until"]) - float(now) if "queued_until" in found else None
     return Row(
         **_listed(key, found, now),
         value=NO_STATE,
-        write=write,
-        wanted=wanted,
-        ticks_done=ticks_done,
+        write=int(found.get("write", 0)),
+        wanted=found.get("wanted"),
+        ticks_done=found.get("ticks_done"),
+        queue=int(found.get("queue", 0)),
+        queued_task_id=found.get("queued_task_id") if (queued_in or 0.0) > 0 else None,
+        queued_in=queued_in,
     )
 
 

@@ -225,18 +225,20 @@ return 1
 QUEUED = f"""
 {_HEAD}
 touch()
-local task_id = later('queued_until') and get('queued_task_id')
-  or later('expires_at') and get('task_id')
-return {{tonumber(get('queue') or '0'), task_id}}
+local queued = later('queued_until') and get('queued_task_id')
+local running = later('expires_at') and get('task_id')
+return {{tonumber(get('queue') or '0'), queued or false, running or false}}
 """
 
-#: By the number that the queue had when it was read. A repeated claim is answered like the first.
+#: By the number that the queue had when it was read. A repeated claim is answered like the first; a
+#: first claim is not taken for the repetition of another caller's with the same task id.
 CLAIM = f"""
 {_HEAD}
 local task_id, life, number = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local is_first = ARGV[4] == '1'
 local queue = tonumber(get('queue') or '0')
 local is_repeated = queue == number + 1 and get('queued_task_id') == task_id
-  and later('queued_until')
+  and later('queued_until') and not is_first
 if queue ~= number and not is_repeated then touch() return 0 end
 make()
 redis.call('HSET', key, 'queue', number + 1, 'queued_task_id', task_id,

@@ -88,7 +88,8 @@ VALUES (:key, 'null', {now}, 0, 1, :task_id, {later})
 ON CONFLICT (key) DO UPDATE SET
   queued_task_id = :task_id, queued_until = {later}, queue = :number + 1
 WHERE coalesce(mine.queue, 0) = :number OR (
-  mine.queue = :number + 1 AND mine.queued_task_id = :task_id AND mine.queued_until > {now})
+  mine.queue = :number + 1 AND mine.queued_task_id = :task_id AND mine.queued_until > {now}
+  AND :first = 0)
 RETURNING queue
 """
 

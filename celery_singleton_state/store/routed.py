@@ -167,8 +167,8 @@ class RoutedWishes:
     def queued(self, key: str) -> Queued:
         return self._of(key).queued(key)
 
-    def claim(self, key: str, task_id: str, life: float, number: int) -> bool:
-        return self._of(key).claim(key, task_id, life, number)
+    def claim(self, key: str, task_id: str, life: float, number: int, first: bool = False) -> bool:
+        return self._of(key).claim(key, task_id, life, number, first)
 
     def expect(self, keys: Sequence[str]) -> None:
         by_store: dict[int, tuple[Wishes, list[str]]] = {}

@@ -42,7 +42,9 @@ SELECT {key}, schema_version, {updated_at}, fence, holder, task_id, {acquired_at
 FROM {table} WHERE fence IS NOT NULL AND
 """
 
-_WHOLE = "history, {epoch_now}, value, wanted, coalesce({write}, 0), ticks_done"
+_WHOLE = """history, {epoch_now}, value, wanted, coalesce({write}, 0), ticks_done,
+  coalesce(queue, 0), CASE WHEN queued_until > {now} THEN queued_task_id END,
+  {queued_until} - {epoch_now}"""
 
 _LISTED = "CASE WHEN last_outcome = 'succeeded' THEN NULL ELSE history END, {epoch_now}"
 
@@ -80,8 +82,8 @@ _WANTED = "SELECT wanted FROM {table} WHERE {key} = :key"
 _GRANTED = "UPDATE {table} SET wanted = NULL WHERE {key} = :key AND wanted = :wish"
 
 _QUEUED = """
-SELECT coalesce(queue, 0), CASE WHEN queued_until > {now} THEN queued_task_id
-  WHEN expires_at > {now} THEN task_id END
+SELECT coalesce(queue, 0), CASE WHEN queued_until > {now} THEN queued_task_id END,
+  CASE WHEN expires_at > {now} THEN task_id END
 FROM {table} WHERE {key} = :key
 """
 
@@ -165,7 +167,13 @@ class Statements:
         words = self.words
         own = {
             name: words.epoch.format(moment=name)
-            for name in ("acquired_at", "updated_at", "expires_at", "last_finished_at")
+            for name in (
+                "acquired_at",
+                "updated_at",
+                "expires_at",
+                "last_finished_at",
+                "queued_until",
+            )
         } | {
             "table": self.table,
             "key": words.key,

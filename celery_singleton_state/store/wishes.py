@@ -43,10 +43,13 @@ class SqlWishes:
 
     def queued(self, key: str) -> Queued:
         rows = self._rows(self._sql.queued, {"key": key})
-        return Queued(*rows[0]) if rows else Queued(0, None)
+        if not rows:
+            return Queued(0, None)
+        number, queued, running = rows[0]
+        return Queued(number, queued or running, not queued and running is not None)
 
-    def claim(self, key: str, task_id: str, life: float, number: int) -> bool:
-        named = {"key": key, "task_id": task_id, "ttl": life, "number": number}
+    def claim(self, key: str, task_id: str, life: float, number: int, first: bool = False) -> bool:
+        named = {"key": key, "task_id": task_id, "ttl": life, "number": number, "first": int(first)}
         return bool(self._rows(self._sql.claim, named))
 
     def expect(self, keys: Sequence[str]) -> None:

@@ -83,6 +83,7 @@ FAULTS = {
     "a run's lease is let go": ("let_go", "AND acquired_at IS NULL", ""),
     "claim without the number": ("claim", "coalesce(mine.queue, 0) = :number OR", "1 = 1 OR"),
     "a repeated claim is refused": ("claim", "mine.queue = :number + 1 AND", "1 = 0 AND"),
+    "a first claim is taken for a repetition": ("claim", "AND :first = 0", ""),
     "claim does not change the number": ("claim", "queue = :number + 1\n", "queue = :number\n"),
     "dequeue does not change the number": ("dequeue", "coalesce(mine.queue, 0) + 1", "mine.queue"),
     "dequeue does not make a row": ("dequeue", NEW_QUEUE, NEW_QUEUE.replace("0, 1", "0, 0")),

@@ -260,11 +260,13 @@ class Model:
         row = self.seen(key)
         if row.queued:
             return Queued(row.queue, row.queued_task_id)
-        return Queued(row.queue, row.task_id if row.life else None)
+        running = row.task_id if row.life else None
+        return Queued(row.queue, running, running is not None)
 
-    def claim(self, key: str, task_id: str, life: float, number: int) -> bool:
+    def claim(self, key: str, task_id: str, life: float, number: int, first: bool = False) -> bool:
         row = self.seen(key)
         repeated = row.queue == number + 1 and row.queued_task_id == task_id and row.queued
+        repeated = repeated and not first
         if row.queue != number and not repeated:
             return False
         row = self.row(key)

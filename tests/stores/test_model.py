@@ -662,9 +662,9 @@ class Leases(RuleBasedStateMachine):
             self.senders.append(Sender(key, f"message {self.nonce}", queued.number))
 
     @precondition(lambda self: self.senders)
-    @rule(sender=one_of("senders"), fate=FATES)
-    def claim(self, sender: Sender, fate: str) -> None:
-        request = Request("claim", (sender.key, sender.task_id, LONG, sender.number))
+    @rule(sender=one_of("senders"), fate=FATES, first=st.booleans())
+    def claim(self, sender: Sender, fate: str, first: bool) -> None:
+        request = Request("claim", (sender.key, sender.task_id, LONG, sender.number, first))
         answer = self.send(request, fate)
         if answer is not UNKNOWN:
             self.senders.remove(sender)

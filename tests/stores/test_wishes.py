@@ -340,6 +340,53 @@ def test_a_repeated_claim_succeeds(leases: Leases) -> None:
     assert leases.wishes.queued("k") == Queued(1, "t")
 
 
+def test_a_first_claim_is_no_repetition(leases: Leases) -> None:
+    """Two callers claim for the same task id: both see nobody; one claims; the other claims."""
+    assert leases.wishes.claim("k", "t", LONG, 0, first=True)
+    assert not leases.wishes.claim("k", "t", LONG, 0, first=True)
+    assert leases.wishes.claim("k", "t", LONG, 0), "the first caller repeats it"
+    assert leases.wishes.queued("k") == Queued(1, "t")
+
+
+def test_a_claim_can_replace_what_was_seen_as_queued(leases: Leases) -> None:
+    """Its message is known to have ended; or it is the same message, which is sent again."""
+    assert claim(leases, "t1", 0)
+    assert leases.wishes.claim("k", "t2", LONG, 1, first=True)
+    assert leases.wishes.queued("k") == Queued(2, "t2")
+    assert leases.wishes.claim("k", "t2", 2 * LONG, 2, first=True)
+    queued_in = peek(leases).queued_in
+    assert queued_in is not None
+    assert queued_in > LONG
+
+
+def test_whether_the_message_runs(leases: Leases) -> None:
+    lease = acquire(leases, "a").lease
+    seen = leases.wishes.queued("k")
+    assert (seen.task_id, seen.running) == ("task-a", True)
+    assert claim(leases, "t", seen.number)
+    seen = leases.wishes.queued("k")
+    assert (seen.task_id, seen.running) == ("t", False)
+    leases.wishes.dequeue("k", "t")
+    leases.release(lease, HELD_ON)
+    seen = leases.wishes.queued("k")
+    assert (seen.task_id, seen.running) == (None, False)
+
+
+def test_a_row_says_who_is_queued(leases: Leases) -> None:
+    assert claim(leases, "t", 0)
+    row = peek(leases)
+    assert (row.queue, row.queued_task_id) == (1, "t")
+    assert row.queued_in == pytest.approx(LONG, abs=5)
+    leases.wishes.dequeue("k", "t")
+    row = peek(leases)
+    assert (row.queue, row.queued_task_id) == (2, None)
+
+
+def test_a_row_says_who_was_queued_only_while_it_counts(leases: Leases) -> None:
+    assert leases.wishes.claim("k", "t", BRIEF, 0)
+    wait_until(lambda: peek(leases).queued_task_id is None, "its life ends")
+
+
 def ran(store: Leases, task_id: str) -> None:
     acquired = store.acquire("k", "b", LONG, task_id)
     assert acquired is not None
