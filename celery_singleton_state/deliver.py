@@ -8,11 +8,13 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+from celery.exceptions import Ignore, Reject, Retry
+
 from . import history
 from .conflict import POLICIES, Conflict
 from .delivery import DONE_BEFORE, Delivery
 from .enqueue import dequeue
-from .errors import LeaderHandoffFailed, StateLoadFailed
+from .errors import StateLoadFailed
 from .history import Outcome
 from .holdings import Holding
 from .hooks import Conflicted, Skipped
@@ -71,7 +73,13 @@ def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any
     """Whether the delivery is over, and its result; or the seconds until it is tried again."""
     delivery = claim.delivery
     request, name = delivery.request, delivery.name
-    asked_at, acquired, row = _acquire(claim)
+    try:
+        asked_at, acquired, row = _acquire(claim)
+    except StateLoadFailed:
+        raise  # it is retried
+    except Exception:
+        dequeue(delivery)
+        raise
     if acquired is not None:
         return True, _run(claim, acquired, asked_at, args, kwargs)
     if row is not None:
@@ -124,11 +132,13 @@ def _conflict(conflict: Conflict) -> float | None:
         delivery.tell(Conflicted, policy=policy, found=conflict.holder)
     try:
         again = POLICIES[policy](conflict)
-    except LeaderHandoffFailed:
-        dequeue(delivery)
-        raise
+    except (Ignore, Reject, Retry):
+        raise  # it comes again
     except StoreError as error:
         raise StateLoadFailed(delivery.name, str(error)) from error
+    except Exception:
+        dequeue(delivery)
+        raise
     if again is None:
         dequeue(delivery)
     return again

@@ -8,7 +8,7 @@ from celery.app.task import Context
 
 #: How often the message was requeued because its own run went on.
 PUT_BACK = "singleton_put_back"
-#: Marks a message that this package sent again.
+#: Marks a message that this package sent again, as it is; says for which try, from 1.
 SENT_AGAIN = "singleton_sent_again"
 #: Seconds that the message has waited for the lease.
 WAITED = "singleton_waited"
@@ -42,6 +42,11 @@ def header(request: Context, name: str, default: Any = None) -> Any:
 def count_in(request: Context, name: str) -> int:
     """The value of a header that counts; 0 if the message does not have it."""
     return int(header(request, name) or 0)
+
+
+def try_of(retries: int | None) -> int:
+    """The number of a message's try, from 1."""
+    return (retries or 0) + 1
 
 
 def custom_headers(request: Context) -> dict[str, Any]:

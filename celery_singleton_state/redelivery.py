@@ -15,7 +15,7 @@ from celery.concurrency.base import BasePool
 from celery.exceptions import Ignore, Reject
 from kombu.exceptions import EncodeError
 
-from .headers import PUT_BACK, SENT_AGAIN, count_in, custom_headers
+from .headers import PUT_BACK, SENT_AGAIN, count_in, custom_headers, try_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def send_again(
         request,
         countdown=delay,
         retries=request.retries,
-        headers={**custom_headers(request), SENT_AGAIN: 1, **(headers or {})},
+        headers={**custom_headers(request), SENT_AGAIN: try_of(request.retries), **(headers or {})},
     )
     try:
         signature.apply_async()
@@ -136,14 +136,15 @@ def end_duplicate(task: Any, request: Context) -> None:
 
     :raises Ignore: the result is stored; it, its callbacks and its chain are left alone.
     """
-    if _result_is_stored(task, request):
+    if result_is_stored(task, request.id):
         raise Ignore(f"task {request.id} was done before")
 
 
-def _result_is_stored(task: Any, request: Context) -> bool:
+def result_is_stored(task: Any, task_id: str | None) -> bool:
+    """Whether the result backend says that a message has ended."""
     if not getattr(task.backend, "persistent", False):
         return False
     try:
-        return task.AsyncResult(request.id).state in states.READY_STATES
+        return task.AsyncResult(task_id).state in states.READY_STATES
     except Exception:  # a result backend that cannot tell is as good as none
         return False

@@ -14,15 +14,23 @@ from typing_extensions import ParamSpec, TypeVar
 
 from .deliver import deliver
 from .delivery import Delivery
-from .enqueue import enqueue, is_guarded
-from .errors import SingletonError
+from .dropped import settle
+from .enqueue import (
+    BRING_ANOTHER_RUN,
+    dequeue,
+    enqueue,
+    is_guarded,
+    is_retry,
+    publish_retry,
+)
+from .errors import SingletonError, StateLoadFailed
 from .headers import RETRIES, custom_headers
 from .hooks import Failed
 from .in_run import InRun
 from .interrupt import Unbreakable
 from .keys import Binder, row_key, singleton_name
 from .options import Options, find_misspelled, read_options, run_signature
-from .redelivery import UNSENDABLE, leave_with_broker, left_if_killed
+from .redelivery import UNSENDABLE, leave_with_broker, left_if_killed, result_is_stored
 from .retry import RetryAfter
 from .run import current_run
 from .runtime import runtime_of
@@ -121,6 +129,7 @@ class SingletonTask(_TypedTask[S, P, R]):
             left_if_killed(request),
         ):
             delivery = self._delivery(request, args, kwargs)
+            settle(request)
             try:
                 result: R | None = deliver(delivery, args, kwargs)
                 return result
@@ -129,6 +138,8 @@ class SingletonTask(_TypedTask[S, P, R]):
                 if error.singleton == delivery.name:
                     delivery.tell(Failed, reason=error.reason, detail=error.detail)
                     self._answer(error, delivery)
+                    if isinstance(error, StateLoadFailed):
+                        dequeue(delivery)
                 raise
 
     def apply_async(
@@ -144,28 +155,39 @@ class SingletonTask(_TypedTask[S, P, R]):
     ) -> Any:
         """Send the task, as Celery does.
 
-        With ``enqueue_once`` the result of the message that is queued or running is returned,
-        and none is sent, if there is one. Retries, chains, groups and chords are always sent, and
-        so is a message with callbacks or headers, one that a run of the task sends, and one sent
-        while the store is out of reach.
+        With ``enqueue_once`` the result of the message that is queued is returned, and none is
+        sent, if there is one; where ``on_conflict`` is ``"skip"`` or ``"raise"``, also of the one
+        that is running. Retries, chains, groups and chords are always sent, and so is a message
+        with callbacks or headers, one that a run of the task sends, and one sent while the store
+        is out of reach.
         """
         send = super().apply_async
         options |= {"link": link, "link_error": link_error}
-        eager = self.app.conf.task_always_eager
+
+        def publish(own_id: str | None = task_id) -> Any:
+            return send(args, kwargs, own_id, producer, shadow=shadow, **options)
+
+        if not self._options.enqueue_once or self.app.conf.task_always_eager:
+            return publish()
+        known = {"expires": self.expires, **options, "task_id": task_id}
         # A run stands for what others send, and not for its own next one.
         is_own = current_run(self) is not None
-        if not self._options.enqueue_once or eager or is_own or not is_guarded(options):
-            return send(args, kwargs, task_id, producer, shadow=shadow, **options)
-        name = self._name(tuple(args or ()), kwargs or {})
+        if not is_retry(known) and (is_own or not is_guarded(known)):
+            return publish()
+        try:
+            name = self._name(tuple(args or ()), kwargs or {})
+        except Exception:  # Celery refuses such arguments itself, or else the message fails
+            return publish()
         runtime = runtime_of(self.app)
         key = row_key(runtime.settings.key_prefix, name)
-        sent = enqueue(
-            runtime,
-            key,
-            {"task_id": task_id, **options},
-            lambda own_id: send(args, kwargs, own_id, producer, shadow=shadow, **options),
-        )
+        if is_retry(known):
+            return publish_retry(runtime, key, known, publish)
+        brings_another = self._options.on_conflict in BRING_ANOTHER_RUN
+        sent = enqueue(runtime, key, known, publish, brings_another, self._has_ended)
         return self.AsyncResult(sent) if isinstance(sent, str) else sent
+
+    def _has_ended(self, task_id: str) -> bool:
+        return result_is_stored(self, task_id)
 
     def retry(self, *args: Any, **options: Any) -> Any:
         """Retry the task, as Celery does.

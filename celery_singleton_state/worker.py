@@ -8,13 +8,13 @@ import logging
 import os
 from typing import Any
 
-from celery import Celery, bootsteps, signals
+from celery import Celery, bootsteps
 from celery.concurrency import get_implementation
 from celery.exceptions import ImproperlyConfigured
 
 from . import runtime
 from .children import watch_pool
-from .enqueue import dequeue_dropped
+from .dropped import watch_for_dropped
 from .hooks import events
 from .keys import row_key
 from .options import expected_singletons, options_of
@@ -43,7 +43,7 @@ class SingletonStep(bootsteps.StartStopStep):
         super().__init__(parent, **kwargs)
         app: Celery = parent.app
         self.check(parent)
-        signals.task_revoked.connect(dequeue_dropped)
+        watch_for_dropped()
         events.follow(parent.hostname)
         # A pool of processes must not inherit connections; one of threads opens them anew.
         free_dead(runtime.runtime_of(app))

@@ -5,16 +5,32 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
+from zoneinfo import ZoneInfo
 
+import psycopg
 import pytest
 from celery import Celery, chain, signals
 from celery.app.task import Context
+from celery.app.trace import trace_task
+from celery.exceptions import Ignore, NotRegistered, Reject, TimeLimitExceeded
 
-from celery_singleton_state import enqueue, singleton_task
-from celery_singleton_state.enqueue import dequeue_dropped
+from celery_singleton_state import (
+    SingletonTask,
+    StateLoadFailed,
+    dropped,
+    enqueue,
+    singleton_task,
+)
+from celery_singleton_state.dropped import dequeue_dropped
+from celery_singleton_state.headers import DUE, ENTRY, SENT_AGAIN, try_of
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Queued, StoreUnavailable
+from tests.conftest import _apps
 from tests.waiting import wait_until
 
 
@@ -297,7 +313,357 @@ def test_a_claim_whose_answer_is_lost_is_repeated(
     assert answers == [True, True]
 
 
-def test_a_life(app: Celery) -> None:
-    assert enqueue._life({}) == 300
-    assert enqueue._life({"countdown": 60}) == 360
-    assert enqueue._life({"countdown": 60, "expires": 100}) == 100
+# -- while a run goes on
+
+
+@pytest.mark.parametrize(
+    ("policy", "published_beside_run"),
+    [("skip", 0), ("raise", 0), ("wait", 1), ("replace", 1), ("coalesce", 1)],
+)
+def test_a_change_during_a_run_brings_one_more_run_where_the_policy_does(
+    app: Celery, published: list[str], policy: str, published_beside_run: int
+) -> None:
+    """Version 1 runs when 2 and 3 are sent: with these policies the first of them is queued."""
+    task = task_of(app, on_conflict=policy)
+    assert runtime_of(app).store.acquire("singleton-state:sent", "a run", 60, "1") is not None
+    second, third = task.delay("2"), task.delay("3")
+    assert second.id == third.id
+    assert len(published) == published_beside_run
+    assert (second.id == "1") is not bool(published_beside_run)
+
+
+# -- how long a message counts as queued
+
+
+def row_of(app: Celery) -> Any:
+    return runtime_of(app).store.peek("singleton-state:sent")
+
+
+NOW = datetime.now(UTC)
+IN_AN_HOUR = NOW + timedelta(hours=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "life"),
+    [
+        ({}, 300),
+        ({"countdown": 60}, 360),
+        ({"countdown": timedelta(minutes=1).seconds, "expires": 100}, 100),
+        ({"countdown": -60}, 300),
+        ({"eta": IN_AN_HOUR}, 3900),
+        ({"eta": IN_AN_HOUR.astimezone(ZoneInfo("Asia/Kolkata"))}, 3900),
+        ({"eta": IN_AN_HOUR.replace(tzinfo=None)}, 3900),
+        ({"eta": IN_AN_HOUR.isoformat()}, 3900),
+        ({"eta": IN_AN_HOUR.strftime("%Y-%m-%dT%H:%M:%SZ")}, 3900),
+        ({"eta": NOW - timedelta(hours=1)}, 300),
+        ({"eta": IN_AN_HOUR, "countdown": 60}, 360),
+        ({"expires": 30}, 30),
+        ({"expires": NOW + timedelta(seconds=60)}, 60),
+        ({"expires": (NOW + timedelta(seconds=60)).replace(tzinfo=None)}, 60),
+        ({"expires": (NOW + timedelta(seconds=60)).isoformat()}, 60),
+        ({"expires": IN_AN_HOUR}, 300),
+        ({"expiration": 20}, 20),
+        ({"expiration": 20, "countdown": 60}, 80),
+        ({"eta": datetime.max}, enqueue.LONGEST_LIFE),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("zone", ["UTC", "America/New_York"])
+def test_a_message_counts_as_queued_until_it_may_have_run(
+    memory_app: Celery, published: list[str], options: dict[str, Any], life: float, zone: str
+) -> None:
+    """Whichever of Celery's ways says when it may run, or until when."""
+    memory_app.conf.update(timezone=zone, enable_utc=zone == "UTC")
+    task = task_of(memory_app)
+    first = task.apply_async(**options)
+    passed = (datetime.now(UTC) - NOW).total_seconds()
+    assert row_of(memory_app).queued_in == pytest.approx(life, abs=passed + 5)
+    assert task.delay().id == first.id
+    assert published == [first.id]
+
+
+@pytest.mark.parametrize("how", ["attribute", "annotation", "set"])
+def test_a_task_says_itself_when_its_messages_expire(memory_app: Celery, how: str) -> None:
+    if how == "annotation":
+        memory_app.conf.task_annotations = {"sent": {"expires": 30}}
+    task = task_of(memory_app, **({"expires": 30} if how == "attribute" else {}))
+    if how == "set":
+        task.s().set(expires=30).delay()
+    else:
+        task.delay()
+    assert row_of(memory_app).queued_in == pytest.approx(30, abs=5)
+    runtime_of(memory_app).store.wishes.dequeue(
+        "singleton-state:sent", row_of(memory_app).queued_task_id
+    )
+    task.apply_async(expires=None)
+    assert row_of(memory_app).queued_in == pytest.approx(300, abs=5)
+
+
+def error_of(task: Any, options: dict[str, Any]) -> type | None:
+    try:
+        task.apply_async(**options)
+    except Exception as error:
+        return type(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"countdown": "soon"},
+        {"countdown": 1e12},
+        {"countdown": timedelta(seconds=1)},
+        {"eta": 5},
+        {"expires": timedelta(seconds=1)},
+        {"expires": Decimal(1)},
+        {"expires": "tomorrow"},
+        {"args": 5},
+        {"args": (object(),)},
+        {"args": ("too", "many")},
+    ],
+    ids=str,
+)
+def test_what_celery_refuses_it_refuses_itself(memory_app: Celery, options: dict[str, Any]) -> None:
+    """And nothing counts as queued."""
+    task = task_of(memory_app, unique_on=["what"])
+
+    @memory_app.task(name="plain", shared=False)
+    def plain(what: str = "") -> None:
+        """No singleton."""
+
+    assert error_of(task, options) == error_of(plain, options)
+    store = runtime_of(memory_app).store
+    rows = [store.peek(row.key) for row in store.list("")]
+    assert [row.queued_task_id for row in rows if row] in ([], [None])
+
+
+# -- a task id of one's own
+
+
+def test_a_task_id_of_ones_own_is_queued_once(app: Celery, published: list[str]) -> None:
+    task = task_of(app)
+    assert [task.apply_async(task_id="nightly").id for _ in range(3)] == ["nightly"] * 3
+    assert published == ["nightly"]
+    task.apply(task_id="nightly")
+    task.apply_async(task_id="nightly")
+    assert published == ["nightly"] * 2
+
+
+def test_two_that_claim_for_the_same_task_id_at_once_send_one_message(
+    app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A looks, and nobody is queued; B looks, claims and publishes the same id; A claims, and must
+    not take B's claim for its own.
+    """
+    task = task_of(app)
+    store = runtime_of(app).store
+    wishes = store.wishes
+
+    def between(looks: int) -> None:
+        if looks == 1:
+            task.apply_async(task_id="nightly")
+
+    monkeypatch.setattr(store, "wishes", Wishes(wishes, between))
+    assert task.apply_async(task_id="nightly").id == "nightly"
+    assert published == ["nightly"]
+
+
+def test_a_tick_whose_beat_died_before_it_sent_it_is_sent(
+    app: Celery, published: list[str]
+) -> None:
+    """Beat A claims for its tick, and dies; beat B sends the same tick, which has the same id."""
+    task = task_of(app)
+    assert runtime_of(app).store.wishes.claim("singleton-state:sent", "tick", 60, 0)
+    task.apply_async(task_id="tick", headers={ENTRY: "nightly", DUE: "2026-01-01T00:00:00+00:00"})
+    assert published == ["tick"]
+
+
+# -- ends without a run
+
+
+class Unlucky(SingletonTask[Any, Any, Any]):
+    """A message ends before its delivery."""
+
+    abstract = True
+    ends_with: BaseException
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        raise self.ends_with
+
+
+@pytest.fixture
+def watched() -> Iterator[None]:
+    """What a worker follows."""
+    followed = {
+        signals.task_revoked: dropped.dequeue_dropped,
+        signals.task_rejected: dropped.dequeue_rejected,
+        signals.task_failure: dropped.dequeue_failed,
+        signals.task_internal_error: dropped.dequeue_failed,
+        signals.task_postrun: dropped.dequeue_unreached,
+    }
+    dropped.watch_for_dropped()
+    yield
+    for signal, receiver in followed.items():
+        signal.disconnect(receiver)
+
+
+@pytest.mark.parametrize(
+    ("ends_with", "stays"),
+    [(ValueError(), False), (Ignore(), False), (Reject(), False), (Reject(requeue=True), True)],
+    ids=repr,
+)
+@pytest.mark.usefixtures("watched")
+def test_one_that_ends_before_its_delivery_is_queued_no_more(
+    app: Celery, ends_with: BaseException, stays: bool
+) -> None:
+    task = task_of(app, base=type("Base", (Unlucky,), {"ends_with": ends_with, "abstract": True}))
+    first = task.delay()
+    task.apply(task_id=first.id)
+    assert (task.delay().id == first.id) is stays
+
+
+@pytest.mark.usefixtures("watched")
+def test_one_whose_process_dies_before_its_delivery_is_queued_no_more(app: Celery) -> None:
+    """The worker's own process says so, of a hard time limit, too."""
+    task = task_of(app)
+    first = task.delay()
+    signals.task_failure.send(
+        sender=task, task_id=first.id, exception=TimeLimitExceeded(), args=(), kwargs={}
+    )
+    assert task.delay().id != first.id
+
+
+@pytest.mark.parametrize("unique_on", [None, ["what"]])
+@pytest.mark.usefixtures("watched")
+def test_one_that_a_worker_cannot_read_is_queued_no_more(app: Celery, unique_on: Any) -> None:
+    task = task_of(app, unique_on=unique_on)
+    first = task.delay("a")
+    headers = {"task": "sent", "id": first.id}
+    message = SimpleNamespace(headers=headers, payload=[["a"], {}, {}])
+    consumer = Mock(app=app)
+    signals.task_rejected.send(sender=consumer, message=message, exc=None)
+    assert task.delay("a").id != first.id
+
+
+@pytest.mark.usefixtures("watched")
+def test_a_run_costs_no_further_request(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it succeeds or fails."""
+    task = task_of(app)
+    monkeypatch.setattr(runtime_of(app).store.wishes, "dequeue", lambda *_: 1 / 0)
+    assert task.apply(("a",), task_id="1").get() == "a"
+    failing = task_of(app, name="failing")
+    failing.run = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        failing.apply(task_id="2").get()
+
+
+@pytest.mark.usefixtures("watched")
+def test_one_that_the_store_failed_is_queued_no_more(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It got no lease, and was not retried."""
+    task = task_of(app, retry_reasons=[])
+    first = task.delay()
+
+    def fail(*_: Any) -> None:
+        raise StoreUnavailable("gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime_of(app).store, "acquire", fail)
+        with pytest.raises(StateLoadFailed):
+            task.apply(task_id=first.id).get()
+    assert task.delay().id != first.id
+
+
+def test_the_result_of_a_message_that_failed_is_not_handed_out(
+    app: Celery, published: list[str]
+) -> None:
+    """No worker of ours had it: one that did not know the task, say, stored its failure."""
+    task = task_of(app)
+    first = task.delay()
+    app.backend.mark_as_failure(first.id, NotRegistered("sent"))
+    second = task.delay()
+    assert second.id != first.id
+    assert task.delay().id == second.id
+    assert published == [first.id, second.id]
+
+
+def test_a_task_id_that_was_used_before_is_queued_all_the_same(
+    app: Celery, published: list[str]
+) -> None:
+    """Yesterday's result is stored under it."""
+    task = task_of(app)
+    app.backend.store_result("nightly", None, "SUCCESS")
+    assert {task.apply_async(task_id="nightly").id for _ in range(2)} == {"nightly"}
+    assert published == ["nightly"]
+
+
+# -- retries
+
+
+def test_a_retry_that_waits_counts_as_queued(app: Celery, published: list[str]) -> None:
+    """It is sent although its own run goes on, and holds back what others send until it runs."""
+
+    def body(self: Any, what: str = "") -> None:
+        if not self.request.retries:
+            raise self.retry(countdown=60)
+
+    task = singleton_task(app, name="sent", shared=False, enqueue_once=True)(body)
+    first = task.delay()
+    message = {"id": first.id, "retries": 0, "delivery_info": {}, "is_eager": False}
+    trace_task(task, first.id, (), {}, request=message, app=app)
+    assert published == [first.id] * 2
+    assert row_of(app).queued_in == pytest.approx(360, abs=10)
+    assert task.delay().id == first.id
+    assert len(published) == 2
+    trace_task(task, first.id, (), {}, request=message | {"retries": 1}, app=app)
+    assert row_of(app).queued_task_id is None
+
+
+def test_a_retry_that_cannot_be_sent_is_queued_no_more(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(app)
+    with monkeypatch.context() as patched:
+        patched.setattr(app.amqp, "send_task_message", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            task.apply_async(task_id="1", retries=1, countdown=60)
+    assert row_of(app).queued_task_id is None
+
+
+def test_a_retry_is_sent_beside_another_that_is_queued(app: Celery, published: list[str]) -> None:
+    task = task_of(app)
+    first = task.delay()
+    task.apply_async(task_id="2", retries=1)
+    assert published == [first.id, "2"]
+    assert row_of(app).queued_task_id == first.id
+
+
+def test_a_message_that_is_put_back_does_not_count(app: Celery) -> None:
+    """Its own run goes on. It counts as one that runs, and a change meanwhile must not be lost."""
+    task = task_of(app, on_conflict="wait")
+    assert runtime_of(app).store.acquire("singleton-state:sent", "a run", 60, "1") is not None
+    for retries in (0, 1):
+        headers = {SENT_AGAIN: try_of(retries)}
+        task.apply_async(task_id="1", retries=retries, headers=headers)
+        assert row_of(app).queued_task_id is None
+
+
+# -- connections
+
+
+def test_a_connection_that_was_closed_meanwhile_sends_no_second_copy(
+    server_url: str, published: list[str]
+) -> None:
+    """A firewall or the server closes connections that nobody uses."""
+    for make in _apps(server_url):
+        app = make(broker_url="memory://")
+        task = task_of(app)
+        first = task.delay()
+        with psycopg.connect(server_url.replace("+psycopg", ""), autocommit=True) as admin:
+            admin.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            assert task.delay().id == first.id
+    assert published == [first.id]
