@@ -13,16 +13,19 @@ from celery.exceptions import Ignore, Reject, Retry
 from . import history
 from .conflict import POLICIES, Conflict
 from .delivery import DONE_BEFORE, Delivery
+from .duplicate import end_duplicate, wait_for_record
 from .enqueue import dequeue
 from .errors import StateLoadFailed
+from .headers import UNRECORDED, header
 from .history import Outcome
 from .holdings import Holding
 from .hooks import Conflicted, Skipped
 from .in_place import in_place
 from .lease import clock
 from .recovery import free_holder
-from .redelivery import can_be_put_back, end_duplicate, put_back
+from .redelivery import can_be_put_back, put_back
 from .run import Run
+from .sent_anew import forget_result, warn_if_sent_anew
 from .store.base import Acquired, Row, StoreError
 
 #: One for a connection that died in the pool, one over a new connection.
@@ -53,7 +56,8 @@ def deliver(delivery: Delivery, args: Any, kwargs: Any) -> Any:
     runtime = delivery.runtime
     claim = Claim(delivery, runtime.new_holder(delivery.request.hostname))
     # Noted before it is asked for: a process can die at any moment after that.
-    slot = runtime.holdings.note(Holding(delivery.key, claim.holder, delivery.generation))
+    holding = Holding(delivery.key, claim.holder, delivery.generation, delivery.sent)
+    slot = runtime.holdings.note(holding)
     waited = 0.0
     try:
         while True:
@@ -73,6 +77,9 @@ def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any
     """Whether the delivery is over, and its result; or the seconds until it is tried again."""
     delivery = claim.delivery
     request, name = delivery.request, delivery.name
+    if header(request, UNRECORDED):
+        # It need not take the lease, which would be in the way of a delivery that wants to run.
+        _wait_for_record(delivery, _peek(delivery))
     try:
         asked_at, acquired, row = _acquire(claim)
     except StateLoadFailed:
@@ -82,14 +89,13 @@ def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any
         raise
     if acquired is not None:
         return True, _run(claim, acquired, asked_at, args, kwargs)
+    done = _wait_for_record(delivery, row)
+    if done is not None:
+        return True, _end_duplicate(delivery, done)
     if row is not None:
         entries = history.decode(row.history, name)
-        if delivery.done_by(entries):
-            _end_duplicate(delivery)
-            return True, None
         if why := delivery.passed(entries, row.ticks_done):
-            _end_duplicate(delivery, why)
-            return True, None
+            return True, _end_duplicate(delivery, None, why)
     if row is not None and row.task_id == request.id and can_be_put_back(request):
         put_back(delivery.task, request, name)
     again = _conflict(Conflict(delivery, row, args, kwargs, waited))
@@ -104,16 +110,38 @@ def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: A
         done = delivery.done_by(run.entries)
         why = DONE_BEFORE if done else delivery.passed(run.entries, acquired.ticks_done)
         if why is None:
+            run.refuse_poison()
+            forget_result(delivery)
             return run.execute(args, kwargs)
+        # Of a copy that is requeued nothing is noted: the lease is given back as it was.
+        wait_for_record(delivery, done, acquired.acquired_at)
         run.end_as_duplicate(done)
     finally:
         claim.may_hold = not run.given_back
-    _end_duplicate(delivery, why)
-    return None
+    return _end_duplicate(delivery, done, why)
 
 
-def _end_duplicate(delivery: Delivery, why: str = DONE_BEFORE) -> None:
-    """:raises Ignore: its result is stored."""
+def _peek(delivery: Delivery) -> Row | None:
+    try:
+        return delivery.runtime.store.peek(delivery.key)
+    except StoreError as error:
+        raise StateLoadFailed(delivery.name, str(error)) from error
+
+
+def _wait_for_record(delivery: Delivery, row: Row | None) -> history.Entry | None:
+    """The run that did what the message asks for, if the row knows one.
+
+    :raises Ignore: it ended so recently that the message is requeued.
+    """
+    if row is None:
+        return None
+    done = delivery.done_by(history.decode(row.history, delivery.name))
+    wait_for_record(delivery, done, row.read_at)
+    return done
+
+
+def _end_duplicate(delivery: Delivery, done: history.Entry | None, why: str = DONE_BEFORE) -> Any:
+    """:raises Ignore: what comes after the first delivery is known to have happened."""
     request, tick = delivery.request, delivery.tick
     delivery.tell(
         Skipped,
@@ -121,7 +149,8 @@ def _end_duplicate(delivery: Delivery, why: str = DONE_BEFORE) -> None:
         why=f"task {request.id} {why}" + (f", for tick {tick}" if tick else ""),
         tick=tick.entry if tick else None,
     )
-    end_duplicate(delivery.task, request)
+    warn_if_sent_anew(delivery)
+    return end_duplicate(delivery, done)
 
 
 def _conflict(conflict: Conflict) -> float | None:

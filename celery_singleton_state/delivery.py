@@ -9,7 +9,7 @@ from celery.app.task import Context
 
 from . import history, ticks_done
 from .errors import SingletonError
-from .headers import ONE_BY_ONE, RETRIES, WAITED, count_in, header
+from .headers import ONE_BY_ONE, RETRIES, SENT, WAITED, count_in, header
 from .hooks import Details
 from .options import Options
 from .retry import Fail, RetryAfter, answer_to, policy_of
@@ -104,6 +104,12 @@ class Delivery:
         )
 
     @property
+    def sent(self) -> str | None:
+        """The value that tells the message from others that were sent with the same id."""
+        value = header(self.request, SENT)
+        return None if value is None else str(value)
+
+    @property
     def tick(self) -> Tick | None:
         """The tick that the message is for, if a beat of ours sent it."""
         return tick_of(self.request)
@@ -116,7 +122,7 @@ class Delivery:
         task_id = self.request.id
         if not task_id or not self.deduplicates:
             return None
-        return history.done_by(entries, task_id, self.generation)
+        return history.done_by(entries, task_id, self.generation, self.sent)
 
     @property
     def previous(self) -> float | None:

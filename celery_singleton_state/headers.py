@@ -14,6 +14,10 @@ SENT_AGAIN = "singleton_sent_again"
 WAITED = "singleton_waited"
 #: How often this package retried the message.
 RETRIES = "singleton_retries"
+#: How often the message was requeued because its run had ended a moment before.
+UNRECORDED = "singleton_unrecorded"
+#: A value by which a message is told from others that were sent with the same id.
+SENT = "singleton_sent"
 #: The schedule entry whose tick the message is for.
 ENTRY = "singleton_entry"
 #: The due time of that tick, in ISO format.

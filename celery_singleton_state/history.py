@@ -17,6 +17,8 @@ from .ticks import Tick
 logger = logging.getLogger(__name__)
 
 MAX_ERROR_LENGTH = 200
+#: How many of the newest runs keep their results, so that the row stays small.
+RESULTS = 4
 #: The error of a run whose process died.
 DIED = "its process died"
 
@@ -35,12 +37,26 @@ class Outcome(StrEnum):
 DONE = frozenset({Outcome.SUCCEEDED, Outcome.DUPLICATE})
 
 
+class Kept(msgspec.Struct, array_like=True, frozen=True):
+    """A result as kombu serialized it.
+
+    :param encoding: of the text; ``base64`` stands for bytes.
+    """
+
+    content_type: str
+    encoding: str
+    text: str
+
+
 class Entry(msgspec.Struct, array_like=True, frozen=True):
     """One past run. Times are seconds since the epoch, by the store's clock at acquisition.
 
     A task's retries carry its id. Those that its body asked for each count as a new *generation*;
     those that this package sent, to repeat a run, belong to the same.
 
+    :param sent: the value that tells messages with the same id apart, if the message has one.
+    :param result: what the body returned, if it was kept.
+    :param deaths: of a run whose process died: how many died for its message, one after the other.
     :param final: whether the run asked for no retry: if it succeeded, no message with its id is new
         work, of whatever generation. Copies of it are of several where a run asked for a retry and
         its own message came again, as its worker died.
@@ -56,6 +72,9 @@ class Entry(msgspec.Struct, array_like=True, frozen=True):
     started: float
     finished: float
     final: bool = False
+    sent: str | None = None
+    result: Kept | None = None
+    deaths: int = 0
 
 
 _decoder = msgspec.json.Decoder(tuple[Entry, ...])
@@ -79,13 +98,24 @@ def decode(raw: str | None, name: str) -> tuple[Entry, ...]:
 def append(entries: tuple[Entry, ...], entry: Entry, limit: int) -> str:
     """The JSON of the newest ``limit`` runs, and of as many duplicates, the new one among them.
 
-    What was refused as a duplicate must not push out what it is known by.
+    What was refused as a duplicate must not push out what it is known by. Only the newest
+    :data:`RESULTS` results are kept.
     """
-    found = (*entries, entry)
+    found = _without_old_results((*entries, entry))
     runs = [each for each in found if is_run(each)]
     refused = [each for each in found if is_duplicate(each)]
     kept = {id(each) for each in (*runs[-limit:], *refused[-limit:])}
     return msgspec.json.encode([each for each in found if id(each) in kept]).decode()
+
+
+def _without_old_results(entries: tuple[Entry, ...]) -> list[Entry]:
+    fences = [each.fence for each in entries if each.result is not None][-RESULTS:]
+    return [
+        each
+        if each.result is None or each.fence in fences
+        else msgspec.structs.replace(each, result=None)
+        for each in entries
+    ]
 
 
 def is_duplicate(entry: Entry) -> bool:
@@ -98,13 +128,34 @@ def is_run(entry: Entry) -> bool:
     return not is_duplicate(entry)
 
 
-def done_by(entries: tuple[Entry, ...], task_id: str, generation: int) -> Entry | None:
-    """The run that did this work, or a later generation of it, if one is known."""
-    for entry in reversed(entries):
-        is_of_it = entry.task_id == task_id and entry.outcome in DONE
-        if is_of_it and (entry.final or entry.generation >= generation):
-            return entry
-    return None
+def done_by(
+    entries: tuple[Entry, ...], task_id: str, generation: int, sent: str | None = None
+) -> Entry | None:
+    """The run that did this work, or a later generation of it, if one is known.
+
+    The run itself is preferred to a duplicate of it, which has no result.
+
+    :param sent: the message's own value. A run of a message that has the same id and another value
+        did other work.
+    """
+    done = [
+        entry
+        for entry in reversed(entries)
+        if entry.outcome in DONE
+        and _is_of(entry, task_id, sent)
+        and (entry.final or entry.generation >= generation)
+    ]
+    return next(filter(is_run, done), next(iter(done), None))
+
+
+def deaths_of(entries: tuple[Entry, ...], task_id: str | None, sent: str | None) -> int:
+    """How many processes have died in runs of this message, one after the other."""
+    own = [each for each in entries if _is_of(each, task_id, sent)]
+    return own[-1].deaths if own else 0
+
+
+def _is_of(entry: Entry, task_id: str | None, sent: str | None) -> bool:
+    return entry.task_id == task_id and (sent is None or entry.sent == sent)
 
 
 def has_passed(entries: tuple[Entry, ...], tick: Tick, limit: int) -> bool:

@@ -48,11 +48,13 @@ class Holding(msgspec.Struct, frozen=True, array_like=True):
     """A lease that a process holds, or was about to ask for.
 
     :param generation: of the message that it runs.
+    :param sent: the value that tells the message from others with the same id, if it has one.
     """
 
     key: str
     holder: str
     generation: int
+    sent: str | None = None
 
 
 _decoder = msgspec.json.Decoder(Holding)
@@ -183,6 +185,19 @@ class Holdings:
                     yield _read(descriptor)
                     with contextlib.suppress(OSError):
                         path.unlink()
+
+    def lives(self, holder: str) -> bool | None:
+        """Whether a holder's process lives; ``None`` if that cannot be known here."""
+        name = file_of(holder)
+        if name is None or self._directory is None:
+            return None
+        if name == self._name:
+            return True
+        path = self._directory / name
+        with _locked(path) as descriptor:
+            if descriptor is not None:
+                return False
+            return True if path.exists() else None
 
     def _others(self, name: str) -> list[Path]:
         if self._directory is None:

@@ -48,24 +48,31 @@ def _free(runtime: Runtime, holding: Holding) -> None:
         row = store.peek(holding.key)
         if row is None or row.holder != holding.holder:
             continue
-        if end_for(runtime, row, holding.generation, history.DIED, store):
+        if end_for(runtime, row, holding.generation, history.DIED, store, holding.sent):
             logger.warning("%s is free: its holder %s died", holding.key, holding.holder)
 
 
 def end_for(
-    runtime: Runtime, row: Row, generation: int, why: str, store: Leases | None = None
+    runtime: Runtime,
+    row: Row,
+    generation: int,
+    why: str,
+    store: Leases | None = None,
+    sent: str | None = None,
 ) -> bool:
     """Release a lease in the name of the holder that was seen; false if it is the holder no more.
 
     :param generation: of the message that it runs.
     :param why: for the history.
     :param store: that has the row; left out: the one that the key belongs to.
+    :param sent: the value that tells the message from others with the same id.
     :raises StoreError: the store is out of reach.
     """
     holder, store = row.holder or "", store or runtime.store
     if row.acquired_at is None:
         # Held on after its run, which has its entry.
         return store.wishes.let_go(row)
+    entries = history.decode(row.history, row.key)
     entry = history.Entry(
         task_id=row.task_id,
         generation=generation,
@@ -76,8 +83,9 @@ def end_for(
         error=why,
         started=row.acquired_at,
         finished=row.read_at,
+        sent=sent,
+        deaths=history.deaths_of(entries, row.task_id, sent) + (why == history.DIED),
     )
-    entries = history.decode(row.history, row.key)
     document = history.append(entries, entry, runtime.settings.history)
     released = store.release(Lease(row.key, holder, row.fence, 0), Ended(Outcome.LOST, document))
     if released is None:

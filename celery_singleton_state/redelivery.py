@@ -1,4 +1,4 @@
-"""Messages that come a second time: those whose run goes on, and those that were done."""
+"""Messages that come a second time while their run goes on, and messages that are sent again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from celery import states
 from celery.app.task import Context
 from celery.concurrency.base import BasePool
 from celery.exceptions import Ignore, Reject
@@ -124,27 +123,3 @@ def put_back(task: Any, request: Context, singleton: str) -> NoReturn:
         delay,
     )
     send_again(task, request, singleton, delay, {PUT_BACK: count + 1})
-
-
-def end_duplicate(task: Any, request: Context) -> None:
-    """End a message that was done before.
-
-    Its first delivery may have died after its save and before Celery recorded the result and
-    sent what comes next. Where a result is stored, all of that is known to have happened.
-    Elsewhere the delivery ends like a skipped one, with ``None``, so that nobody who waits for
-    it hangs.
-
-    :raises Ignore: the result is stored; it, its callbacks and its chain are left alone.
-    """
-    if result_is_stored(task, request.id):
-        raise Ignore(f"task {request.id} was done before")
-
-
-def result_is_stored(task: Any, task_id: str | None) -> bool:
-    """Whether the result backend says that a message has ended."""
-    if not getattr(task.backend, "persistent", False):
-        return False
-    try:
-        return task.AsyncResult(task_id).state in states.READY_STATES
-    except Exception:  # a result backend that cannot tell is as good as none
-        return False

@@ -19,8 +19,10 @@ from .fenced import FencedWriter
 from .history import Outcome
 from .leadership import Leadership, asked_by
 from .lease import HeldLease, clock
+from .poison import refuse_poison
 from .redelivery import means_to_kill
 from .report import Report
+from .results import keep
 from .retry import RetryAfter
 from .run_state import RunState
 from .store.base import TAKEN_OVER, Acquired, Ended, NewValue, Saved, StoreError, Write
@@ -92,7 +94,7 @@ class Run:
         try:
             self._report.begin(self.entries, self._took_over)
             result, new = self._body(args, kwargs)
-            self.end(Outcome.SUCCEEDED, new=new)
+            self.end(Outcome.SUCCEEDED, new=new, result=keep(self._delivery, result))
             return result
         finally:
             try:
@@ -231,17 +233,22 @@ class Run:
     # -- its ends
 
     def end(
-        self, outcome: Outcome, error: BaseException | None = None, new: NewValue | None = None
+        self,
+        outcome: Outcome,
+        error: BaseException | None = None,
+        new: NewValue | None = None,
+        result: history.Kept | None = None,
     ) -> None:
         """Release the lease with a note of how the run ended, and with a new value or without.
 
+        :param result: for a copy of the message that comes later.
         :raises HeartbeatFailed: the lease was lost; nothing was written.
         :raises StatePersistFailed: the store is out of reach.
         """
         if not self._is_here:
             return  # it is its parent's to end
         text = history.describe(error) if error else None
-        entry = self._entry(outcome, text)
+        entry = self._entry(outcome, text, result)
         try:
             self._release(entry, new)
         except StatePersistFailed as failure:
@@ -272,7 +279,9 @@ class Run:
         else:
             self._report.ended(Outcome.FAILED, history.describe(interruption), given_back=False)
 
-    def _entry(self, outcome: Outcome, error: str | None) -> history.Entry:
+    def _entry(
+        self, outcome: Outcome, error: str | None, result: history.Kept | None = None
+    ) -> history.Entry:
         lease = self.held.lease
         return history.Entry(
             task_id=self.request.id,
@@ -285,6 +294,8 @@ class Run:
             started=self._acquired_at,
             finished=self._acquired_at + clock() - self._asked_at,
             final=self.is_final,
+            sent=self._delivery.sent,
+            result=result,
         )
 
     def _release(self, entry: history.Entry, new: NewValue | None) -> None:
@@ -337,6 +348,17 @@ class Run:
                 tick.entry,
             )
         return kept
+
+    def refuse_poison(self) -> None:
+        """End, without its body, the run of a message whose processes have died too often.
+
+        :raises HeartbeatFailed: they have.
+        """
+        try:
+            refuse_poison(self._delivery, self.entries)
+        except HeartbeatFailed as error:
+            self.end(Outcome.FAILED, error)
+            raise
 
     def end_as_duplicate(self, done: history.Entry | None) -> None:
         """Release the lease of a message that turned out to be done: nothing hangs on it.

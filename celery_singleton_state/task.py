@@ -30,10 +30,12 @@ from .in_run import InRun
 from .interrupt import Unbreakable
 from .keys import Binder, row_key, singleton_name
 from .options import Options, find_misspelled, read_options, run_signature
-from .redelivery import UNSENDABLE, leave_with_broker, left_if_killed, result_is_stored
+from .redelivery import UNSENDABLE, leave_with_broker, left_if_killed
+from .results import has_result, is_recorded
 from .retry import RetryAfter
 from .run import current_run
 from .runtime import runtime_of
+from .sent_anew import mark
 from .state import Codec
 from .worker import watch_over
 
@@ -101,8 +103,9 @@ class SingletonTask(_TypedTask[S, P, R]):
     acks_late = True
     #: ... and sent again, up to ``max_retries`` times, if the process that ran it died.
     retry_on_worker_lost = True
-    #: Where that cannot be sent. Before Celery 5.7 nothing would end it for a task that kills.
-    reject_on_worker_lost = hasattr(Task, "retry_on_worker_lost")
+    #: Before Celery 5.7, and where that cannot be sent, its broker gives it out again. What ends
+    #: it for a task that kills is in the module poison.
+    reject_on_worker_lost = True
 
     # Made by bind().
     _options: ClassVar[Options]
@@ -161,11 +164,12 @@ class SingletonTask(_TypedTask[S, P, R]):
         with callbacks or headers, one that a run of the task sends, and one sent while the store
         is out of reach.
         """
-        send = super().apply_async
         options |= {"link": link, "link_error": link_error}
+        send = super().apply_async
 
         def publish(own_id: str | None = task_id) -> Any:
-            return send(args, kwargs, own_id, producer, shadow=shadow, **options)
+            marked = options | mark(self, task_id, options)
+            return send(args, kwargs, own_id, producer, shadow=shadow, **marked)
 
         if not self._options.enqueue_once or self.app.conf.task_always_eager:
             return publish()
@@ -187,7 +191,7 @@ class SingletonTask(_TypedTask[S, P, R]):
         return self.AsyncResult(sent) if isinstance(sent, str) else sent
 
     def _has_ended(self, task_id: str) -> bool:
-        return result_is_stored(self, task_id)
+        return is_recorded(self, Context()) and has_result(self, task_id)
 
     def retry(self, *args: Any, **options: Any) -> Any:
         """Retry the task, as Celery does.

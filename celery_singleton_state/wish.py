@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from celery import Celery
 
+from .headers import SENT
 from .store.base import Leases, Released
 
 if TYPE_CHECKING:
@@ -67,7 +68,12 @@ def grant(
             store.wishes.granted(key, written)
             return
         app.tasks[wish.task].apply_async(
-            tuple(wish.args), wish.kwargs, task_id=wish.id, **wish.routing
+            tuple(wish.args),
+            wish.kwargs,
+            task_id=wish.id,
+            # Sent a second time, it is a copy.
+            headers={SENT: wish.id},
+            **wish.routing,
         )
         store.wishes.granted(key, written)
         logger.info("%s: one more run was wanted; sent as task %s", key, wish.id)

@@ -66,7 +66,7 @@ def show(context: click.Context, name: str, as_json: bool) -> None:
     entries = history.decode(row.history, name)
     if as_json:
         runs = [
-            msgspec.structs.asdict(run)
+            msgspec.to_builtins(msgspec.structs.asdict(run))
             | {"started": iso(run.started), "finished": iso(run.finished)}
             for run in entries
         ]

@@ -620,3 +620,52 @@ def forks(self: SingletonTask[Counter], until: str, childs_end: str) -> int:
         self.checkpoint()
         time.sleep(0.01)
     return self.state.n
+
+
+class Recorded(SingletonTask[Counter]):
+    """Meets something when a run is saved, and Celery has not recorded its result yet."""
+
+    abstract = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().__call__(*args, **kwargs)
+        what, path = args[:2]
+        if what == "die" and not Path(path).exists():
+            Path(path).touch()
+            note("saved")
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "wait" and not Path(f"{path}.saved").exists():
+            Path(f"{path}.saved").touch()
+            note("saved")
+            wait_for(path)
+        return result
+
+
+@app.task(
+    bind=True,
+    base=Recorded,
+    state_schema=Counter,
+    name="imports",
+    default_retry_delay=0,
+)
+def imports(self: Any, what: str, path: str, size: int = 0) -> str:
+    note("imports")
+    self.state.n += 1
+    return f"imported {self.state.n}{'.' * size}"
+
+
+@app.task(name="reports")
+def reports(result: Any) -> Any:
+    note("reports", result=result)
+    return result
+
+
+@singleton_task(app, state_schema=Counter, name="dies_until", max_retries=2, default_retry_delay=0)
+def dies_until(self: SingletonTask[Counter], deaths: int) -> int:
+    """Kills its process so many times."""
+    note("enter", task="dies_until", fence=self.fence)
+    self.state.n += 1
+    self.checkpoint()
+    if self.state.n <= deaths:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return self.state.n

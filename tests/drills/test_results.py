@@ -1,0 +1,156 @@
+"""What comes after a run: its result, its callbacks, its message when its process died."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import celery
+import pytest
+from celery import Celery, chain
+from celery.exceptions import WorkerLostError
+
+from celery_singleton_state import HeartbeatFailed, singleton_task
+from celery_singleton_state.runtime import runtime_of
+from tests.drills.test_redelivery import fleet, fleet_on_each, make_rabbit_fleet
+from tests.processes.fleet import Fleet, outcome
+from tests.waiting import wait_until
+
+__all__ = ["fleet", "fleet_on_each", "make_rabbit_fleet"]
+
+CELERY_COUNTS = celery.VERSION >= (5, 7)
+
+
+@dataclass
+class Counter:
+    n: int = 0
+
+
+def imports(app: Celery, *args: Any, **options: Any) -> Any:
+    return app.signature("imports", args, **options)
+
+
+@pytest.mark.parametrize("backend", [True, False], ids=["backend", "no backend"])
+def test_a_chain_goes_on_with_the_result_of_a_run_whose_process_died_before_it_was_recorded(
+    make_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+    backend: bool,
+) -> None:
+    """The run saves; its child is killed before Celery sends the chain's next message; the
+    message comes again and is known as done.
+    """
+    fleet = make_fleet(f"sqlite:///{tmp_path}/store.db", TEST_WORKER_LOST_WAIT="0.1")
+    if not backend:
+        del fleet.environment["CELERY_RESULT_BACKEND"]
+    app = client()
+    fleet.start("-c", "1")
+    chain(imports(app, "die", str(tmp_path / "died")), app.signature("reports")).apply_async()
+    (report,) = fleet.wait_for_notes("reports")
+    assert report["result"] == "imported 1"
+    assert len(fleet.notes("imports")) == 1
+
+
+def test_on_each_broker_a_killed_process_costs_no_result(
+    fleet_on_each: Fleet, client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    fleet, app = fleet_on_each, client()
+    fleet.start("-c", "1")
+    assert outcome(imports(app, "die", str(tmp_path / "died")).apply_async()) == "imported 1"
+
+
+def test_a_result_that_was_too_large_to_keep_is_none_and_a_warning(
+    fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    app = client()
+    worker = fleet.start("-c", "1")
+    assert outcome(imports(app, "die", str(tmp_path / "died"), 2000).apply_async()) is None
+    fleet.wait_for_output(worker, "it ends with None")
+
+
+def test_a_copy_that_comes_just_as_a_run_ends_sends_no_second_callback(
+    fleet_on_each: Fleet, client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    """The run saves; a copy of its message arrives and finds it done; only then does Celery send
+    the callback and record the result.
+    """
+    fleet, app, go = fleet_on_each, client(), tmp_path / "go"
+    worker = fleet.start("-c", "2")
+    message = imports(app, "wait", str(go), task_id="the-same", link=app.signature("reports"))
+    result = message.apply_async()
+    fleet.wait_for_notes("saved")
+    message.apply_async()
+    fleet.wait_for_output(worker, "its result is not recorded yet")
+    go.touch()
+    assert outcome(result) == "imported 1"
+    fleet.wait_for_output(worker, "task the-same was done before")
+    assert [note["result"] for note in fleet.wait_for_notes("reports")] == ["imported 1"]
+    assert len(fleet.notes("imports")) == 1
+
+
+def unreachable(task_id: str) -> None:
+    raise ConnectionError("no way to the result backend")
+
+
+@pytest.mark.parametrize("backend", [True, False], ids=["backend", "no backend"])
+def test_an_id_that_was_used_before_runs_each_day(
+    fleet_on_each: Fleet, client: Callable[[], Celery], backend: bool
+) -> None:
+    """Each day's message has the id of the day before, whose result is still in the backend.
+
+    A sender without a result backend cannot forget that result: the worker does, before it runs.
+    """
+    fleet, app = fleet_on_each, client()
+    fleet.start("-c", "1")
+
+    def body(self: Any, until: str = "") -> None:
+        """The worker has its own."""
+
+    sender = client()
+    if not backend:
+        sender.backend.forget = unreachable
+    task = singleton_task(sender, state_schema=Counter, name="increment", shared=False)(body)
+    for day in range(1, 4):
+        task.apply_async(task_id="nightly-import")
+        fleet.wait_for_notes("leave", day)
+        stored = app.AsyncResult("nightly-import")
+        wait_until(lambda: stored.result == day, f"the result of day {day} is stored")  # noqa: B023
+
+
+def test_a_message_of_another_client_with_an_id_used_before_is_a_loud_duplicate(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
+    app = client()
+    worker = fleet.start("-c", "1")
+    assert outcome(app.send_task("increment", task_id="nightly-import")) == 1
+    for _ in range(2):
+        app.send_task("increment", task_id="nightly-import")
+    assert outcome(app.send_task("increment")) == 2
+    fleet.wait_for_output(worker, "its body has NOT run")
+    assert worker.output.count("its body has NOT run") == 1
+
+
+def test_the_message_of_a_killed_child_runs_again(
+    fleet_on_each: Fleet, client: Callable[[], Celery]
+) -> None:
+    fleet, app = fleet_on_each, client()
+    fleet.start("-c", "1")
+    assert outcome(app.send_task("dies_until", (2,))) == 3
+    assert len(fleet.notes("enter")) == 3
+
+
+def test_a_task_that_always_kills_its_process_ends(
+    fleet_on_each: Fleet, client: Callable[[], Celery]
+) -> None:
+    """After ``max_retries`` it is not run again."""
+    fleet, app = fleet_on_each, client()
+    fleet.start("-c", "1")
+    error = outcome(app.send_task("dies_until", (100,)))
+    assert isinstance(error, WorkerLostError if CELERY_COUNTS else HeartbeatFailed)
+    assert len(fleet.notes("enter")) == 3
+    assert outcome(app.send_task("increment")) == 1
+    row = runtime_of(app).store.peek("singleton-state:dies_until")
+    assert row is not None
+    assert row.holder is None
