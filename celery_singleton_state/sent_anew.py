@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 from celery import states
@@ -31,27 +31,49 @@ logger = logging.getLogger(__name__)
 #: What only messages have that go on with something: their ids were given to them by Celery, and
 #: are to be recognised.
 _CONTINUES = ("retries", "chain", "chord", "group_id", "root_id", "parent_id")
+#: Values of messages whose sending failed, of which nobody knows whether they were sent.
+_unsure: dict[tuple[str, str], str] = {}
+MAX_UNSURE = 10_000
 #: Tasks of which this process has warned.
 _warned: set[str] = set()
 
 
-def mark(task: Any, task_id: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The headers for a message that is about to be sent; none if it needs no value of its own.
+def marking(task: Any, task_id: str | None, send: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a message carry a value of its own, if it needs one.
 
-    :param task_id: the id that the sender chose, if it chose one.
+    A sender that gets an error does not know whether the message was sent, and may try again: that
+    is the same message.
+
+    :param task_id: the id that the sender chose; ``None``: Celery makes one, and it is new.
+    :param send: Celery's own ``apply_async``; returned as it is, or wrapped.
     """
-    headers = options.get("headers") or {}
-    if not task_id or any(options.get(name) for name in _CONTINUES):
-        return {}
-    if SENT in headers or DUE in headers:
-        return {}
+    if not task_id:
+        return send
+
+    def send_marked(*args: Any, **options: Any) -> Any:
+        headers = options.get("headers") or {}
+        continues = any(options.get(name) for name in _CONTINUES)
+        if continues or SENT in headers or DUE in headers:
+            return send(*args, **options)
+        value = _value_from_sender(task) or _unsure.pop((task.name, task_id), None)
+        if value is None:
+            value = str(uuid.uuid4())
+            _forget(task, task_id, options.get("ignore_result"))
+        try:
+            return send(*args, **options | {"headers": {**headers, SENT: value}})
+        except BaseException:
+            if len(_unsure) >= MAX_UNSURE:
+                _unsure.clear()
+            _unsure[task.name, task_id] = value
+            raise
+
+    return send_marked
+
+
+def _value_from_sender(task: Any) -> str | None:
+    """The value that follows from the message of the task that sends; ``None`` outside of tasks."""
     sender = task.app.current_worker_task
-    if sender is not None:
-        value = header(sender.request, SENT) or sender.request.id
-    else:
-        value = str(uuid.uuid4())
-        _forget(task, task_id, options.get("ignore_result"))
-    return {"headers": {**headers, SENT: value}}
+    return None if sender is None else header(sender.request, SENT) or sender.request.id
 
 
 def _forget(task: Any, task_id: str, ignore_result: bool | None) -> None:
@@ -108,4 +130,4 @@ def _looks_new(request: Context) -> bool:
         return False
     if request.retries or request.parent_id:
         return False
-    return all(header(request, name) is None for name in (DUE, PUT_BACK, SENT_AGAIN))
+    return all(header(request, name) is None for name in (DUE, PUT_BACK, SENT, SENT_AGAIN))

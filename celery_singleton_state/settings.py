@@ -90,6 +90,7 @@ class Settings:
     heartbeat_threshold: int = 2
     conflict_timeout: float = 10.0
     startup_grace: float = 60.0
+    consumer_timeout: float = 1800.0
     history: int = 16
     auto_migrate: bool | None = None
     beat_name: str = ""
@@ -130,6 +131,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "heartbeat_threshold": _threshold,
     "conflict_timeout": _number(0),
     "startup_grace": _number(0),
+    "consumer_timeout": _number(0),
     "history": _whole(1),
     "auto_migrate": _switch,
     "beat_name": _beat_name,

@@ -35,7 +35,7 @@ from .results import has_result, is_recorded
 from .retry import RetryAfter
 from .run import current_run
 from .runtime import runtime_of
-from .sent_anew import mark
+from .sent_anew import marking
 from .state import Codec
 from .worker import watch_over
 
@@ -165,11 +165,10 @@ class SingletonTask(_TypedTask[S, P, R]):
         is out of reach.
         """
         options |= {"link": link, "link_error": link_error}
-        send = super().apply_async
+        send = marking(self, task_id, super().apply_async)
 
         def publish(own_id: str | None = task_id) -> Any:
-            marked = options | mark(self, task_id, options)
-            return send(args, kwargs, own_id, producer, shadow=shadow, **marked)
+            return send(args, kwargs, own_id, producer, shadow=shadow, **options)
 
         if not self._options.enqueue_once or self.app.conf.task_always_eager:
             return publish()

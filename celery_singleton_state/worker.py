@@ -14,6 +14,7 @@ from celery.exceptions import ImproperlyConfigured
 
 from . import runtime
 from .children import watch_pool
+from .consumer_timeout import ConsumerTimeoutStep
 from .dropped import watch_for_dropped
 from .hooks import events
 from .keys import row_key
@@ -198,7 +199,7 @@ def warn_of_eventlet(worker: Any) -> None:
 
 def watch_over(app: Celery) -> None:
     """Let the app's workers check their singletons when they start, and watch over them."""
-    app.steps["worker"].update((SingletonStep, ConnectionsStep, ChildrenStep))
+    app.steps["worker"].update((SingletonStep, ConnectionsStep, ChildrenStep, ConsumerTimeoutStep))
 
 
 def warn_of_single_host(app: Celery, url: str) -> None:

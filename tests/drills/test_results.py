@@ -16,6 +16,7 @@ from celery_singleton_state import HeartbeatFailed, singleton_task
 from celery_singleton_state.runtime import runtime_of
 from tests.drills.test_redelivery import fleet, fleet_on_each, make_rabbit_fleet
 from tests.processes.fleet import Fleet, outcome
+from tests.rabbitmq import RabbitMQ
 from tests.waiting import wait_until
 
 __all__ = ["fleet", "fleet_on_each", "make_rabbit_fleet"]
@@ -154,3 +155,19 @@ def test_a_task_that_always_kills_its_process_ends(
     row = runtime_of(app).store.peek("singleton-state:dies_until")
     assert row is not None
     assert row.holder is None
+
+
+def test_a_run_that_comes_close_to_the_consumer_timeout_of_rabbitmq_is_a_warning(
+    rabbitmq: RabbitMQ,
+    make_rabbit_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+) -> None:
+    fleet = make_rabbit_fleet(rabbitmq.url, CELERY_SINGLETON_CONSUMER_TIMEOUT="3")
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("-c", "1")
+    assert "closes the channel of a worker that takes longer than 3 s" in worker.output
+    result = app.send_task("increment", (str(go),))
+    fleet.wait_for_output(worker, f"the message of task increment[{result.id}] is not acknowledged")
+    go.touch()
+    assert outcome(result) == 1

@@ -1,0 +1,158 @@
+"""Which messages carry a value that tells them from others with the same id."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.beat import ScheduleEntry, Scheduler
+from celery.schedules import schedule
+
+from celery_singleton_state import history, poison, singleton_task
+from celery_singleton_state.headers import DUE, SENT
+from celery_singleton_state.history import Entry
+from celery_singleton_state.poison import deaths_allowed
+
+
+@pytest.fixture
+def sent(memory_app: Celery, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The values of the messages that were sent."""
+    values: list[Any] = []
+
+    def send(producer: Any, name: str, message: Any, headers: Any = None, **_: Any) -> None:
+        values.append({**message.headers, **(headers or {})}.get(SENT))
+
+    monkeypatch.setattr(memory_app.amqp, "send_task_message", send)
+    return values
+
+
+@pytest.fixture
+def task(memory_app: Celery) -> Any:
+    @singleton_task(memory_app, name="t", deduplicate=True, shared=False)
+    def body(self: Any) -> None:
+        """It is sent only."""
+
+    return body
+
+
+def test_messages_with_one_id_differ(task: Any, sent: list[Any]) -> None:
+    for _ in range(2):
+        task.apply_async(task_id="nightly-import")
+    assert len({*sent, None}) == 3
+
+
+def test_a_frozen_signature_that_is_sent_twice_is_two_messages(task: Any, sent: list[Any]) -> None:
+    signature = task.s()
+    signature.freeze()
+    for _ in range(2):
+        signature.apply_async()
+    assert len({*sent, None}) == 3
+
+
+def test_an_entry_of_any_beat_with_an_id_is_a_new_message_each_time(
+    memory_app: Celery, task: Any, sent: list[Any]
+) -> None:
+    options = {"task_id": "nightly-import"}
+    entry = ScheduleEntry("e", "t", schedule=schedule(1), options=options, app=memory_app)
+    beat = Scheduler(memory_app, lazy=True)
+    for _ in range(2):
+        beat.apply_async(entry, advance=False)
+    assert len({*sent, None}) == 3
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda task: task.delay(),
+        lambda task: task.apply_async(task_id="x", headers={DUE: "2026-11-27T00:00:00+00:00"}),
+        lambda task: task.apply_async(task_id="x", root_id="r", parent_id="p"),
+        lambda task: task.apply_async(task_id="x", retries=1),
+        lambda task: (task.si() | task.si()).apply_async(),
+    ],
+    ids=["new id", "tick", "callback", "retry", "chain"],
+)
+def test_messages_that_are_told_by_their_ids(
+    task: Any, sent: list[Any], send: Callable[[Any], Any]
+) -> None:
+    send(task)
+    assert sent == [None]
+
+
+def test_a_sender_that_got_an_error_sends_the_same_message_again(
+    memory_app: Celery, task: Any, sent: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the first one was sent nobody knows."""
+    send = memory_app.amqp.send_task_message
+
+    def send_and_fail(*args: Any, **options: Any) -> None:
+        send(*args, **options)
+        raise ConnectionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_app.amqp, "send_task_message", send_and_fail)
+        with pytest.raises(ConnectionError):
+            task.apply_async(task_id="nightly-import")
+    task.apply_async(task_id="nightly-import")
+    task.apply_async(task_id="nightly-import")
+    assert sent[0] == sent[1] != sent[2]
+
+
+def test_a_task_that_runs_a_second_time_sends_copies(
+    memory_app: Celery, task: Any, sent: list[Any]
+) -> None:
+    """Its process died, and it sends again what it had sent."""
+
+    @memory_app.task(bind=True, shared=False)
+    def dispatch(self: Any) -> None:
+        task.apply_async(task_id="nightly-import")
+
+    for parent in ("monday", "monday", "tuesday"):
+        dispatch.apply(task_id=parent)
+    assert sent == ["monday", "monday", "tuesday"]
+
+
+def test_the_result_of_the_day_before_is_forgotten(
+    memory_app: Celery, task: Any, sent: list[Any]
+) -> None:
+    memory_app.backend.store_result("nightly-import", 1, "SUCCESS")
+    assert task.apply_async(task_id="nightly-import").state == "PENDING"
+
+
+def entry(outcome: str = "succeeded", sent: str | None = None, deaths: int = 0) -> Entry:
+    return Entry("t", 0, "h", 1, None, outcome, None, 1.0, 2.0, True, sent, None, deaths)
+
+
+@pytest.mark.parametrize(
+    ("ran", "comes", "known"),
+    [
+        (None, None, True),
+        ("a", "a", True),
+        ("a", "b", False),
+        ("a", None, True),
+        (None, "a", False),
+    ],
+)
+def test_a_run_of_a_message_with_another_value_did_other_work(
+    ran: str | None, comes: str | None, known: bool
+) -> None:
+    assert bool(history.done_by((entry(sent=ran),), "t", 0, comes)) == known
+
+
+def test_deaths_are_counted_until_a_run_ends_by_itself() -> None:
+    dead = entry("lost", deaths=3)
+    assert history.deaths_of((entry(), dead), "t", None) == 3
+    assert history.deaths_of((dead, entry("failed")), "t", None) == 0
+    assert history.deaths_of((entry("lost", "a", 3),), "t", "b") == 0
+
+
+@pytest.mark.parametrize(
+    ("counts", "max_retries", "allowed"),
+    [(False, 3, 3), (False, 0, 0), (False, None, None), (True, 3, 20), (True, 50, 50)],
+)
+def test_how_often_processes_may_die(
+    monkeypatch: pytest.MonkeyPatch, counts: bool, max_retries: int | None, allowed: int | None
+) -> None:
+    monkeypatch.setattr(poison, "CELERY_COUNTS", counts)
+    assert deaths_allowed(max_retries) == allowed
