@@ -87,6 +87,7 @@ class SingletonTask(_TypedTask[S, P, R]):
       ``"finish"`` lets it go on. The run ends as :exc:`HeartbeatFailed`, and saves no state,
       either way.
     - ``deduplicate``: whether a message known as done is not run again. None: if there is state.
+      A message that is sent anew with an id that was used before is another message.
     - ``retry_reasons``: the reasons that are retried. Default ``StateLoadFailed`` and
       ``StatePersistFailed``.
     - ``retry_policy``: a :class:`RetryPolicy` for single reasons. Others follow the task's
