@@ -174,7 +174,9 @@ SENT = [
 ]
 
 
-@pytest.mark.parametrize("value", SENT, ids=repr)
+@pytest.mark.parametrize(
+    "value", SENT, ids=[f"{type(value).__name__}-{number}" for number, value in enumerate(SENT)]
+)
 def test_the_sender_and_the_body_have_the_same_key(
     value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
