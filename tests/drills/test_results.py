@@ -91,6 +91,24 @@ def test_a_copy_that_comes_just_as_a_run_ends_sends_no_second_callback(
     assert len(fleet.notes("imports")) == 1
 
 
+def test_copies_of_short_runs_send_each_callback_once(
+    fleet_on_each: Fleet, client: Callable[[], Celery]
+) -> None:
+    """Each message is sent twice, and its copy arrives before, while or after its run ends."""
+    fleet, app = fleet_on_each, client()
+    fleet.start("-c", "4")
+    for number in range(40):
+        message = app.signature("keyed", (number,), task_id=f"m{number}")
+        message.set(link=app.signature("reports"))
+        for _ in range(2):
+            message.apply_async()
+    fleet.wait_for_notes("reports", 40)
+    last = app.send_task("reports", ("last",))
+    assert outcome(last) == "last"
+    reported = sorted(note["result"] for note in fleet.notes("reports") if note["result"] != "last")
+    assert reported == list(range(1, 41))
+
+
 def unreachable(task_id: str) -> None:
     raise ConnectionError("no way to the result backend")
 
@@ -118,6 +136,30 @@ def test_an_id_that_was_used_before_runs_each_day(
         fleet.wait_for_notes("leave", day)
         stored = app.AsyncResult("nightly-import")
         wait_until(lambda: stored.result == day, f"the result of day {day} is stored")  # noqa: B023
+
+
+def test_a_new_message_with_the_id_of_a_run_that_goes_on_runs_after_it(
+    fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    """Also when the first one was retried meanwhile: a retry is the same message."""
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("-c", "2")
+    made: dict[str, Any] = {"state_schema": Counter, "shared": False}
+
+    def body(self: Any, *_: Any) -> None:
+        """The worker has its own."""
+
+    increment = singleton_task(app, name="increment", **made)(body)
+    increment.apply_async((str(go),), task_id="nightly-import")
+    fleet.wait_for_notes("enter")
+    increment.apply_async(task_id="nightly-import")
+    fleet.wait_for_output(worker, "its message is put back")
+    go.touch()
+    fleet.wait_for_notes("leave", 2)
+    twice = singleton_task(app, name="retry_twice", **made)(body)
+    for day in (1, 2):
+        assert outcome(twice.apply_async(task_id="nightly-report")) == day
+    assert len(fleet.notes("attempt")) == 6
 
 
 def test_a_message_of_another_client_with_an_id_used_before_is_a_loud_duplicate(

@@ -10,10 +10,12 @@ from celery import Celery
 from celery.beat import ScheduleEntry, Scheduler
 from celery.schedules import schedule
 
-from celery_singleton_state import history, poison, singleton_task
+from celery_singleton_state import HeartbeatFailed, history, poison, singleton_task
 from celery_singleton_state.headers import DUE, SENT
 from celery_singleton_state.history import Entry
 from celery_singleton_state.poison import deaths_allowed
+from celery_singleton_state.recovery import end_for
+from celery_singleton_state.runtime import Runtime, runtime_of
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def sent(memory_app: Celery, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 def task(memory_app: Celery) -> Any:
-    @singleton_task(memory_app, name="t", deduplicate=True, shared=False)
+    @singleton_task(memory_app, name="t", shared=False)
     def body(self: Any) -> None:
         """It is sent only."""
 
@@ -156,3 +158,26 @@ def test_how_often_processes_may_die(
 ) -> None:
     monkeypatch.setattr(poison, "CELERY_COUNTS", counts)
     assert deaths_allowed(max_retries) == allowed
+
+
+def test_a_message_whose_workers_die_again_and_again_fails(memory_app: Celery, task: Any) -> None:
+    """Whole workers, which Celery does not count. An operator who sends it anew begins anew."""
+    runtime = runtime_of(memory_app)
+    for number in range(deaths_allowed(task.max_retries) or 0):
+        die(runtime, f"w@host:1:aa.{number}")
+    assert task.apply(task_id="x", throw=False).state == "SUCCESS"
+    for number in range(21):
+        die(runtime, f"w@host:1:bb.{number}")
+    failed = task.apply(task_id="x", throw=False)
+    assert isinstance(failed.result, HeartbeatFailed)
+    assert "21 processes died while they ran task x" in str(failed.result)
+    assert task.apply(task_id="y", throw=False).state == "SUCCESS"
+
+
+def die(runtime: Runtime, holder: str) -> None:
+    """In a run of the message x."""
+    key = "singleton-state:t"
+    assert runtime.store.acquire(key, holder, 60, "x")
+    row = runtime.store.peek(key)
+    assert row is not None
+    assert end_for(runtime, row, 0, history.DIED)
