@@ -20,7 +20,7 @@ from typing import Any
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 
 from .delivery import Delivery
-from .headers import SENT_AGAIN, try_of
+from .headers import DUE, SENT_AGAIN, is_of_tool, names_in, try_of
 from .in_place import in_place
 from .lease import clock
 from .runtime import Runtime
@@ -48,10 +48,13 @@ BRING_ANOTHER_RUN = frozenset({"wait", "replace", "coalesce"})
 def is_guarded(options: Mapping[str, Any]) -> bool:
     """Whether a message that is sent with these options can be dropped for another one.
 
-    Retries, what is sent again, and parts of a larger work never are.
+    Retries, what is sent again, and parts of a larger work never are; nor is a message with headers
+    of its sender's own. Those that beat and tracing tools add are not the sender's.
     """
-    headers = options.get("headers") or {}
-    return not any(options.get(name) for name in _CONTINUES) and BEAT_HEADERS.issuperset(headers)
+    names = names_in(options.get("headers") or {})
+    return not any(options.get(name) for name in _CONTINUES) and all(
+        name in BEAT_HEADERS or is_of_tool(name) for name in names
+    )
 
 
 def is_retry(options: Mapping[str, Any]) -> bool:
@@ -91,7 +94,7 @@ def enqueue(
             queued = None
         # The beat that claimed for this tick may have died before it sent its message. The run
         # refuses the second copy of a tick.
-        is_sent_tick = queued == task_id and bool(options.get("headers"))
+        is_sent_tick = queued == task_id and DUE in (options.get("headers") or {})
         return publish(task_id) if queued is None or is_sent_tick else queued
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from celery.app.task import Context
@@ -27,19 +28,62 @@ PREVIOUS = "singleton_previous"
 #: Marks a tick whose entry sends the next one when this one has ended, so that it is not skipped.
 ONE_BY_ONE = "singleton_one_by_one"
 
+#: All headers of this package.
+OWN = frozenset(
+    {PUT_BACK, SENT_AGAIN, WAITED, RETRIES, UNRECORDED, SENT, ENTRY, DUE, PREVIOUS, ONE_BY_ONE}
+)
+
+#: The header in which some tracing tools put a copy of their own headers, and some also the
+#: message's. Celery then shows only its content as ``request.headers``.
+INNER = "headers"
+
+#: Names, in lower case, of headers that tracing tools add to a message, and how others begin.
+_TOOLS = frozenset(
+    {
+        "b3",
+        "baggage",
+        "elasticapm",
+        "newrelic",
+        "traceparent",
+        "tracestate",
+        "uber-trace-id",
+        "x-amzn-trace-id",
+        "x-cloud-trace-context",
+    }
+)
+_TOOLS_PREFIXES = (
+    "dd-",
+    "elastic-apm-",
+    "ot-tracer-",
+    "sentry-",
+    "uberctx-",
+    "x-b3-",
+    "x-datadog-",
+    "x-instana-",
+    "x-newrelic-",
+)
+#: How names of headers begin in which RabbitMQ notes what became of one delivery. A broker that
+#: finds them on a new message takes it for one that goes round in circles.
+_BROKERS_PREFIXES = (
+    "x-acquired-count",
+    "x-death",
+    "x-delivery-count",
+    "x-first-death-",
+    "x-last-death-",
+)
+
 
 def header(request: Context, name: str, default: Any = None) -> Any:
     """The value of one of this package's headers.
 
-    Celery shows a message's custom headers as ``request.headers``, unless the message has a header
-    with that very name, in which some tracing tools keep theirs. Celery then shows only the content
-    of that header; all headers are attributes of the request nevertheless.
+    All headers of a message are attributes of its request. They come first: each sending sets them,
+    where a copy in an inner header may be from an earlier sending.
 
     :param default: the value of a header that the message does not have.
     """
     value = request.__dict__.get(name)
     if value is None:
-        value = (request.headers or {}).get(name)
+        value = _shown(request).get(name)
     return default if value is None else value
 
 
@@ -53,8 +97,85 @@ def try_of(retries: int | None) -> int:
     return (retries or 0) + 1
 
 
+def own_headers(request: Context) -> dict[str, Any]:
+    """The headers of this package that a message has."""
+    found = {name: header(request, name) for name in OWN}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def custom_headers(request: Context) -> dict[str, Any]:
-    """All custom headers of a message, for the message that is sent in its place."""
-    shown: Any = request
-    hidden = shown._get_custom_headers(request.__dict__) or {}
-    return {**(request.headers or {}), **hidden}
+    """All custom headers of a message, for the message that is sent in its place.
+
+    A body finds the same ``request.headers`` when the message comes again: what only an inner
+    header has stays there. This package's own are never left there, where they would be old.
+    """
+    shown = _kept(_shown(request))
+    made = _on_top(request, shown) | own_headers(request)
+    inner = {name: value for name, value in shown.items() if name not in OWN}
+    if request.is_eager or inner.keys() <= made.keys():
+        # Celery shows all of them, without an inner header.
+        return inner | made
+    return made | {INNER: inner}
+
+
+def is_of_tool(name: object) -> bool:
+    """Whether a header is one that tracing tools add to a message."""
+    lower = str(name).lower()
+    return lower in _TOOLS or lower.startswith(_TOOLS_PREFIXES)
+
+
+def names_in(headers: Mapping[str, Any]) -> Iterator[str]:
+    """The names of all headers, of those in an inner header, too."""
+    for name, value in headers.items():
+        if name == INNER and isinstance(value, Mapping):
+            yield from names_in(value)
+        else:
+            yield name
+
+
+def _shown(request: Context) -> Mapping[str, Any]:
+    """The headers that Celery shows."""
+    shown: Any = request.headers
+    return shown if isinstance(shown, Mapping) else {}
+
+
+def _on_top(request: Context, shown: Mapping[str, Any]) -> dict[str, Any]:
+    """The custom headers that are attributes of the request.
+
+    Other attributes were put there by somebody in this process. Where nothing is hidden they are
+    not taken for headers, and never what a message cannot carry.
+    """
+    context: Any = request
+    found = _kept(context._get_custom_headers(request.__dict__) or {})
+    if any(name not in found or is_of_tool(name) for name in shown):
+        return {name: value for name, value in found.items() if name in shown or _is_plain(value)}
+    return {name: value for name, value in found.items() if name in shown}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a message of any broker can carry it."""
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and _is_plain(part) for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float)
+
+
+def _kept(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Headers as they are sent again: without an inner one and without what the broker added."""
+    return {
+        name: _once_each(value) if name == "baggage" else value
+        for name, value in headers.items()
+        if name != INNER and not str(name).startswith(_BROKERS_PREFIXES)
+    }
+
+
+def _once_each(baggage: Any) -> Any:
+    """The header ``baggage`` with each of its members once, the newest.
+
+    Some tools append all of theirs at each sending, without end.
+    """
+    if not isinstance(baggage, str):
+        return baggage
+    members = {member.partition("=")[0].strip(): member for member in baggage.split(",")}
+    return ",".join(members.values())

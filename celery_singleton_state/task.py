@@ -24,7 +24,7 @@ from .enqueue import (
     publish_retry,
 )
 from .errors import SingletonError, StateLoadFailed
-from .headers import RETRIES, custom_headers
+from .headers import RETRIES, custom_headers, own_headers
 from .hooks import Failed
 from .in_run import InRun
 from .interrupt import Unbreakable
@@ -165,15 +165,20 @@ class SingletonTask(_TypedTask[S, P, R]):
         with callbacks or headers, one that a run of the task sends, and one sent while the store
         is out of reach.
         """
-        options |= {"link": link, "link_error": link_error}
+        # By name, and only what was given, as Celery passes them: what wraps this reads them so.
+        given = {"producer": producer, "link": link, "link_error": link_error, "shadow": shadow}
+        options |= {name: value for name, value in given.items() if value is not None}
+        if task_id is not None:
+            options["task_id"] = task_id
         send = marking(self, task_id, super().apply_async)
 
         def publish(own_id: str | None = task_id) -> Any:
-            return send(args, kwargs, own_id, producer, shadow=shadow, **options)
+            chosen = {} if own_id is None else {"task_id": own_id}
+            return send(args, kwargs, **{**options, **chosen})
 
         if not self._options.enqueue_once or self.app.conf.task_always_eager:
             return publish()
-        known = {"expires": self.expires, **options, "task_id": task_id}
+        known = {"expires": self.expires, **options}
         # A run stands for what others send, and not for its own next one.
         is_own = current_run(self) is not None
         if not is_retry(known) and (is_own or not is_guarded(known)):
@@ -210,6 +215,28 @@ class SingletonTask(_TypedTask[S, P, R]):
                 name = self._name(self.request.args or (), self.request.kwargs or {})
                 leave_with_broker(self.request, name, error)
             raise
+
+    def signature_from_request(
+        self,
+        request: Context | None = None,
+        args: Any = None,
+        kwargs: Any = None,
+        queue: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """The message that is sent in place of a request's, as Celery makes it.
+
+        Celery takes only the headers that it shows. This package's own are kept as well, so that
+        what a retry is known by, and its tick, are not lost where a tracing tool hides them.
+        """
+        found = self.request if request is None else request
+        if "headers" in options:
+            headers = own_headers(found) | (options["headers"] or {})
+        else:
+            headers = custom_headers(found)
+        return super().signature_from_request(
+            request, args, kwargs, queue, **{**options, "headers": headers}
+        )
 
     def _name(self, args: Any, kwargs: Any) -> str:
         return singleton_name(self.name, self._options.unique_on, self._binder, args, kwargs)
