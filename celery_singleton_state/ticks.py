@@ -61,7 +61,7 @@ def message_of(
     if one_by_one:
         headers[ONE_BY_ONE] = 1
     # Not a copy: Celery's entries leave their app behind when they are copied.
-    made = object.__new__(ScheduleEntry)
+    made: ScheduleEntry = object.__new__(type(entry))
     made.__dict__.update(entry.__dict__)
     made.options = {
         **options,

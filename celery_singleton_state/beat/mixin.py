@@ -8,6 +8,7 @@ sent again by the next, with the same id, and refused by the singleton that has 
 from __future__ import annotations
 
 import gc
+import heapq
 import logging
 from datetime import datetime
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import msgspec
 from celery import Celery
 from celery.beat import SchedulingError
+from celery.schedules import schedstate
 from celery.utils.time import maybe_make_aware
 from kombu.exceptions import OperationalError
 
@@ -25,8 +27,12 @@ from .broker import BrokerConnection, BrokerUnavailable
 from .celerys_entry import count_from, due_after, state_of
 from .entry_state import EntryState, decode_rows, unknown_to
 from .leader import STANDBY_POLL, Leader, NotLeading
+from .postponed import ALL, Postponed, is_its_own
 
 logger = logging.getLogger(__name__)
+
+#: What ends a tick for a reason that is known.
+KNOWN = (NotLeading, BrokerUnavailable, StoreError)
 
 
 class LeaderMixin(BrokerConnection):
@@ -57,7 +63,10 @@ class LeaderMixin(BrokerConnection):
         #: What the store has, or will have with the next record.
         self._states: dict[str, EntryState] = {}
         self._reserved: Any = None
+        self._postponed = Postponed()
+        #: Of the message that is being sent: what went wrong, and whether it was sent.
         self._failure: BaseException | None = None
+        self._was_sent = False
         self._closed = False
         super().__init__(app, *args, **kwargs)
 
@@ -92,7 +101,8 @@ class LeaderMixin(BrokerConnection):
     def apply_entry(self, entry: Any, producer: Any = None) -> None:
         """Send an entry for the tick that it is due for.
 
-        What is wrong with its message alone is logged, as Celery does.
+        What is wrong with its message alone is logged, as Celery does. Over any other error, as of
+        a tool that wraps Celery's methods, the entry stays due and is sent later.
 
         :raises NotLeading: the lease is to be renewed first; nothing was sent.
         :raises BrokerUnavailable: the broker did not take it, as far as one can tell.
@@ -101,29 +111,55 @@ class LeaderMixin(BrokerConnection):
             self._put_back(entry)
             raise NotLeading
         due = self._due(entry)
-        self._failure = None
-        super().apply_entry(self._message(entry, due), producer)
-        # Celery makes this of whatever goes wrong with the connection, and only of that.
-        if isinstance(self._failure, OperationalError):
+        try:
+            error = self._send(self._message(entry, due), producer)
+        except BrokerUnavailable:
             self._put_back(entry)
-            raise BrokerUnavailable(str(self._failure)) from self._failure
-        self._unrecorded[entry.name] = self._sent(entry, due)
+            raise
+        if error is None:
+            self._postponed.remove(entry.name)
+            self._unrecorded[entry.name] = self._sent(entry, due)
+        else:
+            self._postpone(entry, due, error)
 
     def apply_async(self, entry: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().apply_async(entry, *args, **kwargs)
-        except SchedulingError as error:
+            result = super().apply_async(entry, *args, **kwargs)
+        except Exception as error:
             # Celery logs it and goes on.
-            self._failure = error.__context__
+            within = error.__context__ if isinstance(error, SchedulingError) else None
+            self._failure = within or error
             raise
+        self._was_sent = True
+        return result
 
     def reserve(self, entry: Any) -> Any:
         self._reserved = super().reserve(entry)
         return self._reserved
 
     def is_due(self, entry: Any) -> Any:
+        if wait := self._postponed.wait(entry.name):
+            return schedstate(False, wait)
         self._adopt(entry)
         return super().is_due(entry)
+
+    def populate_heap(self, *args: Any, **kwargs: Any) -> None:
+        """Put entries that are tried again later behind those that are due before."""
+        super().populate_heap(*args, **kwargs)
+        if not self._postponed:
+            return
+        own: Any = self
+        for index, event in enumerate(own._heap):
+            if wait := self._postponed.wait(event.entry.name):
+                own._heap[index] = event._replace(time=own._when(event.entry, wait))
+        heapq.heapify(own._heap)
+
+    def _do_sync(self) -> None:
+        celerys: Any = super()
+        try:
+            celerys._do_sync()
+        except Exception:  # what was just sent is sent nevertheless
+            logger.exception("beat: the scheduler could not store its schedule")
 
     def sync(self) -> None:
         if self._leader.leads:
@@ -174,7 +210,64 @@ class LeaderMixin(BrokerConnection):
 
     def _work(self, *args: Any, **kwargs: Any) -> float:
         """Send what is due; returns the seconds until something is."""
-        return float(super().tick(*args, **kwargs) or 0.0)
+        if wait := self._postponed.wait(ALL):
+            return wait
+        try:
+            pause = super().tick(*args, **kwargs)
+        except KNOWN:
+            raise
+        except Exception as error:
+            pause = self._postponed.add(ALL)
+            logger.error(
+                "beat: the scheduler failed, its next tick is in %.0f s: %r",
+                pause,
+                error,
+                exc_info=error,
+            )
+            # An entry may be missing in its heap.
+            self._fence = None
+        else:
+            self._postponed.remove(ALL)
+        return float(pause or 0.0)
+
+    def _send(self, message: Any, producer: Any) -> Exception | None:
+        """Send an entry's message as Celery does; returns the error over which it is sent later.
+
+        :raises BrokerUnavailable: the broker did not take it, as far as one can tell.
+        """
+        self._failure, self._was_sent = None, False
+        try:
+            # As Celery calls it: tools that wrap it take it apart.
+            super().apply_entry(message, producer=producer)
+        except KNOWN:
+            raise
+        except Exception as error:
+            if not self._was_sent:
+                return error
+            logger.exception("beat: %s was sent, but then its scheduler failed", message.name)
+        failure = self._failure
+        # Celery makes this of whatever goes wrong with the connection, and only of that.
+        if isinstance(failure, OperationalError):
+            raise BrokerUnavailable(str(failure)) from failure
+        return failure if isinstance(failure, Exception) and not is_its_own(failure) else None
+
+    def _postpone(self, entry: Any, due: datetime, error: Exception) -> None:
+        """An entry stays due, because it was not sent."""
+        pause = self._postponed.add(entry.name)
+        logger.error(
+            "beat: %s, due at %s, could not be sent, tried again in %.0f s: %r",
+            entry.name,
+            f"{due:%Y-%m-%d %H:%M:%S} UTC",
+            pause,
+            error,
+            exc_info=error,
+        )
+        self._not_sent(entry)
+
+    def _not_sent(self, entry: Any) -> None:
+        """Have the class count an entry as not sent."""
+        self._count_back(entry)
+        self._heap = None
 
     def _due(self, entry: Any) -> datetime:
         return due_after(entry.schedule, entry.last_run_at)
@@ -203,8 +296,12 @@ class LeaderMixin(BrokerConnection):
             count_from(entry, known, state.total_run_count)
 
     def _put_back(self, entry: Any) -> None:
-        """An entry was not sent, and its class has counted it as sent."""
+        """An entry was not sent, and the schedule is taken over anew."""
         self._fence = None
+        self._count_back(entry)
+
+    def _count_back(self, entry: Any) -> None:
+        """An entry was not sent, and its class has counted it as sent."""
         count_from(entry, entry.last_run_at, entry.total_run_count)
         # Asking for the schedule can load it anew, without an entry that was disabled meanwhile, or
         # with one that was edited.

@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 #: Messages between two records, which are what the next leader sends again at most.
 BATCH = 500
-#: After which an entry has another turn that was due and could not be sent.
-AGAIN = timedelta(seconds=1)
 #: Entries that a warning of missed ticks names.
 LISTED = 20
 
@@ -40,7 +38,6 @@ class SingletonScheduler(LeaderMixin, Scheduler):
 
     #: Messages that were sent since the last record.
     _sent_now = 0
-    _was_sent = False
     #: Whether the rows of singletons could not be asked the last time.
     _cannot_ask = False
 
@@ -141,7 +138,7 @@ class SingletonScheduler(LeaderMixin, Scheduler):
                     "beat: nothing is known of the tick %s of %s, it is sent again",
                     *(entry.under_way.due, entry.name),
                 )
-                return self._send(entry)
+                return self._send_tick(entry)
             return entry.next_look(now)
         if (first := entry.next_tick) > now:
             return first
@@ -151,15 +148,17 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         # At once, and not in the order of its due time: a beat that is behind would have missed it
         # again by then.
         if entry.next_tick <= now and not entry.is_passing:
-            return self._send(entry)
+            return self._send_tick(entry)
         return entry.next_look(now)
 
-    def _send(self, entry: SingletonEntry) -> datetime:
-        self._was_sent = False
-        self.apply_entry(entry, self.producer)
+    def _send_tick(self, entry: SingletonEntry) -> datetime:
+        """Send an entry's tick; returns when to look at the entry again."""
+        self.apply_entry(entry, producer=self.producer)
         self._sent_now += 1
         now = self._leader.now()
-        return entry.next_look(now) if self._was_sent else now + AGAIN
+        # A tick that could not be sent is tried again after a pause.
+        pause = timedelta(seconds=self._postponed.wait(entry.name))
+        return max(entry.next_look(now), now + pause)
 
     def _find_ended(self, entries: Sequence[SingletonEntry]) -> None:
         """Ask the rows of singletons which of the ticks that are under way have ended."""
@@ -183,6 +182,9 @@ class SingletonScheduler(LeaderMixin, Scheduler):
                 entry.under_way = None
                 self._unrecorded[name] = entry.state()
 
+    def _not_sent(self, entry: Any) -> None:
+        """Nothing was counted."""
+
     def _due(self, entry: SingletonEntry) -> datetime:
         return entry.under_way.due if entry.under_way else entry.next_tick
 
@@ -191,7 +193,6 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         return message_of(entry, self._leader.name, due, previous, entry.row_key is not None)
 
     def _sent(self, entry: SingletonEntry, due: datetime) -> EntryState:
-        self._was_sent = True
         now = self._leader.now()
         if entry.under_way and entry.row_key:
             entry.under_way.sent_again(entry.row_key, now)
