@@ -38,6 +38,8 @@ class SingletonScheduler(LeaderMixin, Scheduler):
 
     #: Messages that were sent since the last record.
     _sent_now = 0
+    #: Whether the entry that was sent last counts as sent.
+    _counted = False
     #: Whether the rows of singletons could not be asked the last time.
     _cannot_ask = False
 
@@ -153,10 +155,13 @@ class SingletonScheduler(LeaderMixin, Scheduler):
 
     def _send_tick(self, entry: SingletonEntry) -> datetime:
         """Send an entry's tick; returns when to look at the entry again."""
+        self._counted = False
         self.apply_entry(entry, producer=self.producer)
         self._sent_now += 1
+        if not self._counted and not self._postponed.wait(entry.name):
+            # A tool that wraps this method has sent nothing, and says nothing of it.
+            self._postponed.add(entry.name)
         now = self._leader.now()
-        # A tick that could not be sent is tried again after a pause.
         pause = timedelta(seconds=self._postponed.wait(entry.name))
         return max(entry.next_look(now), now + pause)
 
@@ -193,6 +198,7 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         return message_of(entry, self._leader.name, due, previous, entry.row_key is not None)
 
     def _sent(self, entry: SingletonEntry, due: datetime) -> EntryState:
+        self._counted = True
         now = self._leader.now()
         if entry.under_way and entry.row_key:
             entry.under_way.sent_again(entry.row_key, now)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Column, Table
 
-from celery_singleton_state import history
+from celery_singleton_state import history, ticks_done
 from celery_singleton_state.health import judge
 from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.store.base import Listed, Row
@@ -65,13 +65,12 @@ def show(context: click.Context, name: str, as_json: bool) -> None:
     row = find(runtime, name)
     entries = history.decode(row.history, name)
     if as_json:
-        runs = [
-            msgspec.to_builtins(msgspec.structs.asdict(run))
-            | {"started": iso(run.started), "finished": iso(run.finished)}
-            for run in entries
-        ]
+        runs = [_run_as_object(run) for run in entries]
         (found,) = _objects(runtime, [row])
-        print_json(found | {"value": _value(row), "history": runs})
+        known = ticks_done.decode(row.ticks_done, name)
+        # Only of a singleton that a beat runs.
+        ticks = {"ticks_done": {entry: _ticks_as_object(own) for entry, own in known.items()}}
+        print_json(found | {"value": _value(row), "history": runs} | (ticks if known else {}))
         return
     _print_row(row, prefix)
     _print_runs(entries)
@@ -159,6 +158,20 @@ def _as_object(row: Listed, prefix: str) -> dict[str, Any]:
         "run_count": row.run_count,
         "last_outcome": row.last_outcome,
         "last_finished_at": iso(row.last_finished_at),
+    }
+
+
+def _run_as_object(run: history.Entry) -> dict[str, Any]:
+    tick = run.tick and {"entry": run.tick.entry, "due": iso(run.tick.due)}
+    times = {"started": iso(run.started), "finished": iso(run.finished)}
+    return msgspec.to_builtins(msgspec.structs.asdict(run)) | times | {"tick": tick}
+
+
+def _ticks_as_object(known: ticks_done.EntryTicks) -> dict[str, Any]:
+    return {
+        "done": [{"after": iso(start), "until": iso(end)} for start, end in known.done],
+        "failed": [iso(due) for due in known.failed],
+        "retried": [iso(due) for due in known.retried],
     }
 
 

@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from celery.schedules import crontab
 
 from celery_singleton_state import SingletonTask, singleton_task
 from celery_singleton_state.beat.leader import Leader
+from celery_singleton_state.headers import ENTRY, header
+from celery_singleton_state.ticks import due_of
 from tests.processes.tasks import SOON, note, transport_options
 
 PATIENT = {"StateLoadFailed": SOON, "StatePersistFailed": SOON}
@@ -82,8 +85,9 @@ if "TEST_CRASH" in os.environ:
 
 
 def _note(task: Any, entry: str) -> None:
-    headers = task.request.headers or {}
-    note("tick", entry=entry, due=headers.get("singleton_due"), id=task.request.id)
+    due = due_of(task.request)
+    late = due and (datetime.now(UTC) - due).total_seconds()
+    note("tick", entry=entry, due=due and due.isoformat(), id=task.request.id, late=late)
 
 
 @singleton_task(
@@ -97,6 +101,15 @@ def _note(task: Any, entry: str) -> None:
 def ticked(self: SingletonTask, entry: str) -> None:
     """A singleton for each entry."""
     _note(self, entry)
+
+
+def _close(self: SingletonTask) -> None:
+    _note(self, str(header(self.request, ENTRY)).partition(":")[2])
+
+
+#: One singleton, whose ticks must not meet: as the docs have it, and with conflicts that wait.
+singleton_task(app, name="close_day")(_close)
+singleton_task(app, name="close_day_waiting", on_conflict="wait")(_close)
 
 
 @app.task(name="plain", bind=True)

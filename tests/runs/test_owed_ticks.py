@@ -34,9 +34,11 @@ from tests.waiting import wait_until
 __all__ = ["beats"]
 
 DAY, MINUTE, HOUR = timedelta(days=1), timedelta(minutes=1), timedelta(hours=1)
+#: Far from now, so that no tick falls due while a test runs.
+HOUR_OF_DAY = (datetime.now(UTC).hour + 12) % 24
 DAILY = {
     "task": "close",
-    "schedule": crontab(hour="0", minute="5"),
+    "schedule": crontab(hour=str(HOUR_OF_DAY), minute="5"),
     "catch_up": "all",
     "skip_if_older_than": None,
 }
@@ -109,7 +111,7 @@ def make_shop(beats: Beats) -> Iterator[Callable[..., Shop]]:
 
 def owe(shop: Shop, days: int, name: str = "e") -> list[datetime]:
     """Have so many ticks of a daily entry be owed; returns them."""
-    today = shop.beat._leader.now().replace(hour=0, minute=5, second=0, microsecond=0)
+    today = shop.beat._leader.now().replace(hour=HOUR_OF_DAY, minute=5, second=0, microsecond=0)
     last = today if today <= shop.beat._leader.now() else today - DAY
     owed = [last - number * DAY for number in reversed(range(days))]
     due_now(shop.beat, name, shop.beat._leader.now() - owed[0])

@@ -10,6 +10,7 @@ import pytest
 from celery import Celery
 from celery.schedules import crontab, solar
 
+from celery_singleton_state.beat import passing
 from celery_singleton_state.beat.passing import MAX_OWED, TURN, pass_over, surplus
 from celery_singleton_state.schedules import next_due
 from tests.unit.test_entry import HOUR, MINUTE, NOON, SECOND, entry
@@ -66,7 +67,8 @@ def test_what_is_passed_over_by_days_is_what_comes_one_by_one(
         assert all_turns(asked, first, until) == one_by_one(asked, first, until)
 
 
-def test_no_more_are_passed_over_than_asked_for() -> None:
+def test_no_more_are_passed_over_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passing, "TURN", 60.0)
     asked = at(BERLIN)
     first = next_due(asked, AUTUMN)
     count, reached, _ = pass_over(

@@ -306,7 +306,7 @@ def test_celery_gets_our_arguments_as_it_gets_its_own(
     once.apply_async((), {}, countdown=1)
     assert seen == [
         ([(), {}], set()),
-        ([(), {}], {"task_id"}),
+        ([(), {}], {"task_id", "headers"}),
         ([(), {}], {"task_id", "countdown"}),
     ]
 
