@@ -5,6 +5,7 @@ or a redelivery.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,18 +44,20 @@ class Claim:
     """
 
     delivery: Delivery
+    body: Callable[..., Any]
     holder: str
     may_hold: bool = False
 
 
-def deliver(delivery: Delivery, args: Any, kwargs: Any) -> Any:
+def deliver(delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run the body under the lease, or resolve a conflict, a duplicate or a redelivery.
 
+    :param body: called with the arguments.
     :raises SingletonError: what went wrong.
     :raises Ignore: the message is put back, or was done before.
     """
     runtime = delivery.runtime
-    claim = Claim(delivery, runtime.new_holder(delivery.request.hostname))
+    claim = Claim(delivery, body, runtime.new_holder(delivery.request.hostname))
     # Noted before it is asked for: a process can die at any moment after that.
     holding = Holding(delivery.key, claim.holder, delivery.generation, delivery.sent)
     slot = runtime.holdings.note(holding)
@@ -112,7 +115,7 @@ def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: A
         if why is None:
             run.refuse_poison()
             forget_result(delivery)
-            return run.execute(args, kwargs)
+            return run.execute(claim.body, args, kwargs)
         # Of a copy that is requeued nothing is noted: the lease is given back as it was.
         wait_for_record(delivery, done, acquired.acquired_at)
         run.end_as_duplicate(done)

@@ -22,6 +22,7 @@ from celery.utils.time import maybe_iso8601, maybe_make_aware
 from .delivery import Delivery
 from .headers import DUE, SENT_AGAIN, is_of_tool, names_in, try_of
 from .in_place import in_place
+from .keys import row_key
 from .lease import clock
 from .runtime import Runtime
 from .store.base import StoreError
@@ -150,6 +151,23 @@ def dequeue(delivery: Delivery) -> None:
     """The message of a delivery that ended without a run is queued no more."""
     if delivery.options.enqueue_once and delivery.request.id:
         _dequeue(delivery.runtime, delivery.key, delivery.request.id)
+
+
+def dequeue_as_sent(delivery: Delivery) -> None:
+    """A message whose arguments a ``__call__`` has changed is queued no more.
+
+    It counts as queued under the key of the arguments that it was sent with, and the acquisition
+    for the key of those that reach the body does not see that.
+    """
+    task, request, runtime = delivery.task, delivery.request, delivery.runtime
+    if not request.id:
+        return
+    try:
+        name = task._name(tuple(request.args or ()), request.kwargs or {})
+    except Exception:  # it was sent without a key, then
+        return
+    if name != delivery.name:
+        _dequeue(runtime, row_key(runtime.settings.key_prefix, name), request.id)
 
 
 def life_of(options: Mapping[str, Any]) -> float | None:

@@ -11,6 +11,7 @@ from typing import Any
 from celery import Celery, Task
 from celery.exceptions import ImproperlyConfigured
 
+from .calls import function_of
 from .errors import RETRYABLE_REASONS
 from .keys import UniqueOn
 from .option_checks import CHECKS
@@ -162,8 +163,8 @@ def _check_state(task: type[Task[Any, Any]], options: Options) -> None:
 
 def run_signature(task: type[Task[Any, Any]]) -> inspect.Signature:
     """The signature of a task's ``run`` as its callers see it, without ``self``."""
-    static = inspect.getattr_static(task, "run")
-    signature = inspect.signature(task.run)
+    static = function_of(task)
     if isinstance(static, staticmethod | classmethod):
-        return signature
+        return inspect.signature(static.__get__(None, task))
+    signature = inspect.signature(static)
     return signature.replace(parameters=list(signature.parameters.values())[1:])

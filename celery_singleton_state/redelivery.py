@@ -52,10 +52,21 @@ def send_again(
         headers={**custom_headers(request), SENT_AGAIN: try_of(request.retries), **(headers or {})},
     )
     try:
-        signature.apply_async()
+        _send_as_it_is(task, signature)
     except Exception as error:  # a client whose connection breaks can raise anything
         leave_with_broker(request, singleton, error)
     raise Ignore(f"task {request.id} comes again in {delay:.1f} s")
+
+
+def _send_as_it_is(task: Any, signature: Any) -> None:
+    """Send a message, but not by its task's ``apply_async``.
+
+    One of a base class may add to the arguments what these have already, or need a context that is
+    not there; and what such a class takes off again does not fit the body's signature.
+    """
+    options = {name: value for name, value in signature.options.items() if value is not None}
+    options = {**task._get_exec_options(), **options}
+    task.app.send_task(task.name, signature.args, signature.kwargs, task_type=task, **options)
 
 
 def leave_with_broker(request: Context, singleton: str, error: Exception) -> NoReturn:

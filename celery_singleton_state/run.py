@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -88,12 +88,12 @@ class Run:
             lambda: _current.set(self),
         )
 
-    def execute(self, args: Any, kwargs: Any) -> Any:
+    def execute(self, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Load the state, run the body, save and release; returns what the body returned."""
         token = _current.set(self)
         try:
             self._report.begin(self.entries, self._took_over)
-            result, new = self._body(args, kwargs)
+            result, new = self._body(body, args, kwargs)
             self.end(Outcome.SUCCEEDED, new=new, result=keep(self._delivery, result))
             return result
         finally:
@@ -109,13 +109,15 @@ class Run:
                 self.held.forget()
                 self._leadership.forget()
 
-    def _body(self, args: Any, kwargs: Any) -> tuple[Any, NewValue | None]:
+    def _body(
+        self, body: Callable[..., Any], args: Any, kwargs: Any
+    ) -> tuple[Any, NewValue | None]:
         try:
             self._heartbeat.hold(self.held)
             starts_anew = self._delivery.options.on_decode_error == "initial"
             self.state.load(self._set_aside if starts_anew else None, self._report.loaded)
             self._leadership.begin()
-            result = self._leadership.body.call(self.task.run, args, kwargs)
+            result = self._leadership.body.call(body, args, kwargs)
             self._writer.refuse_if_undecided()
             return result, self.state.changed()
         except BaseException as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
@@ -12,12 +13,15 @@ from celery.app.task import Context
 from celery.exceptions import Reject
 from typing_extensions import ParamSpec, TypeVar
 
+from .calls import guard_calls, has_call_behind, in_guard, keep_class_of_app
+from .converted import Converter, converter_of
 from .deliver import deliver
 from .delivery import Delivery
 from .dropped import settle
 from .enqueue import (
     BRING_ANOTHER_RUN,
     dequeue,
+    dequeue_as_sent,
     enqueue,
     is_guarded,
     is_retry,
@@ -33,11 +37,13 @@ from .options import Options, find_misspelled, read_options, run_signature
 from .redelivery import UNSENDABLE, leave_with_broker, left_if_killed
 from .results import has_result, is_recorded
 from .retry import RetryAfter
-from .run import current_run
+from .run import Run, current_run
 from .runtime import runtime_of
 from .sent_anew import marking
 from .state import Codec
 from .worker import watch_over
+
+logger = logging.getLogger(__name__)
 
 S = TypeVar("S", default=Any)
 P = ParamSpec("P", default=...)
@@ -112,30 +118,42 @@ class SingletonTask(_TypedTask[S, P, R]):
     _options: ClassVar[Options]
     _codec: ClassVar[Codec[Any] | None]
     _binder: ClassVar[Binder]
+    _convert: ClassVar[Converter | None]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
+        keep_class_of_app(cls)
         super().__init_subclass__(**kwargs)
         find_misspelled(str(cls.__dict__.get("name") or cls.__name__), cls.__dict__)
 
     @classmethod
     def bind(cls, app: Celery) -> Celery:
         bound = super().bind(app)
+        guard_calls(cls, SingletonTask)
         cls._options = read_options(cls)
         cls._codec = cls._options.codec()
         cls._binder = Binder(run_signature(cls))
+        cls._convert = converter_of(cls)
         watch_over(app)
         return bound
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R | None:
+        body = super().__call__ if has_call_behind(type(self), SingletonTask) else self.run
+        return self._run_guarded(body, args, kwargs)
+
+    def _run_guarded(self, body: Callable[..., R | None], args: Any, kwargs: Any) -> R | None:
+        """Handle a delivery, or a direct call; ``body`` is called under the lease."""
         with (
+            in_guard(self),
             Unbreakable(),
             _own_request(self, args, kwargs) as request,
             left_if_killed(request),
         ):
             delivery = self._delivery(request, args, kwargs)
             settle(request)
+            if self._options.enqueue_once:
+                dequeue_as_sent(delivery)
             try:
-                result: R | None = deliver(delivery, args, kwargs)
+                result: R | None = deliver(delivery, body, args, kwargs)
                 return result
             except SingletonError as error:
                 # One that a nested singleton raised is its own affair.
@@ -165,27 +183,37 @@ class SingletonTask(_TypedTask[S, P, R]):
         with callbacks or headers, one that a run of the task sends, and one sent while the store
         is out of reach.
         """
-        # By name, and only what was given, as Celery passes them: what wraps this reads them so.
-        given = {"producer": producer, "link": link, "link_error": link_error, "shadow": shadow}
-        options |= {name: value for name, value in given.items() if value is not None}
-        if task_id is not None:
-            options["task_id"] = task_id
+        named = {
+            "task_id": task_id,
+            "producer": producer,
+            "link": link,
+            "link_error": link_error,
+            "shadow": shadow,
+        }
+        # By name, and only what was given: the next class's method need not know all of them, and
+        # tools that wrap it read them so.
+        options |= {name: value for name, value in named.items() if value is not None}
         send = marking(self, task_id, super().apply_async)
 
         def publish(own_id: str | None = task_id) -> Any:
             chosen = {} if own_id is None else {"task_id": own_id}
             return send(args, kwargs, **{**options, **chosen})
 
+        # A run stands for what others send, and not for its own next one.
+        run = current_run(self)
+        if run is not None:
+            _note_sent(run, options)
         if not self._options.enqueue_once or self.app.conf.task_always_eager:
             return publish()
         known = {"expires": self.expires, **options}
-        # A run stands for what others send, and not for its own next one.
-        is_own = current_run(self) is not None
-        if not is_retry(known) and (is_own or not is_guarded(known)):
+        if not is_retry(known) and (run is not None or not is_guarded(known)):
             return publish()
         try:
             name = self._name(tuple(args or ()), kwargs or {})
-        except Exception:  # Celery refuses such arguments itself, or else the message fails
+        except Exception as error:
+            # Celery sends it, or refuses it itself; the body, or a `__call__` around it, may
+            # understand its arguments.
+            logger.warning("task %s: sent without enqueue_once: %s", self.name, error)
             return publish()
         runtime = runtime_of(self.app)
         key = row_key(runtime.settings.key_prefix, name)
@@ -205,16 +233,16 @@ class SingletonTask(_TypedTask[S, P, R]):
         :raises Reject: it could not be sent; the broker keeps it, where Celery would drop it.
         """
         run = current_run(self)
-        if run is not None:
-            run.is_final = False
         try:
-            return super().retry(*args, **options)
+            retry = super().retry(*args, **options)
         except Reject as rejected:
             error = rejected.args[0]
             if isinstance(error, Exception) and not isinstance(error, UNSENDABLE):
-                name = self._name(self.request.args or (), self.request.kwargs or {})
-                leave_with_broker(self.request, name, error)
+                leave_with_broker(self.request, run.name if run else self.name, error)
             raise
+        if run is not None:
+            run.is_final = False
+        return retry
 
     def signature_from_request(
         self,
@@ -239,7 +267,11 @@ class SingletonTask(_TypedTask[S, P, R]):
         )
 
     def _name(self, args: Any, kwargs: Any) -> str:
-        return singleton_name(self.name, self._options.unique_on, self._binder, args, kwargs)
+        unique_on = self._options.unique_on
+        convert = type(self)._convert
+        if convert is not None and unique_on is not None:
+            args, kwargs = convert(args, kwargs)
+        return singleton_name(self.name, unique_on, self._binder, args, kwargs)
 
     def _delivery(self, request: Context, args: Any, kwargs: Any) -> Delivery:
         name = self._name(args, kwargs)
@@ -268,6 +300,12 @@ class SingletonTask(_TypedTask[S, P, R]):
             self.__dict__.pop("override_max_retries", None)
 
 
+def _note_sent(run: Run, options: dict[str, Any]) -> None:
+    """Note that a run sends a message of its own task, with these options."""
+    if run.request.id and options.get("task_id") == run.request.id:
+        run.is_final = False
+
+
 @contextmanager
 def _own_request(task: Any, args: Any, kwargs: Any) -> Iterator[Context]:
     """The request of this call: the message's, or a new one for a direct call.
@@ -277,7 +315,8 @@ def _own_request(task: Any, args: Any, kwargs: Any) -> Iterator[Context]:
     """
     request = task.request
     run = current_run(task)
-    if not request.called_directly and (run is None or run.request is not request):
+    # A class's `__call__` can have put a copy of the message's request in its place.
+    if not request.called_directly and (run is None or run.request.id != request.id):
         yield request
         return
     _task_stack.push(task)

@@ -164,7 +164,8 @@ def _as_object(row: Listed, prefix: str) -> dict[str, Any]:
 def _run_as_object(run: history.Entry) -> dict[str, Any]:
     tick = run.tick and {"entry": run.tick.entry, "due": iso(run.tick.due)}
     times = {"started": iso(run.started), "finished": iso(run.finished)}
-    return msgspec.to_builtins(msgspec.structs.asdict(run)) | times | {"tick": tick}
+    fields: dict[str, Any] = msgspec.to_builtins(msgspec.structs.asdict(run))
+    return fields | times | {"tick": tick}
 
 
 def _ticks_as_object(known: ticks_done.EntryTicks) -> dict[str, Any]:
