@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry
 
 from . import history
@@ -17,7 +18,7 @@ from .delivery import DONE_BEFORE, Delivery
 from .duplicate import end_duplicate, wait_for_record
 from .enqueue import dequeue
 from .errors import StateLoadFailed
-from .headers import UNRECORDED, header
+from .headers import REPLACES, UNRECORDED, header
 from .history import Outcome
 from .holdings import Holding
 from .hooks import Conflicted, Skipped
@@ -99,10 +100,18 @@ def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any
         entries = history.decode(row.history, name)
         if why := delivery.passed(entries, row.ticks_done):
             return True, _end_duplicate(delivery, None, why)
-    if row is not None and row.task_id == request.id and can_be_put_back(request):
+    if row is not None and can_be_put_back(request) and _is_of_holder(row, request):
         put_back(delivery.task, request, name)
     again = _conflict(Conflict(delivery, row, args, kwargs, waited))
     return again is None, again
+
+
+def _is_of_holder(row: Row, request: Context) -> bool:
+    """Whether the lease is held for this message, or for one that it replaces.
+
+    A replacement can be here before the run that it replaces has given its lease back.
+    """
+    return row.task_id is not None and row.task_id in (request.id, header(request, REPLACES))
 
 
 def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: Any) -> Any:
@@ -144,7 +153,12 @@ def _wait_for_record(delivery: Delivery, row: Row | None) -> history.Entry | Non
 
 
 def _end_duplicate(delivery: Delivery, done: history.Entry | None, why: str = DONE_BEFORE) -> Any:
-    """:raises Ignore: what comes after the first delivery is known to have happened."""
+    """End a message that was done before.
+
+    :param done: the run that did it, if it is known.
+    :raises Ignore: what comes after the first delivery is known to have happened; or the run sent
+        a message with its id, a replacement for instance, whose result it will be.
+    """
     request, tick = delivery.request, delivery.tick
     delivery.tell(
         Skipped,
@@ -152,6 +166,8 @@ def _end_duplicate(delivery: Delivery, done: history.Entry | None, why: str = DO
         why=f"task {request.id} {why}" + (f", for tick {tick}" if tick else ""),
         tick=tick.entry if tick else None,
     )
+    if done is not None and not done.final:
+        raise Ignore(f"task {request.id} goes on in another message")
     warn_if_sent_anew(delivery)
     return end_duplicate(delivery, done)
 

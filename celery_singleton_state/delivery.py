@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ DONE_BEFORE = "was done before"
 #: Seconds that a tick which must not be skipped waits for the lease. After that it fails, and beat
 #: sends it again.
 ONE_BY_ONE_TIMEOUT = 3600.0
+
+#: A replacement is of a later generation than all retries of what it replaces.
+REPLACEMENT = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +97,12 @@ class Delivery:
 
     @property
     def generation(self) -> int:
-        """How often the body asked for it."""
-        return self.retries - self.own_retries
+        """How often bodies asked for it: to replace themselves, and since then to be retried.
+
+        A replacement keeps the id of what it replaces, and counts its retries anew.
+        """
+        replacements = self.request.replaced_task_nesting or 0
+        return replacements * REPLACEMENT + self.retries - self.own_retries
 
     def answer_to(self, error: SingletonError) -> RetryAfter | Fail:
         """How the message goes on after an error of this singleton."""
@@ -122,7 +130,9 @@ class Delivery:
         task_id = self.request.id
         if not task_id or not self.deduplicates:
             return None
-        return history.done_by(entries, task_id, self.generation, self.sent)
+        # An eager replacement has its predecessor's id, and no count: it is later than any of it.
+        generation = sys.maxsize if self.request.is_eager else self.generation
+        return history.done_by(entries, task_id, generation, self.sent)
 
     @property
     def previous(self) -> float | None:
@@ -146,7 +156,7 @@ class Delivery:
         :param raw: the row's ``ticks_done``.
         """
         tick = self.tick
-        if tick is None or not self.deduplicates:
+        if tick is None or not self.deduplicates or self.request.replaced_task_nesting:
             return None
         _, own = self.ticks_of(raw)
         if own.is_done(tick.due):

@@ -45,7 +45,7 @@ def wait_for_record(delivery: Delivery, done: Entry | None, now: float) -> None:
     :raises Ignore: the copy is requeued.
     """
     request = delivery.request
-    if done is None or is_duplicate(done) or not can_be_put_back(request):
+    if done is None or is_duplicate(done) or not done.final or not can_be_put_back(request):
         return
     left = done.finished + GRACE - now
     if left <= 0 or not is_awaited(delivery.task, request):

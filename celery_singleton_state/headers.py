@@ -13,6 +13,8 @@ PUT_BACK = "singleton_put_back"
 SENT_AGAIN = "singleton_sent_again"
 #: Seconds that the message has waited for the lease.
 WAITED = "singleton_waited"
+#: The id of the task that this message replaces, wholly or in part, by ``self.replace()``.
+REPLACES = "singleton_replaces"
 #: How often this package retried the message.
 RETRIES = "singleton_retries"
 #: How often the message was requeued because its run had ended a moment before.
@@ -30,7 +32,19 @@ ONE_BY_ONE = "singleton_one_by_one"
 
 #: All headers of this package.
 OWN = frozenset(
-    {PUT_BACK, SENT_AGAIN, WAITED, RETRIES, UNRECORDED, SENT, ENTRY, DUE, PREVIOUS, ONE_BY_ONE}
+    {
+        PUT_BACK,
+        SENT_AGAIN,
+        WAITED,
+        RETRIES,
+        REPLACES,
+        UNRECORDED,
+        SENT,
+        ENTRY,
+        DUE,
+        PREVIOUS,
+        ONE_BY_ONE,
+    }
 )
 
 #: The header in which some tracing tools put a copy of their own headers, and some also the

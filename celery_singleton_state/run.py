@@ -36,6 +36,18 @@ logger = logging.getLogger(__name__)
 #: overtake each other; elsewhere a gap is nearly always a tick that was skipped.
 SPANS_OF_WAITING, SPANS = 1000, 300
 
+
+class ReplacedEagerly(Ignore):
+    """Ends the body of an eager call that another task replaces, before that is called.
+
+    :param signature: of the other task, which would meet this run's lease if it is the same one.
+    """
+
+    def __init__(self, signature: Any) -> None:
+        super().__init__(signature)
+        self.signature = signature
+
+
 _current: ContextVar[Run | None] = ContextVar("celery_singleton_state_run", default=None)
 
 
@@ -59,8 +71,10 @@ class Run:
         self.request = delivery.request
         self.outer = _current.get()
         self.entries = history.decode(acquired.history, delivery.name)
-        #: Whether its body has asked for no retry.
+        #: Whether its body has sent no message with its id: neither a retry nor a replacement.
         self.is_final = True
+        #: Whether its body has replaced itself, and whether it is just doing so.
+        self.is_replaced = self.is_replacing = False
         self.state = RunState(delivery.name, delivery.codec, acquired)
         settings = delivery.runtime.settings
         self.held = HeldLease(acquired.lease, asked_at, settings.heartbeat_interval)
@@ -156,6 +170,28 @@ class Run:
         self.state.stored = new
         self._report.saved("checkpoint", new)
         self._hand_over(saved)
+
+    @contextmanager
+    def replacing(self) -> Iterator[None]:
+        """Within it the body sends what replaces it, and then raises ``Ignore``.
+
+        The state is saved first: the replacement starts from it, on another worker perhaps before
+        this run has ended, and nothing is sent where the save fails.
+        """
+        self._refuse_elsewhere("replace()")
+        if self._in_transaction:
+            raise RuntimeError(f"{self.name}: replace() within transaction(); call it after that")
+        self._writer.refuse_if_lost()
+        if self.state.changed() is not None:
+            self.checkpoint()
+        self.is_replacing = True
+        try:
+            yield
+        except Ignore:
+            self.is_replaced, self.is_final = True, False
+            raise
+        finally:
+            self.is_replacing = False
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -305,7 +341,8 @@ class Run:
         self._heartbeat.drop(self.held)
         limit = self._delivery.runtime.settings.history
         hold = self._delivery.options.hold_at_least or 0.0
-        if entry.outcome != Outcome.SUCCEEDED or hold <= entry.finished - entry.started:
+        goes_on = entry.outcome != Outcome.SUCCEEDED or self.is_replaced
+        if goes_on or hold <= entry.finished - entry.started:
             hold = 0.0
         document = history.append(self.entries, entry, limit)
         ended = Ended(entry.outcome, document, hold, self._new_ticks_done(entry))
@@ -327,7 +364,7 @@ class Run:
         if tick is None or outcome == Outcome.LOST:
             return None
         known, before = self._delivery.ticks_of(self._ticks_done)
-        if outcome in history.DONE and entry.final:
+        if outcome in history.DONE and (entry.final or self.is_replaced):
             after = self._with_done(before, tick)
         elif outcome == Outcome.DUPLICATE:
             return None
@@ -379,14 +416,17 @@ class Run:
             return
         outcome = Outcome.FAILED
         self.is_final = self.is_final and self._is_for_good(error)
-        if isinstance(error, Retry):
+        if self._is_replacement(error):
+            outcome = Outcome.SUCCEEDED
+        elif isinstance(error, Retry):
             outcome = Outcome.RETRIED
         elif isinstance(error, Ignore):
             outcome = Outcome.SKIPPED
         elif self._is_of_lease(error):
             outcome = Outcome.LOST
         try:
-            self.end(outcome, error, self._value_after(error))
+            told = None if outcome == Outcome.SUCCEEDED else error
+            self.end(outcome, told, self._value_after(error))
         except Exception as failure:
             logger.warning("singleton %s: not released after an error: %s", self.name, failure)
 
@@ -400,11 +440,14 @@ class Run:
             return not isinstance(self._delivery.answer_to(error), RetryAfter)
         return True
 
+    def _is_replacement(self, error: BaseException) -> bool:
+        return self.is_replaced and isinstance(error, Ignore)
+
     def _is_of_lease(self, error: BaseException) -> bool:
         return isinstance(error, HeartbeatFailed) and error.singleton == self.name
 
     def _value_after(self, error: BaseException) -> NewValue | None:
-        wanted = self._delivery.options.persist_on_error
+        wanted = self._delivery.options.persist_on_error or self._is_replacement(error)
         if not wanted or self.state.value is None or not isinstance(error, Exception):
             return None
         if self._is_of_lease(error) or not self._writer.may_write:

@@ -11,6 +11,7 @@ from celery import Celery, Task
 from celery._state import _task_stack  # type: ignore[attr-defined]  # missing in celery-types
 from celery.app.task import Context
 from celery.exceptions import Reject
+from celery.result import allow_join_result
 from typing_extensions import ParamSpec, TypeVar
 
 from .calls import guard_calls, has_call_behind, in_guard, keep_class_of_app
@@ -28,7 +29,7 @@ from .enqueue import (
     publish_retry,
 )
 from .errors import SingletonError, StateLoadFailed
-from .headers import RETRIES, custom_headers, own_headers
+from .headers import REPLACES, RETRIES, custom_headers, own_headers
 from .hooks import Failed
 from .in_run import InRun
 from .interrupt import Unbreakable
@@ -37,7 +38,7 @@ from .options import Options, find_misspelled, read_options, run_signature
 from .redelivery import UNSENDABLE, leave_with_broker, left_if_killed
 from .results import has_result, is_recorded
 from .retry import RetryAfter
-from .run import Run, current_run
+from .run import ReplacedEagerly, Run, current_run
 from .runtime import runtime_of
 from .sent_anew import marking
 from .state import Codec
@@ -155,6 +156,8 @@ class SingletonTask(_TypedTask[S, P, R]):
             try:
                 result: R | None = deliver(delivery, body, args, kwargs)
                 return result
+            except ReplacedEagerly as ended:
+                replaced = ended
             except SingletonError as error:
                 # One that a nested singleton raised is its own affair.
                 if error.singleton == delivery.name:
@@ -163,6 +166,10 @@ class SingletonTask(_TypedTask[S, P, R]):
                     if isinstance(error, StateLoadFailed):
                         dequeue(delivery)
                 raise
+            # It would have met the lease in the body. Celery denies the waiting for results in
+            # what `task_always_eager` calls.
+            with allow_join_result():
+                return super().on_replace(replaced.signature)
 
     def apply_async(
         self,
@@ -202,7 +209,7 @@ class SingletonTask(_TypedTask[S, P, R]):
         # A run stands for what others send, and not for its own next one.
         run = current_run(self)
         if run is not None:
-            _note_sent(run, options)
+            options = _of_run(run, options)
         if not self._options.enqueue_once or self.app.conf.task_always_eager:
             return publish()
         known = {"expires": self.expires, **options}
@@ -266,6 +273,16 @@ class SingletonTask(_TypedTask[S, P, R]):
             request, args, kwargs, queue, **{**options, "headers": headers}
         )
 
+    def on_replace(self, sig: Any) -> Any:
+        """Replace the task, as Celery does, when the state is saved."""
+        run = current_run(self)
+        if run is None:
+            return super().on_replace(sig)
+        with run.replacing():
+            if self.request.is_eager:
+                raise ReplacedEagerly(sig)
+            return super().on_replace(sig)
+
     def _name(self, args: Any, kwargs: Any) -> str:
         unique_on = self._options.unique_on
         convert = type(self)._convert
@@ -300,10 +317,13 @@ class SingletonTask(_TypedTask[S, P, R]):
             self.__dict__.pop("override_max_retries", None)
 
 
-def _note_sent(run: Run, options: dict[str, Any]) -> None:
-    """Note that a run sends a message of its own task, with these options."""
+def _of_run(run: Run, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a message of its own task that a run sends."""
     if run.request.id and options.get("task_id") == run.request.id:
         run.is_final = False
+    if not run.is_replacing:
+        return options
+    return options | {"headers": {**(options.get("headers") or {}), REPLACES: run.request.id}}
 
 
 @contextmanager
