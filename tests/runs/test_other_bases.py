@@ -331,6 +331,17 @@ def test_the_apps_own_task_class_can_be_a_singletons(app: Celery) -> None:
     assert bodies.contexts == [1]
 
 
+def test_a_base_that_does_not_go_with_the_apps_own_is_refused(app: Celery) -> None:
+    app.task_cls = before(RunTask)
+
+    def body() -> None:
+        """Never called."""
+
+    make: Any = app.task(base=behind(RunTask), name="shop.sync", shared=False, lazy=False)
+    with pytest.raises(ImproperlyConfigured, match=r"task shop\.sync: .* do not go together"):
+        make(body)
+
+
 def test_what_stands_first_is_not_put_in_twice(app: Celery) -> None:
     app.task_cls = RunTask
     bodies = Bodies()
@@ -355,6 +366,22 @@ def test_the_key_is_made_of_what_reaches_the_guard(app: Celery, base: type) -> N
     count.delay("acme", "a")
     assert [each.retval for each in deliver_all(app)] == ["a"]
     assert row(app, 'count{"what":"a"}').run_count == 1
+
+
+def test_a_function_can_choose_an_argument_that_is_taken_off(app: Celery) -> None:
+    @app.task(
+        base=behind(TenantTask),
+        name="count",
+        shared=False,
+        unique_on=lambda tenant, *_: tenant,
+        typing=False,
+    )
+    def count(what: str) -> str:
+        return what
+
+    count.delay("acme", "a")
+    assert [each.retval for each in deliver_all(app)] == ["a"]
+    assert row(app, 'count"acme"').run_count == 1
 
 
 @pytest.mark.parametrize("unique_on", [None, ["what"]])
