@@ -191,6 +191,10 @@ class Row(Listed):
     :param value: the state as JSON, ``null`` when there is none.
     :param wanted: the wish for one more run, as JSON, if there is one.
     :param write: the number of the last write.
+    :param handoff_to: who asked the holder to hand over, if anybody did.
+    :param newest: the rank of the message that asked last; 0 if none did.
+    :param newest_sent: when the message was sent that acquired or asked last, if that is known; see
+        :mod:`celery_singleton_state.place`.
     :param ticks_done: what is known of ticks, as JSON.
     :param queue: the queue's number, for a claim.
     :param queued_task_id: the message that counts as queued, if one does.
@@ -200,10 +204,23 @@ class Row(Listed):
     value: str
     wanted: str | None
     write: int
+    handoff_to: str | None
+    newest: int
+    newest_sent: str | None
     ticks_done: str | None = None
     queue: int = field(default=0, compare=False)
     queued_task_id: str | None = field(default=None, compare=False)
     queued_in: float | None = field(default=None, compare=False)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the message that acquired or asked last; an acquisition's is its fence."""
+        return max(self.fence, self.newest)
+
+    @property
+    def next_rank(self) -> int:
+        """A rank above all that are in the row, and not below the store's clock in milliseconds."""
+        return max(self.rank + 1, int(self.read_at * 1000))
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +261,18 @@ def one_line(error: BaseException) -> str:
 class Wishes(Protocol):
     """What others than a lease's holder can ask of a row."""
 
-    def ask_to_hand_over(self, row: Row, who: str) -> bool:
-        """Ask the holder that was seen to hand over; false when it is the holder no more."""
+    def ask_to_hand_over(
+        self, row: Row, who: str, rank: int | None = None, sent: str | None = None
+    ) -> bool:
+        """Ask the holder that was seen to hand over.
+
+        :param rank: of the message that asks, larger than that of all messages before it.
+            ``None``: :attr:`Row.next_rank`.
+        :param sent: when that message was sent.
+        :returns: false if it is not the holder any more, or if a message of this rank or a larger
+            one has asked: a late request must not stop the holder in favour of an older message.
+            The same request, repeated, succeeds again.
+        """
 
     def let_go(self, row: Row) -> bool:
         """End the holding on of a lease that was seen; false when it is not held on any more."""
@@ -317,8 +344,20 @@ class Entries(Protocol):
 class Leases(Protocol):
     """Where leases live. Every verb may raise :exc:`StoreError`."""
 
-    def acquire(self, key: str, holder: str, ttl: float, task_id: str | None) -> Acquired | None:
+    def acquire(
+        self,
+        key: str,
+        holder: str,
+        ttl: float,
+        task_id: str | None,
+        rank: int = 0,
+        sent: str | None = None,
+    ) -> Acquired | None:
         """Take a free or expired lease and load its row; ``None`` when somebody holds it.
+
+        :param rank: of a message that was ranked before. It does not get the lease if the row has
+            a larger :attr:`Row.rank`, that of a newer message. 0: it was not ranked.
+        :param sent: when the message was sent.
 
         Asked again by the same holder it changes nothing, except that the lease lives for at least
         ``ttl`` from now. So a request whose answer was lost can be repeated, and a late one does

@@ -54,26 +54,33 @@ _LATER = f"{_NOW} + INTERVAL :ttl SECOND"
 
 _IS_FREE = f"(holder IS NULL OR expires_at <= {_NOW} OR expires_at IS NULL)"
 
-_TAKES = f"({_IS_FREE} AND NOT holder <=> :holder)"
+_MAY_TAKE = f"""coalesce({_IS_FREE} AND NOT holder <=> :holder
+    AND (:rank = 0 OR greatest(coalesce(fence, 0), coalesce(newest, 0)) <= :rank), 0)"""
 
-# Repeated by the same holder, it changes nothing but an expiry that would be nearer. The holder and
-# the expiry are assigned last, because the conditions read them.
+_TAKES = "@singleton_takes"
+
+# Repeated by the same holder, it changes nothing but an expiry that would be nearer. The condition
+# reads what is assigned here, so it is evaluated once. Fences and ranks grow on one line, so that a
+# message which was ranked before a fence was given is older.
 _ACQUIRE = f"""
 {_LOCK}
 INSERT INTO {{table}}
-  ({{key}}, value, updated_at, fence, {{write}}, queue, holder, task_id, acquired_at, expires_at)
+  ({{key}}, value, updated_at, fence, {{write}}, queue, newest_sent, holder, task_id, acquired_at,
+  expires_at)
 VALUES
-  (:key, 'null', {_NOW}, {{milliseconds}}, 0, 1, :holder, :task_id, {_NOW}, {_LATER})
+  (:key, 'null', {_NOW}, {{milliseconds}}, 0, 1, :sent, :holder, :task_id, {_NOW}, {_LATER})
 ON DUPLICATE KEY UPDATE
-  fence = IF({_TAKES}, greatest(coalesce(fence, 0) + 1, {{milliseconds}}), fence),
+  fence = IF({_TAKES} := {_MAY_TAKE},
+    greatest(coalesce(fence, 0) + 1, coalesce(newest, 0) + 1, {{milliseconds}}), fence),
   {{write}} = IF({_TAKES},
     IF(holder IS NOT NULL AND acquired_at IS NOT NULL, {TAKEN_OVER}, 0), {{write}}),
   queue = IF({_TAKES}, coalesce(queue, 0) + 1, queue),
   acquired_at = IF({_TAKES}, {_NOW}, acquired_at),
   handoff_to = IF({_TAKES}, NULL, handoff_to),
+  newest_sent = IF({_TAKES}, :sent, newest_sent),
   queued_until = IF({_TAKES} AND queued_task_id = :task_id, NULL, queued_until),
   task_id = IF({_TAKES}, :task_id, task_id),
-  holder = IF({_IS_FREE}, :holder, holder),
+  holder = IF({_TAKES}, :holder, holder),
   expires_at = IF(holder = :holder,
     greatest(coalesce(expires_at, {_LATER}), {_LATER}), expires_at);
 SELECT fence, value, schema_version, history, {{acquired_at}}, {{write}}, ticks_done

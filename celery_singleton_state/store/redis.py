@@ -73,8 +73,17 @@ class RedisStore:
         self._scripts = ScriptCalls(connect)
         self.wishes = RedisWishes(self._call)
 
-    def acquire(self, key: str, holder: str, ttl: float, task_id: str | None) -> Acquired | None:
-        found = self._call(scripts.ACQUIRE, [key, INDEX], [holder, ttl, task_id or ""])
+    def acquire(
+        self,
+        key: str,
+        holder: str,
+        ttl: float,
+        task_id: str | None,
+        rank: int = 0,
+        sent: str | None = None,
+    ) -> Acquired | None:
+        named = [holder, ttl, task_id or "", rank, sent or ""]
+        found = self._call(scripts.ACQUIRE, [key, INDEX], named)
         if found is None:
             return None
         fence, history, acquired_at, write, ticks_done = found
@@ -188,8 +197,11 @@ class RedisWishes:
     def __init__(self, call: Any) -> None:
         self._call = call
 
-    def ask_to_hand_over(self, row: Row, who: str) -> bool:
-        return self._tell(scripts.ASK_TO_HAND_OVER, row, who)
+    def ask_to_hand_over(
+        self, row: Row, who: str, rank: int | None = None, sent: str | None = None
+    ) -> bool:
+        rank = row.next_rank if rank is None else rank
+        return self._tell(scripts.ASK_TO_HAND_OVER, row, who, str(rank), sent or "")
 
     def let_go(self, row: Row) -> bool:
         return self._tell(scripts.LET_GO, row)
@@ -252,6 +264,9 @@ def _row(key: str, fields: Sequence[str], now: str) -> Row:
         queue=int(found.get("queue", 0)),
         queued_task_id=found.get("queued_task_id") if (queued_in or 0.0) > 0 else None,
         queued_in=queued_in,
+        handoff_to=found.get("handoff_to"),
+        newest=int(found.get("newest", 0)),
+        newest_sent=found.get("newest_sent"),
     )
 
 

@@ -35,32 +35,39 @@ local function make()
   redis.call('HSET', key, 'fence', '0', 'updated_at', moment(now))
   redis.call('ZADD', KEYS[2], 0, key)
 end
+local function is_larger(one, other)
+  if #one ~= #other then return #one > #other end
+  return one > other
+end
 local function is_held_by(holder, fence)
   return get('holder') == holder and get('fence') == fence
 end
 """
 
 #: The acquisition and the release are what a run waits for, so each reads all fields at once. Lua's
-#: numbers are exact up to 2^53 only: beyond that Redis itself adds to the fence, and it is answered
-#: as text.
+#: numbers are exact up to 2^53 only: beyond that Redis itself adds to the fence, it is answered as
+#: text, and numbers are compared as texts.
 ACQUIRE = f"""
 {_HEAD}
-local holder, ttl, task_id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
-local other, expires_at, fence, history, queued, acquired_at, write, ticks_done = unpack(
+local holder, ttl, task_id, rank, sent = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[5]
+local other, expires_at, fence, history, queued, acquired_at, write, ticks_done, newest = unpack(
   redis.call('HMGET', key, 'holder', 'expires_at', 'fence', 'history', 'queued_task_id',
-    'acquired_at', 'write', 'ticks_done'))
+    'acquired_at', 'write', 'ticks_done', 'newest'))
 local is_over = not expires_at or tonumber(expires_at) <= now
 if other and other ~= holder and not is_over then touch() return false end
+if not is_larger(newest or '0', fence or '0') then newest = fence end
+if other ~= holder and rank ~= '0' and is_larger(newest or '0', rank) then touch() return false end
 make()
 if other == holder then
   set('expires_at', moment(math.max(tonumber(expires_at or '0'), now + ttl)))
   return {{fence, history, acquired_at, tonumber(write or '0'), ticks_done}}
 end
 local clock = time[1] * 1000 + math.floor(time[2] / 1000)
-if tonumber(fence or '0') < clock then
+if tonumber(newest or '0') < clock then
   fence = string.format('%.0f', clock)
   set('fence', fence)
 else
+  set('fence', newest)
   redis.call('HINCRBY', key, 'fence', 1)
   fence = get('fence')
 end
@@ -70,6 +77,7 @@ redis.call('HSET', key, 'holder', holder, 'acquired_at', moment(now),
   'expires_at', moment(now + ttl), 'task_id', task_id, 'write', write)
 if task_id == '' then drop('handoff_to', 'task_id') else drop('handoff_to') end
 if queued == task_id then drop('queued_until') end
+if sent == '' then drop('newest_sent') else set('newest_sent', sent) end
 return {{fence, history, moment(now), write, ticks_done}}
 """
 
@@ -188,7 +196,12 @@ if not is_held_by(ARGV[1], ARGV[2]) or not later('expires_at') then return 0 end
 
 ASK_TO_HAND_OVER = f"""
 {_SEEN}
-set('handoff_to', ARGV[3])
+local who, rank, sent = ARGV[3], ARGV[4], ARGV[5]
+local newest = get('newest') or '0'
+local is_repeated = newest == rank and get('handoff_to') == who
+if not is_larger(rank, newest) and not is_repeated then return 0 end
+redis.call('HSET', key, 'handoff_to', who, 'newest', rank)
+if sent == '' then drop('newest_sent') else set('newest_sent', sent) end
 return 1
 """
 

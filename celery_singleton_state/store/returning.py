@@ -22,14 +22,17 @@ from .statements import (
 )
 from .words import POSTGRESQL, SQLITE
 
-# Repeated by the same holder, it changes nothing but an expiry that would be nearer.
+# Repeated by the same holder, it changes nothing but an expiry that would be nearer. Fences and
+# ranks grow on one line, so that a message which was ranked before a fence was given is older.
 _ACQUIRE = f"""
 INSERT INTO {{table}} AS mine
-  (key, value, updated_at, fence, write, queue, holder, task_id, acquired_at, expires_at)
-VALUES (:key, 'null', {{now}}, {{milliseconds}}, 0, 1, :holder, :task_id, {{now}}, {{later}})
+  (key, value, updated_at, fence, write, queue, newest_sent, holder, task_id, acquired_at,
+  expires_at)
+VALUES (:key, 'null', {{now}}, {{milliseconds}}, 0, 1, :sent, :holder, :task_id, {{now}}, {{later}})
 ON CONFLICT (key) DO UPDATE SET
   fence = CASE WHEN mine.holder = :holder THEN mine.fence
-    ELSE {{larger}}(coalesce(mine.fence, 0) + 1, {{milliseconds}}) END,
+    ELSE {{larger}}(coalesce(mine.fence, 0) + 1, coalesce(mine.newest, 0) + 1, {{milliseconds}})
+    END,
   write = CASE WHEN mine.holder = :holder THEN mine.write
     WHEN mine.holder IS NOT NULL AND mine.acquired_at IS NOT NULL THEN {TAKEN_OVER} ELSE 0 END,
   queue = CASE WHEN mine.holder = :holder THEN mine.queue ELSE coalesce(mine.queue, 0) + 1 END,
@@ -37,11 +40,13 @@ ON CONFLICT (key) DO UPDATE SET
   expires_at = CASE WHEN mine.holder = :holder
     THEN {{larger}}(coalesce(mine.expires_at, {{later}}), {{later}}) ELSE {{later}} END,
   handoff_to = CASE WHEN mine.holder = :holder THEN mine.handoff_to END,
+  newest_sent = CASE WHEN mine.holder = :holder THEN mine.newest_sent ELSE :sent END,
   queued_until = CASE WHEN mine.holder = :holder THEN mine.queued_until
     WHEN mine.queued_task_id = :task_id THEN NULL ELSE mine.queued_until END,
   holder = :holder, task_id = :task_id
-WHERE mine.holder IS NULL OR mine.holder = :holder
-  OR mine.expires_at <= {{now}} OR mine.expires_at IS NULL
+WHERE mine.holder = :holder OR (
+  (mine.holder IS NULL OR mine.expires_at <= {{now}} OR mine.expires_at IS NULL)
+  AND (:rank = 0 OR {{larger}}(coalesce(mine.fence, 0), coalesce(mine.newest, 0)) <= :rank))
 RETURNING fence, value, schema_version, history, {{acquired_at}}, write, ticks_done
 """
 

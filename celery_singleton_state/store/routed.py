@@ -64,8 +64,16 @@ class RoutedStore:
         """All stores that there are."""
         return [store for store in (self._sql_or_none, self._leases) if store is not None]
 
-    def acquire(self, key: str, holder: str, ttl: float, task_id: str | None) -> Acquired | None:
-        return self.of(key).acquire(key, holder, ttl, task_id)
+    def acquire(
+        self,
+        key: str,
+        holder: str,
+        ttl: float,
+        task_id: str | None,
+        rank: int = 0,
+        sent: str | None = None,
+    ) -> Acquired | None:
+        return self.of(key).acquire(key, holder, ttl, task_id, rank, sent)
 
     def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
         found: dict[str, str | None] = {}
@@ -149,8 +157,10 @@ class RoutedWishes:
     def __init__(self, of: Callable[[str], Wishes]) -> None:
         self._of = of
 
-    def ask_to_hand_over(self, row: Row, who: str) -> bool:
-        return self._of(row.key).ask_to_hand_over(row, who)
+    def ask_to_hand_over(
+        self, row: Row, who: str, rank: int | None = None, sent: str | None = None
+    ) -> bool:
+        return self._of(row.key).ask_to_hand_over(row, who, rank, sent)
 
     def let_go(self, row: Row) -> bool:
         return self._of(row.key).let_go(row)

@@ -45,6 +45,8 @@ def make_table(name: str) -> Table:
         Column("queue", BigInteger),
         Column("queued_task_id", Text),
         Column("queued_until", moment),
+        Column("newest", BigInteger),
+        Column("newest_sent", Text),
     )
     Index(f"idx_{bare}_updated_at", table.c.updated_at)
     return table

@@ -58,10 +58,17 @@ class SqlStore:
         #: The database's time now, for statements made elsewhere.
         self.now: ColumnElement[Any] = literal_column(self._sql.now)
 
-    def acquire(self, key: str, holder: str, ttl: float, task_id: str | None) -> Acquired | None:
-        rows = self._rows(
-            self._sql.acquire, {"key": key, "holder": holder, "ttl": ttl, "task_id": task_id}
-        )
+    def acquire(
+        self,
+        key: str,
+        holder: str,
+        ttl: float,
+        task_id: str | None,
+        rank: int = 0,
+        sent: str | None = None,
+    ) -> Acquired | None:
+        named = {"key": key, "holder": holder, "ttl": ttl, "task_id": task_id}
+        rows = self._rows(self._sql.acquire, named | {"rank": rank, "sent": sent})
         if not rows:
             return None
         fence, *found = rows[0]

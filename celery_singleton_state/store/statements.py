@@ -42,9 +42,11 @@ SELECT {key}, schema_version, {updated_at}, fence, holder, task_id, {acquired_at
 FROM {table} WHERE fence IS NOT NULL AND
 """
 
-_WHOLE = """history, {epoch_now}, value, wanted, coalesce({write}, 0), ticks_done,
-  coalesce(queue, 0), CASE WHEN queued_until > {now} THEN queued_task_id END,
-  {queued_until} - {epoch_now}"""
+_WHOLE = """
+  history, {epoch_now}, value, wanted, coalesce({write}, 0), handoff_to, coalesce(newest, 0),
+  newest_sent, ticks_done, coalesce(queue, 0),
+  CASE WHEN queued_until > {now} THEN queued_task_id END, {queued_until} - {epoch_now}
+"""
 
 _LISTED = "CASE WHEN last_outcome = 'succeeded' THEN NULL ELSE history END, {epoch_now}"
 
@@ -63,7 +65,11 @@ WHERE {key} IN (SELECT value FROM {keys})
 
 _SEEN = f"{HELD} AND expires_at > {{now}}"
 
-_ASK_TO_HAND_OVER = f"UPDATE {{table}} SET handoff_to = :who {_SEEN}"
+# By growing ranks: a late request of an older message is refused, a repeated one is not.
+_ASK_TO_HAND_OVER = f"""
+UPDATE {{table}} SET handoff_to = :who, newest = :rank, newest_sent = :sent
+{_SEEN} AND (coalesce(newest, 0) < :rank OR (newest = :rank AND handoff_to = :who))
+"""
 
 _WANT = f"UPDATE {{table}} SET wanted = :wish {_SEEN} AND wanted {{is_same}} :wanted"
 

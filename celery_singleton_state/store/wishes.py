@@ -25,8 +25,11 @@ class SqlWishes:
         self._rows = rows
         self._change = change
 
-    def ask_to_hand_over(self, row: Row, who: str) -> bool:
-        return self._change(self._sql.ask_to_hand_over, _seen(row, who=who)) == 1
+    def ask_to_hand_over(
+        self, row: Row, who: str, rank: int | None = None, sent: str | None = None
+    ) -> bool:
+        named = _seen(row, who=who, rank=row.next_rank if rank is None else rank, sent=sent)
+        return self._change(self._sql.ask_to_hand_over, named) == 1
 
     def let_go(self, row: Row) -> bool:
         return self._change(self._sql.let_go, _seen(row)) == 1
@@ -69,5 +72,5 @@ class SqlWishes:
         self._change(self._sql.dequeue, {"key": key, "task_id": task_id})
 
 
-def _seen(row: Row, **more: str | None) -> dict[str, Any]:
+def _seen(row: Row, **more: str | int | None) -> dict[str, Any]:
     return {"key": row.key, "fence": row.fence, "holder": row.holder, **more}

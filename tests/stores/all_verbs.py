@@ -30,7 +30,7 @@ def use_all(store: SqlStore) -> None:
     assert store.ticks(["k", "none"]) == {"k": SeenTicks(True, "task-a", None)}
 
     wishes = store.wishes
-    assert wishes.ask_to_hand_over(row, "b")
+    assert wishes.ask_to_hand_over(row, "b", row.next_rank, "sent")
     assert wishes.want(row, "{}")
     assert wishes.wanted("k") == "{}"
     wishes.granted("k", "{}")

@@ -16,9 +16,21 @@ NEW_QUEUE = "'now'), 0, 1)"
 SAME = "CASE WHEN mine.holder = :holder THEN"
 #: Of a statement, what is replaced in its text, and by what.
 FAULTS = {
-    "acquire takes a held lease": ("acquire", "WHERE mine.holder IS NULL", "WHERE 1 = 1"),
+    "acquire takes a held lease": ("acquire", "(mine.holder IS NULL", "(1 = 1"),
     "acquire raises no fence": ("acquire", "coalesce(mine.fence, 0) + 1", "mine.fence"),
-    "acquire does not ask the clock": ("acquire", "mine.fence, 0) + 1,", "mine.fence, 0) + 1, 0 *"),
+    "acquire does not ask the clock": (
+        "acquire",
+        "mine.newest, 0) + 1,",
+        "mine.newest, 0) + 1, 0 *",
+    ),
+    "acquire raises its fence above no rank": ("acquire", "coalesce(mine.newest, 0) + 1", "0"),
+    "acquire by an older message": ("acquire", "(:rank = 0 OR", "(1 = 1 OR"),
+    "acquire by a message older than a fence": (
+        "acquire",
+        "max(coalesce(mine.fence, 0), coalesce(mine.newest, 0)) <= :rank",
+        "coalesce(mine.newest, 0) <= :rank",
+    ),
+    "acquire does not note when its message was sent": ("acquire", "ELSE :sent END", "END"),
     "a new row's fence is not the clock's": (
         "acquire",
         " AS INTEGER), 0, 1,",
@@ -78,6 +90,8 @@ FAULTS = {
     "want without the holder": ("want", "AND holder = :holder", ""),
     "asking without the holder": ("ask_to_hand_over", "AND holder = :holder", ""),
     "asking without the fence": ("ask_to_hand_over", "AND fence = :fence", ""),
+    "asking in any order": ("ask_to_hand_over", "coalesce(newest, 0) < :rank OR", "1 = 1 OR"),
+    "asking again is refused": ("ask_to_hand_over", "newest = :rank AND", "1 = 0 AND"),
     "want without the fence": ("want", "AND fence = :fence", ""),
     "a strike hits any pending run": ("granted", "AND wanted = :wish", ""),
     "a run's lease is let go": ("let_go", "AND acquired_at IS NULL", ""),
@@ -101,8 +115,10 @@ REDIS_FAULTS = {
         "if other ~= holder or last ~= fence then",
         "if other ~= holder then",
     ),
-    "acquire does not ask the clock": ("ACQUIRE", "tonumber(fence or '0') < clock", "false"),
+    "acquire does not ask the clock": ("ACQUIRE", "tonumber(newest or '0') < clock", "false"),
     "acquire does not mark a takeover": ("ACQUIRE", "other and acquired_at and -1 or 0", "0"),
+    "acquire by an older message": ("ACQUIRE", "rank ~= '0' and", "rank == '' and"),
+    "asking in any order": ("ASK_TO_HAND_OVER", "not is_larger(rank, newest) and", "false and"),
     "give back without the holder": ("GIVE_BACK", "other ~= ARGV[1]", "not other"),
     "claim without the number": ("CLAIM", "queue ~= number and not is_repeated", "false"),
 }
@@ -128,6 +144,8 @@ BRIEFLY = (
     "acquire does not ask the clock",
     "acquire again resets the number",
     "acquire again forgets who asked",
+    "acquire by an older message",
+    "asking in any order",
     "save without the fence",
     "save in any order",
     "save without what was seen",
@@ -136,4 +154,4 @@ BRIEFLY = (
     "dequeue does not change the number",
     "want without the pending run that was seen",
 )
-REDIS_BRIEFLY = ("claim without the number",)
+REDIS_BRIEFLY = ("claim without the number", "asking in any order")

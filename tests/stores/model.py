@@ -71,6 +71,13 @@ class ModelRow:
     queued_task_id: str | None = None
     #: The queued message still counts as queued.
     queued: bool = False
+    #: The largest rank of those who asked, and when the newest message was sent.
+    newest: int = 0
+    newest_sent: str | None = None
+
+    @property
+    def rank(self) -> int:
+        return max(self.fence, self.newest)
 
     @property
     def held_on(self) -> bool:
@@ -79,6 +86,10 @@ class ModelRow:
     def is_held(self, lease: Lease | Row) -> bool:
         mine = self.holder is not None and self.holder == lease.holder
         return mine and self.fence == lease.fence
+
+    def may_be_taken(self, rank: int) -> bool:
+        """By a new holder, whose message has a rank, or 0."""
+        return (self.holder is None or not self.life) and (not rank or self.rank <= rank)
 
     def free(self) -> None:
         self.holder = self.task_id = None
@@ -98,6 +109,7 @@ class ModelRow:
         """What :meth:`Leases.peek` shows of it."""
         names = ("value", "schema_version", "fence", "write", "holder", "task_id", "wanted")
         more = ("run_count", "last_outcome", "history", "ticks_done")
+        more += ("handoff_to", "newest", "newest_sent")
         return {name: getattr(self, name) for name in names + more} | {
             "held": self.life > 0,
             "held_on": self.held_on,
@@ -105,7 +117,7 @@ class ModelRow:
 
     def hidden(self) -> tuple[Any, ...]:
         """What no verb shows."""
-        return self.handoff_to, self.queue, self.queued_task_id if self.queued else None
+        return self.queue, self.queued_task_id if self.queued else None
 
     def unused(self) -> bool:
         asked = self.handoff_to is not None or self.wanted is not None
@@ -141,9 +153,9 @@ class Model:
     def refuses(self, request: Request) -> bool:
         """Whether a request will be refused, so that it must not change anything."""
         if request.verb == "acquire":
-            key, holder = request.arguments[:2]
+            key, holder, _, _, rank, _ = request.arguments
             row = self.seen(key)
-            return row.holder not in (None, holder) and row.life > 0
+            return row.holder != holder and not row.may_be_taken(rank)
         if request.verb in ("dequeue", "granted"):
             return False
         trial = Model()
@@ -153,13 +165,20 @@ class Model:
     # -- a holder's requests
 
     def acquire(
-        self, key: str, holder: str, ttl: float, task_id: str | None, found: Acquired | None
+        self,
+        key: str,
+        holder: str,
+        ttl: float,
+        task_id: str | None,
+        rank: int,
+        sent: str | None,
+        found: Acquired | None,
     ) -> Acquired | None:
         """:param found: the store's answer, which has the store's times and with them the fence;
         :func:`fence_is_right` is about that.
         """
         row = self.seen(key)
-        if row.holder != holder and row.holder is not None and row.life:
+        if row.holder != holder and not row.may_be_taken(rank):
             return None
         assert found is not None
         row = self.row(key)
@@ -171,7 +190,7 @@ class Model:
             row.queue += 1
             row.queued = row.queued and row.queued_task_id != task_id
             row.life, row.outlasted, row.handoff_to = ttl, False, None
-            row.holder, row.task_id = holder, task_id
+            row.holder, row.task_id, row.newest_sent = holder, task_id, sent
         lease = Lease(key, holder, row.fence, ttl)
         return Acquired(
             lease,
@@ -230,11 +249,13 @@ class Model:
 
     # -- others' requests, by what they saw of the row
 
-    def ask_to_hand_over(self, row: Row, who: str) -> bool:
+    def ask_to_hand_over(self, row: Row, who: str, rank: int, sent: str | None) -> bool:
         mine = self.held(row)
         if mine is None or not mine.life:
             return False
-        mine.handoff_to = who
+        if rank <= mine.newest and (rank, who) != (mine.newest, mine.handoff_to):
+            return False
+        mine.handoff_to, mine.newest, mine.newest_sent = who, rank, sent
         return True
 
     def let_go(self, row: Row) -> bool:
@@ -365,7 +386,7 @@ class Run:
 
 
 def fence_is_right(fence: int, before: int, earliest: float, latest: float) -> bool:
-    """Whether an acquisition's fence is the larger of the fence before + 1 and the clock.
+    """Whether an acquisition's fence is the larger of the rank before + 1 and the clock.
 
     :param earliest, latest: between these moments the store read its clock, in seconds.
     """

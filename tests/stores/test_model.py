@@ -150,6 +150,8 @@ class Leases(RuleBasedStateMachine):
         self.senders: list[Sender] = []
         #: Messages that were sent and did not run yet, by key and id.
         self.messages: list[tuple[str, str]] = []
+        #: Messages that asked a holder to stop, by key, id and rank.
+        self.ranked: list[tuple[str, str, int]] = []
         #: Pending runs that were noted and may have been sent, by key.
         self.noted: list[tuple[str, str]] = []
         # What only the invariants know: messages that were acquired for or dequeued, holders whose
@@ -177,12 +179,10 @@ class Leases(RuleBasedStateMachine):
         return self.store._rows(f"SELECT * FROM {self.store.table.fullname} ORDER BY {name}", {})
 
     def hidden(self) -> dict[str, tuple[Any, ...]]:
-        """What no verb shows, by key: who asks to take over, the queue's number, and the message
-        that counts as queued.
-        """
+        """What no verb shows, by key: the queue's number, and the message that counts as queued."""
         sql = self.store._sql
         rows = self.store._rows(
-            f"SELECT {sql.words.key}, handoff_to, coalesce(queue, 0),"
+            f"SELECT {sql.words.key}, coalesce(queue, 0),"
             f" CASE WHEN queued_until > {sql.now} THEN queued_task_id END"
             f" FROM {sql.table} WHERE fence IS NOT NULL",
             {},
@@ -246,19 +246,25 @@ class Leases(RuleBasedStateMachine):
         raise AttributeError(name)
 
     def carry_out_acquire(
-        self, key: str, holder: str, ttl: float, task_id: str | None
+        self,
+        key: str,
+        holder: str,
+        ttl: float,
+        task_id: str | None,
+        rank: int,
+        sent: str | None,
     ) -> tuple[Any, Any]:
         row = self.model.seen(key)
-        again, fence, before = row.holder == holder, row.fence, self.row(key)
+        again, last, before = row.holder == holder, row.rank, self.row(key)
         earliest = time.time()
-        answer = self.store.acquire(key, holder, ttl, task_id)
+        answer = self.store.acquire(key, holder, ttl, task_id, rank, sent)
         latest = time.time()
-        expected = self.model.acquire(key, holder, ttl, task_id, answer)
+        expected = self.model.acquire(key, holder, ttl, task_id, rank, sent, answer)
         if answer and again:
             assert before is not None
             assert answer.acquired_at == before.acquired_at
         elif answer:
-            assert fence_is_right(answer.lease.fence, fence, earliest, latest), answer
+            assert fence_is_right(answer.lease.fence, last, earliest, latest), answer
             assert self.fences.setdefault((key, answer.lease.fence), holder) == holder
             self.settled.add(str(task_id))
         return answer, expected
@@ -322,18 +328,26 @@ class Leases(RuleBasedStateMachine):
         process=st.sampled_from(PROCESSES),
         key=ANY_KEY,
         of_message=st.booleans(),
+        ranked=st.booleans(),
         confirms=st.booleans(),
         fate=FATES,
     )
-    def deliver(self, process: int, key: str, of_message: bool, confirms: bool, fate: str) -> None:
+    def deliver(
+        self, process: int, key: str, of_message: bool, ranked: bool, confirms: bool, fate: str
+    ) -> None:
+        """A message comes; or a message that asked for the lease comes again."""
         self.nonce += 1
+        rank = 0
         holder = f"host:{process}:{self.nonce}"
         task_id = f"direct {self.nonce}"
         if of_message and self.messages:
             key, task_id = self.messages[-1]
+        elif ranked and self.ranked:
+            key, task_id, rank = self.ranked[self.nonce % len(self.ranked)]
         run = Run(key, holder, process, task_id, confirms=confirms)
         self.runs.append(run)
-        self.ask(run, Request("acquire", (key, holder, FIRST, task_id)), fate)
+        sent = f"sent {self.nonce}"
+        self.ask(run, Request("acquire", (key, holder, FIRST, task_id, rank, sent)), fate)
 
     def ask(self, run: Run, request: Request, fate: str) -> None:
         """A run sends a request and hears the answer, or not."""
@@ -613,12 +627,26 @@ class Leases(RuleBasedStateMachine):
 
     # -- others
 
-    @rule(key=ANY_KEY, fate=FATES)
-    def ask_to_hand_over(self, key: str, fate: str) -> None:
+    @rule(key=ANY_KEY, fate=FATES, rivals=st.booleans())
+    def ask_to_hand_over(self, key: str, fate: str, rivals: bool) -> None:
+        """A newer message asks the holder to stop; or two do, which saw the same row."""
+        row = self.row(key)
+        if row is None or row.holder is None:
+            return
+        for _ in range(1 + rivals):
+            self.nonce += 1
+            who, rank = f"asks {self.nonce}", row.next_rank
+            self.ranked.append((key, who, rank))
+            self.send(Request("ask_to_hand_over", (row, who, rank, f"sent {self.nonce}")), fate)
+
+    @precondition(lambda self: self.ranked)
+    @rule(message=one_of("ranked"), fate=FATES)
+    def ask_with_the_same_rank(self, message: tuple[str, str, int], fate: str) -> None:
+        """A message that waits asks once more, as its first request was not answered."""
+        key, who, rank = message
         row = self.row(key)
         if row is not None and row.holder is not None:
-            self.nonce += 1
-            self.send(Request("ask_to_hand_over", (row, f"asks {self.nonce}")), fate)
+            self.send(Request("ask_to_hand_over", (row, who, rank, "sent again")), fate)
 
     @rule(key=ANY_KEY, fate=FATES)
     def free_by_an_operator(self, key: str, fate: str) -> None:
@@ -754,7 +782,7 @@ class Leases(RuleBasedStateMachine):
             return
         for wrong in all_but_one_part(row):
             self.refuse(
-                Request("ask_to_hand_over", (wrong, "wrong")),
+                Request("ask_to_hand_over", (wrong, "wrong", row.next_rank, None)),
                 Request("want", (wrong, "wrong")),
                 Request("let_go", (wrong,)),
             )
@@ -877,7 +905,6 @@ class RedisLeases(Leases):
     def hidden(self) -> dict[str, tuple[Any, ...]]:
         return {
             key: (
-                fields.get("handoff_to"),
                 int(fields.get("queue", 0)),
                 fields["queued_task_id"]
                 if float(fields.get("queued_until", 0)) > time.time()

@@ -121,12 +121,14 @@ def test_one_of_many_leases_hears_who_asks_for_it(leases: Leases) -> None:
 def test_asking_changes_nothing_else(leases: Leases) -> None:
     acquire(leases, "a")
     before = peek_later(leases)
-    leases.wishes.ask_to_hand_over(before, "b")
+    leases.wishes.ask_to_hand_over(before, "b", before.next_rank, "sent")
     leases.wishes.want(before, "w")
     after = peek(leases)
-    assert after.wanted == "w"
+    assert (after.wanted, after.handoff_to, after.newest_sent) == ("w", "b", "sent")
+    assert (before.newest, after.newest, after.rank) == (0, before.next_rank, before.next_rank)
     times = {"read_at": before.read_at, "expires_in": before.expires_in}
-    assert replace(after, wanted=None, **times) == before
+    asked = {"wanted": None, "handoff_to": None, "newest": 0, "newest_sent": before.newest_sent}
+    assert replace(after, **asked, **times) == before
 
 
 def test_the_next_holder_is_not_asked_to_hand_over(leases: Leases) -> None:
@@ -135,6 +137,67 @@ def test_the_next_holder_is_not_asked_to_hand_over(leases: Leases) -> None:
     leases.wishes.ask_to_hand_over(peek(leases), "b")
     leases.release(lease, DONE)
     assert leases.renew([acquire(leases, "b").lease]) == {"k": None}
+
+
+# -- which message is the newest
+
+
+def test_a_late_older_message_does_not_stop_the_holder(leases: Leases) -> None:
+    """b and c find a holding; c asks a to stop; b's request was on its way all the time."""
+    lease = acquire(leases, "a").lease
+    seen_by_b = peek(leases)
+    assert leases.wishes.ask_to_hand_over(peek(leases), "c", seen_by_b.next_rank + 5, "sent c")
+    assert not leases.wishes.ask_to_hand_over(seen_by_b, "b", seen_by_b.next_rank, "sent b")
+    assert leases.renew([lease]) == {"k": "c"}
+    row = peek(leases)
+    assert (row.handoff_to, row.newest_sent) == ("c", "sent c")
+
+
+def test_two_messages_do_not_get_the_same_rank(leases: Leases) -> None:
+    """Both have seen the same row. The first may ask again, as its answer may have been lost."""
+    acquire(leases, "a")
+    seen = peek(leases)
+    rank = seen.next_rank
+    assert leases.wishes.ask_to_hand_over(seen, "b", rank)
+    assert not leases.wishes.ask_to_hand_over(seen, "c", rank)
+    assert leases.wishes.ask_to_hand_over(seen, "b", rank)
+    assert peek(leases).handoff_to == "b"
+
+
+def test_of_two_that_asked_the_newer_gets_the_lease(leases: Leases) -> None:
+    """b and c ask a to stop, a ends, and b comes first."""
+    lease = acquire(leases, "a").lease
+    ranks = []
+    for who in ("b", "c"):
+        ranks.append(peek(leases).next_rank)
+        assert leases.wishes.ask_to_hand_over(peek(leases), who, ranks[-1])
+    leases.release(lease, DONE)
+    older, newer = ranks
+    assert older < newer == peek(leases).rank
+    assert leases.acquire("k", "b", LONG, "task-b", older, None) is None
+    assert peek(leases).holder is None
+    taken = leases.acquire("k", "c", LONG, "task-c", newer, "sent c")
+    assert taken is not None
+    assert taken.lease.fence > newer
+    assert leases.acquire("k", "c", LONG, "task-c", newer, "sent c") == taken, "repeated"
+    assert peek(leases).newest_sent == "sent c"
+
+
+def test_a_message_that_acquires_is_newer_than_all_that_asked(leases: Leases) -> None:
+    """b asks a to stop, a ends, c comes and finds the lease free, runs and ends; b comes again.
+    The store's clock is behind the ranks.
+    """
+    lease = acquire(leases, "a").lease
+    rank = peek(leases).next_rank + 3_600_000
+    assert leases.wishes.ask_to_hand_over(peek(leases), "b", rank, "sent b")
+    leases.release(lease, DONE)
+    newer = acquire(leases, "c").lease
+    assert newer.fence == rank + 1
+    assert peek(leases).newest_sent is None
+    leases.release(newer, DONE)
+    assert leases.acquire("k", "b", LONG, "task-b", rank, "sent b") is None
+    again = leases.acquire("k", "c2", LONG, "task-c", newer.fence, None)
+    assert again is not None, "a retry of the newest"
 
 
 # -- want

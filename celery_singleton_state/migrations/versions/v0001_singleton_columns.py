@@ -50,6 +50,8 @@ def added() -> list[sa.Column[object]]:
         sa.Column("queue", sa.BigInteger),
         sa.Column("queued_task_id", TEXT),
         sa.Column("queued_until", MOMENT),
+        sa.Column("newest", sa.BigInteger),
+        sa.Column("newest_sent", TEXT),
     ]
 
 
