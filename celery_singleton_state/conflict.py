@@ -12,12 +12,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from celery.exceptions import Ignore
+
 from .delivery import Delivery
-from .enqueue import claim
+from .duplicate import result_is_stored
+from .enqueue import claim, dequeue
 from .errors import LeaderHandoffFailed
 from .headers import WAITED
 from .history import Outcome
 from .hooks import Skipped
+from .place import a_direct_call, is_older, newest_in
 from .redelivery import can_be_put_back, send_again
 from .store.base import Row
 from .wish import wish_for
@@ -82,12 +86,43 @@ def wait(conflict: Conflict) -> float | None:
 
 
 def replace(conflict: Conflict) -> float | None:
-    """The holder is asked to stop, and the delivery tried again until it has."""
-    delivery = conflict.delivery
-    if conflict.row is not None and not conflict.row.held_on:
-        asking = delivery.request.id or "a direct call"
-        delivery.runtime.store.wishes.ask_to_hand_over(conflict.row, asking)
+    """The delivery gives up if a newer message came. Otherwise it asks the holder to stop, once,
+    and is tried again until the holder has stopped.
+    """
+    row, delivery = conflict.row, conflict.delivery
+    place = delivery.place
+    if row is None:
+        return _try_again(conflict, HANDOVER_WAIT)
+    if is_older(delivery, row):
+        _give_up(conflict, newest_in(row))
+        return None
+    if place.is_below(row):
+        # What came into the row since was no newer run, so the message is the newest still.
+        place.rank = row.rank
+        return 0.0
+    if row.held and row.newest < (place.rank or row.next_rank):
+        had_rank = place.rank is not None
+        place.rank = place.rank or row.next_rank
+        asking = delivery.request.id or a_direct_call()
+        wishes = delivery.runtime.store.wishes
+        if not wishes.ask_to_hand_over(row, asking, place.rank, place.sent):
+            # Another message asked before, or the holder has changed: look again.
+            place.rank = place.rank if had_rank else None
+            return 0.0
     return _try_again(conflict, HANDOVER_WAIT)
+
+
+def _give_up(conflict: Conflict, newer: str) -> None:
+    """The delivery succeeds with ``None``, in favour of a newer message.
+
+    :raises Ignore: its result is stored, by the run that the newer message replaced.
+    """
+    delivery = conflict.delivery
+    why = f"skipped: replaced by {newer}, which is newer"
+    delivery.tell(Skipped, outcome=Outcome.SKIPPED, why=why)
+    dequeue(delivery)
+    if result_is_stored(delivery):
+        raise Ignore(f"task {delivery.request.id} has ended before")
 
 
 def coalesce(conflict: Conflict) -> float | None:
@@ -139,7 +174,7 @@ def _try_again(conflict: Conflict, pause: float) -> float:
             delivery.request,
             delivery.name,
             pause,
-            {WAITED: waited + pause},
+            {**delivery.resent, WAITED: waited + pause},
         )
     return pause
 

@@ -24,6 +24,7 @@ from .holdings import Holding
 from .hooks import Conflicted, Skipped
 from .in_place import in_place
 from .lease import clock
+from .place import find_place
 from .recovery import free_holder
 from .redelivery import can_be_put_back, put_back
 from .run import Run
@@ -100,8 +101,9 @@ def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any
         entries = history.decode(row.history, name)
         if why := delivery.passed(entries, row.ticks_done):
             return True, _end_duplicate(delivery, None, why)
-    if row is not None and can_be_put_back(request) and _is_of_holder(row, request):
-        put_back(delivery.task, request, name)
+    if row is not None and row.held and can_be_put_back(request) and _is_of_holder(row, request):
+        delivery.place.rank = row.fence
+        put_back(delivery.task, request, name, delivery.resent)
     again = _conflict(Conflict(delivery, row, args, kwargs, waited))
     return again is None, again
 
@@ -117,6 +119,7 @@ def _is_of_holder(row: Row, request: Context) -> bool:
 def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: Any) -> Any:
     """Run the body, unless its message or its tick was done before."""
     delivery = claim.delivery
+    delivery.place.rank = acquired.lease.fence
     run = Run(delivery, acquired, asked_at)
     try:
         done = delivery.done_by(run.entries)
@@ -204,6 +207,7 @@ def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
     until = clock() + delivery.first_ttl
 
     def ask() -> tuple[float, Acquired | None, Row | None]:
+        find_place(delivery)
         for _ in range(LOOKS):
             asked_at, acquired = _ask(claim)
             if acquired is not None:
@@ -212,6 +216,8 @@ def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
             # not be taken for a conflict when it has by now.
             row = delivery.runtime.store.peek(delivery.key)
             if row is not None and row.held and not free_holder(delivery.runtime, row.holder):
+                break
+            if row is not None and delivery.place.is_below(row):
                 break
         return asked_at, None, row
 
@@ -229,7 +235,15 @@ def _ask(claim: Claim) -> tuple[float, Acquired | None]:
     delivery, store = claim.delivery, claim.delivery.runtime.store
     asked_at, may_have_held = clock(), claim.may_hold
     claim.may_hold = True
-    acquired = store.acquire(delivery.key, claim.holder, delivery.first_ttl, delivery.request.id)
+    place = delivery.place
+    acquired = store.acquire(
+        delivery.key,
+        claim.holder,
+        delivery.first_ttl,
+        delivery.request.id,
+        place.rank or 0,
+        place.sent,
+    )
     if acquired is None:
         # An earlier request, whose answer was lost, may still take it.
         claim.may_hold = may_have_held

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from celery.app.task import Context
@@ -13,6 +13,7 @@ from .errors import SingletonError
 from .headers import ONE_BY_ONE, RETRIES, SENT, WAITED, count_in, header
 from .hooks import Details
 from .options import Options
+from .place import Place
 from .retry import Fail, RetryAfter, answer_to, policy_of
 from .runtime import Runtime
 from .state import Codec
@@ -28,6 +29,9 @@ ONE_BY_ONE_TIMEOUT = 3600.0
 #: A replacement is of a later generation than all retries of what it replaces.
 REPLACEMENT = 1 << 32
 
+#: Seconds that a run has to end after it heard that it is asked to stop.
+TIME_TO_STOP = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
@@ -35,6 +39,7 @@ class Delivery:
 
     :param name: the singleton's name; ``key`` is its row's.
     :param codec: of the state; ``None`` for a singleton without one.
+    :param place: where the message stands among those that replace each other.
     """
 
     task: Any
@@ -44,6 +49,7 @@ class Delivery:
     options: Options
     codec: Codec[Any] | None
     runtime: Runtime
+    place: Place = field(default_factory=Place)
 
     def tell(self, kind: type[Details], **fields: Any) -> None:
         """Tell those who look on that something happened to the singleton."""
@@ -63,11 +69,19 @@ class Delivery:
 
     @property
     def conflict_timeout(self) -> float:
-        """Seconds that it waits for the lease, where its policy waits at all."""
+        """Seconds that it waits for the lease, if its policy waits at all.
+
+        With ``"replace"`` they are at least two heartbeats, because the holder hears of the request
+        by its heartbeat.
+        """
         if self.is_one_by_one:
             return ONE_BY_ONE_TIMEOUT
         timeout = self.options.conflict_timeout
-        return self.runtime.settings.conflict_timeout if timeout is None else timeout
+        if timeout is None:
+            timeout = self.runtime.settings.conflict_timeout
+        if self.options.on_conflict != "replace":
+            return timeout
+        return max(timeout, 2 * self.runtime.settings.heartbeat_interval + TIME_TO_STOP)
 
     @property
     def on_conflict(self) -> str:
@@ -84,6 +98,11 @@ class Delivery:
     def waited(self) -> float:
         """Seconds that the message has waited for the lease before it came here."""
         return float(header(self.request, WAITED, 0.0))
+
+    @property
+    def resent(self) -> dict[str, Any]:
+        """Headers of the message that is sent in place of this one."""
+        return self.place.headers if self.options.on_conflict == "replace" else {}
 
     @property
     def retries(self) -> int:

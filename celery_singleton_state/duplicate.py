@@ -50,7 +50,7 @@ def wait_for_record(delivery: Delivery, done: Entry | None, now: float) -> None:
     left = done.finished + GRACE - now
     if left <= 0 or not is_awaited(delivery.task, request):
         return
-    if _lives(delivery, done.holder) is False or _result_is_stored(delivery):
+    if _lives(delivery, done.holder) is False or result_is_stored(delivery):
         return
     _requeue(delivery, min(left, GRACE))
 
@@ -77,7 +77,7 @@ def end_duplicate(delivery: Delivery, done: Entry | None) -> Any:
     :raises Ignore: the first delivery went on by itself; its result and callbacks are left alone.
     """
     request = delivery.request
-    if _result_is_stored(delivery) or _has_gone_on(delivery, done):
+    if result_is_stored(delivery) or _has_gone_on(delivery, done):
         raise Ignore(f"task {request.id} was done before")
     if not can_be_put_back(request) or not is_awaited(delivery.task, request):
         return None
@@ -112,7 +112,7 @@ def _kept_result(delivery: Delivery, done: Entry | None) -> Any:
     return None
 
 
-def _result_is_stored(delivery: Delivery) -> bool:
+def result_is_stored(delivery: Delivery) -> bool:
     task = delivery.task
     return is_recorded(task, delivery.request) and has_result(task, delivery.request.id)
 

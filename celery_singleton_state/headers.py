@@ -19,6 +19,10 @@ REPLACES = "singleton_replaces"
 RETRIES = "singleton_retries"
 #: How often the message was requeued because its run had ended a moment before.
 UNRECORDED = "singleton_unrecorded"
+#: The message's rank among those that replace each other.
+RANK = "singleton_rank"
+#: When the message was sent, by the clock of a host that the value names.
+SENT_AT = "singleton_sent_at"
 #: A value by which a message is told from others that were sent with the same id.
 SENT = "singleton_sent"
 #: The schedule entry whose tick the message is for.
@@ -39,6 +43,8 @@ OWN = frozenset(
         RETRIES,
         REPLACES,
         UNRECORDED,
+        RANK,
+        SENT_AT,
         SENT,
         ENTRY,
         DUE,

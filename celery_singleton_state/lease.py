@@ -97,7 +97,7 @@ from collections.abc import Callable
 from .store.base import Lease
 
 # CLOCK_MONOTONIC stands still while the machine is suspended, and the store's clock does not.
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 #: The part of a lease's life for which its holder trusts it. The rest is for the body to end in.
@@ -106,7 +106,7 @@ TRUSTED_PART = 0.9
 
 def clock() -> float:
     """Seconds on the clock that leases are trusted by; only differences mean anything."""
-    return time.clock_gettime(_CLOCK)
+    return time.clock_gettime(CLOCK)
 
 
 class HeldLease:
@@ -121,6 +121,8 @@ class HeldLease:
         self.renew_every = min(interval, TRUSTED_PART * lease.ttl / 2)
         #: Why it is lost, as a text for people; ``None`` while it is not.
         self.lost: str | None = None
+        #: Who asked the holder to hand over, as far as it has heard.
+        self.asked_by: str | None = None
         self.asked_at = asked_at
         self.forget()
         self.renewed(asked_at)
@@ -152,6 +154,7 @@ class HeldLease:
         """
         self.renewed(asked_at)
         if who:
+            self.asked_by = who
             self.on_handoff(who)
 
     def lose(self, why: str) -> None:

@@ -117,12 +117,15 @@ def means_to_kill(error: BaseException) -> bool:
     return frames[-1].f_code is BasePool.terminate_job.__code__
 
 
-def put_back(task: Any, request: Context, singleton: str) -> NoReturn:
+def put_back(
+    task: Any, request: Context, singleton: str, headers: Mapping[str, Any] | None = None
+) -> NoReturn:
     """Send a message again whose run goes on.
 
     It is the only insurance if the run that holds the lease for it dies, so it is neither run
     nor thrown away. Its delays double up to :data:`MAX_DELAY` seconds, jittered.
 
+    :param headers: added to the message's own.
     :raises Ignore: always.
     """
     count = count_in(request, PUT_BACK)
@@ -133,4 +136,4 @@ def put_back(task: Any, request: Context, singleton: str) -> NoReturn:
         request.id,
         delay,
     )
-    send_again(task, request, singleton, delay, {PUT_BACK: count + 1})
+    send_again(task, request, singleton, delay, {**(headers or {}), PUT_BACK: count + 1})

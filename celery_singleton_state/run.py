@@ -119,6 +119,7 @@ class Run:
                     self._leadership.end()
             finally:
                 _current.reset(token)
+                self._delivery.place.asked_by = self.held.asked_by
                 # Both refer to this run, which would keep it and its state for the collector.
                 self.held.forget()
                 self._leadership.forget()
@@ -253,7 +254,18 @@ class Run:
     def _hand_over(self, saved: Saved | None) -> None:
         """:raises HeartbeatFailed: somebody asked for the lease; the state is saved."""
         if saved is not None and saved.handoff_to is not None:
-            raise HeartbeatFailed(self.name, asked_by(saved.handoff_to))
+            self.held.asked_by = saved.handoff_to
+        self.refuse_if_asked()
+
+    def refuse_if_asked(self) -> None:
+        """:raises HeartbeatFailed: somebody asked for the lease."""
+        if self.held.asked_by is not None:
+            raise HeartbeatFailed(self.name, asked_by(self.held.asked_by))
+
+    @property
+    def headers(self) -> dict[str, Any]:
+        """Headers of a retry of the run's message."""
+        return self._delivery.resent
 
     @property
     def _is_here(self) -> bool:

@@ -35,6 +35,7 @@ from .in_run import InRun
 from .interrupt import Unbreakable
 from .keys import Binder, row_key, singleton_name
 from .options import Options, find_misspelled, read_options, run_signature
+from .place import note_sending
 from .redelivery import UNSENDABLE, leave_with_broker, left_if_killed
 from .results import has_result, is_recorded
 from .retry import RetryAfter
@@ -80,8 +81,9 @@ class SingletonTask(_TypedTask[S, P, R]):
     - ``persist_on_error``: whether a body that raises saves its state. Default false.
     - ``on_conflict``: what a delivery does that finds the lease taken. ``"skip"`` (default): it
       succeeds with ``None``. ``"raise"``: it fails. ``"wait"``: it is tried again until it gets the
-      lease. ``"replace"``: the same, and the holder is asked to stop. ``"coalesce"``: it succeeds
-      with ``None``, and one more run, with the newest arguments, is sent at the release.
+      lease. ``"replace"``: the same, the holder is asked to stop, and a message that waits gives
+      up when a newer one comes: it succeeds with ``None``. ``"coalesce"``: it succeeds with
+      ``None``, and one more run, with the newest arguments, is sent at the release.
     - ``conflict_timeout``: seconds that a delivery waits for the lease, not counting queues, before
       it fails. None: the setting, 10 s.
     - ``hold_at_least``: seconds from its acquisition that the lease is kept when a run succeeds.
@@ -203,8 +205,10 @@ class SingletonTask(_TypedTask[S, P, R]):
         send = marking(self, task_id, super().apply_async)
 
         def publish(own_id: str | None = task_id) -> Any:
-            chosen = {} if own_id is None else {"task_id": own_id}
-            return send(args, kwargs, **{**options, **chosen})
+            chosen = options if own_id is None else {**options, "task_id": own_id}
+            if self._options.on_conflict == "replace":
+                chosen = note_sending(chosen)
+            return send(args, kwargs, **chosen)
 
         # A run stands for what others send, and not for its own next one.
         run = current_run(self)
@@ -238,8 +242,15 @@ class SingletonTask(_TypedTask[S, P, R]):
 
         :raises Retry: the message was sent again.
         :raises Reject: it could not be sent; the broker keeps it, where Celery would drop it.
+        :raises HeartbeatFailed: the run was asked to hand over to a newer message, which it must
+            not replace in turn.
         """
         run = current_run(self)
+        if run is not None:
+            run.refuse_if_asked()
+            if run.headers:
+                headers = options.get("headers") or custom_headers(self.request)
+                options["headers"] = {**headers, **run.headers}
         try:
             retry = super().retry(*args, **options)
         except Reject as rejected:
@@ -302,7 +313,7 @@ class SingletonTask(_TypedTask[S, P, R]):
         :raises Retry: the message was sent again.
         """
         answer = delivery.answer_to(error)
-        if not isinstance(answer, RetryAfter):
+        if not isinstance(answer, RetryAfter) or delivery.place.asked_by is not None:
             return
         try:
             # The answer has judged the count already.
@@ -310,7 +321,9 @@ class SingletonTask(_TypedTask[S, P, R]):
                 exc=error,
                 countdown=answer.seconds,
                 max_retries=delivery.retries + 1,
-                headers=custom_headers(delivery.request) | {RETRIES: delivery.own_retries + 1},
+                headers=custom_headers(delivery.request)
+                | delivery.resent
+                | {RETRIES: delivery.own_retries + 1},
             )
         finally:
             # Celery leaves it on the task, where the next retry of its own would find it.

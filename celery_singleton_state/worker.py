@@ -8,7 +8,7 @@ import logging
 import os
 from typing import Any
 
-from celery import Celery, bootsteps
+from celery import Celery, bootsteps, signals
 from celery.concurrency import get_implementation
 from celery.exceptions import ImproperlyConfigured
 
@@ -20,6 +20,7 @@ from .hooks import events
 from .keys import row_key
 from .options import expected_singletons, options_of
 from .parent_renewal import ParentRenewal
+from .place import note_arrival
 from .recovery import free_dead
 from .renewal_slots import mark_as_parent
 from .store.base import StoreError, StoreNotReady, StoreUnavailable
@@ -45,6 +46,7 @@ class SingletonStep(bootsteps.StartStopStep):
         app: Celery = parent.app
         self.check(parent)
         watch_for_dropped()
+        signals.task_received.connect(note_arrival)
         events.follow(parent.hostname)
         # A pool of processes must not inherit connections; one of threads opens them anew.
         free_dead(runtime.runtime_of(app))

@@ -156,6 +156,39 @@ def test_one_that_replaces_stops_the_holder(fleet: Fleet, client: Callable[[], C
     ]
 
 
+def test_of_four_messages_that_replace_within_a_second_the_last_completes(
+    fleet: Fleet, client: Callable[[], Celery], go: Path
+) -> None:
+    """All of them would run for long. The children ask the store in any order."""
+    app = client()
+    worker = fleet.start("-c", "4")
+    whats = ["first", "second", "third", "last"]
+    sent = [send(app, "replaces", what, go if what == "last" else "for ever") for what in whats]
+    endings = [outcome(each) for each in sent[:-1]]
+    assert all(ending is None or isinstance(ending, HeartbeatFailed) for ending in endings)
+    go.touch()
+    assert outcome(sent[-1]) == "last"
+    assert entered(fleet)[-1] == "last"
+    assert worker.output.count(", which is newer") == endings.count(None)
+    assert row_of(app, "replaces").last_outcome == "succeeded"
+
+
+def test_a_replaced_message_that_is_retried_does_not_replace_its_replacer(
+    fleet: Fleet, client: Callable[[], Celery], go: Path
+) -> None:
+    """The first one is to be retried over any error, also over that it was asked to stop."""
+    app = client()
+    fleet.start("-c", "2")
+    first = send(app, "replaces_and_retries", "first", "for ever")
+    fleet.wait_for_notes("enter")
+    second = send(app, "replaces_and_retries", "second", go)
+    assert isinstance(outcome(first), HeartbeatFailed)
+    fleet.wait_for_notes("enter", 2)
+    go.touch()
+    assert outcome(second) == "second"
+    assert entered(fleet) == ["first", "second"]
+
+
 def test_a_holder_that_does_not_stop_is_not_replaced(
     fleet: Fleet, client: Callable[[], Celery], go: Path
 ) -> None:

@@ -457,6 +457,17 @@ singleton_task(
     name="stubborn",
 )(run_until)
 
+singleton_task(
+    app,
+    state_schema=Counter,
+    on_conflict="replace",
+    autoretry_for=(BaseException,),
+    retry_backoff=False,
+    default_retry_delay=0,
+    retry_reasons=["HeartbeatFailed"],
+    name="replaces_and_retries",
+)(run_until)
+
 singleton_task(app, state_schema=Counter, hold_at_least=2, name="held_on")(run_until)
 singleton_task(
     app, state_schema=Counter, hold_at_least=2, on_conflict="coalesce", name="held_on_coalesced"

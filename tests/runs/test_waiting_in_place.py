@@ -10,6 +10,7 @@ import pytest
 from celery import Celery
 
 from celery_singleton_state import HeartbeatFailed, LeaderHandoffFailed, singleton_task
+from celery_singleton_state.delivery import Delivery
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import StoreUnavailable
 
@@ -65,10 +66,13 @@ def test_one_that_waits_runs_when_the_lease_is_free(app: Celery, call: Any) -> N
 
 
 @pytest.mark.parametrize("policy", ["wait", "replace"])
-def test_it_waits_for_no_longer_than_it_may(app: Celery, call: Any, policy: str) -> None:
+def test_it_waits_for_no_longer_than_it_may(
+    app: Celery, call: Any, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Delivery, "conflict_timeout", 0.3)
     store = runtime_of(app).store
     assert store.acquire("singleton-state:called", "somebody", 60, "task-1") is not None
-    task = task_of(app, idle, on_conflict=policy, conflict_timeout=0.3)
+    task = task_of(app, idle, on_conflict=policy)
     with pytest.raises(LeaderHandoffFailed, match=r"not obtained within 0\.3 s; held by somebody"):
         call(task)
 
