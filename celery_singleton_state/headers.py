@@ -7,6 +7,8 @@ from typing import Any
 
 from celery.app.task import Context
 
+#: What all names begin with.
+PREFIX = "singleton_"
 #: How often the message was requeued because its own run went on.
 PUT_BACK = "singleton_put_back"
 #: Marks a message that this package sent again, as it is; says for which try, from 1.

@@ -14,6 +14,7 @@ from celery.concurrency.base import BasePool
 from celery.exceptions import Ignore, Reject
 from kombu.exceptions import EncodeError
 
+from .content import encoding_of
 from .headers import PUT_BACK, SENT_AGAIN, count_in, custom_headers, try_of
 
 logger = logging.getLogger(__name__)
@@ -50,23 +51,25 @@ def send_again(
         countdown=delay,
         retries=request.retries,
         headers={**custom_headers(request), SENT_AGAIN: try_of(request.retries), **(headers or {})},
+        **encoding_of(request),
     )
     try:
-        _send_as_it_is(task, signature)
+        send_as_it_is(task, signature.args, signature.kwargs, signature.options)
     except Exception as error:  # a client whose connection breaks can raise anything
         leave_with_broker(request, singleton, error)
     raise Ignore(f"task {request.id} comes again in {delay:.1f} s")
 
 
-def _send_as_it_is(task: Any, signature: Any) -> None:
+def send_as_it_is(task: Any, args: Any, kwargs: Any, options: Mapping[str, Any]) -> None:
     """Send a message, but not by its task's ``apply_async``.
 
     One of a base class may add to the arguments what these have already, or need a context that is
     not there; and what such a class takes off again does not fit the body's signature.
     """
-    options = {name: value for name, value in signature.options.items() if value is not None}
-    options = {**task._get_exec_options(), **options}
-    task.app.send_task(task.name, signature.args, signature.kwargs, task_type=task, **options)
+    given = {name: value for name, value in options.items() if value is not None}
+    task.app.send_task(
+        task.name, args, kwargs, task_type=task, **{**task._get_exec_options(), **given}
+    )
 
 
 def leave_with_broker(request: Context, singleton: str, error: Exception) -> NoReturn:

@@ -15,6 +15,7 @@ from celery.result import allow_join_result
 from typing_extensions import ParamSpec, TypeVar
 
 from .calls import guard_calls, has_call_behind, in_guard, keep_class_of_app
+from .content import encoding_of
 from .converted import Converter, converter_of
 from .deliver import deliver
 from .delivery import Delivery
@@ -252,7 +253,7 @@ class SingletonTask(_TypedTask[S, P, R]):
                 headers = options.get("headers") or custom_headers(self.request)
                 options["headers"] = {**headers, **run.headers}
         try:
-            retry = super().retry(*args, **options)
+            retry = super().retry(*args, **{**encoding_of(self.request), **options})
         except Reject as rejected:
             error = rejected.args[0]
             if isinstance(error, Exception) and not isinstance(error, UNSENDABLE):

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import uuid
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 from celery import Celery
 
+from .content import Content, dump, load, options_for_new
 from .headers import SENT
+from .redelivery import send_as_it_is
 from .store.base import Leases, Released
 
 if TYPE_CHECKING:
@@ -23,31 +25,39 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Wish(msgspec.Struct, frozen=True):
-    """A message to be sent, as the row keeps it."""
+@dataclass(frozen=True)
+class Wish:
+    """A pending run, as the row keeps it: the message that is to be sent.
+
+    :param options: of Celery's ``apply_async``.
+    """
 
     task: str
     id: str
-    args: list[Any]
-    kwargs: dict[str, Any]
-    routing: dict[str, Any]
+    content: Content
+    options: dict[str, Any]
+
+    def encode(self) -> str:
+        """The text that is kept."""
+        own = {"task": self.task, "id": self.id, "options": self.options}
+        return dump(own | vars(self.content))
+
+    @classmethod
+    def decode(cls, text: str) -> Wish:
+        """The pending run that is kept."""
+        found = load(text)
+        task, task_id, options = found.pop("task"), found.pop("id"), found.pop("options")
+        return cls(task, task_id, Content(**found), options)
 
 
 def wish_for(delivery: Delivery, args: Any, kwargs: Any) -> str:
-    """The wish for one more run with the arguments of this delivery, in its queue.
+    """The pending run for a delivery: its message, sent anew.
 
-    :raises TypeError: an argument cannot be written as JSON.
+    :raises TypeError: an argument cannot be encoded as the message was.
     """
-    info: Any = delivery.request.delivery_info or {}
-    routing = {name: info[name] for name in ("exchange", "routing_key", "priority") if name in info}
-    wish = Wish(delivery.task.name, str(uuid.uuid4()), list(args), dict(kwargs), routing)
-    try:
-        return msgspec.json.encode(wish).decode()
-    except (TypeError, ValueError, msgspec.MsgspecError) as error:
-        raise TypeError(
-            f"task {delivery.task.name}: on_conflict='coalesce' keeps its arguments as JSON, "
-            f"and one cannot be written so: {error}"
-        ) from error
+    task, request = delivery.task, delivery.request
+    content = Content.of(task, request, args, kwargs)
+    return Wish(task.name, str(uuid.uuid4()), content, options_for_new(task, request)).encode()
 
 
 def grant(
@@ -63,18 +73,15 @@ def grant(
         written = released.wanted if released is not None else store.wishes.wanted(key)
         if not written:
             return
-        wish = msgspec.json.decode(written, type=Wish)
+        wish = Wish.decode(written)
         if wish.id == task_id:
             store.wishes.granted(key, written)
             return
-        app.tasks[wish.task].apply_async(
-            tuple(wish.args),
-            wish.kwargs,
-            task_id=wish.id,
-            # Sent a second time, it is a copy.
-            headers={SENT: wish.id},
-            **wish.routing,
-        )
+        args, kwargs = wish.content.decode(app)
+        # Sent a second time, it is a copy.
+        headers = {**(wish.options.get("headers") or {}), SENT: wish.id}
+        options = {**wish.options, "task_id": wish.id, "headers": headers}
+        send_as_it_is(app.tasks[wish.task], args, kwargs, options)
         store.wishes.granted(key, written)
         logger.info("%s: one more run was wanted; sent as task %s", key, wish.id)
     except Exception:

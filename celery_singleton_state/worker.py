@@ -15,6 +15,7 @@ from celery.exceptions import ImproperlyConfigured
 from . import runtime
 from .children import watch_pool
 from .consumer_timeout import ConsumerTimeoutStep
+from .content import note_content
 from .dropped import watch_for_dropped
 from .hooks import events
 from .keys import row_key
@@ -47,6 +48,7 @@ class SingletonStep(bootsteps.StartStopStep):
         self.check(parent)
         watch_for_dropped()
         signals.task_received.connect(note_arrival)
+        signals.task_received.connect(note_content)
         events.follow(parent.hostname)
         # A pool of processes must not inherit connections; one of threads opens them anew.
         free_dead(runtime.runtime_of(app))

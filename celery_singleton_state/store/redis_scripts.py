@@ -67,7 +67,7 @@ if tonumber(newest or '0') < clock then
   fence = string.format('%.0f', clock)
   set('fence', fence)
 else
-  set('fence', newest)
+  set('fence', newest or '0')
   redis.call('HINCRBY', key, 'fence', 1)
   fence = get('fence')
 end

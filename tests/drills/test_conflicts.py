@@ -6,8 +6,11 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from celery import Celery, chain
@@ -216,6 +219,33 @@ def test_many_wishes_are_one_run_with_the_newest_arguments(
     assert entered(fleet) == ["first", "wish 4"]
     assert outcome(send(app, "coalesces", "later")) == "later"
     assert entered(fleet) == ["first", "wish 4", "later"]
+
+
+@pytest.mark.parametrize("serializer", ["json", "pickle"])
+def test_the_run_after_many_coalesced_messages_has_the_arguments_that_the_newest_was_sent_with(
+    make_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+    go: Path,
+    serializer: str,
+) -> None:
+    """Of the same types, and with the tenant's, which a base class takes off."""
+    fleet = make_fleet(f"sqlite:///{tmp_path}/store.db", TEST_SERIALIZER=serializer)
+    values: list[Any] = [datetime(2026, 11, 27, tzinfo=UTC), Decimal("0.10"), UUID(int=7)]
+    if serializer == "pickle":
+        values.append({1, 2})
+    app = client()
+    fleet.start("-c", "2")
+    first = app.send_task("coalesces_typed", ("a", str(go)), serializer=serializer)
+    fleet.wait_for_notes("enter")
+    for tenant in "ab":
+        arguments = (tenant, "", *values)
+        assert outcome(app.send_task("coalesces_typed", arguments, serializer=serializer)) is None
+    go.touch()
+    assert outcome(first) == []
+    fleet.wait_for_notes("leave", 2)
+    assert [note["tenant"] for note in fleet.notes("tenant")] == ["a", "a", "b", "b"]
+    assert fleet.notes("enter")[-1]["values"] == [repr(value) for value in values]
 
 
 def test_a_holder_that_dies_does_not_take_the_wish_with_it(

@@ -468,6 +468,25 @@ singleton_task(
     name="replaces_and_retries",
 )(run_until)
 
+
+class OfTenant(SingletonTask[Any]):
+    """Takes the tenant's argument off before the task is called."""
+
+    abstract = True
+
+    def __call__(self, tenant: str, *args: Any, **kwargs: Any) -> Any:
+        note("tenant", tenant=tenant)
+        return super().__call__(*args, **kwargs)
+
+
+@singleton_task(app, base=OfTenant, on_conflict="coalesce", name="coalesces_typed")
+def coalesces_typed(self: SingletonTask, until: str, *values: Any) -> list[str]:
+    with inside("coalesces_typed", values=[repr(value) for value in values]):
+        if until:
+            wait_for(until)
+    return [type(value).__name__ for value in values]
+
+
 singleton_task(app, state_schema=Counter, hold_at_least=2, name="held_on")(run_until)
 singleton_task(
     app, state_schema=Counter, hold_at_least=2, on_conflict="coalesce", name="held_on_coalesced"

@@ -144,7 +144,6 @@ BRIEFLY = (
     "acquire does not ask the clock",
     "acquire again resets the number",
     "acquire again forgets who asked",
-    "acquire by an older message",
     "asking in any order",
     "save without the fence",
     "save in any order",

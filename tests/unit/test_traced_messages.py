@@ -323,7 +323,7 @@ def test_what_a_tool_raises_in_a_sending_leaves_the_message(
     def wrapped(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(Task, "apply_async", wrapped)
+    monkeypatch.setattr(app, "send_task", wrapped)
     answer = deliver(task, message)
     assert answer.info.state == "REJECTED"
     assert answer.info.retval.requeue
