@@ -29,6 +29,7 @@ from . import (
     stores,
     takeover,
     upgrade,
+    waiting,
     worker,
 )
 from .servers import Servers, started_servers
@@ -46,6 +47,7 @@ PARTS: dict[str, Callable[[Servers, bool, Console], None]] = {
     "beat": beat.run,
     "takeover": takeover.run,
     "upgrade": upgrade.run,
+    "waiting": waiting.run,
 }
 
 

@@ -24,13 +24,12 @@ from .hooks import Skipped
 from .place import a_direct_call, is_older, newest_in
 from .redelivery import can_be_put_back, send_again
 from .store.base import Row
+from .waiting import AFTER_EXPIRY, send_to_wait
 from .wish import wish_for
 
-#: Seconds before the second try of one that waits, doubled up to the longest, and jittered.
+#: Seconds before the second try of one that waits in place; doubled up to the longest, jittered.
 FIRST_WAIT = 0.1
 LONGEST_WAIT = 4.0
-#: Seconds after the lease of a holder that may be dead has run out.
-AFTER_EXPIRY = 0.1
 #: Seconds between two looks of one that asked the holder to hand over.
 HANDOVER_WAIT = 0.2
 
@@ -41,6 +40,7 @@ class Conflict:
 
     :param row: the row as it was seen just after; it may have changed since.
     :param waited: seconds that it has waited in place.
+    :param asked_at: when it asked for the lease, on :func:`~celery_singleton_state.lease.clock`.
     """
 
     delivery: Delivery
@@ -48,6 +48,21 @@ class Conflict:
     args: Any
     kwargs: Any
     waited: float
+    asked_at: float
+
+    def time_left(self) -> float:
+        """Seconds that it may go on waiting.
+
+        :raises LeaderHandoffFailed: none.
+        """
+        delivery = self.delivery
+        left = delivery.conflict_timeout - delivery.waited - self.waited
+        if left <= 0:
+            raise LeaderHandoffFailed(
+                self.singleton,
+                f"not obtained within {delivery.conflict_timeout:g} s; {self.holder}",
+            )
+        return left
 
     @property
     def singleton(self) -> str:
@@ -80,6 +95,8 @@ def refuse(conflict: Conflict) -> None:
 
 def wait(conflict: Conflict) -> float | None:
     """The delivery is tried again until the lease is free."""
+    if can_be_put_back(conflict.delivery.request):
+        send_to_wait(conflict)
     waited = conflict.delivery.waited + conflict.waited
     # Each wait is about as long as all before it.
     return _try_again(conflict, min(max(waited, FIRST_WAIT), LONGEST_WAIT))
@@ -157,12 +174,7 @@ def _try_again(conflict: Conflict, pause: float) -> float:
     """
     delivery = conflict.delivery
     waited = delivery.waited + conflict.waited
-    left = delivery.conflict_timeout - waited
-    if left <= 0:
-        raise LeaderHandoffFailed(
-            conflict.singleton,
-            f"not obtained within {delivery.conflict_timeout:g} s; {conflict.holder}",
-        )
+    left = conflict.time_left()
     pause *= random.uniform(0.75, 1.25)
     if conflict.row is not None and conflict.row.held:
         # A holder that died is succeeded when its lease runs out, and not when the wait is over.

@@ -30,6 +30,7 @@ from .redelivery import can_be_put_back, put_back
 from .run import Run
 from .sent_anew import forget_result, warn_if_sent_anew
 from .store.base import Acquired, Row, StoreError
+from .waiting import is_behind_another
 
 #: One for a connection that died in the pool, one over a new connection.
 LOAD_TRIES = 2
@@ -104,7 +105,7 @@ def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any
     if row is not None and row.held and can_be_put_back(request) and _is_of_holder(row, request):
         delivery.place.rank = row.fence
         put_back(delivery.task, request, name, delivery.resent)
-    again = _conflict(Conflict(delivery, row, args, kwargs, waited))
+    again = _conflict(Conflict(delivery, row, args, kwargs, waited, asked_at))
     return again is None, again
 
 
@@ -208,6 +209,9 @@ def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
 
     def ask() -> tuple[float, Acquired | None, Row | None]:
         find_place(delivery)
+        seen = _still_taken(claim)
+        if seen is not None:
+            return until - delivery.first_ttl, None, seen
         for _ in range(LOOKS):
             asked_at, acquired = _ask(claim)
             if acquired is not None:
@@ -225,6 +229,24 @@ def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
         return in_place(ask, LOAD_TRIES, until)
     except StoreError as error:
         raise StateLoadFailed(delivery.name, str(error)) from error
+
+
+def _still_taken(claim: Claim) -> Row | None:
+    """The row, if a message that waited must go on waiting.
+
+    It only reads: of many messages that wait, few find the lease free. A free one is left to the
+    message that is next in line, but for the last try.
+    """
+    delivery = claim.delivery
+    if delivery.on_conflict != "wait" or not delivery.waited or claim.may_hold:
+        return None
+    row = delivery.runtime.store.peek(delivery.key)
+    if row is None:
+        return None
+    if row.held:
+        return None if free_holder(delivery.runtime, row.holder) else row
+    has_time = delivery.waited < delivery.conflict_timeout
+    return row if has_time and is_behind_another(row, delivery.request.id) else None
 
 
 def _ask(claim: Claim) -> tuple[float, Acquired | None]:

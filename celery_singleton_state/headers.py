@@ -17,6 +17,8 @@ SENT_AGAIN = "singleton_sent_again"
 WAITED = "singleton_waited"
 #: The id of the task that this message replaces, wholly or in part, by ``self.replace()``.
 REPLACES = "singleton_replaces"
+#: Seconds that it had waited when it became the next in line.
+NEXT_SINCE = "singleton_next_since"
 #: How often this package retried the message.
 RETRIES = "singleton_retries"
 #: How often the message was requeued because its run had ended a moment before.
@@ -42,6 +44,7 @@ OWN = frozenset(
         PUT_BACK,
         SENT_AGAIN,
         WAITED,
+        NEXT_SINCE,
         RETRIES,
         REPLACES,
         UNRECORDED,

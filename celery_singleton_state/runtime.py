@@ -22,6 +22,7 @@ from .holdings import Holdings, directory_of
 from .hooks import Door
 from .keys import task_of
 from .lease import TRUSTED_PART, clock
+from .pace import Pace
 from .renewal_slots import LeftToParent, parents_mark
 from .settings import Settings
 from .store import SqlStore, Store, open_store
@@ -54,6 +55,8 @@ class Runtime:
         self._store: Store | None = None
         self._heartbeats: dict[int, Heartbeat] = {}
         self._holdings: Holdings | None = None
+        #: Of the messages that wait for a lease.
+        self.pace = Pace()
         #: Leases that this process may hold without a run.
         self.unreturned = Unreturned(self)
 
