@@ -1,5 +1,5 @@
 """``python -m benchmarks [--quick] [worker] [statements] [rows] [handoff] [heartbeat] [events]
-[stores] [contention] [scrape] [beat] [takeover] [upgrade]``"""
+[stores] [contention] [scrape] [beat] [takeover] [upgrade] [waiting]``"""
 
 from __future__ import annotations
 

@@ -30,7 +30,9 @@ class Pace:
         """
         now = clock()
         with self._lock:
-            self._cost += (cost + COST_OF_MESSAGE - self._cost) / 8
+            # The first request, which makes a connection, tells little of those that follow.
+            cost = min(cost + COST_OF_MESSAGE, 4 * self._cost)
+            self._cost += (cost - self._cost) / 8
             for each in list(self._due):
                 self._forget_past(each, now)
             waiting = self._due.setdefault(key, [])

@@ -88,8 +88,9 @@ class SingletonTask(_TypedTask[S, P, R]):
     - ``conflict_timeout``: seconds that a delivery waits for the lease, not counting queues, before
       it fails. None: the setting, 10 s.
     - ``hold_at_least``: seconds from its acquisition that the lease is kept when a run succeeds.
-    - ``enqueue_once``: whether a message is not sent while another is queued or running; a queued
-      one counts for 300 s, or until it expires.
+    - ``enqueue_once``: whether a message is not sent while another is queued, or, where
+      ``on_conflict`` is ``"skip"`` or ``"raise"``, running. A queued one counts until it expires,
+      or 300 s after it may run.
     - ``lease_ttl``: seconds that the lease lives without a renewal. None: heartbeat interval
       times threshold, 8 s by default. A longer life is confirmed before the body begins, by one
       statement more.

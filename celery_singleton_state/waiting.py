@@ -32,8 +32,11 @@ NEXT_PAUSE = 1.0
 LONGEST_PAUSE = 30.0
 #: That, as a part of the time that it may wait; it is never less than NEXT_PAUSE.
 PART_OF_TIMEOUT = 0.01
-#: Seconds after its next try for which a message keeps its place: it may meet a queue.
+#: Seconds after its next try for which a message keeps its place, because it may meet a queue: at
+#: least, at most, and as a part of the time that it may wait.
 GRACE = 3.0
+LONGEST_GRACE = 10.0
+GRACE_OF_TIMEOUT = 0.02
 #: Seconds after the lease of a holder that may be dead has run out.
 AFTER_EXPIRY = 0.1
 
@@ -44,7 +47,7 @@ def is_behind_another(row: Row, task_id: str | None) -> bool:
     The claim of a message that is merely queued lasts for longer.
     """
     next_one, queued_in = row.queued_task_id, row.queued_in or 0.0
-    return next_one not in (None, task_id) and queued_in <= NEXT_PAUSE + GRACE
+    return next_one not in (None, task_id) and queued_in <= NEXT_PAUSE + LONGEST_GRACE
 
 
 def send_to_wait(conflict: Conflict) -> None:
@@ -101,7 +104,9 @@ def _is_next(conflict: Conflict, pause: float) -> bool:
     if row is None or not task_id or row.queued_task_id not in (None, task_id):
         return False
     is_queued = row.queued_task_id == task_id
-    life = LIFE if delivery.options.enqueue_once else GRACE
+    life = min(max(delivery.conflict_timeout * GRACE_OF_TIMEOUT, GRACE), LONGEST_GRACE)
+    if delivery.options.enqueue_once:
+        life = LIFE
     if is_queued and (row.queued_in or 0.0) > pause + life / 2:
         return True
     claim = delivery.runtime.store.wishes.claim
