@@ -152,6 +152,8 @@ def test_a_leader_that_stopped_ticking_is_not(fleet: Fleet, client: Callable[[],
     """
     app = client()
     hang = fleet.directory / "hang"
+    # No worker is there to end a tick, for which the next one of a singleton would wait.
+    fleet.environment["TEST_SCHEDULE"] = json.dumps({"a": SCHEDULE["a"] | {"task": "plain"}})
     stuck = fleet.start_beat(
         APP, options=("-n", "celerybeat@stuck", REMOTE), TEST_HANG=str(hang), TEST_MAX_TICK_AGE="3"
     )
