@@ -9,7 +9,13 @@ from math import inf
 from celery.schedules import crontab
 
 from celery_singleton_state.lease import clock
-from celery_singleton_state.schedules import CHANGE, MINUTE, Schedule, is_plain_interval
+from celery_singleton_state.schedules import (
+    CHANGE,
+    MINUTE,
+    Schedule,
+    is_plain_interval,
+    zone_of,
+)
 
 #: Ticks of one entry that are owed at most; the older ones are missed.
 MAX_OWED = 100_000
@@ -61,7 +67,7 @@ def surplus(asked: Schedule, due: datetime, now: datetime) -> int:
     if type(asked) is not crontab or now - due < MAX_OWED * MINUTE:
         return 0
     cron: Schedule = asked
-    first, last = due.astimezone(cron.tz), now.astimezone(cron.tz)
+    first, last = due.astimezone(zone_of(cron)), now.astimezone(zone_of(cron))
     days = (first.date() + number * DAY for number in range((last.date() - first.date()).days))
     owed = _ticks_a_day(cron) * sum(_is_day_of(cron, day) for day in days)
     owed += _ticks_until(cron, last) - _ticks_until(cron, first) + 1
@@ -81,12 +87,12 @@ def _next(
 
 def _end_of_day(cron: Schedule, due: datetime) -> datetime | None:
     """The last moment of a tick's day, if it is the day's first tick and clocks are not changed."""
-    wall = due.astimezone(cron.tz)
+    wall = due.astimezone(zone_of(cron))
     if (wall.hour, wall.minute) != (min(cron.hour), min(cron.minute)):
         return None
     start = due - wall.hour * 60 * MINUTE - wall.minute * MINUTE
     end = start + DAY
-    before, after = (start - CHANGE).astimezone(cron.tz), (end + CHANGE).astimezone(cron.tz)
+    before, after = (start - CHANGE).astimezone(zone_of(cron)), (end + CHANGE).astimezone(zone_of(cron))
     return end - timedelta.resolution if before.utcoffset() == after.utcoffset() else None
 
 

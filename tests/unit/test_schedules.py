@@ -8,13 +8,15 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+import pytz
 from celery import Celery
 from celery.schedules import crontab, schedule
+from dateutil import tz as dateutil_tz
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from celery_singleton_state import matches_now, next_runs
-from celery_singleton_state.schedules import next_due
+from celery_singleton_state.schedules import GOES_BY_NOWFUN, next_due, spelled
 
 BERLIN = ZoneInfo("Europe/Berlin")
 
@@ -58,6 +60,142 @@ def test_a_crontab_is_due_when_celery_says_so(cron: crontab, after: datetime) ->
     app = Celery("utc", set_as_current=False)
     cron.app, cron.nowfun = app, lambda: after
     assert next_due(cron, after) == after + cron.remaining_estimate(after)
+
+
+#: Summer time on both sides of the equator, none, half an hour, changes at midnight, none any more.
+ZONES = [
+    *("Europe/Berlin", "Europe/Dublin", "America/New_York", "Asia/Kolkata", "Australia/Lord_Howe"),
+    *("Pacific/Apia", "America/Santiago", "Asia/Kathmandu", "Antarctica/Troll", "UTC"),
+]
+KINDS = {"pytz": pytz.timezone, "dateutil": dateutil_tz.gettz, "name": str}
+
+
+def in_zone(cron: crontab, zone: Any) -> crontab:
+    """The crontab with a zone of its own."""
+    made = crontab(*cron.__reduce__()[1], app=Celery("zoned", set_as_current=False))
+    made.tz = zone
+    return made
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    cron=crontabs,
+    after=moments,
+    name=st.sampled_from(ZONES),
+    kind=st.sampled_from(sorted(KINDS)),
+)
+def test_a_crontab_is_due_at_the_same_times_in_each_kind_of_time_zone(
+    cron: crontab, after: datetime, name: str, kind: str
+) -> None:
+    due = next_due(in_zone(cron, ZoneInfo(name)), after)
+    assert next_due(in_zone(cron, KINDS[kind](name)), after) == due
+
+
+def changes(zone: ZoneInfo, year: int) -> list[datetime]:
+    """The hours of a year before which the clocks are changed, or its first hour."""
+    start = datetime(year, 1, 1, tzinfo=UTC)
+    hours = [start + timedelta(hours=number) for number in range(366 * 24)]
+    offsets = [hour.astimezone(zone).utcoffset() for hour in hours]
+    found = [hours[n] for n in range(1, len(hours)) if offsets[n] != offsets[n - 1]]
+    return found or [start]
+
+
+def by_brute_force(cron: crontab, zone: ZoneInfo, start: datetime, end: datetime) -> set[datetime]:
+    """The minutes in which a clock on the wall shows a time of the crontab for the first time."""
+    shown, found = set[datetime](), set[datetime]()
+    for number in range((end - start) // timedelta(minutes=1)):
+        moment = start + timedelta(minutes=number)
+        wall = moment.astimezone(zone).replace(tzinfo=None, fold=0)
+        if wall not in shown and wall.hour in cron.hour and wall.minute in cron.minute:
+            found.add(moment)
+        shown.add(wall)
+    return found
+
+
+@pytest.mark.parametrize("name", ZONES)
+def test_a_pytz_time_zone_shifts_no_crontab(name: str) -> None:
+    """Over the changes of the clocks, minute by minute; what they leave out is another test's."""
+    zone = ZoneInfo(name)
+    app = Celery("zoned", set_as_current=False)
+    app.conf.timezone = pytz.timezone(name)
+    cron = crontab(minute="*/30", hour="0-22", app=app)
+    for change in changes(zone, 2026):
+        start, end = change - timedelta(hours=26), change + timedelta(hours=26)
+        due, moment = set[datetime](), start - timedelta(minutes=1)
+        while (moment := next_due(cron, moment)) < end:
+            due.add(moment)
+        assert by_brute_force(cron, zone, start, end) <= due
+        left_out = due - by_brute_force(cron, zone, start, end)
+        assert all(abs(moment - change) <= timedelta(hours=3) for moment in left_out)
+
+
+@pytest.mark.parametrize("name", ZONES)
+def test_a_pytz_time_zone_is_as_celery_has_it(name: str) -> None:
+    """At noon of each day of a year. Before 5.7 Celery is wrong when the clocks are changed."""
+    app = Celery("zoned", set_as_current=False)
+    app.conf.timezone = name
+    zoned = Celery("zoned", set_as_current=False)
+    zoned.conf.timezone = pytz.timezone(name)
+    cron, ours = crontab(0, 12, app=app), crontab(0, 12, app=zoned)
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    for _ in range(366):
+        shown = moment.astimezone(ZoneInfo(name))
+        cron.nowfun = lambda shown=shown: shown
+        due = next_due(ours, moment)
+        if shown.utcoffset() == due.astimezone(ZoneInfo(name)).utcoffset():
+            assert due == moment + cron.remaining_estimate(shown)
+        moment = due
+
+
+@pytest.mark.parametrize(
+    "zone",
+    [pytz.utc, pytz.FixedOffset(90), dateutil_tz.tzoffset("x", 5400), "Asia/Kolkata", None],
+)
+def test_other_kinds_of_time_zones(zone: Any) -> None:
+    made = in_zone(crontab(0, 9), zone or "UTC")
+    (due,) = next_runs(made, 1, at("2026-06-01T00:00+00:00"))
+    assert (due.hour, due.minute) == (9, 0)
+    assert spelled(made) == spelled(in_zone(crontab(0, 9), zone or "UTC"))
+
+
+def test_a_crontab_of_ones_own_class_with_a_pytz_time_zone() -> None:
+    class InBerlin(crontab):
+        tz = pytz.timezone("Europe/Berlin")
+
+    made = InBerlin(0, 9, nowfun=lambda: datetime.now(InBerlin.tz))
+    due = next_runs(made, 2, at("2026-03-28T00:00+01:00"))
+    assert local(due) == ["03-28T09:00+01:00", "03-29T09:00+02:00"]
+    assert matches_now(made, at("2026-03-29T09:00+02:00"))
+    assert spelled(made).endswith("Europe/Berlin")
+
+
+def test_a_nowfun_in_another_time_zone(berlin: Celery) -> None:
+    """Celery went by its zone until 5.7, and so do we."""
+    kolkata = pytz.timezone("Asia/Kolkata")
+    made = crontab(0, 9, app=berlin, nowfun=lambda: datetime.now(kolkata))
+    (due,) = next_runs(made, 1, at("2026-06-01T00:00+00:00"))
+    expected = "06-01T09:00+05:30" if GOES_BY_NOWFUN else "06-01T09:00+02:00"
+    assert local([due]) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "midnights"),
+    [
+        ("Asia/Kolkata", ["03-29T00:00+05:30", "03-30T00:00+05:30"]),
+        pytest.param(
+            "Europe/Berlin",
+            ["03-29T00:00+01:00", "03-30T00:00+02:00"],
+            marks=pytest.mark.skipif(GOES_BY_NOWFUN, reason="Celery is wrong before 5.7"),
+        ),
+    ],
+)
+def test_a_day_that_is_counted_from_midnight_follows_a_pytz_time_zone(
+    name: str, midnights: list[str]
+) -> None:
+    app = Celery("zoned", set_as_current=False)
+    app.conf.timezone = pytz.timezone(name)
+    daily = schedule(timedelta(days=1), relative=True, app=app)
+    assert local(next_runs(daily, 2, at("2026-03-28T12:00+01:00"))) == midnights
 
 
 @pytest.mark.parametrize(
@@ -159,6 +297,9 @@ def on_the_30th_of_february(hour: Any) -> crontab:
         (lambda: next_runs("* * * * *"), "is no schedule"),
         (lambda: next_runs(True), "is no schedule"),
         (lambda: next_runs(-1), "an interval is longer than 0"),
+        (lambda: next_runs(1e12), "no longer than 100 years"),
+        (lambda: next_runs(float("inf")), "no length of time"),
+        (lambda: next_runs(float("nan")), "no length of time"),
         (lambda: next_runs(on_the_30th_of_february("*")), "is never due"),
         (lambda: next_runs(on_the_30th_of_february(0)), "is never due"),
         (lambda: matches_now(60), "is an interval"),

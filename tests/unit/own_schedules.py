@@ -1,0 +1,165 @@
+"""Schedules as users write them, with rules of their own."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from celery.schedules import BaseSchedule, crontab, schedstate, schedule
+
+DAY, HOUR, MINUTE = timedelta(days=1), timedelta(hours=1), timedelta(minutes=1)
+SECOND = timedelta(seconds=1)
+
+
+class LastDayOfMonth(crontab):
+    """By its estimate: the first time of the crontab on a last day of a month."""
+
+    def remaining_estimate(self, last_run_at: datetime) -> timedelta:
+        moment, now = last_run_at, self.now()
+        while True:
+            self.nowfun, nowfun = (lambda at=moment: at), self.nowfun
+            moment += super().remaining_estimate(moment)
+            self.nowfun = nowfun
+            if (moment + DAY).month != moment.month:
+                return moment - now
+
+
+class BusinessDays(crontab):
+    """By its ``is_due``: no run at the weekend."""
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        if self.now().isoweekday() > 5:
+            return schedstate(False, 3600)
+        return super().is_due(last_run_at)
+
+
+class EveryFromTable(schedule):
+    """An interval that is read from a table each time; there is no ``run_every``."""
+
+    def __init__(self, **options: Any) -> None:
+        self.table = {"seconds": 30.0}
+        super().__init__(**options)
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        seconds = self.table["seconds"]
+        left = seconds - (self.now() - last_run_at).total_seconds()
+        return schedstate(left <= 0, left if left > 0 else seconds)
+
+
+class FromTableAsProperty(schedule):
+    """An interval that is read from a table by a property."""
+
+    def __init__(self, **options: Any) -> None:
+        self.table = {"seconds": 30.0}
+        super().__init__(**options)
+
+    @property
+    def run_every(self) -> timedelta:
+        return timedelta(seconds=self.table["seconds"])
+
+    @run_every.setter
+    def run_every(self, value: Any) -> None:
+        pass
+
+
+class Later(crontab):
+    """A crontab with an offset."""
+
+    def __init__(self, *fields: Any, offset: timedelta = timedelta(0), **options: Any) -> None:
+        self.offset = offset
+        super().__init__(*fields, **options)
+
+    def remaining_estimate(self, last_run_at: datetime) -> timedelta:
+        return super().remaining_estimate(last_run_at - self.offset) + self.offset
+
+
+class LaterClock(crontab):
+    """A crontab with an offset, whose clock goes after."""
+
+    def now(self) -> datetime:
+        return super().now() - 7 * MINUTE
+
+
+class Once(BaseSchedule):
+    """Due at one time, whatever the last run was."""
+
+    def __init__(self, at: datetime, **options: Any) -> None:
+        self.at = at
+        super().__init__(**options)
+
+    def remaining_estimate(self, last_run_at: datetime) -> timedelta:
+        return self.at - self.now()
+
+
+class Answers(BaseSchedule):
+    """Answers always the same, as an estimate."""
+
+    def __init__(self, answer: Any, **options: Any) -> None:
+        self.answer = answer
+        super().__init__(**options)
+
+    def remaining_estimate(self, last_run_at: datetime) -> Any:
+        return self.answer
+
+
+class SaysDue(BaseSchedule):
+    """Answers always the same, as ``is_due``."""
+
+    def __init__(self, *answer: Any, **options: Any) -> None:
+        self.answer = answer
+        super().__init__(**options)
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        return self.answer
+
+
+class HostClock(schedule):
+    """Every 30 s, by the host's clock."""
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        left = (last_run_at + 30 * SECOND - datetime.now(UTC)).total_seconds()
+        return schedstate(left <= 0, left if left > 0 else 30)
+
+
+class HostClockEstimate(schedule):
+    """The next full minute, by the host's clock."""
+
+    def remaining_estimate(self, last_run_at: datetime) -> timedelta:
+        minute = last_run_at.replace(second=0, microsecond=0) + MINUTE
+        return minute - datetime.now(UTC)
+
+
+class OnlyOnce(BaseSchedule):
+    """Notes in itself that it was due."""
+
+    fired = False
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        if self.fired:
+            return schedstate(False, 60)
+        self.fired = True
+        return schedstate(True, 60)
+
+
+class Broken(BaseSchedule):
+    """Cannot reach its table for a while."""
+
+    def __init__(self, **options: Any) -> None:
+        self.errors = 2
+        super().__init__(**options)
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        if self.errors:
+            self.errors -= 1
+            raise ConnectionError("no table")
+        return schedstate(True, 60)
+
+
+class Duck:
+    """No schedule of Celery's at all."""
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        return schedstate(True, 60)
