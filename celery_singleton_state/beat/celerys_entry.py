@@ -11,6 +11,9 @@ from celery_singleton_state.schedules import next_due, spelled
 
 from .entry_state import EntryState
 
+#: How often a schedule with an ``is_due`` of its own is asked for one tick.
+QUESTIONS = 500
+
 
 def state_of(entry: Any, due: datetime | None, after: Any) -> EntryState:
     """An entry as it is to be stored.
@@ -21,7 +24,7 @@ def state_of(entry: Any, due: datetime | None, after: Any) -> EntryState:
         entry=entry.name,
         task=entry.task,
         schedule=spelled(entry.schedule),
-        next_tick=due_after(entry.schedule, after.last_run_at),
+        next_tick=_next_tick(entry.schedule, after.last_run_at),
         last_tick=due,
         last_run_at=maybe_make_aware(after.last_run_at),
         total_run_count=after.total_run_count,
@@ -29,12 +32,17 @@ def state_of(entry: Any, due: datetime | None, after: Any) -> EntryState:
 
 
 def due_after(schedule: Any, moment: datetime) -> datetime:
-    """The next tick; the moment itself for a schedule that cannot tell."""
+    """The tick that follows a moment; the moment itself for a schedule that cannot tell."""
     moment = maybe_make_aware(moment)
+    return _next_tick(schedule, moment) or moment
+
+
+def _next_tick(schedule: Any, moment: datetime) -> datetime | None:
+    """The next tick; ``None`` for a schedule that is never due again, or cannot tell."""
     try:
-        return next_due(schedule, moment)
-    except Exception:  # the class judges for itself what is due, and says so
-        return moment
+        return next_due(schedule, maybe_make_aware(moment), QUESTIONS)
+    except Exception:  # the class evaluates for itself what is due, and says so
+        return None
 
 
 def count_from(entry: Any, last_run_at: datetime, total_run_count: int) -> None:

@@ -12,7 +12,14 @@ from typing import Any
 from celery.beat import ScheduleEntry
 from celery.exceptions import ImproperlyConfigured
 from celery.schedules import crontab
+from celery.utils.time import maybe_make_aware
 
+from celery_singleton_state.own_rules import (
+    NeverDue,
+    estimated,
+    has_own_is_due,
+    overrides,
+)
 from celery_singleton_state.schedules import (
     Schedule,
     as_schedule,
@@ -21,8 +28,9 @@ from celery_singleton_state.schedules import (
     spelled,
 )
 
-from .entry_state import EntryState
+from .entry_state import NEVER, EntryState
 from .passing import pass_over, surplus
+from .poll import Poll
 from .under_way import UnderWay
 
 logger = logging.getLogger(__name__)
@@ -35,9 +43,9 @@ SKIP_IF_OLDER_THAN = 300.0
 ON_TIME = 10.0
 #: After which it is counted again whether too many ticks of a crontab are owed.
 COUNT_AGAIN = timedelta(hours=1)
+#: Seconds; clocks that differ by more are not meant to be the same.
+CLOCKS_DIFFER = 60
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-#: The next tick of a schedule that is never due.
-NEVER = datetime.max.replace(tzinfo=UTC)
 
 
 class SingletonEntry(ScheduleEntry):
@@ -49,7 +57,7 @@ class SingletonEntry(ScheduleEntry):
         in order, or ``"none"``, which sends nothing that is later than 10 s.
     :param next_from: what the next tick is counted from: the ``"schedule"`` (default), or the
         ``"last_run"``, the moment when the last one was sent.
-    :raises ImproperlyConfigured: an option is not allowed.
+    :raises ImproperlyConfigured: a value is not allowed, or the schedule cannot be asked.
 
     In the arguments of ``add_periodic_task`` they stand among the message's options.
     """
@@ -74,7 +82,8 @@ class SingletonEntry(ScheduleEntry):
         try:
             as_schedule(fields.get("schedule"))
             super().__init__(name=name, task=task, options=options, **fields)
-        except (TypeError, ValueError) as error:
+            warn_of_another_clock(str(name), self.schedule)
+        except Exception as error:
             raise ImproperlyConfigured(f"schedule entry {name!r}: {error}") from error
         self.last_run_at: datetime | None = None
         self.last_tick: datetime | None = None
@@ -87,6 +96,11 @@ class SingletonEntry(ScheduleEntry):
         #: Whether ``next_tick`` is one of many that are missed, the rest of which come in turns.
         self.is_passing = False
         self._count_again_at = EPOCH
+        #: Why the schedule has no next tick, if it has said so.
+        self._end: Exception | None = None
+        self._has_said_end = False
+        is_asked = has_own_is_due(self.schedule)
+        self._poll = Poll(str(self.name), self.schedule) if is_asked else None
 
     # -- its state
 
@@ -96,12 +110,19 @@ class SingletonEntry(ScheduleEntry):
         Intervals lie on a grid that follows from the entry's name, so that many of the same length
         are not due all at once, and a schedule whose rows were lost goes on as it was.
         """
+        if self._poll:
+            passed = self._only_time(now)
+            self._poll.begin(passed or now)
+            self.next_tick = passed or self._poll.advance(now, now, now, take_first=True).tick
+            self._say_if_ended()
+            return
         counted_from = now
         if is_plain_interval(self.schedule):
             every = self.schedule.run_every
             part = zlib.crc32(str(self.name).encode()) / 2**32
             counted_from -= (now - EPOCH - part * every) % every
-        self.next_tick = self._due_after(counted_from)
+        self.next_tick = self._only_time(now) or self._due_after(counted_from)
+        self._say_if_ended()
 
     def resume(self, state: EntryState, now: datetime) -> None:
         """Go on from what the store has.
@@ -117,7 +138,12 @@ class SingletonEntry(ScheduleEntry):
         self.under_way = None
         if state.under_way and self.row_key and self.last_tick:
             self.under_way = UnderWay(self.last_tick, state.under_way, self.last_run_at or now)
-        if state.schedule == self.spelled:
+        if self._poll and state.schedule == self.spelled:
+            self.next_tick = state.next_tick or NEVER
+            self._poll.begin(state.since or self.next_tick)
+        elif self._poll:
+            self.begin(now)
+        elif state.schedule == self.spelled:
             self.next_tick = state.next_tick or self._due_after(now)
         elif self.last_tick is None:
             self.begin(now)
@@ -125,6 +151,7 @@ class SingletonEntry(ScheduleEntry):
             self.next_tick = self._due_after(self.last_tick)
             if self.next_tick <= now:
                 self.next_tick = self._due_after(now)
+        self._say_if_ended()
 
     def state(self) -> EntryState:
         """What is to be stored of it."""
@@ -139,6 +166,7 @@ class SingletonEntry(ScheduleEntry):
             missed_count=self.missed_count,
             previous_tick=self.previous_tick,
             under_way=self.under_way.key if self.under_way else None,
+            since=self._poll.since if self._poll else None,
         )
 
     @property
@@ -159,6 +187,8 @@ class SingletonEntry(ScheduleEntry):
         patience = self.skip_if_older_than
         if self.catch_up == "none":
             patience = min(patience, ON_TIME)
+        if self._poll:
+            return self._advance(self._poll, now, patience)
         is_late = (now - self.next_tick).total_seconds() > patience
         if self.next_from == "last_run":
             missed = 1 if is_late else 0
@@ -170,6 +200,7 @@ class SingletonEntry(ScheduleEntry):
         else:
             missed = self._pass_to_latest(now, patience)
         self.missed_count += missed
+        self._say_if_ended()
         return missed
 
     def sent(self, now: datetime) -> None:
@@ -179,7 +210,21 @@ class SingletonEntry(ScheduleEntry):
         self.total_run_count += 1
         if self.row_key:
             self.under_way = UnderWay(self.last_tick, self.row_key, now)
-        self.next_tick = self._due_after(now if self.next_from == "last_run" else self.last_tick)
+        counted_from = now if self.next_from == "last_run" else None
+        if self._poll:
+            self.next_tick = self._poll.sent(self.last_tick, counted_from)
+        else:
+            self.next_tick = self._due_after(counted_from or self.last_tick)
+        self._say_if_ended()
+
+    def _advance(self, poll: Poll, now: datetime, patience: float) -> int:
+        """Ask the schedule whether a tick is due; returns how many were missed."""
+        oldest = EPOCH if patience == inf else now - timedelta(seconds=patience)
+        was = self.next_tick
+        self.next_tick, missed = poll.advance(was, now, oldest, take_first=self.catch_up == "all")
+        self.missed_count += missed
+        self._say_if_ended()
+        return missed
 
     def next_look(self, now: datetime) -> datetime:
         """When a beat is to look at the entry again; one that is due comes after all that are."""
@@ -222,6 +267,18 @@ class SingletonEntry(ScheduleEntry):
             count += 1
         return count
 
+    def _only_time(self, now: datetime) -> datetime | None:
+        """The time of a schedule that is due only once, if that time has passed."""
+        if not overrides(self.schedule, "remaining_estimate"):
+            return None
+        try:
+            estimated(self.schedule, now)
+        except NeverDue as error:
+            return error.due
+        except Exception:  # said when the schedule is asked for its next tick
+            return None
+        return None
+
     def _due_after(self, moment: datetime) -> datetime:
         """The first tick after a moment.
 
@@ -230,14 +287,47 @@ class SingletonEntry(ScheduleEntry):
         try:
             return next_due(self.schedule, moment)
         except Exception as error:
-            logger.error(
-                "beat: the next tick of %s cannot be calculated, it is due no more until a beat"
-                " takes over: %s",
-                self.name,
-                error,
-                exc_info=not isinstance(error, ValueError),
-            )
+            self._end = error
             return NEVER
+
+    def _say_if_ended(self) -> None:
+        """Log once that the entry is due no more: loudly, unless it is the end of its schedule."""
+        if self.next_tick is not NEVER or self._has_said_end:
+            self._has_said_end = self.next_tick is NEVER
+            return
+        self._has_said_end = True
+        if self._end is None or isinstance(self._end, NeverDue):
+            level = logging.WARNING if self.last_tick is None else logging.INFO
+            why = self._end or "its schedule says that it is never due again"
+            logger.log(level, "beat: %s is due no more: %s", self.name, why)
+            return
+        logger.error(
+            "beat: the next tick of %s cannot be calculated, it is due no more until a beat takes"
+            " over: %s",
+            self.name,
+            self._end,
+            exc_info=None if isinstance(self._end, ValueError) else self._end,
+        )
+
+
+def warn_of_another_clock(name: str, schedule: Schedule) -> None:
+    """Warn of a schedule whose ``nowfun`` is a clock that beats do not go by.
+
+    :raises TypeError: the schedule's clock shows no time.
+    """
+    shows = schedule.now()
+    if not isinstance(shows, datetime):
+        raise TypeError(f"its clock, now(), shows {shows!r}, which is no datetime")
+    if getattr(schedule, "nowfun", None) is None:
+        return
+    off = (maybe_make_aware(shows) - datetime.now(UTC)).total_seconds()
+    if abs(off) > CLOCKS_DIFFER:
+        logger.warning(
+            "beat: the nowfun of %s is %d s off the clock, and is not used: beats go by the"
+            " database's clock. Times without a time zone count as UTC; shift the schedule itself.",
+            name,
+            off,
+        )
 
 
 def _patience(fields: Mapping[str, Any]) -> float:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 
 import msgspec
 
 logger = logging.getLogger(__name__)
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+#: The next tick of a schedule that is never due again.
+NEVER = datetime.max.replace(tzinfo=UTC)
 
 
 class EntryState(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -22,6 +26,8 @@ class EntryState(msgspec.Struct, frozen=True, omit_defaults=True):
     :param previous_tick: the one that was sent before ``last_tick``.
     :param under_way: the key of the row that is to say when ``last_tick`` has ended; ``None`` if it
         has said so, or if nobody waits for it.
+    :param since: what a schedule with an ``is_due`` of its own counts from: its last due time, or
+        when a beat first saw it. ``next_tick`` is then when the schedule is to be asked.
     """
 
     entry: str
@@ -34,11 +40,15 @@ class EntryState(msgspec.Struct, frozen=True, omit_defaults=True):
     missed_count: int = 0
     previous_tick: datetime | None = None
     under_way: str | None = None
+    since: datetime | None = None
 
     def is_before(self, other: EntryState) -> bool:
         """Whether the other is what has become of it later."""
-        if self.schedule != other.schedule or self.next_tick is None or other.next_tick is None:
+        if self.schedule != other.schedule:
             return False
+        if self.next_tick is None or other.next_tick is None:
+            # A schedule that is never due again, or cannot tell when it is.
+            return (self.last_run_at or EPOCH) < (other.last_run_at or EPOCH)
         return self.next_tick < other.next_tick
 
 

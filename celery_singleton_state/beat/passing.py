@@ -92,7 +92,8 @@ def _end_of_day(cron: Schedule, due: datetime) -> datetime | None:
         return None
     start = due - wall.hour * 60 * MINUTE - wall.minute * MINUTE
     end = start + DAY
-    before, after = (start - CHANGE).astimezone(zone_of(cron)), (end + CHANGE).astimezone(zone_of(cron))
+    zone = zone_of(cron)
+    before, after = (start - CHANGE).astimezone(zone), (end + CHANGE).astimezone(zone)
     return end - timedelta.resolution if before.utcoffset() == after.utcoffset() else None
 
 

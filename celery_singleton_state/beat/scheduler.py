@@ -147,6 +147,9 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         if count := entry.miss(now):
             missed.append(f"{count} of {entry.name} from {first:%Y-%m-%d %H:%M:%S} on")
             self._unrecorded[str(entry.name)] = entry.state()
+        elif entry.next_tick != first:
+            # Its schedule was asked, and is to be asked again.
+            self._unrecorded[str(entry.name)] = entry.state()
         # At once, and not in the order of its due time: a beat that is behind would have missed it
         # again by then.
         if entry.next_tick <= now and not entry.is_passing:

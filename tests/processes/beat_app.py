@@ -12,18 +12,20 @@ import os
 import select
 import signal
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from celery import Celery, signals
 from celery.schedules import crontab
+from django_celery_beat.clockedschedule import clocked
 
 from celery_singleton_state import SingletonTask, singleton_task
 from celery_singleton_state.beat.leader import Leader
 from celery_singleton_state.headers import ENTRY, header
 from celery_singleton_state.ticks import due_of
 from tests.processes.tasks import SOON, note, transport_options
+from tests.unit.own_schedules import Answers, EveryFromTable, SaysDue
 
 PATIENT = {"StateLoadFailed": SOON, "StatePersistFailed": SOON}
 
@@ -48,6 +50,19 @@ app.conf.update(
         for name, fields in json.loads(os.environ.get("TEST_SCHEDULE", "{}")).items()
     },
 )
+
+if "TEST_OWN_SCHEDULES" in os.environ:
+    soon = datetime.now(UTC) + timedelta(seconds=2)
+    own: dict[str, Any] = {
+        "once": clocked(soon),
+        "zero": Answers(timedelta(0)),
+        "negative": Answers(-timedelta(hours=1)),
+        "at once": SaysDue(False, 0),
+        "table": EveryFromTable(),
+    }
+    app.conf.beat_schedule |= {
+        name: {"task": "plain", "args": [name], "schedule": each} for name, each in own.items()
+    }
 
 
 @signals.before_task_publish.connect

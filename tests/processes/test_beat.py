@@ -181,6 +181,32 @@ def test_a_configuration_that_cannot_work_ends_it(fleet: Fleet) -> None:
     assert "schedule entry 'a': catch_up='some' is not allowed" in beat.output
 
 
+def test_schedules_that_are_never_due_again_keep_nobody_from_their_ticks(fleet: Fleet) -> None:
+    """A run-once schedule, two that cannot tell, one that wants to be asked at once, always; and
+    beside them a normal one, and one whose interval comes from a table.
+    """
+    fleet.environment["TEST_OWN_SCHEDULES"] = "1"
+    fleet.start("-P", "solo", app=APP)
+    beat = fleet.start_beat(APP)
+    wait_until(
+        lambda: "once" in entries(fleet) and "beat: once is due no more" in beat.output,
+        "the run-once schedule is sent",
+    )
+    sent = len(fleet.notes("tick"))
+    fleet.wait_for_notes("tick", sent + 3)
+    assert set(entries(fleet)) <= {"a", "once", "table"}
+    assert entries(fleet).count("once") == 1
+    for name in ("zero", "negative"):
+        assert beat.output.count(f"the next tick of {name} cannot be calculated") == 1
+    beat.stop()
+    assert "Traceback" not in beat.output
+
+
+def entries(fleet: Fleet) -> list[str]:
+    """Those of the ticks that were run, in order."""
+    return [note["entry"] for note in fleet.notes("tick")]
+
+
 def test_a_stop_in_mid_batch_loses_and_doubles_nothing(
     make_fleet: Callable[..., Fleet], postgres_url: str
 ) -> None:

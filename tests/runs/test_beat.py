@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from celery import Celery, signals
 from celery.beat import BeatLazyFunc, Scheduler
 from celery.exceptions import ImproperlyConfigured
 from celery.schedules import crontab
+from django_celery_beat.clockedschedule import clocked
 from kombu.exceptions import OperationalError
 
 from celery_singleton_state.beat import LeaderMixin, SingletonScheduler
@@ -21,6 +23,7 @@ from celery_singleton_state.headers import DUE, ENTRY
 from celery_singleton_state.runtime import close_runtime
 from celery_singleton_state.store.base import Ended, Lease, Row, StoreUnavailable
 from celery_singleton_state.ticks import task_id_of
+from tests.unit.own_schedules import Answers, LastDayOfMonth, SaysDue
 from tests.waiting import wait_until
 
 SECOND = timedelta(seconds=1)
@@ -35,7 +38,9 @@ class Beats:
         self._apps: list[Celery] = []
         self._made: list[SingletonScheduler] = []
 
-    def make(self, schedule: dict[str, Any], **settings: Any) -> SingletonScheduler:
+    def make(
+        self, schedule: dict[str, Any], scheduler: Any = SingletonScheduler, **settings: Any
+    ) -> SingletonScheduler:
         app = Celery("shop", broker="memory://", set_as_current=False)
         self._apps.append(app)
         app.conf.update(
@@ -47,7 +52,7 @@ class Beats:
             }
             | settings
         )
-        self._made.append(SingletonScheduler(app))
+        self._made.append(scheduler(app))
         return self._made[-1]
 
     def close(self) -> None:
@@ -62,6 +67,14 @@ class Beats:
 @pytest.fixture
 def beats(shared_store_url: str) -> Iterator[Beats]:
     made = Beats(shared_store_url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def on_sqlite(tmp_path: Path) -> Iterator[Beats]:
+    """For what is not the store's."""
+    made = Beats(f"sqlite:///{tmp_path}/store.db")
     yield made
     made.close()
 
@@ -512,6 +525,59 @@ def test_bad_entries_end_it_at_the_start(beats: Beats) -> None:
         beats.make({"e": EVERY_MINUTE | {"catch_up": "some"}})
 
 
+def test_an_entry_that_is_never_due_again_stops_no_other(
+    on_sqlite: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run-once schedule that was sent, one that cannot tell, and a normal one beside them."""
+    now = datetime.now(UTC)
+    schedule = {
+        "once": {"task": "t", "schedule": clocked(now - SECOND)},
+        "none": {"task": "t", "schedule": Answers(timedelta(0))},
+        "normal": EVERY_MINUTE,
+    }
+    beat = on_sqlite.make(schedule)
+    beat.tick()
+    due_now(beat, "normal")
+    assert 0 < beat.tick() <= beat.max_interval
+    assert [message[ENTRY] for message in sent] == ["shop:once", "shop:normal"]
+    assert caplog.text.count("the next tick of none cannot be calculated") == 1
+    states = stored(beat)
+    assert (states["once"].next_tick, states["once"].total_run_count) == (None, 1)
+    beat.close()
+    other = on_sqlite.make(schedule)
+    other.tick()
+    due_now(other, "normal")
+    other.tick()
+    assert [message[ENTRY] for message in sent][2:] == ["shop:normal"]
+
+
+def test_a_schedule_that_is_asked_is_recorded_before_it_is_asked_again(
+    on_sqlite: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader asks at t1 (not due) and t2 (due), sends, and dies before it records that. The
+    next leader asks about t2 as well, and not about t1, from which it would come to another time.
+    """
+    own = {"e": {"task": "t", "schedule": SaysDue(False, 0.3)}}
+    one, other = (
+        on_sqlite.make(own),
+        on_sqlite.make({"e": {"task": "t", "schedule": SaysDue(True, 60)}}),
+    )
+    one.tick()
+    first = stored(one)["e"].next_tick
+    wait_until(lambda: one.tick() >= 0 and stored(one)["e"].next_tick != first, "it was asked")
+    second = stored(one)["e"].next_tick
+    assert first is not None
+    assert second is not None
+    one.schedule["e"].schedule.answer = (True, 60)
+    monkeypatch.setattr(one, "_record", lambda: None)
+    wait_until(lambda: one.tick() >= 0 and sent, "it was sent")
+    take_over(one)
+    one._leader.runtime.store.release(lease_of(row(one)), Ended("succeeded", "[]"))
+    monkeypatch.setattr(other.schedule["e"], "_spelled", stored(one)["e"].schedule, raising=False)
+    other.tick()
+    assert [message["id"] for message in sent] == [task_id_of("shop", "e", second)] * 2
+
+
 def test_a_missing_table_ends_it_at_the_start(beats: Beats) -> None:
     with pytest.raises(ImproperlyConfigured, match="singleton migrate"):
         beats.make({"e": EVERY_MINUTE}, singleton_auto_migrate=False)
@@ -544,6 +610,25 @@ def test_a_stop_that_is_lost_is_a_stop_at_the_next_tick(
 
 class _Leading(LeaderMixin, Scheduler):
     """Celery's own scheduler, with leadership."""
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        *(Answers(None), Answers(timedelta(0)), SaysDue(False, None), SaysDue(False, 1e8)),
+        *(clocked(datetime.now(UTC) - SECOND), LastDayOfMonth("0", "0"), SaysDue(True, 1e8)),
+    ],
+)
+def test_other_schedulers_go_on_beside_a_schedule_that_is_never_due_again(
+    on_sqlite: Beats, sent: list[dict[str, Any]], own: Any
+) -> None:
+    """The class decides what is due, and is asked by nobody in a loop."""
+    schedule = {"own": {"task": "t", "schedule": own}, "e": {"task": "t", "schedule": 0.1}}
+    beat = on_sqlite.make(schedule, scheduler=_Leading)
+    wait_until(lambda: beat.tick() >= 0 and dues_of(sent).get("shop:e"), "the other one is sent")
+    states = stored(beat)
+    assert states["e"].next_tick is not None
+    assert states["own"].next_tick is None or isinstance(own, LastDayOfMonth)
 
 
 @pytest.mark.parametrize("edited", [True, False])
