@@ -28,6 +28,7 @@ from celery_singleton_state.schedules import (
     spelled,
 )
 
+from .entry_checks import LONGEST, check
 from .entry_state import NEVER, EntryState
 from .passing import pass_over, surplus
 from .poll import Poll
@@ -71,6 +72,7 @@ class SingletonEntry(ScheduleEntry):
         options: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> None:
+        check(name, task, options, fields)
         options = dict(options or {})
 
         def rule(option: str, default: Any) -> Any:
@@ -347,7 +349,7 @@ def _seconds(entry: str | None, value: Any) -> float:
             f"schedule entry {entry!r}: skip_if_older_than={value!r} is not allowed; "
             "it takes a number of seconds, 0 or more, a timedelta, or None for never"
         )
-    return float(value)
+    return math.inf if value > LONGEST else float(value)
 
 
 def _choice(entry: str | None, option: str, value: Any, allowed: tuple[str, ...]) -> str:

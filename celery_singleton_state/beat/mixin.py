@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 from celery import Celery
 from celery.beat import SchedulingError
+from celery.exceptions import ImproperlyConfigured
 from celery.schedules import schedstate
 from celery.utils.time import maybe_make_aware
 from kombu.exceptions import OperationalError
@@ -47,7 +48,8 @@ class LeaderMixin(BrokerConnection):
     store, beside what the class keeps itself, which is believed of entries that the store does not
     know. Each message carries the time that it was due, and an id that follows from it.
 
-    :raises ImproperlyConfigured: the store cannot be used as it is configured.
+    :raises ImproperlyConfigured: the store cannot be used as it is configured, or an entry is not
+        allowed; ``SystemExit`` with the same message in the log if Celery's beat makes it.
     """
 
     def __init__(self, app: Celery, *args: Any, **kwargs: Any) -> None:
@@ -55,7 +57,17 @@ class LeaderMixin(BrokerConnection):
         # told the objects that the worker had them in. What is garbage among these would close
         # its file's number later, when that is the store's.
         gc.collect()
-        self._leader = Leader(app)
+        try:
+            self._leader = Leader(app)
+            self._begin(app, *args, **kwargs)
+        except ImproperlyConfigured as error:
+            # Celery's beat logs any other error with a traceback, which hides what is to be done.
+            if "schedule_filename" not in kwargs:
+                raise
+            logger.critical("beat ends: %s", error)
+            raise SystemExit(1) from error
+
+    def _begin(self, app: Celery, *args: Any, **kwargs: Any) -> None:
         #: The fence under which the schedule was taken over.
         self._fence: int | None = None
         #: What was sent and not recorded yet.

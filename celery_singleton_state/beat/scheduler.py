@@ -14,6 +14,7 @@ from celery_singleton_state.store.base import StoreError
 from celery_singleton_state.ticks import message_of
 
 from .entry import SingletonEntry
+from .entry_checks import fields_of
 from .entry_state import EntryState
 from .mixin import LeaderMixin
 from .under_way import row_key_of
@@ -48,8 +49,11 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         self.install_default_entries(self.schedule)
         self._leader.check()
 
+    def merge_inplace(self, entries: Any) -> None:
+        super().merge_inplace(fields_of(entries))
+
     def update_from_dict(self, entries: Any) -> None:
-        super().update_from_dict(entries)
+        super().update_from_dict(fields_of(entries))
         self._fence = None
 
     def add(self, **fields: Any) -> Any:

@@ -12,9 +12,11 @@ from celery.bin.base import CeleryCommand
 from rich.console import Console
 from rich.table import Column, Table
 
+from celery_singleton_state.beat.entry import SingletonEntry
+from celery_singleton_state.beat.entry_checks import fields_of
 from celery_singleton_state.beat.entry_state import EntryState, decode_rows
 from celery_singleton_state.beat.leader import Leader
-from celery_singleton_state.schedules import Schedule, as_schedule, matches_now, next_runs
+from celery_singleton_state.schedules import Schedule, matches_now, next_runs
 
 from .common import print_json, says_why, short_moment
 
@@ -102,6 +104,7 @@ def times_of(app: Celery, name: str, count: int) -> dict[str, Any]:
     An interval goes on from the next tick that the store knows.
 
     :raises click.ClickException: there is no such entry, or it is never due.
+    :raises ImproperlyConfigured: the entry is not allowed.
     :raises StoreError: the store is out of reach.
     """
     app.finalize()
@@ -114,7 +117,9 @@ def times_of(app: Celery, name: str, count: int) -> dict[str, Any]:
         if len(times) < count:
             times += next_runs(schedule, count - len(times), times[0] if times else None)
     except ValueError as error:
-        raise click.ClickException(str(error)) from error
+        # A schedule that ends with the tick that is stored, or cannot tell another.
+        if not times:
+            raise click.ClickException(str(error)) from error
     now = matches_now(schedule) if _has_own_times(schedule) else None
     return {"entry": name, "next": times, "matches_now": now}
 
@@ -133,9 +138,8 @@ def _schedule_of(app: Celery, name: str) -> Schedule:
         near = difflib.get_close_matches(name, entries, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise click.ClickException(f"beat_schedule has no entry {name!r}{hint}")
-    schedule = as_schedule(entries[name]["schedule"])
-    schedule.app = app
-    return schedule
+    fields = fields_of({name: entries[name]})[name]
+    return SingletonEntry(**fields | {"name": name, "app": app}).schedule
 
 
 def _has_own_times(schedule: Schedule) -> bool:

@@ -179,6 +179,7 @@ def test_a_configuration_that_cannot_work_ends_it(fleet: Fleet) -> None:
     beat = fleet.start_beat(APP, TEST_SCHEDULE=json.dumps(bad))
     assert beat.process.wait(timeout=30) != 0
     assert "schedule entry 'a': catch_up='some' is not allowed" in beat.output
+    assert "Traceback" not in beat.output
 
 
 def test_schedules_that_are_never_due_again_keep_nobody_from_their_ticks(fleet: Fleet) -> None:

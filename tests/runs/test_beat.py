@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from celery import Celery, signals
-from celery.beat import BeatLazyFunc, Scheduler
+from celery.beat import BeatLazyFunc, ScheduleEntry, Scheduler
 from celery.exceptions import ImproperlyConfigured
 from celery.schedules import crontab
 from django_celery_beat.clockedschedule import clocked
@@ -523,6 +523,39 @@ def test_closing_twice_is_closing_once(beats: Beats) -> None:
 def test_bad_entries_end_it_at_the_start(beats: Beats) -> None:
     with pytest.raises(ImproperlyConfigured, match=r"'e': catch_up='some'"):
         beats.make({"e": EVERY_MINUTE | {"catch_up": "some"}})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"e": 5}, r"'e': 5 is no entry; it takes a dict"),
+        ({"e": None}, r"'e': None is no entry"),
+        ({"e": {}}, r"'e': task=None is not allowed"),
+        ({7: EVERY_MINUTE}, r"7: name=7 is not allowed"),
+        ({"e": EVERY_MINUTE | {"every": 5}}, r"'e': 'every' is not known; an entry takes task"),
+        ([EVERY_MINUTE], r"beat_schedule=.* takes a dict"),
+    ],
+)
+def test_entries_that_are_none_end_it_at_the_start(
+    on_sqlite: Beats, schedule: Any, message: str
+) -> None:
+    with pytest.raises(ImproperlyConfigured, match=message):
+        on_sqlite.make(schedule)
+
+
+def test_bad_entries_of_other_ways_are_refused_by_name(on_sqlite: Beats) -> None:
+    """Those of ``add_periodic_task``, of ``add``, and Celery's own entries."""
+    beat = on_sqlite.make({})
+    beat.app.add_periodic_task(1e12, beat.app.signature("t"), name="long")
+    with pytest.raises(ImproperlyConfigured, match=r"'long': .* is no schedule: an interval"):
+        on_sqlite.make(beat.app.conf.beat_schedule)
+    with pytest.raises(ImproperlyConfigured, match="'f': args=5"):
+        beat.add(name="f", task="t", schedule=60.0, args=5)
+    celerys = ScheduleEntry(name="c", task="t", schedule=60.0, options={"expires": "x"})
+    with pytest.raises(ImproperlyConfigured, match=r"'c': options\['expires'\]='x'"):
+        on_sqlite.make({"c": celerys})
+    celerys.options = {}
+    assert "c" in on_sqlite.make({"c": celerys}).schedule
 
 
 def test_an_entry_that_is_never_due_again_stops_no_other(

@@ -291,11 +291,65 @@ def test_what_is_another_schedule(utc_app: Celery, one: Any, other: Any) -> None
         ({"schedule": 0}, r"'e': .* longer than 0"),
         ({"schedule": None}, r"'e': None is no schedule"),
         ({"schedule": "hourly"}, r"'e': 'hourly' is no schedule"),
+        ({"schedule": 1e12}, r"'e': .* no longer than 100 years"),
+        ({"schedule": timedelta.max}, r"'e': .* no longer than 100 years"),
+        ({"schedule": 1e300}, r"'e': 1e\+300 is no schedule: it is no length of time"),
+        ({"schedule": float("nan")}, r"'e': nan is no schedule"),
+        ({"schedule": float("-inf")}, r"'e': -inf is no schedule"),
+        ({"schedule": -5}, r"'e': -5 is no schedule: an interval is longer than 0"),
+        ({"schedule": 1e-9}, r"'e': 1e-09 is no schedule: an interval is longer than 0"),
+        ({"schedule": len}, r"'e': .* is no schedule"),
+        ({"name": 7}, r"7: name=7 is not allowed; it takes a text"),
+        ({"name": ""}, r"'': name='' is not allowed"),
+        ({"name": "a\0"}, r"name='a\\x00' is not allowed"),
+        ({"name": "\ud800"}, r"name='\\ud800' is not allowed"),
+        ({"task": None}, r"'e': task=None is not allowed; it takes the name of a task"),
+        ({"task": print}, r"'e': task=.* is not allowed"),
+        ({"args": 5}, r"'e': args=5 is not allowed; it takes a list or a tuple"),
+        ({"args": "abc"}, r"'e': args='abc' is not allowed"),
+        ({"args": iter("abc")}, r"'e': args=.* is not allowed"),
+        ({"kwargs": 5}, r"'e': kwargs=5 is not allowed; it takes a dict"),
+        ({"kwargs": [1]}, r"'e': kwargs=\[1\] is not allowed"),
+        ({"kwargs": {1: 2}}, r"'e': kwargs={1: 2} is not allowed"),
+        ({"options": 5}, r"'e': options=5 is not allowed; it takes a dict"),
+        ({"options": "queue"}, r"'e': options='queue' is not allowed"),
+        ({"options": {"expires": "soon"}}, r"'e': options\['expires'\]='soon' is not allowed"),
+        ({"options": {"expires": float("nan")}}, r"'e': options\['expires'\]=nan"),
+        ({"options": {"expires": 1e12}}, r"'e': options\['expires'\]=1000000000000.0"),
+        ({"options": {"expires": MINUTE}}, r"'e': options\['expires'\]=.* a number of seconds"),
+        ({"options": {"countdown": "5"}}, r"'e': options\['countdown'\]='5'"),
+        ({"options": {"eta": 5}}, r"'e': options\['eta'\]=5"),
+        ({"options": {"headers": 5}}, r"'e': options\['headers'\]=5"),
+        ({"options": {"catch_up": "some"}}, r"'e': catch_up='some'"),
+        ({"last_run_at": "yesterday"}, r"'e': last_run_at='yesterday'"),
+        ({"total_run_count": "many"}, r"'e': total_run_count='many'"),
+        ({"skip_if_older_than": float("nan")}, r"'e': skip_if_older_than=nan"),
     ],
 )
 def test_bad_entries(utc_app: Celery, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ImproperlyConfigured, match=message):
         SingletonEntry(**{"name": "e", "task": "t", "schedule": 60.0, "app": utc_app} | fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"args": None, "kwargs": None, "options": None},
+        {"args": [1], "kwargs": {}, "options": {}},
+        {"args": (1,), "kwargs": {"a": 1}, "options": {"expires": 60, "queue": "q"}},
+        {"args": "", "kwargs": (), "options": ()},
+        {"options": {"expires": NOON, "eta": NOON.isoformat(), "headers": None}},
+        {"options": {"expires": "2026-11-24T12:00:00Z", "countdown": 5, "priority": 3}},
+        {"schedule": timedelta(days=36525)},
+        {"schedule": True + 1, "relative": True},
+        {"skip_if_older_than": 1e300, "catch_up": "all"},
+        {"last_run_at": NOON, "total_run_count": 5},
+    ],
+)
+def test_what_celery_allows_is_allowed(utc_app: Celery, fields: dict[str, Any]) -> None:
+    made = SingletonEntry(**{"name": "e", "task": "t", "schedule": 60.0, "app": utc_app} | fields)
+    made.begin(NOON)
+    run_until(made, NOON + HOUR)
 
 
 def test_rules_among_the_messages_options(utc_app: Celery) -> None:
