@@ -119,7 +119,7 @@ def simulated(asked: Schedule, after: datetime, questions: int = QUESTIONS) -> d
     :raises NeverDue: there is none.
     :raises ValueError: the class cannot tell.
     """
-    made, at = _copy(asked), after
+    made, at = _at(asked, after)[0], after
     for _ in range(questions):
         if at - after > FOREVER:
             raise NeverDue(f"{shown(asked)} is not due until {at}")
@@ -230,7 +230,11 @@ def _at(asked: Schedule, moment: datetime) -> tuple[Schedule, _Clock]:
         zone = _zoneinfo_of(zone)
     # Celery takes a time without a time zone for one in UTC.
     shown = moment.astimezone(zone) if zone else moment.astimezone(UTC).replace(tzinfo=None)
-    made, clock = _copy(asked), _Clock(shown)
+    clock = _Clock(shown)
+    if not hasattr(asked, "__dict__"):
+        # It has no place for a clock, and is believed about the present.
+        return asked, clock
+    made = _copy(asked)
     made.nowfun = clock
     return made, clock
 
@@ -259,6 +263,8 @@ def _copy(asked: Schedule) -> Schedule:
 
 def _keep(asked: Schedule, made: Schedule) -> None:
     """Have a schedule keep what its copy noted."""
+    if made is asked:
+        return
     noted = {name: value for name, value in vars(made).items() if name != "nowfun"}
     asked.__dict__.update(noted)
 

@@ -28,7 +28,7 @@ from celery_singleton_state.schedules import (
     spelled,
 )
 
-from .entry_checks import LONGEST, check
+from .entry_checks import LONGEST, RULES, check
 from .entry_state import NEVER, EntryState
 from .passing import pass_over, surplus
 from .poll import Poll
@@ -101,8 +101,19 @@ class SingletonEntry(ScheduleEntry):
         #: Why the schedule has no next tick, if it has said so.
         self._end: Exception | None = None
         self._has_said_end = False
+        self._take_schedule()
+
+    def _take_schedule(self) -> None:
         is_asked = has_own_is_due(self.schedule)
         self._poll = Poll(str(self.name), self.schedule) if is_asked else None
+        #: The schedule as a text; of now, because a class may change itself when it is asked.
+        self.spelled = spelled(self.schedule)
+
+    def update(self, other: Any) -> None:
+        """Take over what may be edited, and the rules for missed ticks."""
+        super().update(other)
+        self.__dict__.update({rule: vars(other)[rule] for rule in RULES if rule in vars(other)})
+        self._take_schedule()
 
     # -- its state
 
@@ -170,13 +181,6 @@ class SingletonEntry(ScheduleEntry):
             under_way=self.under_way.key if self.under_way else None,
             since=self._poll.since if self._poll else None,
         )
-
-    @property
-    def spelled(self) -> str:
-        """The schedule as a text."""
-        if "_spelled" not in self.__dict__:
-            self._spelled = spelled(self.schedule)
-        return self._spelled
 
     # -- its ticks
 

@@ -606,7 +606,7 @@ def test_a_schedule_that_is_asked_is_recorded_before_it_is_asked_again(
     wait_until(lambda: one.tick() >= 0 and sent, "it was sent")
     take_over(one)
     one._leader.runtime.store.release(lease_of(row(one)), Ended("succeeded", "[]"))
-    monkeypatch.setattr(other.schedule["e"], "_spelled", stored(one)["e"].schedule, raising=False)
+    monkeypatch.setattr(other.schedule["e"], "spelled", stored(one)["e"].schedule)
     other.tick()
     assert [message["id"] for message in sent] == [task_id_of("shop", "e", second)] * 2
 

@@ -155,8 +155,18 @@ class Broken(BaseSchedule):
         return schedstate(True, 60)
 
 
+class ChangesItself(schedule):
+    """Sets its interval when it is asked."""
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        self.run_every = 30 * SECOND
+        return super().is_due(last_run_at)
+
+
 class Duck:
     """No schedule of Celery's at all."""
+
+    __slots__ = ("app",)
 
     def now(self) -> datetime:
         return datetime.now(UTC)

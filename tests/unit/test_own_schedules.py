@@ -29,6 +29,7 @@ from tests.unit.own_schedules import (
     Answers,
     Broken,
     BusinessDays,
+    ChangesItself,
     Duck,
     EveryFromTable,
     FromTableAsProperty,
@@ -141,6 +142,22 @@ def test_a_class_that_notes_in_itself_what_was_due(app: Celery) -> None:
     entry = made(app, OnlyOnce(app=app))
     entry.begin(NOON)
     assert run(entry, NOON, NOON + HOUR) == [NOON]
+
+
+def test_a_class_that_changes_itself_is_the_same_schedule(app: Celery) -> None:
+    entry, other = (made(app, ChangesItself(5, app=app)) for _ in range(2))
+    entry.begin(NOON)
+    assert run(entry, NOON, NOON + MINUTE) == [NOON + 30 * SECOND, NOON + MINUTE]
+    other.resume(entry.state(), NOON + MINUTE)
+    assert other.state() == entry.state()
+
+
+def test_an_entry_that_is_updated_has_the_new_schedule(app: Celery) -> None:
+    entry = made(app, 60.0)
+    entry.update(made(app, SaysDue(True, 10), catch_up="all"))
+    entry.begin(NOON)
+    assert entry.catch_up == "all"
+    assert run(entry, NOON, NOON + 15 * SECOND) == [NOON, NOON + 10 * SECOND]
 
 
 def test_no_schedule_of_celerys_at_all(app: Celery) -> None:
