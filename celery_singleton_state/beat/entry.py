@@ -345,7 +345,7 @@ def _patience(fields: Mapping[str, Any]) -> float:
 
 def _seconds(entry: str | None, value: Any) -> float:
     if value is None:
-        return float("inf")
+        return inf
     if isinstance(value, timedelta):
         value = value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
@@ -353,7 +353,7 @@ def _seconds(entry: str | None, value: Any) -> float:
             f"schedule entry {entry!r}: skip_if_older_than={value!r} is not allowed; "
             "it takes a number of seconds, 0 or more, a timedelta, or None for never"
         )
-    return math.inf if value > LONGEST else float(value)
+    return inf if value > LONGEST else float(value)
 
 
 def _choice(entry: str | None, option: str, value: Any, allowed: tuple[str, ...]) -> str:
