@@ -118,6 +118,7 @@ class LeaderMixin(BrokerConnection):
 
         :raises NotLeading: the lease is to be renewed first; nothing was sent.
         :raises BrokerUnavailable: the broker did not take it, as far as one can tell.
+        :raises SystemExit: the scheduler was closed while it was sent, see :meth:`tick`.
         """
         if self._leader.renew_in <= 0:
             self._put_back(entry)
@@ -128,6 +129,9 @@ class LeaderMixin(BrokerConnection):
         except BrokerUnavailable:
             self._put_back(entry)
             raise
+        if error is not None and self._closed:
+            # Over a connection that a signal's handler has closed. Who leads next sends it again.
+            raise SystemExit
         if error is None:
             self._postponed.remove(entry.name)
             self._unrecorded[entry.name] = self._sent(entry, due)

@@ -230,6 +230,26 @@ def test_what_is_to_end_a_tick_ends_it(
             run(scheduler, lambda: False)
 
 
+def test_a_beat_that_is_stopped_while_it_sends(
+    make: Callable[[], Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client of the broker waits for its answer. The signal's handler closes the connection and
+    raises SystemExit, in place of which the client raises an error over what is closed. The beat
+    ends, and its log has no error of ours.
+    """
+    scheduler: Any = None
+
+    def before(*_: Any) -> None:
+        scheduler.close()
+        raise ValueError("I/O operation on closed file.")
+
+    wrap(monkeypatch, Task, "apply_async", before)
+    scheduler = make()
+    with pytest.raises(SystemExit):
+        run(scheduler, lambda: False)
+    assert "could not be sent" not in caplog.text
+
+
 @pytest.mark.parametrize("kind", [Leading], indirect=True)
 def test_what_a_wrapper_raises_over_the_whole_scheduler(
     make: Callable[[], Any],
