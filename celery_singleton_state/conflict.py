@@ -22,7 +22,7 @@ from .headers import WAITED
 from .history import Outcome
 from .hooks import Skipped
 from .place import a_direct_call, is_older, newest_in
-from .redelivery import can_be_put_back, send_again
+from .redelivery import can_be_sent_again, send_again
 from .store.base import Row
 from .waiting import AFTER_EXPIRY, send_to_wait
 from .wish import wish_for
@@ -95,7 +95,7 @@ def refuse(conflict: Conflict) -> None:
 
 def wait(conflict: Conflict) -> float | None:
     """The delivery is tried again until the lease is free."""
-    if can_be_put_back(conflict.delivery.request):
+    if can_be_sent_again(conflict.delivery.task, conflict.delivery.request):
         send_to_wait(conflict)
     waited = conflict.delivery.waited + conflict.waited
     # Each wait is about as long as all before it.
@@ -151,7 +151,7 @@ def coalesce(conflict: Conflict) -> float | None:
     if row.held_on:
         # Nobody is there to send it: the first one waits for the end, the others rely on it.
         left = max(row.expires_in or 0.0, 0.0)
-        if not can_be_put_back(delivery.request):
+        if not can_be_sent_again(delivery.task, delivery.request):
             return _try_again(conflict, left)
         task_id = str(delivery.request.id)
         found = claim(delivery.runtime, row.key, task_id, left + LONGEST_WAIT)
@@ -180,7 +180,7 @@ def _try_again(conflict: Conflict, pause: float) -> float:
         # A holder that died is succeeded when its lease runs out, and not when the wait is over.
         pause = min(pause, (conflict.row.expires_in or 0.0) + AFTER_EXPIRY)
     pause = min(pause, left)
-    if can_be_put_back(delivery.request):
+    if can_be_sent_again(delivery.task, delivery.request):
         send_again(
             delivery.task,
             delivery.request,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +13,10 @@ from kombu.utils import json
 
 from .headers import PREFIX, custom_headers
 from .options import options_of
+from .routing import address_of
 
 #: Options of a message that the run which is sent in its place keeps.
 _KEPT = ("expires", "time_limit", "soft_time_limit", "shadow")
-#: Of a message that RabbitMQ delayed: what comes before its routing key, and its exchange.
-_DELAYS = re.compile(r"(?:[01]\.){28}")
-_DELAYING = "celery_delayed_"
 
 
 @dataclass(frozen=True)
@@ -113,22 +110,8 @@ def options_for_new(task: Any, request: Context) -> dict[str, Any]:
         name: value for name, value in headers if not name.startswith(PREFIX)
     } or None
     found["root_id"], found["parent_id"] = request.root_id or request.id, request.id
-    found |= _routing(task.app, request.delivery_info or {}) | encoding_of(request)
+    found |= address_of(task.app, request) | encoding_of(request)
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _routing(app: Celery, info: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that send a message where another one came from."""
-    exchange, key = info.get("exchange") or "", info.get("routing_key") or ""
-    found: dict[str, Any] = {"priority": info.get("priority")}
-    if _DELAYING in exchange or _DELAYS.match(key):
-        key = _DELAYS.sub("", key, count=1)
-        queues: Mapping[str, Any] = app.amqp.queues
-        named = [name for name, queue in queues.items() if key in (queue.routing_key, name)]
-        return found | ({"queue": named[0]} if named else {"routing_key": key or None})
-    if not exchange:
-        return found | {"queue": key or None}
-    return found | {"exchange": exchange, "routing_key": key}
 
 
 def _unencoded(args: tuple[Any, ...], kwargs: dict[str, Any], serializer: str) -> str:

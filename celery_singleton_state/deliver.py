@@ -26,7 +26,7 @@ from .in_place import in_place
 from .lease import clock
 from .place import find_place
 from .recovery import free_holder
-from .redelivery import can_be_put_back, put_back
+from .redelivery import can_be_sent_again, end_copy, put_back, wait_on
 from .run import Run
 from .sent_anew import forget_result, warn_if_sent_anew
 from .store.base import Acquired, Row, StoreError
@@ -59,6 +59,7 @@ def deliver(delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any
     :raises SingletonError: what went wrong.
     :raises Ignore: the message is put back, or was done before.
     """
+    wait_on(delivery.task, delivery.request, delivery.name)
     runtime = delivery.runtime
     claim = Claim(delivery, body, runtime.new_holder(delivery.request.hostname))
     # Noted before it is asked for: a process can die at any moment after that.
@@ -102,9 +103,12 @@ def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any
         entries = history.decode(row.history, name)
         if why := delivery.passed(entries, row.ticks_done):
             return True, _end_duplicate(delivery, None, why)
-    if row is not None and row.held and can_be_put_back(request) and _is_of_holder(row, request):
+    if row is not None and row.held and row.task_id == request.id and delivery.is_copy:
+        return True, _end_duplicate(delivery, None)
+    if row is not None and row.held and _is_of_holder(row, request):
         delivery.place.rank = row.fence
-        put_back(delivery.task, request, name, delivery.resent)
+        if can_be_sent_again(delivery.task, request):
+            put_back(delivery.task, request, name, delivery.resent)
     again = _conflict(Conflict(delivery, row, args, kwargs, waited, asked_at))
     return again is None, again
 
@@ -163,13 +167,17 @@ def _end_duplicate(delivery: Delivery, done: history.Entry | None, why: str = DO
     :raises Ignore: what comes after the first delivery is known to have happened; or the run sent
         a message with its id, a replacement for instance, whose result it will be.
     """
-    request, tick = delivery.request, delivery.tick
+    request, tick, is_copy = delivery.request, delivery.tick, delivery.is_copy
+    if is_copy:
+        why = "runs or has run as another copy"
     delivery.tell(
         Skipped,
         outcome=Outcome.DUPLICATE,
         why=f"task {request.id} {why}" + (f", for tick {tick}" if tick else ""),
         tick=tick.entry if tick else None,
     )
+    if is_copy:
+        end_copy(request, delivery.name)
     if done is not None and not done.final:
         raise Ignore(f"task {request.id} goes on in another message")
     warn_if_sent_anew(delivery)

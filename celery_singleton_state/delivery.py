@@ -15,6 +15,7 @@ from .hooks import Details
 from .options import Options
 from .place import Place
 from .retry import Fail, RetryAfter, answer_to, policy_of
+from .routing import is_copy
 from .runtime import Runtime
 from .state import Codec
 from .ticks import Tick, previous_of, tick_of
@@ -147,6 +148,8 @@ class Delivery:
         A tick is known again by its task's id, which every beat makes the same.
         """
         task_id = self.request.id
+        if task_id and self.is_copy:
+            return history.begun_by(entries, task_id, self.generation)
         if not task_id or not self.deduplicates:
             return None
         # An eager replacement has its predecessor's id, and no count: it is later than any of it.
@@ -185,6 +188,14 @@ class Delivery:
         if history.has_passed(entries, tick, self.runtime.settings.history):
             return "is older than all that its row remembers, so it may have been done before"
         return None
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the message is one of several copies that a fanout exchange made of it."""
+        request = self.request
+        if not request.id or request.called_directly or request.is_eager:
+            return False
+        return is_copy(self.task.app, request)
 
     @property
     def deduplicates(self) -> bool:

@@ -26,7 +26,7 @@ from celery.exceptions import Ignore
 from .delivery import Delivery
 from .headers import UNRECORDED, count_in
 from .history import Entry, is_duplicate
-from .redelivery import can_be_put_back, send_again
+from .redelivery import can_be_put_back, can_be_sent_again, send_again
 from .results import goes_on, has_result, is_awaited, is_recorded, restore
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,9 @@ def wait_for_record(delivery: Delivery, done: Entry | None, now: float) -> None:
     :raises Ignore: the copy is requeued.
     """
     request = delivery.request
-    if done is None or is_duplicate(done) or not done.final or not can_be_put_back(request):
+    if done is None or is_duplicate(done) or not done.final or delivery.is_copy:
+        return
+    if not can_be_sent_again(delivery.task, request):
         return
     left = done.finished + GRACE - now
     if left <= 0 or not is_awaited(delivery.task, request):

@@ -29,6 +29,10 @@ RANK = "singleton_rank"
 SENT_AT = "singleton_sent_at"
 #: A value by which a message is told from others that were sent with the same id.
 SENT = "singleton_sent"
+#: Seconds that the message has still to wait when it comes, because no delay is as long.
+PAUSE_LEFT = "singleton_pause_left"
+#: Marks a message that is one of several copies that a fanout exchange made.
+COPY = "singleton_copy"
 #: The schedule entry whose tick the message is for.
 ENTRY = "singleton_entry"
 #: The due time of that tick, in ISO format.
@@ -51,6 +55,8 @@ OWN = frozenset(
         RANK,
         SENT_AT,
         SENT,
+        PAUSE_LEFT,
+        COPY,
         ENTRY,
         DUE,
         PREVIOUS,
@@ -143,6 +149,15 @@ def custom_headers(request: Context) -> dict[str, Any]:
     return made | {INNER: inner}
 
 
+def without_moves(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """The headers without those in which RabbitMQ notes how it has moved the message."""
+    return {
+        name: value
+        for name, value in headers.items()
+        if not str(name).startswith(_BROKERS_PREFIXES)
+    }
+
+
 def is_of_tool(name: object) -> bool:
     """Whether a header is one that tracing tools add to a message."""
     lower = str(name).lower()
@@ -190,8 +205,8 @@ def _kept(headers: Mapping[str, Any]) -> dict[str, Any]:
     """Headers as they are sent again: without an inner one and without what the broker added."""
     return {
         name: _once_each(value) if name == "baggage" else value
-        for name, value in headers.items()
-        if name != INNER and not str(name).startswith(_BROKERS_PREFIXES)
+        for name, value in without_moves(headers).items()
+        if name != INNER
     }
 
 

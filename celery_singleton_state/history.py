@@ -158,6 +158,14 @@ def _is_of(entry: Entry, task_id: str | None, sent: str | None) -> bool:
     return entry.task_id == task_id and (sent is None or entry.sent == sent)
 
 
+def begun_by(entries: tuple[Entry, ...], task_id: str, generation: int) -> Entry | None:
+    """The run that began this work, or a later generation of it, however it ended."""
+    for entry in reversed(entries):
+        if entry.task_id == task_id and is_run(entry) and entry.generation >= generation:
+            return entry
+    return None
+
+
 def has_passed(entries: tuple[Entry, ...], tick: Tick, limit: int) -> bool:
     """Whether a tick is older than all of its schedule entry that a full history still holds.
 

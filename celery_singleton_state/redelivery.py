@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,12 +16,16 @@ from celery.exceptions import Ignore, Reject
 from kombu.exceptions import EncodeError
 
 from .content import encoding_of
-from .headers import PUT_BACK, SENT_AGAIN, count_in, custom_headers, try_of
+from .delay import pause_left, possible
+from .headers import PUT_BACK, SENT_AGAIN, WAITED, count_in, custom_headers, try_of
+from .routing import can_be_addressed, copy_mark
 
 logger = logging.getLogger(__name__)
 
 #: Errors of a message that can never be sent.
 UNSENDABLE = (EncodeError, TypeError)
+#: Seconds that a worker waits before it leaves a message with its broker.
+UNSENT_PAUSE = 1.0
 FIRST_DELAY = 0.5
 MAX_DELAY = 8.0
 
@@ -28,6 +33,14 @@ MAX_DELAY = 8.0
 def can_be_put_back(request: Context) -> bool:
     """Whether the delivery is a message that can be sent again."""
     return bool(request.id) and not request.called_directly and not request.is_eager
+
+
+def can_be_sent_again(task: Any, request: Context) -> bool:
+    """Whether the delivery is a message that can be sent again, into its own queue alone.
+
+    One that came through a fanout exchange can, if the broker lets a single queue be addressed.
+    """
+    return can_be_put_back(request) and can_be_addressed(task.app, request)
 
 
 def send_again(
@@ -46,15 +59,25 @@ def send_again(
     :raises Ignore: it is sent; so that Celery drops this copy and says nothing about the task.
     :raises Reject: it could not be sent; the broker keeps it.
     """
-    signature = task.signature_from_request(
-        request,
-        countdown=delay,
-        retries=request.retries,
-        headers={**custom_headers(request), SENT_AGAIN: try_of(request.retries), **(headers or {})},
-        **encoding_of(request),
-    )
+    headers = dict(headers or {})
     try:
+        if WAITED in headers:
+            headers[WAITED] += possible(task.app, delay) - delay
+        signature = task.signature_from_request(
+            request,
+            countdown=delay,
+            retries=request.retries,
+            headers={
+                **custom_headers(request),
+                **copy_mark(task.app, request),
+                SENT_AGAIN: try_of(request.retries),
+                **headers,
+            },
+            **encoding_of(request),
+        )
         send_as_it_is(task, signature.args, signature.kwargs, signature.options)
+    except Reject as rejected:
+        leave_with_broker(request, singleton, rejected.args[0])
     except Exception as error:  # a client whose connection breaks can raise anything
         leave_with_broker(request, singleton, error)
     raise Ignore(f"task {request.id} comes again in {delay:.1f} s")
@@ -85,6 +108,8 @@ def leave_with_broker(request: Context, singleton: str, error: Exception) -> NoR
         request.id,
         error,
     )
+    # The broker gives it out again at once, and sending it is likely to fail again for a while.
+    time.sleep(random.uniform(0.5, 1.0) * UNSENT_PAUSE)
     raise Reject(error, requeue=True) from error
 
 
@@ -118,6 +143,33 @@ def means_to_kill(error: BaseException) -> bool:
         return False
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return frames[-1].f_code is BasePool.terminate_job.__code__
+
+
+def wait_on(task: Any, request: Context, singleton: str) -> None:
+    """Send a message on that has a part of its pause left.
+
+    :raises Ignore: it has.
+    """
+    left = pause_left(request)
+    if left > 0 and can_be_sent_again(task, request):
+        send_again(task, request, singleton, left)
+
+
+def end_copy(request: Context, singleton: str) -> NoReturn:
+    """End a message of which another copy runs, or has run: a fanout exchange made copies of it.
+
+    The run's result is that of all copies, so this one stores none.
+
+    :raises Ignore: always.
+    """
+    logger.info(
+        "singleton %s: task %s came through the fanout exchange %r, and another copy of it runs or "
+        "has run; this copy ends",
+        singleton,
+        request.id,
+        (request.delivery_info or {}).get("exchange"),
+    )
+    raise Ignore(f"another copy of task {request.id} runs or has run")
 
 
 def put_back(

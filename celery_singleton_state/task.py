@@ -12,11 +12,13 @@ from celery._state import _task_stack  # type: ignore[attr-defined]  # missing i
 from celery.app.task import Context
 from celery.exceptions import Reject
 from celery.result import allow_join_result
+from kombu.exceptions import OperationalError
 from typing_extensions import ParamSpec, TypeVar
 
 from .calls import guard_calls, has_call_behind, in_guard, keep_class_of_app
 from .content import encoding_of
 from .converted import Converter, converter_of
+from .delay import prepare
 from .deliver import deliver
 from .delivery import Delivery
 from .dropped import settle
@@ -30,14 +32,20 @@ from .enqueue import (
     publish_retry,
 )
 from .errors import SingletonError, StateLoadFailed
-from .headers import REPLACES, RETRIES, custom_headers, own_headers
+from .headers import COPY, REPLACES, RETRIES, custom_headers, own_headers
 from .hooks import Failed
 from .in_run import InRun
 from .interrupt import Unbreakable
 from .keys import Binder, row_key, singleton_name
 from .options import Options, find_misspelled, read_options, run_signature
 from .place import note_sending
-from .redelivery import UNSENDABLE, leave_with_broker, left_if_killed
+from .redelivery import (
+    UNSENDABLE,
+    can_be_put_back,
+    can_be_sent_again,
+    leave_with_broker,
+    left_if_killed,
+)
 from .results import has_result, is_recorded
 from .retry import RetryAfter
 from .run import ReplacedEagerly, Run, current_run
@@ -269,22 +277,38 @@ class SingletonTask(_TypedTask[S, P, R]):
         request: Context | None = None,
         args: Any = None,
         kwargs: Any = None,
-        queue: str | None = None,
+        queue: Any = None,
         **options: Any,
     ) -> Any:
-        """The message that is sent in place of a request's, as Celery makes it.
+        """The message with which Celery and this package retry a message, or send it again.
 
-        Celery takes only the headers that it shows. This package's own are kept as well, so that
-        what a retry is known by, and its tick, are not lost where a tracing tool hides them.
+        It keeps this package's own headers, also if a tracing tool hides them from Celery, so that
+        what a retry is known by, and its tick, are not lost. It waits where and for as long as the
+        broker allows, and goes into the queue that the first one came from, unless the caller says
+        another one.
+
+        :raises Reject: the broker is unavailable.
         """
         found = self.request if request is None else request
         if "headers" in options:
             headers = own_headers(found) | (options["headers"] or {})
         else:
             headers = custom_headers(found)
-        return super().signature_from_request(
-            request, args, kwargs, queue, **{**options, "headers": headers}
+        signature = super().signature_from_request(
+            found, args, kwargs, queue, **{**options, "headers": headers}
         )
+        if can_be_put_back(found):
+            said = [*options, *(["queue"] if queue else [])]
+            try:
+                prepare(self, found, signature, said)
+            except OperationalError as error:
+                # As Celery's retry does when it cannot send.
+                raise Reject(error, requeue=False) from error
+            except Exception:
+                logger.exception("task %s[%s] is sent again as Celery does", self.name, found.id)
+        return signature
+
+    subtask_from_request = signature_from_request
 
     def on_replace(self, sig: Any) -> Any:
         """Replace the task, as Celery does, when the state is saved."""
@@ -317,16 +341,33 @@ class SingletonTask(_TypedTask[S, P, R]):
         answer = delivery.answer_to(error)
         if not isinstance(answer, RetryAfter) or delivery.place.asked_by is not None:
             return
+        request = delivery.request
+        if delivery.is_copy and not can_be_sent_again(self, request):
+            logger.warning(
+                "singleton %s: task %s is not retried, because it came through a fanout exchange",
+                delivery.name,
+                request.id,
+            )
+            return
+        # Of all copies one alone has run.
+        is_copy = delivery.is_copy and isinstance(error, StateLoadFailed)
         try:
             # The answer has judged the count already.
             raise self.retry(
                 exc=error,
                 countdown=answer.seconds,
                 max_retries=delivery.retries + 1,
-                headers=custom_headers(delivery.request)
+                headers=custom_headers(request)
                 | delivery.resent
+                | ({COPY: int(is_copy)} if delivery.is_copy else {})
                 | {RETRIES: delivery.own_retries + 1},
             )
+        except Reject as rejected:
+            requeue: bool = rejected.requeue  # type: ignore[attr-defined]  # missing in celery-types
+            cause = rejected.args[0]
+            if requeue or not isinstance(cause, Exception):
+                raise
+            leave_with_broker(request, delivery.name, cause)
         finally:
             # Celery leaves it on the task, where the next retry of its own would find it.
             self.__dict__.pop("override_max_retries", None)

@@ -17,6 +17,7 @@ from celery import Celery
 from .content import Content, dump, load, options_for_new
 from .headers import SENT
 from .redelivery import send_as_it_is
+from .routing import resolved
 from .store.base import Leases, Released
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def grant(
         args, kwargs = wish.content.decode(app)
         # Sent a second time, it is a copy.
         headers = {**(wish.options.get("headers") or {}), SENT: wish.id}
-        options = {**wish.options, "task_id": wish.id, "headers": headers}
+        options = resolved(app, wish.options) | {"task_id": wish.id, "headers": headers}
         send_as_it_is(app.tasks[wish.task], args, kwargs, options)
         store.wishes.granted(key, written)
         logger.info("%s: one more run was wanted; sent as task %s", key, wish.id)

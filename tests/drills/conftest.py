@@ -14,6 +14,7 @@ from tests.drills.shop import Gate, Shop
 from tests.mariadb import MariaDB
 from tests.processes.conftest import broker_url, client, make_fleet, pytest_runtest_makereport
 from tests.processes.fleet import Fleet
+from tests.queues import KIND
 from tests.rabbitmq import RabbitMQ
 from tests.servers import Postgres, Proxy, Standby
 
@@ -29,6 +30,17 @@ def rabbitmq() -> Iterator[RabbitMQ]:
 def own_rabbitmq() -> Iterator[RabbitMQ]:
     """A server that the test may stop."""
     yield from running(RabbitMQ)
+
+
+@pytest.fixture
+def on_rabbitmq(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], dict[str, str]]:
+    """Settings of a fleet on RabbitMQ, with a queue of its own of some kind."""
+
+    def settings(kind: str) -> dict[str, str]:
+        url: str = request.getfixturevalue("rabbitmq").url
+        return {"CELERY_BROKER_URL": url, "TEST_QUEUE": tmp_path.name, KIND: kind}
+
+    return settings
 
 
 @pytest.fixture

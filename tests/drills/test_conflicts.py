@@ -19,21 +19,27 @@ from celery_singleton_state import HeartbeatFailed, LeaderHandoffFailed
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Row
 from tests.processes.fleet import Fleet, Worker, outcome
+from tests.queues import QUORUM
 from tests.waiting import wait_until
 
 #: Seconds after which the broker takes a message that is not acknowledged for lost.
 VISIBILITY_TIMEOUT = 2.0
 
 
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Fleet:
-    """Leases live for a minute, so that none becomes free by running out; they beat twice a
-    second, so that a holder hears soon what it is asked.
-    """
+@pytest.fixture(params=["valkey", *QUORUM])
+def fleet(
+    request: pytest.FixtureRequest,
+    make_fleet: Callable[..., Fleet],
+    on_rabbitmq: Callable[[str], dict[str, str]],
+    tmp_path: Path,
+) -> Fleet:
+    """Leases beat twice a second, so that a holder hears soon what it is asked."""
+    broker = {} if request.param == "valkey" else on_rabbitmq(request.param)
     return make_fleet(
         f"sqlite:///{tmp_path}/store.db",
         CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.5",
         TEST_VISIBILITY_TIMEOUT=VISIBILITY_TIMEOUT,
+        **broker,
     )
 
 
@@ -119,6 +125,7 @@ def is_stopped_with(worker: Worker, app: Celery, task_id: str) -> bool:
     return False
 
 
+@pytest.mark.parametrize("fleet", ["valkey"], indirect=True)
 def test_who_waits_dies(fleet: Fleet, client: Callable[[], Celery], go: Path) -> None:
     """Its worker is killed; the broker gives its message to another one, in its own time: Redis
     looks for such messages when a worker starts, and then rarely.

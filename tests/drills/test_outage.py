@@ -10,14 +10,21 @@ from celery import Celery
 
 from celery_singleton_state.runtime import runtime_of
 from tests.processes.fleet import Fleet, outcome
+from tests.queues import QUORUM
 from tests.servers import Postgres
 from tests.waiting import wait_until
 
 
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], own_postgres: Postgres) -> Fleet:
+@pytest.fixture(params=["valkey", *QUORUM])
+def fleet(
+    request: pytest.FixtureRequest,
+    make_fleet: Callable[..., Fleet],
+    on_rabbitmq: Callable[[str], dict[str, str]],
+    own_postgres: Postgres,
+) -> Fleet:
     url = own_postgres.create_database("shop")
-    return make_fleet(url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="2")
+    broker = {} if request.param == "valkey" else on_rabbitmq(request.param)
+    return make_fleet(url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="2", **broker)
 
 
 def test_stopped_before_the_run(

@@ -16,24 +16,19 @@ from celery_singleton_state.history import decode
 from celery_singleton_state.runtime import runtime_of
 from tests.fences import are_growing
 from tests.processes.fleet import Fleet, outcome
+from tests.queues import KINDS
 from tests.rabbitmq import RabbitMQ
 from tests.servers import Proxy
 from tests.waiting import wait_until
 
 
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Fleet:
-    return make_fleet(
-        f"sqlite:///{tmp_path}/store.db",
-        CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
-        TEST_VISIBILITY_TIMEOUT="1",
-        TEST_WORKER_LOST_WAIT="0.1",
-    )
-
-
-@pytest.fixture
-def make_rabbit_fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Callable[[str], Fleet]:
-    """Makes a fleet on RabbitMQ, in a queue of its own; its results are kept where they were."""
+@pytest.fixture(params=KINDS)
+def make_rabbit_fleet(
+    request: pytest.FixtureRequest, make_fleet: Callable[..., Fleet], tmp_path: Path
+) -> Callable[[str], Fleet]:
+    """Makes a fleet on RabbitMQ, in a queue of its own of each kind; its results are kept where
+    they were.
+    """
 
     def make(url: str, **settings: str) -> Fleet:
         return make_fleet(
@@ -41,6 +36,7 @@ def make_rabbit_fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Calla
             CELERY_BROKER_URL=url,
             CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
             TEST_QUEUE=tmp_path.name,
+            TEST_QUEUE_KIND=request.param,
             TEST_WORKER_LOST_WAIT="0.1",
             **settings,
         )
@@ -48,15 +44,22 @@ def make_rabbit_fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Calla
     return make
 
 
-@pytest.fixture(params=["valkey", "rabbitmq"])
-def fleet_on_each(request: pytest.FixtureRequest) -> Fleet:
-    """The same fleet, once on each broker."""
-    if request.param == "valkey":
-        found: Fleet = request.getfixturevalue("fleet")
-        return found
-    rabbitmq = request.getfixturevalue("rabbitmq")
-    made: Fleet = request.getfixturevalue("make_rabbit_fleet")(rabbitmq.url)
-    return made
+@pytest.fixture(params=["valkey", *KINDS])
+def fleet_on_each(
+    request: pytest.FixtureRequest,
+    make_fleet: Callable[..., Fleet],
+    on_rabbitmq: Callable[[str], dict[str, str]],
+    tmp_path: Path,
+) -> Fleet:
+    """The same fleet, once on each broker and kind of queue."""
+    broker = {} if request.param == "valkey" else on_rabbitmq(request.param)
+    return make_fleet(
+        f"sqlite:///{tmp_path}/store.db",
+        CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
+        TEST_VISIBILITY_TIMEOUT="1",
+        TEST_WORKER_LOST_WAIT="0.1",
+        **broker,
+    )
 
 
 def test_the_same_message_published_twice_runs_once(

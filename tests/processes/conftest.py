@@ -16,6 +16,7 @@ from celery import Celery
 from celery_singleton_state.runtime import close_runtime
 from celery_singleton_state.store import SqlStore, open_store
 from tests.processes.fleet import Fleet
+from tests.queues import use_queues
 from tests.servers import Valkey
 
 _databases = itertools.count()
@@ -86,11 +87,11 @@ def client(make_fleet: Callable[..., Fleet]) -> Iterator[Callable[[], Celery]]:
     def make() -> Celery:
         made.append(Celery("client", set_as_current=False))
         made[-1].conf.update(
-            task_default_queue=os.environ.get("TEST_QUEUE", "celery"),
             task_serializer=os.environ.get("TEST_SERIALIZER", "json"),
             result_serializer=os.environ.get("TEST_SERIALIZER", "json"),
             accept_content=["json", os.environ.get("TEST_SERIALIZER", "json")],
         )
+        use_queues(made[-1], os.environ.get("TEST_QUEUE", "celery"))
         if os.environ.get("CELERY_BROKER_URL", "").startswith("amqp"):
             # What RabbitMQ did not confirm it loses when it is killed.
             made[-1].conf.broker_transport_options = {"confirm_publish": True}

@@ -31,6 +31,7 @@ from celery_singleton_state import (
     SingletonTask,
     singleton_task,
 )
+from tests.queues import use_queues
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,6 @@ def transport_options() -> dict[str, Any]:
 
 app = Celery("shop")
 app.conf.update(
-    task_default_queue=os.environ.get("TEST_QUEUE", "celery"),
     worker_cancel_long_running_tasks_on_connection_loss="TEST_CANCEL" in os.environ,
     worker_prefetch_multiplier=int(os.environ.get("TEST_PREFETCH", "1")),
     broker_heartbeat=int(os.environ.get("TEST_BROKER_HEARTBEAT", "120")),
@@ -71,6 +71,7 @@ app.conf.update(
     result_serializer=os.environ.get("TEST_SERIALIZER", "json"),
     accept_content=["json", os.environ.get("TEST_SERIALIZER", "json")],
 )
+use_queues(app, os.environ.get("TEST_QUEUE", "celery"))
 
 
 @dataclass
@@ -435,6 +436,13 @@ def run_until(self: SingletonTask[Counter], what: str, until: str) -> str:
     return what
 
 
+def run_until_stateless(self: SingletonTask, what: str, until: str) -> str:
+    with inside(self.name, what=what, retries=self.request.retries):
+        if until:
+            wait_for(until)
+    return what
+
+
 for policy, name in {
     "wait": "waits_its_turn",
     "replace": "replaces",
@@ -491,6 +499,27 @@ singleton_task(app, state_schema=Counter, hold_at_least=2, name="held_on")(run_u
 singleton_task(
     app, state_schema=Counter, hold_at_least=2, on_conflict="coalesce", name="held_on_coalesced"
 )(run_until)
+
+
+@singleton_task(app, state_schema=Counter, name="retries_later", unique_on=["number"])
+def retries_later(self: SingletonTask[Counter], number: int, seconds: float, times: int = 1) -> int:
+    """Asks for its own retry, so many times, after so many seconds."""
+    with inside("retries_later", number=number, retries=self.request.retries):
+        self.state.n += 1
+        if self.request.retries < times:
+            raise self.retry(countdown=seconds, max_retries=100)
+    return self.request.retries
+
+
+for policy in ("skip", "wait", "replace", "coalesce"):
+    for deduplicate in (True, False):
+        singleton_task(
+            app,
+            on_conflict=policy,
+            conflict_timeout=30,
+            deduplicate=deduplicate,
+            name=f"broadcast_{policy}_{deduplicate}",
+        )(run_until_stateless)
 
 
 app.conf.beat_schedule = json.loads(os.environ.get("TEST_SCHEDULE", "{}"))

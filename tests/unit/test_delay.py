@@ -1,0 +1,254 @@
+"""Where a message that is sent again goes, and how long it waits, on each broker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.app.task import Context
+from celery.exceptions import Ignore
+from kombu import Exchange, Queue, binding
+from kombu.common import Broadcast
+
+from celery_singleton_state import SingletonTask, delay, routing, singleton_task
+from celery_singleton_state.delay import possible
+from celery_singleton_state.headers import PAUSE_LEFT, WAITED
+from celery_singleton_state.redelivery import send_again, wait_on
+from celery_singleton_state.routing import came_through_fanout, delayed_key, queue_of
+from celery_singleton_state.runtime import close_runtime
+
+QUORUM = {"x-queue-type": "quorum"}
+#: What kombu writes before the routing key of a message that is delayed by 3 s.
+THREE_SECONDS = "0." * 26 + "1.1."
+
+
+@pytest.fixture
+def make_app() -> Iterator[Callable[..., Celery]]:
+    """Makes an app for a broker, which nobody connects to."""
+    made: list[Celery] = []
+
+    def make(broker: str, *queues: Queue, **options: Any) -> Celery:
+        app = Celery("app", broker=broker, set_as_current=False)
+        app.conf.update(
+            singleton_store_url="memory://",
+            task_queues=queues or None,
+            broker_transport_options=options,
+        )
+        made.append(app)
+        return app
+
+    yield make
+    for app in made:
+        close_runtime(app)
+
+
+def task_of(app: Celery) -> Any:
+    if "task" in app.tasks:
+        return app.tasks["task"]
+
+    @singleton_task(app, name="task", shared=False)
+    def body(self: SingletonTask) -> None:
+        pass
+
+    return body
+
+
+def message(
+    exchange: str = "", routing_key: str = "celery", headers: dict[str, Any] | None = None
+) -> Context:
+    info = {"exchange": exchange, "routing_key": routing_key, "priority": 0, "redelivered": None}
+    return Context(
+        id="1", args=(), kwargs={}, called_directly=False, delivery_info=info, headers=headers or {}
+    )
+
+
+def sent(task: Any, request: Context, **options: Any) -> dict[str, Any]:
+    """The options with which a message is sent again."""
+    found: dict[str, Any] = task.signature_from_request(request, **options).options
+    return found
+
+
+@pytest.mark.parametrize(
+    ("broker", "options", "longest"),
+    [
+        ("redis://", {}, 1800.0),
+        ("redis://", {"visibility_timeout": 3}, 1.5),
+        ("sentinel://", {"visibility_timeout": 40.0}, 20.0),
+        ("amqp://", {}, 900.0),
+        ("memory://", {}, None),
+    ],
+)
+def test_no_countdown_is_longer_than_a_broker_keeps_a_message(
+    make_app: Callable[..., Celery], broker: str, options: dict[str, Any], longest: float | None
+) -> None:
+    """What is left of a pause is in the message; when it comes, it is sent on."""
+    task = task_of(make_app(broker, **options))
+    made = sent(task, message(), countdown=86_400.0)
+    left = made["headers"].get(PAUSE_LEFT, 0.0)
+    assert made["countdown"] == (longest or 86_400.0)
+    assert made["countdown"] + left == 86_400.0
+    again = sent(task, message(headers=made["headers"]), countdown=0.5)
+    assert again["headers"].get(PAUSE_LEFT, 0.0) == 0.0
+
+
+def test_a_message_with_a_part_of_its_pause_left_waits_for_it(
+    make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app("redis://", visibility_timeout=4)
+    task, found = task_of(app), []
+    monkeypatch.setattr(app, "send_task", lambda *_, **options: found.append(options))
+    request = message(headers={PAUSE_LEFT: 5.0})
+    while True:
+        try:
+            wait_on(task, request, "task")
+        except Ignore:
+            request = message(headers=found[-1]["headers"])
+        else:
+            break
+    assert [(each["countdown"], each["headers"][PAUSE_LEFT]) for each in found] == [
+        (2.0, 3.0),
+        (2.0, 1.0),
+        (1.0, 0.0),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["direct", "topic"])
+@pytest.mark.parametrize(
+    ("pause", "seconds"), [(0.2, 1), (1, 1), (1.01, 2), (24, 24), (7200.5, 7201)]
+)
+def test_rabbitmq_keeps_messages_of_quorum_queues_for_whole_seconds(
+    make_app: Callable[..., Celery],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    pause: float,
+    seconds: int,
+) -> None:
+    native = pytest.importorskip("kombu.transport.native_delayed_delivery")
+    monkeypatch.setattr(delay, "_is_bound", lambda *_: True)
+    exchange = Exchange("e", type=kind)
+    app = make_app("amqp://", Queue("q", exchange, routing_key="k", queue_arguments=QUORUM))
+    expected = native.calculate_routing_key(seconds, delayed_key("q"))
+    for options in ({"countdown": pause}, {"eta": app.now() + timedelta(seconds=pause)}):
+        made = sent(task_of(app), message("e", "k"), **options)
+        assert made["exchange"] == "celery_delayed_27"
+        assert made["countdown"] is made["eta"] is None
+        assert made["routing_key"] == expected
+    assert possible(app, pause) == seconds
+
+
+def test_a_wait_counts_as_long_as_it_is(
+    make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.1 s is 1 s with RabbitMQ's delays; counted as 0.1 s, a wait would outlast its limit."""
+    pytest.importorskip("kombu.transport.native_delayed_delivery")
+    monkeypatch.setattr(delay, "_is_bound", lambda *_: True)
+    app = make_app("amqp://", Queue("q", queue_arguments=QUORUM))
+    task, found = task_of(app), []
+    monkeypatch.setattr(app, "send_task", lambda *_, **options: found.append(options))
+    with pytest.raises(Ignore):
+        send_again(task, message("", "q"), "task", 0.1, {WAITED: 2.1})
+    assert found[0]["headers"][WAITED] == pytest.approx(3.0)
+
+
+def test_a_message_goes_back_into_its_own_queue_however_often_it_was_delayed(
+    make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RabbitMQ shows the delaying exchange, and kombu's delay before the routing key."""
+    pytest.importorskip("kombu.transport.native_delayed_delivery")
+    monkeypatch.setattr(delay, "_is_bound", lambda *_: True)
+    other = Queue("other", Exchange("e", type="topic"), routing_key="o", queue_arguments=QUORUM)
+    app = make_app("amqp://", Queue("first", queue_arguments=QUORUM), other)
+    request, lengths = message("e", "o"), set()
+    for _ in range(20):
+        made = sent(task_of(app), request, countdown=3)
+        assert made["queue"].name == "other"
+        lengths.add(len(made["routing_key"]))
+        request = message("celery_delayed_delivery", made["routing_key"])
+        assert queue_of(app, request) == "other"
+    assert len(lengths) == 1
+    by_celery = message("celery_delayed_0", THREE_SECONDS * 2 + "o")
+    assert sent(task_of(app), by_celery)["routing_key"] == "other"
+
+
+@pytest.mark.parametrize("name", ["q", "a.b", "a#*", "ä" * 80, "long" * 60])
+def test_a_delayed_message_is_for_one_queue_whatever_its_name(
+    make_app: Callable[..., Celery], name: str
+) -> None:
+    app = make_app("amqp://", Queue(name, queue_arguments=QUORUM))
+    key = delayed_key(name)
+    assert len((THREE_SECONDS + key).encode()) <= 255
+    assert not {"."}.intersection(key)
+    assert queue_of(app, message("celery_delayed_3", THREE_SECONDS + key)) == name
+
+
+@pytest.mark.parametrize(
+    ("exchange", "routing_key", "queue"),
+    [
+        ("", "elsewhere", "elsewhere"),
+        ("direct", "d", "direct"),
+        ("topic", "eu.orders.new", "topic"),
+        ("topic", "eu.orders", "topic"),
+        ("topic", "orders.eu", None),
+        ("words", "one", "words"),
+        ("words", "one.two", None),
+        ("all", "whatever", "all"),
+        ("bound", "b", "bound"),
+        ("unknown", "d", None),
+    ],
+)
+def test_the_queue_of_a_message(
+    make_app: Callable[..., Celery], exchange: str, routing_key: str, queue: str | None
+) -> None:
+    app = make_app(
+        "amqp://",
+        Queue("direct", Exchange("direct"), routing_key="d"),
+        Queue("topic", Exchange("topic", type="topic"), routing_key="eu.orders.#"),
+        Queue("words", Exchange("words", type="topic"), routing_key="*"),
+        Queue("all", Exchange("all", type="fanout")),
+        Queue("bound", bindings=[binding(Exchange("bound"), routing_key="b")]),
+    )
+    assert queue_of(app, message(exchange, routing_key)) == queue
+
+
+@pytest.mark.parametrize("broker", ["amqp://", "redis://"])
+def test_what_two_queues_get_a_copy_of_is_sent_again_into_one(
+    make_app: Callable[..., Celery], broker: str
+) -> None:
+    """Sent again to their exchange, each copy would come back as two."""
+    topic = Exchange("topic", type="topic")
+    app = make_app(
+        broker, Queue("a", topic, routing_key="x.#"), Queue("b", topic, routing_key="#.y")
+    )
+    made = sent(task_of(app), message("topic", "x.y"), countdown=1)
+    assert (made["exchange"], made["routing_key"]) == ("", "a")
+
+
+def test_a_copy_of_a_fanout_exchange_never_goes_back_to_the_exchange(
+    make_app: Callable[..., Celery],
+) -> None:
+    """Except for a body's own retry where the broker lets no single queue be addressed."""
+    for broker, exchange in (("amqp://", ""), ("redis://", "all")):
+        app = make_app(broker, Queue("q"), Broadcast("all"))
+        request = message("all", "q")
+        assert came_through_fanout(app, request)
+        assert routing.can_be_addressed(app, request) == (broker == "amqp://")
+        assert sent(task_of(app), request)["exchange"] == exchange
+
+
+def test_what_rabbitmq_notes_of_its_moves_is_not_sent_again(
+    make_app: Callable[..., Celery],
+) -> None:
+    """RabbitMQ drops a message whose notes say that it goes round in a circle."""
+    moves = {"x-death": [{"queue": "celery_delayed_1"}], "x-first-death-queue": "celery_delayed_1"}
+    made = sent(task_of(make_app("amqp://")), message(headers={**moves, "own": 1}), countdown=1)
+    assert made["headers"] == {"own": 1}
+
+
+def test_a_retry_goes_where_the_body_says(make_app: Callable[..., Celery]) -> None:
+    app = make_app("amqp://", Queue("q"), Queue("other"))
+    made = sent(task_of(app), message("", "q"), queue="other", countdown=1)
+    assert made["queue"] == "other"
+    assert "exchange" not in made
