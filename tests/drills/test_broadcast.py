@@ -47,14 +47,14 @@ def workers(fleet: Fleet, client: Callable[[], Celery]) -> list[Worker]:
     return started
 
 
-def send_to_all(app: Celery, task: str, what: str, until: Path | str = "", **options: Any) -> Any:
+def send_to_all(app: Celery, task: str, *args: Any, **options: Any) -> Any:
     """Send a message through the fanout exchange.
 
     A process of kombu's on Redis takes an exchange for direct that it has not declared.
     """
     queue = app.amqp.queues[f"{app.conf.task_default_queue}-all"]
     declare = [queue.exchange]
-    return app.send_task(task, (what, str(until)), queue=queue, declare=declare, **options)
+    return app.send_task(task, args, queue=queue, declare=declare, **options)
 
 
 def ended(workers: list[Worker], task: str, task_id: str) -> int:
@@ -85,13 +85,13 @@ def test_a_message_to_all_workers_runs_once(
     """
     app, go = client(), tmp_path / "go"
     task = f"broadcast_{policy}_{deduplicate}"
-    result = send_to_all(app, task, "one", go)
+    result = send_to_all(app, task, "one", str(go))
     fleet.wait_for_notes("enter")
     wait_until(lambda: ended(workers, task, result.id) == 2, "the other copies have ended")
     go.touch()
     wait_until(lambda: ended(workers, task, result.id) == 3, "the run has ended")
     assert received(workers, result.id) == 3
-    send_to_all(app, task, "one", task_id=result.id)
+    send_to_all(app, task, "one", "", task_id=result.id)
     wait_until(lambda: received(workers, result.id) == 6, "copies that come late are received")
     wait_until(lambda: ended(workers, task, result.id) == 6, "copies that come late have ended")
     assert len(fleet.notes("enter")) == 1
@@ -106,7 +106,7 @@ def test_a_message_to_all_workers_waits_for_another_run(
     task = "broadcast_wait_False"
     first = app.send_task(task, ("first", str(go)))
     fleet.wait_for_notes("enter")
-    second = send_to_all(app, task, "second")
+    second = send_to_all(app, task, "second", "")
     wait_until(lambda: received(workers, second.id) >= 3, "all copies are received")
     go.touch()
     wait_until(lambda: ended(workers, task, first.id) == 1, "the first run has ended")
@@ -117,3 +117,13 @@ def test_a_message_to_all_workers_waits_for_another_run(
 
     wait_until(over, "one copy has run, and two have ended")
     assert [note["what"] for note in fleet.notes("enter")] == ["first", "second"]
+
+
+def test_a_retry_that_the_body_of_one_copy_asks_for_runs_once(
+    workers: list[Worker], fleet: Fleet, client: Callable[[], Celery]
+) -> None:
+    """On Redis the retry goes to all workers, and on RabbitMQ into the queue of one worker."""
+    result = send_to_all(client(), "retries_later", 1, 0.2, 3)
+    wait_until(lambda: ended(workers, "retries_later", result.id) >= 6, "all retries have run")
+    wait_until(lambda: len(fleet.notes("leave")) == 4, "the last retry has run")
+    assert [note["retries"] for note in fleet.notes("enter")] == [0, 1, 2, 3]

@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import running
 from tests.mariadb import MariaDB
+from tests.queues import KIND
 from tests.rabbitmq import RabbitMQ
 from tests.servers import Postgres, Valkey
 from tests.storm.checker import Findings, check
@@ -41,10 +42,16 @@ def test_a_storm_on_valkey(durable_valkey: Valkey, own_postgres: Postgres, tmp_p
     assert found.runs > SECONDS
 
 
+#: ``SINGLETON_TEST_STORM_QUEUES`` asks for other kinds of RabbitMQ's queues, as ``direct,topic``.
+QUEUES = os.environ.get("SINGLETON_TEST_STORM_QUEUES", "classic,topic").split(",")
+
+
+@pytest.mark.parametrize("kind", QUEUES)
 def test_a_storm_on_rabbitmq(
-    own_rabbitmq: RabbitMQ, own_postgres: Postgres, tmp_path: Path
+    own_rabbitmq: RabbitMQ, own_postgres: Postgres, tmp_path: Path, kind: str
 ) -> None:
-    found = work_through(Storm(SEED, SECONDS), tmp_path, own_postgres, own_rabbitmq)
+    storm = Storm(SEED, SECONDS, environment={KIND: kind})
+    found = work_through(storm, tmp_path, own_postgres, own_rabbitmq)
     assert found.wrong == {}
     assert found.lost_by_broker == 0
     assert found.runs > SECONDS

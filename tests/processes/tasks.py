@@ -521,6 +521,10 @@ for policy in ("skip", "wait", "replace", "coalesce"):
             name=f"broadcast_{policy}_{deduplicate}",
         )(run_until_stateless)
 
+singleton_task(
+    app, state_schema=Counter, hold_at_least=12, on_conflict="coalesce", name="held_on_for_long"
+)(run_until)
+
 
 app.conf.beat_schedule = json.loads(os.environ.get("TEST_SCHEDULE", "{}"))
 

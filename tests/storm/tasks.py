@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from celery import Celery
 
 from celery_singleton_state import RetryPolicy, SingletonTask, singleton_task
+from tests.queues import use_queues
 from tests.storm import faults
 from tests.storm.jobs import Line, Trail, effects
 from tests.storm.manners import moments
@@ -44,6 +45,7 @@ app.conf.update(
     ),
     task_ignore_result=True,
 )
+use_queues(app, "celery")
 
 #: The singletons, and the task of each.
 SINGLETONS = {f"a{n}": "step" for n in range(5)} | {f"b{n}": "step_to_the_end" for n in range(5)}
