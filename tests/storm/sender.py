@@ -6,6 +6,7 @@ Sends jobs, and tries each until the broker has it. With 0 seconds, one for each
 from __future__ import annotations
 
 import importlib
+import inspect
 import random
 import sys
 import time
@@ -19,10 +20,16 @@ QUICK, MEDIUM, SLOW = (0.02, 0.1), (0.3, 1.0), (1.5, 5.5)
 
 
 def send(task: Any, name: str, job: str, seconds: float) -> None:
-    """Send a job until the broker has it. Another job's result says that it was not wanted."""
+    """Send a job until the broker has it. Another job's result says that it was not wanted.
+
+    A quorum queue that was sent a message while RabbitMQ started may never confirm it.
+    """
+    options = {}
+    if "confirm_timeout" in inspect.signature(task.app.amqp.send_task_message).parameters:
+        options["confirm_timeout"] = 5.0
     while True:
         try:
-            result = task.apply_async((name, job, seconds), task_id=job)
+            result = task.apply_async((name, job, seconds), task_id=job, **options)
         except Exception as error:  # the broker is away, in one of its clients' words
             if type(error).__name__ == "AlreadyQueued":
                 return
