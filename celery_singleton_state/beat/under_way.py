@@ -23,9 +23,11 @@ from celery_singleton_state.ticks import task_id_of
 logger = logging.getLogger(__name__)
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-#: Between two looks at the row while the next tick waits; each is twice the one before. Looks of
-#: all entries fall together, because each comes at a multiple of its pause.
+#: Between two looks at the row while the next tick waits: a small part of the time that the tick
+#: has taken, rounded to one of a few pauses that each are twice the one before. Looks of all
+#: entries fall together, because each comes at a multiple of its pause.
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=0.02), timedelta(seconds=1.28)
+PART = 4
 #: After which a tick of which the row knows nothing is sent again; each time is longer.
 PATIENCE, LONGEST_PATIENCE, GROWTH = timedelta(minutes=1), timedelta(hours=6), 4
 #: The same while other runs hold the lease, for which the tick may wait.
@@ -45,7 +47,6 @@ class UnderWay:
         self.due = due
         self.key = key
         self.is_overdue = False
-        self._pause = FIRST_PAUSE
         self._patience = PATIENCE
         self._sent = sent
         #: When it is to be sent again unless the row says something of it.
@@ -78,7 +79,9 @@ class UnderWay:
         seldom = min(next_tick, self.overdue_at)
         if seldom > now:
             return seldom
-        pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+        pause, wanted = FIRST_PAUSE, min((now - self._sent) / PART, LONGEST_PAUSE)
+        while 2 * pause <= wanted:
+            pause *= 2
         return now + pause - (now - EPOCH) % pause
 
     def _be_patient(self, patience: timedelta) -> None:
