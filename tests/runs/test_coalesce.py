@@ -17,7 +17,7 @@ from kombu import serialization
 from celery_singleton_state import SingletonTask, singleton_task
 from celery_singleton_state.recovery import end_for
 from celery_singleton_state.runtime import runtime_of
-from tests.runs.messages import Broker, Message, broker_of
+from tests.runs.kept_messages import Broker, Message, broker_of
 
 KEY = "singleton-state:coalesced"
 NOW = datetime(2026, 11, 27, 12, 30, 1, 5000, tzinfo=UTC)

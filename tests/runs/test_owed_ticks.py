@@ -34,19 +34,11 @@ from tests.waiting import wait_until
 __all__ = ["beats"]
 
 DAY, MINUTE, HOUR = timedelta(days=1), timedelta(minutes=1), timedelta(hours=1)
-<<<<<<< HEAD
 #: Far from now, so that no tick falls due while a test runs.
 HOUR_OF_DAY = (datetime.now(UTC).hour + 12) % 24
 DAILY = {
     "task": "close",
     "schedule": crontab(hour=str(HOUR_OF_DAY), minute="5"),
-=======
-#: Of which no tick is due while tests run, nor in the hours that they let pass.
-FAR_HOUR = (datetime.now(UTC).hour + 12) % 24
-DAILY = {
-    "task": "close",
-    "schedule": crontab(hour=str(FAR_HOUR), minute="5"),
->>>>>>> 0ba7812 (beat: ask for the end of a tick sooner the quicker it is)
     "catch_up": "all",
     "skip_if_older_than": None,
 }
@@ -119,11 +111,7 @@ def make_shop(beats: Beats) -> Iterator[Callable[..., Shop]]:
 
 def owe(shop: Shop, days: int, name: str = "e") -> list[datetime]:
     """Have so many ticks of a daily entry be owed; returns them."""
-<<<<<<< HEAD
     today = shop.beat._leader.now().replace(hour=HOUR_OF_DAY, minute=5, second=0, microsecond=0)
-=======
-    today = shop.beat._leader.now().replace(hour=FAR_HOUR, minute=5, second=0, microsecond=0)
->>>>>>> 0ba7812 (beat: ask for the end of a tick sooner the quicker it is)
     last = today if today <= shop.beat._leader.now() else today - DAY
     owed = [last - number * DAY for number in reversed(range(days))]
     due_now(shop.beat, name, shop.beat._leader.now() - owed[0])
