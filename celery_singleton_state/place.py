@@ -11,7 +11,8 @@ A message that waits in a queue has no rank. Several that come at the same time 
 other on their way, from the worker's process to its children, say. So each notes when it was sent:
 by the clock of the sending host, or of the worker that received it if the sender noted nothing. Two
 such times are compared only if both are of the same host since it was started; otherwise the first
-to come is the older one.
+to come is the older one. A message without a rank that was sent before the newest one in the row
+gives up, too.
 """
 
 from __future__ import annotations
@@ -71,12 +72,14 @@ class Place:
 
     def is_below(self, row: Row) -> bool:
         """Whether the store refuses the message the lease, also if it is free."""
-        return self.rank is not None and row.rank > self.rank
+        if self.rank is None:
+            return is_before(self.sent, row.newest_sent)
+        return row.rank > self.rank
 
 
 def moment() -> str:
     """The time now, by this host's clock."""
-    return f"{_CLOCKS_NAME}:{time.clock_gettime_ns(CLOCK)}"
+    return f"{_CLOCKS_NAME}:{time.clock_gettime_ns(CLOCK):020d}"
 
 
 def is_before(one: str | None, other: str | None) -> bool:
@@ -132,7 +135,7 @@ def is_older(delivery: Delivery, row: Row) -> bool:
     """
     place = delivery.place
     if place.rank is None:
-        return row.held and is_before(place.sent, row.newest_sent)
+        return is_before(place.sent, row.newest_sent)
     entries = history.decode(row.history, delivery.name)
     fences = [entry.fence for entry in entries if history.is_run(entry)]
     if row.holder is not None and not _is_done(row.task_id, entries):

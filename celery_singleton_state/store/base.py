@@ -357,7 +357,9 @@ class Leases(Protocol):
 
         :param rank: of a message that was ranked before. It does not get the lease if the row has
             a larger :attr:`Row.rank`, that of a newer message. 0: it was not ranked.
-        :param sent: when the message was sent.
+        :param sent: when the message was sent, as :func:`~celery_singleton_state.place.moment`
+            tells it. A message that was not ranked does not get the lease if the newest message of
+            the row was sent later by the same clock.
 
         Asked again by the same holder it changes nothing, except that the lease lives for at least
         ``ttl`` from now. So a request whose answer was lost can be repeated, and a late one does

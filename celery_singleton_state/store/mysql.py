@@ -31,6 +31,7 @@ from .statements import (
     HELD_ON,
     IN_ORDER,
     NEW_VALUE,
+    SENT_BEFORE,
     UNUSED,
     Statements,
 )
@@ -55,7 +56,8 @@ _LATER = f"{_NOW} + INTERVAL :ttl SECOND"
 _IS_FREE = f"(holder IS NULL OR expires_at <= {_NOW} OR expires_at IS NULL)"
 
 _MAY_TAKE = f"""coalesce({_IS_FREE} AND NOT holder <=> :holder
-    AND (:rank = 0 OR greatest(coalesce(fence, 0), coalesce(newest, 0)) <= :rank), 0)"""
+    AND IF(:rank = 0, NOT {SENT_BEFORE},
+      greatest(coalesce(fence, 0), coalesce(newest, 0)) <= :rank), 0)"""
 
 _TAKES = "@singleton_takes"
 

@@ -50,13 +50,20 @@ end
 ACQUIRE = f"""
 {_HEAD}
 local holder, ttl, task_id, rank, sent = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[5]
-local other, expires_at, fence, history, queued, acquired_at, write, ticks_done, newest = unpack(
-  redis.call('HMGET', key, 'holder', 'expires_at', 'fence', 'history', 'queued_task_id',
-    'acquired_at', 'write', 'ticks_done', 'newest'))
+local other, expires_at, fence, history, queued, acquired_at, write, ticks_done, newest, last =
+  unpack(redis.call('HMGET', key, 'holder', 'expires_at', 'fence', 'history', 'queued_task_id',
+    'acquired_at', 'write', 'ticks_done', 'newest', 'newest_sent'))
 local is_over = not expires_at or tonumber(expires_at) <= now
 if other and other ~= holder and not is_over then touch() return false end
 if not is_larger(newest or '0', fence or '0') then newest = fence end
-if other ~= holder and rank ~= '0' and is_larger(newest or '0', rank) then touch() return false end
+local is_older
+if rank == '0' then
+  local clock = string.sub(sent, 1, -21)
+  is_older = last and clock ~= '' and clock == string.sub(last, 1, -21) and last > sent
+else
+  is_older = is_larger(newest or '0', rank)
+end
+if other ~= holder and is_older then touch() return false end
 make()
 if other == holder then
   set('expires_at', moment(math.max(tonumber(expires_at or '0'), now + ttl)))

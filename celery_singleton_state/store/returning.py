@@ -17,6 +17,7 @@ from .statements import (
     HELD_ON,
     IN_ORDER,
     NEW_VALUE,
+    SENT_BEFORE,
     UNUSED,
     Statements,
 )
@@ -46,7 +47,8 @@ ON CONFLICT (key) DO UPDATE SET
   holder = :holder, task_id = :task_id
 WHERE mine.holder = :holder OR (
   (mine.holder IS NULL OR mine.expires_at <= {{now}} OR mine.expires_at IS NULL)
-  AND (:rank = 0 OR {{larger}}(coalesce(mine.fence, 0), coalesce(mine.newest, 0)) <= :rank))
+  AND CASE WHEN :rank = 0 THEN NOT {SENT_BEFORE.replace("newest_sent", "mine.newest_sent")}
+    ELSE {{larger}}(coalesce(mine.fence, 0), coalesce(mine.newest, 0)) <= :rank END)
 RETURNING fence, value, schema_version, history, {{acquired_at}}, write, ticks_done
 """
 

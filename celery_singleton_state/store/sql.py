@@ -67,8 +67,10 @@ class SqlStore:
         rank: int = 0,
         sent: str | None = None,
     ) -> Acquired | None:
-        named = {"key": key, "holder": holder, "ttl": ttl, "task_id": task_id}
-        rows = self._rows(self._sql.acquire, named | {"rank": rank, "sent": sent})
+        named: dict[str, Any] = {"key": key, "holder": holder, "ttl": ttl, "task_id": task_id}
+        of_clock = f"{sent.rpartition(':')[0]}:%" if sent else None
+        named |= {"rank": rank, "sent": sent, "of_clock": of_clock}
+        rows = self._rows(self._sql.acquire, named)
         if not rows:
             return None
         fence, *found = rows[0]

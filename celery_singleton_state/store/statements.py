@@ -21,6 +21,10 @@ HELD = "WHERE {key} = :key AND fence = :fence AND holder = :holder"
 #: Which write of a holder's is in its order: neither late, nor behind what the database lost.
 IN_ORDER = "AND {write} BETWEEN :seen AND :number"
 
+#: Whether a message that was not ranked was sent before the newest message in the row. A moment is
+#: a clock's name and a number of fixed length, so two moments of one clock compare as texts.
+SENT_BEFORE = "coalesce(newest_sent LIKE :of_clock AND newest_sent > :sent, FALSE)"
+
 #: Added to the holder's name while the lease is held on after its run.
 HELD_ON = " (held on)"
 

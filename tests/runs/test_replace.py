@@ -290,7 +290,7 @@ def test_a_message_that_was_done_before_replaces_none(
     app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
     """H runs. B asks H to stop, and H ends. A second copy of H's message finds the lease free,
-    takes it, finds itself done and ends. B comes again.
+    takes it, finds itself done and ends. B comes again. When H was sent is not known.
     """
     b: list[Message] = []
 
@@ -300,6 +300,7 @@ def test_a_message_that_was_done_before_replaces_none(
 
     task = make_task(during, deduplicate=True)
     h = send(task, broker, "H")
+    del h.headers[SENT]
     assert h.deliver() == ("SUCCESS", "H")
     h.deliver()
     assert row_of(app).last_outcome == "duplicate"
@@ -321,6 +322,21 @@ def test_messages_that_overtake_each_other_are_as_new_as_they_were_sent(
     release(app, holder)
     assert c.deliver() == ("SUCCESS", "C")
     assert ran == ["C"]
+
+
+def test_a_message_that_was_overtaken_does_not_take_the_lease_before_the_newest_comes_again(
+    app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
+) -> None:
+    """A and B are sent. B comes first, and asks H to stop. H stops at once. A comes before B does
+    again, and finds the lease free.
+    """
+    task, holder = make_task(), hold(app)
+    a, b = (send(task, broker, what) for what in "AB")
+    b = wait(b, broker)
+    release(app, holder)
+    assert gives_up(a)
+    assert b.deliver() == ("SUCCESS", "B")
+    assert ran == ["B"]
 
 
 def test_a_message_that_is_to_come_later_is_as_new_as_it_comes(

@@ -24,12 +24,17 @@ FAULTS = {
         "mine.newest, 0) + 1, 0 *",
     ),
     "acquire raises its fence above no rank": ("acquire", "coalesce(mine.newest, 0) + 1", "0"),
-    "acquire by an older message": ("acquire", "(:rank = 0 OR", "(1 = 1 OR"),
+    "acquire by an older message": (
+        "acquire",
+        "ELSE max(coalesce(mine.fence",
+        "ELSE 0 * max(coalesce(mine.fence",
+    ),
     "acquire by a message older than a fence": (
         "acquire",
         "max(coalesce(mine.fence, 0), coalesce(mine.newest, 0)) <= :rank",
         "coalesce(mine.newest, 0) <= :rank",
     ),
+    "acquire by a message that was sent before": ("acquire", "NOT coalesce(", "1 OR coalesce("),
     "acquire does not note when its message was sent": ("acquire", "ELSE :sent END", "END"),
     "a new row's fence is not the clock's": (
         "acquire",
@@ -117,7 +122,7 @@ REDIS_FAULTS = {
     ),
     "acquire does not ask the clock": ("ACQUIRE", "tonumber(newest or '0') < clock", "false"),
     "acquire does not mark a takeover": ("ACQUIRE", "other and acquired_at and -1 or 0", "0"),
-    "acquire by an older message": ("ACQUIRE", "rank ~= '0' and", "rank == '' and"),
+    "acquire by an older message": ("ACQUIRE", "other ~= holder and is_older", "false"),
     "asking in any order": ("ASK_TO_HAND_OVER", "not is_larger(rank, newest) and", "false and"),
     "give back without the holder": ("GIVE_BACK", "other ~= ARGV[1]", "not other"),
     "claim without the number": ("CLAIM", "queue ~= number and not is_repeated", "false"),

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from celery_singleton_state.place import is_before
 from celery_singleton_state.store.base import (
     TAKEN_OVER,
     Acquired,
@@ -87,9 +88,10 @@ class ModelRow:
         mine = self.holder is not None and self.holder == lease.holder
         return mine and self.fence == lease.fence
 
-    def may_be_taken(self, rank: int) -> bool:
-        """By a new holder, whose message has a rank, or 0."""
-        return (self.holder is None or not self.life) and (not rank or self.rank <= rank)
+    def may_be_taken(self, rank: int, sent: str | None) -> bool:
+        """By a new holder, whose message has a rank, or 0, and was sent at a moment."""
+        newest = self.rank <= rank if rank else not is_before(sent, self.newest_sent)
+        return newest and (self.holder is None or not self.life)
 
     def free(self) -> None:
         self.holder = self.task_id = None
@@ -153,9 +155,9 @@ class Model:
     def refuses(self, request: Request) -> bool:
         """Whether a request will be refused, so that it must not change anything."""
         if request.verb == "acquire":
-            key, holder, _, _, rank, _ = request.arguments
+            key, holder, _, _, rank, sent = request.arguments
             row = self.seen(key)
-            return row.holder != holder and not row.may_be_taken(rank)
+            return row.holder != holder and not row.may_be_taken(rank, sent)
         if request.verb in ("dequeue", "granted"):
             return False
         trial = Model()
@@ -178,7 +180,7 @@ class Model:
         :func:`fence_is_right` is about that.
         """
         row = self.seen(key)
-        if row.holder != holder and not row.may_be_taken(rank):
+        if row.holder != holder and not row.may_be_taken(rank, sent):
             return None
         assert found is not None
         row = self.row(key)

@@ -346,7 +346,9 @@ class Leases(RuleBasedStateMachine):
             key, task_id, rank = self.ranked[self.nonce % len(self.ranked)]
         run = Run(key, holder, process, task_id, confirms=confirms)
         self.runs.append(run)
-        sent = f"sent {self.nonce}"
+        # Now and then it was overtaken, or was sent from another host.
+        number = self.nonce - 4 * (ranked and not rank)
+        sent = f"{'host' if process < 3 else 'another'}:{number:020d}"
         self.ask(run, Request("acquire", (key, holder, FIRST, task_id, rank, sent)), fate)
 
     def ask(self, run: Run, request: Request, fate: str) -> None:
@@ -637,7 +639,8 @@ class Leases(RuleBasedStateMachine):
             self.nonce += 1
             who, rank = f"asks {self.nonce}", row.next_rank
             self.ranked.append((key, who, rank))
-            self.send(Request("ask_to_hand_over", (row, who, rank, f"sent {self.nonce}")), fate)
+            sent = f"host:{self.nonce:020d}"
+            self.send(Request("ask_to_hand_over", (row, who, rank, sent)), fate)
 
     @precondition(lambda self: self.ranked)
     @rule(message=one_of("ranked"), fate=FATES)

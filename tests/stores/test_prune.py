@@ -277,7 +277,8 @@ def test_a_run_that_is_beginning_keeps_its_row(shared_store: SqlStore) -> None:
     store = shared_store
     old(store, "k", "other")
     before = peek(store).fence
-    named = {"key": "k", "holder": "b", "ttl": LONG, "task_id": None, "rank": 0, "sent": None}
+    named = {"key": "k", "holder": "b", "ttl": LONG, "task_id": None, "rank": 0}
+    named |= {"sent": None, "of_clock": None}
     with ThreadPoolExecutor(1) as pool:
         with on_its_way(store, store._sql.acquire, named):
             pruned = pool.submit(store.prune, ["k", "other"], DAY)

@@ -200,6 +200,31 @@ def test_a_message_that_acquires_is_newer_than_all_that_asked(leases: Leases) ->
     assert again is not None, "a retry of the newest"
 
 
+@pytest.mark.parametrize("ends", [True, False], ids=["ran", "waits"])
+def test_a_message_that_was_overtaken_is_not_the_newest(leases: Leases, ends: bool) -> None:
+    """b is sent, and then c, from the same host. c comes first and runs, or asks a to stop; then
+    the lease is free, and b comes.
+    """
+    sent_by_b, sent_by_c = f"host:{9:020d}", f"host:{10:020d}"
+    lease = acquire(leases, "a").lease
+    if ends:
+        leases.release(lease, DONE)
+        newer = leases.acquire("k", "c", LONG, "task-c", 0, sent_by_c)
+        assert newer is not None
+        lease = newer.lease
+    else:
+        rank = peek(leases).next_rank
+        assert leases.wishes.ask_to_hand_over(peek(leases), "c", rank, sent_by_c)
+    leases.release(lease, DONE)
+    assert leases.acquire("k", "b", LONG, "task-b", 0, sent_by_b) is None
+    assert peek(leases).holder is None
+    again = leases.acquire("k", "c2", LONG, "task-c", 0, sent_by_c)
+    assert again is not None, "a copy of the newest"
+    leases.release(again.lease, DONE)
+    elsewhere = leases.acquire("k", "d", LONG, "task-d", 0, f"another-host:{1:020d}")
+    assert elsewhere is not None, "clocks of two hosts are not compared"
+
+
 # -- want
 
 
