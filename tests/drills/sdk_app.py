@@ -36,8 +36,6 @@ def sentry() -> Callable[[], object]:
         traces_sample_rate=1.0,
         integrations=[CeleryIntegration(monitor_beat_tasks=True)],
     )
-    if not hasattr(sentry_sdk, "get_current_span"):  # before 1.45
-        return lambda: sentry_sdk.Hub.current.scope.span
     return sentry_sdk.get_current_span
 
 
