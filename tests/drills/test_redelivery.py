@@ -15,7 +15,7 @@ from celery.result import AsyncResult
 from celery_singleton_state.history import decode
 from celery_singleton_state.runtime import runtime_of
 from tests.fences import are_growing
-from tests.processes.fleet import Fleet, outcome
+from tests.processes.fleet import Fleet, Worker, outcome
 from tests.queues import KINDS
 from tests.rabbitmq import RabbitMQ
 from tests.servers import Proxy
@@ -105,6 +105,12 @@ def send_and_enter(fleet: Fleet, app: Celery, go: Path) -> AsyncResult[int]:
     return result
 
 
+def wait_until_put_back(fleet: Fleet, worker: Worker) -> None:
+    """Before Celery 5.5 a worker that has connected again starts nothing while a body runs."""
+    if celery.VERSION >= (5, 5):
+        fleet.wait_for_output(worker, "its message is put back")
+
+
 def test_the_connection_of_a_worker_breaks_in_mid_body(
     rabbitmq: RabbitMQ,
     make_rabbit_fleet: Callable[..., Fleet],
@@ -123,7 +129,7 @@ def test_the_connection_of_a_worker_breaks_in_mid_body(
     worker = fleet.start("-c", "2")
     result = send_and_enter(fleet, app, go)
     proxy.cut()
-    fleet.wait_for_output(worker, "its message is put back")
+    wait_until_put_back(fleet, worker)
     go.touch()
     assert outcome(result) == 1
     fleet.wait_for_output(worker, f"task {result.id} was done before")
@@ -266,13 +272,16 @@ def test_rabbitmq_dies_in_mid_body(
     fleet = make_rabbit_fleet(own_rabbitmq.url)
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "2")
-    result = send_and_enter(fleet, app, go)
+    # RabbitMQ 3.10 can lose a quorum queue that is younger than half a second when it is killed.
+    assert outcome(app.send_task("retries_later", (0, 1))) == 1
+    result: AsyncResult[int] = app.send_task("increment", (str(go),))
+    fleet.wait_for_notes("enter", 3)
     own_rabbitmq.stop()
     fleet.wait_for_output(worker, "Connection to broker lost")
     own_rabbitmq.start()
-    fleet.wait_for_output(worker, "its message is put back")
+    wait_until_put_back(fleet, worker)
     go.touch()
     assert outcome(result) == 1
     fleet.wait_for_output(worker, f"task {result.id} was done before")
     assert outcome(app.send_task("increment")) == 2
-    assert len(fleet.notes("enter")) == 2
+    assert [note["task"] for note in fleet.notes("enter")[2:]] == ["increment"] * 2
