@@ -202,8 +202,7 @@ def test_the_pending_run_of_a_delayed_message_is_not_delayed(
     meet_a_holder(app, message, delivery_info={"exchange": exchange, "routing_key": key})
     options = granted(app, broker).options
     assert options["queue"].name == "celery"
-    assert not options.get("exchange")
-    assert not options.get("routing_key")
+    assert (options["exchange"], options["routing_key"]) == ("", "celery")
 
 
 def test_content_that_the_workers_do_not_accept_is_not_sent(

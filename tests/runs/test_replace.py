@@ -300,7 +300,7 @@ def test_a_message_that_was_done_before_replaces_none(
 
     task = make_task(during, deduplicate=True)
     h = send(task, broker, "H")
-    del h.headers[SENT]
+    del h.headers[SENT_AT]
     assert h.deliver() == ("SUCCESS", "H")
     h.deliver()
     assert row_of(app).last_outcome == "duplicate"
