@@ -87,7 +87,8 @@ def queue_of(app: Celery, request: Context) -> str | None:
         for queue in known.values():
             if any(_leads(bound, exchange, routing_key) for bound in _bindings(queue)):
                 return str(queue.name)
-    return None
+    named = {str(queue.name) for queue in queues.values()}
+    return routing_key if exchange is None and routing_key in named else None
 
 
 def address_of(app: Celery, request: Context) -> dict[str, Any]:
@@ -106,6 +107,8 @@ def address_of(app: Celery, request: Context) -> dict[str, Any]:
     name = queue_of(app, request)
     if name is not None:
         return options | {"queue": name}
+    if _delivered(request)[0] is None:
+        return options  # where Celery sends the task's messages
     return options | {name: info[name] for name in ("exchange", "routing_key") if name in info}
 
 
