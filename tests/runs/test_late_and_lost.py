@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import msgspec
 import pytest
 from celery import Celery
 from celery.exceptions import SoftTimeLimitExceeded
@@ -22,6 +21,7 @@ from celery_singleton_state import (
     StateLoadFailed,
     StatePersistFailed,
 )
+from celery_singleton_state.content import Content
 from celery_singleton_state.history import decode
 from celery_singleton_state.hooks import Released
 from celery_singleton_state.lease import clock
@@ -31,6 +31,8 @@ from celery_singleton_state.store.base import StoreUnavailable
 from celery_singleton_state.wish import Wish
 from tests.runs.test_run import idle, make_table, row, task_of, write, written
 from tests.waiting import wait_until
+
+NO_ARGUMENTS = Content("application/json", "utf-8", "[[], {}, {}]")
 
 #: Seconds that a lease lives by default.
 ORDINARY_LIFE = 8.0
@@ -405,11 +407,11 @@ def test_a_run_that_was_wished_for_strikes_its_own_wish_out(
 
     def body(self: Any) -> None:
         found = row(app)
-        wish = Wish(self.name, self.request.id, [], {}, {})
-        assert runtime_of(app).store.wishes.want(found, msgspec.json.encode(wish).decode())
+        wish = Wish(self.name, self.request.id, NO_ARGUMENTS, {})
+        assert runtime_of(app).store.wishes.want(found, wish.encode())
 
     task = task_of(app, body, on_conflict="coalesce")
-    monkeypatch.setattr(type(task._get_current_object()), "apply_async", sent.append)
+    monkeypatch.setattr(app, "send_task", lambda name, *_, **__: sent.append(name))
     task.apply(task_id="the wish's id").get()
     assert sent == []
     assert row(app).wanted is None
@@ -526,16 +528,14 @@ def test_a_wish_is_granted_by_a_give_back_whose_answer_was_lost(
     make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = make_app(singleton_heartbeat_interval=0.1)
-    task = task_of(app, increment, on_conflict="coalesce")
+    task_of(app, increment, on_conflict="coalesce")
     sent: list[Any] = []
-    monkeypatch.setattr(
-        type(task._get_current_object()), "apply_async", lambda *a, **k: sent.append(k["task_id"])
-    )
+    monkeypatch.setattr(app, "send_task", lambda *_, **options: sent.append(options["task_id"]))
     runtime = runtime_of(app)
     acquired = runtime.store.acquire("singleton-state:count", "holder", 60, None)
     assert acquired is not None
-    wish = Wish("count", "one more", [], {}, {})
-    assert runtime.store.wishes.want(row(app), msgspec.json.encode(wish).decode())
+    wish = Wish("count", "one more", NO_ARGUMENTS, {})
+    assert runtime.store.wishes.want(row(app), wish.encode())
     Verb(app, monkeypatch, "give_back", times=1)
     runtime.unreturned.add("singleton-state:count", "holder", None)
     wait_until(lambda: sent == ["one more"], "the run that is wanted is sent")

@@ -135,9 +135,7 @@ def test_a_wish_outlives_the_lost_answer_to_a_release(
         return released
 
     monkeypatch.setattr(store, "release", lose_the_answer)
-    monkeypatch.setattr(
-        type(task), "apply_async", lambda self, args, kwargs, **more: sent.append(args)
-    )
+    monkeypatch.setattr(app, "send_task", lambda name, args, *_, **__: sent.append(args))
     task("first")
     assert sent == [("wish",)]
     assert store.wishes.wanted("singleton-state:called") is None
