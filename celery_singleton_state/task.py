@@ -220,14 +220,24 @@ class SingletonTask(_TypedTask[S, P, R]):
                 chosen = note_sending(chosen)
             return send(args, kwargs, **chosen)
 
-        # A run stands for what others send, and not for its own next one.
         run = current_run(self)
         if run is not None:
             options = _of_run(run, options)
         if not self._options.enqueue_once or self.app.conf.task_always_eager:
             return publish()
+        return self._send_once(args, kwargs, options, publish)
+
+    def _send_once(
+        self, args: Any, kwargs: Any, options: dict[str, Any], publish: Callable[..., Any]
+    ) -> Any:
+        """Publish a message unless one is queued; returns the result of whichever it is.
+
+        :param publish: sends the message, under another id if it is given one.
+        """
         known = {"expires": self.expires, **options}
-        if not is_retry(known) and (run is not None or not is_guarded(known)):
+        # A run stands for what others send, and not for its own next one.
+        is_own = current_run(self) is not None
+        if not is_retry(known) and (is_own or not is_guarded(known)):
             return publish()
         try:
             name = self._name(tuple(args or ()), kwargs or {})
