@@ -24,7 +24,7 @@ from .hooks import Skipped
 from .place import a_direct_call, is_older, newest_in
 from .redelivery import can_be_sent_again, send_again
 from .store.base import Row
-from .waiting import AFTER_EXPIRY, send_to_wait
+from .waiting import AFTER_EXPIRY, is_behind_another, send_to_wait
 from .wish import wish_for
 
 #: Seconds before the second try of one that waits in place; doubled up to the longest, jittered.
@@ -154,8 +154,9 @@ def coalesce(conflict: Conflict) -> float | None:
         if not can_be_sent_again(delivery.task, delivery.request):
             return _try_again(conflict, left)
         task_id = str(delivery.request.id)
-        found = claim(delivery.runtime, row.key, task_id, left + LONGEST_WAIT)
-        if found in (None, task_id):
+        # A run that has begun since says nothing of the arguments of this message.
+        found = claim(delivery.runtime, row.key, task_id, left + LONGEST_WAIT, beside_run=True)
+        if found in (None, task_id) or is_behind_another(row, task_id):
             send_again(delivery.task, delivery.request, delivery.name, left)
     elif not wishes.want(row, wish_for(delivery, conflict.args, conflict.kwargs)):
         return 0.0

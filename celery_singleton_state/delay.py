@@ -25,7 +25,7 @@ from celery.app.task import Context
 from kombu import Queue
 from kombu.exceptions import OperationalError
 
-from .headers import PAUSE_LEFT, header, without_moves
+from .headers import PAUSE, PAUSE_LEFT, header, without_moves
 from .routing import address_of, broker_kind, delayed_key, into, queue_of, resolved, undeclared
 
 try:
@@ -73,6 +73,8 @@ def prepare(task: Any, request: Context, signature: Any, said: Collection[str]) 
     elif pause > _longest(app):
         options["eta"], options["countdown"] = None, _longest(app)
         rest = pause - _longest(app)
+    if pause or PAUSE in options["headers"]:
+        options["headers"][PAUSE] = pause
     if rest or PAUSE_LEFT in options["headers"]:
         options["headers"][PAUSE_LEFT] = rest
 

@@ -16,7 +16,7 @@ from . import history
 from .conflict import POLICIES, Conflict
 from .delivery import DONE_BEFORE, Delivery
 from .duplicate import end_duplicate, wait_for_record
-from .enqueue import dequeue
+from .enqueue import dequeue, dequeue_as_sent
 from .errors import StateLoadFailed
 from .headers import REPLACES, UNRECORDED, header
 from .history import Outcome
@@ -28,12 +28,14 @@ from .place import find_place
 from .recovery import free_holder
 from .redelivery import can_be_sent_again, end_copy, put_back, wait_on
 from .run import Run
-from .sent_anew import forget_result, warn_if_sent_anew
+from .sent_anew import warn_if_sent_anew
 from .store.base import Acquired, Row, StoreError
 from .waiting import is_behind_another
 
 #: One for a connection that died in the pool, one over a new connection.
 LOAD_TRIES = 2
+#: Seconds until a copy of a retry looks again whether the run that asked for it has ended.
+COPY_PAUSE = 0.2
 #: How often a lease that was free again by the time of a second look is asked for.
 LOOKS = 3
 
@@ -104,6 +106,10 @@ def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any
         if why := delivery.passed(entries, row.ticks_done):
             return True, _end_duplicate(delivery, None, why)
     if row is not None and row.held and row.task_id == request.id and delivery.is_copy:
+        before = delivery.generation - 1
+        if before >= 0 and not history.begun_by(entries, str(request.id), before, delivery.sent):
+            # A retry through the exchange can be here before the run that asked for it has ended.
+            return False, COPY_PAUSE
         return True, _end_duplicate(delivery, None)
     if row is not None and row.held and _is_of_holder(row, request):
         delivery.place.rank = row.fence
@@ -125,13 +131,14 @@ def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: A
     """Run the body, unless its message or its tick was done before."""
     delivery = claim.delivery
     delivery.place.rank = acquired.lease.fence
+    if delivery.options.enqueue_once:
+        dequeue_as_sent(delivery)
     run = Run(delivery, acquired, asked_at)
     try:
         done = delivery.done_by(run.entries)
         why = DONE_BEFORE if done else delivery.passed(run.entries, acquired.ticks_done)
         if why is None:
             run.refuse_poison()
-            forget_result(delivery)
             return run.execute(claim.body, args, kwargs)
         # Of a copy that is requeued nothing is noted: the lease is given back as it was.
         wait_for_record(delivery, done, acquired.acquired_at)

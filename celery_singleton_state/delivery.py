@@ -80,15 +80,14 @@ class Delivery:
         timeout = self.options.conflict_timeout
         if timeout is None:
             timeout = self.runtime.settings.conflict_timeout
-        if self.options.on_conflict != "replace":
+        if self.on_conflict != "replace":
             return timeout
         return max(timeout, 2 * self.runtime.settings.heartbeat_interval + TIME_TO_STOP)
 
     @property
     def on_conflict(self) -> str:
         """The policy for a lease that is taken. A tick that must not be skipped waits."""
-        policy = self.options.on_conflict
-        return "wait" if self.is_one_by_one and policy != "replace" else policy
+        return "wait" if self.is_one_by_one else self.options.on_conflict
 
     @property
     def is_one_by_one(self) -> bool:
@@ -103,7 +102,7 @@ class Delivery:
     @property
     def resent(self) -> dict[str, Any]:
         """Headers of the message that is sent in place of this one."""
-        return self.place.headers if self.options.on_conflict == "replace" else {}
+        return self.place.headers if self.on_conflict == "replace" else {}
 
     @property
     def retries(self) -> int:
@@ -149,7 +148,7 @@ class Delivery:
         """
         task_id = self.request.id
         if task_id and self.is_copy:
-            return history.begun_by(entries, task_id, self.generation)
+            return history.begun_by(entries, task_id, self.generation, self.sent)
         if not task_id or not self.deduplicates:
             return None
         # An eager replacement has its predecessor's id, and no count: it is later than any of it.
@@ -183,6 +182,8 @@ class Delivery:
         _, own = self.ticks_of(raw)
         if own.is_done(tick.due):
             return DONE_BEFORE
+        if self.is_one_by_one and not self.retries and tick.due in own.failed:
+            return "has failed for good before"
         if self.retries or self.previous is not None or own.reaches_back_to(tick.due):
             return None
         if history.has_passed(entries, tick, self.runtime.settings.history):

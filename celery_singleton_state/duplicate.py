@@ -50,7 +50,8 @@ def wait_for_record(delivery: Delivery, done: Entry | None, now: float) -> None:
     if not can_be_sent_again(delivery.task, request):
         return
     left = done.finished + GRACE - now
-    if left <= 0 or not is_awaited(delivery.task, request):
+    # The store's clock may have been put back.
+    if not 0 < left <= 2 * GRACE or not is_awaited(delivery.task, request):
         return
     if _lives(delivery, done.holder) is False or result_is_stored(delivery):
         return

@@ -20,7 +20,7 @@ from typing import Any
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 
 from .delivery import Delivery
-from .headers import DUE, SENT_AGAIN, is_of_tool, names_in, try_of
+from .headers import DUE, PAUSE, is_of_tool, names_in
 from .in_place import in_place
 from .keys import row_key
 from .lease import clock
@@ -59,13 +59,8 @@ def is_guarded(options: Mapping[str, Any]) -> bool:
 
 
 def is_retry(options: Mapping[str, Any]) -> bool:
-    """Whether a message that is sent with these options is the retry of another one.
-
-    A message that this package sends again as it is says for which try it is sent again.
-    """
-    retries = options.get("retries")
-    sent_again = (options.get("headers") or {}).get(SENT_AGAIN)
-    return bool(retries) and bool(options.get("task_id")) and sent_again != try_of(retries)
+    """Whether a message that is sent with these options is the retry of another one."""
+    return bool(options.get("retries")) and bool(options.get("task_id"))
 
 
 def enqueue(
@@ -151,6 +146,7 @@ def dequeue(delivery: Delivery) -> None:
     """The message of a delivery that ended without a run is queued no more."""
     if delivery.options.enqueue_once and delivery.request.id:
         _dequeue(delivery.runtime, delivery.key, delivery.request.id)
+        dequeue_as_sent(delivery)
 
 
 def dequeue_as_sent(delivery: Delivery) -> None:
@@ -186,6 +182,8 @@ def life_of(options: Mapping[str, Any]) -> float | None:
             begins = _seconds_until(countdown)
         elif eta:
             begins = _seconds_until(eta, may_be_number=False)
+        # A retry may be kept by the broker, without a countdown, or be given a part of it.
+        begins = max(begins, float((options.get("headers") or {}).get(PAUSE) or 0.0))
         ends = [begins + LIFE, LONGEST_LIFE]
         if expires is not None:
             ends.append(_seconds_until(expires))

@@ -29,6 +29,8 @@ RANK = "singleton_rank"
 SENT_AT = "singleton_sent_at"
 #: A value by which a message is told from others that were sent with the same id.
 SENT = "singleton_sent"
+#: Seconds that the message was to wait in all when it was sent again or retried.
+PAUSE = "singleton_pause"
 #: Seconds that the message has still to wait when it comes, because no delay is as long.
 PAUSE_LEFT = "singleton_pause_left"
 #: Marks a message that is one of several copies that a fanout exchange made.
@@ -41,6 +43,9 @@ DUE = "singleton_due"
 PREVIOUS = "singleton_previous"
 #: Marks a tick whose entry sends the next one when this one has ended, so that it is not skipped.
 ONE_BY_ONE = "singleton_one_by_one"
+
+#: What is said of one try of a message, and not of its retries.
+OF_ONE_TRY = frozenset({WAITED, NEXT_SINCE, PUT_BACK, UNRECORDED})
 
 #: All headers of this package.
 OWN = frozenset(
@@ -55,6 +60,7 @@ OWN = frozenset(
         RANK,
         SENT_AT,
         SENT,
+        PAUSE,
         PAUSE_LEFT,
         COPY,
         ENTRY,

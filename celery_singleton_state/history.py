@@ -158,10 +158,15 @@ def _is_of(entry: Entry, task_id: str | None, sent: str | None) -> bool:
     return entry.task_id == task_id and (sent is None or entry.sent == sent)
 
 
-def begun_by(entries: tuple[Entry, ...], task_id: str, generation: int) -> Entry | None:
-    """The run that began this work, or a later generation of it, however it ended."""
+def begun_by(
+    entries: tuple[Entry, ...], task_id: str, generation: int, sent: str | None = None
+) -> Entry | None:
+    """The run that began this work, or a later generation of it, however it ended.
+
+    :param sent: the message's own value, as for :func:`done_by`.
+    """
     for entry in reversed(entries):
-        if entry.task_id == task_id and is_run(entry) and entry.generation >= generation:
+        if _is_of(entry, task_id, sent) and is_run(entry) and entry.generation >= generation:
             return entry
     return None
 

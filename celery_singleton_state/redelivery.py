@@ -91,7 +91,11 @@ def send_as_it_is(task: Any, args: Any, kwargs: Any, options: Mapping[str, Any])
     """
     given = {name: value for name, value in options.items() if value is not None}
     task.app.send_task(
-        task.name, args, kwargs, task_type=task, **{**task._get_exec_options(), **given}
+        task.name,
+        args,
+        kwargs,
+        task_type=task,
+        **{"ignore_result": task.ignore_result, **task._get_exec_options(), **given},
     )
 
 

@@ -25,6 +25,7 @@ from .report import Report
 from .results import keep
 from .retry import RetryAfter
 from .run_state import RunState
+from .sent_anew import forget_result
 from .store.base import TAKEN_OVER, Acquired, Ended, NewValue, Saved, StoreError, Write
 from .ticks import Tick
 from .ticks_done import EntryTicks
@@ -73,6 +74,8 @@ class Run:
         self.entries = history.decode(acquired.history, delivery.name)
         #: Whether its body has sent no message with its id: neither a retry nor a replacement.
         self.is_final = True
+        #: Whether its tick ends with the message that replaces it.
+        self.tick_goes_on = False
         #: Whether its body has replaced itself, and whether it is just doing so.
         self.is_replaced = self.is_replacing = False
         self.state = RunState(delivery.name, delivery.codec, acquired)
@@ -129,6 +132,9 @@ class Run:
     ) -> tuple[Any, NewValue | None]:
         try:
             self._heartbeat.hold(self.held)
+            # The result backend can be slow, and the lease run out meanwhile.
+            forget_result(self._delivery)
+            self._writer.refuse_if_lost()
             starts_anew = self._delivery.options.on_decode_error == "initial"
             self.state.load(self._set_aside if starts_anew else None, self._report.loaded)
             self._leadership.begin()
@@ -183,6 +189,7 @@ class Run:
         if self._in_transaction:
             raise RuntimeError(f"{self.name}: replace() within transaction(); call it after that")
         self._writer.refuse_if_lost()
+        self.refuse_if_asked()
         if self.state.changed() is not None:
             self.checkpoint()
         self.is_replacing = True
@@ -370,17 +377,21 @@ class Run:
     def _new_ticks_done(self, entry: history.Entry) -> str | None:
         """What the row is to know of ticks; ``None`` if the run changes nothing of it.
 
-        A run that was lost has not ended: its message comes again.
+        The tick of a run that lost its lease has not ended: the beat sends it again. One that was
+        asked to hand over to a newer message does not come again.
         """
         tick, outcome = entry.tick, entry.outcome
-        if tick is None or outcome == Outcome.LOST:
+        was_replaced = self.held.asked_by is not None
+        if tick is None or (outcome == Outcome.LOST and not was_replaced):
             return None
         known, before = self._delivery.ticks_of(self._ticks_done)
-        if outcome in history.DONE and (entry.final or self.is_replaced):
+        if self.is_replaced and self.tick_goes_on and outcome in history.DONE:
+            after = before.with_retried(tick.due)
+        elif outcome in history.DONE and (entry.final or self.is_replaced):
             after = self._with_done(before, tick)
         elif outcome == Outcome.DUPLICATE:
             return None
-        elif entry.final:
+        elif entry.final or was_replaced:
             after = before.with_failed(tick.due)
         else:
             after = before.with_retried(tick.due)

@@ -54,7 +54,9 @@ def marking(task: Any, task_id: str | None, send: Callable[..., Any]) -> Callabl
         headers = options.get("headers") or {}
         continues = any(options.get(name) for name in _CONTINUES)
         if continues or SENT in headers or DUE in headers:
-            return send(*args, **options)
+            inherited = {} if SENT in headers else _value_of_replaced(task, task_id)
+            more = {"headers": {**headers, **inherited}} if inherited else {}
+            return send(*args, **options | more)
         value = _value_from_sender(task) or _unsure.pop((task.name, task_id), None)
         if value is None:
             value = str(uuid.uuid4())
@@ -68,6 +70,15 @@ def marking(task: Any, task_id: str | None, send: Callable[..., Any]) -> Callabl
             raise
 
     return send_marked
+
+
+def _value_of_replaced(task: Any, task_id: str) -> dict[str, str]:
+    """The header of the message that a task replaces, or retries, by another one with its id."""
+    sender = task.app.current_worker_task
+    if sender is None or sender.request.id != task_id:
+        return {}
+    value = header(sender.request, SENT)
+    return {} if value is None else {SENT: value}
 
 
 def _value_from_sender(task: Any) -> str | None:

@@ -25,14 +25,26 @@ from .dropped import settle
 from .enqueue import (
     BRING_ANOTHER_RUN,
     dequeue,
-    dequeue_as_sent,
     enqueue,
     is_guarded,
     is_retry,
     publish_retry,
 )
 from .errors import SingletonError, StateLoadFailed
-from .headers import COPY, REPLACES, RETRIES, custom_headers, own_headers
+from .headers import (
+    COPY,
+    DUE,
+    ENTRY,
+    OF_ONE_TRY,
+    ONE_BY_ONE,
+    PAUSE_LEFT,
+    PREVIOUS,
+    REPLACES,
+    RETRIES,
+    custom_headers,
+    header,
+    own_headers,
+)
 from .hooks import Failed
 from .in_run import InRun
 from .interrupt import Unbreakable
@@ -163,8 +175,6 @@ class SingletonTask(_TypedTask[S, P, R]):
         ):
             delivery = self._delivery(request, args, kwargs)
             settle(request)
-            if self._options.enqueue_once:
-                dequeue_as_sent(delivery)
             try:
                 result: R | None = deliver(delivery, body, args, kwargs)
                 return result
@@ -222,7 +232,7 @@ class SingletonTask(_TypedTask[S, P, R]):
 
         run = current_run(self)
         if run is not None:
-            options = _of_run(run, options)
+            options = _of_run(run, options, args, kwargs)
         if not self._options.enqueue_once or self.app.conf.task_always_eager:
             return publish()
         return self._send_once(args, kwargs, options, publish)
@@ -304,6 +314,8 @@ class SingletonTask(_TypedTask[S, P, R]):
             headers = own_headers(found) | (options["headers"] or {})
         else:
             headers = custom_headers(found)
+        if (options.get("retries") or 0) > (found.retries or 0):
+            headers = {name: value for name, value in headers.items() if name not in OF_ONE_TRY}
         signature = super().signature_from_request(
             found, args, kwargs, queue, **{**options, "headers": headers}
         )
@@ -315,6 +327,7 @@ class SingletonTask(_TypedTask[S, P, R]):
                 # As Celery's retry does when it cannot send.
                 raise Reject(error, requeue=False) from error
             except Exception:
+                signature.options["headers"].pop(PAUSE_LEFT, None)
                 logger.exception("task %s[%s] is sent again as Celery does", self.name, found.id)
         return signature
 
@@ -383,13 +396,31 @@ class SingletonTask(_TypedTask[S, P, R]):
             self.__dict__.pop("override_max_retries", None)
 
 
-def _of_run(run: Run, options: dict[str, Any]) -> dict[str, Any]:
+def _of_run(run: Run, options: dict[str, Any], args: Any, kwargs: Any) -> dict[str, Any]:
     """The options of a message of its own task that a run sends."""
     if run.request.id and options.get("task_id") == run.request.id:
         run.is_final = False
     if not run.is_replacing:
         return options
-    return options | {"headers": {**(options.get("headers") or {}), REPLACES: run.request.id}}
+    headers = {**(options.get("headers") or {}), **run.headers, REPLACES: run.request.id}
+    return options | {"headers": headers | _tick_that_goes_on(run, args, kwargs)}
+
+
+def _tick_that_goes_on(run: Run, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The headers of a run's tick, for a message that replaces the run in the same singleton.
+
+    The tick ends with that message.
+    """
+    try:
+        is_same = run.task._name(tuple(args or ()), kwargs or {}) == run.name
+    except Exception:  # a body's arguments can be anything
+        is_same = False
+    if not is_same:
+        return {}
+    found = {name: header(run.request, name) for name in (ENTRY, DUE, PREVIOUS, ONE_BY_ONE)}
+    headers = {name: value for name, value in found.items() if value is not None}
+    run.tick_goes_on = bool(headers)
+    return headers
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pytest
 import redis
 from celery import Celery
+from celery.backends import cache
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from celery_singleton_state import holdings
@@ -224,6 +225,8 @@ def _apps(store_url: str) -> Iterator[Callable[..., Celery]]:
         return app
 
     yield make
+    # All apps of a process share Celery's results in memory, and ticks have the same ids again.
+    cache._DUMMY_CLIENT_CACHE.clear()
     for app in made:
         close_runtime(app)
         app.close()

@@ -98,6 +98,8 @@ class SingletonEntry(ScheduleEntry):
         #: Whether ``next_tick`` is one of many that are missed, the rest of which come in turns.
         self.is_passing = False
         self._count_again_at = EPOCH
+        #: Whether no tick was sent since another beat may have led; whether one was passed over.
+        self._is_resumed = self._has_passed = False
         #: Why the schedule has no next tick, if it has said so.
         self._end: Exception | None = None
         self._has_said_end = False
@@ -150,7 +152,9 @@ class SingletonEntry(ScheduleEntry):
         self.previous_tick = state.previous_tick
         self.under_way = None
         if state.under_way and self.row_key and self.last_tick:
-            self.under_way = UnderWay(self.last_tick, state.under_way, self.last_run_at or now)
+            sent = self.last_run_at or now
+            self.under_way = UnderWay(self.last_tick, state.under_way, sent, self._delay)
+        self._is_resumed, self._has_passed = True, False
         if self._poll and state.schedule == self.spelled:
             self.next_tick = state.next_tick or NEVER
             self._poll.begin(state.since or self.next_tick)
@@ -205,17 +209,45 @@ class SingletonEntry(ScheduleEntry):
             missed += self._pass_surplus(now)
         else:
             missed = self._pass_to_latest(now, patience)
+        self._count_missed(missed)
+        return missed
+
+    def is_too_late(self, due: datetime, now: datetime) -> bool:
+        """Whether a tick is too old to be sent."""
+        return (now - due).total_seconds() > self.skip_if_older_than
+
+    def give_up(self) -> None:
+        """Wait no longer for the end of the tick that is under way; it counts as missed."""
+        self.under_way = None
+        self.missed_count += 1
+
+    @property
+    def tick_before(self) -> datetime | None:
+        """The tick that was sent before the next one; ``None`` if that is not sure.
+
+        The beat that led before may have sent more ticks than it recorded.
+        """
+        return None if self._has_passed else self.last_tick
+
+    @property
+    def _delay(self) -> timedelta:
+        """After which a message of the entry may run, if its options say so."""
+        countdown = (self.options or {}).get("countdown")
+        return timedelta(seconds=countdown if isinstance(countdown, int | float) else 0)
+
+    def _count_missed(self, missed: int) -> None:
+        self._has_passed = self._has_passed or (self._is_resumed and missed > 0)
         self.missed_count += missed
         self._say_if_ended()
-        return missed
 
     def sent(self, now: datetime) -> None:
         """``next_tick`` was sent, or could not be, for a reason that is its own."""
-        self.previous_tick, self.last_tick = self.last_tick, self.next_tick
+        self.previous_tick, self.last_tick = self.tick_before, self.next_tick
+        self._is_resumed = self._has_passed = False
         self.last_run_at = now
         self.total_run_count += 1
         if self.row_key:
-            self.under_way = UnderWay(self.last_tick, self.row_key, now)
+            self.under_way = UnderWay(self.last_tick, self.row_key, now, self._delay)
         counted_from = now if self.next_from == "last_run" else None
         if self._poll:
             self.next_tick = self._poll.sent(self.last_tick, counted_from)
@@ -227,10 +259,10 @@ class SingletonEntry(ScheduleEntry):
         """Ask the schedule whether a tick is due; returns how many were missed."""
         oldest = EPOCH if patience == inf else now - timedelta(seconds=patience)
         was = self.next_tick
-        self.next_tick, missed = poll.advance(was, now, oldest, take_first=self.catch_up == "all")
-        self.missed_count += missed
-        self._say_if_ended()
-        return missed
+        found = poll.advance(was, now, oldest, take_first=self.catch_up == "all")
+        self.next_tick, self.is_passing = found.tick, not found.is_through
+        self._count_missed(found.missed)
+        return found.missed
 
     def next_look(self, now: datetime) -> datetime:
         """When a beat is to look at the entry again; one that is due comes after all that are."""

@@ -204,15 +204,32 @@ class LeaderMixin(BrokerConnection):
         return self._leader.campaign()
 
     def _lead(self, *args: Any, **kwargs: Any) -> float:
-        if self._fence != self._leader.fence:
-            self._take_over()
-            self._fence = self._leader.fence
+        pause = self._postponed.wait(ALL)
+        if not pause and self._fence != self._leader.fence:
+            pause = self._try_to_take_over()
         self._record()
-        pause = self._work(*args, **kwargs)
+        pause = pause or self._work(*args, **kwargs)
         self._record()
         self._leader.say_leads()
         # Never long, so that the lease is renewed in time.
         return max(0.0, min(pause, self._leader.renew_in))
+
+    def _try_to_take_over(self) -> float:
+        """Take over the schedule; returns the seconds until this is tried again, if it failed."""
+        try:
+            self._take_over()
+        except KNOWN:
+            raise
+        except Exception as error:  # a class reads its schedule from where it likes
+            return self._fail("the schedule could not be taken over, this is tried again", error)
+        self._fence = self._leader.fence
+        return 0.0
+
+    def _fail(self, what: str, error: Exception) -> float:
+        """Log an error of the scheduler as a whole; returns the seconds until it is tried again."""
+        pause = self._postponed.add(ALL)
+        logger.error("beat: %s in %.0f s: %r", what, pause, error, exc_info=error)
+        return pause
 
     def _take_over(self) -> None:
         """Go on from what the store has of the schedule."""
@@ -226,24 +243,15 @@ class LeaderMixin(BrokerConnection):
 
     def _work(self, *args: Any, **kwargs: Any) -> float:
         """Send what is due; returns the seconds until something is."""
-        if wait := self._postponed.wait(ALL):
-            return wait
         try:
             pause = super().tick(*args, **kwargs)
         except KNOWN:
             raise
         except Exception as error:
-            pause = self._postponed.add(ALL)
-            logger.error(
-                "beat: the scheduler failed, its next tick is in %.0f s: %r",
-                pause,
-                error,
-                exc_info=error,
-            )
             # An entry may be missing in its heap.
             self._fence = None
-        else:
-            self._postponed.remove(ALL)
+            return self._fail("the scheduler failed, its next tick is", error)
+        self._postponed.remove(ALL)
         return float(pause or 0.0)
 
     def _send(self, message: Any, producer: Any) -> Exception | None:

@@ -12,9 +12,11 @@ import logging
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
+from celery_singleton_state.lease import clock
 from celery_singleton_state.own_rules import Schedule, ask
 
 from .entry_state import NEVER
+from .passing import TURN
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +31,12 @@ class Found(NamedTuple):
 
     :param tick: a tick to be sent, or a time to ask, which lies ahead.
     :param missed: how many ticks were passed over.
+    :param is_through: whether the schedule was asked about all times until now.
     """
 
     tick: datetime
     missed: int
+    is_through: bool = True
 
 
 class Poll:
@@ -63,18 +67,26 @@ class Poll:
         :param take_first: whether the first tick is wanted that is not too late, or else the last.
         """
         if tick == self._found:
-            return Found(tick, 0) if tick >= oldest else Found(self._pass(tick), 1)
+            if tick >= oldest:
+                return Found(tick, 0)
+            following = self.advance(self._pass(tick), now, oldest, take_first)
+            return following._replace(missed=following.missed + 1)
         passed, found, at, last = 0, None, tick, self.since or tick
+        turn_ends = clock() + TURN
         for number in range(QUESTIONS + 1):
             if at > now:
                 break
-            at = now if number == QUESTIONS else at
+            is_over = clock() > turn_ends
+            if is_over and (take_first or found is None or found < oldest):
+                self.since = last
+                return Found(at, passed, is_through=False)
+            at = now if is_over or number == QUESTIONS else at
             is_due, again = self._ask(last, at, now)
             if is_due:
                 passed, found, self.since = passed + 1, at, last
                 last = at
             at = again
-            if is_due and take_first and found and found >= oldest:
+            if is_over or (is_due and take_first and found and found >= oldest):
                 break
         if found is None or found < oldest:
             self.since = last

@@ -140,6 +140,13 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         now = self._leader.now()
         if entry.under_way:
             if entry.under_way.is_overdue:
+                if entry.is_too_late(entry.under_way.due, now):
+                    missed.append(
+                        f"1 of {entry.name} from {entry.under_way.due:%Y-%m-%d %H:%M:%S} on"
+                    )
+                    entry.give_up()
+                    self._unrecorded[str(entry.name)] = entry.state()
+                    return entry.next_look(now)
                 logger.warning(
                     "beat: nothing is known of the tick %s of %s, it is sent again",
                     *(entry.under_way.due, entry.name),
@@ -201,7 +208,7 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         return entry.under_way.due if entry.under_way else entry.next_tick
 
     def _message(self, entry: SingletonEntry, due: datetime) -> Any:
-        previous = entry.previous_tick if entry.under_way else entry.last_tick
+        previous = entry.previous_tick if entry.under_way else entry.tick_before
         return message_of(entry, self._leader.name, due, previous, entry.row_key is not None)
 
     def _sent(self, entry: SingletonEntry, due: datetime) -> EntryState:
@@ -211,6 +218,9 @@ class SingletonScheduler(LeaderMixin, Scheduler):
             entry.under_way.sent_again(entry.row_key, now)
         else:
             entry.sent(now)
+        if self._failure is not None and not self._was_sent:
+            # Its message can never be sent, so no row will say that the tick has ended.
+            entry.under_way = None
         return entry.state()
 
 

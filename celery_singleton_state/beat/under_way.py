@@ -29,7 +29,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=0.02), timedelta(seconds=1.28)
 PART = 4
 #: After which a tick of which the row knows nothing is sent again; each time is longer.
-PATIENCE, LONGEST_PATIENCE, GROWTH = timedelta(minutes=1), timedelta(hours=6), 4
+PATIENCE, LONGEST_PATIENCE, GROWTH = timedelta(minutes=1), timedelta(minutes=30), 4
 #: The same while other runs hold the lease, for which the tick may wait.
 PATIENCE_WITH_OTHERS = timedelta(minutes=10)
 #: The same after the tick's run has asked for a retry, whose countdown nobody knows here.
@@ -41,16 +41,19 @@ class UnderWay:
 
     :param key: of its singleton's row.
     :param sent: when its message was sent last.
+    :param delay: after which its message may run.
     """
 
-    def __init__(self, due: datetime, key: str, sent: datetime) -> None:
+    def __init__(
+        self, due: datetime, key: str, sent: datetime, delay: timedelta = timedelta(0)
+    ) -> None:
         self.due = due
         self.key = key
         self.is_overdue = False
         self._patience = PATIENCE
-        self._sent = sent
+        self._sent, self._delay = sent, delay
         #: When it is to be sent again unless the row says something of it.
-        self.overdue_at = sent + PATIENCE
+        self.overdue_at = sent + delay + PATIENCE
 
     def has_ended(self, row: SeenTicks | None, schedule: str, entry: str, now: datetime) -> bool:
         """Look at the singleton's row; if the tick goes on, find out whether it is overdue."""
@@ -72,7 +75,7 @@ class UnderWay:
         """Its message was sent once more."""
         self.key, self._sent, self.is_overdue = key, now, False
         self._patience = min(GROWTH * self._patience, LONGEST_PATIENCE)
-        self.overdue_at = now + self._patience
+        self.overdue_at = now + self._delay + self._patience
 
     def next_look(self, next_tick: datetime, now: datetime) -> datetime:
         """When to look at the row again: often while the next tick waits for this one's end."""

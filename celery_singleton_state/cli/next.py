@@ -16,6 +16,7 @@ from celery_singleton_state.beat.entry import SingletonEntry
 from celery_singleton_state.beat.entry_checks import fields_of
 from celery_singleton_state.beat.entry_state import EntryState, decode_rows
 from celery_singleton_state.beat.leader import Leader
+from celery_singleton_state.own_rules import has_own_is_due
 from celery_singleton_state.schedules import Schedule, matches_now, next_runs
 
 from .common import print_json, says_why, short_moment
@@ -111,11 +112,14 @@ def times_of(app: Celery, name: str, count: int) -> dict[str, Any]:
     schedule = _schedule_of(app, name)
     state = decode_rows(Leader(app).load()).get(name)
     times = []
-    if state and state.next_tick and not _has_own_times(schedule):
+    # What is stored of a schedule with its own is_due is when to ask it.
+    is_asked = has_own_is_due(schedule)
+    if state and state.next_tick and not is_asked and not _has_own_times(schedule):
         times.append(state.next_tick)
+    after = state.since if state and is_asked else None
     try:
         if len(times) < count:
-            times += next_runs(schedule, count - len(times), times[0] if times else None)
+            times += next_runs(schedule, count - len(times), times[0] if times else after)
     except ValueError as error:
         # A schedule that ends with the tick that is stored, or cannot tell another.
         if not times:

@@ -68,9 +68,6 @@ class Acquired:
     acquired_at: float
     write: int
     ticks_done: str | None = None
-    queue: int = field(default=0, compare=False)
-    queued_task_id: str | None = field(default=None, compare=False)
-    queued_in: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

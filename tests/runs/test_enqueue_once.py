@@ -27,7 +27,8 @@ from celery_singleton_state import (
     singleton_task,
 )
 from celery_singleton_state.dropped import dequeue_dropped
-from celery_singleton_state.headers import DUE, ENTRY, SENT_AGAIN, try_of
+from celery_singleton_state.headers import DUE, ENTRY
+from celery_singleton_state.redelivery import put_back
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Queued, StoreUnavailable
 from tests.conftest import _apps
@@ -642,8 +643,9 @@ def test_a_message_that_is_put_back_does_not_count(app: Celery) -> None:
     task = task_of(app, on_conflict="wait")
     assert runtime_of(app).store.acquire("singleton-state:sent", "a run", 60, "1") is not None
     for retries in (0, 1):
-        headers = {SENT_AGAIN: try_of(retries)}
-        task.apply_async(task_id="1", retries=retries, headers=headers)
+        request = Context(id="1", args=[], kwargs={}, retries=retries, called_directly=False)
+        with pytest.raises(Ignore):
+            put_back(task, request, "sent")
         assert row_of(app).queued_task_id is None
 
 
