@@ -316,9 +316,11 @@ class SingletonTask(_TypedTask[S, P, R]):
             headers = custom_headers(found)
         if (options.get("retries") or 0) > (found.retries or 0):
             headers = {name: value for name, value in headers.items() if name not in OF_ONE_TRY}
-        signature = super().signature_from_request(
-            found, args, kwargs, queue, **{**options, "headers": headers}
-        )
+        own: dict[str, Any] = {"headers": headers}
+        # Celery before 5.7 forgets what the sender said of the result.
+        if found.__dict__.get("ignore_result") is not None:
+            own["ignore_result"] = options.get("ignore_result", found.ignore_result)
+        signature = super().signature_from_request(found, args, kwargs, queue, **options | own)
         if can_be_put_back(found):
             said = [*options, *(["queue"] if queue else [])]
             try:
