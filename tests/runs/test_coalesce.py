@@ -14,9 +14,10 @@ import pytest
 from celery import Celery
 from kombu import serialization
 
-from celery_singleton_state import SingletonTask, singleton_task
+from celery_singleton_state import SingletonTask, conflict, singleton_task
 from celery_singleton_state.recovery import end_for
 from celery_singleton_state.runtime import runtime_of
+from celery_singleton_state.store.base import Ended
 from tests.runs.kept_messages import Broker, Message, broker_of
 
 KEY = "singleton-state:coalesced"
@@ -150,6 +151,14 @@ def test_a_direct_call_leaves_its_own_arguments(app: Celery, broker: Broker) -> 
     assert (pending.args, pending.kwargs) == ([NOW], {"key": Decimal(1)})
 
 
+def test_the_pending_run_of_a_direct_call_ignores_its_result_if_its_task_does(
+    app: Celery, broker: Broker
+) -> None:
+    assert runtime_of(app).store.acquire(KEY, "holder", 60, "task-h")
+    assert coalesced(app, ignore_result=True)(1) is None
+    assert granted(app, broker).headers["ignore_result"] is True
+
+
 def test_the_pending_run_keeps_what_the_sender_gave_the_message(
     app: Celery, broker: Broker
 ) -> None:
@@ -247,3 +256,28 @@ def test_a_retry_is_sent_as_the_message_was_encoded(app: Celery, broker: Broker)
     task = singleton_task(app, name="coalesced", shared=False)(body)
     sent(task, broker, Point(3), serializer="pickle").deliver(properties=properties("pickle"))
     assert broker.pop().options["serializer"] == "pickle"
+
+
+def test_a_change_in_the_hold_period_is_not_lost_to_a_run_that_begins(
+    app: Celery, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. A message finds the lease held on after a run. 2. The hold period ends, and another
+    message takes the lease. 3. The first one asks to come again, and finds that one running.
+    """
+    store = runtime_of(app).store
+    held = store.acquire(KEY, "holder", 60, "task-h")
+    assert held is not None
+    assert store.release(held.lease, Ended("succeeded", "[]", 60))
+    claim = conflict.claim
+
+    def claim_late(*arguments: Any, **options: Any) -> Any:
+        row = store.peek(KEY)
+        assert row is not None
+        assert store.wishes.let_go(row)
+        assert store.acquire(KEY, "another", 60, "task-i")
+        return claim(*arguments, **options)
+
+    monkeypatch.setattr(conflict, "claim", claim_late)
+    message = sent(coalesced(app), broker, "change")
+    message.deliver()
+    assert broker.pop().task_id == message.task_id

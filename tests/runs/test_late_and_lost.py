@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from celery import Celery
 from celery.exceptions import SoftTimeLimitExceeded
+from celery.result import AsyncResult
 
 from celery_singleton_state import (
     HeartbeatFailed,
@@ -26,9 +27,11 @@ from celery_singleton_state.history import decode
 from celery_singleton_state.hooks import Released
 from celery_singleton_state.lease import clock
 from celery_singleton_state.recovery import end_for
+from celery_singleton_state.run import current_run
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import StoreUnavailable
 from celery_singleton_state.wish import Wish
+from tests.runs.messages import deliver, received, use_own_queue
 from tests.runs.test_run import idle, make_table, row, task_of, write, written
 from tests.waiting import wait_until
 
@@ -169,6 +172,37 @@ def test_a_lease_that_was_lost_before_it_was_confirmed_is_a_conflict(
     monkeypatch.setattr(store, "renew", lose_first)
     with pytest.raises(LeaderHandoffFailed, match="held by another"):
         task()
+
+
+def test_a_body_does_not_begin_on_a_lease_that_ran_out_while_results_were_asked_for(
+    memory_app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message's id was used before, so the result backend is asked for an old result. It answers
+    when the lease has been lost.
+    """
+    bodies: list[int] = []
+    memory_app.conf.singleton_heartbeat_interval = 0.1
+    use_own_queue(memory_app)
+
+    def body(self: Any) -> None:
+        bodies.append(1)
+
+    def answer_late(task_id: str) -> AsyncResult[Any]:
+        run = current_run(memory_app.tasks["count"])
+        assert run is not None, "nobody renews the lease"
+        assert end_for(runtime_of(memory_app), row(memory_app), 0, "released by somebody")
+        wait_until(lambda: run.held.lost is not None, "the heartbeat finds the lease lost")
+        return AsyncResult(task_id, app=memory_app)
+
+    task = task_of(memory_app, body, retry_reasons=[])
+    task.apply_async(task_id="nightly-import")
+    (message,) = received(memory_app)
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "AsyncResult", answer_late)
+        account = deliver(memory_app, message)
+    assert bodies == []
+    assert account.info.state == "FAILURE"
+    assert isinstance(account.info.retval, HeartbeatFailed)
 
 
 @pytest.mark.parametrize("fails", ["headers", "in the store"])

@@ -15,6 +15,7 @@ from celery import Celery, Task
 from celery.exceptions import ImproperlyConfigured
 
 from celery_singleton_state import LeaderHandoffFailed, SingletonTask, StateLoadFailed
+from celery_singleton_state.headers import WAITED
 from celery_singleton_state.runtime import runtime_of
 from tests.runs.messages import deliver, deliver_all, received, use_own_queue
 from tests.runs.test_run import Counter, row
@@ -403,6 +404,45 @@ def test_enqueue_once_with_arguments_that_are_taken_off(app: Celery, unique_on: 
     deliver_all(app)
     assert count.delay("acme", "a").id != first.id
     assert len(received(app)) == 1
+
+
+@pytest.mark.parametrize("ends", ["it runs", "it has waited for too long"])
+def test_enqueue_once_with_arguments_that_are_taken_off_of_a_message_that_waits(
+    app: Celery, ends: str
+) -> None:
+    """It counts as queued under what was sent until it has the lease, or ends without."""
+    queued: list[str | None] = []
+
+    @app.task(
+        base=before(TenantTask),
+        name="count",
+        shared=False,
+        unique_on=["what"],
+        typing=False,
+        enqueue_once=True,
+        on_conflict="wait",
+    )
+    def count(what: str = "", *_: Any) -> str:
+        queued.append(row(app, 'count{"what":"acme"}').queued_task_id)
+        return what
+
+    store, key = runtime_of(app).store, 'singleton-state:count{"what":"a"}'
+    assert store.acquire(key, "another", 60, None)
+    first = count.delay("acme", "a")
+    (message,) = received(app)
+    deliver(app, message)
+    (again,) = received(app)
+    assert count.delay("acme", "a").id == first.id
+    assert received(app) == []
+    if ends == "it runs":
+        store.give_back(key, "another")
+        assert deliver(app, again).retval == "a"
+        assert queued == [None]
+    else:
+        again.headers[WAITED] = 600
+        assert deliver(app, again).info.state == "FAILURE"
+    assert row(app, 'count{"what":"acme"}').queued_task_id is None
+    assert count.delay("acme", "a").id != first.id
 
 
 def test_a_message_that_is_sent_again_is_not_sent_by_the_classes_own_apply_async(

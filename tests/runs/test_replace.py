@@ -177,7 +177,28 @@ def test_a_run_that_failed_by_itself_is_retried(
     assert ran == ["A", "A"]
 
 
-@pytest.mark.parametrize("retry", ["autoretry_for", "self.retry()", "retry_reasons"])
+def test_a_run_that_replaces_itself_is_no_newer_for_it(
+    app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
+) -> None:
+    """A runs. B comes and asks A to stop. A replaces itself before it hears of that, and its
+    replacement comes before B does again.
+    """
+    b: list[Message] = []
+
+    def during(self: Any, what: str) -> None:
+        if what == "A":
+            b.append(wait(send(self, broker, "B"), broker))
+            raise self.replace(self.s("A's second page"))
+
+    send(make_task(during), broker, "A").deliver()
+    assert gives_up(broker.pop())
+    assert b[0].deliver() == ("SUCCESS", "B")
+    assert ran == ["A", "B"]
+
+
+@pytest.mark.parametrize(
+    "retry", ["autoretry_for", "self.retry()", "self.replace()", "retry_reasons"]
+)
 def test_a_run_that_was_asked_to_stop_is_not_retried(
     app: Celery, broker: Broker, make_task: Callable[..., Any], retry: str
 ) -> None:
@@ -190,6 +211,8 @@ def test_a_run_that_was_asked_to_stop_is_not_retried(
         except HeartbeatFailed as error:
             if retry == "self.retry()":
                 raise self.retry(exc=error, countdown=0) from error
+            if retry == "self.replace()":
+                raise self.replace(self.s("A's second page")) from error
             raise
 
     options: dict[str, Any] = {"state_schema": State, "initial_state": {}}

@@ -139,6 +139,36 @@ def test_a_replacement_that_arrives_before_the_lease_is_free_runs_later(
     assert row(memory_app).value == f'{{"n":{len(ran)}}}'
 
 
+def test_with_a_task_id_that_is_used_each_day_all_pages_run_each_day(memory_app: Celery) -> None:
+    """The second day had page 1 alone: page 2 had the id of one that was done the day before."""
+    seen: list[tuple[int, int]] = []
+    task = paging(memory_app, seen)
+    for _ in range(2):
+        result = task.apply_async((1,), task_id="nightly-import")
+        deliver_all(memory_app)
+        assert result.get() == 4
+    assert [page for page, _ in seen] == [1, 2, 3, 4] * 2
+
+
+def test_another_singleton_that_replaces_one_runs_each_day(memory_app: Celery) -> None:
+    """It is sent with the id of the first one, which was used the day before."""
+    ran: list[str] = []
+
+    def first(self: Any) -> None:
+        ran.append("first")
+        raise self.replace(other.s())
+
+    def second(self: Any) -> None:
+        ran.append("second")
+
+    other = task_of(memory_app, second, name="other")
+    task = task_of(memory_app, first)
+    for _ in range(2):
+        task.apply_async(task_id="nightly-import")
+        deliver_all(memory_app)
+    assert ran == ["first", "second"] * 2
+
+
 def test_a_task_that_is_replaced_by_another_one_is_done(memory_app: Celery) -> None:
     """And a copy of its message does not run it again."""
     other = plain_task(memory_app)

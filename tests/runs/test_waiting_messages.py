@@ -41,12 +41,13 @@ class Messages:
     def note(self, headers: dict[str, Any], **_: Any) -> None:
         self.waiting[headers["id"]] = headers
 
-    def deliver(self, task_id: str, waited: float | None = None) -> Any:
+    def deliver(self, task_id: str, waited: float | None = None, **own: Any) -> Any:
         """Deliver a message, as it was sent last; returns how it ended.
 
         :param waited: seconds that it has waited, if not those that it says.
+        :param own: what else its headers say.
         """
-        request = {"id": task_id, "retries": 0, "delivery_info": {}, "is_eager": False}
+        request = {"id": task_id, "retries": 0, "delivery_info": {}, "is_eager": False, **own}
         headers = self.waiting.pop(task_id, {})
         request |= {name: headers[name] for name in (WAITED, NEXT_SINCE) if name in headers}
         if waited is not None:
@@ -192,3 +193,22 @@ def test_a_try_of_a_message_that_waited_reads_one_row(
         monkeypatch.setattr(messages.store, verb, noted)
     messages.deliver("B")
     assert asked == ["peek"]
+
+
+@pytest.mark.parametrize(
+    ("of_task", "of_message", "expected"),
+    [(True, None, True), (False, None, False), (False, True, True), (True, False, False)],
+)
+def test_a_message_that_waits_keeps_whether_its_result_is_ignored(
+    memory_app: Celery, of_task: bool, of_message: bool | None, expected: bool
+) -> None:
+    """A message of another client says nothing of it, and then its task does."""
+    found = Messages(memory_app, ignore_result=of_task)
+    found.hold()
+    own = {} if of_message is None else {"ignore_result": of_message}
+    signals.before_task_publish.connect(found.note)
+    try:
+        found.deliver("A", **own)
+    finally:
+        signals.before_task_publish.disconnect(found.note)
+    assert found.waiting["A"]["ignore_result"] is expected

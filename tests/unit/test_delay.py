@@ -15,7 +15,22 @@ from kombu.common import Broadcast
 
 from celery_singleton_state import SingletonTask, delay, routing, singleton_task
 from celery_singleton_state.delay import possible
-from celery_singleton_state.headers import PAUSE, PAUSE_LEFT, WAITED, names_in
+from celery_singleton_state.enqueue import LIFE, life_of
+from celery_singleton_state.headers import (
+    DUE,
+    ENTRY,
+    NEXT_SINCE,
+    PAUSE,
+    PAUSE_LEFT,
+    PUT_BACK,
+    RANK,
+    SENT,
+    SENT_AT,
+    UNRECORDED,
+    WAITED,
+    custom_headers,
+    names_in,
+)
 from celery_singleton_state.redelivery import send_again, wait_on
 from celery_singleton_state.routing import came_through_fanout, delayed_key, queue_of
 from celery_singleton_state.runtime import close_runtime
@@ -92,6 +107,40 @@ def test_no_countdown_is_longer_than_a_broker_keeps_a_message(
     assert made["countdown"] + left == 86_400.0
     again = sent(task, message(headers=made["headers"]), countdown=0.5)
     assert again["headers"].get(PAUSE_LEFT, 0.0) == 0.0
+
+
+@pytest.mark.parametrize("pause", [60.0, 86_400.0])
+@pytest.mark.parametrize("broker", ["redis://", "memory://", "amqp://", "amqp:// of quorum queues"])
+def test_a_retry_counts_as_queued_for_its_whole_pause(
+    make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch, broker: str, pause: float
+) -> None:
+    """Its countdown is a part of it, or none, where RabbitMQ keeps the message."""
+    monkeypatch.setattr(delay, "_is_bound", lambda *_: True)
+    url, _, quorum = broker.partition(" ")
+    if quorum:
+        pytest.importorskip("kombu.transport.native_delayed_delivery")
+    app = make_app(url, Queue("celery", queue_arguments=QUORUM if quorum else None))
+    for options in ({"countdown": pause}, {"eta": app.now() + timedelta(seconds=pause)}):
+        made = sent(task_of(app), message(), retries=1, **options)
+        assert life_of(made) == pytest.approx(pause + LIFE, abs=5)
+    # The next one is not delayed.
+    made = sent(task_of(app), message(headers=made["headers"]), retries=2, countdown=0)
+    assert life_of(made) == LIFE
+
+
+def test_a_retry_begins_to_wait_anew(make_app: Callable[..., Celery]) -> None:
+    """What a try has waited for, and how often it was requeued, is not its retry's."""
+    of_try = {WAITED: 9.5, NEXT_SINCE: 3.0, PUT_BACK: 4, UNRECORDED: 2}
+    of_message = {RANK: 7, SENT: "value", SENT_AT: "host:1", ENTRY: "e", DUE: "2026-11-27"}
+    task = task_of(make_app("memory://"))
+    of_message["own"] = 1
+    request = message(headers={**of_try, **of_message})
+    request.update(of_try | of_message, retries=1)
+    for headers in ({}, {"headers": custom_headers(request)}):
+        retry = sent(task, request, retries=2, **headers)["headers"]
+        assert retry == of_message
+        again = sent(task, request, retries=1, **headers)["headers"]
+        assert again == of_try | of_message
 
 
 def test_a_message_with_a_part_of_its_pause_left_waits_for_it(
