@@ -24,7 +24,7 @@ from .hooks import Skipped
 from .place import a_direct_call, is_older, newest_in
 from .redelivery import can_be_sent_again, send_again
 from .store.base import Row
-from .waiting import AFTER_EXPIRY, is_behind_another, send_to_wait
+from .waiting import AFTER_EXPIRY, LONGEST_GRACE, NEXT_PAUSE, is_behind_another, send_to_wait
 from .wish import wish_for
 
 #: Seconds before the second try of one that waits in place; doubled up to the longest, jittered.
@@ -32,6 +32,9 @@ FIRST_WAIT = 0.1
 LONGEST_WAIT = 4.0
 #: Seconds between two looks of one that asked the holder to hand over.
 HANDOVER_WAIT = 0.2
+#: Seconds after a hold period for which the message that waits for its end counts as queued: for
+#: longer than one that is next in line, by which it is told from that.
+LIFE_AFTER_HOLD = NEXT_PAUSE + LONGEST_GRACE + LONGEST_WAIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +156,9 @@ def coalesce(conflict: Conflict) -> float | None:
         left = max(row.expires_in or 0.0, 0.0)
         if not can_be_sent_again(delivery.task, delivery.request):
             return _try_again(conflict, left)
-        task_id = str(delivery.request.id)
+        task_id, life = str(delivery.request.id), left + LIFE_AFTER_HOLD
         # A run that has begun since says nothing of the arguments of this message.
-        found = claim(delivery.runtime, row.key, task_id, left + LONGEST_WAIT, beside_run=True)
+        found = claim(delivery.runtime, row.key, task_id, life, beside_run=True)
         if found in (None, task_id) or is_behind_another(row, task_id):
             send_again(delivery.task, delivery.request, delivery.name, left)
     elif not wishes.want(row, wish_for(delivery, conflict.args, conflict.kwargs)):

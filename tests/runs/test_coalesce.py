@@ -18,6 +18,7 @@ from celery_singleton_state import SingletonTask, conflict, singleton_task
 from celery_singleton_state.recovery import end_for
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Ended
+from celery_singleton_state.waiting import GRACE, NEXT_PAUSE
 from tests.runs.kept_messages import Broker, Message, broker_of
 
 KEY = "singleton-state:coalesced"
@@ -258,17 +259,48 @@ def test_a_retry_is_sent_as_the_message_was_encoded(app: Celery, broker: Broker)
     assert broker.pop().options["serializer"] == "pickle"
 
 
+def hold_on(app: Celery, seconds: float) -> None:
+    """The lease is kept after a run."""
+    store = runtime_of(app).store
+    held = store.acquire(KEY, "holder", 60, "task-h")
+    assert held is not None
+    assert store.release(held.lease, Ended("succeeded", "[]", seconds))
+
+
+@pytest.mark.parametrize("seconds", [5.0, 60.0])
+def test_of_several_messages_in_the_hold_period_one_comes_again(
+    app: Celery, broker: Broker, seconds: float
+) -> None:
+    task = coalesced(app)
+    hold_on(app, seconds)
+    first, second = sent(task, broker, 1), sent(task, broker, 2)
+    first.deliver()
+    assert broker.pop().task_id == first.task_id
+    assert second.deliver() == ("SUCCESS", None)
+    assert broker.sent == []
+
+
+def test_a_change_in_the_hold_period_does_not_rely_on_a_tick_that_waits(
+    app: Celery, broker: Broker
+) -> None:
+    """A tick of ``catch_up="all"`` waits for the lease, and is next in line."""
+    hold_on(app, 60)
+    row = runtime_of(app).store.peek(KEY)
+    assert row is not None
+    assert runtime_of(app).store.wishes.claim(KEY, "a tick", NEXT_PAUSE + GRACE, row.queue)
+    message = sent(coalesced(app), broker, "change")
+    message.deliver()
+    assert broker.pop().task_id == message.task_id
+
+
 def test_a_change_in_the_hold_period_is_not_lost_to_a_run_that_begins(
     app: Celery, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1. A message finds the lease held on after a run. 2. The hold period ends, and another
     message takes the lease. 3. The first one asks to come again, and finds that one running.
     """
-    store = runtime_of(app).store
-    held = store.acquire(KEY, "holder", 60, "task-h")
-    assert held is not None
-    assert store.release(held.lease, Ended("succeeded", "[]", 60))
-    claim = conflict.claim
+    hold_on(app, 60)
+    store, claim = runtime_of(app).store, conflict.claim
 
     def claim_late(*arguments: Any, **options: Any) -> Any:
         row = store.peek(KEY)

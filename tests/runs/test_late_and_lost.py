@@ -174,8 +174,9 @@ def test_a_lease_that_was_lost_before_it_was_confirmed_is_a_conflict(
         task()
 
 
+@pytest.mark.parametrize("on_lease_lost", ["interrupt", "finish"])
 def test_a_body_does_not_begin_on_a_lease_that_ran_out_while_results_were_asked_for(
-    memory_app: Celery, monkeypatch: pytest.MonkeyPatch
+    memory_app: Celery, monkeypatch: pytest.MonkeyPatch, on_lease_lost: str
 ) -> None:
     """A message's id was used before, so the result backend is asked for an old result. It answers
     when the lease has been lost.
@@ -194,7 +195,7 @@ def test_a_body_does_not_begin_on_a_lease_that_ran_out_while_results_were_asked_
         wait_until(lambda: run.held.lost is not None, "the heartbeat finds the lease lost")
         return AsyncResult(task_id, app=memory_app)
 
-    task = task_of(memory_app, body, retry_reasons=[])
+    task = task_of(memory_app, body, retry_reasons=[], on_lease_lost=on_lease_lost)
     task.apply_async(task_id="nightly-import")
     (message,) = received(memory_app)
     with monkeypatch.context() as patch:
