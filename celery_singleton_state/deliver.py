@@ -187,6 +187,7 @@ def _end_duplicate(delivery: Delivery, done: history.Entry | None, why: str = DO
         end_copy(request, delivery.name)
     if done is not None and not done.final:
         raise Ignore(f"task {request.id} goes on in another message")
+    dequeue(delivery)
     warn_if_sent_anew(delivery)
     return end_duplicate(delivery, done)
 

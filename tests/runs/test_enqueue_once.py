@@ -23,6 +23,7 @@ from celery_singleton_state import (
     SingletonTask,
     StateLoadFailed,
     dropped,
+    duplicate,
     enqueue,
     singleton_task,
 )
@@ -478,6 +479,25 @@ def test_a_tick_whose_beat_died_before_it_sent_it_is_sent(
 
 
 # -- ends without a run
+
+
+def test_a_tick_that_was_done_before_is_queued_no_more(
+    app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beat A sends a tick, and dies before it has noted that; the tick runs. Another message takes
+    the lease. Beat B sends the same tick.
+    """
+    monkeypatch.setattr(duplicate, "GRACE", 0.0)
+    task = task_of(app, on_conflict="wait")
+    tick: dict[str, Any] = {ENTRY: "nightly", DUE: "2026-01-01T00:00:00+00:00"}
+    request = {"id": "tick", "retries": 0, "delivery_info": {}, "is_eager": False, **tick}
+    for number in (1, 2):
+        task.apply_async(task_id="tick", headers=tick)
+        assert published == ["tick"] * number
+        trace_task(task, "tick", (), {}, request=request, app=app)
+        assert row_of(app).queued_task_id is None
+        runtime_of(app).store.acquire("singleton-state:sent", "another run", 60, "2")
+    assert row_of(app).run_count == 1
 
 
 class Unlucky(SingletonTask[Any, Any, Any]):
