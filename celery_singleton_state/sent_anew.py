@@ -21,6 +21,7 @@ from typing import Any
 
 from celery import states
 from celery.app.task import Context
+from celery.canvas import _chain, chord
 
 from .delivery import Delivery
 from .headers import DUE, PUT_BACK, SENT, SENT_AGAIN, header
@@ -79,6 +80,21 @@ def _value_of_replaced(task: Any, task_id: str) -> dict[str, str]:
         return {}
     value = header(sender.request, SENT)
     return {} if value is None else {SENT: value}
+
+
+def mark_replacement(signature: Any, request: Context) -> None:
+    """Have the last message of what replaces a task carry the value of the task's own message.
+
+    It has the task's id, and within a chain or a chord another task sends it.
+    """
+    value = header(request, SENT)
+    if value is None:
+        return
+    last = signature
+    while isinstance(last, _chain | chord):
+        last = last.tasks[-1] if isinstance(last, _chain) else last.body
+    if last.options.get("task_id") == request.id:
+        last.set(headers={**(last.options.get("headers") or {}), SENT: value})
 
 
 def _value_from_sender(task: Any) -> str | None:

@@ -62,7 +62,7 @@ from .results import has_result, is_recorded
 from .retry import RetryAfter
 from .run import ReplacedEagerly, Run, current_run
 from .runtime import runtime_of
-from .sent_anew import marking
+from .sent_anew import mark_replacement, marking
 from .state import Codec
 from .worker import watch_over
 
@@ -343,6 +343,7 @@ class SingletonTask(_TypedTask[S, P, R]):
         with run.replacing():
             if self.request.is_eager:
                 raise ReplacedEagerly(sig)
+            mark_replacement(sig, self.request)
             return super().on_replace(sig)
 
     def _name(self, args: Any, kwargs: Any) -> str:

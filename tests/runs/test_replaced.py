@@ -10,6 +10,7 @@ from celery import Celery, chain, chord, group
 from celery.exceptions import Ignore
 from kombu.exceptions import OperationalError
 
+from celery_singleton_state import duplicate
 from celery_singleton_state.history import decode
 from celery_singleton_state.store.base import StoreUnavailable
 from tests.runs.messages import deliver, deliver_all, received, use_own_queue
@@ -167,6 +168,42 @@ def test_another_singleton_that_replaces_one_runs_each_day(memory_app: Celery) -
         task.apply_async(task_id="nightly-import")
         deliver_all(memory_app)
     assert ran == ["first", "second"] * 2
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("made_of", ["chain", "chord", "chain that ends with a chord"])
+def test_what_ends_a_replacement_runs_each_day(
+    memory_app: Celery, monkeypatch: pytest.MonkeyPatch, made_of: str, own: bool
+) -> None:
+    """The last message of a chain, or a chord's body, has the id of the task that was replaced, and
+    another task sends it.
+    """
+    monkeypatch.setattr(duplicate, "GRACE", 0.0)
+    ran: list[str] = []
+    add = plain_task(memory_app)
+
+    def last(self: Any, *_: Any) -> None:
+        ran.append("last")
+
+    def first(self: Any, *args: Any) -> None:
+        if args:
+            ran.append("last")
+            return
+        ran.append("first")
+        end = self.s() if own else other.s()
+        made = {
+            "chain": lambda: chain(add.s(), end),
+            "chord": lambda: chord([add.s(), add.s()], end),
+            "chain that ends with a chord": lambda: chain(add.s(), chord([add.s(), add.s()], end)),
+        }[made_of]
+        raise self.replace(made())
+
+    other = task_of(memory_app, last, name="other")
+    task = task_of(memory_app, first)
+    for _ in range(2):
+        task.apply_async(task_id="nightly-import")
+        deliver_all(memory_app)
+    assert ran == ["first", "last"] * 2
 
 
 def test_a_task_that_is_replaced_by_another_one_is_done(memory_app: Celery) -> None:
