@@ -53,46 +53,50 @@ class Poll:
         #: A tick that the schedule has said is due, and when to ask it after that.
         self._found: datetime | None = None
         self._following = NEVER
+        #: Whether the rest of the times until now comes in further turns, and how many came.
+        self._is_passing = False
+        self._asked = 0
         self._has_failed = False
 
     def begin(self, since: datetime) -> None:
         """Count from a moment."""
         self.since, self._found = since, None
+        self._is_passing, self._asked = False, 0
 
     def advance(self, tick: datetime, now: datetime, oldest: datetime, take_first: bool) -> Found:
-        """Ask the schedule about all times to ask until now.
+        """Ask the schedule about all times to ask until now, for no longer than a turn.
 
-        :param tick: the first of these times.
+        :param tick: the first of these times, or what the last call found.
         :param oldest: ticks before it are too late to be sent.
         :param take_first: whether the first tick is wanted that is not too late, or else the last.
         """
-        if tick == self._found:
+        if tick == self._found and not self._is_passing:
             if tick >= oldest:
                 return Found(tick, 0)
             following = self.advance(self._pass(tick), now, oldest, take_first)
             return following._replace(missed=following.missed + 1)
         passed, found, at, last = 0, None, tick, self.since or tick
-        turn_ends = clock() + TURN
-        for number in range(QUESTIONS + 1):
-            if at > now:
-                break
-            is_over = clock() > turn_ends
-            if is_over and (take_first or found is None or found < oldest):
-                self.since = last
-                return Found(at, passed, is_through=False)
-            at = now if is_over or number == QUESTIONS else at
+        if tick == self._found:
+            passed, found, at, last = 1, tick, self._following, tick
+        turn_ends, has_asked_now, is_wanted = clock() + TURN, False, False
+        while at <= now and not has_asked_now and not is_wanted and clock() <= turn_ends:
+            has_asked_now = self._asked == QUESTIONS
+            at = now if has_asked_now else at
+            self._asked += 1
             is_due, again = self._ask(last, at, now)
             if is_due:
-                passed, found, self.since = passed + 1, at, last
-                last = at
+                passed, found, self.since, last = passed + 1, at, last, at
+                is_wanted = take_first and at >= oldest
             at = again
-            if is_over or (is_due and take_first and found and found >= oldest):
-                break
+        self._is_passing = at <= now and not has_asked_now and not is_wanted
+        if not self._is_passing:
+            self._asked = 0
         if found is None or found < oldest:
-            self.since = last
-            return Found(at, passed)
+            self._found, self.since = None, last
+            return Found(at, passed, not self._is_passing)
+        # What was found is recorded, and not the time to go on from: another leader finds it, too.
         self._found, self._following = found, at
-        return Found(found, passed - 1)
+        return Found(found, passed - 1, not self._is_passing)
 
     def sent(self, tick: datetime, now: datetime | None) -> datetime:
         """A tick was sent; returns when the schedule is to be asked again.

@@ -113,6 +113,17 @@ class SaysDue(BaseSchedule):
         return self.answer
 
 
+class OnceAnHour(schedule):
+    """Due in the first minute of an hour; wants to be asked each five seconds."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(5.0, **options)
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        now = self.now()
+        return schedstate(now.minute == 0 and now - last_run_at > HOUR / 2, 5)
+
+
 class HostClock(schedule):
     """Every 30 s, by the host's clock."""
 

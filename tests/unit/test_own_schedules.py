@@ -17,7 +17,7 @@ from django_celery_beat.clockedschedule import clocked
 from django_celery_beat.tzcrontab import TzAwareCrontab
 
 from celery_singleton_state import matches_now, next_runs
-from celery_singleton_state.beat import SingletonEntry, passing
+from celery_singleton_state.beat import SingletonEntry, passing, poll
 from celery_singleton_state.beat.celerys_entry import due_after
 from celery_singleton_state.beat.entry import NEVER
 from celery_singleton_state.schedules import spelled
@@ -39,6 +39,7 @@ from tests.unit.own_schedules import (
     Later,
     LaterClock,
     Once,
+    OnceAnHour,
     OnlyOnce,
     SaysDue,
 )
@@ -227,6 +228,76 @@ def test_a_tick_that_is_found_and_not_sent_becomes_too_late(app: Celery) -> None
     entry.miss(LATE)
     entry.miss(LATE + HOUR)
     assert run(entry, LATE + HOUR, LATE + HOUR) == [NOON + 90 * MINUTE]
+
+
+def test_a_found_tick_that_became_too_late_is_no_tick_at_a_time_to_ask(app: Celery) -> None:
+    """The tick at 12:00:03 cannot be sent for 12 s. The next time to ask has passed by then, and
+    the
+    schedule does not say that it is due then.
+    """
+    entry = made(app, OnceAnHour(app=app), catch_up="none")
+    entry.begin(NOON - 2 * SECOND)
+    entry._poll.begin(NOON - HOUR)  # type: ignore[union-attr]
+    assert entry.miss(NOON + 3 * SECOND) == 0
+    assert entry.next_tick == NOON + 3 * SECOND
+    now = NOON + 15 * SECOND
+    assert entry.miss(now) == 1
+    assert entry.next_tick > now
+    assert run(entry, now, NOON + 2 * HOUR) == [NOON + HOUR - 2 * SECOND + 5 * SECOND]
+
+
+@pytest.mark.parametrize("dies", [False, True])
+@pytest.mark.parametrize("after", [30 * SECOND, 20 * MINUTE])
+@pytest.mark.parametrize("catch_up", ["latest", "all"])
+def test_a_schedule_that_is_slow_to_answer_is_asked_in_turns(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, catch_up: str, after: timedelta, dies: bool
+) -> None:
+    """It reads a table each time. No turn is longer than a few questions, none of its ticks is
+    lost, also if another beat leads meanwhile, and nothing is sent at a time to ask.
+    """
+    clock = [0.0]
+
+    class Slow(OnceAnHour):
+        def is_due(self, last_run_at: datetime) -> Any:
+            clock[0] += 1.0
+            return super().is_due(last_run_at)
+
+    def make() -> SingletonEntry:
+        return made(app, Slow(app=app), catch_up=catch_up, skip_if_older_than=None)
+
+    monkeypatch.setattr(poll, "clock", lambda: clock[0])
+    monkeypatch.setattr(poll, "TURN", 10.0)
+    monkeypatch.setattr(poll, "QUESTIONS", 2000)
+    entry, end, sent = make(), NOON + 2 * HOUR + after, []
+    entry.begin(NOON - 40 * MINUTE)
+    for turn in range(TURNS):
+        if entry.next_tick > end:
+            break
+        before = clock[0]
+        entry.miss(end)
+        assert clock[0] - before <= 11
+        if entry.next_tick <= end and not entry.is_passing:
+            sent.append(entry.next_tick)
+            entry.sent(end)
+        elif dies and turn % 100 == 99:
+            known, entry = entry.state(), make()
+            entry.resume(known, end)
+    ticks = [NOON, NOON + HOUR, NOON + 2 * HOUR]
+    assert sent == (ticks if catch_up == "all" else ticks[-1:])
+    assert len(sent) + entry.missed_count == 3
+    assert end < entry.next_tick <= end + 5 * SECOND
+
+
+def test_a_slow_schedule_that_was_not_asked_for_long_is_asked_about_now_in_the_end(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would take hours until its entry goes on."""
+    turns = [0.0]
+    monkeypatch.setattr(poll, "clock", lambda: turns.append(turns[-1] + 1) or turns[-1])
+    monkeypatch.setattr(poll, "TURN", 10.0)
+    entry, end = made(app, OnceAnHour(app=app), skip_if_older_than=None), NOON + 365 * DAY
+    entry.begin(NOON)
+    assert run(entry, end, end + HOUR)[0] == end
 
 
 def test_a_table_that_is_away_for_a_while(app: Celery, caplog: pytest.LogCaptureFixture) -> None:
