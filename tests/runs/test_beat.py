@@ -12,13 +12,15 @@ import pytest
 from celery import Celery, signals
 from celery.beat import BeatLazyFunc, ScheduleEntry, Scheduler
 from celery.exceptions import ImproperlyConfigured
-from celery.schedules import crontab
+from celery.schedules import crontab, schedstate
+from celery.schedules import schedule as interval
 from django_celery_beat.clockedschedule import clocked
 from kombu.exceptions import OperationalError
 
 from celery_singleton_state.beat import LeaderMixin, SingletonScheduler
 from celery_singleton_state.beat.entry_state import EntryState
 from celery_singleton_state.beat.leader import STANDBY_POLL, NotLeading
+from celery_singleton_state.cli.next import times_of
 from celery_singleton_state.headers import DUE, ENTRY
 from celery_singleton_state.runtime import close_runtime
 from celery_singleton_state.store.base import Ended, Lease, Row, StoreUnavailable
@@ -609,6 +611,25 @@ def test_a_schedule_that_is_asked_is_recorded_before_it_is_asked_again(
     monkeypatch.setattr(other.schedule["e"], "spelled", stored(one)["e"].schedule)
     other.tick()
     assert [message["id"] for message in sent] == [task_id_of("shop", "e", second)] * 2
+
+
+def test_when_an_entry_is_due_whose_schedule_is_asked(on_sqlite: Beats) -> None:
+    """What is stored of it is the time to ask, at which it is not due: no user is told that."""
+    own = {"e": {"task": "t", "schedule": AnHourAfter(5.0)}}
+    beat = on_sqlite.make(own)
+    beat.tick()
+    state = stored(beat)["e"]
+    assert state.since is not None
+    assert state.next_tick == state.since + 5 * SECOND
+    hour = timedelta(hours=1)
+    assert times_of(beat.app, "e", 2)["next"] == [state.since + hour, state.since + 2 * hour]
+
+
+class AnHourAfter(interval):
+    """Due an hour after the last run; wants to be asked more often."""
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        return schedstate(self.now() - last_run_at >= timedelta(hours=1), 5)
 
 
 def test_a_missing_table_ends_it_at_the_start(beats: Beats) -> None:

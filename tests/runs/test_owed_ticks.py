@@ -13,25 +13,27 @@ from celery.beat import BeatLazyFunc
 from celery.exceptions import Retry
 from celery.schedules import crontab
 
-from celery_singleton_state import singleton_task
+from celery_singleton_state import singleton_task, ticks_done
 from celery_singleton_state.beat import SingletonScheduler
 from celery_singleton_state.beat.passing import MAX_OWED
 from celery_singleton_state.headers import DUE, ENTRY, ONE_BY_ONE
 from celery_singleton_state.store.base import StoreUnavailable
 from celery_singleton_state.ticks import task_id_of
+from tests.runs.messages import deliver, received
 from tests.runs.test_beat import (
     EVERY_MINUTE,
     SECOND,
     Beats,
     beats,
     due_now,
+    on_sqlite,
     stored,
     take_over,
 )
 from tests.runs.test_beat import row as lease_row
 from tests.waiting import wait_until
 
-__all__ = ["beats"]
+__all__ = ["beats", "on_sqlite"]
 
 DAY, MINUTE, HOUR = timedelta(days=1), timedelta(minutes=1), timedelta(hours=1)
 #: Far from now, so that no tick falls due while a test runs.
@@ -42,6 +44,7 @@ DAILY = {
     "catch_up": "all",
     "skip_if_older_than": None,
 }
+BY_ONE = {"task": "close", "catch_up": "all"}
 
 
 class Shop:
@@ -97,10 +100,21 @@ class Shop:
 
 @pytest.fixture
 def make_shop(beats: Beats) -> Iterator[Callable[..., Shop]]:
+    yield from _shops(beats)
+
+
+@pytest.fixture
+def make_shop_on_sqlite(on_sqlite: Beats) -> Iterator[Callable[..., Shop]]:
+    yield from _shops(on_sqlite)
+
+
+def _shops(beats: Beats) -> Iterator[Callable[..., Shop]]:
     made: list[Shop] = []
 
-    def make(schedule: dict[str, Any], **options: Any) -> Shop:
-        made.append(Shop(beats.make(schedule), **options))
+    def make(
+        schedule: dict[str, Any], settings: dict[str, Any] | None = None, **options: Any
+    ) -> Shop:
+        made.append(Shop(beats.make(schedule, **settings or {}), **options))
         made[-1].tick()
         return made[-1]
 
@@ -243,6 +257,105 @@ def test_after_a_tick_that_failed_for_good_comes_the_next(make_shop: Callable[..
     shop.run(shop.sent[0])
     shop.send_until(2)
     assert shop.dues() == owed
+
+
+def test_a_tick_that_goes_on_in_replacements_is_waited_for(
+    make_shop_on_sqlite: Callable[..., Shop],
+) -> None:
+    """Each page of a day sends the next one in its own place. Their ticks are the same, and the
+    next day is not closed before the last page of this one.
+    """
+    settings = {"task_default_queue": "pages", "result_backend": "cache+memory://"}
+    shop = make_shop_on_sqlite({"e": DAILY}, settings)
+    owed = owe(shop, 2)
+    pages: list[tuple[datetime, int]] = []
+
+    def replace(task: Any) -> None:
+        (page,) = task.request.args or (1,)
+        pages.append((task.tick, page))
+        if page < 3:
+            raise task.replace(task.s(page + 1))
+
+    shop.before = replace
+    shop.send_until(1)
+    for page in (1, 2, 3):
+        assert [message.get(DUE) for message in shop.sent] == [owed[0].isoformat()] * page
+        assert [message.get(ONE_BY_ONE) for message in shop.sent] == [1] * page
+        (message,) = received(shop.beat.app)
+        deliver(shop.beat.app, message)
+        found = shop.beat._leader.runtime.store.peek("singleton-state:close")
+        assert found is not None
+        known = ticks_done.decode(found.ticks_done, "")["shop:e"]
+        assert known.retried == ((owed[0].timestamp(),) if page < 3 else ())
+        for _ in range(3 if page < 3 else 0):
+            shop.shift += 7 * MINUTE
+            shop.tick()
+    assert pages == [(owed[0], page) for page in (1, 2, 3)]
+    shop.send_until(4)
+    assert shop.dues()[-1] == owed[1]
+
+
+@pytest.mark.parametrize("argument", [BeatLazyFunc(lambda: 1 // 0), object()])
+def test_a_tick_whose_message_can_never_be_sent_is_not_waited_for(
+    make_shop_on_sqlite: Callable[..., Shop], argument: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody would ever say that it has ended. The next tick is tried at its own time."""
+    shop = make_shop_on_sqlite({"e": EVERY_MINUTE | BY_ONE | {"args": (argument,)}})
+    first = due_now(shop.beat, "e", 61 * SECOND)
+    for number in (2, 3):
+        shop.tick()
+        state = stored(shop.beat)["e"]
+        assert state.under_way is None
+        assert state.total_run_count == number
+        assert state.next_tick == first + number * MINUTE
+        assert caplog.text.count("Message Error") == number
+        shop.shift += MINUTE
+    shop.beat.schedule["e"].args = (1,)
+    shop.sent.clear()
+    shop.tick()
+    assert shop.dues() == [first + 3 * MINUTE]
+    assert stored(shop.beat)["e"].under_way
+
+
+def test_a_tick_that_has_become_too_old_is_not_sent_again(
+    make_shop_on_sqlite: Callable[..., Shop], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its message is lost, and so is its copy. It is missed, and the entry goes on."""
+    shop = make_shop_on_sqlite({"e": EVERY_MINUTE | BY_ONE})
+    first = due_now(shop.beat, "e")
+    shop.tick()
+    shop.shift += 61 * SECOND
+    shop.tick()
+    assert shop.dues() == [first, first]
+    assert "ticks were missed" not in caplog.text
+    shop.shift += 244 * SECOND
+    shop.tick()
+    assert shop.dues() == [first, first, first + MINUTE]
+    assert f"not sent (UTC): 1 of e from {first:%Y-%m-%d %H:%M:%S} on" in caplog.text
+    state = stored(shop.beat)["e"]
+    assert (state.missed_count, state.last_tick) == (1, first + MINUTE)
+    assert state.under_way
+
+
+def test_a_message_with_a_countdown_is_not_taken_for_lost_before_it_may_run(
+    make_shop_on_sqlite: Callable[..., Shop],
+) -> None:
+    shop = make_shop_on_sqlite({"e": DAILY | {"options": {"countdown": 120}}})
+    owe(shop, 1)
+    shop.send_until(1)
+    shop.shift += 179 * SECOND
+    shop.tick()
+    assert len(shop.sent) == 1
+    shop.shift += 2 * SECOND
+    shop.tick()
+    assert len(shop.sent) == 2
+    # The second pause is of four minutes, after the countdown.
+    shop.shift += 359 * SECOND
+    shop.tick()
+    assert len(shop.sent) == 2
+    shop.shift += 2 * SECOND
+    shop.tick()
+    assert len(shop.sent) == 3
 
 
 @pytest.mark.parametrize("ended", [False, True])

@@ -16,6 +16,7 @@ from celery.beat import ScheduleEntry
 from celery.exceptions import Ignore, Reject, Retry
 
 from celery_singleton_state import (
+    HeartbeatFailed,
     SchemaDecodeFailed,
     SingletonTask,
     StatePersistFailed,
@@ -27,6 +28,7 @@ from celery_singleton_state.hooks import Conflicted, Details
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.ticks import message_of
 from celery_singleton_state.ticks_done import EntryTicks
+from tests.runs.messages import deliver, deliver_all, received, use_own_queue
 from tests.runs.test_enqueue_once import published
 from tests.runs.test_run import idle, row, task_of
 from tests.waiting import wait_until
@@ -276,6 +278,73 @@ def test_a_tick_that_failed_for_good_has_ended(
     assert not known.is_done(NOON.timestamp())
 
 
+def test_a_copy_of_a_one_by_one_tick_that_failed_for_good_is_refused(
+    memory_app: Celery, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beat sends it again while its first message waits; the next tick may run by then. A retry
+    of the tick is none of these copies.
+    """
+    ran: list[int] = []
+
+    def body(self: Any) -> None:
+        ran.append(self.request.retries)
+        raise ValueError("bad")
+
+    task = task_of(memory_app, body)
+    message = in_chain(memory_app, 0, one_by_one=True)
+    for _ in range(3):
+        task.apply(**message)
+    assert ran == [0]
+    assert outcomes(memory_app) == ["failed", "duplicate", "duplicate"]
+    assert "has failed for good before, for tick 2026-11-24 12:00:00 of shop:e" in caplog.text
+    known = known_ticks(memory_app)
+    assert (known.failed, known.done) == ((NOON.timestamp(),), ())
+    task.apply(retries=1, **message)
+    assert ran == [0, 1]
+
+
+@pytest.mark.parametrize("by", ["another task", "another singleton"])
+def test_a_tick_whose_run_is_replaced_by_something_else_is_done(
+    memory_app: Celery, by: str
+) -> None:
+    use_own_queue(memory_app)
+    ticks: list[datetime | None] = []
+
+    @memory_app.task(name="plain", shared=False)
+    def plain() -> None:
+        ticks.append(None)
+
+    def body(self: Any, key: str = "a") -> None:
+        if key == "a":
+            raise self.replace(plain.s() if by == "another task" else self.s("b"))
+        ticks.append(self.tick)
+
+    task = task_of(memory_app, body, state_schema=None, unique_on=lambda key="a": key)
+    task.apply_async(**in_chain(memory_app, 0, one_by_one=True))
+    (message,) = received(memory_app)
+    deliver(memory_app, message)
+    known = ticks_done.decode(row(memory_app, task._name((), {})).ticks_done, "")["shop:e"]
+    assert (known.is_done(NOON.timestamp()), known.retried) == (True, ())
+    deliver_all(memory_app)
+    assert ticks == [None]
+
+
+def test_a_tick_whose_run_was_asked_to_stop_has_failed_for_good(memory_app: Celery) -> None:
+    """A newer message takes its place, and its own does not come again."""
+
+    def body(self: Any) -> None:
+        wishes = runtime_of(memory_app).store.wishes
+        assert wishes.ask_to_hand_over(row(memory_app), "newer")
+        self.checkpoint()
+
+    task = task_of(memory_app, body, on_conflict="replace")
+    result = task.apply(**in_chain(memory_app, 0))
+    assert isinstance(result.result, HeartbeatFailed)
+    assert outcomes(memory_app) == ["lost"]
+    known = known_ticks(memory_app)
+    assert (known.failed, known.done) == ((NOON.timestamp(),), ())
+
+
 def test_runs_that_are_no_ticks_leave_what_is_known(app: Celery) -> None:
     ran: list[datetime | None] = []
     task = counting(app, ran)
@@ -319,7 +388,9 @@ def test_a_tick_that_is_sent_one_by_one_waits_for_the_lease(
     )
     thread.start()
     wait_until(lambda: any(isinstance(each, Conflicted) for each in seen), "it is a conflict")
+    assert [each.policy for each in seen if isinstance(each, Conflicted)] == ["wait"]
     assert not ran
+    assert row(app).handoff_to is None
     store.give_back("singleton-state:count", "by hand")
     thread.join(30)
     assert ran == [NOON]

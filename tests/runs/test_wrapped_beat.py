@@ -291,6 +291,41 @@ def test_a_schedule_that_cannot_be_stored_by_its_class(
     assert len(set(sent)) == len(sent)
 
 
+def test_a_schedule_that_cannot_be_read_at_a_take_over(
+    app: Celery,
+    kind: type[Any],
+    sent: list[tuple[str, datetime]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A class reads its database whenever it is asked for its schedule, and that is down. The beat
+    goes on, tries it again after longer and longer pauses, and leads meanwhile.
+    """
+    broken, now = [False], [1000.0]
+    monkeypatch.setattr(postponing, "clock", lambda: now[0])
+    monkeypatch.setattr(postponing, "FIRST_PAUSE", 1.0)
+
+    def read(self: Any) -> Any:
+        if broken[0]:
+            raise OSError("server closed the connection")
+        return self.data
+
+    scheduler = type("Own", (kind,), {"schedule": property(read, Scheduler.set_schedule)})(app)
+    try:
+        broken[0] = True
+        for number, pause in ((1, 1.0), (2, 2.0), (3, 4.0)):
+            for _ in range(3):
+                assert 0 < scheduler.tick() <= pause
+                assert caplog.text.count("the schedule could not be taken over") == number
+            assert scheduler._leader.leads
+            now[0] += pause
+        broken[0] = False
+        run(scheduler, lambda: {"often", "bad"} <= set(names(sent)))
+    finally:
+        broken[0] = False
+        scheduler.close()
+
+
 def test_a_leader_that_ends_leaves_the_tick_to_the_next(
     app: Celery,
     sent: list[tuple[str, datetime]],

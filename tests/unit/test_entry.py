@@ -226,6 +226,39 @@ def test_it_goes_on_where_it_was(utc_app: Celery) -> None:
     assert run_until(other, NOON + 2 * HOUR) == [NOON + 2 * HOUR]
 
 
+@pytest.mark.parametrize("catch_up", ["latest", "all"])
+def test_after_a_take_over_that_passed_over_ticks_none_is_named_before_the_next(
+    utc_app: Celery, catch_up: str
+) -> None:
+    """The leader before sent the ticks of minutes 1 to 5, recorded none of them, and died. A run
+    of the tick at minute 60 must not say that all between noon and then are done.
+    """
+    old = entry(utc_app)
+    assert run_until(old, NOON) == [NOON]
+    new = SingletonEntry(name="e", task="t", schedule=60.0, app=utc_app, catch_up=catch_up)
+    new.resume(old.state(), NOON + HOUR)
+    assert new.tick_before == NOON
+    assert new.miss(NOON + HOUR) == {"latest": 59, "all": 54}[catch_up]
+    first = new.next_tick
+    assert new.tick_before is None
+    new.sent(NOON + HOUR)
+    assert (new.previous_tick, new.last_tick, new.tick_before) == (None, first, first)
+    new.sent(NOON + HOUR)
+    assert (new.previous_tick, new.tick_before) == (first, first + MINUTE)
+    # What it passes over itself, nobody has sent.
+    new.miss(NOON + 2 * HOUR)
+    assert new.tick_before == first + MINUTE
+
+
+def test_after_a_take_over_that_passed_over_none_the_last_tick_is_named(utc_app: Celery) -> None:
+    old = entry(utc_app)
+    assert run_until(old, NOON) == [NOON]
+    new = SingletonEntry(name="e", task="t", schedule=60.0, app=utc_app)
+    new.resume(old.state(), NOON + MINUTE)
+    assert new.miss(NOON + MINUTE) == 0
+    assert new.tick_before == NOON
+
+
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
