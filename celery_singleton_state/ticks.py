@@ -14,7 +14,7 @@ import msgspec
 from celery.app.task import Context
 from celery.beat import ScheduleEntry
 
-from .headers import DUE, ENTRY, ONE_BY_ONE, PREVIOUS, header
+from .headers import DUE, ENTRY, ONE_BY_ONE, PREVIOUS, SENT, header
 
 #: Beat's own headers, which do not make a message a part of a larger work. A tick that must not be
 #: skipped is sent in any case, so its own header is not among them.
@@ -48,11 +48,14 @@ def message_of(
     due: datetime,
     previous: datetime | None = None,
     one_by_one: bool = False,
+    begins_anew: bool = False,
 ) -> ScheduleEntry:
     """An entry as it is sent for one of its ticks, by the schedule of this name.
 
     :param previous: the tick that was sent before, if there was one.
     :param one_by_one: whether the next tick is sent when this one has ended.
+    :param begins_anew: whether the tick's work is done from its start. The message that was to go
+        on with it is lost, and the run that sent that message is no reason to refuse this one.
     """
     name, options = str(entry.name), entry.options or {}
     headers: dict[str, Any] = {**(options.get("headers") or {}), **_headers_of(schedule, name, due)}
@@ -60,6 +63,8 @@ def message_of(
         headers[PREVIOUS] = previous.astimezone(UTC).isoformat()
     if one_by_one:
         headers[ONE_BY_ONE] = 1
+    if begins_anew:
+        headers[SENT] = str(uuid.uuid4())
     # Not a copy: Celery's entries leave their app behind when they are copied.
     made: ScheduleEntry = object.__new__(type(entry))
     made.__dict__.update(entry.__dict__)

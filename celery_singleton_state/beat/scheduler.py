@@ -208,8 +208,15 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         return entry.under_way.due if entry.under_way else entry.next_tick
 
     def _message(self, entry: SingletonEntry, due: datetime) -> Any:
-        previous = entry.previous_tick if entry.under_way else entry.tick_before
-        return message_of(entry, self._leader.name, due, previous, entry.row_key is not None)
+        tick = entry.under_way
+        return message_of(
+            entry,
+            self._leader.name,
+            due,
+            previous=entry.previous_tick if tick else entry.tick_before,
+            one_by_one=entry.row_key is not None,
+            begins_anew=tick is not None and tick.is_continued,
+        )
 
     def _sent(self, entry: SingletonEntry, due: datetime) -> EntryState:
         self._counted = True

@@ -32,7 +32,8 @@ PART = 4
 PATIENCE, LONGEST_PATIENCE, GROWTH = timedelta(minutes=1), timedelta(minutes=30), 4
 #: The same while other runs hold the lease, for which the tick may wait.
 PATIENCE_WITH_OTHERS = timedelta(minutes=10)
-#: The same after the tick's run has asked for a retry, whose countdown nobody knows here.
+#: The same after the tick's run has asked for a retry, whose countdown nobody knows here, or has
+#: replaced itself.
 PATIENCE_WITH_RETRY = timedelta(days=1)
 
 
@@ -52,6 +53,8 @@ class UnderWay:
         self.is_overdue = False
         self._patience = PATIENCE
         self._sent, self._delay = sent, delay
+        #: When it was last known to go on, and whether its run sent a message that goes on with it.
+        self._seen, self.is_continued = sent, False
         #: When it is to be sent again unless the row says something of it.
         self.overdue_at = sent + delay + PATIENCE
 
@@ -63,17 +66,18 @@ class UnderWay:
         if ticks.has_ended(due):
             return True
         if row is not None and row.held and row.task_id == task_id_of(schedule, entry, self.due):
-            self.overdue_at = now + PATIENCE
+            self._seen, self.overdue_at = now, now + PATIENCE
         elif due in ticks.retried:
-            self._be_patient(PATIENCE_WITH_RETRY)
+            self.is_continued = True
+            self.overdue_at = max(self.overdue_at, self._seen + PATIENCE_WITH_RETRY)
         elif row is not None and row.held:
-            self._be_patient(PATIENCE_WITH_OTHERS)
+            self.overdue_at = max(self.overdue_at, self._sent + PATIENCE_WITH_OTHERS)
         self.is_overdue = now >= self.overdue_at
         return False
 
     def sent_again(self, key: str, now: datetime) -> None:
         """Its message was sent once more."""
-        self.key, self._sent, self.is_overdue = key, now, False
+        self.key, self._sent, self._seen, self.is_overdue = key, now, now, False
         self._patience = min(GROWTH * self._patience, LONGEST_PATIENCE)
         self.overdue_at = now + self._delay + self._patience
 
@@ -86,9 +90,6 @@ class UnderWay:
         while 2 * pause <= wanted:
             pause *= 2
         return now + pause - (now - EPOCH) % pause
-
-    def _be_patient(self, patience: timedelta) -> None:
-        self.overdue_at = max(self.overdue_at, self._sent + patience)
 
 
 def row_key_of(entry: Any, app: Celery, prefix: str) -> str | None:

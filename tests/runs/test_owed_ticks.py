@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -19,7 +20,7 @@ from celery_singleton_state.beat.passing import MAX_OWED
 from celery_singleton_state.headers import DUE, ENTRY, ONE_BY_ONE
 from celery_singleton_state.store.base import StoreUnavailable
 from celery_singleton_state.ticks import task_id_of
-from tests.runs.messages import deliver, received
+from tests.runs.messages import deliver, deliver_all, received
 from tests.runs.test_beat import (
     EVERY_MINUTE,
     SECOND,
@@ -259,15 +260,14 @@ def test_after_a_tick_that_failed_for_good_comes_the_next(make_shop: Callable[..
     assert shop.dues() == owed
 
 
-def test_a_tick_that_goes_on_in_replacements_is_waited_for(
-    make_shop_on_sqlite: Callable[..., Shop],
-) -> None:
-    """Each page of a day sends the next one in its own place. Their ticks are the same, and the
-    next day is not closed before the last page of this one.
-    """
-    settings = {"task_default_queue": "pages", "result_backend": "cache+memory://"}
-    shop = make_shop_on_sqlite({"e": DAILY}, settings)
-    owed = owe(shop, 2)
+def with_own_queue() -> dict[str, Any]:
+    """The broker in memory is one for the whole process."""
+    queue = f"pages-{uuid.uuid4()}"
+    return {"task_default_queue": queue, "result_backend": "cache+memory://"}
+
+
+def run_in_pages(shop: Shop) -> list[tuple[datetime, int]]:
+    """Have each run of the task send the next one in its place, until there were three."""
     pages: list[tuple[datetime, int]] = []
 
     def replace(task: Any) -> None:
@@ -277,6 +277,75 @@ def test_a_tick_that_goes_on_in_replacements_is_waited_for(
             raise task.replace(task.s(page + 1))
 
     shop.before = replace
+    return pages
+
+
+@pytest.mark.parametrize("lost", [2, 3])
+def test_a_tick_whose_replacement_is_lost_begins_anew_after_a_day(
+    make_shop_on_sqlite: Callable[..., Shop], lost: int
+) -> None:
+    """The queue is purged while a page waits in it: no later copy of the tick's message is refused
+    for the pages that were done.
+    """
+    shop = make_shop_on_sqlite({"e": DAILY}, with_own_queue())
+    owed = owe(shop, 2)
+    pages = run_in_pages(shop)
+    shop.send_until(1)
+    (first,) = messages = received(shop.beat.app)
+    while len(pages) < lost - 1:
+        deliver(shop.beat.app, messages[0])
+        messages = received(shop.beat.app)
+    shop.shift += 23 * HOUR
+    shop.tick()
+    assert received(shop.beat.app) == []
+    shop.shift += 2 * HOUR
+    shop.tick()
+    (copy,) = received(shop.beat.app)
+    assert copy.headers["id"] == first.headers["id"]
+    # A redelivery by the broker is refused, before and after that.
+    deliver(shop.beat.app, first)
+    deliver(shop.beat.app, copy)
+    deliver(shop.beat.app, first)
+    deliver_all(shop.beat.app)
+    assert [page for _, page in pages] == [*range(1, lost), 1, 2, 3]
+    assert {tick for tick, _ in pages} == {owed[0]}
+    wait_until(lambda: shop.tick() or shop.dues()[-1] == owed[1], "the next one is sent")
+
+
+def test_a_tick_whose_pages_take_days_does_not_begin_anew(
+    make_shop_on_sqlite: Callable[..., Shop],
+) -> None:
+    """The day in which nothing is known of it begins when its last page was seen to run."""
+    shop = make_shop_on_sqlite({"e": DAILY}, with_own_queue())
+    owe(shop, 2)
+    pages = run_in_pages(shop)
+    replace = shop.before
+
+    def take_long(task: Any) -> None:
+        shop.shift += 20 * HOUR
+        shop.tick()
+        replace(task)
+
+    shop.before = take_long
+    shop.send_until(1)
+    for _ in range(3):
+        (message,) = received(shop.beat.app)
+        deliver(shop.beat.app, message)
+        if len(pages) < 3:
+            shop.shift += 5 * MINUTE
+            shop.tick()
+    assert len(shop.sent) == 3
+
+
+def test_a_tick_that_goes_on_in_replacements_is_waited_for(
+    make_shop_on_sqlite: Callable[..., Shop],
+) -> None:
+    """Each page of a day sends the next one in its own place. Their ticks are the same, and the
+    next day is not closed before the last page of this one.
+    """
+    shop = make_shop_on_sqlite({"e": DAILY}, with_own_queue())
+    owed = owe(shop, 2)
+    pages = run_in_pages(shop)
     shop.send_until(1)
     for page in (1, 2, 3):
         assert [message.get(DUE) for message in shop.sent] == [owed[0].isoformat()] * page

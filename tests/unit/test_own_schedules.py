@@ -232,8 +232,7 @@ def test_a_tick_that_is_found_and_not_sent_becomes_too_late(app: Celery) -> None
 
 def test_a_found_tick_that_became_too_late_is_no_tick_at_a_time_to_ask(app: Celery) -> None:
     """The tick at 12:00:03 cannot be sent for 12 s. The next time to ask has passed by then, and
-    the
-    schedule does not say that it is due then.
+    the schedule does not say that it is due then.
     """
     entry = made(app, OnceAnHour(app=app), catch_up="none")
     entry.begin(NOON - 2 * SECOND)
