@@ -14,14 +14,41 @@ from celery.exceptions import WorkerLostError
 
 from celery_singleton_state import HeartbeatFailed, singleton_task
 from celery_singleton_state.runtime import runtime_of
-from tests.drills.test_redelivery import fleet, fleet_on_each, make_rabbit_fleet
 from tests.processes.fleet import Fleet, outcome
-from tests.rabbitmq import RabbitMQ
 from tests.waiting import wait_until
 
-__all__ = ["fleet", "fleet_on_each", "make_rabbit_fleet"]
-
 CELERY_COUNTS = celery.VERSION >= (5, 7)
+
+
+@pytest.fixture
+def make_own_fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Callable[..., Fleet]:
+    """Makes a fleet whose leases become free only by being given back."""
+
+    def make(**settings: str) -> Fleet:
+        return make_fleet(
+            f"sqlite:///{tmp_path}/store.db",
+            CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
+            TEST_WORKER_LOST_WAIT="0.1",
+            **settings,
+        )
+
+    return make
+
+
+@pytest.fixture
+def fleet(make_own_fleet: Callable[..., Fleet]) -> Fleet:
+    return make_own_fleet(TEST_VISIBILITY_TIMEOUT="1")
+
+
+@pytest.fixture(params=["valkey", "classic", "topic"])
+def fleet_on_each(
+    request: pytest.FixtureRequest,
+    make_own_fleet: Callable[..., Fleet],
+    on_rabbitmq: Callable[[str], dict[str, str]],
+) -> Fleet:
+    """The same fleet, on each broker."""
+    broker = {} if request.param == "valkey" else on_rabbitmq(request.param)
+    return make_own_fleet(TEST_VISIBILITY_TIMEOUT="1", **broker)
 
 
 @dataclass
@@ -200,12 +227,12 @@ def test_a_task_that_always_kills_its_process_ends(
 
 
 def test_a_run_that_comes_close_to_the_consumer_timeout_of_rabbitmq_is_a_warning(
-    rabbitmq: RabbitMQ,
-    make_rabbit_fleet: Callable[..., Fleet],
+    on_rabbitmq: Callable[[str], dict[str, str]],
+    make_own_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     tmp_path: Path,
 ) -> None:
-    fleet = make_rabbit_fleet(rabbitmq.url, CELERY_SINGLETON_CONSUMER_TIMEOUT="3")
+    fleet = make_own_fleet(CELERY_SINGLETON_CONSUMER_TIMEOUT="3", **on_rabbitmq("classic"))
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "1")
     assert "closes the channel of a worker that takes longer than 3 s" in worker.output
