@@ -132,8 +132,15 @@ class Delivery:
 
     @property
     def sent(self) -> str | None:
-        """The value that tells the message from others that were sent with the same id."""
+        """The value that tells the message from others that were sent with the same id.
+
+        A part of a chain or chord has none of its own. Its root tells it from the same part of
+        another chain that was sent with the same id.
+        """
         value = header(self.request, SENT)
+        root = self.request.root_id
+        if value is None and root != self.request.id:
+            value = root
         return None if value is None else str(value)
 
     @property

@@ -124,7 +124,7 @@ def forget_result(delivery: Delivery) -> None:
     The sender may have had no backend. From here on a result under this id is this message's.
     """
     task, request = delivery.task, delivery.request
-    if delivery.sent is None or request.is_eager or not is_recorded(task, request):
+    if header(request, SENT) is None or request.is_eager or not is_recorded(task, request):
         return
     try:
         if task.AsyncResult(request.id).state in states.READY_STATES:

@@ -170,6 +170,24 @@ def test_another_singleton_that_replaces_one_runs_each_day(memory_app: Celery) -
     assert ran == ["first", "second"] * 2
 
 
+def test_the_end_of_a_chain_that_is_sent_with_one_id_runs_each_day(memory_app: Celery) -> None:
+    """Its last message has the id, and no value of its own; a second copy of it does not run."""
+    ran: list[str] = []
+
+    def last(self: Any, *_: Any) -> None:
+        ran.append("last")
+
+    add, task = plain_task(memory_app), task_of(memory_app, last)
+    for _ in range(2):
+        chain(add.s(), task.s()).apply_async(task_id="nightly-import")
+        (first,) = received(memory_app)
+        deliver(memory_app, first)
+        (end,) = received(memory_app)
+        deliver(memory_app, end)
+        deliver(memory_app, end)
+    assert ran == ["last"] * 2
+
+
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("made_of", ["chain", "chord", "chain that ends with a chord"])
 def test_what_ends_a_replacement_runs_each_day(
