@@ -94,10 +94,11 @@ def _bare_round(store: SqlStore, url: str) -> Callable[[], None]:
     sql = statements_for(store.table, store.engine.dialect)
     execute = _bare_sqlite(url) if url.startswith("sqlite") else _bare_postgres(url)
     lease = {"key": "bare", "holder": "bare:1:1", "ttl": TTL, "task_id": None}
+    lease |= {"rank": 0, "sent": None, "of_clock": None}
     histories = _histories()
 
     def round_trips() -> None:
-        fence, *_, seen = execute(sql.acquire, lease).fetchone()
+        fence, *_, seen, _ = execute(sql.acquire, lease).fetchone()
         execute(
             sql.release[True, False],
             {
@@ -110,6 +111,7 @@ def _bare_round(store: SqlStore, url: str) -> Callable[[], None]:
                 "seen": seen,
                 "outcome": "succeeded",
                 "history": next(histories),
+                "ticks_done": None,
             },
         )
 

@@ -98,6 +98,7 @@ def _sql(store: SqlStore, send: Send) -> Iterator[Verb]:
         store.release(_acquired(store).lease, ENDED, WRITE)
 
     asked = {"key": "k", "holder": "h:1:a", "ttl": TTL, "task_id": "task"}
+    asked |= {"rank": 0, "sent": None, "of_clock": None}
     yield Verb("acquire", lambda: _acquired(store), lambda: send(sql.acquire, asked), free)
     lease = _acquired(store).lease
     new = {"value": WRITE.new.value, "schema_version": 1, "number": 1, "seen": 0}
@@ -106,7 +107,7 @@ def _sql(store: SqlStore, send: Send) -> Iterator[Verb]:
         lambda: store.save(lease, WRITE),
         lambda: send(sql.save, named(lease, ttl=TTL, **new)),
     )
-    ended = {"outcome": "succeeded", "history": HISTORY, "hold": 0.0}
+    ended = {"outcome": "succeeded", "history": HISTORY, "hold": 0.0, "ticks_done": None}
     # The fence that each release needs is that of the acquisition just before it.
     held: list[Lease] = [lease]
     yield Verb(
@@ -138,7 +139,7 @@ def _redis(store: RedisStore, client: Any) -> Iterator[Verb]:
         store.release(_acquired(store).lease, ENDED)
 
     free()
-    acquire = ("h:1:a", TTL, "task")
+    acquire = ("h:1:a", TTL, "task", 0, "")
     yield Verb(
         "acquire",
         lambda: _acquired(store),
@@ -150,7 +151,7 @@ def _redis(store: RedisStore, client: Any) -> Iterator[Verb]:
         "release",
         lambda: store.release(held[-1], ENDED),
         lambda: send(
-            redis_scripts.RELEASE, ["k"], "h:1:a", held[-1].fence, "succeeded", HISTORY, 0.0
+            redis_scripts.RELEASE, ["k"], "h:1:a", held[-1].fence, "succeeded", HISTORY, 0.0, ""
         ),
         lambda: held.append(_acquired(store).lease),
     )

@@ -119,7 +119,7 @@ def header(request: Context, name: str, default: Any = None) -> Any:
     :param default: the value of a header that the message does not have.
     """
     value = request.__dict__.get(name)
-    if value is None:
+    if value is None and request.headers:
         value = _shown(request).get(name)
     return default if value is None else value
 
