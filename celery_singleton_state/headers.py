@@ -11,7 +11,7 @@ from celery.app.task import Context
 PREFIX = "singleton_"
 #: How often the message was requeued because its own run went on.
 PUT_BACK = "singleton_put_back"
-#: Marks a message that this package sent again, as it is; says for which try, from 1.
+#: Marks a message that this package sent again, as it is.
 SENT_AGAIN = "singleton_sent_again"
 #: Seconds that the message has waited for the lease.
 WAITED = "singleton_waited"
@@ -127,11 +127,6 @@ def header(request: Context, name: str, default: Any = None) -> Any:
 def count_in(request: Context, name: str) -> int:
     """The value of a header that counts; 0 if the message does not have it."""
     return int(header(request, name) or 0)
-
-
-def try_of(retries: int | None) -> int:
-    """The number of a message's try, from 1."""
-    return (retries or 0) + 1
 
 
 def own_headers(request: Context) -> dict[str, Any]:

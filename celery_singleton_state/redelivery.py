@@ -17,7 +17,7 @@ from kombu.exceptions import EncodeError
 
 from .content import encoding_of
 from .delay import pause_left, possible
-from .headers import PUT_BACK, SENT_AGAIN, WAITED, count_in, custom_headers, try_of
+from .headers import PUT_BACK, SENT_AGAIN, WAITED, count_in, custom_headers
 from .routing import can_be_addressed, copy_mark
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def send_again(
             headers={
                 **custom_headers(request),
                 **copy_mark(task.app, request),
-                SENT_AGAIN: try_of(request.retries),
+                SENT_AGAIN: 1,
                 **headers,
             },
             **encoding_of(request),

@@ -106,7 +106,7 @@ class SingletonTask(_TypedTask[S, P, R]):
       up when a newer one comes: it succeeds with ``None``. ``"coalesce"``: it succeeds with
       ``None``, and one more run, with the newest arguments, is sent at the release.
     - ``conflict_timeout``: seconds that a delivery waits for the lease, not counting queues, before
-      it fails. None: the setting, 10 s.
+      it fails. None: the setting, 10 s. With ``"replace"`` never less than two heartbeats and 1 s.
     - ``hold_at_least``: seconds from its acquisition that the lease is kept when a run succeeds.
     - ``enqueue_once``: whether a message is not sent while another is queued, or, where
       ``on_conflict`` is ``"skip"`` or ``"raise"``, running. A queued one counts until it expires,
