@@ -20,6 +20,9 @@ MAX_VERSION = 2**31 - 1
 #: A day: nobody should wait longer for a dead run, and a living one renews.
 MAX_SECONDS = 86400.0
 
+#: What a delivery can do that finds the lease taken.
+POLICIES = ("skip", "wait", "raise", "replace", "coalesce")
+
 
 def _unique_on(value: Any) -> UniqueOn:
     if callable(value) or value == "*":
@@ -109,7 +112,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "state_migrations": _migrations,
     "on_decode_error": _choice("fail", "initial"),
     "persist_on_error": _switch,
-    "on_conflict": _choice("skip", "wait", "raise", "replace", "coalesce"),
+    "on_conflict": _choice(*POLICIES),
     "conflict_timeout": _seconds(0),
     "hold_at_least": _seconds(0),
     "enqueue_once": _switch,

@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import click
+from celery import Celery
 from celery.app.utils import find_app
 from celery.exceptions import ImproperlyConfigured
 from sqlalchemy.exc import SQLAlchemyError
@@ -34,6 +35,19 @@ def says_why(command: Callable[P, R]) -> Callable[P, R]:
             raise click.ClickException(str(error)) from error
 
     return run
+
+
+def load_tasks(app: Celery) -> None:
+    """Have all tasks of the app made, as a worker has: also those of its ``imports`` and
+    ``include``, and those that it discovers.
+
+    :raises ImproperlyConfigured: a module cannot be imported.
+    """
+    try:
+        app.loader.import_default_modules()
+    except ImportError as error:
+        raise ImproperlyConfigured(f"a module of the app cannot be imported: {error}") from error
+    app.finalize(auto=True)
 
 
 def complete_name(context: click.Context, _argument: click.Parameter, begun: str) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
-import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
 
 import click
 from celery import Celery
@@ -12,34 +14,74 @@ from celery.exceptions import ImproperlyConfigured
 
 from celery_singleton_state.runtime import runtime_of
 
-from .common import says_why
+from .common import load_tasks, says_why
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @click.command(cls=CeleryCommand)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
-@click.option("--port", default=9809, show_default=True, help="0 for any that is free.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65_535),
+    default=9809,
+    show_default=True,
+    help="0 for any that is free.",
+)
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    metavar="NAME",
+    multiple=True,
+    help="A name that clients reach it by, if public DNS could have it: shop.example.com, "
+    "*.example.com for all names below it, or * for every name. Repeatable.",
+)
 @click.option("--per-key", is_flag=True, help="Series for each singleton of a task.")
 @click.option("--show-state", is_flag=True, help="Show the states on the page.")
 @click.pass_context
 @says_why
-def exporter(context: click.Context, host: str, port: int, per_key: bool, show_state: bool) -> None:
+def exporter(
+    context: click.Context,
+    host: str,
+    port: int,
+    allowed_hosts: tuple[str, ...],
+    per_key: bool,
+    show_state: bool,
+) -> None:
     """Serve metrics for Prometheus on /metrics, health on /health, and a page on /.
 
     Leases, ages and health are read from the store at each request; what is counted is what
     events tell, so workers are to send them (-E). It changes nothing.
+
+    Requests are answered that name an IP address, this machine, or a name that public DNS cannot
+    have: localhost, prometheus, shop.monitoring.svc, shop.internal. Others need --allowed-host.
     """
     app: Celery = context.obj.app
-    app.finalize(auto=True)
+    load_tasks(app)
     try:
-        from celery_singleton_state.exporter import run
+        from celery_singleton_state.exporter import Options, check_pattern, run
     except ImportError as error:
         raise ImproperlyConfigured(
             f"the exporter needs a library: {error}; install celery-singleton-state[exporter]"
         ) from error
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     try:
-        run(runtime_of(app), host, port, per_key, show_state, stop, click.echo)
-    except OSError as error:
-        raise click.ClickException(f"cannot listen at {host}:{port}: {error}") from error
+        allowed = tuple(map(check_pattern, allowed_hosts))
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="'--allowed-host'") from error
+    options = Options(host, port, per_key, show_state, allowed)
+    run(runtime_of(app), options, _until_signalled(), click.echo)
+
+
+def _until_signalled() -> Callable[[], object]:
+    """A function that returns at the first SIGINT or SIGTERM; a second one ends the process."""
+    # Not an Event: a signal that interrupts Event.wait() while that has its lock is a deadlock.
+    told: SimpleQueue[None] = SimpleQueue()
+
+    def on_signal(*_: Any) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        told.put(None)
+
+    for number in SIGNALS:
+        signal.signal(number, on_signal)
+    return told.get

@@ -23,6 +23,8 @@ from .common import print_json, says_why, short_moment
 
 #: Entries that people are shown.
 SHOWN = 100
+#: Times of an entry.
+MOST = 10_000
 LAST = datetime.max.replace(tzinfo=UTC)
 
 
@@ -30,7 +32,7 @@ LAST = datetime.max.replace(tzinfo=UTC)
 @click.argument("entry", required=False)
 @click.option(
     *("-n", "--count"),
-    type=click.IntRange(1),
+    type=click.IntRange(1, MOST),
     default=5,
     show_default=True,
     help="How many times of ENTRY.",

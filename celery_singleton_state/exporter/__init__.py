@@ -2,48 +2,71 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, disable_created_metrics
 
-from celery_singleton_state.options import options_of
 from celery_singleton_state.runtime import Runtime
 
+from .answers import Pages
+from .connections import Connections
 from .counts import Counts
 from .gauges import Gauges
+from .hosts import Hosts, check_pattern
+from .labels import Keys, known_tasks
+from .look import SharedLook, look
 from .receiver import Receiver
-from .server import Pages, make, serve_until
+from .server import make, serve_until, url_of
 
-__all__ = ["Counts", "run"]
+__all__ = ["Counts", "Options", "check_pattern", "run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What an operator says on the command line.
+
+    :param host, port: where to listen.
+    :param per_key: whether each singleton of a task has series of its own.
+    :param shows_state: whether the page shows the states.
+    :param allowed_hosts: names that requests may be sent to, beside those that always may.
+    """
+
+    host: str
+    port: int
+    per_key: bool = False
+    shows_state: bool = False
+    allowed_hosts: tuple[str, ...] = ()
 
 
 def run(
     runtime: Runtime,
-    host: str,
-    port: int,
-    per_key: bool,
-    shows_state: bool,
-    stop: threading.Event,
+    options: Options,
+    wait: Callable[[], object],
     say: Callable[[str], object],
 ) -> None:
-    """Serve until told to stop.
+    """Serve until the function ``wait`` returns.
 
     :param say: told where it listens.
-    :raises OSError: the address cannot be had.
+    :raises ImproperlyConfigured: the address cannot be had.
     """
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
-    counts = Counts(registry, per_key)
-    for name, task in runtime.app.tasks.items():
-        if options_of(task) is not None:
-            counts.begin(name)
-    receiver = Receiver(runtime.app, counts)
-    registry.register(Gauges(runtime, lambda: receiver.is_up, per_key))
-    server = make(Pages(runtime, registry, shows_state), host, port)
+    counts = Counts(
+        registry,
+        options.per_key,
+        known_tasks(runtime.app),
+        Keys(runtime.settings.key_prefix),
+    )
+    receiver = Receiver(runtime.app, counts, counts.ignored)
+    shared = SharedLook(lambda: look(runtime))
+    registry.register(Gauges(runtime, shared, lambda: receiver.is_up, options.per_key))
+    pages = Pages(runtime, registry, shared, options.shows_state)
+    hosts = Hosts(options.host, options.allowed_hosts)
+    server = make(pages, hosts, options.host, options.port, Connections())
     receiver.start()
-    say(f"listening at http://{server.server_name}:{server.server_port}/")
+    say(f"listening at {url_of(server)}")
     try:
-        serve_until(server, stop)
+        serve_until(server, wait)
     finally:
         receiver.close()

@@ -6,7 +6,8 @@ process is seen by nobody. A worker that is one process can use it as any other 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -25,10 +26,16 @@ from celery_singleton_state.hooks import (
     TookOver,
     WriteRefused,
 )
+from celery_singleton_state.option_checks import POLICIES
+
+from .labels import OTHERS, UNKNOWN, Keys, clean, word
 
 #: Operations that write a state, and ways in which a lease is taken over.
 WRITES = ("save", "checkpoint", "transaction")
+REFUSED = (*WRITES, "release")
 TAKEOVERS = ("expired", "died", "handed over")
+OUTCOMES = frozenset(Outcome)
+REASONS = frozenset(SingletonErrorReason)
 #: Seconds. Runs are from a few milliseconds to hours long.
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 14400.0)
 
@@ -38,10 +45,22 @@ class Counts:
 
     :param per_key: whether each singleton of a task has series of its own, labelled ``key``.
         Left out: they are counted together, as there may be any number of them.
+    :param tasks: the names of the tasks that have series of their own, which say 0 at first, so
+        that the first of anything is an increase. Details of all other tasks are counted together.
+        Left out: each task has its own, for a hook in the process whose tasks it counts.
+    :param keys: the keys that have series of their own.
     """
 
-    def __init__(self, registry: CollectorRegistry, per_key: bool = False) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        per_key: bool = False,
+        tasks: Collection[str] | None = None,
+        keys: Keys | None = None,
+    ) -> None:
         self._per_key = per_key
+        self._tasks = tasks
+        self._keys = keys or Keys()
         labels = ("singleton", "key") if per_key else ("singleton",)
 
         def counter(name: str, text: str, *more: str) -> Counter:
@@ -74,17 +93,24 @@ class Counts:
             "singleton_refused_writes_total", "Writes that the store refused as stale.", "operation"
         )
 
-    def begin(self, task: str) -> None:
+        self._ignored = Counter(
+            "singleton_ignored_events_total",
+            "Events that could not be read: of another release, or made up.",
+            registry=registry,
+        )
+        if not per_key:
+            for task in tasks or ():
+                self._begin(clean(task))
+
+    def _begin(self, task: str) -> None:
         """Have series of a task that say 0: the first of anything is an increase, then."""
-        if self._per_key:
-            return
         for outcome in Outcome:
             self._executions.labels(task, outcome)
         for reason in SingletonErrorReason:
             self._errors.labels(task, reason)
         for operation in ("load", *WRITES):
             self._operations.labels(task, operation)
-        for operation in (*WRITES, "release"):
+        for operation in REFUSED:
             self._refused.labels(task, operation)
         for how in TAKEOVERS:
             self._takeovers.labels(task, how)
@@ -94,38 +120,53 @@ class Counts:
     def __call__(self, details: Details) -> None:
         count = _COUNTED.get(type(details))
         if count is not None:
-            labels = (details.singleton, details.key) if self._per_key else (details.singleton,)
-            count(self, labels, details)
+            count(self, self._labels(details), details)
+
+    def ignored(self) -> None:
+        """Count an event that could not be read."""
+        self._ignored.inc()
+
+    def _labels(self, details: Details) -> tuple[str, ...]:
+        is_known = self._tasks is None or details.singleton in self._tasks
+        task = clean(details.singleton) if is_known else UNKNOWN
+        if not self._per_key:
+            return (task,)
+        return (task, self._keys.label(task, details.key) if is_known else OTHERS)
+
+    def _observe(self, labels: tuple[str, ...], seconds: float) -> None:
+        """Count a duration, unless it is none: one NaN would make the sum NaN for good."""
+        if math.isfinite(seconds) and seconds >= 0:
+            self._durations.labels(*labels).observe(seconds)
 
     def _released(self, labels: tuple[str, ...], details: Released) -> None:
-        self._durations.labels(*labels).observe(details.seconds)
-        self._executions.labels(*labels, details.outcome).inc()
+        self._observe(labels, details.seconds)
+        self._executions.labels(*labels, word(details.outcome, OUTCOMES)).inc()
 
     def _was_lost(self, labels: tuple[str, ...], details: Lost) -> None:
-        self._durations.labels(*labels).observe(details.seconds)
+        self._observe(labels, details.seconds)
         self._executions.labels(*labels, Outcome.LOST).inc()
         self._lost.labels(*labels).inc()
 
     def _skipped(self, labels: tuple[str, ...], details: Skipped) -> None:
-        self._executions.labels(*labels, details.outcome).inc()
+        self._executions.labels(*labels, word(details.outcome, OUTCOMES)).inc()
 
     def _failed(self, labels: tuple[str, ...], details: Failed) -> None:
-        self._errors.labels(*labels, details.reason).inc()
+        self._errors.labels(*labels, word(details.reason, REASONS)).inc()
 
     def _loaded(self, labels: tuple[str, ...], details: StateLoaded) -> None:
         self._operations.labels(*labels, "load").inc()
 
     def _saved(self, labels: tuple[str, ...], details: StateSaved) -> None:
-        self._operations.labels(*labels, details.operation).inc()
+        self._operations.labels(*labels, word(details.operation, WRITES)).inc()
 
     def _conflicted(self, labels: tuple[str, ...], details: Conflicted) -> None:
-        self._conflicts.labels(*labels, details.policy).inc()
+        self._conflicts.labels(*labels, word(details.policy, POLICIES)).inc()
 
     def _took_over(self, labels: tuple[str, ...], details: TookOver) -> None:
-        self._takeovers.labels(*labels, details.how).inc()
+        self._takeovers.labels(*labels, word(details.how, TAKEOVERS)).inc()
 
     def _was_refused(self, labels: tuple[str, ...], details: WriteRefused) -> None:
-        self._refused.labels(*labels, details.operation).inc()
+        self._refused.labels(*labels, word(details.operation, REFUSED)).inc()
 
 
 _COUNTED: dict[type[Details], Callable[[Counts, tuple[str, ...], Any], None]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,7 +14,8 @@ from celery_singleton_state.options import options_of
 from celery_singleton_state.runtime import Runtime
 from celery_singleton_state.store.base import Listed
 
-from .look import Look, look
+from .labels import OTHERS, UNKNOWN, Keys, clean, known_tasks
+from .look import Look
 
 
 @dataclass(slots=True)
@@ -68,26 +68,32 @@ GAUGES: tuple[tuple[str, str, Callable[[Sums], float | None]], ...] = (
 
 
 class Gauges(Collector):
-    """Asks the store at each scrape, with one statement; scrapes wait for each other.
+    """Asks the store at each scrape, with one statement.
 
+    :param look: looks at the store, at each scrape.
     :param broker_is_up: whether events are received.
     """
 
     def __init__(
-        self, runtime: Runtime, broker_is_up: Callable[[], bool], per_key: bool = False
+        self,
+        runtime: Runtime,
+        look: Callable[[], Look],
+        broker_is_up: Callable[[], bool],
+        per_key: bool = False,
     ) -> None:
         self._runtime = runtime
+        self._look = look
         self._broker_is_up = broker_is_up
         self._per_key = per_key
-        self._one_at_a_time = threading.Lock()
+        #: Tasks that have had the warning of too many keys.
+        self._warned: set[str] = set()
 
     def describe(self) -> list[GaugeMetricFamily]:
         """Nothing: to be asked at registration would be a look at the store."""
         return []
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        with self._one_at_a_time:
-            seen = look(self._runtime)
+        seen = self._look()
         yield _one("singleton_store_up", "Whether the store answers.", seen.health.error is None)
         yield _one("singleton_broker_up", "Whether events are received.", self._broker_is_up())
         if seen.health.error is not None:
@@ -108,10 +114,14 @@ class Gauges(Collector):
 
     def _of_tasks(self, seen: Look) -> Iterator[GaugeMetricFamily]:
         sums: dict[tuple[str, ...], Sums] = {}
+        keys = Keys(self._runtime.settings.key_prefix, warned=self._warned)
+        tasks = known_tasks(self._runtime.app)
         for each in seen.health.singletons:
-            labels: tuple[str, ...] = (each.task,)
+            is_known = each.task in tasks
+            labels: tuple[str, ...] = (clean(each.task) if is_known else UNKNOWN,)
             if self._per_key:
-                labels = (each.task, each.singleton)
+                key = keys.label(each.task, each.singleton) if is_known else OTHERS
+                labels = (*labels, key)
             row = seen.rows.get(each.singleton)
             found = sums.setdefault(labels, Sums(expected_interval=self._expected(each.task)))
             found.add(row, each.healthy, self._ttl(each.task))

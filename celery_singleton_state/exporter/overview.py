@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from celery_singleton_state import history
 from celery_singleton_state.beat.entry_state import EntryState, decode_rows
@@ -12,7 +13,7 @@ from celery_singleton_state.history import Outcome
 from celery_singleton_state.runtime import Runtime
 from celery_singleton_state.store.base import Listed, StoreError
 
-from .look import Look, look
+from .look import Look
 from .page import Page, ShownBeat, ShownSingleton
 
 #: Singletons, and ticks to come.
@@ -24,17 +25,19 @@ _BAD = frozenset({Outcome.FAILED, Outcome.LOST})
 class Overview:
     """Makes the page's contents, with three statements.
 
+    :param look: looks at the store, for each page.
     :param shows_state: whether the states' values are shown.
     """
 
-    def __init__(self, runtime: Runtime, shows_state: bool) -> None:
+    def __init__(self, runtime: Runtime, look: Callable[[], Look], shows_state: bool) -> None:
         self._runtime = runtime
+        self._look = look
         self._shows_state = shows_state
         self._leader = Leader(runtime.app)
 
     def page(self, query: str) -> Page:
         """The page for those singletons whose names have the query in them."""
-        seen = look(self._runtime)
+        seen = self._look()
         try:
             return self._page(query, seen, self._shown(query, seen), self._beat(seen))
         except StoreError as error:

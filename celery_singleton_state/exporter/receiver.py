@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 from celery import Celery
+from celery.events.receiver import EventReceiver
 
 from celery_singleton_state.hooks import Details
 from celery_singleton_state.hooks.events import details_of
@@ -22,14 +22,26 @@ PAUSE = 1.0
 class Receiver:
     """A thread that receives events, and connects again for ever.
 
+    An event that cannot be read is ignored: anybody on the broker can send one, and it must neither
+    end the connection, nor take with it the events that came in the same message.
+
     :param hook: told what each of our events tells.
+    :param ignored: called for each event of ours, and each message, that cannot be read.
     """
 
-    def __init__(self, app: Celery, hook: Callable[[Details], None]) -> None:
+    def __init__(
+        self,
+        app: Celery,
+        hook: Callable[[Details], object],
+        ignored: Callable[[], object] = lambda: None,
+    ) -> None:
         self._app = app
         self._hook = hook
+        self._ignored = ignored
         self._stop = threading.Event()
         self._said = ""
+        #: Kinds of errors that were logged.
+        self._kinds: set[type[Exception]] = set()
         #: Whether it is connected.
         self.is_up = False
         self._thread = threading.Thread(target=self._run, name="singleton-events", daemon=True)
@@ -39,7 +51,7 @@ class Receiver:
 
     def close(self) -> None:
         self._stop.set()
-        self._thread.join(5 * PAUSE)
+        self._thread.join(2 * PAUSE)
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -55,7 +67,7 @@ class Receiver:
     def _receive(self) -> None:
         with self._app.connection_for_read() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0)
-            receiver = self._app.events.Receiver(connection, handlers={"*": self._on_event})
+            receiver: Any = _Events(connection, self._app, self._on_body, self._ignore)
             with receiver.consumer_context(wakeup=False) as (consuming, *_):
                 self.is_up, self._said = True, ""
                 while not self._stop.is_set():
@@ -64,10 +76,44 @@ class Receiver:
                     except TimeoutError:
                         consuming.heartbeat_check()
 
-    def _on_event(self, event: dict[str, Any]) -> None:
-        if not event["type"].startswith("singleton-"):
-            return
-        try:
-            self._hook(details_of(event))
-        except msgspec.ValidationError as error:
-            logger.debug("an event of another release: %s", error)
+    def _on_body(self, body: Any) -> None:
+        """Take the events of a message: one, or a list of them."""
+        for event in body if isinstance(body, list) else [body]:
+            try:
+                if event["type"].startswith("singleton-"):
+                    self._hook(details_of(event))
+            except Exception as error:
+                self._ignore(error)
+
+    def _ignore(self, error: Exception) -> None:
+        self._ignored()
+        level = logging.DEBUG if type(error) in self._kinds else logging.WARNING
+        self._kinds.add(type(error))
+        logger.log(
+            level,
+            "an event is ignored, of another release or made up: %.200s; further ones of this "
+            "kind are only counted",
+            repr(error),
+        )
+
+
+class _Events(EventReceiver):
+    """Celery's receiver of events, which takes whole messages and outlives unreadable ones."""
+
+    def __init__(
+        self,
+        connection: Any,
+        app: Celery,
+        on_body: Callable[[Any], None],
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        super().__init__(connection, app=app)
+        self._on_body = on_body
+        self._on_error = on_error
+
+    def _receive(self, body: Any, message: Any, *_: Any) -> None:
+        self._on_body(body)
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        # Not acknowledged: it was consumed without.
+        self._on_error(exc)

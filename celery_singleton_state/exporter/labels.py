@@ -1,0 +1,75 @@
+"""The values of labels. There is a bounded number of them, whatever events and rows say.
+
+Each new value of a label is memory here and series in Prometheus, for good. Anybody on the broker
+can send an event and anybody with the database can write a row, so only the names of the app's own
+singleton tasks, words that are known, and a limited number of keys are values of labels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+from celery import Celery
+
+from celery_singleton_state.keys import row_key
+from celery_singleton_state.options import options_of
+
+logger = logging.getLogger(__name__)
+
+#: Stands for all tasks that the app does not know.
+UNKNOWN = "(unknown)"
+#: Stands for all words that are not known, and for all keys beyond :data:`KEYS`.
+OTHERS = "(others)"
+#: Keys of one task that have series of their own.
+KEYS = 10_000
+
+#: No parser of the format is sure to take these as they are.
+_CONTROLS = {number: f"\\x{number:02x}" for number in (*range(32), 127)}
+
+
+def known_tasks(app: Celery) -> frozenset[str]:
+    """The names of the app's singleton tasks."""
+    return frozenset(name for name, task in app.tasks.items() if options_of(task) is not None)
+
+
+def word(value: str, words: Collection[str]) -> str:
+    """The value, if it is one of the words."""
+    return value if value in words else OTHERS
+
+
+class Keys:
+    """The keys that have series of their own: the first ones of each task, and no more.
+
+    :param prefix: of the keys of rows; a long key is shortened as its row's is.
+    :param warned: tasks that have had the warning of too many keys; more are added.
+    """
+
+    def __init__(self, prefix: str = "", limit: int = KEYS, warned: set[str] | None = None) -> None:
+        self._prefix = prefix
+        self._limit = limit
+        self._warned = set() if warned is None else warned
+        self._of_task: dict[str, set[str]] = {}
+
+    def label(self, task: str, key: str) -> str:
+        """The label of a key; :data:`OTHERS` if its task has too many."""
+        text = row_key(self._prefix, clean(key)).removeprefix(self._prefix)
+        known = self._of_task.setdefault(task, set())
+        if text in known:
+            return text
+        if len(known) < self._limit:
+            known.add(text)
+            return text
+        if task not in self._warned:
+            self._warned.add(task)
+            logger.warning(
+                "task %s has more than %d keys: the series of further ones are counted together, "
+                "as key=%r",
+                *(task, self._limit, OTHERS),
+            )
+        return OTHERS
+
+
+def clean(text: str) -> str:
+    """The text, with escapes for what no exposition may have: lone surrogates and controls."""
+    return text.encode("utf-8", "backslashreplace").decode().translate(_CONTROLS)
