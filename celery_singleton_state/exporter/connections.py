@@ -6,7 +6,8 @@ resets it. So the whole request has one deadline, the sending of its answer has 
 connection that is past its deadline is shut down, which ends the call that its thread waits in.
 
 When the number is reached, a new connection takes the place of the one that has waited longest for
-its client. A client that sends its request at once is answered, however many others do not.
+its client, once that has had a moment to be read by its thread. A client that sends its request at
+once is answered, however many others do not.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from enum import Enum
 LIMIT = 64
 #: Seconds that a whole request may take to arrive, and its answer to be read.
 REQUEST_TIME, ANSWER_TIME = 10.0, 30.0
+#: Seconds that a connection has in any case: its thread may not have run yet.
+MOMENT = 0.25
 
 
 class Step(Enum):
@@ -39,6 +42,7 @@ class Step(Enum):
 @dataclass(slots=True)
 class _Open:
     step: Step
+    since: float
     deadline: float | None
 
 
@@ -59,7 +63,8 @@ class Connections:
         self._limit = limit
         self._times = {Step.REQUEST: request_time, Step.STORE: None, Step.ANSWER: answer_time}
         self._clock = clock
-        self._lock = threading.Lock()
+        #: With which a change of a step, and an end, are told.
+        self._changed = threading.Condition()
         #: In the order in which they came.
         self._open: dict[socket.socket, _Open] = {}
 
@@ -69,46 +74,58 @@ class Connections:
     def admit(self, connection: socket.socket) -> bool:
         """Add a connection, in the place of another if the limit is reached.
 
-        Returns whether there is room: not if all others wait for the store.
+        It may take :data:`MOMENT`. Returns whether there is room: not if all others wait for the
+        store.
         """
-        with self._lock:
-            if len(self._open) >= self._limit:
-                # A client that has sent nothing is worth less than one that reads slowly.
-                for step in (Step.REQUEST, Step.ANSWER):
-                    oldest = next((c for c, each in self._open.items() if each.step is step), None)
-                    if oldest is not None:
-                        self._shut(oldest)
-                        break
-                else:
+        with self._changed:
+            while len(self._open) >= self._limit:
+                if (oldest := self._oldest()) is None:
                     return False
-            self._open[connection] = _Open(Step.REQUEST, self._deadline(Step.REQUEST))
+                left = self._open[oldest].since + MOMENT - self._clock()
+                if left <= 0:
+                    self._shut(oldest)
+                else:
+                    self._changed.wait(left)
+            self._open[connection] = self._begun(Step.REQUEST)
             return True
 
     def begin(self, connection: socket.socket, step: Step) -> None:
         """Note what the connection is waiting for from now on."""
-        with self._lock:
-            if (found := self._open.get(connection)) is not None:
-                found.step, found.deadline = step, self._deadline(step)
+        with self._changed:
+            if connection in self._open:
+                self._open[connection] = self._begun(step)
+                self._changed.notify()
 
     def remove(self, connection: socket.socket) -> None:
         """Forget a connection that is about to be closed.
 
         A socket that is forgotten is never shut down: its descriptor may be another's by then.
         """
-        with self._lock:
+        with self._changed:
             self._open.pop(connection, None)
+            self._changed.notify()
 
     def shut_late(self) -> None:
         """Shut down the connections that are past their deadline."""
         now = self._clock()
-        with self._lock:
+        with self._changed:
             for connection, each in list(self._open.items()):
                 if each.deadline is not None and each.deadline <= now:
                     self._shut(connection)
 
-    def _deadline(self, step: Step) -> float | None:
-        seconds = self._times[step]
-        return None if seconds is None else self._clock() + seconds
+    def _begun(self, step: Step) -> _Open:
+        now, seconds = self._clock(), self._times[step]
+        return _Open(step, now, None if seconds is None else now + seconds)
+
+    def _oldest(self) -> socket.socket | None:
+        """The connection that waits longest for its client. One that has sent nothing is worth less
+        than one that reads slowly.
+        """
+        for step in (Step.REQUEST, Step.ANSWER):
+            for connection, each in self._open.items():
+                if each.step is step:
+                    return connection
+        return None
 
     def _shut(self, connection: socket.socket) -> None:
         """End what its thread waits in; the thread then closes it."""
