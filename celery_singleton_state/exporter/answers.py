@@ -70,8 +70,7 @@ class Pages:
         """
         match path:
             case "/metrics":
-                encode, kind = choose_encoder(accept)
-                return Answer(HTTPStatus.OK, kind, encode(self._registry))
+                return self._metrics(accept)
             case "/health":
                 return _health(self._look().health)
             case "/":
@@ -79,6 +78,16 @@ class Pages:
                 page = render(self._overview.page(wanted)).encode()
                 return Answer(HTTPStatus.OK, "text/html; charset=utf-8", page)
         return text(HTTPStatus.NOT_FOUND, "there are /, /health and /metrics")
+
+    def _metrics(self, accept: str) -> Answer:
+        # A header may be folded, and parts of this one come back in the answer's.
+        accept = " ".join(accept.split())
+        try:
+            encode, kind = choose_encoder(accept)
+        except (TypeError, ValueError):
+            # The library expects versions to be numbers.
+            encode, kind = choose_encoder("")
+        return Answer(HTTPStatus.OK, kind, encode(self._registry))
 
 
 def text(status: HTTPStatus, line: str) -> Answer:

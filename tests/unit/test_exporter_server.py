@@ -14,13 +14,17 @@ from http import HTTPStatus
 from typing import Any
 
 import pytest
+from celery import Celery
 from celery.exceptions import ImproperlyConfigured
+from prometheus_client import CollectorRegistry
 
+from celery_singleton_state.exporter import answers
 from celery_singleton_state.exporter.answers import Answer, text
 from celery_singleton_state.exporter.connections import Connections, Step
 from celery_singleton_state.exporter.hosts import BadHost, Hosts, check_pattern, host_of
 from celery_singleton_state.exporter.look import SharedLook
 from celery_singleton_state.exporter.server import LONGEST, Server, make
+from celery_singleton_state.runtime import runtime_of
 from tests.waiting import wait_until
 
 
@@ -216,6 +220,20 @@ def test_half_a_request_is_not_taken_for_a_whole(serving: Serving) -> None:
     with connect(server, b"GET / HTTP/1.0\r\nX: a\r\n") as connection:
         connection.shutdown(socket.SHUT_WR)
         assert read_all(connection) == b""
+
+
+@pytest.mark.parametrize(
+    "accept",
+    ["", "*/*", "application/openmetrics-text;version=1.0.0", "text/plain;version=x", ";=,=;",
+     "application/openmetrics-text;version=abc", "text/plain;version=1.0.0;escaping=nothing",
+     "application/openmetrics-text;version=1.0.1\r\n Set-Cookie: a",
+     "text/plain;version=" + "9" * 5000],
+)  # fmt: skip
+def test_metrics_in_any_format(memory_app: Celery, accept: str) -> None:
+    pages = answers.Pages(runtime_of(memory_app), CollectorRegistry(), lambda: None)  # type: ignore[arg-type, return-value]
+    answer = pages.answer("/metrics", "", accept)
+    assert answer.status == 200
+    assert "\n" not in answer.kind
 
 
 def test_head_has_no_body(serving: Serving) -> None:

@@ -1,0 +1,68 @@
+"""Numbers, names and addresses on the command line that are none: one line, and no traceback."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+from celery import Celery
+from click.testing import CliRunner, Result
+
+from celery_singleton_state.cli import singleton
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Of signals, as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(app: Celery, *words: str) -> Result:
+    return CliRunner().invoke(singleton, words, obj=SimpleNamespace(app=app))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("exporter", "--port", each) for each in ("99999", "-1", "x", "", "1e3", "9" * 5000)),
+        *(("exporter", "--allowed-host", each) for each in ("", "a b", "a:80", "http://a")),
+        *(("next", "entry", "-n", each) for each in ("-1", "0", "x", "nan", "10001", "9" * 5000)),
+        *(("prune", "--older-than", each) for each in ("nan", "inf", "1e400", "-1", "9" * 5000)),
+        *(("prune", "--older-than", "1d", "--batch", each) for each in ("0", "-1", "1e9", "nan")),
+    ],
+)
+def test_a_value_that_is_not_understood(memory_app: Celery, words: tuple[str, ...]) -> None:
+    answer = run(memory_app, *words)
+    assert answer.exit_code == 2
+    assert "Error: Invalid value for" in answer.output
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "a" * 70, "..", "192.0.2.1"])
+def test_a_host_that_cannot_be_listened_at(memory_app: Celery, host: str) -> None:
+    answer = run(memory_app, "exporter", "--host", host, "--port", "0")
+    assert answer.exit_code == 1
+    assert answer.output.startswith(f"Error: cannot listen at {host}:0: ")
+    assert answer.output.count("\n") == 1
+
+
+def test_a_port_in_use(memory_app: Celery) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        answer = run(memory_app, "exporter", "--port", str(port))
+    assert answer.exit_code == 1
+    assert answer.output.startswith(f"Error: cannot listen at 127.0.0.1:{port}: ")
+
+
+def test_tasks_of_modules_that_cannot_be_imported(memory_app: Celery) -> None:
+    memory_app.conf.include = ["nowhere.at_all"]
+    answer = run(memory_app, "exporter", "--host", "nowhere.invalid")
+    assert answer.exit_code == 1
+    assert answer.output == (
+        "Error: a module of the app cannot be imported: No module named 'nowhere'\n"
+    )
