@@ -5,6 +5,11 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import ClassVar
 
+from celery.exceptions import SoftTimeLimitExceeded
+
+#: Errors that can come at any moment, and say nothing of the value that is read or written then.
+FROM_OUTSIDE = (SoftTimeLimitExceeded, MemoryError)
+
 
 class SingletonErrorReason(StrEnum):
     """The five reasons for which a singleton's run can fail."""

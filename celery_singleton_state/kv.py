@@ -16,11 +16,14 @@ from celery import Celery
 
 from .errors import KeyValueStoreError
 from .kv_rows import Rows
+from .round_trip import difference
 from .runtime import runtime_of
 from .state import Codec, StateError
 from .store import SqlStore, open_store
 
 T = TypeVar("T")
+
+_TOO_DEEP = "is nested too deeply, or holds itself"
 
 
 class KeyValueStore:
@@ -32,23 +35,34 @@ class KeyValueStore:
     :param url: a SQLAlchemy URL of PostgreSQL, MariaDB, MySQL or SQLite, or ``memory://``.
     :param table: the table's name, which may be qualified. On SQLite it is made if missing.
     :param timeout: seconds of silence after which the database counts as out of reach.
+    :param round_trip: whether a value is refused that :meth:`get` would return changed, such as a
+        set, which JSON has as a list. False: what JSON has a form for is stored.
     """
 
-    def __init__(self, url: str, table: str = "kv_store", *, timeout: float = 10.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        table: str = "kv_store",
+        *,
+        timeout: float = 10.0,
+        round_trip: bool = True,
+    ) -> None:
         own = _OwnStore(url, table, timeout)
         self._rows = Rows(own.open)
         self._close: Callable[[], None] = own.close
+        self._round_trip = round_trip
 
     @classmethod
-    def from_app(cls, app: Celery) -> Self:
+    def from_app(cls, app: Celery, *, round_trip: bool = True) -> Self:
         """The store that the app's settings name, over the same connections."""
-        return cls._over(Rows(lambda: runtime_of(app).sql), lambda: None)
+        return cls._over(Rows(lambda: runtime_of(app).sql), lambda: None, round_trip)
 
     @classmethod
-    def _over(cls, rows: Rows, close: Callable[[], None]) -> Self:
+    def _over(cls, rows: Rows, close: Callable[[], None], round_trip: bool) -> Self:
         made = cls.__new__(cls)
         made._rows = rows
         made._close = close
+        made._round_trip = round_trip
         return made
 
     def close(self) -> None:
@@ -63,11 +77,11 @@ class KeyValueStore:
 
     def prefix(self, prefix: str) -> Self:
         """The same store, seen under a prefix: its keys are without it."""
-        return self._over(self._rows.under(prefix), self._close)
+        return self._over(self._rows.under(prefix), self._close, self._round_trip)
 
     def for_schema(self, schema: type[T]) -> SchemaStore[T]:
         """The same store, its values of one type."""
-        return SchemaStore(self._rows, schema)
+        return SchemaStore(self._rows, schema, self._round_trip)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value, or the default when there is none."""
@@ -75,11 +89,12 @@ class KeyValueStore:
         return default if raw is None else _decoded(key, raw, Any)
 
     def set(self, key: str, value: Any) -> None:
-        """Store a value that JSON has a form for; NaN and infinity become null.
+        """Store a value of JSON's types: dicts with str keys, lists, str, int, float, bool, None.
 
-        :raises TypeError: it has none.
+        :raises TypeError: it is of another type, or NaN or infinite. :meth:`for_schema` stores
+            values of other types.
         """
-        self._rows.set(key, _encoded(key, value))
+        self._rows.set(key, self._encoded(key, value))
 
     def get_bytes(self, key: str, default: bytes | None = None) -> bytes | None:
         """The bytes that :meth:`set_bytes` stored, or the default when there are none."""
@@ -88,7 +103,7 @@ class KeyValueStore:
 
     def set_bytes(self, key: str, value: bytes) -> None:
         """Store bytes, as base64 in a JSON string."""
-        self.set(key, value)
+        self._rows.set(key, _written(key, value))
 
     def has(self, key: str) -> bool:
         """Whether there is a value."""
@@ -121,20 +136,27 @@ class KeyValueStore:
 
         def change(raw: str | None) -> tuple[str, Any]:
             new = fn(default if raw is None else _decoded(key, raw, Any))
-            return _encoded(key, new), new
+            return self._encoded(key, new), new
 
         return self._rows.modify(key, change)
+
+    def _encoded(self, key: str, value: Any) -> str:
+        document = _written(key, value)
+        if self._round_trip:
+            _refuse_changed(key, value, _decoded(key, document, Any))
+        return document
 
 
 class SchemaStore(Generic[T]):
     """A :class:`KeyValueStore` whose values are of one type.
 
-    A value that does not fit, stored or given, is a :exc:`KeyValueStoreError`.
+    A value that does not fit, stored or given, is a :exc:`KeyValueStoreError`, and so is a given
+    one that would come back changed.
     """
 
-    def __init__(self, rows: Rows, schema: type[T]) -> None:
+    def __init__(self, rows: Rows, schema: type[T], round_trip: bool) -> None:
         self._rows = rows
-        self._codec = Codec(schema)
+        self._codec = Codec(schema, round_trip=round_trip)
 
     def get(self, key: str, default: T | None = None) -> T | None:
         """The value, or the default when there is none."""
@@ -196,8 +218,19 @@ def _decoded(key: str, raw: str, kind: Any) -> Any:
         raise KeyValueStoreError(f"key {key!r}: its value cannot be read: {error}") from error
 
 
-def _encoded(key: str, value: Any) -> str:
+def _written(key: str, value: Any) -> str:
     try:
         return msgspec.json.encode(value).decode()
     except (TypeError, ValueError, OverflowError, msgspec.MsgspecError) as error:
         raise TypeError(f"key {key!r}: {value!r} cannot be written as JSON: {error}") from error
+    except RecursionError as error:
+        raise TypeError(f"key {key!r}: the value {_TOO_DEEP}") from error
+
+
+def _refuse_changed(key: str, value: Any, read: Any) -> None:
+    try:
+        changed = difference(value, read, "value")
+    except RecursionError as error:
+        raise TypeError(f"key {key!r}: the value {_TOO_DEEP}") from error
+    if changed:
+        raise TypeError(f"key {key!r}: the value would not come back the same: {changed}")

@@ -110,6 +110,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "initial_state": lambda value: value,
     "state_version": _version,
     "state_migrations": _migrations,
+    "state_round_trip": _switch,
     "on_decode_error": _choice("fail", "initial"),
     "persist_on_error": _switch,
     "on_conflict": _choice(*POLICIES),

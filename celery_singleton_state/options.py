@@ -28,6 +28,7 @@ class Options:
     initial_state: Any = None
     state_version: int = 1
     state_migrations: Mapping[int, Migration] = field(default_factory=dict)
+    state_round_trip: bool = True
     on_decode_error: str = "fail"
     persist_on_error: bool = False
     on_conflict: str = "skip"
@@ -51,11 +52,22 @@ class Options:
         if self.state_schema is None:
             return None
         return Codec(
-            self.state_schema, self.initial_state, self.state_version, self.state_migrations
+            self.state_schema,
+            self.initial_state,
+            self.state_version,
+            self.state_migrations,
+            self.state_round_trip,
         )
 
 
 NAMES = tuple(option.name for option in fields(Options))
+_OF_STATE = (
+    "initial_state",
+    "state_version",
+    "state_migrations",
+    "state_round_trip",
+    "on_decode_error",
+)
 _OF_CELERY = frozenset(dir(Task))
 
 
@@ -140,7 +152,7 @@ def _check_names(task: type[Task[Any, Any]], chosen: tuple[str, ...]) -> None:
 
 
 def _check_no_state(task: type[Task[Any, Any]]) -> None:
-    for name in ("initial_state", "state_version", "state_migrations", "on_decode_error"):
+    for name in _OF_STATE:
         value = getattr(task, name, None)
         if value is not None:
             raise _refused(task, name, value, "a value only together with state_schema")

@@ -2,7 +2,8 @@
 
 A stored value is JSON beside the version of the schema that wrote it. Reading goes raw JSON
 -> migrations, one version at a time -> schema; writing goes value -> JSON -> schema again, as
-a check, so that nothing is stored which the next run could not load.
+a check, so that nothing is stored which the next run could not load, or would load as something
+else.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar, get_args, get_type_hints, is_typeddict
 
 import msgspec
-from celery.exceptions import SoftTimeLimitExceeded
+
+from .errors import FROM_OUTSIDE
+from .round_trip import difference, not_finite
 
 S = TypeVar("S")
 
 #: The JSON of "no state yet": no schema has it as a value.
 NO_STATE = "null"
-#: Errors that can come at any moment, and say nothing of the value that is read or written then.
-FROM_OUTSIDE = (SoftTimeLimitExceeded, MemoryError)
 
 #: A raw value of version n in, one of version n + 1 out.
 Migration = Callable[[Any], Any]
@@ -55,6 +56,7 @@ class Codec(Generic[S]):
     :param version: the schema's version, from 1.
     :param migrations: for version n, the function from its raw values to those of n + 1. A
         version without one is read as the next one is.
+    :param round_trip: whether a state that would come back changed is refused.
     """
 
     def __init__(
@@ -63,11 +65,13 @@ class Codec(Generic[S]):
         initial: S | Callable[[], S] | None = None,
         version: int = 1,
         migrations: Mapping[int, Migration] | None = None,
+        round_trip: bool = True,
     ) -> None:
         self.schema = schema
         self.version = version
         self._make_initial = schema if initial is None else initial
         self._migrations = dict(migrations or {})
+        self._round_trip = round_trip
         self._dump, self._parse = _pydantic(schema) if _is_pydantic(schema) else _msgspec(schema)
         # A TypedDict has no defaults of its own, so its initial state stands for them.
         self._defaults = is_typeddict(schema) and initial is not None
@@ -103,18 +107,35 @@ class Codec(Generic[S]):
             raise _misfit(f"the stored value of version {stored} cannot be read", error) from error
 
     def encode(self, state: S) -> str:
-        """The JSON of a state, shown to be readable again.
+        """The JSON of a state, shown to be read as the same state again.
 
-        :raises StateError: the state does not fit the schema.
+        :raises StateError: the state does not fit the schema, or would come back changed.
         """
         try:
             document = self._dump(state)
-            self._parse(document)
-            return document.decode()
+            read = self._read_back(state, document)
+            changed = difference(state, read, "state") if self._round_trip else None
+        except FROM_OUTSIDE:
+            raise
+        except RecursionError as error:
+            raise StateError("the state is nested too deeply, or holds itself") from error
+        except Exception as error:
+            raise _misfit(f"the state does not fit {self.schema.__name__}", error) from error
+        if changed:
+            raise StateError(f"the state would not come back the same: {changed}")
+        return document.decode()
+
+    def _read_back(self, state: S, document: bytes) -> S:
+        try:
+            return self._parse(self._filled(document))
         except FROM_OUTSIDE:
             raise
         except Exception as error:
-            raise _misfit(f"the state does not fit {self.schema.__name__}", error) from error
+            # The schema's own error tells of a null, and not what was written as null.
+            found = not_finite(state, "state")
+            if found is None:
+                raise
+            raise ValueError(found) from error
 
     def _migrate(self, document: bytes, stored: int) -> bytes:
         steps = [n for n in range(stored, self.version) if n in self._migrations]
@@ -142,14 +163,29 @@ def _msgspec(schema: type[S]) -> tuple[Callable[[S], bytes], Callable[[bytes], S
         # stored value would then follow the code's default instead of the state.
         if names and type(state) is schema:
             return encode({name: getattr(state, name) for name in names})
-        is_one = dataclasses.is_dataclass(state) and not isinstance(state, type)
-        return encode(dataclasses.asdict(state) if is_one else state)
+        return encode(_with_defaults(state) if dataclasses.is_dataclass(state) else state)
 
     return dump, parse
 
 
+def _with_defaults(value: Any) -> Any:
+    """A value whose dataclasses are dicts of all their fields.
+
+    ``dataclasses.asdict`` copies all that they hold, and makes no sense of a ``Counter``.
+    """
+    kind = type(value)
+    if dataclasses.is_dataclass(kind):
+        fields = dataclasses.fields(kind)
+        return {field.name: _with_defaults(getattr(value, field.name)) for field in fields}
+    if isinstance(value, dict):
+        return {key: _with_defaults(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_with_defaults(each) for each in value]
+    return value
+
+
 def _names_of_flat(schema: type) -> tuple[str, ...]:
-    """The fields of a dataclass without others inside it; ``asdict`` would copy all they hold."""
+    """The fields of a dataclass without others inside it, which need no look."""
     if not dataclasses.is_dataclass(schema):
         return ()
     hints = get_type_hints(schema)
@@ -170,7 +206,8 @@ def _pydantic(schema: Any) -> tuple[Callable[[S], bytes], Callable[[bytes], S]]:
     to_json = importlib.import_module("pydantic_core").to_json
 
     def dump(state: S) -> bytes:
-        document: bytes = to_json(state, by_alias=True)
+        # For a round trip it leaves out computed fields, which would come back as extra ones.
+        document: bytes = to_json(state, by_alias=True, round_trip=True)
         return document
 
     return dump, schema.model_validate_json

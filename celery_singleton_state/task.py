@@ -97,6 +97,9 @@ class SingletonTask(_TypedTask[S, P, R]):
     - ``initial_state``: the first state, or a callable that makes it. None: ``state_schema()``.
     - ``state_version``: the version of the schema, from 1, the default.
     - ``state_migrations``: for version n a function from its raw value to that of n + 1.
+    - ``state_round_trip``: whether a state is refused that the next load would change, such as a
+      set in a field annotated ``list``. Default true. False: what fits the schema is saved, and
+      the next run gets what comes of it.
     - ``on_decode_error``: ``"fail"`` (default), or ``"initial"`` to start anew and keep the old
       value under a key of its own.
     - ``persist_on_error``: whether a body that raises saves its state. Default false.

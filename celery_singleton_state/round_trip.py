@@ -1,0 +1,166 @@
+"""Whether a value comes back from its document as it was: the check of every save.
+
+JSON has few types. Where a schema does not say what a value is, a key 42 comes back as ``"42"``, a
+set as a list and NaN as ``None``, and a validator can change what the schema does describe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import date, datetime, time
+from decimal import Decimal
+from enum import Enum
+from math import isfinite
+from typing import Any
+from uuid import UUID
+
+from .same import LOST, SCALARS, fields_of, other_attributes, same, same_other
+
+#: How many characters of a value an error shows.
+_SHOWN = 40
+
+
+def difference(value: Any, read: Any, path: str) -> str | None:
+    """Describe the first difference between a value and what its document is read as.
+
+    :param path: what the value is called.
+    :return: the path of the difference, what changes, and what to write instead; ``None`` if
+        the value comes back the same.
+    """
+    return None if same(value, read) else _described(value, read, path)
+
+
+def not_finite(value: Any, path: str) -> str | None:
+    """Describe the first NaN or infinity in a value, which JSON has as null; ``None`` without."""
+    if isinstance(value, float):
+        return None if isfinite(value) else f"{path}: {_shown(value)} comes back as None; {_NO_NAN}"
+    parts = (not_finite(each, path + step) for step, each, _ in _parts(value, value))
+    return next((found for found in parts if found), None)
+
+
+_NO_NAN = "JSON has neither NaN nor infinity, use None"
+_BY_SCHEMA = "a validator, converter or serializer of the schema, or what it excludes, changes it"
+
+
+def _described(one: Any, other: Any, path: str) -> str:
+    """Where two values differ first, how, and what to do about it."""
+    while (part := _changed_part(one, other)) is not None:
+        step, one, other = part
+        path += step
+    if isinstance(one, dict) and type(one) is type(other):
+        key, its = _changed_key(one, other)
+        if key is not LOST:
+            return f"{path}[{_text(key)}]: the key {_key_change(key, its)}"
+        new = next((key for key in other if key not in one), LOST)
+        if new is not LOST:
+            return f"{path}[{_text(new)}]: the schema or initial_state adds this key at each load"
+    return f"{path}: {_change(one, other)}"
+
+
+def _changed_part(one: Any, other: Any) -> tuple[str, Any, Any] | None:
+    """The first part that differs; ``None`` if a value differs as a whole, or in its keys."""
+    if (
+        isinstance(one, dict)
+        and type(one) is type(other)
+        and _changed_key(one, other)[0] is not LOST
+    ):
+        return None
+    return next((part for part in _parts(one, other) if not same(*part[1:])), None)
+
+
+def _parts(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What a value consists of, with what that is read as; nothing if the types differ."""
+    kind = type(one)
+    if kind is not type(other):
+        return
+    names = fields_of(kind)
+    if names is not None:
+        for name in names:
+            yield f".{name}", getattr(one, name), getattr(other, name)
+        for name, mine, its in other_attributes(one, other, names):
+            if not same_other(mine, its):
+                yield f".{name}", mine, its
+    elif isinstance(one, dict):
+        for key, value in one.items():
+            yield f"[{_text(key)}]", value, other.get(key, LOST)
+    elif isinstance(one, list | tuple) and len(one) == len(other):
+        names = getattr(kind, "_fields", None)
+        for n, (mine, its) in enumerate(zip(one, other, strict=True)):
+            yield f".{names[n]}" if names else f"[{n}]", mine, its
+
+
+def _changed_key(one: dict[Any, Any], other: dict[Any, Any]) -> tuple[Any, Any]:
+    """A key that does not come back, and what comes in its place: each ``LOST`` without one."""
+    known = {key: key for key in other}
+    for n, key in enumerate(one):
+        if not same(key, known.get(key, LOST)):
+            return key, list(other)[n] if len(one) == len(other) else LOST
+    return LOST, LOST
+
+
+def _key_change(key: Any, read: Any) -> str:
+    shown = f"{_text(key)} ({_name(key)})"
+    if read is LOST and type(key) is str:
+        return f"{shown} does not come back; the schema has no such field"
+    as_what = (
+        "does not come back" if read is LOST else f"comes back as {_text(read)} ({_name(read)})"
+    )
+    if type(read) is type(key):
+        return f"{shown} {as_what}; {_BY_SCHEMA}"
+    return f"{shown} {as_what}; annotate the dict as dict[{_name(key)}, ...], or use str keys"
+
+
+def _change(one: Any, other: Any) -> str:
+    if other is LOST:
+        return f"{_shown(one)} does not come back; make it a field of the schema"
+    if one is LOST:
+        return f"{_shown(other)} is added at each load; {_BY_SCHEMA}"
+    if isinstance(one, float) and not isfinite(one):
+        return f"{one!r} (float) comes back as {_shown(other)}; {_NO_NAN}"
+    if type(one) is not type(other):
+        return f"{_shown(one)} comes back as {_shown(other)}; {_instead(one, other)}"
+    if isinstance(one, datetime | time) and (one.tzinfo or one.fold):
+        return _change_of_time(one, other)
+    if isinstance(one, list | tuple | dict | set | frozenset) and len(one) != len(other):
+        return f"{len(one)} items come back as {len(other)}; {_BY_SCHEMA}"
+    if type(one) in SCALARS:
+        return f"{_text(one)} comes back as {_text(other)}; {_BY_SCHEMA}"
+    return f"{_name(one)} comes back as another {_name(one)}; {_BY_SCHEMA}"
+
+
+def _instead(one: Any, other: Any) -> str:
+    plain = type(other)
+    if plain.__module__ == "builtins" and isinstance(one, plain) and not isinstance(one, Enum):
+        return f"use a plain {_name(other)}"
+    if other is None:
+        return f"annotate it as {_name(one)}"
+    return f"annotate it as {_name(one)}, or use {_name(other)}"
+
+
+def _change_of_time(one: datetime | time, other: datetime | time) -> str:
+    if one.tzinfo is None:
+        return f"{_name(one)} comes back without fold=1; use an aware {_name(one)}"
+    return (
+        f"{_name(one)} in the time zone {one.tzinfo} comes back in {other.tzinfo}; "
+        "store UTC, .astimezone(timezone.utc), and the zone's name beside it"
+    )
+
+
+def _shown(one: Any) -> str:
+    """The type of a value. Texts can be secrets; numbers say more than their type."""
+    if one is None:
+        return "None"
+    return f"{_text(one)} ({_name(one)})" if type(one) in (int, float, bool) else _name(one)
+
+
+def _text(one: Any) -> str:
+    if type(one) in (date, datetime, Decimal, UUID):
+        return str(one)
+    if type(one) not in SCALARS:
+        return _name(one)
+    text = repr(one)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _name(one: Any) -> str:
+    return type(one).__name__

@@ -1,0 +1,341 @@
+"""A state is the same at the next load, or is refused when it is saved."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+import warnings
+from collections import Counter, OrderedDict, defaultdict
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from typing import Any, TypedDict
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+import attrs
+import msgspec
+import pydantic
+import pytest
+from celery.exceptions import SoftTimeLimitExceeded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from celery_singleton_state.round_trip import difference
+from celery_singleton_state.state import Codec, StateError
+from tests.any_values import (
+    ANYTHING,
+    Attrs,
+    Colour,
+    Dict,
+    Level,
+    Model,
+    MorePart,
+    Pair,
+    Part,
+    Piece,
+    Struct,
+    Text,
+    Typed,
+    Untyped,
+    Word,
+    states,
+    told,
+)
+
+BERLIN = ZoneInfo("Europe/Berlin")
+
+
+def saved(state: Any, schema: Any = None) -> Any:
+    """What a state is at the next load.
+
+    :raises StateError: it was refused.
+    """
+    codec = Codec(schema or type(state))
+    return codec.decode(codec.encode(state), codec.version)
+
+
+def is_kept_or_refused(state: Any, schema: Any) -> None:
+    with warnings.catch_warnings():
+        # pydantic warns of what does not fit, and writes it.
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            again = saved(state, schema)
+        except StateError:
+            return
+    assert told(again) == told(state)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.builds(Untyped, ANYTHING))
+def test_an_untyped_state_is_kept_or_refused(state: Untyped) -> None:
+    is_kept_or_refused(state, Untyped)
+
+
+@pytest.mark.parametrize("schema", [Typed, Struct, Attrs, Model, Dict])
+def test_a_typed_state_is_kept_or_refused(schema: Any) -> None:
+    @settings(deadline=None, max_examples=150)
+    @given(states(schema))
+    def check(state: Any) -> None:
+        is_kept_or_refused(state, schema)
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("value", "told_of"),
+    [
+        ({42: "a"}, "state.value[42]: the key 42 (int) comes back as '42' (str)"),
+        ({1: "a", "1": "b"}, "state.value[1]: the key 1 (int) does not come back"),
+        ({date(2026, 1, 2): 1}, "state.value[2026-01-02]: the key 2026-01-02 (date) comes back"),
+        ({"a": [0, {"b": (1,)}]}, "state.value['a'][1]['b']: tuple comes back as list"),
+        (datetime(2026, 1, 2), "state.value: datetime comes back as str"),
+        (date(2026, 1, 2), "state.value: date comes back as str"),
+        (time(12), "state.value: time comes back as str"),
+        (timedelta(1), "state.value: timedelta comes back as str"),
+        (Decimal("1.0"), "state.value: Decimal comes back as str"),
+        (UUID(int=7), "state.value: UUID comes back as str"),
+        (b"x", "state.value: bytes comes back as str"),
+        ({1, 2}, "state.value: set comes back as list; annotate it as set, or use list"),
+        (frozenset({1}), "state.value: frozenset comes back as list"),
+        ((1, 2), "state.value: tuple comes back as list"),
+        (Pair(1, 2), "state.value: Pair comes back as list"),
+        (Colour.RED, "state.value: Colour comes back as str"),
+        (Word.YES, "state.value: Word comes back as str"),
+        (Level.ONE, "state.value: Level comes back as 1 (int)"),
+        (math.nan, "state.value: nan (float) comes back as None; JSON has neither NaN"),
+        ([-math.inf], "state.value[0]: -inf (float) comes back as None"),
+        (Part(), "state.value: Part comes back as dict"),
+        (Piece(), "state.value: Piece comes back as dict"),
+        (OrderedDict(a=1), "state.value: OrderedDict comes back as dict; use a plain dict"),
+        (defaultdict(int, a=1), "state.value: defaultdict comes back as dict"),
+        (Counter("a"), "state.value: Counter comes back as dict"),
+        ([*range(99), (1,)], "state.value[99]: tuple comes back as list"),
+        (Text("a"), "Text"),
+        (object(), "object"),
+        ({(1, 2): 3}, "key"),
+        ("\ud800", "surrogates"),
+    ],
+)
+def test_what_an_untyped_state_loses_is_told_by_its_path(value: Any, told_of: str) -> None:
+    with pytest.raises(StateError) as caught:
+        saved(Untyped(value))
+    assert told_of in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, 1, 1.0, -0.0, 2**70, "ä\0", [1, True, 1.5, None], {"a": [{}]}, [[]] * 99],
+)
+def test_what_json_has_comes_back_without_a_type(value: Any) -> None:
+    assert told(saved(Untyped(value))) == told(Untyped(value))
+
+
+@pytest.mark.parametrize(
+    ("fields", "told_of"),
+    [
+        ({"seen": [1]}, "state.seen: list comes back as set"),
+        ({"row": [1]}, "state.row: list comes back as tuple"),
+        (
+            {"by_number": {"1": "a"}},
+            "state.by_number['1']: the key '1' (str) comes back as 1 (int)",
+        ),
+        ({"ratio": 2**60}, "state.ratio: 1152921504606846976 (int) comes back as 1.15"),
+        ({"ratio": math.nan}, "state.ratio: nan (float) comes back as None; JSON has neither"),
+        ({"part": MorePart()}, "state.part: MorePart comes back as Part"),
+        ({"part": Part(hidden=(1,))}, "state.part.hidden: tuple comes back as list"),
+        ({"pieces": [Piece(), Piece(1, {2})]}, "state.pieces[1].content: set comes back as list"),
+        ({"pair": Pair(1, (2,))}, "state.pair.other: tuple comes back as list"),
+        ({"at": datetime(2026, 7, 1, tzinfo=BERLIN)}, "state.at: datetime in the time zone Eur"),
+        ({"at": datetime(2026, 7, 1, fold=1)}, "state.at: datetime comes back without fold=1"),
+        ({"at": datetime(1, 1, 1, tzinfo=timezone(timedelta(seconds=9)))}, "comes back in UTC"),
+        ({"hour": time(1, tzinfo=BERLIN)}, "state.hour: time in the time zone Europe/Berlin"),
+    ],
+)
+def test_what_a_typed_state_loses_is_told_by_its_path(fields: Any, told_of: str) -> None:
+    with pytest.raises(StateError) as caught:
+        saved(Typed(**fields))
+    assert told_of in str(caught.value)
+
+
+def test_a_typed_state_comes_back() -> None:
+    state = Typed(
+        number=2**70,
+        ratio=3,
+        at=datetime(2026, 7, 1, 1, 2, 3, 4, tzinfo=ZoneInfo("UTC")),
+        hour=time(1, 2, 3, 4, tzinfo=UTC),
+        took=-timedelta(microseconds=1),
+        price=Decimal("1.00"),
+        by_number={42: "a"},
+        by_day={date(2026, 1, 2): [{"a": 1}]},
+        seen={3, 1, 2},
+        pair=Pair(1, "b"),
+        part=Part(hidden=[None]),
+        pieces=[Piece(own_size=1)],
+    )
+    assert told(saved(state)) == told(state)
+
+
+def test_an_attribute_that_is_no_field_is_not_lost_in_silence() -> None:
+    @dataclass
+    class Cursor:
+        n: int = 0
+
+        def __post_init__(self) -> None:
+            self.index = {self.n: 1}
+            self.lock = threading.Lock()
+
+        @functools.cached_property
+        def square(self) -> tuple[int]:
+            return (self.n**2,)
+
+    state = Cursor(3)
+    assert state.square == (9,)  # it is kept on the object
+    assert saved(state).index == {3: 1}
+    state.index[3] = 2
+    with pytest.raises(StateError, match=r"state\.index\[3\]: 2 comes back as 1"):
+        saved(state)
+    state.index[3] = 1
+    state.seen = [1]  # type: ignore[attr-defined]
+    with pytest.raises(StateError, match=r"state\.seen: list does not come back; make it a field"):
+        saved(state)
+
+
+def test_what_a_schemas_own_code_changes_is_refused() -> None:
+    @dataclass
+    class Upper:
+        text: str = "A"
+
+        def __post_init__(self) -> None:
+            self.text = self.text.upper()
+
+    class UpperStruct(msgspec.Struct):
+        text: str = "A"
+
+        def __post_init__(self) -> None:
+            self.text = self.text.upper()
+
+    class Written(pydantic.BaseModel):
+        text: str = "A"
+
+        @pydantic.field_serializer("text")
+        def lower(self, text: str) -> str:
+            return text.upper()
+
+    for schema in (Upper, UpperStruct, Written, Model):
+        state: Any = schema()
+        assert saved(state).text == "A"
+        state.text = "b"
+        with pytest.raises(StateError, match=r"state\.text: 'b' comes back as 'B'; a validator"):
+            saved(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told_of"),
+    [
+        ("left_out", 3, "state.left_out: 3 comes back as 0"),
+        ("_own", 3, "state._own: 3 (int) comes back as None"),
+        ("secret", pydantic.SecretStr("a"), "state.secret: SecretStr comes back as another"),
+        ("number", True, "state.number: True (bool) comes back as 1 (int)"),
+        ("more", (1,), "state.more: tuple comes back as list"),
+        ("at", datetime(2026, 7, 1, tzinfo=BERLIN), "state.at: datetime in the time zone"),
+    ],
+)
+def test_what_a_model_keeps_to_itself_is_refused(name: str, value: Any, told_of: str) -> None:
+    state = Model()
+    saved(state)
+    setattr(state, name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with pytest.raises(StateError) as caught:
+            saved(state)
+    assert told_of in str(caught.value)
+
+
+def test_computed_fields_do_not_come_back_as_extra_ones() -> None:
+    state = saved(Model(theNumber=4))
+    assert (state.double, state.model_extra) == (8, {})
+
+
+def test_a_key_that_a_typed_dict_lacks_or_adds() -> None:
+    class Strict(TypedDict):
+        n: int
+
+    with pytest.raises(StateError, match=r"state\['more'\]: the key 'more' \(str\) does not come"):
+        saved({"n": 1, "more": 2}, Strict)
+    with pytest.raises(StateError, match=r"state\['any'\]: the schema or initial_state adds"):
+        Codec(Dict, initial={"n": 1, "any": 2}).encode({"n": 5})
+
+
+def test_fields_are_compared_whatever_the_class_calls_equal() -> None:
+    @attrs.define
+    class Equal:
+        n: Any = attrs.field(default=0, eq=False)
+        many: list[Any] = attrs.field(factory=list)
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+    assert saved(Equal(3)).n == 3
+    with pytest.raises(StateError, match=r"state\.n: tuple comes back as list"):
+        saved(Equal((3,)))
+
+
+class Awkward:
+    """An object whose ``==`` answers with an array, or raises."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def __eq__(self, other: object) -> Any:
+        if isinstance(self.answer, type):
+            raise self.answer
+        return self.answer
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Array:
+    def __bool__(self) -> bool:
+        raise ValueError("the truth value of an array is ambiguous")
+
+
+@pytest.mark.parametrize("answer", [Array(), ZeroDivisionError, RecursionError, False])
+def test_an_object_that_cannot_be_compared_differs(answer: Any) -> None:
+    assert difference([Awkward(answer)], [Awkward(answer)], "state") is not None
+    assert difference([Awkward(True)], [Awkward(True)], "state") is None
+
+
+def test_a_time_limit_in_a_comparison_is_a_time_limit() -> None:
+    with pytest.raises(SoftTimeLimitExceeded):
+        difference(Awkward(SoftTimeLimitExceeded), Awkward(True), "state")
+
+
+@pytest.mark.parametrize("schema", [Untyped, Model])
+def test_a_state_that_holds_itself_is_refused(schema: Any) -> None:
+    name = "value" if schema is Untyped else "any"
+    circle: list[Any] = []
+    circle.append(circle)
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    for value in (circle, deep):
+        with pytest.raises(StateError):
+            saved(schema(**{name: value}))
+
+
+def test_a_lenient_codec_stores_what_fits() -> None:
+    codec = Codec(Untyped, round_trip=False)
+    assert codec.decode(codec.encode(Untyped({42: (1,)})), 1) == Untyped({"42": [1]})
+    with pytest.raises(StateError, match="does not fit Typed"):
+        Codec(Typed, round_trip=False).encode(Typed(number="many"))  # type: ignore[arg-type]
+
+
+def test_a_default_that_does_not_come_back_is_a_state_that_does_not() -> None:
+    @dataclass
+    class Cursor:
+        seen: list[int] = field(default_factory=tuple)  # type: ignore[assignment]
+
+    with pytest.raises(StateError, match=r"state\.seen: tuple comes back as list"):
+        saved(Cursor())
