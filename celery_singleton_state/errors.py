@@ -85,7 +85,7 @@ class StatePersistFailed(SingletonError):
 
 
 class SchemaDecodeFailed(SingletonError):
-    """The stored value, or the state that a run left, does not fit the schema."""
+    """The stored value does not fit the schema, or the state that a run left does not come back."""
 
     reason = SingletonErrorReason.SCHEMA_DECODE_FAILED
 

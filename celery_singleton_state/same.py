@@ -161,10 +161,9 @@ def _same_items(one: Any, other: Any) -> bool:
         return True
     for mine, its in zip(one, other, strict=True):
         kind = type(mine)
-        if kind in _ATOMS and kind is type(its):
-            if mine != its:
-                return False
-        elif not same(mine, its):
+        if kind in SCALARS and kind is type(its) and mine == its and (mine or kind is not float):
+            continue
+        if not same(mine, its):
             return False
     return True
 

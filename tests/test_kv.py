@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -146,6 +147,49 @@ def test_a_value_that_json_lacks_is_refused(kv: KeyValueStore) -> None:
     with pytest.raises(TypeError, match="key 'k': <object object"):
         kv.set("k", object())
     assert not kv.has("k")
+
+
+@pytest.mark.parametrize(
+    ("value", "told_of"),
+    [
+        ({42: "a"}, "value[42]: the key 42 (int) comes back as '42' (str)"),
+        ([float("nan")], "value[0]: nan (float) comes back as None"),
+        ((1,), "value: tuple comes back as list"),
+        (b"x", "value: bytes comes back as str"),
+        ({"c": Counter("a")}, "value['c']: Counter comes back as dict; use a plain dict"),
+    ],
+)
+def test_a_value_that_would_come_back_changed_is_refused(
+    app: Celery, kv: KeyValueStore, value: Any, told_of: str
+) -> None:
+    kv.set("k", 1)
+    for refused in (lambda: kv.set("k", value), lambda: kv.modify("k", lambda _: value)):
+        with pytest.raises(TypeError) as caught:
+            refused()
+        assert str(caught.value).startswith("key 'k': the value would not come back the same: ")
+        assert told_of in str(caught.value)
+    assert kv.get("k") == 1
+    lenient = KeyValueStore.from_app(app, round_trip=False).prefix("l:")
+    lenient.set("k", value)
+    assert lenient.has("k")
+
+
+def test_a_value_that_holds_itself_is_refused(kv: KeyValueStore) -> None:
+    circle: list[Any] = []
+    circle.append(circle)
+    with pytest.raises(TypeError, match="key 'k': the value is nested too deeply"):
+        kv.set("k", circle)
+
+
+def test_a_value_of_one_type_that_would_come_back_changed_is_refused(app: Celery) -> None:
+    typed = KeyValueStore.from_app(app).for_schema(dict[int, Any])
+    typed.set("k", {42: [1]})
+    assert typed.get("k") == {42: [1]}
+    with pytest.raises(KeyValueStoreError, match=r"key 'k': .*state\[42\]: set comes back as list"):
+        typed.set("k", {42: {1}})
+    lenient = KeyValueStore.from_app(app, round_trip=False).for_schema(dict[int, Any])
+    lenient.set("k", {42: {1}})
+    assert typed.get("k") == {42: [1]}
 
 
 def test_a_key_that_no_text_can_hold(kv: KeyValueStore) -> None:

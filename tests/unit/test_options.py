@@ -20,6 +20,11 @@ class NeedsArguments:
     n: int
 
 
+@dataclass
+class Forgetful:
+    seen: list[int] = ()  # type: ignore[assignment]  # a mistake that Python takes
+
+
 class Typed(TypedDict):
     n: int
 
@@ -48,6 +53,7 @@ def define(app: Celery, **options: Any) -> Any:
         ("on_conflict", "wait for it", "'skip', 'wait', 'raise', 'replace', 'coalesce'"),
         ("on_decode_error", "ignore", "'fail', 'initial'"),
         ("persist_on_error", "yes", "True or False"),
+        ("state_round_trip", "lenient", "True or False"),
         ("deduplicate", 1, "True or False"),
         ("lease_ttl", 0, "from 0.1 to 86400"),
         ("lease_ttl", float("nan"), "from 0.1"),
@@ -63,6 +69,7 @@ def define(app: Celery, **options: Any) -> Any:
         ("retry_policy", {"StateLoadFailed": 3}, "RetryPolicy"),
         ("initial_state", Cursor(), "only together with state_schema"),
         ("state_version", 2, "only together with state_schema"),
+        ("state_round_trip", False, "only together with state_schema"),
     ],
 )
 def test_a_wrong_option_is_refused_when_the_task_is_made(
@@ -87,6 +94,8 @@ def test_a_wrong_option_is_refused_when_the_task_is_made(
         ({"initial_state": lambda: 1 / 0}, "ZeroDivisionError"),
         ({"state_schema": NeedsArguments}, "NeedsArguments() makes one"),
         ({"state_schema": Typed}, "Typed() makes one"),
+        ({"state_schema": Forgetful}, "Forgetful() makes one: the state would not come back the"),
+        ({"state_schema": Forgetful}, "state.seen: tuple comes back as list"),
     ],
 )
 def test_a_wrong_option_of_the_state_is_refused(
@@ -95,6 +104,11 @@ def test_a_wrong_option_of_the_state_is_refused(
     with pytest.raises(ImproperlyConfigured) as caught:
         define(app, **{"state_schema": Cursor} | options).name  # noqa: B018
     assert allowed in str(caught.value)
+
+
+def test_a_lenient_task_takes_a_default_that_comes_back_changed(app: Celery) -> None:
+    task = define(app, state_schema=Forgetful, state_round_trip=False)
+    assert task._codec.encode(task._codec.initial()) == '{"seen":[]}'
 
 
 def test_the_decorator_checks_the_same(app: Celery) -> None:
