@@ -87,7 +87,12 @@ class Conflict:
 
 
 def skip(conflict: Conflict) -> None:
-    """The delivery succeeds with ``None``."""
+    """The delivery succeeds with ``None``.
+
+    :raises SingletonError: a try of an eager run whose earlier try failed: nothing was done.
+    """
+    if conflict.delivery.earlier.error is not None:
+        raise conflict.delivery.earlier.error
     _tell_skipped(conflict, "skipped")
 
 

@@ -25,7 +25,7 @@ from .hooks import Conflicted, Skipped
 from .in_place import in_place
 from .lease import clock
 from .place import find_place
-from .recovery import free_holder
+from .recovery import free_holder, free_own
 from .redelivery import can_be_sent_again, end_copy, put_back, wait_on
 from .run import Run
 from .sent_anew import warn_if_sent_anew
@@ -67,6 +67,7 @@ def deliver(delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any
     # Noted before it is asked for: a process can die at any moment after that.
     holding = Holding(delivery.key, claim.holder, delivery.generation, delivery.sent)
     slot = runtime.holdings.note(holding)
+    runtime.under_way.add(claim.holder)
     waited = 0.0
     try:
         while True:
@@ -76,6 +77,7 @@ def deliver(delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any
             time.sleep(result)
             waited += result
     finally:
+        runtime.under_way.discard(claim.holder)
         if claim.may_hold:
             runtime.unreturned.add(delivery.key, claim.holder, slot)
         else:
@@ -235,7 +237,7 @@ def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
             # A run's own retry can be here before that run has given its lease back, and must
             # not be taken for a conflict when it has by now.
             row = delivery.runtime.store.peek(delivery.key)
-            if row is not None and row.held and not free_holder(delivery.runtime, row.holder):
+            if row is not None and row.held and not _is_freed(delivery, row):
                 break
             if row is not None and delivery.place.is_below(row):
                 break
@@ -260,9 +262,16 @@ def _still_taken(claim: Claim) -> Row | None:
     if row is None:
         return None
     if row.held:
-        return None if free_holder(delivery.runtime, row.holder) else row
+        return None if _is_freed(delivery, row) else row
     has_time = delivery.waited < delivery.conflict_timeout
     return row if has_time and is_behind_another(row, delivery.request.id) else None
+
+
+def _is_freed(delivery: Delivery, row: Row) -> bool:
+    """Free a lease that nobody runs under: its holder's process has died, or is this one and has
+    ended the run.
+    """
+    return free_holder(delivery.runtime, row.holder) or free_own(delivery.runtime, row)
 
 
 def _ask(claim: Claim) -> tuple[float, Acquired | None]:

@@ -9,7 +9,7 @@ from typing import Any
 from celery.app.task import Context
 
 from . import history, ticks_done
-from .errors import SingletonError
+from .errors import SingletonError, StateLoadFailed
 from .headers import ONE_BY_ONE, RETRIES, SENT, WAITED, count_in, header
 from .hooks import Details
 from .options import Options
@@ -34,6 +34,31 @@ REPLACEMENT = 1 << 32
 TIME_TO_STOP = 1.0
 
 
+#: How often an eager run is repeated over the store, whatever its policy allows: it is repeated at
+#: once, and its caller waits.
+EAGER_RETRIES = 3
+
+
+@dataclass(slots=True)
+class Earlier:
+    """The earlier tries of an eager run, which is repeated within its call.
+
+    :param tries: how many there were.
+    :param error: of the last try whose body ran, or of the last one.
+    :param result: of the body whose save was not answered.
+    """
+
+    tries: int = 0
+    error: SingletonError | None = None
+    result: Any = None
+
+    def note(self, error: SingletonError) -> None:
+        """Note that a try has failed."""
+        self.tries += 1
+        if self.error is None or not isinstance(error, StateLoadFailed):
+            self.error = error
+
+
 @dataclass(frozen=True, slots=True)
 class Delivery:
     """A message, or a direct call, and the singleton that it is for.
@@ -51,6 +76,7 @@ class Delivery:
     codec: Codec[Any] | None
     runtime: Runtime
     place: Place = field(default_factory=Place)
+    earlier: Earlier = field(default_factory=Earlier)
 
     def tell(self, kind: type[Details], **fields: Any) -> None:
         """Tell those who look on that something happened to the singleton."""
@@ -125,10 +151,21 @@ class Delivery:
 
     def answer_to(self, error: SingletonError) -> RetryAfter | Fail:
         """How the message goes on after an error of this singleton."""
-        own = self.options
-        return answer_to(
-            error, self.retries, own.retry_reasons, own.retry_policy, policy_of(self.task)
-        )
+        own, tries = self.options, self.earlier.tries
+        if self.request.is_eager and tries >= EAGER_RETRIES:
+            return Fail()
+        usual = policy_of(self.task)
+        return answer_to(error, self.retries + tries, own.retry_reasons, own.retry_policy, usual)
+
+    def is_repeated(self, error: SingletonError) -> bool:
+        """Whether an eager run is to be repeated within its call after an error of this singleton.
+
+        Celery's own eager retry cannot do it: it raises ``Retry`` to a caller that wants the error,
+        and calls itself without end where the number of retries has no limit.
+        """
+        if not self.request.is_eager or self.place.asked_by is not None:
+            return False
+        return isinstance(self.answer_to(error), RetryAfter)
 
     @property
     def sent(self) -> str | None:

@@ -82,7 +82,10 @@ def end_duplicate(delivery: Delivery, done: Entry | None) -> Any:
     request = delivery.request
     if result_is_stored(delivery) or _has_gone_on(delivery, done):
         raise Ignore(f"task {request.id} was done before")
-    if not can_be_put_back(request) or not is_awaited(delivery.task, request):
+    if not can_be_put_back(request):
+        # An eager run whose save was carried out and not answered has its result still.
+        return delivery.earlier.result
+    if not is_awaited(delivery.task, request):
         return None
     return _kept_result(delivery, done)
 

@@ -23,6 +23,22 @@ def free_holder(runtime: Runtime, holder: str | None) -> bool:
     return name is not None and free_dead(runtime, name) > 0
 
 
+def free_own(runtime: Runtime, row: Row) -> bool:
+    """Give back a lease that this process holds without a run: its release failed, or its
+    acquisition was carried out late.
+
+    :returns: whether the lease may be free now.
+    :raises StoreError: the store is unavailable.
+    """
+    if row.holder is None or row.held_on or not runtime.holds_without_run(row.holder):
+        return False
+    released = runtime.store.give_back(row.key, row.holder)
+    if released is not None:
+        logger.info("%s is free: %s gave it back", row.key, row.holder)
+        grant(runtime.app, runtime.store, row.key, released)
+    return True
+
+
 def free_dead(runtime: Runtime, files: str = "*") -> int:
     """Free what all dead processes held whose files have such a name.
 

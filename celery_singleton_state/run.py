@@ -111,6 +111,7 @@ class Run:
         try:
             self._report.begin(self.entries, self._took_over)
             result, new = self._body(body, args, kwargs)
+            self._delivery.earlier.result = result
             self.end(Outcome.SUCCEEDED, new=new, result=keep(self._delivery, result))
             return result
         finally:

@@ -50,6 +50,8 @@ class Runtime:
         self.door = Door(app, self.settings.hooks)
         self._nonce = secrets.token_hex(4)
         self._count = itertools.count(1)
+        #: Holders of this process whose deliveries are under way.
+        self.under_way: set[str] = set()
         self._opening = threading.Lock()
         self._sql: SqlStore | None = None
         self._store: Store | None = None
@@ -172,6 +174,11 @@ class Runtime:
     def new_holder(self, nodename: str | None = None) -> str:
         """A holder's name, never given twice. Outside a worker the host's name is the node's."""
         return f"{nodename or gethostname()}:{os.getpid()}:{self._nonce}.{next(self._count):x}"
+
+    def holds_without_run(self, holder: str | None) -> bool:
+        """Whether a lease's holder is a delivery of this process that has ended."""
+        own = f":{os.getpid()}:{self._nonce}."
+        return holder is not None and own in holder and holder not in self.under_way
 
     def close(self) -> None:
         """Stop the heartbeat, hand on what waits for hooks, and close the connections."""

@@ -179,14 +179,13 @@ class SingletonTask(_TypedTask[S, P, R]):
             delivery = self._delivery(request, args, kwargs)
             settle(request)
             try:
-                result: R | None = deliver(delivery, body, args, kwargs)
+                result: R | None = _deliver(delivery, body, args, kwargs)
                 return result
             except ReplacedEagerly as ended:
                 replaced = ended
             except SingletonError as error:
                 # One that a nested singleton raised is its own affair.
                 if error.singleton == delivery.name:
-                    delivery.tell(Failed, reason=error.reason, detail=error.detail)
                     self._answer(error, delivery)
                     if isinstance(error, StateLoadFailed):
                         dequeue(delivery)
@@ -367,10 +366,12 @@ class SingletonTask(_TypedTask[S, P, R]):
 
         :raises Retry: the message was sent again.
         """
+        request = delivery.request
+        if request.is_eager:
+            return  # it was repeated within its call
         answer = delivery.answer_to(error)
         if not isinstance(answer, RetryAfter) or delivery.place.asked_by is not None:
             return
-        request = delivery.request
         if delivery.is_copy and not can_be_sent_again(self, request):
             logger.warning(
                 "singleton %s: task %s is not retried, because it came through a fanout exchange",
@@ -400,6 +401,29 @@ class SingletonTask(_TypedTask[S, P, R]):
         finally:
             # Celery leaves it on the task, where the next retry of its own would find it.
             self.__dict__.pop("override_max_retries", None)
+
+
+def _deliver(delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Deliver a message, or a call. An eager run that fails over the store is repeated at once.
+
+    :raises SingletonError: what went wrong; of an eager run, in the last try whose body ran.
+    """
+    earlier = delivery.earlier
+    while True:
+        try:
+            return deliver(delivery, body, args, kwargs)
+        except SingletonError as error:
+            # One that a nested singleton raised is its own affair.
+            if error.singleton != delivery.name:
+                raise
+            delivery.tell(Failed, reason=error.reason, detail=error.detail)
+            if delivery.is_repeated(error):
+                logger.info("%s; the eager run is repeated", error)
+                earlier.note(error)
+            elif earlier.error is not None and isinstance(error, StateLoadFailed):
+                raise earlier.error from earlier.error.__cause__
+            else:
+                raise
 
 
 def _of_run(run: Run, options: dict[str, Any], args: Any, kwargs: Any) -> dict[str, Any]:
