@@ -21,9 +21,10 @@ from .migrations import unobtrusive
 from .migrations.concurrent_index import build_index
 from .settings import Settings
 from .store.base import StoreNotReady
-from .store.engine import make_engine, parse_url
+from .store.engine import make_engine
 from .store.routed import NO_SQL
 from .store.sql import open_transaction
+from .store.store_url import parse_url
 
 #: Upgrading waits for locks and may build an index, so it is not bound by a lease's life.
 PATIENCE = 3600.0

@@ -27,8 +27,9 @@ from .renewal_slots import LeftToParent, parents_mark
 from .settings import Settings
 from .store import SqlStore, Store, open_store
 from .store.base import Leases
-from .store.engine import identity, parse_url
+from .store.engine import identity
 from .store.routed import NO_SQL, RoutedStore
+from .store.store_url import parse_url
 from .unreturned import Unreturned
 
 #: Connections in the pool of a process that runs one body at a time: the body's transaction and

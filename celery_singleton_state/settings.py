@@ -9,8 +9,12 @@ from typing import Any
 
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
+from sqlalchemy import URL
 
 from .hooks.door import check_hook
+from .url_text import hide_settings, shown
+
+hide_settings()
 
 MAX_THRESHOLD = 5
 MIN_INTERVAL = 0.1
@@ -20,6 +24,10 @@ def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("a text that is not empty")
     return value
+
+
+def _url(value: Any) -> str:
+    return _text(value.render_as_string(hide_password=False) if isinstance(value, URL) else value)
 
 
 def _beat_name(value: Any) -> str:
@@ -82,8 +90,8 @@ class Settings:
     ``CELERY_BROKER_URL`` does.
     """
 
-    store_url: str = "sqlite:///celery-singletons.db"
-    lease_url: str | None = None
+    store_url: str = field(default="sqlite:///celery-singletons.db", repr=False)
+    lease_url: str | None = field(default=None, repr=False)
     table: str = "kv_store"
     key_prefix: str = "singleton-state:"
     heartbeat_interval: float = 4.0
@@ -123,8 +131,8 @@ class Settings:
 
 
 _CHECKS: dict[str, Callable[[Any], Any]] = {
-    "store_url": _text,
-    "lease_url": _text,
+    "store_url": _url,
+    "lease_url": _url,
     "table": _text,
     "key_prefix": _text,
     "heartbeat_interval": _number(MIN_INTERVAL),
@@ -143,6 +151,7 @@ def _checked(app: Celery, name: str, value: Any, check: Callable[[Any], Any]) ->
     try:
         return check(value)
     except ValueError as error:
+        text = shown(value) if check is _url else repr(value)
         raise ImproperlyConfigured(
-            f"app {app.main!r}: setting {name}={value!r} is not allowed; it takes {error}"
+            f"app {app.main!r}: setting {name}={text} is not allowed; it takes {error}"
         ) from None

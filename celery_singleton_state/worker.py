@@ -8,6 +8,7 @@ import logging
 import os
 from typing import Any
 
+import click
 from celery import Celery, bootsteps, signals
 from celery.concurrency import get_implementation
 from celery.exceptions import ImproperlyConfigured
@@ -25,14 +26,26 @@ from .place import note_arrival
 from .recovery import free_dead
 from .renewal_slots import mark_as_parent
 from .store.base import StoreError, StoreNotReady, StoreUnavailable
-from .store.engine import is_in_memory, parse_url
+from .store.engine import is_in_memory
 from .store.routed import NO_SQL
+from .store.store_url import parse_url
+from .url_text import shown_url
 
 logger = logging.getLogger(__name__)
 
 LOCAL_HOSTS = ("", "localhost", "127.0.0.1", "::1")
 #: Transports whose broker is a file or this process.
 LOCAL_TRANSPORTS = ("memory", "filesystem", "sqlalchemy", "sqla")
+
+
+class Refused(ImproperlyConfigured, click.ClickException):
+    """A worker cannot start. `celery worker` prints an error of click as one line."""
+
+    def __init__(self, message: str) -> None:
+        click.ClickException.__init__(self, message)
+
+    def format_message(self) -> str:
+        return f"{ImproperlyConfigured.__name__}: {self.message}"
 
 
 class SingletonStep(bootsteps.StartStopStep):
@@ -45,7 +58,10 @@ class SingletonStep(bootsteps.StartStopStep):
     def __init__(self, parent: Any, **kwargs: Any) -> None:
         super().__init__(parent, **kwargs)
         app: Celery = parent.app
-        self.check(parent)
+        try:
+            self.check(parent)
+        except ImproperlyConfigured as error:
+            raise Refused(str(error)) from error
         watch_for_dropped()
         signals.task_received.connect(note_arrival)
         signals.task_received.connect(note_content)
@@ -74,7 +90,7 @@ class SingletonStep(bootsteps.StartStopStep):
             return
         if is_in_memory(parse_url(url)) and is_prefork(worker):
             raise ImproperlyConfigured(
-                f"singleton_store_url={url!r} guards the threads of one process only; "
+                "singleton_store_url='memory://' guards the threads of one process only; "
                 "use --pool=solo or --pool=threads, or a store that processes share"
             )
         warn_of_single_host(worker.app, url)
@@ -208,7 +224,7 @@ def watch_over(app: Celery) -> None:
 
 def warn_of_single_host(app: Celery, url: str) -> None:
     """Say that SQLite guards one host; loudly where the broker may serve several."""
-    if not url.startswith("sqlite"):
+    if parse_url(url).get_backend_name() != "sqlite":
         return
     broker = app.connection_for_read()
     local = broker.transport_cls in LOCAL_TRANSPORTS or (broker.hostname or "") in LOCAL_HOSTS
@@ -216,5 +232,5 @@ def warn_of_single_host(app: Celery, url: str) -> None:
         logging.INFO if local else logging.WARNING,
         "singletons are guarded by %s: only among workers that open this same file; "
         "set singleton_store_url for workers on several hosts",
-        url,
+        shown_url(parse_url(url)),
     )

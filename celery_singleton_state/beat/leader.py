@@ -27,7 +27,8 @@ from celery_singleton_state.lease import HeldLease, clock
 from celery_singleton_state.recovery import free_holder
 from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.store.base import Ended, Row, Store, StoreError, StoreNotReady
-from celery_singleton_state.store.engine import parse_url
+from celery_singleton_state.store.store_url import parse_url
+from celery_singleton_state.url_text import shown_url
 from celery_singleton_state.worker import warn_of_single_host
 
 logger = logging.getLogger(__name__)
@@ -42,10 +43,15 @@ class NotLeading(Exception):
 
 
 class Leader:
-    """What a beat knows of the leadership, and does for it."""
+    """What a beat knows of the leadership, and does for it.
+
+    :raises ImproperlyConfigured: a setting is not allowed, or the store's URL cannot be used.
+    """
 
     def __init__(self, app: Celery) -> None:
         self.runtime: Runtime = runtime_of(app)
+        #: Where the lease is, without a password.
+        self.store_url = shown_url(parse_url(self.runtime.settings.store_url))
         self.name = self.runtime.settings.beat_name
         self.key = PREFIX + self.name
         self._prefix = f"{self.key}:"
@@ -71,11 +77,6 @@ class Leader:
         except StoreError as error:
             logger.error("beat stands by until it reaches the store: %s", error)
         warn_of_single_host(self.runtime.app, self.runtime.settings.store_url)
-
-    @property
-    def store_url(self) -> str:
-        """Where the lease is, without a password."""
-        return parse_url(self.runtime.settings.store_url).render_as_string()
 
     @property
     def leads(self) -> bool:

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from sqlalchemy.exc import SQLAlchemyError
 
 from .base import Store, StoreMisconfigured, StoreNotReady, StoreUnavailable
-from .engine import is_in_memory, make_engine, parse_url
+from .engine import is_in_memory, make_engine
 from .sql import SqlStore
+from .store_url import parse_url
 
 logger = logging.getLogger(__name__)
 

@@ -8,52 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from celery.exceptions import ImproperlyConfigured
-from sqlalchemy import URL, Engine, make_url
+from sqlalchemy import URL, Engine
 from sqlalchemy.exc import ArgumentError
 
+from celery_singleton_state.url_text import shown_url
+
 from . import on_sqlite
-from .dialects import DIALECTS
-
-
-def parse_url(text: str) -> URL:
-    """A store's URL, with the drivers that this package uses.
-
-    :raises ImproperlyConfigured: it is no URL, or one of a database that is not supported.
-    """
-    try:
-        url = make_url("sqlite://" if text == "memory://" else text)
-    except ArgumentError:
-        raise ImproperlyConfigured(f"singleton_store_url={text!r} is not a URL") from None
-    if url.get_backend_name() == "postgres":
-        url = url.set(drivername="postgresql")
-    if url.drivername.startswith(("redis", "sentinel")):
-        raise ImproperlyConfigured(
-            f"singleton_store_url={url.render_as_string()!r} is not supported: states are kept in "
-            "SQL; singleton_lease_url takes it, for leases of singletons without a state"
-        )
-    if url.get_backend_name() not in DIALECTS:
-        raise ImproperlyConfigured(
-            f"singleton_store_url={url.render_as_string()!r} is not supported; "
-            f"it takes a URL of {', '.join(DIALECTS)}, or memory://"
-        )
-    if url.drivername == "postgresql":
-        url = url.set(drivername="postgresql+psycopg")
-    if url.get_backend_name() in ("mariadb", "mysql"):
-        url = _with_pymysql(url)
-    return url
-
-
-def _with_pymysql(url: URL) -> URL:
-    """:raises ImproperlyConfigured: it names another driver; only this one is sent several
-    statements at once.
-    """
-    driver = url.drivername.partition("+")[2]
-    if driver not in ("", "pymysql"):
-        raise ImproperlyConfigured(
-            f"singleton_store_url={url.render_as_string()!r} is not supported: "
-            f"its driver is to be pymysql, not {driver}"
-        )
-    return url.set(drivername="mysql+pymysql")
 
 
 def is_in_memory(url: URL) -> bool:
@@ -78,7 +38,8 @@ def make_engine(
     :param io_timeout: seconds that an answer may take.
     :param pool_size: connections at most.
     :param connect_timeout: seconds that connecting may take; left out: as an answer.
-    :raises ImproperlyConfigured: the driver is not installed, or SQLite is too old.
+    :raises ImproperlyConfigured: the driver is not installed or does not know an option of the
+        URL, or SQLite is too old.
     """
     patience = connect_timeout or io_timeout
     try:
@@ -94,6 +55,17 @@ def make_engine(
         return on_postgresql.make(url, io_timeout, pool_size, patience)
     except ImportError as error:
         raise ImproperlyConfigured(
-            f"singleton_store_url={url.render_as_string()!r} needs a driver: {error}; "
-            f"install celery-singleton-state[{url.get_backend_name()}]"
+            f"singleton_store_url={shown_url(url)!r} needs a driver: {error}; "
+            f"pip install celery-singleton-state[{url.get_backend_name()}]"
         ) from error
+    except (ArgumentError, TypeError, ValueError) as error:
+        # Of SQLAlchemy's look at the URL. What it says of a value may be the whole URL.
+        raise ImproperlyConfigured(
+            f"singleton_store_url={shown_url(url)!r} cannot be used: {_why(url, error)}"
+        ) from None
+
+
+def _why(url: URL, error: Exception) -> str:
+    if url.get_backend_name() == "sqlite" and isinstance(error, ArgumentError):
+        return "write sqlite:///file.db for a file of this folder, sqlite:////folder/file.db else"
+    return f"an option has a value that is not allowed ({type(error).__name__})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,18 @@ from pymysql.constants import CLIENT
 from sqlalchemy import URL, Engine, event
 
 from .pooled import APPLICATION_NAME, pooled
+from .store_url import refuse_missing_files, refuse_unknown_options
+
+#: Options of PyMySQL's that a text cannot say, or that it refuses.
+_NOT_IN_URLS = frozenset(
+    {"auth_plugin_map", "autocommit", "client_flag", "compress", "conv", "cursorclass"}
+    | {"defer_connect", "named_pipe", "self", "ssl"}
+)
+_INSTEAD = dict.fromkeys(
+    ("ssl", "sslmode", "ssl_mode"), "ssl_ca=<file of the certificate authority>"
+)
+#: SQLAlchemy's options of a URL.
+_SQLALCHEMYS = frozenset({"ssl_capath", "ssl_cipher", "ssl_check_hostname"})
 
 
 class Connection(pymysql.connections.Connection):  # type: ignore[misc]
@@ -51,10 +64,25 @@ class Connection(pymysql.connections.Connection):  # type: ignore[misc]
         self._read_timeout = seconds
 
 
+def _options(url: URL) -> dict[str, Any]:
+    """The options of a URL.
+
+    :raises ImproperlyConfigured: PyMySQL does not know one of them, or a file is missing.
+    """
+    own = inspect.signature(pymysql.connections.Connection.__init__).parameters
+    refuse_unknown_options(url.query, set(own) - _NOT_IN_URLS | _SQLALCHEMYS, "PyMySQL", _INSTEAD)
+    files = ("ssl_ca", "ssl_cert", "ssl_key", "ssl_capath", "read_default_file")
+    refuse_missing_files("singleton_store_url", url.query, files)
+    return dict(url.query)
+
+
 def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) -> Engine:
-    """An engine."""
+    """An engine.
+
+    :raises ImproperlyConfigured: what the URL says is not allowed.
+    """
     engine = pooled(
-        url,
+        url.set(query=_options(url)),
         pool_size,
         io_timeout,
         connect_args={

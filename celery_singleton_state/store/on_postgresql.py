@@ -9,10 +9,18 @@ from collections.abc import Generator
 from typing import Any
 
 import psycopg
+import psycopg.conninfo
+import psycopg.pq
 from celery.exceptions import ImproperlyConfigured
 from sqlalchemy import URL, Engine, event
 
 from .pooled import APPLICATION_NAME, pooled
+from .store_url import refuse_missing_files, refuse_unknown_options
+
+#: Options whose values libpq looks at only when it is connected.
+NUMBERS = ("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count")
+#: Values of libpq's sslmode.
+SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 
 class Connection(psycopg.Connection[Any]):
@@ -61,8 +69,9 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
 
     :raises ImproperlyConfigured: what it says is not allowed.
     """
-    query = dict(url.query)
+    query = _options(url)
     wanted = query.pop("prepare_threshold", None)
+    _refuse_wrong_values(url, query)
     engine = pooled(
         url.set(query=query),
         pool_size,
@@ -86,6 +95,40 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
         return connection
 
     return engine
+
+
+def _options(url: URL) -> dict[str, Any]:
+    """The options of a URL, in libpq's words.
+
+    :raises ImproperlyConfigured: libpq does not know one of them, or a file is missing.
+    """
+    query: dict[str, Any] = dict(url.query)
+    if query.get("ssl") in SSL_MODES and "sslmode" not in query:
+        query["sslmode"] = query.pop("ssl")  # asyncpg's word
+    known = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
+    refuse_unknown_options(
+        query, known | {"prepare_threshold"}, "psycopg", {"ssl": "sslmode=require"}
+    )
+    if str(query.get("sslmode")).startswith("verify") and query.get("sslrootcert") != "system":
+        refuse_missing_files("singleton_store_url", query, ["sslrootcert"])
+    return query
+
+
+def _refuse_wrong_values(url: URL, query: dict[str, Any]) -> None:
+    """:raises ImproperlyConfigured: libpq refuses a value, which it does before it connects."""
+    elsewhere = {"host", "hostaddr", "port", "service", "password", "user", "dbname"}
+    options = {name: str(value) for name, value in query.items() if name not in elsewhere}
+    options["port"] = str(url.port or "")
+    # Nothing is sent: there is no socket in this place.
+    text = psycopg.conninfo.make_conninfo("", host=os.devnull, **options)
+    tried = psycopg.pq.PGconn.connect_start(text.encode())
+    why = tried.error_message.decode(errors="replace").strip()
+    tried.finish()
+    if why.startswith("invalid ") or " invalid when " in why:
+        raise ImproperlyConfigured(f"singleton_store_url: {why.splitlines()[0]}")
+    for name in NUMBERS:
+        if name in query and not str(query[name]).isdecimal():
+            raise ImproperlyConfigured(f"singleton_store_url: {name} takes a whole number")
 
 
 def _threshold(wanted: Any) -> int | None:

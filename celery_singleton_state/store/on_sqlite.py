@@ -12,9 +12,19 @@ from celery.exceptions import ImproperlyConfigured
 from sqlalchemy import URL, Engine, event
 
 from .pooled import pooled
+from .store_url import refuse_unknown_options
 
 #: RETURNING came with this release.
 OLDEST = (3, 35)
+#: Options of a URL, beside those of SQLite's own URIs.
+OPTIONS = (
+    "cached_statements",
+    "check_same_thread",
+    "detect_types",
+    "isolation_level",
+    "timeout",
+    "uri",
+)
 #: Seconds between two looks at a lock: the first, and the longest.
 FIRST_LOOK, LONGEST_LOOK = 0.001, 0.02
 
@@ -103,8 +113,10 @@ class Cursor(sqlite3.Cursor):
 def make(url: URL, in_memory: bool, io_timeout: float, pool_size: int) -> Engine:
     """An engine.
 
-    :raises ImproperlyConfigured: SQLite is too old.
+    :raises ImproperlyConfigured: SQLite is too old, or does not know an option of the URL.
     """
+    if "uri" not in url.query:
+        refuse_unknown_options(url.query, OPTIONS, "sqlite3", {})
     if sqlite3.sqlite_version_info < OLDEST:
         raise ImproperlyConfigured(
             f"SQLite {sqlite3.sqlite_version} is too old; "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from celery import Celery
 
+from tests.processes import commands
 from tests.processes.fleet import Fleet, outcome
+from tests.servers import Valkey
 
 
 def refused(fleet: Fleet, *options: str) -> str:
@@ -67,3 +70,86 @@ def test_a_wrong_setting_ends_it_with_a_clear_error(
     assert f"singleton_{name.lower()}={value!r}" in output
     assert allowed in output
     assert "ImproperlyConfigured" in output
+    assert "Traceback" not in output
+
+
+CANNOT_START = {
+    "an @ in the password": ("postgresql://u:p@hunter2@h/db", "%40"),
+    "a driver that is not installed": ("postgresql+psycopg2://u:hunter2@h/db", "pip install"),
+    "an option of another driver": ("postgresql://u:hunter2@h/db?charset=utf8", "'charset'"),
+    "a table that is missing": ("sqlite:///store.db", "singleton migrate"),
+}
+
+
+@pytest.mark.parametrize("why", CANNOT_START)
+def test_what_cannot_work_is_one_line_from_worker_beat_and_command(
+    make_fleet: Callable[..., Fleet], tmp_path: Path, why: str
+) -> None:
+    """It says what to write, has no traceback and no password, and nothing is retried."""
+    url, advice = CANNOT_START[why]
+    fleet = make_fleet(url, CELERY_SINGLETON_AUTO_MIGRATE="0")
+    if "pip install" in advice:
+        (tmp_path / "psycopg.py").write_text("raise ImportError('no psycopg')")
+        fleet.environment["PYTHONPATH"] = f"{tmp_path}:{fleet.environment['PYTHONPATH']}"
+    worker = fleet.start("-P", "solo", ready=False)
+    beat = fleet.start_beat("tests.processes.tasks")
+    started = fleet.celery("singleton", "ls")
+    command = subprocess.run(started, env=fleet.environment, capture_output=True, text=True)
+    assert (worker.process.wait(30), beat.process.wait(30), command.returncode) == (1, 1, 1)
+    for output in (worker.output, beat.output, command.stdout + command.stderr):
+        (line,) = [line for line in output.splitlines() if advice in line]
+        assert "singleton_store_url" in line or "table kv_store is missing" in line
+        assert "Traceback" not in output
+        assert "retried" not in output
+        assert "hunter2" not in output
+
+
+@pytest.mark.parametrize(
+    ("url", "advice"),
+    [
+        ("redis://:hunter2@h/zero", "the database is a number"),
+        ("redis://h?foo=hunter2", "the option 'foo'"),
+        ("redis://127.0.0.1:{port}/99", "no database of this number"),
+    ],
+)
+def test_leases_that_cannot_be_kept_are_one_line(
+    make_fleet: Callable[..., Fleet], valkey: Valkey, url: str, advice: str
+) -> None:
+    fleet = make_fleet("memory://", CELERY_SINGLETON_LEASE_URL=url.format(port=valkey.port))
+    output = refused(fleet, "-P", "solo")
+    (line,) = [line for line in output.splitlines() if advice in line]
+    assert "singleton_lease_url" in line
+    assert "Traceback" not in output
+    assert "hunter2" not in output
+
+
+APP = """
+from celery import Celery
+from celery_singleton_state import singleton_task
+
+app = Celery("shown")
+app.conf.singleton_store_url = "sqlite:///{folder}/store.db?timeout=7"
+app.conf.singleton_lease_url = "redis://127.0.0.1:{port}/14?client_name=hunter2"
+
+@singleton_task(app, name="run")
+def run(self): ...
+"""
+
+
+def test_celerys_reports_show_no_password(
+    make_fleet: Callable[..., Fleet], valkey: Valkey, tmp_path: Path
+) -> None:
+    """`celery report`, `inspect report` and `inspect conf`, of a worker that runs."""
+    (tmp_path / "shown_app.py").write_text(APP.format(folder=tmp_path, port=valkey.port))
+    fleet = make_fleet("unused")
+    for name in ("STORE_URL", "AUTO_MIGRATE"):
+        del fleet.environment[f"CELERY_SINGLETON_{name}"]
+    worker = fleet.start("-P", "solo", app="shown_app")
+    for arguments in (["report"], ["inspect", "report"], ["inspect", "conf"]):
+        ran = commands.run(["-A", "shown_app", *arguments], fleet.environment, tmp_path)
+        assert ran.returncode == 0, ran.stderr
+        assert "singleton_lease_url" in ran.stdout
+        assert "hunter2" not in ran.stdout + ran.stderr
+    worker.stop()
+    assert "hunter2" not in worker.output
+    assert "timeout=7" not in worker.output
