@@ -157,16 +157,6 @@ class Delivery:
         usual = policy_of(self.task)
         return answer_to(error, self.retries + tries, own.retry_reasons, own.retry_policy, usual)
 
-    def is_repeated(self, error: SingletonError) -> bool:
-        """Whether an eager run is to be repeated within its call after an error of this singleton.
-
-        Celery's own eager retry cannot do it: it raises ``Retry`` to a caller that wants the error,
-        and calls itself without end where the number of retries has no limit.
-        """
-        if not self.request.is_eager or self.place.asked_by is not None:
-            return False
-        return isinstance(self.answer_to(error), RetryAfter)
-
     @property
     def sent(self) -> str | None:
         """The value that tells the message from others that were sent with the same id.

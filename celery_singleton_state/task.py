@@ -179,17 +179,10 @@ class SingletonTask(_TypedTask[S, P, R]):
             delivery = self._delivery(request, args, kwargs)
             settle(request)
             try:
-                result: R | None = _deliver(delivery, body, args, kwargs)
+                result: R | None = self._deliver(delivery, body, args, kwargs)
                 return result
             except ReplacedEagerly as ended:
                 replaced = ended
-            except SingletonError as error:
-                # One that a nested singleton raised is its own affair.
-                if error.singleton == delivery.name:
-                    self._answer(error, delivery)
-                    if isinstance(error, StateLoadFailed):
-                        dequeue(delivery)
-                raise
             # It would have met the lease in the body. Celery denies the waiting for results in
             # what `task_always_eager` calls.
             with allow_join_result():
@@ -361,24 +354,54 @@ class SingletonTask(_TypedTask[S, P, R]):
         key = row_key(runtime.settings.key_prefix, name)
         return Delivery(self, request, name, key, self._options, self._codec, runtime)
 
-    def _answer(self, error: SingletonError, delivery: Delivery) -> None:
+    def _deliver(self, delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Deliver a message, or a call, and answer what goes wrong.
+
+        :raises SingletonError: what went wrong; of an eager run that was repeated, in the last try
+            whose body ran.
+        """
+        earlier = delivery.earlier
+        while True:
+            try:
+                return deliver(delivery, body, args, kwargs)
+            except SingletonError as error:
+                # One that a nested singleton raised is its own affair.
+                if error.singleton != delivery.name:
+                    raise
+                delivery.tell(Failed, reason=error.reason, detail=error.detail)
+                if self._answer(error, delivery):
+                    logger.info("%s; the eager run is repeated", error)
+                    earlier.note(error)
+                    continue
+                if not isinstance(error, StateLoadFailed):
+                    raise
+                dequeue(delivery)
+                if earlier.error is None:
+                    raise
+                raise earlier.error from earlier.error.__cause__
+
+    def _answer(self, error: SingletonError, delivery: Delivery) -> bool:
         """Retry the message if the error is one to retry; come back if not.
 
+        Celery's own retry of an eager run raises ``Retry`` to a caller that wants the error, and
+        calls itself without end where the number of retries has no limit.
+
+        :returns: whether the run is an eager one, and is to be repeated within its call.
         :raises Retry: the message was sent again.
         """
         request = delivery.request
-        if request.is_eager:
-            return  # it was repeated within its call
         answer = delivery.answer_to(error)
         if not isinstance(answer, RetryAfter) or delivery.place.asked_by is not None:
-            return
+            return False
+        if request.is_eager:
+            return True
         if delivery.is_copy and not can_be_sent_again(self, request):
             logger.warning(
                 "singleton %s: task %s is not retried, because it came through a fanout exchange",
                 delivery.name,
                 request.id,
             )
-            return
+            return False
         # Of all copies one alone has run.
         is_copy = delivery.is_copy and isinstance(error, StateLoadFailed)
         try:
@@ -401,29 +424,6 @@ class SingletonTask(_TypedTask[S, P, R]):
         finally:
             # Celery leaves it on the task, where the next retry of its own would find it.
             self.__dict__.pop("override_max_retries", None)
-
-
-def _deliver(delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Deliver a message, or a call. An eager run that fails over the store is repeated at once.
-
-    :raises SingletonError: what went wrong; of an eager run, in the last try whose body ran.
-    """
-    earlier = delivery.earlier
-    while True:
-        try:
-            return deliver(delivery, body, args, kwargs)
-        except SingletonError as error:
-            # One that a nested singleton raised is its own affair.
-            if error.singleton != delivery.name:
-                raise
-            delivery.tell(Failed, reason=error.reason, detail=error.detail)
-            if delivery.is_repeated(error):
-                logger.info("%s; the eager run is repeated", error)
-                earlier.note(error)
-            elif earlier.error is not None and isinstance(error, StateLoadFailed):
-                raise earlier.error from earlier.error.__cause__
-            else:
-                raise
 
 
 def _of_run(run: Run, options: dict[str, Any], args: Any, kwargs: Any) -> dict[str, Any]:
