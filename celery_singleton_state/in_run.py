@@ -9,7 +9,7 @@ from typing import Any, Generic
 from sqlalchemy import Connection
 from typing_extensions import TypeVar
 
-from .run import Run, current_run
+from .run import Run, current_run, why_no_run
 from .ticks import due_of
 
 S = TypeVar("S", default=Any)
@@ -18,7 +18,8 @@ S = TypeVar("S", default=Any)
 class InRun(Generic[S]):
     """The part of a task that is there while its body runs.
 
-    A task instance is shared by threads, so what belongs to a run is found in its context.
+    A task instance is shared by threads, so what belongs to a run is found in its context. What a
+    body starts in another thread or greenlet has it by ``contextvars.copy_context().run``.
     """
 
     name: str
@@ -110,5 +111,7 @@ class InRun(Generic[S]):
     def _run_for(self, what: str) -> Run:
         run = current_run(self)
         if run is None:
-            raise RuntimeError(f"task {self.name}: {what} is there only while its body runs")
+            text = f"task {self.name}: {what} is there only while its body runs"
+            why = why_no_run(self)
+            raise RuntimeError(f"{text}: {why}" if why else text)
         return run

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -50,10 +51,30 @@ class ReplacedEagerly(Ignore):
 
 
 _current: ContextVar[Run | None] = ContextVar("celery_singleton_state_run", default=None)
+#: The runs of this process, and of those that it was forked from.
+_active: set[Run] = set()
 
 
 def current_run(task: Any) -> Run | None:
     """The run of this task that the calling code is in, if it is in one."""
+    run = _innermost(task)
+    return None if run is None or run.is_over else run
+
+
+def why_no_run(task: Any) -> str:
+    """Why code that is in no run of this task is in none, for its error."""
+    if _innermost(task) is not None:
+        return "the run whose context this code has is over"
+    if not any(run.task is task and run._is_here for run in tuple(_active)):
+        return ""
+    return (
+        "its body runs in another thread or greenlet of this process; what the body starts has the "
+        "run's context if it is started by contextvars.copy_context().run, for example "
+        "executor.submit(contextvars.copy_context().run, function)"
+    )
+
+
+def _innermost(task: Any) -> Run | None:
     run = _current.get()
     while run is not None and run.task is not task:
         run = run.outer
@@ -95,6 +116,11 @@ class Run:
         self._took_over = acquired.write == TAKEN_OVER
         self._asked_at = asked_at
         self._in_transaction = False
+        #: Held while the state is written: a body can have threads of its own, and a write must be
+        #: answered before the next one is numbered.
+        self._writing = threading.RLock()
+        #: Whether the body has ended; and the run, with all that follows its body.
+        self._is_ending = self.is_over = False
         self._pid = os.getpid()
         self._leadership = Leadership(
             delivery.task,
@@ -108,6 +134,7 @@ class Run:
     def execute(self, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Load the state, run the body, save and release; returns what the body returned."""
         token = _current.set(self)
+        _active.add(self)
         try:
             self._report.begin(self.entries, self._took_over)
             result, new = self._body(body, args, kwargs)
@@ -123,6 +150,9 @@ class Run:
                     self._leadership.end()
             finally:
                 _current.reset(token)
+                _active.discard(self)
+                # A thread of the body can have a copy of the context, and live on.
+                self.is_over = True
                 self._delivery.place.asked_by = self.held.asked_by
                 # Both refer to this run, which would keep it and its state for the collector.
                 self.held.forget()
@@ -140,6 +170,11 @@ class Run:
             self.state.load(self._set_aside if starts_anew else None, self._report.loaded)
             self._leadership.begin()
             result = self._leadership.body.call(body, args, kwargs)
+            if self._in_transaction:
+                raise RuntimeError(
+                    f"{self.name}: the body ended within transaction(), which another thread may "
+                    "be in; the body has to wait for it"
+                )
             self._writer.refuse_if_undecided()
             return result, self.state.changed()
         except BaseException as error:
@@ -163,6 +198,12 @@ class Run:
         """Save the state now, fenced, and prolong the lease."""
         self._refuse_elsewhere("checkpoint()")
         self.state.need("checkpoint()")
+        with self._writing:
+            self._refuse_ended("checkpoint()")
+            saved = self._checkpoint()
+        self._hand_over(saved)
+
+    def _checkpoint(self) -> Saved | None:
         if self._in_transaction:
             raise RuntimeError(
                 f"{self.name}: checkpoint() within transaction(), whose commit saves the state"
@@ -177,7 +218,7 @@ class Run:
         self.held.renewed(asked_at)
         self.state.stored = new
         self._report.saved("checkpoint", new)
-        self._hand_over(saved)
+        return saved
 
     @contextmanager
     def replacing(self) -> Iterator[None]:
@@ -207,46 +248,61 @@ class Run:
         """A transaction whose commit carries the body's rows and the fenced state, or neither."""
         self.state.need("transaction()")
         self._refuse_elsewhere("transaction()")
-        if self._in_transaction:
-            raise RuntimeError(f"{self.name}: transaction() within transaction()")
+        with self._writing:
+            self._refuse_ended("transaction()")
+            if self._in_transaction:
+                raise RuntimeError(f"{self.name}: transaction() within transaction()")
+            self._in_transaction = True
+        try:
+            with self._committing() as connection:
+                yield connection
+        finally:
+            self._in_transaction = False
+        self.refuse_if_asked()
+
+    @contextmanager
+    def _committing(self) -> Iterator[Connection]:
         self._writer.refuse_if_lost()
         self._writer.refuse_if_undecided()
         before = self.state.document()
-        self._in_transaction = True
         write = saved = None
-        try:
-            with self._store.transaction() as transaction:
-                try:
-                    yield transaction.connection
-                except BaseException:
-                    if self.held.lost:
-                        # A lost run does not wait for the store in order to stop.
-                        transaction.abandon()
+        # From the save to the answer to the commit.
+        with ExitStack() as writing:
+            try:
+                with self._store.transaction() as transaction:
+                    try:
+                        yield transaction.connection
+                    except BaseException:
+                        if self.held.lost:
+                            # A lost run does not wait for the store in order to stop.
+                            transaction.abandon()
+                        raise
+                    self._refuse_elsewhere("transaction()")
+                    # Before, too: the run's release can wait for this transaction's locks.
+                    self._refuse_ended("transaction()")
+                    writing.enter_context(self._writing)
+                    self._refuse_ended("transaction()")
+                    write = self._writer.next_write(self.state.document())
+                    self._writer.refuse_if_lost()
+                    self.state.stored = None
+                    asked_at = clock()
+                    saved = transaction.save(self.held.lease, write)
+                    if saved is None:
+                        raise self._writer.refused("transaction")
+                self._writer.answered(write)
+            except BaseException as error:
+                # Without an answer to its save, no COMMIT was sent.
+                if write is None or saved is None or not self._writer.was_committed(write):
+                    self.state.roll_back(before)
+                    if isinstance(error, StoreError):
+                        raise self._not_committed(error) from error
                     raise
-                self._refuse_elsewhere("transaction()")
-                write = self._writer.next_write(self.state.document())
-                self._writer.refuse_if_lost()
-                self.state.stored = None
-                asked_at = clock()
-                saved = transaction.save(self.held.lease, write)
-                if saved is None:
-                    raise self._writer.refused("transaction")
-            self._writer.answered(write)
-        except BaseException as error:
-            # Without an answer to its save, no COMMIT was sent.
-            if write is None or saved is None or not self._writer.was_committed(write):
-                self.state.roll_back(before)
-                if isinstance(error, StoreError):
-                    raise self._not_committed(error) from error
-                raise
-            self._committed(write, asked_at)
-            if not isinstance(error, StoreError):
-                raise
-        else:
-            self._committed(write, asked_at)
-        finally:
-            self._in_transaction = False
-        self._hand_over(saved)
+                self._committed(write, asked_at)
+                if not isinstance(error, StoreError):
+                    raise
+            else:
+                self._committed(write, asked_at)
+            self._note_asked(saved)
 
     def _committed(self, write: Write, asked_at: float) -> None:
         self.held.renewed(asked_at)
@@ -261,9 +317,12 @@ class Run:
 
     def _hand_over(self, saved: Saved | None) -> None:
         """:raises HeartbeatFailed: somebody asked for the lease; the state is saved."""
+        self._note_asked(saved)
+        self.refuse_if_asked()
+
+    def _note_asked(self, saved: Saved | None) -> None:
         if saved is not None and saved.handoff_to is not None:
             self.held.asked_by = saved.handoff_to
-        self.refuse_if_asked()
 
     def refuse_if_asked(self) -> None:
         """:raises HeartbeatFailed: somebody asked for the lease."""
@@ -288,6 +347,13 @@ class Run:
                 f"its lease are those of process {self._pid}: hand it what it is to save"
             )
 
+    def _refuse_ended(self, what: str) -> None:
+        """:raises RuntimeError: the body has ended, which a thread of it may not know."""
+        if self._is_ending:
+            raise RuntimeError(
+                f"{self.name}: {what} is there only while its body runs: the run has ended"
+            )
+
     # -- its ends
 
     def end(
@@ -307,8 +373,10 @@ class Run:
             return  # it is its parent's to end
         text = history.describe(error) if error else None
         entry = self._entry(outcome, text, result)
+        self._is_ending = True
         try:
-            self._release(entry, new)
+            with self._writing:
+                self._release(entry, new)
         except StatePersistFailed as failure:
             if error is None:
                 outcome, text = Outcome.FAILED, history.describe(failure)
