@@ -6,8 +6,12 @@ words that it does not understand, as everywhere in Celery.
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 from celery.bin.base import handle_preload_options
+
+from celery_singleton_state.visible import visible
 
 from .change import release, state
 from .exporter import exporter
@@ -20,7 +24,30 @@ from .prune import prune
 __all__ = ["singleton"]
 
 
-@click.group(help="Look at the app's singletons and look after them.")
+class Commands(click.Group):
+    """Shows what users wrote safely in errors, too: of the commands, and of what was typed."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.ClickException as error:
+            _make_visible(error)
+            raise
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except click.ClickException as error:
+            _make_visible(error)
+            raise
+
+
+def _make_visible(error: click.ClickException) -> None:
+    # Click declares the attribute as final from 8.4 on.
+    vars(error)["message"] = visible(error.message)
+
+
+@click.group(cls=Commands, help="Look at the app's singletons and look after them.")
 @click.pass_context
 @handle_preload_options
 def singleton(context: click.Context) -> None:

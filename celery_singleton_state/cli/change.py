@@ -18,13 +18,16 @@ from celery.utils.nodenames import gethostname
 
 from celery_singleton_state.hooks import Changed
 from celery_singleton_state.keys import row_key, task_of
+from celery_singleton_state.moments import seconds
 from celery_singleton_state.options import options_of
 from celery_singleton_state.recovery import end_for
 from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.state import NO_STATE, Codec, StateError
 from celery_singleton_state.store.base import NewValue, Row
+from celery_singleton_state.visible import as_printed
 
-from .common import complete_name, find, says_why, unknown
+from .common import complete_name, find, name_of, says_why, unknown
+from .terminal import ask, say, shown_json
 
 YES = click.option("--yes", is_flag=True, help="Do not ask.")
 FORCE = click.option("--force", is_flag=True, help="Take the lease away from a run first.")
@@ -43,13 +46,14 @@ def release(context: click.Context, name: str, yes: bool) -> None:
     """
     runtime = runtime_of(_app(context))
     row = find(runtime, name)
+    printed = as_printed(_name(runtime, row))
     if row.holder is None:
-        click.echo(f"{name} is free")
+        say(f"{printed} is free")
         return
     if not yes:
-        click.confirm(f"{_warning(runtime, row)} Release it?", abort=True)
+        ask(f"{_warning(runtime, row)} Release it?")
     _release(runtime, row)
-    click.echo(f"{name} is free; {row.holder} had it, with fence {row.fence}")
+    say(f"{printed} is free; {row.holder} had it, with fence {row.fence}")
 
 
 @click.command(cls=CeleryCommand)
@@ -58,7 +62,7 @@ def release(context: click.Context, name: str, yes: bool) -> None:
 @says_why
 def get(context: click.Context, name: str) -> None:
     """Print the state of singleton NAME as JSON; null where there is none."""
-    click.echo(find(runtime_of(_app(context)), name).value)
+    say(shown_json(find(runtime_of(_app(context)), name).value))
 
 
 @click.command("set", cls=CeleryCommand)
@@ -74,9 +78,10 @@ def set_(context: click.Context, name: str, value: str, force: bool, yes: bool) 
     It must fit the schema of the task's state. Refused while a run is active.
     """
     runtime = runtime_of(_app(context))
+    name = name_of(runtime, name)
     text = sys.stdin.read() if value == "-" else value
     _change(runtime, name, _fitting(runtime, name, text), "state set", force, yes)
-    click.echo(f"the state of {name} is set")
+    say(f"the state of {as_printed(name)} is set")
 
 
 @click.command(cls=CeleryCommand)
@@ -88,9 +93,9 @@ def set_(context: click.Context, name: str, value: str, force: bool, yes: bool) 
 def reset(context: click.Context, name: str, force: bool, yes: bool) -> None:
     """Have singleton NAME start from its initial state. Refused while a run is active."""
     runtime = runtime_of(_app(context))
-    find(runtime, name)
+    name = _name(runtime, find(runtime, name))
     _change(runtime, name, NewValue(NO_STATE, 1), "state reset", force, yes)
-    click.echo(f"{name} starts from its initial state")
+    say(f"{as_printed(name)} starts from its initial state")
 
 
 @click.group()
@@ -114,7 +119,7 @@ def _fitting(runtime: Runtime, name: str, text: str) -> NewValue:
     try:
         return NewValue(codec.encode(codec.decode(text, codec.version)), codec.version)
     except StateError as error:
-        raise click.ClickException(f"not a state of {name}: {error}") from error
+        raise click.ClickException(f"not a state of {as_printed(name)}: {error}") from error
 
 
 def _codec(runtime: Runtime, name: str) -> Codec[Any]:
@@ -140,35 +145,40 @@ def _change(runtime: Runtime, name: str, new: NewValue, what: str, force: bool, 
     row = runtime.store.peek(key)
     if row is not None and row.held and not force:
         raise click.ClickException(
-            f"{name} has an active run, of {row.holder}, which would not know of it; "
+            f"{as_printed(name)} has an active run, of {row.holder}, which would not know of it; "
             "wait for its end, or take its lease away with --force"
         )
     if not yes:
         warning = _warning(runtime, row) if row is not None and row.held else ""
-        click.confirm(
-            f"{warning}The state is {json.dumps(row.value) if row else 'none'}. Replace it?",
-            abort=True,
-        )
+        ask(f"{warning}The state is {json.dumps(row.value) if row else 'none'}. Replace it?")
     if row is not None and row.holder is not None:
         # Also one whose lease ran out: late and without a successor it could still save.
         _release(runtime, row)
         row = runtime.store.peek(key)
     if not runtime.store.wishes.put(key, row, new):
-        raise click.ClickException(f"a run of {name} has begun just now; nothing was changed")
+        raise click.ClickException(
+            f"a run of {as_printed(name)} has begun just now; nothing was changed"
+        )
     tell(runtime, name, what)
 
 
+def _name(runtime: Runtime, row: Row) -> str:
+    return row.key.removeprefix(runtime.settings.key_prefix)
+
+
 def _release(runtime: Runtime, row: Row) -> None:
-    name = row.key.removeprefix(runtime.settings.key_prefix)
+    name = _name(runtime, row)
     if not end_for(runtime, row, 0, f"released by {_who()}"):
-        raise click.ClickException(f"{name} is held by {row.holder} no more; nothing was changed")
+        raise click.ClickException(
+            f"{as_printed(name)} is held by {row.holder} no more; nothing was changed"
+        )
     tell(runtime, name, "released")
 
 
 def _warning(runtime: Runtime, row: Row) -> str:
     if not row.held:
         return f"The lease of {row.holder} has run out, and no run has begun since. "
-    left = f"{row.expires_in or 0.0:.0f} s"
+    left = seconds(row.expires_in or 0.0)
     if row.held_on:
         return f"The run is over, and its lease is held on for {left} more. "
     interval = f"{runtime.settings.heartbeat_interval:g} s"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import json
 import shlex
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Collection, Iterable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import click
 from celery import Celery
@@ -18,7 +16,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from celery_singleton_state.keys import row_key
 from celery_singleton_state.runtime import Runtime, runtime_of
-from celery_singleton_state.store.base import Row, StoreError
+from celery_singleton_state.store.base import Row, StoreError, one_line
+from celery_singleton_state.visible import as_printed, names_meant
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,8 +30,10 @@ def says_why(command: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
-        except (StoreError, ImproperlyConfigured, SQLAlchemyError) as error:
+        except (StoreError, ImproperlyConfigured) as error:
             raise click.ClickException(str(error)) from error
+        except SQLAlchemyError as error:
+            raise click.ClickException(one_line(error)) from error
 
     return run
 
@@ -71,37 +72,37 @@ def find(runtime: Runtime, name: str) -> Row:
 
     :raises click.ClickException: it has none; with names that are like it.
     """
-    prefix = runtime.settings.key_prefix
-    row = runtime.store.peek(row_key(prefix, name))
+    row = _row(runtime, name)
     if row is None:
-        raise click.ClickException(
-            unknown(name, [row.key.removeprefix(prefix) for row in runtime.store.list(prefix)])
-        )
+        prefix = runtime.settings.key_prefix
+        known = [row.key.removeprefix(prefix) for row in runtime.store.list(prefix)]
+        raise click.ClickException(unknown(name, known))
     return row
 
 
-def unknown(name: str, known: Sequence[str]) -> str:
+def name_of(runtime: Runtime, typed: str) -> str:
+    """The name of a singleton that may have no row yet, from its name as it would be printed."""
+    row = _row(runtime, typed)
+    if row is not None:
+        return row.key.removeprefix(runtime.settings.key_prefix)
+    return one_of(runtime.app.tasks, typed)
+
+
+def one_of(known: Collection[str], typed: str) -> str:
+    """Which of the known names is meant; what was typed if it is none of them."""
+    return next((name for name in names_meant(typed) if name in known), typed)
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    return f"singleton '{as_printed(name)}' has not run yet{like(name, known)}"
+
+
+def like(name: str, known: Iterable[str]) -> str:
+    """A question for the names that are like one."""
     near = difflib.get_close_matches(name, known, n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return f"singleton {name!r} has not run yet{hint}"
+    return f"; did you mean {' or '.join(map(as_printed, near))}?" if near else ""
 
 
-def print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, default=datetime.isoformat))
-
-
-def iso(epoch: float | None) -> str | None:
-    return None if epoch is None else datetime.fromtimestamp(epoch, UTC).isoformat()
-
-
-def moment(epoch: float | None) -> str | None:
-    """For people: UTC, to the second."""
-    return None if epoch is None else f"{datetime.fromtimestamp(epoch, UTC):%Y-%m-%d %H:%M:%S}"
-
-
-def short_moment(epoch: float | None, now: float) -> str:
-    """The same, without what goes without saying: the day where it is today's."""
-    if epoch is None:
-        return "-"
-    at, today = datetime.fromtimestamp(epoch, UTC), datetime.fromtimestamp(now, UTC).date()
-    return f"{at:%H:%M:%S}" if at.date() == today else f"{at:%Y-%m-%d %H:%M}"
+def _row(runtime: Runtime, typed: str) -> Row | None:
+    keys = (row_key(runtime.settings.key_prefix, name) for name in names_meant(typed))
+    return next((row for key in keys if (row := runtime.store.peek(key))), None)

@@ -15,6 +15,7 @@ from celery.exceptions import ImproperlyConfigured
 from celery_singleton_state.runtime import runtime_of
 
 from .common import load_tasks, says_why
+from .terminal import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -69,7 +70,7 @@ def exporter(
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="'--allowed-host'") from error
     options = Options(host, port, per_key, show_state, allowed)
-    run(runtime_of(app), options, _until_signalled(), click.echo)
+    run(runtime_of(app), options, _until_signalled(), say)
 
 
 def _until_signalled() -> Callable[[], object]:

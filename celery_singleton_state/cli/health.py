@@ -8,8 +8,10 @@ import click
 from celery.bin.base import CeleryCommand
 
 from celery_singleton_state.health import check_health
+from celery_singleton_state.visible import as_printed
 
-from .common import print_json, says_why
+from .common import says_why
+from .terminal import print_json, say
 
 
 @click.command(cls=CeleryCommand)
@@ -27,10 +29,10 @@ def health(context: click.Context, as_json: bool) -> None:
         print_json({"healthy": found.healthy, **asdict(found)})
     else:
         if found.error:
-            click.echo(f"the store is out of reach: {found.error}", err=True)
+            say(f"the store is out of reach: {found.error}", err=True)
         for each in found.singletons:
             if not each.healthy:
-                click.echo(f"{each.singleton}: {each.reason}")
+                say(f"{as_printed(each.singleton)}: {each.reason}")
         if found.healthy:
-            click.echo(f"healthy: {len(found.singletons)} singletons")
+            say(f"healthy: {len(found.singletons)} singletons")
     context.exit(0 if found.healthy else 1)

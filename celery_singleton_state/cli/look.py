@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,19 +12,24 @@ import click
 import msgspec
 from celery import Celery
 from celery.bin.base import CeleryCommand
-from rich.console import Console
 from rich.live import Live
-from rich.table import Column, Table
+from rich.table import Table
 
 from celery_singleton_state import history, ticks_done
 from celery_singleton_state.health import judge
+from celery_singleton_state.moments import iso, moment, seconds, short_moment
 from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.store.base import Listed, Row
+from celery_singleton_state.visible import as_printed
 
-from .common import complete_name, find, iso, moment, print_json, says_why, short_moment
+from .common import complete_name, find, says_why
+from .terminal import plain_console, print_json, print_table, say, shown_json, table
 
 #: Seconds between two looks of one who watches.
 WATCH = 2.0
+NONE = "no singleton has run yet"
+LISTED = ("singleton", "fence", "runs", "last", "at (UTC)", "healthy", "lease")
+RUNS = ("started (UTC)", "seconds", "fence", "outcome", "error")
 
 
 @click.command(cls=CeleryCommand)
@@ -44,8 +50,10 @@ def ls(context: click.Context, as_json: bool, watch: bool) -> None:
         print_json(_objects(runtime, runtime.store.list(runtime.settings.key_prefix)))
     elif watch:
         _watch(runtime)
+    elif rows := runtime.store.list(runtime.settings.key_prefix):
+        print_table(_listed(runtime, rows))
     else:
-        Console().print(_listed(runtime))
+        say(NONE)
 
 
 @click.command(cls=CeleryCommand)
@@ -77,33 +85,40 @@ def show(context: click.Context, name: str, as_json: bool) -> None:
 
 
 def _watch(runtime: Runtime) -> None:
-    with Live(_listed(runtime), auto_refresh=False) as screen:
+    with Live(_seen_now(runtime), console=plain_console(), auto_refresh=False) as screen:
         try:
             while True:
                 time.sleep(WATCH)
-                screen.update(_listed(runtime), refresh=True)
+                screen.update(_seen_now(runtime), refresh=True)
         except KeyboardInterrupt:
             return
 
 
-def _listed(runtime: Runtime) -> Table | str:
+def _seen_now(runtime: Runtime) -> Table | str:
+    rows = runtime.store.list(runtime.settings.key_prefix)
+    return _listed(runtime, rows) if rows else NONE
+
+
+def _listed(runtime: Runtime, rows: Sequence[Listed]) -> Table:
     prefix = runtime.settings.key_prefix
-    rows = runtime.store.list(prefix)
     healthy = _healthy(runtime, rows)
-    # A name is what `show` takes, so it is folded and never cut.
-    name = Column("singleton", overflow="fold")
-    table = Table(name, "fence", "runs", "last", "at (UTC)", "healthy", "lease", box=None)
-    for row in rows:
-        table.add_row(
-            _name(row, prefix),
-            str(row.fence),
-            str(row.run_count),
-            row.last_outcome or "-",
-            short_moment(row.last_finished_at, row.read_at),
-            "yes" if healthy[_name(row, prefix)] else "no",
-            _lease(row),
-        )
-    return table if rows else "no singleton has run yet"
+    return table(
+        LISTED,
+        (
+            (
+                as_printed(_name(row, prefix)),
+                str(row.fence),
+                str(row.run_count),
+                row.last_outcome or "-",
+                "-"
+                if row.last_finished_at is None
+                else short_moment(row.last_finished_at, row.read_at),
+                "yes" if healthy[_name(row, prefix)] else "no",
+                _lease(row),
+            )
+            for row in rows
+        ),
+    )
 
 
 def _healthy(runtime: Runtime, rows: Sequence[Listed]) -> dict[str, bool]:
@@ -116,34 +131,34 @@ def _objects(runtime: Runtime, rows: Sequence[Listed]) -> list[dict[str, Any]]:
 
 
 def _print_row(row: Row, prefix: str) -> None:
-    table = Table(box=None, show_header=False)
+    """In lines that are not folded, so that a long state can be copied."""
     for title, value in (
-        ("singleton", _name(row, prefix)),
-        ("key", row.key),
+        ("singleton", as_printed(_name(row, prefix))),
+        ("key", as_printed(row.key)),
         ("lease", _lease(row)),
         ("task", row.task_id or "-"),
         ("fence", str(row.fence)),
         ("runs", str(row.run_count)),
-        ("state", row.value),
+        ("state", shown_json(row.value)),
         ("schema version", str(row.schema_version or "-")),
-        ("state changed", moment(row.updated_at) or "-"),
+        ("state changed", "-" if row.updated_at is None else moment(row.updated_at)),
     ):
-        table.add_row(title, value)
-    Console().print(table)
+        say(f" {title:<14}  {value} ")
 
 
 def _print_runs(entries: Sequence[history.Entry]) -> None:
-    table = Table("started (UTC)", "seconds", "fence", "outcome", "error", box=None)
-    for run in reversed(entries):
-        table.add_row(
+    rows = [
+        (
             moment(run.started),
-            f"{run.finished - run.started:.1f}",
+            _tenths(run.finished - run.started),
             str(run.fence),
             run.outcome,
             run.error or "",
         )
-    if entries:
-        Console().print(table)
+        for run in reversed(entries)
+    ]
+    if rows:
+        print_table(table(RUNS, rows))
 
 
 def _as_object(row: Listed, prefix: str) -> dict[str, Any]:
@@ -157,7 +172,7 @@ def _as_object(row: Listed, prefix: str) -> dict[str, Any]:
         "schema_version": row.schema_version,
         "run_count": row.run_count,
         "last_outcome": row.last_outcome,
-        "last_finished_at": iso(row.last_finished_at),
+        "last_finished_at": _iso(row.last_finished_at),
     }
 
 
@@ -182,15 +197,32 @@ def _name(row: Listed, prefix: str) -> str:
 
 def _lease(row: Listed) -> str:
     if row.expires_in is None:
-        return "free"
+        # A moment that the database cannot read, beside a holder.
+        return "free" if row.holder is None else f"{row.holder}, until nobody knows when"
     if row.held:
-        return f"{row.holder}, {row.expires_in:.0f} s left"
-    return f"{row.holder}, ran out {-row.expires_in:.0f} s ago"
+        return f"{row.holder}, {seconds(row.expires_in)} left"
+    return f"{row.holder}, ran out {seconds(-row.expires_in)} ago"
+
+
+def _iso(epoch: float | None) -> str | None:
+    return None if epoch is None else iso(epoch)
+
+
+def _tenths(length: float) -> str:
+    return f"{length:.1f}" if abs(length) < 1e9 else f"{length:g}"
 
 
 def _value(row: Row) -> Any:
-    """The state as JSON; as a text where it cannot be read."""
+    """The state as JSON; as a text where it cannot be read, or would not come back the same."""
     try:
-        return json.loads(row.value)
-    except ValueError:
+        return json.loads(row.value, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError):
         return row.value
+
+
+def _finite(number: str) -> float:
+    """:raises ValueError: it is too large for a number of JSON's, or none."""
+    found = float(number)
+    if not math.isfinite(found):
+        raise ValueError(number)
+    return found

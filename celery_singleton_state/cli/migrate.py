@@ -8,6 +8,7 @@ from celery.bin.base import CeleryCommand
 from celery_singleton_state.runtime import runtime_of
 
 from .common import says_why
+from .terminal import say
 
 
 @click.command(cls=CeleryCommand)
@@ -20,4 +21,4 @@ def migrate(context: click.Context) -> None:
 
     settings = runtime_of(context.obj.app).settings
     make_table(settings)
-    click.echo(f"table {settings.table} is ready")
+    say(f"table {settings.table} is ready")

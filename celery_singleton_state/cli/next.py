@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 from datetime import UTC, datetime
 from typing import Any
 
 import click
 from celery import Celery
 from celery.bin.base import CeleryCommand
-from rich.console import Console
-from rich.table import Column, Table
 
 from celery_singleton_state.beat.entry import SingletonEntry
 from celery_singleton_state.beat.entry_checks import fields_of
 from celery_singleton_state.beat.entry_state import EntryState, decode_rows
 from celery_singleton_state.beat.leader import Leader
+from celery_singleton_state.moments import iso, moment, short_moment
 from celery_singleton_state.own_rules import has_own_is_due
 from celery_singleton_state.schedules import Schedule, matches_now, next_runs
+from celery_singleton_state.visible import as_printed
 
-from .common import print_json, says_why, short_moment
+from .common import like, one_of, says_why
+from .terminal import print_json, print_table, say, table
 
 #: Entries that people are shown.
 SHOWN = 100
@@ -43,9 +43,12 @@ LAST = datetime.max.replace(tzinfo=UTC)
 def next_(context: click.Context, entry: str | None, count: int, as_json: bool) -> None:
     """Show which beat leads, and what it sends when; or when ENTRY of beat_schedule is due."""
     app: Celery = context.obj.app
-    found = overview(app) if entry is None else times_of(app, entry, count)
+    if entry is None:
+        found = overview(app)
+    else:
+        found = times_of(app, one_of(app.conf.beat_schedule, entry), count)
     if as_json:
-        print_json(found)
+        print_json(_for_programs(found))
     elif entry is None:
         print_overview(found)
     else:
@@ -67,7 +70,7 @@ def overview(app: Celery) -> dict[str, Any]:
         "now": now,
         "leader": row.holder if row and leads else None,
         "fence": row.fence if row else 0,
-        "leads_since": _of(row.acquired_at) if row and leads else None,
+        "leads_since": row.acquired_at if row and leads else None,
         "expires_in": row.expires_in if row and leads else None,
         "entries": [_as_object(state, now) for state in states],
     }
@@ -76,19 +79,17 @@ def overview(app: Celery) -> dict[str, Any]:
 def print_overview(found: dict[str, Any]) -> None:
     """The same for people."""
     if not found["fence"]:
-        click.echo(f"no beat has led {found['name']!r} yet")
+        say(f"no beat has led {found['name']!r} yet")
         return
     if found["leader"]:
-        since = f"{found['leads_since']:%Y-%m-%d %H:%M:%S}"
-        click.echo(f"{found['leader']} leads {found['name']!r} since {since} UTC")
+        since = "" if found["leads_since"] is None else f" since {moment(found['leads_since'])} UTC"
+        say(f"{found['leader']} leads {found['name']!r}{since}")
     else:
-        click.echo(f"nobody leads {found['name']!r}")
-    name = Column("entry", overflow="fold")
-    schedule = Column("schedule", overflow="fold")
-    table = Table(name, "next (UTC)", "late", "last", "runs", "missed", schedule, box=None)
-    for entry in found["entries"][:SHOWN]:
-        table.add_row(
-            entry["entry"],
+        say(f"nobody leads {found['name']!r}")
+    titles = ("entry", "next (UTC)", "late", "last", "runs", "missed", "schedule")
+    rows = [
+        (
+            as_printed(entry["entry"]),
             _short(entry["next_tick"], found["now"]),
             f"{entry['late']:.1f} s" if entry["late"] else "",
             _short(entry["last_tick"], found["now"]),
@@ -96,9 +97,11 @@ def print_overview(found: dict[str, Any]) -> None:
             str(entry["missed_count"]),
             entry["schedule"],
         )
-    Console().print(table)
+        for entry in found["entries"][:SHOWN]
+    ]
+    print_table(table(titles, rows))
     if (more := len(found["entries"]) - SHOWN) > 0:
-        click.echo(f"and {more} more; --json has all")
+        say(f"and {more} more; --json has all")
 
 
 def times_of(app: Celery, name: str, count: int) -> dict[str, Any]:
@@ -132,18 +135,18 @@ def times_of(app: Celery, name: str, count: int) -> dict[str, Any]:
 
 def print_times(found: dict[str, Any]) -> None:
     """The same for people."""
-    for moment in found["next"]:
-        click.echo(f"{moment:%Y-%m-%d %H:%M:%S %Z}")
+    for due in found["next"]:
+        say(f"{due:%Y-%m-%d %H:%M:%S %Z}")
     if found["matches_now"]:
-        click.echo("it is due in this minute")
+        say("it is due in this minute")
 
 
 def _schedule_of(app: Celery, name: str) -> Schedule:
     entries = app.conf.beat_schedule
     if name not in entries:
-        near = difflib.get_close_matches(name, entries, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise click.ClickException(f"beat_schedule has no entry {name!r}{hint}")
+        raise click.ClickException(
+            f"beat_schedule has no entry '{as_printed(name)}'{like(name, entries)}"
+        )
     fields = fields_of({name: entries[name]})[name]
     return SingletonEntry(**fields | {"name": name, "app": app}).schedule
 
@@ -167,9 +170,10 @@ def _as_object(state: EntryState, now: datetime) -> dict[str, Any]:
     }
 
 
-def _of(epoch: float | None) -> datetime | None:
-    return None if epoch is None else datetime.fromtimestamp(epoch, UTC)
+def _for_programs(found: dict[str, Any]) -> dict[str, Any]:
+    since = found.get("leads_since")
+    return found if since is None else found | {"leads_since": iso(since)}
 
 
-def _short(moment: datetime | None, now: datetime) -> str:
-    return short_moment(moment.timestamp() if moment else None, now.timestamp())
+def _short(at: datetime | None, now: datetime) -> str:
+    return short_moment(at.timestamp(), now.timestamp()) if at else "-"

@@ -19,9 +19,11 @@ from celery.bin.base import CeleryCommand
 from celery_singleton_state.keys import UniqueOn, sure_task_of, task_of
 from celery_singleton_state.options import options_of
 from celery_singleton_state.runtime import Runtime, runtime_of
+from celery_singleton_state.visible import as_printed
 
 from .change import YES, tell
-from .common import print_json, says_why
+from .common import one_of, says_why
+from .terminal import ask, print_json, say
 
 UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1, "": 1}
 #: What every database can still count back.
@@ -106,14 +108,14 @@ def prune(
     app: Celery = context.obj.app
     app.finalize(auto=True)
     runtime = runtime_of(app)
+    only = only and one_of(app.tasks, only)
     unused = find_unused(runtime, older_than, only)
     if not as_json:
         print_unused(unused)
     removed = None
     if unused.by_task and not dry_run:
         if not yes:
-            question = f"Remove {_keys(unused.counts.total())}, and their states?"
-            click.confirm(question, abort=True, err=as_json)
+            ask(f"Remove {_keys(unused.counts.total())}, and their states?", err=as_json)
         removed = remove(runtime, unused, older_than, batch)
     if as_json:
         print_json(_as_object(unused, removed))
@@ -166,21 +168,21 @@ def remove(runtime: Runtime, unused: Unused, older_than: float, batch: int) -> C
 def print_unused(unused: Unused) -> None:
     """For people."""
     for task, keys in unused.by_task.items():
-        click.echo(f"{task}: {_keys(len(keys))} that nobody uses")
+        say(f"{as_printed(task)}: {_keys(len(keys))} that nobody uses")
     if not unused.by_task:
-        click.echo("there is nothing to remove")
+        say("there is nothing to remove")
     if names := [name for name, _ in unused.passed_over.most_common()]:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        click.echo(
+        say(
             f"passed over: {_keys(unused.passed_over.total())} of tasks that this app does not "
-            f"know: {', '.join(names[:SHOWN])}{more}"
+            f"know: {', '.join(map(as_printed, names[:SHOWN]))}{more}"
         )
 
 
 def print_removed(unused: Unused, removed: Counter[str]) -> None:
     """The same."""
     done, left = removed.total(), (unused.counts - removed).total()
-    click.echo(f"{_keys(done)} removed" + (f"; {_keys(left)} in use again or gone" if left else ""))
+    say(f"{_keys(done)} removed" + (f"; {_keys(left)} in use again or gone" if left else ""))
 
 
 def _tasks_with_unique_on(runtime: Runtime, only: str | None) -> dict[str, UniqueOn]:

@@ -12,6 +12,7 @@ from celery_singleton_state.health import SingletonHealth
 from celery_singleton_state.history import Outcome
 from celery_singleton_state.runtime import Runtime
 from celery_singleton_state.store.base import Listed, StoreError
+from celery_singleton_state.visible import as_printed
 
 from .look import Look
 from .page import Page, ShownBeat, ShownSingleton
@@ -57,7 +58,7 @@ class Overview:
             app=str(self._runtime.app.main or "celery"),
             now=max((row.read_at for row in rows), default=time.time()),
             shown=shown,
-            total=sum(query.lower() in each.singleton.lower() for each in found),
+            total=sum(_matches(query, each.singleton) for each in found),
             running=sum(row.held and not row.held_on for row in rows),
             unhealthy=sum(not each.healthy for each in found),
             query=query,
@@ -66,9 +67,7 @@ class Overview:
         )
 
     def _shown(self, query: str, seen: Look) -> tuple[ShownSingleton, ...]:
-        matching = [
-            each for each in seen.health.singletons if query.lower() in each.singleton.lower()
-        ]
+        matching = [each for each in seen.health.singletons if _matches(query, each.singleton)]
         matching.sort(key=lambda each: _rank(each, seen.rows.get(each.singleton)))
         chosen = matching[:SHOWN]
         keys = [row.key for each in chosen if (row := seen.rows.get(each.singleton))]
@@ -88,6 +87,11 @@ class Overview:
             upcoming=tuple(state for state in states if state.next_tick)[:UPCOMING],
             entries=len(states),
         )
+
+
+def _matches(query: str, name: str) -> bool:
+    """Whether a name has the query in it, as it is or as the page shows it."""
+    return query.lower() in name.lower() or query.lower() in as_printed(name).lower()
 
 
 def _show(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from celery_singleton_state.beat.entry_state import EntryState
+from celery_singleton_state.visible import as_printed
 
 from .page_text import ago, holder, moment, safe, span
 from .shown import ShownBeat
@@ -48,12 +49,13 @@ def _upcoming(shown: ShownBeat, now: float) -> str:
 
 
 def _entry(state: EntryState, now: float) -> str:
+    name = safe(as_printed(state.entry))
     task = "" if state.task == state.entry else f'<code class="task">{safe(state.task)}</code>'
     last = ago(state.last_tick.timestamp(), now) if state.last_tick else "never"
     missed = f'<b class="warn">{state.missed_count:,}</b>' if state.missed_count else "0"
     kind = "number" if state.missed_count else "number zero"
     return (
-        f'<tr><th scope="row"><code class="name"><b>{safe(state.entry)}</b></code> {task}</th>'
+        f'<tr><th scope="row"><code class="name"><b>{name}</b></code> {task}</th>'
         f'<td class="next">{_next(state, now)}</td><td class="schedule">{safe(state.schedule)}</td>'
         f'<td class="lasttick"><span class="label">last tick </span>{last}</td>'
         f'<td class="number sent"><span class="label">runs </span>{state.total_run_count:,}</td>'

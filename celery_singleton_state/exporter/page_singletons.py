@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from celery_singleton_state.history import Outcome, is_run
 from celery_singleton_state.store.base import Listed
+from celery_singleton_state.visible import as_printed
 
 from .page_text import ago, holder, moment, plural, safe, span, took
 from .page_timeline import legend, timeline
@@ -105,8 +106,12 @@ def _name(shown: ShownSingleton) -> str:
     """The whole name, as the commands take it, with the arguments set off from the task."""
     name, task = shown.health.singleton, shown.health.task
     head = task if name.startswith(task) else name
-    arguments = f'<span class="arguments">{safe(name[len(head) :])}</span>' if name != head else ""
-    return f'<code class="name"><b>{safe(head)}</b>{arguments}</code>'
+    printed, bold = as_printed(name), as_printed(head)
+    if not printed.startswith(bold):
+        bold = printed
+    rest = printed[len(bold) :]
+    arguments = f'<span class="arguments">{safe(rest)}</span>' if rest else ""
+    return f'<code class="name"><b>{safe(bold)}</b>{arguments}</code>'
 
 
 def _reason(shown: ShownSingleton) -> str:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import html
-from datetime import UTC, datetime
 
-#: HTML has no way to write control characters, and they can garble what stands around them.
-_UNPRINTABLE = {
-    code: 0xFFFD for code in (*range(32), 127, *range(0x80, 0xA0)) if code not in (9, 10)
-}
+from celery_singleton_state import moments
+from celery_singleton_state.visible import visible
+
+#: Seconds that are still counted in days.
+_LONGEST = 1e15
 
 
 def safe(text: object) -> str:
     """Any text as HTML, for an element or a quoted attribute; every one that is not ours goes
     through here.
     """
-    whole = str(text)
-    if not (whole.isascii() and whole.isprintable()):
-        # A lone surrogate can come out of JSON and go into no answer.
-        whole = whole.encode("utf-8", "replace").decode().translate(_UNPRINTABLE)
-    return html.escape(whole)
+    return html.escape(visible(str(text), keep="\t\n"))
 
 
 def span(seconds: float) -> str:
     """A length of time in one unit, to two digits or so; tenths of a second would only flicker."""
+    if not abs(seconds) < _LONGEST:
+        return moments.seconds(seconds)
     seconds = max(0.0, seconds)
     for unit, length, most in (("s", 1, 120), ("min", 60, 120 * 60), ("h", 3600, 48 * 3600)):
         if seconds < most:
@@ -42,15 +40,10 @@ def ago(then: float, now: float) -> str:
 
 def moment(epoch: float, now: float) -> str:
     """A time in UTC, without what goes without saying: the day where it is today's."""
-    at, today = datetime.fromtimestamp(epoch, UTC), datetime.fromtimestamp(now, UTC).date()
-    short = f"{at:%H:%M:%S}" if at.date() == today else f"{at:%Y-%m-%d %H:%M}"
-    whole = f"{at:%Y-%m-%d %H:%M:%S}"
+    short, whole = moments.short_moment(epoch, now), moments.moment(epoch)
+    if not moments.is_usual(epoch):
+        return f'<span title="{whole} UTC">{short}</span>'
     return f'<time datetime="{whole}Z" title="{whole} UTC">{short}</time>'
-
-
-def plain_moment(epoch: float) -> str:
-    """The same for a tooltip, in full."""
-    return f"{datetime.fromtimestamp(epoch, UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def holder(name: str) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+from celery_singleton_state import moments
 from celery_singleton_state.history import Entry, Outcome
 from celery_singleton_state.store.base import Listed
 
-from .page_text import moment, plain_moment, safe, span, took
+from .page_text import moment, safe, span, took
 
 #: The axis is this long, in hundredths of the drawing; a bar at least so wide.
 LENGTH = 100.0
@@ -43,6 +44,8 @@ LEGEND = {
 def timeline(row: Listed | None, runs: tuple[Entry, ...], now: float) -> str:
     """The drawing, with its axis beneath; nothing where there is nothing to draw."""
     begun = _begun(row)
+    # A moment beyond the calendar has no place on the axis.
+    runs = tuple(run for run in runs if _has_place(run.started) and _has_place(run.finished))
     if not runs and begun is None:
         return ""
     times = [time for run in runs for time in (run.started, run.finished)]
@@ -90,14 +93,20 @@ def _end(start: float, last: float, now: float) -> tuple[float, str]:
 
 def _begun(row: Listed | None) -> float | None:
     """When the run began that has not ended."""
-    return row.acquired_at if row is not None and row.expires_in is not None else None
+    if row is None or row.expires_in is None or row.acquired_at is None:
+        return None
+    return row.acquired_at if _has_place(row.acquired_at) else None
+
+
+def _has_place(epoch: float) -> bool:
+    return moments.is_usual(epoch)
 
 
 def _unfinished(row: Listed, begun: float, left: float) -> str:
     outcome = RUNNING if row.held else Outcome.LOST
     what = "running" if row.held else "not ended, its lease ran out"
     return _bar(
-        outcome, left, LENGTH, f"{what}, since {plain_moment(begun)} UTC, fence {row.fence}"
+        outcome, left, LENGTH, f"{what}, since {moments.moment(begun)} UTC, fence {row.fence}"
     )
 
 
@@ -115,7 +124,7 @@ def _shape(outcome: str, left: float, right: float, inside: str = "") -> str:
 
 def _of(run: Entry) -> str:
     length = took(run.finished - run.started)
-    text = f"{run.outcome}, {plain_moment(run.started)} UTC, took {length}, fence {run.fence}"
+    text = f"{run.outcome}, {moments.moment(run.started)} UTC, took {length}, fence {run.fence}"
     return f"{text}: {run.error}" if run.error else text
 
 
@@ -124,4 +133,4 @@ def _label(runs: tuple[Entry, ...], begun: float | None, start: float) -> str:
     if begun is not None:
         counts["not ended"] = 1
     said = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-    return safe(f"Runs since {plain_moment(start)} UTC: {said}")
+    return safe(f"Runs since {moments.moment(start)} UTC: {said}")
