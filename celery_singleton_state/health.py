@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from celery import Celery
 
 from .keys import task_of
 from .lease import clock
+from .moments import moment, seconds
 from .options import expected_singletons, options_of
 from .runtime import Runtime, runtime_of
 from .settings import Settings
@@ -95,15 +97,14 @@ def _of(row: Listed, expected: float | None, settings: Settings) -> tuple[bool, 
         return _never_ran(row.read_at - (row.updated_at or row.read_at), expected, settings)
     age = row.read_at - row.last_finished_at
     limit = expected * settings.heartbeat_threshold
-    text = f"it finished {_seconds(age)} ago"
+    if not -limit <= age < math.inf:
+        # No clock that stores share is so far off: nothing is known of its last run.
+        return False, f"its row says that it finished at {moment(row.last_finished_at)} UTC"
+    text = f"it finished {seconds(age)} ago"
     return age <= limit, text if age <= limit else f"{text}, and should have within {limit:g} s"
 
 
 def _never_ran(since: float, expected: float, settings: Settings) -> tuple[bool, str]:
     limit = max(settings.startup_grace, expected * settings.heartbeat_threshold)
-    text = f"it never ran, and is waited for since {_seconds(since)}"
+    text = f"it never ran, and is waited for since {seconds(since)}"
     return since <= limit, text if since <= limit else f"{text}, longer than {limit:g} s"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.0f} s"

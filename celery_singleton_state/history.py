@@ -13,6 +13,7 @@ from enum import StrEnum
 import msgspec
 
 from .ticks import Tick
+from .visible import visible
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +91,9 @@ def decode(raw: str | None, name: str) -> tuple[Entry, ...]:
         return ()
     try:
         return _decoder.decode(raw)
-    except (msgspec.MsgspecError, ValueError) as error:
-        logger.warning("singleton %s: its history cannot be read and starts anew: %s", name, error)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        text = "singleton %s: its history cannot be read and starts anew: %s"
+        logger.warning(text, visible(name), error)
         return ()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 from . import history
 from .history import Outcome
@@ -97,7 +98,8 @@ def end_for(
         tick=None,
         outcome=Outcome.LOST,
         error=why,
-        started=row.acquired_at,
+        # JSON has no infinity, and the whole history could not be read with it.
+        started=row.acquired_at if math.isfinite(row.acquired_at) else row.read_at,
         finished=row.read_at,
         sent=sent,
         deaths=history.deaths_of(entries, row.task_id, sent) + (why == history.DIED),

@@ -15,6 +15,7 @@ import logging
 import msgspec
 
 from .ticks import Tick
+from .visible import visible
 
 logger = logging.getLogger(__name__)
 
@@ -114,10 +115,9 @@ def decode(raw: str | None, name: str) -> TicksDone:
         return {}
     try:
         return _decoder.decode(raw)
-    except (msgspec.MsgspecError, ValueError) as error:
-        logger.warning(
-            "singleton %s: its ticks_done cannot be read and starts anew: %s", name, error
-        )
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        text = "singleton %s: its ticks_done cannot be read and starts anew: %s"
+        logger.warning(text, visible(name), error)
         return {}
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Annotated
 
 import msgspec
+
+from celery_singleton_state.visible import visible
 
 logger = logging.getLogger(__name__)
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: The next tick of a schedule that is never due again.
 NEVER = datetime.max.replace(tzinfo=UTC)
+#: A time without a zone could not be compared with any other.
+Moment = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
 class EntryState(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -33,14 +38,14 @@ class EntryState(msgspec.Struct, frozen=True, omit_defaults=True):
     entry: str
     task: str
     schedule: str
-    next_tick: datetime | None = None
-    last_tick: datetime | None = None
-    last_run_at: datetime | None = None
+    next_tick: Moment | None = None
+    last_tick: Moment | None = None
+    last_run_at: Moment | None = None
     total_run_count: int = 0
     missed_count: int = 0
-    previous_tick: datetime | None = None
+    previous_tick: Moment | None = None
     under_way: str | None = None
-    since: datetime | None = None
+    since: Moment | None = None
 
     def is_before(self, other: EntryState) -> bool:
         """Whether the other is what has become of it later."""
@@ -61,8 +66,9 @@ def decode_rows(rows: Mapping[str, str]) -> dict[str, EntryState]:
     for key, value in rows.items():
         try:
             state = _decoder.decode(value)
-        except (msgspec.MsgspecError, ValueError) as error:
-            logger.warning("beat: %s cannot be read and starts anew: %s", key, error)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            name = visible(key)
+            logger.warning("beat: %s cannot be read and starts anew: %s", name, error)
         else:
             found[state.entry] = state
     return found

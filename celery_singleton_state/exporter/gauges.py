@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -39,12 +40,17 @@ class Sums:
         if row is None:
             return
         self.rows += 1
-        self.last_execution = max(self.last_execution, row.last_finished_at or 0.0)
-        self.last_success = max(self.last_success, last_success(row))
+        self.last_execution = _larger(self.last_execution, row.last_finished_at or 0.0)
+        self.last_success = _larger(self.last_success, last_success(row))
         if row.held and row.acquired_at is not None:
             self.held += 1
-            self.heartbeat_age = max(self.heartbeat_age, ttl - (row.expires_in or 0.0))
-            self.running = max(self.running, row.read_at - row.acquired_at)
+            self.heartbeat_age = _larger(self.heartbeat_age, ttl - (row.expires_in or 0.0))
+            self.running = _larger(self.running, row.read_at - row.acquired_at)
+
+
+def _larger(one: float, other: float) -> float:
+    """The larger number; one odd row must not hide with an infinity what the others come to."""
+    return max(one, other) if math.isfinite(other) else one
 
 
 #: Name, help, and the value of each gauge; it is left out where that is ``None``.

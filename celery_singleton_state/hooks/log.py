@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from celery_singleton_state.visible import visible
+
 from .details import (
     Acquired,
     Changed,
@@ -50,4 +52,9 @@ def write(details: Details) -> None:
     if isinstance(details, Skipped) and details.tick is not None:
         level = logging.WARNING
     if logger.isEnabledFor(level):
-        logger.log(level, f"singleton %s {text}", details.key, *fields(details))
+        logger.log(level, f"singleton %s {text}", *map(_safe, (details.key, *fields(details))))
+
+
+def _safe(field: Any) -> Any:
+    """So that no key and no error can break off a line, and begin another one."""
+    return visible(field) if isinstance(field, str) else field

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
+from .odd_values import odd_values
+
 
 class StoreError(Exception):
     """The store did not do what was asked; the message says why, for people."""
@@ -242,9 +244,11 @@ Seen = TypeVar("Seen", bound=Listed)
 
 
 def seen(row: Seen) -> Seen:
-    """A row as it was read, with the holder struck out of one that was held on after its run, and
-    is not any more.
+    """A row as it was read, with values of the kinds that its fields have, and with the holder
+    struck out of one that was held on after its run, and is not any more.
     """
+    if odd := odd_values(row):
+        row = replace(row, **odd)
     if row.acquired_at is None and not row.held:
         return replace(row, holder=None, expires_in=None)
     return row

@@ -36,6 +36,7 @@ from .base import (
     Write,
     seen,
 )
+from .odd_values import number, whole_number
 from .redis_calls import ScriptCalls
 from .redis_faults import NO_CLUSTER, as_store_error
 from .redis_url import client_for
@@ -66,6 +67,8 @@ class RedisStore:
             client_for,
             url,
             decode_responses=True,
+            # A key that somebody wrote in another encoding is one odd key.
+            encoding_errors="surrogateescape",
             socket_timeout=io_timeout,
             socket_connect_timeout=io_timeout,
             retry=Retry(NoBackoff(), 0),
@@ -254,41 +257,38 @@ def _by_name(fields: Sequence[str]) -> dict[str, str]:
 
 def _row(key: str, fields: Sequence[str], now: str) -> Row:
     found = _by_name(fields)
-    queued_in = float(found["queued_until"]) - float(now) if "queued_until" in found else None
+    queued_until = number(found.get("queued_until"))
+    queued_in = None if queued_until is None else queued_until - float(now)
     return Row(
         **_listed(key, found, now),
         value=NO_STATE,
-        write=int(found.get("write", 0)),
+        write=whole_number(found.get("write")),
         wanted=found.get("wanted"),
         ticks_done=found.get("ticks_done"),
-        queue=int(found.get("queue", 0)),
+        queue=whole_number(found.get("queue")),
         queued_task_id=found.get("queued_task_id") if (queued_in or 0.0) > 0 else None,
         queued_in=queued_in,
         handoff_to=found.get("handoff_to"),
-        newest=int(found.get("newest", 0)),
+        newest=whole_number(found.get("newest")),
         newest_sent=found.get("newest_sent"),
     )
 
 
 def _listed(key: str, found: Mapping[str, str], now: str) -> dict[str, Any]:
     """The arguments of a :class:`Listed`."""
-
-    def number(name: str) -> float | None:
-        return float(found[name]) if name in found else None
-
-    expires_at, read_at = number("expires_at"), float(now)
+    expires_at, read_at = number(found.get("expires_at")), float(now)
     return {
         "key": key,
         "schema_version": None,
-        "updated_at": number("updated_at"),
-        "fence": int(found.get("fence", 0)),
+        "updated_at": number(found.get("updated_at")),
+        "fence": whole_number(found.get("fence")),
         "holder": found.get("holder"),
         "task_id": found.get("task_id"),
-        "acquired_at": number("acquired_at"),
+        "acquired_at": number(found.get("acquired_at")),
         "expires_in": None if expires_at is None else expires_at - read_at,
-        "run_count": int(found.get("run_count", 0)),
+        "run_count": whole_number(found.get("run_count")),
         "last_outcome": found.get("last_outcome"),
-        "last_finished_at": number("last_finished_at"),
+        "last_finished_at": number(found.get("last_finished_at")),
         "history": found.get("history"),
         "read_at": read_at,
     }

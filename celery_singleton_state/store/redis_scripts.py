@@ -28,7 +28,7 @@ local function moment(at) return string.format('%.6f', at) end
 local function get(name) return redis.call('HGET', key, name) end
 local function set(name, value) redis.call('HSET', key, name, value) end
 local function drop(...) redis.call('HDEL', key, ...) end
-local function later(name) local at = get(name); return at and tonumber(at) > now end
+local function later(name) local at = tonumber(get(name) or ''); return at and at > now end
 local function touch() redis.call('HDEL', key, '') end
 local function make()
   if redis.call('HEXISTS', key, 'fence') == 1 then return touch() end
@@ -161,8 +161,10 @@ LIST = f"""
 {_PAGE}
 for _, each in ipairs(page) do
   key = each
-  local all, fields = redis.call('HGETALL', key), {{}}
-  local brief = get('last_outcome') == 'succeeded'
+  -- A key that is not of a hash is somebody else's value.
+  local all, fields = redis.pcall('HGETALL', key), {{}}
+  if all.err then all = {{}} end
+  local brief = #all > 0 and get('last_outcome') == 'succeeded'
   for number = 1, #all, 2 do
     if not (brief and all[number] == 'history') then
       fields[#fields + 1] = all[number]
@@ -178,7 +180,10 @@ HISTORIES = f"""
 {_HEAD}
 touch()
 local found = {{}}
-for number = 1, #KEYS do found[number] = redis.call('HGET', KEYS[number], 'history') end
+for number = 1, #KEYS do
+  local history = redis.pcall('HGET', KEYS[number], 'history')
+  found[number] = type(history) == 'string' and history
+end
 return found
 """
 
@@ -278,10 +283,14 @@ return 1
 
 #: Nobody holds it, asks for it, wishes it to run once more or has it queued, for so long.
 _IS_UNUSED = """
-local function is_old(name) return not (tonumber(get(name) or '0') > now - older_than) end
+local function is_old(name)
+  local at = tonumber(get(name) or '0')
+  return at and at <= now - older_than
+end
 local function is_unused()
+  if redis.call('TYPE', key).ok ~= 'hash' then return false end
   local held_on = get('holder') and not get('acquired_at') and not later('expires_at')
-  return redis.call('EXISTS', key) == 1 and (held_on or not get('holder'))
+  return (held_on or not get('holder'))
     and not get('handoff_to') and not get('wanted') and not later('queued_until')
     and is_old('updated_at') and is_old('last_finished_at')
 end
