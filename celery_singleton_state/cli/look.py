@@ -118,6 +118,7 @@ def _listed(runtime: Runtime, rows: Sequence[Listed]) -> Table:
             )
             for row in rows
         ),
+        folded="lease",
     )
 
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from celery_singleton_state.visible import as_json, encodable, visible
 
-#: Of a table's width, what is left to the other columns where the first is never folded.
-_OTHERS = 70
+#: The width that a column which is folded has at least.
+_NARROWEST = 16
 
 
 def say(text: str, err: bool = False) -> None:
@@ -40,13 +40,17 @@ def print_json(value: Any) -> None:
     click.echo(text.replace("\x7f", r"\u007f"))
 
 
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table of texts, none of which is cut: they are folded where they are too long."""
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]], folded: str = "") -> Table:
+    """A table of texts, none of which is cut.
+
+    A terminal gets them folded where they are too long. Who reads from a pipe gets them whole.
+
+    :param folded: the title of a column that is folded in a pipe, too.
+    """
     made = Table(box=None)
-    whole = not sys.stdout.isatty()
-    for number, title in enumerate(titles):
-        # Who reads from a pipe gets the names, in the first column, as they are.
-        made.add_column(title, overflow="fold", no_wrap=whole and number == 0)
+    in_pipe = not sys.stdout.isatty()
+    for title in titles:
+        made.add_column(title, overflow="fold", no_wrap=in_pipe and title != folded)
     for row in rows:
         made.add_row(*(Text(_shown(cell, sys.stdout)) for cell in row))
     return made
@@ -56,9 +60,16 @@ def print_table(made: Table) -> None:
     """Print a table of :func:`table`."""
     console = plain_console()
     if not sys.stdout.isatty():
-        names = [cell.cell_len for cell in made.columns[0].cells if isinstance(cell, Text)]
-        console.width = max(console.width, max(names, default=0) + _OTHERS)
+        console.width = max(console.width, sum(map(_width, made.columns)))
     console.print(made)
+
+
+def _width(column: Column) -> int:
+    """What a column needs, with the spaces on both sides."""
+    if not column.no_wrap:
+        return _NARROWEST
+    texts = [Text(str(column.header)), *(cell for cell in column.cells if isinstance(cell, Text))]
+    return max(text.cell_len for text in texts) + 2
 
 
 def plain_console() -> Console:
