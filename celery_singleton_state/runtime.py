@@ -125,6 +125,11 @@ class Runtime:
         store = self.store
         return store.stores if isinstance(store, RoutedStore) else [store]
 
+    def stores_for(self, key: str) -> Sequence[Leases]:
+        """The same, the store that a key belongs to first."""
+        store = self.store
+        return store.stores_for(key) if isinstance(store, RoutedStore) else [store]
+
     def _beside_redis(self, sql: SqlStore | None) -> Store | None:
         if self.settings.lease_url is None:
             return None

@@ -104,5 +104,9 @@ def like(name: str, known: Iterable[str]) -> str:
 
 
 def _row(runtime: Runtime, typed: str) -> Row | None:
-    keys = (row_key(runtime.settings.key_prefix, name) for name in names_meant(typed))
-    return next((row for key in keys if (row := runtime.store.peek(key))), None)
+    for name in names_meant(typed):
+        key = row_key(runtime.settings.key_prefix, name)
+        for store in runtime.stores_for(key):
+            if (row := store.peek(key)) is not None:
+                return row
+    return None

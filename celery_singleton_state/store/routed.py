@@ -59,6 +59,15 @@ class RoutedStore:
             raise ImproperlyConfigured(NO_SQL)
         return self._sql_or_none
 
+    def stores_for(self, key: str) -> Sequence[Leases]:
+        """All stores, the one that a key belongs to first. Another one may have the row of a task
+        that this app does not know, or that had no state before.
+        """
+        return sorted(self.stores, key=lambda store: store is not self._own(key))
+
+    def _own(self, key: str) -> Leases | None:
+        return self._leases if self._has_no_state(key) else self._sql_or_none
+
     @property
     def stores(self) -> list[Leases]:
         """All stores that there are."""
@@ -100,7 +109,7 @@ class RoutedStore:
     ) -> dict[str, tuple[str | None, str | None]]:
         found: dict[str, tuple[str | None, str | None]] = {}
         for store in self.stores:
-            own = [key for key in keys if self.of(key) is store]
+            own = [key for key in keys if self._own(key) is store]
             found |= store.contents(own, values) if own else {}
         return found
 
