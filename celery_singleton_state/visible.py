@@ -1,8 +1,8 @@
 """Texts of users made safe to show: names, states, errors and arguments can hold anything.
 
 A terminal obeys the control characters in what it prints, and an override of the writing direction
-garbles what stands around it. So every character that is not seen is written as an escape, as
-Python writes it: ``\\x1b``, ``\\u202e``. What programs read is never changed this way.
+garbles what stands around it. So every character that is not seen is written as an escape that
+Python reads: ``\\x1b``, ``\\u202e``. What programs read is never changed this way.
 """
 
 from __future__ import annotations

@@ -104,6 +104,31 @@ def test_show_of_an_unknown_name_suggests(fleet: Fleet, client: Callable[[], Cel
     assert "'incremnt' has not run yet; did you mean increment?" in answer.stderr
 
 
+def test_a_key_that_a_terminal_would_obey_is_shown_in_an_encoding_without_it(fleet: Fleet) -> None:
+    """Python ends a program that prints what its standard output cannot have."""
+    store = open_store(fleet.environment["CELERY_SINGLETON_STORE_URL"], "kv_store", 5.0, 2, True)
+    for name in ("innocent", 'keyed{"key":"[/acme] [red]Ł\u202e\x9b"}'):
+        assert store.acquire(f"singleton-state:{name}", "ó\x1b]0;title\x07", 60, "漢")
+    store.close()
+
+    def said(*arguments: str) -> str:
+        answer = subprocess.run(
+            [sys.executable, "-m", "celery", "-A", "tests.processes.tasks", *arguments],
+            env=fleet.environment | {"PYTHONIOENCODING": "ascii:strict"},
+            capture_output=True,
+            timeout=60,
+        )
+        assert (answer.returncode, answer.stderr) == (0, b"")
+        return answer.stdout.decode("ascii")
+
+    printed = r'keyed{"key":"[/acme] [red]\u0141\u202e\x9b"}'
+    listed = said("singleton", "ls")
+    assert f" {printed} " in listed
+    assert " innocent " in listed
+    assert all(each == "\n" or each.isprintable() for each in listed)
+    assert r"\xf3\x1b]0;title\x07, " in said("singleton", "show", printed)
+
+
 def test_a_store_out_of_reach_is_one_line(make_fleet: Callable[..., Fleet]) -> None:
     fleet = make_fleet("postgresql://nobody@127.0.0.1:1/none", CELERY_SINGLETON_AUTO_MIGRATE="0")
     answer = fleet.command("singleton", "ls")
