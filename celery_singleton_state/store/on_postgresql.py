@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import threading
 import time
 from collections.abc import Generator
 from typing import Any
@@ -22,15 +24,34 @@ NUMBERS = ("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_c
 #: Values of libpq's sslmode.
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
+ACTIVE = psycopg.pq.TransactionStatus.ACTIVE
+
+#: Seconds that closing a connection waits at most until the server has taken its cancel request.
+LONGEST_CANCEL = 0.5
+#: The same, as a part of what an answer may take.
+CANCEL_PART = 0.25
+#: Threads at most that send a cancel request: what is more must be a server that is silent.
+CANCELLERS = 4
+CANCELLER = "singleton-cancel"
+
 
 class Connection(psycopg.Connection[Any]):
     """A connection that gives up on a server which stays silent.
 
     TCP's own time-outs do not see a proxy that acknowledges and never answers.
+
+    A statement that is given up is cancelled. A server that waits for a lock, or for a standby,
+    does not notice that its client has closed the connection, so each try would leave one more of
+    the server's processes behind, until no application gets a connection.
     """
 
     #: Seconds; ``None``: for ever.
     patience: float | None = None
+    cancel_timeout = LONGEST_CANCEL
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._owner = os.getpid()
 
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         if self.patience is not None:
@@ -46,6 +67,36 @@ class Connection(psycopg.Connection[Any]):
         os.close(nothing)
         self.close()
 
+    def close(self) -> None:
+        """Close the connection, whatever it is in the middle of."""
+        try:
+            self._cancel_statement()
+        finally:
+            super().close()
+
+    def _cancel_statement(self) -> None:
+        """Ask the server to end the statement under way, and wait for a moment until it is told.
+
+        The connection stays open until then, because a pooler knows by it whose statement that is.
+        """
+        if self.pgconn.transaction_status != ACTIVE or os.getpid() != self._owner:
+            return
+        # Nothing more can be done about a server that is not reached, and closing must not fail.
+        with contextlib.suppress(psycopg.Error, OSError, RuntimeError):
+            if psycopg.capabilities.has_cancel_safe():
+                self.cancel_safe(timeout=self.cancel_timeout)
+            else:
+                self._cancel_in_a_thread()
+
+    def _cancel_in_a_thread(self) -> None:
+        """Before libpq 17 a cancel request blocks its thread while the server is silent."""
+        if sum(thread.name == CANCELLER for thread in threading.enumerate()) >= CANCELLERS:
+            return
+        cancel = self.pgconn.get_cancel()
+        thread = threading.Thread(target=_send, args=(cancel,), name=CANCELLER, daemon=True)
+        thread.start()
+        thread.join(self.cancel_timeout)
+
     def _impatient(self, gen: Any, patience: float) -> Generator[Any, Any, Any]:
         try:
             wanted = next(gen)
@@ -56,7 +107,7 @@ class Connection(psycopg.Connection[Any]):
                 if ready:
                     heard = now
                 elif now - heard > patience:
-                    self.pgconn.finish()
+                    self.close()
                     raise psycopg.OperationalError(f"no answer within {patience:g} s")
                 wanted = gen.send(ready)
         except StopIteration as stop:
@@ -90,6 +141,7 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
     def connect(_dialect: Any, _record: Any, args: Any, kwargs: Any) -> Connection:
         connection = Connection.connect(*args, **kwargs)
         connection.patience = io_timeout
+        connection.cancel_timeout = min(LONGEST_CANCEL, io_timeout * CANCEL_PART)
         if wanted is None and not _is_pooled(connection):
             connection.prepare_threshold = 0
         return connection
@@ -129,6 +181,11 @@ def _refuse_wrong_values(url: URL, query: dict[str, Any]) -> None:
     for name in NUMBERS:
         if name in query and not str(query[name]).isdecimal():
             raise ImproperlyConfigured(f"singleton_store_url: {name} takes a whole number")
+
+
+def _send(cancel: psycopg.pq.abc.PGcancel) -> None:
+    with contextlib.suppress(psycopg.Error):
+        cancel.cancel()
 
 
 def _threshold(wanted: Any) -> int | None:

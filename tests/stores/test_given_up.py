@@ -1,0 +1,183 @@
+"""A statement that its client gives up ends on the server as well, however it is given up.
+
+Another session has locked the table all the time, so nothing else ends what waits for it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import psycopg
+import pytest
+
+from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.store.base import StoreUnavailable
+from tests.pgbouncer import PgBouncer
+from tests.servers import Postgres
+from tests.waiting import wait_until
+
+#: Seconds of an answer that nobody waits for.
+PATIENT = 60.0
+
+
+class Server:
+    """A database, and how many of its sessions wait for a lock."""
+
+    def __init__(self, postgres: Postgres, url: str) -> None:
+        self._postgres, self._url = postgres, url
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        with psycopg.connect(self._url.replace("+psycopg", "")) as other:
+            other.execute("LOCK TABLE kv_store IN ACCESS EXCLUSIVE MODE")
+            yield
+
+    def waiting(self) -> int:
+        return len(
+            self._postgres.column(
+                "postgres",
+                "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+                f" AND datname = '{self._url.rpartition('/')[2]}'",
+            )
+        )
+
+    def wait_for_waiting(self, count: int) -> None:
+        wait_until(lambda: self.waiting() == count, f"{count} sessions wait for the lock")
+
+
+@pytest.fixture
+def server(postgres: Postgres, server_url: str) -> Server:
+    open_store(server_url, "kv_store", PATIENT, auto_migrate=True).close()
+    return Server(postgres, server_url)
+
+
+@pytest.fixture(params=["direct", "pgbouncer"])
+def make_store(
+    request: pytest.FixtureRequest, server: Server, server_url: str
+) -> Iterator[Callable[[float], SqlStore]]:
+    """Makes a store by what an answer may take."""
+    made: list[SqlStore] = []
+    url = server_url
+    if request.param == "pgbouncer":
+        pgbouncer: PgBouncer = request.getfixturevalue("pgbouncer")
+        url = pgbouncer.url(server_url.rpartition("/")[2])
+
+    def make(io_timeout: float) -> SqlStore:
+        made.append(open_store(url, "kv_store", io_timeout))
+        return made[-1]
+
+    yield make
+    for store in made:
+        store.close()
+
+
+@pytest.fixture(params=["libpq 17", "an older libpq"])
+def libpq(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "an older libpq":
+        monkeypatch.setattr(psycopg.capabilities, "has_cancel_safe", lambda: False)
+
+
+class TimeLimit(Exception):
+    """Struck by a signal, as Celery's own is."""
+
+
+@contextmanager
+def struck(server: Server) -> Iterator[None]:
+    """Raise in the main thread as soon as the server has its statement wait."""
+    before = signal.signal(signal.SIGUSR1, _strike)
+
+    def strike() -> None:
+        server.wait_for_waiting(1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    striking = threading.Thread(target=strike)
+    striking.start()
+    try:
+        with pytest.raises(TimeLimit):
+            yield
+    finally:
+        striking.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _strike(*_: object) -> None:
+    raise TimeLimit
+
+
+def acquire(store: SqlStore) -> object:
+    return store.acquire("k", "h", 60, None)
+
+
+def acquire_beside_another(store: SqlStore) -> None:
+    """Over a connection of the pool's: the one at hand is in use."""
+    store._connections.execute("SELECT 1", {}, lambda cursor: acquire(store))
+
+
+def use_a_transaction(store: SqlStore) -> None:
+    """A statement of a body's own, for whose answer nobody has a limit."""
+    with store.transaction() as transaction:
+        transaction.connection.exec_driver_sql("SELECT * FROM kv_store")
+
+
+@pytest.mark.usefixtures("libpq")
+def test_one_whose_answer_takes_too_long(
+    server: Server, make_store: Callable[[float], SqlStore]
+) -> None:
+    store = make_store(0.5)
+    with server.locked():
+        for _ in range(3):
+            with pytest.raises(StoreUnavailable, match=r"no answer within 0\.5 s"):
+                acquire(store)
+        server.wait_for_waiting(0)
+    assert acquire(store)
+
+
+@pytest.mark.parametrize("setting", ["lock_timeout", "statement_timeout"])
+def test_one_that_the_server_gives_up_by_a_setting_of_the_users(
+    server: Server, server_url: str, setting: str
+) -> None:
+    """It counts as a store that is unavailable for a while."""
+    store = open_store(f"{server_url}?options=-c%20{setting}%3D100", "kv_store", PATIENT)
+    with server.locked(), pytest.raises(StoreUnavailable, match="timeout"):
+        acquire(store)
+    assert acquire(store)
+    store.close()
+
+
+@pytest.mark.parametrize("use", [acquire, acquire_beside_another, use_a_transaction])
+def test_one_that_a_time_limit_interrupts(
+    server: Server, make_store: Callable[[float], SqlStore], use: Callable[[SqlStore], object]
+) -> None:
+    store = make_store(PATIENT)
+    with server.locked():
+        with struck(server):
+            use(store)
+        server.wait_for_waiting(0)
+    assert acquire(store)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_one_of_the_parents_is_not_given_up_by_a_forked_child(
+    server: Server, make_store: Callable[[float], SqlStore]
+) -> None:
+    """A statement of one thread waits for the lock; another thread forks; the child closes all
+    connections that it has of its parent's, and ends; the table is unlocked, and the statement has
+    its answer.
+    """
+    store = make_store(PATIENT)
+    with ThreadPoolExecutor(1) as pool:
+        with server.locked():
+            acquired = pool.submit(acquire, store)
+            server.wait_for_waiting(1)
+            child = os.fork()
+            if not child:
+                store.close()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            assert server.waiting() == 1
+        assert acquired.result()
