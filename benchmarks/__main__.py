@@ -1,5 +1,5 @@
 """``python -m benchmarks [--quick] [worker] [statements] [rows] [handoff] [heartbeat] [events]
-[stores] [contention] [scrape] [beat] [takeover] [upgrade] [waiting]``"""
+[stores] [contention] [renewals] [scrape] [beat] [takeover] [upgrade] [waiting]``"""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from . import (
     events,
     handoff,
     heartbeat,
+    renewals,
     rows,
     scrape,
     statements,
@@ -40,6 +41,7 @@ PARTS: dict[str, Callable[[Servers, bool, Console], None]] = {
     "rows": rows.run,
     "handoff": handoff.run,
     "heartbeat": heartbeat.run,
+    "renewals": renewals.run,
     "stores": stores.run,
     "contention": contention.run,
     "events": events.run,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +16,7 @@ from celery_singleton_state.migrate import migrate_url
 from celery_singleton_state.store import open_store
 from celery_singleton_state.store.schema import make_table
 from tests.stores.all_verbs import use_all, use_all_values
+from tests.waiting import wait_until
 
 GIVEN = """
 CREATE TABLE {name} (
@@ -157,6 +159,79 @@ def test_another_schema(postgres_url: str) -> None:
         " WHERE table_name LIKE 'kv_store%%' ORDER BY 2",
     )
     assert tables == [("jobs", "kv_store"), ("jobs", "kv_store_version")]
+
+
+def fill_factor(url: str, name: str = "kv_store") -> list[str] | None:
+    options: list[str] | None
+    ((options,),) = execute(url, f"SELECT reloptions FROM pg_class WHERE relname = '{name}'")
+    return options
+
+
+@pytest.mark.parametrize("before", ["nothing", "a full table"])
+def test_renewals_change_no_index_and_leave_no_row_behind(postgres_url: str, before: str) -> None:
+    """A renewal finds room for the row's next version beside the row, however long that is."""
+    if before == "a full table":
+        fill = (
+            "INSERT INTO kv_store (key, value)"
+            " SELECT 'k' || n, repeat(md5(n::text), 10) FROM generate_series(0, 49) AS n"
+        )
+        execute(postgres_url, given_table(postgres_url), fill)
+    migrate_url(postgres_url, "kv_store")
+    assert fill_factor(postgres_url) == ["fillfactor=80"]
+    store = open_store(postgres_url, "kv_store", 5)
+    acquired = [store.acquire(f"k{n}", "h", 60, str(n) * (1800 // len(str(n)))) for n in range(50)]
+    store.close()
+    statistics = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname='kv_store'"
+
+    def updates_once(number: int) -> Callable[[], tuple[int, int] | None]:
+        def updates() -> tuple[int, int] | None:
+            ((of_all, of_none),) = execute(postgres_url, statistics)
+            return (of_all, of_none) if of_all >= number else None
+
+        return updates
+
+    first = 50 if before == "a full table" else 0
+    _, before_renewals = wait_until(updates_once(first), "the acquisitions are counted")
+    store = open_store(postgres_url, "kv_store", 5)
+    leases = [found.lease for found in acquired if found is not None]
+    for _ in range(4):
+        for part in range(5):
+            assert len(store.renew(leases[part::5])) == 10
+    # The server's process counts as it ends.
+    store.close()
+    _, after_renewals = wait_until(updates_once(first + 200), "the renewals are counted")
+    assert after_renewals - before_renewals > 170
+
+
+def test_a_fill_factor_of_the_owners_is_kept(postgres_url: str) -> None:
+    execute(
+        postgres_url,
+        given_table(postgres_url),
+        "ALTER TABLE kv_store SET (fillfactor = 55, autovacuum_enabled = on)",
+    )
+    migrate_url(postgres_url, "kv_store")
+    assert fill_factor(postgres_url) == ["fillfactor=55", "autovacuum_enabled=on"]
+
+
+def test_other_storage_parameters_of_the_owners_are_kept(postgres_url: str) -> None:
+    execute(
+        postgres_url,
+        given_table(postgres_url, '"we ird"'),
+        'ALTER TABLE "we ird" SET (autovacuum_enabled = on)',
+    )
+    migrate_url(postgres_url, "we ird")
+    assert fill_factor(postgres_url, "we ird") == ["autovacuum_enabled=on", "fillfactor=80"]
+
+
+def test_a_partitioned_table_has_no_room_of_its_own(postgres_url: str) -> None:
+    execute(
+        postgres_url,
+        f"{given_table(postgres_url)} PARTITION BY HASH (key)",
+        "CREATE TABLE part PARTITION OF kv_store FOR VALUES WITH (MODULUS 1, REMAINDER 0)",
+        "CREATE INDEX idx_kv_store_updated_at ON kv_store (updated_at)",
+    )
+    migrate_url(postgres_url, "kv_store")
+    assert columns_and_indexes(postgres_url)[0] == ALL_COLUMNS
 
 
 def test_several_processes_at_once(shared_store_url: str) -> None:
