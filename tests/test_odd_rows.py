@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,7 @@ from celery_singleton_state.beat.entry_state import EntryState, decode_rows
 from celery_singleton_state.beat.leader import PREFIX as BEAT
 from celery_singleton_state.cli import singleton
 from celery_singleton_state.exporter.gauges import Gauges
+from celery_singleton_state.exporter.look import look
 from celery_singleton_state.exporter.overview import Overview
 from celery_singleton_state.exporter.page import render
 from celery_singleton_state.exporter.page_policy import POLICY
@@ -126,8 +128,8 @@ def told(app: Celery, *arguments: str, may_be: int = 0) -> Any:
 
 def metrics(app: Celery) -> dict[str, dict[str, float]]:
     """The value of each gauge by key, in the same two ways in which Prometheus reads them."""
-    registry = CollectorRegistry()
-    registry.register(Gauges(runtime_of(app), lambda: True, per_key=True))
+    registry, runtime = CollectorRegistry(), runtime_of(app)
+    registry.register(Gauges(runtime, partial(look, runtime), lambda: True, per_key=True))
     plain = generate_latest(registry).decode()
     found: dict[str, dict[str, float]] = {}
     for family in text_string_to_metric_families(plain):
@@ -145,7 +147,8 @@ def metrics(app: Celery) -> dict[str, dict[str, float]]:
 
 def page(app: Celery, query: str = "") -> Reader:
     """The page, in which nothing became an element or an attribute."""
-    document = render(Overview(runtime_of(app), shows_state=True).page(query))
+    runtime = runtime_of(app)
+    document = render(Overview(runtime, partial(look, runtime), shows_state=True).page(query))
     assert document.encode()
     reader = Reader(document)
     assert not reader.open
