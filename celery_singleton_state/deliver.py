@@ -17,7 +17,7 @@ from .conflict import POLICIES, Conflict
 from .delivery import DONE_BEFORE, Delivery
 from .duplicate import end_duplicate, wait_for_record
 from .enqueue import dequeue, dequeue_as_sent
-from .errors import StateLoadFailed
+from .errors import SchemaDecodeFailed, SingletonError, StateLoadFailed
 from .headers import REPLACES, UNRECORDED, header
 from .history import Outcome
 from .holdings import Holding
@@ -29,7 +29,7 @@ from .recovery import free_holder, free_own
 from .redelivery import can_be_sent_again, end_copy, put_back, wait_on
 from .run import Run
 from .sent_anew import warn_if_sent_anew
-from .store.base import Acquired, Row, StoreError
+from .store.base import Acquired, Row, StoreError, StoreRefusesValue
 from .waiting import is_behind_another
 
 #: One for a connection that died in the pool, one over a new connection.
@@ -150,11 +150,17 @@ def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: A
     return _end_duplicate(delivery, done, why)
 
 
+def _not_loaded(delivery: Delivery, error: StoreError) -> SingletonError:
+    """The error of a delivery that the store did not serve: one that can pass is retried."""
+    is_of_value = isinstance(error, StoreRefusesValue)
+    return (SchemaDecodeFailed if is_of_value else StateLoadFailed)(delivery.name, str(error))
+
+
 def _peek(delivery: Delivery) -> Row | None:
     try:
         return delivery.runtime.store.peek(delivery.key)
     except StoreError as error:
-        raise StateLoadFailed(delivery.name, str(error)) from error
+        raise _not_loaded(delivery, error) from error
 
 
 def _wait_for_record(delivery: Delivery, row: Row | None) -> history.Entry | None:
@@ -205,7 +211,7 @@ def _conflict(conflict: Conflict) -> float | None:
     except (Ignore, Reject, Retry):
         raise  # it comes again
     except StoreError as error:
-        raise StateLoadFailed(delivery.name, str(error)) from error
+        raise _not_loaded(delivery, error) from error
     except Exception:
         dequeue(delivery)
         raise
@@ -221,6 +227,7 @@ def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
     what it took already.
 
     :raises StateLoadFailed: the store is out of reach.
+    :raises SchemaDecodeFailed: the store can hold no such key, or no larger fence.
     """
     delivery = claim.delivery
     until = clock() + delivery.first_ttl
@@ -246,7 +253,7 @@ def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
     try:
         return in_place(ask, LOAD_TRIES, until)
     except StoreError as error:
-        raise StateLoadFailed(delivery.name, str(error)) from error
+        raise _not_loaded(delivery, error) from error
 
 
 def _still_taken(claim: Claim) -> Row | None:
@@ -283,14 +290,18 @@ def _ask(claim: Claim) -> tuple[float, Acquired | None]:
     asked_at, may_have_held = clock(), claim.may_hold
     claim.may_hold = True
     place = delivery.place
-    acquired = store.acquire(
-        delivery.key,
-        claim.holder,
-        delivery.first_ttl,
-        delivery.request.id,
-        place.rank or 0,
-        place.sent,
-    )
+    try:
+        acquired = store.acquire(
+            delivery.key,
+            claim.holder,
+            delivery.first_ttl,
+            delivery.request.id,
+            place.rank or 0,
+            place.sent,
+        )
+    except StoreRefusesValue:
+        claim.may_hold = may_have_held
+        raise
     if acquired is None:
         # An earlier request, whose answer was lost, may still take it.
         claim.may_hold = may_have_held

@@ -18,6 +18,7 @@ from .retry import Fail, RetryAfter, answer_to, policy_of
 from .routing import is_copy
 from .runtime import Runtime
 from .state import Codec
+from .store.texts import well_formed
 from .ticks import Tick, previous_of, tick_of
 from .ticks_done import EntryTicks, TicksDone
 
@@ -168,7 +169,7 @@ class Delivery:
         root = self.request.root_id
         if value is None and root != self.request.id:
             value = root
-        return None if value is None else str(value)
+        return None if value is None else well_formed(str(value))
 
     @property
     def tick(self) -> Tick | None:

@@ -28,6 +28,7 @@ from .headers import UNRECORDED, count_in
 from .history import Entry, is_duplicate
 from .redelivery import can_be_put_back, can_be_sent_again, send_again
 from .results import goes_on, has_result, is_awaited, is_recorded, restore
+from .store.texts import storable
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def _lives(delivery: Delivery, holder: str) -> bool | None:
         return lives
     # A worker removes the file of its child that died, and its node's name is no other worker's.
     node, _, rest = holder.rpartition(":")[0].rpartition(":")
-    if node != delivery.request.hostname or not rest.isdecimal():
+    if node != storable(delivery.request.hostname) or not rest.isdecimal():
         return None
     try:
         os.kill(int(rest), 0)

@@ -6,14 +6,27 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from . import history
-from .errors import HeartbeatFailed, StatePersistFailed
+from .errors import HeartbeatFailed, SchemaDecodeFailed, SingletonError, StatePersistFailed
 from .in_place import in_place
 from .lease import HeldLease, clock
-from .store.base import NewValue, Store, StoreError, StoreUnavailable, Write
+from .store.base import (
+    NewValue,
+    Store,
+    StoreError,
+    StoreRefusesValue,
+    StoreUnavailable,
+    Write,
+)
 
 TRIES = 3
 
 T = TypeVar("T")
+
+
+def not_written(name: str, error: StoreError) -> SingletonError:
+    """The error of a singleton whose write the store did not carry out, as far as is known."""
+    is_of_value = isinstance(error, StoreRefusesValue)
+    return (SchemaDecodeFailed if is_of_value else StatePersistFailed)(name, str(error))
 
 
 class FencedWriter:
@@ -63,6 +76,7 @@ class FencedWriter:
             earlier one, whose answer was lost, took effect.
         :returns: the store's answer; ``None`` where it was lost.
         :raises HeartbeatFailed: the lease was lost, before or by this refusal.
+        :raises SchemaDecodeFailed: the store cannot hold the value; nothing was written.
         :raises StatePersistFailed: the store is unavailable; whether an earlier try took
             effect is not known.
         """
@@ -83,7 +97,7 @@ class FencedWriter:
         try:
             return in_place(attempt, TRIES, clock() + self._held.remaining)
         except StoreError as error:
-            raise StatePersistFailed(self._name, str(error)) from error
+            raise not_written(self._name, error) from error
 
     def has_ended(self, own: history.Entry) -> bool:
         """Whether a release took effect whose answer was lost.

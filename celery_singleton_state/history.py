@@ -12,6 +12,7 @@ from enum import StrEnum
 
 import msgspec
 
+from .store.texts import from_json, to_json, well_formed
 from .ticks import Tick
 from .visible import visible
 
@@ -90,7 +91,7 @@ def decode(raw: str | None, name: str) -> tuple[Entry, ...]:
     if not raw:
         return ()
     try:
-        return _decoder.decode(raw)
+        return from_json(raw, _decoder)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         text = "singleton %s: its history cannot be read and starts anew: %s"
         logger.warning(text, visible(name), error)
@@ -100,6 +101,8 @@ def decode(raw: str | None, name: str) -> tuple[Entry, ...]:
 def append(entries: tuple[Entry, ...], entry: Entry, limit: int) -> str:
     """The JSON of the newest ``limit`` runs, and of as many duplicates, the new one among them.
 
+    It is ASCII, so that no database refuses it, whatever an error says.
+
     What was refused as a duplicate must not push out what it is known by. Only the newest
     :data:`RESULTS` results are kept.
     """
@@ -107,7 +110,7 @@ def append(entries: tuple[Entry, ...], entry: Entry, limit: int) -> str:
     runs = [each for each in found if is_run(each)]
     refused = [each for each in found if is_duplicate(each)]
     kept = {id(each) for each in (*runs[-limit:], *refused[-limit:])}
-    return msgspec.json.encode([each for each in found if id(each) in kept]).decode()
+    return to_json([each for each in found if id(each) in kept])
 
 
 def _without_old_results(entries: tuple[Entry, ...]) -> list[Entry]:
@@ -210,4 +213,4 @@ def describe(error: BaseException) -> str:
         message = "(its text cannot be made)"
     text = " ".join(f"{type(error).__name__}: {message}".split())[:MAX_ERROR_LENGTH]
     # Half an emoji cannot be encoded, and the end of a run must be recorded all the same.
-    return text.encode("utf-8", "backslashreplace").decode()
+    return well_formed(text)

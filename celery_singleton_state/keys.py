@@ -22,6 +22,7 @@ from kombu.utils.json import JSONEncoder
 #: columns of the common databases can hold.
 MAX_KEY_LENGTH = 255
 _DIGEST_LENGTH = 32
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 #: What chosen arguments begin with: an object, a list or a text.
 _ARGUMENTS = r'[{\["]'
@@ -103,12 +104,17 @@ def sure_task_of(name: str, tasks: Collection[str], meant: str | None = None) ->
 
 
 def row_key(prefix: str, name: str) -> str:
-    """The key of the row that a singleton's name stands under."""
+    """The key of the row that a singleton's name stands under.
+
+    It ends in a digest if the name is too long, or has what no database takes in a text: a NUL, or
+    half of a surrogate pair. So different names have different keys.
+    """
     key = prefix + name
-    if len(key) <= MAX_KEY_LENGTH:
+    head = _UNSTORABLE.sub("\ufffd", key)
+    if len(key) <= MAX_KEY_LENGTH and head == key:
         return key
-    digest = hashlib.sha256(key.encode()).hexdigest()[:_DIGEST_LENGTH]
-    return f"{key[: MAX_KEY_LENGTH - _DIGEST_LENGTH - 1]}~{digest}"
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST_LENGTH]
+    return f"{head[: MAX_KEY_LENGTH - _DIGEST_LENGTH - 1]}~{digest}"
 
 
 def _head(name: str) -> str:

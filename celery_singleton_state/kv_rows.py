@@ -16,6 +16,7 @@ from .errors import KeyValueStoreError
 from .state import NO_STATE
 from .store import SqlStore
 from .store.base import StoreError
+from .store.faults import REFUSED_BY_DRIVER
 from .store.sql import open_transaction
 
 T = TypeVar("T")
@@ -104,7 +105,11 @@ class Rows:
         return store.table.c.key == self._prefix + key
 
     def _all(self, store: SqlStore) -> sa.ColumnElement[bool]:
-        return sa.func.substr(store.table.c.key, 1, len(self._prefix)) == self._prefix
+        length: Any = len(self._prefix)
+        if store.engine.dialect.name == "postgresql":
+            # It counts bytes where the database's encoding is SQL_ASCII.
+            length = sa.func.length(sa.literal(self._prefix))
+        return sa.func.substr(store.table.c.key, 1, length) == self._prefix
 
     def _write(self, store: SqlStore, connection: Connection, key: str, raw: str) -> None:
         new = {"value": raw, "updated_at": store.now}
@@ -145,7 +150,7 @@ class Rows:
             raise KeyValueStoreError(str(error)) from error
         try:
             yield store
-        except (SQLAlchemyError, UnicodeError) as error:
+        except (SQLAlchemyError, *REFUSED_BY_DRIVER) as error:
             raise KeyValueStoreError(str(store.as_store_error(error))) from error
 
 

@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 from . import history, ticks_done
 from .delivery import Delivery
 from .errors import HeartbeatFailed, SchemaDecodeFailed, SingletonError, StatePersistFailed
-from .fenced import FencedWriter
+from .fenced import FencedWriter, not_written
 from .history import Outcome
 from .leadership import Leadership, asked_by
 from .lease import HeldLease, clock
@@ -313,7 +313,7 @@ class Run:
         """The error of a transaction that was rolled back, or whose outcome is unknown."""
         if self.held.lost:
             return self._writer.failure()
-        return StatePersistFailed(self.name, str(error))
+        return not_written(self.name, error)
 
     def _hand_over(self, saved: Saved | None) -> None:
         """:raises HeartbeatFailed: somebody asked for the lease; the state is saved."""
@@ -367,6 +367,8 @@ class Run:
 
         :param result: for a copy of the message that comes later.
         :raises HeartbeatFailed: the lease was lost; nothing was written.
+        :raises SchemaDecodeFailed: the store cannot hold the new value; the lease is released
+            without it.
         :raises StatePersistFailed: the store is out of reach.
         """
         if not self._is_here:
@@ -384,11 +386,32 @@ class Run:
             raise
         except HeartbeatFailed:
             raise
+        except SchemaDecodeFailed as refused:
+            if new is None:
+                self._report.ended(outcome, text, given_back=False)
+                raise
+            self._end_without(outcome, error, refused)
+            return
         except BaseException as interruption:
             self._find_out_end(entry, new, interruption)
             raise
         self._report.saved("save", new)
         self._report.ended(outcome, text, given_back=True)
+
+    def _end_without(
+        self, outcome: Outcome, error: BaseException | None, refused: SchemaDecodeFailed
+    ) -> None:
+        """Release the lease without a new value that the store cannot hold: the row keeps its own.
+
+        :param error: that ended the run; ``None``: the run fails over the value.
+        :raises SchemaDecodeFailed: it does.
+        """
+        if error is None:
+            self.is_final = self.is_final and self._is_for_good(refused)
+            self.end(Outcome.FAILED, refused)
+            raise refused
+        logger.warning("singleton %s: not saved after an error: %s", self.name, refused)
+        self.end(outcome, error)
 
     def _find_out_end(
         self, entry: history.Entry, new: NewValue | None, interruption: BaseException

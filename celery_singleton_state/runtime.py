@@ -30,6 +30,7 @@ from .store.base import Leases
 from .store.engine import identity
 from .store.routed import NO_SQL, RoutedStore
 from .store.store_url import parse_url
+from .store.texts import storable
 from .unreturned import Unreturned
 
 #: Connections in the pool of a process that runs one body at a time: the body's transaction and
@@ -178,8 +179,12 @@ class Runtime:
         return sql if own.lease_url is None else f"{own.lease_url} {sql}"
 
     def new_holder(self, nodename: str | None = None) -> str:
-        """A holder's name, never given twice. Outside a worker the host's name is the node's."""
-        return f"{nodename or gethostname()}:{os.getpid()}:{self._nonce}.{next(self._count):x}"
+        """A holder's name, never given twice. Outside a worker the host's name is the node's.
+
+        It is ASCII, whatever the node is called, so that every database can hold it.
+        """
+        node = storable(nodename or gethostname())
+        return f"{node}:{os.getpid()}:{self._nonce}.{next(self._count):x}"
 
     def holds_without_run(self, holder: str | None) -> bool:
         """Whether a lease's holder is a delivery of this process that has ended."""

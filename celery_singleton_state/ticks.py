@@ -15,6 +15,7 @@ from celery.app.task import Context
 from celery.beat import ScheduleEntry
 
 from .headers import DUE, ENTRY, ONE_BY_ONE, PREVIOUS, SENT, header
+from .store.texts import well_formed
 
 #: Beat's own headers, which do not make a message a part of a larger work. A tick that must not be
 #: skipped is sent in any case, so its own header is not among them.
@@ -37,9 +38,15 @@ class Tick(msgspec.Struct, frozen=True, array_like=True):
         return f"{datetime.fromtimestamp(self.due, UTC):%Y-%m-%d %H:%M:%S} of {self.entry}"
 
 
+def entry_name(schedule: str, entry: str) -> str:
+    """An entry's name after that of its schedule, as messages and rows have it."""
+    return well_formed(f"{schedule}:{entry}")
+
+
 def task_id_of(schedule: str, entry: str, due: datetime) -> str:
     """The id of a tick's message."""
-    return str(uuid.uuid5(_NAMESPACE, f"{schedule}:{entry}:{due.astimezone(UTC).isoformat()}"))
+    name = f"{entry_name(schedule, entry)}:{due.astimezone(UTC).isoformat()}"
+    return str(uuid.uuid5(_NAMESPACE, name))
 
 
 def message_of(
@@ -78,7 +85,7 @@ def message_of(
 
 def _headers_of(schedule: str, entry: str, due: datetime) -> dict[str, str]:
     """What a tick's message carries of it."""
-    return {ENTRY: f"{schedule}:{entry}", DUE: due.astimezone(UTC).isoformat()}
+    return {ENTRY: entry_name(schedule, entry), DUE: due.astimezone(UTC).isoformat()}
 
 
 def due_of(request: Context) -> datetime | None:

@@ -14,6 +14,7 @@ import logging
 
 import msgspec
 
+from .store.texts import from_json, to_json
 from .ticks import Tick
 from .visible import visible
 
@@ -114,7 +115,7 @@ def decode(raw: str | None, name: str) -> TicksDone:
     if not raw:
         return {}
     try:
-        return _decoder.decode(raw)
+        return from_json(raw, _decoder)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         text = "singleton %s: its ticks_done cannot be read and starts anew: %s"
         logger.warning(text, visible(name), error)
@@ -126,4 +127,4 @@ def encode(known: TicksDone, tick: Tick, ticks: EntryTicks) -> str:
     others = {entry: own for entry, own in known.items() if entry != tick.entry}
     for entry in list(others)[: max(0, len(others) + 1 - MAX_ENTRIES)]:
         del others[entry]
-    return msgspec.json.encode({**others, tick.entry: ticks}).decode()
+    return to_json({**others, tick.entry: ticks})

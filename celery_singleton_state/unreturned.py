@@ -18,7 +18,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .store.base import StoreUnavailable
+from .store.base import StoreMisconfigured, StoreUnavailable
 from .wish import grant
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Unreturned:
         runtime = self._runtime
         try:
             released = runtime.store.give_back(lease.key, lease.holder)
-        except StoreUnavailable as error:
+        except (StoreUnavailable, StoreMisconfigured) as error:
             logger.warning("%s: not given back yet: %s", lease.key, error)
             lease.is_unsure = True
             return False

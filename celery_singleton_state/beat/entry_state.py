@@ -9,6 +9,7 @@ from typing import Annotated
 
 import msgspec
 
+from celery_singleton_state.store.texts import from_json
 from celery_singleton_state.visible import visible
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def decode_rows(rows: Mapping[str, str]) -> dict[str, EntryState]:
     found = {}
     for key, value in rows.items():
         try:
-            state = _decoder.decode(value)
+            state = from_json(value, _decoder)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             name = visible(key)
             logger.warning("beat: %s cannot be read and starts anew: %s", name, error)

@@ -28,6 +28,7 @@ from celery_singleton_state.recovery import free_holder
 from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.store.base import Ended, Row, Store, StoreError, StoreNotReady
 from celery_singleton_state.store.store_url import parse_url
+from celery_singleton_state.store.texts import storable
 from celery_singleton_state.url_text import shown_url
 from celery_singleton_state.worker import warn_of_single_host
 
@@ -159,7 +160,7 @@ class Leader:
         if self._held is None:
             raise NotLeading
         asked_at = clock()
-        rows = {row_key(self._prefix, name): value for name, value in entries.items()}
+        rows = {self._key_of(name): value for name, value in entries.items()}
         self._number += 1
         now = self._store.entries.record(self._held.lease, rows, self._number, self._seen)
         if now is None:
@@ -177,11 +178,15 @@ class Leader:
         :raises StoreError: it is out of reach.
         """
         assert self._held is not None
-        keys = [row_key(self._prefix, name) for name in names]
+        keys = [self._key_of(name) for name in names]
         self._number += 1
         if not self._store.entries.forget(self._held.lease, keys, self._number, self._seen):
             self._lose()
         self._seen = self._number
+
+    def _key_of(self, name: str) -> str:
+        """The key of an entry's row, in ASCII: one name must not keep all others' rows out."""
+        return row_key(self._prefix, storable(name))
 
     def resign(self, why: str) -> None:
         """Give the lease back, so that another beat leads at once."""

@@ -13,7 +13,6 @@ import logging
 from datetime import datetime
 from typing import Any
 
-import msgspec
 from celery import Celery
 from celery.beat import SchedulingError
 from celery.exceptions import ImproperlyConfigured
@@ -22,6 +21,7 @@ from celery.utils.time import maybe_make_aware
 from kombu.exceptions import OperationalError
 
 from celery_singleton_state.store.base import StoreError
+from celery_singleton_state.store.texts import to_json
 from celery_singleton_state.ticks import message_of
 
 from .broker import BrokerConnection, BrokerUnavailable
@@ -354,12 +354,7 @@ class LeaderMixin(BrokerConnection):
         :raises StoreError: it is out of reach.
         """
         if self._unrecorded or self._leader.renew_in <= 0:
-            self._leader.record(
-                {
-                    name: msgspec.json.encode(state).decode()
-                    for name, state in self._unrecorded.items()
-                }
-            )
+            self._leader.record({name: to_json(state) for name, state in self._unrecorded.items()})
             self._unrecorded.clear()
 
     def _hand_over(self, why: str) -> None:

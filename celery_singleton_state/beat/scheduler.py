@@ -5,12 +5,13 @@ from __future__ import annotations
 import heapq
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
 from celery.beat import Scheduler
 
-from celery_singleton_state.store.base import StoreError
+from celery_singleton_state.store.base import SeenTicks, Store, StoreError, StoreRefusesValue
 from celery_singleton_state.ticks import message_of
 
 from .entry import SingletonEntry
@@ -186,7 +187,7 @@ class SingletonScheduler(LeaderMixin, Scheduler):
             return
         try:
             store = self._leader.runtime.store
-            rows = store.ticks(list({tick.key for _, tick in waiting}))
+            rows = _ticks(store, {tick.key for _, tick in waiting})
         except StoreError as error:
             # Others than these entries go on: leases may be in another store than the schedule.
             if not self._cannot_ask:
@@ -229,6 +230,23 @@ class SingletonScheduler(LeaderMixin, Scheduler):
             # Its message can never be sent, so no row will say that the tick has ended.
             entry.under_way = None
         return entry.state()
+
+
+def _ticks(store: Store, keys: set[str]) -> dict[str, SeenTicks]:
+    """What is known of the ticks of some singletons.
+
+    The store refuses all of the keys over one that it cannot hold, and of which it knows nothing.
+
+    :raises StoreError: the store is unavailable.
+    """
+    try:
+        return store.ticks(list(keys))
+    except StoreRefusesValue:
+        found: dict[str, SeenTicks] = {}
+        for key in keys:
+            with suppress(StoreRefusesValue):
+                found |= store.ticks([key])
+        return found
 
 
 def _log_missed(missed: list[str]) -> None:

@@ -18,7 +18,7 @@ from celery_singleton_state import ticks_done
 from celery_singleton_state.keys import row_key
 from celery_singleton_state.options import options_of
 from celery_singleton_state.store.base import SeenTicks
-from celery_singleton_state.ticks import task_id_of
+from celery_singleton_state.ticks import entry_name, task_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class UnderWay:
     def has_ended(self, row: SeenTicks | None, schedule: str, entry: str, now: datetime) -> bool:
         """Look at the singleton's row; if the tick goes on, find out whether it is overdue."""
         known = ticks_done.decode(row.ticks_done if row else None, self.key)
-        ticks = known.get(f"{schedule}:{entry}", ticks_done.EntryTicks())
+        ticks = known.get(entry_name(schedule, entry), ticks_done.EntryTicks())
         due = self.due.timestamp()
         if ticks.has_ended(due):
             return True

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from .odd_values import odd_values
+from .texts import restored
 
 
 class StoreError(Exception):
@@ -21,6 +22,12 @@ class StoreUnavailable(StoreError):
     """The store refused, broke off or did not answer. The same request may succeed later.
 
     Whether the request took effect is not known.
+    """
+
+
+class StoreRefusesValue(StoreError):
+    """The store cannot hold what it was given: its encoding lacks a character, it is too large, out
+    of range, or refused by a check. Nothing was changed, and the same request fails again.
     """
 
 
@@ -244,11 +251,17 @@ Seen = TypeVar("Seen", bound=Listed)
 
 
 def seen(row: Seen) -> Seen:
-    """A row as it was read, with values of the kinds that its fields have, and with the holder
-    struck out of one that was held on after its run, and is not any more.
+    """A row as it was read: with values of the kinds that its fields have, with the ids of tasks as
+    they were given, and with the holder struck out of one that was held on after its run, and is
+    not any more.
     """
     if odd := odd_values(row):
         row = replace(row, **odd)
+    names = ("task_id", "queued_task_id", "handoff_to")
+    found = {name: getattr(row, name, None) for name in names}
+    escaped = {name: restored(text) for name, text in found.items() if text and "\\" in text}
+    if escaped:
+        row = replace(row, **escaped)
     if row.acquired_at is None and not row.held:
         return replace(row, holder=None, expires_in=None)
     return row

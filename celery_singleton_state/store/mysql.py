@@ -219,6 +219,15 @@ UPDATE {table} SET value = value WHERE 1 = 0;
 DELETE FROM {table} WHERE 1 = 0
 """
 
+_ENCODINGS = """
+SELECT concat(group_concat(column_name, ' (', character_set_name, ')' SEPARATOR ', '), ' of table ',
+  :table)
+FROM information_schema.columns
+WHERE table_schema = coalesce(nullif(:schema, ''), database()) AND table_name = :table
+  AND character_set_name <> 'utf8mb4'
+HAVING count(*) > 0
+"""
+
 
 class MySqlStatements(Statements):
     """Of MariaDB from 10.6 on, and of MySQL 8, on which nothing was run."""
@@ -251,6 +260,8 @@ class MySqlStatements(Statements):
         self.prune = self._transaction(_PRUNE)
         self.record = self._transaction(_RECORD)
         self.forget_within = tuple(map(self.sql, _FORGET))
+        self.encodings = self.sql(_ENCODINGS)
+        self.encoding_advice = "ALTER TABLE … MODIFY … CHARACTER SET utf8mb4 mends that"
         self.check = f"{self.check};{self.sql(_MAY_CHANGE)}"
 
     def rows(self, cursor: Any) -> Sequence[tuple[Any, ...]]:

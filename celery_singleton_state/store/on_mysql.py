@@ -25,6 +25,12 @@ _INSTEAD = dict.fromkeys(
 #: SQLAlchemy's options of a URL.
 _SQLALCHEMYS = frozenset({"ssl_capath", "ssl_cipher", "ssl_check_hostname"})
 
+#: Characters of a statement that may be larger than the server takes. What is smaller than its
+#: buffer it reads, and then says so.
+LARGE = 4096
+#: MySQL's own number for that.
+TOO_LARGE = 1153
+
 
 class Connection(pymysql.connections.Connection):  # type: ignore[misc]
     """A connection whose patience with a server that stays silent can be changed.
@@ -33,9 +39,30 @@ class Connection(pymysql.connections.Connection):  # type: ignore[misc]
     """
 
     is_in_mid_statement = False
+    _max_allowed_packet: int | None = None
 
-    def query(self, *args: Any, **kwargs: Any) -> Any:
-        return self._whole(super().query, *args, **kwargs)
+    def query(self, sql: str | bytes, *args: Any, **kwargs: Any) -> Any:
+        if len(sql) >= LARGE:
+            sql = self._with_allowed_size(sql)
+        return self._whole(super().query, sql, *args, **kwargs)
+
+    def _with_allowed_size(self, sql: str | bytes) -> bytes:
+        """The bytes of a large statement, as they are sent.
+
+        :raises pymysql.DataError: they are more than the server takes. It would close the
+            connection over them, which looks like an outage.
+        """
+        data = sql.encode(self.encoding, "surrogateescape") if isinstance(sql, str) else sql
+        if self._max_allowed_packet is None:
+            self._whole(super().query, "SELECT @@max_allowed_packet")
+            self._max_allowed_packet = int(self._result.rows[0][0])
+        if len(data) >= self._max_allowed_packet:
+            raise pymysql.DataError(
+                TOO_LARGE,
+                f"a statement of {len(data)} bytes is larger than the server's "
+                f"max_allowed_packet, which is {self._max_allowed_packet}",
+            )
+        return data
 
     def next_result(self, *args: Any, **kwargs: Any) -> Any:
         return self._whole(super().next_result, *args, **kwargs)

@@ -131,6 +131,8 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
         connect_args={
             "connect_timeout": math.ceil(connect_timeout),
             "tcp_user_timeout": math.ceil(io_timeout * 1000),
+            # Whatever the database's own is: it converts what it can, and says what it cannot.
+            "client_encoding": "UTF8",
             "application_name": query.get("application_name", APPLICATION_NAME),
             "prepare_threshold": _threshold(wanted),
             "autocommit": True,

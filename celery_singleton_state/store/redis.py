@@ -33,13 +33,16 @@ from .base import (
     Row,
     SeenTicks,
     StoreMisconfigured,
+    StoreRefusesValue,
+    StoreUnavailable,
     Write,
     seen,
 )
 from .odd_values import number, whole_number
-from .redis_calls import ScriptCalls
-from .redis_faults import NO_CLUSTER, as_store_error
+from .redis_calls import LEAST_LARGEST, ScriptCalls
+from .redis_faults import NO_CLUSTER, as_store_error, is_overflow
 from .redis_url import client_for
+from .texts import restored, storable
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +88,17 @@ class RedisStore:
         rank: int = 0,
         sent: str | None = None,
     ) -> Acquired | None:
-        named = [holder, ttl, task_id or "", rank, sent or ""]
-        found = self._call(scripts.ACQUIRE, [key, INDEX], named)
+        named = [holder, ttl, storable(task_id) or "", rank, sent or ""]
+        try:
+            found = self._call(scripts.ACQUIRE, [key, INDEX], named)
+        except StoreRefusesValue as error:
+            if is_overflow(error.__cause__):
+                raise StoreRefusesValue(
+                    "the fence is at its largest, so that no run can be given a larger one "
+                    f"({error}); to begin anew from the clock, if nothing outside compares its "
+                    f"fences: HDEL '{key}' newest and HSET '{key}' fence 0"
+                ) from error.__cause__
+            raise
         if found is None:
             return None
         fence, history, acquired_at, write, ticks_done = found
@@ -136,7 +148,7 @@ class RedisStore:
 
     def ticks(self, keys: Sequence[str]) -> dict[str, SeenTicks]:
         return {
-            key: SeenTicks(bool(held), task_id, ticks_done)
+            key: SeenTicks(bool(held), restored(task_id), ticks_done)
             for some in _in_pages(keys)
             for key, found in zip(some, self._call(scripts.TICKS, some, []), strict=True)
             if found is not None
@@ -177,8 +189,23 @@ class RedisStore:
         self._scripts.close()
 
     def _call(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        try:
+            with _as_ours():
+                return self._scripts.call(script, keys, arguments)
+        except StoreUnavailable as error:
+            size = max(
+                (len(each.encode()) for each in arguments if isinstance(each, str)), default=0
+            )
+            if size > LEAST_LARGEST and size > self._largest():
+                raise StoreRefusesValue(
+                    f"the server takes no text of {size} bytes, see its proto-max-bulk-len: {error}"
+                ) from error
+            raise
+
+    def _largest(self) -> int:
+        """Bytes of the largest text. The server closes the connection over a larger one."""
         with _as_ours():
-            return self._scripts.call(script, keys, arguments)
+            return self._scripts.largest()
 
     def _pages(self, script: str, prefix: str, *more: Any) -> Iterator[tuple[str, Sequence[Any]]]:
         """The server's time and what a script finds, page by page, in the order of the keys.
@@ -204,7 +231,7 @@ class RedisWishes:
         self, row: Row, who: str, rank: int | None = None, sent: str | None = None
     ) -> bool:
         rank = row.next_rank if rank is None else rank
-        return self._tell(scripts.ASK_TO_HAND_OVER, row, who, str(rank), sent or "")
+        return self._tell(scripts.ASK_TO_HAND_OVER, row, storable(who), str(rank), sent or "")
 
     def let_go(self, row: Row) -> bool:
         return self._tell(scripts.LET_GO, row)
@@ -221,10 +248,11 @@ class RedisWishes:
 
     def queued(self, key: str) -> Queued:
         number, queued, running = self._call(scripts.QUEUED, [key], [])
-        return Queued(int(number), queued or running, not queued and running is not None)
+        is_running = not queued and running is not None
+        return Queued(int(number), restored(queued or running), is_running)
 
     def claim(self, key: str, task_id: str, life: float, number: int, first: bool = False) -> bool:
-        arguments = [task_id, life, number, int(first)]
+        arguments = [storable(task_id), life, number, int(first)]
         return bool(self._call(scripts.CLAIM, [key, INDEX], arguments))
 
     def expect(self, keys: Sequence[str]) -> None:
@@ -235,7 +263,7 @@ class RedisWishes:
         raise AssertionError("a state is kept in SQL")
 
     def dequeue(self, key: str, task_id: str) -> None:
-        self._call(scripts.DEQUEUE, [key, INDEX], [task_id])
+        self._call(scripts.DEQUEUE, [key, INDEX], [storable(task_id)])
 
     def _tell(self, script: str, row: Row, *more: str) -> bool:
         return bool(self._call(script, [row.key], [row.holder or "", row.fence, *more]))
@@ -311,5 +339,5 @@ def _as_ours() -> Iterator[None]:
     """:raises StoreError: for any error of the client's or the server's."""
     try:
         yield
-    except RedisError as error:
+    except (RedisError, UnicodeError) as error:
         raise as_store_error(error) from error

@@ -17,6 +17,9 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from .redis_faults import is_elsewhere
 
+#: Bytes: the server's default for the largest text, and the least that it can be set to.
+DEFAULT_LARGEST, LEAST_LARGEST = 2**29, 2**20
+
 
 class ScriptCalls:
     """Calls of any number of threads; each has a connection for itself meanwhile.
@@ -52,6 +55,16 @@ class ScriptCalls:
         """
         lines = self._send("INFO").splitlines()
         return dict(line.split(":", 1) for line in lines if ":" in line)
+
+    def largest(self) -> int:
+        """Bytes of the largest text that the server takes, if it says so; else its default.
+
+        :raises RedisError: whatever the client library raises, but for a refusal.
+        """
+        try:
+            return int(self._send("CONFIG", "GET", "proto-max-bulk-len")[1])
+        except (ResponseError, IndexError, ValueError):
+            return DEFAULT_LARGEST
 
     def close(self) -> None:
         """Close all connections; those in use are closed after their calls."""

@@ -6,7 +6,13 @@ import re
 
 from redis.exceptions import ConnectionError, RedisError, TimeoutError
 
-from .base import StoreError, StoreMisconfigured, StoreUnavailable, one_line
+from .base import (
+    StoreError,
+    StoreMisconfigured,
+    StoreRefusesValue,
+    StoreUnavailable,
+    one_line,
+)
 
 NO_CLUSTER = (
     "it keeps keys on different servers, and a lease is more than one key. Use a server that is no "
@@ -29,19 +35,33 @@ _ADVICE = (
     ("unknown command", "the server has to offer this command"),
     ("DB index is out of range|invalid DB index", "the server has no database of this number"),
 )
+#: Of a number that is at its largest.
+_OVERFLOW = "would overflow"
+#: Of what the server or the client library can never hold.
+_VALUE = re.compile(
+    f"{_OVERFLOW}|invalid bulk length|string exceeds maximum allowed size|is not an integer or out "
+    "of range|DataError"
+)
 #: Of a server that is no primary, or none that its replicas know: another one may have become it.
 _DEMOTED = re.compile(
     "read only (replica|slave)|Link with MASTER is down|NOREPLICAS|CLUSTERDOWN|ClusterDownError"
 )
 
 
-def as_store_error(error: RedisError) -> StoreError:
+def as_store_error(error: RedisError | UnicodeError) -> StoreError:
     """An error of the client library's, as a store's error."""
     text = one_line(error)
+    if isinstance(error, UnicodeError) or _VALUE.search(text):
+        return StoreRefusesValue(f"the server cannot hold the value: {text}")
     for pattern, advice in _ADVICE:
         if re.search(pattern, text):
             return StoreMisconfigured(f"singleton_lease_url: {text}; {advice}")
     return StoreUnavailable(text)
+
+
+def is_overflow(error: BaseException | None) -> bool:
+    """Whether a number has grown larger than the server can count."""
+    return _OVERFLOW in str(error)
 
 
 def is_elsewhere(error: RedisError) -> bool:

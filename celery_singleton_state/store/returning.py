@@ -32,8 +32,7 @@ INSERT INTO {{table}} AS mine
 VALUES (:key, 'null', {{now}}, {{milliseconds}}, 0, 1, :sent, :holder, :task_id, {{now}}, {{later}})
 ON CONFLICT (key) DO UPDATE SET
   fence = CASE WHEN mine.holder = :holder THEN mine.fence
-    ELSE {{larger}}(coalesce(mine.fence, 0) + 1, coalesce(mine.newest, 0) + 1, {{milliseconds}})
-    END,
+    ELSE {{larger}}({{next_fence}}, {{next_rank}}, {{milliseconds}}) END,
   write = CASE WHEN mine.holder = :holder THEN mine.write
     WHEN mine.holder IS NOT NULL AND mine.acquired_at IS NOT NULL THEN {TAKEN_OVER} ELSE 0 END,
   queue = CASE WHEN mine.holder = :holder THEN mine.queue ELSE coalesce(mine.queue, 0) + 1 END,
@@ -183,13 +182,40 @@ WHERE NOT CASE privilege WHEN 'DELETE' THEN has_table_privilege(:table, privileg
 HAVING count(*) > 0
 """
 
+# For each kind of statement (r, a, w, d) one policy is enough that lets the role see all rows; one
+# that is restrictive can hide rows in spite of that.
+_HIDING = """
+WITH own AS (
+  SELECT polcmd, polpermissive, coalesce(pg_get_expr(polqual, polrelid), 'true') = 'true'
+    AND coalesce(pg_get_expr(polwithcheck, polrelid), 'true') = 'true' AS hides_nothing
+  FROM pg_policy WHERE polrelid = to_regclass(:table) AND EXISTS (
+    SELECT FROM unnest(polroles) AS admitted(role)
+    WHERE CASE role WHEN 0 THEN true ELSE pg_has_role(current_user, role, 'USAGE') END)
+)
+SELECT quote_ident(current_user) WHERE row_security_active(:table) AND (
+  EXISTS (SELECT FROM own WHERE NOT polpermissive AND NOT hides_nothing)
+  OR EXISTS (
+    SELECT FROM unnest(ARRAY['r', 'a', 'w', 'd']) AS wanted(command) WHERE NOT EXISTS (
+      SELECT FROM own WHERE polpermissive AND hides_nothing AND polcmd IN ('*', command))))
+"""
+
+# One of SQL_ASCII takes every byte as it is.
+_ENCODINGS = """
+SELECT 'the database, whose encoding is ' || current_setting('server_encoding') || ','
+WHERE current_setting('server_encoding') NOT IN ('UTF8', 'SQL_ASCII')
+"""
+
 
 class ReturningStatements(Statements):
     """What PostgreSQL and SQLite have in common."""
 
     def __init__(self, table: Table, dialect: Dialect) -> None:
         super().__init__(table, dialect)
-        self.acquire = self.sql(_ACQUIRE)
+        self.acquire = self.sql(
+            _ACQUIRE,
+            next_fence=self.words.plus_one.format(number="coalesce(mine.fence, 0)"),
+            next_rank=self.words.plus_one.format(number="coalesce(mine.newest, 0)"),
+        )
         self.renew = self.renew_unlocked = self.sql(_RENEW, held_rows="{held}")
         self.save = self.sql(_SAVE)
         self.save_within = (self.save,)
@@ -216,6 +242,7 @@ class PostgresqlStatements(ReturningStatements):
     """Many writers, and rows that are locked."""
 
     words = POSTGRESQL
+    largest = 2**30 - 1
 
     def __init__(self, table: Table, dialect: Dialect) -> None:
         super().__init__(table, dialect)
@@ -223,6 +250,9 @@ class PostgresqlStatements(ReturningStatements):
         self.prune = self.sql(_PRUNE, locking="FOR UPDATE SKIP LOCKED")
         self.record = self.sql(_RECORD)
         self.lacking = self.sql(_LACKING)
+        self.hiding = self.sql(_HIDING)
+        self.encodings = self.sql(_ENCODINGS)
+        self.encoding_advice = "CREATE DATABASE … ENCODING 'UTF8' makes one that has them all"
 
 
 class SqliteStatements(ReturningStatements):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from .base import (
     SeenTicks,
     StoreError,
     StoreMisconfigured,
+    StoreRefusesValue,
+    StoreUnavailable,
     Write,
     seen,
 )
@@ -30,11 +33,23 @@ from .connections import Connections
 from .dialects import statements_for
 from .engine import is_in_memory
 from .entries import SqlEntries
-from .faults import as_store_error, grant, is_read_only, is_undone, went_away
+from .faults import (
+    REFUSED_BY_DRIVER,
+    as_store_error,
+    grant,
+    is_out_of_range,
+    is_read_only,
+    is_undone,
+    policy_advice,
+    went_away,
+)
 from .pooled import GrowingPool
 from .schema import make_table
 from .statements import Statements
+from .texts import restored, storable
 from .wishes import SqlWishes
+
+logger = logging.getLogger(__name__)
 
 #: How often a statement that was undone is sent at most.
 TRIES = 5
@@ -67,14 +82,28 @@ class SqlStore:
         rank: int = 0,
         sent: str | None = None,
     ) -> Acquired | None:
-        named: dict[str, Any] = {"key": key, "holder": holder, "ttl": ttl, "task_id": task_id}
+        named: dict[str, Any] = {"key": key, "holder": holder, "ttl": ttl}
+        named["task_id"] = storable(task_id)
         of_clock = f"{sent.rpartition(':')[0]}:%" if sent else None
         named |= {"rank": rank, "sent": sent, "of_clock": of_clock}
-        rows = self._rows(self._sql.acquire, named)
+        try:
+            rows = self._rows(self._sql.acquire, named)
+        except StoreRefusesValue as error:
+            if is_out_of_range(error.__cause__):
+                raise StoreRefusesValue(self._largest(key, error)) from error.__cause__
+            raise
         if not rows:
             return None
         fence, *found = rows[0]
         return Acquired(Lease(key, holder, fence, ttl), *found)
+
+    def _largest(self, key: str, error: StoreError) -> str:
+        column, literal = self._sql.words.key, key.replace("'", "''")
+        return (
+            "the fence in the row is at its largest, so that no run can be given a larger one "
+            f"({error}); to begin anew from the clock, if nothing outside compares its fences: "
+            f"UPDATE {self._sql.table} SET fence = 0, newest = NULL WHERE {column} = '{literal}';"
+        )
 
     def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
         statement = self._sql.renew_unlocked if len(leases) > 1 else self._sql.renew
@@ -119,7 +148,9 @@ class SqlStore:
 
     def ticks(self, keys: Sequence[str]) -> dict[str, SeenTicks]:
         rows = self._rows(self._sql.ticks, {"keys": msgspec.json.encode(keys).decode()})
-        return {key: SeenTicks(bool(held), *more) for key, held, *more in rows}
+        return {
+            key: SeenTicks(bool(held), restored(task_id), done) for key, held, task_id, done in rows
+        }
 
     def set_aside(self, key: str, value: str) -> None:
         self._change(self._sql.set_aside, {"key": key, "value": value})
@@ -141,6 +172,31 @@ class SqlStore:
                     f"run as its owner: {grant(privileges, self._sql.table, role)}"
                 )
         self._rows(self._sql.check, {})
+        self._see_that_rows_are_seen()
+        self._say_what_it_cannot_hold()
+
+    def _see_that_rows_are_seen(self) -> None:
+        """:raises StoreMisconfigured: row-level security may hide a lease that is held."""
+        if self._sql.hiding is None:
+            return
+        for (role,) in self._rows(self._sql.hiding, {"table": self._sql.table}):
+            raise StoreMisconfigured(
+                f"row-level security is active on table {self.table.fullname} for role {role}, "
+                "and no policy lets it see and write all rows, so that a lease which is held can "
+                f"look free; {policy_advice(self._sql.table, role)}"
+            )
+
+    def _say_what_it_cannot_hold(self) -> None:
+        """Warn of an encoding that lacks characters; most states do without them."""
+        if self._sql.encodings is None:
+            return
+        schema, _, bare = self.table.fullname.rpartition(".")
+        for (found,) in self._rows(self._sql.encodings, {"schema": schema, "table": bare}):
+            logger.warning(
+                "singletons: %s does not have all characters: a state or a key with another one "
+                "fails as SchemaDecodeFailed; %s",
+                *(found, self._sql.encoding_advice),
+            )
 
     def close(self) -> None:
         self.engine.dispose()
@@ -192,7 +248,7 @@ class SqlStore:
                     if result.returns_rows and result.first() is None:
                         return False
                 return True
-        except (DBAPIError, PoolTimeoutError) as error:
+        except (DBAPIError, PoolTimeoutError, *REFUSED_BY_DRIVER) as error:
             raise self.as_store_error(error) from error
 
     def _execute(
@@ -202,11 +258,14 @@ class SqlStore:
         while True:
             try:
                 return self._connections.execute(statement, parameters, answer)
-            except (self._driver_error, SQLAlchemyError, UnicodeError) as error:
+            except (self._driver_error, SQLAlchemyError, *REFUSED_BY_DRIVER) as error:
                 tries -= 1
                 if tries and is_undone(error):
                     continue
-                raise self.as_store_error(error) from error
+                meant = self.as_store_error(error)
+                if isinstance(meant, StoreUnavailable) and self._sql.is_too_large(parameters):
+                    meant = StoreRefusesValue(f"the database cannot hold so large a value: {meant}")
+                raise meant from error
 
     def as_store_error(self, error: Exception) -> StoreError:
         """An error of the driver's or of SQLAlchemy's, as one of ours."""
@@ -249,7 +308,7 @@ class SqlTransaction:
             for statement in self._sql.save_within:
                 result = self.connection.exec_driver_sql(statement, named)
             row = result.one_or_none()
-        except DBAPIError as error:
+        except (DBAPIError, *REFUSED_BY_DRIVER) as error:
             raise self._as_store_error(error) from error
         return Saved(*row) if row else None
 

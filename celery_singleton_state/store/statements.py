@@ -142,6 +142,13 @@ class Statements:
     for_update = "FOR UPDATE"
     #: Asks which privileges on the table the role lacks, where an error does not say so.
     lacking: str | None = None
+    #: Asks whether row-level security can hide rows from the role.
+    hiding: str | None = None
+    #: Asks what of the database or the table does not have all characters, and what mends that.
+    encodings: str | None = None
+    encoding_advice = ""
+    #: Bytes of the largest text. The server can answer a larger one by closing the connection.
+    largest: int | None = None
 
     def __init__(self, table: Table, dialect: Dialect) -> None:
         #: The table's name, quoted where it must be.
@@ -163,6 +170,14 @@ class Statements:
         self.unused = self.sql(_UNUSED_KEYS)
         self.entries = self.sql(_ENTRIES)
         self.check = self.sql(_CHECK, columns=", ".join(columns))
+
+    def is_too_large(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether one of a statement's parameters is larger than the database can hold."""
+        largest = self.largest
+        texts = (each for each in parameters.values() if isinstance(each, str))
+        return largest is not None and any(
+            len(text) * 4 > largest and len(text.encode()) > largest for text in texts
+        )
 
     def rows(self, cursor: Any) -> Sequence[tuple[Any, ...]]:
         """The rows that a statement answers."""

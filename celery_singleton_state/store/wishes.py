@@ -9,6 +9,7 @@ import msgspec
 
 from .base import NewValue, Queued, Row
 from .statements import Statements
+from .texts import restored, storable
 
 Rows = Callable[[str, Mapping[str, Any]], Sequence[tuple[Any, ...]]]
 Change = Callable[[str, Mapping[str, Any]], int]
@@ -28,7 +29,8 @@ class SqlWishes:
     def ask_to_hand_over(
         self, row: Row, who: str, rank: int | None = None, sent: str | None = None
     ) -> bool:
-        named = _seen(row, who=who, rank=row.next_rank if rank is None else rank, sent=sent)
+        rank = row.next_rank if rank is None else rank
+        named = _seen(row, who=storable(who), rank=rank, sent=sent)
         return self._change(self._sql.ask_to_hand_over, named) == 1
 
     def let_go(self, row: Row) -> bool:
@@ -49,10 +51,11 @@ class SqlWishes:
         if not rows:
             return Queued(0, None)
         number, queued, running = rows[0]
-        return Queued(number, queued or running, not queued and running is not None)
+        return Queued(number, restored(queued or running), not queued and running is not None)
 
     def claim(self, key: str, task_id: str, life: float, number: int, first: bool = False) -> bool:
-        named = {"key": key, "task_id": task_id, "ttl": life, "number": number, "first": int(first)}
+        named = {"key": key, "task_id": storable(task_id), "ttl": life}
+        named |= {"number": number, "first": int(first)}
         return bool(self._rows(self._sql.claim, named))
 
     def expect(self, keys: Sequence[str]) -> None:
@@ -69,7 +72,7 @@ class SqlWishes:
         return bool(self._rows(self._sql.put, named))
 
     def dequeue(self, key: str, task_id: str) -> None:
-        self._change(self._sql.dequeue, {"key": key, "task_id": task_id})
+        self._change(self._sql.dequeue, {"key": key, "task_id": storable(task_id)})
 
 
 def _seen(row: Row, **more: str | int | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Words:
     :param held: rows of leases, from the parameter ``leases``; ``keys``, from ``keys``: of keys.
     :param milliseconds: the time in whole milliseconds since 1970, which a fence is never below.
     :param larger: the function that answers the larger of its arguments.
+    :param plus_one: the ``{number}`` + 1, and an error if that is larger than its column can hold.
     :param is_same: compares two values that may be NULL.
     :param parameter: a parameter in the driver's style.
     """
@@ -39,6 +40,7 @@ class Words:
     key: str = "key"
     write: str = "write"
     length: str = "length"
+    plus_one: str = "{number} + 1"
 
 
 POSTGRESQL = Words(
@@ -72,6 +74,8 @@ SQLITE = Words(
     milliseconds="CAST(round((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER)",
     larger="max",
     is_same="IS",
+    # A sum that is too large becomes a number with a point, which grows no more.
+    plus_one="abs(-1 - {number})",
 )
 
 #: As the columns are, so that what comes from JSON is compared with them by their index.
