@@ -85,7 +85,10 @@ class StatePersistFailed(SingletonError):
 
 
 class SchemaDecodeFailed(SingletonError):
-    """The stored value does not fit the schema, or the state that a run left does not come back."""
+    """The stored value, or the state that a run left, does not fit the schema; the new state would
+    not come back the same; or the store cannot hold the state or the key: its encoding lacks a
+    character, or it is too large.
+    """
 
     reason = SingletonErrorReason.SCHEMA_DECODE_FAILED
 
@@ -129,4 +132,6 @@ def is_retryable(reason: str) -> bool:
 
 
 class KeyValueStoreError(Exception):
-    """The key-value store could not be reached, or holds what cannot be read."""
+    """The key-value store could not be reached, cannot hold the value, or holds what cannot be
+    read.
+    """

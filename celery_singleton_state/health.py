@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from .moments import moment, seconds
 from .options import expected_singletons, options_of
 from .runtime import Runtime, runtime_of
 from .settings import Settings
-from .store.base import Listed, StoreError
+from .store.base import Listed, StoreError, StoreUnavailable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class Health:
 
 
 def check_health(app: Celery) -> Health:
-    """Ask the store whether the app's singletons ran when they should have; one statement.
+    """Ask the store whether the app's singletons ran when they should have; a few statements.
 
     A singleton is healthy if it last finished within its task's ``expected_interval`` times
     ``singleton_heartbeat_threshold``, or has no ``expected_interval``. One that never ran is given
@@ -62,10 +65,20 @@ def check_health(app: Celery) -> Health:
     app.finalize(auto=True)
     runtime = runtime_of(app)
     try:
+        _see_that_it_can_be_used(runtime)
         rows = runtime.store.list(runtime.settings.key_prefix)
     except StoreError as error:
         return Health((), str(error))
     return judge(runtime, rows)
+
+
+def _see_that_it_can_be_used(runtime: Runtime) -> None:
+    """:raises StoreNotReady: it cannot, and may hide rows that are there, or lack privileges."""
+    try:
+        runtime.store.check()
+    except StoreUnavailable as error:
+        # One that is read-only, for example, can still be asked.
+        logger.debug("singletons: health is told without a check of the store: %s", error)
 
 
 def judge(runtime: Runtime, rows: Sequence[Listed]) -> Health:

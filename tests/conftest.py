@@ -35,6 +35,8 @@ _SERVERS = {
     "postgresql": "postgres_url",
     "mariadb": "mariadb_url",
     "pgbouncer": "pgbouncer_url",
+    "latin1": "latin1_url",
+    "sql_ascii": "sql_ascii_url",
 }
 #: What a store does by itself is tested through a pooler, too; what is built upon it is not again.
 STORES_AND_POOLED = (*STORES, "pgbouncer")
@@ -109,6 +111,24 @@ def server_url(postgres: Postgres) -> Iterator[str]:
     name = f"test_{os.getpid()}_{next(_numbers)}"
     yield postgres.create_database(name)
     postgres.drop_database(name)
+
+
+def _encoded(postgres: Postgres, encoding: str) -> Iterator[str]:
+    name = f"test_{os.getpid()}_{next(_numbers)}"
+    yield postgres.create_database(name, encoding)
+    postgres.drop_database(name)
+
+
+@pytest.fixture
+def latin1_url(postgres: Postgres) -> Iterator[str]:
+    """A new, empty database that has no letters but those of western Europe."""
+    yield from _encoded(postgres, "LATIN1")
+
+
+@pytest.fixture
+def sql_ascii_url(postgres: Postgres) -> Iterator[str]:
+    """A new, empty database that takes every byte for what it is."""
+    yield from _encoded(postgres, "SQL_ASCII")
 
 
 @pytest.fixture

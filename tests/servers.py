@@ -141,8 +141,12 @@ class Postgres(Server):
     def url(self, database: str, port: int | None = None) -> str:
         return f"postgresql+psycopg://postgres@127.0.0.1:{port or self.port}/{database}"
 
-    def create_database(self, name: str) -> str:
-        self._admin(f"CREATE DATABASE {name}")
+    def create_database(self, name: str, encoding: str = "UTF8") -> str:
+        self._admin(
+            f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0 LOCALE 'C'"
+            if encoding != "UTF8"
+            else f"CREATE DATABASE {name}"
+        )
         return self.url(name)
 
     def create_database_for_shop(self, name: str) -> str:

@@ -149,3 +149,65 @@ def test_a_role_that_does_not_own_the_table_is_told(postgres_url: str, owner_url
         migrate_url(owner_url, TABLE)
     execute(postgres_url, f"ALTER TABLE {TABLE} OWNER TO shop_migrate")
     migrate_url(owner_url, TABLE)
+
+
+#: Policies, and whether the worker sees and may write all rows with them.
+POLICIES = [
+    ((), False),
+    (("CREATE POLICY p ON {table} USING (true)",), True),
+    (("CREATE POLICY p ON {table} TO shop_worker USING (true) WITH CHECK (true)",), True),
+    (("CREATE POLICY p ON {table} TO shop_migrate USING (true)",), False),
+    (("CREATE POLICY p ON {table} USING (false)",), False),
+    (("CREATE POLICY p ON {table} USING (key > 'k')",), False),
+    (("CREATE POLICY p ON {table} USING (true) WITH CHECK (false)",), False),
+    (("CREATE POLICY p ON {table} FOR SELECT USING (true)",), False),
+    (
+        (
+            "CREATE POLICY r ON {table} FOR SELECT USING (true)",
+            "CREATE POLICY a ON {table} FOR INSERT WITH CHECK (true)",
+            "CREATE POLICY w ON {table} FOR UPDATE USING (true)",
+            "CREATE POLICY d ON {table} FOR DELETE USING (true)",
+        ),
+        True,
+    ),
+    (
+        (
+            "CREATE POLICY p ON {table} USING (true)",
+            "CREATE POLICY q ON {table} AS RESTRICTIVE USING (key <> 'k')",
+        ),
+        False,
+    ),
+]
+
+
+@pytest.mark.usefixtures("ready")
+@pytest.mark.parametrize(("policies", "is_enough"), POLICIES)
+def test_row_level_security_that_can_hide_a_lease_is_found_at_start(
+    owner_url: str, worker_url: str, policies: tuple[str, ...], is_enough: bool
+) -> None:
+    enable = f"ALTER TABLE {TABLE} ENABLE ROW LEVEL SECURITY"
+    execute(owner_url, enable, *(policy.format(table=TABLE) for policy in policies))
+    store = open_store(worker_url, TABLE, 5.0)
+    if is_enough:
+        use_all(store)
+    else:
+        with pytest.raises(StoreMisconfigured, match="row-level security is active") as raised:
+            store.check()
+        assert "GRANT" not in str(raised.value)
+    store.close()
+    owner = open_store(owner_url, TABLE, 5.0)
+    owner.check()
+    owner.close()
+
+
+@pytest.mark.usefixtures("ready")
+def test_a_policy_that_refuses_a_row_is_no_missing_grant(owner_url: str, worker_url: str) -> None:
+    execute(owner_url, f"ALTER TABLE {TABLE} ENABLE ROW LEVEL SECURITY")
+    store = open_store(worker_url, TABLE, 5.0)
+    with pytest.raises(StoreMisconfigured, match="row-level security") as raised:
+        store.acquire("k", "h", 60, None)
+    assert "GRANT" not in str(raised.value)
+    advice = str(raised.value).split("run as its owner: ")[1].split(";")[0]
+    execute(owner_url, advice.replace("<the worker's role>", WORKER))
+    use_all(store)
+    store.close()

@@ -62,8 +62,11 @@ class ScriptCalls:
         :raises RedisError: whatever the client library raises, but for a refusal.
         """
         try:
-            return int(self._send("CONFIG", "GET", "proto-max-bulk-len")[1])
-        except (ResponseError, IndexError, ValueError):
+            answer = self._send("CONFIG", "GET", "proto-max-bulk-len")
+            # A list by the older protocol, a dict by the newer one.
+            found = answer.values() if isinstance(answer, dict) else answer[1:]
+            return int(next(iter(found)))
+        except (ResponseError, StopIteration, ValueError):
             return DEFAULT_LARGEST
 
     def close(self) -> None:

@@ -68,6 +68,7 @@ class SqlStore:
         self._driver_error = engine.dialect.loaded_dbapi.Error
         # A database in memory lives in its pool's only connection.
         self._connections = Connections(engine, keeps_one=not is_in_memory(engine.url))
+        self._has_said = False
         self.wishes = SqlWishes(self._sql, self._rows, self._change)
         self.entries = SqlEntries(self._sql, self._rows, self.run_within)
         #: The database's time now, for statements made elsewhere.
@@ -192,11 +193,13 @@ class SqlStore:
             return
         schema, _, bare = self.table.fullname.rpartition(".")
         for (found,) in self._rows(self._sql.encodings, {"schema": schema, "table": bare}):
-            logger.warning(
-                "singletons: %s does not have all characters: a state or a key with another one "
-                "fails as SchemaDecodeFailed; %s",
-                *(found, self._sql.encoding_advice),
-            )
+            if not self._has_said:
+                logger.warning(
+                    "singletons: %s does not have all characters: a state or a key with another "
+                    "one fails as SchemaDecodeFailed; %s",
+                    *(found, self._sql.encoding_advice),
+                )
+            self._has_said = True
 
     def close(self) -> None:
         self.engine.dispose()

@@ -1,0 +1,257 @@
+"""Runs whose state, key or message the store cannot hold: they fail once, and say why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery, signals
+
+from celery_singleton_state import SchemaDecodeFailed, singleton_task
+from celery_singleton_state.history import decode
+from celery_singleton_state.runtime import runtime_of
+from celery_singleton_state.store.base import Row
+from celery_singleton_state.ticks import task_id_of
+from tests.conftest import _apps, url_on
+from tests.runs.test_beat import EVERY_MINUTE, Beats, due_now, stored
+from tests.stores.test_refused_values import LARGEST, ODD, with_small_packets
+
+POLISH = "Łódź"
+
+
+@dataclass
+class Place:
+    name: str = ""
+    visits: int = 0
+
+
+@pytest.fixture
+def latin1_app(latin1_url: str) -> Iterator[Celery]:
+    for make in _apps(latin1_url):
+        yield make()
+
+
+@pytest.fixture(params=["latin1", "mariadb"])
+def refusing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Celery, str]]:
+    """An app, and a text that its store cannot hold in a state."""
+    for make in _apps(url_on(request.param, request, tmp_path)):
+        app = make()
+        runtime_of(app).store.check()
+        if request.param == "latin1":
+            yield app, POLISH
+        else:
+            runtime_of(app).sql.engine.dispose()
+            with with_small_packets(request.getfixturevalue("mariadb")):
+                yield app, "x" * (1 << 20)
+
+
+def row(app: Celery, name: str = "visit") -> Row:
+    found = runtime_of(app).store.peek(f"singleton-state:{name}")
+    assert found is not None
+    return found
+
+
+def task_of(app: Celery, body: Callable[..., Any], **options: Any) -> Any:
+    options = {"state_schema": Place, "name": "visit", "shared": False} | options
+    return singleton_task(app, **options)(body)
+
+
+def noting(ran: list[Any]) -> Callable[..., None]:
+    """A body that notes its argument."""
+
+    def body(self: Any, name: str = "") -> None:
+        ran.append(name)
+
+    return body
+
+
+@pytest.fixture
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """A log takes no half of a surrogate pair."""
+    caplog.set_level(logging.CRITICAL + 1)
+
+
+@pytest.mark.parametrize("how", ["save", "checkpoint", "transaction", "after an error"])
+def test_one_body_runs_and_the_row_keeps_its_state(
+    refusing: tuple[Celery, str], how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app, text = refusing
+    names: list[str] = []
+
+    def body(self: Any, name: str) -> None:
+        names.append(name)
+        self.state.name, self.state.visits = name, self.state.visits + 1
+        if name != text:
+            return
+        if how == "checkpoint":
+            self.checkpoint()
+        elif how == "transaction":
+            with self.transaction():
+                pass
+        elif how == "after an error":
+            raise LookupError("no such place")
+
+    task = task_of(app, body, persist_on_error=True)
+    assert task.apply(("Rome",)).successful()
+    before = row(app)
+    result = task.apply((text,))
+    kind = LookupError if how == "after an error" else SchemaDecodeFailed
+    assert isinstance(result.result, kind), result.result
+    assert names == ["Rome", text]
+    after = row(app)
+    assert (after.value, after.updated_at) == (before.value, before.updated_at)
+    assert (after.holder, after.last_outcome) == (None, "failed")
+    assert decode(after.history, "visit")[-1].outcome == "failed"
+    # A body that failed has not saved it either.
+    assert ("not saved after an error" in caplog.text) == (how != "save")
+    assert task.apply(("Bern",)).successful()
+    assert '"visits":2' in row(app).value
+
+
+def test_a_body_may_mend_what_a_checkpoint_was_refused(latin1_app: Celery) -> None:
+    def body(self: Any) -> None:
+        self.state.name = POLISH
+        with pytest.raises(SchemaDecodeFailed, match="LATIN1"):
+            self.checkpoint()
+        self.state.name = "Lodz"
+
+    task_of(latin1_app, body)()
+    assert row(latin1_app).value == '{"name":"Lodz","visits":0}'
+
+
+def test_a_key_that_the_database_cannot_hold_fails_at_once(
+    latin1_app: Celery, caplog: pytest.LogCaptureFixture
+) -> None:
+    ran: list[str] = []
+    task = task_of(latin1_app, noting(ran), unique_on=["name"])
+    result = task.apply((POLISH,))
+    assert isinstance(result.result, SchemaDecodeFailed)
+    assert "LATIN1" in str(result.result)
+    assert not ran
+    assert "not given back" not in caplog.text
+
+
+@pytest.mark.usefixtures("quiet")
+def test_what_is_only_recorded_fails_no_run(latin1_app: Celery) -> None:
+    """An error's text, a task's id, the worker's name, in letters that the database lacks."""
+
+    def body(self: Any) -> None:
+        raise LookupError(ODD)
+
+    task = task_of(latin1_app, body)
+    for _ in range(2):
+        result = task.apply(task_id=ODD, hostname=f"celery@{ODD}")
+        assert isinstance(result.result, LookupError)
+    last = decode(row(latin1_app).history, "visit")[-1]
+    assert last.task_id == ODD
+    assert last.error is not None
+    assert POLISH in last.error
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("name", ["memory", "sqlite", "postgresql", "latin1", "mariadb"])
+def test_a_message_of_any_id_runs_once(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    ran: list[str] = []
+    for make in _apps(url_on(name, request, tmp_path)):
+        task = task_of(make(), noting(ran), deduplicate=True)
+        message = {"task_id": ODD, "headers": {"singleton_sent": ODD}}
+        for _ in range(2):
+            task.apply(**message)
+    assert len(ran) == 1
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("name", ["memory", "sqlite", "postgresql", "latin1", "mariadb"])
+def test_arguments_of_any_text_make_a_key(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    ran: list[str] = []
+    odd = ("a\0b", "a\\x00b", "a\udc80b", "a\\udc80b")
+    for make in _apps(url_on(name, request, tmp_path)):
+        app = make()
+        task = task_of(app, noting(ran), unique_on=["name"])
+        for text in odd:
+            assert task.apply((text,)).successful()
+        assert len(runtime_of(app).store.list("singleton-state:visit")) == len(odd)
+    assert ran == list(odd)
+
+
+def test_a_fence_at_its_largest_fails_at_once_and_says_what_to_do(app: Celery) -> None:
+    ran: list[str] = []
+    task = task_of(app, noting(ran))
+    assert task.apply().successful()
+    store: Any = runtime_of(app).store
+    store._change(f"UPDATE kv_store SET fence = {LARGEST}", {})
+    result = task.apply()
+    assert isinstance(result.result, SchemaDecodeFailed)
+    assert "UPDATE kv_store SET fence = 0" in str(result.result)
+    assert len(ran) == 1
+
+
+def test_a_producer_sends_what_it_cannot_note_as_queued(
+    latin1_app: Celery, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = task_of(latin1_app, noting([]), unique_on=["name"], enqueue_once=True)
+    with caplog.at_level(logging.WARNING):
+        first, second = task.delay(POLISH), task.delay(POLISH)
+    assert first.id != second.id
+    assert "sent, though it may be queued already" in caplog.text
+    # One whose id alone the database lacks letters for is noted.
+    noted = task.apply_async(("Bern",), task_id=POLISH)
+    assert (noted.id, task.delay("Bern").id) == (POLISH, POLISH)
+
+
+@pytest.mark.parametrize("name", ["sqlite", "postgresql", "latin1", "mariadb"])
+def test_a_beat_goes_on_over_the_name_of_an_entry(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    beats = Beats(url_on(name, request, tmp_path))
+    names = ["e", POLISH, "a\\x00 \U0001f389"]
+    sent: list[str] = []
+
+    def note(headers: dict[str, Any], **_: Any) -> None:
+        sent.append(headers["id"])
+
+    signals.before_task_publish.connect(note)
+    try:
+        one, other = (beats.make(dict.fromkeys(names, EVERY_MINUTE)) for _ in range(2))
+        one.tick()
+        due = {each: due_now(one, each) for each in names}
+        one.tick()
+        assert sorted(sent) == sorted(task_id_of("shop", *found) for found in due.items())
+        one.close()
+        # The next leader knows of all of them what was sent.
+        other.tick()
+        assert {each: state.last_tick for each, state in stored(other).items()} == due
+        assert len(sent) == len(names)
+    finally:
+        signals.before_task_publish.disconnect(note)
+        beats.close()
+
+
+def test_a_beat_that_owes_ticks_goes_on_over_a_key_that_the_database_cannot_hold(
+    latin1_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One entry's singleton can have no row there; another's row is asked all the same."""
+    beats = Beats(latin1_url)
+    entry = {"task": "visit", "schedule": 60.0, "catch_up": "all"}
+    schedule = {"polish": entry | {"args": (POLISH,)}, "swiss": entry | {"args": ("Bern",)}}
+    beat = beats.make(schedule)
+    try:
+        task_of(beat.app, noting([]), unique_on=["name"])
+        beat.tick()
+        for name in schedule:
+            due_now(beat, name)
+        beat.tick()
+        with caplog.at_level(logging.WARNING):
+            beat.tick()
+        assert "cannot be asked" not in caplog.text
+        assert all(entry.under_way for *_, entry in beat._heap)
+    finally:
+        beats.close()

@@ -1,0 +1,290 @@
+"""What a store cannot hold is told apart from an outage, on every store, and changes nothing."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from sqlalchemy import event
+
+from celery_singleton_state import KeyValueStore, KeyValueStoreError
+from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.store.base import Ended, Leases, NewValue, StoreRefusesValue, Write
+from celery_singleton_state.store.redis import RedisStore
+from tests.conftest import url_on
+from tests.mariadb import MariaDB
+from tests.servers import Valkey
+from tests.stores.all_verbs import use_all, use_all_values
+from tests.stores.test_conformance import DONE, NEW, acquire, peek
+from tests.stores.writes import enqueue, write
+from tests.test_migrate import execute
+
+#: No task would be called so; but an id is its sender's to choose.
+ODD = "a\0b\udc80 Łódź\\x00 \U0001f389"
+POLISH = NewValue('{"city":"Łódź"}', 1)
+LARGEST = 2**63 - 1
+PACKET = 1 << 17
+
+
+def with_small_sqlite(url: str) -> SqlStore:
+    """One whose connections take no text of more than 10,000 bytes."""
+    store = open_store(url, "kv_store", 2.0, auto_migrate=True)
+    store.engine.dispose()
+
+    @event.listens_for(store.engine, "connect")
+    def limit(connection: sqlite3.Connection, _record: Any) -> None:
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000)
+
+    return store
+
+
+@contextmanager
+def with_small_packets(mariadb: MariaDB) -> Iterator[None]:
+    def set_to(size: int) -> None:
+        with mariadb.connect() as connection, connection.cursor() as cursor:
+            cursor.execute(f"SET GLOBAL max_allowed_packet = {size}")
+
+    set_to(PACKET)
+    try:
+        yield
+    finally:
+        set_to(1 << 26)
+
+
+def of_size(size: int) -> NewValue:
+    return NewValue(f'"{"x" * size}"', 1)
+
+
+@pytest.fixture(params=["latin1", "check", "sqlite", "packet", "larger packet", "column"])
+def refusing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[SqlStore, NewValue]]:
+    """A store, and a value that it cannot hold."""
+    kind = request.param
+    if kind == "sqlite":
+        store = with_small_sqlite(url_on("sqlite", request, tmp_path))
+        yield store, of_size(20_000)
+    elif kind in ("packet", "larger packet"):
+        url = url_on("mariadb", request, tmp_path)
+        open_store(url, "kv_store", 2.0, auto_migrate=True).close()
+        with with_small_packets(request.getfixturevalue("mariadb")):
+            store = open_store(url, "kv_store", 2.0)
+            # The server reads no more of the larger one, and closes the connection.
+            yield store, of_size(PACKET if kind == "packet" else 200 * PACKET)
+    elif kind == "column":
+        url = url_on("mariadb", request, tmp_path)
+        store = open_store(url, "kv_store", 2.0, auto_migrate=True)
+        execute(url, "ALTER TABLE kv_store MODIFY value TEXT CHARACTER SET latin1 NOT NULL")
+        yield store, POLISH
+    elif kind == "check":
+        url = url_on("postgresql", request, tmp_path)
+        store = open_store(url, "kv_store", 2.0, auto_migrate=True)
+        execute(url, "ALTER TABLE kv_store ADD CHECK (length(value) < 10000)")
+        yield store, of_size(20_000)
+    else:
+        store = open_store(url_on("latin1", request, tmp_path), "kv_store", 2.0, auto_migrate=True)
+        yield store, POLISH
+    store.close()
+
+
+def test_a_value_that_the_store_cannot_hold_is_no_outage(
+    refusing: tuple[SqlStore, NewValue],
+) -> None:
+    store, refused = refusing
+    lease = acquire(store).lease
+    assert store.save(lease, write(NEW))
+    before = peek(store)
+    attempts: list[Callable[[], Any]] = [
+        lambda: store.save(lease, write(refused, 2)),
+        lambda: store.release(lease, DONE, write(refused, 2)),
+        lambda: store.set_aside("other", refused.value),
+        lambda: store.wishes.put("other", None, refused),
+    ]
+    for attempt in attempts:
+        with pytest.raises(StoreRefusesValue):
+            attempt()
+    with pytest.raises(StoreRefusesValue), store.transaction() as transaction:
+        transaction.save(lease, write(refused, 2))
+    after = peek(store)
+    assert (after.value, after.fence, after.holder) == (NEW.value, before.fence, before.holder)
+    assert after.write == before.write
+    assert store.peek("other") is None
+    # The refused write took its number, and was not answered.
+    assert store.release(lease, DONE, Write(3, 1, NEW))
+
+
+def test_a_value_that_kv_cannot_hold_is_its_own_error(
+    refusing: tuple[SqlStore, NewValue], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, refused = refusing
+    monkeypatch.setattr("celery_singleton_state.kv._OwnStore.open", lambda _: store)
+    kv = KeyValueStore("memory://")
+    kv.set("k", 1)
+    with pytest.raises(KeyValueStoreError, match="cannot hold"):
+        kv.set("k", refused.value)
+    with pytest.raises(KeyValueStoreError, match="cannot hold"):
+        kv.modify("k", lambda _: refused.value)
+    assert kv.get("k") == 1
+
+
+@pytest.mark.parametrize("key", ["a\0b", "a\udc80b"])
+@pytest.mark.parametrize("name", ["postgresql", "latin1", "mariadb", "sqlite"])
+def test_a_key_that_kv_cannot_hold_is_its_own_error(
+    name: str, key: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    url = url_on(name, request, tmp_path)
+    open_store(url, "kv_store", 2.0, auto_migrate=True).close()
+    with KeyValueStore(url) as kv:
+        if key == "a\0b" and name in ("mariadb", "sqlite"):
+            kv.set(key, 1)
+            assert kv.get(key) == 1
+            return
+        with pytest.raises(KeyValueStoreError, match="cannot hold"):
+            kv.set(key, 1)
+
+
+@pytest.mark.parametrize("column", ["fence", "newest"])
+def test_a_fence_at_its_largest_is_said_with_what_to_do(
+    leases: Leases, column: str, request: pytest.FixtureRequest
+) -> None:
+    lease = acquire(leases).lease
+    assert leases.release(lease, DONE)
+    if isinstance(leases, SqlStore):
+        key = leases._sql.words.key
+        change = f"UPDATE kv_store SET {column} = {LARGEST} WHERE {key} = 'k'"
+        leases._change(change, {})
+    else:
+        with redis.Redis.from_url(request.getfixturevalue("lease_url")) as client:
+            client.hset("k", column, str(LARGEST))
+    for _ in range(2):
+        with pytest.raises(StoreRefusesValue, match=r"the fence .*is at its largest") as raised:
+            leases.acquire("k", "b", 60, None)
+    row = peek(leases)
+    assert row.holder is None
+    if isinstance(leases, SqlStore):
+        leases._change(str(raised.value).split("fences: ")[1].rstrip(";"), {})
+        assert acquire(leases).lease.fence >= lease.fence
+
+
+@pytest.fixture(
+    params=["memory", "sqlite", "postgresql", "latin1", "sql_ascii", "mariadb", "redis"]
+)
+def any_leases(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Leases]:
+    opened: Leases
+    if request.param == "redis":
+        opened = RedisStore(request.getfixturevalue("lease_url"), io_timeout=2.0)
+    else:
+        url = url_on(request.param, request, tmp_path)
+        opened = open_store(url, "kv_store", 2.0, auto_migrate=True)
+    yield opened
+    opened.close()
+
+
+def test_a_message_may_have_any_id(any_leases: Leases) -> None:
+    wishes = any_leases.wishes
+    assert enqueue(wishes, "k", ODD, 60) == ODD
+    assert wishes.queued("k").task_id == ODD
+    assert peek(any_leases).queued_task_id == ODD
+    acquired = any_leases.acquire("k", "a", 60, ODD)
+    assert acquired is not None
+    row = peek(any_leases)
+    assert (row.task_id, row.queued_task_id) == (ODD, None)
+    assert [each.task_id for each in any_leases.list("k")] == [ODD]
+    assert any_leases.ticks(["k"])["k"].task_id == ODD
+    assert wishes.ask_to_hand_over(row, ODD, row.next_rank)
+    assert peek(any_leases).handoff_to == ODD
+    assert any_leases.renew([acquired.lease]).keys() == {"k"}
+    assert any_leases.release(acquired.lease, Ended("failed", "[]"))
+    wishes.dequeue("k", ODD)
+
+
+@pytest.mark.parametrize("name", ["latin1", "sql_ascii"])
+def test_databases_of_other_encodings_do_all_that_others_do(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    url = url_on(name, request, tmp_path)
+    store = open_store(url, "kv_store", 2.0, auto_migrate=True)
+    use_all(store)
+    # What both can hold, in one way or another.
+    lease = acquire(store, key="Köln").lease
+    new = NewValue('{"city":"Köln"}', 1)
+    assert store.save(lease, write(new))
+    assert store.renew([lease, acquire(store, key="K").lease]).keys() == {"Köln", "K"}
+    assert (peek(store, "Köln").value, list(store.ticks(["Köln"]))) == (new.value, ["Köln"])
+    assert [row.key for row in store.list("Köl")] == ["Köln"]
+    store.close()
+    with KeyValueStore(url) as kv:
+        use_all_values(kv)
+        kv.prefix("Köln:").set("ö", "ü")
+        assert (kv.prefix("Köln:").size(), kv.get("Köln:ö")) == (1, "ü")
+        kv.prefix("Köln:").clear()
+        assert kv.prefix("Köln:").is_empty()
+
+
+def test_sql_ascii_holds_all_characters(sql_ascii_url: str) -> None:
+    store = open_store(sql_ascii_url, "kv_store", 2.0, auto_migrate=True)
+    lease = acquire(store, key="Łódź").lease
+    assert store.renew([lease]).keys() == {"Łódź"}
+    assert store.release(lease, DONE, write(POLISH))
+    assert peek(store, "Łódź").value == POLISH.value
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("postgresql", None),
+        ("sql_ascii", None),
+        ("latin1", "encoding is LATIN1"),
+        ("mariadb", None),
+        ("sqlite", None),
+    ],
+)
+def test_an_encoding_that_lacks_characters_is_named_at_start(
+    name: str,
+    told: str | None,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    url = url_on(name, request, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        store = open_store(url, "kv_store", 2.0, auto_migrate=True)
+        store.check()
+        store.check()
+    store.close()
+    assert told is None or told in caplog.text
+    assert len(caplog.records) == bool(told)
+
+
+def test_a_column_that_lacks_characters_is_named_at_start(
+    mariadb_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(mariadb_url, "kv_store", 2.0, auto_migrate=True)
+    execute(mariadb_url, "ALTER TABLE kv_store MODIFY value TEXT CHARACTER SET latin1 NOT NULL")
+    with caplog.at_level(logging.WARNING):
+        store.check()
+    store.close()
+    assert "value (latin1) of table kv_store" in caplog.text
+
+
+def test_a_wish_that_redis_takes_not_is_no_outage(lease_url: str, valkey: Valkey) -> None:
+    """The server closes the connection over it, in mid-request."""
+    store = RedisStore(lease_url, io_timeout=2.0)
+    lease = acquire(store).lease
+    with redis.Redis.from_url(lease_url) as client:
+        usual = client.config_get("proto-max-bulk-len")["proto-max-bulk-len"]
+        client.config_set("proto-max-bulk-len", 1 << 20)
+        try:
+            for size in ((1 << 20) + 1, 20 << 20):
+                with pytest.raises(StoreRefusesValue, match="proto-max-bulk-len"):
+                    store.wishes.want(peek(store), "x" * size)
+        finally:
+            client.config_set("proto-max-bulk-len", usual)
+    assert store.wishes.wanted("k") is None
+    assert store.release(lease, DONE)
+    store.close()

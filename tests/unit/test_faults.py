@@ -1,0 +1,149 @@
+"""What a database's error means, by its code, without a database."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Any
+
+import psycopg
+import pymysql
+import pytest
+from redis import exceptions as redis_errors
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from celery_singleton_state.store import redis_faults
+from celery_singleton_state.store.base import (
+    StoreMisconfigured,
+    StoreNotReady,
+    StoreRefusesValue,
+    StoreUnavailable,
+)
+from celery_singleton_state.store.faults import as_store_error
+
+PASSES, IS_REFUSED, IS_SET_UP_WRONG = StoreUnavailable, StoreRefusesValue, StoreMisconfigured
+
+
+def of_state(state: str | None, text: str = "a text in any language") -> psycopg.Error:
+    kind = psycopg.errors.lookup(state) if state else psycopg.OperationalError
+    return kind(text)
+
+
+def of_code(code: int) -> sqlite3.Error:
+    error = sqlite3.OperationalError("a text")
+    error.sqlite_errorcode = code
+    return error
+
+
+@pytest.mark.parametrize(
+    ("states", "kind"),
+    [
+        ("08000 08003 08006 08001 40001 40P01 53000 53100 53200 53300", PASSES),
+        ("55P03 55006 57014 57P01 57P02 57P03 57P05 58000 58030 25006 25P03 XX000 XX001", PASSES),
+        ("22021 22P05 22001 22003 22P02 22P03 22023 23514 44000 54000 54001 P0001", IS_REFUSED),
+        ("28000 28P01 3D000 42501 42601 42804 42883 42P10 23502 23505 0A000", IS_SET_UP_WRONG),
+        ("42P01 42703 3F000", StoreNotReady),
+    ],
+)
+def test_sqlstates(states: str, kind: type) -> None:
+    for state in states.split():
+        assert type(as_store_error(of_state(state), "t")) is kind, state
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (
+            'connection failed: FATAL:  password authentication failed for user "w"',
+            StoreMisconfigured,
+        ),
+        ('FATAL:  database "shop" does not exist', StoreMisconfigured),
+        ('FATAL:  role "w" does not exist', StoreMisconfigured),
+        ('FATAL:  no pg_hba.conf entry for host "1.2.3.4"', StoreMisconfigured),
+        ("FATAL:  the database system is starting up", PASSES),
+        ("connection refused", PASSES),
+        (
+            'Multiple connection attempts failed: FATAL:  database "a" does not exist; refused',
+            PASSES,
+        ),
+    ],
+)
+def test_what_postgresql_says_before_it_lets_anybody_in_has_no_sqlstate(
+    text: str, kind: type
+) -> None:
+    assert type(as_store_error(of_state(None, text), "t")) is kind
+
+
+def test_a_plan_that_a_migration_has_outdated_passes() -> None:
+    error = of_state("0A000", "cached plan must not change result type")
+    assert type(as_store_error(error, "t")) is PASSES
+
+
+@pytest.mark.parametrize(
+    ("numbers", "kind"),
+    [
+        ((1040, 1205, 1213, 1317, 1927, 2002, 2003, 2006, 2013, 1792, 1836, 3024), PASSES),
+        ((1366, 1406, 1264, 1690, 1153, 1301, 1118, 1267, 1292, 3140, 3819, 4025), IS_REFUSED),
+        ((1045, 1049, 1044, 1142, 1364, 1064), IS_SET_UP_WRONG),
+        ((1146, 1054), StoreNotReady),
+    ],
+)
+def test_mysqls_numbers(numbers: tuple[int, ...], kind: type) -> None:
+    for number in numbers:
+        error = pymysql.OperationalError(number, "a text")
+        assert type(as_store_error(error, "t")) is kind, number
+        wrapped = DBAPIError("SELECT", {}, error)
+        assert type(as_store_error(wrapped, "t")) is kind, number
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (of_code(sqlite3.SQLITE_BUSY), PASSES),
+        (of_code(sqlite3.SQLITE_IOERR_FSYNC), PASSES),
+        (of_code(sqlite3.SQLITE_FULL), PASSES),
+        (of_code(sqlite3.SQLITE_TOOBIG), IS_REFUSED),
+        (of_code(sqlite3.SQLITE_CONSTRAINT_CHECK), IS_REFUSED),
+        (of_code(sqlite3.SQLITE_CONSTRAINT_NOTNULL), IS_SET_UP_WRONG),
+        (of_code(sqlite3.SQLITE_NOTADB), IS_SET_UP_WRONG),
+        (of_code(sqlite3.SQLITE_CORRUPT), IS_SET_UP_WRONG),
+        (sqlite3.OperationalError("integer overflow"), IS_REFUSED),
+        (sqlite3.InterfaceError("Error binding parameter 1: type is not supported"), IS_REFUSED),
+        (sqlite3.OperationalError("no such table: t"), StoreNotReady),
+        (OverflowError("Python int too large to convert to SQLite INTEGER"), IS_REFUSED),
+        (UnicodeEncodeError("utf-8", "\udc80", 0, 1, "surrogates not allowed"), IS_REFUSED),
+        (psycopg.DataError("PostgreSQL text fields cannot contain NUL (0x00) bytes"), IS_REFUSED),
+        (psycopg.InterfaceError("the connection is closed"), PASSES),
+        (of_state("XX000", "invalid memory alloc request size 2000000004"), IS_REFUSED),
+        (PoolTimeoutError("QueuePool limit"), PASSES),
+    ],
+)
+def test_sqlites_codes_and_what_has_none(error: Exception, kind: type) -> None:
+    assert type(as_store_error(error, "t")) is kind
+
+
+def test_row_level_security_is_not_a_missing_grant() -> None:
+    told = str(as_store_error(of_state("42501", "new row violates row-level security policy"), "t"))
+    assert "CREATE POLICY" in told
+    assert "GRANT" not in told
+    assert "GRANT" in str(as_store_error(of_state("42501", "permission denied for table t"), "t"))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (redis_errors.ConnectionError("Connection reset by peer"), PASSES),
+        (redis_errors.BusyLoadingError("loading the dataset in memory"), PASSES),
+        (
+            redis_errors.OutOfMemoryError("command not allowed when used memory > 'maxmemory'"),
+            PASSES,
+        ),
+        (redis_errors.ResponseError("Protocol error: invalid bulk length"), IS_REFUSED),
+        (redis_errors.ResponseError("increment or decrement would overflow"), IS_REFUSED),
+        (redis_errors.DataError("Invalid input of type: 'object'"), IS_REFUSED),
+        (UnicodeEncodeError("utf-8", "\udc80", 0, 1, "surrogates not allowed"), IS_REFUSED),
+        (redis_errors.AuthenticationError("invalid username-password pair"), IS_SET_UP_WRONG),
+    ],
+)
+def test_redis(error: Any, kind: type) -> None:
+    assert type(redis_faults.as_store_error(error)) is kind

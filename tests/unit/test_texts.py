@@ -1,0 +1,71 @@
+"""Texts that every database can hold."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from celery_singleton_state import history
+from celery_singleton_state.keys import MAX_KEY_LENGTH, row_key
+from celery_singleton_state.store.texts import from_json, restored, storable, to_json
+from celery_singleton_state.ticks import task_id_of
+from tests.unit.test_history import entry
+
+#: With half surrogate pairs, which hypothesis leaves out otherwise.
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=20)
+ODD = "a\0b\udc80 Łódź\\x00 \U0001f389"
+
+
+@given(ANY_TEXT)
+def test_a_text_comes_back_as_it_was(text: str) -> None:
+    stored = storable(text)
+    assert stored.isascii()
+    assert stored.isprintable()
+    assert restored(stored) == text
+
+
+@given(st.text(st.sampled_from("\\xud0n"), max_size=9))
+def test_a_text_that_looks_like_an_escaped_one_comes_back_too(text: str) -> None:
+    assert restored(storable(text)) == text
+
+
+def test_what_somebody_else_wrote_is_left_as_it_is() -> None:
+    assert restored("Łódź \\d") == "Łódź \\d"
+
+
+@given(st.dictionaries(ANY_TEXT, st.lists(ANY_TEXT)))
+def test_json_comes_back_as_it_was(document: dict[str, list[str]]) -> None:
+    text = to_json(document)
+    assert text.isascii()
+    assert from_json(text, msgspec.json.Decoder(dict[str, list[str]])) == document
+
+
+@given(ANY_TEXT, ANY_TEXT)
+def test_different_names_have_different_keys_that_can_be_stored(one: str, other: str) -> None:
+    keys = {row_key("p:", name) for name in (one, other)}
+    assert len(keys) == len({one, other})
+    for key in keys:
+        key.encode()
+        assert "\0" not in key
+        assert len(key) <= MAX_KEY_LENGTH
+
+
+def test_a_history_holds_what_an_error_and_a_message_say() -> None:
+    one = msgspec.structs.replace(entry(1, task_id=ODD), error=ODD, sent=ODD)
+    text = history.append((), one, 16)
+    assert text.isascii()
+    assert history.decode(text, "t") == (one,)
+
+
+def test_an_entry_may_have_any_name() -> None:
+    due = datetime(2026, 11, 28, tzinfo=UTC)
+    assert task_id_of("s", ODD, due) != task_id_of("s", "a", due)
+
+
+@pytest.mark.parametrize("text", ["plain", "with space", "", "celery@host:1:ab.1"])
+def test_a_plain_text_stays_as_it_is(text: str) -> None:
+    assert storable(text) == text
