@@ -290,18 +290,14 @@ def _ask(claim: Claim) -> tuple[float, Acquired | None]:
     asked_at, may_have_held = clock(), claim.may_hold
     claim.may_hold = True
     place = delivery.place
-    try:
-        acquired = store.acquire(
-            delivery.key,
-            claim.holder,
-            delivery.first_ttl,
-            delivery.request.id,
-            place.rank or 0,
-            place.sent,
-        )
-    except StoreRefusesValue:
-        claim.may_hold = may_have_held
-        raise
+    acquired = store.acquire(
+        delivery.key,
+        claim.holder,
+        delivery.first_ttl,
+        delivery.request.id,
+        place.rank or 0,
+        place.sent,
+    )
     if acquired is None:
         # An earlier request, whose answer was lost, may still take it.
         claim.may_hold = may_have_held

@@ -18,7 +18,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .store.base import StoreMisconfigured, StoreUnavailable
+from .store.base import StoreMisconfigured, StoreRefusesValue, StoreUnavailable
 from .wish import grant
 
 if TYPE_CHECKING:
@@ -103,6 +103,9 @@ class Unreturned:
             logger.warning("%s: not given back yet: %s", lease.key, error)
             lease.is_unsure = True
             return False
+        except StoreRefusesValue:
+            # The store can have no such key, and so no lease of it.
+            released = None
         except Exception as error:  # whatever it is, the other leases still need this thread
             logger.warning("%s: not given back, its lease runs out: %s", lease.key, error)
             released = None

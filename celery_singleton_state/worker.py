@@ -25,7 +25,7 @@ from .parent_renewal import ParentRenewal
 from .place import note_arrival
 from .recovery import free_dead
 from .renewal_slots import mark_as_parent
-from .store.base import StoreError, StoreNotReady, StoreUnavailable
+from .store.base import StoreError, StoreNotReady
 from .store.engine import is_in_memory
 from .store.routed import NO_SQL
 from .store.store_url import parse_url
@@ -81,7 +81,7 @@ class SingletonStep(bootsteps.StartStopStep):
             own.store.check()
         except StoreNotReady as error:
             raise ImproperlyConfigured(str(error)) from error
-        except StoreUnavailable as error:
+        except StoreError as error:
             logger.error("singletons: the store cannot be reached, runs will be retried: %s", error)
         else:
             self.expect(own)

@@ -60,6 +60,10 @@ _VALUE_CODES = frozenset({18, 20, 275, 1811})
 #: value, a value that the driver knows no type for.
 _VALUE_TEXTS = ("integer overflow", "invalid memory alloc request size", "Error binding parameter")
 
+#: Of SQLite, when somebody else has written bytes as a text.
+_UNREADABLE = "Could not decode to UTF-8"
+_CANNOT_HOLD = "the database cannot hold the value"
+
 #: Of a number that is larger than its column can hold.
 _OUT_OF_RANGE = frozenset({"22003", 1264, 1690})
 
@@ -136,7 +140,9 @@ def as_store_error(error: Exception, table: str) -> StoreError:
             "run: celery -A <your app> singleton migrate"
         )
     if is_of_value(error):
-        return StoreRefusesValue(f"the database cannot hold the value: {text}")
+        is_read = isinstance(error, UnicodeDecodeError) or _UNREADABLE in text
+        what = "the database holds a text that is not UTF-8" if is_read else _CANNOT_HOLD
+        return StoreRefusesValue(f"{what}: {text}")
     advice = _advice(error)
     return StoreMisconfigured(f"{text}; {advice}") if advice else StoreUnavailable(text)
 
@@ -192,7 +198,7 @@ def is_of_value(error: Exception) -> bool:
         getattr(error, "sqlite_errorcode", None) in _VALUE_CODES
         # A driver's own refusal has no code: of a NUL in a text, for example.
         or type(error).__name__ == "DataError"
-        or any(text in str(error) for text in _VALUE_TEXTS)
+        or any(text in str(error) for text in (*_VALUE_TEXTS, _UNREADABLE))
     )
 
 

@@ -224,7 +224,7 @@ SELECT concat(group_concat(column_name, ' (', character_set_name, ')' SEPARATOR 
   :table)
 FROM information_schema.columns
 WHERE table_schema = coalesce(nullif(:schema, ''), database()) AND table_name = :table
-  AND character_set_name <> 'utf8mb4'
+  AND column_name IN ({own}) AND character_set_name <> 'utf8mb4'
 HAVING count(*) > 0
 """
 
@@ -260,7 +260,8 @@ class MySqlStatements(Statements):
         self.prune = self._transaction(_PRUNE)
         self.record = self._transaction(_RECORD)
         self.forget_within = tuple(map(self.sql, _FORGET))
-        self.encodings = self.sql(_ENCODINGS)
+        own = ", ".join(f"'{column.name}'" for column in table.columns)
+        self.encodings = self.sql(_ENCODINGS, own=own)
         self.encoding_advice = "ALTER TABLE … MODIFY … CHARACTER SET utf8mb4 mends that"
         self.check = f"{self.check};{self.sql(_MAY_CHANGE)}"
 

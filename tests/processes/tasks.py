@@ -109,6 +109,17 @@ def increment(self: SingletonTask[Counter], until: str = "") -> int:
     return self.state.n
 
 
+@dataclass
+class Text:
+    text: str = ""
+
+
+@singleton_task(app, state_schema=Text, retry_policy=PATIENT, name="remember")
+def remember(self: SingletonTask[Text], text: str) -> None:
+    with inside("remember"):
+        self.state.text = text
+
+
 @singleton_task(app, state_schema=Counter, name="increment_or_raise", on_conflict="raise")
 def increment_or_raise(self: SingletonTask[Counter]) -> int:
     self.state.n += 1

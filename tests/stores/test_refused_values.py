@@ -272,6 +272,23 @@ def test_a_column_that_lacks_characters_is_named_at_start(
     assert "value (latin1) of table kv_store" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["sqlite", "sql_ascii"])
+def test_a_text_that_is_not_utf_8_is_no_outage(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Another program wrote it. If the lease was taken before that was found, it is given back."""
+    url = url_on(name, request, tmp_path)
+    store = open_store(url, "kv_store", 2.0, auto_migrate=True)
+    store.set_aside("k", "{}")
+    broken = "CAST(x'C5' AS TEXT)" if name == "sqlite" else "convert_from('\\xC5', 'SQL_ASCII')"
+    store._change(f"UPDATE kv_store SET value = {broken}", {})
+    with pytest.raises(StoreRefusesValue, match=r"not UTF-8|invalid byte sequence"):
+        store.acquire("k", "a", 60, None)
+    store.give_back("k", "a")
+    assert list(store._rows("SELECT holder FROM kv_store", {})) == [(None,)]
+    store.close()
+
+
 def test_a_wish_that_redis_takes_not_is_no_outage(lease_url: str, valkey: Valkey) -> None:
     """The server closes the connection over it, in mid-request."""
     store = RedisStore(lease_url, io_timeout=2.0)
