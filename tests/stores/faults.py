@@ -17,13 +17,17 @@ SAME = "CASE WHEN mine.holder = :holder THEN"
 #: Of a statement, what is replaced in its text, and by what.
 FAULTS = {
     "acquire takes a held lease": ("acquire", "(mine.holder IS NULL", "(1 = 1"),
-    "acquire raises no fence": ("acquire", "coalesce(mine.fence, 0) + 1", "mine.fence"),
+    "acquire raises no fence": ("acquire", "abs(-1 - coalesce(mine.fence, 0))", "mine.fence"),
     "acquire does not ask the clock": (
         "acquire",
-        "mine.newest, 0) + 1,",
-        "mine.newest, 0) + 1, 0 *",
+        "mine.newest, 0)),",
+        "mine.newest, 0)), 0 *",
     ),
-    "acquire raises its fence above no rank": ("acquire", "coalesce(mine.newest, 0) + 1", "0"),
+    "acquire raises its fence above no rank": (
+        "acquire",
+        "abs(-1 - coalesce(mine.newest, 0))",
+        "0",
+    ),
     "acquire by an older message": (
         "acquire",
         "ELSE max(coalesce(mine.fence",
