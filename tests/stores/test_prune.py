@@ -297,6 +297,8 @@ def test_a_run_that_meets_prune_on_its_way_begins_anew(shared_store: SqlStore) -
     """
     store = shared_store
     old(store, "k")
+    # A fence is a moment in milliseconds, and this row's must have been a while ago, too.
+    store._change("UPDATE kv_store SET fence = fence - 1000", {})
     before = peek(store).fence
     with ThreadPoolExecutor(1) as pool:
         named = {"keys": '["k"]', "older_than": DAY}
