@@ -16,7 +16,7 @@ from celery import Celery, signals
 from celery.beat import Scheduler
 
 from celery_singleton_state.headers import DUE
-from celery_singleton_state.store.connections import Connections
+from celery_singleton_state.store.sql.connections import Connections
 
 from .beat_notes import Note, Notebook
 

@@ -12,7 +12,7 @@ from typing import Any
 import redis
 
 from celery_singleton_state.beat import SingletonEntry
-from celery_singleton_state.store import open_store
+from celery_singleton_state.migrations.open_store import open_store
 
 from .beat_app import app, entry_name, seconds_between
 from .beat_notes import Note, read

@@ -18,7 +18,7 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from celery_singleton_state.store import open_store
+from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Ended, NewValue, Write
 
 from .servers import Servers

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import text
 
-from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Lease
+from celery_singleton_state.store.sql.store import SqlStore
 
 from .servers import Servers
 

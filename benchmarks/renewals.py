@@ -20,8 +20,8 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from celery_singleton_state.migrate import migrate_url
-from celery_singleton_state.store import open_store
+from celery_singleton_state.migrations.open_store import open_store
+from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.store.base import Lease
 
 from .measure import relate, take_turns

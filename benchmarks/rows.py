@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from celery_singleton_state.history import Outcome
-from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Ended, NewValue, Write
+from celery_singleton_state.store.sql.store import SqlStore
 
 from .measure import Samples, microseconds, relate, take_turns
 from .servers import Servers

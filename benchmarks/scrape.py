@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from celery_singleton_state import history
-from celery_singleton_state.store import open_store
+from celery_singleton_state.migrations.open_store import open_store
 
 from .measure import Samples, median_time, relate, take_turns
 from .servers import Servers, stop_process

@@ -28,9 +28,9 @@ from rich.table import Table
 from celery_singleton_state import SingletonTask, singleton_task
 from celery_singleton_state.history import Entry, Outcome
 from celery_singleton_state.runtime import close_runtime, runtime_of
-from celery_singleton_state.store import SqlStore
 from celery_singleton_state.store.base import Ended, NewValue, Write
-from celery_singleton_state.store.dialects import statements_for
+from celery_singleton_state.store.sql.dialects import statements_for
+from celery_singleton_state.store.sql.store import SqlStore
 
 from .measure import Samples, median_time, microseconds, relate, take_turns
 from .servers import Servers

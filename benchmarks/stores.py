@@ -29,9 +29,11 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import make_url
 
-from celery_singleton_state.store import SqlStore, open_store, redis_scripts
+from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Acquired, Ended, Lease, Leases, NewValue, Write
-from celery_singleton_state.store.redis import INDEX, RedisStore
+from celery_singleton_state.store.redis import scripts
+from celery_singleton_state.store.redis.store import INDEX, RedisStore
+from celery_singleton_state.store.sql.store import SqlStore
 
 from .measure import Samples, relate
 from .servers import Servers
@@ -143,7 +145,7 @@ def _redis(store: RedisStore, client: Any) -> Iterator[Verb]:
     yield Verb(
         "acquire",
         lambda: _acquired(store),
-        lambda: send(redis_scripts.ACQUIRE, ["k", INDEX], *acquire),
+        lambda: send(scripts.ACQUIRE, ["k", INDEX], *acquire),
         free,
     )
     held: list[Lease] = [_acquired(store).lease]
@@ -151,7 +153,7 @@ def _redis(store: RedisStore, client: Any) -> Iterator[Verb]:
         "release",
         lambda: store.release(held[-1], ENDED),
         lambda: send(
-            redis_scripts.RELEASE, ["k"], "h:1:a", held[-1].fence, "succeeded", HISTORY, 0.0, ""
+            scripts.RELEASE, ["k"], "h:1:a", held[-1].fence, "succeeded", HISTORY, 0.0, ""
         ),
         lambda: held.append(_acquired(store).lease),
     )
@@ -162,9 +164,9 @@ def _redis(store: RedisStore, client: Any) -> Iterator[Verb]:
         yield Verb(
             name,
             partial(store.renew, leases),
-            partial(send, redis_scripts.RENEW, keys, *words),
+            partial(send, scripts.RENEW, keys, *words),
         )
-    yield Verb("peek", lambda: store.peek("k"), lambda: send(redis_scripts.PEEK, ["k"]))
+    yield Verb("peek", lambda: store.peek("k"), lambda: send(scripts.PEEK, ["k"]))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from psycopg import sql
 from rich.console import Console
 from rich.table import Table
 
-from celery_singleton_state.migrate import migrate_url
+from celery_singleton_state.migrations.upgrade import migrate_url
 
 from .measure import Samples, median_time, relate, take_turns
 from .servers import Servers

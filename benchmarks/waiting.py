@@ -25,7 +25,7 @@ from celery import Celery
 from rich.console import Console
 from rich.table import Table
 
-from celery_singleton_state.store import open_store
+from celery_singleton_state.migrations.open_store import open_store
 
 from .servers import Servers
 

@@ -15,7 +15,7 @@ from .errors import (
 from .health import Health, SingletonHealth, check_health
 from .kv import KeyValueStore
 from .retry import RetryPolicy
-from .schedules import matches_now, next_runs
+from .schedules.due import matches_now, next_runs
 from .task import SingletonTask
 
 __version__ = "0.1.0"

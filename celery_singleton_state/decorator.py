@@ -9,7 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from celery import Celery
 
 from .retry import RetryPolicy
-from .state import Migration
+from .state.codec import Migration
 from .task import S, SingletonTask
 
 P = ParamSpec("P")

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from celery import Celery
 
+from .config.options import expected_singletons, options_of
+from .config.settings import Settings
 from .keys import task_of
-from .lease import clock
-from .moments import moment, seconds
-from .options import expected_singletons, options_of
+from .lease.lease import clock
 from .runtime import Runtime, runtime_of
-from .settings import Settings
 from .store.base import Listed, StoreError, StoreUnavailable
+from .text.moments import moment, seconds
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from enum import StrEnum
 
 import msgspec
 
-from .store.texts import from_json, to_json, well_formed
+from .text.storable import from_json, to_json, well_formed
+from .text.visible import visible
 from .ticks import Tick
-from .visible import visible
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,12 @@ import msgspec
 from celery import Celery
 
 from .errors import KeyValueStoreError
-from .kv_rows import Rows
-from .round_trip import difference
+from .migrations.open_store import open_store
 from .runtime import runtime_of
-from .state import Codec, StateError
-from .store import SqlStore, open_store
+from .state.codec import Codec, StateError
+from .state.round_trip import difference
+from .store.sql.key_values import Rows
+from .store.sql.store import SqlStore
 
 T = TypeVar("T")
 

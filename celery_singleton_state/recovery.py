@@ -7,10 +7,10 @@ import math
 
 from . import history
 from .history import Outcome
-from .holdings import Holding, file_of
+from .lease.holdings import Holding, file_of
+from .message.coalesce import grant
 from .runtime import Runtime
 from .store.base import Ended, Lease, Leases, Row, StoreError
-from .wish import grant
 
 logger = logging.getLogger(__name__)
 

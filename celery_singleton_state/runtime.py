@@ -17,21 +17,22 @@ from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 from celery.utils.nodenames import gethostname
 
-from .heartbeat import Heartbeat
-from .holdings import Holdings, directory_of
+from .config.settings import Settings
 from .hooks import Door
 from .keys import task_of
-from .lease import TRUSTED_PART, clock
-from .pace import Pace
-from .renewal_slots import LeftToParent, parents_mark
-from .settings import Settings
-from .store import SqlStore, Store, open_store
-from .store.base import Leases
-from .store.engine import identity
+from .lease.heartbeat import Heartbeat
+from .lease.holdings import Holdings, directory_of
+from .lease.lease import TRUSTED_PART, clock
+from .lease.pace import Pace
+from .lease.renewal_slots import LeftToParent, parents_mark
+from .migrations.open_store import open_store
+from .run.unreturned import Unreturned
+from .store.base import Leases, Store
 from .store.routed import NO_SQL, RoutedStore
-from .store.store_url import parse_url
-from .store.texts import storable
-from .unreturned import Unreturned
+from .store.sql.engine import identity
+from .store.sql.store import SqlStore
+from .store.sql.url import parse_url
+from .text.storable import storable
 
 #: Connections in the pool of a process that runs one body at a time: the body's transaction and
 #: what it does beside that. The heartbeat has the one that is kept besides the pool's.
@@ -47,7 +48,7 @@ class Runtime:
         options = (getattr(task, "_options", None) for task in app.tasks.values())
         self._lives = [self.settings.lease_ttl]
         self._lives += [own.lease_ttl for own in options if own and own.lease_ttl]
-        #: On :func:`~celery_singleton_state.lease.clock`.
+        #: On :func:`~celery_singleton_state.lease.lease.clock`.
         self.made_at = clock()
         self.door = Door(app, self.settings.hooks)
         self._nonce = secrets.token_hex(4)
@@ -135,7 +136,7 @@ class Runtime:
         if self.settings.lease_url is None:
             return None
         # Its client library need not be there otherwise.
-        from .store.redis import RedisStore
+        from .store.redis.store import RedisStore
 
         leases = RedisStore(self.settings.lease_url, self.io_timeout)
         return RoutedStore(sql, leases, self._has_no_state)

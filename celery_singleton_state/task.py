@@ -15,21 +15,7 @@ from celery.result import allow_join_result
 from kombu.exceptions import OperationalError
 from typing_extensions import ParamSpec, TypeVar
 
-from .calls import guard_calls, has_call_behind, in_guard, keep_class_of_app
-from .content import encoding_of
-from .converted import Converter, converter_of
-from .delay import prepare
-from .deliver import deliver
-from .delivery import Delivery
-from .dropped import settle
-from .enqueue import (
-    BRING_ANOTHER_RUN,
-    dequeue,
-    enqueue,
-    is_guarded,
-    is_retry,
-    publish_retry,
-)
+from .config.options import Options, find_misspelled, read_options, run_signature
 from .errors import SingletonError, StateLoadFailed
 from .headers import (
     COPY,
@@ -46,25 +32,39 @@ from .headers import (
     own_headers,
 )
 from .hooks import Failed
-from .in_run import InRun
-from .interrupt import Unbreakable
 from .keys import Binder, row_key, singleton_name
-from .options import Options, find_misspelled, read_options, run_signature
-from .place import note_sending
-from .redelivery import (
+from .message.content import encoding_of
+from .message.delay import prepare
+from .message.delivery import Delivery
+from .message.dropped import settle
+from .message.enqueue_once import (
+    BRING_ANOTHER_RUN,
+    dequeue,
+    enqueue,
+    is_guarded,
+    is_retry,
+    publish_retry,
+)
+from .message.place import note_sending
+from .message.resend import (
     UNSENDABLE,
     can_be_put_back,
     can_be_sent_again,
     leave_with_broker,
     left_if_killed,
 )
-from .results import has_result, is_recorded
+from .message.results import has_result, is_recorded
+from .message.sent_anew import mark_replacement, marking
 from .retry import RetryAfter
-from .run import ReplacedEagerly, Run, current_run
+from .run.calls import guard_calls, has_call_behind, in_guard, keep_class_of_app
+from .run.converted import Converter, converter_of
+from .run.guard import deliver
+from .run.interrupt import Unbreakable
+from .run.run import ReplacedEagerly, Run, current_run
+from .run.task_api import InRun
 from .runtime import runtime_of
-from .sent_anew import mark_replacement, marking
-from .state import Codec
-from .worker import watch_over
+from .state.codec import Codec
+from .worker.steps import watch_over
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from celery.app.task import Context
 from celery.beat import ScheduleEntry
 
 from .headers import DUE, ENTRY, ONE_BY_ONE, PREVIOUS, SENT, header
-from .store.texts import well_formed
+from .text.storable import well_formed
 
 #: Beat's own headers, which do not make a message a part of a larger work. A tick that must not be
 #: skipped is sent in any case, so its own header is not among them.

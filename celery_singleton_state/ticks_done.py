@@ -14,9 +14,9 @@ import logging
 
 import msgspec
 
-from .store.texts import from_json, to_json
+from .text.storable import from_json, to_json
+from .text.visible import visible
 from .ticks import Tick
-from .visible import visible
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,11 @@ from celery import Celery
 from celery.backends import cache
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from celery_singleton_state import holdings
-from celery_singleton_state.migrate import migrate_url
+from celery_singleton_state.lease import holdings
+from celery_singleton_state.migrations.open_store import open_store
+from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.runtime import close_runtime
-from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.store.sql.store import SqlStore
 from tests.mariadb import MariaDB
 from tests.pgbouncer import PgBouncer
 from tests.servers import Postgres, Proxy, Server, Valkey

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from celery_singleton_state.beat.entry_state import EntryState
-from celery_singleton_state.exporter.page import Page, ShownBeat, ShownSingleton
+from celery_singleton_state.exporter.page.document import Page, ShownBeat, ShownSingleton
 from celery_singleton_state.health import SingletonHealth
 from celery_singleton_state.history import Entry
 from celery_singleton_state.store.base import Listed

@@ -14,7 +14,7 @@ from celery import Celery
 from sqlalchemy.exc import ArgumentError
 
 from celery_singleton_state import KeyValueStore, KeyValueStoreError
-from celery_singleton_state.migrate import migrate_url
+from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.runtime import close_runtime, runtime_of
 from celery_singleton_state.store.base import Ended, NewValue
 from tests.stores.writes import write

@@ -12,9 +12,9 @@ import sqlalchemy as sa
 from sqlalchemy import create_engine, make_url
 
 from celery_singleton_state import KeyValueStore
-from celery_singleton_state.migrate import migrate_url
-from celery_singleton_state.store import open_store
-from celery_singleton_state.store.schema import make_table
+from celery_singleton_state.migrations.open_store import open_store
+from celery_singleton_state.migrations.upgrade import migrate_url
+from celery_singleton_state.store.sql.schema import make_table
 from tests.stores.all_verbs import use_all, use_all_values
 from tests.waiting import wait_until
 

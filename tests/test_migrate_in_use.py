@@ -13,8 +13,8 @@ import psycopg
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from celery_singleton_state.migrate import migrate_url
 from celery_singleton_state.migrations import concurrent_index, unobtrusive
+from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.store.base import StoreUnavailable
 from tests.pgbouncer import PgBouncer
 from tests.servers import Postgres

@@ -11,8 +11,8 @@ import pymysql
 import pytest
 from sqlalchemy import make_url
 
-from celery_singleton_state.migrate import migrate_url
 from celery_singleton_state.migrations import unobtrusive
+from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.store.base import StoreUnavailable
 from tests.mariadb import MariaDB
 from tests.test_migrate import ALL_COLUMNS, columns_and_indexes, execute, given_table

@@ -29,16 +29,22 @@ from celery_singleton_state.beat.entry_state import EntryState, decode_rows
 from celery_singleton_state.beat.leader import PREFIX as BEAT
 from celery_singleton_state.cli import singleton
 from celery_singleton_state.exporter.gauges import Gauges
-from celery_singleton_state.exporter.look import look
-from celery_singleton_state.exporter.overview import Overview
-from celery_singleton_state.exporter.page import render
-from celery_singleton_state.exporter.page_policy import POLICY
+from celery_singleton_state.exporter.page.document import render
+from celery_singleton_state.exporter.page.overview import Overview
+from celery_singleton_state.exporter.page.policy import POLICY
+from celery_singleton_state.exporter.snapshot import look
 from celery_singleton_state.health import check_health
 from celery_singleton_state.history import Entry
 from celery_singleton_state.hooks import Lost, log
-from celery_singleton_state.moments import iso, moment, seconds, short_moment
 from celery_singleton_state.runtime import close_runtime, runtime_of
-from celery_singleton_state.visible import as_json, as_printed, encodable, names_meant, visible
+from celery_singleton_state.text.moments import iso, moment, seconds, short_moment
+from celery_singleton_state.text.visible import (
+    as_json,
+    as_printed,
+    encodable,
+    names_meant,
+    visible,
+)
 from tests.odd_values import (
     DOCUMENTS,
     EPOCHS,

@@ -8,8 +8,8 @@ import psycopg
 import pytest
 
 from celery_singleton_state import KeyValueStore, KeyValueStoreError
-from celery_singleton_state.migrate import migrate_url
-from celery_singleton_state.store import open_store
+from celery_singleton_state.migrations.open_store import open_store
+from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.store.base import StoreError, StoreMisconfigured
 from tests.roles import OWNER, TABLE, WORKER, drop_roles, grant, make_roles, of
 from tests.stores.all_verbs import use_all, use_all_values

@@ -8,8 +8,8 @@ import pymysql
 import pytest
 
 from celery_singleton_state import KeyValueStore
-from celery_singleton_state.migrate import migrate_url
-from celery_singleton_state.store import open_store
+from celery_singleton_state.migrations.open_store import open_store
+from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.store.base import StoreError, StoreMisconfigured
 from tests.mariadb import MariaDB
 from tests.roles import (

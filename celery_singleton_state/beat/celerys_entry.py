@@ -7,7 +7,7 @@ from typing import Any
 
 from celery.utils.time import maybe_make_aware
 
-from celery_singleton_state.schedules import next_due, spelled
+from celery_singleton_state.schedules.due import next_due, spelled
 
 from .entry_state import EntryState
 

@@ -14,18 +14,18 @@ from celery.exceptions import ImproperlyConfigured
 from celery.schedules import crontab
 from celery.utils.time import maybe_make_aware
 
-from celery_singleton_state.own_rules import (
-    NeverDue,
-    estimated,
-    has_own_is_due,
-    overrides,
-)
-from celery_singleton_state.schedules import (
+from celery_singleton_state.schedules.due import (
     Schedule,
     as_schedule,
     is_plain_interval,
     next_due,
     spelled,
+)
+from celery_singleton_state.schedules.own_rules import (
+    NeverDue,
+    estimated,
+    has_own_is_due,
+    overrides,
 )
 
 from .entry_checks import LONGEST, RULES, check

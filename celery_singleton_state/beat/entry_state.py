@@ -9,8 +9,8 @@ from typing import Annotated
 
 import msgspec
 
-from celery_singleton_state.store.texts import from_json
-from celery_singleton_state.visible import visible
+from celery_singleton_state.text.storable import from_json
+from celery_singleton_state.text.visible import visible
 
 logger = logging.getLogger(__name__)
 

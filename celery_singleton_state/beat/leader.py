@@ -21,16 +21,16 @@ from celery.utils.nodenames import gethostname
 
 from celery_singleton_state import history
 from celery_singleton_state.history import Outcome
-from celery_singleton_state.holdings import Holding
 from celery_singleton_state.keys import row_key
-from celery_singleton_state.lease import HeldLease, clock
+from celery_singleton_state.lease.holdings import Holding
+from celery_singleton_state.lease.lease import HeldLease, clock
 from celery_singleton_state.recovery import free_holder
 from celery_singleton_state.runtime import Runtime, runtime_of
+from celery_singleton_state.startup import warn_of_single_host
 from celery_singleton_state.store.base import Ended, Row, Store, StoreError, StoreNotReady
-from celery_singleton_state.store.store_url import parse_url
-from celery_singleton_state.store.texts import storable
-from celery_singleton_state.url_text import shown_url
-from celery_singleton_state.worker import warn_of_single_host
+from celery_singleton_state.store.sql.url import parse_url
+from celery_singleton_state.text.storable import storable
+from celery_singleton_state.text.urls import shown_url
 
 logger = logging.getLogger(__name__)
 

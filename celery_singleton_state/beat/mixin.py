@@ -21,7 +21,7 @@ from celery.utils.time import maybe_make_aware
 from kombu.exceptions import OperationalError
 
 from celery_singleton_state.store.base import StoreError
-from celery_singleton_state.store.texts import to_json
+from celery_singleton_state.text.storable import to_json
 from celery_singleton_state.ticks import message_of
 
 from .broker import BrokerConnection, BrokerUnavailable

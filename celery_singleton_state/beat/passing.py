@@ -8,8 +8,8 @@ from math import inf
 
 from celery.schedules import crontab
 
-from celery_singleton_state.lease import clock
-from celery_singleton_state.schedules import (
+from celery_singleton_state.lease.lease import clock
+from celery_singleton_state.schedules.due import (
     CHANGE,
     MINUTE,
     Schedule,

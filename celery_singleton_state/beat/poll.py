@@ -12,8 +12,8 @@ import logging
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from celery_singleton_state.lease import clock
-from celery_singleton_state.own_rules import Schedule, ask
+from celery_singleton_state.lease.lease import clock
+from celery_singleton_state.schedules.own_rules import Schedule, ask
 
 from .entry_state import NEVER
 from .passing import TURN

@@ -10,8 +10,8 @@ import traceback
 
 from celery import beat
 
-from celery_singleton_state.lease import clock
-from celery_singleton_state.redelivery import UNSENDABLE
+from celery_singleton_state.lease.lease import clock
+from celery_singleton_state.message.resend import UNSENDABLE
 
 #: Seconds before the second try; doubled for each further one.
 FIRST_PAUSE = 1.0

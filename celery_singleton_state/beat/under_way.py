@@ -15,8 +15,8 @@ from celery import Celery
 from celery.beat import BeatLazyFunc
 
 from celery_singleton_state import ticks_done
+from celery_singleton_state.config.options import options_of
 from celery_singleton_state.keys import row_key
-from celery_singleton_state.options import options_of
 from celery_singleton_state.store.base import SeenTicks
 from celery_singleton_state.ticks import entry_name, task_id_of
 

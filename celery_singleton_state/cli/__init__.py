@@ -11,15 +11,15 @@ from typing import Any
 import click
 from celery.bin.base import handle_preload_options
 
-from celery_singleton_state.visible import visible
+from celery_singleton_state.text.visible import visible
 
 from .change import release, state
 from .exporter import exporter
 from .health import health
-from .look import ls, show
 from .migrate import migrate
 from .next import next_
 from .prune import prune
+from .show import ls, show
 
 __all__ = ["singleton"]
 

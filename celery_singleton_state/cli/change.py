@@ -16,15 +16,15 @@ from celery import Celery
 from celery.bin.base import CeleryCommand
 from celery.utils.nodenames import gethostname
 
+from celery_singleton_state.config.options import options_of
 from celery_singleton_state.hooks import Changed
 from celery_singleton_state.keys import row_key, task_of
-from celery_singleton_state.moments import seconds
-from celery_singleton_state.options import options_of
 from celery_singleton_state.recovery import end_for
 from celery_singleton_state.runtime import Runtime, runtime_of
-from celery_singleton_state.state import NO_STATE, Codec, StateError
+from celery_singleton_state.state.codec import NO_STATE, Codec, StateError
 from celery_singleton_state.store.base import NewValue, Row
-from celery_singleton_state.visible import as_printed
+from celery_singleton_state.text.moments import seconds
+from celery_singleton_state.text.visible import as_printed
 
 from .common import complete_name, find, name_of, says_why, unknown
 from .terminal import ask, say, shown_json

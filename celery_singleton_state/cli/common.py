@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from celery_singleton_state.keys import row_key
 from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.store.base import Row, StoreError, one_line
-from celery_singleton_state.visible import as_printed, names_meant
+from celery_singleton_state.text.visible import as_printed, names_meant
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -8,7 +8,7 @@ import click
 from celery.bin.base import CeleryCommand
 
 from celery_singleton_state.health import check_health
-from celery_singleton_state.visible import as_printed
+from celery_singleton_state.text.visible import as_printed
 
 from .common import says_why
 from .terminal import print_json, say

@@ -17,7 +17,7 @@ from .terminal import say
 def migrate(context: click.Context) -> None:
     """Make the table, or upgrade it with its rows kept. Safe to run again."""
     # Alembic takes longer to import than all other commands to run.
-    from celery_singleton_state.migrate import migrate as make_table
+    from celery_singleton_state.migrations.upgrade import migrate as make_table
 
     settings = runtime_of(context.obj.app).settings
     make_table(settings)

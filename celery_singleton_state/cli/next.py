@@ -13,10 +13,10 @@ from celery_singleton_state.beat.entry import SingletonEntry
 from celery_singleton_state.beat.entry_checks import fields_of
 from celery_singleton_state.beat.entry_state import EntryState, decode_rows
 from celery_singleton_state.beat.leader import Leader
-from celery_singleton_state.moments import iso, moment, short_moment
-from celery_singleton_state.own_rules import has_own_is_due
-from celery_singleton_state.schedules import Schedule, matches_now, next_runs
-from celery_singleton_state.visible import as_printed
+from celery_singleton_state.schedules.due import Schedule, matches_now, next_runs
+from celery_singleton_state.schedules.own_rules import has_own_is_due
+from celery_singleton_state.text.moments import iso, moment, short_moment
+from celery_singleton_state.text.visible import as_printed
 
 from .common import like, one_of, says_why
 from .terminal import print_json, print_table, say, table

@@ -16,10 +16,10 @@ import click
 from celery import Celery
 from celery.bin.base import CeleryCommand
 
+from celery_singleton_state.config.options import options_of
 from celery_singleton_state.keys import UniqueOn, sure_task_of, task_of
-from celery_singleton_state.options import options_of
 from celery_singleton_state.runtime import Runtime, runtime_of
-from celery_singleton_state.visible import as_printed
+from celery_singleton_state.text.visible import as_printed
 
 from .change import YES, tell
 from .common import one_of, says_why

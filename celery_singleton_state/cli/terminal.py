@@ -1,7 +1,7 @@
 """All that the commands print; nothing of users reaches a terminal by another way.
 
-Their texts are shown as :mod:`celery_singleton_state.visible` says, and by escapes also where the
-terminal's encoding does not have their characters.
+Their texts are shown as :mod:`celery_singleton_state.text.visible` says, and by escapes also where
+the terminal's encoding does not have their characters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from celery_singleton_state.visible import as_json, encodable, visible
+from celery_singleton_state.text.visible import as_json, encodable, visible
 
 #: The width that a column which is folded has at least.
 _NARROWEST = 16

@@ -15,9 +15,9 @@ from .counts import Counts
 from .gauges import Gauges
 from .hosts import Hosts, check_pattern
 from .labels import Keys, known_tasks
-from .look import SharedLook, look
 from .receiver import Receiver
 from .server import make, serve_until, url_of
+from .snapshot import SharedLook, look
 
 __all__ = ["Counts", "Options", "check_pattern", "run"]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from celery_singleton_state.config.checks import POLICIES
 from celery_singleton_state.errors import SingletonErrorReason
 from celery_singleton_state.history import Outcome
 from celery_singleton_state.hooks import (
@@ -26,7 +27,6 @@ from celery_singleton_state.hooks import (
     TookOver,
     WriteRefused,
 )
-from celery_singleton_state.option_checks import POLICIES
 
 from .labels import OTHERS, UNKNOWN, Keys, clean, word
 

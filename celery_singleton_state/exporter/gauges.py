@@ -10,13 +10,13 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from celery_singleton_state import history
+from celery_singleton_state.config.options import options_of
 from celery_singleton_state.history import Outcome
-from celery_singleton_state.options import options_of
 from celery_singleton_state.runtime import Runtime
 from celery_singleton_state.store.base import Listed
 
 from .labels import OTHERS, UNKNOWN, Keys, clean, known_tasks
-from .look import Look
+from .snapshot import Look
 
 
 @dataclass(slots=True)

@@ -12,8 +12,8 @@ from collections.abc import Collection
 
 from celery import Celery
 
+from celery_singleton_state.config.options import options_of
 from celery_singleton_state.keys import row_key
-from celery_singleton_state.options import options_of
 
 logger = logging.getLogger(__name__)
 

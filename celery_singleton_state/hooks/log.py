@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from celery_singleton_state.visible import visible
+from celery_singleton_state.text.visible import visible
 
 from .details import (
     Acquired,

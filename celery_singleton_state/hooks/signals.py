@@ -8,16 +8,7 @@ from celery.utils.dispatch import Signal
 
 from celery_singleton_state import signals
 
-from .details import (
-    Acquired,
-    Details,
-    Lost,
-    Released,
-    Skipped,
-    StateLoaded,
-    StateSaved,
-    TookOver,
-)
+from .details import Acquired, Details, Lost, Released, Skipped, StateLoaded, StateSaved, TookOver
 
 SIGNALS: Mapping[type[Details], Signal] = {
     Acquired: signals.acquired,

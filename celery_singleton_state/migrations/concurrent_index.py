@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, Table
 from sqlalchemy.schema import CreateIndex, DropIndex
 
-from celery_singleton_state.store.schema import make_table
-from celery_singleton_state.store.sql import open_transaction
+from celery_singleton_state.store.sql.schema import make_table
+from celery_singleton_state.store.sql.store import open_transaction
 
 #: Seconds that others' work on the table is waited for, before it is said by whom. Only such work
 #: waits behind; and longer than the second after which an autovacuum lets others pass

@@ -20,9 +20,9 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from celery_singleton_state.store.base import StoreMisconfigured, StoreUnavailable
-from celery_singleton_state.store.faults import is_forbidden, is_locked, is_undone
-from celery_singleton_state.store.schema import make_table
-from celery_singleton_state.store.sql import open_transaction
+from celery_singleton_state.store.sql.errors import is_forbidden, is_locked, is_undone
+from celery_singleton_state.store.sql.schema import make_table
+from celery_singleton_state.store.sql.store import open_transaction
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """What every store does: five verbs over leases, plain values in and out.
 
-The lease's protocol is explained in :mod:`celery_singleton_state.lease`.
+The lease's protocol is explained in :mod:`celery_singleton_state.lease.lease`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
+from celery_singleton_state.text.storable import restored
+
 from .odd_values import odd_values
-from .texts import restored
 
 
 class StoreError(Exception):
@@ -200,7 +201,7 @@ class Row(Listed):
     :param handoff_to: who asked the holder to hand over, if anybody did.
     :param newest: the rank of the message that asked last; 0 if none did.
     :param newest_sent: when the message was sent that acquired or asked last, if that is known; see
-        :mod:`celery_singleton_state.place`.
+        :mod:`celery_singleton_state.message.place`.
     :param ticks_done: what is known of ticks, as JSON.
     :param queue: the queue's number, for a claim.
     :param queued_task_id: the message that counts as queued, if one does.
@@ -371,9 +372,10 @@ class Leases(Protocol):
 
         :param rank: of a message that was ranked before. It does not get the lease if the row has
             a larger :attr:`Row.rank`, that of a newer message. 0: it was not ranked.
-        :param sent: when the message was sent, as :func:`~celery_singleton_state.place.moment`
-            tells it. A message that was not ranked does not get the lease if the newest message of
-            the row was sent later by the same clock.
+        :param sent: when the message was sent, as
+            :func:`~celery_singleton_state.message.place.moment` tells it. A message that was not
+            ranked does not get the lease if the newest message of the row was sent later by the
+            same clock.
 
         Asked again by the same holder it changes nothing, except that the lease lives for at least
         ``ttl`` from now. So a request whose answer was lost can be repeated, and a late one does

@@ -9,7 +9,8 @@ from datetime import datetime, timedelta
 import redis
 
 from celery_singleton_state.beat.entry_state import EntryState, decode_rows
-from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.migrations.open_store import open_store
+from celery_singleton_state.store.sql.store import SqlStore
 from tests.drills.beat_ticks import complaints
 from tests.processes.fleet import Beat, Fleet
 from tests.servers import Proxy

@@ -10,8 +10,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from celery_singleton_state.migrate import migrate_url
-from celery_singleton_state.store import open_store
+from celery_singleton_state.migrations.open_store import open_store
+from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.store.base import Row
 from tests.drills.copied import copied
 from tests.mariadb import MariaDB

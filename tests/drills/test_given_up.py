@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from celery import Celery
 
-from celery_singleton_state.migrate import migrate_url
+from celery_singleton_state.migrations.upgrade import migrate_url
 from tests.pgbouncer import PgBouncer
 from tests.processes.fleet import Fleet, Worker, outcome
 from tests.servers import Postgres

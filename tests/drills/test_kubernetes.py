@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from celery_singleton_state.store import open_store
+from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Ended
 from tests.processes.fleet import Fleet, Program
 from tests.processes.test_beat import has_ping

@@ -23,7 +23,7 @@ from celery import Celery
 
 from celery_singleton_state import LeaderHandoffFailed
 from celery_singleton_state.beat.entry_state import EntryState, decode_rows
-from celery_singleton_state.store import open_store
+from celery_singleton_state.migrations.open_store import open_store
 from tests.processes.fleet import ROOT, Fleet, outcome
 from tests.waiting import wait_until
 

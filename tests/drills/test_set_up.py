@@ -8,7 +8,7 @@ import pytest
 from celery import Celery
 
 from celery_singleton_state import SchemaDecodeFailed
-from celery_singleton_state.migrate import migrate_url
+from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.runtime import runtime_of
 from tests.processes.fleet import Fleet, outcome
 from tests.processes.test_worker_start import refused

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from celery_singleton_state import KeyValueStore
-from celery_singleton_state.store import open_store
+from celery_singleton_state.migrations.open_store import open_store
 from tests.processes.fleet import Fleet
 from tests.stores.all_verbs import use_all
 from tests.test_migrate import ALL_COLUMNS, columns_and_indexes, execute, given_table

@@ -13,7 +13,7 @@ import pymysql
 import pytest
 from sqlalchemy import make_url
 
-from celery_singleton_state.store import open_store
+from celery_singleton_state.migrations.open_store import open_store
 from tests.mariadb import MariaDB
 from tests.processes.fleet import Fleet
 from tests.stores.all_verbs import use_all

@@ -13,8 +13,9 @@ import pytest
 import redis
 from celery import Celery
 
+from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.runtime import close_runtime
-from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.store.sql.store import SqlStore
 from tests.processes.fleet import Fleet
 from tests.queues import use_queues
 from tests.servers import Valkey

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from celery_singleton_state import holdings
+from celery_singleton_state.lease import holdings
 from tests.processes.tasks import app
 
 __all__ = ["app"]

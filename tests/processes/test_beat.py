@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from celery_singleton_state.beat.entry import ON_TIME
 from celery_singleton_state.beat.entry_state import decode_rows
-from celery_singleton_state.store import open_store
+from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Ended
 from tests.processes.fleet import Beat, Fleet
 from tests.waiting import wait_until

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_singleton_state.store import SqlStore
 from celery_singleton_state.store.base import Ended
+from celery_singleton_state.store.sql.store import SqlStore
 from tests.processes.fleet import Fleet, outcome
 
 KEY = "singleton-state:increment"

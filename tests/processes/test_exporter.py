@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Ended, NewValue, Write
+from celery_singleton_state.store.sql.store import SqlStore
 from tests.processes.fleet import Exporter, Fleet, outcome
 from tests.servers import Postgres, Valkey
 from tests.waiting import wait_until

@@ -9,7 +9,7 @@ import pytest
 from celery import Celery, chain
 
 from celery_singleton_state.history import decode
-from celery_singleton_state.store import SqlStore
+from celery_singleton_state.store.sql.store import SqlStore
 from tests.processes.fleet import Fleet, outcome
 
 APP = "tests.processes.flask_app"

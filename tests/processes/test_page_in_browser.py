@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from celery_singleton_state.exporter.page import Page, render
+from celery_singleton_state.exporter.page.document import Page, render
 from tests.chromium import Chromium
 from tests.page_data import five, many, page, row, run, shown
 from tests.waiting import wait_until

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_singleton_state.store import open_store
+from celery_singleton_state.migrations.open_store import open_store
 from tests.processes.fleet import Fleet, outcome
 from tests.processes.test_exporter import work_through_the_script
 from tests.prometheus import Prometheus, find

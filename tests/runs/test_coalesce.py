@@ -14,11 +14,12 @@ import pytest
 from celery import Celery
 from kombu import serialization
 
-from celery_singleton_state import SingletonTask, conflict, singleton_task
+from celery_singleton_state import SingletonTask, singleton_task
 from celery_singleton_state.recovery import end_for
+from celery_singleton_state.run import conflict
+from celery_singleton_state.run.waiting import GRACE, NEXT_PAUSE
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Ended
-from celery_singleton_state.waiting import GRACE, NEXT_PAUSE
 from tests.runs.kept_messages import Broker, Message, broker_of
 
 KEY = "singleton-state:coalesced"

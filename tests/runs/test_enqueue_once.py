@@ -19,17 +19,11 @@ from celery.app.task import Context
 from celery.app.trace import trace_task
 from celery.exceptions import Ignore, NotRegistered, Reject, TimeLimitExceeded
 
-from celery_singleton_state import (
-    SingletonTask,
-    StateLoadFailed,
-    dropped,
-    duplicate,
-    enqueue,
-    singleton_task,
-)
-from celery_singleton_state.dropped import dequeue_dropped
+from celery_singleton_state import SingletonTask, StateLoadFailed, singleton_task
 from celery_singleton_state.headers import DUE, ENTRY
-from celery_singleton_state.redelivery import put_back
+from celery_singleton_state.message import dropped, duplicates, enqueue_once
+from celery_singleton_state.message.dropped import dequeue_dropped
+from celery_singleton_state.message.resend import put_back
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Queued, StoreUnavailable
 from tests.conftest import _apps
@@ -238,7 +232,7 @@ def test_many_at_once_publish_one(app: Celery, published: list[str]) -> None:
 
     def ask(n: int) -> Any:
         together.wait(10)
-        return enqueue.enqueue(runtime, "singleton-state:sent", {}, published.append) and n
+        return enqueue_once.enqueue(runtime, "singleton-state:sent", {}, published.append) and n
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(ask, range(4)))
@@ -293,7 +287,7 @@ def test_a_queue_that_changes_at_every_look_keeps_nobody_out(
     changing = Wishes(wishes, lambda looks: wishes.dequeue("singleton-state:sent", "other"))
     monkeypatch.setattr(store, "wishes", changing)
     assert published == [task.delay().id]
-    assert changing.looks == enqueue.LOOKS
+    assert changing.looks == enqueue_once.LOOKS
 
 
 def test_a_claim_whose_answer_is_lost_is_repeated(
@@ -363,7 +357,7 @@ def ways_to_say_when(now: datetime) -> list[tuple[dict[str, Any], float]]:
         ({"expires": in_an_hour}, 300),
         ({"expiration": 20}, 20),
         ({"expiration": 20, "countdown": 60}, 80),
-        ({"eta": datetime.max}, enqueue.LONGEST_LIFE),
+        ({"eta": datetime.max}, enqueue_once.LONGEST_LIFE),
     ]
 
 
@@ -487,7 +481,7 @@ def test_a_tick_that_was_done_before_is_queued_no_more(
     """Beat A sends a tick, and dies before it has noted that; the tick runs. Another message takes
     the lease. Beat B sends the same tick.
     """
-    monkeypatch.setattr(duplicate, "GRACE", 0.0)
+    monkeypatch.setattr(duplicates, "GRACE", 0.0)
     task = task_of(app, on_conflict="wait")
     tick: dict[str, Any] = {ENTRY: "nightly", DUE: "2026-01-01T00:00:00+00:00"}
     request = {"id": "tick", "retries": 0, "delivery_info": {}, "is_eager": False, **tick}

@@ -13,7 +13,8 @@ from celery import Celery
 from kombu import Queue
 from kombu.common import Broadcast
 
-from celery_singleton_state import deliver, singleton_task
+from celery_singleton_state import singleton_task
+from celery_singleton_state.run import guard
 from tests.runs.kept_messages import Broker, broker_of
 from tests.waiting import wait_until
 
@@ -77,11 +78,11 @@ def test_copies_of_a_retry_wait_for_the_end_of_the_run_that_asked_for_it(
                 lambda: len(waits) > 1 or all(copy.done() for copy in copies), "the copies wait"
             )
 
-    monkeypatch.setattr(deliver, "time", SimpleNamespace(sleep=note))
+    monkeypatch.setattr(guard, "time", SimpleNamespace(sleep=note))
     task_of(app, body).delay()
     with ThreadPoolExecutor(2) as workers:
         broker.pop().deliver(delivery_info=COPY)
         for copy in copies:
             copy.result(30)
     assert ran == [0, 1]
-    assert set(waits) == {deliver.COPY_PAUSE}
+    assert set(waits) == {guard.COPY_PAUSE}

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from celery_singleton_state.history import decode
-from celery_singleton_state.store import open_store
+from celery_singleton_state.migrations.open_store import open_store
 from tests.conftest import url_on
 from tests.processes.fleet import ROOT
 

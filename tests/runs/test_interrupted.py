@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_singleton_state import HeartbeatFailed, interrupt
+from celery_singleton_state import HeartbeatFailed
 from celery_singleton_state.history import decode
+from celery_singleton_state.run import interrupt
 from celery_singleton_state.runtime import runtime_of
 from tests.runs.test_run import row, task_of
 from tests.waiting import wait_until

@@ -22,15 +22,15 @@ from celery_singleton_state import (
     StateLoadFailed,
     StatePersistFailed,
 )
-from celery_singleton_state.content import Content
 from celery_singleton_state.history import decode
 from celery_singleton_state.hooks import Released
-from celery_singleton_state.lease import clock
+from celery_singleton_state.lease.lease import clock
+from celery_singleton_state.message.coalesce import Wish
+from celery_singleton_state.message.content import Content
 from celery_singleton_state.recovery import end_for
-from celery_singleton_state.run import current_run
+from celery_singleton_state.run.run import current_run
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import StoreUnavailable
-from celery_singleton_state.wish import Wish
 from tests.runs.messages import deliver, received, use_own_queue
 from tests.runs.test_run import idle, make_table, row, task_of, write, written
 from tests.waiting import wait_until
@@ -86,7 +86,7 @@ def is_free(app: Celery) -> bool:
 
 @pytest.fixture(autouse=True)
 def _no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("celery_singleton_state.in_place.FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("celery_singleton_state.lease.in_place.FIRST_PAUSE", 0.001)
 
 
 def test_a_lease_whose_answers_were_all_lost_is_given_back(
@@ -215,7 +215,7 @@ def test_an_error_between_acquisition_and_run_leaves_nothing_held(
         assert task.apply(headers={"singleton_due": "no time"}).state == "FAILURE"
     else:
         with monkeypatch.context() as patch:
-            patch.setattr("celery_singleton_state.deliver.Run", _fail)
+            patch.setattr("celery_singleton_state.run.guard.Run", _fail)
             with pytest.raises(ZeroDivisionError):
                 task()
     wait_until(lambda: not runtime_of(app).store.list("singleton-state:") or is_free(app), "free")
@@ -582,7 +582,7 @@ def test_a_run_that_is_interrupted_as_it_begins_is_nobodys_current_run(
 ) -> None:
     task = task_of(app, increment)
     with monkeypatch.context() as patch:
-        patch.setattr("celery_singleton_state.report.Report.begin", _interrupted)
+        patch.setattr("celery_singleton_state.run.report.Report.begin", _interrupted)
         with pytest.raises(SoftTimeLimitExceeded):
             task()
     with pytest.raises(RuntimeError, match="only while its body runs"):

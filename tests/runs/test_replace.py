@@ -17,7 +17,7 @@ from celery import Celery
 from celery_singleton_state import HeartbeatFailed, singleton_task
 from celery_singleton_state.headers import RANK, SENT_AT
 from celery_singleton_state.history import Entry, Outcome, append
-from celery_singleton_state.place import is_before, moment
+from celery_singleton_state.message.place import is_before, moment
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Ended, Lease, Row, StoreUnavailable
 from tests.runs.kept_messages import Broker, Message, broker_of

@@ -10,8 +10,8 @@ from celery import Celery, chain, chord, group
 from celery.exceptions import Ignore
 from kombu.exceptions import OperationalError
 
-from celery_singleton_state import duplicate
 from celery_singleton_state.history import decode
+from celery_singleton_state.message import duplicates
 from celery_singleton_state.store.base import StoreUnavailable
 from tests.runs.messages import deliver, deliver_all, received, use_own_queue
 from tests.runs.test_run import Counter, row, task_of
@@ -196,7 +196,7 @@ def test_what_ends_a_replacement_runs_each_day(
     """The last message of a chain, or a chord's body, has the id of the task that was replaced, and
     another task sends it.
     """
-    monkeypatch.setattr(duplicate, "GRACE", 0.0)
+    monkeypatch.setattr(duplicates, "GRACE", 0.0)
     ran: list[str] = []
     add = plain_task(memory_app)
 

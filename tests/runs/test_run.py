@@ -20,8 +20,8 @@ from celery_singleton_state import (
     SingletonTask,
     singleton_task,
 )
-from celery_singleton_state.heartbeat import Heartbeat
 from celery_singleton_state.history import decode
+from celery_singleton_state.lease.heartbeat import Heartbeat
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Ended, NewValue, Row, Write
 from tests.fences import are_growing

@@ -20,11 +20,11 @@ from celery_singleton_state import (
     SchemaDecodeFailed,
     SingletonTask,
     StatePersistFailed,
-    run,
     ticks_done,
 )
 from celery_singleton_state.history import decode
 from celery_singleton_state.hooks import Conflicted, Details
+from celery_singleton_state.run import run
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.ticks import message_of
 from celery_singleton_state.ticks_done import EntryTicks

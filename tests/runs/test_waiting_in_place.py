@@ -10,7 +10,7 @@ import pytest
 from celery import Celery
 
 from celery_singleton_state import HeartbeatFailed, LeaderHandoffFailed, singleton_task
-from celery_singleton_state.delivery import Delivery
+from celery_singleton_state.message.delivery import Delivery
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import StoreUnavailable
 

@@ -11,10 +11,10 @@ from celery.app.trace import trace_task
 
 from celery_singleton_state import LeaderHandoffFailed, singleton_task
 from celery_singleton_state.headers import NEXT_SINCE, WAITED
-from celery_singleton_state.pace import COST_OF_MESSAGE, SHARE
+from celery_singleton_state.lease.pace import COST_OF_MESSAGE, SHARE
+from celery_singleton_state.run.waiting import LONGEST_GRACE, NEXT_PAUSE
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Ended, Lease
-from celery_singleton_state.waiting import LONGEST_GRACE, NEXT_PAUSE
 from tests.waiting import wait_until
 
 KEY = "singleton-state:waits"

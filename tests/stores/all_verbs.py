@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from celery_singleton_state import KeyValueStore
-from celery_singleton_state.store import SqlStore
 from celery_singleton_state.store.base import Acquired, Ended, NewValue, SeenTicks
+from celery_singleton_state.store.sql.store import SqlStore
 from tests.stores.writes import enqueue, write
 
 DONE = Ended("succeeded", "[]")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from celery_singleton_state.store import open_store
+from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Leases
-from celery_singleton_state.store.redis import RedisStore
+from celery_singleton_state.store.redis.store import RedisStore
 from tests.conftest import STORES_AND_POOLED, url_on
 
 

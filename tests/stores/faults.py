@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery_singleton_state.store import SqlStore
-from celery_singleton_state.store.statements import HELD_ON
+from celery_singleton_state.store.sql.statements import HELD_ON
+from celery_singleton_state.store.sql.store import SqlStore
 
 IN_ORDER = "AND write BETWEEN :seen AND :number"
 NEW_QUEUE = "'now'), 0, 1)"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from celery_singleton_state.place import is_before
+from celery_singleton_state.message.place import is_before
 from celery_singleton_state.store.base import (
     TAKEN_OVER,
     Acquired,
@@ -25,7 +25,7 @@ from celery_singleton_state.store.base import (
     Saved,
     Write,
 )
-from celery_singleton_state.store.statements import HELD_ON
+from celery_singleton_state.store.sql.statements import HELD_ON
 
 #: What an acquire takes a lease for, and what a confirmation or a renewal makes of it. Longer than
 #: any test: a lease runs out only when a test says so.

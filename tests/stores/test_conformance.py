@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import (
     TAKEN_OVER,
     Acquired,
@@ -26,6 +26,7 @@ from celery_singleton_state.store.base import (
     SeenTicks,
     Write,
 )
+from celery_singleton_state.store.sql.store import SqlStore
 from tests.conftest import url_on
 from tests.stores.writes import write
 from tests.waiting import wait_until

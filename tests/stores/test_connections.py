@@ -9,11 +9,11 @@ import psycopg
 import pytest
 from sqlalchemy import Engine
 
-from celery_singleton_state.store.connections import Connections
-from celery_singleton_state.store.engine import make_engine
-from celery_singleton_state.store.pooled import GrowingPool
-from celery_singleton_state.store.sql import SqlStore
-from celery_singleton_state.store.store_url import parse_url
+from celery_singleton_state.store.sql.connections import Connections
+from celery_singleton_state.store.sql.engine import make_engine
+from celery_singleton_state.store.sql.pooled import GrowingPool
+from celery_singleton_state.store.sql.store import SqlStore
+from celery_singleton_state.store.sql.url import parse_url
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ import psycopg
 import pytest
 from sqlalchemy import create_engine
 
-from celery_singleton_state.lease import clock
-from celery_singleton_state.migrate import migrate_url
-from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.lease.lease import clock
+from celery_singleton_state.migrations.open_store import open_store
+from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.store.base import Lease, StoreUnavailable
+from celery_singleton_state.store.sql.store import SqlStore
 from tests.conftest import url_on
 from tests.servers import Postgres
 from tests.stores.test_conformance import BRIEF, DONE, LONG, ROUNDING, acquire, let_run_out, peek

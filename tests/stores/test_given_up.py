@@ -15,8 +15,9 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 
-from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import StoreUnavailable
+from celery_singleton_state.store.sql.store import SqlStore
 from tests.pgbouncer import PgBouncer
 from tests.servers import Postgres
 from tests.waiting import wait_until

@@ -19,7 +19,7 @@ import pymysql
 import pytest
 import sqlalchemy as sa
 
-from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import (
     TAKEN_OVER,
     Acquired,
@@ -32,6 +32,7 @@ from celery_singleton_state.store.base import (
     Store,
     Write,
 )
+from celery_singleton_state.store.sql.store import SqlStore
 from tests.conftest import url_on
 from tests.waiting import wait_until
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from celery_singleton_state.store import SqlStore
 from celery_singleton_state.store.base import Ended, Lease, NewValue, Row
+from celery_singleton_state.store.sql.store import SqlStore
 from tests.stores.writes import write
 
 

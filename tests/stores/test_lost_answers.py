@@ -23,10 +23,10 @@ from celery_singleton_state import (
     singleton_task,
 )
 from celery_singleton_state.history import decode
-from celery_singleton_state.migrate import migrate_url
+from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.runtime import close_runtime, runtime_of
 from celery_singleton_state.store.base import Row
-from celery_singleton_state.store.sql import SqlTransaction
+from celery_singleton_state.store.sql.store import SqlTransaction
 from tests.conftest import url_on
 from tests.servers import Proxy
 from tests.storm.fleet import port_of, through

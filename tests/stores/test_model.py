@@ -33,10 +33,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from celery_singleton_state.store import SqlStore, open_store, redis_scripts
+from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Ended, Lease, Row, Write
-from celery_singleton_state.store.engine import is_in_memory
-from celery_singleton_state.store.redis import INDEX, RedisStore
+from celery_singleton_state.store.redis import scripts
+from celery_singleton_state.store.redis.store import INDEX, RedisStore
+from celery_singleton_state.store.sql.engine import is_in_memory
+from celery_singleton_state.store.sql.store import SqlStore
 from tests.stores.faults import BRIEFLY, FAULTS, REDIS_BRIEFLY, REDIS_FAULTS, plant
 from tests.stores.model import (
     FIRST,
@@ -953,9 +955,9 @@ def test_the_steps_find_a_fault_in_redis(
     fault: str, lease_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, right, wrong = REDIS_FAULTS[fault]
-    text = getattr(redis_scripts, script)
+    text = getattr(scripts, script)
     assert right in text
-    monkeypatch.setattr(redis_scripts, script, text.replace(right, wrong))
+    monkeypatch.setattr(scripts, script, text.replace(right, wrong))
     with pytest.raises(FOUND):
         run_state_machine_as_test(lambda: redis_leases(lease_url), settings=TO_THE_FIRST_FAILURE)
 

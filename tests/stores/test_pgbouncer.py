@@ -21,10 +21,11 @@ from celery_singleton_state import (
     StateLoadFailed,
     singleton_task,
 )
-from celery_singleton_state.migrate import migrate_url
+from celery_singleton_state.migrations.open_store import open_store
+from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.runtime import close_runtime
-from celery_singleton_state.store import SqlStore, open_store
 from celery_singleton_state.store.base import Ended, NewValue, StoreMisconfigured
+from celery_singleton_state.store.sql.store import SqlStore
 from tests.pgbouncer import SERVER_CONNECTIONS, PgBouncer
 from tests.servers import Postgres
 from tests.stores.all_verbs import use_all, use_all_values

@@ -11,9 +11,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Ended, NewValue
-from celery_singleton_state.store.sql import open_transaction
+from celery_singleton_state.store.sql.store import SqlStore, open_transaction
 from tests.stores.test_conformance import (
     BRIEF,
     DONE,

@@ -15,20 +15,16 @@ import redis
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured, SoftTimeLimitExceeded
 
-from celery_singleton_state import (
-    HeartbeatFailed,
-    StateLoadFailed,
-    singleton_task,
-)
+from celery_singleton_state import HeartbeatFailed, StateLoadFailed, singleton_task
 from celery_singleton_state.beat import SingletonScheduler
-from celery_singleton_state.holdings import Holding, Holdings
-from celery_singleton_state.migrate import migrate
+from celery_singleton_state.lease.holdings import Holding, Holdings
+from celery_singleton_state.migrations.upgrade import migrate
 from celery_singleton_state.recovery import free_dead
 from celery_singleton_state.runtime import close_runtime, runtime_of
+from celery_singleton_state.startup import refuse_states_without_store
 from celery_singleton_state.store.base import Ended, StoreNotReady, StoreUnavailable
-from celery_singleton_state.store.redis import RedisStore
-from celery_singleton_state.store.redis_url import client_for
-from celery_singleton_state.worker import refuse_states_without_store
+from celery_singleton_state.store.redis.store import RedisStore
+from celery_singleton_state.store.redis.url import client_for
 from tests.sentinel import Replica, Sentinel
 from tests.servers import Proxy, Valkey
 from tests.storm.fleet import port_of, through

@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from celery_singleton_state.store.base import Acquired, Ended, Released, Row
-from celery_singleton_state.store.redis import RedisStore
+from celery_singleton_state.store.redis.store import RedisStore
 from tests.waiting import wait_until
 
 LONG, BRIEF = 60.0, 0.2

@@ -23,7 +23,7 @@ from celery_singleton_state.store.base import (
     StoreMisconfigured,
     StoreUnavailable,
 )
-from celery_singleton_state.store.redis import INDEX, PAGE, RedisStore
+from celery_singleton_state.store.redis.store import INDEX, PAGE, RedisStore
 from tests.conftest import running
 from tests.sentinel import NAME, Replica, Sentinel
 from tests.servers import Proxy, Valkey, free_port

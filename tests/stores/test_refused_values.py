@@ -14,9 +14,10 @@ import redis
 from sqlalchemy import event
 
 from celery_singleton_state import KeyValueStore, KeyValueStoreError
-from celery_singleton_state.store import SqlStore, open_store
+from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Ended, Leases, NewValue, StoreRefusesValue, Write
-from celery_singleton_state.store.redis import RedisStore
+from celery_singleton_state.store.redis.store import RedisStore
+from celery_singleton_state.store.sql.store import SqlStore
 from tests.conftest import url_on
 from tests.mariadb import MariaDB
 from tests.servers import Valkey

@@ -13,7 +13,7 @@ from celery import Celery
 from sqlalchemy import event
 
 from celery_singleton_state import singleton_task
-from celery_singleton_state.migrate import migrate
+from celery_singleton_state.migrations.upgrade import migrate
 from celery_singleton_state.runtime import close_runtime, runtime_of
 from tests.servers import Postgres
 

@@ -17,10 +17,10 @@ import pytest
 from celery import Celery
 from sqlalchemy import create_engine
 
-from celery_singleton_state.lease import HeldLease, clock
-from celery_singleton_state.migrate import migrate_url
+from celery_singleton_state.lease.lease import HeldLease, clock
+from celery_singleton_state.migrations.open_store import open_store
+from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.runtime import close_runtime, runtime_of
-from celery_singleton_state.store import open_store
 from celery_singleton_state.store.base import TAKEN_OVER, Ended, Lease
 from tests.conftest import url_on
 from tests.waiting import wait_until

@@ -9,16 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from celery_singleton_state.store import SqlStore
-from celery_singleton_state.store.base import (
-    Ended,
-    Lease,
-    Leases,
-    NewValue,
-    Queued,
-    Released,
-    Row,
-)
+from celery_singleton_state.store.base import Ended, Lease, Leases, NewValue, Queued, Released, Row
+from celery_singleton_state.store.sql.store import SqlStore
 from tests.stores.test_conformance import (
     BRIEF,
     DONE,

@@ -19,7 +19,7 @@ from typing import Any
 import psycopg
 import sqlalchemy as sa
 
-from celery_singleton_state.store import open_store
+from celery_singleton_state.migrations.open_store import open_store
 from tests.mariadb import MariaDB
 from tests.processes.fleet import ROOT
 from tests.servers import Postgres, Server

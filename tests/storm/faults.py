@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from celery_singleton_state.fenced import FencedWriter
+from celery_singleton_state.run.writes import FencedWriter
 from celery_singleton_state.store.base import Lease
-from celery_singleton_state.store.returning import PostgresqlStatements
-from celery_singleton_state.store.sql import SqlStore
+from celery_singleton_state.store.sql.returning import PostgresqlStatements
+from celery_singleton_state.store.sql.store import SqlStore
 
 
 def without_fence() -> None:

@@ -11,7 +11,7 @@ from celery import Celery
 from kombu import Queue
 
 from celery_singleton_state import singleton_task
-from celery_singleton_state.consumer_timeout import tell_at_start, timeout_of
+from celery_singleton_state.worker.consumer_timeout import tell_at_start, timeout_of
 
 
 def app_on(broker: str, **settings: Any) -> Celery:

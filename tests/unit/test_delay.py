@@ -13,9 +13,7 @@ from celery.exceptions import Ignore
 from kombu import Exchange, Queue, binding
 from kombu.common import Broadcast
 
-from celery_singleton_state import SingletonTask, delay, routing, singleton_task
-from celery_singleton_state.delay import possible
-from celery_singleton_state.enqueue import LIFE, life_of
+from celery_singleton_state import SingletonTask, singleton_task
 from celery_singleton_state.headers import (
     DUE,
     ENTRY,
@@ -31,8 +29,11 @@ from celery_singleton_state.headers import (
     custom_headers,
     names_in,
 )
-from celery_singleton_state.redelivery import send_again, wait_on
-from celery_singleton_state.routing import came_through_fanout, delayed_key, queue_of
+from celery_singleton_state.message import delay, routing
+from celery_singleton_state.message.delay import possible
+from celery_singleton_state.message.enqueue_once import LIFE, life_of
+from celery_singleton_state.message.resend import send_again, wait_on
+from celery_singleton_state.message.routing import came_through_fanout, delayed_key, queue_of
 from celery_singleton_state.runtime import close_runtime
 
 QUORUM = {"x-queue-type": "quorum"}

@@ -12,7 +12,7 @@ from celery.schedules import crontab, solar
 
 from celery_singleton_state.beat import SingletonEntry
 from celery_singleton_state.beat.entry import NEVER
-from celery_singleton_state.schedules import spelled
+from celery_singleton_state.schedules.due import spelled
 from tests.unit.test_schedules import on_the_30th_of_february
 
 NOON = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)

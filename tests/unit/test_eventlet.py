@@ -11,7 +11,7 @@ from celery import Celery
 from celery.concurrency.base import BasePool
 from celery.concurrency.thread import TaskPool as Threads
 
-from celery_singleton_state.worker import SingletonStep, watch_over
+from celery_singleton_state.worker.steps import SingletonStep, watch_over
 
 
 class OfEventlet(BasePool):

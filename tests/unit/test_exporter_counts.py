@@ -21,8 +21,8 @@ from celery_singleton_state import SingletonTask, singleton_task
 from celery_singleton_state.exporter import Counts
 from celery_singleton_state.exporter.gauges import Gauges
 from celery_singleton_state.exporter.labels import OTHERS, UNKNOWN, Keys, clean
-from celery_singleton_state.exporter.look import look
 from celery_singleton_state.exporter.receiver import Receiver
+from celery_singleton_state.exporter.snapshot import look
 from celery_singleton_state.runtime import runtime_of
 from tests.unit.test_hooks import EXAMPLES
 

@@ -22,8 +22,8 @@ from celery_singleton_state.exporter import answers
 from celery_singleton_state.exporter.answers import Answer, text
 from celery_singleton_state.exporter.connections import Connections, Step
 from celery_singleton_state.exporter.hosts import BadHost, Hosts, check_pattern, host_of
-from celery_singleton_state.exporter.look import SharedLook
 from celery_singleton_state.exporter.server import LONGEST, Server, make
+from celery_singleton_state.exporter.snapshot import SharedLook
 from celery_singleton_state.runtime import runtime_of
 from tests.waiting import wait_until
 

@@ -12,14 +12,14 @@ from redis import exceptions as redis_errors
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from celery_singleton_state.store import redis_faults
 from celery_singleton_state.store.base import (
     StoreMisconfigured,
     StoreNotReady,
     StoreRefusesValue,
     StoreUnavailable,
 )
-from celery_singleton_state.store.faults import as_store_error
+from celery_singleton_state.store.redis import errors
+from celery_singleton_state.store.sql.errors import as_store_error
 
 PASSES, IS_REFUSED, IS_SET_UP_WRONG = StoreUnavailable, StoreRefusesValue, StoreMisconfigured
 
@@ -146,4 +146,4 @@ def test_row_level_security_is_not_a_missing_grant() -> None:
     ],
 )
 def test_redis(error: Any, kind: type) -> None:
-    assert type(redis_faults.as_store_error(error)) is kind
+    assert type(errors.as_store_error(error)) is kind

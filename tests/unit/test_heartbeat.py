@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from celery_singleton_state.heartbeat import Heartbeat
-from celery_singleton_state.lease import HeldLease, clock
+from celery_singleton_state.lease.heartbeat import Heartbeat
+from celery_singleton_state.lease.lease import HeldLease, clock
 from celery_singleton_state.store.base import Lease, StoreUnavailable
 from tests.waiting import wait_until
 

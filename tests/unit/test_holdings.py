@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from celery_singleton_state import holdings
-from celery_singleton_state.holdings import SLOT, Holding, Holdings, directory_of, file_of
+from celery_singleton_state.lease import holdings
+from celery_singleton_state.lease.holdings import SLOT, Holding, Holdings, directory_of, file_of
 
 FORK = multiprocessing.get_context("fork")
 

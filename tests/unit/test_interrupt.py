@@ -22,8 +22,9 @@ from typing import Any
 import pytest
 from celery.exceptions import Ignore, Reject, Retry
 
-from celery_singleton_state import HeartbeatFailed, interrupt
-from celery_singleton_state.interrupt import Body, RunInterrupted, Unbreakable
+from celery_singleton_state import HeartbeatFailed
+from celery_singleton_state.run import interrupt
+from celery_singleton_state.run.interrupt import Body, RunInterrupted, Unbreakable
 from tests.waiting import wait_until
 
 #: Calls a function in a thread of some kind.

@@ -7,7 +7,7 @@ from celery import Celery, Task
 from celery.exceptions import ImproperlyConfigured
 
 from celery_singleton_state import RetryPolicy, SingletonTask, singleton_task
-from celery_singleton_state.conflict import POLICIES
+from celery_singleton_state.run.conflict import POLICIES
 
 
 @dataclass

@@ -20,7 +20,7 @@ from celery_singleton_state import matches_now, next_runs
 from celery_singleton_state.beat import SingletonEntry, passing, poll
 from celery_singleton_state.beat.celerys_entry import due_after
 from celery_singleton_state.beat.entry import NEVER
-from celery_singleton_state.schedules import spelled
+from celery_singleton_state.schedules.due import spelled
 from tests.unit.own_schedules import (
     DAY,
     HOUR,

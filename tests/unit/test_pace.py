@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from celery_singleton_state import pace
-from celery_singleton_state.pace import COST_OF_MESSAGE, SHARE, Pace
+from celery_singleton_state.lease import pace
+from celery_singleton_state.lease.pace import COST_OF_MESSAGE, SHARE, Pace
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from celery_singleton_state.exporter.page import Page, ShownSingleton, render
-from celery_singleton_state.exporter.page_text import ago, safe, span, took
+from celery_singleton_state.exporter.page.document import Page, ShownSingleton, render
+from celery_singleton_state.exporter.page.text import ago, safe, span, took
 from tests.page_data import (
     ERRORS,
     HOLDER,

@@ -13,7 +13,7 @@ from celery.schedules import crontab, solar
 
 from celery_singleton_state.beat import passing
 from celery_singleton_state.beat.passing import MAX_OWED, TURN, pass_over, surplus
-from celery_singleton_state.schedules import next_due
+from celery_singleton_state.schedules.due import next_due
 from tests.unit.test_entry import HOUR, MINUTE, NOON, SECOND, entry
 
 BERLIN, YEARS = "Europe/Berlin", timedelta(days=41 * 366)

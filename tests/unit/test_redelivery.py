@@ -14,7 +14,7 @@ from celery.exceptions import Reject
 from kombu.exceptions import OperationalError
 
 from celery_singleton_state import SingletonTask, singleton_task
-from celery_singleton_state.redelivery import left_if_killed, send_again
+from celery_singleton_state.message.resend import left_if_killed, send_again
 
 #: What kombu raises: for a broker that is away, and for a connection that breaks while it is used.
 ERRORS = (OperationalError("Connection refused"), AttributeError("'NoneType' has no 'client'"))

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_singleton_state import renewal_slots
-from celery_singleton_state.heartbeat import Heartbeat
-from celery_singleton_state.holdings import Holding, Holdings
-from celery_singleton_state.lease import HeldLease, clock
-from celery_singleton_state.parent_renewal import ParentRenewal
-from celery_singleton_state.renewal_slots import (
+from celery_singleton_state.lease import renewal_slots
+from celery_singleton_state.lease.heartbeat import Heartbeat
+from celery_singleton_state.lease.holdings import Holding, Holdings
+from celery_singleton_state.lease.lease import HeldLease, clock
+from celery_singleton_state.lease.renewal_slots import (
     ANSWER_AT,
     LeftToParent,
     RenewalAnswer,
@@ -29,6 +28,7 @@ from celery_singleton_state.renewal_slots import (
 )
 from celery_singleton_state.runtime import close_runtime, runtime_of
 from celery_singleton_state.store.base import Ended
+from celery_singleton_state.worker.parent_renewal import ParentRenewal
 from tests.unit.test_heartbeat import Answers, Lease
 from tests.waiting import wait_until
 

@@ -14,11 +14,11 @@ from celery.app.task import Context
 from celery.exceptions import Ignore
 
 from celery_singleton_state import history, singleton_task
-from celery_singleton_state.delivery import Delivery
-from celery_singleton_state.duplicate import GRACE, end_duplicate, wait_for_record
 from celery_singleton_state.history import Entry
-from celery_singleton_state.holdings import Holdings
-from celery_singleton_state.results import MAX_RESULT_LENGTH, keep, restore
+from celery_singleton_state.lease.holdings import Holdings
+from celery_singleton_state.message.delivery import Delivery
+from celery_singleton_state.message.duplicates import GRACE, end_duplicate, wait_for_record
+from celery_singleton_state.message.results import MAX_RESULT_LENGTH, keep, restore
 from celery_singleton_state.runtime import runtime_of
 
 VALUES = [

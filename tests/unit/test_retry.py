@@ -4,12 +4,7 @@ import pytest
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
-from celery_singleton_state import (
-    HeartbeatFailed,
-    RetryPolicy,
-    SingletonTask,
-    StateLoadFailed,
-)
+from celery_singleton_state import HeartbeatFailed, RetryPolicy, SingletonTask, StateLoadFailed
 from celery_singleton_state.errors import RETRYABLE_REASONS
 from celery_singleton_state.retry import Fail, RetryAfter, answer_to, policy_of
 

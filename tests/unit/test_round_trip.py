@@ -22,8 +22,8 @@ from celery.exceptions import SoftTimeLimitExceeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from celery_singleton_state.round_trip import difference
-from celery_singleton_state.state import Codec, StateError
+from celery_singleton_state.state.codec import Codec, StateError
+from celery_singleton_state.state.round_trip import difference
 from tests.any_values import (
     ANYTHING,
     JSON,

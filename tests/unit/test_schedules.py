@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from celery_singleton_state import matches_now, next_runs
-from celery_singleton_state.schedules import GOES_BY_NOWFUN, next_due, spelled
+from celery_singleton_state.schedules.due import GOES_BY_NOWFUN, next_due, spelled
 
 BERLIN = ZoneInfo("Europe/Berlin")
 

@@ -10,10 +10,11 @@ from celery import Celery
 from celery.beat import ScheduleEntry, Scheduler
 from celery.schedules import schedule
 
-from celery_singleton_state import HeartbeatFailed, history, poison, singleton_task
+from celery_singleton_state import HeartbeatFailed, history, singleton_task
 from celery_singleton_state.headers import DUE, SENT
 from celery_singleton_state.history import Entry
-from celery_singleton_state.poison import deaths_allowed
+from celery_singleton_state.message import poison
+from celery_singleton_state.message.poison import deaths_allowed
 from celery_singleton_state.recovery import end_for
 from celery_singleton_state.runtime import Runtime, runtime_of
 

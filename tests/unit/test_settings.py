@@ -4,7 +4,7 @@ import pytest
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
-from celery_singleton_state.settings import Settings
+from celery_singleton_state.config.settings import Settings
 
 
 def settings(**conf: Any) -> Settings:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_singleton_state.state import Codec, StateError, is_schema
+from celery_singleton_state.state.codec import Codec, StateError, is_schema
 
 
 @dataclass

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from celery_singleton_state import history
 from celery_singleton_state.keys import MAX_KEY_LENGTH, row_key
-from celery_singleton_state.store.texts import from_json, restored, storable, to_json
+from celery_singleton_state.text.storable import from_json, restored, storable, to_json
 from celery_singleton_state.ticks import task_id_of
 from tests.unit.test_history import entry
 

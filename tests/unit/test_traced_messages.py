@@ -20,7 +20,7 @@ from kombu.exceptions import OperationalError
 
 from celery_singleton_state import singleton_task
 from celery_singleton_state.headers import SENT_AGAIN, WAITED, custom_headers, header
-from celery_singleton_state.redelivery import send_again
+from celery_singleton_state.message.resend import send_again
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.ticks import message_of
 

@@ -12,11 +12,11 @@ from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 from sqlalchemy import make_url
 
-from celery_singleton_state.settings import Settings
-from celery_singleton_state.store.engine import make_engine
-from celery_singleton_state.store.redis_url import client_for
-from celery_singleton_state.store.store_url import parse_url
-from celery_singleton_state.url_text import shown_url
+from celery_singleton_state.config.settings import Settings
+from celery_singleton_state.store.redis.url import client_for
+from celery_singleton_state.store.sql.engine import make_engine
+from celery_singleton_state.store.sql.url import parse_url
+from celery_singleton_state.text.urls import shown_url
 
 #: A part of each password here.
 SECRET = "hunter2"

@@ -1,0 +1,1 @@
+"""Settings of an app and options of a task: read and checked."""

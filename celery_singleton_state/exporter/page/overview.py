@@ -1,0 +1,116 @@
+"""What the page shows: all singletons, the worst first, of which it draws so many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from celery_singleton_state import history
+from celery_singleton_state.beat.entry_state import EntryState, decode_rows
+from celery_singleton_state.beat.leader import Leader
+from celery_singleton_state.exporter.snapshot import Look
+from celery_singleton_state.health import SingletonHealth
+from celery_singleton_state.history import Outcome
+from celery_singleton_state.runtime import Runtime
+from celery_singleton_state.store.base import Listed, StoreError
+from celery_singleton_state.text.visible import as_printed
+
+from .document import Page, ShownBeat, ShownSingleton
+
+#: Singletons, and ticks to come.
+SHOWN, UPCOMING = 200, 8
+#: How bad an outcome is to see.
+_BAD = frozenset({Outcome.FAILED, Outcome.LOST})
+
+
+class Overview:
+    """Makes the page's contents, with three statements.
+
+    :param look: looks at the store, for each page.
+    :param shows_state: whether the states' values are shown.
+    """
+
+    def __init__(self, runtime: Runtime, look: Callable[[], Look], shows_state: bool) -> None:
+        self._runtime = runtime
+        self._look = look
+        self._shows_state = shows_state
+        self._leader = Leader(runtime.app)
+
+    def page(self, query: str) -> Page:
+        """The page for those singletons whose names have the query in them."""
+        seen = self._look()
+        try:
+            return self._page(query, seen, self._shown(query, seen), self._beat(seen))
+        except StoreError as error:
+            return self._page(query, seen, (), None, str(error))
+
+    def _page(
+        self,
+        query: str,
+        seen: Look,
+        shown: tuple[ShownSingleton, ...],
+        beat: ShownBeat | None,
+        error: str | None = None,
+    ) -> Page:
+        rows = list(seen.rows.values())
+        found = seen.health.singletons
+        return Page(
+            app=str(self._runtime.app.main or "celery"),
+            now=max((row.read_at for row in rows), default=time.time()),
+            shown=shown,
+            total=sum(_matches(query, each.singleton) for each in found),
+            running=sum(row.held and not row.held_on for row in rows),
+            unhealthy=sum(not each.healthy for each in found),
+            query=query,
+            beat=beat,
+            error=error or seen.health.error,
+        )
+
+    def _shown(self, query: str, seen: Look) -> tuple[ShownSingleton, ...]:
+        matching = [each for each in seen.health.singletons if _matches(query, each.singleton)]
+        matching.sort(key=lambda each: _rank(each, seen.rows.get(each.singleton)))
+        chosen = matching[:SHOWN]
+        keys = [row.key for each in chosen if (row := seen.rows.get(each.singleton))]
+        contents = self._runtime.store.contents(keys, self._shows_state) if keys else {}
+        return tuple(_show(each, seen.rows.get(each.singleton), contents) for each in chosen)
+
+    def _beat(self, seen: Look) -> ShownBeat | None:
+        row = seen.leader
+        if row is None:
+            return None
+        states = sorted(decode_rows(self._leader.load()).values(), key=_by_tick)
+        return ShownBeat(
+            name=self._leader.name,
+            leader=row.holder if row.held else None,
+            fence=row.fence,
+            leads_since=row.acquired_at if row.held else None,
+            upcoming=tuple(state for state in states if state.next_tick)[:UPCOMING],
+            entries=len(states),
+        )
+
+
+def _matches(query: str, name: str) -> bool:
+    """Whether a name has the query in it, as it is or as the page shows it."""
+    return query.lower() in name.lower() or query.lower() in as_printed(name).lower()
+
+
+def _show(
+    health: SingletonHealth,
+    row: Listed | None,
+    contents: dict[str, tuple[str | None, str | None]],
+) -> ShownSingleton:
+    past, value = contents.get(row.key, (None, None)) if row else (None, None)
+    return ShownSingleton(health, row, history.decode(past, health.singleton), value)
+
+
+def _rank(health: SingletonHealth, row: Listed | None) -> tuple[bool, bool, bool, str]:
+    """The worst first, then what runs."""
+    ran_out = row is not None and row.holder is not None and not row.held
+    failed = row is not None and row.last_outcome in _BAD
+    runs = row is not None and row.held
+    return health.healthy, not (failed or ran_out), not runs, health.singleton
+
+
+def _by_tick(state: EntryState) -> tuple[bool, float]:
+    moment = state.next_tick
+    return moment is None, moment.timestamp() if moment else 0.0

@@ -1,0 +1,217 @@
+"""The heartbeat: renews the leases of a process, in one statement, and finds out which are lost.
+
+Two threads, because the renewing thread may block on the store and cannot also watch the clock: one
+renews the leases, the other evaluates them by the clock. Both are started by the first lease, and
+neither is woken by runs that are shorter than an interval.
+
+Locked rows
+-----------
+A statement for several leases passes over rows that somebody has locked, so that one lock cannot
+cost all leases their lives. A lease that was passed over is either locked or lost, and only a
+statement for it alone, which waits for the lock, can tell. A third thread, started when there is
+such a lease, sends these statements, one at a time and the most urgent lease first; each ends after
+the store's time-out. Meanwhile the first thread goes on with the statements for all, soon and on
+time, so that a lease is renewed as soon as its row is free, whichever row the third thread waits
+for. The first thread asks for a lease alone only if the process holds no other.
+
+In a child of a prefork worker
+------------------------------
+There the parent renews (:mod:`celery_singleton_state.lease.renewal_slots`). The threads take the
+parent's answers before they renew and before they give a lease up for lost. The child's own renewal
+is due at half of the life, counted from the last renewal of either, so it is sent only if the
+parent's did not come.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from celery_singleton_state.store.base import Leases, StoreError
+
+from .alarm import Alarm
+from .lease import HeldLease, clock
+from .renewal_slots import LeftToParent, hear_signals, listen
+
+logger = logging.getLogger(__name__)
+
+#: A renewal that met no answer is repeated after this part of the interval.
+RETRY_PART = 0.125
+#: A lease that is due within this part of its interval is renewed together with one that is due.
+TOGETHER_PART = 0.5
+
+REFUSED = "its renewal was refused"
+
+
+class Heartbeat:
+    """Renews the leases that it is given until they are dropped or lost.
+
+    :param parent: renews as well; left out: this process alone does.
+    """
+
+    def __init__(self, store: Leases, parent: LeftToParent | None = None) -> None:
+        self._store = store
+        self._parent = parent
+        self._lock = threading.Lock()
+        self._held: set[HeldLease] = set()
+        #: Leases that a statement for several passed over.
+        self._passed_over: set[HeldLease] = set()
+        self._renewal = Alarm(
+            "singleton-heartbeat", self._lock, self._held, lambda held: held.renew_at, self._renew
+        )
+        self._judge = Alarm(
+            "singleton-judge", self._lock, self._held, lambda held: held.trusted_until, self._expire
+        )
+        self._waiting = Alarm(
+            "singleton-locked", self._lock, self._passed_over, lambda held: 0.0, self._wait_for
+        )
+        if parent is not None:
+            listen(self.take_answers)
+
+    def hold(self, held: HeldLease) -> None:
+        """Keep a lease alive from now on."""
+        if self._parent is not None:
+            # The heartbeat may have been made in another thread than the main one.
+            hear_signals()
+            self._parent.add(held)
+        with self._lock:
+            self._held.add(held)
+            self._renewal.expect(held)
+            self._judge.expect(held)
+
+    def drop(self, held: HeldLease) -> None:
+        """Leave a lease alone from now on."""
+        with self._lock:
+            self._discard(held)
+        if self._parent is not None:
+            self._parent.remove(held)
+
+    def take_answers(self) -> None:
+        """Take what the parent has answered. Any thread may call this."""
+        if self._parent is None:
+            return
+        with self._lock:
+            leases = list(self._held)
+        for held in leases:
+            answer = self._parent.answer_to(held)
+            if answer is None:
+                continue
+            if answer.asked_at is None:
+                self._lose(held, REFUSED)
+            else:
+                held.answered(answer.asked_at, answer.who)
+
+    def close(self) -> None:
+        """End the threads; leases that are still held run out."""
+        for alarm in (self._renewal, self._judge, self._waiting):
+            alarm.close()
+
+    # -- in the thread that evaluates leases by the clock
+
+    def _expire(self, due: list[HeldLease]) -> None:
+        self.take_answers()
+        for held in due:
+            # It may have been renewed meanwhile, or given back.
+            if not held.remaining:
+                self._lose(held, "it was not renewed before its life ran out")
+
+    # -- in the thread that renews
+
+    def _renew(self, _: list[HeldLease]) -> None:
+        self.take_answers()
+        due = self._to_be_renewed()
+        if due:
+            self._renew_all(due)
+
+    def _to_be_renewed(self) -> list[HeldLease]:
+        """The leases that are due or nearly so, if any is due; of each key one.
+
+        Two runs of a process can hold leases of one key: one lost its lease and does not know it
+        yet, the other took it over. The store answers by key, so the renewal of the second lease
+        would count for the first one as well.
+        """
+        now = clock()
+        by_key: dict[str, HeldLease] = {}
+        with self._lock:
+            for one in sorted(self._held, key=lambda one: one.renew_at):
+                by_key.setdefault(one.lease.key, one)
+        held = list(by_key.values())
+        if not held or held[0].renew_at > now:
+            return []
+        together = [one for one in held if one.renew_at - one.renew_every * TOGETHER_PART <= now]
+        # A statement for one lease waits for its row's lock, and the other leases would wait, too.
+        return together if len(together) > 1 else held[:2]
+
+    def _renew_all(self, due: list[HeldLease]) -> None:
+        asked_at = clock()
+        alive = self._ask(due)
+        if alive is None:
+            return
+        passed_over = self._take(due, asked_at, alive)
+        if len(due) == 1:
+            for held in passed_over:
+                self._lose(held, REFUSED)
+            return
+        for held in passed_over:
+            self._ask_again(held)
+        with self._lock:
+            for held in self._held.intersection(passed_over):
+                self._passed_over.add(held)
+                self._waiting.expect(held)
+
+    def _ask(self, due: list[HeldLease]) -> dict[str, str | None] | None:
+        try:
+            return self._store.renew([held.lease for held in due])
+        except Exception as error:  # whatever it is, the other leases still need this thread
+            logger.warning(
+                "could not renew %d leases: %s",
+                len(due),
+                error,
+                exc_info=not isinstance(error, StoreError),
+            )
+            for held in due:
+                self._ask_again(held)
+            return None
+
+    @staticmethod
+    def _ask_again(held: HeldLease) -> None:
+        held.renew_at = clock() + held.renew_every * RETRY_PART
+
+    def _take(
+        self, asked: list[HeldLease], asked_at: float, alive: dict[str, str | None]
+    ) -> list[HeldLease]:
+        """Take the store's answers; returns the leases that it did not renew."""
+        renewed = [held for held in asked if held.lease.key in alive]
+        for held in renewed:
+            held.answered(asked_at, alive[held.lease.key])
+        with self._lock:
+            self._passed_over.difference_update(renewed)
+        return [held for held in asked if held.lease.key not in alive]
+
+    # -- in the thread that waits for locked rows
+
+    def _wait_for(self, passed_over: list[HeldLease]) -> None:
+        held = min(passed_over, key=lambda one: one.asked_at + one.lease.ttl)
+        with self._lock:
+            self._passed_over.discard(held)
+        asked_at = clock()
+        alive = self._ask([held])
+        if alive is not None and self._take([held], asked_at, alive):
+            self._lose(held, REFUSED)
+
+    # -- in any of them
+
+    def _lose(self, held: HeldLease, why: str) -> None:
+        with self._lock:
+            # A lease that was dropped was given back by its own run.
+            if held not in self._held:
+                return
+            self._discard(held)
+        if self._parent is not None and why is not REFUSED:
+            # After a refusal the parent renews no more, but its signals go on until the run ends.
+            self._parent.remove(held)
+        held.lose(why)
+
+    def _discard(self, held: HeldLease) -> None:
+        self._held.discard(held)
+        self._passed_over.discard(held)

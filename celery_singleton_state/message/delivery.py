@@ -1,0 +1,241 @@
+"""One delivery of a singleton's message: what it is, and for which singleton."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from celery.app.task import Context
+
+from celery_singleton_state import history, ticks_done
+from celery_singleton_state.config.options import Options
+from celery_singleton_state.errors import SingletonError, StateLoadFailed
+from celery_singleton_state.headers import ONE_BY_ONE, RETRIES, SENT, WAITED, count_in, header
+from celery_singleton_state.hooks import Details
+from celery_singleton_state.retry import Fail, RetryAfter, answer_to, policy_of
+from celery_singleton_state.runtime import Runtime
+from celery_singleton_state.state.codec import Codec
+from celery_singleton_state.text.storable import well_formed
+from celery_singleton_state.ticks import Tick, previous_of, tick_of
+from celery_singleton_state.ticks_done import EntryTicks, TicksDone
+
+from .place import Place
+from .routing import is_copy
+
+#: Why a message is refused whose work is done.
+DONE_BEFORE = "was done before"
+#: Seconds that a tick which must not be skipped waits for the lease. After that it fails, and beat
+#: sends it again.
+ONE_BY_ONE_TIMEOUT = 3600.0
+
+#: A replacement is of a later generation than all retries of what it replaces.
+REPLACEMENT = 1 << 32
+
+#: Seconds that a run has to end after it heard that it is asked to stop.
+TIME_TO_STOP = 1.0
+
+
+#: How often an eager run is repeated over the store, whatever its policy allows: it is repeated at
+#: once, and its caller waits.
+EAGER_RETRIES = 3
+
+
+@dataclass(slots=True)
+class Earlier:
+    """The earlier tries of an eager run, which is repeated within its call.
+
+    :param tries: how many there were.
+    :param error: of the last try whose body ran, or of the last one.
+    :param result: of the body whose save was not answered.
+    """
+
+    tries: int = 0
+    error: SingletonError | None = None
+    result: Any = None
+
+    def note(self, error: SingletonError) -> None:
+        """Note that a try has failed."""
+        self.tries += 1
+        if self.error is None or not isinstance(error, StateLoadFailed):
+            self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A message, or a direct call, and the singleton that it is for.
+
+    :param name: the singleton's name; ``key`` is its row's.
+    :param codec: of the state; ``None`` for a singleton without one.
+    :param place: where the message stands among those that replace each other.
+    """
+
+    task: Any
+    request: Context
+    name: str
+    key: str
+    options: Options
+    codec: Codec[Any] | None
+    runtime: Runtime
+    place: Place = field(default_factory=Place)
+    earlier: Earlier = field(default_factory=Earlier)
+
+    def tell(self, kind: type[Details], **fields: Any) -> None:
+        """Tell those who look on that something happened to the singleton."""
+        self.runtime.door.tell(
+            kind(singleton=self.task.name, key=self.name, task_id=self.request.id, **fields)
+        )
+
+    @property
+    def ttl(self) -> float:
+        """Seconds that the lease lives without a renewal."""
+        return self.options.lease_ttl or self.runtime.settings.lease_ttl
+
+    @property
+    def first_ttl(self) -> float:
+        """Seconds that an acquisition takes the lease for; the run then confirms a longer life."""
+        return min(self.ttl, self.runtime.settings.lease_ttl)
+
+    @property
+    def conflict_timeout(self) -> float:
+        """Seconds that it waits for the lease, if its policy waits at all.
+
+        With ``"replace"`` they are at least two heartbeats, because the holder hears of the request
+        by its heartbeat.
+        """
+        if self.is_one_by_one:
+            return ONE_BY_ONE_TIMEOUT
+        timeout = self.options.conflict_timeout
+        if timeout is None:
+            timeout = self.runtime.settings.conflict_timeout
+        if self.on_conflict != "replace":
+            return timeout
+        return max(timeout, 2 * self.runtime.settings.heartbeat_interval + TIME_TO_STOP)
+
+    @property
+    def on_conflict(self) -> str:
+        """The policy for a lease that is taken. A tick that must not be skipped waits."""
+        return "wait" if self.is_one_by_one else self.options.on_conflict
+
+    @property
+    def is_one_by_one(self) -> bool:
+        """Whether the next tick of the message's entry is sent when this one has ended."""
+        return bool(count_in(self.request, ONE_BY_ONE))
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the message has waited for the lease before it came here."""
+        return float(header(self.request, WAITED, 0.0))
+
+    @property
+    def resent(self) -> dict[str, Any]:
+        """Headers of the message that is sent in place of this one."""
+        return self.place.headers if self.on_conflict == "replace" else {}
+
+    @property
+    def retries(self) -> int:
+        """How often the message was retried, whoever asked for it."""
+        return self.request.retries or 0
+
+    @property
+    def own_retries(self) -> int:
+        """How often this package asked for it, to repeat a run that failed over the store."""
+        return count_in(self.request, RETRIES)
+
+    @property
+    def generation(self) -> int:
+        """How often bodies asked for it: to replace themselves, and since then to be retried.
+
+        A replacement keeps the id of what it replaces, and counts its retries anew.
+        """
+        replacements = self.request.replaced_task_nesting or 0
+        return replacements * REPLACEMENT + self.retries - self.own_retries
+
+    def answer_to(self, error: SingletonError) -> RetryAfter | Fail:
+        """How the message goes on after an error of this singleton."""
+        own, tries = self.options, self.earlier.tries
+        if self.request.is_eager and tries >= EAGER_RETRIES:
+            return Fail()
+        usual = policy_of(self.task)
+        return answer_to(error, self.retries + tries, own.retry_reasons, own.retry_policy, usual)
+
+    @property
+    def sent(self) -> str | None:
+        """The value that tells the message from others that were sent with the same id.
+
+        A part of a chain or chord has none of its own. Its root tells it from the same part of
+        another chain that was sent with the same id.
+        """
+        value = header(self.request, SENT)
+        root = self.request.root_id
+        if value is None and root != self.request.id:
+            value = root
+        return None if value is None else well_formed(str(value))
+
+    @property
+    def tick(self) -> Tick | None:
+        """The tick that the message is for, if a beat of ours sent it."""
+        return tick_of(self.request)
+
+    def done_by(self, entries: tuple[history.Entry, ...]) -> history.Entry | None:
+        """The run that did what this message asks for, if the history knows one.
+
+        A tick is known again by its task's id, which every beat makes the same.
+        """
+        task_id = self.request.id
+        if task_id and self.is_copy:
+            return history.begun_by(entries, task_id, self.generation, self.sent)
+        if not task_id or not self.deduplicates:
+            return None
+        # An eager replacement has its predecessor's id, and no count: it is later than any of it.
+        generation = sys.maxsize if self.request.is_eager else self.generation
+        return history.done_by(entries, task_id, generation, self.sent)
+
+    @property
+    def previous(self) -> float | None:
+        """The tick that was sent before the message's own, if it is known."""
+        return previous_of(self.request)
+
+    def ticks_of(self, raw: str | None) -> tuple[TicksDone, EntryTicks]:
+        """What a row knows of ticks, and of those of the message's own entry.
+
+        :param raw: the row's ``ticks_done``.
+        """
+        known = ticks_done.decode(raw, self.name)
+        return known, known.get(self.tick.entry if self.tick else "", EntryTicks())
+
+    def passed(self, entries: tuple[history.Entry, ...], raw: str | None) -> str | None:
+        """Why the message's tick is refused though the history does not know it as done, if it is.
+
+        Only a message that does not name the tick before its own, and that is no retry, can be for
+        a tick which nobody can tell from one that was done and forgotten.
+
+        :param raw: the row's ``ticks_done``.
+        """
+        tick = self.tick
+        if tick is None or not self.deduplicates or self.request.replaced_task_nesting:
+            return None
+        _, own = self.ticks_of(raw)
+        if own.is_done(tick.due):
+            return DONE_BEFORE
+        if self.is_one_by_one and not self.retries and tick.due in own.failed:
+            return "has failed for good before"
+        if self.retries or self.previous is not None or own.reaches_back_to(tick.due):
+            return None
+        if history.has_passed(entries, tick, self.runtime.settings.history):
+            return "is older than all that its row remembers, so it may have been done before"
+        return None
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the message is one of several copies that a fanout exchange made of it."""
+        request = self.request
+        if not request.id or request.called_directly or request.is_eager:
+            return False
+        return is_copy(self.task.app, request)
+
+    @property
+    def deduplicates(self) -> bool:
+        """Whether what was done is not done again: as told, else for ticks or if there is state."""
+        told = self.options.deduplicate
+        return self.options.deduplicates or (told is None and self.tick is not None)

@@ -1,0 +1,199 @@
+"""Messages that come a second time while their run goes on, and messages that are sent again."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from celery.app.task import Context
+from celery.concurrency.base import BasePool
+from celery.exceptions import Ignore, Reject
+from kombu.exceptions import EncodeError
+
+from celery_singleton_state.headers import PUT_BACK, SENT_AGAIN, WAITED, count_in, custom_headers
+
+from .content import encoding_of
+from .delay import pause_left, possible
+from .routing import can_be_addressed, copy_mark
+
+logger = logging.getLogger(__name__)
+
+#: Errors of a message that can never be sent.
+UNSENDABLE = (EncodeError, TypeError)
+#: Seconds that a worker waits before it leaves a message with its broker.
+UNSENT_PAUSE = 1.0
+FIRST_DELAY = 0.5
+MAX_DELAY = 8.0
+
+
+def can_be_put_back(request: Context) -> bool:
+    """Whether the delivery is a message that can be sent again."""
+    return bool(request.id) and not request.called_directly and not request.is_eager
+
+
+def can_be_sent_again(task: Any, request: Context) -> bool:
+    """Whether the delivery is a message that can be sent again, into its own queue alone.
+
+    One that came through a fanout exchange can, if the broker lets a single queue be addressed.
+    """
+    return can_be_put_back(request) and can_be_addressed(task.app, request)
+
+
+def send_again(
+    task: Any,
+    request: Context,
+    singleton: str,
+    delay: float,
+    headers: Mapping[str, Any] | None = None,
+) -> NoReturn:
+    """Send the message again, as it is, to come back a little later.
+
+    It keeps its id, its count of retries and all that hangs on it.
+
+    :param delay: seconds.
+    :param headers: added to the message's own.
+    :raises Ignore: it is sent; so that Celery drops this copy and says nothing about the task.
+    :raises Reject: it could not be sent; the broker keeps it.
+    """
+    headers = dict(headers or {})
+    try:
+        if WAITED in headers:
+            headers[WAITED] += possible(task.app, delay) - delay
+        signature = task.signature_from_request(
+            request,
+            countdown=delay,
+            retries=request.retries,
+            headers={
+                **custom_headers(request),
+                **copy_mark(task.app, request),
+                SENT_AGAIN: 1,
+                **headers,
+            },
+            **encoding_of(request),
+        )
+        send_as_it_is(task, signature.args, signature.kwargs, signature.options)
+    except Reject as rejected:
+        leave_with_broker(request, singleton, rejected.args[0])
+    except Exception as error:  # a client whose connection breaks can raise anything
+        leave_with_broker(request, singleton, error)
+    raise Ignore(f"task {request.id} comes again in {delay:.1f} s")
+
+
+def send_as_it_is(task: Any, args: Any, kwargs: Any, options: Mapping[str, Any]) -> None:
+    """Send a message, but not by its task's ``apply_async``.
+
+    One of a base class may add to the arguments what these have already, or need a context that is
+    not there; and what such a class takes off again does not fit the body's signature.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    task.app.send_task(
+        task.name,
+        args,
+        kwargs,
+        task_type=task,
+        **{"ignore_result": task.ignore_result, **task._get_exec_options(), **given},
+    )
+
+
+def leave_with_broker(request: Context, singleton: str, error: Exception) -> NoReturn:
+    """End the delivery of a message that had to be sent again and could not.
+
+    An error would have it acknowledged, and so lost, as soon as the broker is back.
+
+    :raises Reject: always, with the wish that the broker gives the message out again.
+    """
+    logger.warning(
+        "singleton %s: task %s could not be sent again, its broker keeps it: %s",
+        singleton,
+        request.id,
+        error,
+    )
+    # The broker gives it out again at once, and sending it is likely to fail again for a while.
+    time.sleep(random.uniform(0.5, 1.0) * UNSENT_PAUSE)
+    raise Reject(error, requeue=True) from error
+
+
+@contextmanager
+def left_if_killed(request: Context) -> Iterator[None]:
+    """Has the broker give out a message again whose greenlet or only thread is to end.
+
+    Celery kills greenlets in a cold shutdown, and when it revokes a task or lost its connection;
+    it takes them for successful then, and acknowledges their messages. A revoked one it drops when
+    it comes again. In a cold shutdown of a solo pool, whose jobs cannot be killed, the error that
+    says so breaks off the body, as if it were the body's own; where it breaks off a retry that is
+    being sent, Celery takes it for the sending's, and drops the message.
+
+    :raises Reject: it is killed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if means_to_kill(error) and can_be_put_back(request):
+            raise Reject("it was killed in mid-run", requeue=True) from error
+        raise
+
+
+def means_to_kill(error: BaseException) -> bool:
+    """Whether it is how Celery ends a body, or fails to."""
+    if isinstance(error, Reject) and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    if type(error).__name__ == "GreenletExit":
+        return True
+    if not isinstance(error, NotImplementedError):
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_code is BasePool.terminate_job.__code__
+
+
+def wait_on(task: Any, request: Context, singleton: str) -> None:
+    """Send a message on that has a part of its pause left.
+
+    :raises Ignore: it has.
+    """
+    left = pause_left(request)
+    if left > 0 and can_be_sent_again(task, request):
+        send_again(task, request, singleton, left)
+
+
+def end_copy(request: Context, singleton: str) -> NoReturn:
+    """End a message of which another copy runs, or has run: a fanout exchange made copies of it.
+
+    The run's result is that of all copies, so this one stores none.
+
+    :raises Ignore: always.
+    """
+    logger.info(
+        "singleton %s: task %s came through the fanout exchange %r, and another copy of it runs or "
+        "has run; this copy ends",
+        singleton,
+        request.id,
+        (request.delivery_info or {}).get("exchange"),
+    )
+    raise Ignore(f"another copy of task {request.id} runs or has run")
+
+
+def put_back(
+    task: Any, request: Context, singleton: str, headers: Mapping[str, Any] | None = None
+) -> NoReturn:
+    """Send a message again whose run goes on.
+
+    It is the only insurance if the run that holds the lease for it dies, so it is neither run
+    nor thrown away. Its delays double up to :data:`MAX_DELAY` seconds, jittered.
+
+    :param headers: added to the message's own.
+    :raises Ignore: always.
+    """
+    count = count_in(request, PUT_BACK)
+    delay = min(FIRST_DELAY * 2 ** min(count, 10), MAX_DELAY) * random.uniform(0.5, 1.0)
+    logger.info(
+        "singleton %s: task %s is still running; its message is put back for %.1f s",
+        singleton,
+        request.id,
+        delay,
+    )
+    send_again(task, request, singleton, delay, {**(headers or {}), PUT_BACK: count + 1})

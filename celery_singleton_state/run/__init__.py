@@ -1,0 +1,1 @@
+"""One delivery, from its call to the end of its run."""

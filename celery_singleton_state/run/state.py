@@ -1,0 +1,93 @@
+"""The state of one run: what the row held, what the body makes of it, what is to be written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from celery_singleton_state.errors import SchemaDecodeFailed
+from celery_singleton_state.state.codec import NO_STATE, Codec, StateError
+from celery_singleton_state.store.base import Acquired, NewValue
+
+from .quarantine import quarantine_key
+
+logger = logging.getLogger(__name__)
+
+
+class RunState:
+    """A run's state; of a singleton without a schema it is always ``None``.
+
+    :param name: the singleton's name, for its errors.
+    """
+
+    def __init__(self, name: str, codec: Codec[Any] | None, acquired: Acquired) -> None:
+        self.value: Any = None
+        #: What the row is known to hold; ``None`` while a write's answer is unknown.
+        self.stored: NewValue | None = NewValue(acquired.value, acquired.schema_version or 1)
+        self._name = name
+        self._codec = codec
+        self._acquired = acquired
+
+    def need(self, what: str) -> Codec[Any]:
+        """:raises RuntimeError: the singleton has no state, which ``what`` needs."""
+        if self._codec is None:
+            raise RuntimeError(f"{self._name}: {what} needs a state_schema")
+        return self._codec
+
+    def load(
+        self,
+        set_aside: Callable[[str, str], None] | None,
+        loaded: Callable[[str, int | None], None],
+    ) -> None:
+        """Decode what the row held, or make the initial state.
+
+        :param set_aside: keeps a value that cannot be decoded under a key, so that the run can
+            start anew; ``None``: that is an error.
+        :param loaded: told what the row held, where there is a schema.
+        :raises SchemaDecodeFailed: there is no way to a state.
+        """
+        if self._codec is None:
+            return
+        found = self._acquired
+        loaded(found.value, found.schema_version)
+        try:
+            if found.value == NO_STATE:
+                self.value = self._codec.initial()
+                return
+            try:
+                self.value = self._codec.decode(found.value, found.schema_version)
+            except StateError as error:
+                if set_aside is None:
+                    raise
+                key = quarantine_key(found.lease.key, found.value)
+                set_aside(key, found.value)
+                logger.error("singleton %s: %s; kept under %s", self._name, error, key)
+                self.value = self._codec.initial()
+        except StateError as error:
+            raise SchemaDecodeFailed(self._name, str(error)) from error
+
+    def document(self) -> NewValue:
+        """The state as it is to be stored.
+
+        :raises SchemaDecodeFailed: it does not fit its schema.
+        """
+        codec = self.need("state")
+        try:
+            return NewValue(codec.encode(self.value), codec.version)
+        except StateError as error:
+            raise SchemaDecodeFailed(self._name, str(error)) from error
+
+    def changed(self) -> NewValue | None:
+        """The same, if it differs from what the row holds."""
+        if self._codec is None:
+            return None
+        new = self.document()
+        return None if new == self.stored else new
+
+    def roll_back(self, before: NewValue) -> None:
+        """Go back, with the rows: a body that goes on must not save a state without them."""
+        codec = self.need("state")
+        # If a time limit interrupts the decoding, there is no state that could be saved.
+        self.value = None
+        self.value = codec.decode(before.value, before.schema_version)

@@ -1,0 +1,183 @@
+"""Writing to the row in the name of a lease, in order, and knowing whether it happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from celery_singleton_state import history
+from celery_singleton_state.errors import (
+    HeartbeatFailed,
+    SchemaDecodeFailed,
+    SingletonError,
+    StatePersistFailed,
+)
+from celery_singleton_state.lease.in_place import in_place
+from celery_singleton_state.lease.lease import HeldLease, clock
+from celery_singleton_state.store.base import (
+    NewValue,
+    Store,
+    StoreError,
+    StoreRefusesValue,
+    StoreUnavailable,
+    Write,
+)
+
+TRIES = 3
+
+T = TypeVar("T")
+
+
+def not_written(name: str, error: StoreError) -> SingletonError:
+    """The error of a singleton whose write the store did not carry out, as far as is known."""
+    is_of_value = isinstance(error, StoreRefusesValue)
+    return (SchemaDecodeFailed if is_of_value else StatePersistFailed)(name, str(error))
+
+
+class FencedWriter:
+    """Numbers a run's writes and sends each with its fence and holder.
+
+    :param name: the singleton's name, for its errors.
+    :param seen: the row's write number when the lease was acquired.
+    :param on_refused: told the operation that the store refused.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        store: Store,
+        held: HeldLease,
+        seen: int,
+        on_refused: Callable[[str], None],
+    ) -> None:
+        self._name = name
+        self._store = store
+        self._held = held
+        self._on_refused = on_refused
+        self._number = 0
+        self._seen = seen
+        self._undecided = False
+
+    def next_write(self, new: NewValue) -> Write:
+        """Give a new state the next number."""
+        self._number += 1
+        return Write(self._number, self._seen, new)
+
+    def answered(self, write: Write) -> None:
+        """Note that a write was carried out."""
+        self._seen = write.number
+
+    def write(
+        self,
+        operation: str,
+        request: Callable[[], T | None],
+        recognised: Callable[[], bool] = lambda: False,
+    ) -> T | None:
+        """Send a write, with tries in place and never past the lease's life.
+
+        :param operation: what it is, for those who look on.
+        :param request: sends it; false when it was refused.
+        :param recognised: asked when a repeated write is refused: whether that is because an
+            earlier one, whose answer was lost, took effect.
+        :returns: the store's answer; ``None`` where it was lost.
+        :raises HeartbeatFailed: the lease was lost, before or by this refusal.
+        :raises SchemaDecodeFailed: the store cannot hold the value; nothing was written.
+        :raises StatePersistFailed: the store is unavailable; whether an earlier try took
+            effect is not known.
+        """
+        self.refuse_if_lost()
+        uncertain = False
+
+        def attempt() -> T | None:
+            nonlocal uncertain
+            try:
+                answer = request()
+                if not answer and not (uncertain and recognised()):
+                    raise self.refused(operation)
+                return answer
+            except StoreUnavailable:
+                uncertain = True
+                raise
+
+        try:
+            return in_place(attempt, TRIES, clock() + self._held.remaining)
+        except StoreError as error:
+            raise not_written(self._name, error) from error
+
+    def has_ended(self, own: history.Entry) -> bool:
+        """Whether a release took effect whose answer was lost.
+
+        :param own: the entry that the release would have left in the row's history.
+        :raises StatePersistFailed: that cannot be known any more.
+        """
+        row = self._store.peek(self._held.lease.key)
+        entries = history.decode(row.history if row else None, self._name)
+        ended = history.has_ended(entries, own, row.run_count if row else 0)
+        if ended is None:
+            raise StatePersistFailed(
+                self._name,
+                "whether the run was saved is not known: the answer was lost, and more runs have "
+                "ended since than the history holds",
+            )
+        return ended
+
+    def was_committed(self, write: Write) -> bool:
+        """Whether a transaction was committed whose COMMIT was not answered, or was interrupted.
+
+        If the store says that the lease is not held any more, the lease is lost. If the store
+        does not say anything while the lease is trusted, the outcome stays unknown, and the run
+        writes no state from here on.
+        """
+        lease = self._held.lease
+        self._undecided = True
+        if self._held.lost:
+            return False
+        try:
+            committed = in_place(
+                lambda: self._store.written(lease, write.number),
+                float("inf"),
+                clock() + self._held.remaining,
+            )
+        except StoreError:
+            return False
+        self._undecided = False
+        if committed is None:
+            self.refused("transaction")
+        elif committed:
+            self.answered(write)
+        return bool(committed)
+
+    @property
+    def may_write(self) -> bool:
+        """Whether the outcome of every transaction is known."""
+        return not self._undecided
+
+    def refuse_if_undecided(self) -> None:
+        """Refuse to write after a transaction whose outcome is unknown.
+
+        :raises StatePersistFailed: what the run holds in memory and what the row holds may differ.
+        """
+        if self._undecided:
+            raise StatePersistFailed(
+                self._name,
+                "whether a transaction was committed is not known, so this run saves nothing "
+                "any more; the next one starts from what the row holds",
+            )
+
+    def refuse_if_lost(self) -> None:
+        """:raises HeartbeatFailed: the lease is known to be lost; the store is not asked."""
+        if self._held.lost:
+            raise self.failure()
+
+    def refused(self, operation: str) -> HeartbeatFailed:
+        """The error of a write that the store refused; the lease is lost from here on."""
+        self._held.lost = self._held.lost or "the write was refused"
+        self._on_refused(operation)
+        return self.failure()
+
+    def failure(self) -> HeartbeatFailed:
+        """The error of a run whose lease is lost."""
+        return HeartbeatFailed(
+            self._name,
+            f"the lease with fence {self._held.lease.fence} is lost: {self._held.lost}",
+        )

@@ -1,0 +1,219 @@
+"""The typed state: what a schema is, how a value is read, checked, migrated and written.
+
+A stored value is JSON beside the version of the schema that wrote it. Reading goes raw JSON
+-> migrations, one version at a time -> schema; writing goes value -> JSON -> schema again, as
+a check, so that nothing is stored which the next run could not load, or would load as something
+else.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar, get_args, get_type_hints, is_typeddict
+
+import msgspec
+
+from celery_singleton_state.errors import FROM_OUTSIDE
+
+from .round_trip import difference, not_finite
+
+S = TypeVar("S")
+
+#: The JSON of "no state yet": no schema has it as a value.
+NO_STATE = "null"
+
+#: A raw value of version n in, one of version n + 1 out.
+Migration = Callable[[Any], Any]
+
+
+class StateError(Exception):
+    """A value does not fit its schema. The message says why."""
+
+
+def is_schema(candidate: Any) -> bool:
+    """Whether this is a type that a state can have."""
+    return isinstance(candidate, type) and (
+        dataclasses.is_dataclass(candidate)
+        or issubclass(candidate, msgspec.Struct)
+        or hasattr(candidate, "__attrs_attrs__")
+        or is_typeddict(candidate)
+        or _is_pydantic(candidate)
+    )
+
+
+def _is_pydantic(schema: type) -> bool:
+    return hasattr(schema, "model_validate_json")
+
+
+class Codec(Generic[S]):
+    """Reads and writes the states of one schema.
+
+    :param schema: a dataclass, ``msgspec.Struct``, attrs class, ``TypedDict`` or pydantic model.
+    :param initial: the state of a singleton that never saved one: a value, or a callable that
+        makes one. Left out: ``schema()``.
+    :param version: the schema's version, from 1.
+    :param migrations: for version n, the function from its raw values to those of n + 1. A
+        version without one is read as the next one is.
+    :param round_trip: whether a state that would come back changed is refused.
+    """
+
+    def __init__(
+        self,
+        schema: type[S],
+        initial: S | Callable[[], S] | None = None,
+        version: int = 1,
+        migrations: Mapping[int, Migration] | None = None,
+        round_trip: bool = True,
+    ) -> None:
+        self.schema = schema
+        self.version = version
+        self._make_initial = schema if initial is None else initial
+        self._migrations = dict(migrations or {})
+        self._round_trip = round_trip
+        self._dump, self._parse = _pydantic(schema) if _is_pydantic(schema) else _msgspec(schema)
+        # A TypedDict has no defaults of its own, so its initial state stands for them.
+        self._defaults = is_typeddict(schema) and initial is not None
+
+    def initial(self) -> S:
+        """A new initial state, shared with nobody.
+
+        :raises StateError: it cannot be made.
+        """
+        made = self._make_initial
+        try:
+            return made() if callable(made) else copy.deepcopy(made)
+        except FROM_OUTSIDE:
+            raise
+        except Exception as error:
+            raise _misfit("no initial state can be made", error) from error
+
+    def decode(self, raw: str, version: int | None) -> S:
+        """The state that a stored value holds; no version counts as 1.
+
+        :raises StateError: the value is of a newer version, or does not fit.
+        """
+        stored = version or 1
+        if stored > self.version:
+            raise StateError(
+                f"the stored value has version {stored}, newer than this code's {self.version}"
+            )
+        try:
+            return self._parse(self._filled(self._migrate(raw.encode(), stored)))
+        except FROM_OUTSIDE:
+            raise
+        except Exception as error:
+            raise _misfit(f"the stored value of version {stored} cannot be read", error) from error
+
+    def encode(self, state: S) -> str:
+        """The JSON of a state, shown to be read as the same state again.
+
+        :raises StateError: the state does not fit the schema, or would come back changed.
+        """
+        try:
+            document = self._dump(state)
+            read = self._read_back(state, document)
+            changed = difference(state, read, "state") if self._round_trip else None
+        except FROM_OUTSIDE:
+            raise
+        except RecursionError as error:
+            raise StateError("the state is nested too deeply, or holds itself") from error
+        except Exception as error:
+            raise _misfit(f"the state does not fit {self.schema.__name__}", error) from error
+        if changed:
+            raise StateError(f"the state would not come back the same: {changed}")
+        return document.decode()
+
+    def _read_back(self, state: S, document: bytes) -> S:
+        try:
+            return self._parse(self._filled(document))
+        except FROM_OUTSIDE:
+            raise
+        except Exception as error:
+            # The schema's own error tells of a null, and not what was written as null.
+            found = not_finite(state, "state")
+            if found is None:
+                raise
+            raise ValueError(found) from error
+
+    def _migrate(self, document: bytes, stored: int) -> bytes:
+        steps = [n for n in range(stored, self.version) if n in self._migrations]
+        if not steps:
+            return document
+        value = msgspec.json.decode(document)
+        for n in steps:
+            value = self._migrations[n](value)
+        return msgspec.json.encode(value)
+
+    def _filled(self, document: bytes) -> bytes:
+        if not self._defaults:
+            return document
+        value = msgspec.json.decode(document, type=dict[str, Any])
+        return msgspec.json.encode(msgspec.to_builtins(self.initial()) | value)
+
+
+def _msgspec(schema: type[S]) -> tuple[Callable[[S], bytes], Callable[[bytes], S]]:
+    parse = msgspec.json.Decoder(schema).decode
+    encode = msgspec.json.Encoder().encode
+    names = _names_of_flat(schema)
+
+    def dump(state: Any) -> bytes:
+        # msgspec leaves a default to the dataclass itself, and would leave it out here too: the
+        # stored value would then follow the code's default instead of the state.
+        if names and type(state) is schema:
+            return encode({name: getattr(state, name) for name in names})
+        return encode(_with_defaults(state) if dataclasses.is_dataclass(state) else state)
+
+    return dump, parse
+
+
+def _with_defaults(value: Any) -> Any:
+    """A value whose dataclasses are dicts of all their fields.
+
+    ``dataclasses.asdict`` copies all that they hold, and makes no sense of a ``Counter``.
+    """
+    kind = type(value)
+    if dataclasses.is_dataclass(kind):
+        fields = dataclasses.fields(kind)
+        return {field.name: _with_defaults(getattr(value, field.name)) for field in fields}
+    if isinstance(value, dict):
+        return {key: _with_defaults(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_with_defaults(each) for each in value]
+    return value
+
+
+def _names_of_flat(schema: type) -> tuple[str, ...]:
+    """The fields of a dataclass without others inside it, which need no look."""
+    if not dataclasses.is_dataclass(schema):
+        return ()
+    hints = get_type_hints(schema)
+    names = tuple(field.name for field in dataclasses.fields(schema))
+    return names if all(_is_plain(hints[name]) for name in names) else ()
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether values of a type are known to hold no dataclass."""
+    parts = get_args(hint)
+    if parts:
+        return all(map(_is_plain, parts))
+    return getattr(hint, "__module__", None) in ("builtins", "datetime", "decimal", "uuid")
+
+
+def _pydantic(schema: Any) -> tuple[Callable[[S], bytes], Callable[[bytes], S]]:
+    # Only the user's own model brings pydantic in, so only then is it there to import.
+    to_json = importlib.import_module("pydantic_core").to_json
+
+    def dump(state: S) -> bytes:
+        # For a round trip it leaves out computed fields, which would come back as extra ones.
+        document: bytes = to_json(state, by_alias=True, round_trip=True)
+        return document
+
+    return dump, schema.model_validate_json
+
+
+def _misfit(what: str, error: Exception) -> StateError:
+    """Whatever a schema, a migration or a codec of the user's raised, in our words."""
+    return StateError(f"{what}: {type(error).__name__}: {error}")

@@ -1,0 +1,1 @@
+"""Leases without state in Redis or Valkey."""

@@ -1,0 +1,1 @@
+"""Leases and states in one table of an SQL database."""

@@ -1,0 +1,178 @@
+"""Connections for single statements: one that is kept at hand, and the engine's pool behind it.
+
+To check a connection out of SQLAlchemy's pool and in again costs as much as the statement does on
+SQLite. So the first caller has a connection that the pool does not know; who comes while it is in
+use takes one of the pool's.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sqlalchemy import Engine, event
+
+from .errors import is_read_only
+
+#: Seconds that a fork waits for a statement on a file.
+LONGEST_PAUSE = 5.0
+
+#: Answers a cursor after its statement was executed.
+Answer = Callable[[Any], Any]
+
+
+class Connections:
+    """An engine's connections, in autocommit mode.
+
+    :param keeps_one: whether there is a connection besides the pool's; there is none for a
+        database that lives in its only connection.
+    """
+
+    def __init__(self, engine: Engine, keeps_one: bool) -> None:
+        self._engine = engine
+        self._is_file = engine.dialect.name == "sqlite"
+        self._driver_error = engine.dialect.loaded_dbapi.Error
+        #: Held by whoever uses the kept connection. One that a signal takes away before its
+        #: release only sends all later callers to the pool.
+        self._in_use = threading.Lock()
+        self._kept: Any = None
+        self._outdated = False
+        self._keeps_one = keeps_one
+        self._paused = False
+        if keeps_one:
+            _all.add(self)
+        event.listen(engine, "engine_disposed", self._outdate)
+
+    def execute(self, statement: str, parameters: Mapping[str, Any], answer: Answer) -> Any:
+        """Run one statement; returns what is wanted of its cursor.
+
+        The driver's cursor is used as it is: what SQLAlchemy's execution adds to it costs as
+        much as the statement does on SQLite.
+
+        :raises Exception: whatever the driver or SQLAlchemy's pool raises.
+        """
+        if not self._keeps_one or not self._in_use.acquire(blocking=False):
+            return self._execute_on_pools(statement, parameters, answer)
+        try:
+            if self._kept is None:
+                self._kept = self._connect()
+            return _execute(self._kept, statement, parameters, answer)
+        except BaseException as error:
+            # One that was broken off in mid-statement, by a time limit say, is in no state to be
+            # reused, nor is a server's after any error. A file's stays good.
+            self._outdated = not self._is_file
+            if self._is_lost(error, self._kept):
+                self._engine.dispose()
+            raise
+        finally:
+            if self._outdated:
+                self._close_kept()
+            self._in_use.release()
+            # Outdated between the two, by somebody who found it in use.
+            self._close_outdated()
+
+    def _execute_on_pools(
+        self, statement: str, parameters: Mapping[str, Any], answer: Answer
+    ) -> Any:
+        connection = self._engine.raw_connection()
+        try:
+            return _execute(connection, statement, parameters, answer)
+        except BaseException as error:
+            lost = self._is_lost(error, connection.dbapi_connection)
+            if not self._is_file:
+                connection.invalidate()
+            if lost:
+                # The others are as old, and as dead.
+                self._engine.dispose()
+            raise
+        finally:
+            connection.close()
+
+    def _connect(self) -> Any:
+        connection = self._engine.raw_connection()
+        connection.detach()
+        return connection.dbapi_connection
+
+    def _is_lost(self, error: BaseException, connection: Any) -> bool:
+        return (
+            not self._is_file
+            and isinstance(error, self._driver_error)
+            and (self._engine.dialect.is_disconnect(error, connection, None) or is_read_only(error))
+        )
+
+    def _outdate(self, _engine: Engine) -> None:
+        """With the pool's connections, that which is kept is closed: now, or after its use."""
+        self._outdated = True
+        self._close_outdated()
+
+    def _close_outdated(self) -> None:
+        if self._outdated and self._in_use.acquire(blocking=False):
+            try:
+                self._close_kept()
+            finally:
+                self._in_use.release()
+
+    def pause(self) -> None:
+        """Before a fork: let whoever uses a file's kept connection end, and close all.
+
+        A forked child that inherits a file's connection believes in locks that it does not have: it
+        neither waits for others nor keeps them from deleting its log.
+        (https://sqlite.org/howtocorrupt.html, 2.6)
+        """
+        if not self._is_file:
+            return
+        self._paused = self._in_use.acquire(timeout=LONGEST_PAUSE)
+        self._engine.dispose()
+        if self._paused:
+            self._close_kept()
+
+    def resume(self) -> None:
+        """After a fork, in the parent."""
+        if self._paused:
+            self._paused = False
+            self._in_use.release()
+
+    def begin_anew(self) -> None:
+        """After a fork, in the child: leave all connections to the parent."""
+        self._kept, self._paused = None, False
+        # Another thread of the parent's may have it.
+        self._in_use = threading.Lock()
+        self._engine.dispose(close=False)
+
+    def _close_kept(self) -> None:
+        kept, self._kept, self._outdated = self._kept, None, False
+        if kept is not None:
+            kept.close()
+
+
+def _execute(connection: Any, statement: str, parameters: Mapping[str, Any], answer: Answer) -> Any:
+    cursor = connection.cursor()
+    try:
+        cursor.execute(statement, parameters)
+        return answer(cursor)
+    finally:
+        cursor.close()
+
+
+_all: weakref.WeakSet[Connections] = weakref.WeakSet()
+
+
+def _pause_all() -> None:
+    for connections in list(_all):
+        connections.pause()
+
+
+def _resume_all() -> None:
+    for connections in list(_all):
+        connections.resume()
+
+
+def _begin_all_anew() -> None:
+    for connections in list(_all):
+        connections.begin_anew()
+
+
+os.register_at_fork(before=_pause_all, after_in_parent=_resume_all, after_in_child=_begin_all_anew)

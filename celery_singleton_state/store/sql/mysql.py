@@ -1,0 +1,132 @@
+"""Connections to MariaDB and MySQL, by PyMySQL."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pymysql
+from pymysql.constants import CLIENT
+from sqlalchemy import URL, Engine, event
+
+from .pooled import APPLICATION_NAME, pooled
+from .url import refuse_missing_files, refuse_unknown_options
+
+#: Options of PyMySQL's that a text cannot say, or that it refuses.
+_NOT_IN_URLS = frozenset(
+    {"auth_plugin_map", "autocommit", "client_flag", "compress", "conv", "cursorclass"}
+    | {"defer_connect", "named_pipe", "self", "ssl"}
+)
+_INSTEAD = dict.fromkeys(
+    ("ssl", "sslmode", "ssl_mode"), "ssl_ca=<file of the certificate authority>"
+)
+#: SQLAlchemy's options of a URL.
+_SQLALCHEMYS = frozenset({"ssl_capath", "ssl_cipher", "ssl_check_hostname"})
+
+#: Characters of a statement that may be larger than the server takes. What is smaller than its
+#: buffer it reads, and then says so.
+LARGE = 4096
+#: MySQL's own number for that.
+TOO_LARGE = 1153
+
+
+class Connection(pymysql.connections.Connection):  # type: ignore[misc]
+    """A connection whose patience with a server that stays silent can be changed.
+
+    It knows whether it was broken off in mid-statement, by a time limit say.
+    """
+
+    is_in_mid_statement = False
+    _max_allowed_packet: int | None = None
+
+    def query(self, sql: str | bytes, *args: Any, **kwargs: Any) -> Any:
+        if len(sql) >= LARGE:
+            sql = self._with_allowed_size(sql)
+        return self._whole(super().query, sql, *args, **kwargs)
+
+    def _with_allowed_size(self, sql: str | bytes) -> bytes:
+        """The bytes of a large statement, as they are sent.
+
+        :raises pymysql.DataError: they are more than the server takes. It would close the
+            connection over them, which looks like an outage.
+        """
+        data = sql.encode(self.encoding, "surrogateescape") if isinstance(sql, str) else sql
+        if self._max_allowed_packet is None:
+            self._whole(super().query, "SELECT @@max_allowed_packet")
+            self._max_allowed_packet = int(self._result.rows[0][0])
+        if len(data) >= self._max_allowed_packet:
+            raise pymysql.DataError(
+                TOO_LARGE,
+                f"a statement of {len(data)} bytes is larger than the server's "
+                f"max_allowed_packet, which is {self._max_allowed_packet}",
+            )
+        return data
+
+    def next_result(self, *args: Any, **kwargs: Any) -> Any:
+        return self._whole(super().next_result, *args, **kwargs)
+
+    def _whole(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.is_in_mid_statement = True
+        try:
+            result = step(*args, **kwargs)
+        except pymysql.MySQLError:
+            self.is_in_mid_statement = not self.open
+            raise
+        self.is_in_mid_statement = False
+        return result
+
+    def leave_to_parent(self) -> None:
+        """In a forked child. The session's end is not sent."""
+        self._force_close()
+
+    @property
+    def patience(self) -> float | None:
+        patience: float | None = self._read_timeout
+        return patience
+
+    @patience.setter
+    def patience(self, seconds: float | None) -> None:
+        self._read_timeout = seconds
+
+
+def _options(url: URL) -> dict[str, Any]:
+    """The options of a URL.
+
+    :raises ImproperlyConfigured: PyMySQL does not know one of them, or a file is missing.
+    """
+    own = inspect.signature(pymysql.connections.Connection.__init__).parameters
+    refuse_unknown_options(url.query, set(own) - _NOT_IN_URLS | _SQLALCHEMYS, "PyMySQL", _INSTEAD)
+    files = ("ssl_ca", "ssl_cert", "ssl_key", "ssl_capath", "read_default_file")
+    refuse_missing_files("singleton_store_url", url.query, files)
+    return dict(url.query)
+
+
+def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) -> Engine:
+    """An engine.
+
+    :raises ImproperlyConfigured: what the URL says is not allowed.
+    """
+    engine = pooled(
+        url.set(query=_options(url)),
+        pool_size,
+        io_timeout,
+        connect_args={
+            "charset": "utf8mb4",
+            "client_flag": CLIENT.MULTI_STATEMENTS | CLIENT.FOUND_ROWS,
+            "connect_timeout": connect_timeout,
+            "read_timeout": io_timeout,
+            "write_timeout": io_timeout,
+            "program_name": APPLICATION_NAME,
+            # Times are UTC, and a text that is too long is an error.
+            "init_command": "SET time_zone = '+00:00', sql_mode = 'TRADITIONAL',"
+            f" innodb_lock_wait_timeout = {math.ceil(io_timeout)}",
+        },
+    )
+
+    @event.listens_for(engine, "do_connect")
+    def connect(_dialect: Any, _record: Any, args: Any, kwargs: Any) -> Connection:
+        return Connection(*args, **kwargs)
+
+    return engine

@@ -1,0 +1,215 @@
+"""Connections to PostgreSQL, by psycopg."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+import time
+from collections.abc import Generator
+from typing import Any
+
+import psycopg
+import psycopg.conninfo
+import psycopg.pq
+from celery.exceptions import ImproperlyConfigured
+from sqlalchemy import URL, Engine, event
+
+from .pooled import APPLICATION_NAME, pooled
+from .url import refuse_missing_files, refuse_unknown_options
+
+#: Options whose values libpq looks at only when it is connected.
+NUMBERS = ("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count")
+#: Values of libpq's sslmode.
+SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+
+ACTIVE = psycopg.pq.TransactionStatus.ACTIVE
+
+#: Seconds that closing a connection waits at most until the server has taken its cancel request.
+LONGEST_CANCEL = 0.5
+#: The same, as a part of what an answer may take.
+CANCEL_PART = 0.25
+#: Threads at most that send a cancel request: what is more must be a server that is silent.
+CANCELLERS = 4
+CANCELLER = "singleton-cancel"
+
+
+class Connection(psycopg.Connection[Any]):
+    """A connection that gives up on a server which stays silent.
+
+    TCP's own time-outs do not see a proxy that acknowledges and never answers.
+
+    A statement that is given up is cancelled. A server that waits for a lock, or for a standby,
+    does not notice that its client has closed the connection, so each try would leave one more of
+    the server's processes behind, until no application gets a connection.
+    """
+
+    #: Seconds; ``None``: for ever.
+    patience: float | None = None
+    cancel_timeout = LONGEST_CANCEL
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._owner = os.getpid()
+
+    def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.patience is not None:
+            gen = self._impatient(gen, self.patience)
+        return super().wait(gen, *args, **kwargs)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child. libpq cannot close a socket without sending the session's end, so that
+        goes nowhere.
+        """
+        nothing = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nothing, self.fileno(), inheritable=False)
+        os.close(nothing)
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection, whatever it is in the middle of."""
+        try:
+            self._cancel_statement()
+        finally:
+            super().close()
+
+    def _cancel_statement(self) -> None:
+        """Ask the server to end the statement under way, and wait for a moment until it is told.
+
+        The connection stays open until then, because a pooler knows by it whose statement that is.
+        """
+        if self.pgconn.transaction_status != ACTIVE or os.getpid() != self._owner:
+            return
+        # Nothing more can be done about a server that is not reached, and closing must not fail.
+        with contextlib.suppress(psycopg.Error, OSError, RuntimeError):
+            if psycopg.capabilities.has_cancel_safe():
+                self.cancel_safe(timeout=self.cancel_timeout)
+            else:
+                self._cancel_in_a_thread()
+
+    def _cancel_in_a_thread(self) -> None:
+        """Before libpq 17 a cancel request blocks its thread while the server is silent."""
+        if sum(thread.name == CANCELLER for thread in threading.enumerate()) >= CANCELLERS:
+            return
+        cancel = self.pgconn.get_cancel()
+        thread = threading.Thread(target=_send, args=(cancel,), name=CANCELLER, daemon=True)
+        thread.start()
+        thread.join(self.cancel_timeout)
+
+    def _impatient(self, gen: Any, patience: float) -> Generator[Any, Any, Any]:
+        try:
+            wanted = next(gen)
+            heard = time.monotonic()
+            while True:
+                ready = yield wanted
+                now = time.monotonic()
+                if ready:
+                    heard = now
+                elif now - heard > patience:
+                    self.close()
+                    raise psycopg.OperationalError(f"no answer within {patience:g} s")
+                wanted = gen.send(ready)
+        except StopIteration as stop:
+            return stop.value
+
+
+def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) -> Engine:
+    """An engine. Statements are prepared at first use, unless a pooler is in between, or the URL
+    says otherwise: ``?prepare_threshold=none``.
+
+    :raises ImproperlyConfigured: what it says is not allowed.
+    """
+    query = _options(url)
+    wanted = query.pop("prepare_threshold", None)
+    _refuse_wrong_values(url, query)
+    engine = pooled(
+        url.set(query=query),
+        pool_size,
+        io_timeout,
+        use_native_hstore=False,
+        connect_args={
+            "connect_timeout": math.ceil(connect_timeout),
+            "tcp_user_timeout": math.ceil(io_timeout * 1000),
+            # Whatever the database's own is: it converts what it can, and says what it cannot.
+            "client_encoding": "UTF8",
+            "application_name": query.get("application_name", APPLICATION_NAME),
+            "prepare_threshold": _threshold(wanted),
+            "autocommit": True,
+        },
+    )
+
+    @event.listens_for(engine, "do_connect")
+    def connect(_dialect: Any, _record: Any, args: Any, kwargs: Any) -> Connection:
+        connection = Connection.connect(*args, **kwargs)
+        connection.patience = io_timeout
+        connection.cancel_timeout = min(LONGEST_CANCEL, io_timeout * CANCEL_PART)
+        if wanted is None and not _is_pooled(connection):
+            connection.prepare_threshold = 0
+        return connection
+
+    return engine
+
+
+def _options(url: URL) -> dict[str, Any]:
+    """The options of a URL, in libpq's words.
+
+    :raises ImproperlyConfigured: libpq does not know one of them, or a file is missing.
+    """
+    query: dict[str, Any] = dict(url.query)
+    if query.get("ssl") in SSL_MODES and "sslmode" not in query:
+        query["sslmode"] = query.pop("ssl")  # asyncpg's word
+    known = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
+    refuse_unknown_options(
+        query, known | {"prepare_threshold"}, "psycopg", {"ssl": "sslmode=require"}
+    )
+    if str(query.get("sslmode")).startswith("verify") and query.get("sslrootcert") != "system":
+        refuse_missing_files("singleton_store_url", query, ["sslrootcert"])
+    return query
+
+
+def _refuse_wrong_values(url: URL, query: dict[str, Any]) -> None:
+    """:raises ImproperlyConfigured: libpq refuses a value, which it does before it connects."""
+    elsewhere = {"host", "hostaddr", "port", "service", "password", "user", "dbname"}
+    options = {name: str(value) for name, value in query.items() if name not in elsewhere}
+    options["port"] = str(url.port or "")
+    # Nothing is sent: there is no socket in this place.
+    text = psycopg.conninfo.make_conninfo("", host=os.devnull, **options)
+    tried = psycopg.pq.PGconn.connect_start(text.encode())
+    why = tried.error_message.decode(errors="replace").strip()
+    tried.finish()
+    if why.startswith("invalid ") or " invalid when " in why:
+        raise ImproperlyConfigured(f"singleton_store_url: {why.splitlines()[0]}")
+    for name in NUMBERS:
+        if name in query and not str(query[name]).isdecimal():
+            raise ImproperlyConfigured(f"singleton_store_url: {name} takes a whole number")
+
+
+def _send(cancel: psycopg.pq.abc.PGcancel) -> None:
+    with contextlib.suppress(psycopg.Error):
+        cancel.cancel()
+
+
+def _threshold(wanted: Any) -> int | None:
+    if wanted is None or wanted == "none":
+        return None
+    if not str(wanted).isdecimal():
+        raise ImproperlyConfigured(
+            f"singleton_store_url: prepare_threshold={wanted} is not allowed; "
+            "it takes none, or how often a statement is sent before it is prepared"
+        )
+    return int(wanted)
+
+
+def _is_pooled(connection: Connection) -> bool:
+    """Whether a pooler stands between this process and the server: it has an id of its own.
+
+    One that gives each transaction any of its connections, and does not know of prepared
+    statements, runs by a statement's name what another client has prepared under it.
+    """
+    try:
+        row = connection.execute("SELECT pg_backend_pid()").fetchone()
+    except BaseException:
+        connection.close()
+        raise
+    return row is None or row[0] != connection.info.backend_pid

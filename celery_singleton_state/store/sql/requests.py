@@ -1,0 +1,80 @@
+"""What others than its holder can ask of a row: to hand over, to run once more, to be queued."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from celery_singleton_state.store.base import NewValue, Queued, Row
+from celery_singleton_state.text.storable import restored, storable
+
+from .statements import Statements
+
+Rows = Callable[[str, Mapping[str, Any]], Sequence[tuple[Any, ...]]]
+Change = Callable[[str, Mapping[str, Any]], int]
+
+
+class SqlWishes:
+    """The wishes of an SQL store; each is one statement.
+
+    :param rows: runs a statement and returns its rows; ``change``: how many rows it changed.
+    """
+
+    def __init__(self, sql: Statements, rows: Rows, change: Change) -> None:
+        self._sql = sql
+        self._rows = rows
+        self._change = change
+
+    def ask_to_hand_over(
+        self, row: Row, who: str, rank: int | None = None, sent: str | None = None
+    ) -> bool:
+        rank = row.next_rank if rank is None else rank
+        named = _seen(row, who=storable(who), rank=rank, sent=sent)
+        return self._change(self._sql.ask_to_hand_over, named) == 1
+
+    def let_go(self, row: Row) -> bool:
+        return self._change(self._sql.let_go, _seen(row)) == 1
+
+    def want(self, row: Row, wish: str) -> bool:
+        return self._change(self._sql.want, _seen(row, wish=wish, wanted=row.wanted)) == 1
+
+    def wanted(self, key: str) -> str | None:
+        rows = self._rows(self._sql.wanted, {"key": key})
+        return rows[0][0] if rows else None
+
+    def granted(self, key: str, wish: str) -> None:
+        self._change(self._sql.granted, {"key": key, "wish": wish})
+
+    def queued(self, key: str) -> Queued:
+        rows = self._rows(self._sql.queued, {"key": key})
+        if not rows:
+            return Queued(0, None)
+        number, queued, running = rows[0]
+        return Queued(number, restored(queued or running), not queued and running is not None)
+
+    def claim(self, key: str, task_id: str, life: float, number: int, first: bool = False) -> bool:
+        named = {"key": key, "task_id": storable(task_id), "ttl": life}
+        named |= {"number": number, "first": int(first)}
+        return bool(self._rows(self._sql.claim, named))
+
+    def expect(self, keys: Sequence[str]) -> None:
+        self._change(self._sql.expect, {"keys": msgspec.json.encode(keys).decode()})
+
+    def put(self, key: str, row: Row | None, new: NewValue) -> bool:
+        named = {
+            "key": key,
+            "value": new.value,
+            "schema_version": new.schema_version,
+            "fence": row.fence if row else 0,
+            "write": row.write if row else 0,
+        }
+        return bool(self._rows(self._sql.put, named))
+
+    def dequeue(self, key: str, task_id: str) -> None:
+        self._change(self._sql.dequeue, {"key": key, "task_id": storable(task_id)})
+
+
+def _seen(row: Row, **more: str | int | None) -> dict[str, Any]:
+    return {"key": row.key, "fence": row.fence, "holder": row.holder, **more}

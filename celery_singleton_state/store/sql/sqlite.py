@@ -1,0 +1,151 @@
+"""Connections to SQLite."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sqlite3
+import time
+from typing import Any, Self
+
+from celery.exceptions import ImproperlyConfigured
+from sqlalchemy import URL, Engine, event
+
+from .pooled import pooled
+from .url import refuse_unknown_options
+
+#: RETURNING came with this release.
+OLDEST = (3, 35)
+#: Options of a URL, beside those of SQLite's own URIs.
+OPTIONS = (
+    "cached_statements",
+    "check_same_thread",
+    "detect_types",
+    "isolation_level",
+    "timeout",
+    "uri",
+)
+#: Seconds between two looks at a lock: the first, and the longest.
+FIRST_LOOK, LONGEST_LOOK = 0.001, 0.02
+
+
+_execute = sqlite3.Cursor.execute
+
+
+class Connection(sqlite3.Connection):
+    """A connection that waits for the file's lock in Python, and not in SQLite.
+
+    SQLite waits in C. Under gevent that stops all greenlets, and with them the one that has the
+    lock; elsewhere no time limit's signal is heard meanwhile.
+    """
+
+    #: Seconds that a statement waits for others' lock at most.
+    lock_timeout = 0.0
+
+    _is_parents = False
+
+    def cursor(self, factory: Any = None) -> Any:
+        self._refuse_parents()
+        return super().cursor(factory or Cursor)
+
+    def execute(self, statement: str, parameters: Any = ()) -> Any:
+        """Run a statement. Python's own method uses no cursor of this class, so does not wait."""
+        return self.cursor().execute(statement, parameters)
+
+    def commit(self) -> None:
+        self._refuse_parents()
+        super().commit()
+
+    def rollback(self) -> None:
+        if not self._is_parents:
+            super().rollback()
+
+    def close(self) -> None:
+        if not self._is_parents:
+            super().close()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: never use it, nor end it, which would roll back in memory that both
+        share.
+        """
+        self._is_parents = True
+        # Not even the interpreter's end may free it.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+
+    def _refuse_parents(self) -> None:
+        if self._is_parents:
+            raise sqlite3.OperationalError("the connection is that of this process's parent")
+
+
+class Cursor(sqlite3.Cursor):
+    """A cursor of :class:`Connection`."""
+
+    connection: Connection
+
+    def execute(self, statement: str, parameters: Any = ()) -> Self:
+        """Run a statement, when nobody else has the file's lock.
+
+        :raises sqlite3.OperationalError: somebody had it for too long.
+        """
+        try:
+            return _execute(self, statement, parameters)
+        except sqlite3.OperationalError as error:
+            if not self._can_wait(error):
+                raise
+        pause, deadline = FIRST_LOOK, time.monotonic() + self.connection.lock_timeout
+        while True:
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_LOOK)
+            try:
+                return _execute(self, statement, parameters)
+            except sqlite3.OperationalError as error:
+                if time.monotonic() > deadline or not self._can_wait(error):
+                    raise
+
+    def _can_wait(self, error: sqlite3.OperationalError) -> bool:
+        """Whether the statement changed nothing, and can be sent again: it is not a transaction's
+        second, which would wait for somebody who may wait for the transaction.
+        """
+        code: int = getattr(error, "sqlite_errorcode", 0)
+        return code & 0xFF == sqlite3.SQLITE_BUSY and not self.connection.in_transaction
+
+
+def make(url: URL, in_memory: bool, io_timeout: float, pool_size: int) -> Engine:
+    """An engine.
+
+    :raises ImproperlyConfigured: SQLite is too old, or does not know an option of the URL.
+    """
+    if "uri" not in url.query:
+        refuse_unknown_options(url.query, OPTIONS, "sqlite3", {})
+    if sqlite3.sqlite_version_info < OLDEST:
+        raise ImproperlyConfigured(
+            f"SQLite {sqlite3.sqlite_version} is too old; "
+            f"{'.'.join(map(str, OLDEST))} or newer is needed"
+        )
+    engine = pooled(
+        url,
+        1 if in_memory else pool_size,
+        io_timeout,
+        connect_args={"timeout": 0, "check_same_thread": False, "factory": Connection},
+    )
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Connection, _record: Any) -> None:
+        connection.lock_timeout = io_timeout
+        if not in_memory:
+            _use_wal(connection, io_timeout)
+            connection.execute("PRAGMA synchronous = NORMAL")
+
+    return engine
+
+
+def _use_wal(connection: sqlite3.Connection, io_timeout: float) -> None:
+    """Switch the file to WAL, once: the switch does not wait for other processes by itself."""
+    deadline = time.monotonic() + io_timeout
+    while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        with contextlib.suppress(sqlite3.OperationalError):
+            connection.execute("PRAGMA journal_mode = WAL")
+            continue
+        if time.monotonic() > deadline:
+            raise sqlite3.OperationalError("database is locked: it could not be switched to WAL")
+        time.sleep(0.01)

@@ -1,0 +1,411 @@
+"""Leases and states in one table of an SQL database."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+from sqlalchemy import ColumnElement, Connection, Engine, literal_column
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from celery_singleton_state.store.base import (
+    Acquired,
+    Ended,
+    Lease,
+    Listed,
+    Released,
+    Row,
+    Saved,
+    SeenTicks,
+    StoreError,
+    StoreMisconfigured,
+    StoreRefusesValue,
+    StoreUnavailable,
+    Write,
+    seen,
+)
+from celery_singleton_state.text.storable import restored, storable
+
+from .connections import Connections
+from .dialects import statements_for
+from .engine import is_in_memory
+from .entries import SqlEntries
+from .errors import (
+    REFUSED_BY_DRIVER,
+    as_store_error,
+    grant,
+    is_out_of_range,
+    is_read_only,
+    is_undone,
+    policy_advice,
+    went_away,
+)
+from .pooled import GrowingPool
+from .requests import SqlWishes
+from .schema import make_table
+from .statements import Statements
+
+logger = logging.getLogger(__name__)
+
+#: How often a statement that was undone is sent at most.
+TRIES = 5
+
+
+class SqlStore:
+    """A store on an engine of :func:`~celery_singleton_state.store.sql.engine.make_engine`.
+
+    Each verb is one statement on a connection in autocommit mode.
+    """
+
+    def __init__(self, engine: Engine, table_name: str) -> None:
+        self.engine = engine
+        self.table = make_table(table_name)
+        self._sql = statements_for(self.table, engine.dialect)
+        self._driver_error = engine.dialect.loaded_dbapi.Error
+        # A database in memory lives in its pool's only connection.
+        self._connections = Connections(engine, keeps_one=not is_in_memory(engine.url))
+        self._has_said = False
+        self.wishes = SqlWishes(self._sql, self._rows, self._change)
+        self.entries = SqlEntries(self._sql, self._rows, self.run_within)
+        #: The database's time now, for statements made elsewhere.
+        self.now: ColumnElement[Any] = literal_column(self._sql.now)
+
+    def acquire(
+        self,
+        key: str,
+        holder: str,
+        ttl: float,
+        task_id: str | None,
+        rank: int = 0,
+        sent: str | None = None,
+    ) -> Acquired | None:
+        named: dict[str, Any] = {"key": key, "holder": holder, "ttl": ttl}
+        named["task_id"] = storable(task_id)
+        of_clock = f"{sent.rpartition(':')[0]}:%" if sent else None
+        named |= {"rank": rank, "sent": sent, "of_clock": of_clock}
+        try:
+            rows = self._rows(self._sql.acquire, named)
+        except StoreRefusesValue as error:
+            if is_out_of_range(error.__cause__):
+                raise StoreRefusesValue(self._largest(key, error)) from error.__cause__
+            raise
+        if not rows:
+            return None
+        fence, *found = rows[0]
+        return Acquired(Lease(key, holder, fence, ttl), *found)
+
+    def _largest(self, key: str, error: StoreError) -> str:
+        column, literal = self._sql.words.key, key.replace("'", "''")
+        return (
+            "the fence in the row is at its largest, so that no run can be given a larger one "
+            f"({error}); to begin anew from the clock, if nothing outside compares its fences: "
+            f"UPDATE {self._sql.table} SET fence = 0, newest = NULL WHERE {column} = '{literal}';"
+        )
+
+    def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
+        statement = self._sql.renew_unlocked if len(leases) > 1 else self._sql.renew
+        document = msgspec.json.encode(leases).decode()
+        rows = self._rows(statement, {"leases": document})
+        return dict(rows)
+
+    def save(self, lease: Lease, write: Write) -> Saved | None:
+        rows = self._rows(self._sql.save, _named(lease, write, ttl=lease.ttl))
+        return Saved(*rows[0]) if rows else None
+
+    def release(self, lease: Lease, ended: Ended, write: Write | None = None) -> Released | None:
+        statement = self._sql.release[write is not None, ended.hold > 0]
+        more = {"outcome": ended.outcome, "history": ended.history, "hold": ended.hold}
+        more |= {"ticks_done": ended.ticks_done}
+        rows = self._rows(statement, _named(lease, write, **more))
+        return Released(*rows[0]) if rows else None
+
+    def give_back(self, key: str, holder: str) -> Released | None:
+        rows = self._rows(self._sql.give_back, {"key": key, "holder": holder})
+        return Released(*rows[0]) if rows else None
+
+    def written(self, lease: Lease, number: int) -> bool | None:
+        rows = self._rows(self._sql.written, _named(lease, None, number=number))
+        is_holder, is_written = rows[0] if rows else (False, False)
+        return bool(is_written) if is_holder else None
+
+    def peek(self, key: str) -> Row | None:
+        rows = self._rows(self._sql.peek, {"key": key})
+        return seen(Row(*rows[0])) if rows else None
+
+    def list(self, prefix: str, also: str = "") -> Sequence[Listed]:
+        rows = self._rows(self._sql.list, {"prefix": prefix, "also": also})
+        return [seen(Listed(*row)) for row in rows]
+
+    def contents(
+        self, keys: Sequence[str], values: bool
+    ) -> dict[str, tuple[str | None, str | None]]:
+        document = msgspec.json.encode(keys).decode()
+        rows = self._rows(self._sql.contents, {"keys": document, "values": values})
+        return {key: (history, value) for key, history, value in rows}
+
+    def ticks(self, keys: Sequence[str]) -> dict[str, SeenTicks]:
+        rows = self._rows(self._sql.ticks, {"keys": msgspec.json.encode(keys).decode()})
+        return {
+            key: SeenTicks(bool(held), restored(task_id), done) for key, held, task_id, done in rows
+        }
+
+    def set_aside(self, key: str, value: str) -> None:
+        self._change(self._sql.set_aside, {"key": key, "value": value})
+
+    def unused(self, prefix: str, older_than: float) -> Sequence[str]:
+        rows = self._rows(self._sql.unused, {"prefix": prefix, "older_than": older_than})
+        return sorted(key for (key,) in rows)
+
+    def prune(self, keys: Sequence[str], older_than: float) -> Sequence[str]:
+        document = msgspec.json.encode(keys).decode()
+        rows = self._rows(self._sql.prune, {"keys": document, "older_than": older_than})
+        return [key for (key,) in rows]
+
+    def check(self) -> None:
+        if self._sql.lacking is not None:
+            for role, privileges in self._rows(self._sql.lacking, {"table": self._sql.table}):
+                raise StoreMisconfigured(
+                    f"role {role} lacks {privileges} on table {self.table.fullname}; "
+                    f"run as its owner: {grant(privileges, self._sql.table, role)}"
+                )
+        self._rows(self._sql.check, {})
+        self._see_that_rows_are_seen()
+        self._say_what_it_cannot_hold()
+
+    def _see_that_rows_are_seen(self) -> None:
+        """:raises StoreMisconfigured: row-level security may hide a lease that is held."""
+        if self._sql.hiding is None:
+            return
+        for (role,) in self._rows(self._sql.hiding, {"table": self._sql.table}):
+            raise StoreMisconfigured(
+                f"row-level security is active on table {self.table.fullname} for role {role}, "
+                "and no policy lets it see and write all rows, so that a lease which is held can "
+                f"look free; {policy_advice(self._sql.table, role)}"
+            )
+
+    def _say_what_it_cannot_hold(self) -> None:
+        """Warn of an encoding that lacks characters; most states do without them."""
+        if self._sql.encodings is None:
+            return
+        schema, _, bare = self.table.fullname.rpartition(".")
+        for (found,) in self._rows(self._sql.encodings, {"schema": schema, "table": bare}):
+            if not self._has_said:
+                logger.warning(
+                    "singletons: %s does not have all characters: a state or a key with another "
+                    "one fails as SchemaDecodeFailed; %s",
+                    *(found, self._sql.encoding_advice),
+                )
+            self._has_said = True
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    def allow(self, connections: int) -> None:
+        """Have so many connections at most in the pool, if it was fewer before."""
+        pool = self.engine.pool
+        # A database in memory is lost with its only connection, and has no second.
+        if isinstance(pool, GrowingPool) and not is_in_memory(self.engine.url):
+            pool.allow(connections)
+
+    @contextmanager
+    def transaction(self) -> Iterator[SqlTransaction]:
+        """A transaction that commits when the block ends and rolls back when it raises.
+
+        :raises StoreUnavailable: the database went away; whether the commit took effect is
+            not known.
+        """
+        opened = False
+        try:
+            with open_transaction(self.engine) as connection:
+                opened = True
+                transaction = SqlTransaction(connection, self._sql, self.as_store_error)
+                try:
+                    yield transaction
+                finally:
+                    transaction.end_of_callers_part()
+        except (DBAPIError, PoolTimeoutError) as error:
+            if opened and not went_away(error):
+                raise  # an error of the caller's own statements is the caller's
+            raise self.as_store_error(error) from error
+
+    def _rows(self, statement: str, parameters: Mapping[str, Any]) -> Sequence[tuple[Any, ...]]:
+        rows: Sequence[tuple[Any, ...]] = self._execute(statement, parameters, self._sql.rows)
+        return rows
+
+    def _change(self, statement: str, parameters: Mapping[str, Any]) -> int:
+        return int(self._execute(statement, parameters, lambda cursor: cursor.rowcount))
+
+    def run_within(self, statements: Sequence[str], parameters: Mapping[str, Any]) -> bool:
+        """Run statements in one transaction, if the first that answers rows does so.
+
+        :returns: whether it did; otherwise nothing is changed.
+        """
+        try:
+            with open_transaction(self.engine) as connection:
+                for statement in statements:
+                    result = connection.exec_driver_sql(statement, dict(parameters))
+                    if result.returns_rows and result.first() is None:
+                        return False
+                return True
+        except (DBAPIError, PoolTimeoutError, *REFUSED_BY_DRIVER) as error:
+            raise self.as_store_error(error) from error
+
+    def _execute(
+        self, statement: str, parameters: Mapping[str, Any], answer: Callable[[Any], Any]
+    ) -> Any:
+        tries = TRIES
+        while True:
+            try:
+                return self._connections.execute(statement, parameters, answer)
+            except (self._driver_error, SQLAlchemyError, *REFUSED_BY_DRIVER) as error:
+                tries -= 1
+                if tries and is_undone(error):
+                    continue
+                meant = self.as_store_error(error)
+                if isinstance(meant, StoreUnavailable) and self._sql.is_too_large(parameters):
+                    meant = StoreRefusesValue(f"the database cannot hold so large a value: {meant}")
+                raise meant from error
+
+    def as_store_error(self, error: Exception) -> StoreError:
+        """An error of the driver's or of SQLAlchemy's, as one of ours."""
+        return as_store_error(error, self._sql.table)
+
+
+class SqlTransaction:
+    """An open transaction: the caller's own statements and one fenced save."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        sql: Statements,
+        as_store_error: Callable[[Exception], StoreError],
+    ) -> None:
+        self.connection = connection
+        self._sql = sql
+        self._as_store_error = as_store_error
+        self._driver_connection: Any = connection.connection.dbapi_connection
+        self._patience = getattr(self._driver_connection, "patience", None)
+        # The caller's own statements may take as long as they take.
+        self._set_patience(None)
+
+    def save(self, lease: Lease, write: Write) -> Saved | None:
+        """Store a state; ``None`` when refused.
+
+        It is the transaction's last statement, and locks the row until the commit, so that a
+        successor waits for the outcome.
+
+        :raises StoreError: it failed, and with it the transaction.
+        """
+        self.end_of_callers_part()
+        if not self.connection.in_transaction():
+            raise RuntimeError(
+                "the block of transaction() ended the transaction itself; "
+                "it is committed when the block ends, and rolled back when it raises"
+            )
+        named = _named(lease, write, ttl=lease.ttl)
+        try:
+            for statement in self._sql.save_within:
+                result = self.connection.exec_driver_sql(statement, named)
+            row = result.one_or_none()
+        except (DBAPIError, *REFUSED_BY_DRIVER) as error:
+            raise self._as_store_error(error) from error
+        return Saved(*row) if row else None
+
+    def abandon(self) -> None:
+        """Close the connection, whose server then rolls back. A file is not waited for anyway."""
+        if self._patience is not None and not self.connection.closed:
+            self.connection.invalidate()
+
+    def end_of_callers_part(self) -> None:
+        self._set_patience(self._patience)
+
+    def _set_patience(self, seconds: float | None) -> None:
+        if self._patience is not None:
+            self._driver_connection.patience = seconds
+
+
+#: The level that SQLAlchemy is to set, and what begins a transaction, where the driver does not.
+_TRANSACTIONS = {
+    "postgresql": ("READ COMMITTED", None),
+    # One that reads first and writes later cannot wait for a writer.
+    "sqlite": ("SERIALIZABLE", "BEGIN IMMEDIATE"),
+    # To set the level of all that come after, and to set it back, would be four round trips.
+    "mysql": ("AUTOCOMMIT", "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; START TRANSACTION"),
+}
+
+
+@contextmanager
+def open_transaction(engine: Engine) -> Iterator[Connection]:
+    """A transaction on an engine whose statements commit by themselves otherwise.
+
+    It commits when the block ends and rolls back when the block raises. If the COMMIT itself is
+    interrupted, its outcome is not known, and the connection is closed.
+    """
+    level, begin = _TRANSACTIONS[engine.dialect.name]
+    pid = os.getpid()
+    with engine.connect().execution_options(isolation_level=level) as connection:
+        transaction = connection.begin()
+        try:
+            if begin:
+                connection.exec_driver_sql(begin)
+            yield connection
+        except BaseException as error:
+            if os.getpid() != pid or _is_in_mid_statement(connection):
+                # The connection is in a forked child, or a time limit (for example) interrupted its
+                # statement: not even a rollback can be sent over it.
+                connection.invalidate()
+            if _is_of_read_only_server(error):
+                connection.invalidate()
+                engine.dispose()
+            try:
+                transaction.close()
+            except BaseException:
+                _abandon(connection)
+                raise
+            raise
+        try:
+            transaction.commit()
+        except BaseException:
+            _abandon(connection)
+            raise
+
+
+def _abandon(connection: Connection) -> None:
+    """Leave a connection whose COMMIT or ROLLBACK was interrupted, so that the server ends it."""
+    if connection.closed or connection.invalidated:
+        return
+    if is_in_memory(connection.engine.url):
+        # The database lives in this connection, and COMMIT is one call: it came before or after.
+        connection.connection.rollback()
+    else:
+        connection.invalidate()
+
+
+def _is_of_read_only_server(error: BaseException) -> bool:
+    """Whether the pool's connections may all lead to a server that a failover has demoted."""
+    cause = error.__cause__ if isinstance(error, StoreError) else error
+    return isinstance(cause, DBAPIError) and is_read_only(cause)
+
+
+def _is_in_mid_statement(connection: Connection) -> bool:
+    if connection.closed or connection.invalidated:
+        return False
+    driver_connection: Any = connection.connection.dbapi_connection
+    status = getattr(getattr(driver_connection, "info", None), "transaction_status", None)
+    if getattr(status, "name", "") == "ACTIVE":
+        return True
+    return bool(getattr(driver_connection, "is_in_mid_statement", False))
+
+
+def _named(lease: Lease, write: Write | None, **more: Any) -> dict[str, Any]:
+    named = {"key": lease.key, "fence": lease.fence, "holder": lease.holder, **more}
+    if write is not None:
+        new = write.new
+        named |= {"value": new.value, "schema_version": new.schema_version}
+        named |= {"number": write.number, "seen": write.seen}
+    return named
