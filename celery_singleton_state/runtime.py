@@ -25,8 +25,8 @@ from .lease.holdings import Holdings, directory_of
 from .lease.lease import TRUSTED_PART, clock
 from .lease.pace import Pace
 from .lease.renewal_slots import LeftToParent, parents_mark
+from .lease.unreturned import Unreturned
 from .migrations.open_store import open_store
-from .run.unreturned import Unreturned
 from .store.base import Leases, Store
 from .store.routed import NO_SQL, RoutedStore
 from .store.sql.engine import identity
@@ -63,7 +63,11 @@ class Runtime:
         #: Of the messages that wait for a lease.
         self.pace = Pace()
         #: Leases that this process may hold without a run.
-        self.unreturned = Unreturned(self)
+        self.unreturned = Unreturned(
+            lambda key, holder: self.store.give_back(key, holder),
+            lambda slot: self.holdings.strike_out(slot),
+            self.settings.heartbeat_interval,
+        )
 
     @property
     def app(self) -> Celery:

@@ -14,7 +14,6 @@ from celery.exceptions import ImproperlyConfigured
 from celery_singleton_state.errors import RETRYABLE_REASONS
 from celery_singleton_state.keys import UniqueOn
 from celery_singleton_state.retry import RetryPolicy
-from celery_singleton_state.run.calls import function_of
 from celery_singleton_state.state.codec import Codec, Migration, StateError
 
 from .checks import CHECKS
@@ -181,3 +180,12 @@ def run_signature(task: type[Task[Any, Any]]) -> inspect.Signature:
         return inspect.signature(static.__get__(None, task))
     signature = inspect.signature(static)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def function_of(task: type) -> Any:
+    """A task class's ``run`` as its author wrote it: a function, or a ``staticmethod`` of one.
+
+    What leads calls of ``run`` to the guard (:mod:`celery_singleton_state.run.calls`) keeps it.
+    """
+    static = inspect.getattr_static(task, "run")
+    return getattr(static, "unguarded", static)

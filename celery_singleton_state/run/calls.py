@@ -23,6 +23,8 @@ from typing import Any
 from celery import Celery, Task
 from celery.exceptions import ImproperlyConfigured
 
+from celery_singleton_state.config.options import function_of
+
 logger = logging.getLogger(__name__)
 
 
@@ -153,7 +155,7 @@ class GuardedRun:
     """
 
     def __init__(self, static: Any) -> None:
-        self.static = static
+        self.unguarded = static
 
     def __get__(self, task: Any, owner: type) -> Any:
         if task is None:
@@ -161,7 +163,7 @@ class GuardedRun:
         replaced = vars(task).get("run")
         if replaced is not None and inspect.getattr_static(type(task), "run") is self:
             return _BoundRun(task, replaced)
-        return _BoundRun(task, _bound(self.static, task, type(task)))
+        return _BoundRun(task, _bound(self.unguarded, task, type(task)))
 
     def __set__(self, task: Any, run: Any) -> None:
         vars(task)["run"] = run
@@ -172,8 +174,8 @@ class GuardedRun:
 
     def _of_class(self, owner: type[Any]) -> Any:
         """What ``type(self).run`` is: called with the task, or of a static method without it."""
-        function = _bound(self.static, None, owner)
-        given = 1 if function is self.static else 0
+        function = _bound(self.unguarded, None, owner)
+        given = 1 if function is self.unguarded else 0
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -210,12 +212,6 @@ def _bound(static: Any, task: Any, owner: type) -> Any:
     """An attribute of a class as the task, or with ``None`` the class, has it."""
     get = getattr(type(static), "__get__", None)
     return static if get is None else get(static, task, owner)
-
-
-def function_of(task: type) -> Any:
-    """A task class's ``run`` as its author wrote it: a function, or a ``staticmethod`` of one."""
-    static = inspect.getattr_static(task, "run")
-    return static.static if isinstance(static, GuardedRun) else static
 
 
 def keep_class_of_app(task: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from celery.app import base
 from celery.exceptions import ImproperlyConfigured
 
-from .calls import function_of
+from celery_singleton_state.config.options import function_of
 
 #: The name under which Celery's wrapper knows the body.
 _BODY = "task_fun"

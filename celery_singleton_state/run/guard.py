@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from celery.app.task import Context
@@ -20,6 +21,7 @@ from celery_singleton_state.hooks import Conflicted, Skipped
 from celery_singleton_state.lease.holdings import Holding
 from celery_singleton_state.lease.in_place import in_place
 from celery_singleton_state.lease.lease import clock
+from celery_singleton_state.message.coalesce import grant
 from celery_singleton_state.message.delivery import DONE_BEFORE, Delivery
 from celery_singleton_state.message.duplicates import end_duplicate, wait_for_record
 from celery_singleton_state.message.enqueue_once import dequeue, dequeue_as_sent
@@ -80,7 +82,8 @@ def deliver(delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any
     finally:
         runtime.under_way.discard(claim.holder)
         if claim.may_hold:
-            runtime.unreturned.add(delivery.key, claim.holder, slot)
+            then = partial(grant, runtime.app, runtime.store, delivery.key)
+            runtime.unreturned.add(delivery.key, claim.holder, slot, then)
         else:
             runtime.holdings.strike_out(slot)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from celery_singleton_state import (
 from celery_singleton_state.history import decode
 from celery_singleton_state.hooks import Released
 from celery_singleton_state.lease.lease import clock
-from celery_singleton_state.message.coalesce import Wish
+from celery_singleton_state.message.coalesce import Wish, grant
 from celery_singleton_state.message.content import Content
 from celery_singleton_state.recovery import end_for
 from celery_singleton_state.run.run import current_run
@@ -572,7 +573,8 @@ def test_a_wish_is_granted_by_a_give_back_whose_answer_was_lost(
     wish = Wish("count", "one more", NO_ARGUMENTS, {})
     assert runtime.store.wishes.want(row(app), wish.encode())
     Verb(app, monkeypatch, "give_back", times=1)
-    runtime.unreturned.add("singleton-state:count", "holder", None)
+    then = partial(grant, app, runtime.store, "singleton-state:count")
+    runtime.unreturned.add("singleton-state:count", "holder", None, then)
     wait_until(lambda: sent == ["one more"], "the run that is wanted is sent")
     wait_until(lambda: row(app).wanted is None, "the wish is struck out")
 

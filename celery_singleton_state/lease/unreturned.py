@@ -15,18 +15,18 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from celery_singleton_state.message.coalesce import grant
 from celery_singleton_state.store.base import (
+    Released,
     StoreMisconfigured,
     StoreRefusesValue,
     StoreUnavailable,
 )
 
-if TYPE_CHECKING:
-    from celery_singleton_state.runtime import Runtime
+#: Told the store's answer to the request that gave a lease back.
+Then = Callable[[Released | None], None]
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +36,28 @@ class _Unreturned:
     key: str
     holder: str
     slot: int | None
+    then: Then
     #: Whether a request was not answered: it may have been carried out.
     is_unsure: bool = False
 
 
 class Unreturned:
-    """Gives leases back in a thread of its own, which lives while there are any."""
+    """Gives leases back in a thread of its own, which lives while there are any.
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    :param give_back: sends the request, for a key and a holder.
+    :param strike_out: clears a place in the file of holdings.
+    :param interval: seconds between two tries while the store does not answer.
+    """
+
+    def __init__(
+        self,
+        give_back: Callable[[str, str], Released | None],
+        strike_out: Callable[[int | None], None],
+        interval: float,
+    ) -> None:
+        self._give_back = give_back
+        self._strike_out = strike_out
+        self._interval = interval
         self._lock = threading.Lock()
         self._leases: list[_Unreturned] = []
         self._closed = False
@@ -53,16 +66,20 @@ class Unreturned:
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
 
-    def add(self, key: str, holder: str, slot: int | None) -> None:
+    def add(
+        self, key: str, holder: str, slot: int | None, then: Then = lambda released: None
+    ) -> None:
         """Give a lease back, if this holder has it, as soon as the store answers.
 
         :param slot: the lease's place in the file of holdings; it is cleared when the store has
             answered.
+        :param then: called when the lease was given back, or may have been by a request whose
+            answer was lost.
         """
         if os.getpid() != self._pid:
             return  # a child that the body forked: the lease is its parent's
         with self._lock:
-            self._leases.append(_Unreturned(key, holder, slot))
+            self._leases.append(_Unreturned(key, holder, slot, then))
             self._called.set()
             if self._thread is None and not self._closed:
                 thread = threading.Thread(target=self._run, name="singleton-give-back", daemon=True)
@@ -83,11 +100,11 @@ class Unreturned:
 
     def _run(self) -> None:
         while leases := self._left():
-            returned = [lease for lease in leases if self._give_back(lease)]
+            returned = [lease for lease in leases if self._is_returned(lease)]
             with self._lock:
                 self._leases = [lease for lease in self._leases if lease not in returned]
             if len(returned) < len(leases):
-                self._called.wait(self._runtime.settings.heartbeat_interval)
+                self._called.wait(self._interval)
 
     def _left(self) -> list[_Unreturned]:
         """The leases to give back, new ones first; none ends the thread."""
@@ -98,11 +115,10 @@ class Unreturned:
                 self._thread = None
             return leases
 
-    def _give_back(self, lease: _Unreturned) -> bool:
-        """Whether the store has answered."""
-        runtime = self._runtime
+    def _is_returned(self, lease: _Unreturned) -> bool:
+        """Ask the store to take a lease back; returns whether it has answered."""
         try:
-            released = runtime.store.give_back(lease.key, lease.holder)
+            released = self._give_back(lease.key, lease.holder)
         except (StoreUnavailable, StoreMisconfigured) as error:
             logger.warning("%s: not given back yet: %s", lease.key, error)
             lease.is_unsure = True
@@ -113,9 +129,9 @@ class Unreturned:
         except Exception as error:  # whatever it is, the other leases still need this thread
             logger.warning("%s: not given back, its lease runs out: %s", lease.key, error)
             released = None
-        runtime.holdings.strike_out(lease.slot)
+        self._strike_out(lease.slot)
         if released is not None:
             logger.info("%s is free: %s gave it back", lease.key, lease.holder)
         if released is not None or lease.is_unsure:
-            grant(runtime.app, runtime.store, lease.key, released)
+            lease.then(released)
         return True
