@@ -130,9 +130,18 @@ def count_in(request: Context, name: str) -> int:
 
 
 def own_headers(request: Context) -> dict[str, Any]:
-    """The headers of this package that a message has."""
-    found = {name: header(request, name) for name in OWN}
-    return {name: value for name, value in found.items() if value is not None}
+    """The headers of this package that a message has; of each name the value of :func:`header`."""
+    shown: Any = request.headers
+    found = {}
+    if isinstance(shown, Mapping):
+        for name in OWN.intersection(shown):
+            if shown[name] is not None:
+                found[name] = shown[name]
+    attributes = request.__dict__
+    for name in OWN.intersection(attributes):
+        if attributes[name] is not None:
+            found[name] = attributes[name]
+    return found
 
 
 def custom_headers(request: Context) -> dict[str, Any]:

@@ -106,21 +106,24 @@ def append(entries: tuple[Entry, ...], entry: Entry, limit: int) -> str:
     What was refused as a duplicate must not push out what it is known by. Only the newest
     :data:`RESULTS` results are kept.
     """
-    found = _without_old_results((*entries, entry))
-    runs = [each for each in found if is_run(each)]
-    refused = [each for each in found if is_duplicate(each)]
-    kept = {id(each) for each in (*runs[-limit:], *refused[-limit:])}
-    return to_json([each for each in found if id(each) in kept])
-
-
-def _without_old_results(entries: tuple[Entry, ...]) -> list[Entry]:
-    fences = [each.fence for each in entries if each.result is not None][-RESULTS:]
-    return [
-        each
-        if each.result is None or each.fence in fences
-        else msgspec.structs.replace(each, result=None)
-        for each in entries
-    ]
+    runs = duplicates = results = 0
+    kept = []
+    for each in reversed((*entries, entry)):
+        if each.outcome == Outcome.DUPLICATE:
+            duplicates += 1
+            if duplicates > limit:
+                continue
+        else:
+            runs += 1
+            if runs > limit:
+                continue
+        if each.result is not None:
+            results += 1
+            if results > RESULTS:
+                each = msgspec.structs.replace(each, result=None)
+        kept.append(each)
+    kept.reverse()
+    return to_json(kept)
 
 
 def is_duplicate(entry: Entry) -> bool:

@@ -11,7 +11,8 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
@@ -19,7 +20,7 @@ from celery.utils.nodenames import gethostname
 
 from .config.settings import Settings
 from .hooks import Door
-from .keys import task_of
+from .keys import MAX_KEY_LENGTH, row_key, task_of
 from .lease.heartbeat import Heartbeat
 from .lease.holdings import Holdings, directory_of
 from .lease.lease import TRUSTED_PART, clock
@@ -34,9 +35,26 @@ from .store.sql.store import SqlStore
 from .store.sql.url import parse_url
 from .text.storable import storable
 
+T = TypeVar("T")
+
 #: Connections in the pool of a process that runs one body at a time: the body's transaction and
 #: what it does beside that. The heartbeat has the one that is kept besides the pool's.
 SMALL_POOL = 2
+
+
+class _once(Generic[T]):  # noqa: N801 - it decorates, as property does
+    """A property that is made at first use, and an attribute from then on.
+
+    ``functools.cached_property`` has, before Python 3.12, a lock that a forked child inherits.
+    """
+
+    def __init__(self, make: Callable[[Any], T]) -> None:
+        self._make = make
+        self.__doc__ = make.__doc__
+
+    def __get__(self, instance: Any, owner: type) -> T:
+        made = instance.__dict__[self._make.__name__] = self._make(instance)
+        return made
 
 
 class Runtime:
@@ -46,9 +64,11 @@ class Runtime:
         self._app = weakref.ref(app)
         self.settings = Settings.from_app(app)
         options = (getattr(task, "_options", None) for task in app.tasks.values())
-        self._lives = [self.settings.lease_ttl]
+        #: Seconds that a lease lives whose task says nothing else.
+        self.lease_ttl = self.settings.lease_ttl
+        self._lives = [self.lease_ttl]
         self._lives += [own.lease_ttl for own in options if own and own.lease_ttl]
-        #: On :func:`~celery_singleton_state.lease.lease.clock`.
+        #: On :data:`~celery_singleton_state.lease.lease.clock`.
         self.made_at = clock()
         self.door = Door(app, self.settings.hooks)
         self._nonce = secrets.token_hex(4)
@@ -110,20 +130,19 @@ class Runtime:
             if self._sql is not None:
                 self._sql.allow(connections)
 
-    @property
+    @_once
     def store(self) -> Store:
         """Where leases and states are, opened at first use.
 
         :raises ImproperlyConfigured: it cannot be used as it is configured.
         :raises StoreError: it could not be reached.
         """
-        if self._store is None:
-            own = self.settings
-            sql = self.sql if own.has_store else None
-            with self._opening:
-                self._store = self._store or self._beside_redis(sql) or sql
-        assert self._store is not None
-        return self._store
+        own = self.settings
+        sql = self.sql if own.has_store else None
+        with self._opening:
+            store = self._store = self._store or self._beside_redis(sql) or sql
+        assert store is not None
+        return store
 
     @property
     def stores(self) -> Sequence[Leases]:
@@ -151,6 +170,11 @@ class Runtime:
         options = getattr(tasks.get(task_of(name, tasks)), "_options", None)
         return name != key and options is not None and options.state_schema is None
 
+    def key_of(self, name: str) -> str:
+        """The key of the row that a singleton's name stands under."""
+        key = self.settings.key_prefix + name
+        return key if len(key) <= MAX_KEY_LENGTH else row_key(self.settings.key_prefix, name)
+
     def heartbeat_of(self, key: str) -> Heartbeat:
         """The heartbeat of all leases that this process holds in the store that has this key.
 
@@ -167,15 +191,14 @@ class Runtime:
                 heartbeat = self._heartbeats.setdefault(id(store), Heartbeat(store, parent))
         return heartbeat
 
-    @property
+    @_once
     def holdings(self) -> Holdings:
         """What the processes of this host hold in the store."""
-        if self._holdings is None:
-            directory = directory_of(self._identity())
-            with self._opening:
-                name = f"{os.getpid()}-{self._nonce}"
-                self._holdings = self._holdings or Holdings(directory, name)
-        return self._holdings
+        directory = directory_of(self._identity())
+        with self._opening:
+            name = f"{os.getpid()}-{self._nonce}"
+            holdings = self._holdings = self._holdings or Holdings(directory, name)
+        return holdings
 
     def _identity(self) -> str | None:
         """The same text for all processes that use the same stores."""

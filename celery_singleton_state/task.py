@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from celery import Celery, Task
@@ -32,10 +31,10 @@ from .headers import (
     own_headers,
 )
 from .hooks import Failed
-from .keys import Binder, row_key, singleton_name
+from .keys import Binder, singleton_name
 from .message.content import encoding_of
 from .message.delay import prepare
-from .message.delivery import Delivery
+from .message.delivery import Delivery, is_message
 from .message.dropped import settle
 from .message.enqueue_once import (
     BRING_ANOTHER_RUN,
@@ -48,10 +47,9 @@ from .message.enqueue_once import (
 from .message.place import note_sending
 from .message.resend import (
     UNSENDABLE,
-    can_be_put_back,
     can_be_sent_again,
     leave_with_broker,
-    left_if_killed,
+    reject_if_killed,
 )
 from .message.results import has_result, is_recorded
 from .message.sent_anew import mark_replacement, marking
@@ -147,6 +145,9 @@ class SingletonTask(_TypedTask[S, P, R]):
     _codec: ClassVar[Codec[Any] | None]
     _binder: ClassVar[Binder]
     _convert: ClassVar[Converter | None]
+    #: Whether a base class with a ``__call__`` of its own stands before, or behind, this one.
+    _has_call_before: ClassVar[bool]
+    _has_call_behind: ClassVar[bool]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         keep_class_of_app(cls)
@@ -156,7 +157,8 @@ class SingletonTask(_TypedTask[S, P, R]):
     @classmethod
     def bind(cls, app: Celery) -> Celery:
         bound = super().bind(app)
-        guard_calls(cls, SingletonTask)
+        cls._has_call_before = guard_calls(cls, SingletonTask)
+        cls._has_call_behind = has_call_behind(cls, SingletonTask)
         cls._options = read_options(cls)
         cls._codec = cls._options.codec()
         cls._binder = Binder(run_signature(cls))
@@ -165,28 +167,40 @@ class SingletonTask(_TypedTask[S, P, R]):
         return bound
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R | None:
-        body = super().__call__ if has_call_behind(type(self), SingletonTask) else self.run
-        return self._run_guarded(body, args, kwargs)
+        body = super().__call__ if self._has_call_behind else self.run
+        if self._has_call_before:
+            return self._run_guarded(body, args, kwargs)
+        return self._handle(body, args, kwargs)
 
     def _run_guarded(self, body: Callable[..., R | None], args: Any, kwargs: Any) -> R | None:
+        """Come to the guard from a ``__call__`` before this one."""
+        with in_guard(self):
+            return self._handle(body, args, kwargs)
+
+    def _handle(self, body: Callable[..., R | None], args: Any, kwargs: Any) -> R | None:
         """Handle a delivery, or a direct call; ``body`` is called under the lease."""
-        with (
-            in_guard(self),
-            Unbreakable(),
-            _own_request(self, args, kwargs) as request,
-            left_if_killed(request),
-        ):
-            delivery = self._delivery(request, args, kwargs)
-            settle(request)
+        with Unbreakable():
+            request, is_own = _request_for(self, args, kwargs)
             try:
-                result: R | None = self._deliver(delivery, body, args, kwargs)
-                return result
-            except ReplacedEagerly as ended:
-                replaced = ended
-            # It would have met the lease in the body. Celery denies the waiting for results in
-            # what `task_always_eager` calls.
-            with allow_join_result():
-                return super().on_replace(replaced.signature)
+                delivery = self._delivery(request, args, kwargs)
+                if self._options.enqueue_once:
+                    settle(request)
+                try:
+                    result: R | None = self._deliver(delivery, body, args, kwargs)
+                    return result
+                except ReplacedEagerly as ended:
+                    replaced = ended
+                # It would have met the lease in the body. Celery denies the waiting for results in
+                # what `task_always_eager` calls.
+                with allow_join_result():
+                    return super().on_replace(replaced.signature)
+            except BaseException as error:
+                reject_if_killed(error, request)
+                raise
+            finally:
+                if is_own:
+                    self.pop_request()
+                    _task_stack.pop()
 
     def apply_async(
         self,
@@ -252,7 +266,7 @@ class SingletonTask(_TypedTask[S, P, R]):
             logger.warning("task %s: sent without enqueue_once: %s", self.name, error)
             return publish()
         runtime = runtime_of(self.app)
-        key = row_key(runtime.settings.key_prefix, name)
+        key = runtime.key_of(name)
         if is_retry(known):
             return publish_retry(runtime, key, known, publish)
         brings_another = self._options.on_conflict in BRING_ANOTHER_RUN
@@ -316,7 +330,7 @@ class SingletonTask(_TypedTask[S, P, R]):
         if found.__dict__.get("ignore_result") is not None:
             own["ignore_result"] = options.get("ignore_result", found.ignore_result)
         signature = super().signature_from_request(found, args, kwargs, queue, **options | own)
-        if can_be_put_back(found):
+        if is_message(found):
             said = [*options, *(["queue"] if queue else [])]
             try:
                 prepare(self, found, signature, said)
@@ -341,6 +355,16 @@ class SingletonTask(_TypedTask[S, P, R]):
             mark_replacement(sig, self.request)
             return super().on_replace(sig)
 
+    def on_become_leader(self) -> None:
+        """Called in each run when the lease is acquired and the state loaded."""
+
+    def on_lose_leadership(self) -> None:
+        """Called exactly once for each :meth:`on_become_leader`, however the run ends.
+
+        That is when the run ends; with ``on_lease_lost="finish"`` it is when the lease is lost,
+        in a thread of its own, while the body goes on. A process that dies calls nothing.
+        """
+
     def _name(self, args: Any, kwargs: Any) -> str:
         unique_on = self._options.unique_on
         convert = type(self)._convert
@@ -349,9 +373,9 @@ class SingletonTask(_TypedTask[S, P, R]):
         return singleton_name(self.name, unique_on, self._binder, args, kwargs)
 
     def _delivery(self, request: Context, args: Any, kwargs: Any) -> Delivery:
-        name = self._name(args, kwargs)
+        name = self.name if self._options.unique_on is None else self._name(args, kwargs)
         runtime = runtime_of(self.app)
-        key = row_key(runtime.settings.key_prefix, name)
+        key = runtime.key_of(name)
         return Delivery(self, request, name, key, self._options, self._codec, runtime)
 
     def _deliver(self, delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -453,9 +477,9 @@ def _tick_that_goes_on(run: Run, args: Any, kwargs: Any) -> dict[str, Any]:
     return headers
 
 
-@contextmanager
-def _own_request(task: Any, args: Any, kwargs: Any) -> Iterator[Context]:
-    """The request of this call: the message's, or a new one for a direct call.
+def _request_for(task: Any, args: Any, kwargs: Any) -> tuple[Context, bool]:
+    """The request of this call: the message's, or a new one for a direct call; and whether it is
+    new, so that the caller is to pop it.
 
     A body that calls its own task finds its message's request still there, and must not be
     taken for that message; Celery's ``push_request`` would hand it the message's id.
@@ -464,14 +488,8 @@ def _own_request(task: Any, args: Any, kwargs: Any) -> Iterator[Context]:
     run = current_run(task)
     # A class's `__call__` can have put a copy of the message's request in its place.
     if not request.called_directly and (run is None or run.request.id != request.id):
-        yield request
-        return
+        return request, False
+    own = Context(args=args, kwargs=kwargs, hostname=request.hostname, headers={})
     _task_stack.push(task)
-    task.request_stack.push(
-        Context(args=args, kwargs=kwargs, hostname=request.hostname, headers={})
-    )
-    try:
-        yield task.request
-    finally:
-        task.pop_request()
-        _task_stack.pop()
+    task.request_stack.push(own)
+    return own, True

@@ -7,6 +7,7 @@ same id whichever beat sends it, and however often.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -100,7 +101,7 @@ def previous_of(request: Context) -> float | None:
     return None if text is None else datetime.fromisoformat(text).timestamp()
 
 
-def tick_of(request: Context) -> Tick | None:
-    """The tick that a message is for."""
-    due = due_of(request)
-    return None if due is None else Tick(header(request, ENTRY), due.timestamp())
+def tick_in(headers: Mapping[str, Any]) -> Tick | None:
+    """The tick that a message with these headers of ours is for."""
+    due = headers.get(DUE)
+    return None if due is None else Tick(headers[ENTRY], datetime.fromisoformat(due).timestamp())

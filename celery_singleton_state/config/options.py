@@ -42,11 +42,6 @@ class Options:
     retry_policy: Mapping[str, RetryPolicy] = field(default_factory=dict)
     expected_interval: float | None = None
 
-    @property
-    def deduplicates(self) -> bool:
-        """Whether a message that was done is not done again: as told, else if there is state."""
-        return self.state_schema is not None if self.deduplicate is None else self.deduplicate
-
     def codec(self) -> Codec[Any] | None:
         """The codec of the state; ``None`` for a singleton without one."""
         if self.state_schema is None:

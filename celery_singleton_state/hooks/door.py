@@ -22,8 +22,8 @@ from kombu.utils.imports import symbol_by_name
 
 from . import log
 from .details import Details
-from .events import EventsHook
-from .signals import SignalsHook
+from .events import EventsHook, switch
+from .signals import SIGNALS, SignalsHook
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -72,8 +72,12 @@ class Door:
 
     def tell(self, details: Details) -> None:
         """Something happened. Never waits, never raises."""
-        log.write(details)
-        if not (self._names or self._signals.wants(details) or self._events.is_on):
+        kind = type(details)
+        level = log.LEVELS.get(kind)
+        if level is not None and log.logger.isEnabledFor(level):
+            log.write(details)
+        signal = SIGNALS.get(kind)
+        if not (self._names or (signal is not None and signal.receivers) or switch[0]):
             return
         if len(self._waiting) >= LIMIT:
             self._dropped += 1
@@ -129,7 +133,7 @@ class Door:
             details = self._waiting.popleft()
             for hook in hooks:
                 self._call(hook, details)
-            if self._events.is_on:
+            if switch[0]:
                 self._call(self._events, details)
         self._events.flush()
         if self._dropped:

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 GROUP = "singleton"
 
-#: Shared by a worker and its pool; zero where there is no worker.
-_switch = mmap.mmap(-1, 1)
+#: Whether events are to be sent: shared by a worker and its pool; zero where there is no worker.
+switch = mmap.mmap(-1, 1)
 #: The worker's node name.
 _hostname: str | None = None
 
@@ -42,11 +42,6 @@ class EventsHook:
         self._connection: Any = None
         self._dispatcher: Any = None
         self._said = ""
-
-    @property
-    def is_on(self) -> bool:
-        """Whether events are to be sent."""
-        return _switch[0] != 0
 
     def __call__(self, details: Details) -> None:
         fields = msgspec.to_builtins(details)
@@ -111,11 +106,11 @@ def follow(hostname: str) -> None:
     """In a worker, before its pool is made: follow its switch from now on."""
     global _hostname
     _hostname = hostname
-    _switch[0] = 0
+    switch[0] = 0
     signals.task_received.connect(_on_received)
 
 
 def _on_received(sender: Any, **_: Any) -> None:
     dispatcher = sender.event_dispatcher
     groups = dispatcher.groups if dispatcher else ()
-    _switch[0] = bool(dispatcher and dispatcher.enabled and (not groups or "task" in groups))
+    switch[0] = bool(dispatcher and dispatcher.enabled and (not groups or "task" in groups))

@@ -42,6 +42,9 @@ _LINES: Mapping[type[Details], tuple[int, str, Callable[[Any], tuple[Any, ...]]]
     Changed: (logging.WARNING, "%s by %s", lambda d: (d.what, d.by)),
 }
 
+#: The level of each kind's line at most: those of ticks that were skipped are louder.
+LEVELS = {kind: level for kind, (level, _, _) in _LINES.items()} | {Skipped: logging.WARNING}
+
 
 def write(details: Details) -> None:
     """Write the line of what happened, if it has one."""

@@ -24,11 +24,6 @@ SIGNALS: Mapping[type[Details], Signal] = {
 class SignalsHook:
     """Sends the signal of each thing that has one. Celery logs what a receiver raises."""
 
-    def wants(self, details: Details) -> bool:
-        """Whether anybody is connected."""
-        signal = SIGNALS.get(type(details))
-        return signal is not None and bool(signal.receivers)
-
     def __call__(self, details: Details) -> None:
         signal = SIGNALS.get(type(details))
         if signal is not None:

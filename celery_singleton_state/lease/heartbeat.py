@@ -26,12 +26,17 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Callable, Set
+from operator import attrgetter
+from typing import Generic, TypeVar
 
 from celery_singleton_state.store.base import Leases, StoreError
 
-from .alarm import Alarm
 from .lease import HeldLease, clock
 from .renewal_slots import LeftToParent, hear_signals, listen
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +44,11 @@ logger = logging.getLogger(__name__)
 RETRY_PART = 0.125
 #: A lease that is due within this part of its interval is renewed together with one that is due.
 TOGETHER_PART = 0.5
+
+#: Seconds that a thread waits after an error before it looks again.
+AFTER_ERROR = 0.1
+#: Seconds between two looks while there is nothing to wait for.
+LINGER = 1.0
 
 REFUSED = "its renewal was refused"
 
@@ -57,10 +67,10 @@ class Heartbeat:
         #: Leases that a statement for several passed over.
         self._passed_over: set[HeldLease] = set()
         self._renewal = Alarm(
-            "singleton-heartbeat", self._lock, self._held, lambda held: held.renew_at, self._renew
+            "singleton-heartbeat", self._lock, self._held, attrgetter("renew_at"), self._renew
         )
         self._judge = Alarm(
-            "singleton-judge", self._lock, self._held, lambda held: held.trusted_until, self._expire
+            "singleton-judge", self._lock, self._held, attrgetter("trusted_until"), self._expire
         )
         self._waiting = Alarm(
             "singleton-locked", self._lock, self._passed_over, lambda held: 0.0, self._wait_for
@@ -82,7 +92,8 @@ class Heartbeat:
     def drop(self, held: HeldLease) -> None:
         """Leave a lease alone from now on."""
         with self._lock:
-            self._discard(held)
+            self._held.discard(held)
+            self._passed_over.discard(held)
         if self._parent is not None:
             self._parent.remove(held)
 
@@ -206,12 +217,94 @@ class Heartbeat:
             # A lease that was dropped was given back by its own run.
             if held not in self._held:
                 return
-            self._discard(held)
+            self._held.discard(held)
+            self._passed_over.discard(held)
         if self._parent is not None and why is not REFUSED:
             # After a refusal the parent renews no more, but its signals go on until the run ends.
             self._parent.remove(held)
         held.lose(why)
 
-    def _discard(self, held: HeldLease) -> None:
-        self._held.discard(held)
-        self._passed_over.discard(held)
+
+class Alarm(Generic[T]):
+    """A thread that calls back with those things whose moments have come.
+
+    What is shorter than the wait is gone when the thread looks. It then lingers, looking now and
+    then, and sleeps for good only when nothing came in between: to wake it for each short run would
+    cost each two switches between threads.
+
+    :param name: the thread's.
+    :param things: watched over, and changed by others, under the lock.
+    :param moment: when a thing is due, on :data:`~celery_singleton_state.lease.lease.clock`.
+    :param ring: called in the thread, without the lock; a due thing it leaves as it was comes
+        again at once.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        lock: threading.Lock,
+        things: Set[T],
+        moment: Callable[[T], float],
+        ring: Callable[[list[T]], None],
+    ) -> None:
+        self._name = name
+        self._changed = threading.Condition(lock)
+        self._things = things
+        self._moment = moment
+        self._ring = ring
+        self._wakes_at = float("inf")
+        #: Whether there was anything since it last looked.
+        self._used = False
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def expect(self, thing: T) -> None:
+        """See to it that a new thing is not slept through. The caller holds the lock."""
+        self._used = True
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            thread.start()
+            self._thread = thread
+        elif self._moment(thing) < self._wakes_at:
+            self._changed.notify()
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        try:
+            while due := self._wait_until_due():
+                try:
+                    self._ring(due)
+                except Exception:  # whatever it is, the other things still need this thread
+                    logger.exception("singletons: thread %s goes on", self._name)
+                    time.sleep(AFTER_ERROR)
+        finally:
+            with self._changed:
+                self._thread = None
+
+    def _wait_until_due(self) -> list[T]:
+        """What is due, as soon as anything is; nothing when it was closed."""
+        with self._changed:
+            while not self._closed:
+                due = [thing for thing in self._things if self._moment(thing) <= clock()]
+                if due:
+                    return due
+                self._wakes_at = self._next_look()
+                forever = self._wakes_at == float("inf")
+                # Not for longer, because the wait's clock stands still while the host is suspended.
+                left = min(self._wakes_at - clock(), LINGER)
+                self._changed.wait(None if forever else left)
+            return []
+
+    def _next_look(self) -> float:
+        if self._things:
+            return min(map(self._moment, self._things))
+        self._used, was_used = False, self._used
+        return clock() + LINGER if was_used else float("inf")

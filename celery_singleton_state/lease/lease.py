@@ -2,50 +2,65 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Protocol, TypeVar
 
-from celery_singleton_state.store.base import Lease
+from celery_singleton_state.store.base import Lease, StoreUnavailable
+
+T = TypeVar("T")
 
 # CLOCK_MONOTONIC stands still while the machine is suspended, and the store's clock does not.
 CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
 
 #: The part of a lease's life for which its holder trusts it. The rest is for the body to end in.
 TRUSTED_PART = 0.9
 
 
-def clock() -> float:
-    """Seconds on the clock that leases are trusted by; only differences mean anything."""
-    return time.clock_gettime(CLOCK)
+#: Seconds on the clock that leases are trusted by; only differences mean anything.
+clock: Callable[[], float] = partial(time.clock_gettime, CLOCK)
+
+
+#: Seconds before the second try; doubled for each further one, and jittered.
+FIRST_PAUSE = 0.05
+LONGEST_PAUSE = 1.0
+
+
+class Owner(Protocol):
+    """Whoever a lease is held for. It is called in the heartbeat's threads, and must not wait."""
+
+    def lost(self, why: str) -> None:
+        """The lease is lost."""
+
+    def asked_to_hand_over(self, who: str) -> None:
+        """Somebody wants the lease."""
 
 
 class HeldLease:
     """A lease as its holder sees it.
 
-    :param asked_at: :func:`clock` just before the request that acquired it was sent.
+    :param asked_at: :data:`clock` just before the request that acquired it was sent.
     :param interval: seconds between renewals.
+    :param owner: told what becomes of the lease; ``None`` before its run begins and after its end.
     """
 
-    def __init__(self, lease: Lease, asked_at: float, interval: float) -> None:
+    def __init__(
+        self, lease: Lease, asked_at: float, interval: float, owner: Owner | None = None
+    ) -> None:
         self.lease = lease
-        self.renew_every = min(interval, TRUSTED_PART * lease.ttl / 2)
+        self.owner = owner
         #: Why it is lost, as a text for people; ``None`` while it is not.
         self.lost: str | None = None
         #: Who asked the holder to hand over, as far as it has heard.
         self.asked_by: str | None = None
-        self.asked_at = asked_at
-        self.forget()
-        self.renewed(asked_at)
-
-    def forget(self) -> None:
-        """Call nobody any more: its run is over."""
-        #: Called when the heartbeat finds it lost, in the heartbeat's thread.
-        self.on_lost: Callable[[], None] = lambda: None
-        #: Called there, too, with whoever asks the holder to hand over.
-        self.on_handoff: Callable[[str], None] = lambda who: None
         #: Called before anybody reads how long it may be trusted.
-        self.look: Callable[[], None] = lambda: None
+        self.look: Callable[[], None] | None = None
+        self.renew_every = min(interval, TRUSTED_PART * lease.ttl / 2)
+        self.asked_at = asked_at
+        self.trusted_until = asked_at + TRUSTED_PART * lease.ttl
+        self.renew_at = asked_at + self.renew_every
 
     def renewed(self, asked_at: float) -> None:
         """Trust it anew, counted from before the request.
@@ -66,16 +81,40 @@ class HeldLease:
         self.renewed(asked_at)
         if who:
             self.asked_by = who
-            self.on_handoff(who)
+            owner = self.owner
+            if owner is not None:
+                owner.asked_to_hand_over(who)
 
     def lose(self, why: str) -> None:
         """Trust it no longer, whoever else may hold it or not."""
         self.lost = why
-        self.on_lost()
+        owner = self.owner
+        if owner is not None:
+            owner.lost(why)
 
     @property
     def remaining(self) -> float:
         """Seconds that it may still be trusted; 0 when it is lost."""
-        if not self.lost:
+        if self.look is not None and not self.lost:
             self.look()
         return 0.0 if self.lost else max(0.0, self.trusted_until - clock())
+
+
+def in_place(request: Callable[[], T], tries: float, until: float) -> T:
+    """Send a request until the store answers it.
+
+    :param tries: how often at most; infinity for no limit.
+    :param until: the moment, on :data:`~celery_singleton_state.lease.lease.clock`, after which it
+        is not sent again.
+    :raises StoreUnavailable: the last try's.
+    """
+    pause = FIRST_PAUSE
+    while True:
+        tries -= 1
+        try:
+            return request()
+        except StoreUnavailable:
+            if tries <= 0 or clock() + pause >= until:
+                raise
+        time.sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(2 * pause, LONGEST_PAUSE)

@@ -92,7 +92,7 @@ class RenewalRequest(msgspec.Struct, frozen=True, array_like=True):
 class RenewalAnswer(msgspec.Struct, frozen=True, array_like=True):
     """What became of the last renewal of a holder's lease.
 
-    :param asked_at: :func:`~celery_singleton_state.lease.lease.clock` before it was sent; ``None``
+    :param asked_at: :data:`~celery_singleton_state.lease.lease.clock` before it was sent; ``None``
         if it was refused.
     :param who: asks the holder to hand over, if anybody does.
     """

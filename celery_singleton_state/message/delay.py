@@ -25,7 +25,7 @@ from celery.app.task import Context
 from kombu import Queue
 from kombu.exceptions import OperationalError
 
-from celery_singleton_state.headers import PAUSE, PAUSE_LEFT, header, without_moves
+from celery_singleton_state.headers import PAUSE, PAUSE_LEFT, without_moves
 
 from .routing import address_of, broker_kind, delayed_key, into, queue_of, resolved, undeclared
 
@@ -78,11 +78,6 @@ def prepare(task: Any, request: Context, signature: Any, said: Collection[str]) 
         options["headers"][PAUSE] = pause
     if rest or PAUSE_LEFT in options["headers"]:
         options["headers"][PAUSE_LEFT] = rest
-
-
-def pause_left(request: Context) -> float:
-    """Seconds that a message has still to wait when it comes, because no countdown is as long."""
-    return float(header(request, PAUSE_LEFT, 0.0))
 
 
 def possible(app: Celery, pause: float) -> float:

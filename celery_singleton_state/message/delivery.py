@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from celery.app.task import Context
@@ -11,13 +11,22 @@ from celery.app.task import Context
 from celery_singleton_state import history, ticks_done
 from celery_singleton_state.config.options import Options
 from celery_singleton_state.errors import SingletonError, StateLoadFailed
-from celery_singleton_state.headers import ONE_BY_ONE, RETRIES, SENT, WAITED, count_in, header
+from celery_singleton_state.headers import (
+    ONE_BY_ONE,
+    OWN,
+    PAUSE_LEFT,
+    RETRIES,
+    SENT,
+    UNRECORDED,
+    WAITED,
+    own_headers,
+)
 from celery_singleton_state.hooks import Details
 from celery_singleton_state.retry import Fail, RetryAfter, answer_to, policy_of
 from celery_singleton_state.runtime import Runtime
 from celery_singleton_state.state.codec import Codec
 from celery_singleton_state.text.storable import well_formed
-from celery_singleton_state.ticks import Tick, previous_of, tick_of
+from celery_singleton_state.ticks import Tick, previous_of, tick_in
 from celery_singleton_state.ticks_done import EntryTicks, TicksDone
 
 from .place import Place
@@ -34,7 +43,6 @@ REPLACEMENT = 1 << 32
 
 #: Seconds that a run has to end after it heard that it is asked to stop.
 TIME_TO_STOP = 1.0
-
 
 #: How often an eager run is repeated over the store, whatever its policy allows: it is repeated at
 #: once, and its caller waits.
@@ -61,40 +69,82 @@ class Earlier:
             self.error = error
 
 
-@dataclass(frozen=True, slots=True)
 class Delivery:
     """A message, or a direct call, and the singleton that it is for.
 
+    What the message says is read once, here.
+
     :param name: the singleton's name; ``key`` is its row's.
     :param codec: of the state; ``None`` for a singleton without one.
-    :param place: where the message stands among those that replace each other.
     """
 
-    task: Any
-    request: Context
-    name: str
-    key: str
-    options: Options
-    codec: Codec[Any] | None
-    runtime: Runtime
-    place: Place = field(default_factory=Place)
-    earlier: Earlier = field(default_factory=Earlier)
+    def __init__(
+        self,
+        task: Any,
+        request: Context,
+        name: str,
+        key: str,
+        options: Options,
+        codec: Codec[Any] | None,
+        runtime: Runtime,
+    ) -> None:
+        self.task = task
+        self.request = request
+        self.name = name
+        self.key = key
+        self.options = options
+        self.codec = codec
+        self.runtime = runtime
+        #: Where the message stands among those that replace each other.
+        self.place = Place()
+        #: What came of it before, if it is an eager run.
+        self.earlier = Earlier()
+        #: Whether it is a message that can be sent again, and no call.
+        self.is_message = is_message(request)
+        has_any = request.headers or not OWN.isdisjoint(request.__dict__)
+        headers = own_headers(request) if has_any else {}
+        #: How often the message was retried, whoever asked for it.
+        self.retries: int = request.retries or 0
+        #: How often this package asked for it, to repeat a run that failed over the store.
+        self.own_retries = int(headers.get(RETRIES) or 0)
+        #: How often bodies asked for it: to replace themselves, and since then to be retried.
+        #: A replacement keeps the id of what it replaces, and counts its retries anew.
+        self.generation: int = (
+            (request.replaced_task_nesting or 0) * REPLACEMENT + self.retries - self.own_retries
+        )
+        sent = headers.get(SENT)
+        if sent is None and request.root_id != request.id:
+            # A part of a chain or chord has no value of its own. Its root tells it from the same
+            # part of another chain that was sent with the same id.
+            sent = request.root_id
+        #: The value that tells the message from others that were sent with the same id.
+        self.sent = None if sent is None else well_formed(str(sent))
+        #: The tick that the message is for, if a beat of ours sent it.
+        self.tick: Tick | None = tick_in(headers) if headers else None
+        #: Whether the next tick of the message's entry is sent when this one has ended.
+        self.is_one_by_one = bool(int(headers.get(ONE_BY_ONE) or 0))
+        #: The policy for a lease that is taken. A tick that must not be skipped waits.
+        self.on_conflict = "wait" if self.is_one_by_one else options.on_conflict
+        #: Seconds that the message has waited for the lease before it came here.
+        self.waited = float(headers.get(WAITED, 0.0))
+        #: Seconds that the message has still to wait, because no delay is as long.
+        self.pause_left = float(headers.get(PAUSE_LEFT, 0.0))
+        #: Whether it comes again because its run had ended a moment before.
+        self.is_unrecorded = bool(headers.get(UNRECORDED))
+        #: Seconds that the lease lives without a renewal.
+        self.ttl = options.lease_ttl or runtime.lease_ttl
+        #: Seconds that an acquisition takes the lease for; the run then confirms a longer life.
+        self.first_ttl = min(self.ttl, runtime.lease_ttl)
+        #: Whether what was done is not done again: as told, else for ticks or if there is state.
+        self.deduplicates = options.deduplicate
+        if self.deduplicates is None:
+            self.deduplicates = codec is not None or self.tick is not None
 
     def tell(self, kind: type[Details], **fields: Any) -> None:
         """Tell those who look on that something happened to the singleton."""
         self.runtime.door.tell(
             kind(singleton=self.task.name, key=self.name, task_id=self.request.id, **fields)
         )
-
-    @property
-    def ttl(self) -> float:
-        """Seconds that the lease lives without a renewal."""
-        return self.options.lease_ttl or self.runtime.settings.lease_ttl
-
-    @property
-    def first_ttl(self) -> float:
-        """Seconds that an acquisition takes the lease for; the run then confirms a longer life."""
-        return min(self.ttl, self.runtime.settings.lease_ttl)
 
     @property
     def conflict_timeout(self) -> float:
@@ -113,43 +163,9 @@ class Delivery:
         return max(timeout, 2 * self.runtime.settings.heartbeat_interval + TIME_TO_STOP)
 
     @property
-    def on_conflict(self) -> str:
-        """The policy for a lease that is taken. A tick that must not be skipped waits."""
-        return "wait" if self.is_one_by_one else self.options.on_conflict
-
-    @property
-    def is_one_by_one(self) -> bool:
-        """Whether the next tick of the message's entry is sent when this one has ended."""
-        return bool(count_in(self.request, ONE_BY_ONE))
-
-    @property
-    def waited(self) -> float:
-        """Seconds that the message has waited for the lease before it came here."""
-        return float(header(self.request, WAITED, 0.0))
-
-    @property
     def resent(self) -> dict[str, Any]:
         """Headers of the message that is sent in place of this one."""
         return self.place.headers if self.on_conflict == "replace" else {}
-
-    @property
-    def retries(self) -> int:
-        """How often the message was retried, whoever asked for it."""
-        return self.request.retries or 0
-
-    @property
-    def own_retries(self) -> int:
-        """How often this package asked for it, to repeat a run that failed over the store."""
-        return count_in(self.request, RETRIES)
-
-    @property
-    def generation(self) -> int:
-        """How often bodies asked for it: to replace themselves, and since then to be retried.
-
-        A replacement keeps the id of what it replaces, and counts its retries anew.
-        """
-        replacements = self.request.replaced_task_nesting or 0
-        return replacements * REPLACEMENT + self.retries - self.own_retries
 
     def answer_to(self, error: SingletonError) -> RetryAfter | Fail:
         """How the message goes on after an error of this singleton."""
@@ -158,24 +174,6 @@ class Delivery:
             return Fail()
         usual = policy_of(self.task)
         return answer_to(error, self.retries + tries, own.retry_reasons, own.retry_policy, usual)
-
-    @property
-    def sent(self) -> str | None:
-        """The value that tells the message from others that were sent with the same id.
-
-        A part of a chain or chord has none of its own. Its root tells it from the same part of
-        another chain that was sent with the same id.
-        """
-        value = header(self.request, SENT)
-        root = self.request.root_id
-        if value is None and root != self.request.id:
-            value = root
-        return None if value is None else well_formed(str(value))
-
-    @property
-    def tick(self) -> Tick | None:
-        """The tick that the message is for, if a beat of ours sent it."""
-        return tick_of(self.request)
 
     def done_by(self, entries: tuple[history.Entry, ...]) -> history.Entry | None:
         """The run that did what this message asks for, if the history knows one.
@@ -229,13 +227,9 @@ class Delivery:
     @property
     def is_copy(self) -> bool:
         """Whether the message is one of several copies that a fanout exchange made of it."""
-        request = self.request
-        if not request.id or request.called_directly or request.is_eager:
-            return False
-        return is_copy(self.task.app, request)
+        return self.is_message and is_copy(self.task.app, self.request)
 
-    @property
-    def deduplicates(self) -> bool:
-        """Whether what was done is not done again: as told, else for ticks or if there is state."""
-        told = self.options.deduplicate
-        return self.options.deduplicates or (told is None and self.tick is not None)
+
+def is_message(request: Context) -> bool:
+    """Whether a request is one of a message, which can be sent again."""
+    return bool(request.id) and not request.called_directly and not request.is_eager

@@ -28,7 +28,7 @@ from celery_singleton_state.history import Entry, is_duplicate
 from celery_singleton_state.text.storable import storable
 
 from .delivery import Delivery
-from .resend import can_be_put_back, can_be_sent_again, send_again
+from .resend import can_be_sent_again, send_again
 from .results import goes_on, has_result, is_awaited, is_recorded, restore
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def end_duplicate(delivery: Delivery, done: Entry | None) -> Any:
     request = delivery.request
     if result_is_stored(delivery) or _has_gone_on(delivery, done):
         raise Ignore(f"task {request.id} was done before")
-    if not can_be_put_back(request):
+    if not delivery.is_message:
         # An eager run whose save was carried out and not answered has its result still.
         return delivery.earlier.result
     if not is_awaited(delivery.task, request):
@@ -100,7 +100,7 @@ def _has_gone_on(delivery: Delivery, done: Entry | None) -> bool:
     request = delivery.request
     if done is None or not goes_on(request) or is_recorded(delivery.task, request):
         return False
-    return can_be_put_back(request) and bool(_lives(delivery, done.holder))
+    return delivery.is_message and bool(_lives(delivery, done.holder))
 
 
 def _kept_result(delivery: Delivery, done: Entry | None) -> Any:

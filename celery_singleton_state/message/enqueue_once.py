@@ -21,8 +21,7 @@ from celery.utils.time import maybe_iso8601, maybe_make_aware
 
 from celery_singleton_state.headers import DUE, PAUSE, is_of_tool, names_in
 from celery_singleton_state.keys import row_key
-from celery_singleton_state.lease.in_place import in_place
-from celery_singleton_state.lease.lease import clock
+from celery_singleton_state.lease.lease import clock, in_place
 from celery_singleton_state.runtime import Runtime
 from celery_singleton_state.store.base import StoreError
 from celery_singleton_state.ticks import BEAT_HEADERS

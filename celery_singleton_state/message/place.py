@@ -117,7 +117,7 @@ def find_place(delivery: Delivery) -> None:
     :raises StoreError: the row cannot be read.
     """
     place, request = delivery.place, delivery.request
-    if place.is_known or delivery.on_conflict != "replace":
+    if place.is_known:
         return
     place.sent = header(request, SENT_AT)
     place.rank = header(request, RANK)

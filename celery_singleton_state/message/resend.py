@@ -6,8 +6,7 @@ import logging
 import random
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from celery.app.task import Context
@@ -18,7 +17,8 @@ from kombu.exceptions import EncodeError
 from celery_singleton_state.headers import PUT_BACK, SENT_AGAIN, WAITED, count_in, custom_headers
 
 from .content import encoding_of
-from .delay import pause_left, possible
+from .delay import possible
+from .delivery import is_message
 from .routing import can_be_addressed, copy_mark
 
 logger = logging.getLogger(__name__)
@@ -31,17 +31,12 @@ FIRST_DELAY = 0.5
 MAX_DELAY = 8.0
 
 
-def can_be_put_back(request: Context) -> bool:
-    """Whether the delivery is a message that can be sent again."""
-    return bool(request.id) and not request.called_directly and not request.is_eager
-
-
 def can_be_sent_again(task: Any, request: Context) -> bool:
     """Whether the delivery is a message that can be sent again, into its own queue alone.
 
     One that came through a fanout exchange can, if the broker lets a single queue be addressed.
     """
-    return can_be_put_back(request) and can_be_addressed(task.app, request)
+    return is_message(request) and can_be_addressed(task.app, request)
 
 
 def send_again(
@@ -118,9 +113,8 @@ def leave_with_broker(request: Context, singleton: str, error: Exception) -> NoR
     raise Reject(error, requeue=True) from error
 
 
-@contextmanager
-def left_if_killed(request: Context) -> Iterator[None]:
-    """Has the broker give out a message again whose greenlet or only thread is to end.
+def reject_if_killed(error: BaseException, request: Context) -> None:
+    """Have the broker give out a message again whose greenlet or only thread is to end.
 
     Celery kills greenlets in a cold shutdown, and when it revokes a task or lost its connection;
     it takes them for successful then, and acknowledges their messages. A revoked one it drops when
@@ -128,14 +122,11 @@ def left_if_killed(request: Context) -> Iterator[None]:
     says so breaks off the body, as if it were the body's own; where it breaks off a retry that is
     being sent, Celery takes it for the sending's, and drops the message.
 
+    :param error: how the delivery ends.
     :raises Reject: it is killed.
     """
-    try:
-        yield
-    except BaseException as error:
-        if means_to_kill(error) and can_be_put_back(request):
-            raise Reject("it was killed in mid-run", requeue=True) from error
-        raise
+    if means_to_kill(error) and is_message(request):
+        raise Reject("it was killed in mid-run", requeue=True) from error
 
 
 def means_to_kill(error: BaseException) -> bool:
@@ -150,13 +141,13 @@ def means_to_kill(error: BaseException) -> bool:
     return frames[-1].f_code is BasePool.terminate_job.__code__
 
 
-def wait_on(task: Any, request: Context, singleton: str) -> None:
+def wait_on(task: Any, request: Context, singleton: str, left: float) -> None:
     """Send a message on that has a part of its pause left.
 
-    :raises Ignore: it has.
+    :param left: seconds.
+    :raises Ignore: it is sent.
     """
-    left = pause_left(request)
-    if left > 0 and can_be_sent_again(task, request):
+    if can_be_sent_again(task, request):
         send_again(task, request, singleton, left)
 
 

@@ -18,7 +18,6 @@ from kombu.serialization import dumps, loads
 from celery_singleton_state.history import Kept
 
 from .delivery import Delivery
-from .resend import can_be_put_back
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ def keep(delivery: Delivery, result: Any) -> Kept | None:
     :returns: ``None`` if nobody can ask for it, or if it is too large or cannot be serialized.
     """
     request = delivery.request
-    if not delivery.deduplicates or not can_be_put_back(request):
+    if not delivery.deduplicates or not delivery.is_message:
         return None
     if not is_awaited(delivery.task, request):
         return None

@@ -69,21 +69,23 @@ def has_call_behind(task: type, guard: type) -> bool:
     return next(each for each in behind if "__call__" in vars(each)) is not Task
 
 
-def guard_calls(task: Any, guard: type) -> None:
+def guard_calls(task: Any, guard: type) -> bool:
     """Have all calls of a task class reach the guard.
 
     :param guard: the class whose ``__call__`` is the guard.
+    :returns: whether a class with a ``__call__`` of its own stands before it.
     :raises ImproperlyConfigured: a class with a ``__call__`` of its own stands before the guard,
         and the guard could not surround the body.
     """
     first = next(each for each in task.__mro__ if "__call__" in vars(each))
     if first is guard:
-        return
+        return False
     _refuse_unguardable(task, first, guard)
     if not hasattr(vars(first)["__call__"], "_is_noted"):
         task.__call__ = _noting(task)
     if not isinstance(inspect.getattr_static(task, "run"), GuardedRun):
         task.run = GuardedRun(inspect.getattr_static(task, "run"))
+    return True
 
 
 def _refuse_unguardable(task: Any, first: type, guard: type) -> None:

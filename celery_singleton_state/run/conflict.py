@@ -45,7 +45,7 @@ class Conflict:
     :param row: the row as it was seen just after; it may have changed since.
     :param waited: seconds that it has waited in place.
     :param asked_at: when it asked for the lease, on
-        :func:`~celery_singleton_state.lease.lease.clock`.
+        :data:`~celery_singleton_state.lease.lease.clock`.
     """
 
     delivery: Delivery

@@ -15,12 +15,11 @@ from celery.exceptions import Ignore, Reject, Retry
 
 from celery_singleton_state import history
 from celery_singleton_state.errors import SchemaDecodeFailed, SingletonError, StateLoadFailed
-from celery_singleton_state.headers import REPLACES, UNRECORDED, header
+from celery_singleton_state.headers import REPLACES, header
 from celery_singleton_state.history import Outcome
 from celery_singleton_state.hooks import Conflicted, Skipped
 from celery_singleton_state.lease.holdings import Holding
-from celery_singleton_state.lease.in_place import in_place
-from celery_singleton_state.lease.lease import clock
+from celery_singleton_state.lease.lease import clock, in_place
 from celery_singleton_state.message.coalesce import grant
 from celery_singleton_state.message.delivery import DONE_BEFORE, Delivery
 from celery_singleton_state.message.duplicates import end_duplicate, wait_for_record
@@ -64,7 +63,8 @@ def deliver(delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any
     :raises SingletonError: what went wrong.
     :raises Ignore: the message is put back, or was done before.
     """
-    wait_on(delivery.task, delivery.request, delivery.name)
+    if delivery.pause_left > 0:
+        wait_on(delivery.task, delivery.request, delivery.name, delivery.pause_left)
     runtime = delivery.runtime
     claim = Claim(delivery, body, runtime.new_holder(delivery.request.hostname))
     # Noted before it is asked for: a process can die at any moment after that.
@@ -92,7 +92,7 @@ def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any
     """Whether the delivery is over, and its result; or the seconds until it is tried again."""
     delivery = claim.delivery
     request, name = delivery.request, delivery.name
-    if header(request, UNRECORDED):
+    if delivery.is_unrecorded:
         # It need not take the lease, which would be in the way of a delivery that wants to run.
         _wait_for_record(delivery, _peek(delivery))
     try:
@@ -141,10 +141,13 @@ def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: A
         dequeue_as_sent(delivery)
     run = Run(delivery, acquired, asked_at)
     try:
-        done = delivery.done_by(run.entries)
-        why = DONE_BEFORE if done else delivery.passed(run.entries, acquired.ticks_done)
+        done = delivery.done_by(run.entries) if run.entries else None
+        why = DONE_BEFORE if done else None
+        if why is None and delivery.tick is not None:
+            why = delivery.passed(run.entries, acquired.ticks_done)
         if why is None:
-            run.refuse_poison()
+            if run.entries:
+                run.refuse_poison()
             return run.execute(claim.body, args, kwargs)
         # Of a copy that is requeued nothing is noted: the lease is given back as it was.
         wait_for_record(delivery, done, acquired.acquired_at)
@@ -237,9 +240,9 @@ def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
     until = clock() + delivery.first_ttl
 
     def ask() -> tuple[float, Acquired | None, Row | None]:
-        find_place(delivery)
-        seen = _still_taken(claim)
-        if seen is not None:
+        if delivery.on_conflict == "replace":
+            find_place(delivery)
+        elif delivery.on_conflict == "wait" and (seen := _still_taken(claim)) is not None:
             return until - delivery.first_ttl, None, seen
         for _ in range(LOOKS):
             asked_at, acquired = _ask(claim)
@@ -267,7 +270,7 @@ def _still_taken(claim: Claim) -> Row | None:
     message that is next in line, but for the last try.
     """
     delivery = claim.delivery
-    if delivery.on_conflict != "wait" or not delivery.waited or claim.may_hold:
+    if not delivery.waited or claim.may_hold:
         return None
     row = delivery.runtime.store.peek(delivery.key)
     if row is None:

@@ -145,7 +145,9 @@ class Body:
         try:
             stack.enter(self)
             self.is_on = True
-            stack.raise_if_due()
+            # Whoever interrupts it says why first, and then looks whether it is on.
+            if depth or self._why is not None:
+                stack.raise_if_due()
             result = function(*args, **kwargs)
             self.is_on = False
         except BaseException as raised:

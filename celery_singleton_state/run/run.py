@@ -10,25 +10,25 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from celery.exceptions import Ignore, Reject, Retry
+from celery.exceptions import Ignore
 from sqlalchemy import Connection
 
-from celery_singleton_state import history, ticks_done
+from celery_singleton_state import history
 from celery_singleton_state.errors import (
     HeartbeatFailed,
     SchemaDecodeFailed,
     SingletonError,
     StatePersistFailed,
 )
-from celery_singleton_state.history import Outcome
+from celery_singleton_state.history import DIED, Outcome
+from celery_singleton_state.hooks import Acquired as BecameLeader
+from celery_singleton_state.hooks import Lost, Released, StateLoaded, StateSaved, TookOver
 from celery_singleton_state.lease.lease import HeldLease, clock
 from celery_singleton_state.message.coalesce import grant
 from celery_singleton_state.message.delivery import Delivery
 from celery_singleton_state.message.poison import refuse_poison
-from celery_singleton_state.message.resend import means_to_kill
 from celery_singleton_state.message.results import keep
 from celery_singleton_state.message.sent_anew import forget_result
-from celery_singleton_state.retry import RetryAfter
 from celery_singleton_state.store.base import (
     TAKEN_OVER,
     Acquired,
@@ -38,19 +38,13 @@ from celery_singleton_state.store.base import (
     StoreError,
     Write,
 )
-from celery_singleton_state.ticks import Tick
-from celery_singleton_state.ticks_done import EntryTicks
 
-from .leadership import Leadership, asked_by
-from .report import Report
+from .ending import is_for_good, is_of_lease, outcome_of, ticks_after
+from .interrupt import Body
 from .state import RunState
 from .writes import FencedWriter, not_written
 
 logger = logging.getLogger(__name__)
-
-#: How many spans of ticks a row keeps of one entry: with conflicts that wait, messages of ticks can
-#: overtake each other; elsewhere a gap is nearly always a tick that was skipped.
-SPANS_OF_WAITING, SPANS = 1000, 300
 
 
 class ReplacedEagerly(Ignore):
@@ -98,7 +92,7 @@ def _innermost(task: Any) -> Run | None:
 class Run:
     """A run that has acquired its lease.
 
-    :param asked_at: :func:`~celery_singleton_state.lease.lease.clock` before the lease was asked
+    :param asked_at: :data:`~celery_singleton_state.lease.lease.clock` before the lease was asked
         for.
     """
 
@@ -117,18 +111,16 @@ class Run:
         self.state = RunState(delivery.name, delivery.codec, acquired)
         settings = delivery.runtime.settings
         self.held = HeldLease(acquired.lease, asked_at, settings.heartbeat_interval)
+        self.body = Body(delivery.name)
         self._delivery = delivery
         self._store = delivery.runtime.store
         self._heartbeat = delivery.runtime.heartbeat_of(delivery.key)
-        self._report = Report(delivery, self.held, asked_at)
         self._writer = FencedWriter(
-            delivery.name, self._store, self.held, acquired.write, self._report.refused
+            delivery.name, self._store, self.held, acquired.write, delivery.tell
         )
         #: Whether the store has answered that the lease is given back.
         self.given_back = False
-        self._acquired_at = acquired.acquired_at
-        self._ticks_done = acquired.ticks_done
-        self._took_over = acquired.write == TAKEN_OVER
+        self._acquired = acquired
         self._asked_at = asked_at
         self._in_transaction = False
         #: Held while the state is written: a body can have threads of its own, and a write must be
@@ -137,54 +129,54 @@ class Run:
         #: Whether the body has ended; and the run, with all that follows its body.
         self._is_ending = self.is_over = False
         self._pid = os.getpid()
-        self._leadership = Leadership(
-            delivery.task,
-            delivery.name,
-            self.held,
-            delivery.options.on_lease_lost == "interrupt",
-            self._on_lost,
-            lambda: _current.set(self),
-        )
+        self._leads = False
+        #: Held while the task is told that it leads no longer.
+        self._telling = threading.Lock()
+        #: Taken by whoever tells how the run ended.
+        self._end_told = threading.Lock()
 
     def execute(self, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Load the state, run the body, save and release; returns what the body returned."""
         token = _current.set(self)
         _active.add(self)
+        self.held.owner = self
         try:
-            self._report.begin(self.entries, self._took_over)
+            self._tell_begin()
             result, new = self._body(body, args, kwargs)
             self._delivery.earlier.result = result
-            self.end(Outcome.SUCCEEDED, new=new, result=keep(self._delivery, result))
+            kept = keep(self._delivery, result) if self._delivery.is_message else None
+            self.end(Outcome.SUCCEEDED, new=new, result=kept)
             return result
         finally:
             try:
-                if self._is_here:
-                    self._heartbeat.drop(self.held)
+                if self._pid == os.getpid():
+                    if not self.given_back:
+                        self._heartbeat.drop(self.held)
                     if self.held.lost:
-                        self._report.lost()
-                    self._leadership.end()
+                        self._tell_lost(self.held.lost)
+                    self._stop_leading()
             finally:
                 _current.reset(token)
                 _active.discard(self)
                 # A thread of the body can have a copy of the context, and live on.
                 self.is_over = True
                 self._delivery.place.asked_by = self.held.asked_by
-                # Both refer to this run, which would keep it and its state for the collector.
-                self.held.forget()
-                self._leadership.forget()
+                # It refers to this run, which would keep it and its state for the collector.
+                self.held.owner = None
 
     def _body(
         self, body: Callable[..., Any], args: Any, kwargs: Any
     ) -> tuple[Any, NewValue | None]:
         try:
             self._heartbeat.hold(self.held)
-            # The result backend can be slow, and the lease run out meanwhile.
-            forget_result(self._delivery)
-            self._writer.refuse_if_lost()
-            starts_anew = self._delivery.options.on_decode_error == "initial"
-            self.state.load(self._set_aside if starts_anew else None, self._report.loaded)
-            self._leadership.begin()
-            result = self._leadership.body.call(body, args, kwargs)
+            if self._delivery.is_message:
+                # The result backend can be slow, and the lease run out meanwhile.
+                forget_result(self._delivery)
+                self._writer.refuse_if_lost()
+            self._load()
+            self._leads = True
+            self.task.on_become_leader()
+            result = self.body.call(body, args, kwargs)
             if self._in_transaction:
                 raise RuntimeError(
                     f"{self.name}: the body ended within transaction(), which another thread may "
@@ -196,9 +188,13 @@ class Run:
             self._end_with(error)
             raise
 
-    def _on_lost(self) -> HeartbeatFailed:
-        self._report.lost()
-        return self._writer.failure()
+    def _load(self) -> None:
+        if self._delivery.codec is None:
+            return
+        found = self._acquired
+        self._delivery.tell(StateLoaded, size=len(found.value), schema_version=found.schema_version)
+        starts_anew = self._delivery.options.on_decode_error == "initial"
+        self.state.load(self._set_aside if starts_anew else None)
 
     def _set_aside(self, key: str, value: str) -> None:
         def keep() -> bool:
@@ -206,6 +202,75 @@ class Run:
             return True
 
         self._writer.write("quarantine", keep)
+
+    # -- what the heartbeat says of the lease, in its threads
+
+    def lost(self, why: str) -> None:
+        """The lease is lost: the body is interrupted, or the task told beside it."""
+        self._tell_lost(why)
+        if self._delivery.options.on_lease_lost == "interrupt":
+            self.body.interrupt(self._writer.failure().detail)
+        else:
+            threading.Thread(target=self._stop_leading_beside, daemon=True).start()
+
+    def asked_to_hand_over(self, who: str) -> None:
+        """Somebody wants the lease: the body is interrupted."""
+        if self._delivery.options.on_lease_lost == "interrupt":
+            self.body.interrupt(_asked_by(who))
+
+    def _stop_leading_beside(self) -> None:
+        _current.set(self)
+        self._stop_leading()
+
+    def _stop_leading(self) -> None:
+        """Tell the task that it leads no longer, once; who comes second waits until it is told."""
+        with self._telling:
+            if not self._leads:
+                return
+            self._leads = False
+            try:
+                self.task.on_lose_leadership()
+            except Exception:
+                logger.exception("singleton %s: on_lose_leadership() failed", self.name)
+
+    # -- what the run tells those who look on
+
+    def _tell_begin(self) -> None:
+        lease, tell = self.held.lease, self._delivery.tell
+        how = "expired" if self._acquired.write == TAKEN_OVER else _ended_by_others(self.entries)
+        if how:
+            tell(TookOver, holder=lease.holder, fence=lease.fence, how=how)
+        tell(BecameLeader, holder=lease.holder, fence=lease.fence)
+
+    def _tell_saved(self, operation: str, new: NewValue | None) -> None:
+        """The state was written, if it was."""
+        if new is not None:
+            self._delivery.tell(StateSaved, operation=operation, size=len(new.value))
+
+    def _tell_lost(self, why: str) -> None:
+        if self._end_told.acquire(blocking=False):
+            lease = self.held.lease
+            self._delivery.tell(
+                Lost, holder=lease.holder, fence=lease.fence, why=why, seconds=self._seconds
+            )
+
+    def _tell_end(self, outcome: Outcome, error: str | None) -> None:
+        """The run is over, and was not lost before."""
+        if self._end_told.acquire(blocking=False):
+            lease = self.held.lease
+            self._delivery.tell(
+                Released,
+                holder=lease.holder,
+                fence=lease.fence,
+                outcome=outcome,
+                seconds=self._seconds,
+                error=error,
+                given_back=self.given_back,
+            )
+
+    @property
+    def _seconds(self) -> float:
+        return clock() - self._asked_at
 
     # -- what the body may do
 
@@ -232,7 +297,7 @@ class Run:
         self._writer.answered(write)
         self.held.renewed(asked_at)
         self.state.stored = new
-        self._report.saved("checkpoint", new)
+        self._tell_saved("checkpoint", new)
         return saved
 
     @contextmanager
@@ -322,7 +387,7 @@ class Run:
     def _committed(self, write: Write, asked_at: float) -> None:
         self.held.renewed(asked_at)
         self.state.stored = write.new
-        self._report.saved("transaction", write.new)
+        self._tell_saved("transaction", write.new)
 
     def _not_committed(self, error: StoreError) -> SingletonError:
         """The error of a transaction that was rolled back, or whose outcome is unknown."""
@@ -342,7 +407,7 @@ class Run:
     def refuse_if_asked(self) -> None:
         """:raises HeartbeatFailed: somebody asked for the lease."""
         if self.held.asked_by is not None:
-            raise HeartbeatFailed(self.name, asked_by(self.held.asked_by))
+            raise HeartbeatFailed(self.name, _asked_by(self.held.asked_by))
 
     @property
     def headers(self) -> dict[str, Any]:
@@ -386,7 +451,7 @@ class Run:
             without it.
         :raises StatePersistFailed: the store is out of reach.
         """
-        if not self._is_here:
+        if self._pid != os.getpid():
             return  # it is its parent's to end
         text = history.describe(error) if error else None
         entry = self._entry(outcome, text, result)
@@ -397,21 +462,22 @@ class Run:
         except StatePersistFailed as failure:
             if error is None:
                 outcome, text = Outcome.FAILED, history.describe(failure)
-            self._report.ended(outcome, text, given_back=False)
+            self._tell_end(outcome, text)
             raise
         except HeartbeatFailed:
             raise
         except SchemaDecodeFailed as refused:
             if new is None:
-                self._report.ended(outcome, text, given_back=False)
+                self._tell_end(outcome, text)
                 raise
             self._end_without(outcome, error, refused)
             return
         except BaseException as interruption:
             self._find_out_end(entry, new, interruption)
             raise
-        self._report.saved("save", new)
-        self._report.ended(outcome, text, given_back=True)
+        if new is not None:
+            self._tell_saved("save", new)
+        self._tell_end(outcome, text)
 
     def _end_without(
         self, outcome: Outcome, error: BaseException | None, refused: SchemaDecodeFailed
@@ -422,7 +488,7 @@ class Run:
         :raises SchemaDecodeFailed: it does.
         """
         if error is None:
-            self.is_final = self.is_final and self._is_for_good(refused)
+            self.is_final = self.is_final and is_for_good(refused, self._delivery)
             self.end(Outcome.FAILED, refused)
             raise refused
         logger.warning("singleton %s: not saved after an error: %s", self.name, refused)
@@ -438,10 +504,10 @@ class Run:
             self.given_back = False
         if self.given_back:
             grant(self.task.app, self._store, self.held.lease.key, None, self.request.id)
-            self._report.saved("save", new)
-            self._report.ended(Outcome(entry.outcome), entry.error, given_back=True)
+            self._tell_saved("save", new)
+            self._tell_end(Outcome(entry.outcome), entry.error)
         else:
-            self._report.ended(Outcome.FAILED, history.describe(interruption), given_back=False)
+            self._tell_end(Outcome.FAILED, history.describe(interruption))
 
     def _entry(
         self, outcome: Outcome, error: str | None, result: history.Kept | None = None
@@ -455,8 +521,8 @@ class Run:
             tick=self._delivery.tick,
             outcome=outcome,
             error=error,
-            started=self._acquired_at,
-            finished=self._acquired_at + clock() - self._asked_at,
+            started=self._acquired.acquired_at,
+            finished=self._acquired.acquired_at + clock() - self._asked_at,
             final=self.is_final,
             sent=self._delivery.sent,
             result=result,
@@ -471,7 +537,9 @@ class Run:
         if goes_on or hold <= entry.finished - entry.started:
             hold = 0.0
         document = history.append(self.entries, entry, limit)
-        ended = Ended(entry.outcome, document, hold, self._new_ticks_done(entry))
+        ended = Ended(
+            entry.outcome, document, hold, self._ticks_after(entry) if entry.tick else None
+        )
         write = self._writer.next_write(new) if new else None
         released = self._writer.write(
             "save" if new else "release",
@@ -479,44 +547,20 @@ class Run:
             recognised=lambda: self._writer.has_ended(entry),
         )
         self.given_back = True
-        grant(self.task.app, self._store, lease.key, released, self.request.id)
+        if released is None or released.wanted:
+            grant(self.task.app, self._store, lease.key, released, self.request.id)
 
-    def _new_ticks_done(self, entry: history.Entry) -> str | None:
-        """What the row is to know of ticks; ``None`` if the run changes nothing of it.
-
-        The tick of a run that lost its lease has not ended: the beat sends it again. One that was
-        asked to hand over to a newer message does not come again.
-        """
-        tick, outcome = entry.tick, entry.outcome
-        was_replaced = self.held.asked_by is not None
-        if tick is None or (outcome == Outcome.LOST and not was_replaced):
-            return None
-        known, before = self._delivery.ticks_of(self._ticks_done)
-        if self.is_replaced and self.tick_goes_on and outcome in history.DONE:
-            after = before.with_retried(tick.due)
-        elif outcome in history.DONE and (entry.final or self.is_replaced):
-            after = self._with_done(before, tick)
-        elif outcome == Outcome.DUPLICATE:
-            return None
-        elif entry.final or was_replaced:
-            after = before.with_failed(tick.due)
-        else:
-            after = before.with_retried(tick.due)
-        return None if after == before else ticks_done.encode(known, tick, after)
-
-    def _with_done(self, before: EntryTicks, tick: Tick) -> EntryTicks:
-        after = before.with_done(tick.due, self._delivery.previous)
-        waits = self._delivery.on_conflict in ("wait", "replace")
-        kept = after.with_at_most(SPANS_OF_WAITING if waits else SPANS)
-        if kept is not after:
-            logger.log(
-                logging.WARNING if waits else logging.INFO,
-                "singleton %s: too many ticks of %s are missing among those that are done; the "
-                "oldest missing ones count as done from now on",
-                self.name,
-                tick.entry,
-            )
-        return kept
+    def _ticks_after(self, entry: history.Entry) -> str | None:
+        """What the row is to know of ticks; ``None`` if the run changes nothing of it."""
+        was_asked = self.held.asked_by is not None
+        return ticks_after(
+            self._delivery,
+            entry,
+            self._acquired.ticks_done,
+            was_asked,
+            self.is_replaced,
+            self.tick_goes_on,
+        )
 
     def refuse_poison(self) -> None:
         """End, without its body, the run of a message whose processes have died too often.
@@ -544,46 +588,37 @@ class Run:
         """Release after an error, which is the one to be reported whatever happens here."""
         if self.held.lost or not self._is_here:
             return
-        outcome = Outcome.FAILED
-        self.is_final = self.is_final and self._is_for_good(error)
-        if self._is_replacement(error):
-            outcome = Outcome.SUCCEEDED
-        elif isinstance(error, Retry):
-            outcome = Outcome.RETRIED
-        elif isinstance(error, Ignore):
-            outcome = Outcome.SKIPPED
-        elif self._is_of_lease(error):
-            outcome = Outcome.LOST
+        self.is_final = self.is_final and is_for_good(error, self._delivery)
+        outcome = outcome_of(error, self._delivery, self.is_replaced)
         try:
             told = None if outcome == Outcome.SUCCEEDED else error
             self.end(outcome, told, self._value_after(error))
         except Exception as failure:
             logger.warning("singleton %s: not released after an error: %s", self.name, failure)
 
-    def _is_for_good(self, error: BaseException) -> bool:
-        """Whether the message does not come again after this error."""
-        if isinstance(error, Reject):
-            return not getattr(error, "requeue", False)
-        if isinstance(error, Retry) or not isinstance(error, Exception) or means_to_kill(error):
-            return False
-        if isinstance(error, SingletonError) and error.singleton == self.name:
-            return not isinstance(self._delivery.answer_to(error), RetryAfter)
-        return True
-
-    def _is_replacement(self, error: BaseException) -> bool:
-        return self.is_replaced and isinstance(error, Ignore)
-
-    def _is_of_lease(self, error: BaseException) -> bool:
-        return isinstance(error, HeartbeatFailed) and error.singleton == self.name
-
     def _value_after(self, error: BaseException) -> NewValue | None:
-        wanted = self._delivery.options.persist_on_error or self._is_replacement(error)
+        wanted = self._delivery.options.persist_on_error or (
+            self.is_replaced and isinstance(error, Ignore)
+        )
         if not wanted or self.state.value is None or not isinstance(error, Exception):
             return None
-        if self._is_of_lease(error) or not self._writer.may_write:
+        if is_of_lease(error, self._delivery) or not self._writer.may_write:
             return None
         try:
             return self.state.changed()
         except SchemaDecodeFailed as failure:
             logger.warning("singleton %s: not saved after an error: %s", self.name, failure)
             return None
+
+
+def _asked_by(who: str) -> str:
+    """Why a run ends that was asked to hand over."""
+    return f"asked to hand over to {who}; the state is that of the last checkpoint"
+
+
+def _ended_by_others(past: tuple[history.Entry, ...]) -> str | None:
+    """How the last run lost its lease; ``None`` if it gave the lease back by itself."""
+    last = past[-1] if past else None
+    if last is None or last.outcome != Outcome.LOST:
+        return None
+    return "died" if last.error == DIED else "handed over"

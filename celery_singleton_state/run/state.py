@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from typing import Any
 
 from celery_singleton_state.errors import SchemaDecodeFailed
+from celery_singleton_state.keys import row_key
 from celery_singleton_state.state.codec import NO_STATE, Codec, StateError
 from celery_singleton_state.store.base import Acquired, NewValue
-
-from .quarantine import quarantine_key
 
 logger = logging.getLogger(__name__)
 
@@ -35,22 +35,16 @@ class RunState:
             raise RuntimeError(f"{self._name}: {what} needs a state_schema")
         return self._codec
 
-    def load(
-        self,
-        set_aside: Callable[[str, str], None] | None,
-        loaded: Callable[[str, int | None], None],
-    ) -> None:
-        """Decode what the row held, or make the initial state.
+    def load(self, set_aside: Callable[[str, str], None] | None) -> None:
+        """Decode what the row held, or make the initial state, where there is a schema.
 
         :param set_aside: keeps a value that cannot be decoded under a key, so that the run can
             start anew; ``None``: that is an error.
-        :param loaded: told what the row held, where there is a schema.
         :raises SchemaDecodeFailed: there is no way to a state.
         """
         if self._codec is None:
             return
         found = self._acquired
-        loaded(found.value, found.schema_version)
         try:
             if found.value == NO_STATE:
                 self.value = self._codec.initial()
@@ -60,7 +54,7 @@ class RunState:
             except StateError as error:
                 if set_aside is None:
                     raise
-                key = quarantine_key(found.lease.key, found.value)
+                key = _quarantine_key(found.lease.key, found.value)
                 set_aside(key, found.value)
                 logger.error("singleton %s: %s; kept under %s", self._name, error, key)
                 self.value = self._codec.initial()
@@ -72,7 +66,7 @@ class RunState:
 
         :raises SchemaDecodeFailed: it does not fit its schema.
         """
-        codec = self.need("state")
+        codec = self._codec or self.need("state")
         try:
             return NewValue(codec.encode(self.value), codec.version)
         except StateError as error:
@@ -91,3 +85,9 @@ class RunState:
         # If a time limit interrupts the decoding, there is no state that could be saved.
         self.value = None
         self.value = codec.decode(before.value, before.schema_version)
+
+
+def _quarantine_key(key: str, value: str) -> str:
+    """The key under which a value of this row is kept that cannot be decoded: always the same."""
+    digest = hashlib.sha256(value.encode()).hexdigest()[:12]
+    return row_key(f"quarantine:{digest}:", key)

@@ -99,16 +99,6 @@ class InRun(Generic[S]):
         """
         return self._run_for("transaction()").transaction()
 
-    def on_become_leader(self) -> None:
-        """Called in each run when the lease is acquired and the state loaded."""
-
-    def on_lose_leadership(self) -> None:
-        """Called exactly once for each :meth:`on_become_leader`, however the run ends.
-
-        That is when the run ends; with ``on_lease_lost="finish"`` it is when the lease is lost,
-        in a thread of its own, while the body goes on. A process that dies calls nothing.
-        """
-
     def _run_for(self, what: str) -> Run:
         run = current_run(self)
         if run is None:

@@ -12,8 +12,8 @@ from celery_singleton_state.errors import (
     SingletonError,
     StatePersistFailed,
 )
-from celery_singleton_state.lease.in_place import in_place
-from celery_singleton_state.lease.lease import HeldLease, clock
+from celery_singleton_state.hooks import WriteRefused
+from celery_singleton_state.lease.lease import HeldLease, clock, in_place
 from celery_singleton_state.store.base import (
     NewValue,
     Store,
@@ -39,7 +39,7 @@ class FencedWriter:
 
     :param name: the singleton's name, for its errors.
     :param seen: the row's write number when the lease was acquired.
-    :param on_refused: told the operation that the store refused.
+    :param tell: told of a write that the store refused.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class FencedWriter:
         store: Store,
         held: HeldLease,
         seen: int,
-        on_refused: Callable[[str], None],
+        tell: Callable[..., None],
     ) -> None:
         self._name = name
         self._store = store
         self._held = held
-        self._on_refused = on_refused
+        self._tell = tell
         self._number = 0
         self._seen = seen
         self._undecided = False
@@ -85,7 +85,8 @@ class FencedWriter:
         :raises StatePersistFailed: the store is unavailable; whether an earlier try took
             effect is not known.
         """
-        self.refuse_if_lost()
+        if self._held.lost:
+            raise self.failure()
         uncertain = False
 
         def attempt() -> T | None:
@@ -172,7 +173,7 @@ class FencedWriter:
     def refused(self, operation: str) -> HeartbeatFailed:
         """The error of a write that the store refused; the lease is lost from here on."""
         self._held.lost = self._held.lost or "the write was refused"
-        self._on_refused(operation)
+        self._tell(WriteRefused, operation=operation)
         return self.failure()
 
     def failure(self) -> HeartbeatFailed:

@@ -101,7 +101,10 @@ class Codec(Generic[S]):
                 f"the stored value has version {stored}, newer than this code's {self.version}"
             )
         try:
-            return self._parse(self._filled(self._migrate(raw.encode(), stored)))
+            document = raw.encode()
+            if stored != self.version:
+                document = self._migrate(document, stored)
+            return self._parse(self._filled(document) if self._defaults else document)
         except FROM_OUTSIDE:
             raise
         except Exception as error:
@@ -148,8 +151,6 @@ class Codec(Generic[S]):
         return msgspec.json.encode(value)
 
     def _filled(self, document: bytes) -> bytes:
-        if not self._defaults:
-            return document
         value = msgspec.json.decode(document, type=dict[str, Any])
         return msgspec.json.encode(msgspec.to_builtins(self.initial()) | value)
 

@@ -87,7 +87,7 @@ def is_free(app: Celery) -> bool:
 
 @pytest.fixture(autouse=True)
 def _no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("celery_singleton_state.lease.in_place.FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("celery_singleton_state.lease.lease.FIRST_PAUSE", 0.001)
 
 
 def test_a_lease_whose_answers_were_all_lost_is_given_back(
@@ -584,7 +584,7 @@ def test_a_run_that_is_interrupted_as_it_begins_is_nobodys_current_run(
 ) -> None:
     task = task_of(app, increment)
     with monkeypatch.context() as patch:
-        patch.setattr("celery_singleton_state.run.report.Report.begin", _interrupted)
+        patch.setattr("celery_singleton_state.run.run.Run._tell_begin", _interrupted)
         with pytest.raises(SoftTimeLimitExceeded):
             task()
     with pytest.raises(RuntimeError, match="only while its body runs"):

@@ -24,7 +24,7 @@ from celery_singleton_state import (
 )
 from celery_singleton_state.history import decode
 from celery_singleton_state.hooks import Conflicted, Details
-from celery_singleton_state.run import run
+from celery_singleton_state.run import ending
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.ticks import message_of
 from celery_singleton_state.ticks_done import EntryTicks
@@ -359,7 +359,7 @@ def test_gaps_that_are_too_many_are_closed_with_a_warning(
     app: Celery, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every other tick is missing; a gap that was given up is refused, with a warning, too."""
-    monkeypatch.setattr(run, "SPANS_OF_WAITING", 3)
+    monkeypatch.setattr(ending, "SPANS_OF_WAITING", 3)
     ran: list[datetime | None] = []
     task = counting(app, ran, on_conflict="wait")
     for number in range(0, 10, 2):

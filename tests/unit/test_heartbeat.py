@@ -11,6 +11,7 @@ import pytest
 from celery_singleton_state.lease.heartbeat import Heartbeat
 from celery_singleton_state.lease.lease import HeldLease, clock
 from celery_singleton_state.store.base import Lease, StoreUnavailable
+from tests.owners import Told
 from tests.waiting import wait_until
 
 
@@ -273,7 +274,7 @@ def test_a_store_that_is_silent_keeps_no_lost_run_alive(
     store.answer = answer_late
     told: list[bool] = []
     lease = held("a", ttl=0.3)
-    lease.on_lost = lambda: told.append(answered.is_set())
+    lease.owner = Told(lost=lambda why: told.append(answered.is_set()))
     heartbeat.hold(lease)
     wait_until(lambda: told, "it is told")
     answered.set()
@@ -324,7 +325,7 @@ def test_a_holder_hears_who_asks_it_to_hand_over(heartbeat: Heartbeat, store: An
     store.handoffs["a"] = "task 7"
     asked, other = held("a"), held("b")
     heard: list[str] = []
-    asked.on_handoff = other.on_handoff = heard.append
+    asked.owner = other.owner = Told(asked=heard.append)
     heartbeat.hold(asked)
     heartbeat.hold(other)
     wait_until(lambda: heard, "it is asked")
@@ -357,7 +358,7 @@ def test_an_error_in_what_is_told_costs_no_other_lease_its_life(
         raise RuntimeError("can't start new thread")
 
     asked, other = held("asked"), held("other")
-    asked.on_handoff = fail
+    asked.owner = Told(asked=fail)
     store.handoffs["asked"] = "somebody"
     for lease in (asked, other):
         heartbeat.hold(lease)

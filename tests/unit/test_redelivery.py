@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,10 +15,20 @@ from celery.exceptions import Reject
 from kombu.exceptions import OperationalError
 
 from celery_singleton_state import SingletonTask, singleton_task
-from celery_singleton_state.message.resend import left_if_killed, send_again
+from celery_singleton_state.message.resend import reject_if_killed, send_again
 
 #: What kombu raises: for a broker that is away, and for a connection that breaks while it is used.
 ERRORS = (OperationalError("Connection refused"), AttributeError("'NoneType' has no 'client'"))
+
+
+@contextmanager
+def delivering(request: Context) -> Iterator[None]:
+    """What surrounds a delivery: as the task does it."""
+    try:
+        yield
+    except BaseException as error:
+        reject_if_killed(error, request)
+        raise
 
 
 @pytest.fixture(params=ERRORS)
@@ -90,7 +101,7 @@ def test_a_body_that_celery_breaks_off_leaves_its_message_with_the_broker(
     kill: Callable[[], None],
 ) -> None:
     request = Context(id="1", called_directly=False)
-    with pytest.raises(Reject) as caught, left_if_killed(request):
+    with pytest.raises(Reject) as caught, delivering(request):
         kill()
     assert caught.value.requeue
 
@@ -106,7 +117,7 @@ def test_a_retry_that_celery_breaks_off_leaves_its_message_with_the_broker(
     monkeypatch.setattr(memory_app.amqp, "send_task_message", send)
     task.push_request(id="1", args=(), kwargs={}, called_directly=False)
     try:
-        with pytest.raises(Reject) as caught, left_if_killed(task.request):
+        with pytest.raises(Reject) as caught, delivering(task.request):
             task.retry(countdown=1)
     finally:
         task.pop_request()
@@ -114,5 +125,5 @@ def test_a_retry_that_celery_breaks_off_leaves_its_message_with_the_broker(
 
 
 def test_an_error_of_the_body_is_left_as_it_is() -> None:
-    with pytest.raises(NotImplementedError), left_if_killed(Context(id="1")):
+    with pytest.raises(NotImplementedError), delivering(Context(id="1")):
         raise NotImplementedError

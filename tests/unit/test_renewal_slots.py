@@ -29,6 +29,7 @@ from celery_singleton_state.lease.renewal_slots import (
 from celery_singleton_state.runtime import close_runtime, runtime_of
 from celery_singleton_state.store.base import Ended
 from celery_singleton_state.worker.parent_renewal import ParentRenewal
+from tests.owners import Told
 from tests.unit.test_heartbeat import Answers, Lease
 from tests.waiting import wait_until
 
@@ -102,7 +103,7 @@ def test_a_refusal_and_a_wish_are_heard_at_the_signal(child: Child) -> None:
     """The thread's own turn would come in half a minute."""
     lost, asked = child.hold("lost"), child.hold("asked")
     heard: list[str] = []
-    asked.on_handoff = heard.append
+    asked.owner = Told(asked=heard.append)
     child.answer(asked, RenewalAnswer("holder of asked", clock(), "task 7"))
     wait_until(lambda: heard, "it is asked to hand over")
     assert heard[0] == "task 7"
@@ -245,7 +246,7 @@ def hold(app: Celery, pipe: Any, key: str) -> None:
     acquired = own.store.acquire(key, holder, TTL, None)
     assert acquired is not None
     held = HeldLease(acquired.lease, asked_at, TTL / 100)
-    held.on_lost = lambda: pipe.send(held.lost)
+    held.owner = Told(lost=pipe.send)
     own.heartbeat_of(key).hold(held)
     pipe.send(acquired.lease)
     while True:

@@ -1,0 +1,102 @@
+"""How a run ends: what its row notes of that, and what it knows of ticks from then on."""
+
+from __future__ import annotations
+
+import logging
+
+from celery.exceptions import Ignore, Reject, Retry
+
+from celery_singleton_state import history, ticks_done
+from celery_singleton_state.errors import HeartbeatFailed, SingletonError
+from celery_singleton_state.history import Outcome
+from celery_singleton_state.message.delivery import Delivery
+from celery_singleton_state.message.resend import means_to_kill
+from celery_singleton_state.retry import RetryAfter
+from celery_singleton_state.ticks import Tick
+from celery_singleton_state.ticks_done import EntryTicks
+
+logger = logging.getLogger(__name__)
+
+#: How many spans of ticks a row keeps of one entry: with conflicts that wait, messages of ticks can
+#: overtake each other; elsewhere a gap is nearly always a tick that was skipped.
+SPANS_OF_WAITING, SPANS = 1000, 300
+
+
+def outcome_of(error: BaseException, delivery: Delivery, is_replaced: bool) -> Outcome:
+    """How a run ends whose body raised.
+
+    :param is_replaced: whether the body has replaced itself.
+    """
+    if is_replaced and isinstance(error, Ignore):
+        return Outcome.SUCCEEDED
+    if isinstance(error, Retry):
+        return Outcome.RETRIED
+    if isinstance(error, Ignore):
+        return Outcome.SKIPPED
+    return Outcome.LOST if is_of_lease(error, delivery) else Outcome.FAILED
+
+
+def is_of_lease(error: BaseException, delivery: Delivery) -> bool:
+    """Whether the run ends because it has no lease any more, or gives it up."""
+    return isinstance(error, HeartbeatFailed) and error.singleton == delivery.name
+
+
+def is_for_good(error: BaseException, delivery: Delivery) -> bool:
+    """Whether the message does not come again after this error."""
+    if isinstance(error, Reject):
+        return not getattr(error, "requeue", False)
+    if isinstance(error, Retry) or not isinstance(error, Exception) or means_to_kill(error):
+        return False
+    if isinstance(error, SingletonError) and error.singleton == delivery.name:
+        return not isinstance(delivery.answer_to(error), RetryAfter)
+    return True
+
+
+def ticks_after(
+    delivery: Delivery,
+    entry: history.Entry,
+    raw: str | None,
+    was_replaced: bool,
+    is_replaced: bool,
+    goes_on: bool,
+) -> str | None:
+    """What the row is to know of ticks; ``None`` if the run changes nothing of it.
+
+    The tick of a run that lost its lease has not ended: the beat sends it again. One that was
+    asked to hand over to a newer message does not come again.
+
+    :param raw: what the row knows before.
+    :param was_replaced: whether the run was asked to hand over.
+    :param is_replaced: whether its body has replaced itself.
+    :param goes_on: whether the tick then ends with the message that replaces the run.
+    """
+    tick, outcome = entry.tick, entry.outcome
+    if tick is None or (outcome == Outcome.LOST and not was_replaced):
+        return None
+    known, before = delivery.ticks_of(raw)
+    if is_replaced and goes_on and outcome in history.DONE:
+        after = before.with_retried(tick.due)
+    elif outcome in history.DONE and (entry.final or is_replaced):
+        after = _with_done(delivery, before, tick)
+    elif outcome == Outcome.DUPLICATE:
+        return None
+    elif entry.final or was_replaced:
+        after = before.with_failed(tick.due)
+    else:
+        after = before.with_retried(tick.due)
+    return None if after == before else ticks_done.encode(known, tick, after)
+
+
+def _with_done(delivery: Delivery, before: EntryTicks, tick: Tick) -> EntryTicks:
+    after = before.with_done(tick.due, delivery.previous)
+    waits = delivery.on_conflict in ("wait", "replace")
+    kept = after.with_at_most(SPANS_OF_WAITING if waits else SPANS)
+    if kept is not after:
+        logger.log(
+            logging.WARNING if waits else logging.INFO,
+            "singleton %s: too many ticks of %s are missing among those that are done; the "
+            "oldest missing ones count as done from now on",
+            delivery.name,
+            tick.entry,
+        )
+    return kept
