@@ -120,7 +120,9 @@ class Run:
         )
         #: Whether the store has answered that the lease is given back.
         self.given_back = False
-        self._acquired = acquired
+        self._acquired_at = acquired.acquired_at
+        self._ticks_done = acquired.ticks_done
+        self._took_over = acquired.write == TAKEN_OVER
         self._asked_at = asked_at
         self._in_transaction = False
         #: Held while the state is written: a body can have threads of its own, and a write must be
@@ -161,8 +163,10 @@ class Run:
                 # A thread of the body can have a copy of the context, and live on.
                 self.is_over = True
                 self._delivery.place.asked_by = self.held.asked_by
-                # It refers to this run, which would keep it and its state for the collector.
+                # It refers to this run, which would keep it for the collector.
                 self.held.owner = None
+                # Whoever keeps an error of the body keeps the frames of this run, too.
+                self.state.forget()
 
     def _body(
         self, body: Callable[..., Any], args: Any, kwargs: Any
@@ -191,8 +195,8 @@ class Run:
     def _load(self) -> None:
         if self._delivery.codec is None:
             return
-        found = self._acquired
-        self._delivery.tell(StateLoaded, size=len(found.value), schema_version=found.schema_version)
+        size, version = self.state.found
+        self._delivery.tell(StateLoaded, size=size, schema_version=version)
         starts_anew = self._delivery.options.on_decode_error == "initial"
         self.state.load(self._set_aside if starts_anew else None)
 
@@ -237,7 +241,7 @@ class Run:
 
     def _tell_begin(self) -> None:
         lease, tell = self.held.lease, self._delivery.tell
-        how = "expired" if self._acquired.write == TAKEN_OVER else _ended_by_others(self.entries)
+        how = "expired" if self._took_over else _ended_by_others(self.entries)
         if how:
             tell(TookOver, holder=lease.holder, fence=lease.fence, how=how)
         tell(BecameLeader, holder=lease.holder, fence=lease.fence)
@@ -521,8 +525,8 @@ class Run:
             tick=self._delivery.tick,
             outcome=outcome,
             error=error,
-            started=self._acquired.acquired_at,
-            finished=self._acquired.acquired_at + clock() - self._asked_at,
+            started=self._acquired_at,
+            finished=self._acquired_at + clock() - self._asked_at,
             final=self.is_final,
             sent=self._delivery.sent,
             result=result,
@@ -556,7 +560,7 @@ class Run:
         return ticks_after(
             self._delivery,
             entry,
-            self._acquired.ticks_done,
+            self._ticks_done,
             was_asked,
             self.is_replaced,
             self.tick_goes_on,

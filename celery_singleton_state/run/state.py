@@ -25,9 +25,11 @@ class RunState:
         self.value: Any = None
         #: What the row is known to hold; ``None`` while a write's answer is unknown.
         self.stored: NewValue | None = NewValue(acquired.value, acquired.schema_version or 1)
+        #: How long the JSON is that the row held, and of which version, if it has one.
+        self.found = len(acquired.value), acquired.schema_version
         self._name = name
         self._codec = codec
-        self._acquired = acquired
+        self._key = acquired.lease.key
 
     def need(self, what: str) -> Codec[Any]:
         """:raises RuntimeError: the singleton has no state, which ``what`` needs."""
@@ -42,9 +44,9 @@ class RunState:
             start anew; ``None``: that is an error.
         :raises SchemaDecodeFailed: there is no way to a state.
         """
-        if self._codec is None:
+        found = self.stored
+        if self._codec is None or found is None:
             return
-        found = self._acquired
         try:
             if found.value == NO_STATE:
                 self.value = self._codec.initial()
@@ -54,7 +56,7 @@ class RunState:
             except StateError as error:
                 if set_aside is None:
                     raise
-                key = _quarantine_key(found.lease.key, found.value)
+                key = _quarantine_key(self._key, found.value)
                 set_aside(key, found.value)
                 logger.error("singleton %s: %s; kept under %s", self._name, error, key)
                 self.value = self._codec.initial()
@@ -78,6 +80,10 @@ class RunState:
             return None
         new = self.document()
         return None if new == self.stored else new
+
+    def forget(self) -> None:
+        """Let go of what it holds: the run is over, and states can be large."""
+        self.value = self.stored = None
 
     def roll_back(self, before: NewValue) -> None:
         """Go back, with the rows: a body that goes on must not save a state without them."""
