@@ -222,7 +222,11 @@ class Heartbeat:
         if self._parent is not None and why is not REFUSED:
             # After a refusal the parent renews no more, but its signals go on until the run ends.
             self._parent.remove(held)
-        held.lose(why)
+        # It is trusted no longer, whoever else may hold it or not.
+        held.lost = why
+        owner = held.owner
+        if owner is not None:
+            owner.lost(why)
 
 
 class Alarm(Generic[T]):

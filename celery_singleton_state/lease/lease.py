@@ -85,13 +85,6 @@ class HeldLease:
             if owner is not None:
                 owner.asked_to_hand_over(who)
 
-    def lose(self, why: str) -> None:
-        """Trust it no longer, whoever else may hold it or not."""
-        self.lost = why
-        owner = self.owner
-        if owner is not None:
-            owner.lost(why)
-
     @property
     def remaining(self) -> float:
         """Seconds that it may still be trusted; 0 when it is lost."""

@@ -146,7 +146,7 @@ def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: A
         if why is None and delivery.tick is not None:
             why = delivery.passed(run.entries, acquired.ticks_done)
         if why is None:
-            if run.entries:
+            if run.entries and delivery.request.id:
                 run.refuse_poison()
             return run.execute(claim.body, args, kwargs)
         # Of a copy that is requeued nothing is noted: the lease is given back as it was.

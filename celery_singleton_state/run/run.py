@@ -213,7 +213,7 @@ class Run:
         """The lease is lost: the body is interrupted, or the task told beside it."""
         self._tell_lost(why)
         if self._delivery.options.on_lease_lost == "interrupt":
-            self.body.interrupt(self._writer.failure().detail)
+            self.body.interrupt(f"the lease with fence {self.held.lease.fence} is lost: {why}")
         else:
             threading.Thread(target=self._stop_leading_beside, daemon=True).start()
 
