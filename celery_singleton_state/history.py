@@ -8,6 +8,7 @@ unanswered commit mine, and what ran when.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from enum import StrEnum
 
 import msgspec
@@ -91,6 +92,10 @@ def decode(raw: str | None, name: str) -> tuple[Entry, ...]:
     if not raw:
         return ()
     try:
+        return _decoder.decode(raw)
+    except msgspec.DecodeError:
+        pass
+    try:
         return from_json(raw, _decoder)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         text = "singleton %s: its history cannot be read and starts anew: %s"
@@ -123,6 +128,10 @@ def append(entries: tuple[Entry, ...], entry: Entry, limit: int) -> str:
                 each = msgspec.structs.replace(each, result=None)
         kept.append(each)
     kept.reverse()
+    with suppress(UnicodeEncodeError):
+        text = msgspec.json.encode(kept).decode()
+        if text.isascii():
+            return text
     return to_json(kept)
 
 

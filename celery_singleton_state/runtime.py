@@ -12,6 +12,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 from celery import Celery
@@ -40,6 +41,10 @@ T = TypeVar("T")
 #: Connections in the pool of a process that runs one body at a time: the body's transaction and
 #: what it does beside that. The heartbeat has the one that is kept besides the pool's.
 SMALL_POOL = 2
+
+
+#: There are few nodes in a process, and many runs.
+_as_ascii = lru_cache(16)(storable)
 
 
 class _once(Generic[T]):  # noqa: N801 - it decorates, as property does
@@ -211,7 +216,7 @@ class Runtime:
 
         It is ASCII, whatever the node is called, so that every database can hold it.
         """
-        node = storable(nodename or gethostname())
+        node = _as_ascii(nodename or gethostname())
         return f"{node}:{os.getpid()}:{self._nonce}.{next(self._count):x}"
 
     def holds_without_run(self, holder: str | None) -> bool:

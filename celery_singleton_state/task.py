@@ -182,18 +182,13 @@ class SingletonTask(_TypedTask[S, P, R]):
         with Unbreakable():
             request, is_own = _request_for(self, args, kwargs)
             try:
-                delivery = self._delivery(request, args, kwargs)
-                if self._options.enqueue_once:
-                    settle(request)
-                try:
-                    result: R | None = self._deliver(delivery, body, args, kwargs)
-                    return result
-                except ReplacedEagerly as ended:
-                    replaced = ended
+                result: R | None = self._deliver(request, body, args, kwargs)
+                return result
+            except ReplacedEagerly as ended:
                 # It would have met the lease in the body. Celery denies the waiting for results in
                 # what `task_always_eager` calls.
                 with allow_join_result():
-                    return super().on_replace(replaced.signature)
+                    return super().on_replace(ended.signature)
             except BaseException as error:
                 reject_if_killed(error, request)
                 raise
@@ -378,12 +373,15 @@ class SingletonTask(_TypedTask[S, P, R]):
         key = runtime.key_of(name)
         return Delivery(self, request, name, key, self._options, self._codec, runtime)
 
-    def _deliver(self, delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _deliver(self, request: Context, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Deliver a message, or a call, and answer what goes wrong.
 
         :raises SingletonError: what went wrong; of an eager run that was repeated, in the last try
             whose body ran.
         """
+        delivery = self._delivery(request, args, kwargs)
+        if self._options.enqueue_once:
+            settle(request)
         earlier = delivery.earlier
         while True:
             try:
@@ -485,10 +483,11 @@ def _request_for(task: Any, args: Any, kwargs: Any) -> tuple[Context, bool]:
     taken for that message; Celery's ``push_request`` would hand it the message's id.
     """
     request = task.request
-    run = current_run(task)
-    # A class's `__call__` can have put a copy of the message's request in its place.
-    if not request.called_directly and (run is None or run.request.id != request.id):
-        return request, False
+    if not request.called_directly:
+        run = current_run(task)
+        # A class's `__call__` can have put a copy of the message's request in its place.
+        if run is None or run.request.id != request.id:
+            return request, False
     own = Context(args=args, kwargs=kwargs, hostname=request.hostname, headers={})
     _task_stack.push(task)
     task.request_stack.push(own)

@@ -70,14 +70,22 @@ class Door:
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
 
-    def tell(self, details: Details) -> None:
-        """Something happened. Never waits, never raises."""
-        kind = type(details)
-        level = log.LEVELS.get(kind)
-        if level is not None and log.logger.isEnabledFor(level):
+    def tell(
+        self, singleton: str, key: str, task_id: str | None, kind: type[Details], **fields: Any
+    ) -> None:
+        """Something happened to a singleton. Never waits, never raises.
+
+        The arguments are those of the details object, which is made only if anybody looks on.
+        """
+        level, signal = log.LEVELS.get(kind), SIGNALS.get(kind)
+        is_logged = level is not None and log.logger.isEnabledFor(level)
+        is_wanted = self._names or (signal is not None and signal.receivers) or switch[0]
+        if not (is_logged or is_wanted):
+            return
+        details = kind(singleton=singleton, key=key, task_id=task_id, **fields)
+        if is_logged:
             log.write(details)
-        signal = SIGNALS.get(kind)
-        if not (self._names or (signal is not None and signal.receivers) or switch[0]):
+        if not is_wanted:
             return
         if len(self._waiting) >= LIMIT:
             self._dropped += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from celery.app.task import Context
@@ -21,7 +22,6 @@ from celery_singleton_state.headers import (
     WAITED,
     own_headers,
 )
-from celery_singleton_state.hooks import Details
 from celery_singleton_state.retry import Fail, RetryAfter, answer_to, policy_of
 from celery_singleton_state.runtime import Runtime
 from celery_singleton_state.state.codec import Codec
@@ -95,6 +95,9 @@ class Delivery:
         self.options = options
         self.codec = codec
         self.runtime = runtime
+        #: Tell those who look on that something happened to the singleton: a kind of details, and
+        #: their further fields by name.
+        self.tell = partial(runtime.door.tell, task.name, name, request.id)
         #: Where the message stands among those that replace each other.
         self.place = Place()
         #: What came of it before, if it is an eager run.
@@ -139,12 +142,6 @@ class Delivery:
         self.deduplicates = options.deduplicate
         if self.deduplicates is None:
             self.deduplicates = codec is not None or self.tick is not None
-
-    def tell(self, kind: type[Details], **fields: Any) -> None:
-        """Tell those who look on that something happened to the singleton."""
-        self.runtime.door.tell(
-            kind(singleton=self.task.name, key=self.name, task_id=self.request.id, **fields)
-        )
 
     @property
     def conflict_timeout(self) -> float:

@@ -19,7 +19,7 @@ from celery_singleton_state.headers import REPLACES, header
 from celery_singleton_state.history import Outcome
 from celery_singleton_state.hooks import Conflicted, Skipped
 from celery_singleton_state.lease.holdings import Holding
-from celery_singleton_state.lease.lease import clock, in_place
+from celery_singleton_state.lease.lease import clock
 from celery_singleton_state.message.coalesce import grant
 from celery_singleton_state.message.delivery import DONE_BEFORE, Delivery
 from celery_singleton_state.message.duplicates import end_duplicate, wait_for_record
@@ -28,14 +28,18 @@ from celery_singleton_state.message.place import find_place
 from celery_singleton_state.message.resend import can_be_sent_again, end_copy, put_back, wait_on
 from celery_singleton_state.message.sent_anew import warn_if_sent_anew
 from celery_singleton_state.recovery import free_holder, free_own
-from celery_singleton_state.store.base import Acquired, Row, StoreError, StoreRefusesValue
+from celery_singleton_state.store.base import (
+    Acquired,
+    Row,
+    StoreError,
+    StoreRefusesValue,
+    StoreUnavailable,
+)
 
 from .conflict import POLICIES, Conflict
 from .run import Run
 from .waiting import is_behind_another
 
-#: One for a connection that died in the pool, one over a new connection.
-LOAD_TRIES = 2
 #: Seconds until a copy of a retry looks again whether the run that asked for it has ended.
 COPY_PAUSE = 0.2
 #: How often a lease that was free again by the time of a second look is asked for.
@@ -141,7 +145,7 @@ def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: A
         dequeue_as_sent(delivery)
     run = Run(delivery, acquired, asked_at)
     try:
-        done = delivery.done_by(run.entries) if run.entries else None
+        done = delivery.done_by(run.entries) if run.entries and delivery.request.id else None
         why = DONE_BEFORE if done else None
         if why is None and delivery.tick is not None:
             why = delivery.passed(run.entries, acquired.ticks_done)
@@ -258,7 +262,13 @@ def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
         return asked_at, None, row
 
     try:
-        return in_place(ask, LOAD_TRIES, until)
+        try:
+            return ask()
+        except StoreUnavailable:
+            # The connection may have died in the pool: once more, over a new one.
+            if clock() >= until:
+                raise
+            return ask()
     except StoreError as error:
         raise _not_loaded(delivery, error) from error
 

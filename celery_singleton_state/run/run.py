@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from celery.exceptions import Ignore
@@ -41,8 +42,7 @@ from celery_singleton_state.store.base import (
 
 from .ending import is_for_good, is_of_lease, outcome_of, ticks_after
 from .interrupt import Body
-from .state import RunState
-from .writes import FencedWriter, not_written
+from .writes import FencedWriter, RunState, not_written
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ _active: set[Run] = set()
 
 def current_run(task: Any) -> Run | None:
     """The run of this task that the calling code is in, if it is in one."""
+    if _current.get() is None:
+        return None
     run = _innermost(task)
     return None if run is None or run.is_over else run
 
@@ -108,13 +110,13 @@ class Run:
         self.tick_goes_on = False
         #: Whether its body has replaced itself, and whether it is just doing so.
         self.is_replaced = self.is_replacing = False
-        self.state = RunState(delivery.name, delivery.codec, acquired)
-        settings = delivery.runtime.settings
-        self.held = HeldLease(acquired.lease, asked_at, settings.heartbeat_interval)
+        runtime = delivery.runtime
+        self.held = HeldLease(acquired.lease, asked_at, runtime.settings.heartbeat_interval)
         self.body = Body(delivery.name)
         self._delivery = delivery
-        self._store = delivery.runtime.store
-        self._heartbeat = delivery.runtime.heartbeat_of(delivery.key)
+        self._store = runtime.store
+        self._heartbeat = runtime.heartbeat_of(delivery.key)
+        self.state = RunState(delivery.name, delivery.codec, acquired)
         self._writer = FencedWriter(
             delivery.name, self._store, self.held, acquired.write, delivery.tell
         )
@@ -166,7 +168,7 @@ class Run:
                 # It refers to this run, which would keep it for the collector.
                 self.held.owner = None
                 # Whoever keeps an error of the body keeps the frames of this run, too.
-                self.state.forget()
+                self.state.value = self.state.stored = None
 
     def _body(
         self, body: Callable[..., Any], args: Any, kwargs: Any
@@ -186,7 +188,8 @@ class Run:
                     f"{self.name}: the body ended within transaction(), which another thread may "
                     "be in; the body has to wait for it"
                 )
-            self._writer.refuse_if_undecided()
+            if not self._writer.may_write:
+                self._writer.refuse_if_undecided()
             return result, self.state.changed()
         except BaseException as error:
             self._end_with(error)
@@ -241,7 +244,11 @@ class Run:
 
     def _tell_begin(self) -> None:
         lease, tell = self.held.lease, self._delivery.tell
-        how = "expired" if self._took_over else _ended_by_others(self.entries)
+        how = None
+        if self._took_over:
+            how = "expired"
+        elif self.entries and self.entries[-1].outcome == Outcome.LOST:
+            how = "died" if self.entries[-1].error == DIED else "handed over"
         if how:
             tell(TookOver, holder=lease.holder, fence=lease.fence, how=how)
         tell(BecameLeader, holder=lease.holder, fence=lease.fence)
@@ -255,7 +262,11 @@ class Run:
         if self._end_told.acquire(blocking=False):
             lease = self.held.lease
             self._delivery.tell(
-                Lost, holder=lease.holder, fence=lease.fence, why=why, seconds=self._seconds
+                Lost,
+                holder=lease.holder,
+                fence=lease.fence,
+                why=why,
+                seconds=clock() - self._asked_at,
             )
 
     def _tell_end(self, outcome: Outcome, error: str | None) -> None:
@@ -267,14 +278,10 @@ class Run:
                 holder=lease.holder,
                 fence=lease.fence,
                 outcome=outcome,
-                seconds=self._seconds,
+                seconds=clock() - self._asked_at,
                 error=error,
                 given_back=self.given_back,
             )
-
-    @property
-    def _seconds(self) -> float:
-        return clock() - self._asked_at
 
     # -- what the body may do
 
@@ -547,7 +554,7 @@ class Run:
         write = self._writer.next_write(new) if new else None
         released = self._writer.write(
             "save" if new else "release",
-            lambda: self._store.release(lease, ended, write),
+            partial(self._store.release, lease, ended, write),
             recognised=lambda: self._writer.has_ended(entry),
         )
         self.given_back = True
@@ -618,11 +625,3 @@ class Run:
 def _asked_by(who: str) -> str:
     """Why a run ends that was asked to hand over."""
     return f"asked to hand over to {who}; the state is that of the last checkpoint"
-
-
-def _ended_by_others(past: tuple[history.Entry, ...]) -> str | None:
-    """How the last run lost its lease; ``None`` if it gave the lease back by itself."""
-    last = past[-1] if past else None
-    if last is None or last.outcome != Outcome.LOST:
-        return None
-    return "died" if last.error == DIED else "handed over"

@@ -1,9 +1,11 @@
-"""Writing to the row in the name of a lease, in order, and knowing whether it happened."""
+"""What a run loads and writes: its state, and the writes to the row in the name of its lease."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from celery_singleton_state import history
 from celery_singleton_state.errors import (
@@ -13,8 +15,11 @@ from celery_singleton_state.errors import (
     StatePersistFailed,
 )
 from celery_singleton_state.hooks import WriteRefused
+from celery_singleton_state.keys import row_key
 from celery_singleton_state.lease.lease import HeldLease, clock, in_place
+from celery_singleton_state.state.codec import NO_STATE, Codec, StateError
 from celery_singleton_state.store.base import (
+    Acquired,
     NewValue,
     Store,
     StoreError,
@@ -22,6 +27,8 @@ from celery_singleton_state.store.base import (
     StoreUnavailable,
     Write,
 )
+
+logger = logging.getLogger(__name__)
 
 TRIES = 3
 
@@ -56,7 +63,8 @@ class FencedWriter:
         self._tell = tell
         self._number = 0
         self._seen = seen
-        self._undecided = False
+        #: Whether the outcome of every transaction is known.
+        self.may_write = True
 
     def next_write(self, new: NewValue) -> Write:
         """Give a new state the next number."""
@@ -130,7 +138,7 @@ class FencedWriter:
         writes no state from here on.
         """
         lease = self._held.lease
-        self._undecided = True
+        self.may_write = False
         if self._held.lost:
             return False
         try:
@@ -141,24 +149,19 @@ class FencedWriter:
             )
         except StoreError:
             return False
-        self._undecided = False
+        self.may_write = True
         if committed is None:
             self.refused("transaction")
         elif committed:
             self.answered(write)
         return bool(committed)
 
-    @property
-    def may_write(self) -> bool:
-        """Whether the outcome of every transaction is known."""
-        return not self._undecided
-
     def refuse_if_undecided(self) -> None:
         """Refuse to write after a transaction whose outcome is unknown.
 
         :raises StatePersistFailed: what the run holds in memory and what the row holds may differ.
         """
-        if self._undecided:
+        if not self.may_write:
             raise StatePersistFailed(
                 self._name,
                 "whether a transaction was committed is not known, so this run saves nothing "
@@ -182,3 +185,83 @@ class FencedWriter:
             self._name,
             f"the lease with fence {self._held.lease.fence} is lost: {self._held.lost}",
         )
+
+
+class RunState:
+    """A run's state; of a singleton without a schema it is always ``None``.
+
+    :param name: the singleton's name, for its errors.
+    """
+
+    def __init__(self, name: str, codec: Codec[Any] | None, acquired: Acquired) -> None:
+        self.value: Any = None
+        #: What the row is known to hold; ``None`` while a write's answer is unknown.
+        self.stored: NewValue | None = NewValue(acquired.value, acquired.schema_version or 1)
+        #: How long the JSON is that the row held, and of which version, if it has one.
+        self.found = len(acquired.value), acquired.schema_version
+        self._name = name
+        self._codec = codec
+        self._key = acquired.lease.key
+
+    def need(self, what: str) -> Codec[Any]:
+        """:raises RuntimeError: the singleton has no state, which ``what`` needs."""
+        if self._codec is None:
+            raise RuntimeError(f"{self._name}: {what} needs a state_schema")
+        return self._codec
+
+    def load(self, set_aside: Callable[[str, str], None] | None) -> None:
+        """Decode what the row held, or make the initial state, where there is a schema.
+
+        :param set_aside: keeps a value that cannot be decoded under a key, so that the run can
+            start anew; ``None``: that is an error.
+        :raises SchemaDecodeFailed: there is no way to a state.
+        """
+        found = self.stored
+        if self._codec is None or found is None:
+            return
+        try:
+            if found.value == NO_STATE:
+                self.value = self._codec.initial()
+                return
+            try:
+                self.value = self._codec.decode(found.value, found.schema_version)
+            except StateError as error:
+                if set_aside is None:
+                    raise
+                key = _quarantine_key(self._key, found.value)
+                set_aside(key, found.value)
+                logger.error("singleton %s: %s; kept under %s", self._name, error, key)
+                self.value = self._codec.initial()
+        except StateError as error:
+            raise SchemaDecodeFailed(self._name, str(error)) from error
+
+    def document(self) -> NewValue:
+        """The state as it is to be stored.
+
+        :raises SchemaDecodeFailed: it does not fit its schema.
+        """
+        codec = self._codec or self.need("state")
+        try:
+            return NewValue(codec.encode(self.value), codec.version)
+        except StateError as error:
+            raise SchemaDecodeFailed(self._name, str(error)) from error
+
+    def changed(self) -> NewValue | None:
+        """The same, if it differs from what the row holds."""
+        if self._codec is None:
+            return None
+        new = self.document()
+        return None if new == self.stored else new
+
+    def roll_back(self, before: NewValue) -> None:
+        """Go back, with the rows: a body that goes on must not save a state without them."""
+        codec = self.need("state")
+        # If a time limit interrupts the decoding, there is no state that could be saved.
+        self.value = None
+        self.value = codec.decode(before.value, before.schema_version)
+
+
+def _quarantine_key(key: str, value: str) -> str:
+    """The key under which a value of this row is kept that cannot be decoded: always the same."""
+    digest = hashlib.sha256(value.encode()).hexdigest()[:12]
+    return row_key(f"quarantine:{digest}:", key)

@@ -532,11 +532,12 @@ def test_a_release_that_a_time_limit_interrupts_is_reported_as_it_ended(
         raise SoftTimeLimitExceeded
 
     monkeypatch.setattr(store, "release", interrupt)
-    monkeypatch.setattr(runtime_of(app).door, "tell", told.append)
+    door = runtime_of(app).door
+    monkeypatch.setattr(door, "tell", lambda *of, **fields: told.append((of[-1], fields)))
     with pytest.raises(SoftTimeLimitExceeded):
         task()
-    (ended,) = [details for details in told if isinstance(details, Released)]
-    assert (ended.outcome, ended.given_back) == (
+    (ended,) = [fields for kind, fields in told if kind is Released]
+    assert (ended["outcome"], ended["given_back"]) == (
         ("succeeded", True) if is_carried_out else ("failed", False)
     )
     wait_until(lambda: is_free(app), "the process gives the lease back")

@@ -9,9 +9,8 @@ import psycopg
 import pytest
 from sqlalchemy import Engine
 
-from celery_singleton_state.store.sql.connections import Connections
+from celery_singleton_state.store.sql.connections import Connections, GrowingPool
 from celery_singleton_state.store.sql.engine import make_engine
-from celery_singleton_state.store.sql.pooled import GrowingPool
 from celery_singleton_state.store.sql.store import SqlStore
 from celery_singleton_state.store.sql.url import parse_url
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import pytest
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
@@ -31,6 +32,7 @@ from celery_singleton_state.hooks import (
     events,
 )
 from celery_singleton_state.hooks.details import KINDS
+from celery_singleton_state.hooks.door import Door
 from celery_singleton_state.recovery import end_for
 from celery_singleton_state.runtime import runtime_of
 from tests.waiting import wait_until
@@ -219,6 +221,11 @@ def test_a_slow_hook_stalls_no_run_and_what_is_too_much_is_dropped(
     assert len(seen.details) < 6 * 4
 
 
+def tell(own: Door, details: Details) -> None:
+    """Tell a door what these details say, at whatever time."""
+    own.tell(kind=type(details), **msgspec.structs.asdict(details))
+
+
 def test_what_comes_while_the_last_is_handed_on_is_told_as_well(
     memory_app: Celery, seen: Seen
 ) -> None:
@@ -233,9 +240,9 @@ def test_what_comes_while_the_last_is_handed_on_is_told_as_well(
     use(memory_app, slow)
     own = runtime_of(memory_app).door
     first, second = EXAMPLES[:2]
-    own.tell(first)
+    tell(own, first)
     assert held.wait(30)
-    own.tell(second)
+    tell(own, second)
     closing = threading.Thread(target=own.close)
     closing.start()
     wait_until(own._closed.is_set, "it is being closed")

@@ -11,7 +11,7 @@ import pymysql
 from pymysql.constants import CLIENT
 from sqlalchemy import URL, Engine, event
 
-from .pooled import APPLICATION_NAME, pooled
+from .connections import APPLICATION_NAME, pooled
 from .url import refuse_missing_files, refuse_unknown_options
 
 #: Options of PyMySQL's that a text cannot say, or that it refuses.

@@ -257,6 +257,7 @@ class MySqlStatements(Statements):
         self.claim = self._transaction(_CLAIM)
         self.dequeue = self.sql(_DEQUEUE)
         self.expect = self.sql(_EXPECT)
+        self.rows = _last_rows
         self.put = self._transaction(_PUT)
         self.prune = self._transaction(_PRUNE)
         self.record = self._transaction(_RECORD)
@@ -266,14 +267,15 @@ class MySqlStatements(Statements):
         self.encoding_advice = "ALTER TABLE … MODIFY … CHARACTER SET utf8mb4 mends that"
         self.check = f"{self.check};{self.sql(_MAY_CHANGE)}"
 
-    def rows(self, cursor: Any) -> Sequence[tuple[Any, ...]]:
-        """Those of the last statement that has any to tell."""
-        found: Sequence[tuple[Any, ...]] = ()
-        while True:
-            if cursor.description:
-                found = cursor.fetchall()
-            if not cursor.nextset():
-                return found
-
     def _transaction(self, statements: str, **more: str) -> str:
         return self.sql(_TRANSACTION.replace("{statements}", statements.strip()), **more)
+
+
+def _last_rows(cursor: Any) -> Sequence[tuple[Any, ...]]:
+    """The rows of the last statement that has any to tell."""
+    found: Sequence[tuple[Any, ...]] = ()
+    while True:
+        if cursor.description:
+            found = cursor.fetchall()
+        if not cursor.nextset():
+            return found

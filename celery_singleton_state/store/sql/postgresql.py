@@ -16,7 +16,7 @@ import psycopg.pq
 from celery.exceptions import ImproperlyConfigured
 from sqlalchemy import URL, Engine, event
 
-from .pooled import APPLICATION_NAME, pooled
+from .connections import APPLICATION_NAME, pooled
 from .url import refuse_missing_files, refuse_unknown_options
 
 #: Options whose values libpq looks at only when it is connected.

@@ -9,9 +9,9 @@ import time
 from typing import Any, Self
 
 from celery.exceptions import ImproperlyConfigured
-from sqlalchemy import URL, Engine, event
+from sqlalchemy import URL, Engine, QueuePool, event
 
-from .pooled import pooled
+from .connections import GrowingPool, pooled
 from .url import refuse_unknown_options
 
 #: RETURNING came with this release.
@@ -45,7 +45,8 @@ class Connection(sqlite3.Connection):
     _is_parents = False
 
     def cursor(self, factory: Any = None) -> Any:
-        self._refuse_parents()
+        if self._is_parents:
+            self._refuse_parents()
         return super().cursor(factory or Cursor)
 
     def execute(self, statement: str, parameters: Any = ()) -> Any:
@@ -126,6 +127,8 @@ def make(url: URL, in_memory: bool, io_timeout: float, pool_size: int) -> Engine
         url,
         1 if in_memory else pool_size,
         io_timeout,
+        # A database in memory lives in its only connection, which neither goes away nor has others.
+        poolclass=QueuePool if in_memory else GrowingPool,
         connect_args={"timeout": 0, "check_same_thread": False, "factory": Connection},
     )
 

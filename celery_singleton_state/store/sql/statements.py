@@ -8,7 +8,8 @@ so in one statement (:mod:`.returning`), MariaDB and MySQL in several that are s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import methodcaller
 from typing import Any
 
 from sqlalchemy import Dialect, Table
@@ -138,6 +139,8 @@ class Statements:
     #: One after the other within a transaction; the first says whether the write is in order.
     forget_within: Sequence[str]
     prune: str
+    #: The rows that a statement answers, of its cursor.
+    rows: Callable[[Any], Sequence[tuple[Any, ...]]] = methodcaller("fetchall")
     #: What locks the rows that a SELECT reads.
     for_update = "FOR UPDATE"
     #: Asks which privileges on the table the role lacks, where an error does not say so.
@@ -178,11 +181,6 @@ class Statements:
         return largest is not None and any(
             len(text) * 4 > largest and len(text.encode()) > largest for text in texts
         )
-
-    def rows(self, cursor: Any) -> Sequence[tuple[Any, ...]]:
-        """The rows that a statement answers."""
-        found: Sequence[tuple[Any, ...]] = cursor.fetchall()
-        return found
 
     def sql(self, template: str, **more: str) -> str:
         """A template with the database's words in it.

@@ -6,6 +6,8 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -31,7 +33,7 @@ from celery_singleton_state.store.base import (
 )
 from celery_singleton_state.text.storable import restored, storable
 
-from .connections import Connections
+from .connections import Connections, GrowingPool
 from .dialects import statements_for
 from .engine import is_in_memory
 from .entries import SqlEntries
@@ -45,8 +47,7 @@ from .errors import (
     policy_advice,
     went_away,
 )
-from .pooled import GrowingPool
-from .requests import SqlWishes
+from .requests import Rows, SqlWishes
 from .schema import make_table
 from .statements import Statements
 
@@ -69,6 +70,8 @@ class SqlStore:
         self._driver_error = engine.dialect.loaded_dbapi.Error
         # A database in memory lives in its pool's only connection.
         self._connections = Connections(engine, keeps_one=not is_in_memory(engine.url))
+        #: Runs a statement and returns the rows that it answers.
+        self._rows: Rows = partial(self._execute, self._sql.rows)
         self._has_said = False
         self.wishes = SqlWishes(self._sql, self._rows, self._change)
         self.entries = SqlEntries(self._sql, self._rows, self.run_within)
@@ -85,7 +88,7 @@ class SqlStore:
         sent: str | None = None,
     ) -> Acquired | None:
         named: dict[str, Any] = {"key": key, "holder": holder, "ttl": ttl}
-        named["task_id"] = storable(task_id)
+        named["task_id"] = None if task_id is None else storable(task_id)
         of_clock = f"{sent.rpartition(':')[0]}:%" if sent else None
         named |= {"rank": rank, "sent": sent, "of_clock": of_clock}
         try:
@@ -233,12 +236,8 @@ class SqlStore:
                 raise  # an error of the caller's own statements is the caller's
             raise self.as_store_error(error) from error
 
-    def _rows(self, statement: str, parameters: Mapping[str, Any]) -> Sequence[tuple[Any, ...]]:
-        rows: Sequence[tuple[Any, ...]] = self._execute(statement, parameters, self._sql.rows)
-        return rows
-
     def _change(self, statement: str, parameters: Mapping[str, Any]) -> int:
-        return int(self._execute(statement, parameters, lambda cursor: cursor.rowcount))
+        return int(self._execute(attrgetter("rowcount"), statement, parameters))
 
     def run_within(self, statements: Sequence[str], parameters: Mapping[str, Any]) -> bool:
         """Run statements in one transaction, if the first that answers rows does so.
@@ -256,7 +255,7 @@ class SqlStore:
             raise self.as_store_error(error) from error
 
     def _execute(
-        self, statement: str, parameters: Mapping[str, Any], answer: Callable[[Any], Any]
+        self, answer: Callable[[Any], Any], statement: str, parameters: Mapping[str, Any]
     ) -> Any:
         tries = TRIES
         while True:
