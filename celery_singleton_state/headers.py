@@ -7,6 +7,8 @@ from typing import Any
 
 from celery.app.task import Context
 
+from .compat import custom_attributes
+
 #: What all names begin with.
 PREFIX = "singleton_"
 #: How often the message was requeued because its own run went on.
@@ -195,8 +197,7 @@ def _on_top(request: Context, shown: Mapping[str, Any]) -> dict[str, Any]:
     Other attributes were put there by somebody in this process. Where nothing is hidden they are
     not taken for headers, and never what a message cannot carry.
     """
-    context: Any = request
-    found = _kept(context._get_custom_headers(request.__dict__) or {})
+    found = _kept(custom_attributes(request))
     if any(name not in found or is_of_tool(name) for name in shown):
         return {name: value for name, value in found.items() if name in shown or _is_plain(value)}
     return {name: value for name, value in found.items() if name in shown}

@@ -7,6 +7,7 @@ import logging
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
+from .compat import transport_of
 from .config.options import options_of
 from .runtime import Runtime
 from .store.routed import NO_SQL
@@ -35,7 +36,7 @@ def warn_of_single_host(app: Celery, url: str) -> None:
     if parse_url(url).get_backend_name() != "sqlite":
         return
     broker = app.connection_for_read()
-    local = broker.transport_cls in LOCAL_TRANSPORTS or (broker.hostname or "") in LOCAL_HOSTS
+    local = transport_of(broker) in LOCAL_TRANSPORTS or (broker.hostname or "") in LOCAL_HOSTS
     logger.log(
         logging.INFO if local else logging.WARNING,
         "singletons are guarded by %s: only among workers that open this same file; "

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from celery import Celery, Task
-from celery._state import _task_stack  # type: ignore[attr-defined]  # missing in celery-types
 from celery.app.task import Context
 from celery.exceptions import Reject
 from celery.result import allow_join_result
 from kombu.exceptions import OperationalError
 from typing_extensions import ParamSpec, TypeVar
 
+from .compat import TASK_STACK, forget_max_retries
 from .config.options import Options, find_misspelled, read_options, run_signature
 from .errors import SingletonError, StateLoadFailed
 from .headers import (
@@ -195,7 +195,7 @@ class SingletonTask(_TypedTask[S, P, R]):
             finally:
                 if is_own:
                     self.pop_request()
-                    _task_stack.pop()
+                    TASK_STACK.pop()
 
     def apply_async(
         self,
@@ -445,7 +445,7 @@ class SingletonTask(_TypedTask[S, P, R]):
             leave_with_broker(request, delivery.name, cause)
         finally:
             # Celery leaves it on the task, where the next retry of its own would find it.
-            self.__dict__.pop("override_max_retries", None)
+            forget_max_retries(self)
 
 
 def _of_run(run: Run, options: dict[str, Any], args: Any, kwargs: Any) -> dict[str, Any]:
@@ -489,6 +489,6 @@ def _request_for(task: Any, args: Any, kwargs: Any) -> tuple[Context, bool]:
         if run is None or run.request.id != request.id:
             return request, False
     own = Context(args=args, kwargs=kwargs, hostname=request.hostname, headers={})
-    _task_stack.push(task)
+    TASK_STACK.push(task)
     task.request_stack.push(own)
     return own, True

@@ -9,6 +9,8 @@ from celery.beat import Scheduler
 from kombu.exceptions import OperationalError
 from kombu.utils.objects import cached_property
 
+from celery_singleton_state.compat import take_connection
+
 if TYPE_CHECKING:
     _Base = Scheduler
 else:
@@ -31,8 +33,7 @@ class BrokerConnection(_Base):
 
     def _disconnect(self) -> None:
         """Let the next message have a new connection."""
-        self.__dict__.pop("producer", None)
-        connection = self.__dict__.pop("connection", None)
+        connection = take_connection(self)
         if connection is not None:
             with contextlib.suppress(*self._errors_of_broker):
                 connection.release()

@@ -8,7 +8,6 @@ sent again by the next, with the same id, and refused by the singleton that has 
 from __future__ import annotations
 
 import gc
-import heapq
 import logging
 from datetime import datetime
 from typing import Any
@@ -20,6 +19,7 @@ from celery.schedules import schedstate
 from celery.utils.time import maybe_make_aware
 from kombu.exceptions import OperationalError
 
+from celery_singleton_state.compat import note_changed, put_off, read_schedule_anew
 from celery_singleton_state.store.base import StoreError
 from celery_singleton_state.text.storable import to_json
 from celery_singleton_state.ticks import message_of
@@ -162,13 +162,8 @@ class LeaderMixin(BrokerConnection):
     def populate_heap(self, *args: Any, **kwargs: Any) -> None:
         """Put entries that are tried again later behind those that are due before."""
         super().populate_heap(*args, **kwargs)
-        if not self._postponed:
-            return
-        own: Any = self
-        for index, event in enumerate(own._heap):
-            if wait := self._postponed.wait(event.entry.name):
-                own._heap[index] = event._replace(time=own._when(event.entry, wait))
-        heapq.heapify(own._heap)
+        if self._postponed:
+            put_off(self, self._postponed.wait)
 
     def _do_sync(self) -> None:
         celerys: Any = super()
@@ -234,8 +229,7 @@ class LeaderMixin(BrokerConnection):
     def _take_over(self) -> None:
         """Go on from what the store has of the schedule."""
         self._states = self._load()
-        # django-celery-beat reads its database anew by this, and so do those that grew from it.
-        self._initial_read = True
+        read_schedule_anew(self)
         self._heap: Any = None
         for entry in self.schedule.values():
             # A row that all beats share can be right. A file of this beat's alone is not.
@@ -336,7 +330,7 @@ class LeaderMixin(BrokerConnection):
             self.schedule[entry.name] = entry
         else:
             count_from(found, entry.last_run_at, entry.total_run_count)
-        getattr(self, "_dirty", set()).add(entry.name)
+        note_changed(self, entry.name)
         self.sync()
 
     # -- the store

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import traceback
 
-from celery import beat
-
+from celery_singleton_state.compat import LAZY_ARGUMENTS
 from celery_singleton_state.lease.lease import clock
 from celery_singleton_state.message.resend import UNSENDABLE
 
@@ -18,11 +17,6 @@ FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 30.0
 #: Stands for all entries of a scheduler.
 ALL = None
-
-#: What evaluates an entry's lazy arguments.
-_LAZY = tuple(
-    getattr(beat, name).__code__ for name in ("_evaluate_entry_args", "_evaluate_entry_kwargs")
-)
 
 
 class Postponed:
@@ -56,4 +50,4 @@ def is_its_own(error: Exception) -> bool:
     if isinstance(error, UNSENDABLE):
         return True
     frames = traceback.walk_tb(error.__traceback__)
-    return any(frame.f_code in _LAZY for frame, _ in frames)
+    return any(frame.f_code in LAZY_ARGUMENTS for frame, _ in frames)

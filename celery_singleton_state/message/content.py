@@ -11,6 +11,7 @@ from celery.app.task import Context
 from kombu import serialization
 from kombu.utils import json
 
+from celery_singleton_state.compat import serializer_names
 from celery_singleton_state.config.options import options_of
 from celery_singleton_state.headers import PREFIX, custom_headers
 
@@ -39,9 +40,7 @@ class Content:
         if not request.called_directly:
             args, kwargs = request.args, request.kwargs
         args, kwargs = tuple(args or ()), dict(kwargs or {})
-        serializer = (
-            serializer_of(request) or task.serializer or task._get_app().conf.task_serializer
-        )
+        serializer = serializer_of(request) or task.serializer or task.app.conf.task_serializer
         try:
             return cls(*serialization.dumps((args, kwargs, {}), serializer))
         except Exception as error:  # a serializer can raise anything
@@ -78,9 +77,7 @@ def note_content(sender: Any, request: Any, **_: Any) -> None:
 def serializer_of(request: Context) -> str | None:
     """The name of the serializer that encoded a message, if it is known and there is one here."""
     properties: Any = request.properties or {}
-    registry: Any = serialization.registry  # type: ignore[attr-defined]  # missing in celery-types
-    names: Mapping[str, str] = registry.type_to_name
-    return names.get(str(properties.get("content_type")))
+    return serializer_names().get(str(properties.get("content_type")))
 
 
 def encoding_of(request: Context) -> dict[str, Any]:

@@ -25,14 +25,11 @@ from celery.app.task import Context
 from kombu import Queue
 from kombu.exceptions import OperationalError
 
+from celery_singleton_state.compat import broker_of
+from celery_singleton_state.compat import native_delays as native
 from celery_singleton_state.headers import PAUSE, PAUSE_LEFT, without_moves
 
 from .routing import address_of, broker_kind, delayed_key, into, queue_of, resolved, undeclared
-
-try:
-    from kombu.transport import native_delayed_delivery as native
-except ImportError:  # before kombu 5.5
-    native = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +111,7 @@ def _pause(app: Celery, options: dict[str, Any]) -> float:
 def _longest(app: Celery) -> float:
     """The longest countdown that the broker does not take for a lost message."""
     option, default = _KEEPS.get(broker_kind(app), ("visibility_timeout", math.inf))
-    connection = app.producer_pool.connections.connection
-    said = (connection.transport_options or {}).get(option)
+    said = (broker_of(app).transport_options or {}).get(option)
     return float(said or default) * _WAITING_PART
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import random
 import time
-import traceback
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from celery.app.task import Context
-from celery.concurrency.base import BasePool
 from celery.exceptions import Ignore, Reject
 from kombu.exceptions import EncodeError
 
+from celery_singleton_state.compat import cannot_end_jobs, sending_options
 from celery_singleton_state.headers import PUT_BACK, SENT_AGAIN, WAITED, count_in, custom_headers
 
 from .content import encoding_of
@@ -91,7 +90,7 @@ def send_as_it_is(task: Any, args: Any, kwargs: Any, options: Mapping[str, Any])
         args,
         kwargs,
         task_type=task,
-        **{"ignore_result": task.ignore_result, **task._get_exec_options(), **given},
+        **{"ignore_result": task.ignore_result, **sending_options(task), **given},
     )
 
 
@@ -135,10 +134,7 @@ def means_to_kill(error: BaseException) -> bool:
         error = error.args[0]
     if type(error).__name__ == "GreenletExit":
         return True
-    if not isinstance(error, NotImplementedError):
-        return False
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[-1].f_code is BasePool.terminate_job.__code__
+    return isinstance(error, NotImplementedError) and cannot_end_jobs(error)
 
 
 def wait_on(task: Any, request: Context, singleton: str, left: float) -> None:

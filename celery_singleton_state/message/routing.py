@@ -22,6 +22,7 @@ from celery import Celery
 from celery.app.task import Context
 from kombu import Exchange, Queue
 
+from celery_singleton_state.compat import DELAY, DELAYING_EXCHANGE, broker_of
 from celery_singleton_state.headers import COPY, count_in
 
 #: Begins the routing key of a delayed message that is for one queue alone.
@@ -29,15 +30,10 @@ _FOR_QUEUE = "celery-singleton:"
 #: The longest that leaves room for the delay in front of it.
 _LONGEST_KEY = 255 - 56
 
-#: Kombu's exchanges for delayed messages, with a prefix that an app can choose.
-_DELAYING_EXCHANGE = re.compile(r"(?:.+_)?celery_delayed_(?:\d+|delivery)")
-#: The delay, as kombu writes it before a routing key.
-_DELAY = re.compile(r"(?:[01]\.){28}")
-
 
 def broker_kind(app: Celery) -> str:
     """The kind of the app's broker, in kombu's words: ``amqp`` for RabbitMQ, ``redis``, ..."""
-    return str(app.producer_pool.connections.connection.transport.driver_type)
+    return str(broker_of(app).transport.driver_type)
 
 
 def came_through_fanout(app: Celery, request: Context) -> bool:
@@ -156,9 +152,9 @@ def _delivered(request: Context) -> tuple[str | None, str]:
     """
     info: Mapping[str, Any] = request.delivery_info or {}
     exchange, routing_key = info.get("exchange") or "", info.get("routing_key") or ""
-    if _DELAYING_EXCHANGE.fullmatch(exchange):
-        while _DELAY.match(routing_key):
-            routing_key = _DELAY.sub("", routing_key, count=1)
+    if DELAYING_EXCHANGE.fullmatch(exchange):
+        while DELAY.match(routing_key):
+            routing_key = DELAY.sub("", routing_key, count=1)
         return None, routing_key
     return exchange, routing_key
 

@@ -21,8 +21,9 @@ from typing import Any
 
 from celery import states
 from celery.app.task import Context
-from celery.canvas import _chain, chord
+from celery.canvas import chord
 
+from celery_singleton_state.compat import Chain
 from celery_singleton_state.headers import DUE, PUT_BACK, SENT, SENT_AGAIN, header
 
 from .delivery import Delivery
@@ -92,8 +93,8 @@ def mark_replacement(signature: Any, request: Context) -> None:
     if value is None:
         return
     last = signature
-    while isinstance(last, _chain | chord):
-        last = last.tasks[-1] if isinstance(last, _chain) else last.body
+    while isinstance(last, Chain | chord):
+        last = last.tasks[-1] if isinstance(last, Chain) else last.body
     if last.options.get("task_id") == request.id:
         last.set(headers={**(last.options.get("headers") or {}), SENT: value})
 

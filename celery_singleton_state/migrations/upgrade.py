@@ -17,6 +17,7 @@ from alembic.util import CommandError
 from celery.exceptions import ImproperlyConfigured
 from sqlalchemy import Engine
 
+from celery_singleton_state.compat import upgrade_steps
 from celery_singleton_state.config.settings import Settings
 from celery_singleton_state.store.base import StoreNotReady
 from celery_singleton_state.store.routed import NO_SQL
@@ -83,7 +84,7 @@ def _upgrade(engine: Engine, table_name: str, location: str) -> None:
         script = ScriptDirectory(location)
 
         def to_head(revision: Any, _context: Any) -> Any:
-            return script._upgrade_revs("head", revision)
+            return upgrade_steps(script, revision)
 
         schema, _, bare = table_name.rpartition(".")
         with EnvironmentContext(Config(), script, fn=to_head) as environment:

@@ -23,6 +23,7 @@ from typing import Any
 from celery import Celery, Task
 from celery.exceptions import ImproperlyConfigured
 
+from celery_singleton_state.compat import is_made_by_decorator, without_app
 from celery_singleton_state.config.options import function_of
 
 logger = logging.getLogger(__name__)
@@ -227,11 +228,9 @@ def keep_class_of_app(task: Any) -> None:
         as it is.
     """
     app = vars(task).get("app")
-    if not isinstance(app, Celery) or "_decorated" not in vars(task):
+    if not isinstance(app, Celery) or not is_made_by_decorator(task):
         return
-    of_app: Any = app.Task
-    if vars(of_app).get("_app") is app:  # Celery has derived it for this app
-        (of_app,) = of_app.__bases__
+    of_app: Any = without_app(app.Task, app)
     if issubclass(task, of_app):
         return
     (base,) = task.__bases__

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import CellType, FunctionType
 from typing import Any
 
-from celery.app import base
 from celery.exceptions import ImproperlyConfigured
 
+from celery_singleton_state.compat import converter_in
 from celery_singleton_state.config.options import function_of
-
-#: The name under which Celery's wrapper knows the body.
-_BODY = "task_fun"
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 Converter = Callable[[Any, Any], Arguments]
@@ -29,18 +25,15 @@ def converter_of(task: Any) -> Converter | None:
     :raises ImproperlyConfigured: it does, in a way that is not known here.
     """
     static = function_of(task)
-    wrapper = getattr(static, "__func__", static)
-    code = getattr(wrapper, "__code__", None)
-    if code is None or wrapper.__globals__ is not vars(base):
-        return None
-    if _BODY not in code.co_freevars:
+    try:
+        convert = converter_in(getattr(static, "__func__", static))
+    except LookupError:
         raise ImproperlyConfigured(
             f"task {task.name}: how this version of Celery converts arguments (pydantic=True) is "
             "not known; convert them in the body"
-        )
-    cells = dict(zip(code.co_freevars, wrapper.__closure__, strict=True))
-    cells[_BODY] = CellType(lambda *args, **kwargs: (args, kwargs))
-    convert = FunctionType(code, wrapper.__globals__, closure=tuple(cells.values()))
+        ) from None
+    if convert is None:
+        return None
     if isinstance(static, staticmethod):
         return lambda args, kwargs: convert(*args, **kwargs)
 

@@ -12,26 +12,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from celery import schedules
+from celery_singleton_state.compat import SCHEDULE_ATTRIBUTES, SCHEDULE_OF_APP
 
 from .own_rules import Schedule
 
 #: A longer text ends in a digest.
 LONGEST = 400
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-#: What a schedule has from its app.
-_OF_APP = {"app", "_app", "nowfun", "tz", "utc_enabled"}
-_CRON_FIELDS = ("minute", "hour", "day_of_week", "day_of_month", "month_of_year")
-#: The attributes that Celery's classes make of their arguments.
-_OF_CELERY: dict[Any, set[str]] = {
-    schedules.crontab: {
-        *_CRON_FIELDS,
-        *(f"_orig_{field}" for field in _CRON_FIELDS),
-        "_orig_kwargs",
-    },
-    schedules.solar: {"event", "lat", "lon", "ephem", "cal", "method", "use_center"},
-    schedules.schedule: {"run_every", "relative"},
-}
 
 
 def canonical_text(asked: Schedule, suffix: str = "") -> str:
@@ -42,7 +29,7 @@ def canonical_text(asked: Schedule, suffix: str = "") -> str:
     try:
         parts = _arguments(asked)
     except Exception:  # a class that does not call Celery's __init__, or cannot be shown
-        parts = _attributes(asked, _OF_APP)
+        parts = _attributes(asked, SCHEDULE_OF_APP)
     text = _ADDRESS.sub("", f"{type(asked).__name__}({', '.join(parts)}){suffix}")
     if len(text) <= LONGEST:
         return text
@@ -50,14 +37,14 @@ def canonical_text(asked: Schedule, suffix: str = "") -> str:
 
 
 def _arguments(asked: Schedule) -> list[str]:
-    for celerys, known in _OF_CELERY.items():
+    for celerys, known in SCHEDULE_ATTRIBUTES.items():
         if isinstance(asked, celerys):
             arguments = [each for each in celerys.__reduce__(asked)[1] if not callable(each)]
-            return [*map(_text, arguments), *_attributes(asked, _OF_APP | known)]
-    return _attributes(asked, _OF_APP)
+            return [*map(_text, arguments), *_attributes(asked, SCHEDULE_OF_APP | known)]
+    return _attributes(asked, SCHEDULE_OF_APP)
 
 
-def _attributes(asked: Schedule, but: set[str]) -> list[str]:
+def _attributes(asked: Schedule, but: frozenset[str]) -> list[str]:
     attributes = sorted(getattr(asked, "__dict__", {}).items())
     return [f"{name}={_text(value)}" for name, value in attributes if name not in but]
 

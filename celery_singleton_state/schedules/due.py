@@ -18,6 +18,8 @@ import celery
 from celery import current_app, schedules
 from celery.utils.time import timezone
 
+from celery_singleton_state.compat import CRONTAB_METHODS
+
 from . import own_rules
 from .canonical_text import canonical_text
 from .own_rules import NeverDue, estimated, has_own_is_due, overrides, shown, simulated
@@ -38,8 +40,6 @@ ODD, ODD_STEPS = timedelta(seconds=17.77), 200
 
 #: Until Celery 5.7 a crontab went by the time zone of the times that its ``nowfun`` returned.
 GOES_BY_NOWFUN = tuple(celery.VERSION[:2]) < (5, 7)
-#: The methods by which Celery finds the next time of a crontab.
-CRONTAB_METHODS = ("remaining_estimate", "remaining_delta", "_delta_to_next", "now")
 
 
 def next_runs(schedule: Any, n: int = 1, after: datetime | None = None) -> list[datetime]:

@@ -19,6 +19,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from celery_singleton_state.compat import watch_processes
+
 logger = logging.getLogger(__name__)
 
 #: Seconds that the worker's end waits for the end of each child.
@@ -111,14 +113,5 @@ class ChildWatch:
 def watch_pool(pool: Any, on_death: Callable[[int], None]) -> ChildWatch:
     """Watch over all processes of a billiard pool, those that it will make included."""
     children = ChildWatch(on_death)
-    make = pool._create_worker_process
-
-    def make_and_watch(i: int) -> Any:
-        process = make(i)
-        children.watch(process.pid)
-        return process
-
-    pool._create_worker_process = make_and_watch
-    for process in list(pool._pool):
-        children.watch(process.pid)
+    watch_processes(pool, lambda process: children.watch(process.pid))
     return children

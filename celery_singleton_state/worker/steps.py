@@ -13,7 +13,7 @@ from celery import Celery, bootsteps, signals
 from celery.concurrency import get_implementation
 from celery.exceptions import ImproperlyConfigured
 
-from celery_singleton_state import runtime
+from celery_singleton_state import compat, runtime
 from celery_singleton_state.config.options import expected_singletons
 from celery_singleton_state.hooks import events
 from celery_singleton_state.keys import row_key
@@ -115,16 +115,7 @@ class ConnectionsStep(bootsteps.StartStopStep):
 
     def start(self, parent: Any) -> None:
         runtime.allow_connections(bodies_at_once(parent) + 1)
-        pool = parent.pool
-        grow = getattr(pool, "grow", None)
-        if grow is None:
-            return  # one of threads
-
-        def allow_and_grow(n: int = 1) -> Any:
-            runtime.allow_connections(pool.num_processes + n + 1)
-            return grow(n)
-
-        pool.grow = allow_and_grow
+        compat.before_growth(parent.pool, lambda bodies: runtime.allow_connections(bodies + 1))
 
 
 class ChildrenStep(bootsteps.StartStopStep):
@@ -143,12 +134,13 @@ class ChildrenStep(bootsteps.StartStopStep):
         # Without an event loop nobody reads it, and one report is as good as many.
         os.set_blocking(self._report, False)
         # After the pool's end, however the worker ends.
-        atexit.register(watch_pool(parent.pool._pool, self._on_death).close)
-        ParentRenewal(parent.app, lambda: _processes_of(parent)).start()
+        atexit.register(watch_pool(compat.process_pool(parent), self._on_death).close)
+        ParentRenewal(parent.app, lambda: compat.processes_of(parent)).start()
 
     def register_with_event_loop(self, parent: Any, hub: Any) -> None:
         """Called by Celery whenever its event loop starts."""
-        hub.add_reader(self._deaths, self._maintain, parent.pool._pool)
+        pool = compat.process_pool(parent)
+        compat.call_when_readable(hub, self._deaths, self._maintain, pool)
 
     def _on_death(self, pid: int) -> None:
         # The pool's own look at it can come a moment too early, and its next five seconds later.
@@ -158,13 +150,7 @@ class ChildrenStep(bootsteps.StartStopStep):
 
     def _maintain(self, pool: Any) -> None:
         os.read(self._deaths, 4096)
-        pool.maintain_pool()
-
-
-def _processes_of(worker: Any) -> list[Any]:
-    """The processes of the worker's pool; none before it is made and after its end."""
-    pool = getattr(worker.pool, "_pool", None)
-    return list(getattr(pool, "_pool", None) or ())
+        compat.replace_dead(pool)
 
 
 def is_prefork(worker: Any) -> bool:

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from celery import Celery, Task, beat, signals
+from celery import Celery, Task, signals
 from celery.beat import Scheduler
 from kombu.exceptions import OperationalError
 
@@ -351,9 +351,3 @@ def test_a_leader_that_ends_leaves_the_tick_to_the_next(
     finally:
         second.close()
     assert f"{sent[0][1]:%Y-%m-%d %H:%M:%S}" in line
-
-
-def test_celery_evaluates_lazy_arguments_by_these_functions() -> None:
-    """What they raise is an entry's own error."""
-    assert beat._evaluate_entry_args.__code__ in postponing._LAZY  # type: ignore[attr-defined]
-    assert beat._evaluate_entry_kwargs.__code__ in postponing._LAZY  # type: ignore[attr-defined]

@@ -15,6 +15,8 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
+from celery_singleton_state.compat import redis_connection
+
 from .errors import is_elsewhere
 
 #: Bytes: the server's default for the largest text, and the least that it can be set to.
@@ -121,8 +123,7 @@ class _Connections:
         try:
             connection = idle.pop()
         except IndexError:
-            pool = self._client.connection_pool
-            connection = pool.connection_class(**pool.connection_kwargs)
+            connection = redis_connection(self._client)
         try:
             connection.connect()
             if _is_spoilt(connection):

@@ -24,6 +24,8 @@ from typing import Any
 from sqlalchemy import URL, Engine, QueuePool, create_engine, event
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from celery_singleton_state.compat import allow_connections
+
 from .errors import is_read_only
 
 APPLICATION_NAME = "celery-singleton-state"
@@ -55,11 +57,7 @@ class GrowingPool(QueuePool):
 
     def allow(self, connections: int) -> None:
         """Make so many connections at most from now on, and keep them, if it was fewer before."""
-        with self._overflow_lock:
-            more = max(0, connections - self.size())
-            self._pool.maxsize += more
-            # Counted from the size: how many there are is the sum of both.
-            self._overflow -= more
+        allow_connections(self, connections)
 
 
 def pooled(url: URL, pool_size: int, io_timeout: float, **options: Any) -> Engine:

@@ -11,6 +11,8 @@ import pymysql
 from pymysql.constants import CLIENT
 from sqlalchemy import URL, Engine, event
 
+from celery_singleton_state.compat import close_silently, read_timeout
+
 from .connections import APPLICATION_NAME, pooled
 from .url import refuse_missing_files, refuse_unknown_options
 
@@ -79,16 +81,10 @@ class Connection(pymysql.connections.Connection):  # type: ignore[misc]
 
     def leave_to_parent(self) -> None:
         """In a forked child. The session's end is not sent."""
-        self._force_close()
+        close_silently(self)
 
-    @property
-    def patience(self) -> float | None:
-        patience: float | None = self._read_timeout
-        return patience
-
-    @patience.setter
-    def patience(self, seconds: float | None) -> None:
-        self._read_timeout = seconds
+    #: Seconds; ``None``: for ever.
+    patience = read_timeout
 
 
 def _options(url: URL) -> dict[str, Any]:
