@@ -41,7 +41,7 @@ except ImportError:  # before kombu 5.5
     native_delayed_delivery = None  # type: ignore[assignment]
 
 #: By a library's class: the private names that a subclass of ours defines or sets, and why. Only a
-#: subclass can, so they stand there. If one is gone, Celery or SQLAlchemy no longer calls it.
+#: subclass can, so they stand there. If one is gone, its library no longer calls or reads it.
 OVERRIDDEN: Mapping[str, Mapping[str, str]] = {
     "celery.beat:Scheduler": {
         "_heap": "None has the scheduler sort its entries anew; SingletonScheduler keeps its own",
@@ -51,6 +51,10 @@ OVERRIDDEN: Mapping[str, Mapping[str, str]] = {
     "sqlalchemy.pool:QueuePool": {
         "_do_return_conn": "closes a connection that comes back after the pool was disposed of",
     },
+    "pymysql.connections:Connection": {
+        "query": "notes whether a statement was interrupted; not private, and not documented",
+        "next_result": "the same for those that follow in one text",
+    },
     "psycopg:Connection": {
         "wait": "sees the pauses in which a server says nothing; not private, and not documented",
     },
@@ -59,11 +63,11 @@ OVERRIDDEN: Mapping[str, Mapping[str, str]] = {
 # -- Celery: tasks and messages
 
 #: The tasks that this thread runs, the innermost last: ``push(task)`` and ``pop()``. A direct call
-#: goes on it, so that ``current_task`` is right. Gone: the package cannot be imported.
+#: goes on it, so that ``current_task`` is right. If gone: the package cannot be imported.
 TASK_STACK = _task_stack
 
 #: The class of what ``chain(...)`` and ``a | b`` make; ``celery.chain`` is a subclass of it that
-#: has no instances. Gone: the package cannot be imported.
+#: has no instances. If gone: the package cannot be imported.
 Chain = _chain
 
 
@@ -71,7 +75,7 @@ def custom_attributes(request: Any) -> dict[str, Any]:
     """The attributes of a request that are not Celery's own: its custom headers, and what others
     have set. (``Context._get_custom_headers``.)
 
-    Gone: a message with custom headers cannot be sent again.
+    If gone: a message with custom headers cannot be sent again.
     """
     return request._get_custom_headers(request.__dict__) or {}
 
@@ -79,7 +83,7 @@ def custom_attributes(request: Any) -> dict[str, Any]:
 def sending_options(task: Any) -> dict[str, Any]:
     """The options that ``apply_async`` takes from the task: its queue, serializer, priority, ...
 
-    (``Task._get_exec_options``.) Gone: a message cannot be sent again.
+    (``Task._get_exec_options``.) If gone: a message cannot be sent again.
     """
     options: dict[str, Any] = task._get_exec_options()
     return options
@@ -88,7 +92,7 @@ def sending_options(task: Any) -> dict[str, Any]:
 def forget_max_retries(task: Any) -> None:
     """Remove what ``Task.retry(max_retries=...)`` leaves on the task for its later retries.
 
-    Gone: nothing is left to remove.
+    If gone: nothing is left to remove.
     """
     vars(task).pop("override_max_retries", None)
 
@@ -96,7 +100,7 @@ def forget_max_retries(task: Any) -> None:
 def is_made_by_decorator(task: type) -> bool:
     """Whether ``@app.task`` makes this class. (``_decorated``, from ``Celery._task_from_fun``.)
 
-    Gone: never; a task with ``base=SingletonTask`` is then not made of the app's own task class.
+    If gone: false; a task with ``base=SingletonTask`` does not get the app's own task class.
     """
     return "_decorated" in vars(task)
 
@@ -104,7 +108,7 @@ def is_made_by_decorator(task: type) -> bool:
 def without_app(of_app: Any, app: Any) -> Any:
     """The task class that an app's ``app.Task`` was derived from. (``_app``.)
 
-    Gone: ``app.Task`` itself.
+    If gone: ``app.Task`` itself.
     """
     return of_app.__bases__[0] if vars(of_app).get("_app") is app else of_app
 
@@ -132,7 +136,7 @@ def converter_in(wrapper: Any) -> Callable[..., Any] | None:
 def serializer_names() -> Mapping[str, str]:
     """The names of kombu's serializers by their content types. (``registry.type_to_name``.)
 
-    Gone: a message cannot be sent again.
+    If gone: a message cannot be sent again.
     """
     registry: Any = serialization.registry  # type: ignore[attr-defined]  # missing in celery-types
     names: Mapping[str, str] = registry.type_to_name
@@ -145,7 +149,7 @@ def serializer_names() -> Mapping[str, str]:
 def cannot_end_jobs(error: NotImplementedError) -> bool:
     """Whether a pool of Celery's that cannot end a running job has raised this error.
 
-    It is recognised by where it was raised: in ``BasePool.terminate_job``. Gone: an error.
+    It is recognised by where it was raised: in ``BasePool.terminate_job``. If gone: an error.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return frames[-1].f_code is BasePool.terminate_job.__code__
@@ -154,7 +158,7 @@ def cannot_end_jobs(error: NotImplementedError) -> bool:
 def process_pool(worker: Any) -> Any:
     """billiard's pool in a prefork worker; ``None`` before it is made. (``TaskPool._pool``.)
 
-    Gone: ``None``; the worker ends at its start.
+    If gone: ``None``; the worker ends at its start.
     """
     return getattr(worker.pool, "_pool", None)
 
@@ -162,7 +166,7 @@ def process_pool(worker: Any) -> Any:
 def processes_of(worker: Any) -> list[Any]:
     """The processes of a prefork worker's pool; none before it is made and after its end.
 
-    (``Pool._pool``.) Gone: none; they renew their leases by themselves.
+    (``Pool._pool``.) If gone: none; they renew their leases by themselves.
     """
     return list(getattr(process_pool(worker), "_pool", None) or ())
 
@@ -170,8 +174,9 @@ def processes_of(worker: Any) -> list[Any]:
 def watch_processes(pool: Any, watch: Callable[[Any], object]) -> None:
     """Call back with each process of billiard's pool: those that there are, and each new one.
 
-    (``Pool._create_worker_process``, which is replaced on the pool, and ``Pool._pool``.) Gone: the
-    worker ends at its start.
+    (``Pool._create_worker_process``, which is replaced on the pool, and ``Pool._pool``.)
+
+    If gone: the worker ends at its start.
     """
     make = pool._create_worker_process
 
@@ -188,7 +193,7 @@ def watch_processes(pool: Any, watch: Callable[[Any], object]) -> None:
 def replace_dead(pool: Any) -> None:
     """Have billiard's pool look for dead processes now. (``Pool.maintain_pool``.)
 
-    Gone: an error in the worker's event loop, which logs it.
+    If gone: the worker ends when a process of its pool has died.
     """
     pool.maintain_pool()
 
@@ -196,7 +201,7 @@ def replace_dead(pool: Any) -> None:
 def call_when_readable(hub: Any, descriptor: int, callback: Callable[..., Any], *args: Any) -> None:
     """Have a worker's event loop call back when there is something to read. (``Hub.add_reader``.)
 
-    Celery gives the hub to the method ``register_with_event_loop`` of a worker's step. Gone: the
+    Celery gives the hub to the method ``register_with_event_loop`` of a worker's step. If gone: the
     worker ends at its start; without that method, dead processes are replaced by Celery's own look.
     """
     hub.add_reader(descriptor, callback, *args)
@@ -206,7 +211,7 @@ def before_growth(pool: Any, callback: Callable[[int], object]) -> None:
     """Call back before a pool of greenlets grows, with the number of bodies that it has then.
 
     (``grow``, which is replaced on the pool, and ``num_processes``.) Celery calls it for
-    ``--autoscale`` and ``pool_grow``. Gone: the pool is taken for one that cannot grow.
+    ``--autoscale`` and ``pool_grow``. If gone: the pool is taken for one that cannot grow.
     """
     grow = getattr(pool, "grow", None)
     if grow is None:
@@ -222,7 +227,7 @@ def before_growth(pool: Any, callback: Callable[[int], object]) -> None:
 # -- Celery's beat and its schedules
 
 #: The code that evaluates an entry's lazy arguments (``BeatLazyFunc``): an error from there is the
-#: entry's own. Gone: such an entry is tried again and again, and not only at its next tick.
+#: entry's own. If gone: such an entry is tried again and again, and not only at its next tick.
 LAZY_ARGUMENTS: frozenset[CodeType] = frozenset(
     getattr(beat, name).__code__
     for name in ("_evaluate_entry_args", "_evaluate_entry_kwargs")
@@ -254,7 +259,7 @@ def put_off(scheduler: Any, wait_for: Callable[[str], float]) -> None:
 
     :param wait_for: seconds from now for an entry's name; 0 leaves the entry where it is.
 
-    Gone: an error, which the scheduler's next tick repeats.
+    If gone: an error, which the scheduler's next tick repeats.
     """
     heap = scheduler._heap
     for index, event in enumerate(heap):
@@ -268,7 +273,7 @@ def take_connection(scheduler: Any) -> Any:
 
     They are cached properties of kombu's, which keeps their values in ``__dict__``.
 
-    :returns: the connection; ``None`` if there is none. Gone: ``None``, and the old one stays.
+    :returns: the connection; ``None`` if there is none. If gone: ``None``, and the old one stays.
     """
     vars(scheduler).pop("producer", None)
     return vars(scheduler).pop("connection", None)
@@ -277,7 +282,7 @@ def take_connection(scheduler: Any) -> Any:
 def read_schedule_anew(scheduler: Any) -> None:
     """Have a scheduler of django-celery-beat's, or one that grew from it, read its database anew.
 
-    (``_initial_read``.) Gone: it reads the database when it sees a change.
+    (``_initial_read``.) If gone: it reads the database when it sees a change.
     """
     scheduler._initial_read = True
 
@@ -285,7 +290,7 @@ def read_schedule_anew(scheduler: Any) -> None:
 def note_changed(scheduler: Any, name: str) -> None:
     """Have a scheduler of django-celery-beat's write an entry at its next ``sync``. (``_dirty``.)
 
-    Gone, and with other classes: nothing.
+    If gone, and with other classes: nothing happens.
     """
     changed: set[str] = getattr(scheduler, "_dirty", set())
     changed.add(name)
@@ -307,8 +312,9 @@ DELAY = re.compile(r"(?:[01]\.){28}")
 def broker_of(app: Any) -> Any:
     """An app's connection to its broker as it is configured; it need not be connected.
 
-    (``ProducerPool.connections`` and ``ConnectionPool.connection``.) Gone: an error; the message is
-    sent as Celery does.
+    (``ProducerPool.connections`` and ``ConnectionPool.connection``.)
+
+    If gone: an error; the message is sent as Celery does.
     """
     return app.producer_pool.connections.connection
 
@@ -316,7 +322,7 @@ def broker_of(app: Any) -> Any:
 def transport_of(connection: Any) -> str:
     """The name of a connection's transport as its URL has it. (``Connection.transport_cls``.)
 
-    Gone: an empty text, which is no local transport.
+    If gone: an empty text, which is no local transport.
     """
     return str(getattr(connection, "transport_cls", ""))
 
@@ -327,7 +333,9 @@ def transport_of(connection: Any) -> str:
 def allow_connections(pool: Any, connections: int) -> None:
     """Raise the number of connections that SQLAlchemy's ``QueuePool`` makes and keeps at most.
 
-    (``_overflow_lock``, ``_pool.maxsize`` and ``_overflow``.) Gone: an error when a worker starts.
+    (``_overflow_lock``, ``_pool.maxsize`` and ``_overflow``.)
+
+    If gone: an error when a worker starts.
     """
     with pool._overflow_lock:
         more = max(0, connections - pool.size())
@@ -339,8 +347,9 @@ def allow_connections(pool: Any, connections: int) -> None:
 def upgrade_steps(script: Any, revision: Any) -> Any:
     """The steps from a revision to the newest, for Alembic's ``EnvironmentContext(fn=...)``.
 
-    (``ScriptDirectory._upgrade_revs``, by which ``alembic.command.upgrade`` finds them.) Gone: an
-    error from ``singleton migrate``.
+    (``ScriptDirectory._upgrade_revs``, by which ``alembic.command.upgrade`` finds them.)
+
+    If gone: an error from ``singleton migrate``.
     """
     return script._upgrade_revs("head", revision)
 
@@ -348,13 +357,14 @@ def upgrade_steps(script: Any, revision: Any) -> Any:
 def close_silently(connection: Any) -> None:
     """Close a connection of PyMySQL's without a word to the server. (``_force_close``.)
 
-    Gone: a forked child keeps its copy of the socket open; it does not use it.
+    If gone: a forked child keeps its copy of the socket open; it does not use it.
     """
     connection._force_close()
 
 
 #: A property: seconds that a connection of PyMySQL's waits for an answer; ``None``: for ever. It
-#: can be changed between two statements. (``_read_timeout``.) Gone: an error in ``transaction()``.
+#: can be changed between two statements. (``_read_timeout``.) If gone: a caller's own statements in
+#: ``transaction()`` may take no longer than the store's.
 read_timeout = property(
     attrgetter("_read_timeout"),
     lambda connection, seconds: setattr(connection, "_read_timeout", seconds),
@@ -365,8 +375,9 @@ def redis_connection(client: Any) -> Any:
     """A new connection as a client of redis-py's would make it, which its pool does not know.
 
     (``connection_class`` and ``connection_kwargs`` of its pool; of the connection ``connect``,
-    ``send_command``, ``read_response``, ``can_read`` and ``disconnect`` are used.) Gone: an error,
-    and no lease can be taken.
+    ``send_command``, ``read_response``, ``can_read`` and ``disconnect`` are used.)
+
+    If gone: an error, and no lease can be taken.
     """
     pool = client.connection_pool
     return pool.connection_class(**pool.connection_kwargs)

@@ -1,0 +1,185 @@
+"""Only ``compat`` uses private parts of other libraries: at a release, one module is read."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import celery_singleton_state
+from celery_singleton_state import compat
+
+ROOT = Path(celery_singleton_state.__file__).parent
+COMPAT = ROOT / "compat.py"
+PRIVATE = re.compile(r"_[A-Za-z]\w*|__\w*[A-Za-z0-9]_?")
+
+#: Private names that modules use of objects which are not ``self``, and whose they are.
+OURS = {
+    "_CELERY_SINGLETON_STATE_PARENT": "a variable of the environment (lease.renewal_slots)",
+    "_close": "KeyValueStore, while it is made (kv)",
+    "_convert": "SingletonTask",
+    "_delivery": "SingletonTask",
+    "_is_noted": "a mark on a __call__ (run.calls)",
+    "_name": "SingletonTask",
+    "_options": "SingletonTask",
+    "_previous": "a handler of ours that was installed before (run.interrupt)",
+    "_rows": "KeyValueStore, while it is made (kv)",
+    "_run_guarded": "SingletonTask",
+}
+PYTHONS = {
+    "_replace": "of every named tuple, and documented",
+    "_acquireLock": "logging, before Python 3.13 (run.interrupt)",
+    "_releaseLock": "logging, before Python 3.13 (run.interrupt)",
+    "_current_exceptions": "sys (run.interrupt)",
+    "_current_frames": "sys (run.interrupt)",
+}
+#: What shows the inside of a function. Only ``run.interrupt`` uses it, of functions of Python's.
+INSIDES = {"__code__", "__closure__", "__globals__", "co_freevars"}
+
+
+def test_private_parts_of_others_are_used_in_compat_alone() -> None:
+    """Names with an underscore, as attributes, imports and texts; the insides of functions; and
+    methods that are replaced on an object.
+    """
+    found = {
+        f"{path.relative_to(ROOT)}:{line}: {what}"
+        for path in ROOT.rglob("*.py")
+        if path != COMPAT
+        for line, what in private_uses(path.read_text(), path.stem)
+    }
+    assert not found, "move them to compat, with a test in test_compat"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from celery._state import get_current_task",
+        "from celery.canvas import _chain",
+        "import celery._state",
+        "worker.pool._pool",
+        "getattr(task, '_exec_options', None)",
+        "'_decorated' in vars(task)",
+        "self.pool._pool.maxsize = 2",
+        "BasePool.terminate_job.__code__",
+        "def grow(): ...\npool.grow = grow",
+        "pool.grow = lambda n: None",
+    ],
+)
+def test_such_a_use_is_found(line: str) -> None:
+    assert list(private_uses(line, "any"))
+
+
+def private_uses(text: str, module: str) -> Iterator[tuple[int, str]]:
+    """The lines and names of what a module's source uses of other libraries' private parts."""
+    tree = ast.parse(text)
+    known = OURS.keys() | PYTHONS.keys()
+    own = {"self", "cls", "super()", "celerys"}  # the last one is super() without its types
+    own |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    formats = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+    parts = {id(part) for node in formats for part in node.values}
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = _imported(node)
+        elif isinstance(node, ast.Attribute):
+            names = [node.attr] if ast.unparse(node.value) not in own else []
+            if node.attr in INSIDES and module != "interrupt":
+                yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Constant) and id(node) not in parts:
+            names = [str(node.value)]
+        elif isinstance(node, ast.Assign):
+            yield from ((node.lineno, each) for each in _replaced(node, tree))
+        yield from (
+            (node.lineno, name) for name in names if PRIVATE.fullmatch(name) and name not in known
+        )
+
+
+def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
+    """The parts of all names that are imported, but for those from this package."""
+    names = [each.name for each in node.names]
+    if isinstance(node, ast.ImportFrom):
+        if node.level or (node.module or "").startswith(ROOT.name):
+            return []
+        names.append(node.module or "")
+    return [part for name in names for part in name.split(".")]
+
+
+def _replaced(node: ast.Assign, tree: ast.Module) -> Iterator[str]:
+    """The methods of other objects than ``self`` that an assignment replaces by a function."""
+    functions = {each.name for each in ast.walk(tree) if isinstance(each, ast.FunctionDef)}
+    value = ast.unparse(node.value)
+    if value in functions or isinstance(node.value, ast.Lambda):
+        for target in node.targets:
+            if isinstance(target, ast.Attribute) and not PRIVATE.fullmatch(target.attr):
+                yield f"{ast.unparse(target)} = {value}"
+
+
+def test_private_names_that_our_classes_override_are_those_in_compat() -> None:
+    """Whatever private name a class of ours has in common with a library's class that it derives
+    from: meant, or one that would break both.
+    """
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for module in _modules():
+        for kind in vars(module).values():
+            if isinstance(kind, type) and kind.__module__ == module.__name__:
+                for base, names in _shared(kind):
+                    found[base] |= names
+    known = {
+        base: {name for name in names if PRIVATE.fullmatch(name)}
+        for base, names in compat.OVERRIDDEN.items()
+    }
+    assert found == {base: names for base, names in known.items() if names}
+
+
+def _modules() -> Iterator[ModuleType]:
+    for each in pkgutil.walk_packages([str(ROOT)], f"{ROOT.name}."):
+        if ".versions." not in each.name:  # Alembic's own to import
+            yield importlib.import_module(each.name)
+
+
+def _shared(kind: type) -> Iterator[tuple[str, set[str]]]:
+    """The private names that the classes of ours among a class's ancestors share with others'."""
+    ours = {
+        name
+        for each in kind.__mro__
+        if each.__module__.startswith(ROOT.name)
+        for name in _names_in(each)
+        if PRIVATE.fullmatch(name)
+    }
+    for each in kind.__mro__:
+        top = each.__module__.partition(".")[0]
+        if top != ROOT.name and top not in sys.stdlib_module_names:
+            shared = ours & _names_in(each)
+            ours -= shared
+            if shared:
+                yield _public(each), shared
+
+
+@cache
+def _names_in(kind: type) -> frozenset[str]:
+    """The names that a class's source defines, or uses of itself."""
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):  # a class of C's
+        return frozenset(vars(kind))
+    used = re.findall(r"(?:self|cls|celerys|super\(\))\.(\w+)", source)
+    return frozenset({*used, *(name for name in vars(kind) if name in source)})
+
+
+def _public(kind: type) -> str:
+    """A class as ``compat`` names it."""
+    for name in compat.OVERRIDDEN:
+        module, _, own = name.partition(":")
+        if getattr(sys.modules.get(module), own, None) is kind:
+            return name
+    return f"{kind.__module__}:{kind.__qualname__}"
