@@ -48,6 +48,9 @@ OVERRIDDEN: Mapping[str, Mapping[str, str]] = {
         "_do_sync": "an error while the schedule is stored must not end a tick that was sent",
         "_ensure_connected": "tries once for each address, and not for minutes",
     },
+    "celery.events.receiver:EventReceiver": {
+        "_receive": "takes an event as it came: one that cannot be read must not end the receiving",
+    },
     "sqlalchemy.pool:QueuePool": {
         "_do_return_conn": "closes a connection that comes back after the pool was disposed of",
     },

@@ -29,14 +29,17 @@ OURS = {
     "_close": "KeyValueStore, while it is made (kv)",
     "_convert": "SingletonTask",
     "_delivery": "SingletonTask",
+    "_is_here": "Run (run.run)",
     "_is_noted": "a mark on a __call__ (run.calls)",
     "_name": "SingletonTask",
     "_options": "SingletonTask",
     "_previous": "a handler of ours that was installed before (run.interrupt)",
+    "_round_trip": "KeyValueStore, while it is made (kv)",
     "_rows": "KeyValueStore, while it is made (kv)",
     "_run_guarded": "SingletonTask",
 }
 PYTHONS = {
+    "_fields": "of every named tuple, and documented",
     "_replace": "of every named tuple, and documented",
     "_acquireLock": "logging, before Python 3.13 (run.interrupt)",
     "_releaseLock": "logging, before Python 3.13 (run.interrupt)",

@@ -56,8 +56,9 @@ class Connection(pymysql.connections.Connection):  # type: ignore[misc]
         """
         data = sql.encode(self.encoding, "surrogateescape") if isinstance(sql, str) else sql
         if self._max_allowed_packet is None:
-            self._whole(super().query, "SELECT @@max_allowed_packet")
-            self._max_allowed_packet = int(self._result.rows[0][0])
+            with self.cursor(pymysql.cursors.Cursor) as cursor:
+                cursor.execute("SELECT @@max_allowed_packet")
+                self._max_allowed_packet = int(cursor.fetchone()[0])
         if len(data) >= self._max_allowed_packet:
             raise pymysql.DataError(
                 TOO_LARGE,

@@ -230,10 +230,22 @@ HAVING count(*) > 0
 """
 
 
+def _last_rows(cursor: Any) -> Sequence[tuple[Any, ...]]:
+    """The rows of the last statement that has any to tell."""
+    found: Sequence[tuple[Any, ...]] = ()
+    while True:
+        if cursor.description:
+            found = cursor.fetchall()
+        if not cursor.nextset():
+            return found
+
+
 class MySqlStatements(Statements):
     """Of MariaDB from 10.6 on, and of MySQL 8, on which nothing was run."""
 
     words = MYSQL
+
+    rows = staticmethod(_last_rows)
 
     def __init__(self, table: Table, dialect: Dialect) -> None:
         super().__init__(table, dialect)
@@ -257,7 +269,6 @@ class MySqlStatements(Statements):
         self.claim = self._transaction(_CLAIM)
         self.dequeue = self.sql(_DEQUEUE)
         self.expect = self.sql(_EXPECT)
-        self.rows = _last_rows
         self.put = self._transaction(_PUT)
         self.prune = self._transaction(_PRUNE)
         self.record = self._transaction(_RECORD)
@@ -269,13 +280,3 @@ class MySqlStatements(Statements):
 
     def _transaction(self, statements: str, **more: str) -> str:
         return self.sql(_TRANSACTION.replace("{statements}", statements.strip()), **more)
-
-
-def _last_rows(cursor: Any) -> Sequence[tuple[Any, ...]]:
-    """The rows of the last statement that has any to tell."""
-    found: Sequence[tuple[Any, ...]] = ()
-    while True:
-        if cursor.description:
-            found = cursor.fetchall()
-        if not cursor.nextset():
-            return found
