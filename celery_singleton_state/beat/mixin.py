@@ -142,6 +142,10 @@ class LeaderMixin(BrokerConnection):
         try:
             result = super().apply_async(entry, *args, **kwargs)
         except Exception as error:
+            if self._closed:
+                # A signal's handler has closed the beat, and what it raised then broke off the
+                # sending, perhaps within a client that made another error of it.
+                raise SystemExit from error
             # Celery logs it and goes on.
             within = error.__context__ if isinstance(error, SchedulingError) else None
             self._failure = within or error

@@ -662,6 +662,31 @@ def test_a_stop_that_is_lost_is_a_stop_at_the_next_tick(
         beat.tick()
 
 
+def test_a_stop_in_mid_sending_is_no_error(
+    beats: Beats, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The signal comes while the broker's client waits for an answer: its handler closes the beat,
+    and the client makes an error of its own of the handler's SystemExit.
+    """
+    beat = beats.make({"e": EVERY_MINUTE})
+    beat.tick()
+    due_now(beat, "e")
+
+    def break_off(*_: Any, **__: Any) -> None:
+        try:
+            beat.close()
+            raise SystemExit
+        finally:
+            raise ValueError("I/O operation on closed file.")
+
+    monkeypatch.setattr(beat, "send_task", break_off)
+    caplog.clear()
+    with pytest.raises(SystemExit):
+        beat.tick()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not row(beat).held
+
+
 class _Leading(LeaderMixin, Scheduler):
     """Celery's own scheduler, with leadership."""
 
