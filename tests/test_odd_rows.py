@@ -29,9 +29,8 @@ from celery_singleton_state.beat.entry_state import EntryState, decode_rows
 from celery_singleton_state.beat.leader import PREFIX as BEAT
 from celery_singleton_state.cli import singleton
 from celery_singleton_state.exporter.gauges import Gauges
-from celery_singleton_state.exporter.page.document import render
+from celery_singleton_state.exporter.page.document import POLICY, render
 from celery_singleton_state.exporter.page.overview import Overview
-from celery_singleton_state.exporter.page.policy import POLICY
 from celery_singleton_state.exporter.snapshot import look
 from celery_singleton_state.health import check_health
 from celery_singleton_state.history import Entry

@@ -15,9 +15,8 @@ from prometheus_client.exposition import choose_encoder
 from celery_singleton_state.health import Health
 from celery_singleton_state.runtime import Runtime
 
-from .page.document import render
+from .page.document import POLICY, render
 from .page.overview import Overview
-from .page.policy import POLICY
 from .snapshot import Look
 
 #: Of compression: most of what is to be had, for a tenth of the time.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -49,6 +50,22 @@ def test_a_host_that_cannot_be_listened_at(memory_app: Celery, host: str) -> Non
     assert answer.exit_code == 1
     assert answer.output.startswith(f"Error: cannot listen at {host}:0: ")
     assert answer.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("library", ["jinja2", "prometheus_client"])
+def test_the_exporter_without_its_libraries(
+    memory_app: Celery, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    """The package was installed without the extra."""
+    for name in list(sys.modules):
+        if name.startswith("celery_singleton_state.exporter"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    answer = run(memory_app, "exporter", "--port", "0")
+    assert answer.exit_code == 1
+    assert answer.output.startswith("Error: the exporter needs a library: ")
+    assert library in answer.output
+    assert answer.output.endswith("; install celery-singleton-state[exporter]\n")
 
 
 def test_a_port_in_use(memory_app: Celery) -> None:

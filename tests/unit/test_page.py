@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+import base64
+import hashlib
 import re
 import time
 from collections.abc import Callable
+from html import escape
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import Environment, TemplateError, nodes
 
-from celery_singleton_state.exporter.page.document import Page, ShownSingleton, render
-from celery_singleton_state.exporter.page.text import ago, safe, span, took
+from celery_singleton_state import exporter
+from celery_singleton_state.exporter.page import document as page_document
+from celery_singleton_state.exporter.page.document import POLICY, Page, ShownSingleton, render
+from celery_singleton_state.text.moments import ago, span, took
+from celery_singleton_state.text.visible import visible
 from tests.page_data import (
     ERRORS,
     HOLDER,
@@ -27,6 +36,7 @@ from tests.page_data import (
     shown,
 )
 
+EXPORTER = Path(exporter.__file__).parent
 HOSTILE = "</title></style></code><script>alert(1)</script><img onerror='x()' \"q\" & \x00\u202e"
 VOID = frozenset({"meta", "link", "input", "wbr"})
 
@@ -172,10 +182,71 @@ def test_what_users_wrote_stays_text() -> None:
     assert not reader.all("img")
     assert "\x00" not in document
     assert reader.text.count("<script>alert(1)</script>") >= 8
-    assert safe(HOSTILE) in document
+    # The two ways to write a quotation mark are one and the same in HTML.
+    quoted = document.replace("&#34;", "&quot;").replace("&#39;", "&#x27;")
+    assert quoted.count(escape(visible(HOSTILE))) >= 15
     away = Reader(render(page(error=HOSTILE)))
     assert len(away.all("script")) == 1
     assert not away.all("img")
+
+
+@pytest.fixture
+def templates() -> Environment:
+    return page_document.load_templates()
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        "{{ text }}",
+        "{{ text ~ '' }}",
+        "{% set same = text %}{{ same }}",
+        "{% set block %}{{ text }}{% endset %}{{ block }}",
+        "{% macro say(it) %}{{ it }}{% endmacro %}{{ say(text) }}",
+        "{% macro say() %}<b>{% endmacro %}{{ say() ~ text }}",
+        "{{ '%s' % text }}",
+        "{{ [text] }}",
+    ],
+)
+def test_no_template_can_forget_to_escape(templates: Environment, printed: str) -> None:
+    """Whatever a template prints is made visible and escaped, however it prints it."""
+    found = templates.from_string(printed).render(text=HOSTILE)
+    assert "<script" not in found
+    assert "&lt;script" in found
+    assert found.isprintable()
+
+
+@pytest.mark.parametrize("name", ["safe", "tojson", "xmlattr", "urlize", "indent", "replace"])
+def test_no_template_can_print_a_text_as_markup(templates: Environment, name: str) -> None:
+    with pytest.raises(TemplateError):
+        templates.from_string(f"{{{{ text|{name} }}}}")
+
+
+def test_no_template_switches_escaping_off(templates: Environment) -> None:
+    files = list(EXPORTER.rglob("*.html"))
+    assert files
+    switches = nodes.EvalContextModifier, nodes.MarkSafe, nodes.MarkSafeIfAutoescape
+    for file in files:
+        parsed = templates.parse(file.read_text("utf-8"))
+        assert not [each for kind in switches for each in parsed.find_all(kind)], file
+
+
+def test_no_html_is_written_in_python() -> None:
+    tag = re.compile(r"(?<!\?P)<[a-zA-Z/!]")  # "(?P<name>" is a group of a regular expression
+    for file in EXPORTER.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not tag.search(node.value), f"{file.name}:{node.lineno}"
+        assert "Markup(" not in file.read_text("utf-8"), file
+
+
+@pytest.mark.parametrize(("tag", "file"), [("style", "page.css"), ("script", "page.js")])
+def test_the_policy_allows_the_file_that_the_page_includes(tag: str, file: str) -> None:
+    """The file is included as a template, so nothing in it may mean anything to Jinja."""
+    (inside,) = re.findall(f"<{tag}>(.*?)</{tag}>", render(five()), re.DOTALL)
+    assert inside == (EXPORTER / "page" / file).read_text("utf-8").rstrip("\n")
+    digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+    assert f"{tag}-src 'sha256-{digest}'" in POLICY
 
 
 def test_what_cannot_be_written_in_any_encoding() -> None:

@@ -1,99 +1,90 @@
-"""The status page: one document, made anew for each answer, from nothing but what is shown.
+"""The status page: one HTML document, rendered for each request from templates.
 
-It needs no build step and nothing from elsewhere, sets no cookie, and its policy lets no script
-run but its own: keys, errors and states are texts of users, and escaped as such besides.
+Keys, errors and states are texts of users. Every value that a template prints is made visible and
+then escaped, so a template cannot forget it. The page loads nothing from elsewhere, sets no cookie,
+and its Content-Security-Policy allows only its own style and script, by their digests.
 """
 
 from __future__ import annotations
 
-from .beat import beat
-from .model import Page, ShownBeat, ShownSingleton
-from .policy import POLICY
-from .script import SCRIPT
-from .singletons import singletons
-from .style import STYLE
-from .text import moment, safe
+import base64
+import hashlib
+from importlib import resources
 
-__all__ = ["Page", "ShownBeat", "ShownSingleton", "render"]
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from celery_singleton_state.text import moments
+from celery_singleton_state.text.visible import as_printed, visible
+
+from .model import Page, ShownBeat, ShownSingleton
+from .timeline import HEIGHT, LEGEND, LENGTH, timeline
+
+__all__ = ["POLICY", "Page", "ShownBeat", "ShownSingleton", "render"]
 
 
 def render(page: Page) -> str:
     """The page as a whole HTML document."""
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        '<meta name="robots" content="noindex">\n'
-        f'<noscript><meta http-equiv="refresh" content="{page.refresh}"></noscript>\n'
-        f'<title>{_title(page)}</title>\n<link rel="icon" href="data:,">\n'
-        f"<style>{STYLE}</style>\n</head>\n"
-        f'<body data-refresh="{page.refresh}">\n{_header(page)}\n'
-        f'<main id="page">\n{_main(page)}\n</main>\n{_footer()}\n'
-        f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
+    return _TEMPLATES.get_template("page.html").render(page=page, policy=POLICY)
+
+
+def _read(name: str) -> str:
+    """A file of this package: a template, the style or the script."""
+    return resources.files(__package__).joinpath(name).read_text("utf-8")
+
+
+def _seen(value: object) -> str:
+    """Any printed value without invisible characters; autoescape comes after it."""
+    return visible(value if isinstance(value, str) else str(value), keep="\t\n")
+
+
+def _node_and_process(holder: str) -> tuple[str, str]:
+    """A holder's name in two parts: its node, and the rest that tells two holders there apart."""
+    node = holder.rsplit(":", 2)[0]
+    return node, holder[len(node) :]
+
+
+def _number(value: int) -> str:
+    return f"{value:,}"
+
+
+def load_templates() -> Environment:
+    """The templates, each compiled once in a process."""
+    found = Environment(
+        loader=FunctionLoader(_read),
+        autoescape=True,
+        finalize=_seen,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
     )
+    # Not Jinja's own filters: some of them, such as "safe", print a value unescaped.
+    found.filters = {
+        "ago": moments.ago,
+        "length": len,
+        "moment": moments.moment,
+        "node_and_process": _node_and_process,
+        "number": _number,
+        "printed": as_printed,
+        "short_moment": moments.short_moment,
+        "span": moments.span,
+        "took": moments.took,
+    }
+    found.tests["usual"] = moments.is_usual
+    found.globals.update(height=HEIGHT, legend=LEGEND, length=LENGTH, timeline=timeline)
+    return found
 
 
-def _title(page: Page) -> str:
-    """What a tab that is not looked at shows, the worst first."""
-    if page.error is not None:
-        said = "store out of reach"
-    else:
-        said = f"{page.unhealthy:,} unhealthy" if page.unhealthy else f"{page.running:,} running"
-    return f"{said} · {safe(page.app)} · singletons"
+def _digest(name: str) -> str:
+    """The digest of an included file, as the browser computes it from the page."""
+    included = _TEMPLATES.get_template(name).render().encode()
+    return f"'sha256-{base64.b64encode(hashlib.sha256(included).digest()).decode()}'"
 
 
-def _header(page: Page) -> str:
-    """What stays when the rest is refreshed, the filter with what is being typed among it."""
-    back = '<a href="?">show all</a>' if page.query else ""
-    return (
-        f"<header><h1>{safe(page.app)} <small>singletons</small></h1>"
-        '<form role="search" method="get"><label for="q">Filter</label>'
-        f'<input id="q" type="search" name="q" value="{safe(page.query)}" autocomplete="off"'
-        f' spellcheck="false" placeholder="part of a name">'
-        f"<button>Filter</button>{back}</form>"
-        f'<p class="read"><span id="read">read at {moment(page.now, page.now)} UTC</span>'
-        f'<span id="age">, every {page.refresh} s</span></p></header>\n'
-        '<p id="stale" role="alert" hidden></p>'
-    )
+_TEMPLATES = load_templates()
 
-
-def _main(page: Page) -> str:
-    if page.error is not None:
-        return _out_of_reach(page.error)
-    return f'<div class="top">{_summary(page)}{beat(page.beat, page.now)}</div>{singletons(page)}'
-
-
-def _summary(page: Page) -> str:
-    """The numbers of all singletons."""
-    of_all = " in all" if page.query else ""
-    tiles = (
-        ("bad" if page.unhealthy else "ok", page.unhealthy, f"unhealthy{of_all}"),
-        ("run" if page.running else "none", page.running, f"running{of_all}"),
-        ("none", page.total, "match" if page.query else "in all"),
-    )
-    items = "".join(
-        f'<li class="{kind}"><b>{number:,}</b> {word}</li>' for kind, number, word in tiles
-    )
-    return (
-        '<section class="summary" aria-labelledby="summary">'
-        f'<h2 id="summary" class="unseen">Summary</h2><ul>{items}</ul></section>'
-    )
-
-
-def _out_of_reach(error: str) -> str:
-    return (
-        '<section class="away" aria-labelledby="away"><h2 id="away">The store is out of reach</h2>'
-        f"<p><code>{safe(error)}</code></p>"
-        "<p>So nothing is known now: not which singletons run, nor whether they are late, nor who"
-        " leads beat. If workers cannot reach the store either, no run begins and nothing is saved;"
-        " each active run is lost when its lease runs out. The states in the store stay as they"
-        " are. This page goes on asking.</p></section>"
-    )
-
-
-def _footer() -> str:
-    return (
-        "<footer><p>Times are UTC, by the store's clock. For programs:"
-        ' <a href="metrics">metrics</a>, <a href="health">health</a>.</p></footer>'
-    )
+#: The Content-Security-Policy, for the page's head and for the HTTP header.
+POLICY = (
+    f"default-src 'none'; script-src {_digest('page.js')}; style-src {_digest('page.css')};"
+    " img-src data:; connect-src 'self'; form-action 'self'; base-uri 'none'"
+)

@@ -1,4 +1,4 @@
-"""What the page is given to show; how it came to be known is none of the page's business."""
+"""What the page shows, without how it is drawn or where it was read."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from dataclasses import dataclass
 from celery_singleton_state import history
 from celery_singleton_state.beat.entry_state import EntryState
 from celery_singleton_state.health import SingletonHealth
+from celery_singleton_state.history import Outcome
 from celery_singleton_state.store.base import Listed
+from celery_singleton_state.text.visible import as_printed
+
+#: The outcomes after which a singleton counts as failing.
+FAILING = frozenset({Outcome.FAILED, Outcome.LOST})
 
 
 @dataclass(frozen=True, slots=True)
 class ShownSingleton:
     """One singleton.
 
-    :param row: ``None`` for one that never ran and has none.
+    :param row: ``None`` for a singleton that never ran and has no row.
     :param runs: the last runs, oldest first, as far as they were asked for.
-    :param value: the state as JSON, only where the operator asked for it to be shown.
+    :param value: the state as JSON, only if the operator asked for states to be shown.
     """
 
     health: SingletonHealth
@@ -24,15 +29,51 @@ class ShownSingleton:
     runs: tuple[history.Entry, ...]
     value: str | None = None
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What to know about the singleton in a word or two, the worst first."""
+        row, marks = self.row, []
+        if not self.health.healthy:
+            marks.append("late")
+        if row is not None and row.last_outcome in FAILING:
+            marks.append("failing")
+        if row is not None and row.acquired_at is not None and not row.held:
+            marks.append("lease ran out")
+        if row is not None and row.held and not row.held_on:
+            marks.append("running")
+        return tuple(marks) or ("healthy",)
+
+    @property
+    def printed_name(self) -> tuple[str, str]:
+        """The name as the commands print and take it, in two parts: the task and the arguments."""
+        name, task = self.health.singleton, self.health.task
+        printed, head = as_printed(name), as_printed(task if name.startswith(task) else name)
+        if not printed.startswith(head):
+            head = printed
+        return head, printed[len(head) :]
+
+    @property
+    def ran(self) -> bool:
+        """Whether a run of the singleton has ended."""
+        return self.row is not None and self.row.last_finished_at is not None
+
+    @property
+    def last_run(self) -> history.Entry | None:
+        """The run whose outcome the row has; ``None`` if it is not in the history."""
+        run = next((run for run in reversed(self.runs) if history.is_run(run)), None)
+        if run is None or self.row is None or run.outcome != self.row.last_outcome:
+            return None
+        return run
+
 
 @dataclass(frozen=True, slots=True)
 class ShownBeat:
-    """The schedule and who leads it.
+    """The schedule and which beat leads.
 
-    :param leader: the holder of the beat lease, ``None`` when nobody leads.
+    :param leader: the holder of the beat lease, ``None`` when no beat leads.
     :param leads_since: seconds since the epoch.
     :param upcoming: the entries that are due next, soonest first.
-    :param entries: how many there are in all.
+    :param entries: how many entries there are in all.
     """
 
     name: str
@@ -45,15 +86,15 @@ class ShownBeat:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """All that one answer shows.
+    """The contents of one page.
 
     :param now: seconds since the epoch by the store's clock.
     :param shown: the singletons that are drawn, worst first.
-    :param total: how many there are that match the query.
-    :param running, unhealthy: of all, whether they match or not.
+    :param total: how many singletons match the query.
+    :param running, unhealthy: counts of all singletons, whether they match or not.
     :param query: what the visitor typed into the filter.
-    :param error: why nothing is known, where the store is out of reach.
-    :param refresh: seconds between two looks.
+    :param error: why nothing is known, if the store is unavailable.
+    :param refresh: seconds between two requests of an open page.
     """
 
     app: str

@@ -10,17 +10,14 @@ from celery_singleton_state.beat.entry_state import EntryState, decode_rows
 from celery_singleton_state.beat.leader import Leader
 from celery_singleton_state.exporter.snapshot import Look
 from celery_singleton_state.health import SingletonHealth
-from celery_singleton_state.history import Outcome
 from celery_singleton_state.runtime import Runtime
 from celery_singleton_state.store.base import Listed, StoreError
 from celery_singleton_state.text.visible import as_printed
 
-from .document import Page, ShownBeat, ShownSingleton
+from .model import FAILING, Page, ShownBeat, ShownSingleton
 
 #: Singletons, and ticks to come.
 SHOWN, UPCOMING = 200, 8
-#: How bad an outcome is to see.
-_BAD = frozenset({Outcome.FAILED, Outcome.LOST})
 
 
 class Overview:
@@ -106,7 +103,7 @@ def _show(
 def _rank(health: SingletonHealth, row: Listed | None) -> tuple[bool, bool, bool, str]:
     """The worst first, then what runs."""
     ran_out = row is not None and row.holder is not None and not row.held
-    failed = row is not None and row.last_outcome in _BAD
+    failed = row is not None and row.last_outcome in FAILING
     runs = row is not None and row.held
     return health.healthy, not (failed or ran_out), not runs, health.singleton
 

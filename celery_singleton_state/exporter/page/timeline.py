@@ -1,4 +1,4 @@
-"""The time line of a singleton: its last runs as bars on one axis, which ends now.
+"""The geometry of a singleton's time line: its last runs as bars on one axis, which ends now.
 
 Each outcome has a shape of its own beside its colour. A bar is as wide as its run was long, but
 never too narrow to be seen.
@@ -7,17 +7,15 @@ never too narrow to be seen.
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 from celery_singleton_state.history import Entry, Outcome
 from celery_singleton_state.store.base import Listed
 from celery_singleton_state.text import moments
 
-from .text import moment, safe, span, took
-
-#: The axis is this long, in hundredths of the drawing; a bar at least so wide.
-LENGTH = 100.0
+#: The size of the drawing, whose units are stretched, and the least width of a bar in it.
+LENGTH, HEIGHT = 100, 24
 NARROWEST = 1.4
-HEIGHT = 24
 
 RUNNING = "running"
 #: Each outcome's class, and the upper and lower ends of its bar's parts.
@@ -30,24 +28,45 @@ SHAPES: dict[str, tuple[str, tuple[tuple[int, int], ...]]] = {
     Outcome.DUPLICATE: ("other", ((18, 22),)),
     RUNNING: ("now", ((9, 22),)),
 }
-#: In the order of the legend.
-LEGEND = {
-    Outcome.SUCCEEDED: "succeeded",
-    Outcome.FAILED: "failed",
-    Outcome.RETRIED: "retried",
-    Outcome.LOST: "lost",
-    Outcome.DUPLICATE: "duplicate",
-    RUNNING: "running",
-}
 
 
-def timeline(row: Listed | None, runs: tuple[Entry, ...], now: float) -> str:
-    """The drawing, with its axis beneath; nothing where there is nothing to draw."""
+class Shape(NamedTuple):
+    """One filled path of a drawing.
+
+    :param kind: its CSS class.
+    :param path: its outline, as SVG takes it.
+    """
+
+    kind: str
+    path: str
+    title: str = ""
+
+
+class TimeLine(NamedTuple):
+    """One drawing.
+
+    :param label: its contents in words.
+    :param axis: the axis, whose second half is dashed if it stands for a long silence.
+    :param start: when the axis begins, in seconds since the epoch.
+    :param end: when the axis ends, in words.
+    """
+
+    label: str
+    axis: tuple[Shape, ...]
+    bars: tuple[Shape, ...]
+    start: float
+    end: str
+
+
+def timeline(row: Listed | None, runs: tuple[Entry, ...], now: float) -> TimeLine | None:
+    """The time line of one singleton; ``None`` if there is nothing to draw."""
     begun = _begun(row)
     # A moment beyond the calendar has no place on the axis.
-    runs = tuple(run for run in runs if _has_place(run.started) and _has_place(run.finished))
+    runs = tuple(
+        run for run in runs if moments.is_usual(run.started) and moments.is_usual(run.finished)
+    )
     if not runs and begun is None:
-        return ""
+        return None
     times = [time for run in runs for time in (run.started, run.finished)]
     times += [] if begun is None else [begun, now]
     start, last = min(times), max(times)
@@ -59,50 +78,40 @@ def timeline(row: Listed | None, runs: tuple[Entry, ...], now: float) -> str:
     ]
     if begun is not None and row is not None:
         bars.append(_unfinished(row, begun, (begun - start) * scale))
-    axis = f'<path class="axis" d="M0 {HEIGHT - 1}H{LENGTH / 2 if silence else LENGTH:g}"/>'
-    if silence:
-        axis += f'<path class="axis gap" d="M{LENGTH / 2:g} {HEIGHT - 1}H{LENGTH:g}"/>'
+    label = _label(runs, begun, start)
+    return TimeLine(label, _axis(bool(silence)), tuple(bars), start, silence or "now")
+
+
+def _axis(is_broken: bool) -> tuple[Shape, ...]:
+    bottom, middle = HEIGHT - 1, LENGTH // 2
+    if not is_broken:
+        return (Shape("axis", f"M0 {bottom}H{LENGTH}"),)
     return (
-        f'<svg class="line" viewBox="0 0 {LENGTH:g} {HEIGHT}" preserveAspectRatio="none" role="img"'
-        f' aria-label="{_label(runs, begun, start)}">{axis}{"".join(bars)}</svg>'
-        f'<span class="ends">{moment(start, now)} <span>{silence or "now"}</span></span>'
+        Shape("axis", f"M0 {bottom}H{middle}"),
+        Shape("axis gap", f"M{middle} {bottom}H{LENGTH}"),
     )
-
-
-def legend() -> str:
-    """The shapes and what they mean."""
-    items = "".join(
-        f'<li><svg class="key" viewBox="0 0 8 {HEIGHT}" aria-hidden="true">{_shape(outcome, 1, 7)}'
-        f"</svg>{word}</li>"
-        for outcome, word in LEGEND.items()
-    )
-    return f'<ul class="legend" aria-label="Outcomes in the time lines">{items}</ul>'
 
 
 def _end(start: float, last: float, now: float) -> tuple[float, str]:
-    """Where the axis ends, and how to say so where it ends before now.
+    """Where the axis ends, and how to say so if it ends before now.
 
-    Runs that were long ago would shrink to a point: then they have the left half, and the right
-    one stands for all the time since.
+    Runs that ended long ago would shrink to a point. So they get the left half of the axis, and
+    the right half stands for all the time since then.
     """
     busy = max(last - start, 1.0)
     if now - last <= busy:
         return max(now, last, start + 1.0), ""
-    return start + 2 * busy, f"now, {span(now - last)} later"
+    return start + 2 * busy, f"now, {moments.span(now - last)} later"
 
 
 def _begun(row: Listed | None) -> float | None:
     """When the run began that has not ended."""
     if row is None or row.expires_in is None or row.acquired_at is None:
         return None
-    return row.acquired_at if _has_place(row.acquired_at) else None
+    return row.acquired_at if moments.is_usual(row.acquired_at) else None
 
 
-def _has_place(epoch: float) -> bool:
-    return moments.is_usual(epoch)
-
-
-def _unfinished(row: Listed, begun: float, left: float) -> str:
+def _unfinished(row: Listed, begun: float, left: float) -> Shape:
     outcome = RUNNING if row.held else Outcome.LOST
     what = "running" if row.held else "not ended, its lease ran out"
     return _bar(
@@ -110,20 +119,21 @@ def _unfinished(row: Listed, begun: float, left: float) -> str:
     )
 
 
-def _bar(outcome: str, left: float, right: float, title: str) -> str:
+def _bar(outcome: str, left: float, right: float, title: str) -> Shape:
     left = min(max(0.0, left), LENGTH - NARROWEST)
     right = min(max(right, left + NARROWEST), LENGTH)
-    return _shape(outcome, left, right, f"<title>{safe(title)}</title>")
+    return _shape(outcome, left, right, title)
 
 
-def _shape(outcome: str, left: float, right: float, inside: str = "") -> str:
-    name, parts = SHAPES.get(outcome, SHAPES[Outcome.SKIPPED])
-    path = "".join(f"M{left:.4g} {top}H{right:.4g}V{bottom}H{left:.4g}z" for top, bottom in parts)
-    return f'<path class="{name}" d="{path}">{inside}</path>'
+def _shape(outcome: str, left: float, right: float, title: str) -> Shape:
+    kind, parts = SHAPES.get(outcome, SHAPES[Outcome.SKIPPED])
+    x, end = f"{left:.4g}", f"{right:.4g}"
+    outlines = [f"M{x} {top}H{end}V{bottom}H{x}z" for top, bottom in parts]
+    return Shape(kind, "".join(outlines), title)
 
 
 def _of(run: Entry) -> str:
-    length = took(run.finished - run.started)
+    length = moments.took(run.finished - run.started)
     text = f"{run.outcome}, {moments.moment(run.started)} UTC, took {length}, fence {run.fence}"
     return f"{text}: {run.error}" if run.error else text
 
@@ -133,4 +143,14 @@ def _label(runs: tuple[Entry, ...], begun: float | None, start: float) -> str:
     if begun is not None:
         counts["not ended"] = 1
     said = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-    return safe(f"Runs since {moments.moment(start)} UTC: {said}")
+    return f"Runs since {moments.moment(start)} UTC: {said}"
+
+
+#: The shape of each outcome, in the order of the legend.
+LEGEND = tuple(
+    _shape(outcome, 1, 7, outcome)
+    for outcome in (
+        *(Outcome.SUCCEEDED, Outcome.FAILED, Outcome.RETRIED, Outcome.LOST, Outcome.DUPLICATE),
+        RUNNING,
+    )
+)

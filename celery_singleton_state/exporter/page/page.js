@@ -1,8 +1,4 @@
-"""The page's script: it fetches the page anew and puts what it holds in place of the old."""
-
-from __future__ import annotations
-
-SCRIPT = """
+// Fetches the page again and replaces the main part of the document.
 (() => {
   "use strict";
   const every = Number(document.body.dataset.refresh) * 1000;
@@ -83,4 +79,3 @@ SCRIPT = """
   setInterval(show, 1000);
   timer = setTimeout(refresh, every);
 })();
-"""
