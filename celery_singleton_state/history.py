@@ -93,8 +93,8 @@ def decode(raw: str | None, name: str) -> tuple[Entry, ...]:
         return ()
     try:
         return _decoder.decode(raw)
-    except msgspec.DecodeError:
-        pass
+    except (msgspec.DecodeError, UnicodeError):
+        pass  # odd texts take another way
     try:
         return from_json(raw, _decoder)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
