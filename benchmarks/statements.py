@@ -100,7 +100,7 @@ def _bare_round(store: SqlStore, url: str) -> Callable[[], None]:
     def round_trips() -> None:
         fence, *_, seen, _ = execute(sql.acquire, lease).fetchone()
         execute(
-            sql.release[True, False],
+            sql.release[True],
             {
                 "key": "bare",
                 "holder": "bare:1:1",

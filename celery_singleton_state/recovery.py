@@ -31,7 +31,7 @@ def free_own(runtime: Runtime, row: Row) -> bool:
     :returns: whether the lease may be free now.
     :raises StoreError: the store is unavailable.
     """
-    if row.holder is None or row.held_on or not runtime.holds_without_run(row.holder):
+    if row.holder is None or not runtime.holds_without_run(row.holder):
         return False
     released = runtime.store.give_back(row.key, row.holder)
     if released is not None:
@@ -77,7 +77,8 @@ def end_for(
     store: Leases | None = None,
     sent: str | None = None,
 ) -> bool:
-    """Release a lease in the name of the holder that was seen; false if it is the holder no more.
+    """Release a lease in the name of the holder that was seen, or end the hold period that was
+    seen; false if that is over.
 
     :param generation: of the message that it runs.
     :param why: for the history.
@@ -85,27 +86,31 @@ def end_for(
     :param sent: the value that tells the message from others with the same id.
     :raises StoreError: the store is out of reach.
     """
-    holder, store = row.holder or "", store or runtime.store
-    if row.acquired_at is None:
-        # Held on after its run, which has its entry.
+    store = store or runtime.store
+    if row.holder is None:
+        # The lease is in its hold period after a run, which has its entry.
         return store.wishes.let_go(row)
+    started = row.acquired_at
+    if started is None or not math.isfinite(started):
+        # JSON has no infinity, and the whole history could not be read with it.
+        started = row.read_at
     entries = history.decode(row.history, row.key)
     entry = history.Entry(
         task_id=row.task_id,
         generation=generation,
-        holder=holder,
+        holder=row.holder,
         fence=row.fence,
         tick=None,
         outcome=Outcome.LOST,
         error=why,
-        # JSON has no infinity, and the whole history could not be read with it.
-        started=row.acquired_at if math.isfinite(row.acquired_at) else row.read_at,
+        started=started,
         finished=row.read_at,
         sent=sent,
         deaths=history.deaths_of(entries, row.task_id, sent) + (why == history.DIED),
     )
     document = history.append(entries, entry, runtime.settings.history)
-    released = store.release(Lease(row.key, holder, row.fence, 0), Ended(Outcome.LOST, document))
+    lease = Lease(row.key, row.holder, row.fence, 0)
+    released = store.release(lease, Ended(Outcome.LOST, document))
     if released is None:
         return False
     grant(runtime.app, store, row.key, released)

@@ -47,13 +47,14 @@ def release(context: click.Context, name: str, yes: bool) -> None:
     runtime = runtime_of(_app(context))
     row = find(runtime, name)
     printed = as_printed(_name(runtime, row))
-    if row.holder is None:
+    if row.holder is None and not row.held:
         say(f"{printed} is free")
         return
     if not yes:
         ask(f"{_warning(runtime, row)} Release it?")
     _release(runtime, row)
-    say(f"{printed} is free; {row.holder} had it, with fence {row.fence}")
+    had = f"{row.holder} had it" if row.holder else "its hold period is ended"
+    say(f"{printed} is free; {had}, with fence {row.fence}")
 
 
 @click.command(cls=CeleryCommand)
@@ -143,6 +144,11 @@ def _change(runtime: Runtime, name: str, new: NewValue, what: str, force: bool, 
     """Put a state into the row of a singleton that nobody holds."""
     key = row_key(runtime.settings.key_prefix, name)
     row = runtime.store.peek(key)
+    if row is not None and row.in_hold_period and not force:
+        raise click.ClickException(
+            f"{as_printed(name)} is in the hold period after its last run; "
+            "wait for its end, or end it with --force"
+        )
     if row is not None and row.held and not force:
         raise click.ClickException(
             f"{as_printed(name)} has an active run, of {row.holder}, which would not know of it; "
@@ -151,7 +157,7 @@ def _change(runtime: Runtime, name: str, new: NewValue, what: str, force: bool, 
     if not yes:
         warning = _warning(runtime, row) if row is not None and row.held else ""
         ask(f"{warning}The state is {json.dumps(row.value) if row else 'none'}. Replace it?")
-    if row is not None and row.holder is not None:
+    if row is not None and (row.holder is not None or row.held):
         # Also one whose lease ran out: late and without a successor it could still save.
         _release(runtime, row)
         row = runtime.store.peek(key)
@@ -170,7 +176,7 @@ def _release(runtime: Runtime, row: Row) -> None:
     name = _name(runtime, row)
     if not end_for(runtime, row, 0, f"released by {_who()}"):
         raise click.ClickException(
-            f"{as_printed(name)} is held by {row.holder} no more; nothing was changed"
+            f"{as_printed(name)} is held by {row.holder or 'nobody'} no more; nothing was changed"
         )
     tell(runtime, name, "released")
 
@@ -179,8 +185,8 @@ def _warning(runtime: Runtime, row: Row) -> str:
     if not row.held:
         return f"The lease of {row.holder} has run out, and no run has begun since. "
     left = seconds(row.expires_in or 0.0)
-    if row.held_on:
-        return f"The run is over, and its lease is held on for {left} more. "
+    if row.in_hold_period:
+        return f"The run is over, and its lease is in its hold period for {left} more. "
     interval = f"{runtime.settings.heartbeat_interval:g} s"
     return (
         f"{row.holder} may be alive: its lease has {left} left unless renewed. Its body goes on "

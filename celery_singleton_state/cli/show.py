@@ -201,7 +201,7 @@ def _lease(row: Listed) -> str:
         # A moment that the database cannot read, beside a holder.
         return "free" if row.holder is None else f"{row.holder}, until nobody knows when"
     if row.held:
-        return f"{row.holder}, {seconds(row.expires_in)} left"
+        return f"{row.holder or 'hold period'}, {seconds(row.expires_in)} left"
     return f"{row.holder}, ran out {seconds(-row.expires_in)} ago"
 
 

@@ -76,8 +76,9 @@ What happens when
 - *The holder dies*: whoever on its host learns of it releases the lease in its name, and is
   refused if somebody else has it by then (:mod:`celery_singleton_state.lease.holdings` says how one
   can know). From another host nobody can tell; the next acquisition after the expiry succeeds.
-- *The lease is kept after a run* (``hold_at_least``): the release puts another holder's name into
-  the row, so that what the run sent before, and repeats, is refused like a stale holder's.
+- *The lease is kept after a run* (``hold_at_least``): the release strikes out the holder, and
+  notes in ``hold_until`` until when nobody can acquire the lease. Nobody is the holder in this hold
+  period, so what the run sent before, and repeats, is refused like a stale holder's.
 - *Somebody asks the holder to hand over*: it is told by its next renewal or save, and releases.
 - *The holder is paused and wakes up*: if somebody acquired meanwhile, its renewal and its save
   are refused, and its run ends as ``HeartbeatFailed``.

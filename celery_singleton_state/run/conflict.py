@@ -80,8 +80,8 @@ class Conflict:
         row = self.row
         if row is None or row.expires_in is None:
             return "held by another run until a moment ago"
-        if row.held_on:
-            return f"held on after the run of {row.holder} for {max(row.expires_in, 0):.1f} s more"
+        if row.holder is None:
+            return f"in the hold period after its last run for {max(row.expires_in, 0):.1f} s more"
         return (
             f"held by {row.holder} for task {row.task_id or '(called directly)'}, "
             f"lease runs out in {max(row.expires_in, 0):.1f} s unless renewed"
@@ -158,7 +158,7 @@ def coalesce(conflict: Conflict) -> float | None:
     if row is None:
         return 0.0
     wishes = delivery.runtime.store.wishes
-    if row.held_on:
+    if row.in_hold_period:
         # Nobody is there to send it: the first one waits for the end, the others rely on it.
         left = max(row.expires_in or 0.0, 0.0)
         if not can_be_sent_again(delivery.task, delivery.request):

@@ -159,8 +159,9 @@ class Released:
 class Listed:
     """A singleton's row, as it can be seen from outside, in a list of many.
 
-    :param expires_in: seconds until the lease runs out, negative when it has; ``None`` when
-        the singleton is free.
+    :param holder: ``None`` when nobody holds the lease, also in a hold period after the last run.
+    :param expires_in: seconds until the lease or its hold period ends, negative when the lease has
+        run out; ``None`` when the singleton is free.
     :param updated_at, acquired_at, last_finished_at: seconds since the epoch by the store's
         clock; ``read_at`` is when it was asked.
     :param history: as JSON; in a list left out where the last run succeeded.
@@ -182,13 +183,13 @@ class Listed:
 
     @property
     def held(self) -> bool:
-        """Whether somebody holds the lease now."""
+        """Whether nobody can acquire the lease now: a run has it, or a hold period keeps it."""
         return self.expires_in is not None and self.expires_in > 0
 
     @property
-    def held_on(self) -> bool:
+    def in_hold_period(self) -> bool:
         """Whether the run is over and the lease kept for a while."""
-        return self.held and self.acquired_at is None
+        return self.held and self.holder is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +254,7 @@ Seen = TypeVar("Seen", bound=Listed)
 
 def seen(row: Seen) -> Seen:
     """A row as it was read: with values of the kinds that its fields have, with the ids of tasks as
-    they were given, and with the holder struck out of one that was held on after its run, and is
-    not any more.
+    they were given, and without a hold period that is over.
     """
     if odd := odd_values(row):
         row = replace(row, **odd)
@@ -263,8 +263,8 @@ def seen(row: Seen) -> Seen:
     escaped = {name: restored(text) for name, text in found.items() if text and "\\" in text}
     if escaped:
         row = replace(row, **escaped)
-    if row.acquired_at is None and not row.held:
-        return replace(row, holder=None, expires_in=None)
+    if row.holder is None and row.expires_in is not None and not row.held:
+        return replace(row, expires_in=None)
     return row
 
 
@@ -290,7 +290,7 @@ class Wishes(Protocol):
         """
 
     def let_go(self, row: Row) -> bool:
-        """End the holding on of a lease that was seen; false when it is not held on any more."""
+        """End the hold period that was seen; false when there is none, or another one, by now."""
 
     def want(self, row: Row, wish: str) -> bool:
         """Have the holder that was seen send one more run when it releases, by this wish alone.

@@ -455,7 +455,7 @@ def test_celery_once_104_a_lock_can_be_kept_for_a_while(
     app = client()
     worker = fleet.start("-c", "1")
     assert [outcome(app.send_task("kept")) for _ in range(2)] == [None] * 2
-    assert "singleton kept skipped: held on after the run" in worker.output
+    assert "singleton kept skipped: in the hold period after its last run" in worker.output
     assert len(fleet.notes("enter")) == 1
 
     assert outcome(app.send_task("held_on", ("first", ""))) == "first"
@@ -528,5 +528,7 @@ def test_celery_1876_the_last_run_is_known_after_a_crash(
     assert row.last_finished_at is not None
     worker = fleet.start("-c", "1")
     with beat(fleet, "tests.processes.tasks"):
-        fleet.wait_for_output(worker, "singleton kept skipped: held on after the run")
+        fleet.wait_for_output(
+            worker, "singleton kept skipped: in the hold period after its last run"
+        )
     assert len(fleet.notes("enter")) == 1

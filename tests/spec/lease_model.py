@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from .explorer import Broken, added, replaced
 from .lease_state import (
     ALL,
-    HELD_AFTER,
     IN_BODY,
     LONG,
     NO_RUN,
@@ -150,8 +149,8 @@ class LeaseModel:
                     forgot=row.forgot or row.asked,
                     write=0 if resets else row.write,
                 )
-        elif row.holder is None or row.left == 0:
-            taken_over = row.holder not in (None, HELD_AFTER)
+        elif row.left == 0:
+            taken_over = row.holder is not None
             row = row._replace(
                 holder=holder,
                 fence=max(row.fence + 1, clock),
@@ -217,7 +216,8 @@ class LeaseModel:
         row = self.end(row, request, "saved")
         row = row._replace(saved=tuple(sorted({*row.saved, request.holder})))
         if self.holds:
-            row = row._replace(holder=HELD_AFTER, left=self.lease_ttl)
+            # Nobody is the holder in the hold period, and nobody can acquire.
+            row = row._replace(left=self.lease_ttl)
         return row
 
     def end(self, row: Row, request: Request, outcome: str) -> Row:
@@ -612,8 +612,8 @@ class LeaseModel:
     def others(self, state: State) -> Steps:
         """Operators, hosts of the dead, parents, who asks for the lease, prune, clocks."""
         row, clients, rest = state.row, state.clients, state.rest
-        runs = row.holder is not None and row.holder != HELD_AFTER
-        of_dead = runs and row.holder is not None and clients[row.holder[0]].phase == "dead"
+        runs = row.holder is not None
+        of_dead = row.holder is not None and clients[row.holder[0]].phase == "dead"
 
         def sent(kind: str, holder: Holder, fence: int, **spent: int) -> State | None:
             if len(state.net) >= self.under_way:
@@ -675,7 +675,7 @@ class LeaseModel:
     def known(self, state: State) -> bool:
         """Whether somebody knows of the lease who will end it."""
         holder = state.row.holder
-        if holder is None or holder == HELD_AFTER:
+        if holder is None:
             return True
         client = state.clients[holder[0]]
         if client.phase == "dead":

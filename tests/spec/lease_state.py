@@ -56,8 +56,6 @@ FORMER = Protocol(
 
 #: A client's number, and how many deliveries it had before: the name of a run's holder.
 Holder = tuple[int, int]
-#: The holder's name in a row that is held after the run.
-HELD_AFTER = (-1, -1)
 
 
 class Request(NamedTuple):

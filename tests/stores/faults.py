@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery_singleton_state.store.sql.statements import HELD_ON
 from celery_singleton_state.store.sql.store import SqlStore
 
 IN_ORDER = "AND write BETWEEN :seen AND :number"
@@ -78,7 +77,13 @@ FAULTS = {
     "release without an end to it": ("release", "holder = NULL", "holder = holder"),
     "release in any order": ("release", IN_ORDER, ""),
     "release without what was seen": ("release", IN_ORDER, "AND write <= :number"),
-    "a hold is its holder's still": ("release", f"holder || '{HELD_ON}'", "holder"),
+    "a hold period is not noted": (
+        "release",
+        "> strftime('%Y-%m-%d %H:%M:%f+00:00', 'now') THEN",
+        "IS NULL THEN",
+    ),
+    "acquire in a hold period": ("acquire", "AND (mine.hold_until IS NULL OR", "AND (1 = 1 OR"),
+    "put in a hold period": ("put", "AND (mine.hold_until IS NULL OR", "AND (1 = 1 OR"),
     "a hold counts from the release": ("release", "acquired_at, :hold", "'now', :hold"),
     "give back without the holder": ("give_back", "AND holder = :holder", ""),
     "give back does not free": ("give_back", "holder = NULL", "holder = holder"),
@@ -103,7 +108,7 @@ FAULTS = {
     "asking again is refused": ("ask_to_hand_over", "newest = :rank AND", "1 = 0 AND"),
     "want without the fence": ("want", "AND fence = :fence", ""),
     "a strike hits any pending run": ("granted", "AND wanted = :wish", ""),
-    "a run's lease is let go": ("let_go", "AND acquired_at IS NULL", ""),
+    "a hold period of another run is let go": ("let_go", "AND fence = :fence", ""),
     "claim without the number": ("claim", "coalesce(mine.queue, 0) = :number OR", "1 = 1 OR"),
     "a repeated claim is refused": ("claim", "mine.queue = :number + 1 AND", "1 = 0 AND"),
     "a first claim is taken for a repetition": ("claim", "AND :first = 0", ""),

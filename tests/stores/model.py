@@ -25,7 +25,6 @@ from celery_singleton_state.store.base import (
     Saved,
     Write,
 )
-from celery_singleton_state.store.sql.statements import HELD_ON
 
 #: What an acquire takes a lease for, and what a confirmation or a renewal makes of it. Longer than
 #: any test: a lease runs out only when a test says so.
@@ -55,7 +54,7 @@ class ModelRow:
     schema_version: int | None = None
     fence: int = 0
     write: int = 0
-    #: Of a lease that is held after its run, a name that no run has.
+    #: ``None`` in a hold period, which has a life all the same.
     holder: str | None = None
     task_id: str | None = None
     #: Seconds that the lease lives, about; 0 if it ran out.
@@ -81,17 +80,21 @@ class ModelRow:
         return max(self.fence, self.newest)
 
     @property
-    def held_on(self) -> bool:
-        return self.holder is not None and self.holder.endswith(HELD_ON)
+    def in_hold_period(self) -> bool:
+        return self.holder is None and self.life > 0
 
     def is_held(self, lease: Lease | Row) -> bool:
         mine = self.holder is not None and self.holder == lease.holder
         return mine and self.fence == lease.fence
 
+    def is_as_seen(self, row: Row) -> bool:
+        """Whether the same holder, or a hold period after the same run, goes on."""
+        return (self.holder, self.fence) == (row.holder, row.fence) and self.life > 0
+
     def may_be_taken(self, rank: int, sent: str | None) -> bool:
         """By a new holder, whose message has a rank, or 0, and was sent at a moment."""
         newest = self.rank <= rank if rank else not is_before(sent, self.newest_sent)
-        return newest and (self.holder is None or not self.life)
+        return newest and not self.life
 
     def free(self) -> None:
         self.holder = self.task_id = None
@@ -100,8 +103,6 @@ class ModelRow:
     def run_out(self) -> None:
         """Time passes, longer than any life."""
         self.life, self.outlasted, self.queued = 0.0, True, False
-        if self.held_on:
-            self.holder = None
 
     def store(self, write: Write) -> None:
         self.value, self.schema_version = write.new.value, write.new.schema_version
@@ -114,7 +115,7 @@ class ModelRow:
         more += ("handoff_to", "newest", "newest_sent")
         return {name: getattr(self, name) for name in names + more} | {
             "held": self.life > 0,
-            "held_on": self.held_on,
+            "in_hold_period": self.in_hold_period,
         }
 
     def hidden(self) -> tuple[Any, ...]:
@@ -123,7 +124,7 @@ class ModelRow:
 
     def unused(self) -> bool:
         asked = self.handoff_to is not None or self.wanted is not None
-        return self.holder is None and not asked and not self.queued
+        return self.holder is None and not self.life and not asked and not self.queued
 
 
 class Model:
@@ -236,10 +237,9 @@ class Model:
         row.last_outcome, row.history = ended.outcome, ended.history
         if ended.ticks_done is not None:
             row.ticks_done = ended.ticks_done
-        holder = row.holder
         row.free()
         if ended.hold > 0 and not row.outlasted:
-            row.holder, row.life = f"{holder}{HELD_ON}", ended.hold
+            row.life = ended.hold
         return Released(row.wanted)
 
     def give_back(self, key: str, holder: str) -> Released | None:
@@ -252,8 +252,8 @@ class Model:
     # -- others' requests, by what they saw of the row
 
     def ask_to_hand_over(self, row: Row, who: str, rank: int, sent: str | None) -> bool:
-        mine = self.held(row)
-        if mine is None or not mine.life:
+        mine = self.seen(row.key)
+        if not mine.is_as_seen(row):
             return False
         if rank <= mine.newest and (rank, who) != (mine.newest, mine.handoff_to):
             return False
@@ -261,15 +261,15 @@ class Model:
         return True
 
     def let_go(self, row: Row) -> bool:
-        mine = self.held(row)
-        if mine is None or not mine.held_on:
+        mine = self.seen(row.key)
+        if not mine.is_as_seen(row) or not mine.in_hold_period:
             return False
         mine.free()
         return True
 
     def want(self, row: Row, wish: str) -> bool:
-        mine = self.held(row)
-        if mine is None or not mine.life or mine.wanted != row.wanted:
+        mine = self.seen(row.key)
+        if not mine.is_as_seen(row) or mine.wanted != row.wanted:
             return False
         mine.wanted = wish
         return True
@@ -304,7 +304,7 @@ class Model:
     def put(self, key: str, row: Row | None, new: NewValue) -> bool:
         mine = self.seen(key)
         fence, write = (row.fence, row.write) if row else (0, 0)
-        if mine.holder is not None or (mine.fence, mine.write) != (fence, write):
+        if mine.holder is not None or mine.life or (mine.fence, mine.write) != (fence, write):
             return False
         self.row(key).store(Write(write + 1, write, new))
         return True

@@ -241,7 +241,7 @@ def test_what_was_released_is_not_given_back(leases: Leases) -> None:
     lease = acquire(leases, "a").lease
     assert leases.release(lease, HELD_ON)
     assert leases.give_back("k", "a") is None
-    assert peek(leases).held_on
+    assert peek(leases).in_hold_period
 
 
 def test_giving_back_leaves_the_state(store: SqlStore) -> None:
@@ -568,7 +568,7 @@ def test_a_lease_that_is_held_on_is_not_acquired(store: SqlStore, new: NewValue 
     assert store.release(acquired.lease, HELD_ON, write(new) if new else None) == FREED
     assert store.acquire("k", "b", LONG, None) is None
     row = peek(store)
-    assert (row.held, row.held_on, row.holder, row.task_id) == (True, True, "a (held on)", None)
+    assert (row.held, row.in_hold_period, row.holder, row.task_id) == (True, True, None, None)
     assert (row.run_count, row.last_outcome) == (1, "succeeded")
     assert row.value == (new.value if new else "null")
     assert row.expires_in is not None
@@ -584,7 +584,7 @@ def test_a_lease_that_is_held_on_is_free_when_the_hold_has_passed(leases: Leases
     assert second.write == 0, "the run has ended in order"
     assert second.acquired_at - first.acquired_at >= HOLD - ROUNDING
     row = peek(leases)
-    assert (row.held, row.held_on, row.holder) == (True, False, "b")
+    assert (row.held, row.in_hold_period, row.holder) == (True, False, "b")
 
 
 def test_a_hold_that_is_over_leaves_the_row_free(leases: Leases) -> None:
@@ -595,7 +595,7 @@ def test_a_hold_that_is_over_leaves_the_row_free(leases: Leases) -> None:
     )
     assert leases.release(acquired.lease, Ended("succeeded", "[]", hold=HOLD)) == FREED
     row = peek(leases)
-    assert (row.held, row.held_on, row.holder, row.task_id) == (False, False, None, None)
+    assert (row.held, row.in_hold_period, row.holder, row.task_id) == (False, False, None, None)
     assert acquire(leases, "b").lease.fence > acquired.lease.fence
 
 
@@ -758,4 +758,4 @@ def test_a_lease_that_is_held_on_is_its_holders_no_more(store: SqlStore) -> None
     assert store.written(lease, 1) is None
     assert store.acquire(lease.key, lease.holder, 60, None) is None
     after = peek(store)
-    assert (after.held_on, after.run_count, after.value) == (True, 1, before.value)
+    assert (after.in_hold_period, after.run_count, after.value) == (True, 1, before.value)

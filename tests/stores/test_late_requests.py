@@ -346,7 +346,7 @@ def test_give_back_does_not_end_a_hold(leases: Leases) -> None:
     """
     leases.release(acquire(leases).lease, Ended("succeeded", "[]", hold=LONG))
     assert leases.give_back("k", "a") is None
-    assert peek(leases).held_on
+    assert peek(leases).in_hold_period
 
 
 def test_a_late_renewal_does_not_prolong_anothers_lease(leases: Leases) -> None:

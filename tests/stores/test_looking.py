@@ -145,7 +145,7 @@ def test_a_lease_that_is_held_on_is_let_go(store: SqlStore) -> None:
     assert store.release(acquired.lease, Ended("succeeded", "[]", hold=60))
     kept = store.peek("kept")
     assert kept is not None
-    assert kept.held_on
+    assert kept.in_hold_period
     assert not put(store, "kept", "3", 4)
     assert store.wishes.let_go(kept)
     assert not store.wishes.let_go(kept)

@@ -650,22 +650,23 @@ class Leases(RuleBasedStateMachine):
         """A message that waits asks once more, as its first request was not answered."""
         key, who, rank = message
         row = self.row(key)
-        if row is not None and row.holder is not None:
+        if row is not None and row.held:
             self.send(Request("ask_to_hand_over", (row, who, rank, "sent again")), fate)
 
     @rule(key=ANY_KEY, fate=FATES)
     def free_by_an_operator(self, key: str, fate: str) -> None:
-        """A run is released in its name; a lease that is held after its run is let go."""
+        """A run is released in its name; a hold period is ended."""
         row = self.row(key)
-        if row is not None and row.holder is not None:
-            free = Request("let_go", (row,)) if row.held_on else self.release_of_another(row)
+        if row is not None and (row.holder is not None or row.held):
+            is_hold = row.in_hold_period
+            free = Request("let_go", (row,)) if is_hold else self.release_of_another(row)
             self.send(free, fate)
 
     @rule(key=ANY_KEY, fate=FATES, rivals=st.booleans())
     def want(self, key: str, fate: str, rivals: bool) -> None:
         """A conflict wants one more run; or two conflicts do, which saw the same row."""
         row = self.row(key)
-        if row is None or row.holder is None:
+        if row is None or not row.held:
             return
         for _ in range(1 + rivals):
             self.nonce += 1
@@ -792,7 +793,7 @@ class Leases(RuleBasedStateMachine):
                 Request("let_go", (wrong,)),
             )
         self.refuse(Request("granted", (key, "another")))
-        if not row.held_on:
+        if not row.in_hold_period:
             self.refuse(Request("let_go", (row,)))
         if self.has_states:
             other = replace(row, fence=row.fence + 1)
@@ -807,7 +808,7 @@ class Leases(RuleBasedStateMachine):
     def write_after_commits_were_lost(self, key: str) -> None:
         """The holder has seen a write that the row does not know any more."""
         row = self.model.seen(key)
-        if row.holder is None or row.held_on:
+        if row.holder is None:
             return
         lease = Lease(key, row.holder, row.fence, LONG)
         write = Write(row.write + 2, row.write + 1, State(checkpoints=-1).encoded())
@@ -836,7 +837,7 @@ class Leases(RuleBasedStateMachine):
             self.makes_progress(row)
 
     def lives_as_long(self, row: Row, life: float) -> None:
-        if row.holder is None:
+        if row.holder is None and not life:
             assert row.expires_in is None
         else:
             assert row.expires_in is not None
@@ -844,7 +845,7 @@ class Leases(RuleBasedStateMachine):
 
     def is_known(self, row: Row) -> None:
         """I4: a lease that nobody will end is held for the first life at most."""
-        if row.held_on or row.expires_in is None or row.expires_in <= FIRST + 1:
+        if row.in_hold_period or row.expires_in is None or row.expires_in <= FIRST + 1:
             return
         known = {run.holder for run in self.runs + self.to_give_back} | self.unlooked
         known |= {request.arguments[0].holder for request in self.recoveries}

@@ -106,9 +106,8 @@ def test_one_that_never_ended_a_run_is_as_old_as_its_row(store: SqlStore) -> Non
 
 
 def test_one_that_was_held_on_is_nobodys_when_the_hold_has_passed(store: SqlStore) -> None:
-    """Its row names a holder still, which can write no more."""
     store.release(acquire(store).lease, Ended("succeeded", "[]", hold=LONG))
-    age(store, "updated_at", "last_finished_at", "expires_at")
+    age(store, "updated_at", "last_finished_at", "hold_until")
     assert store.unused("", DAY) == ["k"]
     assert store.prune(["k"], DAY) == ["k"]
 

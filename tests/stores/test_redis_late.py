@@ -166,7 +166,7 @@ def test_a_late_give_back_ends_no_other_lease(store: RedisStore) -> None:
 def test_a_give_back_does_not_end_the_hold_after_its_run(store: RedisStore) -> None:
     store.release(acquire(store, "a").lease, Ended("succeeded", "[]", hold=LONG))
     assert store.give_back("k", "a") is None
-    assert peek(store).held_on
+    assert peek(store).in_hold_period
 
 
 # -- the pending run

@@ -140,10 +140,10 @@ def test_one_whose_lease_ran_out() -> None:
 
 
 def test_one_whose_lease_is_kept_after_its_run() -> None:
-    kept = held("t", acquired_at=None, expires_in=20.0)
+    kept = held("t", holder=None, acquired_at=None, expires_in=20.0)
     assert "kept after its run, free in 20 s" in read(shown("t", kept))
     assert "▶ running" not in read(shown("t", kept))
-    over = held("t", acquired_at=None, expires_in=-20.0)
+    over = held("t", holder=None, acquired_at=None, expires_in=-20.0)
     assert "lease free" in read(shown("t", over))
     assert "✓ healthy" in read(shown("t", over))
 

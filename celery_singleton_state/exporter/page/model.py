@@ -39,7 +39,7 @@ class ShownSingleton:
             marks.append("failing")
         if row is not None and row.acquired_at is not None and not row.held:
             marks.append("lease ran out")
-        if row is not None and row.held and not row.held_on:
+        if row is not None and row.held and not row.in_hold_period:
             marks.append("running")
         return tuple(marks) or ("healthy",)
 

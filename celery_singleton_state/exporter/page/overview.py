@@ -56,7 +56,7 @@ class Overview:
             now=max((row.read_at for row in rows), default=time.time()),
             shown=shown,
             total=sum(_matches(query, each.singleton) for each in found),
-            running=sum(row.held and not row.held_on for row in rows),
+            running=sum(row.held and not row.in_hold_period for row in rows),
             unhealthy=sum(not each.healthy for each in found),
             query=query,
             beat=beat,

@@ -51,6 +51,7 @@ def added() -> list[sa.Column[object]]:
         sa.Column("task_id", TEXT),
         sa.Column("acquired_at", MOMENT),
         sa.Column("expires_at", MOMENT),
+        sa.Column("hold_until", MOMENT),
         sa.Column("run_count", sa.BigInteger),
         sa.Column("last_outcome", TEXT),
         sa.Column("last_finished_at", MOMENT),

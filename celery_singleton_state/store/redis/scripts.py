@@ -17,8 +17,6 @@ Every script begins its writes with one that changes nothing (``touch``), and th
 
 from __future__ import annotations
 
-from celery_singleton_state.store.sql.statements import HELD_ON
-
 #: A field that is not there is ``false``; so is what a script answers for a refusal.
 _HEAD = """
 local time = redis.call('TIME')
@@ -39,6 +37,9 @@ local function is_larger(one, other)
   if #one ~= #other then return #one > #other end
   return one > other
 end
+local function is_held()
+  return later(redis.call('HEXISTS', key, 'holder') == 1 and 'expires_at' or 'hold_until')
+end
 local function is_held_by(holder, fence)
   return get('holder') == holder and get('fence') == fence
 end
@@ -50,11 +51,11 @@ end
 ACQUIRE = f"""
 {_HEAD}
 local holder, ttl, task_id, rank, sent = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[5]
-local other, expires_at, fence, history, queued, acquired_at, write, ticks_done, newest, last =
-  unpack(redis.call('HMGET', key, 'holder', 'expires_at', 'fence', 'history', 'queued_task_id',
-    'acquired_at', 'write', 'ticks_done', 'newest', 'newest_sent'))
-local is_over = not expires_at or tonumber(expires_at) <= now
-if other and other ~= holder and not is_over then touch() return false end
+local other, expires_at, fence, history, queued, acquired_at, write, ticks_done, newest, last,
+  hold_until = unpack(redis.call('HMGET', key, 'holder', 'expires_at', 'fence', 'history',
+    'queued_task_id', 'acquired_at', 'write', 'ticks_done', 'newest', 'newest_sent', 'hold_until'))
+local free_at = tonumber(other and expires_at or hold_until or '') or now
+if other ~= holder and free_at > now then touch() return false end
 if not is_larger(newest or '0', fence or '0') then newest = fence end
 local is_older
 if rank == '0' then
@@ -78,12 +79,13 @@ else
   redis.call('HINCRBY', key, 'fence', 1)
   fence = get('fence')
 end
-write = other and acquired_at and -1 or 0
+write = other and -1 or 0
 redis.call('HINCRBY', key, 'queue', 1)
 redis.call('HSET', key, 'holder', holder, 'acquired_at', moment(now),
   'expires_at', moment(now + ttl), 'task_id', task_id, 'write', write)
 if task_id == '' then drop('handoff_to', 'task_id') else drop('handoff_to') end
 if queued == task_id then drop('queued_until') end
+if hold_until then drop('hold_until') end
 if sent == '' then drop('newest_sent') else set('newest_sent', sent) end
 return {{fence, history, moment(now), write, ticks_done}}
 """
@@ -118,12 +120,8 @@ redis.call('HSET', key, 'last_outcome', outcome, 'last_finished_at', moment(now)
   'history', history)
 if ticks_done ~= '' then set('ticks_done', ticks_done) end
 local until_then = tonumber(acquired_at or '0') + tonumber(hold)
-if tonumber(hold) > 0 and until_then > now then
-  drop('task_id', 'acquired_at')
-  redis.call('HSET', key, 'holder', holder .. '{HELD_ON}', 'expires_at', moment(until_then))
-else
-  drop('task_id', 'acquired_at', 'holder', 'expires_at')
-end
+drop('task_id', 'acquired_at', 'holder', 'expires_at')
+if tonumber(hold) > 0 and until_then > now then set('hold_until', moment(until_then)) end
 return wanted or ''
 """
 
@@ -195,7 +193,7 @@ touch()
 for number = 1, #KEYS do
   key = KEYS[number]
   found[number] = redis.call('EXISTS', key) == 1 and {{
-    later('expires_at') and 1 or 0, get('task_id'), get('ticks_done')}}
+    is_held() and 1 or 0, get('task_id'), get('ticks_done')}}
 end
 return found
 """
@@ -203,7 +201,7 @@ return found
 _SEEN = f"""
 {_HEAD}
 touch()
-if not is_held_by(ARGV[1], ARGV[2]) or not later('expires_at') then return 0 end
+if (get('holder') or '') ~= ARGV[1] or get('fence') ~= ARGV[2] or not is_held() then return 0 end
 """
 
 ASK_TO_HAND_OVER = f"""
@@ -228,8 +226,8 @@ return 1
 
 LET_GO = f"""
 {_SEEN}
-if get('acquired_at') then return 0 end
-drop('holder', 'task_id', 'expires_at')
+if get('holder') then return 0 end
+drop('hold_until')
 return 1
 """
 
@@ -289,8 +287,7 @@ local function is_old(name)
 end
 local function is_unused()
   if redis.call('TYPE', key).ok ~= 'hash' then return false end
-  local held_on = get('holder') and not get('acquired_at') and not later('expires_at')
-  return (held_on or not get('holder'))
+  return not get('holder') and not later('hold_until')
     and not get('handoff_to') and not get('wanted') and not later('queued_until')
     and is_old('updated_at') and is_old('last_finished_at')
 end

@@ -304,7 +304,7 @@ def _row(key: str, fields: Sequence[str], now: str) -> Row:
 
 def _listed(key: str, found: Mapping[str, str], now: str) -> dict[str, Any]:
     """The arguments of a :class:`Listed`."""
-    expires_at, read_at = number(found.get("expires_at")), float(now)
+    free_at, read_at = number(found.get("expires_at") or found.get("hold_until")), float(now)
     return {
         "key": key,
         "schema_version": None,
@@ -313,7 +313,7 @@ def _listed(key: str, found: Mapping[str, str], now: str) -> dict[str, Any]:
         "holder": found.get("holder"),
         "task_id": found.get("task_id"),
         "acquired_at": number(found.get("acquired_at")),
-        "expires_in": None if expires_at is None else expires_at - read_at,
+        "expires_in": None if free_at is None else free_at - read_at,
         "run_count": whole_number(found.get("run_count")),
         "last_outcome": found.get("last_outcome"),
         "last_finished_at": number(found.get("last_finished_at")),

@@ -29,9 +29,10 @@ from .statements import (
     FREE,
     GIVE_BACK,
     HELD,
-    HELD_ON,
     IN_ORDER,
+    KEPT,
     NEW_VALUE,
+    NOT_KEPT,
     SENT_BEFORE,
     UNUSED,
     Statements,
@@ -54,7 +55,9 @@ _NOW = "CAST(@singleton_now AS DATETIME(6))"
 
 _LATER = f"{_NOW} + INTERVAL :ttl SECOND"
 
-_IS_FREE = f"(holder IS NULL OR expires_at <= {_NOW} OR expires_at IS NULL)"
+_NOT_KEPT = NOT_KEPT.format(now=_NOW)
+
+_IS_FREE = f"(holder IS NULL OR expires_at <= {_NOW} OR expires_at IS NULL) AND {_NOT_KEPT}"
 
 _MAY_TAKE = f"""coalesce({_IS_FREE} AND NOT holder <=> :holder
     AND IF(:rank = 0, NOT {SENT_BEFORE},
@@ -76,13 +79,14 @@ ON DUPLICATE KEY UPDATE
   fence = IF({_TAKES} := {_MAY_TAKE},
     greatest(coalesce(fence, 0) + 1, coalesce(newest, 0) + 1, {{milliseconds}}), fence),
   {{write}} = IF({_TAKES},
-    IF(holder IS NOT NULL AND acquired_at IS NOT NULL, {TAKEN_OVER}, 0), {{write}}),
+    IF(holder IS NOT NULL, {TAKEN_OVER}, 0), {{write}}),
   queue = IF({_TAKES}, coalesce(queue, 0) + 1, queue),
   acquired_at = IF({_TAKES}, {_NOW}, acquired_at),
   handoff_to = IF({_TAKES}, NULL, handoff_to),
   newest_sent = IF({_TAKES}, :sent, newest_sent),
   queued_until = IF({_TAKES} AND queued_task_id = :task_id, NULL, queued_until),
   task_id = IF({_TAKES}, :task_id, task_id),
+  hold_until = IF({_TAKES}, NULL, hold_until),
   holder = IF({_TAKES}, :holder, holder),
   expires_at = IF(holder = :holder,
     greatest(coalesce(expires_at, {_LATER}), {_LATER}), expires_at);
@@ -96,20 +100,13 @@ _SAVE = (
 )
 
 _RELEASE = f"""
-UPDATE {{table}} SET {{new_value}} {{lease}} {ENDED} {HELD} {{order}};
+UPDATE {{table}} SET {{new_value}} {KEPT} {FREE} {ENDED} {HELD} {{order}};
 SELECT wanted FROM {{table}} WHERE {{key}} = :key AND ROW_COUNT() = 1
 """
 
 _GIVE_BACK = f"""
 {GIVE_BACK};
 SELECT wanted FROM {{table}} WHERE {{key}} = :key AND ROW_COUNT() = 1
-"""
-
-# By another holder's name, so that what its run sent before, and repeats, is refused.
-_KEPT = f"""
-  expires_at = CASE WHEN {{hold_until}} > {{now}} THEN {{hold_until}} END,
-  holder = CASE WHEN expires_at IS NOT NULL THEN concat(holder, '{HELD_ON}') END,
-  task_id = NULL, acquired_at = NULL,
 """
 
 _RENEWABLE = """
@@ -161,10 +158,8 @@ SELECT value, 'null', {now}, 0 FROM {keys}
 ON DUPLICATE KEY UPDATE fence = fence
 """
 
-# One that is held on after its run, and no longer, is free.
-_HAS_NO_RUN = f"(holder IS NULL OR (acquired_at IS NULL AND expires_at <= {_NOW}))"
-
-_MAY_PUT = f"{_HAS_NO_RUN} AND coalesce(fence, 0) = :fence AND coalesce({{write}}, 0) = :write"
+_MAY_PUT = f"""holder IS NULL AND {_NOT_KEPT}
+  AND coalesce(fence, 0) = :fence AND coalesce({{write}}, 0) = :write"""
 
 # A row that is not there is not locked, so the condition is evaluated as the row is written.
 _PUT = f"""
@@ -255,14 +250,12 @@ class MySqlStatements(Statements):
         self.save = self._transaction(";".join(_SAVE))
         self.save_within = tuple(map(self.sql, _SAVE))
         self.release = {
-            (stores, holds): self._transaction(
+            stores: self._transaction(
                 _RELEASE,
                 new_value=NEW_VALUE if stores else "",
                 order=IN_ORDER if stores else "",
-                lease=_KEPT if holds else FREE,
             )
             for stores in (False, True)
-            for holds in (False, True)
         }
         self.set_aside = self.sql(_SET_ASIDE)
         self.give_back = self._transaction(_GIVE_BACK)

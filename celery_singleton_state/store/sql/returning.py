@@ -15,9 +15,10 @@ from .statements import (
     FREE,
     GIVE_BACK,
     HELD,
-    HELD_ON,
     IN_ORDER,
+    KEPT,
     NEW_VALUE,
+    NOT_KEPT,
     SENT_BEFORE,
     UNUSED,
     Statements,
@@ -35,7 +36,7 @@ ON CONFLICT (key) DO UPDATE SET
   fence = CASE WHEN mine.holder = :holder THEN mine.fence
     ELSE {{larger}}({{next_fence}}, {{next_rank}}, {{milliseconds}}) END,
   write = CASE WHEN mine.holder = :holder THEN mine.write
-    WHEN mine.holder IS NOT NULL AND mine.acquired_at IS NOT NULL THEN {TAKEN_OVER} ELSE 0 END,
+    WHEN mine.holder IS NOT NULL THEN {TAKEN_OVER} ELSE 0 END,
   queue = CASE WHEN mine.holder = :holder THEN mine.queue ELSE coalesce(mine.queue, 0) + 1 END,
   acquired_at = CASE WHEN mine.holder = :holder THEN mine.acquired_at ELSE {{now}} END,
   expires_at = CASE WHEN mine.holder = :holder
@@ -44,9 +45,10 @@ ON CONFLICT (key) DO UPDATE SET
   newest_sent = CASE WHEN mine.holder = :holder THEN mine.newest_sent ELSE :sent END,
   queued_until = CASE WHEN mine.holder = :holder THEN mine.queued_until
     WHEN mine.queued_task_id = :task_id THEN NULL ELSE mine.queued_until END,
-  holder = :holder, task_id = :task_id
+  holder = :holder, task_id = :task_id, hold_until = NULL
 WHERE mine.holder = :holder OR (
   (mine.holder IS NULL OR mine.expires_at <= {{now}} OR mine.expires_at IS NULL)
+  AND {NOT_KEPT.replace("hold_until", "mine.hold_until")}
   AND CASE WHEN :rank = 0 THEN NOT {SENT_BEFORE.replace("newest_sent", "mine.newest_sent")}
     ELSE {{larger}}(coalesce(mine.fence, 0), coalesce(mine.newest, 0)) <= :rank END)
 RETURNING fence, value, schema_version, history, {{acquired_at}}, write, ticks_done
@@ -58,16 +60,11 @@ UPDATE {{table}} SET {NEW_VALUE} expires_at = {{later}}
 RETURNING handoff_to
 """
 
-_RELEASE = f"UPDATE {{table}} SET {{new_value}} {{lease}} {ENDED} {HELD} {{order}} RETURNING wanted"
+_RELEASE = (
+    f"UPDATE {{table}} SET {{new_value}} {KEPT} {FREE} {ENDED} {HELD} {{order}} RETURNING wanted"
+)
 
 _GIVE_BACK = f"{GIVE_BACK} RETURNING wanted"
-
-# By another holder's name, so that what its run sent before, and repeats, is refused.
-_KEPT = f"""
-  task_id = NULL, acquired_at = NULL,
-  expires_at = CASE WHEN {{hold_until}} > {{now}} THEN {{hold_until}} END,
-  holder = CASE WHEN {{hold_until}} > {{now}} THEN holder || '{HELD_ON}' END,
-"""
 
 _RENEW = """
 UPDATE {table} SET expires_at = {held_later}
@@ -114,13 +111,12 @@ SELECT value, 'null', {now}, 0 FROM {keys} WHERE true
 ON CONFLICT (key) DO NOTHING
 """
 
-# One that is held on after its run, and no longer, is free.
-_PUT = """
-INSERT INTO {table} AS mine (key, value, schema_version, updated_at, fence, write)
-VALUES (:key, :value, :schema_version, {now}, 0, 1)
+_PUT = f"""
+INSERT INTO {{table}} AS mine (key, value, schema_version, updated_at, fence, write)
+VALUES (:key, :value, :schema_version, {{now}}, 0, 1)
 ON CONFLICT (key) DO UPDATE SET value = :value, schema_version = :schema_version,
-  updated_at = {now}, fence = coalesce(mine.fence, 0), write = coalesce(mine.write, 0) + 1
-WHERE (mine.holder IS NULL OR (mine.acquired_at IS NULL AND mine.expires_at <= {now}))
+  updated_at = {{now}}, fence = coalesce(mine.fence, 0), write = coalesce(mine.write, 0) + 1
+WHERE mine.holder IS NULL AND {NOT_KEPT.replace("hold_until", "mine.hold_until")}
   AND coalesce(mine.fence, 0) = :fence AND coalesce(mine.write, 0) = :write
 RETURNING key
 """
@@ -222,14 +218,12 @@ class ReturningStatements(Statements):
         self.save_within = (self.save,)
         self.give_back = self.sql(_GIVE_BACK)
         self.release = {
-            (stores, holds): self.sql(
+            stores: self.sql(
                 _RELEASE,
                 new_value=NEW_VALUE if stores else "",
                 order=IN_ORDER if stores else "",
-                lease=_KEPT if holds else FREE,
             )
             for stores in (False, True)
-            for holds in (False, True)
         }
         self.set_aside = self.sql(_SET_ASIDE)
         self.claim = self.sql(_CLAIM)

@@ -35,6 +35,7 @@ def make_table(name: str) -> Table:
         Column("task_id", Text),
         Column("acquired_at", moment),
         Column("expires_at", moment),
+        Column("hold_until", moment),
         Column("run_count", BigInteger),
         Column("last_outcome", Text),
         Column("last_finished_at", moment),

@@ -26,10 +26,14 @@ IN_ORDER = "AND {write} BETWEEN :seen AND :number"
 #: a clock's name and a number of fixed length, so two moments of one clock compare as texts.
 SENT_BEFORE = "coalesce(newest_sent LIKE :of_clock AND newest_sent > :sent, FALSE)"
 
-#: Added to the holder's name while the lease is held on after its run.
-HELD_ON = " (held on)"
-
 FREE = "holder = NULL, task_id = NULL, acquired_at = NULL, expires_at = NULL,"
+
+#: With the row's own acquisition, so before that is struck out. Nobody is the holder in the hold
+#: period, so what the run sent before, and repeats, is refused.
+KEPT = "hold_until = CASE WHEN :hold > 0 AND {hold_until} > {now} THEN {hold_until} END,"
+
+#: Whether no hold period keeps the lease.
+NOT_KEPT = "(hold_until IS NULL OR hold_until <= {now})"
 
 NEW_VALUE = (
     "value = :value, schema_version = :schema_version, updated_at = {now}, {write} = :number,"
@@ -42,7 +46,7 @@ ENDED = """
 
 _ROWS = """
 SELECT {key}, schema_version, {updated_at}, fence, holder, task_id, {acquired_at},
-  {expires_at} - {epoch_now}, coalesce(run_count, 0), last_outcome, {last_finished_at},
+  {free_at} - {epoch_now}, coalesce(run_count, 0), last_outcome, {last_finished_at},
   {more}
 FROM {table} WHERE fence IS NOT NULL AND
 """
@@ -62,13 +66,15 @@ SELECT {key}, history, CASE WHEN :values THEN value END FROM {table}
 WHERE {key} IN (SELECT value FROM {keys})
 """
 
-# A lease that is held on after its run is for no task.
+# In its hold period a lease is held for no task.
 _TICKS = """
-SELECT {key}, coalesce(expires_at > {now}, 1 = 0), task_id, ticks_done FROM {table}
-WHERE {key} IN (SELECT value FROM {keys})
+SELECT {key}, coalesce(coalesce(expires_at, hold_until) > {now}, 1 = 0), task_id, ticks_done
+FROM {table} WHERE {key} IN (SELECT value FROM {keys})
 """
 
-_SEEN = f"{HELD} AND expires_at > {{now}}"
+# In a hold period the holder is NULL, in the row and as it was seen.
+_SEEN = """WHERE {key} = :key AND fence = :fence AND holder {is_same} :holder
+  AND coalesce(expires_at, hold_until) > {now}"""
 
 # By growing ranks: a late request of an older message is refused, a repeated one is not.
 _ASK_TO_HAND_OVER = f"""
@@ -86,7 +92,7 @@ SELECT fence = :fence AND holder = :holder, {write} >= :number FROM {table}
 WHERE {key} = :key {for_update}
 """
 
-_LET_GO = f"UPDATE {{table}} SET {FREE.rstrip(',')} {_SEEN} AND acquired_at IS NULL"
+_LET_GO = f"UPDATE {{table}} SET hold_until = NULL {_SEEN} AND holder IS NULL"
 
 _WANTED = "SELECT wanted FROM {table} WHERE {key} = :key"
 
@@ -99,11 +105,10 @@ FROM {table} WHERE {key} = :key
 """
 
 # A singleton's row that nobody holds, asks for, wishes to run once more or has queued, for so long.
-# A lease that was held on after its run, and is not any more, is nobody's.
-UNUSED = """
-  fence IS NOT NULL AND (holder IS NULL OR (acquired_at IS NULL AND expires_at <= {now}))
-  AND handoff_to IS NULL AND wanted IS NULL AND (queued_until IS NULL OR queued_until <= {now})
-  AND updated_at <= {long_ago} AND (last_finished_at IS NULL OR last_finished_at <= {long_ago})
+UNUSED = f"""
+  fence IS NOT NULL AND holder IS NULL AND {NOT_KEPT}
+  AND handoff_to IS NULL AND wanted IS NULL AND (queued_until IS NULL OR queued_until <= {{now}})
+  AND updated_at <= {{long_ago}} AND (last_finished_at IS NULL OR last_finished_at <= {{long_ago}})
 """
 
 # In no order: what there is of a large table comes as it is found, and without a silence.
@@ -127,8 +132,8 @@ class Statements:
     save: str
     #: The same, one after the other within a transaction that is open already.
     save_within: Sequence[str]
-    #: By whether a value is stored, and whether the lease is kept for a while.
-    release: Mapping[tuple[bool, bool], str]
+    #: By whether a value is stored.
+    release: Mapping[bool, str]
     give_back: str
     set_aside: str
     claim: str
@@ -193,7 +198,6 @@ class Statements:
             for name in (
                 "acquired_at",
                 "updated_at",
-                "expires_at",
                 "last_finished_at",
                 "queued_until",
             )
@@ -214,6 +218,7 @@ class Statements:
             "held": words.held,
             "keys": words.keys,
             "epoch_now": words.epoch.format(moment=words.now),
+            "free_at": words.epoch.format(moment="coalesce(expires_at, hold_until)"),
         }
         filled = {name: text.format(**own) for name, text in more.items()}
         return re.sub(r":([a-z_]+)", words.parameter, template.format(**own, **filled))

@@ -121,7 +121,7 @@ class SqlStore:
         return Saved(*rows[0]) if rows else None
 
     def release(self, lease: Lease, ended: Ended, write: Write | None = None) -> Released | None:
-        statement = self._sql.release[write is not None, ended.hold > 0]
+        statement = self._sql.release[write is not None]
         more = {"outcome": ended.outcome, "history": ended.history, "hold": ended.hold}
         more |= {"ticks_done": ended.ticks_done}
         rows = self._rows(statement, _named(lease, write, **more))
