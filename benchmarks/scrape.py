@@ -34,10 +34,10 @@ TASK = "benchmarks.tasks.stateful"
 TARGET = "<= 1 s"
 
 _FILL = """
-INSERT INTO {table} (key, value, updated_at, fence, run_count, last_outcome, last_finished_at,
+INSERT INTO {table} (key, task, value, updated_at, fence, run_count, last_outcome, last_finished_at,
   history, holder, task_id, acquired_at, expires_at)
-SELECT 'singleton-state:{task}{{"slot":' || n || '}}', '{{"count": 1}}', now(), 1, 1, 'failed',
-  now(), {history}, holder, holder, CASE WHEN holder IS NOT NULL THEN now() END,
+SELECT 'singleton-state:{task}{{"slot":' || n || '}}', '{task}', '{{"count": 1}}', now(), 1,
+  1, 'failed', now(), {history}, holder, holder, CASE WHEN holder IS NOT NULL THEN now() END,
   CASE WHEN holder IS NOT NULL THEN now() + interval '1 hour' END
 FROM (
   SELECT n, CASE WHEN n % 10 = 0 THEN 'worker@host:1:' || n END AS holder

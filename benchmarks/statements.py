@@ -94,7 +94,7 @@ def _bare_round(store: SqlStore, url: str) -> Callable[[], None]:
     sql = statements_for(store.table, store.engine.dialect)
     execute = _bare_sqlite(url) if url.startswith("sqlite") else _bare_postgres(url)
     lease = {"key": "bare", "holder": "bare:1:1", "ttl": TTL, "task_id": None}
-    lease |= {"rank": 0, "sent": None, "of_clock": None}
+    lease |= {"rank": 0, "sent": None, "of_clock": None, "task": "bare"}
     histories = _histories()
 
     def round_trips() -> None:
@@ -112,6 +112,7 @@ def _bare_round(store: SqlStore, url: str) -> Callable[[], None]:
                 "outcome": "succeeded",
                 "history": next(histories),
                 "ticks_done": None,
+                "hold": 0.0,
             },
         )
 

@@ -100,7 +100,7 @@ def _sql(store: SqlStore, send: Send) -> Iterator[Verb]:
         store.release(_acquired(store).lease, ENDED, WRITE)
 
     asked = {"key": "k", "holder": "h:1:a", "ttl": TTL, "task_id": "task"}
-    asked |= {"rank": 0, "sent": None, "of_clock": None}
+    asked |= {"rank": 0, "sent": None, "of_clock": None, "task": "t"}
     yield Verb("acquire", lambda: _acquired(store), lambda: send(sql.acquire, asked), free)
     lease = _acquired(store).lease
     new = {"value": WRITE.new.value, "schema_version": 1, "number": 1, "seen": 0}

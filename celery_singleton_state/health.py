@@ -11,7 +11,6 @@ from celery import Celery
 
 from .config.options import expected_singletons, options_of
 from .config.settings import Settings
-from .keys import task_of
 from .lease.lease import clock
 from .runtime import Runtime, runtime_of
 from .store.base import Listed, StoreError, StoreUnavailable
@@ -66,7 +65,7 @@ def check_health(app: Celery) -> Health:
     runtime = runtime_of(app)
     try:
         _see_that_it_can_be_used(runtime)
-        rows = runtime.store.list(runtime.settings.key_prefix)
+        rows = runtime.rows(runtime.settings.key_prefix)
     except StoreError as error:
         return Health((), str(error))
     return judge(runtime, rows)
@@ -75,7 +74,7 @@ def check_health(app: Celery) -> Health:
 def _see_that_it_can_be_used(runtime: Runtime) -> None:
     """:raises StoreNotReady: it cannot, and may hide rows that are there, or lack privileges."""
     try:
-        runtime.store.check()
+        runtime.check()
     except StoreUnavailable as error:
         # One that is read-only, for example, can still be asked.
         logger.debug("singletons: health is told without a check of the store: %s", error)
@@ -83,11 +82,12 @@ def _see_that_it_can_be_used(runtime: Runtime) -> None:
 
 def judge(runtime: Runtime, rows: Sequence[Listed]) -> Health:
     """The health of the singletons with these rows, and of those that should have one."""
-    prefix, tasks = runtime.settings.key_prefix, runtime.app.tasks
+    prefix = runtime.settings.key_prefix
     found = {}
     for row in rows:
         name = row.key.removeprefix(prefix)
-        task = task_of(name, tasks)
+        # Without a note of its task, a row may be that of the task which has the whole name.
+        task = row.task or name
         expected = _expected(runtime, task)
         healthy, reason = _of(row, expected, runtime.settings)
         found[name] = SingletonHealth(name, task, healthy, reason)

@@ -8,7 +8,7 @@ import json
 import numbers
 import re
 from base64 import b64encode
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from datetime import date, datetime, time
 from decimal import Decimal
 from enum import Enum
@@ -24,10 +24,6 @@ MAX_KEY_LENGTH = 255
 _DIGEST_LENGTH = 32
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
-#: What chosen arguments begin with: an object, a list or a text.
-_ARGUMENTS = r'[{\["]'
-#: What else a callable can choose.
-_BARE = re.compile(r"-?(\d[\d.eE+-]*|Infinity)|NaN|true|false|null", re.ASCII)
 
 #: ``unique_on``: argument names, ``"*"`` for all, a callable, or none.
 UniqueOn = tuple[str, ...] | str | Callable[..., Any] | None
@@ -75,34 +71,6 @@ def singleton_name(
     return task_name + _json(task_name, arguments)
 
 
-def task_of(name: str, tasks: Collection[str]) -> str:
-    """The task that a singleton's name belongs to.
-
-    :param tasks: the names of those that are known; of another one it is what comes before the
-        arguments, as far as one can tell.
-    """
-    head = _head(name)
-    if head in tasks:
-        return head
-    return max((task for task in tasks if name.startswith(task)), key=len, default=head)
-
-
-def sure_task_of(name: str, tasks: Collection[str], meant: str | None = None) -> str | None:
-    """The task that a singleton's name belongs to; ``None`` if it may be one that is not known.
-
-    ``sync2`` is of a task ``sync2``, or of ``sync``, where a callable chose the number 2.
-
-    :param tasks: the names of those that are known.
-    :param meant: the one of them that is to have such a name, unless it is another's.
-    """
-    for task in (name, _head(name)):
-        if task in tasks:
-            return task
-    if meant and name.startswith(meant) and _BARE.fullmatch(name, len(meant)):
-        return meant
-    return None
-
-
 def row_key(prefix: str, name: str) -> str:
     """The key of the row that a singleton's name stands under.
 
@@ -115,10 +83,6 @@ def row_key(prefix: str, name: str) -> str:
         return key
     digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST_LENGTH]
     return f"{head[: MAX_KEY_LENGTH - _DIGEST_LENGTH - 1]}~{digest}"
-
-
-def _head(name: str) -> str:
-    return re.split(_ARGUMENTS, name, maxsplit=1)[0]
 
 
 def _json(task_name: str, value: Any) -> str:

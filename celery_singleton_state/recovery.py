@@ -24,19 +24,20 @@ def free_holder(runtime: Runtime, holder: str | None) -> bool:
     return name is not None and free_dead(runtime, name) > 0
 
 
-def free_own(runtime: Runtime, row: Row) -> bool:
+def free_own(runtime: Runtime, row: Row, store: Leases) -> bool:
     """Give back a lease that this process holds without a run: its release failed, or its
     acquisition was carried out late.
 
+    :param store: that has the row.
     :returns: whether the lease may be free now.
     :raises StoreError: the store is unavailable.
     """
     if row.holder is None or not runtime.holds_without_run(row.holder):
         return False
-    released = runtime.store.give_back(row.key, row.holder)
+    released = store.give_back(row.key, row.holder)
     if released is not None:
         logger.info("%s is free: %s gave it back", row.key, row.holder)
-        grant(runtime.app, runtime.store, row.key, released)
+        grant(runtime.app, store, row.key, released)
     return True
 
 
@@ -82,7 +83,7 @@ def end_for(
 
     :param generation: of the message that it runs.
     :param why: for the history.
-    :param store: that has the row; left out: the one that the key belongs to.
+    :param store: that has the row; left out: the one where states are.
     :param sent: the value that tells the message from others with the same id.
     :raises StoreError: the store is out of reach.
     """

@@ -11,17 +11,18 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 from celery.utils.nodenames import gethostname
 
-from .config.settings import Settings
+from .config.options import Options, options_of
+from .config.settings import NO_SQL, Settings
 from .hooks import Door
-from .keys import MAX_KEY_LENGTH, row_key, task_of
+from .keys import MAX_KEY_LENGTH, row_key
 from .lease.heartbeat import Heartbeat
 from .lease.holdings import Holdings, directory_of
 from .lease.lease import TRUSTED_PART, clock
@@ -29,8 +30,7 @@ from .lease.pace import Pace
 from .lease.renewal_slots import LeftToParent, parents_mark
 from .lease.unreturned import Unreturned
 from .migrations.open_store import open_store
-from .store.base import Leases, Store
-from .store.routed import NO_SQL, RoutedStore
+from .store.base import Leases, Listed, Store
 from .store.sql.engine import identity
 from .store.sql.store import SqlStore
 from .store.sql.url import parse_url
@@ -82,14 +82,15 @@ class Runtime:
         self.under_way: set[str] = set()
         self._opening = threading.Lock()
         self._sql: SqlStore | None = None
-        self._store: Store | None = None
+        self._leases: Leases | None = None
         self._heartbeats: dict[int, Heartbeat] = {}
+        #: By whether a task has a state.
+        self._homes: dict[bool, tuple[Store, Heartbeat]] = {}
         self._holdings: Holdings | None = None
         #: Of the messages that wait for a lease.
         self.pace = Pace()
         #: Leases that this process may hold without a run.
         self.unreturned = Unreturned(
-            lambda key, holder: self.store.give_back(key, holder),
             lambda slot: self.holdings.strike_out(slot),
             self.settings.heartbeat_interval,
         )
@@ -137,61 +138,110 @@ class Runtime:
 
     @_once
     def store(self) -> Store:
-        """Where leases and states are, opened at first use.
+        """Where states are, and the leases that are not kept apart from states; opened at first
+        use. Without a database, where all leases are.
 
         :raises ImproperlyConfigured: it cannot be used as it is configured.
         :raises StoreError: it could not be reached.
         """
-        own = self.settings
-        sql = self.sql if own.has_store else None
-        with self._opening:
-            store = self._store = self._store or self._beside_redis(sql) or sql
-        assert store is not None
-        return store
+        if self.settings.has_store or self.leases is None:
+            return self.sql
+        return cast(Store, self.leases)
 
-    @property
-    def stores(self) -> Sequence[Leases]:
-        """All stores of the app: the database, and Redis where leases are kept there."""
-        store = self.store
-        return store.stores if isinstance(store, RoutedStore) else [store]
-
-    def stores_for(self, key: str) -> Sequence[Leases]:
-        """The same, the store that a key belongs to first."""
-        store = self.store
-        return store.stores_for(key) if isinstance(store, RoutedStore) else [store]
-
-    def _beside_redis(self, sql: SqlStore | None) -> Store | None:
-        if self.settings.lease_url is None:
+    @_once
+    def leases(self) -> Leases | None:
+        """Where the leases of singletons without a state are, if they are kept apart."""
+        url = self.settings.lease_url
+        if url is None:
             return None
         # Its client library need not be there otherwise.
         from .store.redis.store import RedisStore
 
-        leases = RedisStore(self.settings.lease_url, self.io_timeout)
-        return RoutedStore(sql, leases, self._has_no_state)
+        with self._opening:
+            self._leases = self._leases or RedisStore(url, self.io_timeout)
+        return self._leases
 
-    def _has_no_state(self, key: str) -> bool:
-        name = key.removeprefix(self.settings.key_prefix)
-        tasks = self.app.tasks
-        options = getattr(tasks.get(task_of(name, tasks)), "_options", None)
-        return name != key and options is not None and options.state_schema is None
+    def store_of(self, options: Options | None) -> Store:
+        """The store of a task's singletons: it follows from whether they have a state.
+
+        :param options: ``None``: of a task that this app does not know.
+        :raises ImproperlyConfigured: it cannot be used as it is configured.
+        :raises StoreError: it could not be reached.
+        """
+        if options is None or self.leases is None:
+            return self.store
+        # Nobody asks it for what needs a state.
+        return self.sql if options.state_schema is not None else cast(Store, self.leases)
+
+    def store_of_task(self, name: str | None) -> Store:
+        """The store of a task's rows, as far as there are any, by the task's name."""
+        if not self.settings.has_store:
+            return self.store
+        return self.store_of(options_of(self.app.tasks.get(name or "")))
+
+    def home_of(self, options: Options) -> tuple[Store, Heartbeat]:
+        """The store of a task's singletons, and the heartbeat of their leases.
+
+        :raises ImproperlyConfigured: it cannot be used as it is configured.
+        :raises StoreError: it could not be reached.
+        """
+        has_state = options.state_schema is not None
+        home = self._homes.get(has_state)
+        if home is None:
+            store = self.store_of(options)
+            home = self._homes[has_state] = store, self.heartbeat_of(store)
+        return home
+
+    @property
+    def stores(self) -> Sequence[Leases]:
+        """All stores of the app: the database, and Redis where leases are kept there."""
+        sql = self.sql if self.settings.has_store else None
+        return [store for store in (sql, self.leases) if store is not None]
+
+    def by_store(
+        self, tasks: Mapping[str, str | None]
+    ) -> Sequence[tuple[Store, Mapping[str, str | None]]]:
+        """Singletons by the store that they are in.
+
+        :param tasks: the task's name by the singleton's key, as each part has it in turn.
+        """
+        found: dict[int, tuple[Store, dict[str, str | None]]] = {}
+        for key, task in tasks.items():
+            store = self.store_of_task(task)
+            found.setdefault(id(store), (store, {}))[1][key] = task
+        return list(found.values())
+
+    def rows(self, prefix: str, also: str = "") -> Sequence[Listed]:
+        """The rows of all singletons whose keys begin with a prefix, and one more, by key.
+
+        :raises StoreError: a store is unavailable.
+        """
+        found = [row for store in self.stores for row in store.list(prefix, also)]
+        return sorted(found, key=lambda row: row.key)
+
+    def check(self) -> None:
+        """See that all stores can be used; :exc:`StoreError` says what is missing."""
+        for store in self.stores:
+            store.check()
 
     def key_of(self, name: str) -> str:
         """The key of the row that a singleton's name stands under."""
         key = self.settings.key_prefix + name
         return key if len(key) <= MAX_KEY_LENGTH else row_key(self.settings.key_prefix, name)
 
-    def heartbeat_of(self, key: str) -> Heartbeat:
-        """The heartbeat of all leases that this process holds in the store that has this key.
+    def heartbeat_of(self, store: Leases) -> Heartbeat:
+        """The heartbeat of all leases that this process holds in a store.
 
         Each store has one of its own, so that a silent one costs the other's leases nothing.
         """
-        store: Leases = self.store
-        if isinstance(store, RoutedStore):
-            store = store.of(key)
         heartbeat = self._heartbeats.get(id(store))
         if heartbeat is None:
             mark = parents_mark()
-            parent = LeftToParent(self.holdings, mark) if mark is not None else None
+            parent = (
+                LeftToParent(self.holdings, mark, store is self.leases)
+                if mark is not None
+                else None
+            )
             with self._opening:
                 heartbeat = self._heartbeats.setdefault(id(store), Heartbeat(store, parent))
         return heartbeat
@@ -232,7 +282,7 @@ class Runtime:
         for heartbeat in self._heartbeats.values():
             heartbeat.close()
         self.door.close()
-        for store in (self._store, self._sql):
+        for store in (self._leases, self._sql):
             if store is not None:
                 store.close()
 

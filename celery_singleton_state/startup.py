@@ -9,8 +9,8 @@ from celery.exceptions import ImproperlyConfigured
 
 from .compat import transport_of
 from .config.options import options_of
+from .config.settings import NO_SQL
 from .runtime import Runtime
-from .store.routed import NO_SQL
 from .store.sql.url import parse_url
 from .text.urls import shown_url
 

@@ -260,12 +260,11 @@ class SingletonTask(_TypedTask[S, P, R]):
             # understand its arguments.
             logger.warning("task %s: sent without enqueue_once: %s", self.name, error)
             return publish()
-        runtime = runtime_of(self.app)
-        key = runtime.key_of(name)
+        key = runtime_of(self.app).key_of(name)
         if is_retry(known):
-            return publish_retry(runtime, key, known, publish)
+            return publish_retry(self, key, known, publish)
         brings_another = self._options.on_conflict in BRING_ANOTHER_RUN
-        sent = enqueue(runtime, key, known, publish, brings_another, self._has_ended)
+        sent = enqueue(self, key, known, publish, brings_another, self._has_ended)
         return self.AsyncResult(sent) if isinstance(sent, str) else sent
 
     def _has_ended(self, task_id: str) -> bool:

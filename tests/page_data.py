@@ -27,6 +27,7 @@ def row(name: str, **changes: Any) -> Listed:
     """The row of a singleton that is free, and whose last run succeeded a minute ago."""
     usual = Listed(
         key=f"singleton-state:{name}",
+        task=None,
         schema_version=1,
         updated_at=NOW - 60,
         fence=12,

@@ -115,12 +115,12 @@ class Leader:
         :raises StoreError: it is out of reach; what it did is not known.
         """
         self.give_up()
-        settings = self.runtime.settings
+        settings, store = self.runtime.settings, self._store
         holder = self.runtime.new_holder(f"celerybeat@{gethostname()}")
         self._slot = self.runtime.holdings.note(Holding(self.key, holder, 0))
         asked_at = clock()
         try:
-            acquired = self._store.acquire(self.key, holder, settings.lease_ttl, None)
+            acquired = store.acquire(self.key, holder, settings.lease_ttl, None)
         except BaseException:
             # It may have taken the lease.
             self._return(holder)
@@ -245,7 +245,7 @@ class Leader:
     def _return(self, holder: str) -> None:
         """Have the process give back a lease that this beat may hold."""
         slot, self._slot = self._slot, None
-        self.runtime.unreturned.add(self.key, holder, slot)
+        self.runtime.unreturned.add(self._store, self.key, holder, slot)
 
     def _strike_out(self) -> None:
         slot, self._slot = self._slot, None

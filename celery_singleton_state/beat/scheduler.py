@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
@@ -186,8 +186,10 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         if not waiting:
             return
         try:
-            store = self._leader.runtime.store
-            rows = _ticks(store, {tick.key for _, tick in waiting})
+            tasks = {tick.key: entry.task for entry, tick in waiting}
+            rows: dict[str, SeenTicks] = {}
+            for store, keys in self._leader.runtime.by_store(tasks):
+                rows |= _ticks(store, keys)
         except StoreError as error:
             # Others than these entries go on: leases may be in another store than the schedule.
             if not self._cannot_ask:
@@ -232,7 +234,7 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         return entry.state()
 
 
-def _ticks(store: Store, keys: set[str]) -> dict[str, SeenTicks]:
+def _ticks(store: Store, keys: Collection[str]) -> dict[str, SeenTicks]:
     """What is known of the ticks of some singletons.
 
     The store refuses all of the keys over one that it cannot hold, and of which it knows nothing.

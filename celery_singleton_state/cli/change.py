@@ -18,15 +18,15 @@ from celery.utils.nodenames import gethostname
 
 from celery_singleton_state.config.options import options_of
 from celery_singleton_state.hooks import Changed
-from celery_singleton_state.keys import row_key, task_of
+from celery_singleton_state.keys import row_key
 from celery_singleton_state.recovery import end_for
 from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.state.codec import NO_STATE, Codec, StateError
-from celery_singleton_state.store.base import NewValue, Row
+from celery_singleton_state.store.base import NewValue, Row, Store
 from celery_singleton_state.text.moments import seconds
 from celery_singleton_state.text.visible import as_printed
 
-from .common import complete_name, find, name_of, says_why, unknown
+from .common import complete_name, find, name_and_task, says_why, unknown
 from .terminal import ask, say, shown_json
 
 YES = click.option("--yes", is_flag=True, help="Do not ask.")
@@ -45,14 +45,14 @@ def release(context: click.Context, name: str, yes: bool) -> None:
     then is refused. What it does elsewhere is not, and another run may begin beside it.
     """
     runtime = runtime_of(_app(context))
-    row = find(runtime, name)
+    row, store = find(runtime, name)
     printed = as_printed(_name(runtime, row))
     if row.holder is None and not row.held:
         say(f"{printed} is free")
         return
     if not yes:
         ask(f"{_warning(runtime, row)} Release it?")
-    _release(runtime, row)
+    _release(runtime, row, store)
     had = f"{row.holder} had it" if row.holder else "its hold period is ended"
     say(f"{printed} is free; {had}, with fence {row.fence}")
 
@@ -63,7 +63,8 @@ def release(context: click.Context, name: str, yes: bool) -> None:
 @says_why
 def get(context: click.Context, name: str) -> None:
     """Print the state of singleton NAME as JSON; null where there is none."""
-    say(shown_json(find(runtime_of(_app(context)), name).value))
+    row, _ = find(runtime_of(_app(context)), name)
+    say(shown_json(row.value))
 
 
 @click.command("set", cls=CeleryCommand)
@@ -79,9 +80,10 @@ def set_(context: click.Context, name: str, value: str, force: bool, yes: bool) 
     It must fit the schema of the task's state. Refused while a run is active.
     """
     runtime = runtime_of(_app(context))
-    name = name_of(runtime, name)
+    name, task = name_and_task(runtime, name)
     text = sys.stdin.read() if value == "-" else value
-    _change(runtime, name, _fitting(runtime, name, text), "state set", force, yes)
+    new = _fitting(runtime, name, task, text)
+    _change(runtime, name, task, runtime.sql, new, "state set", force, yes)
     say(f"the state of {as_printed(name)} is set")
 
 
@@ -94,8 +96,12 @@ def set_(context: click.Context, name: str, value: str, force: bool, yes: bool) 
 def reset(context: click.Context, name: str, force: bool, yes: bool) -> None:
     """Have singleton NAME start from its initial state. Refused while a run is active."""
     runtime = runtime_of(_app(context))
-    name = _name(runtime, find(runtime, name))
-    _change(runtime, name, NewValue(NO_STATE, 1), "state reset", force, yes)
+    row, store = find(runtime, name)
+    name = _name(runtime, row)
+    if store is runtime.leases:
+        raise click.ClickException(f"{as_printed(name)} has no state")
+    new = NewValue(NO_STATE, 1)
+    _change(runtime, name, row.task or name, store, new, "state reset", force, yes)
     say(f"{as_printed(name)} starts from its initial state")
 
 
@@ -114,23 +120,26 @@ def _app(context: click.Context) -> Celery:
     return app
 
 
-def _fitting(runtime: Runtime, name: str, text: str) -> NewValue:
+def _fitting(runtime: Runtime, name: str, task: str | None, text: str) -> NewValue:
     """:raises click.ClickException: it is no state of the singleton's."""
-    codec = _codec(runtime, name)
+    codec = _codec(runtime, name, task)
     try:
         return NewValue(codec.encode(codec.decode(text, codec.version)), codec.version)
     except StateError as error:
         raise click.ClickException(f"not a state of {as_printed(name)}: {error}") from error
 
 
-def _codec(runtime: Runtime, name: str) -> Codec[Any]:
+def _codec(runtime: Runtime, name: str, task: str | None) -> Codec[Any]:
     tasks = runtime.app.tasks
-    task = task_of(name, tasks)
-    options = options_of(tasks.get(task))
+    options = options_of(tasks.get(task or ""))
     if options is None:
-        raise click.ClickException(f"this app has no singleton task {task!r}")
+        known = [each for each in tasks if options_of(tasks[each])]
+        raise click.ClickException(
+            f"this app has no singleton task {task or name!r}"
+            + ("" if task else f", and {unknown(name, known)}")
+        )
     if options.unique_on is None and name != task:
-        raise click.ClickException(unknown(name, [task]))
+        raise click.ClickException(f"task {task} has no unique_on, and so no singleton {name!r}")
     if options.unique_on is not None:
         # Its name is not to be made up by hand: only a run spells it right.
         find(runtime, name)
@@ -140,10 +149,19 @@ def _codec(runtime: Runtime, name: str) -> Codec[Any]:
     return codec
 
 
-def _change(runtime: Runtime, name: str, new: NewValue, what: str, force: bool, yes: bool) -> None:
+def _change(
+    runtime: Runtime,
+    name: str,
+    task: str | None,
+    store: Store,
+    new: NewValue,
+    what: str,
+    force: bool,
+    yes: bool,
+) -> None:
     """Put a state into the row of a singleton that nobody holds."""
     key = row_key(runtime.settings.key_prefix, name)
-    row = runtime.store.peek(key)
+    row = store.peek(key)
     if row is not None and row.in_hold_period and not force:
         raise click.ClickException(
             f"{as_printed(name)} is in the hold period after its last run; "
@@ -159,26 +177,26 @@ def _change(runtime: Runtime, name: str, new: NewValue, what: str, force: bool, 
         ask(f"{warning}The state is {json.dumps(row.value) if row else 'none'}. Replace it?")
     if row is not None and (row.holder is not None or row.held):
         # Also one whose lease ran out: late and without a successor it could still save.
-        _release(runtime, row)
-        row = runtime.store.peek(key)
-    if not runtime.store.wishes.put(key, row, new):
+        _release(runtime, row, store)
+        row = store.peek(key)
+    if not store.wishes.put(key, row, new, task):
         raise click.ClickException(
             f"a run of {as_printed(name)} has begun just now; nothing was changed"
         )
-    tell(runtime, name, what)
+    tell(runtime, task or name, name, what)
 
 
 def _name(runtime: Runtime, row: Row) -> str:
     return row.key.removeprefix(runtime.settings.key_prefix)
 
 
-def _release(runtime: Runtime, row: Row) -> None:
+def _release(runtime: Runtime, row: Row, store: Store) -> None:
     name = _name(runtime, row)
-    if not end_for(runtime, row, 0, f"released by {_who()}"):
+    if not end_for(runtime, row, 0, f"released by {_who()}", store):
         raise click.ClickException(
             f"{as_printed(name)} is held by {row.holder or 'nobody'} no more; nothing was changed"
         )
-    tell(runtime, name, "released")
+    tell(runtime, row.task or name, name, "released")
 
 
 def _warning(runtime: Runtime, row: Row) -> str:
@@ -195,9 +213,8 @@ def _warning(runtime: Runtime, row: Row) -> str:
     )
 
 
-def tell(runtime: Runtime, name: str, what: str) -> None:
+def tell(runtime: Runtime, task: str, name: str, what: str) -> None:
     """Leave a line in the log and an event: what this operator has changed."""
-    task = task_of(name, runtime.app.tasks)
     runtime.door.publish(Changed(singleton=task, key=name, what=what, by=_who()))
 
 

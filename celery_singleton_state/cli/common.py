@@ -6,7 +6,7 @@ import difflib
 import shlex
 from collections.abc import Callable, Collection, Iterable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import click
 from celery import Celery
@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from celery_singleton_state.keys import row_key
 from celery_singleton_state.runtime import Runtime, runtime_of
-from celery_singleton_state.store.base import Row, StoreError, one_line
+from celery_singleton_state.store.base import Row, Store, StoreError, one_line
 from celery_singleton_state.text.visible import as_printed, names_meant
 
 P = ParamSpec("P")
@@ -61,31 +61,35 @@ def complete_name(context: click.Context, _argument: click.Parameter, begun: str
         app.finalize(auto=True)
         runtime = runtime_of(app)
         prefix = runtime.settings.key_prefix
-        names = [row.key.removeprefix(prefix) for row in runtime.store.list(prefix + begun)]
+        names = [row.key.removeprefix(prefix) for row in runtime.rows(prefix + begun)]
     except Exception:
         return []
     return [name for name in names if shlex.quote(name) == name]
 
 
-def find(runtime: Runtime, name: str) -> Row:
-    """The row of a singleton, by its name as ``ls`` prints it.
+def find(runtime: Runtime, name: str) -> tuple[Row, Store]:
+    """The row of a singleton, by its name as ``ls`` prints it, and the store that has the row.
 
     :raises click.ClickException: it has none; with names that are like it.
     """
-    row = _row(runtime, name)
-    if row is None:
+    found = _row(runtime, name)
+    if found is None:
         prefix = runtime.settings.key_prefix
-        known = [row.key.removeprefix(prefix) for row in runtime.store.list(prefix)]
+        known = [row.key.removeprefix(prefix) for row in runtime.rows(prefix)]
         raise click.ClickException(unknown(name, known))
-    return row
+    return found
 
 
-def name_of(runtime: Runtime, typed: str) -> str:
-    """The name of a singleton that may have no row yet, from its name as it would be printed."""
-    row = _row(runtime, typed)
-    if row is not None:
-        return row.key.removeprefix(runtime.settings.key_prefix)
-    return one_of(runtime.app.tasks, typed)
+def name_and_task(runtime: Runtime, typed: str) -> tuple[str, str | None]:
+    """The name of a singleton that may have no row yet, from its name as it would be printed; and
+    the name of its task, which a singleton without ``unique_on`` shares.
+    """
+    found = _row(runtime, typed)
+    if found is None:
+        name = one_of(runtime.app.tasks, typed)
+        return name, name if name in runtime.app.tasks else None
+    name = found[0].key.removeprefix(runtime.settings.key_prefix)
+    return name, found[0].task or name
 
 
 def one_of(known: Collection[str], typed: str) -> str:
@@ -103,10 +107,13 @@ def like(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(as_printed, near))}?" if near else ""
 
 
-def _row(runtime: Runtime, typed: str) -> Row | None:
+def _row(runtime: Runtime, typed: str) -> tuple[Row, Store] | None:
     for name in names_meant(typed):
         key = row_key(runtime.settings.key_prefix, name)
-        for store in runtime.stores_for(key):
-            if (row := store.peek(key)) is not None:
-                return row
+        rows = [(row, store) for store in runtime.stores if (row := store.peek(key)) is not None]
+        # Another store may have a row of before the task had a state, or lost it.
+        rows.sort(key=lambda found: runtime.store_of_task(found[0].task) is not found[1])
+        if rows:
+            row, store = rows[0]
+            return row, cast(Store, store)
     return None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -17,7 +16,6 @@ from celery import Celery
 from celery.bin.base import CeleryCommand
 
 from celery_singleton_state.config.options import options_of
-from celery_singleton_state.keys import UniqueOn, sure_task_of, task_of
 from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.text.visible import as_printed
 
@@ -28,8 +26,6 @@ from .terminal import ask, print_json, say
 UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1, "": 1}
 #: What every database can still count back.
 MAX_DAYS = 36_500
-#: Names that people are shown of tasks that are not known, of which there can be many.
-SHOWN = 5
 
 
 def as_seconds(_context: click.Context, _option: click.Parameter, value: str) -> float:
@@ -47,21 +43,8 @@ def as_seconds(_context: click.Context, _option: click.Parameter, value: str) ->
     return seconds
 
 
-@dataclass(frozen=True)
-class Unused:
-    """The keys that nobody uses.
-
-    :param by_task: those of tasks with ``unique_on``.
-    :param passed_over: how many there are of what may be tasks that the app does not know.
-    """
-
-    by_task: Mapping[str, Sequence[str]]
-    passed_over: Counter[str]
-
-    @property
-    def counts(self) -> Counter[str]:
-        """How many could be removed, by task."""
-        return Counter({task: len(keys) for task, keys in self.by_task.items()})
+#: The keys that nobody uses, by the name of their task.
+Unused = Mapping[str, Sequence[str]]
 
 
 @click.command(cls=CeleryCommand)
@@ -113,9 +96,9 @@ def prune(
     if not as_json:
         print_unused(unused)
     removed = None
-    if unused.by_task and not dry_run:
+    if unused and not dry_run:
         if not yes:
-            ask(f"Remove {_keys(unused.counts.total())}, and their states?", err=as_json)
+            ask(f"Remove {_keys(_counts(unused).total())}, and their states?", err=as_json)
         removed = remove(runtime, unused, older_than, batch)
     if as_json:
         print_json(_as_object(unused, removed))
@@ -130,21 +113,18 @@ def find_unused(runtime: Runtime, older_than: float, only: str | None) -> Unused
     :raises click.ClickException: it is no task whose keys could be removed.
     :raises StoreError: the store is out of reach.
     """
-    tasks, prefix = runtime.app.tasks, runtime.settings.key_prefix
-    by_argument = _tasks_with_unique_on(runtime, only)
-    # That a bare number was chosen by its callable is for an operator to say.
-    meant = only if only and callable(by_argument[only]) else None
+    prefix = runtime.settings.key_prefix
     by_task: dict[str, list[str]] = {}
-    passed_over: Counter[str] = Counter()
-    for key in runtime.store.unused(prefix + (only or ""), older_than):
-        name = key.removeprefix(prefix)
-        task = sure_task_of(name, tasks, meant)
-        if task is None and only is None:
-            passed_over[task_of(name, ())] += 1
-        # What has the bare name of its task is from before that had unique_on.
-        elif task in by_argument and name != task:
-            by_task.setdefault(task, []).append(key)
-    return Unused(by_task, passed_over)
+    own_stores = {
+        task: runtime.store_of_task(task) for task in _tasks_with_unique_on(runtime, only)
+    }
+    for store in runtime.stores:
+        for key, task in store.unused(prefix, older_than).items():
+            # The row under its task's bare name is from before the task had unique_on; and what is
+            # left in another store is from before it had a state, or lost it.
+            if task in own_stores and key != prefix + task and store is own_stores[task]:
+                by_task.setdefault(task, []).append(key)
+    return dict(sorted(by_task.items()))
 
 
 def remove(runtime: Runtime, unused: Unused, older_than: float, batch: int) -> Counter[str]:
@@ -153,59 +133,55 @@ def remove(runtime: Runtime, unused: Unused, older_than: float, batch: int) -> C
     :raises StoreError: the store is out of reach; what was removed before was told.
     """
     removed: Counter[str] = Counter()
-    for task, keys in unused.by_task.items():
-        removed[task] = 0
+    for task, keys in unused.items():
+        removed[task], store = 0, runtime.store_of_task(task)
         try:
             for start in range(0, len(keys), batch):
                 some = keys[start : start + batch]
-                removed[task] += len(runtime.store.prune(some, older_than))
+                removed[task] += len(store.prune(some, older_than))
         finally:
             if removed[task]:
-                tell(runtime, task, f"{_keys(removed[task])} pruned")
+                tell(runtime, task, task, f"{_keys(removed[task])} pruned")
     return removed
 
 
 def print_unused(unused: Unused) -> None:
     """For people."""
-    for task, keys in unused.by_task.items():
+    for task, keys in unused.items():
         say(f"{as_printed(task)}: {_keys(len(keys))} that nobody uses")
-    if not unused.by_task:
+    if not unused:
         say("there is nothing to remove")
-    if names := [name for name, _ in unused.passed_over.most_common()]:
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        say(
-            f"passed over: {_keys(unused.passed_over.total())} of tasks that this app does not "
-            f"know: {', '.join(map(as_printed, names[:SHOWN]))}{more}"
-        )
 
 
 def print_removed(unused: Unused, removed: Counter[str]) -> None:
     """The same."""
-    done, left = removed.total(), (unused.counts - removed).total()
+    done, left = removed.total(), (_counts(unused) - removed).total()
     say(f"{_keys(done)} removed" + (f"; {_keys(left)} in use again or gone" if left else ""))
 
 
-def _tasks_with_unique_on(runtime: Runtime, only: str | None) -> dict[str, UniqueOn]:
+def _tasks_with_unique_on(runtime: Runtime, only: str | None) -> set[str]:
     tasks = runtime.app.tasks
     if only is None:
         every = {name: options_of(task) for name, task in tasks.items()}
-        return {
-            name: own.unique_on for name, own in every.items() if own and own.unique_on is not None
-        }
+        return {name for name, own in every.items() if own and own.unique_on is not None}
     options = options_of(tasks.get(only))
     if options is None:
         raise click.ClickException(f"this app has no singleton task {only!r}")
     if options.unique_on is None:
         raise click.ClickException(f"task {only} has no unique_on, and so no keys to remove")
-    return {only: options.unique_on}
+    return {only}
+
+
+def _counts(unused: Unused) -> Counter[str]:
+    """How many keys could be removed, by task."""
+    return Counter({task: len(keys) for task, keys in unused.items()})
 
 
 def _as_object(unused: Unused, removed: Counter[str] | None) -> dict[str, Any]:
     """For programs; where nothing was to be removed, by task what could be."""
     return {
         "removed": 0 if removed is None else removed.total(),
-        "by_task": unused.counts if removed is None else removed,
-        "passed_over": unused.passed_over.total(),
+        "by_task": _counts(unused) if removed is None else removed,
     }
 
 

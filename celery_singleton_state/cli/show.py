@@ -47,10 +47,10 @@ def ls(context: click.Context, as_json: bool, watch: bool) -> None:
     app.finalize(auto=True)
     runtime = runtime_of(app)
     if as_json:
-        print_json(_objects(runtime, runtime.store.list(runtime.settings.key_prefix)))
+        print_json(_objects(runtime, runtime.rows(runtime.settings.key_prefix)))
     elif watch:
         _watch(runtime)
-    elif rows := runtime.store.list(runtime.settings.key_prefix):
+    elif rows := runtime.rows(runtime.settings.key_prefix):
         print_table(_listed(runtime, rows))
     else:
         say(NONE)
@@ -70,7 +70,7 @@ def show(context: click.Context, name: str, as_json: bool) -> None:
     app.finalize(auto=True)
     runtime = runtime_of(app)
     prefix = runtime.settings.key_prefix
-    row = find(runtime, name)
+    row, _ = find(runtime, name)
     entries = history.decode(row.history, name)
     if as_json:
         runs = [_run_as_object(run) for run in entries]
@@ -95,7 +95,7 @@ def _watch(runtime: Runtime) -> None:
 
 
 def _seen_now(runtime: Runtime) -> Table | str:
-    rows = runtime.store.list(runtime.settings.key_prefix)
+    rows = runtime.rows(runtime.settings.key_prefix)
     return _listed(runtime, rows) if rows else NONE
 
 

@@ -16,6 +16,10 @@ from celery_singleton_state.text.urls import hide_settings, shown
 
 hide_settings()
 
+NO_SQL = (
+    "singleton_lease_url keeps the leases of singletons without a state; a state, and the schedule "
+    "of beat, need a database: set singleton_store_url as well"
+)
 MAX_THRESHOLD = 5
 MIN_INTERVAL = 0.1
 

@@ -65,7 +65,7 @@ def look(runtime: Runtime) -> Look:
     prefix = runtime.settings.key_prefix
     beat = PREFIX + runtime.settings.beat_name
     try:
-        found = list(runtime.store.list(prefix, also=beat))
+        found = runtime.rows(prefix, also=beat)
     except StoreError as error:
         return Look({}, None, Health((), str(error)))
     rows = [row for row in found if row.key.startswith(prefix)]

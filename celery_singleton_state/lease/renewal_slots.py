@@ -78,6 +78,7 @@ class RenewalRequest(msgspec.Struct, frozen=True, array_like=True):
         the directory and have the same process ids.
     :param asked_at: when the lease was asked for, or renewed last.
     :param every: seconds between renewals.
+    :param is_apart: whether the lease is kept apart from states.
     """
 
     parent: str
@@ -87,6 +88,7 @@ class RenewalRequest(msgspec.Struct, frozen=True, array_like=True):
     ttl: float
     asked_at: float
     every: float
+    is_apart: bool = False
 
 
 class RenewalAnswer(msgspec.Struct, frozen=True, array_like=True):
@@ -110,11 +112,13 @@ class LeftToParent:
     """In a child: the leases whose renewal it leaves to its parent.
 
     :param parent: the parent's mark.
+    :param is_apart: whether they are kept apart from states.
     """
 
-    def __init__(self, holdings: Holdings, parent: str) -> None:
+    def __init__(self, holdings: Holdings, parent: str, is_apart: bool = False) -> None:
         self._holdings = holdings
         self._parent = parent
+        self._is_apart = is_apart
 
     def add(self, held: HeldLease) -> None:
         """Ask the parent to renew a lease from now on, and put off this process's own renewals."""
@@ -122,7 +126,14 @@ class LeftToParent:
         every = held.renew_every * PARENTS_PART
         sealed = _seal(
             RenewalRequest(
-                self._parent, lease.key, lease.holder, lease.fence, lease.ttl, held.asked_at, every
+                parent=self._parent,
+                key=lease.key,
+                holder=lease.holder,
+                fence=lease.fence,
+                ttl=lease.ttl,
+                asked_at=held.asked_at,
+                every=every,
+                is_apart=self._is_apart,
             )
         )
         room = ANSWER_AT - REQUEST_AT

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from celery_singleton_state.store.base import (
+    Leases,
     Released,
     StoreMisconfigured,
     StoreRefusesValue,
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True)
 class _Unreturned:
+    store: Leases
     key: str
     holder: str
     slot: int | None
@@ -44,18 +46,15 @@ class _Unreturned:
 class Unreturned:
     """Gives leases back in a thread of its own, which lives while there are any.
 
-    :param give_back: sends the request, for a key and a holder.
     :param strike_out: clears a place in the file of holdings.
     :param interval: seconds between two tries while the store does not answer.
     """
 
     def __init__(
         self,
-        give_back: Callable[[str, str], Released | None],
         strike_out: Callable[[int | None], None],
         interval: float,
     ) -> None:
-        self._give_back = give_back
         self._strike_out = strike_out
         self._interval = interval
         self._lock = threading.Lock()
@@ -67,9 +66,14 @@ class Unreturned:
         self._pid = os.getpid()
 
     def add(
-        self, key: str, holder: str, slot: int | None, then: Then = lambda released: None
+        self,
+        store: Leases,
+        key: str,
+        holder: str,
+        slot: int | None,
+        then: Then = lambda released: None,
     ) -> None:
-        """Give a lease back, if this holder has it, as soon as the store answers.
+        """Give a lease back to its store, if this holder has it, as soon as the store answers.
 
         :param slot: the lease's place in the file of holdings; it is cleared when the store has
             answered.
@@ -79,7 +83,7 @@ class Unreturned:
         if os.getpid() != self._pid:
             return  # a child that the body forked: the lease is its parent's
         with self._lock:
-            self._leases.append(_Unreturned(key, holder, slot, then))
+            self._leases.append(_Unreturned(store, key, holder, slot, then))
             self._called.set()
             if self._thread is None and not self._closed:
                 thread = threading.Thread(target=self._run, name="singleton-give-back", daemon=True)
@@ -118,7 +122,7 @@ class Unreturned:
     def _is_returned(self, lease: _Unreturned) -> bool:
         """Ask the store to take a lease back; returns whether it has answered."""
         try:
-            released = self._give_back(lease.key, lease.holder)
+            released = lease.store.give_back(lease.key, lease.holder)
         except (StoreUnavailable, StoreMisconfigured) as error:
             logger.warning("%s: not given back yet: %s", lease.key, error)
             lease.is_unsure = True

@@ -22,9 +22,11 @@ from celery_singleton_state.headers import (
     WAITED,
     own_headers,
 )
+from celery_singleton_state.lease.heartbeat import Heartbeat
 from celery_singleton_state.retry import Fail, RetryAfter, answer_to, policy_of
 from celery_singleton_state.runtime import Runtime
 from celery_singleton_state.state.codec import Codec
+from celery_singleton_state.store.base import Store
 from celery_singleton_state.text.storable import well_formed
 from celery_singleton_state.ticks import Tick, previous_of, tick_in
 from celery_singleton_state.ticks_done import EntryTicks, TicksDone
@@ -95,6 +97,9 @@ class Delivery:
         self.options = options
         self.codec = codec
         self.runtime = runtime
+        #: Where the singleton's row is, and what renews its lease: set when it is delivered.
+        self.store: Store
+        self.heartbeat: Heartbeat
         #: Tell those who look on that something happened to the singleton: a kind of details, and
         #: their further fields by name.
         self.tell = partial(runtime.door.tell, task.name, name, request.id)

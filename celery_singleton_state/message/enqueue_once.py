@@ -19,11 +19,12 @@ from typing import Any
 
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 
+from celery_singleton_state.config.options import options_of
 from celery_singleton_state.headers import DUE, PAUSE, is_of_tool, names_in
 from celery_singleton_state.keys import row_key
 from celery_singleton_state.lease.lease import clock, in_place
-from celery_singleton_state.runtime import Runtime
-from celery_singleton_state.store.base import StoreError
+from celery_singleton_state.runtime import runtime_of
+from celery_singleton_state.store.base import StoreError, Wishes
 from celery_singleton_state.ticks import BEAT_HEADERS
 
 from .delivery import Delivery
@@ -64,15 +65,16 @@ def is_retry(options: Mapping[str, Any]) -> bool:
 
 
 def enqueue(
-    runtime: Runtime,
+    task: Any,
     key: str,
     options: Mapping[str, Any],
     publish: Callable[[str], Any],
     beside_run: bool = False,
     has_ended: Callable[[str], bool] = lambda _: False,
 ) -> str | Any:
-    """Publish a message unless one is queued or running.
+    """Publish a message of a task unless one is queued or running.
 
+    :param key: of the singleton's row.
     :param publish: sends it, given its id.
     :param beside_run: whether it is published while another message runs.
     :param has_ended: whether a message, by its id, is known to have ended.
@@ -82,9 +84,9 @@ def enqueue(
     life = life_of(options)
     if life is None:
         return publish(task_id)
-    with _counted(runtime, key, task_id):
+    with _counted(task, key, task_id):
         try:
-            queued = claim(runtime, key, task_id, life, beside_run, has_ended)
+            queued = claim(task, key, task_id, life, beside_run, has_ended)
         except StoreError as error:
             logger.warning("%s: sent, though it may be queued already: %s", key, error)
             queued = None
@@ -95,22 +97,22 @@ def enqueue(
 
 
 def publish_retry(
-    runtime: Runtime, key: str, options: Mapping[str, Any], publish: Callable[[], Any]
+    task: Any, key: str, options: Mapping[str, Any], publish: Callable[[], Any]
 ) -> Any:
     """Publish a retry, which then counts as queued unless another message does."""
     task_id, life = str(options["task_id"]), life_of(options)
     if life is None:
         return publish()
-    with _counted(runtime, key, task_id):
+    with _counted(task, key, task_id):
         try:
-            _claim_again(runtime, key, task_id, life)
+            _claim_again(task, key, task_id, life)
         except StoreError as error:
             logger.warning("%s: task %s does not count as queued: %s", key, task_id, error)
         return publish()
 
 
 def claim(
-    runtime: Runtime,
+    task: Any,
     key: str,
     task_id: str,
     life: float,
@@ -128,8 +130,8 @@ def claim(
         which it is as well when the queue changes at every look.
     :raises StoreError: the store is unavailable.
     """
-    wishes = runtime.store.wishes
-    until = clock() + runtime.io_timeout * TRIES
+    wishes = _wishes(task)
+    until = clock() + runtime_of(task.app).io_timeout * TRIES
     for _ in range(LOOKS):
         seen = in_place(partial(wishes.queued, key), TRIES, until)
         found = None if seen.running and beside_run else seen.task_id
@@ -137,7 +139,7 @@ def claim(
         may_have_ended = found != task_id and not seen.running
         if found is not None and not (may_have_ended and has_ended(found)):
             return found
-        if _claim(runtime, key, task_id, life, seen.number, until):
+        if _claim(task, key, task_id, life, seen.number, until):
             return None
     return None
 
@@ -145,7 +147,7 @@ def claim(
 def dequeue(delivery: Delivery) -> None:
     """The message of a delivery that ended without a run is queued no more."""
     if delivery.options.enqueue_once and delivery.request.id:
-        _dequeue(delivery.runtime, delivery.key, delivery.request.id)
+        _dequeue(delivery.task, delivery.key, delivery.request.id)
         dequeue_as_sent(delivery)
 
 
@@ -163,7 +165,7 @@ def dequeue_as_sent(delivery: Delivery) -> None:
     except Exception:  # it was sent without a key, then
         return
     if name != delivery.name:
-        _dequeue(runtime, row_key(runtime.settings.key_prefix, name), request.id)
+        _dequeue(task, row_key(runtime.settings.key_prefix, name), request.id)
 
 
 def life_of(options: Mapping[str, Any]) -> float | None:
@@ -208,31 +210,29 @@ def _seconds_until(given: Any, may_be_number: bool = True) -> float:
     return max((moment - now).total_seconds(), 0.0)
 
 
-def _claim(
-    runtime: Runtime, key: str, task_id: str, life: float, number: int, until: float
-) -> bool:
+def _claim(task: Any, key: str, task_id: str, life: float, number: int, until: float) -> bool:
     """Claim the queue as it was seen; a message that has expired already claims nothing."""
     if life <= 0:
         return True
-    wishes, tries = runtime.store.wishes, itertools.count()
+    wishes, tries = _wishes(task), itertools.count()
     return in_place(
         # Only a repetition may find the claim in the row: another caller's with the same task id
         # would look the same.
-        lambda: wishes.claim(key, task_id, life, number, next(tries) == 0),
+        lambda: wishes.claim(key, task_id, life, number, next(tries) == 0, task.name),
         TRIES,
         until,
     )
 
 
-def _claim_again(runtime: Runtime, key: str, task_id: str, life: float) -> None:
+def _claim_again(task: Any, key: str, task_id: str, life: float) -> None:
     """Note a message that is sent again as queued, if no other message is."""
-    seen = runtime.store.wishes.queued(key)
+    seen = _wishes(task).queued(key)
     if seen.running or seen.task_id in (None, task_id):
-        _claim(runtime, key, task_id, life, seen.number, clock() + runtime.io_timeout)
+        _claim(task, key, task_id, life, seen.number, clock() + runtime_of(task.app).io_timeout)
 
 
 @contextmanager
-def _counted(runtime: Runtime, key: str, task_id: str) -> Iterator[None]:
+def _counted(task: Any, key: str, task_id: str) -> Iterator[None]:
     """Has a message that could not be published count as queued no more.
 
     A claim without an answer, or one that a time limit interrupted, may be in the row, too.
@@ -240,13 +240,21 @@ def _counted(runtime: Runtime, key: str, task_id: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _dequeue(runtime, key, task_id)
+        _dequeue(task, key, task_id)
         raise
 
 
-def _dequeue(runtime: Runtime, key: str, task_id: str) -> None:
-    until = clock() + runtime.io_timeout
+def _wishes(task: Any) -> Wishes:
+    """What can be asked of the rows of a task.
+
+    :raises StoreError: the store is unavailable.
+    """
+    return runtime_of(task.app).store_of(options_of(task)).wishes
+
+
+def _dequeue(task: Any, key: str, task_id: str) -> None:
+    until = clock() + runtime_of(task.app).io_timeout
     try:
-        in_place(partial(runtime.store.wishes.dequeue, key, task_id), TRIES, until)
+        in_place(partial(_wishes(task).dequeue, key, task_id, task.name), TRIES, until)
     except StoreError as error:
         logger.warning("%s: task %s counts as queued until its life ends: %s", key, task_id, error)

@@ -122,7 +122,7 @@ def find_place(delivery: Delivery) -> None:
     place.sent = header(request, SENT_AT)
     place.rank = header(request, RANK)
     if place.rank is None and _came_before(request):
-        row = delivery.runtime.store.peek(delivery.key)
+        row = delivery.store.peek(delivery.key)
         if row is not None:
             place.rank = _rank_in(row, request.id, history.decode(row.history, delivery.name))
     place.is_known = True

@@ -18,9 +18,8 @@ from celery.exceptions import ImproperlyConfigured
 from sqlalchemy import Engine
 
 from celery_singleton_state.compat import upgrade_steps
-from celery_singleton_state.config.settings import Settings
+from celery_singleton_state.config.settings import NO_SQL, Settings
 from celery_singleton_state.store.base import StoreNotReady
-from celery_singleton_state.store.routed import NO_SQL
 from celery_singleton_state.store.sql.engine import make_engine
 from celery_singleton_state.store.sql.store import open_transaction
 from celery_singleton_state.store.sql.url import parse_url

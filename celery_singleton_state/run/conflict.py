@@ -131,7 +131,7 @@ def replace(conflict: Conflict) -> float | None:
         had_rank = place.rank is not None
         place.rank = place.rank or row.next_rank
         asking = delivery.request.id or a_direct_call()
-        wishes = delivery.runtime.store.wishes
+        wishes = delivery.store.wishes
         if not wishes.ask_to_hand_over(row, asking, place.rank, place.sent):
             # Another message asked before, or the holder has changed: look again.
             place.rank = place.rank if had_rank else None
@@ -157,7 +157,7 @@ def coalesce(conflict: Conflict) -> float | None:
     row, delivery = conflict.row, conflict.delivery
     if row is None:
         return 0.0
-    wishes = delivery.runtime.store.wishes
+    wishes = delivery.store.wishes
     if row.in_hold_period:
         # Nobody is there to send it: the first one waits for the end, the others rely on it.
         left = max(row.expires_in or 0.0, 0.0)
@@ -165,7 +165,7 @@ def coalesce(conflict: Conflict) -> float | None:
             return _try_again(conflict, left)
         task_id, life = str(delivery.request.id), left + LIFE_AFTER_HOLD
         # A run that has begun since says nothing of the arguments of this message.
-        found = claim(delivery.runtime, row.key, task_id, life, beside_run=True)
+        found = claim(delivery.task, row.key, task_id, life, beside_run=True)
         if found in (None, task_id) or is_behind_another(row, task_id):
             send_again(delivery.task, delivery.request, delivery.name, left)
     elif not wishes.want(row, wish_for(delivery, conflict.args, conflict.kwargs)):

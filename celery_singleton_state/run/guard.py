@@ -70,6 +70,10 @@ def deliver(delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any
     if delivery.pause_left > 0:
         wait_on(delivery.task, delivery.request, delivery.name, delivery.pause_left)
     runtime = delivery.runtime
+    try:
+        delivery.store, delivery.heartbeat = runtime.home_of(delivery.options)
+    except StoreError as error:
+        raise _not_loaded(delivery, error) from error
     claim = Claim(delivery, body, runtime.new_holder(delivery.request.hostname))
     # Noted before it is asked for: a process can die at any moment after that.
     holding = Holding(delivery.key, claim.holder, delivery.generation, delivery.sent)
@@ -86,8 +90,8 @@ def deliver(delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any
     finally:
         runtime.under_way.discard(claim.holder)
         if claim.may_hold:
-            then = partial(grant, runtime.app, runtime.store, delivery.key)
-            runtime.unreturned.add(delivery.key, claim.holder, slot, then)
+            then = partial(grant, runtime.app, delivery.store, delivery.key)
+            runtime.unreturned.add(delivery.store, delivery.key, claim.holder, slot, then)
         else:
             runtime.holdings.strike_out(slot)
 
@@ -169,7 +173,7 @@ def _not_loaded(delivery: Delivery, error: StoreError) -> SingletonError:
 
 def _peek(delivery: Delivery) -> Row | None:
     try:
-        return delivery.runtime.store.peek(delivery.key)
+        return delivery.store.peek(delivery.key)
     except StoreError as error:
         raise _not_loaded(delivery, error) from error
 
@@ -254,7 +258,7 @@ def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
                 return asked_at, acquired, None
             # A run's own retry can be here before that run has given its lease back, and must
             # not be taken for a conflict when it has by now.
-            row = delivery.runtime.store.peek(delivery.key)
+            row = delivery.store.peek(delivery.key)
             if row is not None and row.held and not _is_freed(delivery, row):
                 break
             if row is not None and delivery.place.is_below(row):
@@ -282,7 +286,7 @@ def _still_taken(claim: Claim) -> Row | None:
     delivery = claim.delivery
     if not delivery.waited or claim.may_hold:
         return None
-    row = delivery.runtime.store.peek(delivery.key)
+    row = delivery.store.peek(delivery.key)
     if row is None:
         return None
     if row.held:
@@ -295,7 +299,8 @@ def _is_freed(delivery: Delivery, row: Row) -> bool:
     """Free a lease that nobody runs under: its holder's process has died, or is this one and has
     ended the run.
     """
-    return free_holder(delivery.runtime, row.holder) or free_own(delivery.runtime, row)
+    runtime = delivery.runtime
+    return free_holder(runtime, row.holder) or free_own(runtime, row, delivery.store)
 
 
 def _ask(claim: Claim) -> tuple[float, Acquired | None]:
@@ -303,7 +308,7 @@ def _ask(claim: Claim) -> tuple[float, Acquired | None]:
 
     :returns: the time before the request by which the lease is trusted, and the lease.
     """
-    delivery, store = claim.delivery, claim.delivery.runtime.store
+    delivery, store = claim.delivery, claim.delivery.store
     asked_at, may_have_held = clock(), claim.may_hold
     claim.may_hold = True
     place = delivery.place
@@ -314,6 +319,7 @@ def _ask(claim: Claim) -> tuple[float, Acquired | None]:
         delivery.request.id,
         place.rank or 0,
         place.sent,
+        delivery.task.name,
     )
     if acquired is None:
         # An earlier request, whose answer was lost, may still take it.

@@ -114,8 +114,8 @@ class Run:
         self.held = HeldLease(acquired.lease, asked_at, runtime.settings.heartbeat_interval)
         self.body = Body(delivery.name)
         self._delivery = delivery
-        self._store = runtime.store
-        self._heartbeat = runtime.heartbeat_of(delivery.key)
+        self._store = delivery.store
+        self._heartbeat = delivery.heartbeat
         self.state = RunState(delivery.name, delivery.codec, acquired)
         self._writer = FencedWriter(
             delivery.name, self._store, self.held, acquired.write, delivery.tell

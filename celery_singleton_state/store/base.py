@@ -160,6 +160,8 @@ class Listed:
     """A singleton's row, as it can be seen from outside, in a list of many.
 
     :param holder: ``None`` when nobody holds the lease, also in a hold period after the last run.
+    :param task: the task's name; ``None`` if no run has written it, for example in a row that was
+        made before there was this column.
     :param expires_in: seconds until the lease or its hold period ends, negative when the lease has
         run out; ``None`` when the singleton is free.
     :param updated_at, acquired_at, last_finished_at: seconds since the epoch by the store's
@@ -168,6 +170,7 @@ class Listed:
     """
 
     key: str
+    task: str | None
     schema_version: int | None
     updated_at: float | None
     fence: int
@@ -253,12 +256,12 @@ Seen = TypeVar("Seen", bound=Listed)
 
 
 def seen(row: Seen) -> Seen:
-    """A row as it was read: with values of the kinds that its fields have, with the ids of tasks as
-    they were given, and without a hold period that is over.
+    """A row as it was read: with values of the kinds that its fields have, with tasks and their ids
+    as they were given, and without a hold period that is over.
     """
     if odd := odd_values(row):
         row = replace(row, **odd)
-    names = ("task_id", "queued_task_id", "handoff_to")
+    names = ("task", "task_id", "queued_task_id", "handoff_to")
     found = {name: getattr(row, name, None) for name in names}
     escaped = {name: restored(text) for name, text in found.items() if text and "\\" in text}
     if escaped:
@@ -308,28 +311,43 @@ class Wishes(Protocol):
     def queued(self, key: str) -> Queued:
         """The message that is queued or running, and the queue's number for :meth:`claim`."""
 
-    def claim(self, key: str, task_id: str, life: float, number: int, first: bool = False) -> bool:
+    def claim(
+        self,
+        key: str,
+        task_id: str,
+        life: float,
+        number: int,
+        first: bool = False,
+        task: str | None = None,
+    ) -> bool:
         """Note a message as queued, for so many seconds, in place of any other.
 
         :param number: of the queue, as it was seen.
         :param first: whether the caller has not sent this claim before.
+        :param task: the task's name, for a new row.
         :returns: false if the queue has another number by now. A claim that is repeated while it
             still counts succeeds again; one that is sent first does not, because the equal claim
             in the row is that of another caller with the same task id.
         """
 
-    def expect(self, keys: Sequence[str]) -> None:
-        """Note that these singletons are to run, as rows that no run has changed yet."""
+    def expect(self, tasks: Mapping[str, str]) -> None:
+        """Note that these singletons are to run, as rows that no run has changed yet.
 
-    def put(self, key: str, row: Row | None, new: NewValue) -> bool:
+        :param tasks: the task's name by the singleton's key.
+        """
+
+    def put(self, key: str, row: Row | None, new: NewValue, task: str | None = None) -> bool:
         """Store a state from outside a run.
 
         :param row: as it was seen; ``None`` if there was none.
+        :param task: the task's name, for a new row.
         :returns: false if a lease is held, or if the row has changed since it was seen.
         """
 
-    def dequeue(self, key: str, task_id: str) -> None:
+    def dequeue(self, key: str, task_id: str, task: str | None = None) -> None:
         """Note that a message is not queued any more, and refuse a claim for it that is late.
+
+        :param task: the task's name, for a new row.
 
         (An acquisition for it does so by itself.)
         """
@@ -367,6 +385,7 @@ class Leases(Protocol):
         task_id: str | None,
         rank: int = 0,
         sent: str | None = None,
+        task: str | None = None,
     ) -> Acquired | None:
         """Take a free or expired lease and load its row; ``None`` when somebody holds it.
 
@@ -376,6 +395,7 @@ class Leases(Protocol):
             :func:`~celery_singleton_state.message.place.moment` tells it. A message that was not
             ranked does not get the lease if the newest message of the row was sent later by the
             same clock.
+        :param task: the task's name, for the row.
 
         Asked again by the same holder it changes nothing, except that the lease lives for at least
         ``ttl`` from now. So a request whose answer was lost can be repeated, and a late one does
@@ -417,8 +437,9 @@ class Leases(Protocol):
     def ticks(self, keys: Sequence[str]) -> dict[str, SeenTicks]:
         """What is known of the ticks of some singletons, by key; of those that have a row."""
 
-    def unused(self, prefix: str, older_than: float) -> Sequence[str]:
-        """The keys, in order, of singletons that begin with a prefix and that nobody uses.
+    def unused(self, prefix: str, older_than: float) -> Mapping[str, str | None]:
+        """The keys, in order, of singletons that begin with a prefix and that nobody uses, each
+        with the name of its task.
 
         Nobody holds the lease, not even late; nobody asked the holder to hand over, or wants one
         more run; no message is queued; and neither the state has changed nor a run ended for so

@@ -52,7 +52,7 @@ _KINDS: tuple[tuple[type, tuple[str, ...], Any], ...] = (
         str,
         (
             *("holder", "task_id", "last_outcome", "history", "value", "wanted", "handoff_to"),
-            *("newest_sent", "ticks_done", "queued_task_id"),
+            *("newest_sent", "ticks_done", "queued_task_id", "task"),
         ),
         _text,
     ),

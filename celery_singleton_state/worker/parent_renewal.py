@@ -50,6 +50,7 @@ class ChildsLease(HeldLease):
         self._path = path
         self._start = start
         self._pid = pid
+        self.is_apart = request.is_apart
         lease = Lease(request.key, request.holder, request.fence, request.ttl)
         super().__init__(lease, request.asked_at, request.every)
 
@@ -124,7 +125,8 @@ class ParentRenewal:
         self._drop(*self._leases.keys() - found.keys())
         for holder, held in found.items():
             if holder not in self._leases:
-                heartbeat = own.heartbeat_of(held.lease.key)
+                apart = own.leases if held.is_apart else None
+                heartbeat = own.heartbeat_of(apart or own.store)
                 self._leases[holder] = held, heartbeat
                 heartbeat.hold(held)
             elif self._leases[holder][0].lost:

@@ -74,7 +74,7 @@ class SingletonStep(bootsteps.StartStopStep):
         own = runtime.runtime_of(worker.app)
         refuse_states_without_store(own)
         try:
-            own.store.check()
+            own.check()
         except StoreNotReady as error:
             raise ImproperlyConfigured(str(error)) from error
         except StoreError as error:
@@ -94,12 +94,13 @@ class SingletonStep(bootsteps.StartStopStep):
     @staticmethod
     def expect(own: runtime.Runtime) -> None:
         """Note since when those singletons are waited for that should run now and then."""
-        keys = [row_key(own.settings.key_prefix, name) for name in expected_singletons(own.app)]
-        if keys:
-            try:
-                own.store.wishes.expect(keys)
-            except StoreError as error:
-                logger.warning("singletons: health begins with the first runs: %s", error)
+        names = expected_singletons(own.app)
+        tasks = {row_key(own.settings.key_prefix, name): name for name in names}
+        try:
+            for store, keys in own.by_store(tasks):
+                store.wishes.expect({key: tasks[key] for key in keys})
+        except StoreError as error:
+            logger.warning("singletons: health begins with the first runs: %s", error)
 
 
 class ConnectionsStep(bootsteps.StartStopStep):

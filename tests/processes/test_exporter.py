@@ -65,7 +65,8 @@ def work_through_the_script(app: Celery, fleet: Fleet, store: SqlStore) -> Expec
         outcome(result)
         app.send_task("counted", (f"key {number}", script[number]), task_id=result.id)
     for number in range(10):
-        assert store.acquire(f'singleton-state:counted{{"key":"taken {number}"}}', "other", 60, "x")
+        key = f'singleton-state:counted{{"key":"taken {number}"}}'
+        assert store.acquire(key, "other", 60, "x", task="counted")
         app.send_task("counted", (f"taken {number}",))
     does = Counter(script)
     failed = does["fail"] + does["misfit"]
@@ -128,9 +129,11 @@ def test_ten_thousand_keys_are_no_series_and_one_statement(
     fleet = make_fleet(url)
     exporter, per_key = fleet.start_exporter(APP), fleet.start_exporter(APP, "--per-key")
     store = open_store(server_url, "kv_store", 5.0)
-    store.wishes.expect(['singleton-state:counted{"key":"0"}'])
+    store.wishes.expect({'singleton-state:counted{"key":"0"}': "counted"})
     before = exporter.metrics()
-    store.wishes.expect([f'singleton-state:counted{{"key":"{n}"}}' for n in range(10_000)])
+    store.wishes.expect(
+        {f'singleton-state:counted{{"key":"{n}"}}': "counted" for n in range(10_000)}
+    )
     store.close()
     said = len(postgres.statements_of("scraped"))
     after = exporter.metrics()
@@ -203,7 +206,7 @@ def test_health_over_http(fleet: Fleet, store: SqlStore) -> None:
 
 
 def test_it_is_read_only_and_hides_states(fleet: Fleet, store: SqlStore) -> None:
-    taken = store.acquire('singleton-state:counted{"key":"a"}', "other", 60, None)
+    taken = store.acquire('singleton-state:counted{"key":"a"}', "other", 60, None, task="counted")
     assert taken is not None
     assert store.save(taken.lease, Write(1, 0, NewValue('{"n":123454321}', 1)))
     exporter = fleet.start_exporter(APP)

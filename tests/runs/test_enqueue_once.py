@@ -226,13 +226,12 @@ def test_a_claim_whose_message_was_not_sent_does_not_count(
 def test_many_at_once_publish_one(app: Celery, published: list[str]) -> None:
     """All find nothing queued before any of them has noted its own."""
     task = task_of(app)
-    runtime = runtime_of(app)
-    runtime.store.check()
+    runtime_of(app).check()
     together = threading.Barrier(4)
 
     def ask(n: int) -> Any:
         together.wait(10)
-        return enqueue_once.enqueue(runtime, "singleton-state:sent", {}, published.append) and n
+        return enqueue_once.enqueue(task, "singleton-state:sent", {}, published.append) and n
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(ask, range(4)))

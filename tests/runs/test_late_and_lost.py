@@ -557,7 +557,8 @@ def test_what_cannot_be_given_back_for_want_of_a_thread_is_given_back_later(
         with pytest.raises(StateLoadFailed):
             task()
     assert not is_free(app)
-    runtime_of(app).unreturned.add("another key", "nobody", None)
+    runtime = runtime_of(app)
+    runtime.unreturned.add(runtime.store, "another key", "nobody", None)
     wait_until(lambda: is_free(app), "the next one takes it along")
 
 
@@ -575,7 +576,7 @@ def test_a_wish_is_granted_by_a_give_back_whose_answer_was_lost(
     assert runtime.store.wishes.want(row(app), wish.encode())
     Verb(app, monkeypatch, "give_back", times=1)
     then = partial(grant, app, runtime.store, "singleton-state:count")
-    runtime.unreturned.add("singleton-state:count", "holder", None, then)
+    runtime.unreturned.add(runtime.store, "singleton-state:count", "holder", None, then)
     wait_until(lambda: sent == ["one more"], "the run that is wanted is sent")
     wait_until(lambda: row(app).wanted is None, "the wish is struck out")
 

@@ -38,7 +38,7 @@ def use_all(store: SqlStore) -> None:
     assert enqueue(wishes, "k", "task", 60) == "task"
     wishes.dequeue("k", "task")
     assert wishes.put("k", store.peek("k"), NEW)
-    wishes.expect(["k", "k3"])
+    wishes.expect({"k": "t", "k3": "t"})
     assert store.release(other, Ended("succeeded", "[]", hold=60))
     held_on = store.peek("k2")
     assert held_on is not None

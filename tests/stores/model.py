@@ -74,6 +74,8 @@ class ModelRow:
     #: The largest rank of those who asked, and when the newest message was sent.
     newest: int = 0
     newest_sent: str | None = None
+    #: The task's name, as the newest holder, or whoever made the row, has said.
+    task: str | None = None
 
     @property
     def rank(self) -> int:
@@ -111,7 +113,7 @@ class ModelRow:
     def seen(self) -> dict[str, Any]:
         """What :meth:`Leases.peek` shows of it."""
         names = ("value", "schema_version", "fence", "write", "holder", "task_id", "wanted")
-        more = ("run_count", "last_outcome", "history", "ticks_done")
+        more = ("task", "run_count", "last_outcome", "history", "ticks_done")
         more += ("handoff_to", "newest", "newest_sent")
         return {name: getattr(self, name) for name in names + more} | {
             "held": self.life > 0,
@@ -137,9 +139,9 @@ class Model:
         self.rows: dict[str, ModelRow] = {}
         self.entries: dict[str, str] = {}
 
-    def row(self, key: str) -> ModelRow:
+    def row(self, key: str, task: str | None = None) -> ModelRow:
         """A row to be changed, which is made if there is none."""
-        return self.rows.setdefault(key, ModelRow())
+        return self.rows.setdefault(key, ModelRow(task=task))
 
     def seen(self, key: str) -> ModelRow:
         """A row to be read."""
@@ -156,7 +158,7 @@ class Model:
     def refuses(self, request: Request) -> bool:
         """Whether a request will be refused, so that it must not change anything."""
         if request.verb == "acquire":
-            key, holder, _, _, rank, sent = request.arguments
+            key, holder, _, _, rank, sent, _ = request.arguments
             row = self.seen(key)
             return row.holder != holder and not row.may_be_taken(rank, sent)
         if request.verb in ("dequeue", "granted"):
@@ -175,6 +177,7 @@ class Model:
         task_id: str | None,
         rank: int,
         sent: str | None,
+        task: str,
         found: Acquired | None,
     ) -> Acquired | None:
         """:param found: the store's answer, which has the store's times and with them the fence;
@@ -185,6 +188,7 @@ class Model:
             return None
         assert found is not None
         row = self.row(key)
+        row.task = task
         if row.holder == holder:
             row.life = max(row.life, ttl)
         else:
@@ -286,27 +290,35 @@ class Model:
         running = row.task_id if row.life else None
         return Queued(row.queue, running, running is not None)
 
-    def claim(self, key: str, task_id: str, life: float, number: int, first: bool = False) -> bool:
+    def claim(
+        self,
+        key: str,
+        task_id: str,
+        life: float,
+        number: int,
+        first: bool = False,
+        task: str | None = None,
+    ) -> bool:
         row = self.seen(key)
         repeated = row.queue == number + 1 and row.queued_task_id == task_id and row.queued
         repeated = repeated and not first
         if row.queue != number and not repeated:
             return False
-        row = self.row(key)
+        row = self.row(key, task)
         row.queue, row.queued_task_id, row.queued = number + 1, task_id, True
         return True
 
-    def dequeue(self, key: str, task_id: str) -> None:
-        row = self.row(key)
+    def dequeue(self, key: str, task_id: str, task: str | None = None) -> None:
+        row = self.row(key, task)
         row.queue += 1
         row.queued = row.queued and row.queued_task_id != task_id
 
-    def put(self, key: str, row: Row | None, new: NewValue) -> bool:
+    def put(self, key: str, row: Row | None, new: NewValue, task: str | None = None) -> bool:
         mine = self.seen(key)
         fence, write = (row.fence, row.write) if row else (0, 0)
         if mine.holder is not None or mine.life or (mine.fence, mine.write) != (fence, write):
             return False
-        self.row(key).store(Write(write + 1, write, new))
+        self.row(key, task).store(Write(write + 1, write, new))
         return True
 
     def prune(self, keys: Sequence[str], older_than: float) -> list[str]:

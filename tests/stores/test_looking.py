@@ -31,7 +31,7 @@ def test_a_list_has_the_history_of_what_did_not_succeed(store: SqlStore) -> None
 def test_contents(store: SqlStore) -> None:
     run(store, "a:1")
     run(store, "a:2")
-    store.wishes.expect(["a:3"])
+    store.wishes.expect({"a:3": "a"})
     keys = ["a:1", "a:3", "a:4"]
     assert store.contents(keys, values=False) == {"a:1": ('["a:1"]', None), "a:3": (None, None)}
     assert store.contents(keys, values=True) == {
@@ -44,7 +44,7 @@ def test_contents(store: SqlStore) -> None:
 def test_what_is_expected_has_a_row_and_what_ran_keeps_its_own(store: SqlStore) -> None:
     run(store, "a:1")
     before = store.peek("a:1")
-    store.wishes.expect(["a:1", "a:2"])
+    store.wishes.expect({"a:1": "a", "a:2": "a"})
     assert store.peek("a:1") == before
     new = store.peek("a:2")
     assert new is not None
@@ -126,7 +126,7 @@ def test_a_state_is_not_put_after_a_run_that_saved_nothing(store: SqlStore) -> N
 def test_a_state_is_put_into_a_row_that_had_no_run(store: SqlStore, made: str) -> None:
     """Whoever looks sees a row, or none where the row was not a singleton's yet."""
     if made == "expected":
-        store.wishes.expect(["k"])
+        store.wishes.expect({"k": "t"})
     elif made == "queued":
         assert store.wishes.claim("k", "t", 60, 0)
     else:

@@ -205,7 +205,7 @@ class Leases(RuleBasedStateMachine):
     def move_back(self, key: str) -> None:
         """The row's times. UTC, which MariaDB need not be told, and does not understand."""
         zone = "" if self.store.engine.dialect.name == "mysql" else "+00:00"
-        for name in ("acquired_at", "expires_at", "queued_until"):
+        for name in ("acquired_at", "expires_at", "hold_until", "queued_until"):
             self.set_column(key, name, f"'{LONG_AGO}{zone}'")
 
     def outlives_its_process(self) -> bool:
@@ -255,13 +255,14 @@ class Leases(RuleBasedStateMachine):
         task_id: str | None,
         rank: int,
         sent: str | None,
+        task: str,
     ) -> tuple[Any, Any]:
         row = self.model.seen(key)
         again, last, before = row.holder == holder, row.rank, self.row(key)
         earliest = time.time()
-        answer = self.store.acquire(key, holder, ttl, task_id, rank, sent)
+        answer = self.store.acquire(key, holder, ttl, task_id, rank, sent, task)
         latest = time.time()
-        expected = self.model.acquire(key, holder, ttl, task_id, rank, sent, answer)
+        expected = self.model.acquire(key, holder, ttl, task_id, rank, sent, task, answer)
         if answer and again:
             assert before is not None
             assert answer.acquired_at == before.acquired_at
@@ -351,7 +352,8 @@ class Leases(RuleBasedStateMachine):
         # Now and then it was overtaken, or was sent from another host.
         number = self.nonce - 4 * (ranked and not rank)
         sent = f"{'host' if process < 3 else 'another'}:{number:020d}"
-        self.ask(run, Request("acquire", (key, holder, FIRST, task_id, rank, sent)), fate)
+        arguments = (key, holder, FIRST, task_id, rank, sent, f"task {process}")
+        self.ask(run, Request("acquire", arguments), fate)
 
     def ask(self, run: Run, request: Request, fate: str) -> None:
         """A run sends a request and hears the answer, or not."""
@@ -698,7 +700,9 @@ class Leases(RuleBasedStateMachine):
     @precondition(lambda self: self.senders)
     @rule(sender=one_of("senders"), fate=FATES, first=st.booleans())
     def claim(self, sender: Sender, fate: str, first: bool) -> None:
-        request = Request("claim", (sender.key, sender.task_id, LONG, sender.number, first))
+        request = Request(
+            "claim", (sender.key, sender.task_id, LONG, sender.number, first, "sender's task")
+        )
         answer = self.send(request, fate)
         if answer is not UNKNOWN:
             self.senders.remove(sender)
@@ -925,7 +929,7 @@ class RedisLeases(Leases):
                 server.hset(key, name, value)
 
     def move_back(self, key: str) -> None:
-        for name in ("acquired_at", "expires_at", "queued_until"):
+        for name in ("acquired_at", "expires_at", "hold_until", "queued_until"):
             self.set_column(key, name, "946684800.000000")
 
     def outlives_its_process(self) -> bool:

@@ -109,11 +109,13 @@ def test_a_state_is_in_sql_and_its_lease_as_well(both: Celery, lease_url: str) -
 def test_both_are_listed(both: Celery) -> None:
     for name, options in {"b": {"state_schema": Counter}, "a": {}, "c": {}}.items():
         task_of(both, name=name, **options)()
-    store = runtime_of(both).store
-    listed = store.list("singleton-state:")
-    assert [row.key.partition(":")[2] for row in listed] == ["a", "b", "c"]
+    runtime = runtime_of(both)
+    listed = runtime.rows("singleton-state:")
+    assert [(row.key.partition(":")[2], row.task) for row in listed] == [(n, n) for n in "abc"]
     assert {row.last_outcome for row in listed} == {"succeeded"}
-    assert len(store.contents([row.key for row in listed], values=False)) == 3
+    parts = runtime.by_store({row.key: row.task for row in listed})
+    contents = [store.contents(list(keys), values=False) for store, keys in parts]
+    assert sorted(map(len, contents)) == [1, 2]
 
 
 def test_where_there_is_no_database_a_state_is_refused(make_app: Callable[..., Celery]) -> None:
@@ -215,7 +217,7 @@ def test_the_answer_to_acquire_is_lost(proxied: tuple[Celery, Proxy]) -> None:
     first = task()
     proxy.mode = "drop one answer"
     second = task()
-    row = runtime_of(app).store.peek("singleton-state:task")
+    row = runtime_of(app).leases.peek("singleton-state:task")
     assert row is not None
     assert (first < second, row.fence, row.run_count) == (True, second, 2)
 
@@ -228,7 +230,7 @@ def test_the_answer_to_release_is_lost(proxied: tuple[Celery, Proxy]) -> None:
         proxy.mode = "drop one answer"
 
     task_of(app, body)()
-    row = runtime_of(app).store.peek("singleton-state:task")
+    row = runtime_of(app).leases.peek("singleton-state:task")
     assert row is not None
     assert (row.holder, row.run_count, row.last_outcome) == (None, 1, "succeeded")
 
@@ -255,7 +257,8 @@ def test_a_time_limit_in_mid_call_leaves_no_answer_behind(
     proxied: tuple[Celery, Proxy],
 ) -> None:
     app, proxy = proxied
-    store = runtime_of(app).store
+    store = runtime_of(app).leases
+    assert store is not None
     task_of(app)()
 
     def strike(*_: Any) -> None:
@@ -279,7 +282,7 @@ def test_a_time_limit_in_mid_call_leaves_no_answer_behind(
 def kept(lease_url: str) -> Iterator[RedisStore]:
     """A store that has a connection."""
     store = RedisStore(lease_url, io_timeout=5.0)
-    store.wishes.expect(["first"])
+    store.wishes.expect({"first": "t"})
     yield store
     store.close()
 
@@ -301,7 +304,7 @@ def test_a_time_limit_while_it_connects_leaves_no_half_made_connection(
     """
     store = RedisStore(lease_url, io_timeout=5.0)
     if moment == "again":
-        store.wishes.expect(["first"])
+        store.wishes.expect({"first": "t"})
         with redis.Redis.from_url(lease_url) as client:
             client.client_kill_filter(_type="normal", skipme=True)
     send = redis.Connection.send_command
@@ -399,7 +402,7 @@ def test_prune(lease_url: str) -> None:
             for moment in ("updated_at", "last_finished_at", "expires_at"):
                 if client.hexists(key, moment):
                     client.hset(key, moment, "946684800")
-    assert store.unused("t:", 3600) == ["t:old"]
+    assert list(store.unused("t:", 3600)) == ["t:old"]
     assert store.prune(["t:old", "t:held", "t:wanted", "t:queued", "t:new"], 3600) == ["t:old"]
     assert [row.key for row in store.list("")] == [
         *("t:held", "t:new", "t:queued", "t:wanted", "u:old"),

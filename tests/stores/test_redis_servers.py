@@ -198,7 +198,7 @@ def test_a_demoted_server_answers_nothing(
         lambda: store.wishes.let_go(row),
         lambda: store.wishes.wanted("none"),
         lambda: store.wishes.granted("none", "w"),
-        lambda: store.wishes.expect(["k"]),
+        lambda: store.wishes.expect({"k": "t"}),
         store.check,
     ]
     for call in calls:
@@ -272,8 +272,8 @@ def test_ls_a_scrape_and_prune_never_stop_the_server_for_long(
         monkeypatch.setattr(store._scripts, "call", counted)
         assert [row.key for row in store.list("t:")] == keys
         assert list(store.contents(keys, values=False)) == keys
-        assert store.unused("t:", 3600) == keys
-        assert store.unused("", 3600) == ["s:before", *keys, "u:after"]
+        assert list(store.unused("t:", 3600)) == keys
+        assert list(store.unused("", 3600)) == ["s:before", *keys, "u:after"]
         assert store.prune(keys, 3600) == keys
         assert [row.key for row in store.list("")] == ["s:before", "u:after"]
     assert len(sizes) > 50
@@ -292,9 +292,9 @@ def test_a_page_that_is_just_full_is_not_the_end(
     store = make_store(lease_url)
     assert list(store.list("")) == []
     keys = [f"{number:05}" for number in range(PAGE)]
-    store.wishes.expect(keys)
+    store.wishes.expect(dict.fromkeys(keys, "t"))
     assert [row.key for row in store.list("")] == keys
-    store.wishes.expect(["1"])
+    store.wishes.expect({"1": "t"})
     assert [row.key for row in store.list("")] == [*keys, "1"]
 
 
@@ -357,7 +357,7 @@ def test_a_full_server_renews_and_releases(
         for refused in (
             lambda: store.acquire("new", "h", LONG, None),
             lambda: store.wishes.claim("new", "t", LONG, 0),
-            lambda: store.wishes.expect(["new"]),
+            lambda: store.wishes.expect({"new": "t"}),
         ):
             with pytest.raises(StoreUnavailable, match="maxmemory"):
                 refused()
@@ -435,7 +435,7 @@ def test_the_privileges_of_the_advice_are_enough(
     assert store.release(lease, DONE) is not None
     store.wishes.dequeue(key, "t")
     assert [row.key for row in store.list("")] == [key]
-    assert store.prune(store.unused("", -1), -1) == [key]
+    assert store.prune(list(store.unused("", -1)), -1) == [key]
 
 
 # -- connections

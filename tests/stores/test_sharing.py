@@ -154,7 +154,7 @@ def leases_with_locked_rows(url: str) -> Iterator[tuple[list[HeldLease], list[He
             name = runtime.sql._sql.words.key
             other.exec_driver_sql(f"SELECT * FROM kv_store WHERE {name} LIKE 'l%%' FOR UPDATE")
             for held in leases:
-                runtime.heartbeat_of(held.lease.key).hold(held)
+                runtime.heartbeat_of(runtime.store).hold(held)
             yield leases[:4], leases[4:], other
     finally:
         blocker.dispose()

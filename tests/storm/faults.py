@@ -28,7 +28,7 @@ def without_fence() -> None:
         self.save = break_open(self.save)
         self.save_within = (self.save,)
         self.release = {
-            kind: break_open(text, writes=kind[0]) for kind, text in self.release.items()
+            writes: break_open(text, writes=writes) for writes, text in self.release.items()
         }
 
     PostgresqlStatements.__init__ = make_broken  # type: ignore[method-assign]

@@ -186,9 +186,10 @@ def test_rows_of_unknown_tasks_are_one_series(
 
     runtime = runtime_of(memory_app)
     prefix = runtime.settings.key_prefix
-    names = [f"made-up-{number}" for number in range(20)]
-    names += [f't{{"key":"{number}"}}' for number in range(2 * LIMIT)] + ['t{"key":"\x1b"}']
-    runtime.store.wishes.expect([prefix + name for name in names])
+    tasks = {f"made-up-{number}": f"made-up-{number}" for number in range(20)}
+    tasks |= {f't{{"key":"{number}"}}': "t" for number in range(2 * LIMIT)}
+    tasks['t{"key":"\x1b"}'] = "t"
+    runtime.store.wishes.expect({prefix + name: task for name, task in tasks.items()})
     monkeypatch.setattr("celery_singleton_state.exporter.labels.KEYS", LIMIT)
     monkeypatch.setattr(Keys.__init__, "__defaults__", ("", LIMIT, None))
 

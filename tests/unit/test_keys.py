@@ -18,7 +18,6 @@ from celery_singleton_state.keys import (
     Binder,
     row_key,
     singleton_name,
-    sure_task_of,
 )
 
 
@@ -206,9 +205,3 @@ class PlainEnum(Enum):
 class Made:
     text: str
     parts: dict[int, Decimal]
-
-
-def test_a_name_whose_number_is_none_is_still_its_tasks() -> None:
-    for value in (float("nan"), float("-inf"), -1.5, 2**70):
-        found = singleton_name("sync", lambda value: value, BINDER, (value,), {})
-        assert sure_task_of(found, ["sync"], "sync") == "sync"

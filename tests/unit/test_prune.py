@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -62,9 +62,10 @@ def app(memory_app: Celery) -> Celery:
     return memory_app
 
 
-def old(app: Celery, *names: str) -> Runtime:
+def old(app: Celery, tasks: Mapping[str, str]) -> Runtime:
+    """:param tasks: the task's name by the singleton's name."""
     runtime = runtime_of(app)
-    runtime.store.wishes.expect([row_key(PREFIX, name) for name in names])
+    runtime.store.wishes.expect({row_key(PREFIX, name): task for name, task in tasks.items()})
     runtime.store._change("UPDATE kv_store SET updated_at = '2001-01-01 00:00:00.000+00:00'", {})
     return runtime
 
@@ -80,64 +81,58 @@ LONG_TEXT = "x" * 300
         ('chosen"x"', "chosen"),
         (f'chosen"{LONG_TEXT}"', "chosen"),
         ("chosen[1]", "chosen"),
+        ("chosen7", "chosen"),
+        ("chosen2", "chosen"),
         ("chosen2[1]", "chosen2"),
         ('one2{"a":1}', "one2"),
     ],
 )
 def test_the_key_of_a_task_with_unique_on(app: Celery, name: str, task: str) -> None:
-    found = find_unused(old(app, name), DAY, None)
-    assert found.by_task == {task: [row_key(PREFIX, name)]}
-    assert not found.passed_over
-
-
-@pytest.mark.parametrize("name", ["one", 'one{"a":1}', "plain", "plain[1]", "by_name", "chosen2"])
-def test_the_row_of_a_known_task_that_is_no_key_of_unique_on(app: Celery, name: str) -> None:
-    """It never had one, has it no longer, or has it only now."""
-    found = find_unused(old(app, name), DAY, None)
-    assert not found.by_task
-    assert not found.passed_over
+    """The row says of which task it is: ``chosen2`` can be of ``chosen``, for which a callable
+    chose the number 2.
+    """
+    runtime = old(app, {name: task})
+    assert find_unused(runtime, DAY, None) == {task: [row_key(PREFIX, name)]}
+    assert find_unused(runtime, DAY, task) == {task: [row_key(PREFIX, name)]}
 
 
 @pytest.mark.parametrize(
     ("name", "task"),
     [
-        ("gone", "gone"),
+        ("one", "one"),
+        ('one{"a":1}', "one"),
+        ("plain[1]", "plain"),
+        ("by_name", "by_name"),
+        ("chosen2", "chosen2"),
+        ('gone{"a":1}', "gone"),
         ('by_name_of_old{"a":1}', "by_name_of_old"),
-        ('by_nam{"a":1}', "by_nam"),
-        ("by_name7", "by_name7"),
         ("chosen7", "chosen7"),
-        ("chosentrue", "chosentrue"),
     ],
 )
-def test_what_may_be_of_a_task_that_is_not_known(app: Celery, name: str, task: str) -> None:
-    found = find_unused(old(app, name), DAY, None)
-    assert not found.by_task
-    assert found.passed_over == {task: 1}
+def test_the_row_that_is_no_key_of_unique_on(app: Celery, name: str, task: str) -> None:
+    """Its task never had it, has it no longer, or has it only now; or the app has no such task."""
+    assert find_unused(old(app, {name: task}), DAY, None) == {}
 
 
-@pytest.mark.parametrize(
-    ("task", "names"),
-    [
-        ("chosen", ['chosen"x"', "chosen-1.5e+300", "chosen7", "chosenfalse", "chosennull"]),
-        ("chosen2", ["chosen2[1]"]),
-        ("by_name", ['by_name{"a":1}']),
-    ],
-)
-def test_the_keys_of_one_task(app: Celery, task: str, names: Sequence[str]) -> None:
-    """What a callable chose may be a bare number: that this is no task is for an operator to say,
-    unless it is one.
-    """
-    every = ('chosen"x"', "chosen7", "chosenfalse", "chosennull", "chosen-1.5e+300", "chosen2")
-    others = ("chosen_of_old", 'chosen_of_old{"a":1}', "chosen2[1]", 'by_name{"a":1}', "by_name7")
-    found = find_unused(old(app, *every, *others), DAY, task)
-    assert found.by_task == {task: [row_key(PREFIX, name) for name in names]}
-    assert not found.passed_over
+def test_the_row_whose_task_nobody_has_noted(app: Celery) -> None:
+    runtime = old(app, {})
+    assert runtime.store.wishes.claim(PREFIX + 'by_name{"a":1}', "id", 0, 0)
+    runtime.store._change("UPDATE kv_store SET updated_at = '2001-01-01 00:00:00.000+00:00'", {})
+    assert runtime.store.unused(PREFIX, DAY) == {PREFIX + 'by_name{"a":1}': None}
+    assert find_unused(runtime, DAY, None) == {}
+
+
+def test_the_keys_of_one_task(app: Celery) -> None:
+    tasks = {'chosen"x"': "chosen", "chosen7": "chosen", "chosen2[1]": "chosen2", "gone": "gone"}
+    assert find_unused(old(app, tasks), DAY, "chosen") == {
+        "chosen": [row_key(PREFIX, name) for name in ('chosen"x"', "chosen7")]
+    }
 
 
 def test_what_was_removed_before_the_store_went_away_is_told(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime = old(app, *(f'by_name{{"a":{n}}}' for n in range(5)))
+    runtime = old(app, {f'by_name{{"a":{n}}}': "by_name" for n in range(5)})
     unused = find_unused(runtime, DAY, None)
     batches: list[Sequence[str]] = []
     real = runtime.store.prune
@@ -161,7 +156,7 @@ def test_what_was_removed_before_the_store_went_away_is_told(
 
 def test_what_is_in_use_again_is_told(app: Celery, capsys: pytest.CaptureFixture[str]) -> None:
     """A run begins between the question and the answer."""
-    runtime = old(app, 'by_name{"a":1}', 'by_name{"a":2}')
+    runtime = old(app, {'by_name{"a":1}': "by_name", 'by_name{"a":2}': "by_name"})
     unused = find_unused(runtime, DAY, None)
     assert runtime.store.acquire(PREFIX + 'by_name{"a":1}', "host:1:a.1", 60, None)
     removed = remove(runtime, unused, DAY, batch=500)

@@ -247,7 +247,7 @@ def hold(app: Celery, pipe: Any, key: str) -> None:
     assert acquired is not None
     held = HeldLease(acquired.lease, asked_at, TTL / 100)
     held.owner = Told(lost=pipe.send)
-    own.heartbeat_of(key).hold(held)
+    own.heartbeat_of(own.store).hold(held)
     pipe.send(acquired.lease)
     while True:
         signal.pause()
@@ -307,7 +307,8 @@ def test_the_dead_are_not_renewed(
         return not renewal._leases
 
     wait_until(dropped, "it is dropped")
-    assert runtime_of(app).heartbeat_of("a")._held == set()
+    own = runtime_of(app)
+    assert own.heartbeat_of(own.store)._held == set()
 
 
 def test_a_process_that_is_not_of_the_pool_is_not_renewed(

@@ -67,8 +67,10 @@ class Overview:
         matching = [each for each in seen.health.singletons if _matches(query, each.singleton)]
         matching.sort(key=lambda each: _rank(each, seen.rows.get(each.singleton)))
         chosen = matching[:SHOWN]
-        keys = [row.key for each in chosen if (row := seen.rows.get(each.singleton))]
-        contents = self._runtime.store.contents(keys, self._shows_state) if keys else {}
+        rows = [row for each in chosen if (row := seen.rows.get(each.singleton))]
+        contents: dict[str, tuple[str | None, str | None]] = {}
+        for store, keys in self._runtime.by_store({row.key: row.task for row in rows}):
+            contents |= store.contents(list(keys), self._shows_state)
         return tuple(_show(each, seen.rows.get(each.singleton), contents) for each in chosen)
 
     def _beat(self, seen: Look) -> ShownBeat | None:

@@ -44,6 +44,7 @@ def given() -> list[sa.Column[object]]:
 
 def added() -> list[sa.Column[object]]:
     return [
+        sa.Column("task", TEXT),
         sa.Column("schema_version", sa.Integer),
         sa.Column("fence", sa.BigInteger),
         sa.Column("write", sa.BigInteger),

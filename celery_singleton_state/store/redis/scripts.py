@@ -28,9 +28,10 @@ local function set(name, value) redis.call('HSET', key, name, value) end
 local function drop(...) redis.call('HDEL', key, ...) end
 local function later(name) local at = tonumber(get(name) or ''); return at and at > now end
 local function touch() redis.call('HDEL', key, '') end
-local function make()
+local function make(task)
   if redis.call('HEXISTS', key, 'fence') == 1 then return touch() end
   redis.call('HSET', key, 'fence', '0', 'updated_at', moment(now))
+  if task ~= '' then set('task', task) end
   redis.call('ZADD', KEYS[2], 0, key)
 end
 local function is_larger(one, other)
@@ -50,7 +51,7 @@ end
 #: text, and numbers are compared as texts.
 ACQUIRE = f"""
 {_HEAD}
-local holder, ttl, task_id, rank, sent = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[5]
+local holder, ttl, task_id, rank, sent, task = ARGV[1], tonumber(ARGV[2]), unpack(ARGV, 3)
 local other, expires_at, fence, history, queued, acquired_at, write, ticks_done, newest, last,
   hold_until = unpack(redis.call('HMGET', key, 'holder', 'expires_at', 'fence', 'history',
     'queued_task_id', 'acquired_at', 'write', 'ticks_done', 'newest', 'newest_sent', 'hold_until'))
@@ -65,7 +66,7 @@ else
   is_older = is_larger(newest or '0', rank)
 end
 if other ~= holder and is_older then touch() return false end
-make()
+make(task)
 if other == holder then
   set('expires_at', moment(math.max(tonumber(expires_at or '0'), now + ttl)))
   return {{fence, history, acquired_at, tonumber(write or '0'), ticks_done}}
@@ -87,6 +88,7 @@ if task_id == '' then drop('handoff_to', 'task_id') else drop('handoff_to') end
 if queued == task_id then drop('queued_until') end
 if hold_until then drop('hold_until') end
 if sent == '' then drop('newest_sent') else set('newest_sent', sent) end
+if task ~= '' then set('task', task) end
 return {{fence, history, moment(now), write, ticks_done}}
 """
 
@@ -258,12 +260,12 @@ return {{tonumber(get('queue') or '0'), queued or false, running or false}}
 CLAIM = f"""
 {_HEAD}
 local task_id, life, number = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local is_first = ARGV[4] == '1'
+local is_first, task = ARGV[4] == '1', ARGV[5]
 local queue = tonumber(get('queue') or '0')
 local is_repeated = queue == number + 1 and get('queued_task_id') == task_id
   and later('queued_until') and not is_first
 if queue ~= number and not is_repeated then touch() return 0 end
-make()
+make(task)
 redis.call('HSET', key, 'queue', number + 1, 'queued_task_id', task_id,
   'queued_until', moment(now + life))
 return 1
@@ -273,7 +275,7 @@ return 1
 #: message that is still under way is refused.
 DEQUEUE = f"""
 {_HEAD}
-make()
+make(ARGV[2])
 redis.call('HINCRBY', key, 'queue', 1)
 if get('queued_task_id') == ARGV[1] then drop('queued_until') end
 return 1
@@ -299,7 +301,7 @@ local older_than = tonumber(ARGV[4])
 {_IS_UNUSED}
 for _, each in ipairs(page) do
   key = each
-  if is_unused() then found[#found + 1] = key end
+  if is_unused() then found[#found + 1] = {{key, get('task')}} end
 end
 return {{moment(now), next_after, found}}
 """
@@ -324,6 +326,6 @@ return found
 
 EXPECT = f"""
 {_HEAD}
-make()
+make(ARGV[1])
 return 1
 """

@@ -87,8 +87,9 @@ class RedisStore:
         task_id: str | None,
         rank: int = 0,
         sent: str | None = None,
+        task: str | None = None,
     ) -> Acquired | None:
-        named = [holder, ttl, storable(task_id) or "", rank, sent or ""]
+        named = [holder, ttl, storable(task_id) or "", rank, sent or "", storable(task) or ""]
         try:
             found = self._call(scripts.ACQUIRE, [key, INDEX], named)
         except StoreRefusesValue as error:
@@ -155,9 +156,9 @@ class RedisStore:
             for held, task_id, ticks_done in [found]
         }
 
-    def unused(self, prefix: str, older_than: float) -> Sequence[str]:
+    def unused(self, prefix: str, older_than: float) -> Mapping[str, str | None]:
         pages = self._pages(scripts.UNUSED, prefix, older_than)
-        return [key for _, found in pages for key in found]
+        return {key: restored(task) for _, found in pages for key, task in found}
 
     def prune(self, keys: Sequence[str], older_than: float) -> Sequence[str]:
         return [
@@ -251,19 +252,27 @@ class RedisWishes:
         is_running = not queued and running is not None
         return Queued(int(number), restored(queued or running), is_running)
 
-    def claim(self, key: str, task_id: str, life: float, number: int, first: bool = False) -> bool:
-        arguments = [storable(task_id), life, number, int(first)]
+    def claim(
+        self,
+        key: str,
+        task_id: str,
+        life: float,
+        number: int,
+        first: bool = False,
+        task: str | None = None,
+    ) -> bool:
+        arguments = [storable(task_id), life, number, int(first), storable(task) or ""]
         return bool(self._call(scripts.CLAIM, [key, INDEX], arguments))
 
-    def expect(self, keys: Sequence[str]) -> None:
-        for key in keys:
-            self._call(scripts.EXPECT, [key, INDEX], [])
+    def expect(self, tasks: Mapping[str, str]) -> None:
+        for key, task in tasks.items():
+            self._call(scripts.EXPECT, [key, INDEX], [storable(task)])
 
-    def put(self, key: str, seen: Row | None, new: NewValue) -> bool:
+    def put(self, key: str, seen: Row | None, new: NewValue, task: str | None = None) -> bool:
         raise AssertionError("a state is kept in SQL")
 
-    def dequeue(self, key: str, task_id: str) -> None:
-        self._call(scripts.DEQUEUE, [key, INDEX], [storable(task_id)])
+    def dequeue(self, key: str, task_id: str, task: str | None = None) -> None:
+        self._call(scripts.DEQUEUE, [key, INDEX], [storable(task_id), storable(task) or ""])
 
     def _tell(self, script: str, row: Row, *more: str) -> bool:
         return bool(self._call(script, [row.key], [row.holder or "", row.fence, *more]))
@@ -307,6 +316,7 @@ def _listed(key: str, found: Mapping[str, str], now: str) -> dict[str, Any]:
     free_at, read_at = number(found.get("expires_at") or found.get("hold_until")), float(now)
     return {
         "key": key,
+        "task": found.get("task"),
         "schema_version": None,
         "updated_at": number(found.get("updated_at")),
         "fence": whole_number(found.get("fence")),

@@ -71,10 +71,10 @@ _TAKES = "@singleton_takes"
 _ACQUIRE = f"""
 {_LOCK}
 INSERT INTO {{table}}
-  ({{key}}, value, updated_at, fence, {{write}}, queue, newest_sent, holder, task_id, acquired_at,
-  expires_at)
+  ({{key}}, task, value, updated_at, fence, {{write}}, queue, newest_sent, holder, task_id,
+  acquired_at, expires_at)
 VALUES
-  (:key, 'null', {_NOW}, {{milliseconds}}, 0, 1, :sent, :holder, :task_id, {_NOW}, {_LATER})
+  (:key, :task, 'null', {_NOW}, {{milliseconds}}, 0, 1, :sent, :holder, :task_id, {_NOW}, {_LATER})
 ON DUPLICATE KEY UPDATE
   fence = IF({_TAKES} := {_MAY_TAKE},
     greatest(coalesce(fence, 0) + 1, coalesce(newest, 0) + 1, {{milliseconds}}), fence),
@@ -85,6 +85,7 @@ ON DUPLICATE KEY UPDATE
   handoff_to = IF({_TAKES}, NULL, handoff_to),
   newest_sent = IF({_TAKES}, :sent, newest_sent),
   queued_until = IF({_TAKES} AND queued_task_id = :task_id, NULL, queued_until),
+  task = IF({_TAKES}, coalesce(:task, task), task),
   task_id = IF({_TAKES}, :task_id, task_id),
   hold_until = IF({_TAKES}, NULL, hold_until),
   holder = IF({_TAKES}, :holder, holder),
@@ -136,8 +137,9 @@ _MAY_CLAIM = f"""(coalesce(queue, 0) = :number OR (
 _CLAIM = f"""
 {_LOCK}
 SET @singleton_claim = 1;
-INSERT INTO {{table}} ({{key}}, value, updated_at, fence, queue, queued_task_id, queued_until)
-VALUES (:key, 'null', {_NOW}, 0, 1, :task_id, {_LATER})
+INSERT INTO {{table}}
+  ({{key}}, task, value, updated_at, fence, queue, queued_task_id, queued_until)
+VALUES (:key, :task, 'null', {_NOW}, 0, 1, :task_id, {_LATER})
 ON DUPLICATE KEY UPDATE
   queued_until = IF(@singleton_claim := coalesce({_MAY_CLAIM}, 0), {_LATER}, queued_until),
   queued_task_id = IF(@singleton_claim, :task_id, queued_task_id),
@@ -147,14 +149,15 @@ SELECT queue FROM {{table}} WHERE {{key}} = :key AND @singleton_claim
 
 # Counted whoever is queued, and where no row is yet: a claim that is under way is refused then.
 _DEQUEUE = """
-INSERT INTO {table} ({key}, value, updated_at, fence, queue) VALUES (:key, 'null', {now}, 0, 1)
+INSERT INTO {table} ({key}, task, value, updated_at, fence, queue)
+VALUES (:key, :task, 'null', {now}, 0, 1)
 ON DUPLICATE KEY UPDATE
   queue = coalesce(queue, 0) + 1, queued_until = IF(queued_task_id = :task_id, NULL, queued_until)
 """
 
 _EXPECT = """
-INSERT INTO {table} ({key}, value, updated_at, fence)
-SELECT value, 'null', {now}, 0 FROM {keys}
+INSERT INTO {table} ({key}, task, value, updated_at, fence)
+SELECT expected_key, expected_task, 'null', {now}, 0 FROM {tasks}
 ON DUPLICATE KEY UPDATE fence = fence
 """
 
@@ -165,8 +168,8 @@ _MAY_PUT = f"""holder IS NULL AND {_NOT_KEPT}
 _PUT = f"""
 {_LOCK}
 SET @singleton_put = 1;
-INSERT INTO {{table}} ({{key}}, value, schema_version, updated_at, fence, {{write}})
-VALUES (:key, :value, :schema_version, {_NOW}, 0, 1)
+INSERT INTO {{table}} ({{key}}, task, value, schema_version, updated_at, fence, {{write}})
+VALUES (:key, :task, :value, :schema_version, {_NOW}, 0, 1)
 ON DUPLICATE KEY UPDATE
   value = IF(@singleton_put := coalesce({_MAY_PUT}, 0), :value, value),
   schema_version = IF(@singleton_put, :schema_version, schema_version),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -14,6 +15,9 @@ from .statements import Statements
 
 Rows = Callable[[str, Mapping[str, Any]], Sequence[tuple[Any, ...]]]
 Change = Callable[[str, Mapping[str, Any]], int]
+
+#: A task's name as it is stored. There are few tasks, and many runs.
+stored_task = lru_cache(1000)(storable)
 
 
 class SqlWishes:
@@ -54,17 +58,27 @@ class SqlWishes:
         number, queued, running = rows[0]
         return Queued(number, restored(queued or running), not queued and running is not None)
 
-    def claim(self, key: str, task_id: str, life: float, number: int, first: bool = False) -> bool:
-        named = {"key": key, "task_id": storable(task_id), "ttl": life}
+    def claim(
+        self,
+        key: str,
+        task_id: str,
+        life: float,
+        number: int,
+        first: bool = False,
+        task: str | None = None,
+    ) -> bool:
+        named = {"key": key, "task": storable(task), "task_id": storable(task_id), "ttl": life}
         named |= {"number": number, "first": int(first)}
         return bool(self._rows(self._sql.claim, named))
 
-    def expect(self, keys: Sequence[str]) -> None:
-        self._change(self._sql.expect, {"keys": msgspec.json.encode(keys).decode()})
+    def expect(self, tasks: Mapping[str, str]) -> None:
+        document = [{"key": key, "task": storable(task)} for key, task in tasks.items()]
+        self._change(self._sql.expect, {"tasks": msgspec.json.encode(document).decode()})
 
-    def put(self, key: str, row: Row | None, new: NewValue) -> bool:
+    def put(self, key: str, row: Row | None, new: NewValue, task: str | None = None) -> bool:
         named = {
             "key": key,
+            "task": storable(task),
             "value": new.value,
             "schema_version": new.schema_version,
             "fence": row.fence if row else 0,
@@ -72,8 +86,9 @@ class SqlWishes:
         }
         return bool(self._rows(self._sql.put, named))
 
-    def dequeue(self, key: str, task_id: str) -> None:
-        self._change(self._sql.dequeue, {"key": key, "task_id": storable(task_id)})
+    def dequeue(self, key: str, task_id: str, task: str | None = None) -> None:
+        named = {"key": key, "task": storable(task), "task_id": storable(task_id)}
+        self._change(self._sql.dequeue, named)
 
 
 def _seen(row: Row, **more: str | int | None) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def make_table(name: str) -> Table:
         Column("key", Text, primary_key=True),
         Column("value", Text, nullable=False),
         Column("updated_at", moment, nullable=False),
+        Column("task", Text),
         Column("schema_version", Integer),
         Column("fence", BigInteger),
         Column("write", BigInteger),

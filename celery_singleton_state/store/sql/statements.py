@@ -45,7 +45,7 @@ ENDED = """
 """
 
 _ROWS = """
-SELECT {key}, schema_version, {updated_at}, fence, holder, task_id, {acquired_at},
+SELECT {key}, task, schema_version, {updated_at}, fence, holder, task_id, {acquired_at},
   {free_at} - {epoch_now}, coalesce(run_count, 0), last_outcome, {last_finished_at},
   {more}
 FROM {table} WHERE fence IS NOT NULL AND
@@ -112,7 +112,7 @@ UNUSED = f"""
 """
 
 # In no order: what there is of a large table comes as it is found, and without a silence.
-_UNUSED_KEYS = f"SELECT {{key}} FROM {{table}} WHERE {_BEGINS} AND {UNUSED}"
+_UNUSED_KEYS = f"SELECT {{key}}, task FROM {{table}} WHERE {_BEGINS} AND {UNUSED}"
 
 _ENTRIES = f"SELECT {{key}}, value FROM {{table}} WHERE {_BEGINS} AND {{key}} <> :prefix"
 
@@ -217,6 +217,7 @@ class Statements:
             "long_ago": f"(SELECT {words.later.format(seconds='-:older_than')})",
             "held": words.held,
             "keys": words.keys,
+            "tasks": words.tasks,
             "epoch_now": words.epoch.format(moment=words.now),
             "free_at": words.epoch.format(moment="coalesce(expires_at, hold_until)"),
         }

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import msgspec
@@ -47,7 +47,7 @@ from .errors import (
     policy_advice,
     went_away,
 )
-from .requests import Rows, SqlWishes
+from .requests import Rows, SqlWishes, stored_task
 from .schema import make_table
 from .statements import Statements
 
@@ -86,8 +86,10 @@ class SqlStore:
         task_id: str | None,
         rank: int = 0,
         sent: str | None = None,
+        task: str | None = None,
     ) -> Acquired | None:
         named: dict[str, Any] = {"key": key, "holder": holder, "ttl": ttl}
+        named["task"] = None if task is None else stored_task(task)
         named["task_id"] = None if task_id is None else storable(task_id)
         of_clock = f"{sent.rpartition(':')[0]}:%" if sent else None
         named |= {"rank": rank, "sent": sent, "of_clock": of_clock}
@@ -160,9 +162,9 @@ class SqlStore:
     def set_aside(self, key: str, value: str) -> None:
         self._change(self._sql.set_aside, {"key": key, "value": value})
 
-    def unused(self, prefix: str, older_than: float) -> Sequence[str]:
+    def unused(self, prefix: str, older_than: float) -> Mapping[str, str | None]:
         rows = self._rows(self._sql.unused, {"prefix": prefix, "older_than": older_than})
-        return sorted(key for (key,) in rows)
+        return {key: restored(task) for key, task in sorted(rows, key=itemgetter(0))}
 
     def prune(self, keys: Sequence[str], older_than: float) -> Sequence[str]:
         document = msgspec.json.encode(keys).decode()

@@ -19,7 +19,8 @@ class Words:
     :param later: the time in ``{seconds}`` from now.
     :param hold_until: until when a lease is kept after its run.
     :param epoch: a ``{moment}`` in seconds since the epoch.
-    :param held: rows of leases, from the parameter ``leases``; ``keys``, from ``keys``: of keys.
+    :param held: rows of leases, from the parameter ``leases``; ``keys``, from ``keys``: of keys;
+        ``tasks``, from ``tasks``: of keys with their tasks.
     :param milliseconds: the time in whole milliseconds since 1970, which a fence is never below.
     :param larger: the function that answers the larger of its arguments.
     :param plus_one: the ``{number}`` + 1, and an error if that is larger than its column can hold.
@@ -33,6 +34,7 @@ class Words:
     epoch: str
     held: str
     keys: str
+    tasks: str
     parameter: str
     milliseconds: str
     larger: str
@@ -52,6 +54,8 @@ POSTGRESQL = Words(
     " FROM jsonb_to_recordset(CAST(:leases AS jsonb))"
     " AS lease(key text, fence bigint, holder text, ttl double precision)) AS held",
     keys="json_array_elements_text(CAST(:keys AS json))",
+    tasks="(SELECT key AS expected_key, task AS expected_task"
+    " FROM json_to_recordset(CAST(:tasks AS json)) AS each(key text, task text)) AS expected",
     parameter=r"%(\1)s",
     milliseconds="CAST(floor(extract(epoch FROM clock_timestamp()) * 1000) AS bigint)",
     larger="greatest",
@@ -70,6 +74,8 @@ SQLITE = Words(
     " json_extract(value, '$.holder') AS held_holder,"
     " json_extract(value, '$.ttl') AS held_ttl FROM json_each(:leases)) AS held",
     keys="json_each(:keys)",
+    tasks="(SELECT json_extract(value, '$.key') AS expected_key,"
+    " json_extract(value, '$.task') AS expected_task FROM json_each(:tasks)) AS expected",
     parameter=r":\1",
     milliseconds="CAST(round((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER)",
     larger="max",
@@ -91,6 +97,8 @@ MYSQL = Words(
     f" held_fence BIGINT PATH '$.fence', held_holder {_TEXT.format(1024)} PATH '$.holder',"
     " held_ttl DOUBLE PATH '$.ttl')) AS held",
     keys=f"JSON_TABLE(:keys, '$[*]' COLUMNS (value {_TEXT.format(255)} PATH '$')) AS listed",
+    tasks=f"JSON_TABLE(:tasks, '$[*]' COLUMNS (expected_key {_TEXT.format(255)} PATH '$.key',"
+    " expected_task LONGTEXT CHARACTER SET utf8mb4 PATH '$.task')) AS expected",
     parameter=r"%(\1)s",
     milliseconds="TIMESTAMPDIFF(MICROSECOND, '1970-01-01', SYSDATE(6)) DIV 1000",
     larger="greatest",
