@@ -100,7 +100,7 @@ def _bare_round(store: SqlStore, url: str) -> Callable[[], None]:
     def round_trips() -> None:
         fence, *_, seen, _ = execute(sql.acquire, lease).fetchone()
         execute(
-            sql.release[True],
+            sql.save_and_release,
             {
                 "key": "bare",
                 "holder": "bare:1:1",

@@ -91,7 +91,7 @@ def _acquired(store: Leases, key: str = "k") -> Acquired:
 
 def _sql(store: SqlStore, send: Send) -> Iterator[Verb]:
     sql = store._sql
-    release = sql.release[True]
+    release = sql.save_and_release
 
     def named(lease: Lease, **more: Any) -> dict[str, Any]:
         return {"key": lease.key, "fence": lease.fence, "holder": lease.holder, **more}

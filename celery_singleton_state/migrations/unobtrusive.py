@@ -13,7 +13,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine
@@ -61,9 +61,10 @@ def migrate(engine: Engine, table_name: str, upgrade: Callable[[], None]) -> Non
     :raises StoreMisconfigured: the role may not do it.
     :raises StoreUnavailable: the table was locked all the time; the message says by whom.
     """
-    alone = {"postgresql": _alone_on_postgresql, "mysql": _alone_on_mysql}[engine.dialect.name]
+    alone = _ALONE.get(engine.dialect.name)
+    name = f"celery-singleton-state:{table_name}"
     try:
-        with alone(engine, f"celery-singleton-state:{table_name}"):
+        with alone(engine, name) if alone else nullcontext():
             _patiently(engine, table_name, upgrade)
     except DBAPIError as error:
         if not is_forbidden(error):
@@ -114,6 +115,10 @@ def _alone_on_mysql(engine: Engine, name: str) -> Iterator[None]:
             connection.invalidate()
 
 
+#: How one migration at a time is seen to, by the database's name.
+_ALONE = {"postgresql": _alone_on_postgresql, "mysql": _alone_on_mysql}
+
+
 def _patiently(engine: Engine, table_name: str, upgrade: Callable[[], None]) -> None:
     until = time.monotonic() + PATIENCE
     while True:
@@ -135,6 +140,8 @@ def _patiently(engine: Engine, table_name: str, upgrade: Callable[[], None]) -> 
 def _holders(engine: Engine, table_name: str) -> str:
     if engine.dialect.name == "mysql":
         return "SHOW FULL PROCESSLIST and information_schema.innodb_trx tell by whom"
+    if engine.dialect.name != "postgresql":
+        return "the server's list of locks tells by whom"
     quoted = engine.dialect.identifier_preparer.format_table(make_table(table_name))
     with engine.connect() as connection:
         found = connection.scalars(sa.text(_HOLDERS), {"table": quoted})

@@ -130,7 +130,7 @@ def take_over(beat: SingletonScheduler) -> None:
     with store.engine.connect() as connection:
         connection.exec_driver_sql(
             "UPDATE kv_store SET fence = fence + 1, holder = 'another'"
-            f" WHERE {store._sql.words.key} = 'singleton-beat:shop'"
+            f" WHERE {store._sql.key} = 'singleton-beat:shop'"
         )
         connection.commit()
 

@@ -6,8 +6,6 @@ scripts of Redis.
 
 from __future__ import annotations
 
-from typing import Any
-
 from celery_singleton_state.store.sql.store import SqlStore
 
 IN_ORDER = "AND write BETWEEN :seen AND :number"
@@ -15,12 +13,12 @@ NEW_QUEUE = "'now'), 0, 1)"
 SAME = "CASE WHEN mine.holder = :holder THEN"
 #: Of a statement, what is replaced in its text, and by what.
 FAULTS = {
-    "acquire takes a held lease": ("acquire", "(mine.holder IS NULL", "(1 = 1"),
+    "acquire takes a held lease": ("acquire", "(mine.holder IS NULL OR", "(1 = 1 OR"),
     "acquire raises no fence": ("acquire", "abs(-1 - coalesce(mine.fence, 0))", "mine.fence"),
     "acquire does not ask the clock": (
         "acquire",
-        "mine.newest, 0)),",
-        "mine.newest, 0)), 0 *",
+        "mine.newest, 0)),\n",
+        "mine.newest, 0)), 0 *\n",
     ),
     "acquire raises its fence above no rank": (
         "acquire",
@@ -55,8 +53,8 @@ FAULTS = {
     ),
     "acquire again is a new moment": (
         "acquire",
-        f"acquired_at = {SAME} mine.acquired_at ELSE",
-        "acquired_at = CASE WHEN 1 = 0 THEN 0 ELSE",
+        f"acquired_at = {SAME} mine.acquired_at\n",
+        "acquired_at = CASE WHEN 1 = 0 THEN 0\n",
     ),
     "acquire does not change the queue": ("acquire", "coalesce(mine.queue, 0) + 1", "mine.queue"),
     "acquire leaves its message queued": (
@@ -79,7 +77,7 @@ FAULTS = {
     "release without what was seen": ("release", IN_ORDER, "AND write <= :number"),
     "a hold period is not noted": (
         "release",
-        "> strftime('%Y-%m-%d %H:%M:%f+00:00', 'now') THEN",
+        "> strftime('%Y-%m-%d %H:%M:%f+00:00', 'now')\n    THEN",
         "IS NULL THEN",
     ),
     "acquire in a hold period": ("acquire", "AND (mine.hold_until IS NULL OR", "AND (1 = 1 OR"),
@@ -89,20 +87,20 @@ FAULTS = {
     "give back does not free": ("give_back", "holder = NULL", "holder = holder"),
     "the question is always answered with yes": ("written", "write >= :number", "1 = 1"),
     "the question without the fence": ("written", "fence = :fence AND", ""),
-    "renew without the fence": ("renew", "AND fence = held_fence", ""),
-    "renew without the holder": ("renew", "AND holder = held_holder", ""),
+    "renew without the fence": ("renew", "AND mine.fence = held.fence", ""),
+    "renew without the holder": ("renew", "AND mine.holder = held.holder", ""),
     "record without the fence": ("record", "AND fence = :fence", ""),
     "record without the holder": ("record", "AND holder = :holder", ""),
     "record without a renewal": ("record", "expires_at = excluded.expires_at,", ""),
     "record in any order": ("record", IN_ORDER, ""),
     "record without what was seen": ("record", IN_ORDER, "AND write <= :number"),
     "record does not note its number": ("record", "write = excluded.write,", ""),
-    "forget without the fence": ("forget_within", "AND fence = :fence", ""),
-    "forget without the holder": ("forget_within", "AND holder = :holder", ""),
-    "forget in any order": ("forget_within", IN_ORDER, ""),
+    "forget without the fence": ("forget", "AND fence = :fence", ""),
+    "forget without the holder": ("forget", "AND holder = :holder", ""),
+    "forget in any order": ("forget", IN_ORDER, ""),
     "want without the pending run that was seen": ("want", "AND wanted IS :wanted", ""),
-    "want without the holder": ("want", "AND holder = :holder", ""),
-    "asking without the holder": ("ask_to_hand_over", "AND holder = :holder", ""),
+    "want without the holder": ("want", "AND holder IS :holder", ""),
+    "asking without the holder": ("ask_to_hand_over", "AND holder IS :holder", ""),
     "asking without the fence": ("ask_to_hand_over", "AND fence = :fence", ""),
     "asking in any order": ("ask_to_hand_over", "coalesce(newest, 0) < :rank OR", "1 = 1 OR"),
     "asking again is refused": ("ask_to_hand_over", "newest = :rank AND", "1 = 0 AND"),
@@ -118,7 +116,7 @@ FAULTS = {
     "put without the fence": ("put", "coalesce(mine.fence, 0) = :fence AND", ""),
     "put without the number": ("put", "AND coalesce(mine.write, 0) = :write", ""),
     "put does not change the number": ("put", "coalesce(mine.write, 0) + 1", "mine.write"),
-    "put into a held lease": ("put", "mine.holder IS NULL OR", "1 = 1 OR"),
+    "put into a held lease": ("put", "mine.holder IS NULL", "1 = 1"),
 }
 
 
@@ -138,18 +136,15 @@ REDIS_FAULTS = {
 }
 
 
-def planted(text: Any, right: str, wrong: str) -> Any:
-    if isinstance(text, dict):
-        return {kind: planted(each, right, wrong) for kind, each in text.items()}
-    if isinstance(text, tuple):
-        return tuple(planted(each, right, wrong) for each in text)
-    return text.replace(right, wrong)
+#: Statements that stand for several.
+SEVERAL = {"release": ("release", "save_and_release")}
 
 
 def plant(store: SqlStore, statement: str, right: str, wrong: str) -> SqlStore:
     texts = vars(store._sql)
-    assert right in str(texts[statement]).replace("\\n", "\n")
-    texts[statement] = planted(texts[statement], right, wrong)
+    names = [name for name in SEVERAL.get(statement, (statement,)) if right in texts[name]]
+    assert names
+    texts.update({name: texts[name].replace(right, wrong) for name in names})
     return store
 
 

@@ -496,14 +496,14 @@ def test_the_question_waits_for_a_commit_that_is_under_way(
 def test_a_row_that_an_older_release_has_used(store: SqlStore) -> None:
     """Its fence is a small number, and it has neither a write number nor a queue's."""
     assert store.release(acquire(store, "a").lease, DONE, write(NEW))
-    words = store._sql.words
-    store._change(f"UPDATE kv_store SET fence = 3, {words.write} = NULL, queue = NULL", {})
+    column = store._sql.write
+    store._change(f"UPDATE kv_store SET fence = 3, {column} = NULL, queue = NULL", {})
     assert store.wishes.queued("k") == Queued(0, None)
     row = peek(store)
     assert (row.fence, row.write) == (3, 0)
     assert store.wishes.put("k", row, NEWER)
     assert store.wishes.claim("k", "task-b", LONG, 0)
-    store._change(f"UPDATE kv_store SET {words.write} = NULL, queue = NULL", {})
+    store._change(f"UPDATE kv_store SET {column} = NULL, queue = NULL", {})
     store.wishes.dequeue("k", "other")
     acquired = acquire(store, "b")
     assert (acquired.value, acquired.write) == (NEWER.value, 0)

@@ -181,7 +181,7 @@ def test_a_forgetting_that_fails_half_way_leaves_all_as_it_was(
     assert store.entries.record(leader, rows, 1, 0)
     other = create_engine(url)
     with other.connect() as connection:
-        locked = f"WHERE {store._sql.words.key} = '{ENTRIES}b'"
+        locked = f"WHERE {store._sql.key} = '{ENTRIES}b'"
         connection.exec_driver_sql(f"SELECT * FROM kv_store {locked} FOR UPDATE")
         with pytest.raises(StoreUnavailable):
             store.entries.forget(leader, list(rows), 2, 1)
@@ -229,7 +229,7 @@ def test_a_record_that_waits_for_the_next_leader_is_refused(
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         connection.exec_driver_sql(
             f"UPDATE kv_store SET holder = 'b', fence = fence + 1"
-            f" WHERE {store._sql.words.key} = '{LEADER}'"
+            f" WHERE {store._sql.key} = '{LEADER}'"
         )
         answer = pool.submit(change, store, first)
         end = clock() + 0.3

@@ -590,9 +590,7 @@ def test_put_leaves_a_running_singleton_alone(store: Store) -> None:
 def test_an_old_row_without_a_number_is_run(store: SqlStore) -> None:
     """A row from before has no numbers: write and queue are null."""
     store.release(acquire(store).lease, DONE)
-    store._change(
-        f"UPDATE {store.table.fullname} SET {store._sql.words.write} = NULL, queue = NULL", {}
-    )
+    store._change(f"UPDATE {store.table.fullname} SET {store._sql.write} = NULL, queue = NULL", {})
     assert peek(store).write == 0
     assert claim(store, "m", store.wishes.queued("k").number)
     assert store.wishes.put("k", peek(store), NEW)

@@ -177,14 +177,14 @@ class Leases(RuleBasedStateMachine):
         self.store._change("DELETE FROM business", {})
 
     def table(self) -> Any:
-        name = self.store._sql.words.key
+        name = self.store._sql.key
         return self.store._rows(f"SELECT * FROM {self.store.table.fullname} ORDER BY {name}", {})
 
     def hidden(self) -> dict[str, tuple[Any, ...]]:
         """What no verb shows, by key: the queue's number, and the message that counts as queued."""
         sql = self.store._sql
         rows = self.store._rows(
-            f"SELECT {sql.words.key}, coalesce(queue, 0),"
+            f"SELECT {sql.key}, coalesce(queue, 0),"
             f" CASE WHEN queued_until > {sql.now} THEN queued_task_id END"
             f" FROM {sql.table} WHERE fence IS NOT NULL",
             {},
@@ -198,7 +198,7 @@ class Leases(RuleBasedStateMachine):
         """Set one that is not null."""
         self.store._change(
             f"UPDATE {self.store.table.fullname} SET {name} = {value}"
-            f" WHERE {self.store._sql.words.key} = '{key}' AND {name} IS NOT NULL",
+            f" WHERE {self.store._sql.key} = '{key}' AND {name} IS NOT NULL",
             {},
         )
 

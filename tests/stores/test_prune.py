@@ -41,7 +41,7 @@ def age(store: SqlStore, *columns: str, key: str | None = None) -> None:
     # UTC, which MariaDB need not be told, and does not understand.
     zone = "" if store.engine.dialect.name == "mysql" else "+00:00"
     for column in columns or ("updated_at", "last_finished_at"):
-        which = f" AND {store._sql.words.key} = '{key}'" if key else ""
+        which = f" AND {store._sql.key} = '{key}'" if key else ""
         store._change(
             f"UPDATE kv_store SET {column} = '2001-01-01 00:00:00.000{zone}'"
             f" WHERE {column} IS NOT NULL{which}",
@@ -325,8 +325,8 @@ def test_a_run_that_begins_after_prune_has_looked_keeps_its_row(
     old(store, "k", "other")
     before = peek(store).fence
     gate = "AND (SELECT pg_advisory_lock(1)) IS NOT NULL AND"
-    assert store._sql.prune.count("AND \n  fence") == 1
-    store._sql.prune = store._sql.prune.replace("AND \n  fence", f"{gate} fence")
+    assert store._sql.prune.count("AND fence") == 1
+    store._sql.prune = store._sql.prune.replace("AND fence", f"{gate} fence")
     with (
         psycopg.connect(postgres_url.replace("+psycopg", ""), autocommit=True) as other,
         ThreadPoolExecutor(1) as pool,

@@ -155,7 +155,7 @@ def test_a_fence_at_its_largest_is_said_with_what_to_do(
     lease = acquire(leases).lease
     assert leases.release(lease, DONE)
     if isinstance(leases, SqlStore):
-        key = leases._sql.words.key
+        key = leases._sql.key
         change = f"UPDATE kv_store SET {column} = {LARGEST} WHERE {key} = 'k'"
         leases._change(change, {})
     else:

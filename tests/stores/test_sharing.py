@@ -151,7 +151,7 @@ def leases_with_locked_rows(url: str) -> Iterator[tuple[list[HeldLease], list[He
     blocker = create_engine(url)
     try:
         with blocker.connect() as other:
-            name = runtime.sql._sql.words.key
+            name = runtime.sql._sql.key
             other.exec_driver_sql(f"SELECT * FROM kv_store WHERE {name} LIKE 'l%%' FOR UPDATE")
             for held in leases:
                 runtime.heartbeat_of(runtime.store).hold(held)

@@ -7,7 +7,7 @@ from typing import Any
 
 from celery_singleton_state.run.writes import FencedWriter
 from celery_singleton_state.store.base import Lease
-from celery_singleton_state.store.sql.returning import PostgresqlStatements
+from celery_singleton_state.store.sql.postgresql import PostgresqlStatements
 from celery_singleton_state.store.sql.store import SqlStore
 
 
@@ -26,10 +26,8 @@ def without_fence() -> None:
     def make_broken(self: Any, *args: Any) -> None:
         make(self, *args)
         self.save = break_open(self.save)
-        self.save_within = (self.save,)
-        self.release = {
-            writes: break_open(text, writes=writes) for writes, text in self.release.items()
-        }
+        self.save_and_release = break_open(self.save_and_release)
+        self.release = break_open(self.release, writes=False)
 
     PostgresqlStatements.__init__ = make_broken  # type: ignore[method-assign]
     FencedWriter.refuse_if_lost = lambda self: None  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ from sqlalchemy.exc import ArgumentError
 
 from celery_singleton_state.text.urls import shown_url
 
-from . import sqlite
+from .dialects import module_of
 
 
 def is_in_memory(url: URL) -> bool:
@@ -43,16 +43,8 @@ def make_engine(
     """
     patience = connect_timeout or io_timeout
     try:
-        # Each driver is needed for its own database only.
-        if url.get_backend_name() == "sqlite":
-            return sqlite.make(url, is_in_memory(url), io_timeout, pool_size)
-        if url.get_backend_name() == "mysql":
-            from . import mysql
-
-            return mysql.make(url, io_timeout, pool_size, patience)
-        from . import postgresql
-
-        return postgresql.make(url, io_timeout, pool_size, patience)
+        made: Engine = module_of(url.get_backend_name()).make(url, io_timeout, pool_size, patience)
+        return made
     except ImportError as error:
         raise ImproperlyConfigured(
             f"singleton_store_url={shown_url(url)!r} needs a driver: {error}; "

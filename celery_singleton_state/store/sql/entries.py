@@ -17,14 +17,15 @@ class SqlEntries:
     """The entries of an SQL store.
 
     :param rows: runs a statement and returns its rows.
-    :param run_within: runs statements in one transaction, if the first that answers rows does so.
+    :param run_within: runs the parts of a statement in one transaction, if the first that answers
+        rows does so.
     """
 
     def __init__(
         self,
         sql: Statements,
         rows: Rows,
-        run_within: Callable[[Sequence[str], Mapping[str, Any]], bool],
+        run_within: Callable[[str, Mapping[str, Any]], bool],
     ) -> None:
         self._sql = sql
         self._rows = rows
@@ -44,7 +45,7 @@ class SqlEntries:
 
     def forget(self, lease: Lease, keys: Sequence[str], number: int, seen: int) -> bool:
         named = _of(lease, keys=keys) | {"number": number, "seen": seen}
-        return self._run_within(self._sql.forget_within, named)
+        return self._run_within(self._sql.forget, named)
 
 
 def _of(lease: Lease, **documents: Any) -> dict[str, Any]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
-from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from celery_singleton_state.errors import KeyValueStoreError
@@ -20,12 +19,6 @@ from .errors import REFUSED_BY_DRIVER
 from .store import SqlStore, open_transaction
 
 T = TypeVar("T")
-
-_INSERT: dict[str, Callable[[sa.Table], Any]] = {
-    "postgresql": postgresql.insert,
-    "sqlite": sqlite.insert,
-    "mysql": mysql.insert,
-}
 
 
 class Rows:
@@ -105,15 +98,12 @@ class Rows:
         return store.table.c.key == self._prefix + key
 
     def _all(self, store: SqlStore) -> sa.ColumnElement[bool]:
-        length: Any = len(self._prefix)
-        if store.engine.dialect.name == "postgresql":
-            # It counts bytes where the database's encoding is SQL_ASCII.
-            length = sa.func.length(sa.literal(self._prefix))
+        length = store.length_of(self._prefix)
         return sa.func.substr(store.table.c.key, 1, length) == self._prefix
 
     def _write(self, store: SqlStore, connection: Connection, key: str, raw: str) -> None:
         new = {"value": raw, "updated_at": store.now}
-        connection.execute(_upsert(store, {"key": self._prefix + key, **new}, new))
+        connection.execute(store.upsert({"key": self._prefix + key, **new}, new))
 
     def _lock(self, store: SqlStore, connection: Connection, key: str) -> str | None:
         """Lock a key's row, made where there was none; returns its value."""
@@ -121,7 +111,7 @@ class Rows:
         # Told from all that others may have there.
         placed = f"placed {uuid.uuid4()}"
         row = {"key": self._prefix + key, "value": placed, "updated_at": store.now}
-        place = _upsert(store, row)
+        place = store.upsert(row, None)
         question = sa.select(columns.value, _is_present(store)).where(self._one(store, key))
         while True:
             connection.execute(place)
@@ -152,17 +142,6 @@ class Rows:
             yield store
         except (SQLAlchemyError, *REFUSED_BY_DRIVER) as error:
             raise KeyValueStoreError(str(store.as_store_error(error))) from error
-
-
-def _upsert(store: SqlStore, row: dict[str, Any], change: dict[str, Any] | None = None) -> Any:
-    """Insert a row, or change the one that has its key; left out: leave that as it is."""
-    name = store.engine.dialect.name
-    insert = _INSERT[name](store.table).values(row)
-    if name == "mysql":
-        return insert.on_duplicate_key_update(change or {"key": store.table.c.key})
-    if change is None:
-        return insert.on_conflict_do_nothing()
-    return insert.on_conflict_do_update(index_elements=["key"], set_=change)
 
 
 def _is_present(store: SqlStore) -> sa.ColumnElement[bool]:

@@ -1,19 +1,21 @@
-"""Connections to MariaDB and MySQL, by PyMySQL."""
+"""MariaDB and MySQL: connections, by PyMySQL, and what their statements need."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pymysql
 from pymysql.constants import CLIENT
-from sqlalchemy import URL, Engine, event
+from sqlalchemy import URL, Engine, Table, event
+from sqlalchemy.dialects import mysql
 
 from celery_singleton_state.compat import close_silently, read_timeout
 
 from .connections import APPLICATION_NAME, pooled
+from .statements import Statements
 from .url import refuse_missing_files, refuse_unknown_options
 
 #: Options of PyMySQL's that a text cannot say, or that it refuses.
@@ -98,6 +100,41 @@ def _options(url: URL) -> dict[str, Any]:
     files = ("ssl_ca", "ssl_cert", "ssl_key", "ssl_capath", "read_default_file")
     refuse_missing_files("singleton_store_url", url.query, files)
     return dict(url.query)
+
+
+#: What makes a transaction of a text, and is not sent within one.
+_OF_TRANSACTIONS = ("SET TRANSACTION", "START TRANSACTION", "COMMIT")
+
+
+class MySqlStatements(Statements):
+    """Each statement may be several, sent as one text."""
+
+    now = "SYSDATE(6)"
+    # To set the level of all that come after, and to set it back, would be four round trips.
+    level = "AUTOCOMMIT"
+    begin = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; START TRANSACTION"
+    encoding_advice = "ALTER TABLE … MODIFY … CHARACTER SET utf8mb4 mends that"
+
+    @staticmethod
+    def rows(cursor: Any) -> Sequence[tuple[Any, ...]]:
+        """The rows of the last statement that has any to tell."""
+        found: Sequence[tuple[Any, ...]] = ()
+        while True:
+            if cursor.description:
+                found = cursor.fetchall()
+            if not cursor.nextset():
+                return found
+
+    def parts(self, statement: str) -> Sequence[str]:
+        parts = super().parts(statement)
+        return [part for part in parts if not part.startswith(_OF_TRANSACTIONS)]
+
+    def upsert(self, table: Table, row: dict[str, Any], change: dict[str, Any] | None) -> Any:
+        insert = mysql.insert(table).values(row)
+        return insert.on_duplicate_key_update(change or {"key": table.c.key})
+
+
+STATEMENTS = MySqlStatements
 
 
 def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) -> Engine:

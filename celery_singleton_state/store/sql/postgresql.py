@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL, by psycopg."""
+"""PostgreSQL: connections, by psycopg, and what its statements need."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from typing import Any
 import psycopg
 import psycopg.conninfo
 import psycopg.pq
+import sqlalchemy as sa
 from celery.exceptions import ImproperlyConfigured
 from sqlalchemy import URL, Engine, event
+from sqlalchemy.dialects import postgresql
 
 from .connections import APPLICATION_NAME, pooled
+from .statements import Statements
 from .url import refuse_missing_files, refuse_unknown_options
 
 #: Options whose values libpq looks at only when it is connected.
@@ -112,6 +115,23 @@ class Connection(psycopg.Connection[Any]):
                 wanted = gen.send(ready)
         except StopIteration as stop:
             return stop.value
+
+
+class PostgresqlStatements(Statements):
+    """Many writers, and rows that are locked."""
+
+    now = "clock_timestamp()"
+    level = "READ COMMITTED"
+    insert = staticmethod(postgresql.insert)
+    largest = 2**30 - 1
+    encoding_advice = "CREATE DATABASE … ENCODING 'UTF8' makes one that has them all"
+
+    def length_of(self, text: str) -> Any:
+        # substr counts bytes if the database's encoding is SQL_ASCII.
+        return sa.func.length(sa.literal(text))
+
+
+STATEMENTS = PostgresqlStatements
 
 
 def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) -> Engine:

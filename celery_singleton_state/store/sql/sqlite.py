@@ -1,4 +1,4 @@
-"""Connections to SQLite."""
+"""SQLite: connections, and what its statements need."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any, Self
 
 from celery.exceptions import ImproperlyConfigured
 from sqlalchemy import URL, Engine, QueuePool, event
+from sqlalchemy.dialects import sqlite
 
 from .connections import GrowingPool, pooled
+from .engine import is_in_memory
+from .statements import Statements
 from .url import refuse_unknown_options
 
 #: RETURNING came with this release.
@@ -111,11 +114,26 @@ class Cursor(sqlite3.Cursor):
         return code & 0xFF == sqlite3.SQLITE_BUSY and not self.connection.in_transaction
 
 
-def make(url: URL, in_memory: bool, io_timeout: float, pool_size: int) -> Engine:
+class SqliteStatements(Statements):
+    """One writer at a time."""
+
+    now = "strftime('%Y-%m-%d %H:%M:%f+00:00', 'now')"
+    level = "SERIALIZABLE"
+    # A transaction that reads first and writes later cannot wait for a writer.
+    begin = "BEGIN IMMEDIATE"
+    insert = staticmethod(sqlite.insert)
+
+
+STATEMENTS = SqliteStatements
+
+
+def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) -> Engine:
     """An engine.
 
+    :param connect_timeout: not needed for a file.
     :raises ImproperlyConfigured: SQLite is too old, or does not know an option of the URL.
     """
+    in_memory = is_in_memory(url)
     if "uri" not in url.query:
         refuse_unknown_options(url.query, OPTIONS, "sqlite3", {})
     if sqlite3.sqlite_version_info < OLDEST:

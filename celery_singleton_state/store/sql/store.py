@@ -34,7 +34,7 @@ from celery_singleton_state.store.base import (
 from celery_singleton_state.text.storable import restored, storable
 
 from .connections import Connections, GrowingPool
-from .dialects import statements_for
+from .dialects import class_of, statements_for
 from .engine import is_in_memory
 from .entries import SqlEntries
 from .errors import (
@@ -77,6 +77,8 @@ class SqlStore:
         self.entries = SqlEntries(self._sql, self._rows, self.run_within)
         #: The database's time now, for statements made elsewhere.
         self.now: ColumnElement[Any] = literal_column(self._sql.now)
+        self.upsert = partial(self._sql.upsert, self.table)
+        self.length_of = self._sql.length_of
 
     def acquire(
         self,
@@ -105,7 +107,7 @@ class SqlStore:
         return Acquired(Lease(key, holder, fence, ttl), *found)
 
     def _largest(self, key: str, error: StoreError) -> str:
-        column, literal = self._sql.words.key, key.replace("'", "''")
+        column, literal = self._sql.key, key.replace("'", "''")
         return (
             "the fence in the row is at its largest, so that no run can be given a larger one "
             f"({error}); to begin anew from the clock, if nothing outside compares its fences: "
@@ -113,7 +115,7 @@ class SqlStore:
         )
 
     def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
-        statement = self._sql.renew_unlocked if len(leases) > 1 else self._sql.renew
+        statement = (len(leases) > 1 and self._sql.renew_unlocked) or self._sql.renew
         document = msgspec.json.encode(leases).decode()
         rows = self._rows(statement, {"leases": document})
         return dict(rows)
@@ -123,7 +125,7 @@ class SqlStore:
         return Saved(*rows[0]) if rows else None
 
     def release(self, lease: Lease, ended: Ended, write: Write | None = None) -> Released | None:
-        statement = self._sql.release[write is not None]
+        statement = self._sql.release if write is None else self._sql.save_and_release
         more = {"outcome": ended.outcome, "history": ended.history, "hold": ended.hold}
         more |= {"ticks_done": ended.ticks_done}
         rows = self._rows(statement, _named(lease, write, **more))
@@ -241,15 +243,15 @@ class SqlStore:
     def _change(self, statement: str, parameters: Mapping[str, Any]) -> int:
         return int(self._execute(attrgetter("rowcount"), statement, parameters))
 
-    def run_within(self, statements: Sequence[str], parameters: Mapping[str, Any]) -> bool:
-        """Run statements in one transaction, if the first that answers rows does so.
+    def run_within(self, statement: str, parameters: Mapping[str, Any]) -> bool:
+        """Run the parts of a statement in one transaction, if the first that answers rows does so.
 
         :returns: whether it did; otherwise nothing is changed.
         """
         try:
             with open_transaction(self.engine) as connection:
-                for statement in statements:
-                    result = connection.exec_driver_sql(statement, dict(parameters))
+                for part in self._sql.parts(statement):
+                    result = connection.exec_driver_sql(part, dict(parameters))
                     if result.returns_rows and result.first() is None:
                         return False
                 return True
@@ -310,7 +312,7 @@ class SqlTransaction:
             )
         named = _named(lease, write, ttl=lease.ttl)
         try:
-            for statement in self._sql.save_within:
+            for statement in self._sql.parts(self._sql.save):
                 result = self.connection.exec_driver_sql(statement, named)
             row = result.one_or_none()
         except (DBAPIError, *REFUSED_BY_DRIVER) as error:
@@ -330,16 +332,6 @@ class SqlTransaction:
             self._driver_connection.patience = seconds
 
 
-#: The level that SQLAlchemy is to set, and what begins a transaction, where the driver does not.
-_TRANSACTIONS = {
-    "postgresql": ("READ COMMITTED", None),
-    # One that reads first and writes later cannot wait for a writer.
-    "sqlite": ("SERIALIZABLE", "BEGIN IMMEDIATE"),
-    # To set the level of all that come after, and to set it back, would be four round trips.
-    "mysql": ("AUTOCOMMIT", "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; START TRANSACTION"),
-}
-
-
 @contextmanager
 def open_transaction(engine: Engine) -> Iterator[Connection]:
     """A transaction on an engine whose statements commit by themselves otherwise.
@@ -347,13 +339,13 @@ def open_transaction(engine: Engine) -> Iterator[Connection]:
     It commits when the block ends and rolls back when the block raises. If the COMMIT itself is
     interrupted, its outcome is not known, and the connection is closed.
     """
-    level, begin = _TRANSACTIONS[engine.dialect.name]
+    own = class_of(engine.dialect)
     pid = os.getpid()
-    with engine.connect().execution_options(isolation_level=level) as connection:
+    with engine.connect().execution_options(isolation_level=own.level) as connection:
         transaction = connection.begin()
         try:
-            if begin:
-                connection.exec_driver_sql(begin)
+            if own.begin:
+                connection.exec_driver_sql(own.begin)
             yield connection
         except BaseException as error:
             if os.getpid() != pid or _is_in_mid_statement(connection):

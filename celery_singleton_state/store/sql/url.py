@@ -13,24 +13,8 @@ from sqlalchemy.exc import ArgumentError
 
 from celery_singleton_state.text.urls import ENCODED, shown, shown_url
 
-from .dialects import DIALECTS
+from .dialects import DATABASES, DIALECTS, backend_of
 
-#: For each database the drivers whose URLs are understood. This package's own driver, which is the
-#: first, takes their place: people name drivers for Django, SQLAlchemy or Celery.
-_DRIVERS = {
-    "postgresql": ("psycopg", "psycopg_async", "psycopg2", "psycopg2cffi", "asyncpg", "pg8000"),
-    "mysql": (
-        "pymysql",
-        "mysqldb",
-        "mysqlconnector",
-        "mariadbconnector",
-        "aiomysql",
-        "asyncmy",
-        "cymysql",
-    ),
-    "sqlite": ("pysqlite", "aiosqlite"),
-}
-_BACKENDS = {"postgres": "postgresql", "mariadb": "mysql"}
 #: What Celery puts before a database's URL, as a result backend's and as a broker's.
 _CELERYS = re.compile(r"(db|sqla|sqlalchemy)\+")
 #: What stands before the host, as SQLAlchemy reads it, and the rest.
@@ -56,10 +40,10 @@ def parse_url(given: str | URL) -> URL:
             "SQL; singleton_lease_url takes it, for leases of singletons without a state"
         )
     named, _, driver = url.drivername.lower().partition("+")
-    backend = _BACKENDS.get(named, named)
+    backend = backend_of(named)
     if backend != "sqlite" and _has_stray_at(text):
         raise ImproperlyConfigured(_unreadable(text))
-    if backend not in _DRIVERS:
+    if backend not in DATABASES:
         raise ImproperlyConfigured(
             f"singleton_store_url={shown_url(url)!r} is not supported; "
             f"it takes a URL of {', '.join(DIALECTS)}, or memory://"
@@ -68,7 +52,7 @@ def parse_url(given: str | URL) -> URL:
 
 
 def _drivername(url: URL, backend: str, driver: str) -> str:
-    own, *others = _DRIVERS[backend]
+    own, *others = DATABASES[backend].drivers
     if driver and driver not in (own, *others):
         plain = backend if backend == "sqlite" else f"{backend}+{own}"
         raise ImproperlyConfigured(
