@@ -24,7 +24,6 @@ MAX_KEY_LENGTH = 255
 _DIGEST_LENGTH = 32
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
-
 #: ``unique_on``: argument names, ``"*"`` for all, a callable, or none.
 UniqueOn = tuple[str, ...] | str | Callable[..., Any] | None
 

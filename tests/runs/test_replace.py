@@ -448,3 +448,19 @@ def test_the_wait_is_longer_than_a_holders_heartbeats(
         assert task._delivery(task.request, ("A",), {}).conflict_timeout == allowed
     finally:
         task.pop_request()
+
+
+def test_a_message_waits_for_the_end_of_a_hold_period(
+    app: Celery, make_task: Callable[..., Any], ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no run that could stop: A notes once that it is to be next, and looks again then."""
+    task = make_task(hold_at_least=0.5)
+    assert task("h") == "h"
+    assert row_of(app).in_hold_period
+    asked: list[Any] = []
+    wishes = runtime_of(app).store.wishes
+    ask = wishes.ask_to_hand_over
+    monkeypatch.setattr(wishes, "ask_to_hand_over", lambda *args: asked.append(args) or ask(*args))
+    assert task("a") == "a"
+    assert ran == ["h", "a"]
+    assert len(asked) == 1

@@ -255,6 +255,42 @@ def test_giving_back_leaves_the_state(store: SqlStore) -> None:
     assert store.save(lease, write(NEWER, 2)) is None
 
 
+# -- the task
+
+
+def test_a_row_names_its_task(leases: Leases) -> None:
+    """Whoever makes the row says it; a run says it anew, and who is refused says nothing."""
+    leases.wishes.expect({"expected": "t1"})
+    assert leases.wishes.claim("claimed", "id", LONG, 0, task="t1")
+    leases.wishes.dequeue("dequeued", "id", task="t1")
+    assert leases.acquire("acquired", "a", LONG, None, task="t1")
+    keys = ("acquired", "claimed", "dequeued", "expected")
+    assert [(row.key, row.task) for row in leases.list("")] == [(key, "t1") for key in keys]
+    assert leases.acquire("acquired", "b", LONG, None, task="t2") is None
+    leases.wishes.expect({"expected": "t2"})
+    assert not leases.wishes.claim("claimed", "other", LONG, 0, task="t2")
+    leases.wishes.dequeue("dequeued", "id", task="t2")
+    assert [peek(leases, key).task for key in keys] == ["t1"] * 4
+    for key in keys[1:]:
+        assert leases.acquire(key, "b", LONG, None, task="t2")
+        assert peek(leases, key).task == "t2"
+
+
+def test_a_row_keeps_its_task_if_nobody_says_another(leases: Leases) -> None:
+    first = leases.acquire("k", "a", LONG, None, task="größe\0")
+    assert first is not None
+    leases.release(first.lease, DONE)
+    acquire(leases, "b")
+    assert peek(leases).task == "größe\0"
+    assert acquire(leases, "c", key="other").lease
+    assert peek(leases, "other").task is None
+
+
+def test_a_state_from_outside_names_the_task_of_a_new_row(store: SqlStore) -> None:
+    assert store.wishes.put("k", None, NEW, "t")
+    assert peek(store).task == "t"
+
+
 # -- a state
 
 

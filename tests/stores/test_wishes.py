@@ -87,6 +87,41 @@ def test_a_successor_hears_nothing_that_was_meant_for_its_predecessor(leases: Le
     assert leases.release(successor, DONE) == FREED
 
 
+# -- asked of nobody: a hold period after a run
+
+
+def test_the_newest_message_is_next_after_a_hold_period(leases: Leases) -> None:
+    """b and then c ask while the lease is kept after a's run: b, which is older now, must not get
+    the lease when it is free; nor does a late request of b's come before c's.
+    """
+    leases.release(acquire(leases, "a").lease, HELD_ON)
+    seen = peek(leases)
+    assert seen.in_hold_period
+    assert leases.wishes.ask_to_hand_over(seen, "b", seen.next_rank)
+    newest = peek(leases).next_rank
+    assert leases.wishes.ask_to_hand_over(seen, "c", newest)
+    assert not leases.wishes.ask_to_hand_over(seen, "b", seen.next_rank)
+    assert (peek(leases).handoff_to, peek(leases).holder) == ("c", None)
+    assert leases.acquire("k", "b", LONG, None, seen.next_rank) is None
+    assert leases.wishes.let_go(peek(leases))
+    assert leases.acquire("k", "b", LONG, None, seen.next_rank) is None
+    acquired = leases.acquire("k", "c", LONG, None, newest)
+    assert acquired is not None
+    assert leases.renew([acquired.lease]) == {"k": None}, "c is not asked to hand over to itself"
+
+
+def test_only_the_hold_period_that_was_seen_is_ended(leases: Leases) -> None:
+    """An operator sees the hold period after a's run; it ends, b runs, and another one begins."""
+    leases.release(acquire(leases, "a").lease, HELD_ON)
+    seen = peek(leases)
+    assert leases.wishes.let_go(seen)
+    running = acquire(leases, "b")
+    assert not leases.wishes.let_go(seen)
+    leases.release(running.lease, HELD_ON)
+    assert not leases.wishes.let_go(seen)
+    assert peek(leases).in_hold_period
+
+
 # -- ask_to_hand_over
 
 
