@@ -1,6 +1,8 @@
 """Celery tasks that run once at a time and remember where they were."""
 
 from . import signals
+from .config.retry import RetryPolicy
+from .config.task_options import TaskOptions
 from .decorator import singleton_task
 from .errors import (
     HeartbeatFailed,
@@ -14,7 +16,6 @@ from .errors import (
 )
 from .health import Health, SingletonHealth, check_health
 from .kv import KeyValueStore
-from .retry import RetryPolicy
 from .schedules.due import matches_now, next_runs
 from .task import SingletonTask
 
@@ -34,6 +35,7 @@ __all__ = [
     "SingletonTask",
     "StateLoadFailed",
     "StatePersistFailed",
+    "TaskOptions",
     "__version__",
     "check_health",
     "matches_now",

@@ -8,7 +8,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from celery import Celery
 
-from .retry import RetryPolicy
+from .config.retry import RetryPolicy
 from .state.codec import Migration
 from .task import S, SingletonTask
 

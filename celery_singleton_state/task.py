@@ -15,6 +15,7 @@ from typing_extensions import ParamSpec, TypeVar
 
 from .compat import TASK_STACK, forget_max_retries
 from .config.options import Options, find_misspelled, read_options, run_signature
+from .config.retry import RetryAfter
 from .errors import SingletonError, StateLoadFailed
 from .headers import (
     COPY,
@@ -53,7 +54,6 @@ from .message.resend import (
 )
 from .message.results import has_result, is_recorded
 from .message.sent_anew import mark_replacement, marking
-from .retry import RetryAfter
 from .run.calls import guard_calls, has_call_behind, in_guard, keep_class_of_app
 from .run.converted import Converter, converter_of
 from .run.guard import deliver
@@ -87,46 +87,7 @@ class SingletonTask(_TypedTask[S, P, R]):
     Use it as the ``base`` of a task, or through :func:`singleton_task`, which keeps the types.
     All options of Celery's own apply. A delivery that is skipped ends with ``None``.
 
-    Options, each a class attribute or an argument of the decorator:
-
-    - ``unique_on``: names of arguments whose values tell singletons of this task apart;
-      ``"*"`` for all arguments; a callable that is given the arguments. None: one for the task.
-    - ``state_schema``: the type of the state. None: a singleton without state.
-    - ``initial_state``: the first state, or a callable that makes it. None: ``state_schema()``.
-    - ``state_version``: the version of the schema, from 1, the default.
-    - ``state_migrations``: for version n a function from its raw value to that of n + 1.
-    - ``state_round_trip``: whether a state is refused that the next load would change, such as a
-      set in a field annotated ``list``. Default true. False: what fits the schema is saved, and
-      the next run gets what comes of it.
-    - ``on_decode_error``: ``"fail"`` (default), or ``"initial"`` to start anew and keep the old
-      value under a key of its own.
-    - ``persist_on_error``: whether a body that raises saves its state. Default false.
-    - ``on_conflict``: what a delivery does that finds the lease taken. ``"skip"`` (default): it
-      succeeds with ``None``. ``"raise"``: it fails. ``"wait"``: it is tried again until it gets the
-      lease. ``"replace"``: the same, the holder is asked to stop, and a message that waits gives
-      up when a newer one comes: it succeeds with ``None``. ``"coalesce"``: it succeeds with
-      ``None``, and one more run, with the newest arguments, is sent at the release.
-    - ``conflict_timeout``: seconds that a delivery waits for the lease, not counting queues, before
-      it fails. None: the setting, 10 s. With ``"replace"`` never less than two heartbeats and 1 s.
-    - ``hold_at_least``: seconds from its acquisition that the lease is kept when a run succeeds.
-    - ``enqueue_once``: whether a message is not sent while another is queued, or, where
-      ``on_conflict`` is ``"skip"`` or ``"raise"``, running. A queued one counts until it expires,
-      or 300 s after it may run.
-    - ``lease_ttl``: seconds that the lease lives without a renewal. None: heartbeat interval
-      times threshold, 8 s by default. A longer life is confirmed before the body begins, by one
-      statement more.
-    - ``on_lease_lost``: ``"interrupt"`` (default) interrupts the body of a run that lost its lease,
-      ``"finish"`` lets it go on. The run ends as :exc:`HeartbeatFailed`, and saves no state,
-      either way.
-    - ``deduplicate``: whether a message known as done is not run again. None: if there is state.
-      A message that is sent anew with an id that was used before is another message.
-    - ``retry_reasons``: the reasons that are retried. Default ``StateLoadFailed`` and
-      ``StatePersistFailed``.
-    - ``retry_policy``: a :class:`RetryPolicy` for single reasons. Others follow the task's
-      ``max_retries``, ``retry_backoff``, ``retry_backoff_max`` and ``retry_jitter``.
-    - ``expected_interval``: seconds, or a timedelta, between runs as they should be: one that has
-      not finished within that, times ``singleton_heartbeat_threshold``, is not healthy. None: it
-      is always healthy.
+    Each option of :class:`TaskOptions` is a class attribute, or an argument of the decorator.
 
     :raises ImproperlyConfigured: when the task is made, for an option that is not allowed.
     """

@@ -28,7 +28,7 @@ from celery_singleton_state.schedules.own_rules import (
     overrides,
 )
 
-from .entry_checks import LONGEST, RULES, check
+from .entry_checks import LONGEST, RULES, check, checked_rule
 from .entry_state import NEVER, EntryState
 from .passing import pass_over, surplus
 from .poll import Poll
@@ -36,8 +36,6 @@ from .under_way import UnderWay
 
 logger = logging.getLogger(__name__)
 
-CATCH_UP = ("latest", "all", "none")
-NEXT_FROM = ("schedule", "last_run")
 #: Seconds, as is :data:`ON_TIME`.
 SKIP_IF_OLDER_THAN = 300.0
 #: With ``catch_up="none"``, later is missed: what it takes at most until another beat leads.
@@ -76,11 +74,13 @@ class SingletonEntry(ScheduleEntry):
         options = dict(options or {})
 
         def rule(option: str, default: Any) -> Any:
-            return fields.pop(option, options.pop(option, default))
+            value = fields.pop(option, options.pop(option, default))
+            return checked_rule(name, option, value)
 
-        self.skip_if_older_than = _seconds(name, rule("skip_if_older_than", _patience(fields)))
-        self.catch_up = _choice(name, "catch_up", rule("catch_up", "latest"), CATCH_UP)
-        self.next_from = _choice(name, "next_from", rule("next_from", "schedule"), NEXT_FROM)
+        limit: float | None = rule("skip_if_older_than", _patience(fields))
+        self.skip_if_older_than = inf if limit is None or limit > LONGEST else limit
+        self.catch_up: str = rule("catch_up", "latest")
+        self.next_from: str = rule("next_from", "schedule")
         try:
             as_schedule(fields.get("schedule"))
             super().__init__(name=name, task=task, options=options, **fields)
@@ -373,25 +373,3 @@ def _patience(fields: Mapping[str, Any]) -> float:
     app, is_crontab = fields.get("app"), isinstance(fields.get("schedule"), crontab)
     deadline = app.conf.beat_cron_starting_deadline if app and is_crontab else None
     return float(deadline or SKIP_IF_OLDER_THAN)
-
-
-def _seconds(entry: str | None, value: Any) -> float:
-    if value is None:
-        return inf
-    if isinstance(value, timedelta):
-        value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise ImproperlyConfigured(
-            f"schedule entry {entry!r}: skip_if_older_than={value!r} is not allowed; "
-            "it takes a number of seconds, 0 or more, a timedelta, or None for never"
-        )
-    return inf if value > LONGEST else float(value)
-
-
-def _choice(entry: str | None, option: str, value: Any, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ImproperlyConfigured(
-            f"schedule entry {entry!r}: {option}={value!r} is not allowed; "
-            f"it takes {', '.join(map(repr, allowed))}"
-        )
-    return str(value)

@@ -1,127 +1,192 @@
-"""What each option of a task may be: a value is returned as it is to be used, or refused.
+"""Checks of the values that users set: options, settings, retry policies, entries of beat.
 
-A refusal is a :exc:`ValueError` whose message says what is allowed.
+A check takes a value and returns it as it is to be used. It raises :exc:`ValueError` for a value
+that is not allowed; the message says what is allowed, so that it can follow the words "it takes".
+:func:`checked` makes the error that users see of it.
 """
 
 from __future__ import annotations
 
+import numbers
+import sys
 from collections.abc import Callable, Mapping
-from datetime import timedelta
-from typing import Any
+from contextlib import suppress
+from datetime import datetime, timedelta
+from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
-from celery_singleton_state.errors import parse_reason
-from celery_singleton_state.keys import UniqueOn
-from celery_singleton_state.retry import RetryPolicy
-from celery_singleton_state.state.codec import is_schema
+from celery.exceptions import ImproperlyConfigured
 
-from .settings import MIN_INTERVAL
+T = TypeVar("T")
+Check = Callable[[Any], T]
 
-#: What the column holds.
-MAX_VERSION = 2**31 - 1
-#: A day: nobody should wait longer for a dead run, and a living one renews.
-MAX_SECONDS = 86400.0
-
-#: What a delivery can do that finds the lease taken.
-POLICIES = ("skip", "wait", "raise", "replace", "coalesce")
+#: The largest number that is neither infinite nor too large for a float.
+FINITE = sys.float_info.max
 
 
-def _unique_on(value: Any) -> UniqueOn:
-    if callable(value) or value == "*":
-        return value  # type: ignore[no-any-return]
-    if isinstance(value, list | tuple | set | frozenset) and value:
-        names = sorted(value) if isinstance(value, set | frozenset) else value
-        if all(isinstance(name, str) for name in names):
-            return tuple(names)
-    raise ValueError('names of arguments as a list, "*" for all of them, a callable, or nothing')
+def checked(
+    owner: str, name: str, value: Any, check: Check[T], show: Callable[[Any], str] = repr
+) -> T:
+    """The value as it is to be used.
+
+    :param owner: what has the value, such as ``task shop.run``.
+    :param name: the value's name, such as ``option lease_ttl``.
+    :param show: makes the text that stands for the value in the error.
+    :raises ImproperlyConfigured: the check refuses the value.
+    """
+    try:
+        return check(value)
+    except ValueError as error:
+        raise refused(owner, name, show(value), str(error)) from None
 
 
-def _schema(value: Any) -> Any:
-    if not is_schema(value):
-        raise ValueError(
-            "a dataclass, a msgspec.Struct, an attrs class, a TypedDict or a pydantic model"
-        )
+def refused(owner: str, name: str, value: str, allowed: str) -> ImproperlyConfigured:
+    """The error for a value that is not allowed."""
+    return ImproperlyConfigured(f"{owner}: {name}={value} is not allowed; it takes {allowed}")
+
+
+def checks_of(cls: type) -> dict[str, Check[Any]]:
+    """The checks of those fields of a class that are annotated ``Annotated[type, check]``."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {
+        name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated
+    }
+
+
+# -- checks
+
+
+def anything(value: Any) -> Any:
+    """Every value is allowed."""
     return value
 
 
-def _version(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
-        raise ValueError(f"a whole number from 1 to {MAX_VERSION}")
-    return value
+def nothing(value: Any) -> None:
+    """Only ``None`` is allowed."""
+    if value is not None:
+        raise ValueError("None")
 
 
-def _migrations(value: Any) -> Any:
-    if not isinstance(value, Mapping) or not all(
-        isinstance(version, int) and version >= 1 and callable(step)
-        for version, step in value.items()
-    ):
-        raise ValueError("a dict from versions, 1 or more, to functions of one raw value")
-    return dict(value)
-
-
-def _choice(*allowed: str) -> Callable[[Any], str]:
-    def check(value: Any) -> str:
-        if value not in allowed:
-            raise ValueError(", ".join(repr(choice) for choice in allowed))
-        return str(value)
-
-    return check
-
-
-def _switch(value: Any) -> bool:
+def switch(value: Any) -> bool:
+    """``True`` or ``False``; other values that Python takes for one are refused."""
     if not isinstance(value, bool):
         raise ValueError("True or False")
     return value
 
 
-def _seconds(least: float) -> Callable[[Any], float]:
-    def check(value: Any) -> float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not least <= value <= MAX_SECONDS:
-            raise ValueError(f"a number of seconds from {least:g} to {MAX_SECONDS:g}")
-        return float(value)
+def text(value: Any) -> str:
+    """A text that every database can store: not empty, without NUL or half a surrogate pair."""
+    with suppress(UnicodeEncodeError):
+        if isinstance(value, str) and value and b"\0" not in value.encode():
+            return value
+    raise ValueError("a text that is not empty and that a database can store")
+
+
+def moment(value: Any) -> datetime:
+    """A moment in time."""
+    if not isinstance(value, datetime):
+        raise ValueError("a datetime")
+    return value
+
+
+def named(what: str) -> Check[dict[str, Any]]:
+    """Values by their names."""
+
+    def check(value: Any) -> dict[str, Any]:
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            raise ValueError(f"a dict of {what} by their names")
+        return dict(value)
 
     return check
 
 
-def _interval(value: Any) -> float:
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not is_number or not 0 < seconds < float("inf"):
-        raise ValueError("a timedelta or a number of seconds, above 0")
-    return float(seconds)
+def choice(*allowed: str) -> Check[str]:
+    """One of some texts."""
+
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(", ".join(map(repr, allowed)))
+        # Not the value itself, which may be the member of an enum.
+        return allowed[allowed.index(value)]
+
+    return check
 
 
-def _reasons(value: Any) -> frozenset[str]:
-    if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
-        raise ValueError("a list of reasons")
-    return frozenset(parse_reason(name) for name in value)
+def seconds(least: float = 0.0, most: float = FINITE, *, above: bool = False) -> Check[float]:
+    """A number of seconds within limits.
+
+    :param above: whether ``least`` itself is refused.
+    """
+    limits = f", more than {least:.15g}" if above else _limits(least, most)
+
+    def check(value: Any) -> float:
+        with suppress(OverflowError):
+            if (
+                _is_a(numbers.Real, value)
+                and least <= value <= most
+                and not (above and value == least)
+            ):
+                return float(value)
+        raise ValueError(f"a number of seconds{limits}")
+
+    return check
 
 
-def _policies(value: Any) -> dict[str, RetryPolicy]:
-    if not isinstance(value, Mapping) or not all(
-        isinstance(policy, RetryPolicy) for policy in value.values()
-    ):
-        raise ValueError("a dict from reasons to RetryPolicy")
-    return {parse_reason(name): policy for name, policy in value.items()}
+def duration(check: Check[float]) -> Check[float]:
+    """A timedelta, or a number of seconds that the given check allows."""
+
+    def check_either(value: Any) -> float:
+        try:
+            return check(value.total_seconds() if isinstance(value, timedelta) else value)
+        except ValueError as error:
+            raise ValueError(f"a timedelta or {error}") from None
+
+    return check_either
 
 
-CHECKS: dict[str, Callable[[Any], Any]] = {
-    "unique_on": _unique_on,
-    "state_schema": _schema,
-    "initial_state": lambda value: value,
-    "state_version": _version,
-    "state_migrations": _migrations,
-    "state_round_trip": _switch,
-    "on_decode_error": _choice("fail", "initial"),
-    "persist_on_error": _switch,
-    "on_conflict": _choice(*POLICIES),
-    "conflict_timeout": _seconds(0),
-    "hold_at_least": _seconds(0),
-    "enqueue_once": _switch,
-    "lease_ttl": _seconds(MIN_INTERVAL),
-    "on_lease_lost": _choice("interrupt", "finish"),
-    "deduplicate": _switch,
-    "retry_reasons": _reasons,
-    "retry_policy": _policies,
-    "expected_interval": _interval,
-}
+def whole(least: float = -FINITE, most: float = FINITE) -> Check[int]:
+    """A whole number within limits."""
+
+    def check(value: Any) -> int:
+        if not _is_a(numbers.Integral, value) or not least <= value <= most:
+            raise ValueError(f"a whole number{_limits(least, most)}")
+        return int(value)
+
+    return check
+
+
+def either(*checks: Check[Any]) -> Check[Any]:
+    """A value that at least one of the checks allows."""
+
+    def check(value: Any) -> Any:
+        refusals = []
+        for each in checks:
+            try:
+                return each(value)
+            except ValueError as error:
+                refusals.append(str(error))
+        raise ValueError(", or ".join(refusals))
+
+    return check
+
+
+def parsed(parse: Callable[[str], Any], check: Check[T]) -> Check[T]:
+    """A value, or the text of one, as it comes from the environment."""
+
+    def check_parsed(value: Any) -> T:
+        if isinstance(value, str):
+            with suppress(ValueError):
+                value = parse(value)
+        return check(value)
+
+    return check_parsed
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    """Whether a value is a number of this kind; ``True`` and ``False`` are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _limits(least: float, most: float) -> str:
+    if most < FINITE:
+        return f" from {least:.15g} to {most:.15g}"
+    return f", {least:.15g} or more" if least > -FINITE else ""

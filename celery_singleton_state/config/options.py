@@ -5,42 +5,112 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Annotated, Any, get_args
 
 from celery import Celery, Task
 from celery.exceptions import ImproperlyConfigured
 
-from celery_singleton_state.errors import RETRYABLE_REASONS
+from celery_singleton_state.errors import RETRYABLE_REASONS, SingletonErrorReason
 from celery_singleton_state.keys import UniqueOn
-from celery_singleton_state.retry import RetryPolicy
-from celery_singleton_state.state.codec import Codec, Migration, StateError
+from celery_singleton_state.state.codec import Codec, Migration, StateError, is_schema
 
-from .checks import CHECKS
+from .checks import (
+    anything,
+    checked,
+    checks_of,
+    choice,
+    duration,
+    refused,
+    seconds,
+    switch,
+    whole,
+)
+from .retry import RetryPolicy
+from .settings import MIN_INTERVAL
+from .task_options import OnConflict, OnDecodeError, OnLeaseLost
+
+#: The largest version that the column can hold.
+MAX_VERSION = 2**31 - 1
+#: A day: nobody should wait longer for a dead run, and a living one renews.
+MAX_SECONDS = 86400.0
+
+#: What a delivery can do that finds the lease taken.
+POLICIES = get_args(OnConflict)
+
+
+def _unique_on(value: Any) -> UniqueOn:
+    if callable(value) or value == "*":
+        return value  # type: ignore[no-any-return]
+    is_list = isinstance(value, list | tuple | set | frozenset) and value
+    if is_list and all(isinstance(name, str) for name in value):
+        return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+    raise ValueError('names of arguments as a list, "*" for all of them, a callable, or nothing')
+
+
+def _schema(value: Any) -> Any:
+    if not is_schema(value):
+        raise ValueError(
+            "a dataclass, a msgspec.Struct, an attrs class, a TypedDict or a pydantic model"
+        )
+    return value
+
+
+_version = whole(1, MAX_VERSION)
+
+
+def _migrations(value: Any) -> Mapping[int, Migration]:
+    with suppress(ValueError):
+        if isinstance(value, Mapping) and all(map(callable, value.values())):
+            return {_version(version): step for version, step in value.items()}
+    raise ValueError("a dict from versions, 1 or more, to functions of one raw value")
+
+
+_reason = choice(*SingletonErrorReason)
+_REASONS = f"reasons ({', '.join(SingletonErrorReason)})"
+
+
+def _reasons(value: Any) -> frozenset[str]:
+    with suppress(ValueError):
+        if isinstance(value, list | tuple | set | frozenset):
+            return frozenset(map(_reason, value))
+    raise ValueError(f"a list of {_REASONS}")
+
+
+def _policies(value: Any) -> Mapping[str, RetryPolicy]:
+    with suppress(ValueError):
+        if isinstance(value, Mapping) and all(isinstance(p, RetryPolicy) for p in value.values()):
+            return {_reason(name): policy for name, policy in value.items()}
+    raise ValueError(f"a dict from {_REASONS} to RetryPolicy")
 
 
 @dataclass(frozen=True)
 class Options:
-    """A task's options. The names are those of the task's attributes."""
+    """A task's options as they are used: the check of each, and its value where nothing is set.
 
-    unique_on: UniqueOn = None
-    state_schema: type | None = None
-    initial_state: Any = None
-    state_version: int = 1
-    state_migrations: Mapping[int, Migration] = field(default_factory=dict)
-    state_round_trip: bool = True
-    on_decode_error: str = "fail"
-    persist_on_error: bool = False
-    on_conflict: str = "skip"
-    conflict_timeout: float | None = None
-    hold_at_least: float | None = None
-    enqueue_once: bool = False
-    lease_ttl: float | None = None
-    on_lease_lost: str = "interrupt"
-    deduplicate: bool | None = None
-    retry_reasons: frozenset[str] = RETRYABLE_REASONS
-    retry_policy: Mapping[str, RetryPolicy] = field(default_factory=dict)
-    expected_interval: float | None = None
+    The names are those of :class:`TaskOptions`, which says what they mean, and of the task's
+    attributes.
+    """
+
+    unique_on: Annotated[UniqueOn, _unique_on] = None
+    state_schema: Annotated[type | None, _schema] = None
+    initial_state: Annotated[Any, anything] = None
+    state_version: Annotated[int, _version] = 1
+    state_migrations: Annotated[Mapping[int, Migration], _migrations] = field(default_factory=dict)
+    state_round_trip: Annotated[bool, switch] = True
+    on_decode_error: Annotated[str, choice(*get_args(OnDecodeError))] = "fail"
+    persist_on_error: Annotated[bool, switch] = False
+    on_conflict: Annotated[str, choice(*POLICIES)] = "skip"
+    conflict_timeout: Annotated[float | None, seconds(0, MAX_SECONDS)] = None
+    hold_at_least: Annotated[float | None, seconds(0, MAX_SECONDS)] = None
+    enqueue_once: Annotated[bool, switch] = False
+    lease_ttl: Annotated[float | None, seconds(MIN_INTERVAL, MAX_SECONDS)] = None
+    on_lease_lost: Annotated[str, choice(*get_args(OnLeaseLost))] = "interrupt"
+    deduplicate: Annotated[bool | None, switch] = None
+    retry_reasons: Annotated[frozenset[str], _reasons] = RETRYABLE_REASONS
+    retry_policy: Annotated[Mapping[str, RetryPolicy], _policies] = field(default_factory=dict)
+    expected_interval: Annotated[float | None, duration(seconds(0, above=True))] = None
 
     def codec(self) -> Codec[Any] | None:
         """The codec of the state; ``None`` for a singleton without one."""
@@ -55,7 +125,8 @@ class Options:
         )
 
 
-NAMES = tuple(option.name for option in fields(Options))
+_CHECKS = checks_of(Options)
+NAMES = tuple(_CHECKS)
 _OF_STATE = (
     "initial_state",
     "state_version",
@@ -71,11 +142,11 @@ def read_options(task: type[Task[Any, Any]]) -> Options:
 
     :raises ImproperlyConfigured: names the task, the option, the value and what is allowed.
     """
-    found = {}
-    for name in NAMES:
-        value = getattr(task, name, None)
-        if value is not None:
-            found[name] = _checked(task, name, value)
+    found = {
+        name: checked(f"task {task.name}", f"option {name}", value, check)
+        for name, check in _CHECKS.items()
+        if (value := getattr(task, name, None)) is not None
+    }
     options = Options(**found)
     _check_together(task, options)
     return options
@@ -116,17 +187,8 @@ def find_misspelled(task_name: str, attributes: Mapping[str, Any]) -> None:
             )
 
 
-def _checked(task: type[Task[Any, Any]], name: str, value: Any) -> Any:
-    try:
-        return CHECKS[name](value)
-    except ValueError as error:
-        raise _refused(task, name, value, str(error)) from None
-
-
 def _refused(task: type[Task[Any, Any]], name: str, value: Any, allowed: str) -> Exception:
-    return ImproperlyConfigured(
-        f"task {task.name}: option {name}={value!r} is not allowed; it takes {allowed}"
-    )
+    return refused(f"task {task.name}", f"option {name}", repr(value), allowed)
 
 
 def _check_together(task: type[Task[Any, Any]], options: Options) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from celery_singleton_state.config.checks import POLICIES
+from celery_singleton_state.config.options import POLICIES
 from celery_singleton_state.errors import SingletonErrorReason
 from celery_singleton_state.history import Outcome
 from celery_singleton_state.hooks import (

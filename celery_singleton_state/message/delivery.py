@@ -11,6 +11,7 @@ from celery.app.task import Context
 
 from celery_singleton_state import history, ticks_done
 from celery_singleton_state.config.options import Options
+from celery_singleton_state.config.retry import Fail, RetryAfter, answer_to, policy_of
 from celery_singleton_state.errors import SingletonError, StateLoadFailed
 from celery_singleton_state.headers import (
     ONE_BY_ONE,
@@ -23,7 +24,6 @@ from celery_singleton_state.headers import (
     own_headers,
 )
 from celery_singleton_state.lease.heartbeat import Heartbeat
-from celery_singleton_state.retry import Fail, RetryAfter, answer_to, policy_of
 from celery_singleton_state.runtime import Runtime
 from celery_singleton_state.state.codec import Codec
 from celery_singleton_state.store.base import Store

@@ -7,11 +7,11 @@ import logging
 from celery.exceptions import Ignore, Reject, Retry
 
 from celery_singleton_state import history, ticks_done
+from celery_singleton_state.config.retry import RetryAfter
 from celery_singleton_state.errors import HeartbeatFailed, SingletonError
 from celery_singleton_state.history import Outcome
 from celery_singleton_state.message.delivery import Delivery
 from celery_singleton_state.message.resend import means_to_kill
-from celery_singleton_state.retry import RetryAfter
 from celery_singleton_state.ticks import Tick
 from celery_singleton_state.ticks_done import EntryTicks
 

@@ -5,8 +5,8 @@ from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
 from celery_singleton_state import HeartbeatFailed, RetryPolicy, SingletonTask, StateLoadFailed
+from celery_singleton_state.config.retry import Fail, RetryAfter, answer_to, policy_of
 from celery_singleton_state.errors import RETRYABLE_REASONS
-from celery_singleton_state.retry import Fail, RetryAfter, answer_to, policy_of
 
 FLAT = RetryPolicy(max_retries=2, backoff=1, backoff_max=5, jitter=False)
 UNREACHABLE = StateLoadFailed("shop.run", "gone")

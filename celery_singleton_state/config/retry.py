@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from celery.exceptions import ImproperlyConfigured
+from celery_singleton_state.errors import SingletonError
 
-from .errors import SingletonError
+from .checks import checked, checks_of, either, nothing, seconds, switch, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,35 +21,26 @@ class RetryPolicy:
     :param backoff: seconds before the first retry, doubled for each further one.
     :param backoff_max: seconds that the delay never exceeds.
     :param jitter: whether the delay is drawn evenly from zero to what the backoff says.
+    :raises ImproperlyConfigured: a value is not allowed.
     """
 
-    max_retries: int | None = 3
-    backoff: float = 1.0
-    backoff_max: float = 600.0
-    jitter: bool = True
+    max_retries: Annotated[int | None, either(whole(0), nothing)] = 3
+    backoff: Annotated[float, seconds()] = 1.0
+    backoff_max: Annotated[float, seconds()] = 600.0
+    jitter: Annotated[bool, switch] = True
 
     def __post_init__(self) -> None:
-        retries = self.max_retries
-        if retries is not None and (
-            isinstance(retries, bool) or not isinstance(retries, int) or retries < 0
-        ):
-            raise ImproperlyConfigured(
-                f"RetryPolicy: max_retries={retries!r} is not allowed; "
-                "it takes a whole number, 0 or more, or None"
-            )
-        for name in ("backoff", "backoff_max"):
-            value = getattr(self, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not 0 <= value < float("inf"):
-                raise ImproperlyConfigured(
-                    f"RetryPolicy: {name}={value!r} is not allowed; "
-                    "it takes a number of seconds, 0 or more"
-                )
+        for name, check in _CHECKS.items():
+            value = checked("RetryPolicy", name, getattr(self, name), check)
+            object.__setattr__(self, name, value)
 
     def delay(self, retries: int) -> float:
         """Seconds before the next try of a message that was retried so often."""
         full = min(self.backoff * 2 ** min(retries, 64), self.backoff_max)
         return random.uniform(0, full) if self.jitter else full
+
+
+_CHECKS = checks_of(RetryPolicy)
 
 
 @dataclass(frozen=True, slots=True)
