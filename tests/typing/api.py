@@ -1,12 +1,13 @@
 """Not run but type-checked: what the decorator and the base class promise about types."""
 
 from dataclasses import dataclass
-from typing import assert_type
+from datetime import timedelta
+from typing import Any, Unpack, assert_type
 
 from celery import Celery
 from celery.result import AsyncResult
 
-from celery_singleton_state import KeyValueStore, SingletonTask, singleton_task
+from celery_singleton_state import KeyValueStore, SingletonTask, TaskOptions, singleton_task
 
 
 @dataclass
@@ -40,6 +41,56 @@ assert_type(import_orders.state, Cursor)
 import_orders.delay(3)  # type: ignore[arg-type]
 without_state.delay("x")
 without_state.delay()  # type: ignore[call-arg]
+
+
+# Celery's options and ours are known by their names and types ...
+def body(self: SingletonTask[Cursor], tenant: str) -> int:
+    return len(tenant)
+
+
+both = singleton_task(
+    app,
+    name="shop.both",
+    queue="imports",
+    acks_late=True,
+    max_retries=None,
+    autoretry_for=(OSError,),
+    retry_backoff=2,
+    rate_limit="10/m",
+    soft_time_limit=30,
+    serializer="json",
+    ignore_result=True,
+    pydantic=True,
+    shared=False,
+    state_schema=Cursor,
+    initial_state=Cursor,
+    on_conflict="wait",
+    expected_interval=timedelta(hours=1),
+)(body)
+assert_type(both.state, Cursor)
+both.delay("acme")
+both.delay(3)  # type: ignore[arg-type]
+
+# ... so that a misspelt name or value is an error, and so is a state of another type.
+singleton_task(app, on_conflit="wait")(body)  # type: ignore[call-arg]
+singleton_task(app, ack_late=True)(body)  # type: ignore[call-arg]
+singleton_task(app, on_conflict="wiat")(body)  # type: ignore[arg-type]
+singleton_task(app, hold_at_least="1 min")(body)  # type: ignore[arg-type]
+singleton_task(app, state_schema=Cursor, initial_state=3)(body)  # type: ignore[arg-type]
+
+
+# A decorator of one's own takes the same options.
+def nightly(**options: Unpack[TaskOptions[Cursor]]) -> SingletonTask[Cursor, [str], int]:
+    options.setdefault("expected_interval", 86400)
+    return singleton_task(app, **options)(body)
+
+
+assert_type(nightly(on_conflict="raise").state, Cursor)
+nightly(on_conflit="raise")  # type: ignore[call-arg]
+
+# Options that are only known when the program runs are checked then.
+anything: dict[str, Any] = {"on_conflict": "raise"}
+singleton_task(app, **anything)(body)
 
 store = KeyValueStore("memory://").for_schema(Cursor)
 assert_type(store.get("a"), Cursor | None)
