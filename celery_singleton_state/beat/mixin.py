@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 from datetime import datetime
 from typing import Any
 
@@ -79,7 +80,7 @@ class LeaderMixin(BrokerConnection):
         #: Of the message that is being sent: what went wrong, and whether it was sent.
         self._failure: BaseException | None = None
         self._was_sent = False
-        self._closed = False
+        self._closed = self._is_ticking = False
         super().__init__(app, *args, **kwargs)
 
     # -- what Celery calls
@@ -96,19 +97,31 @@ class LeaderMixin(BrokerConnection):
         """
         if self._closed:
             raise SystemExit
+        show, self._is_ticking = sys.unraisablehook, True
+        try:
+            return self._tick(*args, **kwargs)
+        finally:
+            self._is_ticking = False
+            if self._closed:
+                sys.unraisablehook = show
+
+    def _tick(self, *args: Any, **kwargs: Any) -> float:
         try:
             return self._lead(*args, **kwargs) if self._leads() else STANDBY_POLL
         except NotLeading:
             return STANDBY_POLL
-        except StoreError as error:
-            # What was sent is recorded before anything else is sent.
-            self._leader.say(f"beat waits for the store: {error}", logging.WARNING)
-            return STANDBY_POLL
-        except BrokerUnavailable as error:
-            self._leader.say(f"beat waits for the broker: {error}", logging.WARNING)
-            self._disconnect()
-            self._hand_over("it cannot reach the broker")
-            return STANDBY_POLL
+        except Exception as error:
+            self._end_if_closed(error)
+            if isinstance(error, StoreError):
+                # What was sent is recorded before anything else is sent.
+                self._leader.say(f"beat waits for the store: {error}", logging.WARNING)
+                return STANDBY_POLL
+            if isinstance(error, BrokerUnavailable):
+                self._leader.say(f"beat waits for the broker: {error}", logging.WARNING)
+                self._disconnect()
+                self._hand_over("it cannot reach the broker")
+                return STANDBY_POLL
+            raise
 
     def apply_entry(self, entry: Any, producer: Any = None) -> None:
         """Send an entry for the tick that it is due for.
@@ -129,23 +142,19 @@ class LeaderMixin(BrokerConnection):
         except BrokerUnavailable:
             self._put_back(entry)
             raise
-        if error is not None and self._closed:
-            # Over a connection that a signal's handler has closed. Who leads next sends it again.
-            raise SystemExit
         if error is None:
             self._postponed.remove(entry.name)
             self._unrecorded[entry.name] = self._sent(entry, due)
         else:
+            # The beat that leads next sends it again.
+            self._end_if_closed(error)
             self._postpone(entry, due, error)
 
     def apply_async(self, entry: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             result = super().apply_async(entry, *args, **kwargs)
         except Exception as error:
-            if self._closed:
-                # A signal's handler has closed the beat, and what it raised then broke off the
-                # sending, perhaps within a client that made another error of it.
-                raise SystemExit from error
+            self._end_if_closed(error)
             # Celery logs it and goes on.
             within = error.__context__ if isinstance(error, SchedulingError) else None
             self._failure = within or error
@@ -173,7 +182,8 @@ class LeaderMixin(BrokerConnection):
         celerys: Any = super()
         try:
             celerys._do_sync()
-        except Exception:  # what was just sent is sent nevertheless
+        except Exception as error:  # what was just sent is sent nevertheless
+            self._end_if_closed(error)
             logger.exception("beat: the scheduler could not store its schedule")
 
     def sync(self) -> None:
@@ -182,6 +192,8 @@ class LeaderMixin(BrokerConnection):
 
     def close(self) -> None:
         """Record what was sent and hand over. May be called again, and by a signal's handler."""
+        if self._is_ticking and not self._closed:
+            _hide_lost_exits()
         self._closed = True
         try:
             self.sync()
@@ -190,6 +202,15 @@ class LeaderMixin(BrokerConnection):
             self._hand_over("it stops")
             super().close()
             self._disconnect()
+
+    def _end_if_closed(self, error: Exception) -> None:
+        """End the beat over an error that its stop has caused.
+
+        A signal's handler closes the beat, with its connections, and raises ``SystemExit``. The
+        code that it interrupts can make another error of that.
+        """
+        if self._closed:
+            raise SystemExit from error
 
     # -- leading
 
@@ -226,6 +247,7 @@ class LeaderMixin(BrokerConnection):
 
     def _fail(self, what: str, error: Exception) -> float:
         """Log an error of the scheduler as a whole; returns the seconds until it is tried again."""
+        self._end_if_closed(error)
         pause = self._postponed.add(ALL)
         logger.error("beat: %s in %.0f s: %r", what, pause, error, exc_info=error)
         return pause
@@ -266,6 +288,7 @@ class LeaderMixin(BrokerConnection):
         except Exception as error:
             if not self._was_sent:
                 return error
+            self._end_if_closed(error)
             logger.exception("beat: %s was sent, but then its scheduler failed", message.name)
         failure = self._failure
         # Celery makes this of whatever goes wrong with the connection, and only of that.
@@ -366,3 +389,18 @@ class LeaderMixin(BrokerConnection):
         except StoreError as error:
             logger.warning("beat: what was sent last could not be recorded: %s", error)
         self._leader.resign(why)
+
+
+def _hide_lost_exits() -> None:
+    """Keep Python from printing a ``SystemExit`` that is lost in a destructor.
+
+    Celery's result has a destructor that talks to the result backend, so that a stop in mid-tick
+    often meets it. :meth:`LeaderMixin.tick` raises the exception again.
+    """
+    show = sys.unraisablehook
+
+    def show_others(lost: sys.UnraisableHookArgs) -> None:
+        if not issubclass(lost.exc_type, SystemExit):
+            show(lost)
+
+    sys.unraisablehook = show_others

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -662,29 +663,63 @@ def test_a_stop_that_is_lost_is_a_stop_at_the_next_tick(
         beat.tick()
 
 
-def test_a_stop_in_mid_sending_is_no_error(
-    beats: Beats, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("where", ["send_task", "_round", "_load", "_record"])
+def test_a_stop_in_mid_tick_is_no_error(
+    beats: Beats, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
 ) -> None:
-    """The signal comes while the broker's client waits for an answer: its handler closes the beat,
-    and the client makes an error of its own of the handler's SystemExit.
+    """The signal comes while a client waits for an answer: its handler closes the beat, and the
+    client makes an error of its own of the handler's SystemExit.
     """
     beat = beats.make({"e": EVERY_MINUTE})
     beat.tick()
     due_now(beat, "e")
+    if where == "_load":
+        beat._fence = None
+    error = StoreUnavailable("gone") if where == "_record" else ValueError("the file is closed")
 
     def break_off(*_: Any, **__: Any) -> None:
+        monkeypatch.undo()
         try:
             beat.close()
             raise SystemExit
         finally:
-            raise ValueError("I/O operation on closed file.")
+            raise error
 
-    monkeypatch.setattr(beat, "send_task", break_off)
+    monkeypatch.setattr(beat, where, break_off)
     caplog.clear()
     with pytest.raises(SystemExit):
         beat.tick()
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert not row(beat).held
+
+
+def test_a_stop_in_a_destructor_shows_no_traceback(
+    on_sqlite: Beats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes while Celery's result, which nobody keeps, unsubscribes from the backend.
+    Python prints what a destructor raises; of the SystemExit, which comes again, it must not.
+    """
+    shown: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: shown.append(lost.exc_type))
+    beat = on_sqlite.make({"e": EVERY_MINUTE})
+    beat.tick()
+    due_now(beat, "e")
+
+    class Result:
+        id = "1"
+
+        def __del__(self) -> None:
+            beat.close()
+            raise SystemExit
+
+    monkeypatch.setattr(beat, "send_task", lambda *_, **__: Result())
+    beat.tick()
+    assert shown == []
+    with pytest.raises(SystemExit):
+        beat.tick()
+    # What destructors raise later is shown again.
+    Result()
+    assert shown == [SystemExit]
 
 
 class _Leading(LeaderMixin, Scheduler):

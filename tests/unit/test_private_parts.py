@@ -46,6 +46,8 @@ PYTHONS = {
     "_current_exceptions": "sys (run.interrupt)",
     "_current_frames": "sys (run.interrupt)",
 }
+#: Functions that others may replace, says Python's documentation.
+REPLACEABLE = {"sys.unraisablehook"}
 #: What shows the inside of a function. Only ``run.interrupt`` uses it, of functions of Python's.
 INSIDES = {"__code__", "__closure__", "__globals__", "co_freevars"}
 
@@ -123,8 +125,11 @@ def _replaced(node: ast.Assign, tree: ast.Module) -> Iterator[str]:
     value = ast.unparse(node.value)
     if value in functions or isinstance(node.value, ast.Lambda):
         for target in node.targets:
-            if isinstance(target, ast.Attribute) and not PRIVATE.fullmatch(target.attr):
-                yield f"{ast.unparse(target)} = {value}"
+            name = ast.unparse(target)
+            if isinstance(target, ast.Attribute) and not (
+                PRIVATE.fullmatch(target.attr) or name in REPLACEABLE
+            ):
+                yield f"{name} = {value}"
 
 
 def test_private_names_that_our_classes_override_are_those_in_compat() -> None:
