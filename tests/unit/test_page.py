@@ -292,9 +292,9 @@ def test_times_from_before_and_after_are_drawn_within() -> None:
 
 
 def test_two_thousand_are_not_all_drawn() -> None:
-    began = time.perf_counter()
+    began = time.thread_time()
     document = render(many())
-    assert time.perf_counter() - began < 2, "some 0.05 s where nothing else runs"
+    assert time.thread_time() - began < 2, "some 0.1 s of the processor's time"
     reader = Reader(document)
     assert "200 of 2,000 shown, filter for others" in reader.text
     assert "2,000 in all" in reader.text
