@@ -77,12 +77,6 @@ def make_store(
         store.close()
 
 
-@pytest.fixture(params=["libpq 17", "an older libpq"])
-def libpq(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "an older libpq":
-        monkeypatch.setattr(psycopg.capabilities, "has_cancel_safe", lambda: False)
-
-
 class TimeLimit(Exception):
     """Struck by a signal, as Celery's own is."""
 
@@ -125,7 +119,6 @@ def use_a_transaction(store: SqlStore) -> None:
         transaction.connection.exec_driver_sql("SELECT * FROM kv_store")
 
 
-@pytest.mark.usefixtures("libpq")
 def test_one_whose_answer_takes_too_long(
     server: Server, make_store: Callable[[float], SqlStore]
 ) -> None:
@@ -136,6 +129,20 @@ def test_one_whose_answer_takes_too_long(
                 acquire(store)
         server.wait_for_waiting(0)
     assert acquire(store)
+
+
+def test_with_an_older_libpq_nothing_is_cancelled_and_nobody_waits(
+    server: Server, server_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cancel request would hold up all threads and greenlets while the server is silent."""
+    monkeypatch.setattr(psycopg.capabilities, "has_cancel_safe", lambda: False)
+    store = open_store(server_url, "kv_store", 0.5)
+    with server.locked():
+        with pytest.raises(StoreUnavailable, match=r"no answer within 0\.5 s"):
+            acquire(store)
+        server.wait_for_waiting(1)
+    server.wait_for_waiting(0)
+    store.close()
 
 
 @pytest.mark.parametrize("setting", ["lock_timeout", "statement_timeout"])

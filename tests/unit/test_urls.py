@@ -269,3 +269,12 @@ def test_psycopg_is_asked_for_the_options_that_it_knows() -> None:
     """What the package checks is what the driver does."""
     with pytest.raises(psycopg.ProgrammingError, match="invalid connection option"):
         psycopg.connect("", charset="utf8")
+
+
+@pytest.mark.parametrize("version", ["3.1.20", "3.2.13"])
+def test_a_psycopg_that_waits_for_a_silent_server_for_ever_is_refused(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psycopg, "__version__", version)
+    with pytest.raises(ImproperlyConfigured, match=rf"psycopg {version} .*3\.3 or later"):
+        make_engine(parse_url("postgresql://h/db"), 2.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import threading
 import time
 from collections.abc import Generator
 from typing import Any
@@ -33,9 +32,9 @@ ACTIVE = psycopg.pq.TransactionStatus.ACTIVE
 LONGEST_CANCEL = 0.5
 #: The same, as a part of what an answer may take.
 CANCEL_PART = 0.25
-#: Threads at most that send a cancel request: what is more must be a server that is silent.
-CANCELLERS = 4
-CANCELLER = "singleton-cancel"
+#: The first release of psycopg that says when it hears nothing: with one before it, a statement
+#: waits for a silent server until TCP gives up.
+OLDEST = (3, 3)
 
 
 class Connection(psycopg.Connection[Any]):
@@ -43,9 +42,9 @@ class Connection(psycopg.Connection[Any]):
 
     TCP's own time-outs do not see a proxy that acknowledges and never answers.
 
-    A statement that is given up is cancelled. A server that waits for a lock, or for a standby,
-    does not notice that its client has closed the connection, so each try would leave one more of
-    the server's processes behind, until no application gets a connection.
+    A statement that is given up is cancelled, by libpq 17 and later. A server that waits for a
+    lock, or for a standby, does not notice that its client has closed the connection, so each try
+    would leave one more of the server's processes behind, until no application gets a connection.
     """
 
     #: Seconds; ``None``: for ever.
@@ -84,21 +83,12 @@ class Connection(psycopg.Connection[Any]):
         """
         if self.pgconn.transaction_status != ACTIVE or os.getpid() != self._owner:
             return
+        # Before libpq 17 a cancel request holds the whole process up while the server is silent.
+        if not psycopg.capabilities.has_cancel_safe():
+            return
         # Nothing more can be done about a server that is not reached, and closing must not fail.
         with contextlib.suppress(psycopg.Error, OSError, RuntimeError):
-            if psycopg.capabilities.has_cancel_safe():
-                self.cancel_safe(timeout=self.cancel_timeout)
-            else:
-                self._cancel_in_a_thread()
-
-    def _cancel_in_a_thread(self) -> None:
-        """Before libpq 17 a cancel request blocks its thread while the server is silent."""
-        if sum(thread.name == CANCELLER for thread in threading.enumerate()) >= CANCELLERS:
-            return
-        cancel = self.pgconn.get_cancel()
-        thread = threading.Thread(target=_send, args=(cancel,), name=CANCELLER, daemon=True)
-        thread.start()
-        thread.join(self.cancel_timeout)
+            self.cancel_safe(timeout=self.cancel_timeout)
 
     def _impatient(self, gen: Any, patience: float) -> Generator[Any, Any, Any]:
         try:
@@ -140,6 +130,11 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
 
     :raises ImproperlyConfigured: what it says is not allowed.
     """
+    if tuple(map(int, psycopg.__version__.split(".")[:2])) < OLDEST:
+        raise ImproperlyConfigured(
+            f"psycopg {psycopg.__version__} does not say when a server stays silent; "
+            "3.3 or later is needed: pip install 'celery-singleton-state[postgresql]'"
+        )
     query = _options(url)
     wanted = query.pop("prepare_threshold", None)
     _refuse_wrong_values(url, query)
@@ -203,11 +198,6 @@ def _refuse_wrong_values(url: URL, query: dict[str, Any]) -> None:
     for name in NUMBERS:
         if name in query and not str(query[name]).isdecimal():
             raise ImproperlyConfigured(f"singleton_store_url: {name} takes a whole number")
-
-
-def _send(cancel: psycopg.pq.abc.PGcancel) -> None:
-    with contextlib.suppress(psycopg.Error):
-        cancel.cancel()
 
 
 def _threshold(wanted: Any) -> int | None:
