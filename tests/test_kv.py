@@ -192,6 +192,12 @@ def test_a_value_of_one_type_that_would_come_back_changed_is_refused(app: Celery
     assert typed.get("k") == {42: [1]}
 
 
+def test_a_type_without_a_name_is_named_all_the_same(app: Celery) -> None:
+    typed = KeyValueStore.from_app(app).for_schema(int | None)
+    with pytest.raises(KeyValueStoreError, match=r"does not fit int \| None: TypeError"):
+        typed.set("k", object())
+
+
 def test_a_key_that_no_text_can_hold(kv: KeyValueStore) -> None:
     with pytest.raises(KeyValueStoreError):
         kv.set("\ud800", 1)

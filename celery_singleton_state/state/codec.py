@@ -8,6 +8,7 @@ else.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib
@@ -25,6 +26,9 @@ S = TypeVar("S")
 
 #: The JSON of "no state yet": no schema has it as a value.
 NO_STATE = "null"
+
+#: How often a state is written that changes meanwhile, before a copy is.
+TRIES = 3
 
 #: A raw value of version n in, one of version n + 1 out.
 Migration = Callable[[Any], Any]
@@ -76,8 +80,14 @@ class Codec(Generic[S]):
         self._round_trip = round_trip
         self._dump, self._parse = _pydantic(schema) if _is_pydantic(schema) else _msgspec(schema)
         self._is_flat = bool(_names_of_flat(schema))
-        # A TypedDict has no defaults of its own, so its initial state stands for them.
-        self._defaults = is_typeddict(schema) and initial is not None
+        self._read = self._parse
+        if is_typeddict(schema) and initial is not None:
+            # It has no defaults of its own, so its initial state stands for them.
+            self._read = self._filled
+            own: Any = schema
+            self._keys: frozenset[str] = own.__required_keys__ | own.__optional_keys__
+            #: Those that the initial state has, as far as they matter.
+            self._defaults: frozenset[str] | None = None
 
     def initial(self) -> S:
         """A new initial state, shared with nobody.
@@ -106,7 +116,7 @@ class Codec(Generic[S]):
             document = raw.encode()
             if stored != self.version:
                 document = self._migrate(document, stored)
-            return self._parse(self._filled(document) if self._defaults else document)
+            return self._read(document)
         except FROM_OUTSIDE:
             raise
         except Exception as error:
@@ -115,34 +125,74 @@ class Codec(Generic[S]):
     def encode(self, state: S) -> str:
         """The JSON of a state, shown to be read as the same state again.
 
+        Threads of the body can change the state between its writing and the comparison. If two
+        documents of it differ, it is such a state, and is written again, at last from a copy.
+
         :raises StateError: the state does not fit the schema, or would come back changed.
         """
+        earlier = error = None
+        try:
+            for _ in range(TRIES):
+                document, error = self._checked(state)
+                if error is None:
+                    return document.decode()
+                if document and document == earlier:
+                    raise error
+                earlier = document
+            document, error = self._checked(self._copy_of(state))
+            if error is None:
+                return document.decode()
+            raise error
+        finally:
+            # It refers to this frame, and so to the state.
+            del error
+
+    def _checked(self, state: S) -> tuple[bytes, StateError | None]:
+        """Write a state, and read it back: its document, and why it must not be stored, if so."""
+        document = b""
         try:
             document = self._dump(state)
-            read = self._read_back(state, document)
+            read = self._read(document)
             is_same = not self._round_trip or (self._is_flat and _are_same_at_sight(state, read))
             changed = None if is_same else difference(state, read, "state")
         except FROM_OUTSIDE:
             raise
-        except RecursionError as error:
-            raise StateError("the state is nested too deeply, or holds itself") from error
         except Exception as error:
-            raise _misfit(f"the state does not fit {self.schema.__name__}", error) from error
+            return document, self._why_it_does_not_fit(state, document, error)
         if changed:
-            raise StateError(f"the state would not come back the same: {changed}")
-        return document.decode()
+            return document, StateError(f"the state would not come back the same: {changed}")
+        return document, None
 
-    def _read_back(self, state: S, document: bytes) -> S:
+    def _why_it_does_not_fit(self, state: S, document: bytes, error: Exception) -> StateError:
+        if isinstance(error, RecursionError):
+            return _caused("the state is nested too deeply, or holds itself", error)
+        found = None
+        if document:
+            # The schema's own error tells of a null, and not what was written as null.
+            with contextlib.suppress(RuntimeError):
+                found = not_finite(state, "state")
+        name = getattr(self.schema, "__name__", str(self.schema))
+        return _misfit(f"the state does not fit {name}", ValueError(found) if found else error)
+
+    def _copy_of(self, state: S) -> S:
+        """A state as it is at one moment, or nearly so, that no other thread changes.
+
+        :raises StateError: there is no way to it.
+        """
         try:
-            return self._parse(self._filled(document) if self._defaults else document)
+            return copy.deepcopy(state)
+        except FROM_OUTSIDE:
+            raise
+        except Exception:  # of locks and the like, or of a dict that grows meanwhile
+            return self._read_of_moving(state)
+
+    def _read_of_moving(self, state: S) -> S:
+        try:
+            return self._read(self._dump(state))
         except FROM_OUTSIDE:
             raise
         except Exception as error:
-            # The schema's own error tells of a null, and not what was written as null.
-            found = not_finite(state, "state")
-            if found is None:
-                raise
-            raise ValueError(found) from error
+            raise self._why_it_does_not_fit(state, b"", error) from error
 
     def _migrate(self, document: bytes, stored: int) -> bytes:
         steps = [n for n in range(stored, self.version) if n in self._migrations]
@@ -153,9 +203,27 @@ class Codec(Generic[S]):
             value = self._migrations[n](value)
         return msgspec.json.encode(value)
 
-    def _filled(self, document: bytes) -> bytes:
-        value = msgspec.json.decode(document, type=dict[str, Any])
-        return msgspec.json.encode(msgspec.to_builtins(self.initial()) | value)
+    def _filled(self, document: bytes) -> S:
+        """Read a document; what it lacks comes from the initial state."""
+        try:
+            read: Any = self._parse(document)
+        except msgspec.ValidationError:
+            read = msgspec.json.decode(document, type=dict[str, msgspec.Raw])
+            if not self._lacks(read):
+                raise
+        else:
+            if not self._lacks(read):
+                return read  # type: ignore[no-any-return]
+        values = msgspec.json.decode(document, type=dict[str, msgspec.Raw])
+        initial = msgspec.to_builtins(self.initial())
+        return self._parse(msgspec.json.encode(initial | values))
+
+    def _lacks(self, read: Mapping[str, Any]) -> bool:
+        """Whether a key is missing that the initial state has."""
+        missing = self._keys - read.keys()
+        if missing and self._defaults is None:
+            self._defaults = self._keys & set(self.initial())  # type: ignore[call-overload]
+        return bool(missing and missing & (self._defaults or frozenset()))
 
 
 def _msgspec(schema: type[S]) -> tuple[Callable[[S], bytes], Callable[[bytes], S]]:
@@ -201,10 +269,11 @@ def _with_defaults(value: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         fields = dataclasses.fields(kind)
         return {field.name: _with_defaults(getattr(value, field.name)) for field in fields}
+    # Other threads can add to them meanwhile.
     if isinstance(value, dict):
-        return {key: _with_defaults(each) for key, each in value.items()}
+        return {key: _with_defaults(each) for key, each in list(value.items())}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_with_defaults(each) for each in value]
+        return [_with_defaults(each) for each in list(value)]
     return value
 
 
@@ -232,11 +301,29 @@ def _pydantic(schema: Any) -> tuple[Callable[[S], bytes], Callable[[bytes], S]]:
     def dump(state: S) -> bytes:
         # For a round trip it leaves out computed fields, which would come back as extra ones.
         document: bytes = to_json(state, by_alias=True, round_trip=True)
+        if b"NaN" in document or b"Infinity" in document:
+            _refuse_constants(document)
         return document
 
     return dump, schema.model_validate_json
 
 
+def _refuse_constants(document: bytes) -> None:
+    """:raises ValueError: it has NaN or an infinity, which no other reader of JSON knows."""
+    try:
+        msgspec.json.decode(document)
+    except msgspec.DecodeError as error:
+        raise ValueError(
+            "JSON has neither NaN nor infinity: use None, or ser_json_inf_nan='strings'"
+        ) from error
+
+
 def _misfit(what: str, error: Exception) -> StateError:
     """Whatever a schema, a migration or a codec of the user's raised, in our words."""
-    return StateError(f"{what}: {type(error).__name__}: {error}")
+    return _caused(f"{what}: {type(error).__name__}: {error}", error)
+
+
+def _caused(text: str, error: Exception) -> StateError:
+    made = StateError(text)
+    made.__cause__ = error
+    return made

@@ -6,7 +6,7 @@ set as a list and NaN as ``None``, and a validator can change what the schema do
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date, datetime, time
 from decimal import Decimal
 from enum import Enum
@@ -14,7 +14,7 @@ from math import isfinite
 from typing import Any
 from uuid import UUID
 
-from .same import LOST, SCALARS, fields_of, other_attributes, same, same_other
+from .same import LOST, SCALARS, changed_attributes, fields_of, is_as_good, same
 
 #: How many characters of a value an error shows.
 _SHOWN = 40
@@ -44,9 +44,13 @@ _BY_SCHEMA = "a validator, converter or serializer of the schema, or what it exc
 
 def _described(one: Any, other: Any, path: str) -> str:
     """Where two values differ first, how, and what to do about it."""
-    while (part := _changed_part(one, other)) is not None:
+    owner, step, is_same = None, "", same
+    while (part := _changed_part(one, other, is_same)) is not None:
+        owner = one
         step, one, other = part
         path += step
+        if step[1:] not in (fields_of(type(owner)) or (step[1:],)):
+            is_same = is_as_good
     if isinstance(one, dict) and type(one) is type(other):
         key, its = _changed_key(one, other)
         if key is not LOST:
@@ -54,10 +58,19 @@ def _described(one: Any, other: Any, path: str) -> str:
         new = next((key for key in other if key not in one), LOST)
         if new is not LOST:
             return f"{path}[{_text(new)}]: the schema or initial_state adds this key at each load"
-    return f"{path}: {_change(one, other)}"
+    change = f"{path}: {_change(one, other)}"
+    if not step.startswith("._"):
+        return change
+    if hasattr(type(owner), "__attrs_attrs__"):
+        return f"{change.partition('; ')[0]}; fields that begin with an underscore are not stored"
+    if step[1:] in (getattr(owner, "__private_attributes__", None) or ()):
+        return f"{change.partition('; ')[0]}; private attributes are not stored, make it a field"
+    return change
 
 
-def _changed_part(one: Any, other: Any) -> tuple[str, Any, Any] | None:
+def _changed_part(
+    one: Any, other: Any, is_same: Callable[[Any, Any], bool]
+) -> tuple[str, Any, Any] | None:
     """The first part that differs; ``None`` if a value differs as a whole, or in its keys."""
     if (
         isinstance(one, dict)
@@ -65,7 +78,7 @@ def _changed_part(one: Any, other: Any) -> tuple[str, Any, Any] | None:
         and _changed_key(one, other)[0] is not LOST
     ):
         return None
-    return next((part for part in _parts(one, other) if not same(*part[1:])), None)
+    return next((part for part in _parts(one, other) if not is_same(*part[1:])), None)
 
 
 def _parts(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -77,9 +90,8 @@ def _parts(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
     if names is not None:
         for name in names:
             yield f".{name}", getattr(one, name), getattr(other, name)
-        for name, mine, its in other_attributes(one, other, names):
-            if not same_other(mine, its):
-                yield f".{name}", mine, its
+        for name, mine, its in changed_attributes(one, other, names):
+            yield f".{name}", mine, its
     elif isinstance(one, dict):
         for key, value in one.items():
             yield f"[{_text(key)}]", value, other.get(key, LOST)

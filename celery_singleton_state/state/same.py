@@ -7,22 +7,27 @@ class makes of it. Three judgements:
   so both are the same, as long as a float is exact.
 - A time in a zone with daylight saving time is read with a fixed offset. That is not the same:
   one day later it is another hour.
-- An attribute that is no field must be the same too: ``__post_init__`` may make it. What
-  ``cached_property`` or another descriptor keeps on the object need not be: it is computed again.
+- An attribute that is no field must be there again, because ``__post_init__`` may make it: data
+  must be equal, and any other object, such as a lock or the parent of a part, of the same type.
+  What ``cached_property`` or another descriptor keeps on the object need not be: it is computed
+  again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from datetime import datetime, time, tzinfo
+from datetime import date, datetime, time, timedelta, tzinfo
 from decimal import Decimal
 from enum import Enum
 from functools import lru_cache
 from math import copysign
 from operator import attrgetter
+from types import MemberDescriptorType
 from typing import Any
+from uuid import UUID
 
 import msgspec
 
@@ -36,6 +41,9 @@ SCALARS = _ATOMS | {float}
 _MANY = 16
 #: Up to here each int is a float.
 _EXACT_AS_FLOAT = 2**53
+#: Types of data that an attribute which is no field must have again, and what may hold it.
+_DATA = (str, int, float, bytes, type(None), date, time, timedelta, Decimal, UUID, Enum)
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 #: Stands for a part that one value has and the other lacks.
 LOST = object()
 
@@ -85,19 +93,18 @@ def _comparer_of_fields(kind: type, names: tuple[str, ...]) -> Callable[[Any, An
     known = frozenset(names)
     get = _getter(names)
     has_dict = kind.__dictoffset__ != 0
+    has_slots = not known.issuperset(_slots(kind))
     is_pydantic = _is_pydantic(kind)
 
     def compare(one: Any, other: Any) -> bool:
         if not _same_items(get(one), get(other)):
             return False
-        has_others = has_dict and not (
-            one.__dict__.keys() <= known and other.__dict__.keys() <= known
+        has_others = has_slots or (
+            has_dict and not (one.__dict__.keys() <= known and other.__dict__.keys() <= known)
         )
         if is_pydantic and not has_others:
             has_others = _has_more(one) or _has_more(other)
-        return not has_others or all(
-            same_other(mine, its) for _, mine, its in other_attributes(one, other, known)
-        )
+        return not has_others or not any(changed_attributes(one, other, known))
 
     return compare
 
@@ -115,32 +122,84 @@ def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
     return get if len(names) > 1 else lambda one: (get(one),)
 
 
-def other_attributes(
+def changed_attributes(
     one: Any, other: Any, known: Collection[str]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """The attributes that are no fields: of both objects, ``LOST`` where one has none."""
+    """The attributes, fields apart, that differ as far as it matters: each by its name, with the
+    value that it has and the one that it comes back as, ``LOST`` where there is none.
+
+    :param known: the names of the fields.
+    """
     mine, its = _attributes(one), _attributes(other)
+    # These are in the document.
+    extra = getattr(one, "__pydantic_extra__", None) or {}
     for name in mine | its:
-        if name not in known and not _is_computed(type(one), name):
-            yield name, mine.get(name, LOST), its.get(name, LOST)
+        if name in known or _is_computed(type(one), name):
+            continue
+        pair = mine.get(name, LOST), its.get(name, LOST)
+        if not (same(*pair) if name in extra else is_as_good(*pair)):
+            yield name, *pair
 
 
 def _attributes(one: Any) -> dict[str, Any]:
-    """What an object's dict holds, and what a pydantic model keeps beside it."""
+    """What an object's dict and slots hold, and what a pydantic model keeps beside them."""
     found: dict[str, Any] = dict(getattr(one, "__dict__", {}))
+    kind: Any = type(one)
+    for name in _slots(kind):
+        value = getattr(one, name, LOST)
+        if value is not LOST:
+            found[name] = value
     for name in ("__pydantic_private__", "__pydantic_extra__"):
         found |= getattr(one, name, None) or {}
     return found
 
 
+@lru_cache(1024)
+def _slots(kind: Any) -> tuple[str, ...]:
+    """The names of a class's slots that its author wrote.
+
+    Those of an attrs class are its fields, and what ``cached_property`` keeps.
+    """
+    return tuple(
+        name
+        for base in kind.__mro__
+        if "__slots__" in vars(base) and "__attrs_attrs__" not in vars(base)
+        for name, found in vars(base).items()
+        if isinstance(found, MemberDescriptorType) and not name.startswith("__")
+    )
+
+
 def _is_computed(kind: type, name: str) -> bool:
     of_class = inspect.getattr_static(kind, name, None)
-    return name.startswith("__") or hasattr(type(of_class), "__get__")
+    is_slot = isinstance(of_class, MemberDescriptorType)
+    return name.startswith("__") or (hasattr(type(of_class), "__get__") and not is_slot)
 
 
-def same_other(one: Any, other: Any) -> bool:
-    """Whether an attribute that is no field is the same; a new lock is as good as the old."""
-    return (type(one) is type(other) and _is_opaque(one)) or same(one, other)
+def is_as_good(one: Any, other: Any) -> bool:
+    """Whether an attribute that is no field is the same: data equal, all else of the same type."""
+    return _is_as_good(one, other, set())
+
+
+def _is_as_good(one: Any, other: Any, seen: set[int]) -> bool:
+    """The same.
+
+    :param seen: the ids of containers that are being compared, or were.
+    """
+    if type(one) is not type(other):
+        return False
+    if not isinstance(one, _CONTAINERS):
+        return not isinstance(one, _DATA) or same(one, other)
+    if id(one) in seen:
+        return True
+    seen.add(id(one))
+    if len(one) != len(other):
+        return False
+    if isinstance(one, dict) and _same_sets(one, other):
+        return all(_is_as_good(value, other[key], seen) for key, value in one.items())
+    if isinstance(one, set | frozenset):
+        return _same_sets(one, other) or not all(isinstance(each, _DATA) for each in one)
+    parts = (one.items(), other.items()) if isinstance(one, dict) else (one, other)
+    return all(_is_as_good(mine, its, seen) for mine, its in zip(*parts, strict=True))
 
 
 def _is_opaque(one: Any) -> bool:
@@ -245,7 +304,7 @@ def _same_objects(one: Any, other: Any) -> bool:
 _COMPARERS: tuple[tuple[Any, Callable[[Any, Any], bool]], ...] = (
     (Enum, _same_members),
     (dict, _same_dicts),
-    ((list, tuple), _same_items),
+    ((list, tuple, deque), _same_items),
     ((set, frozenset), _same_sets),
     (float, _same_floats),
     ((datetime, time), _same_times),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 import threading
 import warnings
 from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
@@ -203,6 +205,182 @@ def test_an_attribute_that_is_no_field_is_not_lost_in_silence() -> None:
         saved(state)
 
 
+@dataclass
+class Node:
+    name: Any = ""
+    kids: list[Node] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for kid in self.kids:
+            kid.parent = self  # type: ignore[attr-defined]
+
+
+def test_what_post_init_makes_anew_need_not_be_equal() -> None:
+    """A back reference, and what threads wait for."""
+    assert saved(Node("a", [Node("b")])).kids[0].parent.name == "a"
+    with pytest.raises(StateError, match=r"state\.kids\[0\]\.name: tuple comes back as list"):
+        saved(Node("a", [Node((1,))]))
+
+    @dataclass
+    class Waited:
+        n: int = 0
+
+        def __post_init__(self) -> None:
+            self.changed = threading.Condition()
+            self.done = threading.Event()
+            self.rng = random.Random()
+            self.known: dict[str, Any] = {"lock": threading.Lock(), "at": date(2026, 1, 2)}
+            self.circle: list[Any] = [self.n, self.known]
+            self.circle.append(self.circle)
+
+    state = Waited()
+    state.done.set()
+    assert saved(state).circle[0] == 0
+    state.known["at"] = date(2026, 1, 3)
+    with pytest.raises(StateError, match=r"state\.known\['at'\]: date comes back as another date"):
+        saved(state)
+    state = Waited()
+    state.circle[0] = 7
+    with pytest.raises(StateError, match=r"state\.circle\[0\]: 7 comes back as 0"):
+        saved(state)
+    state = Waited()
+    state.known["more"] = object()
+    with pytest.raises(StateError, match=r"state\.known\['more'\]: .* does not come back"):
+        saved(state)
+
+
+def test_a_slot_that_is_no_field_is_not_lost_in_silence() -> None:
+    class Base:
+        __slots__ = ("cache",)
+
+    @dataclass
+    class Cursor(Base):
+        __slots__ = ("n",)
+        n: int
+
+    @attrs.define
+    class Own:
+        n: int = 0
+
+        @functools.cached_property
+        def square(self) -> tuple[int]:
+            return (self.n**2,)
+
+    state = Cursor(3)
+    assert saved(state).n == 3
+    state.cache = [1]  # type: ignore[attr-defined]
+    with pytest.raises(StateError, match=r"state\.cache: list does not come back; make it a field"):
+        saved(state)
+    computed = Own(3)
+    assert computed.square == (9,)  # it is kept in a slot
+    assert saved(computed).n == 3
+
+
+def test_a_field_that_is_never_stored_says_so() -> None:
+    @attrs.define
+    class Private:
+        _n: int = 0
+
+    class Kept(pydantic.BaseModel):
+        _n: int = 0
+
+    for state, told_of in (
+        (Private(3), "fields that begin with an underscore"),
+        (Kept(), "private attributes"),
+    ):
+        saved(type(state)())
+        state._n = 3
+        with pytest.raises(StateError, match=rf"state\._n: 3 comes back as 0; {told_of} are not"):
+            saved(state)
+
+
+def test_a_model_does_not_write_what_is_no_json() -> None:
+    class Measured(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(ser_json_inf_nan="constants")
+        mean: float = 0.0
+        text: str = ""
+
+    assert saved(Measured(text="NaN, Infinity")).text == "NaN, Infinity"
+    for mean in (math.nan, -math.inf):
+        with pytest.raises(StateError, match="JSON has neither NaN nor infinity"):
+            saved(Measured(mean=mean))
+
+
+class Moving(Codec[Any]):
+    """A codec of a state that a thread of the body changes, just after each of so many writings."""
+
+    def __init__(self, live: Any, times: float, change: Callable[[Any], None]) -> None:
+        super().__init__(type(live))
+        dump, self.left = self._dump, times
+
+        def dump_and_change(state: Any) -> bytes:
+            document = dump(state)
+            if self.left > 0:
+                self.left -= 1
+                change(live)
+            return document
+
+        self._dump = dump_and_change
+
+
+def count(state: Any) -> None:
+    state.number += 1
+    state.by_number[state.number] = ""
+
+
+@pytest.mark.parametrize("times", [1, 2, math.inf])
+def test_a_state_that_a_thread_changes_while_it_is_saved_is_saved(times: float) -> None:
+    """The body saves, a thread of it counts on: written, counted, read back, compared."""
+    state = Typed()
+    codec = Moving(state, times, count)
+    # The document's own counts belong together.
+    again = codec.decode(codec.encode(state), 1)
+    assert list(again.by_number) == list(range(1, again.number + 1))
+
+
+def test_a_state_that_cannot_be_copied_and_moves_all_the_time_is_saved() -> None:
+    @dataclass
+    class Locked:
+        number: int = 0
+        by_number: dict[int, str] = field(default_factory=dict)
+
+        def __post_init__(self) -> None:
+            self.lock = threading.Lock()
+
+    state = Locked()
+    codec = Moving(state, math.inf, count)
+    assert codec.decode(codec.encode(state), 1).number > 0
+
+
+def test_a_state_that_moves_is_refused_for_what_is_wrong_all_the_time() -> None:
+    def change(state: Any) -> None:
+        state.value["count"] += 1
+
+    state = Untyped({"count": 0, 42: "a"})
+    codec = Moving(state, math.inf, change)
+    with pytest.raises(StateError, match=r"state\.value\[42\]: the key 42 \(int\) comes back as"):
+        codec.encode(state)
+
+
+def test_a_dict_that_grows_while_it_is_written_or_compared_is_written_again() -> None:
+    """A thread adds a key after each key of it that was written or looked at."""
+
+    @dataclass
+    class Growing:
+        parts: dict[str, Part] = field(default_factory=dict)
+        left: int = 0
+
+        def __getattribute__(self, name: str) -> Any:
+            parts = object.__getattribute__(self, "parts")
+            if name == "parts" and self.left > 0:
+                self.left -= 1
+                parts[str(len(parts))] = Part()
+            return object.__getattribute__(self, name)
+
+    state = Growing({"a": Part()}, 2)
+    assert saved(state).parts.keys() >= {"a"}
+
+
 def test_what_a_schemas_own_code_changes_is_refused() -> None:
     @dataclass
     class Upper:
@@ -275,6 +453,32 @@ def test_a_key_that_a_typed_dict_lacks_or_adds() -> None:
         saved({"n": 1, "more": 2}, Strict)
     with pytest.raises(StateError, match=r"state\['any'\]: the schema or initial_state adds"):
         Codec(Dict, initial={"n": 1, "any": 2}).encode({"n": 5})
+
+
+def test_an_initial_state_is_asked_only_for_keys_that_are_missing() -> None:
+    class Cursor(TypedDict, total=False):
+        n: int
+        seen: dict[str, int]
+        note: str
+
+    asked: list[int] = []
+
+    def initial() -> Cursor:
+        asked.append(1)
+        if len(asked) > 2:
+            raise ConnectionError("the server of the settings is away")
+        return {"n": 0, "seen": {}}
+
+    codec = Codec(Cursor, initial)
+    for n in range(3):
+        # What the initial state does not have may be missing.
+        assert codec.decode(codec.encode({"n": n, "seen": {}}), 1) == {"n": n, "seen": {}}
+    assert asked == [1]
+    assert codec.decode('{"n":2}', 1) == {"n": 2, "seen": {}}
+    assert asked == [1, 1]
+    with pytest.raises(StateError, match="ConnectionError: the server of the settings"):
+        codec.decode('{"n":2}', 1)
+    codec.encode({"n": 2, "seen": {}})
 
 
 def test_fields_are_compared_whatever_the_class_calls_equal() -> None:
