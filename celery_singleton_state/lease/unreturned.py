@@ -123,11 +123,11 @@ class Unreturned:
         """Ask the store to take a lease back; returns whether it has answered."""
         try:
             released = lease.store.give_back(lease.key, lease.holder)
-        except (StoreUnavailable, StoreMisconfigured) as error:
-            logger.warning("%s: not given back yet: %s", lease.key, error)
-            lease.is_unsure = True
-            return False
-        except StoreRefusesValue:
+        except (StoreUnavailable, StoreMisconfigured, StoreRefusesValue) as error:
+            if not getattr(error, "is_of_text", False):
+                logger.warning("%s: not given back yet: %s", lease.key, error)
+                lease.is_unsure = True
+                return False
             # The store can have no such key, and so no lease of it.
             released = None
         except Exception as error:  # whatever it is, the other leases still need this thread

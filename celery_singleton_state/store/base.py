@@ -29,7 +29,13 @@ class StoreUnavailable(StoreError):
 class StoreRefusesValue(StoreError):
     """The store cannot hold what it was given: its encoding lacks a character, it is too large, out
     of range, or refused by a check. Nothing was changed, and the same request fails again.
+
+    :param is_of_text: whether a text has a character that the store's encoding lacks.
     """
+
+    def __init__(self, text: str, is_of_text: bool = False) -> None:
+        super().__init__(text)
+        self.is_of_text = is_of_text
 
 
 class StoreNotReady(StoreError):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from celery import Celery, signals
 
-from celery_singleton_state import SchemaDecodeFailed, singleton_task
+from celery_singleton_state import SchemaDecodeFailed, StatePersistFailed, singleton_task
 from celery_singleton_state.history import decode
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Row
@@ -19,6 +19,8 @@ from celery_singleton_state.ticks import task_id_of
 from tests.conftest import _apps, url_on
 from tests.runs.test_beat import EVERY_MINUTE, Beats, due_now, stored
 from tests.stores.test_refused_values import LARGEST, ODD, with_small_packets
+from tests.test_migrate import execute
+from tests.waiting import wait_until
 
 POLISH = "Łódź"
 
@@ -192,6 +194,51 @@ def test_a_fence_at_its_largest_fails_at_once_and_says_what_to_do(app: Celery) -
     assert isinstance(result.result, SchemaDecodeFailed)
     assert "UPDATE kv_store SET fence = 0" in str(result.result)
     assert len(ran) == 1
+
+
+#: A trigger that stops all writes, and what ends it.
+MAINTENANCE = {
+    "postgresql": (
+        "CREATE FUNCTION stop() RETURNS trigger LANGUAGE plpgsql"
+        " AS $$ BEGIN RAISE EXCEPTION 'back at noon'; END $$",
+        "CREATE TRIGGER stop BEFORE INSERT OR UPDATE ON kv_store"
+        " FOR EACH ROW EXECUTE FUNCTION stop()",
+    ),
+    "mariadb": (
+        "CREATE TRIGGER stop BEFORE UPDATE ON kv_store FOR EACH ROW"
+        " SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'back at noon'",
+    ),
+    "sqlite": (
+        "CREATE TRIGGER stop BEFORE UPDATE ON kv_store"
+        " BEGIN SELECT RAISE(ABORT, 'back at noon'); END",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(MAINTENANCE))
+def test_a_trigger_that_stops_writes_for_a_while_is_an_outage(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """It is there from the middle of a body on: the lease is given back when it is gone."""
+    url = url_on(name, request, tmp_path)
+    ran: list[int] = []
+
+    def body(self: Any) -> None:
+        self.state.visits += 1
+        ran.append(self.state.visits)
+        if len(ran) == 1:
+            execute(url, *MAINTENANCE[name])
+
+    for make in _apps(url):
+        app = make(singleton_heartbeat_interval=0.1)
+        task = task_of(app, body, lease_ttl=60.0)
+        result = task.apply()
+        assert isinstance(result.result, StatePersistFailed), result.result
+        assert "back at noon" in str(result.result)
+        execute(url, "DROP TRIGGER stop" + " ON kv_store" * (name == "postgresql"))
+        wait_until(lambda app=app: row(app).holder is None, "the process gives the lease back")
+        assert task.apply().successful()
+    assert ran == [1, 1]
 
 
 def test_a_producer_sends_what_it_cannot_note_as_queued(

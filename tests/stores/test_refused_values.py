@@ -9,13 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pymysql
 import pytest
 import redis
 from sqlalchemy import event
 
 from celery_singleton_state import KeyValueStore, KeyValueStoreError
 from celery_singleton_state.migrations.open_store import open_store
-from celery_singleton_state.store.base import Ended, Leases, NewValue, StoreRefusesValue, Write
+from celery_singleton_state.store.base import (
+    Ended,
+    Leases,
+    NewValue,
+    StoreMisconfigured,
+    StoreRefusesValue,
+    Write,
+)
 from celery_singleton_state.store.redis.store import RedisStore
 from celery_singleton_state.store.sql.store import SqlStore
 from tests.conftest import url_on
@@ -271,6 +279,23 @@ def test_a_column_that_lacks_characters_is_named_at_start(
         store.check()
     store.close()
     assert "value (latin1) of table kv_store" in caplog.text
+
+
+def test_a_way_to_log_in_that_needs_a_package_is_no_outage(
+    mariadb_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyMySQL without cryptography, and a user of MySQL 8's own plugin."""
+    store = open_store(mariadb_url, "kv_store", 2.0, auto_migrate=True)
+    store.engine.dispose()
+
+    def connect(*_: object) -> None:
+        raise RuntimeError("'cryptography' package is required for caching_sha2_password")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pymysql.connections.Connection, "connect", connect)
+        with pytest.raises(StoreMisconfigured, match=r"'cryptography' package .*pymysql"):
+            store.acquire("k", "a", 60, None)
+    store.close()
 
 
 @pytest.mark.parametrize("name", ["sqlite", "sql_ascii"])

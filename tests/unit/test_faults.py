@@ -29,6 +29,10 @@ def of_state(state: str | None, text: str = "a text in any language") -> psycopg
     return kind(text)
 
 
+def of_number(number: int) -> pymysql.Error:
+    return pymysql.OperationalError(number, "a text")
+
+
 def of_code(code: int) -> sqlite3.Error:
     error = sqlite3.OperationalError("a text")
     error.sqlite_errorcode = code
@@ -40,7 +44,8 @@ def of_code(code: int) -> sqlite3.Error:
     [
         ("08000 08003 08006 08001 40001 40P01 53000 53100 53200 53300", PASSES),
         ("55P03 55006 57014 57P01 57P02 57P03 57P05 58000 58030 25006 25P03 XX000 XX001", PASSES),
-        ("22021 22P05 22001 22003 22P02 22P03 22023 23514 44000 54000 54001 P0001", IS_REFUSED),
+        ("P0001 P0002 P0004 38000 39000", PASSES),
+        ("22021 22P05 22001 22003 22P02 22P03 22023 23514 44000 54000 54001", IS_REFUSED),
         ("28000 28P01 3D000 42501 42601 42804 42883 42P10 23502 23505 0A000", IS_SET_UP_WRONG),
         ("42P01 42703 3F000", StoreNotReady),
     ],
@@ -82,15 +87,16 @@ def test_a_plan_that_a_migration_has_outdated_passes() -> None:
 @pytest.mark.parametrize(
     ("numbers", "kind"),
     [
-        ((1040, 1205, 1213, 1317, 1927, 2002, 2003, 2006, 2013, 1792, 1836, 3024), PASSES),
+        ((1040, 1205, 1213, 1317, 1927, 2002, 2003, 2006, 2013, 1792, 1836, 3024, 1644), PASSES),
         ((1366, 1406, 1264, 1690, 1153, 1301, 1118, 1267, 1292, 3140, 3819, 4025), IS_REFUSED),
-        ((1045, 1049, 1044, 1142, 1364, 1064), IS_SET_UP_WRONG),
+        ((1180, 3100), IS_REFUSED),
+        ((1045, 1049, 1044, 1142, 1364, 1064, 2061), IS_SET_UP_WRONG),
         ((1146, 1054), StoreNotReady),
     ],
 )
 def test_mysqls_numbers(numbers: tuple[int, ...], kind: type) -> None:
     for number in numbers:
-        error = pymysql.OperationalError(number, "a text")
+        error = of_number(number)
         assert type(as_store_error(error, "t")) is kind, number
         wrapped = DBAPIError("SELECT", {}, error)
         assert type(as_store_error(wrapped, "t")) is kind, number
@@ -99,9 +105,39 @@ def test_mysqls_numbers(numbers: tuple[int, ...], kind: type) -> None:
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
+        *((of_state(state), PASSES) for state in ("54000", "54001", "54023", "22023", "P0001")),
+        *((of_state(state), IS_SET_UP_WRONG) for state in ("23514", "44000")),
+        # A key's.
+        *((of_state(state), IS_REFUSED) for state in ("22021", "22P05", "22001", "22003")),
+        *((pymysql.OperationalError(code, "a text"), PASSES) for code in (1180, 3100, 1644)),
+        *(
+            (pymysql.OperationalError(code, "a text"), IS_SET_UP_WRONG)
+            for code in (3819, 4025, 1267)
+        ),
+        (pymysql.OperationalError(1366, "a text"), IS_REFUSED),
+        (of_code(sqlite3.SQLITE_CONSTRAINT_CHECK), IS_SET_UP_WRONG),
+    ],
+)
+def test_a_statement_without_a_value_is_not_refused_for_its_value(
+    error: Exception, kind: type
+) -> None:
+    """The acquisition, a renewal, a release without a new state."""
+    assert type(as_store_error(error, "t", carries_value=False)) is kind
+
+
+def test_a_server_that_takes_no_writes_until_it_is_vacuumed_is_an_outage() -> None:
+    """PostgreSQL says so by the SQLSTATE of a value that is too large."""
+    told = "database is not accepting commands that assign new XIDs to avoid wraparound data loss"
+    assert type(as_store_error(of_state("54000", told), "t")) is PASSES
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
         (of_code(sqlite3.SQLITE_BUSY), PASSES),
         (of_code(sqlite3.SQLITE_IOERR_FSYNC), PASSES),
         (of_code(sqlite3.SQLITE_FULL), PASSES),
+        (of_code(sqlite3.SQLITE_CONSTRAINT_TRIGGER), PASSES),
         (of_code(sqlite3.SQLITE_TOOBIG), IS_REFUSED),
         (of_code(sqlite3.SQLITE_CONSTRAINT_CHECK), IS_REFUSED),
         (of_code(sqlite3.SQLITE_CONSTRAINT_NOTNULL), IS_SET_UP_WRONG),

@@ -52,7 +52,8 @@ def as_store_error(error: RedisError | UnicodeError) -> StoreError:
     """An error of the client library's, as a store's error."""
     text = one_line(error)
     if isinstance(error, UnicodeError) or _VALUE.search(text):
-        return StoreRefusesValue(f"the server cannot hold the value: {text}")
+        is_of_text = isinstance(error, UnicodeError)
+        return StoreRefusesValue(f"the server cannot hold the value: {text}", is_of_text)
     for pattern, advice in _ADVICE:
         if re.search(pattern, text):
             return StoreMisconfigured(f"singleton_lease_url: {text}; {advice}")

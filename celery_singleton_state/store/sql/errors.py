@@ -43,19 +43,28 @@ _READ_ONLY = frozenset({"25006", 1792, 1836})
 _PREVENTED = 1290
 
 #: What a value causes, and no later try mends. What SQLSTATEs begin with: data that cannot be
-#: converted, is too long or out of range; a check of the table's, of a view's, of a trigger's own;
-#: a limit of the server's, on the size of an indexed text for example.
-_VALUE_STATES = ("22", "23514", "44", "54", "P0")
-#: The same of MySQL: a text that the column's character set does not have (1300, 1366, 1267, 3854,
-#: 3988), too long or too large (1118, 1153, 1301, 1406), out of range (1264, 1690), not to be
-#: converted (1265, 1292), not JSON (3140, 3141, 4037, 4038), refused by a check or a trigger (1644,
-#: 3819, 4025).
+#: converted, is too long or out of range; a check of the table's or of a view's; a limit of the
+#: server's, on the size of an indexed text for example.
+_VALUE_STATES = ("22", "23514", "44", "54")
+#: The same of MySQL: a text that the column's character set does not have (1267, 1300, 1366, 3854,
+#: 3988), too long or too large (1118, 1153, 1301, 1406; for a cluster 1180, 3100), out of range
+#: (1264, 1690), not to be converted (1265, 1292), not JSON (3140, 3141, 4037, 4038), refused by a
+#: check (3819, 4025).
 _VALUE_NUMBERS = frozenset(
-    {1118, 1153, 1264, 1265, 1267, 1292, 1300, 1301, 1366, 1406, 1644, 1690}
-    | {3140, 3141, 3819, 3854, 3988, 4025, 4037, 4038}
+    {1118, 1153, 1180, 1264, 1265, 1267, 1292, 1300, 1301, 1366, 1406, 1690}
+    | {3100, 3140, 3141, 3819, 3854, 3988, 4025, 4037, 4038}
 )
-#: The same of SQLite: SQLITE_TOOBIG, SQLITE_MISMATCH, and a check or a trigger of the table's.
-_VALUE_CODES = frozenset({18, 20, 275, 1811})
+#: The same of SQLite: SQLITE_TOOBIG, SQLITE_MISMATCH, and a check of the table's.
+_VALUE_CODES = frozenset({18, 20, 275})
+#: Those of them that a statement without a value has for another reason.
+_STATES_ONLY_OF_VALUES = ("22023", "23514", "44", "54")
+_NUMBERS_ONLY_OF_VALUES = frozenset({275, 1180, 1267, 3100, 3819, 4025})
+#: Those of characters that the encoding lacks.
+_TEXTS = frozenset({"22021", "22P05", 1300, 1366, 3854, 3988})
+#: Functions of PostgreSQL's that refuse all writes until it is vacuumed, by SQLSTATE 54000.
+_WRAPAROUND = ("GetNewTransactionId", "GetNewMultiXactId")
+#: An error of a trigger's own, in SQLite.
+_SQLITE_TRIGGER = 1811
 #: The same, where an error has no code of its own: SQLite's overflow, PostgreSQL's memory for one
 #: value, a value that the driver knows no type for.
 _VALUE_TEXTS = ("integer overflow", "invalid memory alloc request size", "Error binding parameter")
@@ -73,11 +82,16 @@ _OTHER_TABLE = (
 )
 _LOGIN = "set the user and the password in singleton_store_url, and let the server admit the user"
 _NO_DATABASE = "create the database, or set its name in singleton_store_url"
+_COLLATION = (
+    "have all texts of the table in one collation of utf8mb4, utf8mb4_bin for key and value"
+)
+_PLUGIN = "install what it names, pip install 'pymysql[rsa]', or let the user log in another way"
 #: What somebody has to mend, by what SQLSTATEs begin with, and what is to be done.
 _SETUP_STATES = (
     ("28", _LOGIN),
     ("3D", _NO_DATABASE),
     ("23", _OTHER_TABLE),
+    ("44", _OTHER_TABLE),
     ("42", _OTHER_TABLE),
     ("0A", "this server, or a pooler in front of it, does not have what is needed"),
 )
@@ -85,7 +99,9 @@ _SETUP_STATES = (
 _SETUP_NUMBERS = {
     **dict.fromkeys((1045, 1130, 1251, 1698), _LOGIN),
     1049: _NO_DATABASE,
-    **dict.fromkeys((1048, 1062, 1364, 1451, 1452), _OTHER_TABLE),
+    **dict.fromkeys((1048, 1062, 1364, 1451, 1452, 3819, 4025), _OTHER_TABLE),
+    **dict.fromkeys((1267, 1270, 1271), _COLLATION),
+    **dict.fromkeys((2059, 2061), _PLUGIN),
     **dict.fromkeys((1064, 1305), "MariaDB from 10.6 on, or MySQL 8, is needed"),
 }
 #: The same by SQLite's codes, without their details: SQLITE_CORRUPT, _CONSTRAINT and _NOTADB.
@@ -112,10 +128,11 @@ _OUTDATED_PLAN = ("RevalidateCachedQuery", "cached plan must not change result t
 REFUSED_BY_DRIVER = (UnicodeError, OverflowError)
 
 
-def as_store_error(error: Exception, table: str) -> StoreError:
+def as_store_error(error: Exception, table: str, carries_value: bool = True) -> StoreError:
     """An error of the driver's or of SQLAlchemy's, as one of ours.
 
     :param table: the table's name, quoted where it must be.
+    :param carries_value: whether the statement had a value to store, and not only names of ours.
     """
     error = getattr(error, "orig", None) or error
     text = one_line(error)
@@ -139,10 +156,10 @@ def as_store_error(error: Exception, table: str) -> StoreError:
             f"table {table} is missing or of an older release ({text}); "
             "run: celery -A <your app> singleton migrate"
         )
-    if is_of_value(error):
+    if is_of_value(error, carries_value):
         is_read = isinstance(error, UnicodeDecodeError) or _UNREADABLE in text
         what = "the database holds a text that is not UTF-8" if is_read else _CANNOT_HOLD
-        return StoreRefusesValue(f"{what}: {text}")
+        return StoreRefusesValue(f"{what}: {text}", _is_of_text(error))
     advice = _advice(error)
     return StoreMisconfigured(f"{text}; {advice}") if advice else StoreUnavailable(text)
 
@@ -184,22 +201,36 @@ def is_unprepared(error: Exception) -> bool:
     )
 
 
-def is_of_value(error: Exception) -> bool:
+def is_of_value(error: Exception, carries_value: bool) -> bool:
     """Whether the database, or its driver, can never hold the value that it was given."""
     error = getattr(error, "orig", None) or error
     if isinstance(error, REFUSED_BY_DRIVER):
         return True
     code = _code(error)
     if isinstance(code, str):
+        if any(_comes_of(error, function, "wraparound") for function in _WRAPAROUND):
+            return False
+        if not carries_value and code.startswith(_STATES_ONLY_OF_VALUES):
+            return False
         return code.startswith(_VALUE_STATES) or _VALUE_TEXTS[1] in str(error)
-    if isinstance(code, int):
+    number = getattr(error, "sqlite_errorcode", None) if code is None else code
+    if not carries_value and number in _NUMBERS_ONLY_OF_VALUES:
+        return False
+    if code is not None:
         return code in _VALUE_NUMBERS
     return (
-        getattr(error, "sqlite_errorcode", None) in _VALUE_CODES
+        number in _VALUE_CODES
         # A driver's own refusal has no code: of a NUL in a text, for example.
         or type(error).__name__ == "DataError"
         or any(text in str(error) for text in (*_VALUE_TEXTS, _UNREADABLE))
     )
+
+
+def _is_of_text(error: Exception) -> bool:
+    """Whether the encoding lacks one of the text's characters."""
+    code = _code(error)
+    is_drivers = code is None and type(error).__name__ == "DataError"
+    return isinstance(error, UnicodeError) or is_drivers or code in _TEXTS
 
 
 def is_out_of_range(error: BaseException | None) -> bool:
@@ -243,7 +274,7 @@ def _advice(error: Exception) -> str | None:
         return _SETUP_NUMBERS.get(code)
     own = getattr(error, "sqlite_errorcode", None)
     if own is not None:
-        return _SETUP_CODES.get(own & 0xFF)
+        return None if own == _SQLITE_TRIGGER else _SETUP_CODES.get(own & 0xFF)
     text = str(error)
     # One of several hosts may be away, and be the one that has what another host lacks.
     if "Multiple connection attempts failed" in text:

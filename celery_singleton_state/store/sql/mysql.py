@@ -34,6 +34,8 @@ _SQLALCHEMYS = frozenset({"ssl_capath", "ssl_cipher", "ssl_check_hostname"})
 LARGE = 4096
 #: MySQL's own number for that.
 TOO_LARGE = 1153
+#: MySQL's own number for a plugin by which the user cannot log in.
+PLUGIN_FAILED = 2061
 
 
 class Connection(pymysql.connections.Connection):  # type: ignore[misc]
@@ -161,6 +163,9 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
 
     @event.listens_for(engine, "do_connect")
     def connect(_dialect: Any, _record: Any, args: Any, kwargs: Any) -> Connection:
-        return Connection(*args, **kwargs)
+        try:
+            return Connection(*args, **kwargs)
+        except RuntimeError as error:  # of a package that PyMySQL needs for some ways to log in
+            raise pymysql.OperationalError(PLUGIN_FAILED, str(error)) from error
 
     return engine

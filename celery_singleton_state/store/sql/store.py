@@ -55,6 +55,8 @@ logger = logging.getLogger(__name__)
 
 #: How often a statement that was undone is sent at most.
 TRIES = 5
+#: Parameters whose values come from outside, and can be too much for the database.
+VALUES = frozenset({"value", "entries", "wish"})
 
 
 class SqlStore:
@@ -256,7 +258,7 @@ class SqlStore:
                         return False
                 return True
         except (DBAPIError, PoolTimeoutError, *REFUSED_BY_DRIVER) as error:
-            raise self.as_store_error(error) from error
+            raise self.as_store_error(error, not VALUES.isdisjoint(parameters)) from error
 
     def _execute(
         self, answer: Callable[[Any], Any], statement: str, parameters: Mapping[str, Any]
@@ -269,14 +271,14 @@ class SqlStore:
                 tries -= 1
                 if tries and is_undone(error):
                     continue
-                meant = self.as_store_error(error)
+                meant = self.as_store_error(error, not VALUES.isdisjoint(parameters))
                 if isinstance(meant, StoreUnavailable) and self._sql.is_too_large(parameters):
                     meant = StoreRefusesValue(f"the database cannot hold so large a value: {meant}")
                 raise meant from error
 
-    def as_store_error(self, error: Exception) -> StoreError:
+    def as_store_error(self, error: Exception, carries_value: bool = True) -> StoreError:
         """An error of the driver's or of SQLAlchemy's, as one of ours."""
-        return as_store_error(error, self._sql.table)
+        return as_store_error(error, self._sql.table, carries_value)
 
 
 class SqlTransaction:
