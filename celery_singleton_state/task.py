@@ -343,24 +343,28 @@ class SingletonTask(_TypedTask[S, P, R]):
         if self._options.enqueue_once:
             settle(request)
         earlier = delivery.earlier
-        while True:
-            try:
-                return deliver(delivery, body, args, kwargs)
-            except SingletonError as error:
-                # One that a nested singleton raised is its own affair.
-                if error.singleton != delivery.name:
-                    raise
-                delivery.tell(Failed, reason=error.reason, detail=error.detail)
-                if self._answer(error, delivery):
-                    logger.info("%s; the eager run is repeated", error)
-                    earlier.note(error)
-                    continue
-                if not isinstance(error, StateLoadFailed):
-                    raise
-                dequeue(delivery)
-                if earlier.error is None:
-                    raise
-                raise earlier.error from earlier.error.__cause__
+        try:
+            while True:
+                try:
+                    return deliver(delivery, body, args, kwargs)
+                except SingletonError as error:
+                    # One that a nested singleton raised is its own affair.
+                    if error.singleton != delivery.name:
+                        raise
+                    delivery.tell(Failed, reason=error.reason, detail=error.detail)
+                    if self._answer(error, delivery):
+                        logger.info("%s; the eager run is repeated", error)
+                        earlier.note(error)
+                        continue
+                    if not isinstance(error, StateLoadFailed):
+                        raise
+                    dequeue(delivery)
+                    if earlier.error is None:
+                        raise
+                    raise earlier.error from earlier.error.__cause__
+        finally:
+            # The error has the frames that it passed, and these have the delivery.
+            earlier.error = earlier.result = None
 
     def _answer(self, error: SingletonError, delivery: Delivery) -> bool:
         """Retry the message if the error is one to retry; come back if not.

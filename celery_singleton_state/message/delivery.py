@@ -172,7 +172,7 @@ class Delivery:
     def answer_to(self, error: SingletonError) -> RetryAfter | Fail:
         """How the message goes on after an error of this singleton."""
         own, tries = self.options, self.earlier.tries
-        if self.request.is_eager and tries >= EAGER_RETRIES:
+        if self.request.is_eager and (tries >= EAGER_RETRIES or not error.retryable):
             return Fail()
         usual = policy_of(self.task)
         return answer_to(error, self.retries + tries, own.retry_reasons, own.retry_policy, usual)

@@ -500,7 +500,11 @@ class Run:
         """
         if error is None:
             self.is_final = self.is_final and is_for_good(refused, self._delivery)
-            self.end(Outcome.FAILED, refused)
+            try:
+                self.end(Outcome.FAILED, refused)
+            except SingletonError as failure:
+                # Were this the error, the body would run again, in vain.
+                logger.warning("singleton %s: not released after an error: %s", self.name, failure)
             raise refused
         logger.warning("singleton %s: not saved after an error: %s", self.name, refused)
         self.end(outcome, error)

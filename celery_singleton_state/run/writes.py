@@ -137,16 +137,12 @@ class FencedWriter:
         does not say anything while the lease is trusted, the outcome stays unknown, and the run
         writes no state from here on.
         """
-        lease = self._held.lease
         self.may_write = False
         if self._held.lost:
             return False
         try:
-            committed = in_place(
-                lambda: self._store.written(lease, write.number),
-                float("inf"),
-                clock() + self._held.remaining,
-            )
+            until = clock() + self._held.remaining
+            committed = in_place(lambda: self._is_written(write), float("inf"), until)
         except StoreError:
             return False
         self.may_write = True
@@ -155,6 +151,15 @@ class FencedWriter:
         elif committed:
             self.answered(write)
         return bool(committed)
+
+    def _is_written(self, write: Write) -> bool | None:
+        """:raises StoreUnavailable: the store does not say, for whatever reason: a moment ago it
+        let this process in.
+        """
+        try:
+            return self._store.written(self._held.lease, write.number)
+        except StoreError as error:
+            raise StoreUnavailable(str(error)) from error
 
     def refuse_if_undecided(self) -> None:
         """Refuse to write after a transaction whose outcome is unknown.

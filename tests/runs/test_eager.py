@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sqlite3
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,6 +16,7 @@ from celery.exceptions import Retry
 
 from celery_singleton_state import (
     HeartbeatFailed,
+    LeaderHandoffFailed,
     RetryPolicy,
     SchemaDecodeFailed,
     SingletonError,
@@ -241,6 +245,58 @@ def test_a_lost_lease_of_an_eager_run_is_its_result(
     task = make(lose, retry_reasons=["HeartbeatFailed"], on_conflict="skip")
     result = task.apply()
     assert (result.state, type(result.result), runs) == ("FAILURE", HeartbeatFailed, [0])
+
+
+def test_only_what_failed_over_the_store_is_repeated_at_once(
+    app: Celery, make: Callable[..., Any], runs: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who has waited for a lease in vain does not wait for it again."""
+    assert runtime_of(app).store.acquire(KEY, "somebody:1:a.1", 60, "other") is not None
+    caplog.set_level("INFO", "celery_singleton_state")
+    reasons = ["StateLoadFailed", "StatePersistFailed", "LeaderHandoffFailed"]
+    result = make(retry_reasons=reasons, on_conflict="wait", conflict_timeout=0.1).apply()
+    assert (result.state, type(result.result), runs) == ("FAILURE", LeaderHandoffFailed, [])
+    assert "is repeated" not in caplog.text
+
+
+@dataclass
+class Number:
+    n: int = 0
+
+
+@pytest.mark.parametrize("times", [3, 1000])
+def test_the_errors_of_earlier_tries_are_freed_with_their_runs(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, times: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without help of the garbage collector: an error has the frames that it passed, and these
+    have the earlier tries.
+    """
+    caplog.set_level("CRITICAL")  # what is logged is kept, with its error
+    bodies: list[weakref.ref[Any]] = []
+    real, left = runtime_of(app).store.release, [times]
+
+    def release(*arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise StoreUnavailable("cut")
+        return real(*arguments)
+
+    def body(self: Any) -> None:
+        bodies.append(weakref.ref(self._run_for("")))
+
+    task = singleton_task(app, name="called", shared=False, state_schema=Number)(body)
+    monkeypatch.setattr(runtime_of(app).store, "release", release)
+    gc.collect()
+    gc.disable()
+    try:
+        state = task.apply().state
+        assert state == ("SUCCESS" if times == 3 else "FAILURE")
+        # Celery itself keeps the last error.
+        freed = bodies if times == 3 else bodies[:-1]
+        assert len(freed) > 1
+        assert not any(each() for each in freed)
+    finally:
+        gc.enable()
 
 
 def wrong(task: Any) -> None:

@@ -31,7 +31,7 @@ from celery_singleton_state.message.content import Content
 from celery_singleton_state.recovery import end_for
 from celery_singleton_state.run.run import current_run
 from celery_singleton_state.runtime import runtime_of
-from celery_singleton_state.store.base import StoreUnavailable
+from celery_singleton_state.store.base import StoreError, StoreMisconfigured, StoreUnavailable
 from tests.runs.messages import deliver, received, use_own_queue
 from tests.runs.test_run import idle, make_table, row, task_of, write, written
 from tests.waiting import wait_until
@@ -57,6 +57,7 @@ class Verb:
         self.real: Callable[..., Any] = getattr(self.store, name)
         self.times = times
         self.carried_out = True
+        self.error: StoreError = StoreUnavailable("the answer is lost")
         #: The arguments of each request.
         self.requests: list[Any] = []
         monkeypatch.setattr(self.store, name, self._ask)
@@ -68,7 +69,7 @@ class Verb:
         self.times -= 1
         if self.carried_out:
             self.real(*args, **kwargs)
-        raise StoreUnavailable("the answer is lost")
+        raise self.error
 
     def arrives_late(self) -> Any:
         """Carry out the first request, once more or at last."""
@@ -330,6 +331,27 @@ def test_a_commit_whose_answer_is_lost_is_asked_for(
     if not is_carried_out and not raised:
         raised = [StatePersistFailed]
     assert [type(failure) for failure in caught] == raised
+
+
+def test_a_login_that_is_refused_after_a_commit_without_an_answer_is_waited_out(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server begins anew: it cuts the COMMIT off, and admits nobody for a moment."""
+    make_table(app)
+    asked = Verb(app, monkeypatch, "written", times=2)
+    asked.error = StoreMisconfigured("password authentication failed")
+
+    def body(self: Any) -> None:
+        with (
+            _commit_that(app, monkeypatch, True, StoreUnavailable("silent")),
+            self.transaction() as connection,
+        ):
+            self.state.n = 1
+            connection.exec_driver_sql("INSERT INTO written VALUES (1)")
+
+    task_of(app, body)()
+    assert (written(app), row(app).value) == ([1], '{"n":1}')
+    assert len(asked.requests) == 3
 
 
 @pytest.mark.parametrize("is_carried_out", [True, False])

@@ -14,7 +14,7 @@ from celery import Celery, signals
 from celery_singleton_state import SchemaDecodeFailed, StatePersistFailed, singleton_task
 from celery_singleton_state.history import decode
 from celery_singleton_state.runtime import runtime_of
-from celery_singleton_state.store.base import Row
+from celery_singleton_state.store.base import Row, StoreUnavailable
 from celery_singleton_state.ticks import task_id_of
 from tests.conftest import _apps, url_on
 from tests.runs.test_beat import EVERY_MINUTE, Beats, due_now, stored
@@ -112,6 +112,29 @@ def test_one_body_runs_and_the_row_keeps_its_state(
     assert ("not saved after an error" in caplog.text) == (how != "save")
     assert task.apply(("Bern",)).successful()
     assert '"visits":2' in row(app).value
+
+
+def test_one_body_runs_though_the_release_without_its_state_meets_an_outage(
+    latin1_app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    release = runtime_of(latin1_app).store.release
+
+    def cut(lease: Any, ended: Any, write: Any = None) -> Any:
+        if write is None:
+            raise StoreUnavailable("cut")
+        return release(lease, ended, write)
+
+    def body(self: Any) -> None:
+        ran.append(POLISH)
+        self.state.name = POLISH
+
+    monkeypatch.setattr(runtime_of(latin1_app).store, "release", cut)
+    result = task_of(latin1_app, body).apply()
+    assert isinstance(result.result, SchemaDecodeFailed), result.result
+    assert ran == [POLISH]
+    # It is given back by the process.
+    wait_until(lambda: row(latin1_app).holder is None, "the lease is free")
 
 
 def test_a_body_may_mend_what_a_checkpoint_was_refused(latin1_app: Celery) -> None:

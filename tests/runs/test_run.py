@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -503,6 +504,35 @@ def test_the_users_own_errors_pass_through_a_transaction(app: Celery) -> None:
     with pytest.raises(DBAPIError):
         task_of(app, body)()
     assert row(app).holder is None
+
+
+def test_a_block_that_swallows_the_error_of_its_own_statement(app: Celery) -> None:
+    """PostgreSQL commits nothing of a transaction after that; the others do."""
+    from sqlalchemy.exc import DBAPIError
+
+    make_table(app)
+    ran: list[bool] = []
+
+    def body(self: Any, in_savepoint: bool) -> None:
+        ran.append(in_savepoint)
+        with self.transaction() as connection:
+            connection.exec_driver_sql("INSERT INTO written VALUES (1)")
+            self.state.n += 1
+            savepoint = connection.begin_nested() if in_savepoint else nullcontext()
+            with suppress(DBAPIError), savepoint:
+                connection.exec_driver_sql("SELECT nonsense")
+
+    task = task_of(app, body)
+    if runtime_of(app).sql.engine.dialect.name != "postgresql":
+        assert task.apply((False,)).successful()
+        assert (written(app), row(app).value) == ([1], '{"n":1}')
+        return
+    result = task.apply((False,))
+    assert isinstance(result.result, RuntimeError)
+    assert "a statement in the block of transaction() failed" in str(result.result)
+    assert (written(app), row(app).value, row(app).holder) == ([], "null", None)
+    assert task.apply((True,)).successful()
+    assert (written(app), row(app).value, ran) == ([1], '{"n":1}', [False, True])
 
 
 def _checkpoint(task: Any) -> None:

@@ -312,6 +312,12 @@ class SqlTransaction:
                 "the block of transaction() ended the transaction itself; "
                 "it is committed when the block ends, and rolled back when it raises"
             )
+        if _status(self._driver_connection) == "INERROR":
+            raise RuntimeError(
+                "a statement in the block of transaction() failed, and PostgreSQL commits nothing "
+                "after that: let its error out of the block, or have a savepoint around the "
+                "statement, with connection.begin_nested()"
+            )
         named = _named(lease, write, ttl=lease.ttl)
         try:
             for statement in self._sql.parts(self._sql.save):
@@ -391,10 +397,15 @@ def _is_in_mid_statement(connection: Connection) -> bool:
     if connection.closed or connection.invalidated:
         return False
     driver_connection: Any = connection.connection.dbapi_connection
-    status = getattr(getattr(driver_connection, "info", None), "transaction_status", None)
-    if getattr(status, "name", "") == "ACTIVE":
+    if _status(driver_connection) == "ACTIVE":
         return True
     return bool(getattr(driver_connection, "is_in_mid_statement", False))
+
+
+def _status(driver_connection: Any) -> str:
+    """What psycopg knows of the transaction, without asking the server; empty for others."""
+    status = getattr(getattr(driver_connection, "info", None), "transaction_status", None)
+    return getattr(status, "name", "")
 
 
 def _named(lease: Lease, write: Write | None, **more: Any) -> dict[str, Any]:
