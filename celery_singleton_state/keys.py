@@ -18,6 +18,8 @@ from uuid import UUID
 import msgspec
 from kombu.utils.json import JSONEncoder
 
+#: What the keys of singletons begin with by default.
+KEY_PREFIX = "singleton-state:"
 #: A longer key keeps a readable head and ends in a digest: 255 is what the indexed key
 #: columns of the common databases can hold.
 MAX_KEY_LENGTH = 255

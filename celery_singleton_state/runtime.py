@@ -222,7 +222,7 @@ class Runtime:
     def check(self) -> None:
         """See that all stores can be used; :exc:`StoreError` says what is missing."""
         for store in self.stores:
-            store.check()
+            store.check((self.settings.key_prefix,))
 
     def key_of(self, name: str) -> str:
         """The key of the row that a singleton's name stands under."""

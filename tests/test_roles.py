@@ -151,16 +151,34 @@ def test_a_role_that_does_not_own_the_table_is_told(postgres_url: str, owner_url
     migrate_url(owner_url, TABLE)
 
 
-#: Policies, and whether the worker sees and may write all rows with them.
+#: Policies, and what the worker finds: that it sees and may write all rows, that a row of its own
+#: can be written and read, or what is refused.
 POLICIES = [
-    ((), False),
-    (("CREATE POLICY p ON {table} USING (true)",), True),
-    (("CREATE POLICY p ON {table} TO shop_worker USING (true) WITH CHECK (true)",), True),
-    (("CREATE POLICY p ON {table} TO shop_migrate USING (true)",), False),
-    (("CREATE POLICY p ON {table} USING (false)",), False),
-    (("CREATE POLICY p ON {table} USING (key > 'k')",), False),
-    (("CREATE POLICY p ON {table} USING (true) WITH CHECK (false)",), False),
-    (("CREATE POLICY p ON {table} FOR SELECT USING (true)",), False),
+    ((), "insert"),
+    (("CREATE POLICY p ON {table} USING (true)",), "all"),
+    (("CREATE POLICY p ON {table} TO shop_worker USING (true) WITH CHECK (true)",), "all"),
+    (("CREATE POLICY p ON {table} TO shop_migrate USING (true)",), "insert"),
+    (("CREATE POLICY p ON {table} USING (false)",), "insert"),
+    (("CREATE POLICY p ON {table} USING (key LIKE 'singleton-%%')",), "its own"),
+    (("CREATE POLICY p ON {table} USING (pg_has_role('shop_worker', 'MEMBER'))",), "its own"),
+    (("CREATE POLICY p ON {table} USING (key LIKE 'other-%%')",), "insert"),
+    (("CREATE POLICY p ON {table} USING (true) WITH CHECK (false)",), "insert"),
+    (("CREATE POLICY p ON {table} FOR SELECT USING (true)",), "insert"),
+    (
+        (
+            "CREATE POLICY r ON {table} FOR SELECT USING (true)",
+            "CREATE POLICY a ON {table} FOR INSERT WITH CHECK (true)",
+        ),
+        "update",
+    ),
+    (
+        (
+            "CREATE POLICY r ON {table} FOR SELECT USING (true)",
+            "CREATE POLICY a ON {table} FOR INSERT WITH CHECK (true)",
+            "CREATE POLICY w ON {table} FOR UPDATE USING (true)",
+        ),
+        "delete",
+    ),
     (
         (
             "CREATE POLICY r ON {table} FOR SELECT USING (true)",
@@ -168,35 +186,60 @@ POLICIES = [
             "CREATE POLICY w ON {table} FOR UPDATE USING (true)",
             "CREATE POLICY d ON {table} FOR DELETE USING (true)",
         ),
-        True,
+        "all",
     ),
     (
         (
             "CREATE POLICY p ON {table} USING (true)",
             "CREATE POLICY q ON {table} AS RESTRICTIVE USING (key <> 'k')",
         ),
-        False,
+        "its own",
+    ),
+    (
+        (
+            "CREATE POLICY p ON {table} USING (true)",
+            "CREATE POLICY q ON {table} AS RESTRICTIVE FOR DELETE USING (key <> key)",
+        ),
+        "delete",
     ),
 ]
 
 
 @pytest.mark.usefixtures("ready")
-@pytest.mark.parametrize(("policies", "is_enough"), POLICIES)
+@pytest.mark.parametrize(("policies", "found"), POLICIES)
 def test_row_level_security_that_can_hide_a_lease_is_found_at_start(
-    owner_url: str, worker_url: str, policies: tuple[str, ...], is_enough: bool
+    owner_url: str,
+    worker_url: str,
+    policies: tuple[str, ...],
+    found: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """What is tried leaves no trace."""
     enable = f"ALTER TABLE {TABLE} ENABLE ROW LEVEL SECURITY"
     execute(owner_url, enable, *(policy.format(table=TABLE) for policy in policies))
     store = open_store(worker_url, TABLE, 5.0)
-    if is_enough:
+    if found == "all":
         use_all(store)
+    elif found == "its own":
+        store.check()
+        store.check()
+        task = store.acquire("singleton-state:t", "h", 60, None)
+        assert task is not None
+        assert store.give_back("singleton-state:t", "h") is not None
+        assert store.prune(["singleton-state:t"], -1.0) == ["singleton-state:t"]
     else:
         with pytest.raises(StoreMisconfigured, match="row-level security is active") as raised:
             store.check()
+        assert f"refuse to {found} a row whose key begins with singleton-state:" in str(
+            raised.value
+        )
         assert "GRANT" not in str(raised.value)
     store.close()
+    told = [record.message for record in caplog.records if "row-level security" in record.message]
+    assert len(told) == (found == "its own")
     owner = open_store(owner_url, TABLE, 5.0)
     owner.check()
+    assert not owner.list("singleton-")
     owner.close()
 
 

@@ -39,6 +39,11 @@ PREFIX = "singleton-beat:"
 STANDBY_POLL = 0.5
 
 
+def key_of(name: str) -> str:
+    """The key of the row of the beats with this name, in ASCII, so that each database has it."""
+    return row_key(PREFIX, storable(name))
+
+
 class NotLeading(Exception):
     """This beat may not send, or not before it has renewed its lease."""
 
@@ -54,7 +59,7 @@ class Leader:
         #: Where the lease is, without a password.
         self.store_url = shown_url(parse_url(self.runtime.settings.store_url))
         self.name = self.runtime.settings.beat_name
-        self.key = PREFIX + self.name
+        self.key = key_of(self.name)
         self._prefix = f"{self.key}:"
         self._held: HeldLease | None = None
         self._slot: int | None = None
@@ -72,7 +77,7 @@ class Leader:
         :raises ImproperlyConfigured: it cannot be used; the message says what is missing.
         """
         try:
-            self._store.check()
+            self._store.check((self.runtime.settings.key_prefix, self._prefix))
         except StoreNotReady as error:
             raise ImproperlyConfigured(str(error)) from error
         except StoreError as error:

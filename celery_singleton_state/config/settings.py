@@ -10,6 +10,7 @@ from celery import Celery
 from sqlalchemy import URL
 
 from celery_singleton_state.hooks.door import check_hook
+from celery_singleton_state.keys import KEY_PREFIX
 from celery_singleton_state.text.urls import hide_settings, shown
 
 from .checks import Check, checked, checks_of, parsed, seconds, switch, text, whole
@@ -76,7 +77,7 @@ class Settings:
     store_url: Annotated[str, _url] = field(default="sqlite:///celery-singletons.db", repr=False)
     lease_url: Annotated[str | None, _url] = field(default=None, repr=False)
     table: Annotated[str, text] = "kv_store"
-    key_prefix: Annotated[str, text] = "singleton-state:"
+    key_prefix: Annotated[str, text] = KEY_PREFIX
     heartbeat_interval: Annotated[float, _seconds(MIN_INTERVAL)] = 4.0
     heartbeat_threshold: Annotated[int, _threshold] = 2
     conflict_timeout: Annotated[float, _seconds(0)] = 10.0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from celery_singleton_state.beat.leader import PREFIX
+from celery_singleton_state.beat.leader import key_of
 from celery_singleton_state.health import Health, judge
 from celery_singleton_state.lease.lease import clock
 from celery_singleton_state.runtime import Runtime
@@ -63,7 +63,7 @@ class SharedLook:
 def look(runtime: Runtime) -> Look:
     """Look now. A store that is out of reach is an answer, too."""
     prefix = runtime.settings.key_prefix
-    beat = PREFIX + runtime.settings.beat_name
+    beat = key_of(runtime.settings.beat_name)
     try:
         found = runtime.rows(prefix, also=beat)
     except StoreError as error:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
+from celery_singleton_state.keys import KEY_PREFIX
 from celery_singleton_state.text.storable import restored
 
 from .odd_values import odd_values
@@ -465,8 +466,11 @@ class Leases(Protocol):
     def wishes(self) -> Wishes:
         """What others than a lease's holder can ask of a row."""
 
-    def check(self) -> None:
-        """See that the store can be used; :exc:`StoreError` says what is missing."""
+    def check(self, prefixes: Sequence[str] = (KEY_PREFIX,)) -> None:
+        """See that the store can be used; :exc:`StoreError` says what is missing.
+
+        :param prefixes: what the keys begin with that it is used for.
+        """
 
     def close(self) -> None:
         """Close all connections."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,12 @@ from typing import Any
 
 import pytest
 from celery import Celery, signals
+from celery.exceptions import ImproperlyConfigured
 
 from celery_singleton_state import SchemaDecodeFailed, StatePersistFailed, singleton_task
+from celery_singleton_state.beat.leader import Leader
+from celery_singleton_state.exporter.snapshot import look
+from celery_singleton_state.health import check_health
 from celery_singleton_state.history import decode
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Row, StoreUnavailable
@@ -275,6 +280,43 @@ def test_a_producer_sends_what_it_cannot_note_as_queued(
     # One whose id alone the database lacks letters for is noted.
     noted = task.apply_async(("Bern",), task_id=POLISH)
     assert (noted.id, task.delay("Bern").id) == (POLISH, POLISH)
+
+
+@pytest.mark.parametrize("name", ["sqlite", "postgresql", "latin1", "mariadb"])
+def test_a_beat_of_any_name_leads(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    beats = Beats(url_on(name, request, tmp_path))
+    try:
+        one, other, third = (
+            beats.make({"e": EVERY_MINUTE}, singleton_beat_name=each)
+            for each in (POLISH, POLISH, "a\\b\0 \U0001f389")
+        )
+        for beat in (one, other, third):
+            beat.tick()
+        assert [beat._leader.leads for beat in (one, other, third)] == [True, False, True]
+        leader = look(runtime_of(one.app)).leader
+        assert leader is not None
+        assert leader.key.isascii()
+        assert leader.fence == one._leader.fence
+    finally:
+        beats.close()
+
+
+def test_a_key_prefix_that_the_database_cannot_hold_is_said_at_start(latin1_url: str) -> None:
+    told = r"no key can begin with \\u0141\\xf3d\\u017a:.*LATIN1.*set singleton_key_prefix"
+    for make in _apps(latin1_url):
+        app = make(singleton_key_prefix=f"{POLISH}:")
+        task_of(app, noting([]))
+        app.finalize()
+        with pytest.raises(ImproperlyConfigured, match=told):
+            app.WorkController(pool="solo")
+        with pytest.raises(ImproperlyConfigured, match=told):
+            Leader(app).check()
+        assert re.search(told, check_health(app).error or "")
+        app = make(singleton_key_prefix="ó:")
+        Leader(app).check()
+        assert check_health(app).healthy
 
 
 @pytest.mark.parametrize("name", ["sqlite", "postgresql", "latin1", "mariadb"])

@@ -19,6 +19,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
+from celery_singleton_state.keys import KEY_PREFIX
 from celery_singleton_state.state.codec import NO_STATE
 from celery_singleton_state.store.base import (
     Acquired,
@@ -167,8 +168,10 @@ class RedisStore:
             for key in self._call(scripts.PRUNE, [*some, INDEX], [older_than])
         ]
 
-    def check(self) -> None:
+    def check(self, prefixes: Sequence[str] = (KEY_PREFIX,)) -> None:
         """See that the server answers, runs scripts and keeps what it is told.
+
+        It can have keys with any prefix.
 
         :raises StoreMisconfigured: it is a cluster, removes leases when its memory is full, or
             refuses the scripts to this user.

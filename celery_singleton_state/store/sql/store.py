@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, literal_column
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from celery_singleton_state.keys import KEY_PREFIX
 from celery_singleton_state.store.base import (
     Acquired,
     Ended,
@@ -41,6 +43,7 @@ from .errors import (
     REFUSED_BY_DRIVER,
     as_store_error,
     grant,
+    is_of_policy,
     is_out_of_range,
     is_read_only,
     is_undone,
@@ -59,6 +62,14 @@ TRIES = 5
 VALUES = frozenset({"value", "entries", "wish"})
 
 
+class _Undone(Exception):
+    """Has a transaction rolled back in which all went well."""
+
+
+class _NotSeen(Exception):
+    """A row is hidden that was just written."""
+
+
 class SqlStore:
     """A store on an engine of :func:`~celery_singleton_state.store.sql.engine.make_engine`.
 
@@ -74,7 +85,8 @@ class SqlStore:
         self._connections = Connections(engine, keeps_one=not is_in_memory(engine.url))
         #: Runs a statement and returns the rows that it answers.
         self._rows: Rows = partial(self._execute, self._sql.rows)
-        self._has_said = False
+        #: What :meth:`check` has warned of.
+        self._warned: set[str] = set()
         self.wishes = SqlWishes(self._sql, self._rows, self._change)
         self.entries = SqlEntries(self._sql, self._rows, self.run_within)
         #: The database's time now, for statements made elsewhere.
@@ -175,7 +187,7 @@ class SqlStore:
         rows = self._rows(self._sql.prune, {"keys": document, "older_than": older_than})
         return [key for (key,) in rows]
 
-    def check(self) -> None:
+    def check(self, prefixes: Sequence[str] = (KEY_PREFIX,)) -> None:
         if self._sql.lacking is not None:
             for role, privileges in self._rows(self._sql.lacking, {"table": self._sql.table}):
                 raise StoreMisconfigured(
@@ -183,19 +195,73 @@ class SqlStore:
                     f"run as its owner: {grant(privileges, self._sql.table, role)}"
                 )
         self._rows(self._sql.check, {})
-        self._see_that_rows_are_seen()
+        for prefix in prefixes:
+            self._see_that_it_has_keys(prefix)
+        self._see_that_rows_are_seen(prefixes)
         self._say_what_it_cannot_hold()
 
-    def _see_that_rows_are_seen(self) -> None:
-        """:raises StoreMisconfigured: row-level security may hide a lease that is held."""
-        if self._sql.hiding is None:
+    def _see_that_it_has_keys(self, prefix: str) -> None:
+        """:raises StoreMisconfigured: the encoding lacks a character of all keys."""
+        try:
+            self._rows(self._sql.wanted, {"key": prefix})
+        except StoreRefusesValue as error:
+            raise StoreMisconfigured(
+                f"no key can begin with {storable(prefix)}: {error}; set singleton_key_prefix to "
+                "letters that the database has"
+            ) from error
+
+    def _see_that_rows_are_seen(self, prefixes: Sequence[str]) -> None:
+        """:raises StoreMisconfigured: row-level security hides rows, so that a lease which is held
+        can look free.
+        """
+        if self._sql.hiding is None or not prefixes:
             return
         for (role,) in self._rows(self._sql.hiding, {"table": self._sql.table}):
-            raise StoreMisconfigured(
-                f"row-level security is active on table {self.table.fullname} for role {role}, "
-                "and no policy lets it see and write all rows, so that a lease which is held can "
-                f"look free; {policy_advice(self._sql.table, role)}"
+            active = f"row-level security is active on table {self.table.fullname} for role {role}"
+            for prefix in prefixes:
+                if not (refused := self._refused_by_policies(prefix)):
+                    continue
+                raise StoreMisconfigured(
+                    f"{active}, and its policies refuse to {refused} a row whose key begins with "
+                    f"{prefix}; {policy_advice(self._sql.table, role)}"
+                )
+            self._warn_once(
+                "singletons: %s; a row whose key begins with %s could be inserted, updated, read "
+                "and deleted, but nothing shows that no other row is hidden",
+                *(active, " or ".join(prefixes)),
             )
+
+    def _refused_by_policies(self, prefix: str) -> str | None:
+        """What cannot be done with a row, which is tried and rolled back."""
+        tried: list[str] = []
+        try:
+            with open_transaction(self.engine) as connection:
+                self._try_all(connection, f"{prefix}probe:{uuid.uuid4()}", tried.append)
+                raise _Undone
+        except _Undone:
+            return None
+        except _NotSeen:
+            return tried[-1]
+        except (DBAPIError, PoolTimeoutError) as error:
+            if tried and is_of_policy(error):
+                return tried[-1]
+            raise self.as_store_error(error, carries_value=False) from error
+
+    def _try_all(self, connection: Connection, key: str, trying: Callable[[str], None]) -> None:
+        """:raises _NotSeen: the row was not there for the last statement that was tried."""
+        named = {"key": key, "holder": "probe", "ttl": 1.0, "task_id": None}
+        named |= {"rank": 0, "sent": None, "of_clock": None}
+        # The second one finds the row, and updates it.
+        for what in ("insert", "update"):
+            trying(what)
+            if connection.exec_driver_sql(self._sql.acquire, named).first() is None:
+                raise _NotSeen
+        trying("read")
+        if connection.exec_driver_sql(self._sql.peek, {"key": key}).first() is None:
+            raise _NotSeen
+        trying("delete")
+        if not connection.execute(self.table.delete().where(self.table.c.key == key)).rowcount:
+            raise _NotSeen
 
     def _say_what_it_cannot_hold(self) -> None:
         """Warn of an encoding that lacks characters; most states do without them."""
@@ -203,13 +269,16 @@ class SqlStore:
             return
         schema, _, bare = self.table.fullname.rpartition(".")
         for (found,) in self._rows(self._sql.encodings, {"schema": schema, "table": bare}):
-            if not self._has_said:
-                logger.warning(
-                    "singletons: %s does not have all characters: a state or a key with another "
-                    "one fails as SchemaDecodeFailed; %s",
-                    *(found, self._sql.encoding_advice),
-                )
-            self._has_said = True
+            self._warn_once(
+                "singletons: %s does not have all characters: a state or a key with another "
+                "one fails as SchemaDecodeFailed; %s",
+                *(found, self._sql.encoding_advice),
+            )
+
+    def _warn_once(self, text: str, *values: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            logger.warning(text, *values)
 
     def close(self) -> None:
         self.engine.dispose()
