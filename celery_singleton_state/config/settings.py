@@ -37,9 +37,10 @@ def _url(value: Any) -> str:
 
 
 def _beat_name(value: Any) -> str:
-    if ":" in text(value):
+    # Of any letters: its key is written in those that every database can store.
+    if not isinstance(value, str) or not value or ":" in value:
         raise ValueError("a text that is not empty and has no colon")
-    return str(value)
+    return value
 
 
 def _seconds(least: float) -> Check[float]:

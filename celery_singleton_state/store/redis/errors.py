@@ -39,8 +39,7 @@ _ADVICE = (
 _OVERFLOW = "would overflow"
 #: Of what the server or the client library can never hold.
 _VALUE = re.compile(
-    f"{_OVERFLOW}|invalid bulk length|string exceeds maximum allowed size|is not an integer or out "
-    "of range|DataError"
+    f"{_OVERFLOW}|string exceeds maximum allowed size|is not an integer or out of range|DataError"
 )
 #: Of a server that is no primary, or none that its replicas know: another one may have become it.
 _DEMOTED = re.compile(
@@ -51,6 +50,11 @@ _DEMOTED = re.compile(
 def as_store_error(error: RedisError | UnicodeError) -> StoreError:
     """An error of the client library's, as a store's error."""
     text = one_line(error)
+    if "invalid bulk length" in text:
+        # Its answer to a text that is too large, where it is read before the connection is closed.
+        return StoreRefusesValue(
+            f"the server takes no so large text, see its proto-max-bulk-len: {text}"
+        )
     if isinstance(error, UnicodeError) or _VALUE.search(text):
         is_of_text = isinstance(error, UnicodeError)
         return StoreRefusesValue(f"the server cannot hold the value: {text}", is_of_text)

@@ -250,7 +250,7 @@ class SqlStore:
     def _try_all(self, connection: Connection, key: str, trying: Callable[[str], None]) -> None:
         """:raises _NotSeen: the row was not there for the last statement that was tried."""
         named = {"key": key, "holder": "probe", "ttl": 1.0, "task_id": None}
-        named |= {"rank": 0, "sent": None, "of_clock": None}
+        named |= {"task": None, "rank": 0, "sent": None, "of_clock": None}
         # The second one finds the row, and updates it.
         for what in ("insert", "update"):
             trying(what)
