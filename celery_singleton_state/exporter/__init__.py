@@ -17,7 +17,8 @@ from .hosts import Hosts, check_pattern
 from .labels import Keys, known_tasks
 from .receiver import Receiver
 from .server import make, serve_until, url_of
-from .snapshot import SharedLook, look
+from .shared import Shared
+from .snapshot import Look, look
 
 __all__ = ["Counts", "Options", "check_pattern", "run"]
 
@@ -59,7 +60,11 @@ def run(
         Keys(runtime.settings.key_prefix),
     )
     receiver = Receiver(runtime.app, counts, counts.ignored)
-    shared = SharedLook(lambda: look(runtime))
+    looks: Shared[Look] = Shared()
+
+    def shared() -> Look:
+        return looks.get(None, lambda: look(runtime))
+
     registry.register(Gauges(runtime, shared, lambda: receiver.is_up, options.per_key))
     pages = Pages(runtime, registry, shared, options.shows_state)
     hosts = Hosts(options.host, options.allowed_hosts)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import gzip
 import json
+import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from http import HTTPStatus
 from urllib.parse import parse_qs
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from celery_singleton_state.health import Health
 from celery_singleton_state.runtime import Runtime
 
+from .connections import LIMIT
 from .page.document import POLICY, render
 from .page.overview import Overview
+from .shared import Shared
 from .snapshot import Look
 
 #: Of compression: most of what is to be had, for a tenth of the time.
 LEVEL = 3
+#: Connections that metrics and pages leave to probes of /health.
+FOR_HEALTH = 4
 #: Of every answer. No other site's page may read, embed or frame it.
 HEADERS = (
     ("Content-Security-Policy", f"{POLICY}; frame-ancestors 'none'"),
@@ -37,15 +42,20 @@ class Answer:
     """What a request is answered.
 
     :param kind: its ``Content-Type``.
+    :param is_zipped: whether the body is compressed with gzip.
     """
 
     status: HTTPStatus
     kind: str
     body: bytes
+    is_zipped: bool = False
 
 
 class Pages:
     """Answers requests by their paths.
+
+    One exposition, one page and one report of health are made at a time, and each for all requests
+    that wait for it.
 
     :param look: looks at the store, for each request.
     :param shows_state: whether the page shows the states' values.
@@ -61,32 +71,63 @@ class Pages:
         self._registry = registry
         self._look = look
         self._overview = Overview(runtime, look, shows_state)
+        room = threading.BoundedSemaphore(LIMIT - FOR_HEALTH)
+        self._expositions: Shared[Answer] = Shared(room)
+        self._shown: Shared[Answer] = Shared(room)
+        self._reports: Shared[Answer] = Shared()
 
-    def answer(self, path: str, query: str, accept: str) -> Answer:
+    def answer(
+        self,
+        path: str,
+        query: str,
+        accept: str,
+        zipped: bool = False,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> Answer:
         """The answer to a GET.
 
         :param accept: the request's header of that name.
+        :param zipped: whether the client takes a body compressed with gzip.
+        :param is_wanted: whether the client still waits for the answer.
+        :raises NotNow: too many requests wait, or the client does not.
         """
+        make: Callable[[], Answer]
         match path:
             case "/metrics":
-                return self._metrics(accept)
+                # A header may be folded, and parts of this one come back in the answer's.
+                encode, kind = _encoder(" ".join(accept.split()))
+                answers, make = self._expositions, partial(self._metrics, encode, kind)
             case "/health":
-                return _health(self._look().health)
+                answers, kind, make = self._reports, "", self._health
             case "/":
-                wanted = parse_qs(query).get("q", [""])[0]
-                page = render(self._overview.page(wanted)).encode()
-                return Answer(HTTPStatus.OK, "text/html; charset=utf-8", page)
-        return text(HTTPStatus.NOT_FOUND, "there are /, /health and /metrics")
+                kind = parse_qs(query).get("q", [""])[0]
+                answers, make = self._shown, partial(self._page, kind)
+            case _:
+                return text(HTTPStatus.NOT_FOUND, "there are /, /health and /metrics")
+        work = (lambda: compressed(make())) if zipped else make
+        return answers.get((kind, zipped), work, is_wanted)
 
-    def _metrics(self, accept: str) -> Answer:
-        # A header may be folded, and parts of this one come back in the answer's.
-        accept = " ".join(accept.split())
-        try:
-            encode, kind = choose_encoder(accept)
-        except (TypeError, ValueError):
-            # The library expects versions to be numbers.
-            encode, kind = choose_encoder("")
+    def _metrics(self, encode: Callable[[CollectorRegistry], bytes], kind: str) -> Answer:
         return Answer(HTTPStatus.OK, kind, encode(self._registry))
+
+    def _health(self) -> Answer:
+        found = self._look().health
+        status = HTTPStatus.OK if found.healthy else HTTPStatus.SERVICE_UNAVAILABLE
+        body = json.dumps({"healthy": found.healthy, **asdict(found)}, indent=2)
+        return Answer(status, "application/json", body.encode())
+
+    def _page(self, wanted: str) -> Answer:
+        page = render(self._overview.page(wanted)).encode()
+        return Answer(HTTPStatus.OK, "text/html; charset=utf-8", page)
+
+
+def _encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
+    """How metrics are written for a client, and the ``Content-Type`` of that."""
+    try:
+        return choose_encoder(accept)
+    except (TypeError, ValueError):
+        # The library expects versions to be numbers.
+        return choose_encoder("")
 
 
 def text(status: HTTPStatus, line: str) -> Answer:
@@ -94,12 +135,6 @@ def text(status: HTTPStatus, line: str) -> Answer:
     return Answer(status, "text/plain; charset=utf-8", f"{line}\n".encode())
 
 
-def compressed(answer: Answer) -> bytes:
-    """The body with gzip: an open page asks for the whole of it every few seconds."""
-    return gzip.compress(answer.body, LEVEL)
-
-
-def _health(found: Health) -> Answer:
-    status = HTTPStatus.OK if found.healthy else HTTPStatus.SERVICE_UNAVAILABLE
-    body = json.dumps({"healthy": found.healthy, **asdict(found)}, indent=2)
-    return Answer(status, "application/json", body.encode())
+def compressed(answer: Answer) -> Answer:
+    """The answer with gzip: an open page asks for the whole of it every few seconds."""
+    return replace(answer, body=gzip.compress(answer.body, LEVEL), is_zipped=True)

@@ -6,7 +6,6 @@ process is seen by nobody. A worker that is one process can use it as any other 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -27,8 +26,9 @@ from celery_singleton_state.hooks import (
     TookOver,
     WriteRefused,
 )
+from celery_singleton_state.text.visible import as_printed
 
-from .labels import OTHERS, UNKNOWN, Keys, clean, word
+from .labels import OTHERS, UNKNOWN, Keys, word
 
 #: Operations that write a state, and ways in which a lease is taken over.
 WRITES = ("save", "checkpoint", "transaction")
@@ -38,6 +38,8 @@ OUTCOMES = frozenset(Outcome)
 REASONS = frozenset(SingletonErrorReason)
 #: Seconds. Runs are from a few milliseconds to hours long.
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 14400.0)
+#: Seconds: a year. A run that takes longer is made up, and its duration is ignored.
+LONGEST = 366 * 86_400.0
 
 
 class Counts:
@@ -69,7 +71,8 @@ class Counts:
         self._durations = Histogram(
             "singleton_duration_seconds",
             "How long runs took, in seconds.",
-            labels,
+            # Never by key: it is 16 series.
+            ("singleton",),
             registry=registry,
             buckets=BUCKETS,
         )
@@ -95,12 +98,13 @@ class Counts:
 
         self._ignored = Counter(
             "singleton_ignored_events_total",
-            "Events that could not be read: of another release, or made up.",
+            "Events of another release or made up: unreadable, or with an impossible duration.",
             registry=registry,
         )
-        if not per_key:
-            for task in tasks or ():
-                self._begin(clean(task))
+        for task in map(as_printed, tasks or ()):
+            self._durations.labels(task)
+            if not per_key:
+                self._begin(task)
 
     def _begin(self, task: str) -> None:
         """Have series of a task that say 0: the first of anything is an increase, then."""
@@ -115,7 +119,6 @@ class Counts:
         for how in TAKEOVERS:
             self._takeovers.labels(task, how)
         self._lost.labels(task)
-        self._durations.labels(task)
 
     def __call__(self, details: Details) -> None:
         count = _COUNTED.get(type(details))
@@ -123,20 +126,24 @@ class Counts:
             count(self, self._labels(details), details)
 
     def ignored(self) -> None:
-        """Count an event that could not be read."""
+        """Count an event that could not be read, or a duration that cannot be."""
         self._ignored.inc()
 
     def _labels(self, details: Details) -> tuple[str, ...]:
         is_known = self._tasks is None or details.singleton in self._tasks
-        task = clean(details.singleton) if is_known else UNKNOWN
+        task = as_printed(details.singleton) if is_known else UNKNOWN
         if not self._per_key:
             return (task,)
         return (task, self._keys.label(task, details.key) if is_known else OTHERS)
 
     def _observe(self, labels: tuple[str, ...], seconds: float) -> None:
-        """Count a duration, unless it is none: one NaN would make the sum NaN for good."""
-        if math.isfinite(seconds) and seconds >= 0:
-            self._durations.labels(*labels).observe(seconds)
+        """Count a duration, unless no run takes so long: one odd number would spoil the sum for
+        good, a NaN as well as 1e308.
+        """
+        if 0 <= seconds <= LONGEST:
+            self._durations.labels(labels[0]).observe(seconds)
+        else:
+            self.ignored()
 
     def _released(self, labels: tuple[str, ...], details: Released) -> None:
         self._observe(labels, details.seconds)

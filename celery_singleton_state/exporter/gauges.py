@@ -14,8 +14,9 @@ from celery_singleton_state.config.options import options_of
 from celery_singleton_state.history import Outcome
 from celery_singleton_state.runtime import Runtime
 from celery_singleton_state.store.base import Listed
+from celery_singleton_state.text.visible import as_printed
 
-from .labels import OTHERS, UNKNOWN, Keys, clean, known_tasks
+from .labels import OTHERS, UNKNOWN, Keys, known_tasks
 from .snapshot import Look
 
 
@@ -113,7 +114,7 @@ class Gauges(Collector):
         family = GaugeMetricFamily(
             "singleton_beat_leading", "Whether a beat leads: 1 or 0.", labels=("beat",)
         )
-        family.add_metric((self._runtime.settings.beat_name,), float(leads))
+        family.add_metric((as_printed(self._runtime.settings.beat_name),), float(leads))
         if row is not None:
             yield family
             yield _one("singleton_beat_fence", "Fence of the beats' lease.", row.fence)
@@ -124,7 +125,7 @@ class Gauges(Collector):
         tasks = known_tasks(self._runtime.app)
         for each in seen.health.singletons:
             is_known = each.task in tasks
-            labels: tuple[str, ...] = (clean(each.task) if is_known else UNKNOWN,)
+            labels: tuple[str, ...] = (as_printed(each.task) if is_known else UNKNOWN,)
             if self._per_key:
                 key = keys.label(each.task, each.singleton) if is_known else OTHERS
                 labels = (*labels, key)

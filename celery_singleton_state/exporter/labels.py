@@ -2,7 +2,9 @@
 
 Each new value of a label is memory here and series in Prometheus, for good. Anybody on the broker
 can send an event and anybody with the database can write a row, so only the names of the app's own
-singleton tasks, words that are known, and a limited number of keys are values of labels.
+singleton tasks, words that are known, and a limited number of keys are values of labels. They stand
+there as `celery singleton ls` prints them, because no parser of the format is sure to take controls
+and lone surrogates as they are.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from celery import Celery
 
 from celery_singleton_state.config.options import options_of
 from celery_singleton_state.keys import row_key
+from celery_singleton_state.text.visible import as_printed
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +24,8 @@ logger = logging.getLogger(__name__)
 UNKNOWN = "(unknown)"
 #: Stands for all words that are not known, and for all keys beyond :data:`KEYS`.
 OTHERS = "(others)"
-#: Keys of one task that have series of their own.
-KEYS = 10_000
-
-#: No parser of the format is sure to take these as they are.
-_CONTROLS = {number: f"\\x{number:02x}" for number in (*range(32), 127)}
+#: Keys that have series of their own, of all tasks together. Each has some 20 series.
+KEYS = 1_000
 
 
 def known_tasks(app: Celery) -> frozenset[str]:
@@ -39,7 +39,8 @@ def word(value: str, words: Collection[str]) -> str:
 
 
 class Keys:
-    """The keys that have series of their own: the first ones of each task, and no more.
+    """The keys that have series of their own: the first ones, of all tasks together, and the first
+    of each task in any case.
 
     :param prefix: of the keys of rows; a long key is shortened as its row's is.
     :param warned: tasks that have had the warning of too many keys; more are added.
@@ -50,26 +51,23 @@ class Keys:
         self._limit = limit
         self._warned = set() if warned is None else warned
         self._of_task: dict[str, set[str]] = {}
+        self._count = 0
 
     def label(self, task: str, key: str) -> str:
-        """The label of a key; :data:`OTHERS` if its task has too many."""
-        text = row_key(self._prefix, clean(key)).removeprefix(self._prefix)
+        """The label of a key; :data:`OTHERS` if there are too many."""
+        text = as_printed(row_key(self._prefix, key).removeprefix(self._prefix))
         known = self._of_task.setdefault(task, set())
         if text in known:
             return text
-        if len(known) < self._limit:
+        if self._count < self._limit or not known:
             known.add(text)
+            self._count += 1
             return text
         if task not in self._warned:
             self._warned.add(task)
             logger.warning(
-                "task %s has more than %d keys: the series of further ones are counted together, "
-                "as key=%r",
-                *(task, self._limit, OTHERS),
+                "there are more than %d keys: the series of further ones of task %s are counted "
+                "together, as key=%r",
+                *(self._limit, task, OTHERS),
             )
         return OTHERS
-
-
-def clean(text: str) -> str:
-    """The text, with escapes for what no exposition may have: lone surrogates and controls."""
-    return text.encode("utf-8", "backslashreplace").decode().translate(_CONTROLS)

@@ -22,9 +22,10 @@ from urllib.parse import urlsplit
 
 from celery.exceptions import ImproperlyConfigured
 
-from .answers import HEADERS, Answer, Pages, compressed, text
+from .answers import HEADERS, Answer, Pages, text
 from .connections import Connections, Step
 from .hosts import BadHost, Hosts, host_of
+from .shared import NotNow
 
 logger = logging.getLogger(__name__)
 
@@ -160,11 +161,26 @@ class _Handler(BaseHTTPRequestHandler):
             return refused
         try:
             return self.server.pages.answer(
-                url.path or "/", url.query, self.headers.get("Accept", "")
+                url.path or "/",
+                url.query,
+                self.headers.get("Accept", ""),
+                "gzip" in self.headers.get("Accept-Encoding", ""),
+                self._is_open,
             )
+        except NotNow as reason:
+            return text(HTTPStatus.SERVICE_UNAVAILABLE, str(reason))
         except Exception:
             logger.exception("%s could not be answered", url.path)
             return text(HTTPStatus.INTERNAL_SERVER_ERROR, "it failed; the log says why")
+
+    def _is_open(self) -> bool:
+        """Whether the client has not closed its side of the connection."""
+        try:
+            return bool(self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
 
     def _refused_host(self, in_target: str) -> Answer | None:
         """The answer to a request whose host is not answered; ``None`` if it is.
@@ -191,14 +207,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, answer: Answer) -> None:
         self.server.connections.begin(self.connection, Step.ANSWER)
-        body = answer.body
         self.send_response(answer.status)
-        if "gzip" in self.headers.get("Accept-Encoding", ""):
-            body = compressed(answer)
+        if answer.status == HTTPStatus.SERVICE_UNAVAILABLE and answer.kind.startswith("text/plain"):
+            self.send_header("Retry-After", "5")
+        if answer.is_zipped:
             self.send_header("Content-Encoding", "gzip")
-        self._send_headers(answer.kind, len(body))
+        self._send_headers(answer.kind, len(answer.body))
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(answer.body)
 
     def _send_headers(self, kind: str, length: int) -> None:
         self.send_header("Content-Type", kind)

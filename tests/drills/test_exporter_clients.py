@@ -8,8 +8,10 @@ import os
 import signal
 import socket
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 
 import psutil
 import pytest
@@ -17,6 +19,7 @@ from celery import Celery
 from celery.events.event import get_exchange
 from kombu import Connection
 
+from celery_singleton_state.runtime import runtime_of
 from tests.processes.fleet import Exporter, Fleet
 from tests.servers import Postgres
 from tests.waiting import wait_until
@@ -116,6 +119,66 @@ def test_300_scrapes_of_a_store_that_hangs(
     wait_until(lambda: process.num_threads() <= threads, "the threads have ended")
 
 
+def test_60_scrapes_of_a_large_exposition(
+    make_fleet: Callable[..., Fleet], postgres_url: str, client: Callable[[], Celery]
+) -> None:
+    """10,000 keys in rows and events, and 60 clients that ask for the metrics all the time: the
+    memory is that of few expositions, each probe of health is answered within its 10 seconds, and a
+    signal ends the exporter though they ask.
+    """
+    exporter = make_fleet(postgres_url).start_exporter(APP, "--per-key")
+    app = client()
+    app.conf.singleton_store_url = postgres_url
+    runtime = runtime_of(app)
+    names = [f'counted{{"key":"{number}"}}' for number in range(10_000)]
+    runtime.store.wishes.expect([runtime.settings.key_prefix + name for name in names])
+    assert exporter.get("/metrics")[0] == 200
+    good = {
+        **{"type": "singleton-released", "singleton": "counted", "holder": "h", "fence": 1},
+        **{"outcome": "succeeded", "seconds": 1.0, "error": None},
+    }
+    with app.connection_for_write() as connection:
+        for number in range(0, 10_000, 1000):
+            some = [good | {"key": name} for name in names[number : number + 1000]]
+            send(connection, json.dumps(some), "application/json")
+    wait_until(
+        lambda: sum(exporter.metrics()["singleton_executions_total"].values()) == 10_000,
+        "all are counted",
+    )
+    process = psutil.Process(exporter.process.pid)
+    assert len(exporter.get("/metrics")[1]) < 3_000_000
+    before, most = process.memory_info().rss, 0
+    stop, url = threading.Event(), exporter.url
+
+    def ask() -> list[int]:
+        found = []
+        while not stop.is_set():
+            # Some are cut off when the exporter ends, and later ones find nobody.
+            with (
+                contextlib.suppress(OSError, HTTPException),
+                urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer,
+            ):
+                answer.read()
+                found.append(answer.status)
+        return found
+
+    with ThreadPoolExecutor(60) as pool:
+        asking = [pool.submit(ask) for _ in range(60)]
+        try:
+            for _ in range(5):
+                with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
+                    assert answer.status == 200
+                most = max(most, process.memory_info().rss)
+            exporter.process.send_signal(signal.SIGTERM)
+            assert exporter.process.wait(timeout=6) == 0
+        finally:
+            stop.set()
+    statuses = [status for each in asking for status in each.result()]
+    assert statuses.count(200) >= 60
+    assert most - before < 100_000_000
+    assert "Traceback" not in exporter.output
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_while_requests_hang(
     make_fleet: Callable[..., Fleet],
@@ -178,7 +241,7 @@ def test_made_up_events_through_a_broker(
     assert counted("(others)") == 200
     assert after["singleton_executions_total"][("(unknown)", "succeeded")] == 200
     assert after["singleton_duration_seconds_sum"][("counted",)] == 401
-    assert after["singleton_ignored_events_total"] == {(): 200 * 10 + 1}
+    assert after["singleton_ignored_events_total"] == {(): 200 * 11 + 1}
     grown = {name: len(each) - before[name] for name, each in after.items()}
     assert {name: count for name, count in grown.items() if count > 2} == {
         "singleton_duration_seconds_bucket": 14

@@ -18,9 +18,10 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.parser import text_string_to_metric_families
 
 from celery_singleton_state import SingletonTask, singleton_task
+from celery_singleton_state.beat.leader import PREFIX
 from celery_singleton_state.exporter import Counts
 from celery_singleton_state.exporter.gauges import Gauges
-from celery_singleton_state.exporter.labels import OTHERS, UNKNOWN, Keys, clean
+from celery_singleton_state.exporter.labels import OTHERS, UNKNOWN, Keys
 from celery_singleton_state.exporter.receiver import Receiver
 from celery_singleton_state.exporter.snapshot import look
 from celery_singleton_state.runtime import runtime_of
@@ -142,14 +143,19 @@ def test_made_up_words_are_one_series(told: Told) -> None:
         assert {labels[-1] for labels, n in counted.items() if n} == {OTHERS}
 
 
-@pytest.mark.parametrize("seconds", [math.nan, math.inf, -math.inf, -0.1, "1", None, [], 10**400])
+@pytest.mark.parametrize(
+    "seconds", [math.nan, math.inf, -math.inf, -0.1, "1", None, [], 10**400, 1e308, 1e17]
+)
 def test_a_duration_that_is_none_spoils_nothing(told: Told, seconds: Any) -> None:
-    """A single NaN would make the sum NaN until the exporter is started anew."""
+    """A single NaN would make the sum NaN until the exporter is started anew, and 1e308 a sum that
+    no later run changes.
+    """
     for type in ("released", "lost"):
         told.tell(event(type, seconds=seconds), event(type, seconds=2.0))
     found = told.samples()
     assert list(found["singleton_duration_seconds_sum"].values()) == [4.0]
     assert list(found["singleton_duration_seconds_count"].values()) == [2]
+    assert found["singleton_ignored_events_total"] == {(): 2}
 
 
 def test_what_cannot_be_read_is_counted_and_logged_once(
@@ -173,6 +179,16 @@ def test_keys_beyond_the_limit_are_one_series_and_one_warning(
     assert found[("t", OTHERS, "failed")] == 10 * LIMIT - (LIMIT - 1)
     assert all(len(label) <= 255 for labels in found for label in labels)
     assert [each.levelno for each in caplog.records] == [logging.WARNING]
+    assert list(told.samples()["singleton_duration_seconds_count"]) == [("t",)]
+
+
+def test_the_keys_of_all_tasks_share_one_limit() -> None:
+    """A task with one key is not counted with the many keys of others."""
+    keys = Keys(limit=LIMIT)
+    of_one = [keys.label("many", f"key {number}") for number in range(10 * LIMIT)]
+    assert of_one[LIMIT:] == [OTHERS] * 9 * LIMIT
+    assert keys.label("many", "key 0") == "key 0"
+    assert [keys.label("few", key) for key in ("few", "few more", "few")] == ["few", OTHERS, "few"]
 
 
 def test_rows_of_unknown_tasks_are_one_series(
@@ -205,5 +221,21 @@ def test_rows_of_unknown_tasks_are_one_series(
     assert list(found.values()) == [1] * LIMIT
 
 
-def test_labels_have_no_controls_and_no_surrogates() -> None:
-    assert clean("a\x00\x1b[31m\ud800\x7fé🐘") == "a\\x00\\x1b[31m\\ud800\\x7fé🐘"
+def test_labels_are_printed_as_ls_prints_names(memory_app: Celery) -> None:
+    """No parser of the format is sure to take controls and lone surrogates as they are."""
+    memory_app.conf.singleton_beat_name = "b\x9b31m\u2028\u202e\x1b"
+    runtime = runtime_of(memory_app)
+    runtime.store.wishes.expect([PREFIX + runtime.settings.beat_name])
+    families = Gauges(runtime, lambda: look(runtime), lambda: True).collect()
+    gauges = CollectorRegistry()
+    (beat,) = (
+        each.labels["beat"]
+        for family in families
+        if family.name == "singleton_beat_leading"
+        for each in family.samples
+    )
+    assert beat == r"b\x9b31m\u2028\u202e\x1b"
+    Counts(gauges, tasks=["a\x00\x85\ud800\x7fé🐘"])
+    assert r'singleton_lost_leases_total{singleton="a\\x00\\x85\\ud800\\x7fé🐘"} 0.0' in (
+        generate_latest(gauges).decode()
+    )

@@ -23,7 +23,7 @@ from celery_singleton_state.exporter.answers import Answer, text
 from celery_singleton_state.exporter.connections import Connections, Step
 from celery_singleton_state.exporter.hosts import BadHost, Hosts, check_pattern, host_of
 from celery_singleton_state.exporter.server import LONGEST, Server, make
-from celery_singleton_state.exporter.snapshot import SharedLook
+from celery_singleton_state.exporter.shared import NotNow, Shared
 from celery_singleton_state.runtime import runtime_of
 from tests.waiting import wait_until
 
@@ -36,7 +36,7 @@ class Pages:
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def answer(self, path: str, query: str, accept: str) -> Answer:
+    def answer(self, path: str, *_: Any) -> Answer:
         self.go_on.wait(30)
         if path == "/fails":
             raise ZeroDivisionError
@@ -318,14 +318,18 @@ def test_300_requests_share_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError("the second one fails for all")
         return looks[-1]
 
-    shared = SharedLook(take)
+    of_all: Shared[Any] = Shared()
+
+    def shared() -> Any:
+        return of_all.get(None, take)
+
     read: list[float] = []
 
     def clock() -> float:
         read.append(time.monotonic())
         return read[-1]
 
-    monkeypatch.setattr(sys.modules[SharedLook.__module__], "clock", clock)
+    monkeypatch.setattr(sys.modules[Shared.__module__], "clock", clock)
 
     def ask_for_one() -> Any:
         try:
@@ -344,6 +348,57 @@ def test_300_requests_share_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {each.result() for each in others} == {"the second one fails for all"}
     assert looks == [0, 1]
     assert shared() == 2
+
+
+class KnownToBeTaken:
+    """A lock that tells when somebody has found it taken."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.release = self.lock.release
+        self.was_taken = threading.Event()
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        found = self.lock.acquire(blocking, timeout)
+        if not found:
+            self.was_taken.set()
+        return found
+
+
+def test_what_is_shared_is_done_for_nobody_who_hung_up() -> None:
+    """One request works; another one waits, and hangs up; then the first is done."""
+    shared: Shared[str] = Shared()
+    lock = shared._lock = KnownToBeTaken()  # type: ignore[assignment]
+    go_on, begun = threading.Event(), threading.Event()
+
+    def work() -> str:
+        begun.set()
+        go_on.wait(30)
+        return "done"
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(shared.get, "kind", work)
+        assert begun.wait(30)
+        other = pool.submit(shared.get, "kind", lambda: "for nobody", lambda: False)
+        assert lock.was_taken.wait(30)  # type: ignore[attr-defined]
+        go_on.set()
+        assert first.result() == "done"
+        with pytest.raises(NotNow, match="closed"):
+            other.result()
+    assert shared.get("kind", lambda: "again", lambda: False) == "again"
+
+
+def test_no_more_wait_than_there_is_room_for() -> None:
+    room = threading.BoundedSemaphore(1)
+    one, other = Shared[str](room), Shared[str](room)
+
+    def nested() -> str:
+        with pytest.raises(NotNow, match="too many requests wait"):
+            other.get(None, lambda: "other")
+        return "one"
+
+    assert one.get(None, nested) == "one"
+    assert other.get(None, lambda: "other") == "other"
 
 
 @pytest.mark.parametrize("host", ["nowhere.invalid", "a" * 70, "..", "1.2.3.4", "a\x00b"])
