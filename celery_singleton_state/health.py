@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from .config.settings import Settings
 from .lease.lease import clock
 from .runtime import Runtime, runtime_of
 from .store.base import Listed, StoreError, StoreUnavailable
+from .text.log_lines import logger_of
 from .text.moments import moment, seconds
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,17 +7,17 @@ unanswered commit mine, and what ran when.
 
 from __future__ import annotations
 
-import logging
 from contextlib import suppress
 from enum import StrEnum
 
 import msgspec
 
+from .text.log_lines import logger_of
 from .text.storable import from_json, to_json, well_formed
 from .text.visible import visible
 from .ticks import Tick
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 MAX_ERROR_LENGTH = 200
 #: How many of the newest runs keep their results, so that the row stays small.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 
 from . import history
@@ -11,8 +10,9 @@ from .lease.holdings import Holding, file_of
 from .message.coalesce import grant
 from .runtime import Runtime
 from .store.base import Ended, Lease, Leases, Row, StoreError
+from .text.log_lines import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 def free_holder(runtime: Runtime, holder: str | None) -> bool:

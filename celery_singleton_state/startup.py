@@ -12,9 +12,10 @@ from .config.options import options_of
 from .config.settings import NO_SQL
 from .runtime import Runtime
 from .store.sql.url import parse_url
+from .text.log_lines import logger_of
 from .text.urls import shown_url
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 LOCAL_HOSTS = ("", "localhost", "127.0.0.1", "::1")
 #: Transports whose broker is a file or this process.

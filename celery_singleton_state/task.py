@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
@@ -62,9 +61,10 @@ from .run.run import ReplacedEagerly, Run, current_run
 from .run.task_api import InRun
 from .runtime import runtime_of
 from .state.codec import Codec
+from .text.log_lines import logger_of
 from .worker.steps import watch_over
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 S = TypeVar("S", default=Any)
 P = ParamSpec("P", default=...)

@@ -10,15 +10,14 @@ The only writer is the holder of the lease, in the statement that releases it.
 
 from __future__ import annotations
 
-import logging
-
 import msgspec
 
+from .text.log_lines import logger_of
 from .text.storable import from_json, to_json
 from .text.visible import visible
 from .ticks import Tick
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Entries in one row at most. The entry whose ticks ended longest ago is forgotten first.
 MAX_ENTRIES = 1000

@@ -27,6 +27,7 @@ from celery_singleton_state.schedules.own_rules import (
     has_own_is_due,
     overrides,
 )
+from celery_singleton_state.text.log_lines import logger_of
 
 from .entry_checks import LONGEST, RULES, check, checked_rule
 from .entry_state import NEVER, EntryState
@@ -34,7 +35,7 @@ from .passing import pass_over, surplus
 from .poll import Poll
 from .under_way import UnderWay
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Seconds, as is :data:`ON_TIME`.
 SKIP_IF_OLDER_THAN = 300.0

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated
 
 import msgspec
 
+from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.text.storable import from_json
 from celery_singleton_state.text.visible import visible
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: The next tick of a schedule that is never due again.

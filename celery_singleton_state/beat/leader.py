@@ -29,10 +29,11 @@ from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.startup import warn_of_single_host
 from celery_singleton_state.store.base import Ended, Row, Store, StoreError, StoreNotReady
 from celery_singleton_state.store.sql.url import parse_url
+from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.text.storable import storable
 from celery_singleton_state.text.urls import shown_url
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 PREFIX = "singleton-beat:"
 #: Seconds between two looks of a beat that stands by.

@@ -22,6 +22,7 @@ from kombu.exceptions import OperationalError
 
 from celery_singleton_state.compat import note_changed, put_off, read_schedule_anew
 from celery_singleton_state.store.base import StoreError
+from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.text.storable import to_json
 from celery_singleton_state.ticks import message_of
 
@@ -31,7 +32,7 @@ from .entry_state import EntryState, decode_rows, unknown_to
 from .leader import STANDBY_POLL, Leader, NotLeading
 from .postponed import ALL, Postponed, is_its_own
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: What ends a tick for a reason that is known.
 KNOWN = (NotLeading, BrokerUnavailable, StoreError)

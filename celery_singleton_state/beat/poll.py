@@ -8,17 +8,17 @@ and sends the same tick.
 
 from __future__ import annotations
 
-import logging
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from celery_singleton_state.lease.lease import clock
 from celery_singleton_state.schedules.own_rules import Schedule, ask
+from celery_singleton_state.text.log_lines import logger_of
 
 from .entry_state import NEVER
 from .passing import TURN
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: How often a schedule is asked about the past before it is asked about the present.
 QUESTIONS = 1000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import logging
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -12,6 +11,7 @@ from typing import Any
 from celery.beat import Scheduler
 
 from celery_singleton_state.store.base import SeenTicks, Store, StoreError, StoreRefusesValue
+from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.ticks import message_of
 
 from .entry import SingletonEntry
@@ -20,7 +20,7 @@ from .entry_state import EntryState
 from .mixin import LeaderMixin
 from .under_way import row_key_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Messages between two records, which are what the next leader sends again at most.
 BATCH = 500

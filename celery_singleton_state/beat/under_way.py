@@ -7,7 +7,6 @@ row refuses the copy if the tick is done after all.
 
 from __future__ import annotations
 
-import logging
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -18,9 +17,10 @@ from celery_singleton_state import ticks_done
 from celery_singleton_state.config.options import options_of
 from celery_singleton_state.keys import row_key
 from celery_singleton_state.store.base import SeenTicks
+from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.ticks import entry_name, task_id_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: Between two looks at the row while the next tick waits: a small part of the time that the tick

@@ -9,16 +9,16 @@ and lone surrogates as they are.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection
 
 from celery import Celery
 
 from celery_singleton_state.config.options import options_of
 from celery_singleton_state.keys import row_key
+from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.text.visible import as_printed
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Stands for all tasks that the app does not know.
 UNKNOWN = "(unknown)"

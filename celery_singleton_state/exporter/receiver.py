@@ -12,8 +12,9 @@ from celery.events.receiver import EventReceiver
 
 from celery_singleton_state.hooks import Details
 from celery_singleton_state.hooks.events import details_of
+from celery_singleton_state.text.log_lines import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Seconds between two tries to connect, and between two looks at whether to stop.
 PAUSE = 1.0

@@ -8,7 +8,6 @@ after its answer, and the body of a request is not read.
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
 import threading
 from collections.abc import Callable
@@ -22,12 +21,14 @@ from urllib.parse import urlsplit
 
 from celery.exceptions import ImproperlyConfigured
 
+from celery_singleton_state.text.log_lines import logger_of
+
 from .answers import HEADERS, Answer, Pages, text
 from .connections import Connections, Step
 from .hosts import BadHost, Hosts, host_of
 from .shared import NotNow
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Characters of a request: its first line and its headers.
 LONGEST = 32_768

@@ -8,7 +8,6 @@ once. A queue that grows over its limit loses what is newest, and says so.
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import threading
 import weakref
@@ -20,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from celery import signals as celery_signals
 from kombu.utils.imports import symbol_by_name
 
+from celery_singleton_state.text.log_lines import logger_of
+
 from . import log
 from .details import Details
 from .events import EventsHook, switch
@@ -28,7 +29,7 @@ from .signals import SIGNALS, SignalsHook
 if TYPE_CHECKING:
     from celery import Celery
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Seconds that the first details of a burst wait for the others.
 GATHER = 0.05

@@ -7,7 +7,6 @@ byte of memory that they share with it, set anew with each message that the work
 
 from __future__ import annotations
 
-import logging
 import mmap
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from celery import signals
 
+from celery_singleton_state.text.log_lines import logger_of
+
 from .details import KINDS, Details
 
 if TYPE_CHECKING:
     from celery import Celery
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 GROUP = "singleton"
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from celery_singleton_state.text.visible import visible
+from celery_singleton_state.text.log_lines import logger_of
 
 from .details import (
     Acquired,
@@ -20,7 +20,7 @@ from .details import (
     WriteRefused,
 )
 
-logger = logging.getLogger("celery_singleton_state")
+logger = logger_of("celery_singleton_state")
 
 #: By kind: a level, and what is written after the singleton's name, from the kind's own fields.
 _LINES: Mapping[type[Details], tuple[int, str, Callable[[Any], tuple[Any, ...]]]] = {
@@ -55,9 +55,4 @@ def write(details: Details) -> None:
     if isinstance(details, Skipped) and details.tick is not None:
         level = logging.WARNING
     if logger.isEnabledFor(level):
-        logger.log(level, f"singleton %s {text}", *map(_safe, (details.key, *fields(details))))
-
-
-def _safe(field: Any) -> Any:
-    """So that no key and no error can break off a line, and begin another one."""
-    return visible(field) if isinstance(field, str) else field
+        logger.log(level, f"singleton %s {text}", details.key, *fields(details))

@@ -24,7 +24,6 @@ parent's did not come.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Set
@@ -32,13 +31,14 @@ from operator import attrgetter
 from typing import Generic, TypeVar
 
 from celery_singleton_state.store.base import Leases, StoreError
+from celery_singleton_state.text.log_lines import logger_of
 
 from .lease import HeldLease, clock
 from .renewal_slots import LeftToParent, hear_signals, listen
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: A renewal that met no answer is repeated after this part of the interval.
 RETRY_PART = 0.125

@@ -20,7 +20,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
-import logging
 import mmap
 import os
 import re
@@ -35,7 +34,9 @@ from pathlib import Path
 
 import msgspec
 
-logger = logging.getLogger(__name__)
+from celery_singleton_state.text.log_lines import logger_of
+
+logger = logger_of(__name__)
 
 #: Bytes of a file that one lease has.
 SLOT = 4096

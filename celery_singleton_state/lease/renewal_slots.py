@@ -40,7 +40,6 @@ because the child died, names a holder that is the row's no more, and is refused
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import signal
@@ -55,10 +54,12 @@ from typing import Any
 
 import msgspec
 
+from celery_singleton_state.text.log_lines import logger_of
+
 from .holdings import RECORD, SLOT, Holdings
 from .lease import TRUSTED_PART, HeldLease
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 REQUEST_AT = RECORD
 ANSWER_AT = 3072

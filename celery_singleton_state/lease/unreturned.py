@@ -12,7 +12,6 @@ began while the body of a lost run still tidies up would run beside it.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable
@@ -25,11 +24,12 @@ from celery_singleton_state.store.base import (
     StoreRefusesValue,
     StoreUnavailable,
 )
+from celery_singleton_state.text.log_lines import logger_of
 
 #: Told the store's answer to the request that gave a lease back.
 Then = Callable[[Released | None], None]
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 @dataclass(eq=False, slots=True)

@@ -7,7 +7,6 @@ sent again, with the same task id, by which it is known as a duplicate.
 
 from __future__ import annotations
 
-import logging
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from celery import Celery
 
 from celery_singleton_state.headers import SENT
 from celery_singleton_state.store.base import Leases, Released
+from celery_singleton_state.text.log_lines import logger_of
 
 from .content import Content, dump, load, options_for_new
 from .resend import send_as_it_is
@@ -24,7 +24,7 @@ from .routing import resolved
 if TYPE_CHECKING:
     from .delivery import Delivery
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 @dataclass(frozen=True)

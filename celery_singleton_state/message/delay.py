@@ -13,7 +13,6 @@ is due. Two things go wrong with that:
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Collection
 from datetime import datetime
@@ -28,10 +27,11 @@ from kombu.exceptions import OperationalError
 from celery_singleton_state.compat import broker_of
 from celery_singleton_state.compat import native_delays as native
 from celery_singleton_state.headers import PAUSE, PAUSE_LEFT, without_moves
+from celery_singleton_state.text.log_lines import logger_of
 
 from .routing import address_of, broker_kind, delayed_key, into, queue_of, resolved, undeclared
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: By the kind of broker, the transport option that says for how many seconds it keeps a message
 #: that is not acknowledged, and the default. RabbitMQ has that in its own configuration.

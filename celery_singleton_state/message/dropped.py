@@ -11,7 +11,6 @@ method sees to itself. Here is what ends a message before, or without its proces
 
 from __future__ import annotations
 
-import logging
 import weakref
 from typing import Any
 
@@ -20,10 +19,11 @@ from celery.app.task import Context
 from celery.exceptions import Reject
 
 from celery_singleton_state.config.options import options_of
+from celery_singleton_state.text.log_lines import logger_of
 
 from .enqueue_once import dequeue
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Requests whose own delivery sees to their end, or whose end was seen to.
 _settled: weakref.WeakSet[Context] = weakref.WeakSet()

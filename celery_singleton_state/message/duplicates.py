@@ -16,7 +16,6 @@ time: Celery promises to deliver at least once, and a chain that never goes on i
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 from typing import Any, NoReturn
@@ -25,13 +24,14 @@ from celery.exceptions import Ignore
 
 from celery_singleton_state.headers import UNRECORDED, count_in
 from celery_singleton_state.history import Entry, is_duplicate
+from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.text.storable import storable
 
 from .delivery import Delivery
 from .resend import can_be_sent_again, send_again
 from .results import goes_on, has_result, is_awaited, is_recorded, restore
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Seconds after a run's end in which its process may still record the result.
 GRACE = 10.0

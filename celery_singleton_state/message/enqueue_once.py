@@ -8,7 +8,6 @@ its life. What the lease guards it guards with or without this.
 from __future__ import annotations
 
 import itertools
-import logging
 import numbers
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -25,11 +24,12 @@ from celery_singleton_state.keys import row_key
 from celery_singleton_state.lease.lease import clock, in_place
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import StoreError, Wishes
+from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.ticks import BEAT_HEADERS
 
 from .delivery import Delivery
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: How often a queue that changes meanwhile is looked at.
 LOOKS = 5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Mapping
@@ -14,13 +13,14 @@ from kombu.exceptions import EncodeError
 
 from celery_singleton_state.compat import cannot_end_jobs, sending_options
 from celery_singleton_state.headers import PUT_BACK, SENT_AGAIN, WAITED, count_in, custom_headers
+from celery_singleton_state.text.log_lines import logger_of
 
 from .content import encoding_of
 from .delay import possible
 from .delivery import is_message
 from .routing import can_be_addressed, copy_mark
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Errors of a message that can never be sent.
 UNSENDABLE = (EncodeError, TypeError)

@@ -8,7 +8,6 @@ with the kept result, so that callbacks, chain and chord go on with it.
 from __future__ import annotations
 
 import base64
-import logging
 from typing import Any
 
 from celery import states
@@ -16,10 +15,11 @@ from celery.app.task import Context
 from kombu.serialization import dumps, loads
 
 from celery_singleton_state.history import Kept
+from celery_singleton_state.text.log_lines import logger_of
 
 from .delivery import Delivery
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Characters of a serialized result that is kept.
 MAX_RESULT_LENGTH = 1024

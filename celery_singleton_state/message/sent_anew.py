@@ -14,7 +14,6 @@ Messages of ``send_task`` and of other clients carry no such value. Their id alo
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +24,12 @@ from celery.canvas import chord
 
 from celery_singleton_state.compat import Chain
 from celery_singleton_state.headers import DUE, PUT_BACK, SENT, SENT_AGAIN, header
+from celery_singleton_state.text.log_lines import logger_of
 
 from .delivery import Delivery
 from .results import is_recorded
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: What only messages have that go on with something: their ids were given to them by Celery, and
 #: are to be recognised.

@@ -12,8 +12,9 @@ from celery_singleton_state.store.base import StoreMisconfigured, StoreNotReady,
 from celery_singleton_state.store.sql.engine import is_in_memory, make_engine
 from celery_singleton_state.store.sql.store import SqlStore
 from celery_singleton_state.store.sql.url import parse_url
+from celery_singleton_state.text.log_lines import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 def open_store(

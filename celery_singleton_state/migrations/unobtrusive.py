@@ -9,7 +9,6 @@ Nothing here outlives a transaction on PostgreSQL, so that a pooler may stand in
 
 from __future__ import annotations
 
-import logging
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,8 +22,9 @@ from celery_singleton_state.store.base import StoreMisconfigured, StoreUnavailab
 from celery_singleton_state.store.sql.errors import is_forbidden, is_locked, is_undone
 from celery_singleton_state.store.sql.schema import make_table
 from celery_singleton_state.store.sql.store import open_transaction
+from celery_singleton_state.text.log_lines import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Whole seconds that others wait at most behind a change that waits itself: less than a statement
 #: of a singleton's may take (a quarter of a lease's life, 2 s by default).

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,8 +24,9 @@ from celery.exceptions import ImproperlyConfigured
 
 from celery_singleton_state.compat import is_made_by_decorator, without_app
 from celery_singleton_state.config.options import function_of
+from celery_singleton_state.text.log_lines import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class _Call:

@@ -12,10 +12,11 @@ from celery_singleton_state.errors import HeartbeatFailed, SingletonError
 from celery_singleton_state.history import Outcome
 from celery_singleton_state.message.delivery import Delivery
 from celery_singleton_state.message.resend import means_to_kill
+from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.ticks import Tick
 from celery_singleton_state.ticks_done import EntryTicks
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: How many spans of ticks a row keeps of one entry: with conflicts that wait, messages of ticks can
 #: overtake each other; elsewhere a gap is nearly always a tick that was skipped.

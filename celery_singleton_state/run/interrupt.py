@@ -37,8 +37,9 @@ from typing import Any
 from celery.exceptions import TaskPredicate
 
 from celery_singleton_state.errors import HeartbeatFailed
+from celery_singleton_state.text.log_lines import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Seconds before a body is interrupted for the second time; then growing by the factor, to the
 #: limit.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -39,12 +38,13 @@ from celery_singleton_state.store.base import (
     StoreError,
     Write,
 )
+from celery_singleton_state.text.log_lines import logger_of
 
 from .ending import is_for_good, is_of_lease, outcome_of, ticks_after
 from .interrupt import Body
 from .writes import FencedWriter, RunState, not_written
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class ReplacedEagerly(Ignore):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -27,8 +26,9 @@ from celery_singleton_state.store.base import (
     StoreUnavailable,
     Write,
 )
+from celery_singleton_state.text.log_lines import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 TRIES = 3
 

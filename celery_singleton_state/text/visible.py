@@ -11,7 +11,11 @@ import re
 
 #: Characters that Unicode counts as printable, and that are seen as nothing.
 _BLANK = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+    "["
+    "\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2d7f\u3164\ufe00-\ufe0f\uffa0"  # joiners, fillers
+    "\U00016fe4\U0001107f\U000e0100-\U000e01ef"
+    "\u2800\ufffc\U0001d159"  # symbols without ink: of Braille, of an object, of a note
+    "]"
 )
 #: An escape as :func:`as_printed` writes it, of a surrogate aside: no row's name has one.
 _ESCAPE = re.compile(

@@ -12,7 +12,6 @@ either, which is macOS before Python 3.13, the leases of a dead child run out.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import select
 import threading
@@ -20,8 +19,9 @@ from collections.abc import Callable
 from typing import Any
 
 from celery_singleton_state.compat import watch_processes
+from celery_singleton_state.text.log_lines import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Seconds that the worker's end waits for the end of each child.
 PATIENCE = 1.0

@@ -9,7 +9,6 @@ comes close.
 
 from __future__ import annotations
 
-import logging
 import time
 import weakref
 from typing import Any
@@ -19,8 +18,9 @@ from celery.worker import state
 
 from celery_singleton_state.config.options import options_of
 from celery_singleton_state.runtime import runtime_of
+from celery_singleton_state.text.log_lines import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: The part of the time after which a message that is not acknowledged yet is worth a warning.
 CLOSE = 5 / 6

@@ -15,7 +15,6 @@ time limit ends such a child.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -36,8 +35,9 @@ from celery_singleton_state.lease.renewal_slots import (
 )
 from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.store.base import Lease, StoreError
+from celery_singleton_state.text.log_lines import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class ChildsLease(HeldLease):

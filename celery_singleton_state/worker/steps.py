@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import os
 from typing import Any
 
@@ -26,12 +25,13 @@ from celery_singleton_state.startup import refuse_states_without_store, warn_of_
 from celery_singleton_state.store.base import StoreError, StoreNotReady
 from celery_singleton_state.store.sql.engine import is_in_memory
 from celery_singleton_state.store.sql.url import parse_url
+from celery_singleton_state.text.log_lines import logger_of
 
 from .child_watch import watch_pool
 from .consumer_timeout import ConsumerTimeoutStep
 from .parent_renewal import ParentRenewal
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class Refused(ImproperlyConfigured, click.ClickException):

@@ -9,7 +9,6 @@ server's clock.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -38,6 +37,7 @@ from celery_singleton_state.store.base import (
     seen,
 )
 from celery_singleton_state.store.odd_values import number, whole_number
+from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.text.storable import restored, storable
 
 from . import scripts as scripts
@@ -45,7 +45,7 @@ from .calls import LEAST_LARGEST, ScriptCalls
 from .errors import NO_CLUSTER, as_store_error, is_overflow
 from .url import client_for
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 T = TypeVar("T")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from celery_singleton_state.store.base import (
     Write,
     seen,
 )
+from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.text.storable import restored, storable
 
 from .connections import Connections, GrowingPool
@@ -54,7 +54,7 @@ from .requests import Rows, SqlWishes, stored_task
 from .schema import make_table
 from .statements import Statements
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: How often a statement that was undone is sent at most.
 TRIES = 5
