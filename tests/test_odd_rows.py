@@ -28,6 +28,7 @@ from celery_singleton_state import SingletonTask, history, singleton_task, ticks
 from celery_singleton_state.beat.entry_state import EntryState, decode_rows
 from celery_singleton_state.beat.leader import PREFIX as BEAT
 from celery_singleton_state.cli import singleton
+from celery_singleton_state.errors import SchemaDecodeFailed
 from celery_singleton_state.exporter.gauges import Gauges
 from celery_singleton_state.exporter.page.document import POLICY, render
 from celery_singleton_state.exporter.page.overview import Overview
@@ -216,7 +217,7 @@ def test_whatever_keys_states_and_errors_say_all_is_shown(
     said(shop, "state", "reset", "--yes", printed)
     said(shop, "state", "set", "--yes", printed, got.strip())
     assert json.loads(said(shop, "state", "get", printed)) == {"text": state}
-    assert metrics(shop)["singleton_keys"][name] == 1
+    assert metrics(shop)["singleton_keys"][printed] == 1
     assert printed.replace(" ", "") in page(shop, printed).text.replace(" ", "")
 
 
@@ -412,6 +413,53 @@ BY_HAND = {
     ),
 }
 MOMENTS = ("acquired_at", "expires_at", "last_finished_at", "updated_at", "queued_until")
+
+
+ODD_VALUES = (
+    *(
+        "infinity",
+        "",
+        "soon",
+        "\x1b[31m",
+        "10000-01-01 00:00:00",
+        "[1]",
+        '[{"started":"x"}]',
+        "a\0b",
+    ),
+    *(b"\xff\x00", b"1", 1e308, float("inf"), 1.5, -1, 2**63 - 1, -(2**63), "9" * 40),
+)
+#: Columns whose odd values keep a run from reading its state.
+OF_THE_STATE = ("value", "schema_version")
+
+
+@pytest.mark.parametrize("value", ODD_VALUES, ids=repr)
+def test_a_run_on_a_row_with_an_odd_value(shop: Celery, value: Any) -> None:
+    """It starts if the value is only bookkeeping. Else it fails as SchemaDecodeFailed, and its row
+    has the state that it had.
+    """
+    run(shop, "odd", "a")
+    with runtime_of(shop).store.engine.connect() as connection:
+        columns = connection.exec_driver_sql("PRAGMA table_info(kv_store)").fetchall()
+    names = {name for _, name, *_ in columns} - {"key", "fence"}
+    assert names > {*OF_THE_STATE}
+    for name in sorted(names):
+        change(shop, "DELETE FROM kv_store")
+        run(shop, "odd", "a", "kept")
+        change(shop, f"UPDATE kv_store SET {name} = :value", value=value)
+        before = state_of(shop)
+        try:
+            shop.tasks["odd"]("a", "new")
+        except SchemaDecodeFailed:
+            assert name in OF_THE_STATE or (name, value) == ("newest", 2**63 - 1)
+            assert state_of(shop) == before
+        else:
+            assert name not in OF_THE_STATE
+
+
+def state_of(app: Celery) -> Any:
+    with runtime_of(app).store.engine.connect() as connection:
+        statement = "SELECT value, schema_version FROM kv_store"
+        return connection.exec_driver_sql(statement).fetchall()
 
 
 def test_a_moment_of_infinity_in_one_row_is_one_odd_line(make_app: Callable[..., Celery]) -> None:

@@ -108,6 +108,8 @@ class Codec(Generic[S]):
         :raises StateError: the value is of a newer version, or does not fit.
         """
         stored = version or 1
+        if stored < 1:
+            raise StateError("the version of the stored value is no whole number from 1 on")
         if stored > self.version:
             raise StateError(
                 f"the stored value has version {stored}, newer than this code's {self.version}"

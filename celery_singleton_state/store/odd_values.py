@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+#: Stands for the version of a state's schema in a row that has none that is a number.
+NO_VERSION = -1
+
 
 def odd_values(row: Any) -> dict[str, Any]:
     """The values of a row's fields that are not of their kinds, nor ``None``, made so."""
@@ -37,12 +40,15 @@ def number(value: Any) -> float | None:
         return None
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A text from whatever stands in its place."""
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 _KINDS: tuple[tuple[type, tuple[str, ...], Any], ...] = (
-    (int, ("fence", "run_count", "write", "newest", "queue", "schema_version"), whole_number),
+    (int, ("fence", "run_count", "write", "newest", "queue"), whole_number),
+    # It is no version by chance: nobody knows how to read that state.
+    (int, ("schema_version",), lambda _: NO_VERSION),
     (
         float,
         ("updated_at", "acquired_at", "expires_in", "last_finished_at", "queued_in"),
@@ -54,6 +60,6 @@ _KINDS: tuple[tuple[type, tuple[str, ...], Any], ...] = (
             *("holder", "task_id", "last_outcome", "history", "value", "wanted", "handoff_to"),
             *("newest_sent", "ticks_done", "queued_task_id", "task"),
         ),
-        _text,
+        text,
     ),
 )

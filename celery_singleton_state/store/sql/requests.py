@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from celery_singleton_state.store.base import NewValue, Queued, Row
+from celery_singleton_state.store.odd_values import text, whole_number
 from celery_singleton_state.text.storable import restored, storable
 
 from .statements import Statements
@@ -46,7 +47,7 @@ class SqlWishes:
 
     def wanted(self, key: str) -> str | None:
         rows = self._rows(self._sql.wanted, {"key": key})
-        return rows[0][0] if rows else None
+        return text(rows[0][0]) if rows and rows[0][0] is not None else None
 
     def granted(self, key: str, wish: str) -> None:
         self._change(self._sql.granted, {"key": key, "wish": wish})
@@ -56,7 +57,9 @@ class SqlWishes:
         if not rows:
             return Queued(0, None)
         number, queued, running = rows[0]
-        return Queued(number, restored(queued or running), not queued and running is not None)
+        task_id = queued or running
+        task_id = None if task_id is None else restored(text(task_id))
+        return Queued(whole_number(number), task_id, not queued and running is not None)
 
     def claim(
         self,

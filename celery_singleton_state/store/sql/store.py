@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -32,6 +33,7 @@ from celery_singleton_state.store.base import (
     Write,
     seen,
 )
+from celery_singleton_state.store.odd_values import odd_values
 from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.text.storable import restored, storable
 
@@ -118,7 +120,9 @@ class SqlStore:
         if not rows:
             return None
         fence, *found = rows[0]
-        return Acquired(Lease(key, holder, fence, ttl), *found)
+        acquired = Acquired(Lease(key, holder, fence, ttl), *found)
+        odd = odd_values(acquired)
+        return replace(acquired, **odd) if odd else acquired
 
     def _largest(self, key: str, error: StoreError) -> str:
         column, literal = self._sql.key, key.replace("'", "''")
