@@ -13,8 +13,8 @@ from enum import StrEnum
 import msgspec
 
 from .text.log_lines import logger_of
-from .text.storable import from_json, to_json, well_formed
-from .text.visible import visible
+from .text.storable import from_json, to_json
+from .text.visible import encodable, visible
 from .ticks import Tick
 
 logger = logger_of(__name__)
@@ -225,4 +225,4 @@ def describe(error: BaseException) -> str:
         message = "(its text cannot be made)"
     text = " ".join(f"{type(error).__name__}: {message}".split())[:MAX_ERROR_LENGTH]
     # Half an emoji cannot be encoded, and the end of a run must be recorded all the same.
-    return well_formed(text)
+    return encodable(text)

@@ -16,7 +16,7 @@ from celery.app.task import Context
 from celery.beat import ScheduleEntry
 
 from .headers import DUE, ENTRY, ONE_BY_ONE, PREVIOUS, SENT, header
-from .text.storable import well_formed
+from .text.visible import encodable
 
 #: Beat's own headers, which do not make a message a part of a larger work. A tick that must not be
 #: skipped is sent in any case, so its own header is not among them.
@@ -41,7 +41,7 @@ class Tick(msgspec.Struct, frozen=True, array_like=True):
 
 def entry_name(schedule: str, entry: str) -> str:
     """An entry's name after that of its schedule, as messages and rows have it."""
-    return well_formed(f"{schedule}:{entry}")
+    return encodable(f"{schedule}:{entry}")
 
 
 def task_id_of(schedule: str, entry: str, due: datetime) -> str:

@@ -27,7 +27,7 @@ from celery_singleton_state.lease.heartbeat import Heartbeat
 from celery_singleton_state.runtime import Runtime
 from celery_singleton_state.state.codec import Codec
 from celery_singleton_state.store.base import Store
-from celery_singleton_state.text.storable import well_formed
+from celery_singleton_state.text.visible import encodable
 from celery_singleton_state.ticks import Tick, previous_of, tick_in
 from celery_singleton_state.ticks_done import EntryTicks, TicksDone
 
@@ -126,7 +126,7 @@ class Delivery:
             # part of another chain that was sent with the same id.
             sent = request.root_id
         #: The value that tells the message from others that were sent with the same id.
-        self.sent = None if sent is None else well_formed(str(sent))
+        self.sent = None if sent is None else encodable(str(sent))
         #: The tick that the message is for, if a beat of ours sent it.
         self.tick: Tick | None = tick_in(headers) if headers else None
         #: Whether the next tick of the message's entry is sent when this one has ended.

@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 _CYCLE = 146_097 * 86_400
 #: The years 1 to 9999, which a ``datetime`` can hold.
 _FIRST, _END = -62_135_596_800, 253_402_300_800
-#: No calendar is asked for moments farther from 1970, in seconds: some 30 million years.
-_FARTHEST = 1e15
+#: Seconds, some 30 million years: no calendar is asked for moments farther from 1970, and longer
+#: times are not counted in days.
+FARTHEST = 1e15
 
 
 def moment(epoch: float) -> str:
@@ -53,14 +54,14 @@ def is_usual(epoch: float) -> bool:
 
 def seconds(length: float) -> str:
     """A length of time in whole seconds."""
-    return f"{length:.0f} s" if abs(length) < _FARTHEST else f"{length:g} s"
+    return f"{length:.0f} s" if abs(length) < FARTHEST else f"{length:g} s"
 
 
 def span(length: float) -> str:
     """A length of time for people: one unit and about two digits, because a page that refreshes
     would flicker with more.
     """
-    if not abs(length) < _FARTHEST:
+    if not abs(length) < FARTHEST:
         return seconds(length)
     length = max(0.0, length)
     for unit, size, most in (("s", 1, 120), ("min", 60, 120 * 60), ("h", 3600, 48 * 3600)):
@@ -89,7 +90,7 @@ def _calendar(epoch: float) -> tuple[datetime, int] | str:
         pass
     if math.isinf(epoch):
         return "infinity" if epoch > 0 else "-infinity"
-    if not abs(epoch) < _FARTHEST:
+    if not abs(epoch) < FARTHEST:
         return f"{epoch:g} s since 1970" if math.isfinite(epoch) else "nan"
     cycles = math.floor(epoch / _CYCLE)
     return datetime.fromtimestamp(epoch - cycles * _CYCLE, UTC), cycles

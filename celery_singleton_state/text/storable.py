@@ -43,11 +43,6 @@ def restored(text: str | None) -> str | None:
     return _ESCAPED.sub(lambda found: found[0].encode().decode("unicode_escape"), text)
 
 
-def well_formed(text: str) -> str:
-    """A text that can be encoded: half of a surrogate pair becomes its escape sequence."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def to_json(document: Any) -> str:
     """JSON in ASCII, also of texts that are not well-formed."""
     try:

@@ -59,7 +59,9 @@ def names_meant(typed: str) -> list[str]:
 
 
 def encodable(text: str, encoding: str = "utf-8") -> str:
-    """A text with what the encoding does not have as escapes."""
+    """A text with what the encoding does not have as escapes; UTF-8 lacks halves of surrogate
+    pairs.
+    """
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
