@@ -456,6 +456,24 @@ def test_a_run_on_a_row_with_an_odd_value(shop: Celery, value: Any) -> None:
             assert name not in OF_THE_STATE
 
 
+def test_the_state_that_is_replaced_is_asked_about_as_state_get_shows_it(shop: Celery) -> None:
+    run(shop, "odd", "a", '"\u202e\x1b')
+    name = 'odd{"key":"a"}'
+    got = said(shop, "state", "get", name).strip()
+    assert f"The state is {got}. Replace it?" in said(shop, "state", "set", name, got, may_be=1)
+
+
+def test_a_name_that_begins_with_a_dash(shop: Celery) -> None:
+    @singleton_task(shop, name="--help", unique_on=["key"], shared=False)
+    def odd(self: SingletonTask[Any], key: str) -> None: ...
+
+    run(shop, "--help", "a")
+    name = '--help{"key":"a"}'
+    assert name in said(shop, "ls")
+    assert f" {name} " in said(shop, "show", "--", name)
+    assert json.loads(said(shop, "state", "get", "--", name)) is None
+
+
 def state_of(app: Celery) -> Any:
     with runtime_of(app).store.engine.connect() as connection:
         statement = "SELECT value, schema_version FROM kv_store"

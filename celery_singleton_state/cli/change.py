@@ -7,7 +7,6 @@ workers' switch for events says.
 from __future__ import annotations
 
 import getpass
-import json
 import sys
 from typing import Any
 
@@ -26,7 +25,7 @@ from celery_singleton_state.store.base import NewValue, Row, Store
 from celery_singleton_state.text.moments import seconds
 from celery_singleton_state.text.visible import as_printed
 
-from .common import complete_name, find, name_and_task, says_why, unknown
+from .common import complete_name, find, load_tasks, name_and_task, says_why, unknown
 from .terminal import ask, say, shown_json
 
 YES = click.option("--yes", is_flag=True, help="Do not ask.")
@@ -116,7 +115,7 @@ for command in (get, set_, reset):
 
 def _app(context: click.Context) -> Celery:
     app: Celery = context.obj.app
-    app.finalize(auto=True)
+    load_tasks(app, are_needed=False)
     return app
 
 
@@ -174,7 +173,7 @@ def _change(
         )
     if not yes:
         warning = _warning(runtime, row) if row is not None and row.held else ""
-        ask(f"{warning}The state is {json.dumps(row.value) if row else 'none'}. Replace it?")
+        ask(f"{warning}The state is {shown_json(row.value) if row else 'none'}. Replace it?")
     if row is not None and (row.holder is not None or row.held):
         # Also one whose lease ran out: late and without a successor it could still save.
         _release(runtime, row, store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import shlex
 from collections.abc import Callable, Collection, Iterable
 from functools import wraps
@@ -18,6 +19,8 @@ from celery_singleton_state.keys import row_key
 from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.store.base import Row, Store, StoreError, one_line
 from celery_singleton_state.text.visible import as_printed, names_meant
+
+from .terminal import say
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,33 +41,51 @@ def says_why(command: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def load_tasks(app: Celery) -> None:
+def load_tasks(app: Celery, are_needed: bool = True) -> None:
     """Have all tasks of the app made, as a worker has: also those of its ``imports`` and
     ``include``, and those that it discovers.
 
-    :raises ImproperlyConfigured: a module cannot be imported.
+    :param are_needed: whether what the command says is wrong without one of them. A command that
+        is not says what is missing, and does what it can.
+    :raises ImproperlyConfigured: a module cannot be imported, and its tasks are needed.
     """
     try:
         app.loader.import_default_modules()
-    except ImportError as error:
-        raise ImproperlyConfigured(f"a module of the app cannot be imported: {error}") from error
+    except Exception as error:
+        why = str(error) if isinstance(error, ImportError) else one_line(error)
+        text = f"a module of the app cannot be imported: {why}"
+        if are_needed:
+            raise ImproperlyConfigured(text) from error
+        say(f"warning: {text}", err=True)
     app.finalize(auto=True)
 
 
 def complete_name(context: click.Context, _argument: click.Parameter, begun: str) -> list[str]:
-    """For a shell: the singletons whose names begin so, and need no quotes.
+    """For a shell: the singletons whose names begin so, as `ls` prints them.
 
-    None where the app or its store cannot be had: a shell has no place for an error.
+    Bash inserts what it is offered as it is, so a name with other than plain characters is offered
+    in quotes; other shells quote it by themselves. None where the app or its store cannot be had: a
+    shell has no place for an error.
     """
     try:
         app = find_app(context.find_root().params["app"])
         app.finalize(auto=True)
         runtime = runtime_of(app)
         prefix = runtime.settings.key_prefix
-        names = [row.key.removeprefix(prefix) for row in runtime.rows(prefix + begun)]
+        found = {
+            row.key: as_printed(row.key.removeprefix(prefix))
+            for name in names_meant(begun)
+            for row in runtime.rows(prefix + name)
+        }
     except Exception:
         return []
-    return [name for name in names if shlex.quote(name) == name]
+    return [shlex.quote(name) if _is_bash() else name for name in found.values()]
+
+
+def _is_bash() -> bool:
+    """Whether it is bash that asks: click's variable is named after the program."""
+    asked = (value for name, value in os.environ.items() if name.endswith("_COMPLETE"))
+    return any(value.startswith("bash_") for value in asked)
 
 
 def find(runtime: Runtime, name: str) -> tuple[Row, Store]:

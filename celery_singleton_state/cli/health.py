@@ -10,7 +10,7 @@ from celery.bin.base import CeleryCommand
 from celery_singleton_state.health import check_health
 from celery_singleton_state.text.visible import as_printed
 
-from .common import says_why
+from .common import load_tasks, says_why
 from .terminal import print_json, say
 
 
@@ -24,6 +24,7 @@ def health(context: click.Context, as_json: bool) -> None:
     A singleton is healthy if it last finished within its task's expected_interval times
     singleton_heartbeat_threshold.
     """
+    load_tasks(context.obj.app)
     found = check_health(context.obj.app)
     if as_json:
         print_json({"healthy": found.healthy, **asdict(found)})

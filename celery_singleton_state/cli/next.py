@@ -18,7 +18,7 @@ from celery_singleton_state.schedules.own_rules import has_own_is_due
 from celery_singleton_state.text.moments import iso, moment, short_moment
 from celery_singleton_state.text.visible import as_printed
 
-from .common import like, one_of, says_why
+from .common import like, load_tasks, one_of, says_why
 from .terminal import print_json, print_table, say, table
 
 #: Entries that people are shown.
@@ -113,7 +113,7 @@ def times_of(app: Celery, name: str, count: int) -> dict[str, Any]:
     :raises ImproperlyConfigured: the entry is not allowed.
     :raises StoreError: the store is out of reach.
     """
-    app.finalize()
+    load_tasks(app, are_needed=False)
     schedule = _schedule_of(app, name)
     state = decode_rows(Leader(app).load()).get(name)
     times = []

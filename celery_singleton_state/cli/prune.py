@@ -20,7 +20,7 @@ from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.text.visible import as_printed
 
 from .change import YES, tell
-from .common import one_of, says_why
+from .common import load_tasks, one_of, says_why
 from .terminal import ask, print_json, say
 
 UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1, "": 1}
@@ -89,7 +89,7 @@ def prune(
     than anything may run, be retried or be given out again.
     """
     app: Celery = context.obj.app
-    app.finalize(auto=True)
+    load_tasks(app, are_needed=False)
     runtime = runtime_of(app)
     only = only and one_of(app.tasks, only)
     unused = find_unused(runtime, older_than, only)

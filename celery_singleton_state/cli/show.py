@@ -22,7 +22,7 @@ from celery_singleton_state.store.base import Listed, Row
 from celery_singleton_state.text.moments import iso, moment, seconds, short_moment
 from celery_singleton_state.text.visible import as_printed
 
-from .common import complete_name, find, says_why
+from .common import complete_name, find, load_tasks, says_why
 from .terminal import plain_console, print_json, print_table, say, shown_json, table
 
 #: Seconds between two looks of one who watches.
@@ -44,7 +44,7 @@ def ls(context: click.Context, as_json: bool, watch: bool) -> None:
     if as_json and watch:
         raise click.UsageError("--watch is for people, and --json for programs")
     app: Celery = context.obj.app
-    app.finalize(auto=True)
+    load_tasks(app, are_needed=False)
     runtime = runtime_of(app)
     if as_json:
         print_json(_objects(runtime, runtime.rows(runtime.settings.key_prefix)))
@@ -64,10 +64,10 @@ def ls(context: click.Context, as_json: bool, watch: bool) -> None:
 def show(context: click.Context, name: str, as_json: bool) -> None:
     """Show one singleton: its lease, its state and its last runs.
 
-    NAME is as `ls` prints it.
+    NAME is as `ls` prints it. Write -- before one that begins with a dash.
     """
     app: Celery = context.obj.app
-    app.finalize(auto=True)
+    load_tasks(app, are_needed=False)
     runtime = runtime_of(app)
     prefix = runtime.settings.key_prefix
     row, _ = find(runtime, name)

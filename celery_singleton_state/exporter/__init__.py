@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from celery_singleton_state.runtime import Runtime
+from celery_singleton_state.store.base import StoreError, StoreMisconfigured
+from celery_singleton_state.text.log_lines import logger_of
 
 from .answers import Pages
 from .connections import Connections
@@ -19,6 +21,8 @@ from .receiver import Receiver
 from .server import make, serve_until, url_of
 from .shared import Shared
 from .snapshot import Look, look
+
+logger = logger_of(__name__)
 
 __all__ = ["Counts", "Options", "check_pattern", "run"]
 
@@ -49,8 +53,10 @@ def run(
     """Serve until the function ``wait`` returns.
 
     :param say: told where it listens.
-    :raises ImproperlyConfigured: the address cannot be had.
+    :raises ImproperlyConfigured: the address cannot be had, or a setting is not allowed.
+    :raises StoreMisconfigured: the store cannot be read until somebody mends it.
     """
+    _see_that_it_is_set_up(runtime)
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     counts = Counts(
@@ -75,3 +81,16 @@ def run(
         serve_until(server, wait)
     finally:
         receiver.close()
+
+
+def _see_that_it_is_set_up(runtime: Runtime) -> None:
+    """:raises StoreMisconfigured: no scrape would ever see anything.
+
+    A store that is unavailable now, or has no table yet, is what the metrics tell.
+    """
+    try:
+        runtime.store.list(runtime.settings.key_prefix)
+    except StoreMisconfigured:
+        raise
+    except StoreError as error:
+        logger.warning("the store cannot be read yet: %s", error)

@@ -7,7 +7,7 @@ DNS are not answered unless the operator allows them. These are answered always:
 
 - IP addresses: what scrapers of pods, and probes, send;
 - names that nobody can register: ``localhost``, names without a dot, and the suffixes that are
-  reserved for private use or belong to a cluster;
+  reserved or kept out of public DNS for private use, or belong to a cluster;
 - the name of this machine, and the name that the server was told to listen at.
 """
 
@@ -19,8 +19,13 @@ import socket
 from collections.abc import Iterable
 from functools import cached_property
 
-#: Suffixes that public DNS does not have: of Kubernetes, mDNS, clouds, home networks and tests.
-PRIVATE = (".svc", ".local", ".internal", ".localhost", ".home.arpa", ".test")
+#: Suffixes that public DNS does not have. They are reserved for private use (RFC 6761, 6762, 8375,
+#: and ICANN's .internal), or kept out of public DNS because private networks use them (.corp and
+#: .home by ICANN's resolution of 2018; .intranet, .lan and .private by RFC 6762, appendix G).
+PRIVATE = (
+    *(".local", ".localhost", ".home.arpa", ".internal", ".test"),
+    *(".corp", ".home", ".intranet", ".lan", ".private", ".svc"),
+)
 
 #: Characters of a header's value: 253 of a name, and a port.
 LONGEST = 260

@@ -32,6 +32,7 @@ logger = logger_of(__name__)
 
 #: Characters of a request: its first line and its headers.
 LONGEST = 32_768
+METHODS = "GET, HEAD, OPTIONS"
 #: Unknown hosts that have a warning of their own in the log.
 WARNINGS = 20
 
@@ -145,8 +146,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815
 
+    def do_OPTIONS(self) -> None:
+        """Answer what HAProxy's ``option httpchk`` asks unless it is told otherwise."""
+        self._send(Answer(HTTPStatus.NO_CONTENT, "", b""))
+
     def _refuse_method(self) -> None:
-        self._send(text(HTTPStatus.METHOD_NOT_ALLOWED, "it can only be looked at"))
+        self._send(text(HTTPStatus.METHOD_NOT_ALLOWED, f"it can only be looked at: {METHODS}"))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("do_"):
@@ -211,6 +216,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(answer.status)
         if answer.status == HTTPStatus.SERVICE_UNAVAILABLE and answer.kind.startswith("text/plain"):
             self.send_header("Retry-After", "5")
+        if answer.status in (HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NO_CONTENT):
+            self.send_header("Allow", METHODS)
         if answer.is_zipped:
             self.send_header("Content-Encoding", "gzip")
         self._send_headers(answer.kind, len(answer.body))
@@ -218,8 +225,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(answer.body)
 
     def _send_headers(self, kind: str, length: int) -> None:
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(length))
+        if kind:
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(length))
         for name, value in HEADERS:
             self.send_header(name, value)
         self.end_headers()

@@ -69,6 +69,7 @@ def test_ls_and_show(fleet: Fleet, client: Callable[[], Celery], tmp_path: Path)
         ("celery -A shop singleton state s", {"set"}),
         ("celery -A shop singleton ls --w", {"--watch"}),
         ("celery -A shop singleton show incr", {"increment", "increment_or_raise"}),
+        ("celery -A shop singleton show keyed", {"""'keyed{"key":"a"}'"""}),
         ("celery -A nothing singleton show incr", set()),
     ],
 )

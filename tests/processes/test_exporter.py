@@ -246,6 +246,19 @@ def test_it_outlives_its_store_and_its_broker(
     wait_until(lambda: executions(exporter) == {"succeeded": 1}, "it counts again")
 
 
+@pytest.mark.parametrize("store", ["nonsense://", "{server}/not-there"])
+def test_a_misconfigured_store_is_one_line(
+    make_fleet: Callable[..., Fleet], postgres_url: str, store: str
+) -> None:
+    """Nobody would mend it by waiting."""
+    url = store.format(server=postgres_url.rpartition("/")[0])
+    answer = make_fleet(url).command("singleton", "exporter", "--port", "0", app=APP)
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("Error: ")
+    assert answer.stderr.count("\n") == 1
+    assert answer.stdout == ""
+
+
 def test_an_address_in_use_is_one_line(fleet: Fleet) -> None:
     taken = fleet.start_exporter(APP)
     port = taken.url.rsplit(":", 1)[1]

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -83,3 +84,37 @@ def test_tasks_of_modules_that_cannot_be_imported(memory_app: Celery) -> None:
     assert answer.output == (
         "Error: a module of the app cannot be imported: No module named 'nowhere'\n"
     )
+
+
+def test_commands_know_the_tasks_of_included_modules(
+    memory_app: Celery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task's options decide whether its singleton is healthy."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "with_a_task.py").write_text(
+        "from celery import current_app\n"
+        "from celery_singleton_state import singleton_task\n"
+        "@singleton_task(current_app, name='never', expected_interval=0.001)\n"
+        "def never(self): ...\n"
+    )
+    memory_app.set_current()
+    memory_app.conf.singleton_startup_grace = 0
+    memory_app.conf.include = ["with_a_task"]
+    answer = run(memory_app, "health")
+    assert (answer.exit_code, answer.output[:19]) == (1, "never: it never ran")
+
+
+def test_commands_without_a_module_of_the_app(
+    memory_app: Celery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only `health` would be wrong without its tasks; the others do what they can."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_module.py").write_text("1 / 0")
+    memory_app.conf.include = ["broken_module"]
+    answer = run(memory_app, "health")
+    assert answer.exit_code == 1
+    why = "a module of the app cannot be imported: ZeroDivisionError: division by zero\n"
+    assert answer.output == f"Error: {why}"
+    answer = run(memory_app, "ls")
+    assert answer.exit_code == 0
+    assert answer.output == f"warning: {why}no singleton has run yet\n"

@@ -111,7 +111,8 @@ def get(server: Server, *headers: bytes, version: bytes = b"HTTP/1.1") -> tuple[
     [
         "127.0.0.1:9809", "10.1.2.3", "10.1.2.3.", "[::1]:9809", "[fe80::1%25eth0]", "localhost",
         "LOCALHOST:80", "exporter", "exporter:9809", "exporter.", "exporter.monitoring.svc:9809",
-        "exporter.monitoring.svc.cluster.local", "nas.local", "ip-10-0-0-1.ec2.internal",
+        "exporter.monitoring.svc.cluster.local", "nas.local", "nas.lan", "a.home", "b.corp",
+        "a.intranet", "b.private", "c.home.arpa", "d.internal", "ip-10-0-0-1.ec2.internal",
         "a.localhost", "_srv.my_app.svc", "ok.example.com", "OK.example.com.:9809",
         "deep.below.example.org", "[::ffff:10.0.0.1]", "exporter:",
     ],
@@ -124,7 +125,8 @@ def test_hosts_that_are_answered(serving: Serving, host: str) -> None:
 @pytest.mark.parametrize(
     "host",
     ["evil.com", "evil.com:9809", "127.0.0.1.evil.com", "localhost.evil.com", "evil.com.",
-     "example.org", "notexample.org", "svc.evil.com", "xn--80ak6aa92e.com", "ok.example.com.evil"],
+     "example.org", "notexample.org", "svc.evil.com", "xn--80ak6aa92e.com", "ok.example.com.evil",
+     "lan.evil.com", "evil.mail", "evil.arpa"],
 )  # fmt: skip
 def test_a_name_that_a_stranger_can_register_is_refused(
     serving: Serving, host: str, caplog: pytest.LogCaptureFixture
@@ -212,6 +214,20 @@ def test_odd_requests(
         assert b"\r\nCross-Origin-Resource-Policy: same-origin\r\n" in answer
         assert b"Access-Control" not in answer
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_methods_that_are_answered(serving: Serving) -> None:
+    """HAProxy's `option httpchk` sends the first of these requests."""
+    server = serving()
+    for sent, status in (
+        (b"OPTIONS / HTTP/1.0\r\n\r\n", b"204"),
+        (b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n", b"204"),
+        (b"DELETE / HTTP/1.0\r\n\r\n", b"405"),
+    ):
+        head, _, body = read_all(connect(server, sent)).partition(b"\r\n\r\n")
+        assert head.split()[1] == status
+        assert b"\r\nAllow: GET, HEAD, OPTIONS\r\n" in head
+        assert (b"Content-Length" in head, bool(body)) == (status == b"405",) * 2
 
 
 def test_half_a_request_is_not_taken_for_a_whole(serving: Serving) -> None:
