@@ -84,7 +84,7 @@ def complete_name(context: click.Context, _argument: click.Parameter, begun: str
 
 def _is_bash() -> bool:
     """Whether it is bash that asks: click's variable is named after the program."""
-    asked = (value for name, value in os.environ.items() if name.endswith("_COMPLETE"))
+    asked = (value for name, value in os.environ.items() if name.endswith("COMPLETE"))
     return any(value.startswith("bash_") for value in asked)
 
 
