@@ -23,7 +23,7 @@ from __future__ import annotations
 import heapq
 import re
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from operator import attrgetter
 from types import CellType, CodeType, FunctionType
 from typing import Any
@@ -374,8 +374,10 @@ read_timeout = property(
 )
 
 
-def redis_connection(client: Any) -> Any:
+def redis_connection(client: Any, left_out: Collection[str] = ()) -> Any:
     """A new connection as a client of redis-py's would make it, which its pool does not know.
+
+    :param left_out: options that it is made without.
 
     (``connection_class`` and ``connection_kwargs`` of its pool; of the connection ``connect``,
     ``send_command``, ``read_response``, ``can_read`` and ``disconnect`` are used.)
@@ -383,4 +385,5 @@ def redis_connection(client: Any) -> Any:
     If gone: an error, and no lease can be taken.
     """
     pool = client.connection_pool
-    return pool.connection_class(**pool.connection_kwargs)
+    given = {name: own for name, own in pool.connection_kwargs.items() if name not in left_out}
+    return pool.connection_class(**given)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from celery import Celery
+from celery.exceptions import ImproperlyConfigured
 
 from .config.options import expected_singletons, options_of
 from .config.settings import Settings
@@ -39,7 +40,7 @@ class Health:
     """The health of an app's singletons.
 
     :param singletons: each that ever ran, or should have; by name.
-    :param error: why nothing is known, where the store is out of reach.
+    :param error: why nothing is known, if the store is out of reach or its URL cannot be used.
     """
 
     singletons: tuple[SingletonHealth, ...]
@@ -66,7 +67,7 @@ def check_health(app: Celery) -> Health:
     try:
         _see_that_it_can_be_used(runtime)
         rows = runtime.rows(runtime.settings.key_prefix)
-    except StoreError as error:
+    except (StoreError, ImproperlyConfigured) as error:
         return Health((), str(error))
     return judge(runtime, rows)
 

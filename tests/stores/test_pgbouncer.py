@@ -71,7 +71,7 @@ def test_what_the_url_says_is_done(postgres_url: str, url: str) -> None:
 
 
 def test_what_the_url_cannot_say_is_refused() -> None:
-    with pytest.raises(ImproperlyConfigured, match="prepare_threshold=often is not allowed"):
+    with pytest.raises(ImproperlyConfigured, match="prepare_threshold takes none, or how often"):
         open_store("postgresql://host/db?prepare_threshold=often", "kv_store", 5.0)
 
 

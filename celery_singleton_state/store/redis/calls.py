@@ -16,6 +16,8 @@ from redis import Redis
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from celery_singleton_state.compat import redis_connection
+from celery_singleton_state.store.connecting import connecting
+from celery_singleton_state.store.options import LEASES
 
 from .errors import is_elsewhere
 
@@ -125,10 +127,11 @@ class _Connections:
         except IndexError:
             connection = redis_connection(self._client)
         try:
-            connection.connect()
-            if _is_spoilt(connection):
-                connection.disconnect()
+            with connecting(LEASES, RedisError):
                 connection.connect()
+                if _is_spoilt(connection):
+                    connection.disconnect()
+                    connection.connect()
         except BaseException:
             # Half made: it may not have been told its database yet.
             connection.disconnect()

@@ -13,6 +13,9 @@ from celery_singleton_state.store.base import (
     StoreUnavailable,
     one_line,
 )
+from celery_singleton_state.store.connecting import was_connecting
+
+from .sentinels import UNKNOWN
 
 NO_CLUSTER = (
     "it keeps keys on different servers, and a lease is more than one key. Use a server that is no "
@@ -34,6 +37,11 @@ _ADVICE = (
     ("MovedError|AskError|CrossSlot|MOVED|CROSSSLOT|in cluster mode", f"a cluster: {NO_CLUSTER}"),
     ("unknown command", "the server has to offer this command"),
     ("DB index is out of range|invalid DB index", "the server has no database of this number"),
+    (UNKNOWN, "set the name of the master in the URL: sentinel://host:26379/<name>/<database>"),
+    ("NOPROTO", "the server does not have what protocol in the URL asks for"),
+    ("CERTIFICATE_VERIFY_FAILED", "see to ssl_ca_certs in the URL, and to the host's name"),
+    ("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE", "the server has no TLS there: write redis://"),
+    ("AF_UNIX path too long", "give the socket a shorter path"),
 )
 #: Of a number that is at its largest.
 _OVERFLOW = "would overflow"
@@ -55,7 +63,7 @@ def as_store_error(error: RedisError | UnicodeError) -> StoreError:
         return StoreRefusesValue(
             f"the server takes no so large text, see its proto-max-bulk-len: {text}"
         )
-    if isinstance(error, UnicodeError) or _VALUE.search(text):
+    if not was_connecting(error) and (isinstance(error, UnicodeError) or _VALUE.search(text)):
         is_of_text = isinstance(error, UnicodeError)
         return StoreRefusesValue(f"the server cannot hold the value: {text}", is_of_text)
     for pattern, advice in _ADVICE:

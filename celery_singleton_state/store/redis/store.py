@@ -36,6 +36,7 @@ from celery_singleton_state.store.base import (
     Write,
     seen,
 )
+from celery_singleton_state.store.connecting import was_connecting
 from celery_singleton_state.store.odd_values import number, whole_number
 from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.text.storable import restored, storable
@@ -181,6 +182,8 @@ class RedisStore:
             try:
                 _check_info(self._scripts.info())
             except ResponseError as error:
+                if was_connecting(error):
+                    raise
                 logger.warning(
                     "singleton_lease_url: the server does not say whether it is a cluster, nor "
                     "how it evicts keys: %s",

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import redis
 from celery.exceptions import ImproperlyConfigured
-from kombu.utils.imports import symbol_by_name
 from redis import Redis
-from redis.connection import URL_QUERY_ARGUMENT_PARSERS as PARSERS
-from redis.sentinel import Sentinel
 
-from celery_singleton_state.store.sql.url import refuse_missing_files
+from celery_singleton_state.compat import redis_connection
+from celery_singleton_state.store.options import (
+    LARGEST_PORT,
+    LEASES,
+    LIKE,
+    SWITCH,
+    read_option,
+    refuse_missing_files,
+    refuse_nul,
+    refuse_repeated,
+    refuse_what_fails,
+    refuse_wrong_hosts,
+)
 from celery_singleton_state.text.urls import ENCODED, shown
+
+from .options import CREDENTIAL_PROVIDER, FILES, OF_CONNECTIONS, OF_TLS, WITHOUT_EFFECT
+from .sentinels import Sentinels
+from .tls import refuse_unusable_tls
 
 #: What a URL may begin with, and the kind of its connections.
 KINDS = {
@@ -33,22 +46,10 @@ SENTINEL = "sentinel"
 #: What the refusal of any other scheme names.
 SCHEMES = ("redis", "rediss", "redis+socket", "unix", SENTINEL)
 
-#: Options of connections that a text can say, if the client library that is installed has them.
-#: Others would change what the store relies on.
-_OF_CONNECTIONS = frozenset(
-    {"client_name", "health_check_interval", "lib_name", "lib_version", "password", "protocol"}
-    | {"retry_on_timeout", "socket_connect_timeout", "socket_keepalive", "socket_read_size"}
-    | {"socket_timeout", "username"}
-)
-_OF_TLS = frozenset(
-    {"ssl_ca_certs", "ssl_ca_data", "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile"}
-    | {"ssl_check_hostname", "ssl_ciphers", "ssl_exclude_verify_flags", "ssl_keyfile"}
-    | {"ssl_include_verify_flags", "ssl_min_version", "ssl_password"}
-)
-_FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
-#: Options of the client library's pool, which is not used, and of Celery's transport.
-_WITHOUT_EFFECT = frozenset({"max_connections", "timeout", "visibility_timeout"})
-_CERT_REQS = ("none", "optional", "required")
+#: What a provider of credentials takes that is one.
+_ALONE = "no user and no password beside it"
+#: The largest number of a database that a server can be asked for.
+LARGEST_DATABASE = 2**31 - 1
 #: Ours are the longest: a lease is lost over a longer one.
 _TIMEOUTS = ("socket_timeout", "socket_connect_timeout")
 
@@ -74,26 +75,50 @@ def client_for(url: str, **options: Any) -> Redis:
     parts, query = _split(url)
     found = _credentials(parts)
     if kind is redis.UnixDomainSocketConnection:
-        found["path"] = unquote(parts.path)
+        found["path"] = _path(parts)
         path = ""
     else:
-        found |= {"host": unquote(parts.hostname or "") or "localhost", "port": parts.port or 6379}
+        found |= {"host": unquote(parts.hostname or "") or "localhost", "port": 6379}
+        if parts.port is not None:
+            found["port"] = parts.port
+        refuse_wrong_hosts(LEASES, [found["host"]])
         path = parts.path
     found["db"] = _database(query, path)
-    more = _options(query, kind, allowed=_OF_CONNECTIONS | _OF_TLS)
+    is_socket = kind is redis.UnixDomainSocketConnection
+    more = _options(query, kind, write="nothing of it for a socket" if is_socket else "rediss://")
     known = _parameters(kind)
     ours = {name: value for name, value in options.items() if name in known}
     pool = redis.ConnectionPool(
         connection_class=kind, **_with_short_timeouts(ours | found | more, options)
     )
-    return Redis(connection_pool=pool)
+    return _tried(Redis(connection_pool=pool), query)
+
+
+def _path(parts: SplitResult) -> str:
+    """The path of a socket. What stands before it is no part of it, and would be lost."""
+    if parts.netloc.rpartition("@")[2] or not parts.path.strip("/"):
+        raise _refused("the path of the socket is missing; write unix:///path/to/socket")
+    return unquote(parts.path)
+
+
+def _tried(client: Redis, query: Mapping[str, str]) -> Redis:
+    """The client, whose connections can be made.
+
+    :raises ImproperlyConfigured: the client library refuses the options together.
+    """
+
+    def attempt(options: Mapping[str, Any]) -> None:
+        redis_connection(client, left_out=set(query) - set(options))
+
+    refuse_what_fails(LEASES, query, attempt, {"credential_provider": _ALONE})
+    return client
 
 
 def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:
     text, _, query_text = url.partition("?")
-    chunks = [chunk.removeprefix(f"{SENTINEL}://") for chunk in text.split(";") if chunk]
-    parts = [_split(f"{SENTINEL}://{chunk}")[0] for chunk in chunks]
+    parts = [_sentinels_part(url, chunk, number) for number, chunk in enumerate(_chunks(text))]
     query = _query(url, query_text)
+    addresses = [address for each in parts for address in _addresses(url, each)]
     paths = {each.path.strip("/") for each in parts} - {""}
     if len(paths) > 1:
         raise _refused("the sentinels' addresses name different masters or databases")
@@ -105,19 +130,38 @@ def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:
         for name in ("sentinel_username", "sentinel_password")
         if name in query
     }
-    uses_tls = query.pop("ssl", "").lower() in ("1", "true", "yes", "on")
+    uses_tls = read_option(LEASES, "ssl", query.pop("ssl", "false"), SWITCH)
     kind = redis.SSLConnection if uses_tls else redis.Connection
-    more = _options(query, kind, allowed=_OF_CONNECTIONS | _OF_TLS)
-    asked = {timeout: options[timeout] for timeout in _TIMEOUTS if timeout in options}
-    sentinel = Sentinel(  # type: ignore[no-untyped-call]
-        [address for each in parts for address in _addresses(url, each)],
-        sentinel_kwargs=asked | own,
-    )
+    more = _options(query, kind, write="&ssl=true behind it")
+    # By itself the client library asks a sentinel that is away four times, for seconds.
+    asked = {name: options[name] for name in (*_TIMEOUTS, "retry") if name in options}
+    sentinel = Sentinels(addresses, sentinel_kwargs=asked | own)  # type: ignore[no-untyped-call]
     given = _with_short_timeouts(options | found | more, options)
     if uses_tls:
         given["ssl"] = True
     master: Redis = sentinel.master_for(name, **given)  # type: ignore[no-untyped-call]
-    return master
+    return _tried(master, query)
+
+
+def _chunks(text: str) -> list[str]:
+    """The addresses that semicolons divide, as Celery writes them."""
+    return [chunk for chunk in text.split(";") if chunk]
+
+
+def _sentinels_part(url: str, chunk: str, number: int) -> SplitResult:
+    """A part of a URL of sentinels.
+
+    :raises ImproperlyConfigured: it looks as if a character that divides hosts stands in a
+        password.
+    """
+    scheme, separator, rest = chunk.partition("://")
+    is_address = separator == "://" and scheme.lower() == SENTINEL
+    rest = rest if is_address else chunk
+    before, at, _ = rest.partition("/")[0].rpartition("@")
+    # Celery writes the user and the password after each sentinel://.
+    if at and (not is_address or "," in before or "@" in before):
+        raise _unreadable_sentinels(url)
+    return _split(f"{SENTINEL}://{rest}")[0]
 
 
 def _master(query: dict[str, str], path: str) -> tuple[str, str]:
@@ -137,15 +181,27 @@ def _master(query: dict[str, str], path: str) -> tuple[str, str]:
 def _addresses(url: str, parts: SplitResult) -> list[tuple[str, int]]:
     hosts = parts.netloc.rpartition("@")[2]
     try:
-        return [_address(each) for each in hosts.split(",")]
+        found = [_address(each) for each in hosts.split(",")]
     except ValueError:
-        raise _unreadable(url) from None
+        raise _unreadable_sentinels(url) from None
+    refuse_nul(LEASES, {"the host": hosts})
+    refuse_wrong_hosts(LEASES, [host for host, _port in found])
+    return found
 
 
 def _address(text: str) -> tuple[str, int]:
+    """A host and a port.
+
+    :raises ValueError: it is none.
+    """
     # An address of IPv6 has colons within its brackets.
-    host, _, port = text.rpartition(":") if not text.endswith("]") else (text, "", "")
-    return (host.strip("[]"), int(port)) if host and port else (text.strip("[]"), 26379)
+    host, _, port = text.rpartition(":") if ":" in text and text[-1] != "]" else (text, "", "26379")
+    is_ipv6 = host.startswith("[") and host.endswith("]")
+    bare = host[1:-1] if is_ipv6 else unquote(host)
+    is_number = port.isascii() and port.isdecimal() and 1 <= int(port[:6]) <= LARGEST_PORT
+    if not bare or not is_number or (":" in bare) != is_ipv6:
+        raise ValueError(text)
+    return bare, int(port)
 
 
 def _split(url: str) -> tuple[SplitResult, dict[str, str]]:
@@ -156,8 +212,8 @@ def _split(url: str) -> tuple[SplitResult, dict[str, str]]:
     scheme, _, rest = url.partition("://")
     try:
         parts = urlsplit(f"http://{rest}")
-        if scheme != SENTINEL:
-            _ = parts.port
+        if scheme != SENTINEL and parts.port == 0:
+            raise ValueError
     except ValueError:
         raise _unreadable(url) from None
     if "@" in parts.path + parts.fragment and scheme not in ("unix", "socket", "redis+socket"):
@@ -168,12 +224,18 @@ def _split(url: str) -> tuple[SplitResult, dict[str, str]]:
 def _query(url: str, text: str) -> dict[str, str]:
     if "@" in text.partition("=")[0]:
         raise _unreadable(url)
-    return dict(parse_qsl(text))
+    query = parse_qsl(text)
+    refuse_repeated(LEASES, [name for name, _value in query])
+    refuse_nul(LEASES, {f"the option {name!r}": value for name, value in query})
+    return dict(query)
 
 
 def _credentials(parts: SplitResult) -> dict[str, Any]:
-    found = {"username": parts.username, "password": parts.password}
-    return {name: unquote(value) for name, value in found.items() if value}
+    given = {"username": parts.username, "password": parts.password}
+    found = {name: unquote(value) for name, value in given.items() if value}
+    texts = {"the host": unquote(parts.netloc.rpartition("@")[2]), "the path": unquote(parts.path)}
+    refuse_nul(LEASES, {f"the {name}": value for name, value in found.items()} | texts)
+    return found
 
 
 def _database(query: dict[str, str], path: str) -> int:
@@ -186,49 +248,43 @@ def _database(query: dict[str, str], path: str) -> int:
     if len(found) > 1:
         raise _refused("it names several databases")
     number = found.pop() if found else "0"
-    if not number.isdecimal():
+    if not (number.isascii() and number.isdecimal()) or int(number[:11]) > LARGEST_DATABASE:
         raise _refused("the database is a number, as in redis://host:6379/1")
     return int(number)
 
 
-def _options(query: Mapping[str, str], kind: type[Any], allowed: Collection[str]) -> dict[str, Any]:
+def _options(query: Mapping[str, str], kind: type[Any], write: str) -> dict[str, Any]:
     """The options of a URL for connections of a kind, read as what they are.
 
+    :param write: what to write so that options of TLS are allowed.
     :raises ImproperlyConfigured: one is not known, or has a value that is not allowed.
     """
-    refuse_missing_files("singleton_lease_url", query, _FILES)
+    refuse_missing_files(LEASES, query, FILES)
+    allowed = OF_CONNECTIONS | OF_TLS
     known = _parameters(kind) & set(allowed)
     found: dict[str, Any] = {}
     for name, text in query.items():
         if name == "credential_provider":
-            found[name] = _read(name, text, lambda text: symbol_by_name(text)())
-        elif name in _OF_TLS and kind is not redis.SSLConnection:
-            raise _refused(f"{name} is for TLS; write rediss://")
+            found[name] = read_option(LEASES, name, text, CREDENTIAL_PROVIDER)
+        elif name in OF_TLS and kind is not redis.SSLConnection:
+            raise _refused(f"{name} is for TLS; write {write}")
         elif name in known:
-            parser: Any = _cert_reqs if name == "ssl_cert_reqs" else PARSERS.get(name, str)
-            found[name] = _read(name, text, parser)
-        elif name not in _WITHOUT_EFFECT:
-            near = get_close_matches(name, sorted(known), n=1)
-            hint = f"did you mean {near[0]}?" if near else "leave it out"
+            found[name] = read_option(LEASES, name, text, allowed[name])
+        elif name not in WITHOUT_EFFECT:
+            hint = f"write {write}" if name == "ssl" else _hint(name, known)
             raise _refused(f"the client library does not know the option {name!r}; {hint}")
     if found.get("ssl_cert_reqs") == "none":
+        if found.get("ssl_check_hostname"):
+            raise _refused("ssl_check_hostname=true does nothing beside ssl_cert_reqs=none")
         # Otherwise Python refuses to leave the certificate unchecked.
-        found.setdefault("ssl_check_hostname", False)
+        found["ssl_check_hostname"] = False
+    refuse_unusable_tls(LEASES, found)
     return found
 
 
-def _read(name: str, text: str, parser: Callable[[str], Any]) -> Any:
-    try:
-        return parser(text)
-    except Exception:  # of a credential provider, anything
-        raise _refused(f"the value of the option {name!r} is not allowed") from None
-
-
-def _cert_reqs(text: str) -> str:
-    value = text.removeprefix("ssl.").removeprefix("CERT_").lower()
-    if value not in _CERT_REQS:
-        raise ValueError(text)
-    return value
+def _hint(name: str, known: Collection[str]) -> str:
+    near = get_close_matches(name, sorted(known), n=1, cutoff=LIKE)
+    return f"did you mean {near[0]}?" if near else "leave it out"
 
 
 def _parameters(kind: type[Any]) -> set[str]:
@@ -248,9 +304,18 @@ def _with_short_timeouts(given: dict[str, Any], ours: Mapping[str, Any]) -> dict
     return given
 
 
+def _unreadable_sentinels(url: str) -> ImproperlyConfigured:
+    return _refused(
+        f"{shown(url)} is not a URL that can be read; write "
+        "sentinel://host:26379,host:26379/<name of the master>/<database>, an address of IPv6 as "
+        f"[::1]:26379; {ENCODED}, ; and , as %3B and %2C",
+        equals=True,
+    )
+
+
 def _unreadable(url: str) -> ImproperlyConfigured:
     return _refused(f"{shown(url)} is not a URL that can be read; {ENCODED}", equals=True)
 
 
 def _refused(why: str, equals: bool = False) -> ImproperlyConfigured:
-    return ImproperlyConfigured(f"singleton_lease_url{'=' if equals else ': '}{why}")
+    return ImproperlyConfigured(f"{LEASES}{'=' if equals else ': '}{why}")

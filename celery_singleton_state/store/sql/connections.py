@@ -25,6 +25,8 @@ from sqlalchemy import URL, Engine, QueuePool, create_engine, event
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from celery_singleton_state.compat import allow_connections
+from celery_singleton_state.store.connecting import connecting
+from celery_singleton_state.store.options import STORE
 
 from .errors import is_read_only
 
@@ -60,10 +62,13 @@ class GrowingPool(QueuePool):
         allow_connections(self, connections)
 
 
-def pooled(url: URL, pool_size: int, io_timeout: float, **options: Any) -> Engine:
+def pooled(
+    url: URL, pool_size: int, io_timeout: float, connect: Callable[..., Any], **options: Any
+) -> Engine:
     """An engine with a small pool.
 
     :param io_timeout: seconds that who finds all connections in use waits for one.
+    :param connect: makes a connection of the driver's.
     :param options: of the database's own.
     """
     engine = create_engine(
@@ -76,6 +81,12 @@ def pooled(url: URL, pool_size: int, io_timeout: float, **options: Any) -> Engin
         pool_use_lifo=True,
         **{"poolclass": GrowingPool, **options},
     )
+
+    @event.listens_for(engine, "do_connect")
+    def do_connect(_dialect: Any, _record: Any, args: Any, kwargs: Any) -> Any:
+        with connecting(STORE, engine.dialect.loaded_dbapi.Error):
+            return connect(*args, **kwargs)
+
     event.listen(engine, "connect", _remember)
     return engine
 

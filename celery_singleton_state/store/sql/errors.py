@@ -19,6 +19,9 @@ from celery_singleton_state.store.base import (
     StoreUnavailable,
     one_line,
 )
+from celery_singleton_state.store.connecting import was_connecting
+
+from .refused_connections import advice_of_connecting
 
 # SQLSTATEs, and MySQL's numbers.
 #: Of a missing table, column and schema.
@@ -98,7 +101,7 @@ _SETUP_STATES = (
 #: The same by MySQL's numbers.
 _SETUP_NUMBERS = {
     **dict.fromkeys((1045, 1130, 1251, 1698), _LOGIN),
-    1049: _NO_DATABASE,
+    **dict.fromkeys((1046, 1049), _NO_DATABASE),
     **dict.fromkeys((1048, 1062, 1364, 1451, 1452, 3819, 4025), _OTHER_TABLE),
     **dict.fromkeys((1267, 1270, 1271), _COLLATION),
     **dict.fromkeys((2059, 2061), _PLUGIN),
@@ -204,6 +207,8 @@ def is_unprepared(error: Exception) -> bool:
 def is_of_value(error: Exception, carries_value: bool) -> bool:
     """Whether the database, or its driver, can never hold the value that it was given."""
     error = getattr(error, "orig", None) or error
+    if was_connecting(error):
+        return False
     if isinstance(error, REFUSED_BY_DRIVER):
         return True
     code = _code(error)
@@ -266,6 +271,8 @@ def policy_advice(table: str, role: str) -> str:
 def _advice(error: Exception) -> str | None:
     """What somebody has to do; ``None`` if the error can pass by itself."""
     code = _code(error)
+    if was_connecting(error) and (advice := advice_of_connecting(code, str(error))):
+        return advice
     if isinstance(code, str):
         if _comes_of(error, *_OUTDATED_PLAN):
             return None

@@ -10,21 +10,15 @@ from collections.abc import Generator
 from typing import Any
 
 import psycopg
-import psycopg.conninfo
 import psycopg.pq
 import sqlalchemy as sa
 from celery.exceptions import ImproperlyConfigured
-from sqlalchemy import URL, Engine, event
+from sqlalchemy import URL, Engine
 from sqlalchemy.dialects import postgresql
 
+from . import libpq
 from .connections import APPLICATION_NAME, pooled
 from .statements import Statements
-from .url import refuse_missing_files, refuse_unknown_options
-
-#: Options whose values libpq looks at only when it is connected.
-NUMBERS = ("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count")
-#: Values of libpq's sslmode.
-SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 ACTIVE = psycopg.pq.TransactionStatus.ACTIVE
 
@@ -135,13 +129,25 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
             f"psycopg {psycopg.__version__} does not say when a server stays silent; "
             "3.3 or later is needed: pip install 'celery-singleton-state[postgresql]'"
         )
-    query = _options(url)
-    wanted = query.pop("prepare_threshold", None)
-    _refuse_wrong_values(url, query)
+    query = libpq.read_options(url)
+    chooses_threshold = "prepare_threshold" not in query
+    threshold = query.pop("prepare_threshold", None)
+
+    def connect(*args: Any, **kwargs: Any) -> Connection:
+        connection = Connection.connect(*args, **kwargs)
+        connection.patience = io_timeout
+        connection.cancel_timeout = min(LONGEST_CANCEL, io_timeout * CANCEL_PART)
+        if chooses_threshold and not _is_pooled(connection):
+            connection.prepare_threshold = 0
+        return connection
+
+    # Of several hosts SQLAlchemy reads a tuple.
+    texts = {name: own if isinstance(own, tuple) else str(own) for name, own in query.items()}
     engine = pooled(
-        url.set(query=query),
+        url.set(query=texts),
         pool_size,
         io_timeout,
+        connect,
         use_native_hstore=False,
         connect_args={
             "connect_timeout": math.ceil(connect_timeout),
@@ -149,66 +155,12 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
             # Whatever the database's own is: it converts what it can, and says what it cannot.
             "client_encoding": "UTF8",
             "application_name": query.get("application_name", APPLICATION_NAME),
-            "prepare_threshold": _threshold(wanted),
+            "prepare_threshold": threshold,
             "autocommit": True,
         },
     )
-
-    @event.listens_for(engine, "do_connect")
-    def connect(_dialect: Any, _record: Any, args: Any, kwargs: Any) -> Connection:
-        connection = Connection.connect(*args, **kwargs)
-        connection.patience = io_timeout
-        connection.cancel_timeout = min(LONGEST_CANCEL, io_timeout * CANCEL_PART)
-        if wanted is None and not _is_pooled(connection):
-            connection.prepare_threshold = 0
-        return connection
-
+    libpq.refuse_wrong_values(texts, engine.dialect.create_connect_args(engine.url)[1])
     return engine
-
-
-def _options(url: URL) -> dict[str, Any]:
-    """The options of a URL, in libpq's words.
-
-    :raises ImproperlyConfigured: libpq does not know one of them, or a file is missing.
-    """
-    query: dict[str, Any] = dict(url.query)
-    if query.get("ssl") in SSL_MODES and "sslmode" not in query:
-        query["sslmode"] = query.pop("ssl")  # asyncpg's word
-    known = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
-    refuse_unknown_options(
-        query, known | {"prepare_threshold"}, "psycopg", {"ssl": "sslmode=require"}
-    )
-    if str(query.get("sslmode")).startswith("verify") and query.get("sslrootcert") != "system":
-        refuse_missing_files("singleton_store_url", query, ["sslrootcert"])
-    return query
-
-
-def _refuse_wrong_values(url: URL, query: dict[str, Any]) -> None:
-    """:raises ImproperlyConfigured: libpq refuses a value, which it does before it connects."""
-    elsewhere = {"host", "hostaddr", "port", "service", "password", "user", "dbname"}
-    options = {name: str(value) for name, value in query.items() if name not in elsewhere}
-    options["port"] = str(url.port or "")
-    # Nothing is sent: there is no socket in this place.
-    text = psycopg.conninfo.make_conninfo("", host=os.devnull, **options)
-    tried = psycopg.pq.PGconn.connect_start(text.encode())
-    why = tried.error_message.decode(errors="replace").strip()
-    tried.finish()
-    if why.startswith("invalid ") or " invalid when " in why:
-        raise ImproperlyConfigured(f"singleton_store_url: {why.splitlines()[0]}")
-    for name in NUMBERS:
-        if name in query and not str(query[name]).isdecimal():
-            raise ImproperlyConfigured(f"singleton_store_url: {name} takes a whole number")
-
-
-def _threshold(wanted: Any) -> int | None:
-    if wanted is None or wanted == "none":
-        return None
-    if not str(wanted).isdecimal():
-        raise ImproperlyConfigured(
-            f"singleton_store_url: prepare_threshold={wanted} is not allowed; "
-            "it takes none, or how often a statement is sent before it is prepared"
-        )
-    return int(wanted)
 
 
 def _is_pooled(connection: Connection) -> bool:

@@ -12,22 +12,32 @@ from celery.exceptions import ImproperlyConfigured
 from sqlalchemy import URL, Engine, QueuePool, event
 from sqlalchemy.dialects import sqlite
 
+from celery_singleton_state.store.options import (
+    STORE,
+    SWITCH,
+    Option,
+    choice,
+    refuse_unknown_options,
+    seconds,
+    whole,
+)
+
 from .connections import GrowingPool, pooled
 from .engine import is_in_memory
 from .statements import Statements
-from .url import refuse_unknown_options
+from .url import read_query
 
 #: RETURNING came with this release.
 OLDEST = (3, 35)
 #: Options of a URL, beside those of SQLite's own URIs.
-OPTIONS = (
-    "cached_statements",
-    "check_same_thread",
-    "detect_types",
-    "isolation_level",
-    "timeout",
-    "uri",
-)
+OPTIONS: dict[str, Option] = {
+    "cached_statements": whole(0),
+    "check_same_thread": SWITCH,
+    "detect_types": whole(0),
+    "isolation_level": choice("DEFERRED", "IMMEDIATE", "EXCLUSIVE"),
+    "timeout": seconds(0),
+    "uri": SWITCH,
+}
 #: Seconds between two looks at a lock: the first, and the longest.
 FIRST_LOOK, LONGEST_LOOK = 0.001, 0.02
 
@@ -134,8 +144,9 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
     :raises ImproperlyConfigured: SQLite is too old, or does not know an option of the URL.
     """
     in_memory = is_in_memory(url)
+    read_query(url, OPTIONS)
     if "uri" not in url.query:
-        refuse_unknown_options(url.query, OPTIONS, "sqlite3", {})
+        refuse_unknown_options(STORE, url.query, OPTIONS, "sqlite3", {})
     if sqlite3.sqlite_version_info < OLDEST:
         raise ImproperlyConfigured(
             f"SQLite {sqlite3.sqlite_version} is too old; "
@@ -145,6 +156,7 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
         url,
         1 if in_memory else pool_size,
         io_timeout,
+        sqlite3.connect,
         # A database in memory lives in its only connection, which neither goes away nor has others.
         poolclass=QueuePool if in_memory else GrowingPool,
         connect_args={"timeout": 0, "check_same_thread": False, "factory": Connection},

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
+from typing import Any
 
 from celery.exceptions import ImproperlyConfigured
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from celery_singleton_state.store.options import (
+    PORT,
+    STORE,
+    Option,
+    read_option,
+    refuse_nul,
+    refuse_repeated,
+)
 from celery_singleton_state.text.urls import ENCODED, shown, shown_url
 
 from .dialects import DATABASES, DIALECTS, backend_of
@@ -48,7 +55,41 @@ def parse_url(given: str | URL) -> URL:
             f"singleton_store_url={shown_url(url)!r} is not supported; "
             f"it takes a URL of {', '.join(DIALECTS)}, or memory://"
         )
-    return url.set(drivername=_drivername(url, backend, driver))
+    url = url.set(drivername=_drivername(url, backend, driver))
+    _refuse_nul(url)
+    if url.port is not None:
+        read_option(STORE, "port", str(url.port), PORT)
+    return url
+
+
+def read_query(
+    url: URL, options: Mapping[str, Option], may_repeat: Collection[str] = ()
+) -> dict[str, Any]:
+    """The options of a URL, each as it is to be used.
+
+    :param options: those that are read; all others stay texts.
+    :param may_repeat: those that may stand several times.
+    :raises ImproperlyConfigured: a value is not allowed, or an option stands twice.
+    """
+    query: dict[str, Any] = {}
+    for name, value in url.query.items():
+        if not isinstance(value, str) and name not in may_repeat:
+            refuse_repeated(STORE, [name] * len(value))
+        query[name] = value
+        if name in options and isinstance(value, str):
+            query[name] = read_option(STORE, name, value, options[name])
+    return query
+
+
+def _refuse_nul(url: URL) -> None:
+    parts = {"the user": url.username, "the password": url.password, "the host": url.host}
+    parts |= {"the database": url.database}
+    options = {f"the option {name!r}": value for name, value in url.query.items()}
+    refuse_nul(STORE, {name: _joined(part) for name, part in (parts | options).items()})
+
+
+def _joined(part: Any) -> str:
+    return part if isinstance(part, str) else "".join(part or ())
 
 
 def _drivername(url: URL, backend: str, driver: str) -> str:
@@ -76,29 +117,3 @@ def _has_stray_at(text: str) -> bool:
     found = _AUTHORITY.match(text)
     rest, _, query = (found[1] if found else "").partition("?")
     return "@" in rest or "@" in query.partition("=")[0]
-
-
-def refuse_unknown_options(
-    query: Collection[str], known: Collection[str], driver: str, instead: Mapping[str, str]
-) -> None:
-    """Refuse options of a URL that the driver would refuse at each connection.
-
-    :param instead: what to write for other drivers' options.
-    :raises ImproperlyConfigured: the driver does not know one of them.
-    """
-    for name in query:
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"did you mean {near[0]}?" if near else "leave it out"
-            hint = f"write {instead[name]}" if name in instead else hint
-            raise ImproperlyConfigured(
-                f"singleton_store_url: {driver} does not know the option {name!r}; {hint}"
-            )
-
-
-def refuse_missing_files(setting: str, query: Mapping[str, object], names: Collection[str]) -> None:
-    """:raises ImproperlyConfigured: an option of a URL names a file that is not there."""
-    for name in names:
-        value = query.get(name)
-        if isinstance(value, str) and not Path(value).exists():
-            raise ImproperlyConfigured(f"{setting}: there is no file {value!r}, which {name} names")

@@ -1,0 +1,72 @@
+"""Files and ciphers of TLS, looked at before a connection is made with them."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from celery_singleton_state.store.options import refused_value
+
+
+def refuse_unusable_tls(setting: str, options: Mapping[str, Any]) -> None:
+    """Refuse files that have no certificate or key in them, and ciphers that there are not.
+
+    The client library would find out at each connection, and call it the network's fault.
+
+    :param options: of the URL, as the client library calls them.
+    :raises ImproperlyConfigured: one cannot be used.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for name, allowed, look in _LOOKS:
+        if name in options:
+            try:
+                look(context, options)
+            except (OSError, ValueError, TypeError):  # ssl.SSLError is an OSError
+                raise refused_value(setting, name, allowed) from None
+
+
+def _load_chain(context: ssl.SSLContext, options: Mapping[str, Any]) -> None:
+    # Without a password OpenSSL would ask the terminal for it.
+    context.load_cert_chain(
+        options["ssl_certfile"], options.get("ssl_keyfile"), options.get("ssl_password", "")
+    )
+
+
+def _need_certificate(_context: ssl.SSLContext, options: Mapping[str, Any]) -> None:
+    if "ssl_certfile" not in options:
+        raise ValueError
+
+
+def _need_directory(_context: ssl.SSLContext, options: Mapping[str, Any]) -> None:
+    if not Path(options["ssl_ca_path"]).is_dir():
+        raise ValueError
+
+
+_Look = Callable[[ssl.SSLContext, Mapping[str, Any]], None]
+_LOOKS: tuple[tuple[str, str, _Look], ...] = (
+    (
+        "ssl_certfile",
+        "a file with a certificate in PEM, whose key is in it or in ssl_keyfile, and opens with "
+        "ssl_password",
+        _load_chain,
+    ),
+    ("ssl_keyfile", "the key of ssl_certfile, which is missing", _need_certificate),
+    (
+        "ssl_ca_certs",
+        "a file with certificates in PEM",
+        lambda context, options: context.load_verify_locations(options["ssl_ca_certs"]),
+    ),
+    ("ssl_ca_path", "a folder with certificates in PEM", _need_directory),
+    (
+        "ssl_ca_data",
+        "certificates in PEM",
+        lambda context, options: context.load_verify_locations(cadata=options["ssl_ca_data"]),
+    ),
+    (
+        "ssl_ciphers",
+        "ciphers as OpenSSL names them, with colons between them",
+        lambda context, options: context.set_ciphers(options["ssl_ciphers"]),
+    ),
+)
