@@ -24,13 +24,14 @@ import heapq
 import re
 import traceback
 from collections.abc import Callable, Collection, Mapping
+from functools import wraps
 from operator import attrgetter
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
 from celery import beat, schedules
 from celery._state import _task_stack  # type: ignore[attr-defined]  # missing in celery-types
-from celery.app import base
+from celery.app import base, utils
 from celery.canvas import _chain
 from celery.concurrency.base import BasePool
 from kombu import serialization
@@ -328,6 +329,27 @@ def transport_of(connection: Any) -> str:
     If gone: an empty text, which is no local transport.
     """
     return str(getattr(connection, "transport_cls", ""))
+
+
+def hide_in_reports(names: re.Pattern[str]) -> None:
+    """Have Celery's reports hide the values of settings with such names, of whatever kind they are.
+
+    (``filter_hidden_settings`` of ``celery.app.utils``, which is replaced; it hides the parts of a
+    dict by their own names.)
+
+    If gone: a URL that was wrongly set as a dict is shown.
+    """
+    others = utils.filter_hidden_settings
+
+    @wraps(others)
+    def filter_hidden_settings(conf: Any) -> Any:
+        found = {
+            name: "********" if isinstance(name, str) and names.search(name) else value
+            for name, value in conf.items()
+        }
+        return others(found)
+
+    utils.filter_hidden_settings = filter_hidden_settings
 
 
 # -- Stores

@@ -14,6 +14,7 @@ from celery_singleton_state.keys import KEY_PREFIX
 from celery_singleton_state.text.urls import hide_settings, shown
 
 from .checks import Check, checked, checks_of, parsed, seconds, switch, text, whole
+from .unknown import refuse_unknown
 
 hide_settings()
 
@@ -101,8 +102,10 @@ class Settings:
     def from_app(cls, app: Celery) -> Settings:
         """Read and check the settings of an app.
 
-        :raises ImproperlyConfigured: names the setting, its value and what is allowed.
+        :raises ImproperlyConfigured: names the setting, its value and what is allowed; or a name
+            that is no setting.
         """
+        refuse_unknown(app, [f"singleton_{own}" for own in _CHECKS])
         found = {}
         for own, check in _CHECKS.items():
             name = f"singleton_{own}"

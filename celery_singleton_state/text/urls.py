@@ -8,8 +8,11 @@ from typing import Any
 from celery.app import utils
 from sqlalchemy import URL
 
-#: Settings that hold a URL, as a part of Celery's pattern for settings that it hides.
-_HIDDEN = r"SINGLETON_(STORE|LEASE)_URL"
+from celery_singleton_state.compat import hide_in_reports
+
+#: Settings that hold a URL, and names that are mistyped for them, as a part of Celery's pattern for
+#: settings that it hides.
+_HIDDEN = r"SINGLETON_\w*(URL|URI|DSN|STORE|LEASE(?!_TTL))"
 #: What a text without a secret does not have: a URL, a connection string or a repr of either has.
 _MAY_BE_SECRET = re.compile("[@:=]")
 _SCHEME = re.compile(r"\w[\w+.-]*://")
@@ -31,6 +34,8 @@ def hide_settings() -> None:
     if isinstance(hidden, re.Pattern) and _HIDDEN not in hidden.pattern:
         more = re.compile(f"{hidden.pattern}|{_HIDDEN}", hidden.flags)
         utils.HIDDEN_SETTINGS = more  # type: ignore[attr-defined]  # missing in celery-types
+        # A dict would be searched for such names among its own keys.
+        hide_in_reports(re.compile(_HIDDEN, hidden.flags))
 
 
 def shown(value: Any) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -26,6 +27,7 @@ import pytest
 import redis
 import sqlalchemy as sa
 from celery import Celery, Task, beat, bootsteps, chain, current_task, schedules
+from celery.app import utils
 from celery.app.task import Context
 from celery.app.trace import build_tracer
 from celery.canvas import Signature
@@ -568,6 +570,16 @@ def test_psycopg_waits_by_a_connections_method_and_says_when_it_hears_nothing(
         connection.pgconn.finish()
         with pytest.raises(psycopg.OperationalError):
             connection.execute("SELECT 1")
+
+
+def test_reports_hide_settings_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utils, "filter_hidden_settings", utils.filter_hidden_settings)
+    compat.hide_in_reports(re.compile("WHERE"))
+    app = Celery("shop", set_as_current=False)
+    app.conf.update(WHERE={"it": "secret"}, there={"it": "seen"})
+    told = app.conf.humanize()
+    assert "secret" not in told
+    assert "seen" in told
 
 
 def test_a_connection_of_redis_pys_works_outside_its_pool(valkey: Valkey) -> None:

@@ -1,3 +1,5 @@
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -77,3 +79,65 @@ def test_wrong_values_name_setting_value_and_what_is_allowed(
     assert f"singleton_{name}={value!r}" in message
     assert allowed in message
     assert "'shop'" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("singleton_store_uri", "singleton_store_url"),
+        ("singleton_lease_urls", "singleton_lease_url"),
+        ("singleton_heartbeat_intervall", "singleton_heartbeat_interval"),
+        ("SINGLETON_TABLE", "singleton_table"),
+        ("singleton_colour", "there are singleton_store_url"),
+    ],
+)
+def test_unknown_settings_are_refused_with_did_you_mean(name: str, near: str) -> None:
+    with pytest.raises(
+        ImproperlyConfigured, match=rf"'shop': {name} is no setting;.*{near}"
+    ) as why:
+        settings(**{name: "postgresql://u:hunter2@h/db"})
+    assert "hunter2" not in str(why.value)
+
+
+def test_unknown_settings_in_the_environment_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for those that Kubernetes makes of a service's name."""
+    for name in (
+        "CELERY_SINGLETON_EXPORTER_SERVICE_HOST",
+        "CELERY_SINGLETON_EXPORTER_SERVICE_PORT_HTTP",
+        "CELERY_SINGLETON_PORT",
+        "CELERY_SINGLETON_PORT_9808_TCP",
+        "CELERY_SINGLETON_PORT_9808_TCP_ADDR",
+    ):
+        monkeypatch.setenv(name, "tcp://10.0.0.1:9808")
+    settings()
+    monkeypatch.setenv("CELERY_SINGLETON_STORE_URI", "hunter2")
+    with pytest.raises(
+        ImproperlyConfigured, match=r"CELERY_SINGLETON_STORE_URI.*singleton_store_url"
+    ):
+        settings()
+
+
+def test_names_that_are_not_celerys_settings_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Django's own beside a namespace; functions and tasks of a module that is the configuration;
+    and another package's while both are there.
+    """
+
+    class DjangoSettings:
+        SINGLETON_COLOUR = "red"
+        CELERY_SINGLETON_TABLE = "in_django"
+
+    app = Celery("shop", set_as_current=False)
+    app.config_from_object(DjangoSettings, namespace="CELERY")
+    assert Settings.from_app(app).table == "in_django"
+    app.conf.singleton_tabel = "t"
+    with pytest.raises(ImproperlyConfigured, match="did you mean singleton_table"):
+        Settings.from_app(app)
+
+    assert settings(singleton_nightly=lambda: None, singleton_table="t").table == "t"
+
+    with pytest.raises(ImproperlyConfigured, match="singleton_lock_expiry is no setting"):
+        settings(singleton_lock_expiry=5)
+    monkeypatch.setitem(sys.modules, "celery_singleton", types.ModuleType("celery_singleton"))
+    settings(singleton_lock_expiry=5)

@@ -342,6 +342,26 @@ def test_celery_hides_the_urls() -> None:
         assert "seen" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("singleton_store_url", {"url": "postgresql://u:hunter2@h/db"}),
+        ("singleton_store_url", {"host": {"deep": "hunter2"}}),
+        ("singleton_store_uri", "postgresql://u:hunter2@h/db"),
+        ("singleton_lease_dsn", ["redis://:hunter2@h"]),
+        ("SINGLETON_STORE", "postgresql://u:hunter2@h/db"),
+    ],
+)
+def test_celery_hides_what_is_wrongly_set(name: str, value: Any) -> None:
+    """A worker refuses it; `celery report` shows it before."""
+    app = Celery("shop", set_as_current=False)
+    app.conf.update({name: value, "singleton_lease_ttl": 7})
+    text = app.conf.humanize() + repr(app.conf.table())
+    assert SECRET not in text
+    assert name in text
+    assert "7" in text
+
+
 def test_psycopg_is_asked_for_the_options_that_it_knows() -> None:
     """What the package checks is what the driver does."""
     with pytest.raises(psycopg.ProgrammingError, match="invalid connection option"):
