@@ -19,6 +19,7 @@ from .migrations.open_store import open_store
 from .runtime import runtime_of
 from .state.codec import Codec, StateError
 from .state.round_trip import difference
+from .store.options import as_argument
 from .store.sql.key_values import Rows
 from .store.sql.store import SqlStore
 
@@ -31,7 +32,8 @@ class KeyValueStore:
     """JSON values by key, in the singletons' table.
 
     Every method raises :exc:`KeyValueStoreError` when the database cannot be reached, refuses,
-    or holds a value that is not JSON. It can be used as a context manager, which closes it.
+    or holds a value that is not JSON; and :exc:`~celery.exceptions.ImproperlyConfigured` when the
+    URL cannot be used. It can be used as a context manager, which closes it.
 
     :param url: a SQLAlchemy URL of PostgreSQL, MariaDB, MySQL or SQLite, or ``memory://``.
     :param table: the table's name, which may be qualified. On SQLite it is made if missing.
@@ -49,7 +51,7 @@ class KeyValueStore:
         round_trip: bool = True,
     ) -> None:
         own = _OwnStore(url, table, timeout)
-        self._rows = Rows(own.open)
+        self._rows = Rows(own.open, told=as_argument)
         self._close: Callable[[], None] = own.close
         self._round_trip = round_trip
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import ssl
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 from celery import Celery
+from celery.exceptions import ImproperlyConfigured
 from sqlalchemy.exc import ArgumentError
 
 from celery_singleton_state import KeyValueStore, KeyValueStoreError
@@ -302,3 +306,39 @@ def test_a_forked_child_has_connections_of_its_own(shared_store_url: str) -> Non
         child.join(30)
         assert child.exitcode == 0
         assert kv.modify("k", lambda n: n + 1) == 3
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "told"),
+    [
+        ("no url", ImproperlyConfigured, "^the URL 'no url' is not a URL"),
+        ("postgresql://u:hunter2@h/db?sslmode=maybe", ImproperlyConfigured, "^the URL: .*sslmode"),
+        ("mysql://u:hunter2@h:1", ImproperlyConfigured, "^the URL 'mysql.*names no database"),
+        ("mysql://u:hunter2@127.0.0.1:1/db?ssl_ca={gone}", KeyValueStoreError, "^the URL: no conn"),
+    ],
+)
+def test_errors_of_a_url_name_the_argument_and_no_setting(
+    url: str, error: type[Exception], told: str, tmp_path: Path
+) -> None:
+    """Those of a URL that cannot be read, and of a connection that cannot be made."""
+    gone = tmp_path / "ca.pem"
+    gone.write_text(Path(certificates()).read_text())
+    with KeyValueStore(url.format(gone=gone)) as store:
+        with contextlib.suppress(ImproperlyConfigured, KeyValueStoreError):
+            store.get("k")
+        gone.unlink()
+        with pytest.raises(error, match=told) as caught:
+            store.get("k")
+    assert "singleton_store_url" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+    app = Celery("shop", set_as_current=False)
+    app.conf.singleton_store_url = "no url"
+    with pytest.raises(ImproperlyConfigured, match=r"^singleton_store_url"):
+        KeyValueStore.from_app(app).get("k")
+
+
+def certificates() -> str:
+    file = ssl.get_default_verify_paths().cafile
+    if file is None:
+        pytest.skip("Python knows no file of certificates here")
+    return file

@@ -122,6 +122,11 @@ def refused_value(setting: str, name: str, allowed: str | None) -> ImproperlyCon
     )
 
 
+def as_argument(text: str) -> str:
+    """An error's text for somebody who gave the URL of a store as an argument, not as a setting."""
+    return text.replace(f"{STORE}=", "the URL ").replace(STORE, "the URL")
+
+
 def refuse_unknown_options(
     setting: str,
     names: Collection[str],

@@ -77,6 +77,10 @@ CANNOT_START = {
     "an @ in the password": ("postgresql://u:p@hunter2@h/db", "%40"),
     "a driver that is not installed": ("postgresql+psycopg2://u:hunter2@h/db", "pip install"),
     "an option of another driver": ("postgresql://u:hunter2@h/db?charset=utf8", "'charset'"),
+    "a file that is none of options": (
+        "mysql://u:hunter2@h/d?read_default_file=/etc/passwd",
+        "a file",
+    ),
     "a table that is missing": ("sqlite:///store.db", "singleton migrate"),
 }
 
@@ -109,6 +113,7 @@ def test_what_cannot_work_is_one_line_from_worker_beat_and_command(
     [
         ("redis://:hunter2@h/zero", "the database is a number"),
         ("redis://h?foo=hunter2", "the option 'foo'"),
+        ("sentinel://:hunter2;x@127.0.0.1:1/mymaster/0", "%3B"),
         ("redis://127.0.0.1:{port}/99", "no database of this number"),
     ],
 )

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import sqlalchemy as sa
+from celery.exceptions import ImproperlyConfigured
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -27,15 +28,22 @@ class Rows:
     Every method raises :exc:`KeyValueStoreError` where the database fails.
 
     :param open_store: gives the store of this process.
+    :param told: the text of an error, as it is told.
     """
 
-    def __init__(self, open_store: Callable[[], SqlStore], prefix: str = "") -> None:
+    def __init__(
+        self,
+        open_store: Callable[[], SqlStore],
+        prefix: str = "",
+        told: Callable[[str], str] = str,
+    ) -> None:
         self._open_store = open_store
         self._prefix = prefix
+        self._told = told
 
     def under(self, prefix: str) -> Rows:
         """The rows under a further prefix."""
-        return Rows(self._open_store, self._prefix + prefix)
+        return Rows(self._open_store, self._prefix + prefix, self._told)
 
     def get(self, key: str) -> str | None:
         """The value of a key, if it has one."""
@@ -136,12 +144,16 @@ class Rows:
     def _says_what_failed(self) -> Iterator[SqlStore]:
         try:
             store = self._open_store()
+        except ImproperlyConfigured as error:
+            raise ImproperlyConfigured(self._told(str(error))) from error
         except StoreError as error:
-            raise KeyValueStoreError(str(error)) from error
+            raise KeyValueStoreError(self._told(str(error))) from error
         try:
             yield store
+        except StoreError as error:  # of a connection that cannot be made
+            raise KeyValueStoreError(self._told(str(error))) from error
         except (SQLAlchemyError, *REFUSED_BY_DRIVER) as error:
-            raise KeyValueStoreError(str(store.as_store_error(error))) from error
+            raise KeyValueStoreError(self._told(str(store.as_store_error(error)))) from error
 
 
 def _is_present(store: SqlStore) -> sa.ColumnElement[bool]:
