@@ -14,8 +14,8 @@ from .config.settings import Settings
 from .lease.lease import clock
 from .runtime import Runtime, runtime_of
 from .store.base import Listed, StoreError, StoreUnavailable
-from .text.log_lines import logger_of
 from .text.moments import moment, seconds
+from .text.visible import logger_of
 
 logger = logger_of(__name__)
 

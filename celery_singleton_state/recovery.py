@@ -10,7 +10,7 @@ from .lease.holdings import Holding, file_of
 from .message.coalesce import grant
 from .runtime import Runtime
 from .store.base import Ended, Lease, Leases, Row, StoreError
-from .text.log_lines import logger_of
+from .text.visible import logger_of
 
 logger = logger_of(__name__)
 

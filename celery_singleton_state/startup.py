@@ -12,8 +12,8 @@ from .config.options import options_of
 from .config.settings import NO_SQL
 from .runtime import Runtime
 from .store.sql.url import parse_url
-from .text.log_lines import logger_of
 from .text.urls import shown_url
+from .text.visible import logger_of
 
 logger = logger_of(__name__)
 

@@ -61,7 +61,7 @@ from .run.run import ReplacedEagerly, Run, current_run
 from .run.task_api import InRun
 from .runtime import runtime_of
 from .state.codec import Codec
-from .text.log_lines import logger_of
+from .text.visible import logger_of
 from .worker.steps import watch_over
 
 logger = logger_of(__name__)

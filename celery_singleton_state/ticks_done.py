@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import msgspec
 
-from .text.log_lines import logger_of
 from .text.storable import from_json, to_json
-from .text.visible import visible
+from .text.visible import logger_of, visible
 from .ticks import Tick
 
 logger = logger_of(__name__)

@@ -27,7 +27,7 @@ from celery_singleton_state.schedules.own_rules import (
     has_own_is_due,
     overrides,
 )
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 from .entry_checks import LONGEST, RULES, check, checked_rule
 from .entry_state import NEVER, EntryState

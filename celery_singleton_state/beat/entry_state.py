@@ -8,9 +8,8 @@ from typing import Annotated
 
 import msgspec
 
-from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.text.storable import from_json
-from celery_singleton_state.text.visible import visible
+from celery_singleton_state.text.visible import logger_of, visible
 
 logger = logger_of(__name__)
 

@@ -29,9 +29,9 @@ from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.startup import warn_of_single_host
 from celery_singleton_state.store.base import Ended, Row, Store, StoreError, StoreNotReady
 from celery_singleton_state.store.sql.url import parse_url
-from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.text.storable import storable
 from celery_singleton_state.text.urls import shown_url
+from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 

@@ -22,8 +22,8 @@ from kombu.exceptions import OperationalError
 
 from celery_singleton_state.compat import note_changed, put_off, read_schedule_anew
 from celery_singleton_state.store.base import StoreError
-from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.text.storable import to_json
+from celery_singleton_state.text.visible import logger_of
 from celery_singleton_state.ticks import message_of
 
 from .broker import BrokerConnection, BrokerUnavailable

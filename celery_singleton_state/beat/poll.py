@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from celery_singleton_state.lease.lease import clock
 from celery_singleton_state.schedules.own_rules import Schedule, ask
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 from .entry_state import NEVER
 from .passing import TURN

@@ -11,7 +11,7 @@ from typing import Any
 from celery.beat import Scheduler
 
 from celery_singleton_state.store.base import SeenTicks, Store, StoreError, StoreRefusesValue
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 from celery_singleton_state.ticks import message_of
 
 from .entry import SingletonEntry

@@ -17,7 +17,7 @@ from celery_singleton_state import ticks_done
 from celery_singleton_state.config.options import options_of
 from celery_singleton_state.keys import row_key
 from celery_singleton_state.store.base import SeenTicks
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 from celery_singleton_state.ticks import entry_name, task_id_of
 
 logger = logger_of(__name__)

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from celery_singleton_state.runtime import Runtime
 from celery_singleton_state.store.base import StoreError, StoreMisconfigured
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 from .answers import Pages
 from .connections import Connections

@@ -15,8 +15,7 @@ from celery import Celery
 
 from celery_singleton_state.config.options import options_of
 from celery_singleton_state.keys import row_key
-from celery_singleton_state.text.log_lines import logger_of
-from celery_singleton_state.text.visible import as_printed
+from celery_singleton_state.text.visible import as_printed, logger_of
 
 logger = logger_of(__name__)
 

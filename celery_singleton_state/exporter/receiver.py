@@ -12,7 +12,7 @@ from celery.events.receiver import EventReceiver
 
 from celery_singleton_state.hooks import Details
 from celery_singleton_state.hooks.events import details_of
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from celery.exceptions import ImproperlyConfigured
 
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 from .answers import HEADERS, Answer, Pages, text
 from .connections import Connections, Step

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from celery import signals as celery_signals
 from kombu.utils.imports import symbol_by_name
 
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 from . import log
 from .details import Details

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from celery import signals
 
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 from .details import KINDS, Details
 

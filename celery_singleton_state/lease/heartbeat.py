@@ -31,7 +31,7 @@ from operator import attrgetter
 from typing import Generic, TypeVar
 
 from celery_singleton_state.store.base import Leases, StoreError
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 from .lease import HeldLease, clock
 from .renewal_slots import LeftToParent, hear_signals, listen

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import msgspec
 
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 

@@ -54,7 +54,7 @@ from typing import Any
 
 import msgspec
 
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 from .holdings import RECORD, SLOT, Holdings
 from .lease import TRUSTED_PART, HeldLease

@@ -24,7 +24,7 @@ from celery_singleton_state.store.base import (
     StoreRefusesValue,
     StoreUnavailable,
 )
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 #: Told the store's answer to the request that gave a lease back.
 Then = Callable[[Released | None], None]

@@ -15,7 +15,7 @@ from celery import Celery
 
 from celery_singleton_state.headers import SENT
 from celery_singleton_state.store.base import Leases, Released
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 from .content import Content, dump, load, options_for_new
 from .resend import send_as_it_is

@@ -27,7 +27,7 @@ from kombu.exceptions import OperationalError
 from celery_singleton_state.compat import broker_of
 from celery_singleton_state.compat import native_delays as native
 from celery_singleton_state.headers import PAUSE, PAUSE_LEFT, without_moves
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 from .routing import address_of, broker_kind, delayed_key, into, queue_of, resolved, undeclared
 

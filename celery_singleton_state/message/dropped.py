@@ -19,7 +19,7 @@ from celery.app.task import Context
 from celery.exceptions import Reject
 
 from celery_singleton_state.config.options import options_of
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 from .enqueue_once import dequeue
 

@@ -24,8 +24,8 @@ from celery.exceptions import Ignore
 
 from celery_singleton_state.headers import UNRECORDED, count_in
 from celery_singleton_state.history import Entry, is_duplicate
-from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.text.storable import storable
+from celery_singleton_state.text.visible import logger_of
 
 from .delivery import Delivery
 from .resend import can_be_sent_again, send_again

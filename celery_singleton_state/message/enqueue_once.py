@@ -24,7 +24,7 @@ from celery_singleton_state.keys import row_key
 from celery_singleton_state.lease.lease import clock, in_place
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import StoreError, Wishes
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 from celery_singleton_state.ticks import BEAT_HEADERS
 
 from .delivery import Delivery

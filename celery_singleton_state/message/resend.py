@@ -13,7 +13,7 @@ from kombu.exceptions import EncodeError
 
 from celery_singleton_state.compat import cannot_end_jobs, sending_options
 from celery_singleton_state.headers import PUT_BACK, SENT_AGAIN, WAITED, count_in, custom_headers
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 from .content import encoding_of
 from .delay import possible

@@ -15,7 +15,7 @@ from celery.app.task import Context
 from kombu.serialization import dumps, loads
 
 from celery_singleton_state.history import Kept
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 from .delivery import Delivery
 

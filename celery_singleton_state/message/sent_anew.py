@@ -24,7 +24,7 @@ from celery.canvas import chord
 
 from celery_singleton_state.compat import Chain
 from celery_singleton_state.headers import DUE, PUT_BACK, SENT, SENT_AGAIN, header
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 from .delivery import Delivery
 from .results import is_recorded

@@ -12,7 +12,7 @@ from celery_singleton_state.store.base import StoreMisconfigured, StoreNotReady,
 from celery_singleton_state.store.sql.engine import is_in_memory, make_engine
 from celery_singleton_state.store.sql.store import SqlStore
 from celery_singleton_state.store.sql.url import parse_url
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 

@@ -22,7 +22,7 @@ from celery_singleton_state.store.base import StoreMisconfigured, StoreUnavailab
 from celery_singleton_state.store.sql.errors import is_forbidden, is_locked, is_undone
 from celery_singleton_state.store.sql.schema import make_table
 from celery_singleton_state.store.sql.store import open_transaction
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 

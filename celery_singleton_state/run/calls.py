@@ -24,7 +24,7 @@ from celery.exceptions import ImproperlyConfigured
 
 from celery_singleton_state.compat import is_made_by_decorator, without_app
 from celery_singleton_state.config.options import function_of
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 

@@ -12,7 +12,7 @@ from celery_singleton_state.errors import HeartbeatFailed, SingletonError
 from celery_singleton_state.history import Outcome
 from celery_singleton_state.message.delivery import Delivery
 from celery_singleton_state.message.resend import means_to_kill
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 from celery_singleton_state.ticks import Tick
 from celery_singleton_state.ticks_done import EntryTicks
 

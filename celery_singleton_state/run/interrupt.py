@@ -37,7 +37,7 @@ from typing import Any
 from celery.exceptions import TaskPredicate
 
 from celery_singleton_state.errors import HeartbeatFailed
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 

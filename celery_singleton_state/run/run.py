@@ -38,7 +38,7 @@ from celery_singleton_state.store.base import (
     StoreError,
     Write,
 )
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 from .ending import is_for_good, is_of_lease, outcome_of, ticks_after
 from .interrupt import Body

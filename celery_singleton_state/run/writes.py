@@ -26,7 +26,7 @@ from celery_singleton_state.store.base import (
     StoreUnavailable,
     Write,
 )
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from celery_singleton_state.compat import watch_processes
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 

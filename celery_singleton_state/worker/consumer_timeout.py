@@ -18,7 +18,7 @@ from celery.worker import state
 
 from celery_singleton_state.config.options import options_of
 from celery_singleton_state.runtime import runtime_of
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 

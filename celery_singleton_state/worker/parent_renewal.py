@@ -35,7 +35,7 @@ from celery_singleton_state.lease.renewal_slots import (
 )
 from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.store.base import Lease, StoreError
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 

@@ -25,7 +25,7 @@ from celery_singleton_state.startup import refuse_states_without_store, warn_of_
 from celery_singleton_state.store.base import StoreError, StoreNotReady
 from celery_singleton_state.store.sql.engine import is_in_memory
 from celery_singleton_state.store.sql.url import parse_url
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 
 from .child_watch import watch_pool
 from .consumer_timeout import ConsumerTimeoutStep

@@ -225,7 +225,7 @@ def test_labels_are_printed_as_ls_prints_names(memory_app: Celery) -> None:
     """No parser of the format is sure to take controls and lone surrogates as they are."""
     memory_app.conf.singleton_beat_name = "b\x9b31m\u2028\u202e\x1b"
     runtime = runtime_of(memory_app)
-    runtime.store.wishes.expect([PREFIX + runtime.settings.beat_name])
+    runtime.store.wishes.expect({PREFIX + runtime.settings.beat_name: "t"})
     families = Gauges(runtime, lambda: look(runtime), lambda: True).collect()
     gauges = CollectorRegistry()
     (beat,) = (

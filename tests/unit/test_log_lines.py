@@ -16,7 +16,7 @@ import celery_singleton_state
 from celery_singleton_state import SingletonTask, singleton_task
 from celery_singleton_state.hooks import Lost, log
 from celery_singleton_state.runtime import runtime_of
-from celery_singleton_state.text.log_lines import logger_of
+from celery_singleton_state.text.visible import logger_of
 from tests.waiting import wait_until
 
 FORGED = (
@@ -48,7 +48,7 @@ def test_no_module_makes_its_logger_by_itself() -> None:
     """A logger of its own would have no filter."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call) or path.name == "log_lines.py":
+            if not isinstance(node, ast.Call) or path.name == "visible.py":
                 continue
             called = ast.unparse(node.func)
             if called.rsplit(".", 1)[-1] in ("getLogger", "get_logger", "get_task_logger"):

@@ -38,8 +38,8 @@ from celery_singleton_state.store.base import (
 )
 from celery_singleton_state.store.connecting import was_connecting
 from celery_singleton_state.store.odd_values import number, whole_number
-from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.text.storable import restored, storable
+from celery_singleton_state.text.visible import logger_of
 
 from . import scripts as scripts
 from .calls import LEAST_LARGEST, ScriptCalls

@@ -34,8 +34,8 @@ from celery_singleton_state.store.base import (
     seen,
 )
 from celery_singleton_state.store.odd_values import odd_values
-from celery_singleton_state.text.log_lines import logger_of
 from celery_singleton_state.text.storable import restored, storable
+from celery_singleton_state.text.visible import logger_of
 
 from .connections import Connections, GrowingPool
 from .dialects import class_of, statements_for
@@ -88,6 +88,8 @@ class SqlStore:
         #: Runs a statement and returns the rows that it answers.
         self._rows: Rows = partial(self._execute, self._sql.rows)
         #: What :meth:`check` has warned of.
+        #: Types of what an acquisition answers, as they were and are to be.
+        self._usual: set[tuple[type, ...]] = set()
         self._warned: set[str] = set()
         self.wishes = SqlWishes(self._sql, self._rows, self._change)
         self.entries = SqlEntries(self._sql, self._rows, self.run_within)
@@ -121,8 +123,12 @@ class SqlStore:
             return None
         fence, *found = rows[0]
         acquired = Acquired(Lease(key, holder, fence, ttl), *found)
-        odd = odd_values(acquired)
-        return replace(acquired, **odd) if odd else acquired
+        kinds = tuple(map(type, found))
+        if kinds not in self._usual:
+            if odd := odd_values(acquired):
+                return replace(acquired, **odd)
+            self._usual.add(kinds)
+        return acquired
 
     def _largest(self, key: str, error: StoreError) -> str:
         column, literal = self._sql.key, key.replace("'", "''")
