@@ -18,7 +18,7 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.parser import text_string_to_metric_families
 
 from celery_singleton_state import SingletonTask, singleton_task
-from celery_singleton_state.beat.leader import PREFIX
+from celery_singleton_state.beat.leader import key_of
 from celery_singleton_state.exporter import Counts
 from celery_singleton_state.exporter.gauges import Gauges
 from celery_singleton_state.exporter.labels import OTHERS, UNKNOWN, Keys
@@ -225,7 +225,7 @@ def test_labels_are_printed_as_ls_prints_names(memory_app: Celery) -> None:
     """No parser of the format is sure to take controls and lone surrogates as they are."""
     memory_app.conf.singleton_beat_name = "b\x9b31m\u2028\u202e\x1b"
     runtime = runtime_of(memory_app)
-    runtime.store.wishes.expect({PREFIX + runtime.settings.beat_name: "t"})
+    runtime.store.wishes.expect({key_of(runtime.settings.beat_name): "t"})
     families = Gauges(runtime, lambda: look(runtime), lambda: True).collect()
     gauges = CollectorRegistry()
     (beat,) = (
