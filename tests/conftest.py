@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import celery._state
+import celery.app.builtins  # which shares Celery's own
 import pytest
 import redis
 from celery import Celery
@@ -43,6 +45,15 @@ _SERVERS = {
 STORES_AND_POOLED = (*STORES, "pgbouncer")
 
 _numbers = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _only_the_tasks_of_the_test() -> Iterator[None]:
+    """Celery gives the tasks that one app shares to every app that is made later."""
+    shared = celery._state._on_app_finalizers
+    before = set(shared)
+    yield
+    shared &= before
 
 
 @pytest.fixture(autouse=True)

@@ -153,7 +153,8 @@ def test_a_store_that_makes_its_table_says_the_same(misled: str) -> None:
 
 
 def test_a_key_value_store_says_the_same(misled: str) -> None:
-    with KeyValueStore(misled) as kv, pytest.raises(KeyValueStoreError, match=ADVICE):
+    advice = ADVICE.replace("singleton_store_url", "the URL")
+    with KeyValueStore(misled) as kv, pytest.raises(KeyValueStoreError, match=advice):
         kv.set("k", 1)
 
 

@@ -76,9 +76,6 @@ def test_it_warns_of_longer_time_limits_only(
         """It does not run."""
 
     app.finalize()
-    # Celery gives each app the tasks that others share, those of other tests too.
-    for name in set(app.tasks) - {"closes_the_year"}:
-        del app.tasks[name]
     caplog.set_level(logging.INFO, "celery_singleton_state")
     limits = {"time_limit": None, "soft_time_limit": None} | worker
     tell_at_start(SimpleNamespace(app=app, **limits), 1800)

@@ -185,13 +185,20 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
         f" innodb_lock_wait_timeout = {math.ceil(io_timeout)}",
     }
     engine = pooled(
-        url.set(query=texts), pool_size, io_timeout, Connection, connect_args=values | own
+        url.set(query=texts), pool_size, io_timeout, _connect, connect_args=values | own
     )
     given = engine.dialect.create_connect_args(engine.url)[1]
     refuse_wrong_hosts(STORE, [given.get("host") or ""])
     if url.query:
         refuse_what_fails(STORE, query, partial(_try, engine, own), _ALLOWED)
     return engine
+
+
+def _connect(*args: Any, **kwargs: Any) -> Connection:
+    try:
+        return Connection(*args, **kwargs)
+    except RuntimeError as error:  # of a package that PyMySQL needs for some ways to log in
+        raise pymysql.OperationalError(PLUGIN_FAILED, str(error)) from error
 
 
 def _options(url: URL) -> dict[str, Any]:
