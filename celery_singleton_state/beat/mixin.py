@@ -105,6 +105,7 @@ class LeaderMixin(BrokerConnection):
             self._is_ticking = False
             if self._closed:
                 sys.unraisablehook = show
+                self._end()
 
     def _tick(self, *args: Any, **kwargs: Any) -> float:
         try:
@@ -192,10 +193,20 @@ class LeaderMixin(BrokerConnection):
             super().sync()
 
     def close(self) -> None:
-        """Record what was sent and hand over. May be called again, and by a signal's handler."""
-        if self._is_ticking and not self._closed:
-            _hide_lost_exits()
+        """Record what was sent and hand over. May be called again, and by a signal's handler.
+
+        The handler may have interrupted a transaction, whose locks nobody gives up before the
+        handler is over. So within a tick that is left to the tick's end.
+        """
+        if self._is_ticking:
+            if not self._closed:
+                _hide_lost_exits()
+            self._closed = True
+            return
         self._closed = True
+        self._end()
+
+    def _end(self) -> None:
         try:
             self.sync()
         finally:

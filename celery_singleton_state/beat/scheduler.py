@@ -111,7 +111,7 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         return float((self._heap[0][0] - self._leader.now()).total_seconds())
 
     def _may_go_on(self) -> bool:
-        return self._leader.renew_in > 0 and self._sent_now < BATCH
+        return not self._closed and self._leader.renew_in > 0 and self._sent_now < BATCH
 
     def _round(self, missed: list[str]) -> bool:
         """Give each entry that is due its turn, as long as this beat may go on.

@@ -94,6 +94,8 @@ def test_own_base_class_with_celerys_hooks(fleet: Fleet, client: Callable[[], Ce
     app = client()
     fleet.start("-P", "solo")
     assert outcome(app.send_task("of_own_base")) == 1
+    # Celery calls it after it has stored the result.
+    fleet.wait_for_notes("on_success")
     events = ["before_start", "call", "become_leader", "lose_leadership", "on_success"]
     assert [len(fleet.notes(event)) for event in events] == [1] * 5
 

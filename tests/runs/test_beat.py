@@ -658,7 +658,7 @@ def test_a_stop_that_is_lost_is_a_stop_at_the_next_tick(
         return result
 
     monkeypatch.setattr(beat, "apply_async", handle_signal)
-    assert beat.tick() == STANDBY_POLL
+    assert beat.tick() <= STANDBY_POLL
     assert len(sent) == 1
     assert not row(beat).held
     with pytest.raises(SystemExit):
