@@ -16,8 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
-DEMO = Path(__file__).parents[1] / "examples" / "importer"
+DEMO = Path(__file__).parents[2] / "examples" / "importer"
 PATIENCE = 150
+
+# They look at one demo, which takes half a minute.
+pytestmark = pytest.mark.xdist_group("importer")
 
 
 @contextmanager
