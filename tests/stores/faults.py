@@ -128,7 +128,7 @@ REDIS_FAULTS = {
         "if other ~= holder then",
     ),
     "acquire does not ask the clock": ("ACQUIRE", "tonumber(newest or '0') < clock", "false"),
-    "acquire does not mark a takeover": ("ACQUIRE", "other and acquired_at and -1 or 0", "0"),
+    "acquire does not mark a takeover": ("ACQUIRE", "write = other and -1 or 0", "write = 0"),
     "acquire by an older message": ("ACQUIRE", "other ~= holder and is_older", "false"),
     "asking in any order": ("ASK_TO_HAND_OVER", "not is_larger(rank, newest) and", "false and"),
     "give back without the holder": ("GIVE_BACK", "other ~= ARGV[1]", "not other"),
