@@ -98,8 +98,10 @@ class LeaderMixin(BrokerConnection):
         """
         if self._closed:
             raise SystemExit
-        show, self._is_ticking = sys.unraisablehook, True
+        show = sys.unraisablehook
         try:
+            # Within, so that no signal can come between this and what takes it back.
+            self._is_ticking = True
             return self._tick(*args, **kwargs)
         finally:
             self._is_ticking = False
