@@ -119,10 +119,10 @@ class _Used:
         assert upgrade.exitcode == 0
         return taken
 
-    def _use(self, goes_on: Callable[[], bool]) -> list[float]:
+    def _use(self, continues: Callable[[], bool]) -> list[float]:
         read, write = (sql.SQL(text).format(table=self._table) for text in (_READ, _WRITE))
         taken = []
-        while goes_on():
+        while continues():
             key = self._any_key()
             for act in (
                 partial(self._connection.execute, read, (key,)),

@@ -12,7 +12,7 @@ from .compat import custom_attributes
 #: What all names begin with.
 PREFIX = "singleton_"
 #: How often the message was requeued because its own run went on.
-PUT_BACK = "singleton_put_back"
+REQUEUED = "singleton_requeued"
 #: Marks a message that this package sent again, as it is.
 SENT_AGAIN = "singleton_sent_again"
 #: Seconds that the message has waited for the lease.
@@ -47,12 +47,12 @@ PREVIOUS = "singleton_previous"
 ONE_BY_ONE = "singleton_one_by_one"
 
 #: What is said of one try of a message, and not of its retries.
-OF_ONE_TRY = frozenset({WAITED, NEXT_SINCE, PUT_BACK, UNRECORDED})
+OF_ONE_TRY = frozenset({WAITED, NEXT_SINCE, REQUEUED, UNRECORDED})
 
 #: All headers of this package.
 OWN = frozenset(
     {
-        PUT_BACK,
+        REQUEUED,
         SENT_AGAIN,
         WAITED,
         NEXT_SINCE,

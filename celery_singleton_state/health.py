@@ -69,7 +69,7 @@ def check_health(app: Celery) -> Health:
         rows = runtime.rows(runtime.settings.key_prefix)
     except (StoreError, ImproperlyConfigured) as error:
         return Health((), str(error))
-    return judge(runtime, rows)
+    return evaluate(runtime, rows)
 
 
 def _see_that_it_can_be_used(runtime: Runtime) -> None:
@@ -81,7 +81,7 @@ def _see_that_it_can_be_used(runtime: Runtime) -> None:
         logger.debug("singletons: health is told without a check of the store: %s", error)
 
 
-def judge(runtime: Runtime, rows: Sequence[Listed]) -> Health:
+def evaluate(runtime: Runtime, rows: Sequence[Listed]) -> Health:
     """The health of the singletons with these rows, and of those that should have one."""
     prefix = runtime.settings.key_prefix
     found = {}

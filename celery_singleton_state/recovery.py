@@ -6,8 +6,8 @@ import math
 
 from . import history
 from .history import Outcome
-from .lease.holdings import Holding, file_of
-from .message.coalesce import grant
+from .lease.holder_files import HolderRecord, file_of
+from .message.coalesce import send_pending_run
 from .runtime import Runtime
 from .store.base import Ended, Lease, Leases, Row, StoreError
 from .text.visible import logger_of
@@ -37,7 +37,7 @@ def free_own(runtime: Runtime, row: Row, store: Leases) -> bool:
     released = store.give_back(row.key, row.holder)
     if released is not None:
         logger.info("%s is free: %s gave it back", row.key, row.holder)
-        grant(runtime.app, store, row.key, released)
+        send_pending_run(runtime.app, store, row.key, released)
     return True
 
 
@@ -50,24 +50,26 @@ def free_dead(runtime: Runtime, files: str = "*") -> int:
     """
     found = 0
     try:
-        for holdings in runtime.holdings.of_the_dead(files):
+        for holder_files in runtime.holder_files.of_dead_processes(files):
             found += 1
-            for holding in holdings:
-                _free(runtime, holding)
+            for holder_record in holder_files:
+                _free(runtime, holder_record)
     except StoreError as error:
         logger.warning("singletons: what a dead process held could not be freed: %s", error)
     return found
 
 
-def _free(runtime: Runtime, holding: Holding) -> None:
+def _free(runtime: Runtime, holder_record: HolderRecord) -> None:
     """Release a lease in its dead holder's name; if it has ended, nothing happens."""
     # Which store it is in follows from the task, and this app may not have that task any more.
     for store in runtime.stores:
-        row = store.peek(holding.key)
-        if row is None or row.holder != holding.holder:
+        row = store.peek(holder_record.key)
+        if row is None or row.holder != holder_record.holder:
             continue
-        if end_for(runtime, row, holding.generation, history.DIED, store, holding.sent):
-            logger.warning("%s is free: its holder %s died", holding.key, holding.holder)
+        if end_for(runtime, row, holder_record.generation, history.DIED, store, holder_record.sent):
+            logger.warning(
+                "%s is free: its holder %s died", holder_record.key, holder_record.holder
+            )
 
 
 def end_for(
@@ -90,7 +92,7 @@ def end_for(
     store = store or runtime.store
     if row.holder is None:
         # The lease is in its hold period after a run, which has its entry.
-        return store.wishes.let_go(row)
+        return store.requests.release_early(row)
     started = row.acquired_at
     if started is None or not math.isfinite(started):
         # JSON has no infinity, and the whole history could not be read with it.
@@ -114,5 +116,5 @@ def end_for(
     released = store.release(lease, Ended(Outcome.LOST, document))
     if released is None:
         return False
-    grant(runtime.app, store, row.key, released)
+    send_pending_run(runtime.app, store, row.key, released)
     return True

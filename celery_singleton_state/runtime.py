@@ -21,14 +21,14 @@ from celery.utils.nodenames import gethostname
 
 from .config.options import Options, options_of
 from .config.settings import NO_SQL, Settings
-from .hooks import Door
+from .hooks import Dispatcher
 from .keys import MAX_KEY_LENGTH, row_key
 from .lease.heartbeat import Heartbeat
-from .lease.holdings import Holdings, directory_of
+from .lease.holder_files import HolderFiles, directory_of
 from .lease.lease import TRUSTED_PART, clock
 from .lease.pace import Pace
 from .lease.renewal_slots import LeftToParent, parents_mark
-from .lease.unreturned import Unreturned
+from .lease.unreleased import UnreleasedLeases
 from .migrations.open_store import open_store
 from .store.base import Leases, Listed, Store
 from .store.sql.engine import identity
@@ -75,7 +75,7 @@ class Runtime:
         self._lives += [own.lease_ttl for own in options if own and own.lease_ttl]
         #: On :data:`~celery_singleton_state.lease.lease.clock`.
         self.made_at = clock()
-        self.door = Door(app, self.settings.hooks)
+        self.dispatcher = Dispatcher(app, self.settings.hooks)
         self._nonce = secrets.token_hex(4)
         self._count = itertools.count(1)
         #: Holders of this process whose deliveries are under way.
@@ -86,12 +86,12 @@ class Runtime:
         self._heartbeats: dict[int, Heartbeat] = {}
         #: By whether a task has a state.
         self._homes: dict[bool, tuple[Store, Heartbeat]] = {}
-        self._holdings: Holdings | None = None
+        self._holder_files: HolderFiles | None = None
         #: Of the messages that wait for a lease.
         self.pace = Pace()
         #: Leases that this process may hold without a run.
-        self.unreturned = Unreturned(
-            lambda slot: self.holdings.strike_out(slot),
+        self.unreleased = UnreleasedLeases(
+            lambda slot: self.holder_files.clear(slot),
             self.settings.heartbeat_interval,
         )
 
@@ -238,7 +238,7 @@ class Runtime:
         if heartbeat is None:
             mark = parents_mark()
             parent = (
-                LeftToParent(self.holdings, mark, store is self.leases)
+                LeftToParent(self.holder_files, mark, store is self.leases)
                 if mark is not None
                 else None
             )
@@ -247,13 +247,13 @@ class Runtime:
         return heartbeat
 
     @_once
-    def holdings(self) -> Holdings:
+    def holder_files(self) -> HolderFiles:
         """What the processes of this host hold in the store."""
         directory = directory_of(self._identity())
         with self._opening:
             name = f"{os.getpid()}-{self._nonce}"
-            holdings = self._holdings = self._holdings or Holdings(directory, name)
-        return holdings
+            holder_files = self._holder_files = self._holder_files or HolderFiles(directory, name)
+        return holder_files
 
     def _identity(self) -> str | None:
         """The same text for all processes that use the same stores."""
@@ -276,12 +276,12 @@ class Runtime:
 
     def close(self) -> None:
         """Stop the heartbeat, hand on what waits for hooks, and close the connections."""
-        self.unreturned.close()
-        if self._holdings is not None:
-            self._holdings.close()
+        self.unreleased.close()
+        if self._holder_files is not None:
+            self._holder_files.close()
         for heartbeat in self._heartbeats.values():
             heartbeat.close()
-        self.door.close()
+        self.dispatcher.close()
         for store in (self._leases, self._sql):
             if store is not None:
                 store.close()

@@ -52,7 +52,7 @@ from .message.resend import (
     reject_if_killed,
 )
 from .message.results import has_result, is_recorded
-from .message.sent_anew import mark_replacement, marking
+from .message.reused_ids import mark_replacement, marking
 from .run.calls import guard_calls, has_call_behind, in_guard, keep_class_of_app
 from .run.converted import Converter, converter_of
 from .run.guard import deliver
@@ -241,7 +241,7 @@ class SingletonTask(_TypedTask[S, P, R]):
         """
         run = current_run(self)
         if run is not None:
-            run.refuse_if_asked()
+            run.refuse_if_handoff_requested()
             if run.headers:
                 headers = options.get("headers") or custom_headers(self.request)
                 options["headers"] = {**headers, **run.headers}
@@ -351,7 +351,7 @@ class SingletonTask(_TypedTask[S, P, R]):
                     # One that a nested singleton raised is its own affair.
                     if error.singleton != delivery.name:
                         raise
-                    delivery.tell(Failed, reason=error.reason, detail=error.detail)
+                    delivery.emit(Failed, reason=error.reason, detail=error.detail)
                     if self._answer(error, delivery):
                         logger.info("%s; the eager run is repeated", error)
                         earlier.note(error)
@@ -377,7 +377,7 @@ class SingletonTask(_TypedTask[S, P, R]):
         """
         request = delivery.request
         answer = delivery.answer_to(error)
-        if not isinstance(answer, RetryAfter) or delivery.place.asked_by is not None:
+        if not isinstance(answer, RetryAfter) or delivery.place.handoff_to is not None:
             return False
         if request.is_eager:
             return True
@@ -419,10 +419,10 @@ def _of_run(run: Run, options: dict[str, Any], args: Any, kwargs: Any) -> dict[s
     if not run.is_replacing:
         return options
     headers = {**(options.get("headers") or {}), **run.headers, REPLACES: run.request.id}
-    return options | {"headers": headers | _tick_that_goes_on(run, args, kwargs)}
+    return options | {"headers": headers | _continued_tick(run, args, kwargs)}
 
 
-def _tick_that_goes_on(run: Run, args: Any, kwargs: Any) -> dict[str, Any]:
+def _continued_tick(run: Run, args: Any, kwargs: Any) -> dict[str, Any]:
     """The headers of a run's tick, for a message that replaces the run in the same singleton.
 
     The tick ends with that message.
@@ -435,7 +435,7 @@ def _tick_that_goes_on(run: Run, args: Any, kwargs: Any) -> dict[str, Any]:
         return {}
     found = {name: header(run.request, name) for name in (ENTRY, DUE, PREVIOUS, ONE_BY_ONE)}
     headers = {name: value for name, value in found.items() if value is not None}
-    run.tick_goes_on = bool(headers)
+    run.tick_continues = bool(headers)
     return headers
 
 

@@ -19,7 +19,7 @@ from celery import Celery
 from celery.backends import cache
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from celery_singleton_state.lease import holdings
+from celery_singleton_state.lease import holder_files
 from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.runtime import close_runtime
@@ -63,7 +63,7 @@ def _only_the_settings_of_the_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         if name.startswith("CELERY_"):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(holdings, "root", lambda: tmp_path / "holdings")
+    monkeypatch.setattr(holder_files, "root", lambda: tmp_path / "holder_files")
 
 
 S = TypeVar("S", bound=Server)

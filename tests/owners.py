@@ -23,5 +23,5 @@ class Told:
     def lost(self, why: str) -> None:
         self._lost(why)
 
-    def asked_to_hand_over(self, who: str) -> None:
-        self._asked(who)
+    def handoff_requested(self, handoff_to: str) -> None:
+        self._asked(handoff_to)

@@ -40,5 +40,5 @@ def test_it_tells_statsd_of_a_run(
     assert counted == "singleton.t.succeeded:1|c"
     assert timed.startswith("singleton.t.duration:")
     assert timed.endswith("|ms")
-    hook = runtime_of(memory_app).door._users_hooks()[0]
+    hook = runtime_of(memory_app).dispatcher._users_hooks()[0]
     hook._socket.close()  # type: ignore[attr-defined]

@@ -32,7 +32,7 @@ from celery_singleton_state.errors import SchemaDecodeFailed
 from celery_singleton_state.exporter.gauges import Gauges
 from celery_singleton_state.exporter.page.document import POLICY, render
 from celery_singleton_state.exporter.page.overview import Overview
-from celery_singleton_state.exporter.snapshot import look
+from celery_singleton_state.exporter.snapshot import take_snapshot
 from celery_singleton_state.health import check_health
 from celery_singleton_state.history import Entry
 from celery_singleton_state.hooks import Lost, log
@@ -135,7 +135,7 @@ def told(app: Celery, *arguments: str, may_be: int = 0) -> Any:
 def metrics(app: Celery) -> dict[str, dict[str, float]]:
     """The value of each gauge by key, in the same two ways in which Prometheus reads them."""
     registry, runtime = CollectorRegistry(), runtime_of(app)
-    registry.register(Gauges(runtime, partial(look, runtime), lambda: True, per_key=True))
+    registry.register(Gauges(runtime, partial(take_snapshot, runtime), lambda: True, per_key=True))
     plain = generate_latest(registry).decode()
     found: dict[str, dict[str, float]] = {}
     for family in text_string_to_metric_families(plain):
@@ -154,7 +154,9 @@ def metrics(app: Celery) -> dict[str, dict[str, float]]:
 def page(app: Celery, query: str = "") -> Reader:
     """The page, in which nothing became an element or an attribute."""
     runtime = runtime_of(app)
-    document = render(Overview(runtime, partial(look, runtime), shows_state=True).page(query))
+    document = render(
+        Overview(runtime, partial(take_snapshot, runtime), shows_state=True).page(query)
+    )
     assert document.encode()
     reader = Reader(document)
     assert not reader.open

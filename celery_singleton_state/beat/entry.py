@@ -31,7 +31,7 @@ from celery_singleton_state.text.visible import logger_of
 
 from .entry_checks import LONGEST, RULES, check, checked_rule
 from .entry_state import NEVER, EntryState
-from .passing import pass_over, surplus
+from .misfires import skip_ticks, surplus
 from .poll import Poll
 from .under_way import UnderWay
 
@@ -103,7 +103,7 @@ class SingletonEntry(ScheduleEntry):
         self._is_resumed = self._has_passed = False
         #: Why the schedule has no next tick, if it has said so.
         self._end: Exception | None = None
-        self._has_said_end = False
+        self._has_logged_end = False
         self._take_schedule()
 
     def _take_schedule(self) -> None:
@@ -207,7 +207,7 @@ class SingletonEntry(ScheduleEntry):
                 self.next_tick = self._due_after(now)
         elif self.catch_up == "all":
             missed = self._pass(now - timedelta(seconds=patience)) if is_late else 0
-            missed += self._pass_surplus(now)
+            missed += self._skip_surplus(now)
         else:
             missed = self._pass_to_latest(now, patience)
         self._count_missed(missed)
@@ -265,23 +265,23 @@ class SingletonEntry(ScheduleEntry):
         self._count_missed(found.missed)
         return found.missed
 
-    def next_look(self, now: datetime) -> datetime:
+    def next_check(self, now: datetime) -> datetime:
         """When a beat is to look at the entry again; one that is due comes after all that are."""
         if self.under_way:
-            return self.under_way.next_look(self.next_tick, now)
+            return self.under_way.next_check(self.next_tick, now)
         return max(self.next_tick, now)
 
     def _pass(self, until: datetime) -> int:
         """Pass over all that are due before a moment."""
-        return self._pass_over(until - timedelta.resolution, and_the_last=lambda: True)
+        return self._skip_ticks(until - timedelta.resolution, and_the_last=lambda: True)
 
     def _pass_to_latest(self, now: datetime, patience: float) -> int:
         def is_late() -> bool:
             return (now - self.next_tick).total_seconds() > patience
 
-        return self._pass_over(now, and_the_last=is_late)
+        return self._skip_ticks(now, and_the_last=is_late)
 
-    def _pass_surplus(self, now: datetime) -> int:
+    def _skip_surplus(self, now: datetime) -> int:
         """Pass over the oldest ticks of more than are ever owed."""
         if self.is_passing or now < self._count_again_at or self.next_tick > now:
             return 0
@@ -291,13 +291,13 @@ class SingletonEntry(ScheduleEntry):
             if not is_plain_interval(self.schedule):
                 self._count_again_at = now + COUNT_AGAIN
             return 0
-        return self._pass_over(now, and_the_last=lambda: False, at_most=more)
+        return self._skip_ticks(now, and_the_last=lambda: False, at_most=more)
 
-    def _pass_over(
+    def _skip_ticks(
         self, until: datetime, and_the_last: Callable[[], bool], at_most: float = inf
     ) -> int:
         """Go to the last tick up to a moment, or past it if that one is missed as well."""
-        count, self.next_tick, is_through = pass_over(
+        count, self.next_tick, is_through = skip_ticks(
             self.schedule, self.next_tick, until, self._due_after, at_most
         )
         self.is_passing = not is_through
@@ -331,10 +331,10 @@ class SingletonEntry(ScheduleEntry):
 
     def _say_if_ended(self) -> None:
         """Log once that the entry is due no more: loudly, unless it is the end of its schedule."""
-        if self.next_tick is not NEVER or self._has_said_end:
-            self._has_said_end = self.next_tick is NEVER
+        if self.next_tick is not NEVER or self._has_logged_end:
+            self._has_logged_end = self.next_tick is NEVER
             return
-        self._has_said_end = True
+        self._has_logged_end = True
         if self._end is None or isinstance(self._end, NeverDue):
             level = logging.WARNING if self.last_tick is None else logging.INFO
             why = self._end or "its schedule says that it is never due again"

@@ -22,7 +22,7 @@ from celery.utils.nodenames import gethostname
 from celery_singleton_state import history
 from celery_singleton_state.history import Outcome
 from celery_singleton_state.keys import row_key
-from celery_singleton_state.lease.holdings import Holding
+from celery_singleton_state.lease.holder_files import HolderRecord
 from celery_singleton_state.lease.lease import HeldLease, clock
 from celery_singleton_state.recovery import free_holder
 from celery_singleton_state.runtime import Runtime, runtime_of
@@ -70,7 +70,7 @@ class Leader:
         self._entries: tuple[history.Entry, ...] = ()
         #: The store's time is the clock's plus this.
         self._offset = 0.0
-        self._said = ""
+        self._logged = ""
 
     def check(self) -> None:
         """See that the store can be used, and that it may be that of several beats.
@@ -123,7 +123,7 @@ class Leader:
         self.give_up()
         settings, store = self.runtime.settings, self._store
         holder = self.runtime.new_holder(f"celerybeat@{gethostname()}")
-        self._slot = self.runtime.holdings.note(Holding(self.key, holder, 0))
+        self._slot = self.runtime.holder_files.note(HolderRecord(self.key, holder, 0))
         asked_at = clock()
         try:
             acquired = store.acquire(self.key, holder, settings.lease_ttl, None)
@@ -132,7 +132,7 @@ class Leader:
             self._return(holder)
             raise
         if acquired is None:
-            self._strike_out()
+            self._clear()
             return False
         self._number, self._seen = 0, acquired.write
         self._entries = history.decode(acquired.history, self.key)
@@ -225,7 +225,7 @@ class Leader:
     def give_up(self) -> None:
         """Hold the lease no more, whatever the store says."""
         self._held = None
-        self._strike_out()
+        self._clear()
 
     def _lose(self) -> NoReturn:
         self.give_up()
@@ -234,9 +234,9 @@ class Leader:
 
     def say(self, what: str, level: int = logging.INFO) -> None:
         """Log what has changed, and not again what has not."""
-        if what != self._said:
+        if what != self._logged:
             logger.log(level, "%s", what)
-            self._said = what
+            self._logged = what
 
     def say_leads(self) -> None:
         """Log that it leads, if that is news: also after it has waited for something."""
@@ -251,8 +251,8 @@ class Leader:
     def _return(self, holder: str) -> None:
         """Have the process give back a lease that this beat may hold."""
         slot, self._slot = self._slot, None
-        self.runtime.unreturned.add(self._store, self.key, holder, slot)
+        self.runtime.unreleased.add(self._store, self.key, holder, slot)
 
-    def _strike_out(self) -> None:
+    def _clear(self) -> None:
         slot, self._slot = self._slot, None
-        self.runtime.holdings.strike_out(slot)
+        self.runtime.holder_files.clear(slot)

@@ -138,13 +138,13 @@ class LeaderMixin(BrokerConnection):
         :raises SystemExit: the scheduler was closed while it was sent, see :meth:`tick`.
         """
         if self._leader.renew_in <= 0:
-            self._put_back(entry)
+            self._requeue(entry)
             raise NotLeading
         due = self._due(entry)
         try:
             error = self._send(self._message(entry, due), producer)
         except BrokerUnavailable:
-            self._put_back(entry)
+            self._requeue(entry)
             raise
         if error is None:
             self._postponed.remove(entry.name)
@@ -354,7 +354,7 @@ class LeaderMixin(BrokerConnection):
         elif known != own:
             count_from(entry, known, state.total_run_count)
 
-    def _put_back(self, entry: Any) -> None:
+    def _requeue(self, entry: Any) -> None:
         """An entry was not sent, and the schedule is taken over anew."""
         self._fence = None
         self._count_back(entry)

@@ -16,7 +16,7 @@ from celery_singleton_state.schedules.own_rules import Schedule, ask
 from celery_singleton_state.text.visible import logger_of
 
 from .entry_state import NEVER
-from .passing import TURN
+from .misfires import TURN
 
 logger = logger_of(__name__)
 

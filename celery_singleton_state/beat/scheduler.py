@@ -82,8 +82,8 @@ class SingletonScheduler(LeaderMixin, Scheduler):
                 entry.resume(state, now)
             if entry.state() != state:
                 self._unrecorded[name] = entry.state()
-            look = entry.next_look(now) if entry.under_way else entry.next_tick
-            self._heap.append((look, number, entry))
+            check_at = entry.next_check(now) if entry.under_way else entry.next_tick
+            self._heap.append((check_at, number, entry))
         heapq.heapify(self._heap)
         if states:
             self._leader.forget(list(states))
@@ -128,8 +128,8 @@ class SingletonScheduler(LeaderMixin, Scheduler):
             for _, number, entry in turns:
                 if not self._may_go_on():
                     break
-                look = self._turn(entry, missed)
-                heapq.heappush(heap, (look, number, entry))
+                check_at = self._turn(entry, missed)
+                heapq.heappush(heap, (check_at, number, entry))
                 done += 1
         finally:
             for turn in turns[done:]:
@@ -147,13 +147,13 @@ class SingletonScheduler(LeaderMixin, Scheduler):
                     )
                     entry.give_up()
                     self._unrecorded[str(entry.name)] = entry.state()
-                    return entry.next_look(now)
+                    return entry.next_check(now)
                 logger.warning(
                     "beat: nothing is known of the tick %s of %s, it is sent again",
                     *(entry.under_way.due, entry.name),
                 )
                 return self._send_tick(entry)
-            return entry.next_look(now)
+            return entry.next_check(now)
         if (first := entry.next_tick) > now:
             return first
         if count := entry.miss(now):
@@ -166,7 +166,7 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         # again by then.
         if entry.next_tick <= now and not entry.is_passing:
             return self._send_tick(entry)
-        return entry.next_look(now)
+        return entry.next_check(now)
 
     def _send_tick(self, entry: SingletonEntry) -> datetime:
         """Send an entry's tick; returns when to look at the entry again."""
@@ -178,7 +178,7 @@ class SingletonScheduler(LeaderMixin, Scheduler):
             self._postponed.add(entry.name)
         now = self._leader.now()
         pause = timedelta(seconds=self._postponed.wait(entry.name))
-        return max(entry.next_look(now), now + pause)
+        return max(entry.next_check(now), now + pause)
 
     def _find_ended(self, entries: Sequence[SingletonEntry]) -> None:
         """Ask the rows of singletons which of the ticks that are under way have ended."""

@@ -81,7 +81,7 @@ class UnderWay:
         self._patience = min(GROWTH * self._patience, LONGEST_PATIENCE)
         self.overdue_at = now + self._delay + self._patience
 
-    def next_look(self, next_tick: datetime, now: datetime) -> datetime:
+    def next_check(self, next_tick: datetime, now: datetime) -> datetime:
         """When to look at the row again: often while the next tick waits for this one's end."""
         seldom = min(next_tick, self.overdue_at)
         if seldom > now:

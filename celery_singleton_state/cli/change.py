@@ -25,7 +25,7 @@ from celery_singleton_state.store.base import NewValue, Row, Store
 from celery_singleton_state.text.moments import seconds
 from celery_singleton_state.text.visible import as_printed
 
-from .common import complete_name, find, load_tasks, name_and_task, says_why, unknown
+from .common import complete_name, find, load_tasks, name_and_task, report_errors, unknown
 from .terminal import ask, say, shown_json
 
 YES = click.option("--yes", is_flag=True, help="Do not ask.")
@@ -36,7 +36,7 @@ FORCE = click.option("--force", is_flag=True, help="Take the lease away from a r
 @click.argument("name", shell_complete=complete_name)
 @YES
 @click.pass_context
-@says_why
+@report_errors
 def release(context: click.Context, name: str, yes: bool) -> None:
     """Give back the lease of singleton NAME in its holder's place.
 
@@ -59,7 +59,7 @@ def release(context: click.Context, name: str, yes: bool) -> None:
 @click.command(cls=CeleryCommand)
 @click.argument("name", shell_complete=complete_name)
 @click.pass_context
-@says_why
+@report_errors
 def get(context: click.Context, name: str) -> None:
     """Print the state of singleton NAME as JSON; null where there is none."""
     row, _ = find(runtime_of(_app(context)), name)
@@ -72,7 +72,7 @@ def get(context: click.Context, name: str) -> None:
 @FORCE
 @YES
 @click.pass_context
-@says_why
+@report_errors
 def set_(context: click.Context, name: str, value: str, force: bool, yes: bool) -> None:
     """Make VALUE, as JSON, the state of singleton NAME; - reads it from standard input.
 
@@ -91,7 +91,7 @@ def set_(context: click.Context, name: str, value: str, force: bool, yes: bool) 
 @FORCE
 @YES
 @click.pass_context
-@says_why
+@report_errors
 def reset(context: click.Context, name: str, force: bool, yes: bool) -> None:
     """Have singleton NAME start from its initial state. Refused while a run is active."""
     runtime = runtime_of(_app(context))
@@ -178,11 +178,11 @@ def _change(
         # Also one whose lease ran out: late and without a successor it could still save.
         _release(runtime, row, store)
         row = store.peek(key)
-    if not store.wishes.put(key, row, new, task):
+    if not store.requests.put(key, row, new, task):
         raise click.ClickException(
             f"a run of {as_printed(name)} has begun just now; nothing was changed"
         )
-    tell(runtime, task or name, name, what)
+    emit(runtime, task or name, name, what)
 
 
 def _name(runtime: Runtime, row: Row) -> str:
@@ -191,11 +191,11 @@ def _name(runtime: Runtime, row: Row) -> str:
 
 def _release(runtime: Runtime, row: Row, store: Store) -> None:
     name = _name(runtime, row)
-    if not end_for(runtime, row, 0, f"released by {_who()}", store):
+    if not end_for(runtime, row, 0, f"released by {_operator()}", store):
         raise click.ClickException(
             f"{as_printed(name)} is held by {row.holder or 'nobody'} no more; nothing was changed"
         )
-    tell(runtime, row.task or name, name, "released")
+    emit(runtime, row.task or name, name, "released")
 
 
 def _warning(runtime: Runtime, row: Row) -> str:
@@ -212,10 +212,10 @@ def _warning(runtime: Runtime, row: Row) -> str:
     )
 
 
-def tell(runtime: Runtime, task: str, name: str, what: str) -> None:
+def emit(runtime: Runtime, task: str, name: str, what: str) -> None:
     """Leave a line in the log and an event: what this operator has changed."""
-    runtime.door.publish(Changed(singleton=task, key=name, what=what, by=_who()))
+    runtime.dispatcher.publish(Changed(singleton=task, key=name, what=what, by=_operator()))
 
 
-def _who() -> str:
+def _operator() -> str:
     return f"{getpass.getuser()}@{gethostname()}"

@@ -14,7 +14,7 @@ from celery.exceptions import ImproperlyConfigured
 
 from celery_singleton_state.runtime import runtime_of
 
-from .common import load_tasks, says_why
+from .common import load_tasks, report_errors
 from .terminal import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -40,7 +40,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @click.option("--per-key", is_flag=True, help="Series for each singleton of a task.")
 @click.option("--show-state", is_flag=True, help="Show the states on the page.")
 @click.pass_context
-@says_why
+@report_errors
 def exporter(
     context: click.Context,
     host: str,

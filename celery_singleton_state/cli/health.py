@@ -10,14 +10,14 @@ from celery.bin.base import CeleryCommand
 from celery_singleton_state.health import check_health
 from celery_singleton_state.text.visible import as_printed
 
-from .common import load_tasks, says_why
+from .common import load_tasks, report_errors
 from .terminal import print_json, say
 
 
 @click.command(cls=CeleryCommand)
 @click.option("--json", "as_json", is_flag=True, help="For programs: one object.")
 @click.pass_context
-@says_why
+@report_errors
 def health(context: click.Context, as_json: bool) -> None:
     """Say which singletons did not run when they should have; exit status 1 if any did not.
 

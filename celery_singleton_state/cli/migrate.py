@@ -7,13 +7,13 @@ from celery.bin.base import CeleryCommand
 
 from celery_singleton_state.runtime import runtime_of
 
-from .common import says_why
+from .common import report_errors
 from .terminal import say
 
 
 @click.command(cls=CeleryCommand)
 @click.pass_context
-@says_why
+@report_errors
 def migrate(context: click.Context) -> None:
     """Make the table, or upgrade it with its rows kept. Safe to run again."""
     # Alembic takes longer to import than all other commands to run.

@@ -18,7 +18,7 @@ from celery_singleton_state.schedules.own_rules import has_own_is_due
 from celery_singleton_state.text.moments import iso, moment, short_moment
 from celery_singleton_state.text.visible import as_printed
 
-from .common import like, load_tasks, one_of, says_why
+from .common import like, load_tasks, one_of, report_errors
 from .terminal import print_json, print_table, say, table
 
 #: Entries that people are shown.
@@ -39,7 +39,7 @@ LAST = datetime.max.replace(tzinfo=UTC)
 )
 @click.option("--json", "as_json", is_flag=True, help="For programs: one object.")
 @click.pass_context
-@says_why
+@report_errors
 def next_(context: click.Context, entry: str | None, count: int, as_json: bool) -> None:
     """Show which beat leads, and what it sends when; or when ENTRY of beat_schedule is due."""
     app: Celery = context.obj.app

@@ -19,8 +19,8 @@ from celery_singleton_state.config.options import options_of
 from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.text.visible import as_printed
 
-from .change import YES, tell
-from .common import load_tasks, one_of, says_why
+from .change import YES, emit
+from .common import load_tasks, one_of, report_errors
 from .terminal import ask, print_json, say
 
 UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1, "": 1}
@@ -67,7 +67,7 @@ Unused = Mapping[str, Sequence[str]]
 @click.option("--json", "as_json", is_flag=True, help="For programs: one object.")
 @YES
 @click.pass_context
-@says_why
+@report_errors
 def prune(
     context: click.Context,
     older_than: float,
@@ -141,7 +141,7 @@ def remove(runtime: Runtime, unused: Unused, older_than: float, batch: int) -> C
                 removed[task] += len(store.prune(some, older_than))
         finally:
             if removed[task]:
-                tell(runtime, task, task, f"{_keys(removed[task])} pruned")
+                emit(runtime, task, task, f"{_keys(removed[task])} pruned")
     return removed
 
 

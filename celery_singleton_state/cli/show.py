@@ -16,13 +16,13 @@ from rich.live import Live
 from rich.table import Table
 
 from celery_singleton_state import history, ticks_done
-from celery_singleton_state.health import judge
+from celery_singleton_state.health import evaluate
 from celery_singleton_state.runtime import Runtime, runtime_of
 from celery_singleton_state.store.base import Listed, Row
 from celery_singleton_state.text.moments import iso, moment, seconds, short_moment
 from celery_singleton_state.text.visible import as_printed
 
-from .common import complete_name, find, load_tasks, says_why
+from .common import complete_name, find, load_tasks, report_errors
 from .terminal import plain_console, print_json, print_table, say, shown_json, table
 
 #: Seconds between two looks of one who watches.
@@ -36,7 +36,7 @@ RUNS = ("started (UTC)", "seconds", "fence", "outcome", "error")
 @click.option("--json", "as_json", is_flag=True, help="For programs: a list of objects.")
 @click.option("-w", "--watch", is_flag=True, help="Look again every 2 s, until interrupted.")
 @click.pass_context
-@says_why
+@report_errors
 def ls(context: click.Context, as_json: bool, watch: bool) -> None:
     """List the singletons: lease, fence, runs, how the last one ended, and whether they are
     healthy.
@@ -60,7 +60,7 @@ def ls(context: click.Context, as_json: bool, watch: bool) -> None:
 @click.argument("name", shell_complete=complete_name)
 @click.option("--json", "as_json", is_flag=True, help="For programs: one object.")
 @click.pass_context
-@says_why
+@report_errors
 def show(context: click.Context, name: str, as_json: bool) -> None:
     """Show one singleton: its lease, its state and its last runs.
 
@@ -123,7 +123,7 @@ def _listed(runtime: Runtime, rows: Sequence[Listed]) -> Table:
 
 
 def _healthy(runtime: Runtime, rows: Sequence[Listed]) -> dict[str, bool]:
-    return {each.singleton: each.healthy for each in judge(runtime, rows).singletons}
+    return {each.singleton: each.healthy for each in evaluate(runtime, rows).singletons}
 
 
 def _objects(runtime: Runtime, rows: Sequence[Listed]) -> list[dict[str, Any]]:

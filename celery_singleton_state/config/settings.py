@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from celery import Celery
 from sqlalchemy import URL
 
-from celery_singleton_state.hooks.door import check_hook
+from celery_singleton_state.hooks.dispatcher import check_hook
 from celery_singleton_state.keys import KEY_PREFIX
 from celery_singleton_state.text.urls import hide_settings, shown
 

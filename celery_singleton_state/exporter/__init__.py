@@ -20,7 +20,7 @@ from .labels import Keys, known_tasks
 from .receiver import Receiver
 from .server import make, serve_until, url_of
 from .shared import Shared
-from .snapshot import Look, look
+from .snapshot import Snapshot, take_snapshot
 
 logger = logger_of(__name__)
 
@@ -66,10 +66,10 @@ def run(
         Keys(runtime.settings.key_prefix),
     )
     receiver = Receiver(runtime.app, counts, counts.ignored)
-    looks: Shared[Look] = Shared()
+    looks: Shared[Snapshot] = Shared()
 
-    def shared() -> Look:
-        return looks.get(None, lambda: look(runtime))
+    def shared() -> Snapshot:
+        return looks.get(None, lambda: take_snapshot(runtime))
 
     registry.register(Gauges(runtime, shared, lambda: receiver.is_up, options.per_key))
     pages = Pages(runtime, registry, shared, options.shows_state)

@@ -20,7 +20,7 @@ from .connections import LIMIT
 from .page.document import POLICY, render
 from .page.overview import Overview
 from .shared import Shared
-from .snapshot import Look
+from .snapshot import Snapshot
 
 #: Of compression: most of what is to be had, for a tenth of the time.
 LEVEL = 3
@@ -65,12 +65,12 @@ class Pages:
         self,
         runtime: Runtime,
         registry: CollectorRegistry,
-        look: Callable[[], Look],
+        take_snapshot: Callable[[], Snapshot],
         shows_state: bool = False,
     ) -> None:
         self._registry = registry
-        self._look = look
-        self._overview = Overview(runtime, look, shows_state)
+        self._take_snapshot = take_snapshot
+        self._overview = Overview(runtime, take_snapshot, shows_state)
         room = threading.BoundedSemaphore(LIMIT - FOR_HEALTH)
         self._expositions: Shared[Answer] = Shared(room)
         self._shown: Shared[Answer] = Shared(room)
@@ -111,7 +111,7 @@ class Pages:
         return Answer(HTTPStatus.OK, kind, encode(self._registry))
 
     def _health(self) -> Answer:
-        found = self._look().health
+        found = self._take_snapshot().health
         status = HTTPStatus.OK if found.healthy else HTTPStatus.SERVICE_UNAVAILABLE
         body = json.dumps({"healthy": found.healthy, **asdict(found)}, indent=2)
         return Answer(status, "application/json", body.encode())

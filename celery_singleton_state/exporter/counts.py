@@ -28,12 +28,12 @@ from celery_singleton_state.hooks import (
 )
 from celery_singleton_state.text.visible import as_printed
 
-from .labels import OTHERS, UNKNOWN, Keys, word
+from .labels import OTHERS, UNKNOWN, Keys, bounded
 
 #: Operations that write a state, and ways in which a lease is taken over.
 WRITES = ("save", "checkpoint", "transaction")
 REFUSED = (*WRITES, "release")
-TAKEOVERS = ("expired", "died", "handed over")
+TAKEOVERS = ("expired", "died", "handoff")
 OUTCOMES = frozenset(Outcome)
 REASONS = frozenset(SingletonErrorReason)
 #: Seconds. Runs are from a few milliseconds to hours long.
@@ -147,7 +147,7 @@ class Counts:
 
     def _released(self, labels: tuple[str, ...], details: Released) -> None:
         self._observe(labels, details.seconds)
-        self._executions.labels(*labels, word(details.outcome, OUTCOMES)).inc()
+        self._executions.labels(*labels, bounded(details.outcome, OUTCOMES)).inc()
 
     def _was_lost(self, labels: tuple[str, ...], details: Lost) -> None:
         self._observe(labels, details.seconds)
@@ -155,25 +155,25 @@ class Counts:
         self._lost.labels(*labels).inc()
 
     def _skipped(self, labels: tuple[str, ...], details: Skipped) -> None:
-        self._executions.labels(*labels, word(details.outcome, OUTCOMES)).inc()
+        self._executions.labels(*labels, bounded(details.outcome, OUTCOMES)).inc()
 
     def _failed(self, labels: tuple[str, ...], details: Failed) -> None:
-        self._errors.labels(*labels, word(details.reason, REASONS)).inc()
+        self._errors.labels(*labels, bounded(details.reason, REASONS)).inc()
 
     def _loaded(self, labels: tuple[str, ...], details: StateLoaded) -> None:
         self._operations.labels(*labels, "load").inc()
 
     def _saved(self, labels: tuple[str, ...], details: StateSaved) -> None:
-        self._operations.labels(*labels, word(details.operation, WRITES)).inc()
+        self._operations.labels(*labels, bounded(details.operation, WRITES)).inc()
 
     def _conflicted(self, labels: tuple[str, ...], details: Conflicted) -> None:
-        self._conflicts.labels(*labels, word(details.policy, POLICIES)).inc()
+        self._conflicts.labels(*labels, bounded(details.policy, POLICIES)).inc()
 
     def _took_over(self, labels: tuple[str, ...], details: TookOver) -> None:
-        self._takeovers.labels(*labels, word(details.how, TAKEOVERS)).inc()
+        self._takeovers.labels(*labels, bounded(details.how, TAKEOVERS)).inc()
 
     def _was_refused(self, labels: tuple[str, ...], details: WriteRefused) -> None:
-        self._refused.labels(*labels, word(details.operation, REFUSED)).inc()
+        self._refused.labels(*labels, bounded(details.operation, REFUSED)).inc()
 
 
 _COUNTED: dict[type[Details], Callable[[Counts, tuple[str, ...], Any], None]] = {

@@ -17,7 +17,7 @@ from celery_singleton_state.store.base import Listed
 from celery_singleton_state.text.visible import as_printed
 
 from .labels import OTHERS, UNKNOWN, Keys, known_tasks
-from .snapshot import Look
+from .snapshot import Snapshot
 
 
 @dataclass(slots=True)
@@ -84,12 +84,12 @@ class Gauges(Collector):
     def __init__(
         self,
         runtime: Runtime,
-        look: Callable[[], Look],
+        take_snapshot: Callable[[], Snapshot],
         broker_is_up: Callable[[], bool],
         per_key: bool = False,
     ) -> None:
         self._runtime = runtime
-        self._look = look
+        self._take_snapshot = take_snapshot
         self._broker_is_up = broker_is_up
         self._per_key = per_key
         #: Tasks that have had the warning of too many keys.
@@ -100,7 +100,7 @@ class Gauges(Collector):
         return []
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        seen = self._look()
+        seen = self._take_snapshot()
         yield _one("singleton_store_up", "Whether the store answers.", seen.health.error is None)
         yield _one("singleton_broker_up", "Whether events are received.", self._broker_is_up())
         if seen.health.error is not None:
@@ -108,7 +108,7 @@ class Gauges(Collector):
         yield from self._of_beat(seen)
         yield from self._of_tasks(seen)
 
-    def _of_beat(self, seen: Look) -> Iterator[GaugeMetricFamily]:
+    def _of_beat(self, seen: Snapshot) -> Iterator[GaugeMetricFamily]:
         row = seen.leader
         leads = row is not None and row.held
         family = GaugeMetricFamily(
@@ -119,7 +119,7 @@ class Gauges(Collector):
             yield family
             yield _one("singleton_beat_fence", "Fence of the beats' lease.", row.fence)
 
-    def _of_tasks(self, seen: Look) -> Iterator[GaugeMetricFamily]:
+    def _of_tasks(self, seen: Snapshot) -> Iterator[GaugeMetricFamily]:
         sums: dict[tuple[str, ...], Sums] = {}
         keys = Keys(self._runtime.settings.key_prefix, warned=self._warned)
         tasks = known_tasks(self._runtime.app)

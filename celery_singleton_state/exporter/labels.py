@@ -32,9 +32,9 @@ def known_tasks(app: Celery) -> frozenset[str]:
     return frozenset(name for name, task in app.tasks.items() if options_of(task) is not None)
 
 
-def word(value: str, words: Collection[str]) -> str:
+def bounded(value: str, known: Collection[str]) -> str:
     """The value, if it is one of the words."""
-    return value if value in words else OTHERS
+    return value if value in known else OTHERS
 
 
 class Keys:

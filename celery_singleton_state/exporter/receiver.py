@@ -40,7 +40,7 @@ class Receiver:
         self._hook = hook
         self._ignored = ignored
         self._stop = threading.Event()
-        self._said = ""
+        self._logged = ""
         #: Kinds of errors that were logged.
         self._kinds: set[type[Exception]] = set()
         #: Whether it is connected.
@@ -59,9 +59,9 @@ class Receiver:
             try:
                 self._receive()
             except Exception as error:
-                if (said := f"{type(error).__name__}: {error}") != self._said:
+                if (said := f"{type(error).__name__}: {error}") != self._logged:
                     logger.warning("events are not received: %s", said)
-                    self._said = said
+                    self._logged = said
             self.is_up = False
             self._stop.wait(PAUSE)
 
@@ -70,7 +70,7 @@ class Receiver:
             connection.ensure_connection(max_retries=1, interval_start=0)
             receiver: Any = _Events(connection, self._app, self._on_body, self._ignore)
             with receiver.consumer_context(wakeup=False) as (consuming, *_):
-                self.is_up, self._said = True, ""
+                self.is_up, self._logged = True, ""
                 while not self._stop.is_set():
                     try:
                         consuming.drain_events(timeout=PAUSE)

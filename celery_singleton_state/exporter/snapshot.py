@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from celery_singleton_state.beat.leader import key_of
-from celery_singleton_state.health import Health, judge
+from celery_singleton_state.health import Health, evaluate
 from celery_singleton_state.runtime import Runtime
 from celery_singleton_state.store.base import Listed, StoreError
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Snapshot:
     """What was seen; one statement.
 
     :param rows: of the singletons, by name.
@@ -24,15 +24,15 @@ class Look:
     health: Health
 
 
-def look(runtime: Runtime) -> Look:
+def take_snapshot(runtime: Runtime) -> Snapshot:
     """Look now. A store that is out of reach is an answer, too."""
     prefix = runtime.settings.key_prefix
     beat = key_of(runtime.settings.beat_name)
     try:
         found = runtime.rows(prefix, also=beat)
     except StoreError as error:
-        return Look({}, None, Health((), str(error)))
+        return Snapshot({}, None, Health((), str(error)))
     rows = [row for row in found if row.key.startswith(prefix)]
     leader = next((row for row in found if row.key == beat), None)
     named = {row.key.removeprefix(prefix): row for row in rows}
-    return Look(named, leader, judge(runtime, rows))
+    return Snapshot(named, leader, evaluate(runtime, rows))

@@ -19,14 +19,14 @@ from .details import (
     TookOver,
     WriteRefused,
 )
-from .door import Door, Hook
+from .dispatcher import Dispatcher, Hook
 
 __all__ = [
     "Acquired",
     "Changed",
     "Conflicted",
     "Details",
-    "Door",
+    "Dispatcher",
     "Failed",
     "Hook",
     "Lost",

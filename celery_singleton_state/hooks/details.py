@@ -36,7 +36,7 @@ class TookOver(Details, frozen=True, kw_only=True, tag="singleton-took-over"):
     """The run that begins follows one that did not end by itself.
 
     :param how: the lease of the other ``"expired"``, its process ``"died"``, or it
-        ``"handed over"`` as it was asked to.
+        ``"handoff"`` as it was asked to.
     """
 
     holder: str

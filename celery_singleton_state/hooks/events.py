@@ -42,7 +42,7 @@ class EventsHook:
         self._app = weakref.ref(app)
         self._connection: Any = None
         self._dispatcher: Any = None
-        self._said = ""
+        self._logged = ""
 
     def __call__(self, details: Details) -> None:
         fields = msgspec.to_builtins(details)
@@ -62,7 +62,7 @@ class EventsHook:
         except Exception as error:
             self._lose(error)
         else:
-            self._said = ""
+            self._logged = ""
 
     def close(self) -> None:
         """Close the connection; the next event makes it anew."""
@@ -88,9 +88,9 @@ class EventsHook:
 
     def _lose(self, error: Exception) -> None:
         """Say once that events are lost, and let the next have a new connection."""
-        if (said := type(error).__name__) != self._said:
+        if (said := type(error).__name__) != self._logged:
             logger.warning("singletons: events are lost: %s: %s", said, error)
-            self._said = said
+            self._logged = said
         self.close()
 
 

@@ -37,7 +37,7 @@ lost. Five rules make all of that harmless:
    confirms it by one renewal before its body begins. So an acquisition that is carried out late
    holds the lease for nobody for a short time only.
 4. *What a process may hold without knowing it gives back*
-   (:mod:`celery_singleton_state.run.unreturned`), but not before the body has ended.
+   (:mod:`celery_singleton_state.run.unreleased`), but not before the body has ended.
 5. *An outcome is known or unknown, and nothing is assumed.* After a COMMIT without an answer the
    run asks the row under its lock. If that is not answered either, the run writes nothing any more.
 
@@ -74,8 +74,8 @@ What happens when
 -----------------
 - *The body raises*: released without saving; what was checkpointed stays.
 - *The holder dies*: whoever on its host learns of it releases the lease in its name, and is
-  refused if somebody else has it by then (:mod:`celery_singleton_state.lease.holdings` says how one
-  can know). From another host nobody can tell; the next acquisition after the expiry succeeds.
+  refused if somebody else has it by then (:mod:`celery_singleton_state.lease.holder_files` says how
+  one can know). From another host nobody can tell; the next acquisition after the expiry succeeds.
 - *The lease is kept after a run* (``hold_at_least``): the release strikes out the holder, and
   notes in ``hold_until`` until when nobody can acquire the lease. Nobody is the holder in this hold
   period, so what the run sent before, and repeats, is refused like a stale holder's.

@@ -65,15 +65,15 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._held: set[HeldLease] = set()
         #: Leases that a statement for several passed over.
-        self._passed_over: set[HeldLease] = set()
-        self._renewal = Alarm(
+        self._skipped: set[HeldLease] = set()
+        self._renewal = TimerThread(
             "singleton-heartbeat", self._lock, self._held, attrgetter("renew_at"), self._renew
         )
-        self._judge = Alarm(
+        self._expiry = TimerThread(
             "singleton-judge", self._lock, self._held, attrgetter("trusted_until"), self._expire
         )
-        self._waiting = Alarm(
-            "singleton-locked", self._lock, self._passed_over, lambda held: 0.0, self._wait_for
+        self._waiting = TimerThread(
+            "singleton-locked", self._lock, self._skipped, lambda held: 0.0, self._wait_for
         )
         if parent is not None:
             listen(self.take_answers)
@@ -87,13 +87,13 @@ class Heartbeat:
         with self._lock:
             self._held.add(held)
             self._renewal.expect(held)
-            self._judge.expect(held)
+            self._expiry.expect(held)
 
     def drop(self, held: HeldLease) -> None:
         """Leave a lease alone from now on."""
         with self._lock:
             self._held.discard(held)
-            self._passed_over.discard(held)
+            self._skipped.discard(held)
         if self._parent is not None:
             self._parent.remove(held)
 
@@ -110,12 +110,12 @@ class Heartbeat:
             if answer.asked_at is None:
                 self._lose(held, REFUSED)
             else:
-                held.answered(answer.asked_at, answer.who)
+                held.answered(answer.asked_at, answer.handoff_to)
 
     def close(self) -> None:
         """End the threads; leases that are still held run out."""
-        for alarm in (self._renewal, self._judge, self._waiting):
-            alarm.close()
+        for timer in (self._renewal, self._expiry, self._waiting):
+            timer.close()
 
     # -- in the thread that evaluates leases by the clock
 
@@ -158,16 +158,16 @@ class Heartbeat:
         alive = self._ask(due)
         if alive is None:
             return
-        passed_over = self._take(due, asked_at, alive)
+        skipped = self._take(due, asked_at, alive)
         if len(due) == 1:
-            for held in passed_over:
+            for held in skipped:
                 self._lose(held, REFUSED)
             return
-        for held in passed_over:
+        for held in skipped:
             self._ask_again(held)
         with self._lock:
-            for held in self._held.intersection(passed_over):
-                self._passed_over.add(held)
+            for held in self._held.intersection(skipped):
+                self._skipped.add(held)
                 self._waiting.expect(held)
 
     def _ask(self, due: list[HeldLease]) -> dict[str, str | None] | None:
@@ -196,15 +196,15 @@ class Heartbeat:
         for held in renewed:
             held.answered(asked_at, alive[held.lease.key])
         with self._lock:
-            self._passed_over.difference_update(renewed)
+            self._skipped.difference_update(renewed)
         return [held for held in asked if held.lease.key not in alive]
 
     # -- in the thread that waits for locked rows
 
-    def _wait_for(self, passed_over: list[HeldLease]) -> None:
-        held = min(passed_over, key=lambda one: one.asked_at + one.lease.ttl)
+    def _wait_for(self, skipped: list[HeldLease]) -> None:
+        held = min(skipped, key=lambda one: one.asked_at + one.lease.ttl)
         with self._lock:
-            self._passed_over.discard(held)
+            self._skipped.discard(held)
         asked_at = clock()
         alive = self._ask([held])
         if alive is not None and self._take([held], asked_at, alive):
@@ -218,7 +218,7 @@ class Heartbeat:
             if held not in self._held:
                 return
             self._held.discard(held)
-            self._passed_over.discard(held)
+            self._skipped.discard(held)
         if self._parent is not None and why is not REFUSED:
             # After a refusal the parent renews no more, but its signals go on until the run ends.
             self._parent.remove(held)
@@ -229,7 +229,7 @@ class Heartbeat:
             owner.lost(why)
 
 
-class Alarm(Generic[T]):
+class TimerThread(Generic[T]):
     """A thread that calls back with those things whose moments have come.
 
     What is shorter than the wait is gone when the thread looks. It then lingers, looking now and
@@ -300,14 +300,14 @@ class Alarm(Generic[T]):
                 due = [thing for thing in self._things if self._moment(thing) <= clock()]
                 if due:
                     return due
-                self._wakes_at = self._next_look()
+                self._wakes_at = self._next_wake()
                 forever = self._wakes_at == float("inf")
                 # Not for longer, because the wait's clock stands still while the host is suspended.
                 left = min(self._wakes_at - clock(), LINGER)
                 self._changed.wait(None if forever else left)
             return []
 
-    def _next_look(self) -> float:
+    def _next_wake(self) -> float:
         if self._things:
             return min(map(self._moment, self._things))
         self._used, was_used = False, self._used

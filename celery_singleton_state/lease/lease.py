@@ -34,7 +34,7 @@ class Owner(Protocol):
     def lost(self, why: str) -> None:
         """The lease is lost."""
 
-    def asked_to_hand_over(self, who: str) -> None:
+    def handoff_requested(self, handoff_to: str) -> None:
         """Somebody wants the lease."""
 
 
@@ -54,9 +54,9 @@ class HeldLease:
         #: Why it is lost, as a text for people; ``None`` while it is not.
         self.lost: str | None = None
         #: Who asked the holder to hand over, as far as it has heard.
-        self.asked_by: str | None = None
+        self.handoff_to: str | None = None
         #: Called before anybody reads how long it may be trusted.
-        self.look: Callable[[], None] | None = None
+        self.refresh: Callable[[], None] | None = None
         self.renew_every = min(interval, TRUSTED_PART * lease.ttl / 2)
         self.asked_at = asked_at
         self.trusted_until = asked_at + TRUSTED_PART * lease.ttl
@@ -73,27 +73,27 @@ class HeldLease:
         self.trusted_until = asked_at + TRUSTED_PART * self.lease.ttl
         self.renew_at = asked_at + self.renew_every
 
-    def answered(self, asked_at: float, who: str | None) -> None:
+    def answered(self, asked_at: float, handoff_to: str | None) -> None:
         """Take the answer to a renewal.
 
         :param who: asks the holder to hand over, if anybody does.
         """
         self.renewed(asked_at)
-        if who:
-            self.asked_by = who
+        if handoff_to:
+            self.handoff_to = handoff_to
             owner = self.owner
             if owner is not None:
-                owner.asked_to_hand_over(who)
+                owner.handoff_requested(handoff_to)
 
     @property
     def remaining(self) -> float:
         """Seconds that it may still be trusted; 0 when it is lost."""
-        if self.look is not None and not self.lost:
-            self.look()
+        if self.refresh is not None and not self.lost:
+            self.refresh()
         return 0.0 if self.lost else max(0.0, self.trusted_until - clock())
 
 
-def in_place(request: Callable[[], T], tries: float, until: float) -> T:
+def retry_immediately(request: Callable[[], T], tries: float, until: float) -> T:
     """Send a request until the store answers it.
 
     :param tries: how often at most; infinity for no limit.

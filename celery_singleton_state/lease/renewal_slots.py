@@ -3,8 +3,8 @@
 A body that keeps the GIL in C code (a regular expression that backtracks for seconds, say) lets no
 other thread of its process run, the heartbeat's included. So the worker's own process renews the
 leases of its children (:mod:`celery_singleton_state.worker.parent_renewal`). Each child has a file,
-mapped into its memory, with a slot for each lease (:mod:`celery_singleton_state.lease.holdings`). A
-slot has three areas::
+mapped into its memory, with a slot for each lease
+(:mod:`celery_singleton_state.lease.holder_files`). A slot has three areas::
 
     holding (for whoever finds the process dead) | request (of the child) | answer (of the parent)
 
@@ -56,7 +56,7 @@ import msgspec
 
 from celery_singleton_state.text.visible import logger_of
 
-from .holdings import RECORD, SLOT, Holdings
+from .holder_files import RECORD, SLOT, HolderFiles
 from .lease import TRUSTED_PART, HeldLease
 
 logger = logger_of(__name__)
@@ -102,7 +102,7 @@ class RenewalAnswer(msgspec.Struct, frozen=True, array_like=True):
 
     holder: str
     asked_at: float | None
-    who: str | None = None
+    handoff_to: str | None = None
 
 
 _request_decoder = msgspec.json.Decoder(RenewalRequest)
@@ -116,8 +116,8 @@ class LeftToParent:
     :param is_apart: whether they are kept apart from states.
     """
 
-    def __init__(self, holdings: Holdings, parent: str, is_apart: bool = False) -> None:
-        self._holdings = holdings
+    def __init__(self, holder_files: HolderFiles, parent: str, is_apart: bool = False) -> None:
+        self._holder_files = holder_files
         self._parent = parent
         self._is_apart = is_apart
 
@@ -138,20 +138,20 @@ class LeftToParent:
             )
         )
         room = ANSWER_AT - REQUEST_AT
-        if len(sealed) > room or not self._holdings.put(lease.holder, REQUEST_AT, sealed):
+        if len(sealed) > room or not self._holder_files.put(lease.holder, REQUEST_AT, sealed):
             return
-        held.look = partial(self._trust, held)
+        held.refresh = partial(self._trust, held)
         held.renew_every = min(TRUSTED_PART * lease.ttl / 2, 2 * held.renew_every)
         held.renew_at = held.asked_at + held.renew_every
 
     def remove(self, held: HeldLease) -> None:
         """Ask for no more renewals of a lease."""
-        self._holdings.put(held.lease.holder, REQUEST_AT, bytes(_HEAD))
+        self._holder_files.put(held.lease.holder, REQUEST_AT, bytes(_HEAD))
 
     def answer_to(self, held: HeldLease) -> RenewalAnswer | None:
         """The parent's last answer for a lease, if there is one."""
         holder = held.lease.holder
-        text = _unseal(self._holdings.get(holder, ANSWER_AT, SLOT - ANSWER_AT))
+        text = _unseal(self._holder_files.get(holder, ANSWER_AT, SLOT - ANSWER_AT))
         answer = _answer_decoder.decode(text) if text else None
         return answer if answer is not None and answer.holder == holder else None
 
@@ -187,10 +187,10 @@ def write_answer(path: Path, start: int, answer: RenewalAnswer) -> None:
 
     :raises OSError: it cannot be written, or the file is gone with its process.
     """
-    if answer.who is not None:
+    if answer.handoff_to is not None:
         # It is for people, and comes from a task's id, which can be any text.
-        name = answer.who.encode(errors="replace")[:_LONGEST_NAME].decode(errors="ignore")
-        answer = msgspec.structs.replace(answer, who=name)
+        name = answer.handoff_to.encode(errors="replace")[:_LONGEST_NAME].decode(errors="ignore")
+        answer = msgspec.structs.replace(answer, handoff_to=name)
     descriptor = os.open(path, os.O_WRONLY)
     try:
         os.pwrite(descriptor, _seal(answer), start + ANSWER_AT)

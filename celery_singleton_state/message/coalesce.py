@@ -28,7 +28,7 @@ logger = logger_of(__name__)
 
 
 @dataclass(frozen=True)
-class Wish:
+class PendingRun:
     """A pending run, as the row keeps it: the message that is to be sent.
 
     :param options: of Celery's ``apply_async``.
@@ -45,24 +45,26 @@ class Wish:
         return dump(own | vars(self.content))
 
     @classmethod
-    def decode(cls, text: str) -> Wish:
+    def decode(cls, text: str) -> PendingRun:
         """The pending run that is kept."""
         found = load(text)
         task, task_id, options = found.pop("task"), found.pop("id"), found.pop("options")
         return cls(task, task_id, Content(**found), options)
 
 
-def wish_for(delivery: Delivery, args: Any, kwargs: Any) -> str:
+def pending_run_for(delivery: Delivery, args: Any, kwargs: Any) -> str:
     """The pending run for a delivery: its message, sent anew.
 
     :raises TypeError: an argument cannot be encoded as the message was.
     """
     task, request = delivery.task, delivery.request
     content = Content.of(task, request, args, kwargs)
-    return Wish(task.name, str(uuid.uuid4()), content, options_for_new(task, request)).encode()
+    return PendingRun(
+        task.name, str(uuid.uuid4()), content, options_for_new(task, request)
+    ).encode()
 
 
-def grant(
+def send_pending_run(
     app: Celery, store: Leases, key: str, released: Released | None, task_id: str | None = None
 ) -> None:
     """Send what a release found wanted, if anything; if that fails, the next release does it.
@@ -72,19 +74,22 @@ def grant(
         died, or has not struck it out yet.
     """
     try:
-        written = released.wanted if released is not None else store.wishes.wanted(key)
+        written = released.wanted if released is not None else store.requests.wanted(key)
         if not written:
             return
-        wish = Wish.decode(written)
-        if wish.id == task_id:
-            store.wishes.granted(key, written)
+        pending_run = PendingRun.decode(written)
+        if pending_run.id == task_id:
+            store.requests.pending_run_sent(key, written)
             return
-        args, kwargs = wish.content.decode(app)
+        args, kwargs = pending_run.content.decode(app)
         # Sent a second time, it is a copy.
-        headers = {**(wish.options.get("headers") or {}), SENT: wish.id}
-        options = resolved(app, wish.options) | {"task_id": wish.id, "headers": headers}
-        send_as_it_is(app.tasks[wish.task], args, kwargs, options)
-        store.wishes.granted(key, written)
-        logger.info("%s: one more run was wanted; sent as task %s", key, wish.id)
+        headers = {**(pending_run.options.get("headers") or {}), SENT: pending_run.id}
+        options = resolved(app, pending_run.options) | {
+            "task_id": pending_run.id,
+            "headers": headers,
+        }
+        send_as_it_is(app.tasks[pending_run.task], args, kwargs, options)
+        store.requests.pending_run_sent(key, written)
+        logger.info("%s: one more run was wanted; sent as task %s", key, pending_run.id)
     except Exception:
         logger.exception("%s: the run that is wanted could not be sent; it stays wanted", key)

@@ -102,7 +102,7 @@ class Delivery:
         self.heartbeat: Heartbeat
         #: Tell those who look on that something happened to the singleton: a kind of details, and
         #: their further fields by name.
-        self.tell = partial(runtime.door.tell, task.name, name, request.id)
+        self.emit = partial(runtime.dispatcher.emit, task.name, name, request.id)
         #: Where the message stands among those that replace each other.
         self.place = Place()
         #: What came of it before, if it is an eager run.

@@ -29,7 +29,7 @@ from celery_singleton_state.text.visible import logger_of
 
 from .delivery import Delivery
 from .resend import can_be_sent_again, send_again
-from .results import goes_on, has_result, is_awaited, is_recorded, restore
+from .results import continues, has_result, is_awaited, is_recorded, restore
 
 logger = logger_of(__name__)
 
@@ -98,7 +98,7 @@ def _has_gone_on(delivery: Delivery, done: Entry | None) -> bool:
     :func:`wait_for_record` has given it the time to do so.
     """
     request = delivery.request
-    if done is None or not goes_on(request) or is_recorded(delivery.task, request):
+    if done is None or not continues(request) or is_recorded(delivery.task, request):
         return False
     return delivery.is_message and bool(_lives(delivery, done.holder))
 
@@ -127,7 +127,7 @@ def result_is_stored(delivery: Delivery) -> bool:
 
 def _lives(delivery: Delivery, holder: str) -> bool | None:
     """Whether the process of a run lives; ``None`` if that cannot be known here."""
-    lives = delivery.runtime.holdings.lives(holder)
+    lives = delivery.runtime.holder_files.lives(holder)
     if lives is not None:
         return lives
     # A worker removes the file of its child that died, and its node's name is no other worker's.

@@ -21,9 +21,9 @@ from celery.utils.time import maybe_iso8601, maybe_make_aware
 from celery_singleton_state.config.options import options_of
 from celery_singleton_state.headers import DUE, PAUSE, is_of_tool, names_in
 from celery_singleton_state.keys import row_key
-from celery_singleton_state.lease.lease import clock, in_place
+from celery_singleton_state.lease.lease import clock, retry_immediately
 from celery_singleton_state.runtime import runtime_of
-from celery_singleton_state.store.base import StoreError, Wishes
+from celery_singleton_state.store.base import RowRequests, StoreError
 from celery_singleton_state.text.visible import logger_of
 from celery_singleton_state.ticks import BEAT_HEADERS
 
@@ -32,7 +32,7 @@ from .delivery import Delivery
 logger = logger_of(__name__)
 
 #: How often a queue that changes meanwhile is looked at.
-LOOKS = 5
+ATTEMPTS = 5
 #: How often a request is sent whose answer is lost: the first one may have met a connection that
 #: was closed while nobody used it.
 TRIES = 2
@@ -130,10 +130,10 @@ def claim(
         which it is as well when the queue changes at every look.
     :raises StoreError: the store is unavailable.
     """
-    wishes = _wishes(task)
+    requests = _requests(task)
     until = clock() + runtime_of(task.app).io_timeout * TRIES
-    for _ in range(LOOKS):
-        seen = in_place(partial(wishes.queued, key), TRIES, until)
+    for _ in range(ATTEMPTS):
+        seen = retry_immediately(partial(requests.queued, key), TRIES, until)
         found = None if seen.running and beside_run else seen.task_id
         # An id that is used again has the result of its last use.
         may_have_ended = found != task_id and not seen.running
@@ -214,11 +214,11 @@ def _claim(task: Any, key: str, task_id: str, life: float, number: int, until: f
     """Claim the queue as it was seen; a message that has expired already claims nothing."""
     if life <= 0:
         return True
-    wishes, tries = _wishes(task), itertools.count()
-    return in_place(
+    requests, tries = _requests(task), itertools.count()
+    return retry_immediately(
         # Only a repetition may find the claim in the row: another caller's with the same task id
         # would look the same.
-        lambda: wishes.claim(key, task_id, life, number, next(tries) == 0, task.name),
+        lambda: requests.claim(key, task_id, life, number, next(tries) == 0, task.name),
         TRIES,
         until,
     )
@@ -226,7 +226,7 @@ def _claim(task: Any, key: str, task_id: str, life: float, number: int, until: f
 
 def _claim_again(task: Any, key: str, task_id: str, life: float) -> None:
     """Note a message that is sent again as queued, if no other message is."""
-    seen = _wishes(task).queued(key)
+    seen = _requests(task).queued(key)
     if seen.running or seen.task_id in (None, task_id):
         _claim(task, key, task_id, life, seen.number, clock() + runtime_of(task.app).io_timeout)
 
@@ -244,17 +244,17 @@ def _counted(task: Any, key: str, task_id: str) -> Iterator[None]:
         raise
 
 
-def _wishes(task: Any) -> Wishes:
+def _requests(task: Any) -> RowRequests:
     """What can be asked of the rows of a task.
 
     :raises StoreError: the store is unavailable.
     """
-    return runtime_of(task.app).store_of(options_of(task)).wishes
+    return runtime_of(task.app).store_of(options_of(task)).requests
 
 
 def _dequeue(task: Any, key: str, task_id: str) -> None:
     until = clock() + runtime_of(task.app).io_timeout
     try:
-        in_place(partial(_wishes(task).dequeue, key, task_id, task.name), TRIES, until)
+        retry_immediately(partial(_requests(task).dequeue, key, task_id, task.name), TRIES, until)
     except StoreError as error:
         logger.warning("%s: task %s counts as queued until its life ends: %s", key, task_id, error)

@@ -61,7 +61,7 @@ class Place:
 
     rank: int | None = None
     sent: str | None = None
-    asked_by: str | None = None
+    handoff_to: str | None = None
     is_known: bool = False
 
     @property

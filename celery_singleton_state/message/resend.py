@@ -12,7 +12,7 @@ from celery.exceptions import Ignore, Reject
 from kombu.exceptions import EncodeError
 
 from celery_singleton_state.compat import cannot_end_jobs, sending_options
-from celery_singleton_state.headers import PUT_BACK, SENT_AGAIN, WAITED, count_in, custom_headers
+from celery_singleton_state.headers import REQUEUED, SENT_AGAIN, WAITED, count_in, custom_headers
 from celery_singleton_state.text.visible import logger_of
 
 from .content import encoding_of
@@ -164,7 +164,7 @@ def end_copy(request: Context, singleton: str) -> NoReturn:
     raise Ignore(f"another copy of task {request.id} runs or has run")
 
 
-def put_back(
+def requeue(
     task: Any, request: Context, singleton: str, headers: Mapping[str, Any] | None = None
 ) -> NoReturn:
     """Send a message again whose run goes on.
@@ -175,7 +175,7 @@ def put_back(
     :param headers: added to the message's own.
     :raises Ignore: always.
     """
-    count = count_in(request, PUT_BACK)
+    count = count_in(request, REQUEUED)
     delay = min(FIRST_DELAY * 2 ** min(count, 10), MAX_DELAY) * random.uniform(0.5, 1.0)
     logger.info(
         "singleton %s: task %s is still running; its message is put back for %.1f s",
@@ -183,4 +183,4 @@ def put_back(
         request.id,
         delay,
     )
-    send_again(task, request, singleton, delay, {**(headers or {}), PUT_BACK: count + 1})
+    send_again(task, request, singleton, delay, {**(headers or {}), REQUEUED: count + 1})

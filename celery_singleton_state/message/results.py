@@ -73,10 +73,10 @@ def is_awaited(task: Any, request: Context) -> bool:
     """Whether anything comes after the run that needs its result: somebody who asks the result
     backend, callbacks, or the rest of a chain. (A chord asks the backend.)
     """
-    return goes_on(request) or is_recorded(task, request)
+    return continues(request) or is_recorded(task, request)
 
 
-def goes_on(request: Context) -> bool:
+def continues(request: Context) -> bool:
     """Whether Celery sends more messages when the task has succeeded."""
     return bool(request.callbacks or request.chain)
 

@@ -18,7 +18,7 @@ from celery_singleton_state.errors import LeaderHandoffFailed
 from celery_singleton_state.headers import WAITED
 from celery_singleton_state.history import Outcome
 from celery_singleton_state.hooks import Skipped
-from celery_singleton_state.message.coalesce import wish_for
+from celery_singleton_state.message.coalesce import pending_run_for
 from celery_singleton_state.message.delivery import Delivery
 from celery_singleton_state.message.duplicates import result_is_stored
 from celery_singleton_state.message.enqueue_once import claim, dequeue
@@ -95,7 +95,7 @@ def skip(conflict: Conflict) -> None:
     """
     if conflict.delivery.earlier.error is not None:
         raise conflict.delivery.earlier.error
-    _tell_skipped(conflict, "skipped")
+    _emit_skipped(conflict, "skipped")
 
 
 def refuse(conflict: Conflict) -> None:
@@ -131,8 +131,8 @@ def replace(conflict: Conflict) -> float | None:
         had_rank = place.rank is not None
         place.rank = place.rank or row.next_rank
         asking = delivery.request.id or a_direct_call()
-        wishes = delivery.store.wishes
-        if not wishes.ask_to_hand_over(row, asking, place.rank, place.sent):
+        requests = delivery.store.requests
+        if not requests.request_handoff(row, asking, place.rank, place.sent):
             # Another message asked before, or the holder has changed: look again.
             place.rank = place.rank if had_rank else None
             return 0.0
@@ -146,7 +146,7 @@ def _give_up(conflict: Conflict, newer: str) -> None:
     """
     delivery = conflict.delivery
     why = f"skipped: replaced by {newer}, which is newer"
-    delivery.tell(Skipped, outcome=Outcome.SKIPPED, why=why)
+    delivery.emit(Skipped, outcome=Outcome.SKIPPED, why=why)
     dequeue(delivery)
     if result_is_stored(delivery):
         raise Ignore(f"task {delivery.request.id} has ended before")
@@ -157,7 +157,7 @@ def coalesce(conflict: Conflict) -> float | None:
     row, delivery = conflict.row, conflict.delivery
     if row is None:
         return 0.0
-    wishes = delivery.store.wishes
+    requests = delivery.store.requests
     if row.in_hold_period:
         # Nobody is there to send it: the first one waits for the end, the others rely on it.
         left = max(row.expires_in or 0.0, 0.0)
@@ -168,14 +168,14 @@ def coalesce(conflict: Conflict) -> float | None:
         found = claim(delivery.task, row.key, task_id, life, beside_run=True)
         if found in (None, task_id) or is_behind_another(row, task_id):
             send_again(delivery.task, delivery.request, delivery.name, left)
-    elif not wishes.want(row, wish_for(delivery, conflict.args, conflict.kwargs)):
+    elif not requests.request_run(row, pending_run_for(delivery, conflict.args, conflict.kwargs)):
         return 0.0
-    _tell_skipped(conflict, "skipped, and one more run is wanted")
+    _emit_skipped(conflict, "skipped, and one more run is wanted")
     return None
 
 
-def _tell_skipped(conflict: Conflict, what: str) -> None:
-    conflict.delivery.tell(Skipped, outcome=Outcome.SKIPPED, why=f"{what}: {conflict.holder}")
+def _emit_skipped(conflict: Conflict, what: str) -> None:
+    conflict.delivery.emit(Skipped, outcome=Outcome.SKIPPED, why=f"{what}: {conflict.holder}")
 
 
 def _try_again(conflict: Conflict, pause: float) -> float:

@@ -59,7 +59,7 @@ def ticks_after(
     raw: str | None,
     was_replaced: bool,
     is_replaced: bool,
-    goes_on: bool,
+    continues: bool,
 ) -> str | None:
     """What the row is to know of ticks; ``None`` if the run changes nothing of it.
 
@@ -75,7 +75,7 @@ def ticks_after(
     if tick is None or (outcome == Outcome.LOST and not was_replaced):
         return None
     known, before = delivery.ticks_of(raw)
-    if is_replaced and goes_on and outcome in history.DONE:
+    if is_replaced and continues and outcome in history.DONE:
         after = before.with_retried(tick.due)
     elif outcome in history.DONE and (entry.final or is_replaced):
         after = _with_done(delivery, before, tick)

@@ -18,15 +18,15 @@ from celery_singleton_state.errors import SchemaDecodeFailed, SingletonError, St
 from celery_singleton_state.headers import REPLACES, header
 from celery_singleton_state.history import Outcome
 from celery_singleton_state.hooks import Conflicted, Skipped
-from celery_singleton_state.lease.holdings import Holding
+from celery_singleton_state.lease.holder_files import HolderRecord
 from celery_singleton_state.lease.lease import clock
-from celery_singleton_state.message.coalesce import grant
+from celery_singleton_state.message.coalesce import send_pending_run
 from celery_singleton_state.message.delivery import DONE_BEFORE, Delivery
 from celery_singleton_state.message.duplicates import end_duplicate, wait_for_record
 from celery_singleton_state.message.enqueue_once import dequeue, dequeue_as_sent
 from celery_singleton_state.message.place import find_place
-from celery_singleton_state.message.resend import can_be_sent_again, end_copy, put_back, wait_on
-from celery_singleton_state.message.sent_anew import warn_if_sent_anew
+from celery_singleton_state.message.resend import can_be_sent_again, end_copy, requeue, wait_on
+from celery_singleton_state.message.reused_ids import warn_if_id_reused
 from celery_singleton_state.recovery import free_holder, free_own
 from celery_singleton_state.store.base import (
     Acquired,
@@ -43,7 +43,7 @@ from .waiting import is_behind_another
 #: Seconds until a copy of a retry looks again whether the run that asked for it has ended.
 COPY_PAUSE = 0.2
 #: How often a lease that was free again by the time of a second look is asked for.
-LOOKS = 3
+ATTEMPTS = 3
 
 
 @dataclass(slots=True)
@@ -76,8 +76,8 @@ def deliver(delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any
         raise _not_loaded(delivery, error) from error
     claim = Claim(delivery, body, runtime.new_holder(delivery.request.hostname))
     # Noted before it is asked for: a process can die at any moment after that.
-    holding = Holding(delivery.key, claim.holder, delivery.generation, delivery.sent)
-    slot = runtime.holdings.note(holding)
+    holder_record = HolderRecord(delivery.key, claim.holder, delivery.generation, delivery.sent)
+    slot = runtime.holder_files.note(holder_record)
     runtime.under_way.add(claim.holder)
     waited = 0.0
     try:
@@ -90,10 +90,10 @@ def deliver(delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any
     finally:
         runtime.under_way.discard(claim.holder)
         if claim.may_hold:
-            then = partial(grant, runtime.app, delivery.store, delivery.key)
-            runtime.unreturned.add(delivery.store, delivery.key, claim.holder, slot, then)
+            then = partial(send_pending_run, runtime.app, delivery.store, delivery.key)
+            runtime.unreleased.add(delivery.store, delivery.key, claim.holder, slot, then)
         else:
-            runtime.holdings.strike_out(slot)
+            runtime.holder_files.clear(slot)
 
 
 def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any]:
@@ -128,7 +128,7 @@ def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any
     if row is not None and row.held and _is_of_holder(row, request):
         delivery.place.rank = row.fence
         if can_be_sent_again(delivery.task, request):
-            put_back(delivery.task, request, name, delivery.resent)
+            requeue(delivery.task, request, name, delivery.resent)
     again = _conflict(Conflict(delivery, row, args, kwargs, waited, asked_at))
     return again is None, again
 
@@ -200,7 +200,7 @@ def _end_duplicate(delivery: Delivery, done: history.Entry | None, why: str = DO
     request, tick, is_copy = delivery.request, delivery.tick, delivery.is_copy
     if is_copy:
         why = "runs or has run as another copy"
-    delivery.tell(
+    delivery.emit(
         Skipped,
         outcome=Outcome.DUPLICATE,
         why=f"task {request.id} {why}" + (f", for tick {tick}" if tick else ""),
@@ -211,7 +211,7 @@ def _end_duplicate(delivery: Delivery, done: history.Entry | None, why: str = DO
     if done is not None and not done.final:
         raise Ignore(f"task {request.id} goes on in another message")
     dequeue(delivery)
-    warn_if_sent_anew(delivery)
+    warn_if_id_reused(delivery)
     return end_duplicate(delivery, done)
 
 
@@ -220,7 +220,7 @@ def _conflict(conflict: Conflict) -> float | None:
     delivery = conflict.delivery
     policy = delivery.on_conflict
     if not (delivery.waited or conflict.waited):
-        delivery.tell(Conflicted, policy=policy, found=conflict.holder)
+        delivery.emit(Conflicted, policy=policy, found=conflict.holder)
     try:
         again = POLICIES[policy](conflict)
     except (Ignore, Reject, Retry):
@@ -252,7 +252,7 @@ def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
             find_place(delivery)
         elif delivery.on_conflict == "wait" and (seen := _still_taken(claim)) is not None:
             return until - delivery.first_ttl, None, seen
-        for _ in range(LOOKS):
+        for _ in range(ATTEMPTS):
             asked_at, acquired = _ask(claim)
             if acquired is not None:
                 return asked_at, acquired, None

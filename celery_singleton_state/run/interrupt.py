@@ -127,7 +127,7 @@ class Body:
                 self._singleton,
                 error,
             )
-            self._stack.strike()
+            self._stack.interrupt()
 
     def call(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -177,7 +177,7 @@ class Body:
     def _repeat(self) -> None:
         pause = FIRST_PAUSE
         while self.is_on and self._stack is not None:
-            self._stack.strike()
+            self._stack.interrupt()
             time.sleep(pause)
             pause = min(pause * PAUSE_GROWTH, LONGEST_PAUSE)
 
@@ -263,7 +263,7 @@ class _Stack:
         if body is not None:
             raise body.interruption()
 
-    def strike(self) -> None:
+    def interrupt(self) -> None:
         """Have the body that is due interrupted, called in another thread."""
         raise NotImplementedError
 
@@ -307,7 +307,7 @@ class _MainThread(_Thread):
         if isinstance(parents, _MainThread):
             self._previous = parents._previous
 
-    def strike(self) -> None:
+    def interrupt(self) -> None:
         if self.due() is not None:
             signal.pthread_kill(self._ident, signal.SIGURG)
 
@@ -329,7 +329,7 @@ class _OtherThread(_Thread):
         self._lock = threading.Lock()
         self._sent = False
 
-    def strike(self) -> None:
+    def interrupt(self) -> None:
         with self._lock:
             # While nothing is under way, no exception can arrive between the look and the sending.
             self._take_back()
@@ -372,7 +372,7 @@ class _Greenlet(_Stack):
         # Nobody can look into a greenlet that waits: it may well do so to tidy up.
         return True
 
-    def strike(self) -> None:
+    def interrupt(self) -> None:
         self._hub.loop.run_callback_threadsafe(self._throw)
 
     def _throw(self) -> None:

@@ -24,11 +24,11 @@ from celery_singleton_state.history import DIED, Outcome
 from celery_singleton_state.hooks import Acquired as BecameLeader
 from celery_singleton_state.hooks import Lost, Released, StateLoaded, StateSaved, TookOver
 from celery_singleton_state.lease.lease import HeldLease, clock
-from celery_singleton_state.message.coalesce import grant
+from celery_singleton_state.message.coalesce import send_pending_run
 from celery_singleton_state.message.delivery import Delivery
 from celery_singleton_state.message.poison import refuse_poison
 from celery_singleton_state.message.results import keep
-from celery_singleton_state.message.sent_anew import forget_result
+from celery_singleton_state.message.reused_ids import forget_result
 from celery_singleton_state.store.base import (
     TAKEN_OVER,
     Acquired,
@@ -107,7 +107,7 @@ class Run:
         #: Whether its body has sent no message with its id: neither a retry nor a replacement.
         self.is_final = True
         #: Whether its tick ends with the message that replaces it.
-        self.tick_goes_on = False
+        self.tick_continues = False
         #: Whether its body has replaced itself, and whether it is just doing so.
         self.is_replaced = self.is_replacing = False
         runtime = delivery.runtime
@@ -118,7 +118,7 @@ class Run:
         self._heartbeat = delivery.heartbeat
         self.state = RunState(delivery.name, delivery.codec, acquired)
         self._writer = FencedWriter(
-            delivery.name, self._store, self.held, acquired.write, delivery.tell
+            delivery.name, self._store, self.held, acquired.write, delivery.emit
         )
         #: Whether the store has answered that the lease is given back.
         self.given_back = False
@@ -135,9 +135,9 @@ class Run:
         self._pid = os.getpid()
         self._leads = False
         #: Held while the task is told that it leads no longer.
-        self._telling = threading.Lock()
+        self._emitting = threading.Lock()
         #: Taken by whoever tells how the run ended.
-        self._end_told = threading.Lock()
+        self._end_emitted = threading.Lock()
 
     def execute(self, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Load the state, run the body, save and release; returns what the body returned."""
@@ -145,7 +145,7 @@ class Run:
         _active.add(self)
         self.held.owner = self
         try:
-            self._tell_begin()
+            self._emit_begin()
             result, new = self._body(body, args, kwargs)
             self._delivery.earlier.result = result
             kept = keep(self._delivery, result) if self._delivery.is_message else None
@@ -157,14 +157,14 @@ class Run:
                     if not self.given_back:
                         self._heartbeat.drop(self.held)
                     if self.held.lost:
-                        self._tell_lost(self.held.lost)
+                        self._emit_lost(self.held.lost)
                     self._stop_leading()
             finally:
                 _current.reset(token)
                 _active.discard(self)
                 # A thread of the body can have a copy of the context, and live on.
                 self.is_over = True
-                self._delivery.place.asked_by = self.held.asked_by
+                self._delivery.place.handoff_to = self.held.handoff_to
                 # It refers to this run, which would keep it for the collector.
                 self.held.owner = None
                 # Whoever keeps an error of the body keeps the frames of this run, too.
@@ -199,7 +199,7 @@ class Run:
         if self._delivery.codec is None:
             return
         size, version = self.state.found
-        self._delivery.tell(StateLoaded, size=size, schema_version=version)
+        self._delivery.emit(StateLoaded, size=size, schema_version=version)
         starts_anew = self._delivery.options.on_decode_error == "initial"
         self.state.load(self._set_aside if starts_anew else None)
 
@@ -214,16 +214,16 @@ class Run:
 
     def lost(self, why: str) -> None:
         """The lease is lost: the body is interrupted, or the task told beside it."""
-        self._tell_lost(why)
+        self._emit_lost(why)
         if self._delivery.options.on_lease_lost == "interrupt":
             self.body.interrupt(f"the lease with fence {self.held.lease.fence} is lost: {why}")
         else:
             threading.Thread(target=self._stop_leading_beside, daemon=True).start()
 
-    def asked_to_hand_over(self, who: str) -> None:
+    def handoff_requested(self, handoff_to: str) -> None:
         """Somebody wants the lease: the body is interrupted."""
         if self._delivery.options.on_lease_lost == "interrupt":
-            self.body.interrupt(_asked_by(who))
+            self.body.interrupt(_handoff_detail(handoff_to))
 
     def _stop_leading_beside(self) -> None:
         _current.set(self)
@@ -231,7 +231,7 @@ class Run:
 
     def _stop_leading(self) -> None:
         """Tell the task that it leads no longer, once; who comes second waits until it is told."""
-        with self._telling:
+        with self._emitting:
             if not self._leads:
                 return
             self._leads = False
@@ -242,26 +242,26 @@ class Run:
 
     # -- what the run tells those who look on
 
-    def _tell_begin(self) -> None:
-        lease, tell = self.held.lease, self._delivery.tell
+    def _emit_begin(self) -> None:
+        lease, emit = self.held.lease, self._delivery.emit
         how = None
         if self._took_over:
             how = "expired"
         elif self.entries and self.entries[-1].outcome == Outcome.LOST:
-            how = "died" if self.entries[-1].error == DIED else "handed over"
+            how = "died" if self.entries[-1].error == DIED else "handoff"
         if how:
-            tell(TookOver, holder=lease.holder, fence=lease.fence, how=how)
-        tell(BecameLeader, holder=lease.holder, fence=lease.fence)
+            emit(TookOver, holder=lease.holder, fence=lease.fence, how=how)
+        emit(BecameLeader, holder=lease.holder, fence=lease.fence)
 
-    def _tell_saved(self, operation: str, new: NewValue | None) -> None:
+    def _emit_saved(self, operation: str, new: NewValue | None) -> None:
         """The state was written, if it was."""
         if new is not None:
-            self._delivery.tell(StateSaved, operation=operation, size=len(new.value))
+            self._delivery.emit(StateSaved, operation=operation, size=len(new.value))
 
-    def _tell_lost(self, why: str) -> None:
-        if self._end_told.acquire(blocking=False):
+    def _emit_lost(self, why: str) -> None:
+        if self._end_emitted.acquire(blocking=False):
             lease = self.held.lease
-            self._delivery.tell(
+            self._delivery.emit(
                 Lost,
                 holder=lease.holder,
                 fence=lease.fence,
@@ -269,11 +269,11 @@ class Run:
                 seconds=clock() - self._asked_at,
             )
 
-    def _tell_end(self, outcome: Outcome, error: str | None) -> None:
+    def _emit_end(self, outcome: Outcome, error: str | None) -> None:
         """The run is over, and was not lost before."""
-        if self._end_told.acquire(blocking=False):
+        if self._end_emitted.acquire(blocking=False):
             lease = self.held.lease
-            self._delivery.tell(
+            self._delivery.emit(
                 Released,
                 holder=lease.holder,
                 fence=lease.fence,
@@ -308,7 +308,7 @@ class Run:
         self._writer.answered(write)
         self.held.renewed(asked_at)
         self.state.stored = new
-        self._tell_saved("checkpoint", new)
+        self._emit_saved("checkpoint", new)
         return saved
 
     @contextmanager
@@ -322,7 +322,7 @@ class Run:
         if self._in_transaction:
             raise RuntimeError(f"{self.name}: replace() within transaction(); call it after that")
         self._writer.refuse_if_lost()
-        self.refuse_if_asked()
+        self.refuse_if_handoff_requested()
         if self.state.changed() is not None:
             self.checkpoint()
         self.is_replacing = True
@@ -349,7 +349,7 @@ class Run:
                 yield connection
         finally:
             self._in_transaction = False
-        self.refuse_if_asked()
+        self.refuse_if_handoff_requested()
 
     @contextmanager
     def _committing(self) -> Iterator[Connection]:
@@ -393,12 +393,12 @@ class Run:
                     raise
             else:
                 self._committed(write, asked_at)
-            self._note_asked(saved)
+            self._note_handoff_request(saved)
 
     def _committed(self, write: Write, asked_at: float) -> None:
         self.held.renewed(asked_at)
         self.state.stored = write.new
-        self._tell_saved("transaction", write.new)
+        self._emit_saved("transaction", write.new)
 
     def _not_committed(self, error: StoreError) -> SingletonError:
         """The error of a transaction that was rolled back, or whose outcome is unknown."""
@@ -408,17 +408,17 @@ class Run:
 
     def _hand_over(self, saved: Saved | None) -> None:
         """:raises HeartbeatFailed: somebody asked for the lease; the state is saved."""
-        self._note_asked(saved)
-        self.refuse_if_asked()
+        self._note_handoff_request(saved)
+        self.refuse_if_handoff_requested()
 
-    def _note_asked(self, saved: Saved | None) -> None:
+    def _note_handoff_request(self, saved: Saved | None) -> None:
         if saved is not None and saved.handoff_to is not None:
-            self.held.asked_by = saved.handoff_to
+            self.held.handoff_to = saved.handoff_to
 
-    def refuse_if_asked(self) -> None:
+    def refuse_if_handoff_requested(self) -> None:
         """:raises HeartbeatFailed: somebody asked for the lease."""
-        if self.held.asked_by is not None:
-            raise HeartbeatFailed(self.name, _asked_by(self.held.asked_by))
+        if self.held.handoff_to is not None:
+            raise HeartbeatFailed(self.name, _handoff_detail(self.held.handoff_to))
 
     @property
     def headers(self) -> dict[str, Any]:
@@ -473,13 +473,13 @@ class Run:
         except StatePersistFailed as failure:
             if error is None:
                 outcome, text = Outcome.FAILED, history.describe(failure)
-            self._tell_end(outcome, text)
+            self._emit_end(outcome, text)
             raise
         except HeartbeatFailed:
             raise
         except SchemaDecodeFailed as refused:
             if new is None:
-                self._tell_end(outcome, text)
+                self._emit_end(outcome, text)
                 raise
             self._end_without(outcome, error, refused)
             return
@@ -487,8 +487,8 @@ class Run:
             self._find_out_end(entry, new, interruption)
             raise
         if new is not None:
-            self._tell_saved("save", new)
-        self._tell_end(outcome, text)
+            self._emit_saved("save", new)
+        self._emit_end(outcome, text)
 
     def _end_without(
         self, outcome: Outcome, error: BaseException | None, refused: SchemaDecodeFailed
@@ -518,11 +518,11 @@ class Run:
         except (StoreError, StatePersistFailed):
             self.given_back = False
         if self.given_back:
-            grant(self.task.app, self._store, self.held.lease.key, None, self.request.id)
-            self._tell_saved("save", new)
-            self._tell_end(Outcome(entry.outcome), entry.error)
+            send_pending_run(self.task.app, self._store, self.held.lease.key, None, self.request.id)
+            self._emit_saved("save", new)
+            self._emit_end(Outcome(entry.outcome), entry.error)
         else:
-            self._tell_end(Outcome.FAILED, history.describe(interruption))
+            self._emit_end(Outcome.FAILED, history.describe(interruption))
 
     def _entry(
         self, outcome: Outcome, error: str | None, result: history.Kept | None = None
@@ -548,8 +548,8 @@ class Run:
         self._heartbeat.drop(self.held)
         limit = self._delivery.runtime.settings.history
         hold = self._delivery.options.hold_at_least or 0.0
-        goes_on = entry.outcome != Outcome.SUCCEEDED or self.is_replaced
-        if goes_on or hold <= entry.finished - entry.started:
+        continues = entry.outcome != Outcome.SUCCEEDED or self.is_replaced
+        if continues or hold <= entry.finished - entry.started:
             hold = 0.0
         document = history.append(self.entries, entry, limit)
         ended = Ended(
@@ -563,18 +563,18 @@ class Run:
         )
         self.given_back = True
         if released is None or released.wanted:
-            grant(self.task.app, self._store, lease.key, released, self.request.id)
+            send_pending_run(self.task.app, self._store, lease.key, released, self.request.id)
 
     def _ticks_after(self, entry: history.Entry) -> str | None:
         """What the row is to know of ticks; ``None`` if the run changes nothing of it."""
-        was_asked = self.held.asked_by is not None
+        handoff_requested = self.held.handoff_to is not None
         return ticks_after(
             self._delivery,
             entry,
             self._ticks_done,
-            was_asked,
+            handoff_requested,
             self.is_replaced,
-            self.tick_goes_on,
+            self.tick_continues,
         )
 
     def refuse_poison(self) -> None:
@@ -626,6 +626,6 @@ class Run:
             return None
 
 
-def _asked_by(who: str) -> str:
+def _handoff_detail(handoff_to: str) -> str:
     """Why a run ends that was asked to hand over."""
-    return f"asked to hand over to {who}; the state is that of the last checkpoint"
+    return f"asked to hand over to {handoff_to}; the state is that of the last checkpoint"

@@ -62,7 +62,7 @@ def send_to_wait(conflict: Conflict) -> None:
         left = conflict.time_left()
     except Exception:
         if row is not None and row.queued_task_id and row.queued_task_id == delivery.request.id:
-            delivery.store.wishes.dequeue(delivery.key, row.queued_task_id)
+            delivery.store.requests.dequeue(delivery.key, row.queued_task_id)
         raise
     since = float(header(delivery.request, NEXT_SINCE, delivery.waited))
     pause = _pause_of_next(conflict, delivery.waited - since)
@@ -109,7 +109,7 @@ def _is_next(conflict: Conflict, pause: float) -> bool:
         life = LIFE
     if is_queued and (row.queued_in or 0.0) > pause + life / 2:
         return True
-    claim = delivery.store.wishes.claim
+    claim = delivery.store.requests.claim
     is_claimed = claim(
         row.key, task_id, pause + life, row.queue, first=True, task=delivery.task.name
     )

@@ -15,7 +15,7 @@ from celery_singleton_state.errors import (
 )
 from celery_singleton_state.hooks import WriteRefused
 from celery_singleton_state.keys import row_key
-from celery_singleton_state.lease.lease import HeldLease, clock, in_place
+from celery_singleton_state.lease.lease import HeldLease, clock, retry_immediately
 from celery_singleton_state.state.codec import NO_STATE, Codec, StateError
 from celery_singleton_state.store.base import (
     Acquired,
@@ -55,12 +55,12 @@ class FencedWriter:
         store: Store,
         held: HeldLease,
         seen: int,
-        tell: Callable[..., None],
+        emit: Callable[..., None],
     ) -> None:
         self._name = name
         self._store = store
         self._held = held
-        self._tell = tell
+        self._emit = emit
         self._number = 0
         self._seen = seen
         #: Whether the outcome of every transaction is known.
@@ -109,7 +109,7 @@ class FencedWriter:
                 raise
 
         try:
-            return in_place(attempt, TRIES, clock() + self._held.remaining)
+            return retry_immediately(attempt, TRIES, clock() + self._held.remaining)
         except StoreError as error:
             raise not_written(self._name, error) from error
 
@@ -142,7 +142,7 @@ class FencedWriter:
             return False
         try:
             until = clock() + self._held.remaining
-            committed = in_place(lambda: self._is_written(write), float("inf"), until)
+            committed = retry_immediately(lambda: self._is_written(write), float("inf"), until)
         except StoreError:
             return False
         self.may_write = True
@@ -181,7 +181,7 @@ class FencedWriter:
     def refused(self, operation: str) -> HeartbeatFailed:
         """The error of a write that the store refused; the lease is lost from here on."""
         self._held.lost = self._held.lost or "the write was refused"
-        self._tell(WriteRefused, operation=operation)
+        self._emit(WriteRefused, operation=operation)
         return self.failure()
 
     def failure(self) -> HeartbeatFailed:

@@ -62,7 +62,7 @@ def next_runs(schedule: Any, n: int = 1, after: datetime | None = None) -> list[
     times: list[datetime] = []
     for _ in range(n):
         try:
-            moment = _told_due(asked, moment)
+            moment = _checked_due(asked, moment)
         except ValueError:
             if times:
                 break
@@ -91,7 +91,7 @@ def matches_now(schedule: Any, now: datetime | None = None) -> bool:
     if not overrides(asked, "is_due", *CRONTAB_METHODS):
         return next_due(asked, before) < minute + MINUTE
     try:
-        due = _told_due(asked, before)
+        due = _checked_due(asked, before)
     except NeverDue:
         return False
     if not _is_due_then(asked, due, before):
@@ -102,7 +102,7 @@ def matches_now(schedule: Any, now: datetime | None = None) -> bool:
     return due < minute + MINUTE
 
 
-def _told_due(asked: Schedule, after: datetime) -> datetime:
+def _checked_due(asked: Schedule, after: datetime) -> datetime:
     """As :func:`next_due`; an error of the schedule's class is a ``ValueError``, too."""
     try:
         return next_due(asked, after)

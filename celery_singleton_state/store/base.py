@@ -283,11 +283,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-class Wishes(Protocol):
+class RowRequests(Protocol):
     """What others than a lease's holder can ask of a row."""
 
-    def ask_to_hand_over(
-        self, row: Row, who: str, rank: int | None = None, sent: str | None = None
+    def request_handoff(
+        self, row: Row, handoff_to: str, rank: int | None = None, sent: str | None = None
     ) -> bool:
         """Ask the holder that was seen to hand over.
 
@@ -299,10 +299,10 @@ class Wishes(Protocol):
             The same request, repeated, succeeds again.
         """
 
-    def let_go(self, row: Row) -> bool:
+    def release_early(self, row: Row) -> bool:
         """End the hold period that was seen; false when there is none, or another one, by now."""
 
-    def want(self, row: Row, wish: str) -> bool:
+    def request_run(self, row: Row, pending_run: str) -> bool:
         """Have the holder that was seen send one more run when it releases, by this wish alone.
 
         :returns: false if it is not the holder any more, or if the row has another wish by now
@@ -312,7 +312,7 @@ class Wishes(Protocol):
     def wanted(self, key: str) -> str | None:
         """The wish that is in the row, for a release whose answer was lost."""
 
-    def granted(self, key: str, wish: str) -> None:
+    def pending_run_sent(self, key: str, pending_run: str) -> None:
         """The run that was wanted was sent; a newer wish stays."""
 
     def queued(self, key: str) -> Queued:
@@ -463,7 +463,7 @@ class Leases(Protocol):
         """
 
     @property
-    def wishes(self) -> Wishes:
+    def requests(self) -> RowRequests:
         """What others than a lease's holder can ask of a row."""
 
     def check(self, prefixes: Sequence[str] = (KEY_PREFIX,)) -> None:

@@ -86,7 +86,7 @@ class ChildWatch:
                     self._epoll.unregister(descriptor)
                     pid = self._pids.pop(descriptor)
                     os.close(descriptor)
-                    self._tell(pid)
+                    self._report(pid)
 
     def _wait_for(self, pid: int) -> None:
         if not hasattr(os, "waitid"):
@@ -96,14 +96,14 @@ class ChildWatch:
             # It may have been reaped by now.
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-            self._tell(pid)
+            self._report(pid)
             self._waiting.discard(threading.current_thread())
 
         thread = threading.Thread(target=wait, name=f"singleton-watch-{pid}", daemon=True)
         self._waiting.add(thread)
         thread.start()
 
-    def _tell(self, pid: int) -> None:
+    def _report(self, pid: int) -> None:
         try:
             self._on_death(pid)
         except Exception:  # the next death must be seen as well

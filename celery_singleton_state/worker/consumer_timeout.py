@@ -49,9 +49,9 @@ class ConsumerTimeoutStep(bootsteps.StartStopStep):
 
     def start(self, parent: Any) -> None:
         self._timeout = timeout_of(parent.app)
-        tell_at_start(parent, self._timeout)
+        warn_at_start(parent, self._timeout)
         pause = min(60.0, self._timeout * (1 - CLOSE) / 2)
-        self._timer = parent.timer.call_repeatedly(pause, self.look)
+        self._timer = parent.timer.call_repeatedly(pause, self.check)
 
     def stop(self, parent: Any) -> None:
         if self._timer is not None:
@@ -59,7 +59,7 @@ class ConsumerTimeoutStep(bootsteps.StartStopStep):
 
     terminate = stop
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Warn once of each singleton's message that is close to the limit."""
         now = time.monotonic()
         for request in list(state.requests.values()):
@@ -105,7 +105,7 @@ def late(app: Celery) -> list[Any]:
     return [task for task in app.tasks.values() if task.acks_late and options_of(task) is not None]
 
 
-def tell_at_start(worker: Any, timeout: float) -> None:
+def warn_at_start(worker: Any, timeout: float) -> None:
     """Say what the worker relies on; loudly where a task's own limit is longer."""
     limits = {task.name: _limit(worker, task) for task in late(worker.app)}
     longer = sorted(name for name, limit in limits.items() if limit is not None and limit > timeout)

@@ -58,19 +58,21 @@ class ChildsLease(HeldLease):
         super().renewed(asked_at)
         self.trusted_until = float("inf")
 
-    def answered(self, asked_at: float, who: str | None) -> None:
+    def answered(self, asked_at: float, handoff_to: str | None) -> None:
         self.renewed(asked_at)
-        self._tell(RenewalAnswer(self.lease.holder, asked_at, who), urgent=who is not None)
+        self._answer(
+            RenewalAnswer(self.lease.holder, asked_at, handoff_to), urgent=handoff_to is not None
+        )
 
     def lose(self, why: str) -> None:
         self.lost = why
-        self.tell_loss()
+        self.report_loss()
 
-    def tell_loss(self) -> None:
+    def report_loss(self) -> None:
         """Tell the child that the renewal was refused; again, until its run has ended."""
-        self._tell(RenewalAnswer(self.lease.holder, None), urgent=True)
+        self._answer(RenewalAnswer(self.lease.holder, None), urgent=True)
 
-    def _tell(self, answer: RenewalAnswer, urgent: bool) -> None:
+    def _answer(self, answer: RenewalAnswer, urgent: bool) -> None:
         try:
             write_answer(self._path, self._start, answer)
         except FileNotFoundError:
@@ -108,7 +110,7 @@ class ParentRenewal:
         stopped = threading.Event()
         while not stopped.wait(runtime_of(self._app).io_timeout / 2):
             try:
-                self.look()
+                self.check()
             except Exception as error:  # the next look still needs this thread
                 logger.warning(
                     "singletons: processes of the pool renew by themselves: %s",
@@ -118,7 +120,7 @@ class ParentRenewal:
                 # Otherwise the leases of processes that have died meanwhile would be renewed.
                 self._drop(*self._leases)
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Find out which leases are to be renewed, and renew them from now on."""
         own = runtime_of(self._app)
         found = dict(self._requests(own))
@@ -130,7 +132,7 @@ class ParentRenewal:
                 self._leases[holder] = held, heartbeat
                 heartbeat.hold(held)
             elif self._leases[holder][0].lost:
-                self._leases[holder][0].tell_loss()
+                self._leases[holder][0].report_loss()
 
     def _drop(self, *holders: str) -> None:
         for holder in holders:
@@ -138,7 +140,7 @@ class ParentRenewal:
             heartbeat.drop(held)
 
     def _requests(self, own: Runtime) -> Iterator[tuple[str, ChildsLease]]:
-        for path, pid in self._files(own.holdings.directory):
+        for path, pid in self._files(own.holder_files.directory):
             for start, request in requests_in(path):
                 if request.parent == self._mark:
                     yield request.holder, ChildsLease(request, path, start, pid)

@@ -98,7 +98,7 @@ class SingletonStep(bootsteps.StartStopStep):
         tasks = {row_key(own.settings.key_prefix, name): name for name in names}
         try:
             for store, keys in own.by_store(tasks):
-                store.wishes.expect({key: tasks[key] for key in keys})
+                store.requests.expect({key: tasks[key] for key in keys})
         except StoreError as error:
             logger.warning("singletons: health begins with the first runs: %s", error)
 

@@ -65,7 +65,7 @@ def test_a_repeated_acquisition_does_not_forget_who_asked_the_holder_to_hand_ove
     row = shop.row(name)
     assert row is not None
     assert row.held
-    assert store.wishes.ask_to_hand_over(row, "somebody")
+    assert store.requests.request_handoff(row, "somebody")
     repeated.deliver()
     error = outcome(result)
     assert isinstance(error, HeartbeatFailed)

@@ -132,7 +132,7 @@ def test_60_scrapes_of_a_large_exposition(
     runtime = runtime_of(app)
     names = [f'counted{{"key":"{number}"}}' for number in range(10_000)]
     prefix = runtime.settings.key_prefix
-    runtime.store.wishes.expect(dict.fromkeys((prefix + name for name in names), "counted"))
+    runtime.store.requests.expect(dict.fromkeys((prefix + name for name in names), "counted"))
     assert exporter.get("/metrics")[0] == 200
     good = {
         **{"type": "singleton-released", "singleton": "counted", "holder": "h", "fence": 1},

@@ -70,7 +70,7 @@ def test_the_last_answer_to_a_release_is_lost(shop: Shop, client: Callable[[], C
         {"singleton_due": "2026-01-01T00:00:00+00:00"},
         {"singleton_retries": "x"},
         {"singleton_waited": "x"},
-        {"singleton_put_back": "x"},
+        {"singleton_requeued": "x"},
     ],
     ids=lambda headers: "+".join(headers),
 )

@@ -76,7 +76,7 @@ def green_fleet(make_fleet: Callable[..., Fleet], store_url: str) -> Fleet:
     return fleet
 
 
-def goes_on(app: Celery) -> None:
+def continues(app: Celery) -> None:
     """Tasks without a lease run, one after the other, while those with one wait."""
     for number in range(10):
         assert outcome(app.send_task("plain_add", (number,)), deadline=15) == number
@@ -92,7 +92,7 @@ def test_gevent_goes_on_while_another_process_has_the_files_lock(
         other.execute("BEGIN IMMEDIATE")
         waiting = app.send_task("waits_at_gate", (str(tmp_path), str(tmp_path)))
         green_fleet.wait_for_notes("starts")
-        goes_on(app)
+        continues(app)
         assert green_fleet.notes("enter")[1:] == []
         other.execute("ROLLBACK")
     assert outcome(waiting) == 1
@@ -121,6 +121,6 @@ def test_gevent_goes_on_while_one_of_its_own_bodies_has_the_files_lock(
         app.send_task("increment"),
     ]
     green_fleet.wait_for_notes("starts")
-    goes_on(app)
+    continues(app)
     until.touch()
     assert [outcome(result) for result in (has_it, *waiting)] == [1, 1, 1]

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from celery_singleton_state.lease import holdings
+from celery_singleton_state.lease import holder_files
 from tests.processes.tasks import app
 
 __all__ = ["app"]
@@ -42,5 +42,5 @@ if "TEST_NO_TEMPDIR" in os.environ:
     tempfile.gettempdir = no_temporary_directory
 if "TEST_BOOT_ID" in os.environ:
     # Another host: it has another boot, and on some file systems sees nobody else's locks.
-    holdings.BOOT_ID = Path(os.environ["TEST_BOOT_ID"])
+    holder_files.BOOT_ID = Path(os.environ["TEST_BOOT_ID"])
     fcntl.flock = lambda *_: None

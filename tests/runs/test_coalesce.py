@@ -78,7 +78,7 @@ def meet_a_holder(app: Celery, message: Message, **request: Any) -> None:
     assert message.deliver(**request) == ("SUCCESS", None)
 
 
-def granted(app: Celery, broker: Broker) -> Message:
+def pending_run_sent(app: Celery, broker: Broker) -> Message:
     """The pending run, which is sent when the holder's run ends."""
     broker.sent.clear()
     free(app)
@@ -107,7 +107,7 @@ def test_the_pending_run_has_arguments_of_the_same_types(
 ) -> None:
     message = sent(coalesced(app), broker, *TYPED, kwargs={"at": NOW, "n": {"d": TYPED[2]}})
     meet_a_holder(app, message, properties=properties("json") if knows else {})
-    pending = granted(app, broker)
+    pending = pending_run_sent(app, broker)
     assert pending.args == TYPED
     assert pending.kwargs == {"at": NOW, "n": {"d": Decimal("0.10")}}
     assert pending.task_id != message.task_id
@@ -122,7 +122,7 @@ def test_the_pending_run_is_encoded_as_the_message_was(
     message = sent(coalesced(app), broker, value, serializer=serializer, compression="gzip")
     gzip = {"compression": "application/x-gzip"}
     meet_a_holder(app, message, properties=properties(serializer), **gzip)
-    pending = granted(app, broker)
+    pending = pending_run_sent(app, broker)
     assert pending.args == [value]
     assert pending.options["serializer"] == serializer
     assert pending.options["compression"] == "application/x-gzip"
@@ -141,7 +141,7 @@ def test_the_pending_run_has_what_the_message_had_before_a_base_class_changed_it
 
     task = coalesced(app, base=OfTenant)
     meet_a_holder(app, sent(task, broker, "tenant b", 1, kwargs={"key": 2}))
-    pending = granted(app, broker)
+    pending = pending_run_sent(app, broker)
     assert (pending.args, pending.kwargs) == (["tenant b", 1], {"key": 2})
 
 
@@ -149,7 +149,7 @@ def test_a_direct_call_leaves_its_own_arguments(app: Celery, broker: Broker) -> 
     task = coalesced(app)
     assert runtime_of(app).store.acquire(KEY, "holder", 60, "task-h")
     assert task(NOW, key=Decimal(1)) is None
-    pending = granted(app, broker)
+    pending = pending_run_sent(app, broker)
     assert (pending.args, pending.kwargs) == ([NOW], {"key": Decimal(1)})
 
 
@@ -158,7 +158,7 @@ def test_the_pending_run_of_a_direct_call_ignores_its_result_if_its_task_does(
 ) -> None:
     assert runtime_of(app).store.acquire(KEY, "holder", 60, "task-h")
     assert coalesced(app, ignore_result=True)(1) is None
-    assert granted(app, broker).headers["ignore_result"] is True
+    assert pending_run_sent(app, broker).headers["ignore_result"] is True
 
 
 def test_the_pending_run_keeps_what_the_sender_gave_the_message(
@@ -185,7 +185,7 @@ def test_the_pending_run_keeps_what_the_sender_gave_the_message(
     app.conf.task_create_missing_queues = True
     message.headers["ignore_result"] = False
     meet_a_holder(app, message, delivery_info=delivery)
-    pending = granted(app, broker)
+    pending = pending_run_sent(app, broker)
     has = pending.headers
     assert (has["tenant"], has["shadow"], has["timelimit"]) == ("b", "shown", [40, 30])
     assert has["expires"] == expires.isoformat()
@@ -211,7 +211,7 @@ def test_the_pending_run_of_a_delayed_message_is_not_delayed(
 ) -> None:
     message = sent(coalesced(app), broker)
     meet_a_holder(app, message, delivery_info={"exchange": exchange, "routing_key": key})
-    options = granted(app, broker).options
+    options = pending_run_sent(app, broker).options
     assert options["queue"].name == "celery"
     assert (options["exchange"], options["routing_key"]) == ("", "celery")
 
@@ -227,7 +227,7 @@ def test_content_that_the_workers_do_not_accept_is_not_sent(
     assert "could not be sent; it stays wanted" in caplog.text
     app.conf.accept_content = ["json", "pickle"]
     assert runtime_of(app).store.acquire(KEY, "another", 60, "task-i")
-    assert granted(app, broker).args == [Point(3)]
+    assert pending_run_sent(app, broker).args == [Point(3)]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_a_change_in_the_hold_period_does_not_rely_on_a_tick_that_waits(
     hold_on(app, 60)
     row = runtime_of(app).store.peek(KEY)
     assert row is not None
-    assert runtime_of(app).store.wishes.claim(KEY, "a tick", NEXT_PAUSE + GRACE, row.queue)
+    assert runtime_of(app).store.requests.claim(KEY, "a tick", NEXT_PAUSE + GRACE, row.queue)
     message = sent(coalesced(app), broker, "change")
     message.deliver()
     assert broker.pop().task_id == message.task_id
@@ -306,7 +306,7 @@ def test_a_change_in_the_hold_period_is_not_lost_to_a_run_that_begins(
     def claim_late(*arguments: Any, **options: Any) -> Any:
         row = store.peek(KEY)
         assert row is not None
-        assert store.wishes.let_go(row)
+        assert store.requests.release_early(row)
         assert store.acquire(KEY, "another", 60, "task-i")
         return claim(*arguments, **options)
 

@@ -23,7 +23,7 @@ from celery_singleton_state import SingletonTask, StateLoadFailed, singleton_tas
 from celery_singleton_state.headers import DUE, ENTRY
 from celery_singleton_state.message import dropped, duplicates, enqueue_once
 from celery_singleton_state.message.dropped import dequeue_dropped
-from celery_singleton_state.message.resend import put_back
+from celery_singleton_state.message.resend import requeue
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Queued, StoreUnavailable
 from tests.conftest import _apps
@@ -192,7 +192,7 @@ def test_while_the_store_is_out_of_reach_all_are_published(
         raise StoreUnavailable("gone")
 
     task = task_of(app)
-    monkeypatch.setattr(runtime_of(app).store.wishes, verb, fail)
+    monkeypatch.setattr(runtime_of(app).store.requests, verb, fail)
     task.delay()
     task.delay()
     assert len(published) == 2
@@ -207,15 +207,15 @@ def test_a_claim_whose_message_was_not_sent_does_not_count(
     broker takes no message either.
     """
     task = task_of(app)
-    wishes = runtime_of(app).store.wishes
-    claim = wishes.claim
+    requests = runtime_of(app).store.requests
+    claim = requests.claim
 
     def lose_answer(*arguments: Any) -> Any:
         claim(*arguments)
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(wishes, "claim", lose_answer)
+        patch.setattr(requests, "claim", lose_answer)
         patch.setattr("celery.app.task.Task.apply_async", lambda *_, **__: 1 / 0)
         with pytest.raises((ZeroDivisionError, TimeoutError)):
             task.delay()
@@ -239,22 +239,22 @@ def test_many_at_once_publish_one(app: Celery, published: list[str]) -> None:
     assert task.delay().id == published[0]
 
 
-class Wishes:
+class RowRequests:
     """The store's, and what comes between a look and the claim that follows it."""
 
-    def __init__(self, wishes: Any, between: Callable[[int], None]) -> None:
-        self._wishes = wishes
+    def __init__(self, requests: Any, between: Callable[[int], None]) -> None:
+        self._requests = requests
         self._between = between
         self.looks = 0
 
     def queued(self, key: str) -> Queued:
-        found: Queued = self._wishes.queued(key)
+        found: Queued = self._requests.queued(key)
         self.looks += 1
         self._between(self.looks)
         return found
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._wishes, name)
+        return getattr(self._requests, name)
 
 
 def test_one_that_is_queued_between_the_look_and_the_claim_stands_for_it(
@@ -265,13 +265,13 @@ def test_one_that_is_queued_between_the_look_and_the_claim_stands_for_it(
     """
     task = task_of(app)
     store = runtime_of(app).store
-    wishes = store.wishes
+    requests = store.requests
 
     def between(looks: int) -> None:
         if looks == 1:
-            assert wishes.claim("singleton-state:sent", "b", 60, 0)
+            assert requests.claim("singleton-state:sent", "b", 60, 0)
 
-    monkeypatch.setattr(store, "wishes", Wishes(wishes, between))
+    monkeypatch.setattr(store, "requests", RowRequests(requests, between))
     assert task.delay().id == "b"
     assert published == []
 
@@ -282,19 +282,21 @@ def test_a_queue_that_changes_at_every_look_keeps_nobody_out(
     """Between each look and the claim another message is dequeued."""
     task = task_of(app)
     store = runtime_of(app).store
-    wishes = store.wishes
-    changing = Wishes(wishes, lambda looks: wishes.dequeue("singleton-state:sent", "other"))
-    monkeypatch.setattr(store, "wishes", changing)
+    requests = store.requests
+    changing = RowRequests(
+        requests, lambda looks: requests.dequeue("singleton-state:sent", "other")
+    )
+    monkeypatch.setattr(store, "requests", changing)
     assert published == [task.delay().id]
-    assert changing.looks == enqueue_once.LOOKS
+    assert changing.looks == enqueue_once.ATTEMPTS
 
 
 def test_a_claim_whose_answer_is_lost_is_repeated(
     app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = task_of(app)
-    wishes = runtime_of(app).store.wishes
-    claim = wishes.claim
+    requests = runtime_of(app).store.requests
+    claim = requests.claim
     answers = []
 
     def lose_the_first(*arguments: Any) -> bool:
@@ -303,7 +305,7 @@ def test_a_claim_whose_answer_is_lost_is_repeated(
             raise StoreUnavailable("the answer is lost")
         return answers[-1]
 
-    monkeypatch.setattr(wishes, "claim", lose_the_first)
+    monkeypatch.setattr(requests, "claim", lose_the_first)
     assert [task.delay().id for _ in range(2)] == published * 2
     assert answers == [True, True]
 
@@ -385,7 +387,7 @@ def test_a_task_says_itself_when_its_messages_expire(memory_app: Celery, how: st
     else:
         task.delay()
     assert row_of(memory_app).queued_in == pytest.approx(30, abs=5)
-    runtime_of(memory_app).store.wishes.dequeue(
+    runtime_of(memory_app).store.requests.dequeue(
         "singleton-state:sent", row_of(memory_app).queued_task_id
     )
     task.apply_async(expires=None)
@@ -450,13 +452,13 @@ def test_two_that_claim_for_the_same_task_id_at_once_send_one_message(
     """
     task = task_of(app)
     store = runtime_of(app).store
-    wishes = store.wishes
+    requests = store.requests
 
     def between(looks: int) -> None:
         if looks == 1:
             task.apply_async(task_id="nightly")
 
-    monkeypatch.setattr(store, "wishes", Wishes(wishes, between))
+    monkeypatch.setattr(store, "requests", RowRequests(requests, between))
     assert task.apply_async(task_id="nightly").id == "nightly"
     assert published == ["nightly"]
 
@@ -466,7 +468,7 @@ def test_a_tick_whose_beat_died_before_it_sent_it_is_sent(
 ) -> None:
     """Beat A claims for its tick, and dies; beat B sends the same tick, which has the same id."""
     task = task_of(app)
-    assert runtime_of(app).store.wishes.claim("singleton-state:sent", "tick", 60, 0)
+    assert runtime_of(app).store.requests.claim("singleton-state:sent", "tick", 60, 0)
     task.apply_async(task_id="tick", headers={ENTRY: "nightly", DUE: "2026-01-01T00:00:00+00:00"})
     assert published == ["tick"]
 
@@ -561,7 +563,7 @@ def test_one_that_a_worker_cannot_read_is_queued_no_more(app: Celery, unique_on:
 def test_a_run_costs_no_further_request(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it succeeds or fails."""
     task = task_of(app)
-    monkeypatch.setattr(runtime_of(app).store.wishes, "dequeue", lambda *_: 1 / 0)
+    monkeypatch.setattr(runtime_of(app).store.requests, "dequeue", lambda *_: 1 / 0)
     assert task.apply(("a",), task_id="1").get() == "a"
     failing = task_of(app, name="failing")
     failing.run = lambda *_: 1 / 0
@@ -658,7 +660,7 @@ def test_a_message_that_is_put_back_does_not_count(app: Celery) -> None:
     for retries in (0, 1):
         request = Context(id="1", args=[], kwargs={}, retries=retries, called_directly=False)
         with pytest.raises(Ignore):
-            put_back(task, request, "sent")
+            requeue(task, request, "sent")
         assert row_of(app).queued_task_id is None
 
 

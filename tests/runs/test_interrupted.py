@@ -66,7 +66,7 @@ def test_who_asks_for_the_lease_gets_it_from_a_body_that_catches_everything(app:
     caught: list[str] = []
 
     def body(self: Any) -> None:
-        assert store.wishes.ask_to_hand_over(row(app), "task-2")
+        assert store.requests.request_handoff(row(app), "task-2")
         try:
             wait_until(never, "it is interrupted")
         except BaseException as error:

@@ -26,7 +26,7 @@ from celery_singleton_state import (
 from celery_singleton_state.history import decode
 from celery_singleton_state.hooks import Released
 from celery_singleton_state.lease.lease import clock
-from celery_singleton_state.message.coalesce import Wish, grant
+from celery_singleton_state.message.coalesce import PendingRun, send_pending_run
 from celery_singleton_state.message.content import Content
 from celery_singleton_state.recovery import end_for
 from celery_singleton_state.run.run import current_run
@@ -465,8 +465,8 @@ def test_a_run_that_was_wished_for_strikes_its_own_wish_out(
 
     def body(self: Any) -> None:
         found = row(app)
-        wish = Wish(self.name, self.request.id, NO_ARGUMENTS, {})
-        assert runtime_of(app).store.wishes.want(found, wish.encode())
+        pending_run = PendingRun(self.name, self.request.id, NO_ARGUMENTS, {})
+        assert runtime_of(app).store.requests.request_run(found, pending_run.encode())
 
     task = task_of(app, body, on_conflict="coalesce")
     monkeypatch.setattr(app, "send_task", lambda name, *_, **__: sent.append(name))
@@ -554,8 +554,8 @@ def test_a_release_that_a_time_limit_interrupts_is_reported_as_it_ended(
         raise SoftTimeLimitExceeded
 
     monkeypatch.setattr(store, "release", interrupt)
-    door = runtime_of(app).door
-    monkeypatch.setattr(door, "tell", lambda *of, **fields: told.append((of[-1], fields)))
+    dispatcher = runtime_of(app).dispatcher
+    monkeypatch.setattr(dispatcher, "emit", lambda *of, **fields: told.append((of[-1], fields)))
     with pytest.raises(SoftTimeLimitExceeded):
         task()
     (ended,) = [fields for kind, fields in told if kind is Released]
@@ -580,7 +580,7 @@ def test_what_cannot_be_given_back_for_want_of_a_thread_is_given_back_later(
             task()
     assert not is_free(app)
     runtime = runtime_of(app)
-    runtime.unreturned.add(runtime.store, "another key", "nobody", None)
+    runtime.unreleased.add(runtime.store, "another key", "nobody", None)
     wait_until(lambda: is_free(app), "the next one takes it along")
 
 
@@ -594,11 +594,11 @@ def test_a_wish_is_granted_by_a_give_back_whose_answer_was_lost(
     runtime = runtime_of(app)
     acquired = runtime.store.acquire("singleton-state:count", "holder", 60, None)
     assert acquired is not None
-    wish = Wish("count", "one more", NO_ARGUMENTS, {})
-    assert runtime.store.wishes.want(row(app), wish.encode())
+    pending_run = PendingRun("count", "one more", NO_ARGUMENTS, {})
+    assert runtime.store.requests.request_run(row(app), pending_run.encode())
     Verb(app, monkeypatch, "give_back", times=1)
-    then = partial(grant, app, runtime.store, "singleton-state:count")
-    runtime.unreturned.add(runtime.store, "singleton-state:count", "holder", None, then)
+    then = partial(send_pending_run, app, runtime.store, "singleton-state:count")
+    runtime.unreleased.add(runtime.store, "singleton-state:count", "holder", None, then)
     wait_until(lambda: sent == ["one more"], "the run that is wanted is sent")
     wait_until(lambda: row(app).wanted is None, "the wish is struck out")
 
@@ -608,7 +608,7 @@ def test_a_run_that_is_interrupted_as_it_begins_is_nobodys_current_run(
 ) -> None:
     task = task_of(app, increment)
     with monkeypatch.context() as patch:
-        patch.setattr("celery_singleton_state.run.run.Run._tell_begin", _interrupted)
+        patch.setattr("celery_singleton_state.run.run.Run._emit_begin", _interrupted)
         with pytest.raises(SoftTimeLimitExceeded):
             task()
     with pytest.raises(RuntimeError, match="only while its body runs"):
@@ -629,7 +629,7 @@ def test_a_write_is_tried_for_as_long_as_its_parent_renews_the_lease(
     def body(self: Any) -> None:
         held = self._run_for("").held
         held.trusted_until = 0.0
-        held.look = lambda: held.renewed(clock())
+        held.refresh = lambda: held.renewed(clock())
         self.state.n = 1
         self.checkpoint()
 

@@ -16,7 +16,7 @@ from celery.schedules import crontab
 
 from celery_singleton_state import singleton_task, ticks_done
 from celery_singleton_state.beat import SingletonScheduler
-from celery_singleton_state.beat.passing import MAX_OWED
+from celery_singleton_state.beat.misfires import MAX_OWED
 from celery_singleton_state.headers import DUE, ENTRY, ONE_BY_ONE
 from celery_singleton_state.store.base import StoreUnavailable
 from celery_singleton_state.ticks import task_id_of

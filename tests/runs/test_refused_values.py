@@ -15,7 +15,7 @@ from celery.exceptions import ImproperlyConfigured
 
 from celery_singleton_state import SchemaDecodeFailed, StatePersistFailed, singleton_task
 from celery_singleton_state.beat.leader import Leader
-from celery_singleton_state.exporter.snapshot import look
+from celery_singleton_state.exporter.snapshot import take_snapshot
 from celery_singleton_state.health import check_health
 from celery_singleton_state.history import decode
 from celery_singleton_state.runtime import runtime_of
@@ -295,7 +295,7 @@ def test_a_beat_of_any_name_leads(
         for beat in (one, other, third):
             beat.tick()
         assert [beat._leader.leads for beat in (one, other, third)] == [True, False, True]
-        leader = look(runtime_of(one.app)).leader
+        leader = take_snapshot(runtime_of(one.app)).leader
         assert leader is not None
         assert leader.key.isascii()
         assert leader.fence == one._leader.fence

@@ -205,7 +205,7 @@ def test_a_run_that_was_asked_to_stop_is_not_retried(
     """B asks A to stop; A hears of it at a checkpoint, and its retries are to catch any error."""
 
     def during(self: Any, what: str) -> None:
-        assert runtime_of(app).store.wishes.ask_to_hand_over(row_of(app), "task-b")
+        assert runtime_of(app).store.requests.request_handoff(row_of(app), "task-b")
         try:
             self.checkpoint()
         except HeartbeatFailed as error:
@@ -292,15 +292,15 @@ def test_a_message_whose_request_was_not_answered_keeps_its_place(
 ) -> None:
     """A asks H to stop, and the answer is lost, so A is retried. B comes meanwhile."""
     task, holder = make_task(), hold(app)
-    wishes = runtime_of(app).store.wishes
-    ask = wishes.ask_to_hand_over
+    requests = runtime_of(app).store.requests
+    ask = requests.request_handoff
 
     def lose_the_answer(*arguments: Any) -> bool:
         ask(*arguments)
-        monkeypatch.setattr(wishes, "ask_to_hand_over", ask)
+        monkeypatch.setattr(requests, "request_handoff", ask)
         raise StoreUnavailable("cut")
 
-    monkeypatch.setattr(wishes, "ask_to_hand_over", lose_the_answer)
+    monkeypatch.setattr(requests, "request_handoff", lose_the_answer)
     a = wait(send(task, broker, "A"), broker)
     b = wait(send(task, broker, "B"), broker)
     assert gives_up(a)
@@ -387,7 +387,7 @@ def test_while_a_lease_is_kept_after_its_run_the_newest_waits(
     store = runtime_of(app).store
     assert store.release(holder, Ended("succeeded", "[]", 60))
     a, b = (wait(send(task, broker, what), broker) for what in "AB")
-    assert store.wishes.let_go(row_of(app))
+    assert store.requests.release_early(row_of(app))
     assert gives_up(a)
     assert b.deliver() == ("SUCCESS", "B")
     assert ran == ["B"]
@@ -415,8 +415,8 @@ def test_two_that_saw_the_same_row_are_ranked_one_after_the_other(
 ) -> None:
     """A and B find H, and both take the next rank. One is refused it, looks again, and is newer."""
     task, holder = make_task(), hold(app)
-    wishes, both = runtime_of(app).store.wishes, threading.Barrier(2)
-    ask, ranks = wishes.ask_to_hand_over, []
+    requests, both = runtime_of(app).store.requests, threading.Barrier(2)
+    ask, ranks = requests.request_handoff, []
 
     def together(row: Row, who: str, rank: int, sent: str | None) -> bool:
         ranks.append(rank)
@@ -425,7 +425,7 @@ def test_two_that_saw_the_same_row_are_ranked_one_after_the_other(
         return ask(row, who, rank, sent)
 
     monkeypatch.setattr(Row, "next_rank", property(lambda row: row.rank + 1))
-    monkeypatch.setattr(wishes, "ask_to_hand_over", together)
+    monkeypatch.setattr(requests, "request_handoff", together)
     with ThreadPoolExecutor(2) as pool:
         calls = [pool.submit(task, what) for what in "AB"]
         wait_until(lambda: any(call.done() for call in calls), "one gives up")
@@ -458,9 +458,9 @@ def test_a_message_waits_for_the_end_of_a_hold_period(
     assert task("h") == "h"
     assert row_of(app).in_hold_period
     asked: list[Any] = []
-    wishes = runtime_of(app).store.wishes
-    ask = wishes.ask_to_hand_over
-    monkeypatch.setattr(wishes, "ask_to_hand_over", lambda *args: asked.append(args) or ask(*args))
+    requests = runtime_of(app).store.requests
+    ask = requests.request_handoff
+    monkeypatch.setattr(requests, "request_handoff", lambda *args: asked.append(args) or ask(*args))
     assert task("a") == "a"
     assert ran == ["h", "a"]
     assert len(asked) == 1

@@ -333,8 +333,8 @@ def test_a_tick_whose_run_was_asked_to_stop_has_failed_for_good(memory_app: Cele
     """A newer message takes its place, and its own does not come again."""
 
     def body(self: Any) -> None:
-        wishes = runtime_of(memory_app).store.wishes
-        assert wishes.ask_to_hand_over(row(memory_app), "newer")
+        requests = runtime_of(memory_app).store.requests
+        assert requests.request_handoff(row(memory_app), "newer")
         self.checkpoint()
 
     task = task_of(memory_app, body, on_conflict="replace")

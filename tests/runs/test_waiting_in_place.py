@@ -85,7 +85,7 @@ def test_a_checkpoint_hears_who_asks(app: Celery) -> None:
     def body(self: Any) -> None:
         row = store.peek("singleton-state:called")
         assert row is not None
-        assert store.wishes.ask_to_hand_over(row, "task-2")
+        assert store.requests.request_handoff(row, "task-2")
         self.state["n"] += 1
         self.checkpoint()
         after.append("went on")
@@ -122,7 +122,7 @@ def test_a_wish_outlives_the_lost_answer_to_a_release(
 
     def body(self: Any, what: str) -> None:
         if what == "first":
-            task("wish")
+            task("pending_run")
 
     task = task_of(app, body, on_conflict="coalesce")
     release, lost = store.release, []
@@ -137,8 +137,8 @@ def test_a_wish_outlives_the_lost_answer_to_a_release(
     monkeypatch.setattr(store, "release", lose_the_answer)
     monkeypatch.setattr(app, "send_task", lambda name, args, *_, **__: sent.append(args))
     task("first")
-    assert sent == [("wish",)]
-    assert store.wishes.wanted("singleton-state:called") is None
+    assert sent == [("pending_run",)]
+    assert store.requests.wanted("singleton-state:called") is None
 
 
 def test_arguments_that_cannot_be_kept_are_told(app: Celery) -> None:

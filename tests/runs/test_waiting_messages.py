@@ -139,7 +139,7 @@ def test_a_next_in_line_that_is_lost_gives_its_place_away(messages: Messages) ->
         messages.deliver(task_id)
     row = messages.store.peek(KEY)
     assert row is not None
-    assert messages.store.wishes.claim(KEY, "A", 0.2, row.queue)
+    assert messages.store.requests.claim(KEY, "A", 0.2, row.queue)
     messages.store.release(lease, DONE)
     wait_until(lambda: messages.next_one is None, "A's claim runs out")
     messages.deliver("B")

@@ -29,20 +29,20 @@ def use_all(store: SqlStore) -> None:
     assert store.contents(["k"], values=True) == {"k": (None, NEW.value)}
     assert store.ticks(["k", "none"]) == {"k": SeenTicks(True, "task-a", None)}
 
-    wishes = store.wishes
-    assert wishes.ask_to_hand_over(row, "b", row.next_rank, "sent")
-    assert wishes.want(row, "{}")
-    assert wishes.wanted("k") == "{}"
-    wishes.granted("k", "{}")
+    requests = store.requests
+    assert requests.request_handoff(row, "b", row.next_rank, "sent")
+    assert requests.request_run(row, "{}")
+    assert requests.wanted("k") == "{}"
+    requests.pending_run_sent("k", "{}")
     assert store.release(lease, DONE, write(NEW, 3))
-    assert enqueue(wishes, "k", "task", 60) == "task"
-    wishes.dequeue("k", "task")
-    assert wishes.put("k", store.peek("k"), NEW)
-    wishes.expect({"k": "t", "k3": "t"})
+    assert enqueue(requests, "k", "task", 60) == "task"
+    requests.dequeue("k", "task")
+    assert requests.put("k", store.peek("k"), NEW)
+    requests.expect({"k": "t", "k3": "t"})
     assert store.release(other, Ended("succeeded", "[]", hold=60))
     held_on = store.peek("k2")
     assert held_on is not None
-    assert wishes.let_go(held_on)
+    assert requests.release_early(held_on)
     store.set_aside("k4", "broken")
     assert acquire(store, "b").lease.fence > lease.fence
     assert store.give_back("k", "b")

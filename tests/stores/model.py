@@ -161,7 +161,7 @@ class Model:
             key, holder, _, _, rank, sent, _ = request.arguments
             row = self.seen(key)
             return row.holder != holder and not row.may_be_taken(rank, sent)
-        if request.verb in ("dequeue", "granted"):
+        if request.verb in ("dequeue", "pending_run_sent"):
             return False
         trial = Model()
         trial.rows, trial.entries = copy.deepcopy(self.rows), dict(self.entries)
@@ -255,7 +255,7 @@ class Model:
 
     # -- others' requests, by what they saw of the row
 
-    def ask_to_hand_over(self, row: Row, who: str, rank: int, sent: str | None) -> bool:
+    def request_handoff(self, row: Row, who: str, rank: int, sent: str | None) -> bool:
         mine = self.seen(row.key)
         if not mine.is_as_seen(row):
             return False
@@ -264,23 +264,23 @@ class Model:
         mine.handoff_to, mine.newest, mine.newest_sent = who, rank, sent
         return True
 
-    def let_go(self, row: Row) -> bool:
+    def release_early(self, row: Row) -> bool:
         mine = self.seen(row.key)
         if not mine.is_as_seen(row) or not mine.in_hold_period:
             return False
         mine.free()
         return True
 
-    def want(self, row: Row, wish: str) -> bool:
+    def request_run(self, row: Row, pending_run: str) -> bool:
         mine = self.seen(row.key)
         if not mine.is_as_seen(row) or mine.wanted != row.wanted:
             return False
-        mine.wanted = wish
+        mine.wanted = pending_run
         return True
 
-    def granted(self, key: str, wish: str) -> None:
+    def pending_run_sent(self, key: str, pending_run: str) -> None:
         row = self.seen(key)
-        if row.wanted == wish:
+        if row.wanted == pending_run:
             row.wanted = None
 
     def queued(self, key: str) -> Queued:

@@ -103,8 +103,8 @@ def test_a_repeated_acquisition_keeps_what_happened_since(leases: Leases) -> Non
     wants one more run; the first copy is carried out. a must still hear of both.
     """
     first = acquire(leases, "a")
-    assert leases.wishes.ask_to_hand_over(peek(leases), "c")
-    assert leases.wishes.want(peek(leases), "w")
+    assert leases.requests.request_handoff(peek(leases), "c")
+    assert leases.requests.request_run(peek(leases), "w")
     assert acquire(leases, "a").acquired_at == first.acquired_at
     assert leases.renew([first.lease]) == {"k": "c"}
     assert leases.release(first.lease, DONE) == Released("w")
@@ -203,7 +203,7 @@ def test_a_lease_is_given_back_by_its_holders_name_alone(leases: Leases) -> None
 
 def test_who_gives_back_is_told_what_is_wanted(leases: Leases) -> None:
     acquire(leases, "a")
-    assert leases.wishes.want(peek(leases), "w")
+    assert leases.requests.request_run(peek(leases), "w")
     assert leases.give_back("k", "a") == Released("w")
 
 
@@ -260,16 +260,16 @@ def test_giving_back_leaves_the_state(store: SqlStore) -> None:
 
 def test_a_row_names_its_task(leases: Leases) -> None:
     """Whoever makes the row says it; a run says it anew, and who is refused says nothing."""
-    leases.wishes.expect({"expected": "t1"})
-    assert leases.wishes.claim("claimed", "id", LONG, 0, task="t1")
-    leases.wishes.dequeue("dequeued", "id", task="t1")
+    leases.requests.expect({"expected": "t1"})
+    assert leases.requests.claim("claimed", "id", LONG, 0, task="t1")
+    leases.requests.dequeue("dequeued", "id", task="t1")
     assert leases.acquire("acquired", "a", LONG, None, task="t1")
     keys = ("acquired", "claimed", "dequeued", "expected")
     assert [(row.key, row.task) for row in leases.list("")] == [(key, "t1") for key in keys]
     assert leases.acquire("acquired", "b", LONG, None, task="t2") is None
-    leases.wishes.expect({"expected": "t2"})
-    assert not leases.wishes.claim("claimed", "other", LONG, 0, task="t2")
-    leases.wishes.dequeue("dequeued", "id", task="t2")
+    leases.requests.expect({"expected": "t2"})
+    assert not leases.requests.claim("claimed", "other", LONG, 0, task="t2")
+    leases.requests.dequeue("dequeued", "id", task="t2")
     assert [peek(leases, key).task for key in keys] == ["t1"] * 4
     for key in keys[1:]:
         assert leases.acquire(key, "b", LONG, None, task="t2")
@@ -287,7 +287,7 @@ def test_a_row_keeps_its_task_if_nobody_says_another(leases: Leases) -> None:
 
 
 def test_a_state_from_outside_names_the_task_of_a_new_row(store: SqlStore) -> None:
-    assert store.wishes.put("k", None, NEW, "t")
+    assert store.requests.put("k", None, NEW, "t")
     assert peek(store).task == "t"
 
 
@@ -534,17 +534,17 @@ def test_a_row_that_an_older_release_has_used(store: SqlStore) -> None:
     assert store.release(acquire(store, "a").lease, DONE, write(NEW))
     column = store._sql.write
     store._change(f"UPDATE kv_store SET fence = 3, {column} = NULL, queue = NULL", {})
-    assert store.wishes.queued("k") == Queued(0, None)
+    assert store.requests.queued("k") == Queued(0, None)
     row = peek(store)
     assert (row.fence, row.write) == (3, 0)
-    assert store.wishes.put("k", row, NEWER)
-    assert store.wishes.claim("k", "task-b", LONG, 0)
+    assert store.requests.put("k", row, NEWER)
+    assert store.requests.claim("k", "task-b", LONG, 0)
     store._change(f"UPDATE kv_store SET {column} = NULL, queue = NULL", {})
-    store.wishes.dequeue("k", "other")
+    store.requests.dequeue("k", "other")
     acquired = acquire(store, "b")
     assert (acquired.value, acquired.write) == (NEWER.value, 0)
     assert acquired.lease.fence / 1000 == pytest.approx(acquired.acquired_at, abs=ROUNDING)
-    assert store.wishes.queued("k") == Queued(2, "task-b")
+    assert store.requests.queued("k") == Queued(2, "task-b")
     assert store.save(acquired.lease, Write(1, acquired.write, NEW))
 
 

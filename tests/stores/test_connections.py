@@ -110,11 +110,11 @@ def test_one_broken_off_in_mid_statement_is_not_used_again(connections: Connecti
     """A time limit strikes between a statement and its answer."""
     kept = connections.execute("SELECT 1", {}, lambda cursor: cursor.connection)
 
-    def strike(cursor: Any) -> None:
+    def interrupt(cursor: Any) -> None:
         raise TimeoutError
 
     with pytest.raises(TimeoutError):
-        connections.execute("SELECT 1", {}, strike)
+        connections.execute("SELECT 1", {}, interrupt)
     assert kept.closed
     assert process(connections)
 

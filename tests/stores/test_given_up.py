@@ -86,11 +86,11 @@ def struck(server: Server) -> Iterator[None]:
     """Raise in the main thread as soon as the server has its statement wait."""
     before = signal.signal(signal.SIGUSR1, _strike)
 
-    def strike() -> None:
+    def interrupt() -> None:
         server.wait_for_waiting(1)
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    striking = threading.Thread(target=strike)
+    striking = threading.Thread(target=interrupt)
     striking.start()
     try:
         with pytest.raises(TimeLimit):

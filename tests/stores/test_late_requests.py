@@ -269,7 +269,7 @@ def test_a_repeated_acquire_keeps_who_asked(leases: Leases) -> None:
     repetition of acquire must not forget that.
     """
     lease = acquire(leases).lease
-    assert leases.wishes.ask_to_hand_over(peek(leases), "b")
+    assert leases.requests.request_handoff(peek(leases), "b")
     assert acquire(leases).lease == lease
     assert leases.renew([lease]) == {"k": "b"}
 
@@ -325,7 +325,7 @@ def test_a_lease_is_given_back_by_the_holders_name_alone(leases: Leases) -> None
     answered, and a late copy of it takes no lease from the next holder.
     """
     acquire(leases, "a")
-    assert leases.wishes.want(peek(leases), "{}")
+    assert leases.requests.request_run(peek(leases), "{}")
     before = peek(leases)
     assert leases.give_back("k", "b") is None
     assert leases.give_back("k", "a") == Released(wanted="{}")
@@ -435,22 +435,22 @@ def test_a_fence_goes_on_by_one_when_the_clock_was_put_back(leases: Leases) -> N
 
 
 def claim(leases: Leases, task_id: str, number: int) -> bool:
-    return leases.wishes.claim("k", task_id, LONG, number)
+    return leases.requests.claim("k", task_id, LONG, number)
 
 
 def test_a_late_claim_does_not_count_a_finished_message_as_queued(leases: Leases) -> None:
     """A claim stalls; its repetition is answered, the message is sent, runs and ends; then the
     first copy is carried out.
     """
-    number = leases.wishes.queued("k").number
+    number = leases.requests.queued("k").number
     assert claim(leases, "m", number)
     assert claim(leases, "m", number), "repeated while it counts"
-    assert leases.wishes.queued("k").task_id == "m"
+    assert leases.requests.queued("k").task_id == "m"
     lease = acquire(leases, task="m").lease
     assert not claim(leases, "m", number)
     leases.release(lease, DONE)
     assert not claim(leases, "m", number)
-    assert leases.wishes.queued("k").task_id is None
+    assert leases.requests.queued("k").task_id is None
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known", "a new singleton"])
@@ -462,33 +462,33 @@ def test_a_late_claim_of_a_message_that_was_dequeued_is_refused(
     """
     if known:
         leases.release(acquire(leases).lease, DONE)
-    number = leases.wishes.queued("k").number
-    leases.wishes.dequeue("k", "m")
+    number = leases.requests.queued("k").number
+    leases.requests.dequeue("k", "m")
     assert not claim(leases, "m", number)
-    assert leases.wishes.queued("k").task_id is None
+    assert leases.requests.queued("k").task_id is None
 
 
 def test_one_of_two_claims_is_accepted(leases: Leases) -> None:
     """Two senders see that no message is queued."""
-    number = leases.wishes.queued("k").number
+    number = leases.requests.queued("k").number
     assert claim(leases, "m1", number)
     assert not claim(leases, "m2", number)
-    assert leases.wishes.queued("k") == Queued(number + 1, "m1")
+    assert leases.requests.queued("k") == Queued(number + 1, "m1")
 
 
 def test_dequeue_leaves_another_message_queued(leases: Leases) -> None:
-    assert claim(leases, "m1", leases.wishes.queued("k").number)
-    leases.wishes.dequeue("k", "m2")
-    assert leases.wishes.queued("k").task_id == "m1"
-    leases.wishes.dequeue("k", "m1")
-    assert leases.wishes.queued("k").task_id is None
+    assert claim(leases, "m1", leases.requests.queued("k").number)
+    leases.requests.dequeue("k", "m2")
+    assert leases.requests.queued("k").task_id == "m1"
+    leases.requests.dequeue("k", "m1")
+    assert leases.requests.queued("k").task_id is None
 
 
 def test_a_direct_call_leaves_what_is_queued(leases: Leases) -> None:
     """An acquisition takes only its own message out of the queue."""
-    assert claim(leases, "m1", leases.wishes.queued("k").number)
+    assert claim(leases, "m1", leases.requests.queued("k").number)
     leases.release(acquire(leases, task="direct").lease, DONE)
-    assert leases.wishes.queued("k").task_id == "m1"
+    assert leases.requests.queued("k").task_id == "m1"
 
 
 def test_a_late_pending_run_does_not_replace_a_newer_one(leases: Leases) -> None:
@@ -497,10 +497,10 @@ def test_a_late_pending_run_does_not_replace_a_newer_one(leases: Leases) -> None
     """
     acquire(leases)
     row = peek(leases)
-    assert leases.wishes.want(row, "newer")
-    assert not leases.wishes.want(row, "older")
-    assert leases.wishes.wanted("k") == "newer"
-    assert leases.wishes.want(peek(leases), "newest")
+    assert leases.requests.request_run(row, "newer")
+    assert not leases.requests.request_run(row, "older")
+    assert leases.requests.wanted("k") == "newer"
+    assert leases.requests.request_run(peek(leases), "newest")
     assert peek(leases).wanted == "newest"
 
 
@@ -509,12 +509,12 @@ def test_a_pending_run_is_struck_out_by_its_own_name(leases: Leases) -> None:
     carried out.
     """
     acquire(leases)
-    assert leases.wishes.want(peek(leases), "older")
-    assert leases.wishes.want(peek(leases), "newer")
-    leases.wishes.granted("k", "older")
-    assert leases.wishes.wanted("k") == "newer"
-    leases.wishes.granted("k", "newer")
-    assert leases.wishes.wanted("k") is None
+    assert leases.requests.request_run(peek(leases), "older")
+    assert leases.requests.request_run(peek(leases), "newer")
+    leases.requests.pending_run_sent("k", "older")
+    assert leases.requests.wanted("k") == "newer"
+    leases.requests.pending_run_sent("k", "newer")
+    assert leases.requests.wanted("k") is None
 
 
 # -- the leader of a schedule, and operators
@@ -561,29 +561,29 @@ def test_a_late_put_does_not_overwrite_a_newer_state(store: Store) -> None:
     """
     store.release(acquire(store).lease, DONE)
     row = peek(store)
-    assert store.wishes.put("k", row, NEWER)
-    assert not store.wishes.put("k", row, NEW)
+    assert store.requests.put("k", row, NEWER)
+    assert not store.requests.put("k", row, NEW)
     row = peek(store)
     store.release(acquire(store, "b").lease, DONE, write(1, seen=0))
-    assert not store.wishes.put("k", row, NEW)
+    assert not store.requests.put("k", row, NEW)
     assert peek(store).value == value(1)
 
 
 def test_a_late_put_of_a_new_singleton_is_refused(store: Store) -> None:
     """There was no row; then a run has made one, or another operator."""
-    assert store.wishes.put("k", None, NEWER)
-    assert not store.wishes.put("k", None, NEW)
+    assert store.requests.put("k", None, NEWER)
+    assert not store.requests.put("k", None, NEW)
     store.release(acquire(store).lease, DONE)
-    assert not store.wishes.put("k", None, NEW)
+    assert not store.requests.put("k", None, NEW)
     assert peek(store).value == NEWER.value
 
 
 def test_put_leaves_a_running_singleton_alone(store: Store) -> None:
     """Also one whose lease has run out: its holder may still write."""
     acquire(store, "a", BRIEF)
-    assert not store.wishes.put("k", peek(store), NEW)
+    assert not store.requests.put("k", peek(store), NEW)
     let_run_out(store)
-    assert not store.wishes.put("k", peek(store), NEW)
+    assert not store.requests.put("k", peek(store), NEW)
     assert peek(store).value == "null"
 
 
@@ -592,8 +592,8 @@ def test_an_old_row_without_a_number_is_run(store: SqlStore) -> None:
     store.release(acquire(store).lease, DONE)
     store._change(f"UPDATE {store.table.fullname} SET {store._sql.write} = NULL, queue = NULL", {})
     assert peek(store).write == 0
-    assert claim(store, "m", store.wishes.queued("k").number)
-    assert store.wishes.put("k", peek(store), NEW)
+    assert claim(store, "m", store.requests.queued("k").number)
+    assert store.requests.put("k", peek(store), NEW)
     acquired = acquire(store, "b")
     assert store.save(acquired.lease, write(1, acquired.write))
 
@@ -609,7 +609,7 @@ def test_a_put_that_found_no_row_leaves_the_run_alone_that_has_made_it(mariadb_u
     other = pymysql.connect(host=url.host, port=url.port, user=url.username, database=url.database)
     with closing(other), other.cursor() as cursor, ThreadPoolExecutor(1) as pool:
         cursor.execute("SELECT GET_LOCK('gate', 10)")
-        putting = pool.submit(store.wishes.put, "k", None, NewValue('{"n":9}', 1))
+        putting = pool.submit(store.requests.put, "k", None, NewValue('{"n":9}', 1))
         waiting = "SELECT count(*) FROM information_schema.processlist WHERE state = 'User lock'"
 
         def is_at_the_gate() -> bool:

@@ -31,7 +31,7 @@ def test_a_list_has_the_history_of_what_did_not_succeed(store: SqlStore) -> None
 def test_contents(store: SqlStore) -> None:
     run(store, "a:1")
     run(store, "a:2")
-    store.wishes.expect({"a:3": "a"})
+    store.requests.expect({"a:3": "a"})
     keys = ["a:1", "a:3", "a:4"]
     assert store.contents(keys, values=False) == {"a:1": ('["a:1"]', None), "a:3": (None, None)}
     assert store.contents(keys, values=True) == {
@@ -44,7 +44,7 @@ def test_contents(store: SqlStore) -> None:
 def test_what_is_expected_has_a_row_and_what_ran_keeps_its_own(store: SqlStore) -> None:
     run(store, "a:1")
     before = store.peek("a:1")
-    store.wishes.expect({"a:1": "a", "a:2": "a"})
+    store.requests.expect({"a:1": "a", "a:2": "a"})
     assert store.peek("a:1") == before
     new = store.peek("a:2")
     assert new is not None
@@ -57,7 +57,7 @@ def test_what_is_expected_has_a_row_and_what_ran_keeps_its_own(store: SqlStore) 
 
 def put(store: SqlStore, key: str, value: str, version: int) -> bool:
     """By the row as it is."""
-    return store.wishes.put(key, store.peek(key), NewValue(value, version))
+    return store.requests.put(key, store.peek(key), NewValue(value, version))
 
 
 def test_a_state_is_put_where_nobody_has_the_lease(store: SqlStore) -> None:
@@ -99,14 +99,14 @@ def test_a_state_is_not_put_over_one_that_was_not_seen(store: SqlStore) -> None:
     """Two operators see a row, or none, and put a state each, one of them late; and one sees a row
     and puts a state when a run has been there meanwhile.
     """
-    assert store.wishes.put("new", None, NewValue("1", 1))
-    assert not store.wishes.put("new", None, NewValue("2", 1))
+    assert store.requests.put("new", None, NewValue("1", 1))
+    assert not store.requests.put("new", None, NewValue("2", 1))
     seen = row_of(store, "new")
-    assert store.wishes.put("new", seen, NewValue("3", 1))
-    assert not store.wishes.put("new", seen, NewValue("1", 1))
+    assert store.requests.put("new", seen, NewValue("3", 1))
+    assert not store.requests.put("new", seen, NewValue("1", 1))
     seen = row_of(store, "new")
     run(store, "new", value="4")
-    assert not store.wishes.put("new", seen, NewValue("5", 1))
+    assert not store.requests.put("new", seen, NewValue("5", 1))
     row = row_of(store, "new")
     assert (row.value, row.schema_version) == ("4", 2)
 
@@ -118,17 +118,17 @@ def test_a_state_is_not_put_after_a_run_that_saved_nothing(store: SqlStore) -> N
     acquired = store.acquire("k", "h:1:a.2", 60, None)
     assert acquired is not None
     assert store.release(acquired.lease, Ended("succeeded", "[]"))
-    assert not store.wishes.put("k", seen, NewValue("5", 1))
-    assert store.wishes.put("k", row_of(store, "k"), NewValue("5", 1))
+    assert not store.requests.put("k", seen, NewValue("5", 1))
+    assert store.requests.put("k", row_of(store, "k"), NewValue("5", 1))
 
 
 @pytest.mark.parametrize("made", ["expected", "queued", "set aside"])
 def test_a_state_is_put_into_a_row_that_had_no_run(store: SqlStore, made: str) -> None:
     """Whoever looks sees a row, or none where the row was not a singleton's yet."""
     if made == "expected":
-        store.wishes.expect({"k": "t"})
+        store.requests.expect({"k": "t"})
     elif made == "queued":
-        assert store.wishes.claim("k", "t", 60, 0)
+        assert store.requests.claim("k", "t", 60, 0)
     else:
         store.set_aside("k", "0")
     assert put(store, "k", "1", 1)
@@ -141,14 +141,14 @@ def test_a_lease_that_is_held_on_is_let_go(store: SqlStore) -> None:
     assert acquired is not None
     row = store.peek("kept")
     assert row is not None
-    assert not store.wishes.let_go(row), "a run's lease is not"
+    assert not store.requests.release_early(row), "a run's lease is not"
     assert store.release(acquired.lease, Ended("succeeded", "[]", hold=60))
     kept = store.peek("kept")
     assert kept is not None
     assert kept.in_hold_period
     assert not put(store, "kept", "3", 4)
-    assert store.wishes.let_go(kept)
-    assert not store.wishes.let_go(kept)
+    assert store.requests.release_early(kept)
+    assert not store.requests.release_early(kept)
     free = store.peek("kept")
     assert free is not None
     assert (free.holder, free.run_count, free.last_outcome) == (None, 1, "succeeded")

@@ -270,10 +270,10 @@ def test_a_time_limit_in_mid_statement_leaves_the_pool_whole(app: Celery, url: s
     """The row is locked by somebody, acquire waits for it, and the soft time limit strikes."""
     task = make(app)
 
-    def strike(*_: Any) -> None:
+    def interrupt(*_: Any) -> None:
         raise SoftTimeLimitExceeded
 
-    before = signal.signal(signal.SIGALRM, strike)
+    before = signal.signal(signal.SIGALRM, interrupt)
     try:
         with directly(url) as other:
             other.exec_driver_sql("SELECT * FROM kv_store FOR UPDATE")
@@ -291,7 +291,7 @@ def test_a_time_limit_in_mid_statement_leaves_the_pool_whole(app: Celery, url: s
 
 
 def test_a_time_limit_within_a_transaction(app: Celery, url: str) -> None:
-    def strike(*_: Any) -> None:
+    def interrupt(*_: Any) -> None:
         raise SoftTimeLimitExceeded
 
     def act(task: Any) -> None:
@@ -300,7 +300,7 @@ def test_a_time_limit_within_a_transaction(app: Celery, url: str) -> None:
             connection.exec_driver_sql(f"SELECT {sleep}(20)")
 
     sleep = "pg_sleep" if url.startswith("postgresql") else "sleep"
-    before = signal.signal(signal.SIGALRM, strike)
+    before = signal.signal(signal.SIGALRM, interrupt)
     try:
         task = make(app, act)
         for _ in range(4):

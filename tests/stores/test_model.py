@@ -238,7 +238,7 @@ class Leases(RuleBasedStateMachine):
         return answer
 
     def verb(self, name: str) -> Callable[..., Any]:
-        rooms = [self.store, self.store.wishes]
+        rooms = [self.store, self.store.requests]
         if self.has_states:
             rooms.append(self.store.entries)
         for room in rooms:
@@ -292,7 +292,7 @@ class Leases(RuleBasedStateMachine):
 
     def note(self, request: Request) -> None:
         """What the invariants keep of a request that was carried out."""
-        if request.verb == "want":
+        if request.verb == "request_run":
             row, pending = request.arguments
             self.noted.append((row.key, pending))
         if request.verb == "dequeue":
@@ -634,7 +634,7 @@ class Leases(RuleBasedStateMachine):
     # -- others
 
     @rule(key=ANY_KEY, fate=FATES, rivals=st.booleans())
-    def ask_to_hand_over(self, key: str, fate: str, rivals: bool) -> None:
+    def request_handoff(self, key: str, fate: str, rivals: bool) -> None:
         """A newer message asks the holder to stop; or two do, which saw the same row."""
         row = self.row(key)
         if row is None or row.holder is None:
@@ -644,7 +644,7 @@ class Leases(RuleBasedStateMachine):
             who, rank = f"asks {self.nonce}", row.next_rank
             self.ranked.append((key, who, rank))
             sent = f"host:{self.nonce:020d}"
-            self.send(Request("ask_to_hand_over", (row, who, rank, sent)), fate)
+            self.send(Request("request_handoff", (row, who, rank, sent)), fate)
 
     @precondition(lambda self: self.ranked)
     @rule(message=one_of("ranked"), fate=FATES)
@@ -653,7 +653,7 @@ class Leases(RuleBasedStateMachine):
         key, who, rank = message
         row = self.row(key)
         if row is not None and row.held:
-            self.send(Request("ask_to_hand_over", (row, who, rank, "sent again")), fate)
+            self.send(Request("request_handoff", (row, who, rank, "sent again")), fate)
 
     @rule(key=ANY_KEY, fate=FATES)
     def free_by_an_operator(self, key: str, fate: str) -> None:
@@ -661,23 +661,23 @@ class Leases(RuleBasedStateMachine):
         row = self.row(key)
         if row is not None and (row.holder is not None or row.held):
             is_hold = row.in_hold_period
-            free = Request("let_go", (row,)) if is_hold else self.release_of_another(row)
+            free = Request("release_early", (row,)) if is_hold else self.release_of_another(row)
             self.send(free, fate)
 
     @rule(key=ANY_KEY, fate=FATES, rivals=st.booleans())
-    def want(self, key: str, fate: str, rivals: bool) -> None:
+    def request_run(self, key: str, fate: str, rivals: bool) -> None:
         """A conflict wants one more run; or two conflicts do, which saw the same row."""
         row = self.row(key)
         if row is None or not row.held:
             return
         for _ in range(1 + rivals):
             self.nonce += 1
-            self.send(Request("want", (row, f"pending {self.nonce}")), fate)
+            self.send(Request("request_run", (row, f"pending {self.nonce}")), fate)
 
     @precondition(lambda self: self.noted)
     @rule(pending=one_of("noted"), fate=FATES)
     def strike_out_what_was_sent(self, pending: tuple[str, str], fate: str) -> None:
-        if self.send(Request("granted", pending), fate) is not UNKNOWN:
+        if self.send(Request("pending_run_sent", pending), fate) is not UNKNOWN:
             self.noted.remove(pending)
 
     @precondition(lambda self: self.has_states)
@@ -792,13 +792,13 @@ class Leases(RuleBasedStateMachine):
             return
         for wrong in all_but_one_part(row):
             self.refuse(
-                Request("ask_to_hand_over", (wrong, "wrong", row.next_rank, None)),
-                Request("want", (wrong, "wrong")),
-                Request("let_go", (wrong,)),
+                Request("request_handoff", (wrong, "wrong", row.next_rank, None)),
+                Request("request_run", (wrong, "wrong")),
+                Request("release_early", (wrong,)),
             )
-        self.refuse(Request("granted", (key, "another")))
+        self.refuse(Request("pending_run_sent", (key, "another")))
         if not row.in_hold_period:
-            self.refuse(Request("let_go", (row,)))
+            self.refuse(Request("release_early", (row,)))
         if self.has_states:
             other = replace(row, fence=row.fence + 1)
             self.refuse(Request("put", (key, other, State(checkpoints=-1).encoded())))

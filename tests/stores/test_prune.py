@@ -98,7 +98,7 @@ def test_the_newer_of_both_times_counts(store: SqlStore, column: str) -> None:
 
 
 def test_one_that_never_ended_a_run_is_as_old_as_its_row(store: SqlStore) -> None:
-    store.wishes.expect({"k": "t"})
+    store.requests.expect({"k": "t"})
     assert store.prune(["k"], DAY) == []
     age(store)
     assert list(store.unused("", DAY)) == ["k"]
@@ -114,7 +114,7 @@ def test_one_that_was_held_on_is_nobodys_when_the_hold_has_passed(store: SqlStor
 
 def test_one_whose_queued_message_was_lost_is_nobodys(store: SqlStore) -> None:
     run(store)
-    enqueue(store.wishes, "k", "t", LONG)
+    enqueue(store.requests, "k", "t", LONG)
     age(store, "updated_at", "last_finished_at", "queued_until")
     assert store.prune(["k"], DAY) == ["k"]
 
@@ -139,19 +139,19 @@ def held_on(store: SqlStore) -> None:
 def asked_for(store: SqlStore) -> None:
     """Whoever asked is still to come."""
     lease = acquire(store, "b").lease
-    store.wishes.ask_to_hand_over(peek(store), "c")
+    store.requests.request_handoff(peek(store), "c")
     store.release(lease, DONE)
 
 
 def wanted(store: SqlStore) -> None:
     """The run that is wanted could not be sent."""
     lease = acquire(store, "b").lease
-    store.wishes.want(peek(store), "w")
+    store.requests.request_run(peek(store), "w")
     store.release(lease, DONE)
 
 
 def queued(store: SqlStore) -> None:
-    enqueue(store.wishes, "k", "t", LONG)
+    enqueue(store.requests, "k", "t", LONG)
 
 
 IN_USE = [held, held_late, held_on, asked_for, wanted, queued]

@@ -17,7 +17,7 @@ from celery.exceptions import ImproperlyConfigured, SoftTimeLimitExceeded
 
 from celery_singleton_state import HeartbeatFailed, StateLoadFailed, singleton_task
 from celery_singleton_state.beat import SingletonScheduler
-from celery_singleton_state.lease.holdings import Holding, Holdings
+from celery_singleton_state.lease.holder_files import HolderFiles, HolderRecord
 from celery_singleton_state.migrations.upgrade import migrate
 from celery_singleton_state.recovery import free_dead
 from celery_singleton_state.runtime import close_runtime, runtime_of
@@ -261,10 +261,10 @@ def test_a_time_limit_in_mid_call_leaves_no_answer_behind(
     assert store is not None
     task_of(app)()
 
-    def strike(*_: Any) -> None:
+    def interrupt(*_: Any) -> None:
         raise SoftTimeLimitExceeded
 
-    before = signal.signal(signal.SIGALRM, strike)
+    before = signal.signal(signal.SIGALRM, interrupt)
     try:
         proxy.mode = "mute"
         signal.setitimer(signal.ITIMER_REAL, 0.1)
@@ -282,7 +282,7 @@ def test_a_time_limit_in_mid_call_leaves_no_answer_behind(
 def kept(lease_url: str) -> Iterator[RedisStore]:
     """A store that has a connection."""
     store = RedisStore(lease_url, io_timeout=5.0)
-    store.wishes.expect({"first": "t"})
+    store.requests.expect({"first": "t"})
     yield store
     store.close()
 
@@ -304,18 +304,18 @@ def test_a_time_limit_while_it_connects_leaves_no_half_made_connection(
     """
     store = RedisStore(lease_url, io_timeout=5.0)
     if moment == "again":
-        store.wishes.expect({"first": "t"})
+        store.requests.expect({"first": "t"})
         with redis.Redis.from_url(lease_url) as client:
             client.client_kill_filter(_type="normal", skipme=True)
     send = redis.Connection.send_command
 
-    def strike(self: Any, *words: Any, **options: Any) -> None:
+    def interrupt(self: Any, *words: Any, **options: Any) -> None:
         if words[0] == "SELECT":
             monkeypatch.undo()
             raise SoftTimeLimitExceeded
         send(self, *words, **options)
 
-    monkeypatch.setattr(redis.Connection, "send_command", strike)
+    monkeypatch.setattr(redis.Connection, "send_command", interrupt)
     with pytest.raises(SoftTimeLimitExceeded):
         store.acquire("k", "h", 60, None)
     assert store.acquire("k", "h", 60, None) is not None
@@ -393,10 +393,10 @@ def test_prune(lease_url: str) -> None:
         if key == "t:wanted":
             row = store.peek(key)
             assert row is not None
-            assert store.wishes.want(row, "w")
+            assert store.requests.request_run(row, "w")
         if key != "t:held":
             store.release(taken.lease, Ended("succeeded", "[]"))
-    assert store.wishes.claim("t:queued", "id", 60, store.wishes.queued("t:queued").number)
+    assert store.requests.claim("t:queued", "id", 60, store.requests.queued("t:queued").number)
     with redis.Redis.from_url(lease_url) as client:
         for key in ("t:old", "t:held", "t:wanted", "t:queued", "u:old"):
             for moment in ("updated_at", "last_finished_at", "expires_at"):
@@ -426,8 +426,8 @@ def test_what_a_dead_process_held_is_freed_though_its_task_is_gone(
     key, holder = "singleton-state:renamed", "h@h:1:abcdef.1"
     (store,) = runtime.stores
     assert store.acquire(key, holder, 600, None)
-    dead = Holdings(runtime.holdings.directory, "1-abcdef")
-    dead.note(Holding(key, holder, 0))
+    dead = HolderFiles(runtime.holder_files.directory, "1-abcdef")
+    dead.note(HolderRecord(key, holder, 0))
     dead.leave_to_parent()  # gives up the lock, as a death does
     assert free_dead(runtime) == 1
     row = store.peek(key)

@@ -44,7 +44,7 @@ def peek(store: RedisStore) -> Row:
 
 
 def claim(store: RedisStore, task_id: str, number: int) -> bool:
-    return store.wishes.claim("k", task_id, LONG, number)
+    return store.requests.claim("k", task_id, LONG, number)
 
 
 def milliseconds(server: redis.Redis) -> int:
@@ -61,8 +61,8 @@ def test_a_repeated_acquire_changes_nothing(store: RedisStore) -> None:
     acquire, for a brief life, is carried out.
     """
     first = acquire(store, "a")
-    assert store.wishes.ask_to_hand_over(peek(store), "b")
-    queue = store.wishes.queued("k").number
+    assert store.requests.request_handoff(peek(store), "b")
+    queue = store.requests.queued("k").number
     before = peek(store)
 
     again, after = acquire(store, "a", BRIEF), peek(store)
@@ -71,7 +71,7 @@ def test_a_repeated_acquire_changes_nothing(store: RedisStore) -> None:
     assert after.expires_in is not None
     assert after.expires_in > LONG / 2
     assert store.renew([first.lease]) == {"k": "b"}
-    assert store.wishes.queued("k").number == queue
+    assert store.requests.queued("k").number == queue
 
 
 def test_a_repeated_acquire_prolongs_a_life_that_ends_sooner(store: RedisStore) -> None:
@@ -145,7 +145,7 @@ def test_runs_within_a_millisecond_have_growing_fences(store: RedisStore) -> Non
 def test_a_lease_that_was_taken_for_nobody_is_given_back(store: RedisStore) -> None:
     """a's acquire is carried out and never answered: a does not know its fence."""
     acquire(store, "a", LONG)
-    assert store.wishes.want(peek(store), "w")
+    assert store.requests.request_run(peek(store), "w")
     assert store.give_back("k", "a") == Released("w")
     row = peek(store)
     assert (row.holder, row.task_id, row.acquired_at, row.expires_in) == (None,) * 4
@@ -176,11 +176,11 @@ def test_a_late_older_wish_replaces_no_newer_one(store: RedisStore) -> None:
     """w1 is sent and given up; w2, which saw the same row, is noted; w1 is carried out."""
     acquire(store, "a")
     seen = peek(store)
-    assert store.wishes.want(seen, "w2")
-    assert not store.wishes.want(seen, "w1")
+    assert store.requests.request_run(seen, "w2")
+    assert not store.requests.request_run(seen, "w1")
     assert peek(store).wanted == "w2"
-    assert store.wishes.want(peek(store), "w3")
-    assert store.wishes.wanted("k") == "w3"
+    assert store.requests.request_run(peek(store), "w3")
+    assert store.requests.wanted("k") == "w3"
 
 
 # -- the queue
@@ -188,50 +188,50 @@ def test_a_late_older_wish_replaces_no_newer_one(store: RedisStore) -> None:
 
 def test_a_late_claim_does_not_queue_a_message_that_has_ended(store: RedisStore) -> None:
     """t's claim stalls; its copy is answered; t runs and ends; the first copy is carried out."""
-    number = store.wishes.queued("k").number
+    number = store.requests.queued("k").number
     assert claim(store, "t", number)
     store.release(acquire_for(store, "t").lease, DONE)
     assert not claim(store, "t", number)
-    assert store.wishes.queued("k").task_id is None
+    assert store.requests.queued("k").task_id is None
 
 
 def test_a_late_claim_does_not_queue_a_message_that_was_dropped(store: RedisStore) -> None:
     """The same, of a message that was revoked: it ended without a run."""
     claim(store, "before", 0)
-    store.wishes.dequeue("k", "before")
-    number = store.wishes.queued("k").number
-    store.wishes.dequeue("k", "t")
+    store.requests.dequeue("k", "before")
+    number = store.requests.queued("k").number
+    store.requests.dequeue("k", "t")
     assert not claim(store, "t", number)
-    assert store.wishes.queued("k").task_id is None
+    assert store.requests.queued("k").task_id is None
 
 
 def test_a_repeated_claim_is_answered_like_the_first(store: RedisStore) -> None:
-    number = store.wishes.queued("k").number
+    number = store.requests.queued("k").number
     assert claim(store, "t", number)
     assert claim(store, "t", number)
     assert not claim(store, "another", number)
-    queued = store.wishes.queued("k")
+    queued = store.requests.queued("k")
     assert (queued.number, queued.task_id) == (number + 1, "t")
 
 
 def test_a_claim_names_the_queue_that_was_seen(store: RedisStore) -> None:
     """Two senders see nobody queued; one claims; the other is refused, and sees the first."""
-    number = store.wishes.queued("k").number
+    number = store.requests.queued("k").number
     assert claim(store, "first", number)
     assert not claim(store, "second", number)
-    assert store.wishes.queued("k").task_id == "first"
+    assert store.requests.queued("k").task_id == "first"
 
 
 def test_a_message_that_runs_is_answered_as_the_queued_one(store: RedisStore) -> None:
     claim(store, "task-a", 0)
     acquire(store, "a")
-    assert store.wishes.queued("k").task_id == "task-a"
-    assert claim(store, "next", store.wishes.queued("k").number)
-    assert store.wishes.queued("k").task_id == "next"
+    assert store.requests.queued("k").task_id == "task-a"
+    assert claim(store, "next", store.requests.queued("k").number)
+    assert store.requests.queued("k").task_id == "next"
 
 
 def test_looking_and_giving_back_make_no_row(store: RedisStore) -> None:
-    assert store.wishes.queued("k").number == 0
+    assert store.requests.queued("k").number == 0
     assert not claim(store, "t", 7)
     assert store.give_back("k", "a") is None
     assert store.peek("k") is None

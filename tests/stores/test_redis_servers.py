@@ -191,14 +191,14 @@ def test_a_demoted_server_answers_nothing(
         lambda: store.contents(["k"], values=False),
         lambda: store.unused("", 0),
         lambda: store.prune(["none"], 0),
-        lambda: store.wishes.queued("none"),
-        lambda: store.wishes.claim("k", "t", LONG, 99),
-        lambda: store.wishes.dequeue("none", "t"),
-        lambda: store.wishes.want(row, "w"),
-        lambda: store.wishes.let_go(row),
-        lambda: store.wishes.wanted("none"),
-        lambda: store.wishes.granted("none", "w"),
-        lambda: store.wishes.expect({"k": "t"}),
+        lambda: store.requests.queued("none"),
+        lambda: store.requests.claim("k", "t", LONG, 99),
+        lambda: store.requests.dequeue("none", "t"),
+        lambda: store.requests.request_run(row, "w"),
+        lambda: store.requests.release_early(row),
+        lambda: store.requests.wanted("none"),
+        lambda: store.requests.pending_run_sent("none", "w"),
+        lambda: store.requests.expect({"k": "t"}),
         store.check,
     ]
     for call in calls:
@@ -292,9 +292,9 @@ def test_a_page_that_is_just_full_is_not_the_end(
     store = make_store(lease_url)
     assert list(store.list("")) == []
     keys = [f"{number:05}" for number in range(PAGE)]
-    store.wishes.expect(dict.fromkeys(keys, "t"))
+    store.requests.expect(dict.fromkeys(keys, "t"))
     assert [row.key for row in store.list("")] == keys
-    store.wishes.expect({"1": "t"})
+    store.requests.expect({"1": "t"})
     assert [row.key for row in store.list("")] == [*keys, "1"]
 
 
@@ -343,21 +343,21 @@ def test_a_full_server_renews_and_releases(
         assert store.renew([lease]) == {"k": None}
         row = store.peek("k")
         assert row is not None
-        assert store.wishes.want(row, "w")
-        assert store.wishes.ask_to_hand_over(row, "another")
+        assert store.requests.request_run(row, "w")
+        assert store.requests.request_handoff(row, "another")
         assert store.acquire("k", "another", LONG, None) is None
         assert store.release(lease, Ended("succeeded", '["a long history"]' * 100)) is not None
-        store.wishes.granted("k", "w")
-        store.wishes.dequeue("k", "t")
+        store.requests.pending_run_sent("k", "w")
+        store.requests.dequeue("k", "t")
         assert store.give_back("k2", taken_for_nobody.holder) is not None
-        assert store.wishes.claim("k", "t", LONG, store.wishes.queued("k").number)
+        assert store.requests.claim("k", "t", LONG, store.requests.queued("k").number)
         assert store.release(acquire(store), DONE) is not None
         assert len(store.list("")) == 2
 
         for refused in (
             lambda: store.acquire("new", "h", LONG, None),
-            lambda: store.wishes.claim("new", "t", LONG, 0),
-            lambda: store.wishes.expect({"new": "t"}),
+            lambda: store.requests.claim("new", "t", LONG, 0),
+            lambda: store.requests.expect({"new": "t"}),
         ):
             with pytest.raises(StoreUnavailable, match="maxmemory"):
                 refused()
@@ -431,9 +431,9 @@ def test_the_privileges_of_the_advice_are_enough(
     store.check()
     lease = acquire(store, key)
     assert store.renew([lease]) == {key: None}
-    assert store.wishes.claim(key, "t", LONG, store.wishes.queued(key).number)
+    assert store.requests.claim(key, "t", LONG, store.requests.queued(key).number)
     assert store.release(lease, DONE) is not None
-    store.wishes.dequeue(key, "t")
+    store.requests.dequeue(key, "t")
     assert [row.key for row in store.list("")] == [key]
     assert store.prune(list(store.unused("", -1)), -1) == [key]
 
@@ -494,7 +494,7 @@ def test_a_time_limit_breaks_off_its_own_call_only(
 
     read_response, struck = redis.Connection.read_response, threading.get_ident()
 
-    def strike(self: Any, *arguments: Any, **named: Any) -> Any:
+    def interrupt(self: Any, *arguments: Any, **named: Any) -> Any:
         if threading.get_ident() != struck:
             return read_response(self, *arguments, **named)
         monkeypatch.undo()
@@ -504,7 +504,7 @@ def test_a_time_limit_breaks_off_its_own_call_only(
         client.client_pause(60_000, all=False)
         renewal = pool.submit(store.renew, [lease])
         wait_until(lambda: blocked(client) == 1, "the renewal waits")
-        monkeypatch.setattr(redis.Connection, "read_response", strike)
+        monkeypatch.setattr(redis.Connection, "read_response", interrupt)
         with pytest.raises(SoftTimeLimitExceeded):
             store.peek("k")
         client.client_unpause()

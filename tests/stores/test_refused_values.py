@@ -111,7 +111,7 @@ def test_a_value_that_the_store_cannot_hold_is_no_outage(
         lambda: store.save(lease, write(refused, 2)),
         lambda: store.release(lease, DONE, write(refused, 2)),
         lambda: store.set_aside("other", refused.value),
-        lambda: store.wishes.put("other", None, refused),
+        lambda: store.requests.put("other", None, refused),
     ]
     for attempt in attempts:
         with pytest.raises(StoreRefusesValue):
@@ -194,9 +194,9 @@ def any_leases(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lease
 
 
 def test_a_message_may_have_any_id(any_leases: Leases) -> None:
-    wishes = any_leases.wishes
-    assert enqueue(wishes, "k", ODD, 60) == ODD
-    assert wishes.queued("k").task_id == ODD
+    requests = any_leases.requests
+    assert enqueue(requests, "k", ODD, 60) == ODD
+    assert requests.queued("k").task_id == ODD
     assert peek(any_leases).queued_task_id == ODD
     acquired = any_leases.acquire("k", "a", 60, ODD)
     assert acquired is not None
@@ -204,11 +204,11 @@ def test_a_message_may_have_any_id(any_leases: Leases) -> None:
     assert (row.task_id, row.queued_task_id) == (ODD, None)
     assert [each.task_id for each in any_leases.list("k")] == [ODD]
     assert any_leases.ticks(["k"])["k"].task_id == ODD
-    assert wishes.ask_to_hand_over(row, ODD, row.next_rank)
+    assert requests.request_handoff(row, ODD, row.next_rank)
     assert peek(any_leases).handoff_to == ODD
     assert any_leases.renew([acquired.lease]).keys() == {"k"}
     assert any_leases.release(acquired.lease, Ended("failed", "[]"))
-    wishes.dequeue("k", ODD)
+    requests.dequeue("k", ODD)
 
 
 @pytest.mark.parametrize("name", ["latin1", "sql_ascii"])
@@ -325,9 +325,9 @@ def test_a_wish_that_redis_takes_not_is_no_outage(lease_url: str, valkey: Valkey
         try:
             for size in ((1 << 20) + 1, 20 << 20):
                 with pytest.raises(StoreRefusesValue, match="proto-max-bulk-len"):
-                    store.wishes.want(peek(store), "x" * size)
+                    store.requests.request_run(peek(store), "x" * size)
         finally:
             client.config_set("proto-max-bulk-len", usual)
-    assert store.wishes.wanted("k") is None
+    assert store.requests.wanted("k") is None
     assert store.release(lease, DONE)
     store.close()

@@ -29,6 +29,7 @@ PARAMETERS: dict[str, Any] = {
     "fence": 1,
     "first": 1,
     "history": "[]",
+    "handoff_to": "w",
     "hold": 1.0,
     "holder": "host:1:a.1",
     "key": "k",
@@ -53,8 +54,7 @@ PARAMETERS: dict[str, Any] = {
     "value": "null",
     "values": True,
     "wanted": None,
-    "who": "w",
-    "wish": "{}",
+    "pending_run": "{}",
     "write": 0,
 }
 #: What EXPLAIN takes.

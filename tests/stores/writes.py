@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from celery_singleton_state.store.base import TAKEN_OVER, NewValue, Wishes, Write
+from celery_singleton_state.store.base import TAKEN_OVER, NewValue, RowRequests, Write
 
 
 def write(new: NewValue, number: int = 1, seen: int | None = None) -> Write:
@@ -12,15 +12,15 @@ def write(new: NewValue, number: int = 1, seen: int | None = None) -> Write:
     return Write(number, seen, new)
 
 
-def enqueue(wishes: Wishes, key: str, task_id: str, life: float) -> str:
+def enqueue(requests: RowRequests, key: str, task_id: str, life: float) -> str:
     """Look who is queued and claim the queue if nobody is, as a client does.
 
     :returns: the id of the message that is queued or running.
     """
     for _ in range(1000):
-        seen = wishes.queued(key)
+        seen = requests.queued(key)
         if seen.task_id is not None:
             return seen.task_id
-        if wishes.claim(key, task_id, life, seen.number):
+        if requests.claim(key, task_id, life, seen.number):
             return task_id
     raise AssertionError(f"{key} changed at each look")

@@ -11,7 +11,7 @@ from celery import Celery
 from kombu import Queue
 
 from celery_singleton_state import singleton_task
-from celery_singleton_state.worker.consumer_timeout import tell_at_start, timeout_of
+from celery_singleton_state.worker.consumer_timeout import timeout_of, warn_at_start
 
 
 def app_on(broker: str, **settings: Any) -> Celery:
@@ -78,6 +78,6 @@ def test_it_warns_of_longer_time_limits_only(
     app.finalize()
     caplog.set_level(logging.INFO, "celery_singleton_state")
     limits = {"time_limit": None, "soft_time_limit": None} | worker
-    tell_at_start(SimpleNamespace(app=app, **limits), 1800)
+    warn_at_start(SimpleNamespace(app=app, **limits), 1800)
     assert [record.levelno for record in caplog.records] == ([level] if level else [])
     assert ("closes_the_year" in caplog.text) == (level == logging.WARNING)

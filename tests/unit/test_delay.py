@@ -20,8 +20,8 @@ from celery_singleton_state.headers import (
     NEXT_SINCE,
     PAUSE,
     PAUSE_LEFT,
-    PUT_BACK,
     RANK,
+    REQUEUED,
     SENT,
     SENT_AT,
     UNRECORDED,
@@ -132,7 +132,7 @@ def test_a_retry_counts_as_queued_for_its_whole_pause(
 
 def test_a_retry_begins_to_wait_anew(make_app: Callable[..., Celery]) -> None:
     """What a try has waited for, and how often it was requeued, is not its retry's."""
-    of_try = {WAITED: 9.5, NEXT_SINCE: 3.0, PUT_BACK: 4, UNRECORDED: 2}
+    of_try = {WAITED: 9.5, NEXT_SINCE: 3.0, REQUEUED: 4, UNRECORDED: 2}
     of_message = {RANK: 7, SENT: "value", SENT_AT: "host:1", ENTRY: "e", DUE: "2026-11-27"}
     task = task_of(make_app("memory://"))
     of_message["own"] = 1

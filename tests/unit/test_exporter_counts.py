@@ -23,7 +23,7 @@ from celery_singleton_state.exporter import Counts
 from celery_singleton_state.exporter.gauges import Gauges
 from celery_singleton_state.exporter.labels import OTHERS, UNKNOWN, Keys
 from celery_singleton_state.exporter.receiver import Receiver
-from celery_singleton_state.exporter.snapshot import look
+from celery_singleton_state.exporter.snapshot import take_snapshot
 from celery_singleton_state.runtime import runtime_of
 from tests.unit.test_hooks import EXAMPLES
 
@@ -45,7 +45,7 @@ class Told:
         self.counts = Counts(self.registry, per_key, frozenset({"t"}), self.keys)
         self.receiver = Receiver(Celery(set_as_current=False), self.counts, self.counts.ignored)
 
-    def tell(self, *events: Any) -> None:
+    def emit(self, *events: Any) -> None:
         self.receiver._on_body(list(events))
 
     def samples(self) -> Samples:
@@ -112,7 +112,7 @@ EVENTS = st.one_of(
 @given(st.booleans(), st.lists(EVENTS, max_size=20))
 def test_made_up_events_of_every_kind(per_key: bool, events: list[Any]) -> None:
     told = Told(per_key)
-    told.tell(*events, event("released", seconds=2.0))
+    told.emit(*events, event("released", seconds=2.0))
     found = told.samples()
     assert sum(map(len, found.values())) <= MOST_SERIES
     assert all(labels[0] in ("t", UNKNOWN) for each in found.values() for labels in each if labels)
@@ -123,7 +123,7 @@ def test_made_up_events_of_every_kind(per_key: bool, events: list[Any]) -> None:
 def test_made_up_words_are_one_series(told: Told) -> None:
     for number in range(1000):
         made_up = f"made up {number}"
-        told.tell(
+        told.emit(
             event("released", singleton=made_up),
             event("released", outcome=made_up),
             event("skipped", outcome=made_up, key=made_up),
@@ -151,7 +151,7 @@ def test_a_duration_that_is_none_spoils_nothing(told: Told, seconds: Any) -> Non
     no later run changes.
     """
     for type in ("released", "lost"):
-        told.tell(event(type, seconds=seconds), event(type, seconds=2.0))
+        told.emit(event(type, seconds=seconds), event(type, seconds=2.0))
     found = told.samples()
     assert list(found["singleton_duration_seconds_sum"].values()) == [4.0]
     assert list(found["singleton_duration_seconds_count"].values()) == [2]
@@ -162,8 +162,8 @@ def test_what_cannot_be_read_is_counted_and_logged_once(
     told: Told, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(50):
-        told.tell(None, {}, {"type": 3}, {"type": "singleton-new"}, event("released", fence="x"))
-        told.tell({"type": "task-sent"})
+        told.emit(None, {}, {"type": 3}, {"type": "singleton-new"}, event("released", fence="x"))
+        told.emit({"type": "task-sent"})
     assert told.samples()["singleton_ignored_events_total"] == {(): 250}
     assert 1 <= len(caplog.messages) <= 4
 
@@ -173,7 +173,7 @@ def test_keys_beyond_the_limit_are_one_series_and_one_warning(
 ) -> None:
     told = Told(per_key=True)
     for number in range(10 * LIMIT):
-        told.tell(event("released", key=f"t{number}"), event("released", key="t" + "x" * 400))
+        told.emit(event("released", key=f"t{number}"), event("released", key="t" + "x" * 400))
     found = told.samples()["singleton_executions_total"]
     assert len(found) == LIMIT + 1
     assert found[("t", OTHERS, "failed")] == 10 * LIMIT - (LIMIT - 1)
@@ -205,12 +205,12 @@ def test_rows_of_unknown_tasks_are_one_series(
     tasks = {f"made-up-{number}": f"made-up-{number}" for number in range(20)}
     tasks |= {f't{{"key":"{number}"}}': "t" for number in range(2 * LIMIT)}
     tasks['t{"key":"\x1b"}'] = "t"
-    runtime.store.wishes.expect({prefix + name: task for name, task in tasks.items()})
+    runtime.store.requests.expect({prefix + name: task for name, task in tasks.items()})
     monkeypatch.setattr("celery_singleton_state.exporter.labels.KEYS", LIMIT)
     monkeypatch.setattr(Keys.__init__, "__defaults__", ("", LIMIT, None))
 
     def keys(per_key: bool) -> dict[tuple[str, ...], float]:
-        gauges = Gauges(runtime, lambda: look(runtime), lambda: True, per_key)
+        gauges = Gauges(runtime, lambda: take_snapshot(runtime), lambda: True, per_key)
         (family,) = (each for each in gauges.collect() if each.name == "singleton_keys")
         return {tuple(sample.labels.values()): sample.value for sample in family.samples}
 
@@ -225,8 +225,8 @@ def test_labels_are_printed_as_ls_prints_names(memory_app: Celery) -> None:
     """No parser of the format is sure to take controls and lone surrogates as they are."""
     memory_app.conf.singleton_beat_name = "b\x9b31m\u2028\u202e\x1b"
     runtime = runtime_of(memory_app)
-    runtime.store.wishes.expect({key_of(runtime.settings.beat_name): "t"})
-    families = Gauges(runtime, lambda: look(runtime), lambda: True).collect()
+    runtime.store.requests.expect({key_of(runtime.settings.beat_name): "t"})
+    families = Gauges(runtime, lambda: take_snapshot(runtime), lambda: True).collect()
     gauges = CollectorRegistry()
     (beat,) = (
         each.labels["beat"]

@@ -82,7 +82,7 @@ def test_one_that_never_ran_is_waited_for(memory_app: Celery) -> None:
     singleton_task(memory_app, shared=False, name="daily", expected_interval=86400)(nothing)
     assert health(memory_app)["quick"][0], "in this process's first minute"
     keys = {f"singleton-state:{name}": name for name in ("quick", "daily")}
-    runtime_of(memory_app).store.wishes.expect(keys)
+    runtime_of(memory_app).store.requests.expect(keys)
     make_older(memory_app, "updated_at", 50)
     assert health(memory_app)["quick"][0]
     make_older(memory_app, "updated_at", 20)
@@ -92,7 +92,7 @@ def test_one_that_never_ran_is_waited_for(memory_app: Celery) -> None:
         "it never ran, and is waited for since 70 s, longer than 60 s",
     )
     assert found["daily"][0]
-    runtime_of(memory_app).store.wishes.expect(keys)
+    runtime_of(memory_app).store.requests.expect(keys)
     assert health(memory_app)["quick"] == found["quick"], "a second start is not the first"
 
 

@@ -111,7 +111,7 @@ def test_short_runs_do_not_wake_the_threads(
     they must not be told of each anew.
     """
     heartbeat.hold(held("first", ttl=60, interval=30))
-    alarms = (heartbeat._renewal, heartbeat._judge)
+    alarms = (heartbeat._renewal, heartbeat._expiry)
     for alarm in alarms:
         wait_until(lambda it=alarm: it._wakes_at < float("inf"), "it waits for the first")
     told = []
@@ -129,7 +129,7 @@ def test_after_an_interval_without_runs_it_sleeps_for_good(heartbeat: Heartbeat)
     lease = held("a")
     heartbeat.hold(lease)
     heartbeat.drop(lease)
-    alarms = (heartbeat._renewal, heartbeat._judge)
+    alarms = (heartbeat._renewal, heartbeat._expiry)
     for alarm in alarms:
         wait_until(lambda it=alarm: it._wakes_at == float("inf"), "it sleeps for good")
     later = held("b")
@@ -192,7 +192,7 @@ def test_a_locked_row_does_not_delay_the_other_leases(heartbeat: Heartbeat, stor
     free.set()
     wait_until(lambda: all(leases[key].asked_at > asked_at for key in locked), "the four are, too")
     go_on.set()
-    wait_until(lambda: not heartbeat._passed_over, "nobody waits for them any more")
+    wait_until(lambda: not heartbeat._skipped, "nobody waits for them any more")
     assert [lease.lost for lease in leases.values()] == [None] * 5
 
 
@@ -336,7 +336,7 @@ def test_a_holder_hears_who_asks_it_to_hand_over(heartbeat: Heartbeat, store: An
 def test_a_thread_that_died_is_replaced(heartbeat: Heartbeat, store: Answers) -> None:
     heartbeat.hold(held("a"))
     heartbeat.close()
-    heartbeat._renewal._closed = heartbeat._judge._closed = False
+    heartbeat._renewal._closed = heartbeat._expiry._closed = False
     lease = held("b")
     heartbeat.hold(lease)
     wait_until(lambda: any("b" in keys for keys in store.asked), "a new thread renews")

@@ -14,48 +14,54 @@ from typing import Any
 
 import pytest
 
-from celery_singleton_state.lease import holdings
-from celery_singleton_state.lease.holdings import SLOT, Holding, Holdings, directory_of, file_of
+from celery_singleton_state.lease import holder_files
+from celery_singleton_state.lease.holder_files import (
+    SLOT,
+    HolderFiles,
+    HolderRecord,
+    directory_of,
+    file_of,
+)
 
 FORK = multiprocessing.get_context("fork")
 
 
-def holding(n: int) -> Holding:
-    return Holding(f"singleton-state:task-{n}", f"w@host:1:abc.{n:x}", 0)
+def holder_record(n: int) -> HolderRecord:
+    return HolderRecord(f"singleton-state:task-{n}", f"w@host:1:abc.{n:x}", 0)
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Iterator[Holdings]:
-    made = Holdings(tmp_path, f"{os.getpid()}-aaaa")
+def own(tmp_path: Path) -> Iterator[HolderFiles]:
+    made = HolderFiles(tmp_path, f"{os.getpid()}-aaaa")
     yield made
     made.close()
 
 
-def found(own: Holdings) -> list[list[Holding]]:
-    return list(own.of_the_dead())
+def found(own: HolderFiles) -> list[list[HolderRecord]]:
+    return list(own.of_dead_processes())
 
 
 def hold_two(directory: Path, pipe: Connection) -> None:
-    held = Holdings(directory, f"{os.getpid()}-bbbb")
-    held.note(holding(1))
-    slot = held.note(holding(2))
-    held.note(holding(3))
-    held.strike_out(slot)
+    held = HolderFiles(directory, f"{os.getpid()}-bbbb")
+    held.note(holder_record(1))
+    slot = held.note(holder_record(2))
+    held.note(holder_record(3))
+    held.clear(slot)
     pipe.send("holds")
     pipe.recv()
 
 
 def hold_and_close(directory: Path, pipe: Connection) -> None:
-    held = Holdings(directory, f"{os.getpid()}-bbbb")
-    held.note(holding(1))
+    held = HolderFiles(directory, f"{os.getpid()}-bbbb")
+    held.note(holder_record(1))
     held.close()
     pipe.send("closed")
     pipe.recv()
 
 
 def fork_and_hold(directory: Path, pipe: Connection) -> None:
-    held = Holdings(directory, f"{os.getpid()}-bbbb")
-    held.note(holding(1))
+    held = HolderFiles(directory, f"{os.getpid()}-bbbb")
+    held.note(holder_record(1))
     child = os.fork()
     if not child:
         pipe.send(os.getpid())
@@ -75,32 +81,34 @@ def process(target: Any, directory: Path) -> Iterator[tuple[Any, Any]]:
         running.join(30)
 
 
-def test_the_living_are_left_alone_and_the_dead_are_found(own: Holdings, tmp_path: Path) -> None:
+def test_the_living_are_left_alone_and_the_dead_are_found(own: HolderFiles, tmp_path: Path) -> None:
     with process(hold_two, tmp_path) as (running, _):
         assert found(own) == []
         running.kill()
         running.join(30)
-        assert found(own) == [[holding(1), holding(3)]]
+        assert found(own) == [[holder_record(1), holder_record(3)]]
         assert found(own) == []
 
 
-def test_what_a_process_holds_at_its_orderly_exit_is_found(own: Holdings, tmp_path: Path) -> None:
+def test_what_a_process_holds_at_its_orderly_exit_is_found(
+    own: HolderFiles, tmp_path: Path
+) -> None:
     """It closes while one of its threads is in mid-run: that run is living until it is gone."""
     with process(hold_and_close, tmp_path) as (running, _):
         assert found(own) == []
         running.kill()
         running.join(30)
-        assert found(own) == [[holding(1)]]
+        assert found(own) == [[holder_record(1)]]
 
 
-def test_a_process_that_stands_still_is_no_dead_one(own: Holdings, tmp_path: Path) -> None:
+def test_a_process_that_stands_still_is_no_dead_one(own: HolderFiles, tmp_path: Path) -> None:
     with process(hold_two, tmp_path) as (running, _):
         os.kill(running.pid, signal.SIGSTOP)
         assert found(own) == []
 
 
 def test_a_holder_that_dies_is_found_while_its_forked_child_lives(
-    own: Holdings, tmp_path: Path
+    own: HolderFiles, tmp_path: Path
 ) -> None:
     """The child has a copy of the file, of its lock, and of the memory that it is mapped to."""
     with process(fork_and_hold, tmp_path) as (running, child):
@@ -109,20 +117,20 @@ def test_a_holder_that_dies_is_found_while_its_forked_child_lives(
         # Its child keeps open what join() waits for.
         os.waitpid(running.pid, 0)
         try:
-            assert found(own) == [[holding(1)]]
+            assert found(own) == [[holder_record(1)]]
             os.kill(child, 0)
         finally:
             os.kill(child, signal.SIGKILL)
 
 
 def test_a_forked_child_that_ends_as_its_parent_would_leaves_its_parents_file(
-    own: Holdings, tmp_path: Path
+    own: HolderFiles, tmp_path: Path
 ) -> None:
-    slot = own.note(holding(1))
+    slot = own.note(holder_record(1))
 
     def end() -> None:
-        own.strike_out(slot)
-        assert own.note(holding(2)) is None
+        own.clear(slot)
+        assert own.note(holder_record(2)) is None
         own.close()
 
     child = FORK.Process(target=end)
@@ -130,80 +138,80 @@ def test_a_forked_child_that_ends_as_its_parent_would_leaves_its_parents_file(
     child.join(30)
     assert child.exitcode == 0
     descriptor = os.open(tmp_path / f"{os.getpid()}-aaaa", os.O_RDONLY)
-    assert holdings._read(descriptor) == [holding(1)]
+    assert holder_files._read(descriptor) == [holder_record(1)]
     os.close(descriptor)
-    assert found(Holdings(tmp_path, "1-cccc")) == []
-    own.strike_out(slot)
+    assert found(HolderFiles(tmp_path, "1-cccc")) == []
+    own.clear(slot)
 
 
-def test_what_could_not_be_freed_is_left_for_the_next(own: Holdings, tmp_path: Path) -> None:
+def test_what_could_not_be_freed_is_left_for_the_next(own: HolderFiles, tmp_path: Path) -> None:
     with process(hold_two, tmp_path) as (running, _):
         running.kill()
         running.join(30)
-    looking: Any = own.of_the_dead()
+    looking: Any = own.of_dead_processes()
     next(looking)
     with pytest.raises(ConnectionError):
         looking.throw(ConnectionError)
-    assert found(own) == [[holding(1), holding(3)]]
+    assert found(own) == [[holder_record(1), holder_record(3)]]
 
 
-def test_two_who_look_do_not_both_find(own: Holdings, tmp_path: Path) -> None:
+def test_two_who_look_do_not_both_find(own: HolderFiles, tmp_path: Path) -> None:
     """A reads a dead process's file; B looks at the same time; B leaves it to A."""
     with process(hold_two, tmp_path) as (running, _):
         running.kill()
         running.join(30)
-    first = own.of_the_dead()
-    assert next(first) == [holding(1), holding(3)]
-    assert found(Holdings(tmp_path, "1-cccc")) == []
+    first = own.of_dead_processes()
+    assert next(first) == [holder_record(1), holder_record(3)]
+    assert found(HolderFiles(tmp_path, "1-cccc")) == []
     assert list(first) == []
 
 
-def test_a_process_does_not_find_itself(own: Holdings) -> None:
-    own.note(holding(1))
+def test_a_process_does_not_find_itself(own: HolderFiles) -> None:
+    own.note(holder_record(1))
     assert found(own) == []
 
 
-def test_more_than_the_file_was_made_for(own: Holdings, tmp_path: Path) -> None:
-    slots = [own.note(holding(n)) for n in range(100)]
+def test_more_than_the_file_was_made_for(own: HolderFiles, tmp_path: Path) -> None:
+    slots = [own.note(holder_record(n)) for n in range(100)]
     assert len(set(slots)) == 100
     for slot in slots[10:]:
-        own.strike_out(slot)
+        own.clear(slot)
     descriptor = os.open(tmp_path / f"{os.getpid()}-aaaa", os.O_RDONLY)
-    assert {found.key for found in holdings._read(descriptor)} == {
-        holding(n).key for n in range(10)
+    assert {found.key for found in holder_files._read(descriptor)} == {
+        holder_record(n).key for n in range(10)
     }
     os.close(descriptor)
 
 
-def test_a_holding_that_does_not_fit_is_not_noted(own: Holdings) -> None:
-    assert own.note(Holding("x" * SLOT, "h", 0)) is None
-    own.strike_out(None)
+def test_a_holding_that_does_not_fit_is_not_noted(own: HolderFiles) -> None:
+    assert own.note(HolderRecord("x" * SLOT, "h", 0)) is None
+    own.clear(None)
 
 
 def test_a_full_disk_costs_the_note_and_not_the_process(
-    own: Holdings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    own: HolderFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Writing to mapped memory that the disk has no room for would end it with SIGBUS."""
-    slot = own.note(holding(1))
+    slot = own.note(holder_record(1))
 
     def refuse(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(holdings.os, "posix_fallocate", refuse)
-        assert own.note(holding(2)) is None
+        patched.setattr(holder_files.os, "posix_fallocate", refuse)
+        assert own.note(holder_record(2)) is None
         assert "No space left" in caplog.text
-        own.strike_out(slot)
-        assert own.note(holding(3)) == slot
-    assert own.note(holding(4)) is not None
+        own.clear(slot)
+        assert own.note(holder_record(3)) == slot
+    assert own.note(holder_record(4)) is not None
 
 
 def test_a_file_that_was_removed_before_it_was_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file is made; somebody finds it unlocked and removes it; only then is it locked."""
-    made = Holdings(tmp_path, f"{os.getpid()}-dddd")
-    lock, removed = holdings.fcntl.flock, []
+    made = HolderFiles(tmp_path, f"{os.getpid()}-dddd")
+    lock, removed = holder_files.fcntl.flock, []
 
     def remove_first(descriptor: int, operation: int) -> None:
         if not removed:
@@ -211,10 +219,10 @@ def test_a_file_that_was_removed_before_it_was_locked(
             (tmp_path / f"{os.getpid()}-dddd").unlink()
         lock(descriptor, operation)
 
-    monkeypatch.setattr(holdings.fcntl, "flock", remove_first)
-    slot = made.note(holding(1))
+    monkeypatch.setattr(holder_files.fcntl, "flock", remove_first)
+    slot = made.note(holder_record(1))
     assert (tmp_path / f"{os.getpid()}-dddd").exists()
-    made.strike_out(slot)
+    made.clear(slot)
     made.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -229,8 +237,8 @@ def test_a_holder_names_its_file() -> None:
 
 
 def test_without_a_directory_nothing_is_noted() -> None:
-    made = Holdings(None, "1-aaaa")
-    assert made.note(holding(1)) is None
+    made = HolderFiles(None, "1-aaaa")
+    assert made.note(holder_record(1)) is None
     assert found(made) == []
     made.close()
 
@@ -238,7 +246,7 @@ def test_without_a_directory_nothing_is_noted() -> None:
 def test_a_directory_of_somebody_else_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(holdings, "root", lambda: tmp_path / "taken")
+    monkeypatch.setattr(holder_files, "root", lambda: tmp_path / "taken")
     (tmp_path / "taken").symlink_to(tmp_path)
     assert directory_of("store") is None
     assert "will have to run out" in caplog.text
@@ -253,11 +261,11 @@ def test_processes_of_two_kernels_do_not_look_into_each_others_files(
     assert here == directory_of("store") != directory_of("another store")
     uname = os.uname()
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(holdings.os, "uname", lambda: SimpleNamespace(nodename="elsewhere"))
+        elsewhere.setattr(holder_files.os, "uname", lambda: SimpleNamespace(nodename="elsewhere"))
         assert directory_of("store") != here
     assert os.uname() == uname
     (tmp_path / "boot_id").write_text("another\n")
-    monkeypatch.setattr(holdings, "BOOT_ID", tmp_path / "boot_id")
+    monkeypatch.setattr(holder_files, "BOOT_ID", tmp_path / "boot_id")
     another = directory_of("store")
     assert another != here
     (tmp_path / "boot_id").unlink()
@@ -265,7 +273,7 @@ def test_processes_of_two_kernels_do_not_look_into_each_others_files(
 
 
 def test_a_directory_that_went_away_is_an_empty_one(
-    own: Holdings, monkeypatch: pytest.MonkeyPatch
+    own: HolderFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(24, "Too many open files")
@@ -274,7 +282,7 @@ def test_a_directory_that_went_away_is_an_empty_one(
     assert found(own) == []
 
 
-def test_a_note_that_is_broken_hides_no_other(own: Holdings, tmp_path: Path) -> None:
+def test_a_note_that_is_broken_hides_no_other(own: HolderFiles, tmp_path: Path) -> None:
     with process(hold_two, tmp_path) as (running, _):
         running.kill()
         running.join(30)
@@ -282,4 +290,4 @@ def test_a_note_that_is_broken_hides_no_other(own: Holdings, tmp_path: Path) -> 
     with file.open("r+b") as broken:
         broken.seek(1)
         broken.write(b"?")
-    assert found(own) == [[holding(3)]]
+    assert found(own) == [[holder_record(3)]]

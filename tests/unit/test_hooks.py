@@ -28,11 +28,11 @@ from celery_singleton_state.hooks import (
     StateSaved,
     TookOver,
     WriteRefused,
-    door,
+    dispatcher,
     events,
 )
 from celery_singleton_state.hooks.details import KINDS
-from celery_singleton_state.hooks.door import Door
+from celery_singleton_state.hooks.dispatcher import Dispatcher
 from celery_singleton_state.recovery import end_for
 from celery_singleton_state.runtime import runtime_of
 from tests.waiting import wait_until
@@ -120,7 +120,7 @@ def add(self: SingletonTask[Count]) -> int:
 
 
 def flush(app: Celery) -> None:
-    runtime_of(app).door.close()
+    runtime_of(app).dispatcher.close()
 
 
 def test_each_kind_is_an_event_and_comes_back_from_it() -> None:
@@ -162,8 +162,8 @@ def test_a_hook_is_named_or_a_class(memory_app: Celery, monkeypatch: pytest.Monk
             super().__init__()
             made.append(self)
 
-    monkeypatch.setattr(door, "made_for_the_test", Made, raising=False)
-    use(memory_app, "celery_singleton_state.hooks.door:made_for_the_test")
+    monkeypatch.setattr(dispatcher, "made_for_the_test", Made, raising=False)
+    use(memory_app, "celery_singleton_state.hooks.dispatcher:made_for_the_test")
     make_task(memory_app, add)()
     flush(memory_app)
     assert len(made) == 1
@@ -199,7 +199,7 @@ def test_a_slow_hook_stalls_no_run_and_what_is_too_much_is_dropped(
     """The hook does not come back; runs go on. More than the limit waits: the newest is dropped,
     and said to be when the hook is back.
     """
-    monkeypatch.setattr(door, "LIMIT", 6)
+    monkeypatch.setattr(dispatcher, "LIMIT", 6)
     held, go = threading.Event(), threading.Event()
 
     def slow(details: Details) -> None:
@@ -221,9 +221,9 @@ def test_a_slow_hook_stalls_no_run_and_what_is_too_much_is_dropped(
     assert len(seen.details) < 6 * 4
 
 
-def tell(own: Door, details: Details) -> None:
+def emit(own: Dispatcher, details: Details) -> None:
     """Tell a door what these details say, at whatever time."""
-    own.tell(kind=type(details), **msgspec.structs.asdict(details))
+    own.emit(kind=type(details), **msgspec.structs.asdict(details))
 
 
 def test_what_comes_while_the_last_is_handed_on_is_told_as_well(
@@ -238,11 +238,11 @@ def test_what_comes_while_the_last_is_handed_on_is_told_as_well(
         go.wait(30)
 
     use(memory_app, slow)
-    own = runtime_of(memory_app).door
+    own = runtime_of(memory_app).dispatcher
     first, second = EXAMPLES[:2]
-    tell(own, first)
+    emit(own, first)
     assert held.wait(30)
-    tell(own, second)
+    emit(own, second)
     closing = threading.Thread(target=own.close)
     closing.start()
     wait_until(own._closed.is_set, "it is being closed")
@@ -272,7 +272,7 @@ def test_signals_have_the_task_as_sender(
 
 def test_nobody_looks_on_and_no_thread_is_there(memory_app: Celery) -> None:
     make_task(memory_app, add)()
-    own = runtime_of(memory_app).door
+    own = runtime_of(memory_app).dispatcher
     assert own._thread is None
     assert not own._waiting
 
@@ -328,7 +328,7 @@ def test_a_lost_run_ends_once(memory_app: Celery, seen: Seen) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ends", "how"), [("expires", "expired"), ("dies", "died"), ("hands over", "handed over")]
+    ("ends", "how"), [("expires", "expired"), ("dies", "died"), ("hands over", "handoff")]
 )
 def test_a_run_after_one_that_did_not_end_by_itself(
     memory_app: Celery, seen: Seen, ends: str, how: str

@@ -79,13 +79,13 @@ def work_on() -> None:
 def count_strikes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Note each time that the thread of the calling body is to be interrupted."""
     stack, strikes = interrupt._stack_here(), list[int]()
-    strike = stack.strike
+    real_interrupt = stack.interrupt
 
     def counted() -> None:
-        strike()
+        real_interrupt()
         strikes.append(1)
 
-    monkeypatch.setattr(stack, "strike", counted)
+    monkeypatch.setattr(stack, "interrupt", counted)
     return strikes
 
 

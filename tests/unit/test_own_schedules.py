@@ -17,7 +17,7 @@ from django_celery_beat.clockedschedule import clocked
 from django_celery_beat.tzcrontab import TzAwareCrontab
 
 from celery_singleton_state import matches_now, next_runs
-from celery_singleton_state.beat import SingletonEntry, passing, poll
+from celery_singleton_state.beat import SingletonEntry, misfires, poll
 from celery_singleton_state.beat.celerys_entry import due_after
 from celery_singleton_state.beat.entry import NEVER
 from celery_singleton_state.schedules.due import spelled
@@ -433,7 +433,7 @@ def test_far_behind_it_is_asked_in_turns_so_that_others_have_theirs(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tick that is sent is the latest, and those before it are counted."""
-    monkeypatch.setattr(passing, "TURN", 0.001)
+    monkeypatch.setattr(misfires, "TURN", 0.001)
 
     class Counted(schedule):
         def remaining_estimate(self, last_run_at: datetime) -> timedelta:

@@ -11,8 +11,8 @@ import pytest
 from celery import Celery
 from celery.schedules import crontab, solar
 
-from celery_singleton_state.beat import passing
-from celery_singleton_state.beat.passing import MAX_OWED, TURN, pass_over, surplus
+from celery_singleton_state.beat import misfires
+from celery_singleton_state.beat.misfires import MAX_OWED, TURN, skip_ticks, surplus
 from celery_singleton_state.schedules.due import next_due
 from tests.unit.test_entry import HOUR, MINUTE, NOON, SECOND, entry
 
@@ -39,7 +39,7 @@ def all_turns(
 ) -> tuple[int, datetime]:
     count = 0
     while True:
-        passed, due, is_through = pass_over(
+        passed, due, is_through = skip_ticks(
             asked, due, until, lambda moment: next_due(asked, moment), at_most - count
         )
         count += passed
@@ -71,7 +71,7 @@ def test_what_is_passed_over_by_days_is_what_comes_one_by_one(
 
 
 def test_no_more_are_passed_over_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passing, "TURN", 60.0)
+    monkeypatch.setattr(misfires, "TURN", 60.0)
     asked = at(BERLIN)
     first = next_due(asked, AUTUMN)
     assert all_turns(asked, first, first + YEARS, 5000) == (5000, first + 5000 * MINUTE)

@@ -65,7 +65,7 @@ def app(memory_app: Celery) -> Celery:
 def old(app: Celery, tasks: Mapping[str, str]) -> Runtime:
     """:param tasks: the task's name by the singleton's name."""
     runtime = runtime_of(app)
-    runtime.store.wishes.expect({row_key(PREFIX, name): task for name, task in tasks.items()})
+    runtime.store.requests.expect({row_key(PREFIX, name): task for name, task in tasks.items()})
     runtime.store._change("UPDATE kv_store SET updated_at = '2001-01-01 00:00:00.000+00:00'", {})
     return runtime
 
@@ -116,7 +116,7 @@ def test_the_row_that_is_no_key_of_unique_on(app: Celery, name: str, task: str) 
 
 def test_the_row_whose_task_nobody_has_noted(app: Celery) -> None:
     runtime = old(app, {})
-    assert runtime.store.wishes.claim(PREFIX + 'by_name{"a":1}', "id", 0, 0)
+    assert runtime.store.requests.claim(PREFIX + 'by_name{"a":1}', "id", 0, 0)
     runtime.store._change("UPDATE kv_store SET updated_at = '2001-01-01 00:00:00.000+00:00'", {})
     assert runtime.store.unused(PREFIX, DAY) == {PREFIX + 'by_name{"a":1}': None}
     assert find_unused(runtime, DAY, None) == {}
@@ -145,7 +145,7 @@ def test_what_was_removed_before_the_store_went_away_is_told(
 
     monkeypatch.setattr(runtime.store, "prune", once)
     told: list[Changed] = []
-    monkeypatch.setattr(runtime.door, "publish", told.append)
+    monkeypatch.setattr(runtime.dispatcher, "publish", told.append)
     with pytest.raises(StoreUnavailable):
         remove(runtime, unused, DAY, batch=2)
     assert [len(keys) for keys in batches] == [2, 2]

@@ -14,7 +14,7 @@ from celery import Celery
 
 from celery_singleton_state.lease import renewal_slots
 from celery_singleton_state.lease.heartbeat import Heartbeat
-from celery_singleton_state.lease.holdings import Holding, Holdings
+from celery_singleton_state.lease.holder_files import HolderFiles, HolderRecord
 from celery_singleton_state.lease.lease import HeldLease, clock
 from celery_singleton_state.lease.renewal_slots import (
     ANSWER_AT,
@@ -41,22 +41,22 @@ class Child:
     """A process's file, and a heartbeat that leaves the renewals to a parent."""
 
     def __init__(self, directory: Path) -> None:
-        self.holdings = Holdings(directory, f"{os.getpid()}-aaaa")
+        self.holder_files = HolderFiles(directory, f"{os.getpid()}-aaaa")
         self.path = directory / f"{os.getpid()}-aaaa"
         self.store = Answers()
-        self.left = LeftToParent(self.holdings, MARK)
+        self.left = LeftToParent(self.holder_files, MARK)
         self.heartbeat = Heartbeat(self.store, self.left)  # type: ignore[arg-type]
         self.slots: dict[str, int | None] = {}
 
     def hold(self, key: str, ttl: float = 60.0, interval: float = 30.0) -> HeldLease:
         held = HeldLease(Lease(key, f"holder of {key}", 7, ttl), clock(), interval)
-        self.slots[key] = self.holdings.note(Holding(key, held.lease.holder, 0))
+        self.slots[key] = self.holder_files.note(HolderRecord(key, held.lease.holder, 0))
         self.heartbeat.hold(held)
         return held
 
     def drop(self, held: HeldLease) -> None:
         self.heartbeat.drop(held)
-        self.holdings.strike_out(self.slots.pop(held.lease.key))
+        self.holder_files.clear(self.slots.pop(held.lease.key))
 
     def requests(self) -> list[RenewalRequest]:
         return [request for _, request in requests_in(self.path)]
@@ -75,8 +75,8 @@ def child(tmp_path: Path) -> Iterator[Child]:
     yield made
     made.heartbeat.close()
     for slot in made.slots.values():
-        made.holdings.strike_out(slot)
-    made.holdings.close()
+        made.holder_files.clear(slot)
+    made.holder_files.close()
 
 
 def test_a_lease_is_asked_for_until_it_is_dropped(child: Child) -> None:
@@ -143,7 +143,7 @@ def test_no_part_of_an_answer_is_taken(child: Child) -> None:
         for new in areas:
             for n in range(121):
                 for mixed in (new[:n] + old[n:], old[:n] + new[n:]):
-                    child.holdings.put(holder, ANSWER_AT, mixed)
+                    child.holder_files.put(holder, ANSWER_AT, mixed)
                     assert child.left.answer_to(held) in answers
 
 
@@ -152,7 +152,7 @@ def test_a_long_name_is_cut(child: Child) -> None:
     child.answer(held, RenewalAnswer(held.lease.holder, clock(), "ä" * 5000))
     answer = child.left.answer_to(held)
     assert answer is not None
-    assert answer.who == "ä" * 200
+    assert answer.handoff_to == "ä" * 200
 
 
 def test_a_request_that_has_no_room_leaves_the_lease_to_its_process(child: Child) -> None:
@@ -202,9 +202,9 @@ def test_only_a_child_of_the_marked_process_leaves_renewals_to_it(
     assert mark_as_parent() == mark
     assert parents_mark() is None
 
-    def tell(pipe: Any, descend: int) -> None:
+    def emit(pipe: Any, descend: int) -> None:
         if descend:
-            nested = FORK.Process(target=tell, args=(pipe, descend - 1))
+            nested = FORK.Process(target=emit, args=(pipe, descend - 1))
             nested.start()
             nested.join()
         else:
@@ -212,7 +212,7 @@ def test_only_a_child_of_the_marked_process_leaves_renewals_to_it(
 
     here, there = FORK.Pipe()
     for descend, expected in ((0, mark), (1, None)):
-        process = FORK.Process(target=tell, args=(there, descend))
+        process = FORK.Process(target=emit, args=(there, descend))
         process.start()
         process.join(30)
         assert here.recv() == expected
@@ -242,7 +242,7 @@ def hold(app: Celery, pipe: Any, key: str) -> None:
     """In the child: hold a lease, and tell what becomes of it."""
     own = runtime_of(app)
     holder, asked_at = own.new_holder(), clock()
-    own.holdings.note(Holding(key, holder, 0))
+    own.holder_files.note(HolderRecord(key, holder, 0))
     acquired = own.store.acquire(key, holder, TTL, None)
     assert acquired is not None
     held = HeldLease(acquired.lease, asked_at, TTL / 100)
@@ -286,7 +286,7 @@ def test_the_leases_of_stopped_children_are_renewed(
         os.kill(process.pid, signal.SIGSTOP)
     renewal = ParentRenewal(app, lambda: children)
     before = {key: expires_at(app, key) for key in ("a", "b", "c")}
-    renewal.look()
+    renewal.check()
     wait_until(
         lambda: all(expires_at(app, key) > before[key] + 0.1 for key in before), "all are renewed"
     )
@@ -298,12 +298,12 @@ def test_the_dead_are_not_renewed(
     """The child dies; the pool has not noticed yet, and has its process on the list."""
     process, _, lease = make_child("a")
     renewal = ParentRenewal(app, lambda: [process])
-    renewal.look()
+    renewal.check()
     assert set(renewal._leases) == {lease.holder}
     os.kill(process.pid, signal.SIGKILL)
 
     def dropped() -> bool:
-        renewal.look()
+        renewal.check()
         return not renewal._leases
 
     wait_until(dropped, "it is dropped")
@@ -318,17 +318,17 @@ def test_a_process_that_is_not_of_the_pool_is_not_renewed(
     process, _, lease = make_child("a")
     renewal = ParentRenewal(app, lambda: pool)
     pool: list[Any] = []
-    renewal.look()
+    renewal.check()
     assert renewal._leases == {}
     pool = [process]
-    renewal.look()
+    renewal.check()
     assert set(renewal._leases) == {lease.holder}
 
     class Later:
         pid = process.pid
 
     pool = [Later()]
-    renewal.look()
+    renewal.check()
     assert renewal._leases == {}
 
 
@@ -341,7 +341,7 @@ def test_requests_to_another_parent_are_left_to_it(
     process, _, _ = make_child("a")
     monkeypatch.setenv(renewal_slots._MARK, "")
     renewal = ParentRenewal(app, lambda: [process])
-    renewal.look()
+    renewal.check()
     assert renewal._leases == {}
 
 
@@ -354,14 +354,14 @@ def test_a_child_is_told_of_a_refusal_until_its_run_ends(
     process, pipe, lease = make_child("a")
     os.kill(process.pid, signal.SIGSTOP)
     renewal = ParentRenewal(app, lambda: [process])
-    renewal.look()
+    renewal.check()
     assert runtime_of(app).store.release(lease, DONE)
     held = renewal._leases[lease.holder][0]
     wait_until(lambda: held.lost, "the renewal is refused")
     os.kill(process.pid, signal.SIGCONT)
 
     def hears() -> bool:
-        renewal.look()
+        renewal.check()
         return bool(pipe.poll())
 
     wait_until(hears, "the child is told")

@@ -15,7 +15,7 @@ from celery.exceptions import Ignore
 
 from celery_singleton_state import history, singleton_task
 from celery_singleton_state.history import Entry
-from celery_singleton_state.lease.holdings import Holdings
+from celery_singleton_state.lease.holder_files import HolderFiles
 from celery_singleton_state.message.delivery import Delivery
 from celery_singleton_state.message.duplicates import GRACE, end_duplicate, wait_for_record
 from celery_singleton_state.message.results import MAX_RESULT_LENGTH, keep, restore
@@ -213,7 +213,7 @@ def test_without_a_backend_a_process_that_lives_has_sent_the_callbacks(
 ) -> None:
     one = delivery(memory_app, {"ignore_result": True, "callbacks": [{"task": "next"}]})
     entry = done(result=keep(one, "kept"))
-    monkeypatch.setattr(Holdings, "lives", lambda *_: lives)
+    monkeypatch.setattr(HolderFiles, "lives", lambda *_: lives)
     if lives:
         with pytest.raises(Ignore):
             end_duplicate(one, entry)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from celery_singleton_state import history
 from celery_singleton_state.beat.entry_state import EntryState, decode_rows
 from celery_singleton_state.beat.leader import Leader
-from celery_singleton_state.exporter.snapshot import Look
+from celery_singleton_state.exporter.snapshot import Snapshot
 from celery_singleton_state.health import SingletonHealth
 from celery_singleton_state.runtime import Runtime
 from celery_singleton_state.store.base import Listed, StoreError
@@ -27,15 +27,17 @@ class Overview:
     :param shows_state: whether the states' values are shown.
     """
 
-    def __init__(self, runtime: Runtime, look: Callable[[], Look], shows_state: bool) -> None:
+    def __init__(
+        self, runtime: Runtime, take_snapshot: Callable[[], Snapshot], shows_state: bool
+    ) -> None:
         self._runtime = runtime
-        self._look = look
+        self._take_snapshot = take_snapshot
         self._shows_state = shows_state
         self._leader = Leader(runtime.app)
 
     def page(self, query: str) -> Page:
         """The page for those singletons whose names have the query in them."""
-        seen = self._look()
+        seen = self._take_snapshot()
         try:
             return self._page(query, seen, self._shown(query, seen), self._beat(seen))
         except StoreError as error:
@@ -44,7 +46,7 @@ class Overview:
     def _page(
         self,
         query: str,
-        seen: Look,
+        seen: Snapshot,
         shown: tuple[ShownSingleton, ...],
         beat: ShownBeat | None,
         error: str | None = None,
@@ -63,7 +65,7 @@ class Overview:
             error=error or seen.health.error,
         )
 
-    def _shown(self, query: str, seen: Look) -> tuple[ShownSingleton, ...]:
+    def _shown(self, query: str, seen: Snapshot) -> tuple[ShownSingleton, ...]:
         matching = [each for each in seen.health.singletons if _matches(query, each.singleton)]
         matching.sort(key=lambda each: _rank(each, seen.rows.get(each.singleton)))
         chosen = matching[:SHOWN]
@@ -73,7 +75,7 @@ class Overview:
             contents |= store.contents(list(keys), self._shows_state)
         return tuple(_show(each, seen.rows.get(each.singleton), contents) for each in chosen)
 
-    def _beat(self, seen: Look) -> ShownBeat | None:
+    def _beat(self, seen: Snapshot) -> ShownBeat | None:
         row = seen.leader
         if row is None:
             return None

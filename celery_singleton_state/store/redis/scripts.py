@@ -206,7 +206,7 @@ touch()
 if (get('holder') or '') ~= ARGV[1] or get('fence') ~= ARGV[2] or not is_held() then return 0 end
 """
 
-ASK_TO_HAND_OVER = f"""
+REQUEST_HANDOFF = f"""
 {_SEEN}
 local who, rank, sent = ARGV[3], ARGV[4], ARGV[5]
 local newest = get('newest') or '0'
@@ -219,14 +219,14 @@ return 1
 
 #: Only in place of the wish that was seen together with the holder, so that a late request does
 #: not replace a newer wish.
-WANT = f"""
+REQUEST_RUN = f"""
 {_SEEN}
 if (get('wanted') or '') ~= ARGV[3] then return 0 end
 set('wanted', ARGV[4])
 return 1
 """
 
-LET_GO = f"""
+RELEASE_EARLY = f"""
 {_SEEN}
 if get('holder') then return 0 end
 drop('hold_until')
@@ -239,7 +239,7 @@ touch()
 return get('wanted')
 """
 
-GRANTED = f"""
+PENDING_RUN_SENT = f"""
 {_HEAD}
 touch()
 if get('wanted') == ARGV[1] then drop('wanted') end

@@ -79,7 +79,7 @@ class RedisStore:
             retry=Retry(NoBackoff(), 0),
         )
         self._scripts = ScriptCalls(connect)
-        self.wishes = RedisWishes(self._call)
+        self.requests = RedisRequests(self._call)
 
     def acquire(
         self,
@@ -116,7 +116,9 @@ class RedisStore:
             named = [part for lease in some for part in (lease.holder, lease.fence, lease.ttl)]
             found = self._call(scripts.RENEW, keys, named)
             answers = zip(keys, found, strict=True)
-            renewed |= {key: who or None for key, who in answers if who is not None}
+            renewed |= {
+                key: handoff_to or None for key, handoff_to in answers if handoff_to is not None
+            }
         return renewed
 
     def give_back(self, key: str, holder: str) -> Released | None:
@@ -225,7 +227,7 @@ class RedisStore:
             yield now, found
 
 
-class RedisWishes:
+class RedisRequests:
     """What others than its holder can ask of a lease; each is one script call.
 
     :param call: of :class:`RedisStore`.
@@ -234,24 +236,26 @@ class RedisWishes:
     def __init__(self, call: Any) -> None:
         self._call = call
 
-    def ask_to_hand_over(
-        self, row: Row, who: str, rank: int | None = None, sent: str | None = None
+    def request_handoff(
+        self, row: Row, handoff_to: str, rank: int | None = None, sent: str | None = None
     ) -> bool:
         rank = row.next_rank if rank is None else rank
-        return self._tell(scripts.ASK_TO_HAND_OVER, row, storable(who), str(rank), sent or "")
+        return self._request(
+            scripts.REQUEST_HANDOFF, row, storable(handoff_to), str(rank), sent or ""
+        )
 
-    def let_go(self, row: Row) -> bool:
-        return self._tell(scripts.LET_GO, row)
+    def release_early(self, row: Row) -> bool:
+        return self._request(scripts.RELEASE_EARLY, row)
 
-    def want(self, row: Row, wish: str) -> bool:
-        return self._tell(scripts.WANT, row, row.wanted or "", wish)
+    def request_run(self, row: Row, pending_run: str) -> bool:
+        return self._request(scripts.REQUEST_RUN, row, row.wanted or "", pending_run)
 
     def wanted(self, key: str) -> str | None:
         found: str | None = self._call(scripts.WANTED, [key], [])
         return found
 
-    def granted(self, key: str, wish: str) -> None:
-        self._call(scripts.GRANTED, [key], [wish])
+    def pending_run_sent(self, key: str, pending_run: str) -> None:
+        self._call(scripts.PENDING_RUN_SENT, [key], [pending_run])
 
     def queued(self, key: str) -> Queued:
         number, queued, running = self._call(scripts.QUEUED, [key], [])
@@ -280,7 +284,7 @@ class RedisWishes:
     def dequeue(self, key: str, task_id: str, task: str | None = None) -> None:
         self._call(scripts.DEQUEUE, [key, INDEX], [storable(task_id), storable(task) or ""])
 
-    def _tell(self, script: str, row: Row, *more: str) -> bool:
+    def _request(self, script: str, row: Row, *more: str) -> bool:
         return bool(self._call(script, [row.key], [row.holder or "", row.fence, *more]))
 
 

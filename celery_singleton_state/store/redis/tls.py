@@ -19,10 +19,10 @@ def refuse_unusable_tls(setting: str, options: Mapping[str, Any]) -> None:
     :raises ImproperlyConfigured: one cannot be used.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    for name, allowed, look in _LOOKS:
+    for name, allowed, check in _CHECKS:
         if name in options:
             try:
-                look(context, options)
+                check(context, options)
             except (OSError, ValueError, TypeError):  # ssl.SSLError is an OSError
                 raise refused_value(setting, name, allowed) from None
 
@@ -44,8 +44,8 @@ def _need_directory(_context: ssl.SSLContext, options: Mapping[str, Any]) -> Non
         raise ValueError
 
 
-_Look = Callable[[ssl.SSLContext, Mapping[str, Any]], None]
-_LOOKS: tuple[tuple[str, str, _Look], ...] = (
+_Check = Callable[[ssl.SSLContext, Mapping[str, Any]], None]
+_CHECKS: tuple[tuple[str, str, _Check], ...] = (
     (
         "ssl_certfile",
         "a file with a certificate in PEM, whose key is in it or in ssl_keyfile, and opens with "

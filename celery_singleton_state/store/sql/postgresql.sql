@@ -177,24 +177,24 @@ SELECT
   key, coalesce(coalesce(expires_at, hold_until) > clock_timestamp(), FALSE), task_id, ticks_done
 FROM {table} WHERE key IN (SELECT value FROM json_array_elements_text(CAST(%(keys)s AS json)));
 
--- name: ask_to_hand_over
+-- name: request_handoff
 -- Ask the holder that was seen to hand over, or note who is to be next after a hold period.
 -- By growing ranks: a late request of an older message is refused, a repeated one is not. In a hold
 -- period the holder is NULL, in the row and as it was seen.
-UPDATE {table} SET handoff_to = %(who)s, newest = %(rank)s, newest_sent = %(sent)s
+UPDATE {table} SET handoff_to = %(handoff_to)s, newest = %(rank)s, newest_sent = %(sent)s
 WHERE key = %(key)s AND fence = %(fence)s AND holder IS NOT DISTINCT FROM %(holder)s
   AND coalesce(expires_at, hold_until) > clock_timestamp()
-  AND (coalesce(newest, 0) < %(rank)s OR (newest = %(rank)s AND handoff_to = %(who)s));
+  AND (coalesce(newest, 0) < %(rank)s OR (newest = %(rank)s AND handoff_to = %(handoff_to)s));
 
--- name: let_go
+-- name: release_early
 -- End the hold period that was seen.
 UPDATE {table} SET hold_until = NULL
 WHERE key = %(key)s AND fence = %(fence)s AND holder IS NOT DISTINCT FROM %(holder)s
   AND holder IS NULL AND hold_until > clock_timestamp();
 
--- name: want
+-- name: request_run
 -- Note that one more run is to be sent when the holder that was seen releases.
-UPDATE {table} SET wanted = %(wish)s
+UPDATE {table} SET wanted = %(pending_run)s
 WHERE key = %(key)s AND fence = %(fence)s AND holder IS NOT DISTINCT FROM %(holder)s
   AND coalesce(expires_at, hold_until) > clock_timestamp()
   AND wanted IS NOT DISTINCT FROM %(wanted)s;
@@ -203,9 +203,9 @@ WHERE key = %(key)s AND fence = %(fence)s AND holder IS NOT DISTINCT FROM %(hold
 -- Read the pending run of a row.
 SELECT wanted FROM {table} WHERE key = %(key)s;
 
--- name: granted
+-- name: pending_run_sent
 -- Strike out a pending run that was sent.
-UPDATE {table} SET wanted = NULL WHERE key = %(key)s AND wanted = %(wish)s;
+UPDATE {table} SET wanted = NULL WHERE key = %(key)s AND wanted = %(pending_run)s;
 
 -- name: queued
 -- Read the queue's number and the message that is queued or running.

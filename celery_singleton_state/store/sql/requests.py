@@ -21,7 +21,7 @@ Change = Callable[[str, Mapping[str, Any]], int]
 stored_task = lru_cache(1000)(storable)
 
 
-class SqlWishes:
+class SqlRequests:
     """The wishes of an SQL store; each is one statement.
 
     :param rows: runs a statement and returns its rows; ``change``: how many rows it changed.
@@ -32,25 +32,30 @@ class SqlWishes:
         self._rows = rows
         self._change = change
 
-    def ask_to_hand_over(
-        self, row: Row, who: str, rank: int | None = None, sent: str | None = None
+    def request_handoff(
+        self, row: Row, handoff_to: str, rank: int | None = None, sent: str | None = None
     ) -> bool:
         rank = row.next_rank if rank is None else rank
-        named = _seen(row, who=storable(who), rank=rank, sent=sent)
-        return self._change(self._sql.ask_to_hand_over, named) == 1
+        named = _seen(row, handoff_to=storable(handoff_to), rank=rank, sent=sent)
+        return self._change(self._sql.request_handoff, named) == 1
 
-    def let_go(self, row: Row) -> bool:
-        return self._change(self._sql.let_go, _seen(row)) == 1
+    def release_early(self, row: Row) -> bool:
+        return self._change(self._sql.release_early, _seen(row)) == 1
 
-    def want(self, row: Row, wish: str) -> bool:
-        return self._change(self._sql.want, _seen(row, wish=wish, wanted=row.wanted)) == 1
+    def request_run(self, row: Row, pending_run: str) -> bool:
+        return (
+            self._change(
+                self._sql.request_run, _seen(row, pending_run=pending_run, wanted=row.wanted)
+            )
+            == 1
+        )
 
     def wanted(self, key: str) -> str | None:
         rows = self._rows(self._sql.wanted, {"key": key})
         return text(rows[0][0]) if rows and rows[0][0] is not None else None
 
-    def granted(self, key: str, wish: str) -> None:
-        self._change(self._sql.granted, {"key": key, "wish": wish})
+    def pending_run_sent(self, key: str, pending_run: str) -> None:
+        self._change(self._sql.pending_run_sent, {"key": key, "pending_run": pending_run})
 
     def queued(self, key: str) -> Queued:
         rows = self._rows(self._sql.queued, {"key": key})

@@ -39,7 +39,7 @@ OPTIONS: dict[str, Option] = {
     "uri": SWITCH,
 }
 #: Seconds between two looks at a lock: the first, and the longest.
-FIRST_LOOK, LONGEST_LOOK = 0.001, 0.02
+FIRST_POLL, LONGEST_POLL = 0.001, 0.02
 
 
 _execute = sqlite3.Cursor.execute
@@ -106,10 +106,10 @@ class Cursor(sqlite3.Cursor):
         except sqlite3.OperationalError as error:
             if not self._can_wait(error):
                 raise
-        pause, deadline = FIRST_LOOK, time.monotonic() + self.connection.lock_timeout
+        pause, deadline = FIRST_POLL, time.monotonic() + self.connection.lock_timeout
         while True:
             time.sleep(pause)
-            pause = min(2 * pause, LONGEST_LOOK)
+            pause = min(2 * pause, LONGEST_POLL)
             try:
                 return _execute(self, statement, parameters)
             except sqlite3.OperationalError as error:

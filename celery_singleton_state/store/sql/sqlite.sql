@@ -171,24 +171,24 @@ SELECT
   task_id, ticks_done
 FROM {table} WHERE key IN (SELECT value FROM json_each(:keys));
 
--- name: ask_to_hand_over
+-- name: request_handoff
 -- Ask the holder that was seen to hand over, or note who is to be next after a hold period.
 -- By growing ranks: a late request of an older message is refused, a repeated one is not. In a hold
 -- period the holder is NULL, in the row and as it was seen.
-UPDATE {table} SET handoff_to = :who, newest = :rank, newest_sent = :sent
+UPDATE {table} SET handoff_to = :handoff_to, newest = :rank, newest_sent = :sent
 WHERE key = :key AND fence = :fence AND holder IS :holder
   AND coalesce(expires_at, hold_until) > strftime('%Y-%m-%d %H:%M:%f+00:00', 'now')
-  AND (coalesce(newest, 0) < :rank OR (newest = :rank AND handoff_to = :who));
+  AND (coalesce(newest, 0) < :rank OR (newest = :rank AND handoff_to = :handoff_to));
 
--- name: let_go
+-- name: release_early
 -- End the hold period that was seen.
 UPDATE {table} SET hold_until = NULL
 WHERE key = :key AND fence = :fence AND holder IS :holder
   AND holder IS NULL AND hold_until > strftime('%Y-%m-%d %H:%M:%f+00:00', 'now');
 
--- name: want
+-- name: request_run
 -- Note that one more run is to be sent when the holder that was seen releases.
-UPDATE {table} SET wanted = :wish
+UPDATE {table} SET wanted = :pending_run
 WHERE key = :key AND fence = :fence AND holder IS :holder
   AND coalesce(expires_at, hold_until) > strftime('%Y-%m-%d %H:%M:%f+00:00', 'now')
   AND wanted IS :wanted;
@@ -197,9 +197,9 @@ WHERE key = :key AND fence = :fence AND holder IS :holder
 -- Read the pending run of a row.
 SELECT wanted FROM {table} WHERE key = :key;
 
--- name: granted
+-- name: pending_run_sent
 -- Strike out a pending run that was sent.
-UPDATE {table} SET wanted = NULL WHERE key = :key AND wanted = :wish;
+UPDATE {table} SET wanted = NULL WHERE key = :key AND wanted = :pending_run;
 
 -- name: queued
 -- Read the queue's number and the message that is queued or running.

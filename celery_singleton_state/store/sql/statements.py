@@ -36,11 +36,11 @@ class Statements:
     give_back: str
 
     # What others ask of a row.
-    ask_to_hand_over: str
-    let_go: str
-    want: str
+    request_handoff: str
+    release_early: str
+    request_run: str
     wanted: str
-    granted: str
+    pending_run_sent: str
     queued: str
     claim: str
     dequeue: str

@@ -52,7 +52,7 @@ from .errors import (
     policy_advice,
     went_away,
 )
-from .requests import Rows, SqlWishes, stored_task
+from .requests import Rows, SqlRequests, stored_task
 from .schema import make_table
 from .statements import Statements
 
@@ -61,7 +61,7 @@ logger = logger_of(__name__)
 #: How often a statement that was undone is sent at most.
 TRIES = 5
 #: Parameters whose values come from outside, and can be too much for the database.
-VALUES = frozenset({"value", "entries", "wish"})
+VALUES = frozenset({"value", "entries", "pending_run"})
 
 
 class _Undone(Exception):
@@ -91,7 +91,7 @@ class SqlStore:
         #: Types of what an acquisition answers, as they were and are to be.
         self._usual: set[tuple[type, ...]] = set()
         self._warned: set[str] = set()
-        self.wishes = SqlWishes(self._sql, self._rows, self._change)
+        self.requests = SqlRequests(self._sql, self._rows, self._change)
         self.entries = SqlEntries(self._sql, self._rows, self.run_within)
         #: The database's time now, for statements made elsewhere.
         self.now: ColumnElement[Any] = literal_column(self._sql.now)

@@ -24,7 +24,7 @@ TURN = 0.05
 DAY = timedelta(days=1)
 
 
-def pass_over(
+def skip_ticks(
     asked: Schedule,
     due: datetime,
     until: datetime,

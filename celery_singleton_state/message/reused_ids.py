@@ -23,7 +23,7 @@ from celery.app.task import Context
 from celery.canvas import chord
 
 from celery_singleton_state.compat import Chain
-from celery_singleton_state.headers import DUE, PUT_BACK, SENT, SENT_AGAIN, header
+from celery_singleton_state.headers import DUE, REQUEUED, SENT, SENT_AGAIN, header
 from celery_singleton_state.text.visible import logger_of
 
 from .delivery import Delivery
@@ -135,10 +135,10 @@ def forget_result(delivery: Delivery) -> None:
         logger.debug("singleton %s: an earlier result stays: %s", delivery.name, error)
 
 
-def warn_if_sent_anew(delivery: Delivery) -> None:
+def warn_if_id_reused(delivery: Delivery) -> None:
     """Warn, once for each task, of a duplicate that looks like a message that was sent anew."""
     request, task = delivery.request, delivery.task
-    if task.name in _warned or not _looks_new(request):
+    if task.name in _warned or not _seems_new(request):
         return
     _warned.add(task.name)
     logger.warning(
@@ -152,11 +152,11 @@ def warn_if_sent_anew(delivery: Delivery) -> None:
     )
 
 
-def _looks_new(request: Context) -> bool:
+def _seems_new(request: Context) -> bool:
     """Whether nothing says that the message is a copy, or was sent by Celery or this package."""
     info: Any = request.delivery_info or {}
     if request.called_directly or request.is_eager or info.get("redelivered"):
         return False
     if request.retries or request.parent_id:
         return False
-    return all(header(request, name) is None for name in (DUE, PUT_BACK, SENT, SENT_AGAIN))
+    return all(header(request, name) is None for name in (DUE, REQUEUED, SENT, SENT_AGAIN))

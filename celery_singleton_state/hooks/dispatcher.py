@@ -48,7 +48,7 @@ class Hook(Protocol):
     def __call__(self, details: Details, /) -> object: ...
 
 
-class Door:
+class Dispatcher:
     """Where one app's process tells what happens.
 
     :param names: hooks of users, each a callable or the name of one; a class is instantiated, in
@@ -71,7 +71,7 @@ class Door:
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
 
-    def tell(
+    def emit(
         self, singleton: str, key: str, task_id: str | None, kind: type[Details], **fields: Any
     ) -> None:
         """Something happened to a singleton. Never waits, never raises.
@@ -182,12 +182,12 @@ def _made(name: str | Hook) -> Hook | None:
         return None
 
 
-_open: weakref.WeakSet[Door] = weakref.WeakSet()
+_open: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 
 
 def _close_all(**_: Any) -> None:
-    for door in list(_open):
-        door.close()
+    for dispatcher in list(_open):
+        dispatcher.close()
 
 
 # A child's copies of its parent's doors have no thread, and locks in whatever state.

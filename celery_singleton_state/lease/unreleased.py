@@ -33,7 +33,7 @@ logger = logger_of(__name__)
 
 
 @dataclass(eq=False, slots=True)
-class _Unreturned:
+class _UnreleasedLease:
     store: Leases
     key: str
     holder: str
@@ -43,7 +43,7 @@ class _Unreturned:
     is_unsure: bool = False
 
 
-class Unreturned:
+class UnreleasedLeases:
     """Gives leases back in a thread of its own, which lives while there are any.
 
     :param strike_out: clears a place in the file of holdings.
@@ -52,13 +52,13 @@ class Unreturned:
 
     def __init__(
         self,
-        strike_out: Callable[[int | None], None],
+        clear: Callable[[int | None], None],
         interval: float,
     ) -> None:
-        self._strike_out = strike_out
+        self._clear = clear
         self._interval = interval
         self._lock = threading.Lock()
-        self._leases: list[_Unreturned] = []
+        self._leases: list[_UnreleasedLease] = []
         self._closed = False
         #: Set when there is something new to do.
         self._called = threading.Event()
@@ -83,7 +83,7 @@ class Unreturned:
         if os.getpid() != self._pid:
             return  # a child that the body forked: the lease is its parent's
         with self._lock:
-            self._leases.append(_Unreturned(store, key, holder, slot, then))
+            self._leases.append(_UnreleasedLease(store, key, holder, slot, then))
             self._called.set()
             if self._thread is None and not self._closed:
                 thread = threading.Thread(target=self._run, name="singleton-give-back", daemon=True)
@@ -104,13 +104,13 @@ class Unreturned:
 
     def _run(self) -> None:
         while leases := self._left():
-            returned = [lease for lease in leases if self._is_returned(lease)]
+            returned = [lease for lease in leases if self._is_released(lease)]
             with self._lock:
                 self._leases = [lease for lease in self._leases if lease not in returned]
             if len(returned) < len(leases):
                 self._called.wait(self._interval)
 
-    def _left(self) -> list[_Unreturned]:
+    def _left(self) -> list[_UnreleasedLease]:
         """The leases to give back, new ones first; none ends the thread."""
         with self._lock:
             self._called.clear()
@@ -119,7 +119,7 @@ class Unreturned:
                 self._thread = None
             return leases
 
-    def _is_returned(self, lease: _Unreturned) -> bool:
+    def _is_released(self, lease: _UnreleasedLease) -> bool:
         """Ask the store to take a lease back; returns whether it has answered."""
         try:
             released = lease.store.give_back(lease.key, lease.holder)
@@ -133,7 +133,7 @@ class Unreturned:
         except Exception as error:  # whatever it is, the other leases still need this thread
             logger.warning("%s: not given back, its lease runs out: %s", lease.key, error)
             released = None
-        self._strike_out(lease.slot)
+        self._clear(lease.slot)
         if released is not None:
             logger.info("%s is free: %s gave it back", lease.key, lease.holder)
         if released is not None or lease.is_unsure:

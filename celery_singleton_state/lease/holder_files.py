@@ -40,12 +40,12 @@ logger = logger_of(__name__)
 
 #: Bytes of a file that one lease has.
 SLOT = 4096
-#: The first bytes of a slot are the :class:`Holding`'s: a key has 255 characters, a holder a host's
-#: name. :mod:`celery_singleton_state.lease.renewal_slots` says what is in the others.
+#: The first bytes of a slot are the :class:`HolderRecord`'s: a key has 255 characters, a holder a
+#: host's name. :mod:`celery_singleton_state.lease.renewal_slots` says what is in the others.
 RECORD = 1536
 
 
-class Holding(msgspec.Struct, frozen=True, array_like=True):
+class HolderRecord(msgspec.Struct, frozen=True, array_like=True):
     """A lease that a process holds, or was about to ask for.
 
     :param generation: of the message that it runs.
@@ -58,10 +58,10 @@ class Holding(msgspec.Struct, frozen=True, array_like=True):
     sent: str | None = None
 
 
-_decoder = msgspec.json.Decoder(Holding)
+_decoder = msgspec.json.Decoder(HolderRecord)
 
 
-class Holdings:
+class HolderFiles:
     """This process's own file, and those of the dead.
 
     :param directory: of :func:`directory_of`; ``None``: nothing is noted and nobody found.
@@ -83,7 +83,7 @@ class Holdings:
         """Where the files of this store's processes are, if leases are noted at all."""
         return self._directory
 
-    def note(self, holding: Holding) -> int | None:
+    def note(self, holder_record: HolderRecord) -> int | None:
         """Note a lease; returns the slot that it was given, if it could be."""
         with self._lock:
             if self._memory is None and self._directory is not None:
@@ -91,7 +91,7 @@ class Holdings:
             memory = self._memory
             if memory is None:
                 return None
-            record = msgspec.json.encode(holding)
+            record = msgspec.json.encode(holder_record)
             if len(record) > RECORD - 2:
                 return None
             if not self._free:
@@ -103,7 +103,7 @@ class Holdings:
             memory[start + 1 : start + 2 + len(record)] = record + b"\0"
             # Only now is it one: who dies before has not asked for it.
             memory[start] = 1
-            self._holders[start] = holding.holder
+            self._holders[start] = holder_record.holder
         return start
 
     def put(self, holder: str, at: int, data: bytes) -> bool:
@@ -136,7 +136,7 @@ class Holdings:
                 return start
         return None
 
-    def strike_out(self, slot: int | None) -> None:
+    def clear(self, slot: int | None) -> None:
         """The lease of this slot was given back, or never acquired."""
         with self._lock:
             if slot is not None and self._memory is not None:
@@ -175,7 +175,7 @@ class Holdings:
         memory.close()
         os.close(self._descriptor)
 
-    def of_the_dead(self, name: str = "*") -> Iterator[list[Holding]]:
+    def of_dead_processes(self, name: str = "*") -> Iterator[list[HolderRecord]]:
         """What each dead process held whose file has such a name.
 
         The file is removed when the caller comes back for the next; not if it raises.
@@ -269,7 +269,7 @@ def _locked(path: Path) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def _read(descriptor: int) -> list[Holding]:
+def _read(descriptor: int) -> list[HolderRecord]:
     found = []
     for start in range(0, os.fstat(descriptor).st_size, SLOT):
         used, record = os.pread(descriptor, 1, start), os.pread(descriptor, RECORD - 1, start + 1)
@@ -338,13 +338,13 @@ def _kernel() -> str:
     return f"{boot} {os.uname().nodename}"
 
 
-_all: weakref.WeakSet[Holdings] = weakref.WeakSet()
+_all: weakref.WeakSet[HolderFiles] = weakref.WeakSet()
 
 
 def _leave_to_parent() -> None:
     """In a forked child: a parent that dies is dead, whatever its children still do."""
-    for holdings in list(_all):
-        holdings.leave_to_parent()
+    for holder_files in list(_all):
+        holder_files.leave_to_parent()
 
 
 os.register_at_fork(after_in_child=_leave_to_parent)
