@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
 from tests.conftest import running
 from tests.mariadb import MariaDB
@@ -30,7 +31,7 @@ def durable_valkey() -> Iterator[Valkey]:
 def work_through(
     storm: Storm, directory: Path, store: Postgres | MariaDB, broker: Valkey | RabbitMQ
 ) -> Findings:
-    database = store.create_database_for_shop("storm")
+    database = store.create_database_for_shop(f"storm_{storm.seed}")
     findings = check(Drill(storm, directory, store, database, broker, broker.url).run())
     print(findings)
     return findings
@@ -63,6 +64,10 @@ def test_a_storm_on_mariadb(durable_valkey: Valkey, own_mariadb: MariaDB, tmp_pa
     assert found.runs > SECONDS
 
 
+#: Storms that a fault is given: whether a short one hits it is a matter of chance.
+STORMS_FOR_A_FAULT = 5
+
+
 @pytest.mark.parametrize(
     ("fault", "kinds", "findings"),
     [
@@ -80,5 +85,14 @@ def test_a_fault_is_found(
 ) -> None:
     """The package broken on purpose: stale writers are believed, leases run out under bodies."""
     broken = {"STORM_FAULT": fault}
-    storm = Storm(SEED, 15, rate=3, slow=50, calm=5, kinds=kinds, environment=broken)
-    assert findings & set(work_through(storm, tmp_path, own_postgres, durable_valkey).wrong)
+
+    def finds(seed: int) -> bool:
+        storm = Storm(seed, 15, rate=3, slow=50, calm=5, kinds=kinds, environment=broken)
+        directory = tmp_path / str(seed)
+        directory.mkdir()
+        with redis.Redis(port=durable_valkey.port) as client:
+            client.flushall()
+        found = work_through(storm, directory, own_postgres, durable_valkey)
+        return not findings.isdisjoint(found.wrong)
+
+    assert any(finds(seed) for seed in range(SEED, SEED + STORMS_FOR_A_FAULT))
