@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -165,6 +168,67 @@ def test_a_connection_in_use_is_closed_when_it_comes_back_to_a_pool_that_is_gone
     assert not drivers.closed
     connection.close()
     assert drivers.closed
+
+
+def test_a_connection_that_returns_while_its_pool_is_closed_is_closed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A returns a connection: the pool is open. B closes the pool. A's connection goes into it."""
+    connection = engine.raw_connection()
+    drivers: Any = connection.dbapi_connection
+    pool = pool_of(engine)
+    put = pool._pool.put
+
+    def put_late(*arguments: Any) -> None:
+        engine.dispose()
+        put(*arguments)
+
+    monkeypatch.setattr(pool._pool, "put", put_late)
+    connection.close()
+    assert drivers.closed
+
+
+def test_a_connection_in_use_is_closed_when_its_database_in_memory_is_gone() -> None:
+    """A thread reads while another one closes the store: the connection is closed after that."""
+    engine = make_engine(parse_url("memory://"), io_timeout=5.0)
+    connection = engine.raw_connection()
+    drivers: Any = connection.dbapi_connection
+    engine.dispose()
+    assert is_open(drivers)
+    connection.close()
+    assert not is_open(drivers)
+
+
+@pytest.mark.parametrize("content", [b"no database " * 100, b""], ids=["no database", "locked"])
+def test_a_file_that_cannot_be_used_is_closed(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first statement on a new connection fails: the file is of another kind, or is locked by
+    another process while it is switched to WAL.
+    """
+    path = tmp_path / "store.db"
+    path.write_bytes(content)
+    made: list[sqlite3.Connection] = []
+    connect = sqlite3.connect
+    monkeypatch.setattr(
+        sqlite3, "connect", lambda *a, **k: made.append(connect(*a, **k)) or made[-1]
+    )
+    engine = make_engine(parse_url(f"sqlite:///{path}"), io_timeout=0.05)
+    with contextlib.closing(connect(path, isolation_level=None)) as other:
+        if not content:
+            other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(sqlite3.DatabaseError):
+            engine.raw_connection()
+    assert made
+    assert not any(map(is_open, made))
+
+
+def is_open(connection: sqlite3.Connection) -> bool:
+    try:
+        connection.cursor()
+    except sqlite3.ProgrammingError:
+        return False
+    return True
 
 
 def test_a_database_in_memory_has_one_connection_whatever_is_allowed() -> None:

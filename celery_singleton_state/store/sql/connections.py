@@ -54,8 +54,11 @@ class GrowingPool(QueuePool):
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         if self._is_disposed:
             record.close()
-        else:
-            super()._do_return_conn(record)
+            return
+        super()._do_return_conn(record)
+        if self._is_disposed:
+            # Another thread disposed of the pool after the check, and did not see this connection.
+            super().dispose()
 
     def allow(self, connections: int) -> None:
         """Make so many connections at most from now on, and keep them, if it was fewer before."""
@@ -79,7 +82,8 @@ def pooled(
         pool_timeout=io_timeout,
         pool_reset_on_return=None,
         pool_use_lifo=True,
-        **{"poolclass": GrowingPool, **options},
+        poolclass=GrowingPool,
+        **options,
     )
 
     @event.listens_for(engine, "do_connect")

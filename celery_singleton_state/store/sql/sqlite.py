@@ -9,7 +9,7 @@ import time
 from typing import Any, Self
 
 from celery.exceptions import ImproperlyConfigured
-from sqlalchemy import URL, Engine, QueuePool, event
+from sqlalchemy import URL, Engine, event
 from sqlalchemy.dialects import sqlite
 
 from celery_singleton_state.store.options import (
@@ -22,7 +22,7 @@ from celery_singleton_state.store.options import (
     whole,
 )
 
-from .connections import GrowingPool, pooled
+from .connections import pooled
 from .engine import is_in_memory
 from .statements import Statements
 from .url import read_query
@@ -157,17 +157,21 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
         1 if in_memory else pool_size,
         io_timeout,
         sqlite3.connect,
-        # A database in memory lives in its only connection, which neither goes away nor has others.
-        poolclass=QueuePool if in_memory else GrowingPool,
         connect_args={"timeout": 0, "check_same_thread": False, "factory": Connection},
     )
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Connection, _record: Any) -> None:
         connection.lock_timeout = io_timeout
-        if not in_memory:
+        if in_memory:
+            return
+        try:
             _use_wal(connection, io_timeout)
             connection.execute("PRAGMA synchronous = NORMAL")
+        except BaseException:
+            # SQLAlchemy drops a connection whose preparation failed, and leaves it open.
+            connection.close()
+            raise
 
     return engine
 
