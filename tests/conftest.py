@@ -24,9 +24,9 @@ from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.runtime import close_runtime
 from celery_singleton_state.store.sql.store import SqlStore
-from tests.mariadb import MariaDB
-from tests.pgbouncer import PgBouncer
-from tests.servers import Postgres, Proxy, Server, Valkey
+from tests.helpers.mariadb import MariaDB
+from tests.helpers.pgbouncer import PgBouncer
+from tests.helpers.servers import Postgres, Proxy, Server, Valkey
 
 # What hypothesis notes for itself is a file too, and no test leaves one in the checkout.
 _hypothesis_home = tempfile.mkdtemp(prefix="test-hypothesis-")

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import running
-from tests.drills.beat_hosts import Hosts, Schedule
-from tests.drills.shop import Gate, Shop
-from tests.mariadb import MariaDB
+from tests.helpers.beat_hosts import Hosts, Schedule
+from tests.helpers.fleet import Fleet
+from tests.helpers.mariadb import MariaDB
+from tests.helpers.queues import KIND
+from tests.helpers.rabbitmq import RabbitMQ
+from tests.helpers.servers import Postgres, Proxy, Standby
+from tests.helpers.shop import Gate, Shop
 from tests.processes.conftest import broker_url, client, make_fleet, pytest_runtest_makereport
-from tests.processes.fleet import Fleet
-from tests.queues import KIND
-from tests.rabbitmq import RabbitMQ
-from tests.servers import Postgres, Proxy, Standby
 
 __all__ = ["broker_url", "client", "make_fleet", "pytest_runtest_makereport"]
 

@@ -28,9 +28,9 @@ from celery_singleton_state import (
 )
 from celery_singleton_state.history import decode
 from celery_singleton_state.runtime import runtime_of
-from tests.fences import are_growing
-from tests.processes.fleet import Fleet, Worker, outcome
-from tests.waiting import wait_until
+from tests.helpers.fences import are_growing
+from tests.helpers.fleet import Fleet, Worker, outcome
+from tests.helpers.waiting import wait_until
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_celery_singleton_38_what_beats_send_is_guarded(
     )
     app = client()
     workers = [fleet.start("-c", "3") for _ in "ab"]
-    with beat(fleet, "tests.processes.tasks") as one, beat(fleet, "without_tasks") as two:
+    with beat(fleet, "tests.apps.tasks") as one, beat(fleet, "without_tasks") as two:
         for log in (one, two):
             skipped = wait_until(lambda log=log: skipped_of(log, workers), "one of its is skipped")
             assert app.AsyncResult(skipped).state == "SUCCESS"
@@ -519,7 +519,7 @@ def test_celery_1876_the_last_run_is_known_after_a_crash(
     fleet = make_slow_fleet(TEST_SCHEDULE=json.dumps(schedule))
     app = client()
     killed = fleet.start("-c", "1")
-    with beat(fleet, "tests.processes.tasks"):
+    with beat(fleet, "tests.apps.tasks"):
         wait_until(lambda: outcomes(app, "kept"), "it has run")
     killed.close()
     row = runtime_of(app).store.peek("singleton-state:kept")
@@ -527,7 +527,7 @@ def test_celery_1876_the_last_run_is_known_after_a_crash(
     assert (row.run_count, row.last_outcome) == (1, "succeeded")
     assert row.last_finished_at is not None
     worker = fleet.start("-c", "1")
-    with beat(fleet, "tests.processes.tasks"):
+    with beat(fleet, "tests.apps.tasks"):
         fleet.wait_for_output(
             worker, "singleton kept skipped: in the hold period after its last run"
         )

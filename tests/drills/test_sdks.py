@@ -24,10 +24,10 @@ from celery import Celery
 from celery_singleton_state import LeaderHandoffFailed
 from celery_singleton_state.beat.entry_state import EntryState, decode_rows
 from celery_singleton_state.migrations.open_store import open_store
-from tests.processes.fleet import ROOT, Fleet, outcome
-from tests.waiting import wait_until
+from tests.helpers.fleet import ROOT, Fleet, outcome
+from tests.helpers.waiting import wait_until
 
-APP = "tests.drills.sdk_app"
+APP = "tests.apps.sdk_app"
 #: By name, the package, and whether its folder ``bootstrap`` switches it on.
 SDKS = {
     "sentry-sdk": ("sentry_sdk", False),

@@ -10,10 +10,10 @@ import pytest
 import redis
 
 from tests.conftest import running
-from tests.mariadb import MariaDB
-from tests.queues import KIND
-from tests.rabbitmq import RabbitMQ
-from tests.servers import Postgres, Valkey
+from tests.helpers.mariadb import MariaDB
+from tests.helpers.queues import KIND
+from tests.helpers.rabbitmq import RabbitMQ
+from tests.helpers.servers import Postgres, Valkey
 from tests.storm.checker import Findings, check
 from tests.storm.drill import Drill, Storm
 

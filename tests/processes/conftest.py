@@ -16,9 +16,9 @@ from celery import Celery
 from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.runtime import close_runtime
 from celery_singleton_state.store.sql.store import SqlStore
-from tests.processes.fleet import Fleet
-from tests.queues import use_queues
-from tests.servers import Valkey
+from tests.helpers.fleet import Fleet
+from tests.helpers.queues import use_queues
+from tests.helpers.servers import Valkey
 
 _databases = itertools.count()
 _fleets = pytest.StashKey[list[Fleet]]()

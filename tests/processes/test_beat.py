@@ -21,10 +21,10 @@ from celery_singleton_state.beat.entry import ON_TIME
 from celery_singleton_state.beat.entry_state import decode_rows
 from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Ended
-from tests.processes.fleet import Beat, Fleet
-from tests.waiting import wait_until
+from tests.helpers.fleet import Beat, Fleet
+from tests.helpers.waiting import wait_until
 
-APP = "tests.processes.beat_app"
+APP = "tests.apps.beat_app"
 EVERY = 0.4
 REMOTE = "--enable-remote-control"
 SCHEDULE = {"a": {"task": "ticked", "schedule": EVERY, "catch_up": "all"}}

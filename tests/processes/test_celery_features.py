@@ -9,7 +9,7 @@ import pytest
 from celery import VERSION, Celery, chain, chord, group
 
 from celery_singleton_state import SingletonError, SingletonErrorReason
-from tests.processes.fleet import Fleet, outcome
+from tests.helpers.fleet import Fleet, outcome
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from celery import Celery
 
-from tests.processes.fleet import Fleet, Program, outcome
+from tests.helpers.fleet import Fleet, Program, outcome
 
-APP = "tests.processes.seen_app"
+APP = "tests.apps.seen_app"
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import psycopg
 import pytest
 from celery import Celery
 
-from tests.processes.fleet import ROOT, Fleet, outcome
-from tests.waiting import wait_until
+from tests.helpers.fleet import ROOT, Fleet, outcome
+from tests.helpers.waiting import wait_until
 
 PAGE = (ROOT / "docs" / "databases.md").read_text()
 BODIES = 2

@@ -11,8 +11,8 @@ from celery import Celery
 from celery_singleton_state import LeaderHandoffFailed
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Row
-from tests.processes.fleet import Fleet, outcome
-from tests.waiting import wait_until
+from tests.helpers.fleet import Fleet, outcome
+from tests.helpers.waiting import wait_until
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from celery import Celery, chain
 
 from celery_singleton_state.history import decode
 from celery_singleton_state.store.sql.store import SqlStore
-from tests.processes.fleet import Fleet, outcome
+from tests.helpers.fleet import Fleet, outcome
 
-APP = "tests.processes.flask_app"
+APP = "tests.apps.flask_app"
 
 
 @pytest.fixture

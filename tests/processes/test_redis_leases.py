@@ -14,7 +14,7 @@ import pytest
 from celery import Celery
 
 from celery_singleton_state import LeaderHandoffFailed
-from tests.processes.fleet import Fleet, outcome
+from tests.helpers.fleet import Fleet, outcome
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_killed_childs_lease_is_free_at_once(
 def test_a_queued_copy_is_not_published(fleet: Fleet) -> None:
     """``enqueue_once``, by a client that knows the task."""
     script = (
-        "from tests.processes.tasks import sent_once;"
+        "from tests.apps.tasks import sent_once;"
         "print(sent_once.delay(1).id, sent_once.delay(1).id, sent_once.delay(2).id)"
     )
     sent = subprocess.run(

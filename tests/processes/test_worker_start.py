@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from celery import Celery
 
-from tests.processes import commands
-from tests.processes.fleet import Fleet, outcome
-from tests.servers import Valkey
+from tests.helpers import commands
+from tests.helpers.fleet import Fleet, outcome
+from tests.helpers.servers import Valkey
 
 
 def refused(fleet: Fleet, *options: str) -> str:
@@ -96,7 +96,7 @@ def test_what_cannot_work_is_one_line_from_worker_beat_and_command(
         (tmp_path / "psycopg.py").write_text("raise ImportError('no psycopg')")
         fleet.environment["PYTHONPATH"] = f"{tmp_path}:{fleet.environment['PYTHONPATH']}"
     worker = fleet.start("-P", "solo", ready=False)
-    beat = fleet.start_beat("tests.processes.tasks")
+    beat = fleet.start_beat("tests.apps.tasks")
     started = fleet.celery("singleton", "ls")
     command = subprocess.run(started, env=fleet.environment, capture_output=True, text=True)
     assert (worker.process.wait(30), beat.process.wait(30), command.returncode) == (1, 1, 1)

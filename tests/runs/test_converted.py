@@ -10,7 +10,7 @@ from celery import VERSION, Celery
 from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator, model_validator
 
 from celery_singleton_state.runtime import runtime_of
-from tests.runs.messages import deliver_all, received, use_own_queue
+from tests.helpers.messages import deliver_all, received, use_own_queue
 
 pytestmark = pytest.mark.skipif(VERSION < (5, 5), reason="came with Celery 5.5")
 

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from celery_singleton_state.history import decode
 from celery_singleton_state.migrations.open_store import open_store
 from tests.conftest import url_on
-from tests.processes.fleet import ROOT
+from tests.helpers.fleet import ROOT
 
 #: What the child notes of each way.
 WAYS = {
@@ -54,7 +54,7 @@ def test_a_child_that_a_body_forks_leaves_the_run_to_its_parent(
         transaction.connection.execute(text("CREATE TABLE written (n integer)"))
     notes = tmp_path / "notes"
     program = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.runs.forking", shared_store_url, how, notes],
+        [sys.executable, "-W", "error", "-m", "tests.apps.forking", shared_store_url, how, notes],
         env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -22,10 +22,10 @@ from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Row, StoreUnavailable
 from celery_singleton_state.ticks import task_id_of
 from tests.conftest import _apps, url_on
-from tests.runs.test_beat import EVERY_MINUTE, Beats, due_now, stored
+from tests.helpers.waiting import wait_until
+from tests.migrations.test_upgrade import execute
+from tests.runs.beat.test_beat import EVERY_MINUTE, Beats, due_now, stored
 from tests.stores.test_refused_values import LARGEST, ODD, with_small_packets
-from tests.test_migrate import execute
-from tests.waiting import wait_until
 
 POLISH = "Łódź"
 

@@ -25,8 +25,8 @@ from celery_singleton_state.history import decode
 from celery_singleton_state.lease.heartbeat import Heartbeat
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Ended, NewValue, Row, Write
-from tests.fences import are_growing
-from tests.waiting import wait_until
+from tests.helpers.fences import are_growing
+from tests.helpers.waiting import wait_until
 
 
 @dataclass

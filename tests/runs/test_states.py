@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from celery_singleton_state import SchemaDecodeFailed, singleton_task
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Row
-from tests.any_values import ANYTHING, JSON, Typed, Untyped, states, told
+from tests.helpers.any_values import ANYTHING, JSON, Typed, Untyped, states, told
 
 
 @dataclass

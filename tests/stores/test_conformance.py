@@ -28,8 +28,8 @@ from celery_singleton_state.store.base import (
 )
 from celery_singleton_state.store.sql.store import SqlStore
 from tests.conftest import url_on
-from tests.stores.writes import write
-from tests.waiting import wait_until
+from tests.helpers.waiting import wait_until
+from tests.helpers.writes import write
 
 LONG = 60.0
 BRIEF = 0.2

@@ -16,9 +16,9 @@ from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.store.base import Lease, StoreUnavailable
 from celery_singleton_state.store.sql.store import SqlStore
 from tests.conftest import url_on
-from tests.servers import Postgres
+from tests.helpers.servers import Postgres
+from tests.helpers.waiting import wait_until
 from tests.stores.test_conformance import BRIEF, DONE, LONG, ROUNDING, acquire, let_run_out, peek
-from tests.waiting import wait_until
 
 LEADER = "beat:shop"
 ENTRIES = "beat:shop:"

@@ -18,9 +18,9 @@ import pytest
 from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import StoreUnavailable
 from celery_singleton_state.store.sql.store import SqlStore
-from tests.pgbouncer import PgBouncer
-from tests.servers import Postgres
-from tests.waiting import wait_until
+from tests.helpers.pgbouncer import PgBouncer
+from tests.helpers.servers import Postgres
+from tests.helpers.waiting import wait_until
 
 #: Seconds of an answer that nobody waits for.
 PATIENT = 60.0

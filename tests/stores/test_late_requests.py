@@ -34,7 +34,7 @@ from celery_singleton_state.store.base import (
 )
 from celery_singleton_state.store.sql.store import SqlStore
 from tests.conftest import url_on
-from tests.waiting import wait_until
+from tests.helpers.waiting import wait_until
 
 LONG, FIRST, BRIEF = 600.0, 8.0, 0.2
 DONE = Ended("succeeded", "[]")

@@ -6,7 +6,7 @@ import pytest
 
 from celery_singleton_state.store.base import Ended, Lease, NewValue, Row
 from celery_singleton_state.store.sql.store import SqlStore
-from tests.stores.writes import write
+from tests.helpers.writes import write
 
 
 def run(store: SqlStore, key: str, outcome: str = "succeeded", value: str = '{"n":1}') -> Lease:

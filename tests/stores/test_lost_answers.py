@@ -28,9 +28,9 @@ from celery_singleton_state.runtime import close_runtime, runtime_of
 from celery_singleton_state.store.base import Row
 from celery_singleton_state.store.sql.store import SqlTransaction
 from tests.conftest import url_on
-from tests.servers import Proxy
+from tests.helpers.servers import Proxy
+from tests.helpers.waiting import wait_until
 from tests.storm.fleet import port_of, through
-from tests.waiting import wait_until
 
 AT_ONCE = RetryPolicy(max_retries=3, backoff=0, jitter=False)
 

@@ -39,6 +39,7 @@ from celery_singleton_state.store.redis import scripts
 from celery_singleton_state.store.redis.store import INDEX, RedisStore
 from celery_singleton_state.store.sql.engine import is_in_memory
 from celery_singleton_state.store.sql.store import SqlStore
+from tests.helpers.waiting import wait_until
 from tests.stores.faults import BRIEFLY, FAULTS, REDIS_BRIEFLY, REDIS_FAULTS, plant
 from tests.stores.model import (
     FIRST,
@@ -50,7 +51,6 @@ from tests.stores.model import (
     decoded,
     fence_is_right,
 )
-from tests.waiting import wait_until
 
 #: All faults are planted.
 WHOLE = os.environ.get("SINGLETON_TEST_SPEC") == "whole"

@@ -26,10 +26,10 @@ from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.runtime import close_runtime
 from celery_singleton_state.store.base import Ended, NewValue, StoreMisconfigured
 from celery_singleton_state.store.sql.store import SqlStore
-from tests.pgbouncer import SERVER_CONNECTIONS, PgBouncer
-from tests.servers import Postgres
-from tests.stores.all_verbs import use_all, use_all_values
-from tests.stores.writes import write
+from tests.helpers.all_verbs import use_all, use_all_values
+from tests.helpers.pgbouncer import SERVER_CONNECTIONS, PgBouncer
+from tests.helpers.servers import Postgres
+from tests.helpers.writes import write
 
 CLIENTS = 8
 ADVICE = "prepared statements.* set prepare_threshold=none in singleton_store_url"

@@ -14,6 +14,8 @@ import pytest
 from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Ended, NewValue
 from celery_singleton_state.store.sql.store import SqlStore, open_transaction
+from tests.helpers.waiting import wait_until
+from tests.helpers.writes import enqueue, write
 from tests.stores.test_conformance import (
     BRIEF,
     DONE,
@@ -24,8 +26,6 @@ from tests.stores.test_conformance import (
     let_run_out,
     peek,
 )
-from tests.stores.writes import enqueue, write
-from tests.waiting import wait_until
 
 DAY = 86_400.0
 NEW = NewValue('{"n":1}', 1)

@@ -25,10 +25,10 @@ from celery_singleton_state.startup import refuse_states_without_store
 from celery_singleton_state.store.base import Ended, StoreNotReady, StoreUnavailable
 from celery_singleton_state.store.redis.store import RedisStore
 from celery_singleton_state.store.redis.url import client_for
-from tests.sentinel import Replica, Sentinel
-from tests.servers import Proxy, Valkey
+from tests.helpers.sentinel import Replica, Sentinel
+from tests.helpers.servers import Proxy, Valkey
+from tests.helpers.waiting import wait_until
 from tests.storm.fleet import port_of, through
-from tests.waiting import wait_until
 
 
 @dataclass

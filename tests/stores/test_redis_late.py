@@ -10,7 +10,7 @@ import redis
 
 from celery_singleton_state.store.base import Acquired, Ended, Released, Row
 from celery_singleton_state.store.redis.store import RedisStore
-from tests.waiting import wait_until
+from tests.helpers.waiting import wait_until
 
 LONG, BRIEF = 60.0, 0.2
 DONE = Ended("succeeded", "[]")

@@ -25,10 +25,10 @@ from celery_singleton_state.store.base import (
 )
 from celery_singleton_state.store.redis.store import INDEX, PAGE, RedisStore
 from tests.conftest import running
-from tests.sentinel import NAME, Replica, Sentinel
-from tests.servers import Proxy, Valkey, free_port
+from tests.helpers.sentinel import NAME, Replica, Sentinel
+from tests.helpers.servers import Proxy, Valkey, free_port
+from tests.helpers.waiting import wait_until
 from tests.storm.fleet import through
-from tests.waiting import wait_until
 
 LONG = 60.0
 DONE = Ended("succeeded", "[]")

@@ -17,7 +17,7 @@ from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import StoreError, StoreMisconfigured, StoreUnavailable
 from celery_singleton_state.store.redis.store import RedisStore
 from celery_singleton_state.store.sql.store import SqlStore
-from tests.servers import Valkey, free_port
+from tests.helpers.servers import Valkey, free_port
 
 SECRET = "hunter2"
 

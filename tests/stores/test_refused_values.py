@@ -27,12 +27,12 @@ from celery_singleton_state.store.base import (
 from celery_singleton_state.store.redis.store import RedisStore
 from celery_singleton_state.store.sql.store import SqlStore
 from tests.conftest import url_on
-from tests.mariadb import MariaDB
-from tests.servers import Valkey
-from tests.stores.all_verbs import use_all, use_all_values
+from tests.helpers.all_verbs import use_all, use_all_values
+from tests.helpers.mariadb import MariaDB
+from tests.helpers.servers import Valkey
+from tests.helpers.writes import enqueue, write
+from tests.migrations.test_upgrade import execute
 from tests.stores.test_conformance import DONE, NEW, acquire, peek
-from tests.stores.writes import enqueue, write
-from tests.test_migrate import execute
 
 #: No task would be called so; but an id is its sender's to choose.
 ODD = "a\0b\udc80 Łódź\\x00 \U0001f389"

@@ -15,7 +15,7 @@ from sqlalchemy import event
 from celery_singleton_state import singleton_task
 from celery_singleton_state.migrations.upgrade import migrate
 from celery_singleton_state.runtime import close_runtime, runtime_of
-from tests.servers import Postgres
+from tests.helpers.servers import Postgres
 
 
 @dataclass

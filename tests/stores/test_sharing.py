@@ -23,7 +23,7 @@ from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.runtime import close_runtime, runtime_of
 from celery_singleton_state.store.base import TAKEN_OVER, Ended, Lease
 from tests.conftest import url_on
-from tests.waiting import wait_until
+from tests.helpers.waiting import wait_until
 
 FORK = multiprocessing.get_context("fork")
 DONE = Ended("succeeded", "[]")

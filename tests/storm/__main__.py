@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.servers import Postgres, Valkey
+from tests.helpers.servers import Postgres, Valkey
 from tests.storm.checker import Findings, check
 from tests.storm.drill import Drill, Storm
 

@@ -20,14 +20,14 @@ import psycopg
 import sqlalchemy as sa
 
 from celery_singleton_state.migrations.open_store import open_store
-from tests.mariadb import MariaDB
-from tests.processes.fleet import ROOT
-from tests.servers import Postgres, Server
+from tests.helpers.fleet import ROOT
+from tests.helpers.mariadb import MariaDB
+from tests.helpers.servers import Postgres, Server
+from tests.helpers.waiting import wait_until
 from tests.storm import notes, weather
 from tests.storm.checker import Log
 from tests.storm.fleet import Berth, Later
 from tests.storm.weather import Blow
-from tests.waiting import wait_until
 
 INTERVAL = 1.0
 LEASE_TTL = 2 * INTERVAL

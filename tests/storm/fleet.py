@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from tests.processes.fleet import Worker
-from tests.servers import Proxy
+from tests.helpers.fleet import Worker
+from tests.helpers.servers import Proxy
 from tests.storm.notes import note
 
 

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from celery import Celery
 
 from celery_singleton_state import RetryPolicy, SingletonTask, singleton_task
-from tests.queues import use_queues
+from tests.helpers.queues import use_queues
 from tests.storm import faults
 from tests.storm.jobs import Line, Trail, effects
 from tests.storm.manners import moments

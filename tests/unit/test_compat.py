@@ -33,7 +33,7 @@ from celery.app.trace import build_tracer
 from celery.canvas import Signature
 
 from celery_singleton_state import compat
-from tests.servers import Valkey
+from tests.helpers.servers import Valkey
 
 ROOT = Path(__file__).parents[2]
 
@@ -599,7 +599,7 @@ def test_a_connection_of_redis_pys_works_outside_its_pool(valkey: Valkey) -> Non
 
 def run_alone(module: str, *arguments: str) -> None:
     ran = subprocess.run(
-        [sys.executable, "-m", f"tests.unit.{module}", *arguments],
+        [sys.executable, "-m", f"tests.apps.{module}", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

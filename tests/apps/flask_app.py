@@ -1,0 +1,84 @@
+"""Singletons in a web application whose Celery is made as Flask's documentation makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from celery import Celery, Task
+
+from celery_singleton_state import SingletonTask, singleton_task
+from tests.apps.tasks import Counter, app, inside, wait_for
+
+__all__ = ["app"]
+
+
+class WebApp:
+    """Stands for Flask's: what a body asks of it is there in its context only."""
+
+    def __init__(self) -> None:
+        self._contexts: ContextVar[int] = ContextVar("contexts", default=0)
+
+    @contextmanager
+    def app_context(self) -> Iterator[None]:
+        token = self._contexts.set(self._contexts.get() + 1)
+        try:
+            yield
+        finally:
+            self._contexts.reset(token)
+
+    @property
+    def contexts(self) -> int:
+        """How many of its contexts the calling code is in."""
+        return self._contexts.get()
+
+
+web = WebApp()
+
+
+def init_celery(celery: Celery) -> type:
+    class FlaskTask(Task):  # type: ignore[type-arg]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            with web.app_context():
+                return self.run(*args, **kwargs)
+
+    celery.Task = FlaskTask
+    return FlaskTask
+
+
+# The app is made already; a new one is given `task_cls`.
+FlaskTask: Any = init_celery(app)
+
+
+class Before(FlaskTask, SingletonTask):  # type: ignore[misc]
+    pass
+
+
+class Behind(SingletonTask, FlaskTask):  # type: ignore[misc]
+    pass
+
+
+def body(self: Any, until: str) -> int:
+    with inside(self.name, contexts=web.contexts, n=self.state.n):
+        wait_for(until)
+        self.state.n += 1
+    return int(self.state.n)
+
+
+for name, base in {
+    "flask_before": Before,
+    "flask_behind": Behind,
+    "of_the_app": SingletonTask,
+}.items():
+    app.task(bind=True, base=base, name=name, state_schema=Counter)(body)
+
+
+@singleton_task(app, name="paged", state_schema=Counter)
+def paged(self: SingletonTask[Counter], page: int) -> int:
+    with inside("paged", contexts=web.contexts, n=self.state.n, page=page):
+        self.state.n += 1
+    if page < 4:
+        raise self.replace(self.s(page + 1))
+    return self.state.n

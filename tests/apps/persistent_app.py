@@ -1,0 +1,25 @@
+"""The app of beats that keep their schedule in files of their own."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+from celery.beat import PersistentScheduler
+
+from celery_singleton_state.beat import LeaderMixin
+from tests.apps.beat_app import app
+
+__all__ = ["LeadingScheduler", "app"]
+
+
+class LeadingScheduler(LeaderMixin, PersistentScheduler):
+    """Celery's own, of which one leads.
+
+    ``TEST_AGE_FILE`` makes what its file has older, by seconds.
+    """
+
+    def setup_schedule(self) -> None:
+        super().setup_schedule()
+        for entry in self.schedule.values():
+            entry.last_run_at -= timedelta(seconds=float(os.environ.get("TEST_AGE_FILE", "0")))

@@ -1,0 +1,195 @@
+"""The app of the drill on tools that trace a project: ``TEST_SDK`` says which one is switched on.
+
+Each is switched on as its own documentation says; ddtrace and newrelic by their ``sitecustomize``,
+which the drill puts on the path. What they collect they send to ``TEST_COLLECTOR``, if anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from celery import Celery
+from celery.beat import PersistentScheduler
+from celery.schedules import crontab
+
+from celery_singleton_state import LeaderHandoffFailed, SingletonTask, singleton_task
+from celery_singleton_state.beat import LeaderMixin
+from celery_singleton_state.headers import DUE, header
+from tests.apps.tasks import note, transport_options
+
+#: Every line with the name of who logs it.
+FORMAT = "[%(asctime)s: %(levelname)s/%(processName)s] %(name)s: %(message)s"
+#: The beat that this process is, if it is one.
+BEAT = os.environ.get("TEST_BEAT", "")
+
+
+def sentry() -> Callable[[], object]:
+    import sentry_sdk
+    from sentry_sdk.integrations.celery import CeleryIntegration
+
+    sentry_sdk.init(
+        dsn=os.environ["TEST_COLLECTOR"].replace("//", "//public@") + "/1",
+        traces_sample_rate=1.0,
+        integrations=[CeleryIntegration(monitor_beat_tasks=True)],
+    )
+    return sentry_sdk.get_current_span
+
+
+def datadog() -> Callable[[], object]:
+    from ddtrace import tracer
+
+    return tracer.current_span
+
+
+def new_relic() -> Callable[[], object]:
+    from newrelic.api.transaction import current_transaction
+
+    return current_transaction
+
+
+def elastic() -> Callable[[], object]:
+    import elasticapm
+    from elasticapm.contrib.celery import register_exception_tracking, register_instrumentation
+
+    client = elasticapm.Client(
+        service_name="shop", server_url=os.environ["TEST_COLLECTOR"], cloud_provider="none"
+    )
+    elasticapm.instrument()
+    register_exception_tracking(client)
+    register_instrumentation(client)
+    return elasticapm.get_transaction_id
+
+
+def opentelemetry() -> Callable[[], object]:
+    from opentelemetry import trace
+    from opentelemetry.instrumentation.celery import CeleryInstrumentor
+    from opentelemetry.sdk.trace import TracerProvider
+
+    trace.set_tracer_provider(TracerProvider())
+    CeleryInstrumentor().instrument()
+    return lambda: trace.get_current_span().get_span_context().is_valid
+
+
+#: By name, what switches a tool on, and then tells whether the body that asks is traced.
+SDKS = {
+    "sentry-sdk": sentry,
+    "ddtrace": datadog,
+    "newrelic": new_relic,
+    "elastic-apm": elastic,
+    "opentelemetry-instrumentation-celery": opentelemetry,
+}
+
+is_traced = SDKS[os.environ["TEST_SDK"]]()
+
+
+class LeadingScheduler(LeaderMixin, PersistentScheduler):
+    """Celery's own, of which one leads."""
+
+
+app = Celery("shop")
+app.conf.update(
+    broker_connection_retry_on_startup=True,
+    broker_transport_options=transport_options(),
+    result_expires=None,
+    worker_prefetch_multiplier=1,
+    worker_log_format=FORMAT,
+    worker_task_log_format=FORMAT,
+    beat_schedule={
+        name: {"task": name.partition("-")[0], "args": [BEAT, name], "schedule": schedule}
+        for name, schedule in {
+            "ticked": 1.0,
+            "plain": 1.0,
+            "retried": 2.0,
+            "once": 1.0,
+            "ticked-minutely": crontab(),
+        }.items()
+    },
+)
+
+
+@dataclass
+class Counter:
+    n: int = 0
+
+
+def note_tick(task: Any, beat: str, entry: str) -> None:
+    note(
+        "tick",
+        beat=beat,
+        entry=entry,
+        due=header(task.request, DUE),
+        id=task.request.id,
+        traced=bool(is_traced()),
+    )
+
+
+@singleton_task(
+    app,
+    name="ticked",
+    unique_on=["beat", "entry"],
+    state_schema=Counter,
+    on_conflict="wait",
+    conflict_timeout=60,
+)
+def ticked(self: SingletonTask[Counter], beat: str, entry: str) -> None:
+    """A singleton with a state."""
+    self.state.n += 1
+    assert self.tick is not None
+    note_tick(self, beat, entry)
+    note("state", key=f"{beat} {entry}", n=self.state.n)
+
+
+@singleton_task(
+    app, name="retried", unique_on=["beat", "entry"], on_conflict="wait", conflict_timeout=60
+)
+def retried(self: SingletonTask, beat: str, entry: str) -> None:
+    """A singleton that asks for a retry of each tick, and does it then."""
+    if not self.request.retries:
+        raise self.retry(countdown=0.1)
+    assert self.tick is not None
+    note_tick(self, beat, entry)
+
+
+@singleton_task(app, name="once", unique_on=["beat", "entry"], enqueue_once=True)
+def once(self: SingletonTask, beat: str, entry: str) -> None:
+    """A singleton whose ticks are not queued twice."""
+    note_tick(self, beat, entry)
+
+
+@app.task(name="plain", bind=True)
+def plain(self: Any, beat: str, entry: str) -> None:
+    """No singleton."""
+    note_tick(self, beat, entry)
+
+
+@app.task(name="sends_twice")
+def sends_twice() -> None:
+    """Send a message of which one may be queued."""
+    ids = {once.apply_async(("", "sent"), countdown=3).id for _ in range(2)}
+    note("queued", ids=sorted(ids))
+
+
+@singleton_task(app, name="meets", on_conflict="wait", conflict_timeout=60)
+def meets(self: SingletonTask) -> None:
+    """A body during which others come."""
+    note("enter", id=self.request.id)
+    time.sleep(1.0)
+    note("leave", id=self.request.id)
+
+
+@singleton_task(
+    app,
+    name="waits_in_vain",
+    unique_on="*",
+    on_conflict="wait",
+    conflict_timeout=2,
+    throws=(LeaderHandoffFailed,),
+)
+def waits_in_vain(self: SingletonTask, key: str, seconds: float) -> str:
+    """A body that lasts longer than the next one waits."""
+    time.sleep(seconds)
+    return key

@@ -1,0 +1,36 @@
+"""The app of the drill about messages that are sent once: tasks that end in many ways."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from celery_singleton_state import SingletonTask, singleton_task
+from tests.apps.tasks import app, note, wait_for
+
+
+class BeforeStart(SingletonTask[Any, Any, Any]):
+    """A message ends before its delivery."""
+
+    abstract = True
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        if args[0] == "raises":
+            raise ValueError("before the start")
+        if args[0] == "hangs":
+            time.sleep(600)
+
+
+@app.task(bind=True, base=BeforeStart, enqueue_once=True, time_limit=1, name="ends_early")
+def ends_early(self: Any, how: str) -> str:
+    """It does not come here, but for "runs"."""
+    return how
+
+
+@singleton_task(app, enqueue_once=True, on_conflict="wait", conflict_timeout=60, name="versioned")
+def versioned(self: SingletonTask, version: int, until: str = "") -> int:
+    """Note which version runs."""
+    note("version", version=version)
+    if until:
+        wait_for(until)
+    return version

@@ -1,0 +1,207 @@
+"""What else beats come through: crashes at the worst moment, wrong clocks, servers that restart."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from tests.helpers.beat_hosts import APP, LEADER, Host, Hosts, Schedule
+from tests.helpers.fleet import Fleet
+from tests.helpers.servers import Postgres, Proxy, Valkey
+from tests.helpers.waiting import wait_until
+
+#: A lease that lives for 2 s.
+SHORT = {"CELERY_SINGLETON_HEARTBEAT_INTERVAL": "1"}
+HOUR = timedelta(hours=1)
+
+
+def often(task: str = "ticked", entries: int = 5, catch_up: str = "all") -> Schedule:
+    return {
+        f"e{number}": {"task": task, "schedule": 0.5, "catch_up": catch_up}
+        for number in range(entries)
+    }
+
+
+@pytest.mark.parametrize(("task", "runs"), [("ticked", 1), ("plain", 2)])
+def test_a_crash_between_sending_and_recording(
+    make_hosts: Callable[..., Hosts], task: str, runs: int
+) -> None:
+    """The leader has sent a tick and dies before it is recorded; the next leader sends it again. A
+    singleton refuses the second copy; another task runs it, with the same id.
+    """
+    hosts = make_hosts(often(task), **SHORT)
+    hosts.fleet.start("-P", "solo", app=APP)
+    first = hosts.start(TEST_CRASH="e1")
+    assert first.beat.process.wait(timeout=30) == -signal.SIGKILL
+    hosts.start().beat.wait_leads()
+    hosts.wait_for_ticks(10)
+    hosts.stop()
+    notes = [note for note in hosts.fleet.notes("tick") if note["entry"] == "e1"]
+    dues = [datetime.fromisoformat(note["due"]) for note in notes]
+    assert dues.count(min(dues)) == runs
+    assert len({note["id"] for note in notes if note["due"] == notes[0]["due"]}) == 1
+    if task == "ticked":
+        assert hosts.complaints() == []
+
+
+@pytest.fixture
+def faketime() -> Iterator[str]:
+    """The library that shows a process another time."""
+    found = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+    if not found:
+        assert os.environ.get("SINGLETON_TEST_FAKETIME") != "required", "no libfaketime"
+        pytest.skip("no libfaketime")
+    yield str(found[0])
+    # What those that were killed left in memory.
+    for left in Path("/dev/shm").glob("*faketime_s*_*"):
+        if not Path("/proc", left.name.rpartition("_")[2]).exists():
+            left.unlink()
+
+
+def test_a_wrong_clock_does_no_harm(make_hosts: Callable[..., Hosts], faketime: str) -> None:
+    """One host's clock is an hour ahead, another's an hour behind, a third one's right; each leads
+    in its turn. Ticks are judged by the store's clock, so all send the same ones at the same times.
+    """
+    began = datetime.now(UTC)
+    hosts = make_hosts(often(), **SHORT)
+    hosts.fleet.start("-P", "solo", app=APP)
+    off = {"LD_PRELOAD": faketime}
+    turns = (off | {"FAKETIME": "+3600s"}, off | {"FAKETIME": "-3600s"}, {})
+    for how, environment in zip(("kill", "stop", "stop"), turns, strict=True):
+        host = hosts.start(**environment)
+        host.beat.wait_leads()
+        wrong = logged_at(host) - datetime.now(UTC)
+        expected = {"+3600s": HOUR, "-3600s": -HOUR}.get(environment.get("FAKETIME", ""))
+        assert abs(wrong - (expected or timedelta(0))) < HOUR / 2
+        hosts.wait_for_ticks(20)
+        if how == "kill":
+            host.beat.close()
+        else:
+            host.beat.stop()
+    hosts.stop()
+    assert hosts.complaints() == []
+    dues = [due for ticks in hosts.executed().values() for due in ticks]
+    assert began - timedelta(seconds=1) < min(dues)
+    assert max(dues) < datetime.now(UTC)
+
+
+def logged_at(host: Host) -> datetime:
+    """What the host's clock showed when its beat said that it leads."""
+    (line,) = (line for line in host.beat.output.splitlines() if "beat leads" in line)
+    return datetime.strptime(line[1:20], "%Y-%m-%d %H:%M:%S").astimezone(UTC)
+
+
+@pytest.mark.parametrize("issue", ["redbeat 230", "redbeat 306"])
+def test_a_lease_lost_in_mid_run(make_hosts: Callable[..., Hosts], issue: str) -> None:
+    """The leader's lease is another's all of a sudden: RedBeat's beat ends over that, or is never
+    elected again. Ours stands by, and leads again when it is free.
+    """
+    hosts = make_hosts(often(), **SHORT)
+    hosts.fleet.start("-P", "solo", app=APP)
+    host = hosts.start()
+    hosts.wait_for_ticks(5)
+    execute(
+        hosts,
+        f"UPDATE kv_store SET holder = 'another', fence = fence + 1,"
+        f" expires_at = clock_timestamp() + interval '2 seconds' WHERE key = '{LEADER}'",
+    )
+    wait_until(lambda: "lost the lead" in host.beat.output, "it has lost the lead")
+    assert hosts.leader() is host
+    hosts.wait_for_ticks(10)
+    hosts.stop()
+    assert hosts.complaints() == []
+
+
+def test_redbeat_163_a_store_that_lost_all_goes_on_where_it_was(
+    make_hosts: Callable[..., Hosts],
+) -> None:
+    """The table is emptied under the leader, as by a failover to an empty server: RedBeat's leader
+    ends, and its stand-by leads an empty schedule. Here the schedule is the app's, and its
+    intervals lie where they lay: no tick is run twice, though nobody remembers the first.
+    """
+    hosts = make_hosts(often(), **SHORT)
+    hosts.fleet.start("-P", "solo", app=APP)
+    host = hosts.start()
+    hosts.wait_for_ticks(5)
+    hosts.start().beat.wait_stands_by()
+    execute(hosts, "DELETE FROM kv_store")
+    wait_until(lambda: "lost the lead" in host.beat.output, "it has lost the lead")
+    hosts.leader()
+    hosts.wait_for_ticks(20)
+    hosts.stop()
+    for ticks in hosts.executed().values():
+        assert len(ticks) == len(set(ticks))
+        assert {(tick - ticks[0]) % timedelta(seconds=0.5) for tick in ticks} == {timedelta(0)}
+
+
+def test_redbeat_92_a_dead_leader_is_succeeded_in_seconds(
+    make_hosts: Callable[..., Hosts],
+) -> None:
+    """With default settings; how many seconds is measured by ``benchmarks takeover``."""
+    hosts = make_hosts(often())
+    hosts.fleet.start("-P", "solo", app=APP)
+    first = hosts.start()
+    hosts.wait_for_ticks(5)
+    hosts.start().beat.wait_stands_by()
+    first.beat.close()
+    assert hosts.leader(other_than=first)
+    hosts.wait_for_ticks(20)
+    hosts.stop()
+    assert hosts.complaints() == []
+
+
+def execute(hosts: Hosts, statement: str) -> None:
+    with hosts.store.engine.connect() as connection:
+        connection.execute(sa.text(statement))
+
+
+def test_servers_are_killed_under_all_beats(
+    make_fleet: Callable[..., Fleet],
+    make_proxy: Callable[[int], Proxy],
+    own_postgres: Postgres,
+    own_valkey: Valkey,
+) -> None:
+    """The store is killed, and then the broker, and each comes back; workers come after that, so
+    that what kombu's Redis transport loses when its server dies is not counted here.
+    """
+    # With "all" the next tick of an entry would wait for a worker that ends the one before.
+    schedule = often(catch_up="latest")
+    fleet = make_fleet(
+        own_postgres.create_database("shop"), TEST_SCHEDULE=json.dumps(schedule), **SHORT
+    )
+    fleet.environment["CELERY_BROKER_URL"] = fleet.environment["CELERY_RESULT_BACKEND"] = (
+        own_valkey.url
+    )
+    store_url = own_postgres.url("shop")
+    with closing(Hosts(fleet, schedule, store_url, own_valkey.url, make_proxy)) as hosts:
+        kill_both(hosts, own_postgres, own_valkey)
+
+
+def kill_both(hosts: Hosts, own_postgres: Postgres, own_valkey: Valkey) -> None:
+    beats = [hosts.start().beat for _ in range(2)]
+    hosts.leader()
+    hosts.wait_for_sent(10)
+    own_postgres.stop(signal.SIGKILL)
+    for beat in beats:
+        beat.wait_for("beat waits for the store")
+    own_postgres.start()
+    hosts.store.engine.dispose()
+    hosts.wait_for_sent(10)
+    own_valkey.stop(signal.SIGKILL)
+    wait_until(
+        lambda: any("beat waits for the broker" in beat.output for beat in beats), "it is missed"
+    )
+    own_valkey.start()
+    hosts.wait_for_sent(20)
+    assert [beat.process.poll() for beat in beats] == [None, None]
+    hosts.fleet.start("-P", "solo", app=APP)
+    hosts.stop()
+    assert hosts.complaints() == []

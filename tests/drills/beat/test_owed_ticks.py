@@ -1,0 +1,146 @@
+"""What a beat owes after a pause, with real beats, brokers and workers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+import pytest
+
+from celery_singleton_state.beat.entry_state import EntryState, decode_rows
+from celery_singleton_state.keys import row_key
+from tests.helpers.beat_hosts import APP, LEADER, Hosts
+from tests.helpers.waiting import wait_until
+
+MINUTE, DAY = timedelta(minutes=1), timedelta(days=1)
+#: Of which no tick is due while tests run.
+FAR_HOUR = (datetime.now(UTC).hour + 12) % 24
+#: Each day is closed, however long beat was down and however late that is.
+CLOSE_DAY = {
+    "task": "close_day",
+    "schedule": ["5", str(FAR_HOUR)],
+    "catch_up": "all",
+    "skip_if_older_than": None,
+    "args": [],
+}
+EVERY_MINUTE = CLOSE_DAY | {"schedule": 60.0}
+
+
+def owe(hosts: Hosts, name: str, count: int, every: timedelta) -> list[datetime]:
+    """Let a beat make its rows, and have so many ticks of an entry be owed when the next one leads.
+
+    :returns: the ticks.
+    """
+    host = hosts.start()
+    host.beat.wait_leads()
+    wait_until(lambda: name in hosts.states(), "the entry has a row")
+    host.beat.stop()
+    state = hosts.states()[name]
+    assert state.next_tick is not None
+    owed = [state.next_tick - number * every for number in range(count, 0, -1)]
+    value = msgspec.json.encode(msgspec.structs.replace(state, next_tick=owed[0])).decode()
+    leader = hosts.store.acquire(LEADER, "by hand", 60, None)
+    assert leader is not None
+    key = row_key(f"{LEADER}:", name)
+    assert hosts.store.entries.record(leader.lease, {key: value}, 1, leader.write)
+    hosts.store.give_back(LEADER, "by hand")
+    assert decode_rows({key: value})[name].next_tick == owed[0]
+    return owed
+
+
+def closed(hosts: Hosts, name: str) -> list[datetime]:
+    return hosts.executed().get(name, [])
+
+
+@pytest.mark.parametrize("task", ["close_day", "close_day_waiting"])
+def test_each_owed_day_is_closed(make_hosts: Callable[..., Hosts], task: str) -> None:
+    """The docs' own example, with default settings and four workers at once."""
+    hosts = make_hosts({"close-day": CLOSE_DAY | {"task": task}})
+    hosts.fleet.start("-P", "threads", "-c", "4", app=APP)
+    owed = owe(hosts, "close-day", 4, DAY)
+    hosts.start()
+    wait_until(lambda: len(closed(hosts, "close-day")) >= 4, "all days are closed")
+    hosts.stop()
+    assert closed(hosts, "close-day") == owed
+    answer = hosts.fleet.command("singleton", "show", task, "--json", app=APP)
+    assert answer.returncode == 0, answer.stderr
+    shown = json.loads(answer.stdout)
+    (done,) = shown["ticks_done"]["shop:close-day"]["done"]
+    assert done["until"] == owed[-1].isoformat()
+    assert hosts.states()["close-day"].missed_count == 0
+
+
+def test_300_owed_ticks_with_on_conflict_wait(make_hosts: Callable[..., Hosts]) -> None:
+    """All of them run in order, though the row's history holds 16. The leader is killed twice."""
+    hosts = make_hosts(
+        {"all": EVERY_MINUTE | {"task": "close_day_waiting"}}, CELERY_SINGLETON_HEARTBEAT_INTERVAL=1
+    )
+    hosts.fleet.start("-P", "threads", "-c", "4", app=APP)
+    owed = owe(hosts, "all", 300, MINUTE)
+    for count in (80, 160):
+        host = hosts.start()
+        wait_until(lambda: len(closed(hosts, "all")) >= count, "some are closed", 60)  # noqa: B023
+        host.beat.close()
+    hosts.start()
+    wait_until(lambda: len(closed(hosts, "all")) >= 300, "all are closed", 60)
+    hosts.stop()
+    assert closed(hosts, "all")[:300] == owed
+
+
+def test_a_beat_that_owes_1000_ticks_of_one_entry_and_has_1000_others(
+    make_hosts: Callable[..., Hosts],
+) -> None:
+    """All owed ticks are closed in order, and no other entry is late by more than its interval."""
+    every = timedelta(seconds=20)
+    others: dict[str, Any] = {
+        f"o{number}": {"task": "plain", "schedule": every.total_seconds()} for number in range(1000)
+    }
+    hosts = make_hosts({"all": EVERY_MINUTE, **others})
+    for _ in range(2):
+        hosts.fleet.start("-P", "threads", "-c", "4", app=APP)
+    owed = owe(hosts, "all", 1000, MINUTE)
+    began = datetime.now(UTC)
+    hosts.start()
+    wait_until(lambda: len(closed(hosts, "all")) >= 1000, "all are closed", 120)
+    wait_until(lambda: datetime.now(UTC) > began + every, "all others were due", 60)
+    wait_until(lambda: len(hosts.executed()) == 1001, "all others have run", 60)
+    hosts.stop()
+    assert closed(hosts, "all")[:1000] == owed
+    notes = [note for note in hosts.fleet.notes("tick") if note["entry"] != "all"]
+    assert len({note["entry"] for note in notes}) == 1000
+    assert max(note["late"] for note in notes) < every.total_seconds()
+    assert not [state for state in hosts.states().values() if state.missed_count]
+
+
+def test_20000_owed_ticks_of_a_task_that_is_no_singleton(make_hosts: Callable[..., Hosts]) -> None:
+    """Another entry is sent as if nothing was owed, and no tick of it is dropped as too old."""
+    every = timedelta(seconds=3)
+    other = {"task": "plain", "schedule": every.total_seconds()}
+    backlog = EVERY_MINUTE | {"task": "plain", "args": ["all"]}
+    hosts = make_hosts({"all": backlog, "other": other})
+    owe(hosts, "all", 20_000, MINUTE)
+    before = hosts.states()["other"].total_run_count
+    seen: list[EntryState] = []
+    host = hosts.start()
+
+    def all_sent() -> bool:
+        states = hosts.states()
+        # After the one that makes up for the pause.
+        if states["other"].total_run_count > before + 1:
+            seen.append(states["other"])
+        return states["all"].total_run_count >= 20_000 and len(seen) > 0
+
+    wait_until(all_sent, "all are sent", 120)
+    host.beat.stop()
+    assert {state.missed_count for state in seen} == {seen[0].missed_count}
+    assert all(late(state) < every for state in seen)
+
+
+def late(state: EntryState) -> timedelta:
+    """How late the newest tick of an entry was sent."""
+    assert state.last_run_at
+    assert state.last_tick
+    return state.last_run_at - state.last_tick

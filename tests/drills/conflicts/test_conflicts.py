@@ -1,0 +1,280 @@
+"""Deliveries that find the lease taken, with real workers: each policy, and deaths within it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from celery import Celery, chain
+
+from celery_singleton_state import HeartbeatFailed, LeaderHandoffFailed
+from celery_singleton_state.runtime import runtime_of
+from celery_singleton_state.store.base import Row
+from tests.helpers.fleet import Fleet, Worker, outcome
+from tests.helpers.queues import QUORUM
+from tests.helpers.waiting import wait_until
+
+#: Seconds after which the broker takes a message that is not acknowledged for lost.
+VISIBILITY_TIMEOUT = 2.0
+
+
+@pytest.fixture(params=["valkey", *QUORUM])
+def fleet(
+    request: pytest.FixtureRequest,
+    make_fleet: Callable[..., Fleet],
+    on_rabbitmq: Callable[[str], dict[str, str]],
+    tmp_path: Path,
+) -> Fleet:
+    """Leases beat twice a second, so that a holder hears soon what it is asked."""
+    broker = {} if request.param == "valkey" else on_rabbitmq(request.param)
+    return make_fleet(
+        f"sqlite:///{tmp_path}/store.db",
+        CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.5",
+        TEST_VISIBILITY_TIMEOUT=VISIBILITY_TIMEOUT,
+        **broker,
+    )
+
+
+@pytest.fixture
+def go(tmp_path: Path) -> Path:
+    return tmp_path / "go"
+
+
+def row_of(app: Celery, name: str) -> Row:
+    row = runtime_of(app).store.peek(f"singleton-state:{name}")
+    assert row is not None
+    return row
+
+
+def entered(fleet: Fleet) -> list[str]:
+    return [note["what"] for note in fleet.notes("enter")]
+
+
+def send(app: Celery, name: str, what: str, until: Any = "", **options: Any) -> Any:
+    return app.send_task(name, (what, str(until)), **options)
+
+
+def test_one_that_waits_runs_when_the_lease_is_free(
+    fleet: Fleet, client: Callable[[], Celery], go: Path
+) -> None:
+    """It costs none of the task's own retries, and its chain goes on.
+
+    celery-singleton #19, a duplicate drops its chain; celery-once #110, one by hand is ignored.
+    """
+    app = client()
+    worker = fleet.start("-c", "2")
+    send(app, "waits_its_turn", "first", go)
+    fleet.wait_for_notes("enter")
+    chained = chain(
+        app.signature("waits_its_turn", ("second", "")), app.signature("joined", (" ends",))
+    ).apply_async()
+    fleet.wait_for_output(worker, f"Task waits_its_turn[{chained.parent.id}] ignored")
+    go.touch()
+    assert outcome(chained) == "second ends"
+    notes = fleet.notes("enter")
+    assert [(note["what"], note["n"], note["retries"]) for note in notes] == [
+        ("first", 0, 0),
+        ("second", 1, 0),
+    ]
+
+
+def test_one_that_waited_for_too_long_fails(
+    fleet: Fleet, client: Callable[[], Celery], go: Path
+) -> None:
+    app = client()
+    fleet.start("-c", "2")
+    first = send(app, "impatient", "first", go)
+    fleet.wait_for_notes("enter")
+    error = outcome(send(app, "impatient", "second"))
+    assert isinstance(error, LeaderHandoffFailed)
+    assert "not obtained within 1 s" in error.detail
+    assert f"for task {first.id}" in error.detail
+    go.touch()
+    assert outcome(first) == "first"
+
+
+@pytest.mark.parametrize("policy", ["waits_its_turn", "replaces"])
+def test_the_holder_dies_while_another_waits(
+    fleet: Fleet, client: Callable[[], Celery], policy: str
+) -> None:
+    app = client()
+    fleet.start("-c", "2")
+    send(app, policy, "first", "for ever")
+    child = fleet.wait_for_notes("enter")[0]["pid"]
+    second = send(app, policy, "second")
+    os.kill(child, signal.SIGKILL)
+    assert outcome(second) == "second"
+
+
+def is_stopped_with(worker: Worker, app: Celery, task_id: str) -> bool:
+    """Stop a worker; it goes on if the broker does not know by then that it has the message."""
+    worker.signal_all(signal.SIGSTOP)
+    with app.connection() as connection:
+        waiting = connection.default_channel.client.hvals("unacked")
+    if any(task_id.encode() in message for message in waiting):
+        return True
+    worker.signal_all(signal.SIGCONT)
+    return False
+
+
+@pytest.mark.parametrize("fleet", ["valkey"], indirect=True)
+def test_who_waits_dies(fleet: Fleet, client: Callable[[], Celery], go: Path) -> None:
+    """Its worker is killed; the broker gives its message to another one, in its own time: Redis
+    looks for such messages when a worker starts, and then rarely.
+    """
+    app = client()
+    fleet.start("-c", "1", "-Q", "a", name="a")
+    send(app, "waits_its_turn", "first", go, queue="a")
+    fleet.wait_for_notes("enter")
+    killed = fleet.start("-c", "1", "-Q", "b", name="b")
+    second = send(app, "waits_its_turn", "second", queue="b")
+    fleet.wait_for_output(killed, f"Task waits_its_turn[{second.id}] ignored")
+    # Redis forgets a message that is on its way to a worker when that is killed.
+    wait_until(lambda: is_stopped_with(killed, app, second.id), "it is stopped with its message")
+    killed.close()
+    restored_from = time.monotonic() + VISIBILITY_TIMEOUT
+    wait_until(lambda: time.monotonic() > restored_from, "the broker may restore the message")
+    fleet.start("-c", "1", "-Q", "b", name="b")
+    go.touch()
+    assert outcome(second) == "second"
+
+
+def test_one_that_replaces_stops_the_holder(fleet: Fleet, client: Callable[[], Celery]) -> None:
+    """The holder hears of it at its next heartbeat, ends with the state of its last checkpoint,
+    and the other goes on from there.
+    """
+    app = client()
+    fleet.start("-c", "2")
+    first = send(app, "replaces", "first", "for ever")
+    fleet.wait_for_notes("enter")
+    second = send(app, "replaces", "second")
+    error = outcome(first)
+    assert isinstance(error, HeartbeatFailed)
+    assert f"asked to hand over to {second.id}" in error.detail
+    assert outcome(second) == "second"
+    assert [(note["what"], note["n"]) for note in fleet.notes("enter")] == [
+        ("first", 0),
+        ("second", 1),
+    ]
+
+
+def test_of_four_messages_that_replace_within_a_second_the_last_completes(
+    fleet: Fleet, client: Callable[[], Celery], go: Path
+) -> None:
+    """All of them would run for long. The children ask the store in any order."""
+    app = client()
+    worker = fleet.start("-c", "4")
+    whats = ["first", "second", "third", "last"]
+    sent = [send(app, "replaces", what, go if what == "last" else "for ever") for what in whats]
+    endings = [outcome(each) for each in sent[:-1]]
+    assert all(ending is None or isinstance(ending, HeartbeatFailed) for ending in endings)
+    go.touch()
+    assert outcome(sent[-1]) == "last"
+    assert entered(fleet)[-1] == "last"
+    assert worker.output.count(", which is newer") == endings.count(None)
+    assert row_of(app, "replaces").last_outcome == "succeeded"
+
+
+def test_a_replaced_message_that_is_retried_does_not_replace_its_replacer(
+    fleet: Fleet, client: Callable[[], Celery], go: Path
+) -> None:
+    """The first one is to be retried over any error, also over that it was asked to stop."""
+    app = client()
+    fleet.start("-c", "2")
+    first = send(app, "replaces_and_retries", "first", "for ever")
+    fleet.wait_for_notes("enter")
+    second = send(app, "replaces_and_retries", "second", go)
+    assert isinstance(outcome(first), HeartbeatFailed)
+    fleet.wait_for_notes("enter", 2)
+    go.touch()
+    assert outcome(second) == "second"
+    assert entered(fleet) == ["first", "second"]
+
+
+def test_a_holder_that_does_not_stop_is_not_replaced(
+    fleet: Fleet, client: Callable[[], Celery], go: Path
+) -> None:
+    app = client()
+    fleet.start("-c", "2")
+    first = send(app, "stubborn", "first", go)
+    fleet.wait_for_notes("enter")
+    assert isinstance(outcome(send(app, "stubborn", "second")), LeaderHandoffFailed)
+    go.touch()
+    assert outcome(first) == "first"
+
+
+def test_many_wishes_are_one_run_with_the_newest_arguments(
+    fleet: Fleet, client: Callable[[], Celery], go: Path
+) -> None:
+    app = client()
+    fleet.start("-c", "2")
+    first = send(app, "coalesces", "first", go)
+    fleet.wait_for_notes("enter")
+    assert [outcome(send(app, "coalesces", f"wish {n}")) for n in range(5)] == [None] * 5
+    go.touch()
+    assert outcome(first) == "first"
+    fleet.wait_for_notes("leave", 2)
+    wait_until(lambda: row_of(app, "coalesces").run_count == 2, "the wish is granted")
+    assert entered(fleet) == ["first", "wish 4"]
+    assert outcome(send(app, "coalesces", "later")) == "later"
+    assert entered(fleet) == ["first", "wish 4", "later"]
+
+
+@pytest.mark.parametrize("serializer", ["json", "pickle"])
+def test_the_run_after_many_coalesced_messages_has_the_arguments_that_the_newest_was_sent_with(
+    make_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+    go: Path,
+    serializer: str,
+) -> None:
+    """Of the same types, and with the tenant's, which a base class takes off."""
+    fleet = make_fleet(f"sqlite:///{tmp_path}/store.db", TEST_SERIALIZER=serializer)
+    values: list[Any] = [datetime(2026, 11, 27, tzinfo=UTC), Decimal("0.10"), UUID(int=7)]
+    if serializer == "pickle":
+        values.append({1, 2})
+    app = client()
+    fleet.start("-c", "2")
+    first = app.send_task("coalesces_typed", ("a", str(go)), serializer=serializer)
+    fleet.wait_for_notes("enter")
+    for tenant in "ab":
+        arguments = (tenant, "", *values)
+        assert outcome(app.send_task("coalesces_typed", arguments, serializer=serializer)) is None
+    go.touch()
+    assert outcome(first) == []
+    fleet.wait_for_notes("leave", 2)
+    assert [note["tenant"] for note in fleet.notes("tenant")] == ["a", "a", "b", "b"]
+    assert fleet.notes("enter")[-1]["values"] == [repr(value) for value in values]
+
+
+def test_a_holder_that_dies_does_not_take_the_wish_with_it(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
+    app = client()
+    fleet.start("-c", "2")
+    send(app, "coalesces", "first", "for ever")
+    child = fleet.wait_for_notes("enter")[0]["pid"]
+    assert outcome(send(app, "coalesces", "wish")) is None
+    os.kill(child, signal.SIGKILL)
+    wait_until(lambda: "wish" in entered(fleet), "the wish is granted")
+
+
+def test_what_is_wanted_while_a_lease_is_held_on_runs_after_it(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
+    """The first of them waits for the end, and the others rely on it."""
+    app = client()
+    fleet.start("-c", "1")
+    assert outcome(send(app, "held_on_coalesced", "first")) == "first"
+    second, third = (send(app, "held_on_coalesced", what) for what in ("second", "third"))
+    assert outcome(third) is None
+    assert outcome(second) == "second"
+    assert entered(fleet) == ["first", "second"]

@@ -1,0 +1,115 @@
+"""Many messages wait for one singleton, and the fleet has other work to do."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from amqp.exceptions import ChannelError
+from celery import Celery
+
+from celery_singleton_state import LeaderHandoffFailed
+from tests.helpers.fleet import Fleet, outcome
+from tests.helpers.rabbitmq import RabbitMQ
+from tests.helpers.waiting import wait_until
+
+WAITING = int(os.environ.get("TEST_WAITING", "300"))
+APP = "tests.apps.many_app"
+
+
+@pytest.fixture(params=["valkey", "rabbitmq"])
+def broker(request: pytest.FixtureRequest) -> str:
+    if request.param == "rabbitmq":
+        rabbitmq: RabbitMQ = request.getfixturevalue("rabbitmq")
+        return rabbitmq.url_at(rabbitmq.port)
+    url: str = request.getfixturevalue("broker_url")
+    return url
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> str:
+    """RabbitMQ is one for all tests."""
+    return tmp_path.name
+
+
+@pytest.fixture
+def make_busy_fleet(
+    make_fleet: Callable[..., Fleet], postgres_url: str, broker: str, queue: str
+) -> Callable[[float], Fleet]:
+    """Makes a fleet of two processes, and a third one for the holder."""
+
+    def make(timeout: float) -> Fleet:
+        fleet = make_fleet(
+            postgres_url,
+            CELERY_BROKER_URL=broker,
+            TEST_QUEUE=queue,
+            TEST_CONFLICT_TIMEOUT=str(timeout),
+        )
+        fleet.start("-c", "1", "-Q", f"{queue}-holder", name="holder", app=APP)
+        fleet.start("-c", "2", app=APP)
+        return fleet
+
+    return make
+
+
+def messages_in(app: Celery, queue: str) -> int:
+    with app.connection_for_read() as connection:
+        try:
+            found: int = connection.default_channel.queue_declare(queue, passive=True).message_count
+        except ChannelError:
+            return 0  # an empty list is not there on Redis
+    return found
+
+
+def test_plain_tasks_go_on_and_the_next_in_line_is_served_soon(
+    make_busy_fleet: Callable[[float], Fleet],
+    client: Callable[[], Celery],
+    queue: str,
+    tmp_path: Path,
+) -> None:
+    """They were all behind those that wait: each of these came again every four seconds at most."""
+    fleet = make_busy_fleet(600)
+    app, go = client(), tmp_path / "go"
+    app.send_task("patient", (0, str(go)), queue=f"{queue}-holder")
+    fleet.wait_for_notes("holds")
+    for number in range(1, WAITING + 1):
+        app.send_task("patient", (number,), queue=queue)
+    # Those that were sent first have tried, and the worker has all of them.
+    app.send_task("plain", (0, time.monotonic()), queue=queue)
+    fleet.wait_for_notes("plain")
+    wait_until(lambda: messages_in(app, queue) == 0, "the worker has all messages")
+    begin = time.monotonic()
+    for number in range(1, 201):
+        due = begin + number / 20
+        wait_until(lambda due=due: time.monotonic() >= due, "the next plain task is due")
+        app.send_task("plain", (number, time.monotonic()), queue=queue)
+    took = [note["took"] for note in fleet.wait_for_notes("plain", 201)[1:]]
+    assert statistics.median(took) < 0.5, "a hundred times what it is on an idle machine"
+    go.touch()
+    freed = time.monotonic()
+    first = fleet.wait_for_notes("served")[0]
+    assert first["at"] - freed < 10
+    served = fleet.wait_for_notes("served", 20)
+    assert len({note["number"] for note in served}) == len(served)
+
+
+def test_those_that_wait_for_too_long_fail_in_time(
+    make_busy_fleet: Callable[[float], Fleet],
+    client: Callable[[], Celery],
+    queue: str,
+    tmp_path: Path,
+) -> None:
+    """However many there are: each tries for the last time when its time is over."""
+    fleet = make_busy_fleet(3)
+    app, go = client(), tmp_path / "go"
+    app.send_task("patient", (0, str(go)), queue=f"{queue}-holder")
+    fleet.wait_for_notes("holds")
+    results = [app.send_task("patient", (number,), queue=queue) for number in range(1, 51)]
+    errors = [outcome(result) for result in results]
+    go.touch()
+    assert {type(error) for error in errors} == {LeaderHandoffFailed}
+    assert all("not obtained within 3 s" in error.detail for error in errors)

@@ -1,0 +1,103 @@
+"""A lease that a live process holds without knowing is given back by this process, and soon.
+
+An ordinary life is 20 s here, and the tasks' leases live for ten minutes: what is free before was
+given back, and did not run out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from celery import Celery
+
+from celery_singleton_state import StateLoadFailed
+from celery_singleton_state.history import decode
+from tests.helpers.fleet import outcome
+from tests.helpers.mariadb import MariaDB
+from tests.helpers.servers import Postgres
+from tests.helpers.shop import Shop
+
+#: Seconds; less than an ordinary life.
+SOON = 15
+
+
+@pytest.fixture
+def shop(own_server: Postgres | MariaDB, make_shop: Callable[..., Shop]) -> Shop:
+    made = make_shop(
+        own_server,
+        CELERY_SINGLETON_HEARTBEAT_INTERVAL=4,
+        CELERY_SINGLETON_HEARTBEAT_THRESHOLD=5,
+    )
+    made.start()
+    return made
+
+
+def test_all_answers_to_an_acquisition_are_lost(shop: Shop, client: Callable[[], Celery]) -> None:
+    """The lease is taken, and whoever took it only knows that it was not answered."""
+    app, name = client(), "long steps, not retried"
+    for _ in range(3):
+        shop.proxy.lose_answer_to(b"unanswered-message")
+    error = outcome(app.send_task(name, (["copy"],), task_id="unanswered-message"))
+    assert isinstance(error, StateLoadFailed)
+    shop.wait_given_back(name, SOON)
+    assert outcome(app.send_task(name, (["copy"],))) == 1
+
+
+def test_the_last_answer_to_a_release_is_lost(shop: Shop, client: Callable[[], Celery]) -> None:
+    """No copy of the release reaches the store, and its connections are cut; what was saved is not
+    known. The lease is given back as soon as the store is there again.
+    """
+    app, name = client(), "long steps, not retried"
+    shop.proxy.lose_answer_to(b"unsaved", then="refuse")
+    held = shop.proxy.hold(b"unsaved")
+    result = app.send_task(name, (["copy"], ["mark", "unsaved"]))
+    held.wait()
+    shop.proxy.mode = "refuse"
+    shop.proxy.cut()
+    held.forget()
+    assert isinstance(outcome(result), Exception)
+    shop.proxy.mode = "pass"
+    shop.wait_given_back(name, SOON)
+    assert outcome(app.send_task(name, (["copy"],))) == 2
+    assert shop.rows() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"singleton_due": "yesterday", "singleton_entry": "nightly"},
+        {"singleton_due": "2026-01-01T00:00:00+00:00"},
+        {"singleton_retries": "x"},
+        {"singleton_waited": "x"},
+        {"singleton_requeued": "x"},
+    ],
+    ids=lambda headers: "+".join(headers),
+)
+def test_a_message_with_a_malformed_header(
+    shop: Shop, client: Callable[[], Celery], headers: dict[str, str]
+) -> None:
+    """Whatever becomes of the message, an error between the acquisition and the body included."""
+    app, name = client(), "long steps, not retried"
+    outcome(app.send_task(name, (["copy"],), headers=headers))
+    shop.wait_given_back(name, SOON)
+    copied = len(shop.rows())
+    assert outcome(app.send_task(name, (["copy"],))) == copied + 1
+
+
+@pytest.mark.parametrize(
+    "text", ["half an emoji: \ud83d", "a zero: \0", "long: " + "\ud83d" * 1000]
+)
+def test_a_body_that_raises_an_error_of_which_the_text_cannot_be_stored(
+    shop: Shop, client: Callable[[], Celery], text: str
+) -> None:
+    """Its failure is in the row's history, and the next run gets its lease at once."""
+    app, name = client(), "long steps, not retried"
+    assert isinstance(outcome(app.send_task(name, (["copy"], ["fail", text]))), ValueError)
+    shop.wait_given_back(name, SOON)
+    row = shop.row(name)
+    assert row is not None
+    (failed,) = decode(row.history, name)
+    assert (failed.outcome, row.last_outcome) == ("failed", "failed")
+    assert str(failed.error).startswith(f"ValueError: {text.split()[0]}")
+    assert outcome(app.send_task(name, (["copy"],))) == 2

@@ -1,0 +1,257 @@
+"""The exporter, with clients that do not go on, a store that hangs, and made-up events."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+
+import psutil
+import pytest
+from celery import Celery
+from celery.events.event import get_exchange
+from kombu import Connection
+
+from celery_singleton_state.runtime import runtime_of
+from tests.helpers.fleet import Exporter, Fleet
+from tests.helpers.servers import Postgres
+from tests.helpers.waiting import wait_until
+
+APP = "tests.apps.seen_app"
+PATHS = ("/health", "/metrics", "/")
+#: Of what 300 clients send, each kind as often as the others. The last ones go on, byte by byte.
+HALVES = (b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nX: ")
+
+
+@pytest.fixture
+def clients() -> Iterator[Callable[[Exporter], list[socket.socket]]]:
+    """Has 300 clients send half a request each; a third of them never stops sending."""
+    stop = threading.Event()
+    with contextlib.ExitStack() as stack:
+
+        def connect(exporter: Exporter) -> list[socket.socket]:
+            address = ("127.0.0.1", int(exporter.url.rsplit(":", 1)[1]))
+            found = []
+            for number in range(300):
+                found.append(stack.enter_context(socket.create_connection(address, timeout=30)))
+                # It may have had to make room for a later one.
+                with contextlib.suppress(OSError):
+                    found[-1].sendall(HALVES[number % len(HALVES)])
+            dripping = threading.Thread(target=drip, args=(found[2::3],))
+            dripping.start()
+            stack.callback(dripping.join)
+            stack.callback(stop.set)
+            return found
+
+        def drip(connections: list[socket.socket]) -> None:
+            while not stop.wait(0.5):
+                for each in connections:
+                    with contextlib.suppress(OSError):
+                        each.sendall(b"a")
+
+        yield connect
+
+
+@pytest.fixture
+def hang(own_postgres: Postgres) -> Iterator[Callable[[signal.Signals], None]]:
+    """Signals the whole database server: SIGSTOP has it hang, SIGCONT go on."""
+
+    def send(number: signal.Signals) -> None:
+        server = psutil.Process(own_postgres.process.pid)
+        for each in (server, *server.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                os.kill(each.pid, number)
+
+    yield send
+    send(signal.SIGCONT)
+
+
+def test_300_half_sent_requests_hold_nothing_for_good(
+    make_fleet: Callable[..., Fleet],
+    postgres_url: str,
+    clients: Callable[[Exporter], list[socket.socket]],
+) -> None:
+    """Others are answered meanwhile. Then the threads and descriptors are as many as before, though
+    a third of the clients goes on sending.
+    """
+    exporter = make_fleet(postgres_url).start_exporter(APP)
+    assert [exporter.get(path)[0] for path in PATHS] == [200] * 3
+    process = psutil.Process(exporter.process.pid)
+    threads, descriptors = process.num_threads(), process.num_fds()
+    connections = clients(exporter)
+    for _ in range(5):
+        assert [exporter.get(path)[0] for path in PATHS] == [200] * 3
+        assert process.num_threads() <= threads + 65
+    wait_until(lambda: process.num_threads() <= threads, "the threads have ended")
+    wait_until(lambda: process.num_fds() <= descriptors, "the connections are closed")
+    assert all(each.fileno() != -1 for each in connections), "it was the exporter that closed them"
+    assert "Traceback" not in exporter.output
+
+
+def test_300_scrapes_of_a_store_that_hangs(
+    make_fleet: Callable[..., Fleet],
+    own_postgres: Postgres,
+    hang: Callable[[signal.Signals], None],
+) -> None:
+    """They share their looks at it: one after the other would take the better part of an hour.
+    Requests beyond the limit are refused at once.
+    """
+    exporter = make_fleet(own_postgres.create_database("shop")).start_exporter(APP)
+    process = psutil.Process(exporter.process.pid)
+    assert exporter.get("/metrics")[0] == 200
+    threads = process.num_threads()
+    hang(signal.SIGSTOP)
+    with ThreadPoolExecutor(300) as pool:
+        found = list(pool.map(exporter.get, PATHS * 100))
+    answered = [body for status, body in found if "singleton_store_up 0.0" in body]
+    refused = [body for status, body in found if "too many requests" in body]
+    assert answered
+    assert len(refused) >= 200
+    hang(signal.SIGCONT)
+    wait_until(lambda: exporter.metrics()["singleton_store_up"][()] == 1, "the store is seen again")
+    wait_until(lambda: process.num_threads() <= threads, "the threads have ended")
+
+
+def test_60_scrapes_of_a_large_exposition(
+    make_fleet: Callable[..., Fleet], postgres_url: str, client: Callable[[], Celery]
+) -> None:
+    """10,000 keys in rows and events, and 60 clients that ask for the metrics all the time: the
+    memory is that of few expositions, each probe of health is answered within its 10 seconds, and a
+    signal ends the exporter though they ask.
+    """
+    exporter = make_fleet(postgres_url).start_exporter(APP, "--per-key")
+    app = client()
+    app.conf.singleton_store_url = postgres_url
+    runtime = runtime_of(app)
+    names = [f'counted{{"key":"{number}"}}' for number in range(10_000)]
+    prefix = runtime.settings.key_prefix
+    runtime.store.requests.expect(dict.fromkeys((prefix + name for name in names), "counted"))
+    assert exporter.get("/metrics")[0] == 200
+    good = {
+        **{"type": "singleton-released", "singleton": "counted", "holder": "h", "fence": 1},
+        **{"outcome": "succeeded", "seconds": 1.0, "error": None},
+    }
+    with app.connection_for_write() as connection:
+        for number in range(0, 10_000, 1000):
+            some = [good | {"key": name} for name in names[number : number + 1000]]
+            send(connection, json.dumps(some), "application/json")
+    wait_until(
+        lambda: sum(exporter.metrics()["singleton_executions_total"].values()) == 10_000,
+        "all are counted",
+    )
+    process = psutil.Process(exporter.process.pid)
+    assert len(exporter.get("/metrics")[1]) < 3_000_000
+    before, most = process.memory_info().rss, 0
+    stop, url = threading.Event(), exporter.url
+
+    def ask() -> list[int]:
+        found = []
+        while not stop.is_set():
+            # Some are cut off when the exporter ends, and later ones find nobody.
+            with (
+                contextlib.suppress(OSError, HTTPException),
+                urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer,
+            ):
+                answer.read()
+                found.append(answer.status)
+        return found
+
+    with ThreadPoolExecutor(60) as pool:
+        asking = [pool.submit(ask) for _ in range(60)]
+        try:
+            for _ in range(5):
+                with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
+                    assert answer.status == 200
+                most = max(most, process.memory_info().rss)
+            exporter.process.send_signal(signal.SIGTERM)
+            assert exporter.process.wait(timeout=6) == 0
+        finally:
+            stop.set()
+    statuses = [status for each in asking for status in each.result()]
+    assert statuses.count(200) >= 60
+    assert most - before < 100_000_000
+    assert "Traceback" not in exporter.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_while_requests_hang(
+    make_fleet: Callable[..., Fleet],
+    own_postgres: Postgres,
+    hang: Callable[[signal.Signals], None],
+    clients: Callable[[Exporter], list[socket.socket]],
+    number: signal.Signals,
+) -> None:
+    exporter = make_fleet(own_postgres.create_database("shop")).start_exporter(APP)
+    address = ("127.0.0.1", int(exporter.url.rsplit(":", 1)[1]))
+    assert exporter.get("/")[0] == 200
+    process = psutil.Process(exporter.process.pid)
+    threads = process.num_threads()
+    hang(signal.SIGSTOP)
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):
+            one = stack.enter_context(socket.create_connection(address))
+            one.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        clients(exporter)
+        wait_until(lambda: process.num_threads() >= threads + 10, "they wait")
+        exporter.process.send_signal(number)
+        # Sooner than the store's own time limits would end them.
+        assert exporter.process.wait(timeout=6) == 0
+    assert "Traceback" not in exporter.output
+
+
+def test_made_up_events_through_a_broker(
+    make_fleet: Callable[..., Fleet], postgres_url: str, client: Callable[[], Celery]
+) -> None:
+    """They end neither the connection nor the counting, and make no series of their own."""
+    exporter = make_fleet(postgres_url).start_exporter(APP)
+    app = client()
+    before = {name: len(series) for name, series in exporter.metrics().items()}
+    good = {
+        **{"type": "singleton-released", "singleton": "counted", "key": 'counted{"key":"a"}'},
+        **{"holder": "h", "fence": 1, "outcome": "succeeded", "seconds": 1.0, "error": None},
+    }
+    with app.connection_for_write() as connection:
+        for number in range(200):
+            name = f"made-up-{number}"
+            for event in (
+                *(good | {"singleton": name}, good | {"outcome": name}, good | {"seconds": "x"}),
+                *(good | {"key": "\ud800\x00\n"}, good | {"seconds": float("nan")}),
+                *({"type": "singleton-released"}, {"type": [name]}, {}, [None, 3], name, None),
+            ):
+                send(connection, json.dumps(event), "application/json")
+            send(connection, "{", "application/json")
+            send(connection, "gASVBAAAAAAAAABLKi4=", "application/x-python-serialize")
+        send(connection, json.dumps([None, good | {"outcome": "retried"}]), "application/json")
+
+    def counted(outcome: str) -> float:
+        found = exporter.metrics()["singleton_executions_total"]
+        return found.get(("counted", outcome), 0.0)
+
+    wait_until(lambda: counted("retried") == 1, "the last one is counted")
+    after = exporter.metrics()
+    assert after["singleton_broker_up"] == {(): 1}
+    # Those with an odd key, and with a duration that is none.
+    assert counted("succeeded") == 400
+    assert counted("(others)") == 200
+    assert after["singleton_executions_total"][("(unknown)", "succeeded")] == 200
+    assert after["singleton_duration_seconds_sum"][("counted",)] == 401
+    assert after["singleton_ignored_events_total"] == {(): 200 * 11 + 1}
+    grown = {name: len(each) - before[name] for name, each in after.items()}
+    assert {name: count for name, count in grown.items() if count > 2} == {
+        "singleton_duration_seconds_bucket": 14
+    }
+    assert exporter.output.count("an event is ignored") < 20
+
+
+def send(connection: Connection, body: str, content_type: str) -> None:
+    """Send bytes where workers send their events."""
+    connection.Producer(exchange=get_exchange(connection)).publish(
+        body, content_type=content_type, content_encoding="utf-8", routing_key="made.up"
+    )

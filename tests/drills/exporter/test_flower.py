@@ -1,0 +1,73 @@
+"""Our events beside Celery's own, as Flower sees them.
+
+Here, as its package is loaded by each command of Celery's where it is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from collections.abc import Callable, Iterator
+
+import pytest
+from celery import Celery
+
+from tests.helpers.fleet import Fleet, Program, outcome
+from tests.helpers.servers import free_port
+from tests.helpers.waiting import wait_until
+
+APP = "tests.apps.seen_app"
+
+
+@pytest.fixture
+def fleet(make_fleet: Callable[..., Fleet], postgres_url: str) -> Fleet:
+    return make_fleet(postgres_url)
+
+
+@pytest.fixture
+def flower(fleet: Fleet) -> Iterator[int]:
+    """The port of a Flower."""
+    port = free_port()
+    # Reading its tasks is for those who are told who they are.
+    environment = fleet.environment | {"FLOWER_UNAUTHENTICATED_API": "1"}
+    command = ["flower", f"--port={port}", "--address=127.0.0.1"]
+    program = Program(command, environment, fleet.directory / "flower.log", APP)
+    yield port
+    program.close()
+
+
+def test_flower_counts_tasks_as_if_they_were_not_there(
+    fleet: Fleet, client: Callable[[], Celery], flower: int
+) -> None:
+    """It is sent ours as well, and neither makes tasks nor counts of them."""
+    fleet.start("-P", "solo", "-E", app=APP)
+
+    def get(path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{flower}{path}", timeout=30) as answer:
+            return str(answer.read().decode())
+
+    def answers() -> bool:
+        try:
+            return "flower_worker_online{" in get("/metrics")
+        except OSError:
+            return False
+
+    wait_until(answers, "Flower has seen the worker")
+    app = client()
+    sent = [app.send_task("counted", (str(n), "fail" if n % 4 == 0 else "save")) for n in range(12)]
+    for result in sent:
+        outcome(result)
+
+    def counted(kind: str) -> int:
+        found = re.findall(
+            rf'^flower_events_total{{.*type="{kind}".*}} (\S+)', get("/metrics"), re.M
+        )
+        return round(sum(map(float, found)))
+
+    wait_until(lambda: counted("task-succeeded") + counted("task-failed") == 12, "all have ended")
+    assert (counted("task-succeeded"), counted("task-failed")) == (9, 3)
+    tasks = json.loads(get("/api/tasks"))
+    assert {task: each["state"] for task, each in tasks.items()} == {
+        result.id: "FAILURE" if n % 4 == 0 else "SUCCESS" for n, result in enumerate(sent)
+    }

@@ -1,0 +1,120 @@
+"""The exporter as a real Prometheus sees it, and the rules and the dashboard that ask for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from celery_singleton_state.migrations.open_store import open_store
+from tests.helpers.fleet import Fleet, outcome
+from tests.helpers.prometheus import Prometheus, find
+from tests.helpers.waiting import wait_until
+from tests.processes.exporter.test_exporter import work_through_the_script
+
+APP = "tests.apps.seen_app"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "monitoring"
+
+
+@pytest.fixture
+def make_prometheus() -> Iterator[Callable[[str], Prometheus]]:
+    made: list[Prometheus] = []
+
+    def make(target: str) -> Prometheus:
+        made.append(Prometheus(target, EXAMPLE / "alerts.yml"))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.close()
+
+
+def promtool(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [find("promtool"), *arguments], capture_output=True, text=True, timeout=60, **options
+    )
+
+
+def expressions() -> list[str]:
+    """What the dashboard asks for, with its variables filled in."""
+    board = json.loads((EXAMPLE / "dashboard.json").read_text())
+    found = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    return [
+        each.replace("$__rate_interval", "1m")
+        .replace("$singleton", ".*")
+        .replace("$interval", "1m")
+        for each in found
+    ]
+
+
+def test_what_prometheus_has_is_what_happened(
+    make_fleet: Callable[..., Fleet],
+    postgres_url: str,
+    client: Callable[[], Celery],
+    make_prometheus: Callable[[str], Prometheus],
+) -> None:
+    """500 runs, through worker, broker and exporter; then all that the rules and dashboard ask."""
+    find("prometheus")
+    fleet = make_fleet(postgres_url)
+    fleet.start("-c", "2", "-E", app=APP)
+    exporter = fleet.start_exporter(APP)
+    store = open_store(postgres_url, "kv_store", 5.0)
+    prometheus = make_prometheus(exporter.url.removeprefix("http://"))
+    wait_until(lambda: prometheus.query("singleton_state_errors_total"), "it has the zeros")
+    app = client()
+    expected = work_through_the_script(app, fleet, store)
+    outcome(app.send_task("hourly"))
+    ask = prometheus.query
+
+    def found(name: str) -> dict[frozenset[str], float]:
+        """Series of the scripted task: ``hourly`` has some, too."""
+        return {frozenset(each): n for each, n in ask(f"{name}{{singleton='counted'}} > 0").items()}
+
+    for name, counted in expected.items():
+        wait_until(lambda n=name, c=counted: found(n) == c, f"Prometheus has {name}: {counted}")
+    # The first of each is an increase, as the series were there before.
+    increase = "increase(singleton_state_errors_total{reason='SchemaDecodeFailed'}[1m]) > 0"
+    wait_until(lambda: ask(increase).keys() == {("SchemaDecodeFailed", "counted")}, "it increased")
+    assert ask("singleton_expected_interval_seconds") == {("hourly",): 3600}
+    store.close()
+    for expression in expressions():
+        prometheus.query(expression)
+    wait_until(lambda: set(prometheus.rules().values()) == {"ok"}, "all rules were evaluated")
+    assert len(prometheus.rules()) == 9
+
+    checked = promtool("check", "metrics", input=exporter.get("/metrics")[1])
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(
+    make_fleet: Callable[..., Fleet], tmp_path: Path
+) -> None:
+    """Also where there is no Prometheus."""
+    fleet = make_fleet(f"sqlite:///{tmp_path}/store.db")
+    text = fleet.start_exporter(APP, "--per-key").get("/metrics")[1]
+    there = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+    # No beat has led yet.
+    there |= {"singleton_beat_leading", "singleton_beat_fence"}
+    asked = " ".join([*expressions(), (EXAMPLE / "alerts.yml").read_text()])
+    named = {word for word in _words(asked) if word.startswith("singleton_")}
+    assert named
+    assert {word.removesuffix("_bucket") for word in named} <= there
+
+
+def _words(text: str) -> list[str]:
+    return "".join(each if each.isalnum() or each == "_" else " " for each in text).split()
+
+
+def test_the_alerts_fire_for_what_they_are_there_for(tmp_path: Path) -> None:
+    for file in (EXAMPLE / "alerts.yml", Path(__file__).with_name("alerts_test.yml")):
+        shutil.copy(file, tmp_path)
+    checked = promtool("check", "rules", "alerts.yml", cwd=tmp_path)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    tested = promtool("test", "rules", "alerts_test.yml", cwd=tmp_path)
+    assert tested.returncode == 0, tested.stdout + tested.stderr

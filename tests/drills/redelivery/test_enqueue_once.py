@@ -1,0 +1,104 @@
+"""``enqueue_once`` with real workers: what keeps a second message back, and what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from celery_singleton_state import singleton_task
+from celery_singleton_state.runtime import close_runtime, runtime_of
+from tests.helpers.fleet import Fleet, outcome
+from tests.helpers.waiting import wait_until
+
+APP = "tests.apps.sent_once_app"
+
+
+@pytest.fixture
+def fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Fleet:
+    return make_fleet(f"sqlite:///{tmp_path}/store.db")
+
+
+@pytest.fixture
+def make_task(fleet: Fleet, client: Callable[[], Celery]) -> Iterator[Callable[..., Any]]:
+    """Makes tasks in the app that sends: whether one is sent is decided there."""
+    made: list[Celery] = []
+
+    def make(name: str, **options: Any) -> Any:
+        made.append(client())
+
+        def body(self: Any, what: Any = "", until: str = "") -> None:
+            """It runs in the workers."""
+
+        return singleton_task(made[-1], name=name, shared=False, enqueue_once=True, **options)(body)
+
+    yield make
+    for app in made:
+        close_runtime(app)
+
+
+def sent_after(task: Any, last: Any, *args: Any, **options: Any) -> Any:
+    """The first message that is sent and not the last one's."""
+
+    def sent() -> Any:
+        result = task.apply_async(args, **options)
+        return result if result.id != last.id else None
+
+    return wait_until(sent, f"a message after {last.id} is sent")
+
+
+def is_queued(task: Any) -> bool:
+    row = runtime_of(task.app).store.peek(f"singleton-state:{task.name}")
+    return row is not None and row.queued_task_id is not None
+
+
+@pytest.mark.parametrize("how", ["raises", "hangs"])
+def test_a_message_that_fails_before_its_delivery_keeps_nobody_out(
+    fleet: Fleet, make_task: Callable[..., Any], how: str
+) -> None:
+    """``before_start`` raises, or its process is killed by the hard time limit."""
+    fleet.start("-c", "1", app=APP)
+    task = make_task("ends_early")
+    first = task.delay(how)
+    wait_until(lambda: not is_queued(task), "it is queued no more")
+    assert outcome(sent_after(task, first, "runs")) == "runs"
+
+
+def test_a_message_that_a_worker_cannot_read_keeps_nobody_out(
+    fleet: Fleet, make_task: Callable[..., Any]
+) -> None:
+    """The sender has another serializer than workers accept."""
+    fleet.start("-c", "1", app=APP)
+    task = make_task("ends_early")
+    first = task.apply_async(("runs",), serializer="pickle")
+    assert outcome(sent_after(task, first, "runs")) == "runs"
+
+
+def test_a_message_for_a_task_that_no_worker_knows_keeps_nobody_out(
+    fleet: Fleet, make_task: Callable[..., Any]
+) -> None:
+    """During a deployment. Nor is its failed result handed out."""
+    fleet.start("-c", "1", app=APP)
+    task = make_task("known_tomorrow")
+    first = task.delay("a")
+    outcome(first)
+    assert sent_after(task, first, "b").id != first.id
+
+
+def test_a_change_during_a_run_is_not_lost(
+    fleet: Fleet, make_task: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Versions 1, 2, 3 are sent while 1 runs: only 1 ran. 2 is queued, and stands for 3."""
+    go = tmp_path / "go"
+    fleet.start("-c", "2", app=APP)
+    task = make_task("versioned", on_conflict="wait")
+    first = task.delay(1, str(go))
+    fleet.wait_for_notes("version")
+    second, third = task.delay(2), task.delay(3)
+    assert first.id != second.id == third.id
+    go.touch()
+    assert [outcome(each) for each in (first, second)] == [1, 2]
+    assert outcome(task.delay(4)) == 4

@@ -1,0 +1,119 @@
+"""RabbitMQ's quorum queues, with real workers: messages wait in RabbitMQ, for any time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import celery
+import pytest
+from celery import Celery
+
+from tests.helpers.fleet import Fleet, outcome
+from tests.helpers.queues import QUORUM
+from tests.helpers.rabbitmq import RabbitMQ
+from tests.helpers.waiting import wait_until
+
+pytestmark = pytest.mark.skipif(
+    celery.VERSION < (5, 5), reason="before Celery 5.5 nothing in RabbitMQ delays messages"
+)
+
+
+@pytest.fixture(params=QUORUM)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def fleet(
+    kind: str,
+    make_fleet: Callable[..., Fleet],
+    on_rabbitmq: Callable[[str], dict[str, str]],
+    tmp_path: Path,
+) -> Fleet:
+    return make_fleet(
+        f"sqlite:///{tmp_path}/store.db",
+        CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
+        **on_rabbitmq(kind),
+    )
+
+
+def test_a_retry_after_less_than_a_second_comes(fleet: Fleet, client: Callable[[], Celery]) -> None:
+    """Celery's own delay refuses it (``countdown must be a positive number``), and drops it. It
+    comes after a second.
+    """
+    app = client()
+    fleet.start("-c", "2")
+    assert outcome(app.send_task("retries_later", (1, 0.3))) == 1
+
+
+def test_a_message_that_is_retried_again_and_again_stays_in_its_queue(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
+    """Each of Celery's delays puts 56 characters before the routing key, which holds 255."""
+    app = client()
+    worker = fleet.start("-c", "2")
+    assert outcome(app.send_task("retries_later", (1, 0.1, 20))) == 20
+    assert len(fleet.notes("enter")) == 21
+    assert "comes again" not in worker.output
+
+
+def test_messages_that_wait_keep_no_others_out(fleet: Fleet, client: Callable[[], Celery]) -> None:
+    """As many as a worker takes at once ask for a retry in an hour; then a plain task runs."""
+    app = client()
+    worker = fleet.start("-c", "2")
+    waiting = [app.send_task("retries_later", (number, 3600)) for number in range(4)]
+    for each in waiting:
+        fleet.wait_for_output(worker, f"Task retries_later[{each.id}] retry")
+    assert outcome(app.send_task("plain_add", (1, 2))) == 3
+
+
+@pytest.mark.parametrize("kind", ["direct"])
+def test_a_message_waits_through_the_deaths_of_its_worker_and_of_rabbitmq(
+    kind: str,
+    own_rabbitmq: RabbitMQ,
+    make_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+) -> None:
+    """A's run asks for a retry in 5 s; A is killed, then RabbitMQ, which is started again; B runs
+    the retry.
+    """
+    fleet = make_fleet(
+        f"sqlite:///{tmp_path}/store.db",
+        CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
+        CELERY_BROKER_URL=own_rabbitmq.url,
+        TEST_QUEUE=tmp_path.name,
+        TEST_QUEUE_KIND=kind,
+    )
+    app = client()
+    killed = fleet.start("-c", "1", name="a")
+    # RabbitMQ 3.10 can lose a quorum queue that is younger than half a second when it is killed.
+    assert outcome(app.send_task("retries_later", (0, 3))) == 1
+    result = app.send_task("retries_later", (1, 5))
+    fleet.wait_for_output(killed, f"Task retries_later[{result.id}] retry")
+    killed.close()
+    own_rabbitmq.stop()
+    own_rabbitmq.start()
+    fleet.start("-c", "1", name="b")
+    assert outcome(result) == 1
+    # RabbitMQ may not have had the first message's acknowledgement yet.
+    last = fleet.notes("enter")[-1]
+    assert (last["number"], last["retries"]) == (1, 1)
+
+
+def take_the_exchange_away(app: Celery) -> None:
+    """As where no worker has declared the exchanges for delays, or may."""
+    with app.connection_for_write() as connection, connection.channel() as channel:
+        channel.exchange_delete("celery_delayed_27")
+
+
+def test_where_rabbitmq_cannot_delay_a_message_it_waits_in_the_worker(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
+    """Published to an exchange that is not there it would be lost."""
+    app = client()
+    worker = fleet.start("-c", "2")
+    take_the_exchange_away(app)
+    assert outcome(app.send_task("retries_later", (1, 0.3))) == 1
+    wait_until(lambda: "RabbitMQ does not delay messages" in worker.output, "it says so")

@@ -1,0 +1,287 @@
+"""Messages that the broker gives out a second time, to real workers."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import celery
+import pytest
+from celery import Celery
+from celery.exceptions import WorkerLostError
+from celery.result import AsyncResult
+
+from celery_singleton_state.history import decode
+from celery_singleton_state.runtime import runtime_of
+from tests.helpers.fences import are_growing
+from tests.helpers.fleet import Fleet, Worker, outcome
+from tests.helpers.queues import KINDS
+from tests.helpers.rabbitmq import RabbitMQ
+from tests.helpers.servers import Proxy
+from tests.helpers.waiting import wait_until
+
+
+@pytest.fixture(params=KINDS)
+def make_rabbit_fleet(
+    request: pytest.FixtureRequest, make_fleet: Callable[..., Fleet], tmp_path: Path
+) -> Callable[[str], Fleet]:
+    """Makes a fleet on RabbitMQ, in a queue of its own of each kind; its results are kept where
+    they were.
+    """
+
+    def make(url: str, **settings: str) -> Fleet:
+        return make_fleet(
+            f"sqlite:///{tmp_path}/store.db",
+            CELERY_BROKER_URL=url,
+            CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
+            TEST_QUEUE=tmp_path.name,
+            TEST_QUEUE_KIND=request.param,
+            TEST_WORKER_LOST_WAIT="0.1",
+            **settings,
+        )
+
+    return make
+
+
+@pytest.fixture(params=["valkey", *KINDS])
+def fleet_on_each(
+    request: pytest.FixtureRequest,
+    make_fleet: Callable[..., Fleet],
+    on_rabbitmq: Callable[[str], dict[str, str]],
+    tmp_path: Path,
+) -> Fleet:
+    """The same fleet, once on each broker and kind of queue."""
+    broker = {} if request.param == "valkey" else on_rabbitmq(request.param)
+    return make_fleet(
+        f"sqlite:///{tmp_path}/store.db",
+        CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
+        TEST_VISIBILITY_TIMEOUT="1",
+        TEST_WORKER_LOST_WAIT="0.1",
+        **broker,
+    )
+
+
+def test_the_same_message_published_twice_runs_once(
+    fleet_on_each: Fleet, client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    fleet, app = fleet_on_each, client()
+    fleet.start("-c", "2")
+    go = tmp_path / "go"
+    results = [app.send_task("increment", (str(go),), task_id="the-same") for _ in range(2)]
+    fleet.wait_for_notes("enter")
+    go.touch()
+    assert [outcome(result) for result in results] == [1, 1]
+    store = runtime_of(app).store
+
+    def ended() -> bool:
+        row = store.peek("singleton-state:increment")
+        return row is not None and row.holder is None
+
+    wait_until(ended, "the run is over")
+    assert len(fleet.notes("enter")) == 1
+
+
+@pytest.mark.skipif(celery.VERSION < (5, 7), reason="Celery bounds this from 5.7 on")
+def test_a_message_whose_runs_die_comes_again_and_not_for_ever(
+    fleet_on_each: Fleet, client: Callable[[], Celery]
+) -> None:
+    """Each run ends its process; Celery sends the message again as often as it may."""
+    fleet, app = fleet_on_each, client()
+    fleet.start("-c", "1")
+    result = app.send_task("dies_twice")
+    error = outcome(result)
+    assert isinstance(error, WorkerLostError)
+    assert are_growing((note["fence"] for note in fleet.notes("enter")), 2)
+    row = runtime_of(app).store.peek("singleton-state:dies_twice")
+    assert row is not None
+    assert [entry.outcome for entry in decode(row.history, row.key)] == ["lost", "lost"]
+
+
+def send_and_enter(fleet: Fleet, app: Celery, go: Path) -> AsyncResult[int]:
+    """Send a message, and come back when its body has begun."""
+    result: AsyncResult[int] = app.send_task("increment", (str(go),))
+    fleet.wait_for_notes("enter")
+    return result
+
+
+def wait_until_put_back(fleet: Fleet, worker: Worker) -> None:
+    """Before Celery 5.5 a worker that has connected again starts nothing while a body runs."""
+    if celery.VERSION >= (5, 5):
+        fleet.wait_for_output(worker, "its message is put back")
+
+
+def test_the_connection_of_a_worker_breaks_in_mid_body(
+    rabbitmq: RabbitMQ,
+    make_rabbit_fleet: Callable[..., Fleet],
+    make_proxy: Callable[[int], Proxy],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+) -> None:
+    """A's body runs; its connection breaks; RabbitMQ gives its message out again; A connects
+    again and takes it while the run goes on.
+
+    The copy is put back, and ends as a duplicate when the run has saved.
+    """
+    proxy = make_proxy(rabbitmq.port)
+    fleet = make_rabbit_fleet(rabbitmq.url_at(proxy.port))
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("-c", "2")
+    result = send_and_enter(fleet, app, go)
+    proxy.cut()
+    wait_until_put_back(fleet, worker)
+    go.touch()
+    assert outcome(result) == 1
+    fleet.wait_for_output(worker, f"task {result.id} was done before")
+    assert len(fleet.notes("enter")) == 1
+
+
+def test_another_worker_gets_the_message_of_a_run_that_goes_on(
+    rabbitmq: RabbitMQ,
+    make_rabbit_fleet: Callable[..., Fleet],
+    make_proxy: Callable[[int], Proxy],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+) -> None:
+    """A's body runs; A is cut off from RabbitMQ for good; B gets its message.
+
+    B puts it back while A's run goes on, and ends it as a duplicate when it has saved.
+    """
+    proxy = make_proxy(rabbitmq.port)
+    fleet = make_rabbit_fleet(rabbitmq.url)
+    app, go = client(), tmp_path / "go"
+    fleet.environment["CELERY_BROKER_URL"] = rabbitmq.url_at(proxy.port)
+    fleet.start("-c", "1", name="a")
+    result = send_and_enter(fleet, app, go)
+    fleet.environment["CELERY_BROKER_URL"] = rabbitmq.url
+    other = fleet.start("-c", "1", name="b")
+    proxy.mode = "refuse"
+    proxy.cut()
+    fleet.wait_for_output(other, "its message is put back")
+    go.touch()
+    fleet.wait_for_output(other, f"task {result.id} was done before")
+    assert outcome(result) == 1
+    assert len(fleet.notes("enter")) == 1
+
+
+def test_a_run_that_is_ended_with_its_connection_is_run_again(
+    rabbitmq: RabbitMQ,
+    make_rabbit_fleet: Callable[..., Fleet],
+    make_proxy: Callable[[int], Proxy],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+) -> None:
+    """``worker_cancel_long_running_tasks_on_connection_loss``: A's connection breaks; Celery
+    ends the body's process; the lease is free at once; the message comes again and runs.
+    """
+    proxy = make_proxy(rabbitmq.port)
+    fleet = make_rabbit_fleet(rabbitmq.url_at(proxy.port), TEST_CANCEL="1")
+    app, go = client(), tmp_path / "go"
+    fleet.start("-c", "1")
+    result = send_and_enter(fleet, app, go)
+    proxy.cut()
+    assert are_growing((note["fence"] for note in fleet.wait_for_notes("enter", 2)), 2)
+    go.touch()
+    assert outcome(result) == 1
+
+
+def test_a_worker_that_dies_leaves_its_message_to_another(
+    rabbitmq: RabbitMQ,
+    make_rabbit_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+) -> None:
+    """A is killed whole in mid-body, with three messages in hand that wait for its one child; B,
+    on its host, gets all four, and the lease.
+    """
+    fleet = make_rabbit_fleet(rabbitmq.url, TEST_PREFETCH="4")
+    app, go = client(), tmp_path / "go"
+    killed = fleet.start("-c", "1", name="a")
+    result = send_and_enter(fleet, app, go)
+    waiting = [app.send_task("keyed", (number,)) for number in range(3)]
+    for each in waiting:
+        fleet.wait_for_output(killed, f"{each.id}] received")
+    fleet.start("-c", "1", name="b")
+    killed.close()
+    assert are_growing((note["fence"] for note in fleet.wait_for_notes("enter", 2)), 2)
+    go.touch()
+    assert outcome(result) == 1
+    assert [outcome(each) for each in waiting] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("pool", ["threads", "solo"])
+def test_a_worker_that_falls_silent_to_rabbitmq_in_mid_body(
+    rabbitmq: RabbitMQ,
+    make_rabbit_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+    pool: str,
+) -> None:
+    """A's main thread, which sends RabbitMQ its heartbeats, is gone in a cold shutdown of
+    threads, and in the body in a solo pool; RabbitMQ takes A for dead while its run goes on, and
+    gives its message to B.
+
+    A cannot acknowledge it. B puts it back, and ends it as a duplicate when the run has saved.
+    """
+    fleet = make_rabbit_fleet(rabbitmq.url, TEST_BROKER_HEARTBEAT="1")
+    app, go = client(), tmp_path / "go"
+    silent = fleet.start("-P", pool, "-c", "1", name="a")
+    result = send_and_enter(fleet, app, go)
+    if pool == "threads":
+        silent.process.send_signal(signal.SIGQUIT)
+    fleet.environment["TEST_BROKER_HEARTBEAT"] = "120"
+    other = fleet.start("-c", "1", name="b")
+    fleet.wait_for_output(other, "its message is put back")
+    go.touch()
+    fleet.wait_for_output(other, f"task {result.id} was done before")
+    assert outcome(result) == 1
+    assert len(fleet.notes("enter")) == 1
+
+
+@pytest.mark.skipif(celery.VERSION < (5, 5), reason="soft shutdown is new in Celery 5.5")
+def test_a_soft_shutdown_of_gevent_in_mid_body(
+    rabbitmq: RabbitMQ,
+    make_rabbit_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+) -> None:
+    """Celery 5.7 cannot wait in a signal's handler under gevent: A ends at once, and its lease
+    stays behind. B, on its host, gets the message and the lease.
+    """
+    fleet = make_rabbit_fleet(rabbitmq.url, TEST_SOFT_SHUTDOWN="0.5")
+    app, go = client(), tmp_path / "go"
+    stopped = fleet.start("-P", "gevent", "-c", "1", name="a")
+    result = send_and_enter(fleet, app, go)
+    stopped.process.send_signal(signal.SIGQUIT)
+    stopped.process.wait(30)
+    fleet.start("-c", "1", name="b")
+    assert are_growing((note["fence"] for note in fleet.wait_for_notes("enter", 2)), 2)
+    go.touch()
+    assert outcome(result) == 1
+
+
+def test_rabbitmq_dies_in_mid_body(
+    own_rabbitmq: RabbitMQ,
+    make_rabbit_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+) -> None:
+    """It is killed while a body runs, and started again: it kept the message, and gives it out
+    again. The run is not repeated, and the next message runs.
+    """
+    fleet = make_rabbit_fleet(own_rabbitmq.url)
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("-c", "2")
+    # RabbitMQ 3.10 can lose a quorum queue that is younger than half a second when it is killed.
+    assert outcome(app.send_task("retries_later", (0, 1))) == 1
+    result: AsyncResult[int] = app.send_task("increment", (str(go),))
+    fleet.wait_for_notes("enter", 3)
+    own_rabbitmq.stop()
+    fleet.wait_for_output(worker, "Connection to broker lost")
+    own_rabbitmq.start()
+    wait_until_put_back(fleet, worker)
+    go.touch()
+    assert outcome(result) == 1
+    fleet.wait_for_output(worker, f"task {result.id} was done before")
+    assert outcome(app.send_task("increment")) == 2
+    assert [note["task"] for note in fleet.notes("enter")[2:]] == ["increment"] * 2

@@ -1,0 +1,251 @@
+"""What comes after a run: its result, its callbacks, its message when its process died."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import celery
+import pytest
+from celery import Celery, chain
+from celery.exceptions import WorkerLostError
+
+from celery_singleton_state import HeartbeatFailed, singleton_task
+from celery_singleton_state.runtime import runtime_of
+from tests.helpers.fleet import Fleet, outcome
+from tests.helpers.waiting import wait_until
+
+CELERY_COUNTS = celery.VERSION >= (5, 7)
+
+
+@pytest.fixture
+def make_own_fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Callable[..., Fleet]:
+    """Makes a fleet whose leases become free only by being given back."""
+
+    def make(**settings: str) -> Fleet:
+        return make_fleet(
+            f"sqlite:///{tmp_path}/store.db",
+            CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
+            TEST_WORKER_LOST_WAIT="0.1",
+            **settings,
+        )
+
+    return make
+
+
+@pytest.fixture
+def fleet(make_own_fleet: Callable[..., Fleet]) -> Fleet:
+    return make_own_fleet(TEST_VISIBILITY_TIMEOUT="1")
+
+
+@pytest.fixture(params=["valkey", "classic", "topic"])
+def fleet_on_each(
+    request: pytest.FixtureRequest,
+    make_own_fleet: Callable[..., Fleet],
+    on_rabbitmq: Callable[[str], dict[str, str]],
+) -> Fleet:
+    """The same fleet, on each broker."""
+    broker = {} if request.param == "valkey" else on_rabbitmq(request.param)
+    return make_own_fleet(TEST_VISIBILITY_TIMEOUT="1", **broker)
+
+
+@dataclass
+class Counter:
+    n: int = 0
+
+
+def imports(app: Celery, *args: Any, **options: Any) -> Any:
+    return app.signature("imports", args, **options)
+
+
+@pytest.mark.parametrize("backend", [True, False], ids=["backend", "no backend"])
+def test_a_chain_goes_on_with_the_result_of_a_run_whose_process_died_before_it_was_recorded(
+    make_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+    backend: bool,
+) -> None:
+    """The run saves; its child is killed before Celery sends the chain's next message; the
+    message comes again and is known as done.
+    """
+    fleet = make_fleet(f"sqlite:///{tmp_path}/store.db", TEST_WORKER_LOST_WAIT="0.1")
+    if not backend:
+        del fleet.environment["CELERY_RESULT_BACKEND"]
+    app = client()
+    fleet.start("-c", "1")
+    chain(imports(app, "die", str(tmp_path / "died")), app.signature("reports")).apply_async()
+    (report,) = fleet.wait_for_notes("reports")
+    assert report["result"] == "imported 1"
+    assert len(fleet.notes("imports")) == 1
+
+
+def test_on_each_broker_a_killed_process_costs_no_result(
+    fleet_on_each: Fleet, client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    fleet, app = fleet_on_each, client()
+    fleet.start("-c", "1")
+    assert outcome(imports(app, "die", str(tmp_path / "died")).apply_async()) == "imported 1"
+
+
+def test_a_result_that_was_too_large_to_keep_is_none_and_a_warning(
+    fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    app = client()
+    worker = fleet.start("-c", "1")
+    assert outcome(imports(app, "die", str(tmp_path / "died"), 2000).apply_async()) is None
+    fleet.wait_for_output(worker, "it ends with None")
+
+
+def test_a_copy_that_comes_just_as_a_run_ends_sends_no_second_callback(
+    fleet_on_each: Fleet, client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    """The run saves; a copy of its message arrives and finds it done; only then does Celery send
+    the callback and record the result.
+    """
+    fleet, app, go = fleet_on_each, client(), tmp_path / "go"
+    worker = fleet.start("-c", "2")
+    message = imports(app, "wait", str(go), task_id="the-same", link=app.signature("reports"))
+    result = message.apply_async()
+    fleet.wait_for_notes("saved")
+    message.apply_async()
+    fleet.wait_for_output(worker, "its result is not recorded yet")
+    go.touch()
+    assert outcome(result) == "imported 1"
+    fleet.wait_for_output(worker, "task the-same was done before")
+    assert [note["result"] for note in fleet.wait_for_notes("reports")] == ["imported 1"]
+    assert len(fleet.notes("imports")) == 1
+
+
+def test_copies_of_short_runs_send_each_callback_once(
+    fleet_on_each: Fleet, client: Callable[[], Celery]
+) -> None:
+    """Each message is sent twice, and its copy arrives before, while or after its run ends."""
+    fleet, app = fleet_on_each, client()
+    fleet.start("-c", "4")
+    for number in range(40):
+        message = app.signature("keyed", (number,), task_id=f"m{number}")
+        message.set(link=app.signature("reports"))
+        for _ in range(2):
+            message.apply_async()
+    fleet.wait_for_notes("reports", 40)
+    last = app.send_task("reports", ("last",))
+    assert outcome(last) == "last"
+    reported = sorted(note["result"] for note in fleet.notes("reports") if note["result"] != "last")
+    assert reported == list(range(1, 41))
+
+
+def unreachable(task_id: str) -> None:
+    raise ConnectionError("no way to the result backend")
+
+
+@pytest.mark.parametrize("backend", [True, False], ids=["backend", "no backend"])
+def test_an_id_that_was_used_before_runs_each_day(
+    fleet_on_each: Fleet, client: Callable[[], Celery], backend: bool
+) -> None:
+    """Each day's message has the id of the day before, whose result is still in the backend.
+
+    A sender without a result backend cannot forget that result: the worker does, before it runs.
+    """
+    fleet, app = fleet_on_each, client()
+    fleet.start("-c", "1")
+
+    def body(self: Any, until: str = "") -> None:
+        """The worker has its own."""
+
+    sender = client()
+    if not backend:
+        sender.backend.forget = unreachable
+    task = singleton_task(sender, state_schema=Counter, name="increment", shared=False)(body)
+    for day in range(1, 4):
+        task.apply_async(task_id="nightly-import")
+        fleet.wait_for_notes("leave", day)
+        stored = app.AsyncResult("nightly-import")
+        wait_until(lambda: stored.result == day, f"the result of day {day} is stored")  # noqa: B023
+
+
+def test_a_new_message_with_the_id_of_a_run_that_goes_on_runs_after_it(
+    fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    """Also when the first one was retried meanwhile: a retry is the same message."""
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("-c", "2")
+    made: dict[str, Any] = {"state_schema": Counter, "shared": False}
+
+    def body(self: Any, *_: Any) -> None:
+        """The worker has its own."""
+
+    increment = singleton_task(app, name="increment", **made)(body)
+    increment.apply_async((str(go),), task_id="nightly-import")
+    fleet.wait_for_notes("enter")
+    increment.apply_async(task_id="nightly-import")
+    fleet.wait_for_output(worker, "its message is put back")
+    go.touch()
+    fleet.wait_for_notes("leave", 2)
+    twice = singleton_task(app, name="retry_twice", **made)(body)
+    store = runtime_of(app).store
+    for day in (1, 2):
+        twice.apply_async(task_id="nightly-report")
+        fleet.wait_for_notes("attempt", 3 * day)
+
+        # The state, because Celery can store a retry's state after the retry's success.
+        def is_saved(expected: str = f'{{"n":{day}}}') -> bool:
+            row = store.peek("singleton-state:retry_twice")
+            return row is not None and not row.held and row.value == expected
+
+        wait_until(is_saved, f"day {day} is saved")
+    assert len(fleet.notes("attempt")) == 6
+
+
+def test_a_message_of_another_client_with_an_id_used_before_is_a_loud_duplicate(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
+    app = client()
+    worker = fleet.start("-c", "1")
+    assert outcome(app.send_task("increment", task_id="nightly-import")) == 1
+    for _ in range(2):
+        app.send_task("increment", task_id="nightly-import")
+    assert outcome(app.send_task("increment")) == 2
+    fleet.wait_for_output(worker, "its body has NOT run")
+    assert worker.output.count("its body has NOT run") == 1
+
+
+def test_the_message_of_a_killed_child_runs_again(
+    fleet_on_each: Fleet, client: Callable[[], Celery]
+) -> None:
+    fleet, app = fleet_on_each, client()
+    fleet.start("-c", "1")
+    assert outcome(app.send_task("dies_until", (2,))) == 3
+    assert len(fleet.notes("enter")) == 3
+
+
+def test_a_task_that_always_kills_its_process_ends(
+    fleet_on_each: Fleet, client: Callable[[], Celery]
+) -> None:
+    """After ``max_retries`` it is not run again."""
+    fleet, app = fleet_on_each, client()
+    fleet.start("-c", "1")
+    error = outcome(app.send_task("dies_until", (100,)))
+    assert isinstance(error, WorkerLostError if CELERY_COUNTS else HeartbeatFailed)
+    assert len(fleet.notes("enter")) == 3
+    assert outcome(app.send_task("increment")) == 1
+    row = runtime_of(app).store.peek("singleton-state:dies_until")
+    assert row is not None
+    assert row.holder is None
+
+
+def test_a_run_that_comes_close_to_the_consumer_timeout_of_rabbitmq_is_a_warning(
+    on_rabbitmq: Callable[[str], dict[str, str]],
+    make_own_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+) -> None:
+    fleet = make_own_fleet(CELERY_SINGLETON_CONSUMER_TIMEOUT="3", **on_rabbitmq("classic"))
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("-c", "1")
+    assert "closes the channel of a worker that takes longer than 3 s" in worker.output
+    result = app.send_task("increment", (str(go),))
+    fleet.wait_for_output(worker, f"the message of task increment[{result.id}] is not acknowledged")
+    go.touch()
+    assert outcome(result) == 1

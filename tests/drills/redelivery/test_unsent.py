@@ -1,0 +1,111 @@
+"""Messages that have to be sent again while their broker cannot be reached, with real workers.
+
+Workers publish through a proxy that refuses, and read from the broker itself: an acknowledgement
+arrives, and a message that is thrown away is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from celery import Celery
+
+from tests.helpers.fleet import Fleet, Worker, outcome
+from tests.helpers.rabbitmq import RabbitMQ
+from tests.helpers.servers import Proxy, Valkey
+from tests.helpers.waiting import wait_until
+
+UrlAt = Callable[[int], str]
+
+
+@pytest.fixture(params=["valkey", "rabbitmq"])
+def broker(request: pytest.FixtureRequest) -> tuple[UrlAt, int]:
+    """The broker's URL at a port, and its own port."""
+    if request.param == "rabbitmq":
+        rabbitmq: RabbitMQ = request.getfixturevalue("rabbitmq")
+        return rabbitmq.url_at, rabbitmq.port
+    valkey: Valkey = request.getfixturevalue("valkey")
+    url: str = request.getfixturevalue("broker_url")
+    return lambda port: url.replace(f":{valkey.port}/", f":{port}/"), valkey.port
+
+
+@pytest.fixture
+def proxy(broker: tuple[UrlAt, int], make_proxy: Callable[[int], Proxy]) -> Proxy:
+    return make_proxy(broker[1])
+
+
+@pytest.fixture
+def fleet(
+    make_fleet: Callable[..., Fleet], tmp_path: Path, broker: tuple[UrlAt, int], proxy: Proxy
+) -> Fleet:
+    url_at, port = broker
+    return make_fleet(
+        f"sqlite:///{tmp_path}/store.db",
+        CELERY_BROKER_URL=url_at(port),
+        CELERY_BROKER_WRITE_URL=url_at(proxy.port),
+        CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
+        TEST_QUEUE=tmp_path.name,
+        TEST_VISIBILITY_TIMEOUT="1",
+    )
+
+
+def start(fleet: Fleet) -> Worker:
+    """A worker that publishes nothing of its own: that would break its other connection too."""
+    return fleet.start("-c", "2", "--without-heartbeat")
+
+
+def cut(proxy: Proxy) -> None:
+    proxy.mode = "refuse"
+    proxy.cut()
+
+
+def wait_until_unsent(fleet: Fleet, worker: Worker, task: str, task_id: str) -> None:
+    fleet.wait_for_output(worker, f"singleton {task}: task {task_id} could not be sent again")
+
+
+def test_a_retry(fleet: Fleet, client: Callable[[], Celery], proxy: Proxy, tmp_path: Path) -> None:
+    """The body runs; nothing can be published; it asks for its retry; publishing works again.
+
+    The message comes again as it was, and the retry is sent then.
+    """
+    app, go = client(), tmp_path / "go"
+    worker = start(fleet)
+    result = app.send_task("retries_once", (str(go),))
+    fleet.wait_for_notes("enter")
+    cut(proxy)
+    go.touch()
+    wait_until_unsent(fleet, worker, "retries_once", result.id)
+    proxy.mode = "pass"
+    # Not by its result: that of a run which asked for a retry is stored after the retry was sent,
+    # and so, now and then, after the retry's own.
+    wait_until(
+        lambda: any(note["retries"] == 1 for note in fleet.notes("leave")), "the retry has run"
+    )
+    retries = [note["retries"] for note in fleet.notes("enter")]
+    assert retries[:2] == [0, 0]
+    assert retries[-1] == 1
+
+
+def test_a_delivery_that_waits_for_its_turn(
+    fleet: Fleet, client: Callable[[], Celery], proxy: Proxy, tmp_path: Path
+) -> None:
+    """A's body runs; B stands before the lease; nothing can be published; B finds the lease
+    taken and would wait as a message; publishing works again, and B runs after A.
+    """
+    app, go = client(), tmp_path / "go"
+    open_gate, gate = tmp_path / "open gate", tmp_path / "gate"
+    open_gate.touch()
+    worker = start(fleet)
+    first = app.send_task("waits_at_gate", (str(open_gate), str(go)))
+    fleet.wait_for_notes("enter")
+    second = app.send_task("waits_at_gate", (str(gate), str(go)))
+    fleet.wait_for_notes("starts", 2)
+    cut(proxy)
+    gate.touch()
+    wait_until_unsent(fleet, worker, "waits_at_gate", second.id)
+    proxy.mode = "pass"
+    go.touch()
+    assert [outcome(first), outcome(second)] == [1, 2]
+    assert len(fleet.notes("enter")) == 2

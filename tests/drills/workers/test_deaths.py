@@ -1,0 +1,382 @@
+"""How a process can die in mid-run: its lease is free at once, on the word of the kernel.
+
+Leases live for two minutes here, so that none becomes free by running out.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import celery
+import psutil
+import pytest
+from celery import Celery
+
+from celery_singleton_state.history import decode
+from celery_singleton_state.runtime import runtime_of
+from celery_singleton_state.store.base import Row
+from tests.helpers.fences import are_growing
+from tests.helpers.fleet import Fleet, Worker, outcome
+from tests.helpers.waiting import wait_until
+
+
+@pytest.fixture
+def fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Fleet:
+    return make_fleet(f"sqlite:///{tmp_path}/store.db", CELERY_SINGLETON_HEARTBEAT_INTERVAL="60")
+
+
+def row_of(app: Celery, name: str) -> Row:
+    row = runtime_of(app).store.peek(f"singleton-state:{name}")
+    assert row is not None
+    return row
+
+
+def wait_until_free(app: Celery, name: str) -> Row:
+    wait_until(lambda: row_of(app, name).holder is None, f"{name} is free")
+    return row_of(app, name)
+
+
+def outcomes(row: Row) -> list[str]:
+    return [entry.outcome for entry in decode(row.history, row.key)]
+
+
+def expiry(row: Row) -> float:
+    """When its lease runs out, by the store's clock."""
+    assert row.expires_in is not None
+    return row.read_at + row.expires_in
+
+
+def messages_kept(app: Celery) -> int:
+    """How many messages the broker has, those included that it gave out."""
+    with app.connection_for_read() as connection:
+        channel = connection.default_channel
+        queued, given_out = app.conf.task_default_queue, channel.unacked_key
+        return int(channel.client.llen(queued) + channel.client.hlen(given_out))
+
+
+def kill_child(app: Celery, fleet: Fleet, task_id: str) -> None:
+    os.kill(fleet.notes("enter")[-1]["pid"], signal.SIGKILL)
+
+
+def terminate(app: Celery, fleet: Fleet, task_id: str) -> None:
+    app.control.revoke(task_id, terminate=True, signal="SIGKILL")
+
+
+def nothing(app: Celery, fleet: Fleet, task_id: str) -> None:
+    """It dies by itself, or by a limit."""
+
+
+@pytest.mark.parametrize(
+    ("how", "kill", "options"),
+    [
+        ("killed", kill_child, ()),
+        ("hard time limit", nothing, ("--time-limit", "1")),
+        ("revoked", terminate, ()),
+        ("os._exit", nothing, ()),
+    ],
+)
+def test_a_child_that_dies(
+    make_fleet: Callable[..., Fleet],
+    shared_store_url: str,
+    client: Callable[[], Celery],
+    how: str,
+    kill: Callable[[Celery, Fleet, str], None],
+    options: tuple[str, ...],
+) -> None:
+    """celery-singleton #40, hard time limit leaves the lock; #21, dead worker's lock; #29.
+
+    The next message runs in the other child or in the one that replaces it.
+    """
+    fleet = make_fleet(shared_store_url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="60")
+    app = client()
+    fleet.start("-c", "2", *options)
+    sent = app.send_task("dies", (how,))
+    fleet.wait_for_notes("enter")
+    kill(app, fleet, sent.id)
+    row = wait_until_free(app, "dies")
+    # At a hard time limit a child is asked to go before it is killed, and may get to release.
+    expected = {"lost", "failed"} if how == "hard time limit" else {"lost"}
+    assert outcomes(row)[0] in expected
+    assert row.value == "null"
+    assert outcome(app.send_task("increment")) == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [
+        ("MemoryError", ()),
+        ("SystemExit", ()),
+        ("soft time limit", ("--soft-time-limit", "1")),
+    ],
+)
+def test_a_body_that_is_ended_releases_by_itself(
+    fleet: Fleet, client: Callable[[], Celery], how: str, options: tuple[str, ...]
+) -> None:
+    app = client()
+    fleet.start("-c", "1", *options)
+    app.send_task("dies", (how,))
+    fleet.wait_for_notes("enter")
+    row = wait_until_free(app, "dies")
+    assert row.last_outcome == "failed"
+
+
+def is_dead(pid: int) -> bool:
+    """Whether a process has ended, though nobody may have collected it yet."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.parametrize("pool", ["solo", "prefork"])
+def test_a_worker_that_is_killed_whole_is_succeeded_by_the_next_delivery(
+    fleet: Fleet, client: Callable[[], Celery], pool: str
+) -> None:
+    """Another worker of this host meets the lease and finds its holder dead."""
+    app = client()
+    killed = fleet.start("-P", pool, "-c", "1", "-Q", "a", name="a")
+    fleet.start("-P", "solo", "-Q", "b", name="b")
+    app.send_task("waits", queue="a")
+    (note,) = fleet.wait_for_notes("enter")
+    killed.close()
+    # A delivery that comes while a child of the worker still dies is skipped.
+    wait_until(lambda: is_dead(note["pid"]), "the child is dead, too")
+    app.send_task("waits", queue="b")
+    entered = fleet.wait_for_notes("enter", 2)
+    assert are_growing((note["fence"] for note in entered), 2)
+    assert outcomes(row_of(app, "waits")) == ["lost"]
+
+
+def test_a_worker_frees_what_its_dead_predecessor_left(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
+    """It does so when it starts, and leaves alone what a living one holds."""
+    app = client()
+    killed = fleet.start("-c", "1", "-Q", "a", name="a")
+    fleet.start("-c", "1", "-Q", "b", name="b")
+    app.send_task("waits", queue="a")
+    app.send_task("dies", ("living",), queue="b")
+    fleet.wait_for_notes("enter", 2)
+    killed.close()
+    assert row_of(app, "waits").held
+    fleet.start("-c", "1", "-Q", "c", name="a")
+    wait_until_free(app, "waits")
+    assert row_of(app, "dies").held
+
+
+def stop_warmly(worker: Worker) -> None:
+    worker.process.send_signal(signal.SIGTERM)
+
+
+def stop_at_once(worker: Worker) -> None:
+    worker.process.send_signal(signal.SIGQUIT)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "solo"])
+def test_a_cold_shutdown_leaves_no_lease(
+    fleet: Fleet, client: Callable[[], Celery], pool: str
+) -> None:
+    app = client()
+    worker = fleet.start("-P", pool, "-c", "1")
+    app.send_task("waits")
+    fleet.wait_for_notes("enter")
+    stop_at_once(worker)
+    wait_until_free(app, "waits")
+    worker.process.wait(30)
+
+
+@pytest.fixture
+def make_fleet_of_short_memory(
+    make_fleet: Callable[..., Fleet], tmp_path: Path
+) -> Callable[..., Fleet]:
+    """Makes a fleet whose broker gives out a message again after a second."""
+
+    def make(**settings: str) -> Fleet:
+        return make_fleet(
+            f"sqlite:///{tmp_path}/store.db",
+            CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
+            TEST_VISIBILITY_TIMEOUT="1",
+            **settings,
+        )
+
+    return make
+
+
+in_solo = pytest.param(
+    "solo",
+    marks=pytest.mark.skipif(celery.VERSION < (5, 7), reason="a solo worker does not end by it"),
+)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "gevent", in_solo])
+def test_a_cold_shutdown_leaves_the_message_to_another_worker(
+    make_fleet_of_short_memory: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+    pool: str,
+) -> None:
+    """Celery takes a greenlet that it killed for one that succeeded, and a body in a solo pool,
+    into which it raises that it cannot be killed, for one that failed.
+    """
+    fleet = make_fleet_of_short_memory()
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("-P", pool, "-c", "1")
+    result = app.send_task("increment", (str(go),))
+    fleet.wait_for_notes("enter")
+    stop_at_once(worker)
+    worker.process.wait(30)
+    fleet.start("-c", "1")
+    fleet.wait_for_notes("enter", 2)
+    go.touch()
+    assert outcome(result) == 1
+
+
+@pytest.mark.parametrize(
+    "soft",
+    [
+        "0",
+        pytest.param("0.5", marks=pytest.mark.skipif(celery.VERSION < (5, 5), reason="new in 5.5")),
+    ],
+)
+def test_a_cold_shutdown_of_threads_lets_the_run_end(
+    make_fleet: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path, soft: str
+) -> None:
+    """A thread cannot be ended: Celery breaks its shutdown off over that, and Python waits.
+
+    The lease is renewed until the run has ended, and its message is acknowledged then.
+    """
+    fleet = make_fleet(
+        f"sqlite:///{tmp_path}/store.db",
+        CELERY_SINGLETON_HEARTBEAT_INTERVAL="1",
+        CELERY_SINGLETON_HEARTBEAT_THRESHOLD="5",
+        TEST_SOFT_SHUTDOWN=soft,
+    )
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("-P", "threads", "-c", "1")
+    result = app.send_task("increment", (str(go),))
+    fleet.wait_for_notes("enter")
+    stop_at_once(worker)
+    fleet.wait_for_output(worker, "Cold shutdown" if celery.VERSION < (5, 5) else "Unrecoverable")
+    before = expiry(row_of(app, "increment"))
+    wait_until(lambda: expiry(row_of(app, "increment")) > before + 0.5, "the lease is renewed")
+    go.touch()
+    worker.process.wait(30)
+    assert outcome(result) == 1
+    assert row_of(app, "increment").holder is None
+    assert messages_kept(app) == 0
+
+
+needs_soft_shutdown = pytest.mark.skipif(celery.VERSION < (5, 5), reason="new in Celery 5.5")
+
+
+@needs_soft_shutdown
+@pytest.mark.parametrize(
+    ("settings", "stop"),
+    [
+        pytest.param({}, stop_at_once, id="SIGQUIT"),
+        pytest.param({"REMAP_SIGTERM": "SIGQUIT"}, stop_warmly, id="SIGTERM"),
+    ],
+)
+def test_a_soft_shutdown_lets_the_run_end(
+    make_fleet_of_short_memory: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+    settings: dict[str, str],
+    stop: Callable[[Worker], None],
+) -> None:
+    fleet = make_fleet_of_short_memory(TEST_SOFT_SHUTDOWN="3", **settings)
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("-c", "1")
+    result = app.send_task("increment", (str(go),))
+    fleet.wait_for_notes("enter")
+    stop(worker)
+    fleet.wait_for_output(worker, "Initiating Soft Shutdown")
+    assert row_of(app, "increment").held
+    go.touch()
+    worker.process.wait(60)
+    assert outcome(result) == 1
+    assert row_of(app, "increment").holder is None
+    assert messages_kept(app) == 0
+
+
+@needs_soft_shutdown
+@pytest.mark.parametrize("pool", [in_solo])
+def test_a_soft_shutdown_of_a_solo_worker_breaks_off_even_a_body_that_could_end(
+    make_fleet_of_short_memory: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+    pool: str,
+) -> None:
+    """Celery waits in the signal's handler, in the body's own thread: the body, told to end
+    while it waits, stands still, is broken off after the wait, and its message comes again.
+    """
+    fleet = make_fleet_of_short_memory(TEST_SOFT_SHUTDOWN="2")
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("-P", pool)
+    result = app.send_task("increment", (str(go),))
+    fleet.wait_for_notes("enter")
+    stop_at_once(worker)
+    fleet.wait_for_output(worker, "Initiating Soft Shutdown")
+    go.touch()
+    worker.process.wait(30)
+    assert outcomes(wait_until_free(app, "increment")) == ["failed"]
+    assert messages_kept(app) == 1
+    fleet.start("-c", "1")
+    assert outcome(result) == 1
+    assert are_growing((note["fence"] for note in fleet.notes("enter")), 2)
+
+
+@needs_soft_shutdown
+@pytest.mark.parametrize("pool", ["prefork", in_solo])
+def test_a_soft_shutdown_whose_time_runs_out_leaves_the_message_to_another_worker(
+    make_fleet_of_short_memory: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    tmp_path: Path,
+    pool: str,
+) -> None:
+    fleet = make_fleet_of_short_memory(TEST_SOFT_SHUTDOWN="0.5")
+    app, go = client(), tmp_path / "go"
+    worker = fleet.start("-P", pool, "-c", "1")
+    result = app.send_task("increment", (str(go),))
+    fleet.wait_for_notes("enter")
+    stop_at_once(worker)
+    worker.process.wait(30)
+    wait_until_free(app, "increment")
+    fleet.start("-c", "1")
+    fleet.wait_for_notes("enter", 2)
+    go.touch()
+    assert outcome(result) == 1
+
+
+def test_a_warm_shutdown_lets_the_run_end(
+    fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    app = client()
+    worker = fleet.start("-c", "1")
+    result = app.send_task("increment", (str(tmp_path / "go"),))
+    fleet.wait_for_notes("enter")
+    stop_warmly(worker)
+    fleet.wait_for_output(worker, "Warm shutdown")
+    assert row_of(app, "increment").held
+    (tmp_path / "go").touch()
+    assert outcome(result) == 1
+    worker.process.wait(30)
+    assert row_of(app, "increment").holder is None
+
+
+def test_a_restarted_pool_is_watched_as_well(fleet: Fleet, client: Callable[[], Celery]) -> None:
+    app = client()
+    worker = fleet.start("-c", "1")
+    before = psutil.Process(worker.process.pid).children()
+    app.control.broadcast("pool_restart")
+    wait_until(
+        lambda: not set(before) & set(psutil.Process(worker.process.pid).children()),
+        "all children are new",
+    )
+    app.send_task("dies", ("killed",))
+    entered = fleet.wait_for_notes("enter")
+    os.kill(entered[0]["pid"], signal.SIGKILL)
+    wait_until_free(app, "dies")

@@ -1,0 +1,52 @@
+"""Hosts that share a directory for temporary files, or have none.
+
+Leases live for two minutes here, so that none becomes free by running out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from celery import Celery
+
+from celery_singleton_state import LeaderHandoffFailed
+from tests.drills.workers.test_deaths import row_of
+from tests.helpers.fleet import Fleet, outcome
+
+
+@pytest.fixture
+def fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Fleet:
+    return make_fleet(f"sqlite:///{tmp_path}/store.db", CELERY_SINGLETON_HEARTBEAT_INTERVAL="60")
+
+
+def test_a_live_run_is_left_alone_by_a_host_that_shares_its_files_and_not_its_locks(
+    fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    """A's body runs. B, which sees A's files, and whose locks are no locks for A (NFS with
+    ``local_lock``, CIFS with ``nobrl``, Lustre with ``localflock``), starts and meets A's lease.
+    """
+    app, until = client(), tmp_path / "until"
+    fleet.start("-P", "solo")
+    running = app.send_task("held", (str(until),))
+    fleet.wait_for_notes("enter")
+    holder = row_of(app, "held").holder
+    (tmp_path / "boot_id").write_text("another host's")
+    fleet.environment["TEST_BOOT_ID"] = str(tmp_path / "boot_id")
+    fleet.start("-P", "solo", "-Q", "elsewhere", app="tests.apps.kernel_app")
+    meeting = app.send_task("held", (str(until),), queue="elsewhere")
+    assert isinstance(outcome(meeting), LeaderHandoffFailed)
+    assert row_of(app, "held").holder == holder is not None
+    until.touch()
+    assert outcome(running) == "held"
+
+
+def test_a_worker_runs_without_a_directory_for_temporary_files(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
+    """A container whose files can only be read, without a ``tmpfs``: a prefork pool needs one."""
+    fleet.environment["TEST_NO_TEMPDIR"] = "1"
+    worker = fleet.start("-P", "threads", app="tests.apps.kernel_app")
+    assert outcome(client().send_task("increment")) == 1
+    assert "leases of a dead process will have to run out" in worker.output

@@ -1,0 +1,169 @@
+"""A run that loses its lease, in every pool: what becomes of its body, and of what follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from sqlalchemy import create_engine
+
+from celery_singleton_state import HeartbeatFailed
+from tests.helpers.fleet import Fleet, outcome
+from tests.helpers.waiting import wait_until
+
+POOLS = {
+    "prefork": ("-P", "prefork", "-c", "1"),
+    "solo": ("-P", "solo"),
+    "threads": ("-P", "threads", "-c", "2"),
+    "gevent": ("-P", "gevent", "-c", "2"),
+}
+
+
+@pytest.fixture
+def store_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/store.db"
+
+
+@pytest.fixture
+def fleet(make_fleet: Callable[..., Fleet], store_url: str) -> Fleet:
+    return make_fleet(store_url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.5")
+
+
+def steal(store_url: str, name: str) -> None:
+    """Another holder takes the leases of a task as if they had run out, and gives them back."""
+    engine = create_engine(store_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "UPDATE kv_store SET fence = fence + 1, holder = NULL, expires_at = NULL"
+            f" WHERE key LIKE 'singleton-state:{name}%%'"
+        )
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("pool", "how"),
+    [
+        ("prefork", "sleep"),
+        ("prefork", "socket"),
+        ("solo", "sleep"),
+        ("solo", "socket"),
+        ("threads", "work"),
+        ("gevent", "sleep"),
+        ("gevent", "socket"),
+    ],
+)
+def test_the_body_of_a_lost_run_is_broken_off(
+    fleet: Fleet, client: Callable[[], Celery], store_url: str, pool: str, how: str
+) -> None:
+    """Whatever it waits for; its task fails, and the worker goes on with the next run, which
+    starts from the checkpoint and is hit by nothing.
+    """
+    app = client()
+    fleet.start(*POOLS[pool])
+    lost = app.send_task("waits", (how,))
+    fleet.wait_for_notes("enter")
+    steal(store_url, "waits")
+    error = outcome(lost)
+    assert isinstance(error, HeartbeatFailed)
+    assert "its renewal was refused" in error.detail
+    (left,) = fleet.notes("leave")
+    assert outcome(app.send_task("increment")) == 1
+    events = ("leads", "leads no longer")
+    fences = [[note["fence"] for note in fleet.notes(event)] for event in events]
+    assert fences == [[left["fence"]]] * 2
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_an_interruption_that_is_swallowed_comes_again(
+    fleet: Fleet, client: Callable[[], Celery], store_url: str, pool: str
+) -> None:
+    """By logging, a destructor, a callback of C code, an event loop, or the body itself, whose task
+    is retried over every ``Exception``: each ends as lost, once, and its worker goes on.
+    """
+    app = client()
+    worker = fleet.start(*POOLS[pool])
+    ways = ["logging", "except Exception", "destructor", "callback"]
+    if pool != "gevent":  # whose greenlets cannot have an event loop each
+        ways.append("asyncio")
+    for number, way in enumerate(ways, 1):
+        lost = app.send_task("swallows", (way,))
+        fleet.wait_for_notes("enter", number)
+        steal(store_url, "swallows")
+        assert isinstance(outcome(lost), HeartbeatFailed), way
+    assert [note["retries"] for note in fleet.notes("enter")] == [0] * len(ways)
+    assert len(fleet.notes("leads no longer")) == len(fleet.notes("leads")) == len(ways)
+    assert outcome(app.send_task("increment")) == 1
+    assert "--- Logging error ---" not in worker.output
+
+
+def test_bodies_that_log_in_a_loop_all_end(
+    fleet: Fleet, client: Callable[[], Celery], store_url: str
+) -> None:
+    """With the default ``on_lease_lost``; 17 of 24 ran to their end."""
+    app = client()
+    worker = fleet.start("-P", "prefork", "-c", "8")
+    lost = [app.send_task("swallows", ("logging", number)) for number in range(8)]
+    fleet.wait_for_notes("enter", 8)
+    steal(store_url, "swallows")
+    assert [type(outcome(each)) for each in lost] == [HeartbeatFailed] * 8
+    assert "--- Logging error ---" not in worker.output
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_lost_run_tidies_up_undisturbed(
+    fleet: Fleet, client: Callable[[], Celery], store_url: str, pool: str
+) -> None:
+    """For longer than the pause before the next interruption; ``except Exception`` sees nothing."""
+    app = client()
+    fleet.start(*POOLS[pool])
+    lost = app.send_task("tidies_up")
+    fleet.wait_for_notes("enter")
+    steal(store_url, "tidies_up")
+    assert isinstance(outcome(lost), HeartbeatFailed)
+    assert len(fleet.notes("tidied up")) == 1
+    assert not fleet.notes("caught")
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_lost_run_that_finishes(
+    fleet: Fleet, client: Callable[[], Celery], store_url: str, tmp_path: Path, pool: str
+) -> None:
+    """Its body goes on and ends; it is told, once, when it loses the lease; its save is refused."""
+    app = client()
+    fleet.start(*POOLS[pool])
+    go = tmp_path / "go"
+    result = app.send_task("finishes", (str(go),))
+    fleet.wait_for_notes("enter")
+    steal(store_url, "finishes")
+    fleet.wait_for_notes("leads no longer")
+    assert not fleet.notes("leave")
+    go.touch()
+    assert isinstance(outcome(result), HeartbeatFailed)
+    assert len(fleet.notes("leave")) == 1
+    assert len(fleet.notes("leads no longer")) == 1
+
+
+def test_a_run_whose_store_falls_silent_is_broken_off(
+    make_fleet: Callable[..., Fleet],
+    client: Callable[[], Celery],
+    make_proxy: Callable[[int], Any],
+    postgres: Any,
+    postgres_url: str,
+) -> None:
+    """The network is cut in mid-run; nobody answers and nobody refuses; the body sleeps."""
+    proxy = make_proxy(postgres.port)
+    through = postgres_url.replace(f":{postgres.port}/", f":{proxy.port}/")
+    fleet = make_fleet(through, CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.5")
+    app = client()
+    fleet.start(*POOLS["prefork"])
+    result = app.send_task("waits")
+    fleet.wait_for_notes("enter")
+    proxy.mode = "mute"
+    fleet.wait_for_notes("leave")
+    error = outcome(result)
+    assert isinstance(error, HeartbeatFailed)
+    assert "not renewed before its life ran out" in error.detail
+    wait_until(lambda: fleet.notes("leads no longer"), "it is told")

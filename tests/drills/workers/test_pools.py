@@ -1,0 +1,126 @@
+"""Pools and kernels that are not the usual ones.
+
+Leases live for two minutes here, so that none becomes free by running out.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from celery import Celery
+
+from tests.drills.workers.test_deaths import wait_until_free
+from tests.helpers.fleet import Fleet, outcome
+from tests.helpers.waiting import wait_until
+
+LONG = {"CELERY_SINGLETON_HEARTBEAT_INTERVAL": "60"}
+
+
+@pytest.fixture
+def store_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/store.db"
+
+
+def kill_its_body(fleet: Fleet, app: Celery) -> None:
+    """Run a body in a child, and kill the child: the lease is free, and the next runs."""
+    app.send_task("dies", ("killed",))
+    (entered,) = fleet.wait_for_notes("enter")
+    os.kill(entered["pid"], signal.SIGKILL)
+    wait_until_free(app, "dies")
+    assert outcome(app.send_task("increment")) == 1
+
+
+@pytest.mark.parametrize("how", ["ENOSYS", "EPERM", "EMFILE, once", "missing"])
+def test_a_worker_starts_where_the_kernel_refuses_a_pidfd(
+    make_fleet: Callable[..., Fleet], client: Callable[[], Celery], store_url: str, how: str
+) -> None:
+    """An older kernel, gVisor, a seccomp filter; a process with too many files open refuses one of
+    several.
+    """
+    fleet = make_fleet(store_url, TEST_PIDFD=how, **LONG)
+    worker = fleet.start("-c", "1", app="tests.apps.kernel_app")
+    kill_its_body(fleet, client())
+    worker.stop()
+
+
+def test_a_subclass_of_the_prefork_pool_is_one_of_processes(
+    make_fleet: Callable[..., Fleet], client: Callable[[], Celery], store_url: str
+) -> None:
+    fleet = make_fleet(store_url, CELERY_CUSTOM_WORKER_POOL="tests.apps.pools:Prefork", **LONG)
+    fleet.start("--pool=custom", "-c", "1")
+    kill_its_body(fleet, client())
+
+
+@pytest.mark.parametrize("pool", ["Prefork", "Solo", "Gevent"])
+def test_memory_guards_the_threads_of_one_process_of_any_pool(
+    make_fleet: Callable[..., Fleet], pool: str
+) -> None:
+    fleet = make_fleet("memory://", CELERY_CUSTOM_WORKER_POOL=f"tests.apps.pools:{pool}")
+    worker = fleet.start("--pool=custom", ready=pool != "Prefork")
+    if pool == "Prefork":
+        worker.process.wait(timeout=30)
+        assert "guards the threads of one process only" in worker.output
+
+
+@pytest.fixture
+def green_fleet(make_fleet: Callable[..., Fleet], store_url: str) -> Fleet:
+    """A worker of gevent, which waits for half a minute for the file's lock."""
+    fleet = make_fleet(store_url, TEST_PREFETCH="10", **LONG)
+    fleet.start("-P", "gevent", "-c", "8")
+    return fleet
+
+
+def continues(app: Celery) -> None:
+    """Tasks without a lease run, one after the other, while those with one wait."""
+    for number in range(10):
+        assert outcome(app.send_task("plain_add", (number,)), deadline=15) == number
+
+
+def test_gevent_goes_on_while_another_process_has_the_files_lock(
+    green_fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    """Another process has SQLite's write lock; a delivery waits for it to take its lease."""
+    app = client()
+    assert outcome(app.send_task("increment")) == 1
+    with closing(sqlite3.connect(tmp_path / "store.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        waiting = app.send_task("waits_at_gate", (str(tmp_path), str(tmp_path)))
+        green_fleet.wait_for_notes("starts")
+        continues(app)
+        assert green_fleet.notes("enter")[1:] == []
+        other.execute("ROLLBACK")
+    assert outcome(waiting) == 1
+
+
+def test_gevent_goes_on_while_one_of_its_own_bodies_has_the_files_lock(
+    green_fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
+) -> None:
+    """A body is in its transaction; a delivery waits for the lock of that; the body, which must run
+    for the lock to become free, ends its transaction.
+    """
+    app, until = client(), tmp_path / "until"
+    has_it = app.send_task("uses_the_store", (1, str(until), False))
+
+    def is_locked() -> bool:
+        with closing(sqlite3.connect(tmp_path / "store.db", timeout=0)) as other:
+            try:
+                other.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                return bool(green_fleet.notes("enter"))
+        return False
+
+    wait_until(is_locked, "the body is in its transaction")
+    waiting = [
+        app.send_task("waits_at_gate", (str(tmp_path), str(tmp_path))),
+        app.send_task("increment"),
+    ]
+    green_fleet.wait_for_notes("starts")
+    continues(app)
+    until.touch()
+    assert [outcome(result) for result in (has_it, *waiting)] == [1, 1, 1]

@@ -1,0 +1,155 @@
+"""Beats on hosts of their own: no two know of each other but by the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import redis
+
+from celery_singleton_state.beat.entry_state import EntryState, decode_rows
+from celery_singleton_state.migrations.open_store import open_store
+from celery_singleton_state.store.sql.store import SqlStore
+from tests.helpers.beat_ticks import complaints
+from tests.helpers.fleet import Beat, Fleet
+from tests.helpers.servers import Proxy
+from tests.helpers.waiting import wait_until
+
+APP = "tests.apps.beat_app"
+LEADER = "singleton-beat:shop"
+Schedule = dict[str, dict[str, object]]
+
+
+@dataclass
+class Host:
+    """A beat, its ways to the store and to the broker, and what else its environment has."""
+
+    number: int
+    store: Proxy
+    broker: Proxy
+    environment: dict[str, str]
+    beat: Beat
+
+
+class Hosts:
+    """Several of them, and one look at it all from outside."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        schedule: Schedule,
+        store_url: str,
+        broker_url: str,
+        make_proxy: Callable[[int], Proxy],
+    ) -> None:
+        self.fleet = fleet
+        self._schedule = schedule
+        self._store_url = store_url
+        self._broker_url = broker_url
+        self._make_proxy = make_proxy
+        self.store: SqlStore = open_store(store_url, "kv_store", 5.0, auto_migrate=True)
+        self.hosts: list[Host] = []
+
+    def close(self) -> None:
+        self.store.close()
+
+    def start(self, **environment: str) -> Host:
+        """A new host with a beat."""
+        number = len(self.hosts)
+        store = self._make_proxy(_port(self._store_url))
+        broker = self._make_proxy(_port(self._broker_url))
+        beat = self._beat(number, store, broker, environment)
+        self.hosts.append(Host(number, store, broker, environment, beat))
+        return self.hosts[-1]
+
+    def restart(self, host: Host) -> None:
+        """A new beat on a host whose beat is dead."""
+        host.beat = self._beat(host.number, host.store, host.broker, host.environment)
+
+    def _beat(self, number: int, store: Proxy, broker: Proxy, environment: dict[str, str]) -> Beat:
+        return self.fleet.start_beat(
+            APP,
+            host=str(number),
+            CELERY_SINGLETON_STORE_URL=_through(self._store_url, store),
+            CELERY_BROKER_URL=_through(self._broker_url, broker),
+            **environment,
+        )
+
+    def leader(self, other_than: Host | None = None) -> Host:
+        """The host that leads, as soon as one does."""
+
+        def found() -> Host | None:
+            row = self.store.peek(LEADER)
+            if row is None or not row.held:
+                return None
+            holder = row.holder or ""
+            leads = [host for host in self.hosts if f":{host.beat.process.pid}:" in holder]
+            return leads[0] if leads and leads[0] is not other_than else None
+
+        return wait_until(found, "a beat leads")
+
+    def states(self) -> dict[str, EntryState]:
+        return decode_rows(self.store.entries.load(f"{LEADER}:"))
+
+    def executed(self) -> dict[str, list[datetime]]:
+        """The ticks that have run, by entry."""
+        found: dict[str, list[datetime]] = {}
+        for note in self.fleet.notes("tick"):
+            found.setdefault(note["entry"], []).append(datetime.fromisoformat(note["due"]))
+        return found
+
+    def wait_for_ticks(self, more: int) -> None:
+        self.fleet.wait_for_notes("tick", len(self.fleet.notes("tick")) + more)
+
+    def sent(self) -> int:
+        """How many ticks the store knows as sent."""
+        return sum(state.total_run_count for state in self.states().values())
+
+    def wait_for_sent(self, more: int) -> None:
+        before = self.sent()
+        wait_until(lambda: self.sent() >= before + more, f"{more} more ticks are sent")
+
+    def wait_until_caught_up(self) -> None:
+        """Until the leader has sent again what others sent and could not record."""
+
+        def caught_up() -> bool:
+            row = self.store.peek(LEADER)
+            if row is None or not row.held:
+                return False
+            late = row.read_at - 2.0
+            ticks = [state.next_tick for state in self.states().values()]
+            return all(tick is not None and tick.timestamp() > late for tick in ticks)
+
+        wait_until(caught_up, "the leader is not behind", 90)
+
+    def stop(self) -> None:
+        """Stop all beats in order, and wait until all that was sent has run."""
+        for host in self.hosts:
+            if host.beat.process.poll() is None:
+                host.beat.stop()
+        sent = {name: state.total_run_count for name, state in self.states().items()}
+
+        def all_ran() -> bool:
+            executed = self.executed()
+            return all(len(set(executed.get(name, ()))) >= n for name, n in sent.items())
+
+        wait_until(all_ran, "all that was sent has run", 60)
+        with redis.Redis.from_url(self._broker_url) as broker:
+            wait_until(lambda: not broker.llen("celery"), "the queue is empty")
+
+    def complaints(self) -> list[str]:
+        """What is wrong with the ticks that have run; the beats are stopped."""
+        intervals = {
+            name: timedelta(seconds=float(str(fields["schedule"])))
+            for name, fields in self._schedule.items()
+        }
+        return complaints(self.states(), intervals, self.executed())
+
+
+def _port(url: str) -> int:
+    return int(url.rsplit(":", 1)[1].split("/")[0])
+
+
+def _through(url: str, proxy: Proxy) -> str:
+    return url.replace(f":{_port(url)}/", f":{proxy.port}/")

@@ -1,0 +1,107 @@
+"""A real MariaDB server for the tests, from the system's packages.
+
+There is no wheel of it. Where it is not installed its tests are skipped, unless
+``SINGLETON_TEST_MARIADB=required`` is in the environment, as in CI.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+import pymysql
+import pytest
+
+from tests.helpers.servers import Server
+from tests.helpers.waiting import wait_until
+
+PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
+
+
+def find(*names: str) -> str:
+    """The path of a program, by one of its names; skips the test where there is none."""
+    for name in names:
+        if found := shutil.which(name, path=PATH):
+            return found
+    assert os.environ.get("SINGLETON_TEST_MARIADB") != "required", f"no {names[0]} here"
+    pytest.skip(f"no {names[0]} here")
+
+
+class MariaDB(Server):
+    """A server with its defaults, but that a commit waits for the system, and not for the disk."""
+
+    def __init__(self) -> None:
+        program = find("mariadbd", "mysqld")
+        install = find("mariadb-install-db", "mysql_install_db")
+        super().__init__("mariadb")
+        self._program = program
+        # The kernel has only so many places for asynchronous writes, and each server takes many.
+        self._options = ["--no-defaults", f"--datadir={self.directory}/data"]
+        self._options += ["--innodb-use-native-aio=0"]
+        # Servers that share one while they are made crash now and then.
+        (self.directory / "tmp").mkdir()
+        self._options.append(f"--tmpdir={self.directory}/tmp")
+        if os.geteuid() == 0:
+            self._options.append("--user=root")
+        made = subprocess.run(
+            [install, *self._options, "--auth-root-authentication-method=normal", "--skip-test-db"],
+            capture_output=True,
+            text=True,
+        )
+        assert made.returncode == 0, made.stdout + made.stderr
+        self.start()
+
+    def start(self) -> None:
+        self.spawn(
+            self._program,
+            *self._options,
+            f"--port={self.port}",
+            "--bind-address=127.0.0.1",
+            f"--socket={self.directory}/socket",
+            f"--pid-file={self.directory}/pid",
+            "--skip-name-resolve",
+            "--innodb-flush-log-at-trx-commit=2",
+            "--innodb-buffer-pool-size=32M",
+            "--max-allowed-packet=64M",
+        )
+        wait_until(self._answers, f"MariaDB on port {self.port}")
+
+    def url(self, database: str, port: int | None = None) -> str:
+        return f"mysql+pymysql://root@127.0.0.1:{port or self.port}/{database}"
+
+    def create_database(self, name: str) -> str:
+        self._admin(f"CREATE DATABASE {name}")
+        return self.url(name)
+
+    def drop_database(self, name: str) -> None:
+        self._admin(f"DROP DATABASE {name}")
+
+    def create_database_for_shop(self, name: str) -> str:
+        """One whose user may not write where :meth:`make_read_only` has said so."""
+        url = self.create_database(name)
+        self._admin("CREATE USER shop@'%'")
+        self._admin(f"GRANT ALL ON {name}.* TO shop@'%'")
+        return url.replace("root@", "shop@")
+
+    def make_read_only(self, whether: bool) -> None:
+        """Refuse all that writes, as a standby does, or no longer; but not what root writes."""
+        self._admin(f"SET GLOBAL read_only = {int(whether)}")
+
+    def connect(self, database: str | None = None) -> pymysql.Connection:
+        return pymysql.connect(
+            host="127.0.0.1", port=self.port, user="root", database=database, autocommit=True
+        )
+
+    def _admin(self, statement: str) -> None:
+        with self.connect() as connection, connection.cursor() as cursor:
+            cursor.execute(statement)
+
+    def _answers(self) -> bool:
+        if self.process is None or self.process.poll() is not None:
+            raise RuntimeError(f"MariaDB did not start:\n{self.log.read_text()}")
+        try:
+            self.connect().close()
+        except pymysql.OperationalError:
+            return False
+        return True

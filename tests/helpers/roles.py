@@ -1,0 +1,57 @@
+"""Roles as ``docs/databases.md`` makes them, of PostgreSQL where nothing else is said."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sqlalchemy import make_url
+
+from tests.migrations.test_upgrade import execute
+
+_PAGE = Path(__file__).parents[2] / "docs" / "databases.md"
+#: What an administrator does before the table is made, and its owner after that.
+_BEFORE, _AFTER, _BEFORE_ON_MARIADB, _AFTER_ON_MARIADB = re.findall(
+    r"^```sql\n(.*?)^```", _PAGE.read_text(), re.MULTILINE | re.DOTALL
+)
+
+OWNER, WORKER = "shop_migrate", "shop_worker"
+TABLE = "jobs.kv_store"
+
+
+def of(role: str, url: str) -> str:
+    """A database's URL for another role."""
+    return make_url(url).set(username=role).render_as_string()
+
+
+def make_roles(url: str) -> None:
+    """The roles and the schema, without the table."""
+    execute(url, _BEFORE)
+
+
+def grant(url: str) -> None:
+    """The worker's rights to the table."""
+    execute(of(OWNER, url), _AFTER)
+
+
+def drop_roles(url: str) -> None:
+    """With all that they have; a server has them once for all its databases."""
+    both = f"{OWNER}, {WORKER}"
+    execute(url, f"DROP OWNED BY {both} CASCADE", f"DROP ROLE {both}")
+
+
+def make_roles_on_mariadb(url: str) -> None:
+    execute(url, *_statements(_BEFORE_ON_MARIADB))
+
+
+def grant_on_mariadb(url: str) -> None:
+    execute(url, *_statements(_AFTER_ON_MARIADB))
+
+
+def drop_roles_on_mariadb(url: str) -> None:
+    """With the database that the page makes."""
+    execute(url, f"DROP USER {OWNER}, {WORKER}", "DROP DATABASE jobs")
+
+
+def _statements(block: str) -> list[str]:
+    return [statement for statement in block.split(";") if statement.strip()]

@@ -1,0 +1,83 @@
+"""``celery singleton next``, as an operator types it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.fleet import Fleet
+from tests.helpers.waiting import wait_until
+
+APP = "tests.apps.beat_app"
+SCHEDULE = {
+    "often": {"task": "ticked", "schedule": 0.5},
+    "nightly": {"task": "ticked", "schedule": ["30", "4"]},
+}
+
+
+@pytest.fixture
+def fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Fleet:
+    return make_fleet(f"sqlite:///{tmp_path}/store.db", TEST_SCHEDULE=json.dumps(SCHEDULE))
+
+
+def next_(fleet: Fleet, *arguments: str) -> str:
+    result = fleet.command("singleton", "next", *arguments, app=APP)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def overview(fleet: Fleet) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(next_(fleet, "--json"))
+    return found
+
+
+def test_before_a_beat_led(fleet: Fleet) -> None:
+    assert next_(fleet) == "no beat has led 'shop' yet\n"
+    found = overview(fleet)
+    assert (found["name"], found["leader"], found["entries"]) == ("shop", None, [])
+
+
+def test_who_leads_and_what_runs_when(fleet: Fleet) -> None:
+    """Then the leader is killed: what is due meanwhile is late."""
+    beat = fleet.start_beat(APP)
+    beat.wait_for("Sending due task often")
+    found = overview(fleet)
+    assert found["leader"].startswith("celerybeat@")
+    assert f":{beat.process.pid}:" in found["leader"]
+    assert (found["fence"] > 0, found["expires_in"] > 0) == (True, True)
+    assert [entry["entry"] for entry in found["entries"]] == ["often", "nightly"]
+    often, nightly = found["entries"]
+    assert often["schedule"] == "every 0.5 s"
+    assert often["total_run_count"] >= 1
+    step = datetime.fromisoformat(often["next_tick"]) - datetime.fromisoformat(often["last_tick"])
+    assert step == timedelta(seconds=0.5)
+    assert "T04:30:00" in nightly["next_tick"]
+    assert (nightly["last_tick"], nightly["late"]) == (None, 0)
+    shown = next_(fleet)
+    assert f"{found['leader']} leads 'shop' since" in shown
+    assert "every 0.5 s" in shown
+    beat.close()
+    wait_until(lambda: overview(fleet)["entries"][0]["late"] > 1, "a tick is late")
+    wait_until(lambda: overview(fleet)["leader"] is None, "its lease runs out")
+    assert "nobody leads 'shop'" in next_(fleet)
+
+
+def test_when_an_entry_is_due(fleet: Fleet) -> None:
+    lines = next_(fleet, "nightly", "-n", "3").splitlines()
+    assert [line[11:] for line in lines] == ["04:30:00 UTC"] * 3
+    found = json.loads(next_(fleet, "often", "-n", "4", "--json"))
+    times = [datetime.fromisoformat(moment) for moment in found["next"]]
+    assert [later - earlier for earlier, later in pairwise(times)] == [timedelta(seconds=0.5)] * 3
+
+
+def test_an_entry_that_is_not_there(fleet: Fleet) -> None:
+    result = fleet.command("singleton", "next", "nightl", app=APP)
+    assert result.returncode == 1
+    assert result.stderr == ("Error: beat_schedule has no entry 'nightl'; did you mean nightly?\n")
+    assert fleet.command("singleton", "next", "often", "-n", "0", app=APP).returncode == 2

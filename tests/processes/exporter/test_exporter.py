@@ -1,0 +1,267 @@
+"""``celery singleton exporter``: what it counts, shows and says, with real workers and brokers."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from celery_singleton_state.migrations.open_store import open_store
+from celery_singleton_state.store.base import Ended, NewValue, Write
+from celery_singleton_state.store.sql.store import SqlStore
+from tests.helpers.fleet import Exporter, Fleet, outcome
+from tests.helpers.servers import Postgres, Valkey
+from tests.helpers.waiting import wait_until
+
+APP = "tests.apps.seen_app"
+RUNS = 500
+
+DOES = ("save", "idle", "checkpoint", "transaction", "fail", "misfit", "sleep")
+#: What each kind of run does to the state, the state being new to each.
+OPERATIONS = {
+    "save": ("load", "save"),
+    "idle": ("load", "save"),
+    "checkpoint": ("load", "checkpoint", "save"),
+    "transaction": ("load", "transaction"),
+    "fail": ("load",),
+    "misfit": ("load",),
+    "sleep": ("load", "save"),
+}
+
+
+@pytest.fixture
+def fleet(make_fleet: Callable[..., Fleet], postgres_url: str) -> Fleet:
+    return make_fleet(postgres_url)
+
+
+@pytest.fixture
+def store_url(postgres_url: str) -> str:
+    return postgres_url
+
+
+#: By a counter's name: what it is for the values of its labels, where that is not 0.
+Expected = dict[str, dict[frozenset[str], float]]
+
+
+def work_through_the_script(app: Celery, fleet: Fleet, store: SqlStore) -> Expected:
+    """Have 500 runs, each of a key of its own, some duplicates and some conflicts; returns what is
+    to be counted, which may be a moment later.
+    """
+    chance = random.Random(5)
+    script = [chance.choices(DOES, weights=(40, 20, 15, 15, 5, 3, 2))[0] for _ in range(RUNS)]
+    sent = [app.send_task("counted", (f"key {number}", does)) for number, does in enumerate(script)]
+    fleet.wait_for_notes("runs", RUNS)
+    done = [
+        (number, result)
+        for number, (does, result) in enumerate(zip(script, sent, strict=True))
+        if does not in ("fail", "misfit")
+    ]
+    for number, result in done[:20]:
+        outcome(result)
+        app.send_task("counted", (f"key {number}", script[number]), task_id=result.id)
+    for number in range(10):
+        key = f'singleton-state:counted{{"key":"taken {number}"}}'
+        assert store.acquire(key, "other", 60, "x", task="counted")
+        app.send_task("counted", (f"taken {number}",))
+    does = Counter(script)
+    failed = does["fail"] + does["misfit"]
+    outcomes = {"succeeded": RUNS - failed, "failed": failed, "duplicate": 20, "skipped": 10}
+    operations = Counter(each for kind in script for each in OPERATIONS[kind])
+    expected = {
+        "executions_total": outcomes,
+        "state_operations_total": operations,
+        "state_errors_total": {"SchemaDecodeFailed": does["misfit"]},
+        "conflicts_total": {"skip": 10},
+        "lost_leases_total": {},
+        "takeovers_total": {},
+        "refused_writes_total": {},
+    }
+    found: Expected = {
+        f"singleton_{name}": {frozenset({"counted", label}): n for label, n in counted.items()}
+        for name, counted in expected.items()
+    }
+    return found | {"singleton_duration_seconds_count": {frozenset({"counted"}): RUNS}}
+
+
+def counts(exporter: Exporter, name: str) -> dict[tuple[str, ...], float]:
+    """The series of a counter that have counted anything."""
+    found = exporter.metrics().get(name, {})
+    return {labels: count for labels, count in found.items() if count}
+
+
+def executions(exporter: Exporter) -> dict[str, float]:
+    found = counts(exporter, "singleton_executions_total")
+    return {labels[-1]: count for labels, count in found.items()}
+
+
+def test_the_counters_agree_with_what_500_runs_did(
+    fleet: Fleet, client: Callable[[], Celery], store: SqlStore
+) -> None:
+    """And its 500 keys are one series."""
+    app = client()
+    fleet.start("-c", "2", "-E", app=APP)
+    exporter = fleet.start_exporter(APP)
+    expected = work_through_the_script(app, fleet, store)
+
+    def found(name: str) -> dict[frozenset[str], float]:
+        return {frozenset(labels): count for labels, count in counts(exporter, name).items()}
+
+    for name, counted in expected.items():
+        wait_until(lambda n=name, c=counted: found(n) == c, f"{name} is {counted}")
+    metrics = exporter.metrics()
+    assert metrics["singleton_keys"] == {("hourly",): 1, ("counted",): RUNS + 10}
+    assert not any(
+        "key " in label for series in metrics.values() for each in series for label in each
+    )
+    assert metrics["singleton_leases_held"] == {("hourly",): 0, ("counted",): 10}
+
+
+def test_ten_thousand_keys_are_no_series_and_one_statement(
+    make_fleet: Callable[..., Fleet], postgres: Postgres, server_url: str
+) -> None:
+    """But where they are asked for."""
+    url = f"{server_url}?application_name=scraped&options=-c%20log_statement%3Dall"
+    fleet = make_fleet(url)
+    exporter, per_key = fleet.start_exporter(APP), fleet.start_exporter(APP, "--per-key")
+    store = open_store(server_url, "kv_store", 5.0)
+    store.requests.expect({'singleton-state:counted{"key":"0"}': "counted"})
+    before = exporter.metrics()
+    store.requests.expect(
+        {f'singleton-state:counted{{"key":"{n}"}}': "counted" for n in range(10_000)}
+    )
+    store.close()
+    said = len(postgres.statements_of("scraped"))
+    after = exporter.metrics()
+    assert postgres.statements_of("scraped")[said:] == ["SELECT"]
+    assert after["singleton_keys"][("counted",)] == 10_000
+    assert {name: set(each) for name, each in after.items()} == {
+        name: set(each) for name, each in before.items()
+    }
+    # The 1,000 first ones, one for all others, and one of the other task.
+    assert len(per_key.metrics()["singleton_keys"]) == 1_002
+
+
+def test_events_follow_the_workers_switch(fleet: Fleet, client: Callable[[], Celery]) -> None:
+    """Off at the start, switched on from outside while it works, and off again."""
+    app = client()
+    fleet.start("-c", "1", app=APP)
+    exporter = fleet.start_exporter(APP)
+    outcome(app.send_task("counted", ("a",)))
+    app.control.enable_events(reply=True)
+    outcome(app.send_task("counted", ("b",)))
+    wait_until(lambda: executions(exporter) == {"succeeded": 1}, "the second one is counted")
+    app.control.disable_events(reply=True)
+    outcome(app.send_task("counted", ("c",)))
+    app.control.enable_events(reply=True)
+    outcome(app.send_task("counted", ("d",)))
+    wait_until(lambda: executions(exporter) == {"succeeded": 2}, "the fourth one is counted")
+
+
+@pytest.mark.parametrize("pool", ["solo", "threads", "gevent"])
+def test_events_from_each_pool(fleet: Fleet, client: Callable[[], Celery], pool: str) -> None:
+    fleet.start("-P", pool, "-c", "2", "-E", app=APP)
+    exporter = fleet.start_exporter(APP, "--per-key")
+    app = client()
+    outcome(app.send_task("counted", ("a",)))
+    outcome(app.send_task("counted", ("b", "fail")))
+    wait_until(lambda: len(exporter.metrics().get("singleton_executions_total", {})) == 2, "both")
+    found = exporter.metrics()
+    assert found["singleton_executions_total"] == {
+        ("counted", 'counted{"key":"a"}', "succeeded"): 1,
+        ("counted", 'counted{"key":"b"}', "failed"): 1,
+    }
+    assert found["singleton_keys"][("counted", 'counted{"key":"a"}')] == 1
+
+
+def test_what_waits_is_told_when_a_worker_stops(
+    make_fleet: Callable[..., Fleet], postgres_url: str, client: Callable[[], Celery]
+) -> None:
+    """A user's hook sees all of a run, though its process ends just after it."""
+    fleet = make_fleet(postgres_url, TEST_HOOK="1")
+    worker = fleet.start("-c", "1", app=APP)
+    outcome(client().send_task("counted", ("a",)))
+    worker.stop()
+    kinds = [note["kind"] for note in fleet.notes("told")]
+    assert kinds == ["Acquired", "StateLoaded", "StateSaved", "Released"]
+
+
+def test_health_over_http(fleet: Fleet, store: SqlStore) -> None:
+    exporter = fleet.start_exporter(APP)
+    status, body = exporter.get("/health")
+    assert (status, json.loads(body)["healthy"]) == (200, True)
+    taken = store.acquire("singleton-state:hourly", "other", 60, None)
+    assert taken is not None
+    assert store.release(taken.lease, Ended("failed", "[]"))
+    with store.engine.connect() as connection:
+        connection.exec_driver_sql("UPDATE kv_store SET last_finished_at = '2001-01-01 00:00Z'")
+    status, body = exporter.get("/health")
+    found: dict[str, Any] = json.loads(body)
+    assert (status, found["healthy"]) == (503, False)
+    assert "and should have within 7200 s" in found["singletons"][0]["reason"]
+    assert exporter.metrics()["singleton_healthy"] == {("hourly",): 0}
+
+
+def test_it_is_read_only_and_hides_states(fleet: Fleet, store: SqlStore) -> None:
+    taken = store.acquire('singleton-state:counted{"key":"a"}', "other", 60, None, task="counted")
+    assert taken is not None
+    assert store.save(taken.lease, Write(1, 0, NewValue('{"n":123454321}', 1)))
+    exporter = fleet.start_exporter(APP)
+    status, page = exporter.get("/")
+    assert status == 200
+    assert "other" in page
+    assert "123454321" not in page
+    assert "123454321" in fleet.start_exporter(APP, "--show-state").get("/")[1]
+    assert exporter.get("/nothing")[0] == 404
+
+
+def test_it_outlives_its_store_and_its_broker(
+    make_fleet: Callable[..., Fleet],
+    own_postgres: Any,
+    own_valkey: Valkey,
+    client: Callable[[], Celery],
+) -> None:
+    url = own_postgres.create_database("shop")
+    fleet = make_fleet(
+        url, CELERY_BROKER_URL=own_valkey.url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="1"
+    )
+    exporter = fleet.start_exporter(APP)
+    own_postgres.stop()
+    own_valkey.stop()
+    wait_until(lambda: not exporter.metrics()["singleton_broker_up"][()], "the broker is missed")
+    assert exporter.metrics()["singleton_store_up"] == {(): 0}
+    status, body = exporter.get("/health")
+    assert (status, bool(json.loads(body)["error"])) == (503, True)
+    assert exporter.get("/")[0] == 200
+    own_postgres.start()
+    own_valkey.start()
+    wait_until(lambda: exporter.metrics()["singleton_broker_up"][()], "the broker is back")
+    assert exporter.metrics()["singleton_store_up"] == {(): 1}
+    fleet.start("-P", "solo", "-E", app=APP)
+    outcome(client().send_task("counted", ("a",)))
+    wait_until(lambda: executions(exporter) == {"succeeded": 1}, "it counts again")
+
+
+@pytest.mark.parametrize("store", ["nonsense://", "{server}/not-there"])
+def test_a_misconfigured_store_is_one_line(
+    make_fleet: Callable[..., Fleet], postgres_url: str, store: str
+) -> None:
+    """Nobody would mend it by waiting."""
+    url = store.format(server=postgres_url.rpartition("/")[0])
+    answer = make_fleet(url).command("singleton", "exporter", "--port", "0", app=APP)
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("Error: ")
+    assert answer.stderr.count("\n") == 1
+    assert answer.stdout == ""
+
+
+def test_an_address_in_use_is_one_line(fleet: Fleet) -> None:
+    taken = fleet.start_exporter(APP)
+    port = taken.url.rsplit(":", 1)[1]
+    answer = fleet.command("singleton", "exporter", "--port", port, app=APP)
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("Error: cannot listen at 127.0.0.1:")

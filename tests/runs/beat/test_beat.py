@@ -1,0 +1,779 @@
+"""Beats from the inside, several in one process, on every store that processes can share."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery, signals
+from celery.beat import BeatLazyFunc, ScheduleEntry, Scheduler
+from celery.exceptions import ImproperlyConfigured
+from celery.schedules import crontab, schedstate
+from celery.schedules import schedule as interval
+from django_celery_beat.clockedschedule import clocked
+from kombu.exceptions import OperationalError
+
+from celery_singleton_state.beat import LeaderMixin, SingletonScheduler
+from celery_singleton_state.beat.entry_state import EntryState
+from celery_singleton_state.beat.leader import STANDBY_POLL, NotLeading
+from celery_singleton_state.cli.next import times_of
+from celery_singleton_state.headers import DUE, ENTRY
+from celery_singleton_state.runtime import close_runtime
+from celery_singleton_state.store.base import Ended, Lease, Row, StoreUnavailable
+from celery_singleton_state.ticks import task_id_of
+from tests.helpers.own_schedules import Answers, LastDayOfMonth, SaysDue
+from tests.helpers.waiting import wait_until
+
+SECOND = timedelta(seconds=1)
+EVERY_MINUTE = {"task": "t", "schedule": 60.0}
+
+
+class Beats:
+    """Makes beats as if each were a process of its own: with an app and a runtime each."""
+
+    def __init__(self, store_url: str) -> None:
+        self._store_url = store_url
+        self._apps: list[Celery] = []
+        self._made: list[SingletonScheduler] = []
+
+    def make(
+        self, schedule: dict[str, Any], scheduler: Any = SingletonScheduler, **settings: Any
+    ) -> SingletonScheduler:
+        app = Celery("shop", broker="memory://", set_as_current=False)
+        self._apps.append(app)
+        app.conf.update(
+            {
+                "singleton_store_url": self._store_url,
+                "singleton_auto_migrate": True,
+                "result_expires": None,
+                "beat_schedule": schedule,
+            }
+            | settings
+        )
+        self._made.append(scheduler(app))
+        return self._made[-1]
+
+    def close(self) -> None:
+        for beat in self._made:
+            beat.close()
+        # Also of those that did not come to be a beat.
+        for app in self._apps:
+            close_runtime(app)
+            app.close()
+
+
+@pytest.fixture
+def beats(shared_store_url: str) -> Iterator[Beats]:
+    made = Beats(shared_store_url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def on_sqlite(tmp_path: Path) -> Iterator[Beats]:
+    """For what is not the store's."""
+    made = Beats(f"sqlite:///{tmp_path}/store.db")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def sent() -> Iterator[list[dict[str, Any]]]:
+    """The headers of all messages that were sent, in order."""
+    found: list[dict[str, Any]] = []
+
+    def note(sender: str, headers: dict[str, Any], **_: Any) -> None:
+        found.append(headers)
+
+    signals.before_task_publish.connect(note)
+    yield found
+    signals.before_task_publish.disconnect(note)
+
+
+def due_now(beat: SingletonScheduler, name: str = "e", ago: timedelta = SECOND) -> datetime:
+    """Have a leader's entry be due, a little while ago, as the store has it too."""
+    moment = beat._leader.now() - ago
+    heap: list[Any] = beat._heap
+    for index, (_, number, entry) in enumerate(heap):
+        if entry.name == name:
+            entry.next_tick = moment
+            heap[index] = (moment, number, entry)
+            beat._unrecorded[name] = entry.state()
+    heap.sort(key=lambda event: event[:2])
+    beat._record()
+    return moment
+
+
+def row(beat: SingletonScheduler) -> Row:
+    """The leader's lease."""
+    found = beat._leader.runtime.store.peek("singleton-beat:shop")
+    assert found is not None
+    return found
+
+
+def lease_of(found: Row) -> Lease:
+    assert found.holder is not None
+    return Lease(found.key, found.holder, found.fence, 8.0)
+
+
+def stored(beat: SingletonScheduler) -> dict[str, EntryState]:
+    return beat._load()
+
+
+def take_over(beat: SingletonScheduler) -> None:
+    """Another holder takes the lease, as if this beat's had run out."""
+    store: Any = beat._leader.runtime.store
+    with store.engine.connect() as connection:
+        connection.exec_driver_sql(
+            "UPDATE kv_store SET fence = fence + 1, holder = 'another'"
+            f" WHERE {store._sql.key} = 'singleton-beat:shop'"
+        )
+        connection.commit()
+
+
+def test_one_leads_and_the_other_stands_by(beats: Beats, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
+    assert one.tick() > 0
+    assert other.tick() == STANDBY_POLL
+    assert other.tick() == STANDBY_POLL
+    said = [record.message for record in caplog.records if record.message.startswith("beat ")]
+    holder, fence = row(one).holder, row(one).fence
+    assert holder is not None
+    assert holder.startswith("celerybeat@")
+    assert said == [
+        f"beat leads 'shop' as {holder}, fence {fence}",
+        f"beat stands by: {holder} leads 'shop'",
+    ]
+
+
+def test_a_tick_is_sent_and_recorded(beats: Beats, sent: list[dict[str, Any]]) -> None:
+    beat = beats.make({"e": EVERY_MINUTE | {"args": (1,)}})
+    beat.tick()
+    due = due_now(beat)
+    beat.tick()
+    (message,) = sent
+    assert message["task"] == "t"
+    assert message["id"] == task_id_of("shop", "e", due)
+    assert datetime.fromisoformat(message[DUE]) == due
+    assert message["celery_beat_task"] is True
+    state = stored(beat)["e"]
+    assert (state.last_tick, state.total_run_count) == (due, 1)
+    assert state.next_tick == due + timedelta(minutes=1)
+    assert state.last_run_at is not None
+    assert timedelta(0) < state.last_run_at - due < 30 * SECOND
+
+
+def test_the_next_leader_goes_on(beats: Beats, sent: list[dict[str, Any]]) -> None:
+    """The first one stops in order: the other leads at its next look, and fires nothing again."""
+    one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
+    one.tick()
+    other.tick()
+    due = due_now(one)
+    one.tick()
+    one.close()
+    assert other.tick() > 0
+    assert other._leader.leads
+    assert [message["id"] for message in sent] == [task_id_of("shop", "e", due)]
+    assert stored(other)["e"].next_tick == due + timedelta(minutes=1)
+
+
+def test_what_was_sent_and_not_recorded_is_sent_again_with_the_same_id(
+    beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader sends a tick and dies before it records it; another leads."""
+    one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
+    one.tick()
+    due = due_now(one)
+    monkeypatch.setattr(one, "_record", lambda: None)
+    one.tick()
+    take_over(one)
+    one._leader.runtime.store.release(lease_of(row(one)), Ended("succeeded", "[]"))
+    other.tick()
+    assert [message["id"] for message in sent] == [task_id_of("shop", "e", due)] * 2
+
+
+def test_nothing_is_sent_that_cannot_be_recorded(
+    beats: Beats,
+    sent: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The store goes away after a tick was sent: no other is sent until that one is recorded."""
+    caplog.set_level(logging.INFO)
+    beat = beats.make({"e": EVERY_MINUTE, "f": EVERY_MINUTE})
+    beat.tick()
+    entries: Any = beat._leader.runtime.store.entries
+    record = entries.record
+    first = due_now(beat, "e")
+    # Later than any machine takes for a tick.
+    second = due_now(beat, "f", -30 * SECOND)
+    monkeypatch.setattr(entries, "record", _unavailable)
+    assert beat.tick() == STANDBY_POLL
+    now = beat._leader.now
+    monkeypatch.setattr(beat._leader, "now", lambda: now() + 30 * SECOND)
+    for _ in range(3):
+        assert beat.tick() == STANDBY_POLL
+    assert len(sent) == 1
+    monkeypatch.setattr(entries, "record", record)
+    beat.tick()
+    assert [message[DUE] for message in sent] == [due.isoformat() for due in (first, second)]
+    assert {name: state.last_tick for name, state in stored(beat).items()} == {
+        "e": first,
+        "f": second,
+    }
+    waited, led = caplog.text.rpartition("beat waits for the store: no answer")[::2]
+    assert "beat waits" not in waited
+    assert "beat leads 'shop'" in led
+
+
+def _unavailable(*_: Any, **__: Any) -> Any:
+    raise StoreUnavailable("no answer")
+
+
+def test_what_could_not_be_recorded_is_not_sent_again_by_the_same_beat(
+    beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is away for longer than the lease's life, and nobody else leads meanwhile."""
+    beat = beats.make(
+        {"e": EVERY_MINUTE}, singleton_heartbeat_interval=0.2, singleton_heartbeat_threshold=1
+    )
+    beat.tick()
+    due, fence = due_now(beat), row(beat).fence
+    store: Any = beat._leader.runtime.store
+    record = store.entries.record
+    monkeypatch.setattr(store.entries, "record", _unavailable)
+    beat.tick()
+    wait_until(lambda: not beat._leader.leads, "the lease runs out")
+    monkeypatch.setattr(store.entries, "record", record)
+    wait_until(lambda: beat.tick() >= 0 and beat._leader.leads, "it leads again")
+    beat.tick()
+    assert [message["id"] for message in sent] == [task_id_of("shop", "e", due)]
+    assert stored(beat)["e"].last_tick == due
+    assert row(beat).fence > fence
+
+
+def test_what_others_have_done_since_is_not_undone(
+    beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A beat sends, cannot record it, and loses the lead; another one goes on; the first leads
+    again, and must neither send nor record what it had in mind.
+    """
+    one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
+    one.tick()
+    due_now(one, ago=timedelta(seconds=90))
+    with monkeypatch.context() as patch:
+        patch.setattr(one._leader.runtime.store.entries, "record", _unavailable)
+        one.tick()
+    assert list(one._unrecorded) == ["e"]
+    take_over(one)
+    one._leader.give_up()
+    one._leader.runtime.store.release(lease_of(row(one)), Ended("succeeded", "[]"))
+    other.tick()
+    later = due_now(other)
+    other.tick()
+    other.close()
+    count = len(sent)
+    one.tick()
+    assert one._leader.leads
+    assert len(sent) == count
+    assert stored(one)["e"].last_tick == later
+
+
+def test_whoever_was_succeeded_sends_nothing(
+    beats: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A leader is stopped, its lease is taken over, and it wakes up before its own clock says that
+    its lease has run out: what it sends then it is the last of, and it learns that at its record.
+    """
+    caplog.set_level(logging.INFO)
+    beat = beats.make({"e": EVERY_MINUTE})
+    beat.tick()
+    due_now(beat)
+    take_over(beat)
+    assert beat.tick() == STANDBY_POLL
+    assert not beat._leader.leads
+    assert "its lease was taken over" in caplog.text
+    count = len(sent)
+    assert beat.tick() == STANDBY_POLL
+    assert len(sent) == count
+
+
+def test_a_lease_that_is_due_is_renewed_before_anything_is_sent(
+    beats: Beats, sent: list[dict[str, Any]]
+) -> None:
+    """A leader is stopped, and wakes up with a lease that was taken over: it asks first."""
+    beat = beats.make({"e": EVERY_MINUTE})
+    beat.tick()
+    due_now(beat)
+    take_over(beat)
+    held: Any = beat._leader._held
+    held.renew_at = 0.0
+    assert beat.tick() == STANDBY_POLL
+    assert sent == []
+
+
+def test_a_leader_without_a_broker_hands_over(
+    beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its broker refuses; another beat may reach it. The tick is not counted as sent."""
+    one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
+    one.tick()
+    other.tick()
+    due = due_now(one)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OperationalError("refused")
+
+    monkeypatch.setattr(one, "send_task", refuse)
+    assert one.tick() == STANDBY_POLL
+    assert not row(one).held
+    assert other.tick() > 0
+    assert [message["id"] for message in sent] == [task_id_of("shop", "e", due)]
+
+
+def test_whoever_has_no_broker_does_not_lead(
+    beats: Beats, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    beat = beats.make({"e": EVERY_MINUTE})
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OperationalError("refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(beat, "_ensure_connected", refuse)
+        assert beat.tick() == STANDBY_POLL
+    assert "beat waits for the broker: refused" in caplog.text
+    assert beat._leader.runtime.store.peek("singleton-beat:shop") is None
+    assert beat.tick() > 0
+
+
+def test_a_message_that_cannot_be_made_stops_no_other(
+    beats: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    beat = beats.make({"bad": EVERY_MINUTE | {"args": (object(),)}, "good": EVERY_MINUTE})
+    beat.tick()
+    bad = due_now(beat, "bad", 2 * SECOND)
+    due_now(beat, "good")
+    beat.tick()
+    assert "Message Error" in caplog.text
+    assert len(stored(beat)) == 2
+    assert stored(beat)["bad"].last_tick == bad
+    assert stored(beat)["good"].total_run_count == 1
+
+
+def test_a_lazy_argument_that_fails_stops_no_other(
+    beats: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """With an error that brokers' connections have as well: it is not the broker's."""
+
+    def read() -> str:
+        raise FileNotFoundError("config")
+
+    lazy = EVERY_MINUTE | {"args": (BeatLazyFunc(read),)}
+    beat = beats.make({"lazy": lazy, "good": EVERY_MINUTE})
+    beat.tick()
+    due_now(beat, "lazy", 2 * SECOND)
+    due_now(beat, "good")
+    beat.tick()
+    assert "Message Error" in caplog.text
+    assert beat._leader.leads
+    assert stored(beat)["lazy"].total_run_count == 1
+    assert stored(beat)["good"].total_run_count == 1
+
+
+def test_missed_ticks_are_counted_and_said(
+    beats: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    beat = beats.make({"e": EVERY_MINUTE, "all": EVERY_MINUTE | {"catch_up": "all"}})
+    beat.tick()
+    first = due_now(beat, "e", timedelta(minutes=60, seconds=1))
+    due_now(beat, "all", timedelta(minutes=60, seconds=1))
+    beat.tick()
+    assert stored(beat)["e"].missed_count == 60
+    assert f"60 of e from {first:%Y-%m-%d %H:%M:%S} on" in caplog.text
+    dues = dues_of(sent)
+    assert dues["shop:all"] == sorted(dues["shop:all"])
+    assert {entry: len(each) for entry, each in dues.items()} == {"shop:e": 1, "shop:all": 5}
+
+
+def dues_of(sent: list[dict[str, Any]]) -> dict[str, list[datetime]]:
+    """What was sent of each entry, in order."""
+    found: dict[str, list[datetime]] = {}
+    for message in sent:
+        due = datetime.fromisoformat(message[DUE])
+        found.setdefault(message[ENTRY], []).append(due)
+    return found
+
+
+def test_who_is_behind_sends_of_each(beats: Beats, sent: list[dict[str, Any]]) -> None:
+    """The latest tick of one entry comes before another's older ones: in the order of their due
+    times it would have been missed again before its turn came, and so on for ever.
+    """
+    beat = beats.make({"all": EVERY_MINUTE | {"catch_up": "all"}, "e": EVERY_MINUTE})
+    beat.tick()
+    due_now(beat, "all", timedelta(minutes=4, seconds=1))
+    due_now(beat, "e", timedelta(minutes=4, seconds=2))
+    beat.tick()
+    assert [message[ENTRY] for message in sent] == ["shop:e"] + ["shop:all"] * 5
+
+
+def test_a_deployment_adds_changes_and_removes(beats: Beats, sent: list[dict[str, Any]]) -> None:
+    old = beats.make({"kept": EVERY_MINUTE, "changed": EVERY_MINUTE, "removed": EVERY_MINUTE})
+    old.tick()
+    ticks = {name: due_now(old, name) for name in ("kept", "changed", "removed")}
+    old.tick()
+    old.close()
+    sent.clear()
+    hourly = {"task": "t", "schedule": crontab(minute="0")}
+    new = beats.make({"kept": EVERY_MINUTE, "changed": hourly, "added": EVERY_MINUTE})
+    new.tick()
+    assert sent == []
+    found = stored(new)
+    assert set(found) == {"kept", "changed", "added"}
+    assert found["kept"].last_tick == ticks["kept"]
+    assert found["changed"].last_tick == ticks["changed"]
+    assert found["changed"].schedule.startswith("crontab")
+    assert found["added"].last_tick is None
+
+
+def test_entries_of_add_periodic_task(beats: Beats, sent: list[dict[str, Any]]) -> None:
+    beat = beats.make({})
+    beat.app.add_periodic_task(60.0, beat.app.signature("t"), name="e", catch_up="all")
+    beat = beats.make(beat.app.conf.beat_schedule)
+    beat.tick()
+    assert beat.schedule["e"].catch_up == "all"
+    due_now(beat)
+    beat.tick()
+    assert len(sent) == 1
+
+
+def test_entries_that_are_added_while_it_leads(beats: Beats, sent: list[dict[str, Any]]) -> None:
+    beat = beats.make({"e": EVERY_MINUTE})
+    beat.tick()
+    beat.add(name="f", task="t", schedule=60.0)
+    beat.update_from_dict({"g": EVERY_MINUTE})
+    beat.tick()
+    assert set(stored(beat)) == {"e", "f", "g"}
+
+
+def test_celerys_own_entry_for_the_backend(beats: Beats) -> None:
+    beat = beats.make({"e": EVERY_MINUTE}, result_backend="db+sqlite://", result_expires=60)
+    assert "celery.backend_cleanup" in beat.schedule
+
+
+def test_a_row_that_cannot_be_read_starts_anew(
+    beats: Beats, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
+    one.tick()
+    one._leader.record({"e": "{"})
+    one.close()
+    other.tick()
+    assert "singleton-beat:shop:e cannot be read and starts anew" in caplog.text
+    assert set(stored(other)) == {"e"}
+
+
+def test_a_wrong_clock_of_the_host_does_not_matter(
+    beats: Beats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is due is judged by the store's clock."""
+    right = beats.make({"e": EVERY_MINUTE})
+    right.tick()
+    now = right._leader.now()
+    right.close()
+    wrong = beats.make({"e": EVERY_MINUTE})
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    wrong.tick()
+    assert timedelta(0) <= wrong._leader.now() - now < 30 * SECOND
+
+
+def test_a_tick_is_one_statement(beats: Beats, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are due; and none where nothing is."""
+    beat = beats.make({f"e{number}": EVERY_MINUTE for number in range(50)})
+    beat.tick()
+    calls: list[str] = []
+    connections: Any = beat._leader.runtime.store
+    execute = connections._connections.execute
+
+    def count(statement: str, *arguments: Any) -> Any:
+        calls.append(statement.split()[0])
+        return execute(statement, *arguments)
+
+    monkeypatch.setattr(connections._connections, "execute", count)
+    beat.tick()
+    assert calls == []
+    for number in range(50):
+        due_now(beat, f"e{number}")
+    calls.clear()
+    beat.tick()
+    assert len(calls) == 1
+
+
+def test_closing_twice_is_closing_once(beats: Beats) -> None:
+    """As Celery does: once in the signal's handler, and once at the end."""
+    beat = beats.make({"e": EVERY_MINUTE})
+    beat.tick()
+    beat.close()
+    fence = row(beat).fence
+    beat.close()
+    assert (row(beat).fence, row(beat).held, row(beat).run_count) == (fence, False, 1)
+
+
+def test_bad_entries_end_it_at_the_start(beats: Beats) -> None:
+    with pytest.raises(ImproperlyConfigured, match=r"'e': catch_up='some'"):
+        beats.make({"e": EVERY_MINUTE | {"catch_up": "some"}})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"e": 5}, r"'e': 5 is no entry; it takes a dict"),
+        ({"e": None}, r"'e': None is no entry"),
+        ({"e": {}}, r"'e': task=None is not allowed"),
+        ({7: EVERY_MINUTE}, r"7: name=7 is not allowed"),
+        ({"e": EVERY_MINUTE | {"every": 5}}, r"'e': 'every' is not known; an entry takes task"),
+        ([EVERY_MINUTE], r"beat_schedule=.* takes a dict"),
+    ],
+)
+def test_entries_that_are_none_end_it_at_the_start(
+    on_sqlite: Beats, schedule: Any, message: str
+) -> None:
+    with pytest.raises(ImproperlyConfigured, match=message):
+        on_sqlite.make(schedule)
+
+
+def test_bad_entries_of_other_ways_are_refused_by_name(on_sqlite: Beats) -> None:
+    """Those of ``add_periodic_task``, of ``add``, and Celery's own entries."""
+    beat = on_sqlite.make({})
+    beat.app.add_periodic_task(1e12, beat.app.signature("t"), name="long")
+    with pytest.raises(ImproperlyConfigured, match=r"'long': .* is no schedule: an interval"):
+        on_sqlite.make(beat.app.conf.beat_schedule)
+    with pytest.raises(ImproperlyConfigured, match="'f': args=5"):
+        beat.add(name="f", task="t", schedule=60.0, args=5)
+    celerys = ScheduleEntry(name="c", task="t", schedule=60.0, options={"expires": "x"})
+    with pytest.raises(ImproperlyConfigured, match=r"'c': options\['expires'\]='x'"):
+        on_sqlite.make({"c": celerys})
+    celerys.options = {}
+    assert "c" in on_sqlite.make({"c": celerys}).schedule
+
+
+def test_an_entry_that_is_never_due_again_stops_no_other(
+    on_sqlite: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run-once schedule that was sent, one that cannot tell, and a normal one beside them."""
+    now = datetime.now(UTC)
+    schedule = {
+        "once": {"task": "t", "schedule": clocked(now - SECOND)},
+        "none": {"task": "t", "schedule": Answers(timedelta(0))},
+        "normal": EVERY_MINUTE,
+    }
+    beat = on_sqlite.make(schedule)
+    beat.tick()
+    due_now(beat, "normal")
+    assert 0 < beat.tick() <= beat.max_interval
+    assert [message[ENTRY] for message in sent] == ["shop:once", "shop:normal"]
+    assert caplog.text.count("the next tick of none cannot be calculated") == 1
+    states = stored(beat)
+    assert (states["once"].next_tick, states["once"].total_run_count) == (None, 1)
+    beat.close()
+    other = on_sqlite.make(schedule)
+    other.tick()
+    due_now(other, "normal")
+    other.tick()
+    assert [message[ENTRY] for message in sent][2:] == ["shop:normal"]
+
+
+def test_a_schedule_that_is_asked_is_recorded_before_it_is_asked_again(
+    on_sqlite: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader asks at t1 (not due) and t2 (due), sends, and dies before it records that. The
+    next leader asks about t2 as well, and not about t1, from which it would come to another time.
+    """
+    own = {"e": {"task": "t", "schedule": SaysDue(False, 0.3)}}
+    one, other = (
+        on_sqlite.make(own),
+        on_sqlite.make({"e": {"task": "t", "schedule": SaysDue(True, 60)}}),
+    )
+    one.tick()
+    first = stored(one)["e"].next_tick
+    wait_until(lambda: one.tick() >= 0 and stored(one)["e"].next_tick != first, "it was asked")
+    second = stored(one)["e"].next_tick
+    assert first is not None
+    assert second is not None
+    one.schedule["e"].schedule.answer = (True, 60)
+    monkeypatch.setattr(one, "_record", lambda: None)
+    wait_until(lambda: one.tick() >= 0 and sent, "it was sent")
+    take_over(one)
+    one._leader.runtime.store.release(lease_of(row(one)), Ended("succeeded", "[]"))
+    monkeypatch.setattr(other.schedule["e"], "spelled", stored(one)["e"].schedule)
+    other.tick()
+    assert [message["id"] for message in sent] == [task_id_of("shop", "e", second)] * 2
+
+
+def test_when_an_entry_is_due_whose_schedule_is_asked(on_sqlite: Beats) -> None:
+    """What is stored of it is the time to ask, at which it is not due: no user is told that."""
+    own = {"e": {"task": "t", "schedule": AnHourAfter(5.0)}}
+    beat = on_sqlite.make(own)
+    beat.tick()
+    state = stored(beat)["e"]
+    assert state.since is not None
+    assert state.next_tick == state.since + 5 * SECOND
+    hour = timedelta(hours=1)
+    assert times_of(beat.app, "e", 2)["next"] == [state.since + hour, state.since + 2 * hour]
+
+
+class AnHourAfter(interval):
+    """Due an hour after the last run; wants to be asked more often."""
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        return schedstate(self.now() - last_run_at >= timedelta(hours=1), 5)
+
+
+def test_a_missing_table_ends_it_at_the_start(beats: Beats) -> None:
+    with pytest.raises(ImproperlyConfigured, match="singleton migrate"):
+        beats.make({"e": EVERY_MINUTE}, singleton_auto_migrate=False)
+
+
+def test_a_stop_that_is_lost_is_a_stop_at_the_next_tick(
+    beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes while a message is sent: its handler closes the beat, and its SystemExit is
+    lost, as in a destructor. Nothing more is sent, and the beat ends.
+    """
+    beat = beats.make({"e": EVERY_MINUTE, "f": EVERY_MINUTE})
+    beat.tick()
+    due_now(beat, "e")
+    due_now(beat, "f")
+    apply_async = beat.apply_async
+
+    def handle_signal(*arguments: Any, **options: Any) -> Any:
+        result = apply_async(*arguments, **options)
+        beat.close()
+        return result
+
+    monkeypatch.setattr(beat, "apply_async", handle_signal)
+    assert beat.tick() <= STANDBY_POLL
+    assert len(sent) == 1
+    assert not row(beat).held
+    with pytest.raises(SystemExit):
+        beat.tick()
+
+
+@pytest.mark.parametrize("where", ["send_task", "_round", "_load", "_record"])
+def test_a_stop_in_mid_tick_is_no_error(
+    beats: Beats, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    """The signal comes while a client waits for an answer: its handler closes the beat, and the
+    client makes an error of its own of the handler's SystemExit.
+    """
+    beat = beats.make({"e": EVERY_MINUTE})
+    beat.tick()
+    due_now(beat, "e")
+    if where == "_load":
+        beat._fence = None
+    error = StoreUnavailable("gone") if where == "_record" else ValueError("the file is closed")
+
+    def break_off(*_: Any, **__: Any) -> None:
+        monkeypatch.undo()
+        try:
+            beat.close()
+            raise SystemExit
+        finally:
+            raise error
+
+    monkeypatch.setattr(beat, where, break_off)
+    caplog.clear()
+    with pytest.raises(SystemExit):
+        beat.tick()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not row(beat).held
+
+
+def test_a_stop_in_a_destructor_shows_no_traceback(
+    on_sqlite: Beats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes while Celery's result, which nobody keeps, unsubscribes from the backend.
+    Python prints what a destructor raises; of the SystemExit, which comes again, it must not.
+    """
+    shown: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: shown.append(lost.exc_type))
+    beat = on_sqlite.make({"e": EVERY_MINUTE})
+    beat.tick()
+    due_now(beat, "e")
+
+    class Result:
+        id = "1"
+
+        def __del__(self) -> None:
+            beat.close()
+            raise SystemExit
+
+    monkeypatch.setattr(beat, "send_task", lambda *_, **__: Result())
+    beat.tick()
+    assert shown == []
+    with pytest.raises(SystemExit):
+        beat.tick()
+    # What destructors raise later is shown again.
+    Result()
+    assert shown == [SystemExit]
+
+
+class _Leading(LeaderMixin, Scheduler):
+    """Celery's own scheduler, with leadership."""
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        *(Answers(None), Answers(timedelta(0)), SaysDue(False, None), SaysDue(False, 1e8)),
+        *(clocked(datetime.now(UTC) - SECOND), LastDayOfMonth("0", "0"), SaysDue(True, 1e8)),
+    ],
+)
+def test_other_schedulers_go_on_beside_a_schedule_that_is_never_due_again(
+    on_sqlite: Beats, sent: list[dict[str, Any]], own: Any
+) -> None:
+    """The class decides what is due, and is asked by nobody in a loop."""
+    schedule = {"own": {"task": "t", "schedule": own}, "e": {"task": "t", "schedule": 0.1}}
+    beat = on_sqlite.make(schedule, scheduler=_Leading)
+    wait_until(lambda: beat.tick() >= 0 and dues_of(sent).get("shop:e"), "the other one is sent")
+    states = stored(beat)
+    assert states["e"].next_tick is not None
+    assert states["own"].next_tick is None or isinstance(own, LastDayOfMonth)
+
+
+@pytest.mark.parametrize("edited", [True, False])
+def test_an_entry_that_is_edited_while_it_is_not_sent_stays_as_it_was_edited(
+    shared_store_url: str, monkeypatch: pytest.MonkeyPatch, edited: bool
+) -> None:
+    """The entry is reserved; the lease is to be renewed before it can be sent; to put it back the
+    beat asks for the schedule, which is loaded anew: the entry was disabled, or made slower.
+    """
+    app = Celery("shop", broker="memory://", set_as_current=False)
+    app.conf.update(
+        singleton_store_url=shared_store_url,
+        singleton_auto_migrate=True,
+        result_expires=None,
+        beat_schedule={"e": EVERY_MINUTE},
+    )
+    beat = _Leading(app)
+    try:
+        beat.tick()
+        entry = beat.schedule["e"]
+        beat.reserve(entry)
+        slower = beat.Entry(name="e", task="t", schedule=timedelta(hours=1), app=app)
+        beat.schedule = {"e": slower} if edited else {}
+        monkeypatch.setattr(type(beat._leader), "renew_in", -1.0)
+        with pytest.raises(NotLeading):
+            beat.apply_entry(entry)
+        assert beat.schedule == ({"e": slower} if edited else {})
+        assert not edited or slower.last_run_at == entry.last_run_at
+    finally:
+        beat.close()
+        close_runtime(app)
+        app.close()

@@ -1,0 +1,659 @@
+"""What others than its holder ask of a row; every store."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from celery_singleton_state.store.base import Ended, Lease, Leases, NewValue, Queued, Released, Row
+from celery_singleton_state.store.sql.store import SqlStore
+from tests.helpers.waiting import wait_until
+from tests.helpers.writes import enqueue, write
+from tests.stores.test_conformance import (
+    BRIEF,
+    DONE,
+    FREED,
+    HELD_ON,
+    LONG,
+    ROUNDING,
+    acquire,
+    let_run_out,
+    peek,
+)
+
+NEW = NewValue('{"n":1}', 1)
+
+
+def peek_later(store: Leases) -> Row:
+    """The row as it is. The store's clock then moves on, so that no later write has its times."""
+    before = peek(store)
+    wait_until(lambda: peek(store).read_at - before.read_at > ROUNDING, "the store's clock goes on")
+    return before
+
+
+# -- asked of a holder that is gone
+
+
+def released(store: Leases) -> Row:
+    """A row as it was seen when a held it, which a does no more; so are the others."""
+    lease = acquire(store, "a").lease
+    seen = peek(store)
+    store.release(lease, DONE)
+    return seen
+
+
+def expired(store: Leases) -> Row:
+    acquire(store, "a", BRIEF)
+    seen = peek(store)
+    let_run_out(store)
+    return seen
+
+
+def taken_over(store: Leases) -> Row:
+    seen = expired(store)
+    acquire(store, "b")
+    return seen
+
+
+def held_on(store: Leases) -> Row:
+    lease = acquire(store, "a").lease
+    seen = peek(store)
+    store.release(lease, HELD_ON)
+    return seen
+
+
+@pytest.mark.parametrize("verb", ["request_handoff", "request_run"])
+@pytest.mark.parametrize("gone", [released, expired, taken_over, held_on])
+def test_a_holder_that_is_gone_is_asked_nothing(
+    leases: Leases, gone: Callable[[SqlStore], Row], verb: str
+) -> None:
+    """c finds a holding; a releases, or dies and is followed by b; c asks by what it saw, and
+    must learn that nobody heard it.
+    """
+    assert getattr(leases.requests, verb)(gone(leases), "c") is False
+
+
+def test_a_successor_hears_nothing_that_was_meant_for_its_predecessor(leases: Leases) -> None:
+    """c finds a holding; a releases; b acquires; c asks by what it saw; b goes on unharmed."""
+    seen = released(leases)
+    successor = acquire(leases, "b").lease
+    assert not leases.requests.request_handoff(seen, "c")
+    assert not leases.requests.request_run(seen, "w")
+    assert leases.renew([successor]) == {"k": None}
+    assert leases.release(successor, DONE) == FREED
+
+
+# -- asked of nobody: a hold period after a run
+
+
+def test_the_newest_message_is_next_after_a_hold_period(leases: Leases) -> None:
+    """b and then c ask while the lease is kept after a's run: b, which is older now, must not get
+    the lease when it is free; nor does a late request of b's come before c's.
+    """
+    leases.release(acquire(leases, "a").lease, HELD_ON)
+    seen = peek(leases)
+    assert seen.in_hold_period
+    assert leases.requests.request_handoff(seen, "b", seen.next_rank)
+    newest = peek(leases).next_rank
+    assert leases.requests.request_handoff(seen, "c", newest)
+    assert not leases.requests.request_handoff(seen, "b", seen.next_rank)
+    assert (peek(leases).handoff_to, peek(leases).holder) == ("c", None)
+    assert leases.acquire("k", "b", LONG, None, seen.next_rank) is None
+    assert leases.requests.release_early(peek(leases))
+    assert leases.acquire("k", "b", LONG, None, seen.next_rank) is None
+    acquired = leases.acquire("k", "c", LONG, None, newest)
+    assert acquired is not None
+    assert leases.renew([acquired.lease]) == {"k": None}, "c is not asked to hand over to itself"
+
+
+def test_only_the_hold_period_that_was_seen_is_ended(leases: Leases) -> None:
+    """An operator sees the hold period after a's run; it ends, b runs, and another one begins."""
+    leases.release(acquire(leases, "a").lease, HELD_ON)
+    seen = peek(leases)
+    assert leases.requests.release_early(seen)
+    running = acquire(leases, "b")
+    assert not leases.requests.release_early(seen)
+    leases.release(running.lease, HELD_ON)
+    assert not leases.requests.release_early(seen)
+    assert peek(leases).in_hold_period
+
+
+# -- ask_to_hand_over
+
+
+def test_the_holder_hears_who_asks_it_to_hand_over(store: SqlStore) -> None:
+    """By each request that it sends until it releases, as an answer may be lost."""
+    lease = acquire(store, "a").lease
+    assert store.requests.request_handoff(peek(store), "b") is True
+    assert store.renew([lease]) == {"k": "b"}
+    saved = store.save(lease, write(NEW))
+    assert saved is not None
+    assert saved.handoff_to == "b"
+    with store.transaction() as transaction:
+        committed = transaction.save(lease, write(NEW, 2))
+    assert committed is not None
+    assert committed.handoff_to == "b"
+
+
+def test_one_of_many_leases_hears_who_asks_for_it(leases: Leases) -> None:
+    held = [acquire(leases, "a", LONG, key).lease for key in ("k1", "k2")]
+    leases.requests.request_handoff(peek(leases, "k2"), "b")
+    assert leases.renew(held) == {"k1": None, "k2": "b"}
+
+
+def test_asking_changes_nothing_else(leases: Leases) -> None:
+    acquire(leases, "a")
+    before = peek_later(leases)
+    leases.requests.request_handoff(before, "b", before.next_rank, "sent")
+    leases.requests.request_run(before, "w")
+    after = peek(leases)
+    assert (after.wanted, after.handoff_to, after.newest_sent) == ("w", "b", "sent")
+    assert (before.newest, after.newest, after.rank) == (0, before.next_rank, before.next_rank)
+    times = {"read_at": before.read_at, "expires_in": before.expires_in}
+    asked = {"wanted": None, "handoff_to": None, "newest": 0, "newest_sent": before.newest_sent}
+    assert replace(after, **asked, **times) == before
+
+
+def test_the_next_holder_is_not_asked_to_hand_over(leases: Leases) -> None:
+    """a is asked and releases; who acquires next may be the one who asked."""
+    lease = acquire(leases, "a").lease
+    leases.requests.request_handoff(peek(leases), "b")
+    leases.release(lease, DONE)
+    assert leases.renew([acquire(leases, "b").lease]) == {"k": None}
+
+
+# -- which message is the newest
+
+
+def test_a_late_older_message_does_not_stop_the_holder(leases: Leases) -> None:
+    """b and c find a holding; c asks a to stop; b's request was on its way all the time."""
+    lease = acquire(leases, "a").lease
+    seen_by_b = peek(leases)
+    assert leases.requests.request_handoff(peek(leases), "c", seen_by_b.next_rank + 5, "sent c")
+    assert not leases.requests.request_handoff(seen_by_b, "b", seen_by_b.next_rank, "sent b")
+    assert leases.renew([lease]) == {"k": "c"}
+    row = peek(leases)
+    assert (row.handoff_to, row.newest_sent) == ("c", "sent c")
+
+
+def test_two_messages_do_not_get_the_same_rank(leases: Leases) -> None:
+    """Both have seen the same row. The first may ask again, as its answer may have been lost."""
+    acquire(leases, "a")
+    seen = peek(leases)
+    rank = seen.next_rank
+    assert leases.requests.request_handoff(seen, "b", rank)
+    assert not leases.requests.request_handoff(seen, "c", rank)
+    assert leases.requests.request_handoff(seen, "b", rank)
+    assert peek(leases).handoff_to == "b"
+
+
+def test_of_two_that_asked_the_newer_gets_the_lease(leases: Leases) -> None:
+    """b and c ask a to stop, a ends, and b comes first."""
+    lease = acquire(leases, "a").lease
+    ranks = []
+    for who in ("b", "c"):
+        ranks.append(peek(leases).next_rank)
+        assert leases.requests.request_handoff(peek(leases), who, ranks[-1])
+    leases.release(lease, DONE)
+    older, newer = ranks
+    assert older < newer == peek(leases).rank
+    assert leases.acquire("k", "b", LONG, "task-b", older, None) is None
+    assert peek(leases).holder is None
+    taken = leases.acquire("k", "c", LONG, "task-c", newer, "sent c")
+    assert taken is not None
+    assert taken.lease.fence > newer
+    assert leases.acquire("k", "c", LONG, "task-c", newer, "sent c") == taken, "repeated"
+    assert peek(leases).newest_sent == "sent c"
+
+
+def test_a_message_that_acquires_is_newer_than_all_that_asked(leases: Leases) -> None:
+    """b asks a to stop, a ends, c comes and finds the lease free, runs and ends; b comes again.
+    The store's clock is behind the ranks.
+    """
+    lease = acquire(leases, "a").lease
+    rank = peek(leases).next_rank + 3_600_000
+    assert leases.requests.request_handoff(peek(leases), "b", rank, "sent b")
+    leases.release(lease, DONE)
+    newer = acquire(leases, "c").lease
+    assert newer.fence == rank + 1
+    assert peek(leases).newest_sent is None
+    leases.release(newer, DONE)
+    assert leases.acquire("k", "b", LONG, "task-b", rank, "sent b") is None
+    again = leases.acquire("k", "c2", LONG, "task-c", newer.fence, None)
+    assert again is not None, "a retry of the newest"
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["ran", "waits"])
+def test_a_message_that_was_overtaken_is_not_the_newest(leases: Leases, ends: bool) -> None:
+    """b is sent, and then c, from the same host. c comes first and runs, or asks a to stop; then
+    the lease is free, and b comes.
+    """
+    sent_by_b, sent_by_c = f"host:{9:020d}", f"host:{10:020d}"
+    lease = acquire(leases, "a").lease
+    if ends:
+        leases.release(lease, DONE)
+        newer = leases.acquire("k", "c", LONG, "task-c", 0, sent_by_c)
+        assert newer is not None
+        lease = newer.lease
+    else:
+        rank = peek(leases).next_rank
+        assert leases.requests.request_handoff(peek(leases), "c", rank, sent_by_c)
+    leases.release(lease, DONE)
+    assert leases.acquire("k", "b", LONG, "task-b", 0, sent_by_b) is None
+    assert peek(leases).holder is None
+    again = leases.acquire("k", "c2", LONG, "task-c", 0, sent_by_c)
+    assert again is not None, "a copy of the newest"
+    leases.release(again.lease, DONE)
+    elsewhere = leases.acquire("k", "d", LONG, "task-d", 0, f"another-host:{1:020d}")
+    assert elsewhere is not None, "clocks of two hosts are not compared"
+
+
+# -- want
+
+
+@pytest.mark.parametrize("ended", [DONE, HELD_ON], ids=["freed", "held on"])
+@pytest.mark.parametrize("new", [None, NEW], ids=["", "with a value"])
+def test_the_release_returns_what_is_wanted(
+    store: SqlStore, ended: Ended, new: NewValue | None
+) -> None:
+    lease = acquire(store, "a").lease
+    assert store.requests.request_run(peek(store), '{"n":1}') is True
+    assert peek(store).wanted == '{"n":1}'
+    assert store.release(lease, ended, write(new) if new else None) == Released('{"n":1}')
+
+
+def test_the_last_wish_counts(leases: Leases) -> None:
+    lease = acquire(leases, "a").lease
+    for pending_run in ("w1", "w2"):
+        assert leases.requests.request_run(peek(leases), pending_run)
+    assert leases.release(lease, DONE) == Released("w2")
+
+
+def test_a_late_wish_does_not_replace_a_newer_one(leases: Leases) -> None:
+    """b wants w1, by a's row as it was seen, and the request stays under way; c sees the row and
+    wants w2; the request for w1 is carried out. The one more run must be c's.
+    """
+    lease = acquire(leases, "a").lease
+    seen_by_b = peek(leases)
+    assert leases.requests.request_run(peek(leases), "w2")
+    assert not leases.requests.request_run(seen_by_b, "w1")
+    assert leases.release(lease, DONE) == Released("w2")
+
+
+def test_a_late_wish_does_not_come_back_after_it_was_replaced(leases: Leases) -> None:
+    """b wants w1; its copy is answered; c wants w2; the first copy is carried out."""
+    acquire(leases, "a")
+    seen_by_b = peek(leases)
+    assert leases.requests.request_run(seen_by_b, "w1")
+    assert leases.requests.request_run(peek(leases), "w2")
+    assert not leases.requests.request_run(seen_by_b, "w1")
+    assert leases.requests.wanted("k") == "w2"
+
+
+def test_a_wish_replaces_the_one_that_was_seen(leases: Leases) -> None:
+    """Also where the run that it was meant for has not been sent yet."""
+    leases.release(acquire(leases, "a").lease, DONE)
+    lease = acquire(leases, "b").lease
+    assert leases.requests.request_run(peek(leases), "w1")
+    seen = peek(leases)
+    assert seen.wanted == "w1"
+    leases.requests.pending_run_sent("k", "w1")
+    assert not leases.requests.request_run(seen, "w2"), "it was sent meanwhile"
+    assert leases.requests.request_run(replace(seen, wanted=None), "w2")
+    assert leases.release(lease, DONE) == Released("w2")
+
+
+def test_a_wish_stays_until_it_was_granted(leases: Leases) -> None:
+    """a dies between its release and the sending: the next release returns it again."""
+    lease = acquire(leases, "a").lease
+    leases.requests.request_run(peek(leases), "w")
+    assert leases.release(lease, DONE) == Released("w")
+    assert leases.release(acquire(leases, "b").lease, DONE) == Released("w")
+    leases.requests.pending_run_sent("k", "w")
+    assert leases.release(acquire(leases, "c").lease, DONE) == FREED
+
+
+def test_a_newer_wish_survives_the_granting_of_an_older_one(leases: Leases) -> None:
+    """a releases and is told w1; b acquires; c wants w2; a has sent w1 and strikes it out; b
+    releases, and must be told w2.
+    """
+    lease = acquire(leases, "a").lease
+    leases.requests.request_run(peek(leases), "w1")
+    assert leases.release(lease, DONE) == Released("w1")
+    successor = acquire(leases, "b").lease
+    leases.requests.request_run(peek(leases), "w2")
+    leases.requests.pending_run_sent("k", "w1")
+    assert leases.release(successor, DONE) == Released("w2")
+
+
+def test_a_wish_outlives_its_holder(leases: Leases) -> None:
+    """c wants one more run of a, which dies; b takes over, and sends it when it releases."""
+    lease = acquire(leases, "a").lease
+    leases.requests.request_run(peek(leases), "w")
+    leases.renew([replace(lease, ttl=BRIEF)])
+    let_run_out(leases)
+    assert leases.release(acquire(leases, "b").lease, DONE) == Released("w")
+
+
+def test_a_wish_is_either_returned_or_refused(leases: Leases) -> None:
+    """c finds a holding; a releases while c wants one more run. Either c is first, and a is told;
+    or a is, and c is refused. A wish that is taken and not told is a run that is lost.
+    """
+    barrier = threading.Barrier(2)
+
+    def release(lease: Lease) -> Released | None:
+        barrier.wait()
+        return leases.release(lease, DONE)
+
+    with ThreadPoolExecutor(1) as pool:
+        for n in range(10):
+            told = pool.submit(release, acquire(leases, f"h{n}").lease)
+            seen, pending_run = peek(leases), f"w{n}"
+            barrier.wait()
+            taken = leases.requests.request_run(seen, pending_run)
+            assert told.result() == Released(pending_run if taken else None)
+            leases.requests.pending_run_sent("k", pending_run)
+
+
+# -- queued, claim, dequeue
+
+
+def test_a_message_is_queued_once(leases: Leases) -> None:
+    """The first can ask again, as it does not know whether an answer that was lost said so."""
+    assert enqueue(leases.requests, "k", "t1", LONG) == "t1"
+    assert enqueue(leases.requests, "k", "t2", LONG) == "t1"
+    assert enqueue(leases.requests, "k", "t1", LONG) == "t1"
+
+
+def test_keys_have_queues_of_their_own(leases: Leases) -> None:
+    assert enqueue(leases.requests, "k1", "t1", LONG) == "t1"
+    assert enqueue(leases.requests, "k2", "t2", LONG) == "t2"
+
+
+def test_no_message_is_queued_beside_one_that_runs(leases: Leases) -> None:
+    acquire(leases, "a")
+    assert enqueue(leases.requests, "k", "t", LONG) == "task-a"
+
+
+def test_a_message_is_queued_beside_a_run_without_one(leases: Leases) -> None:
+    """A direct call has no id that could be the answer."""
+    assert leases.acquire("k", "a", LONG, None) is not None
+    assert enqueue(leases.requests, "k", "t", LONG) == "t"
+
+
+def test_a_message_is_queued_while_the_lease_is_held_on(leases: Leases) -> None:
+    leases.release(acquire(leases, "a").lease, HELD_ON)
+    assert enqueue(leases.requests, "k", "t", LONG) == "t"
+
+
+def test_a_message_is_queued_after_a_run_that_died(leases: Leases) -> None:
+    acquire(leases, "a", BRIEF)
+    let_run_out(leases)
+    assert enqueue(leases.requests, "k", "t", LONG) == "t"
+
+
+def test_a_message_that_runs_is_queued_no_more(leases: Leases) -> None:
+    enqueue(leases.requests, "k", "task-a", LONG)
+    lease = acquire(leases, "a").lease
+    assert enqueue(leases.requests, "k", "t", LONG) == "task-a"
+    leases.release(lease, DONE)
+    assert enqueue(leases.requests, "k", "t", LONG) == "t"
+
+
+def test_a_message_stays_queued_while_another_runs(leases: Leases) -> None:
+    """One that was sent before, or put back, comes between the sending and the run."""
+    enqueue(leases.requests, "k", "t1", LONG)
+    lease = acquire(leases, "a").lease
+    assert enqueue(leases.requests, "k", "t2", LONG) == "t1"
+    leases.release(lease, DONE)
+    assert enqueue(leases.requests, "k", "t2", LONG) == "t1"
+
+
+def test_a_message_that_is_refused_the_lease_stays_queued(leases: Leases) -> None:
+    """It will be tried again."""
+    enqueue(leases.requests, "k", "task-b", LONG)
+    acquire(leases, "a")
+    assert leases.acquire("k", "b", LONG, "task-b") is None
+    assert enqueue(leases.requests, "k", "t", LONG) == "task-b"
+
+
+def test_dequeue_forgets_its_own_message_only(leases: Leases) -> None:
+    enqueue(leases.requests, "k", "t1", LONG)
+    leases.requests.dequeue("k", "t2")
+    assert enqueue(leases.requests, "k", "t2", LONG) == "t1"
+    leases.requests.dequeue("k", "t1")
+    assert enqueue(leases.requests, "k", "t2", LONG) == "t2"
+
+
+def test_a_message_that_was_lost_is_forgotten_after_its_life(leases: Leases) -> None:
+    enqueue(leases.requests, "k", "t1", BRIEF)
+    wait_until(lambda: enqueue(leases.requests, "k", "t2", LONG) == "t2", "its life ends")
+    assert enqueue(leases.requests, "k", "t1", LONG) == "t2"
+
+
+def claim(store: Leases, task_id: str, number: int) -> bool:
+    return store.requests.claim("k", task_id, LONG, number)
+
+
+def test_a_claim_names_the_queue_that_was_seen(leases: Leases) -> None:
+    """Both see nobody, and both claim."""
+    seen = leases.requests.queued("k")
+    assert seen == Queued(0, None)
+    assert claim(leases, "t1", seen.number)
+    assert not claim(leases, "t2", seen.number)
+    assert leases.requests.queued("k") == Queued(1, "t1")
+
+
+def test_a_repeated_claim_succeeds(leases: Leases) -> None:
+    """Its answer was lost; the number is not counted twice."""
+    assert claim(leases, "t", 0)
+    assert claim(leases, "t", 0)
+    assert leases.requests.queued("k") == Queued(1, "t")
+
+
+def test_a_first_claim_is_no_repetition(leases: Leases) -> None:
+    """Two callers claim for the same task id: both see nobody; one claims; the other claims."""
+    assert leases.requests.claim("k", "t", LONG, 0, first=True)
+    assert not leases.requests.claim("k", "t", LONG, 0, first=True)
+    assert leases.requests.claim("k", "t", LONG, 0), "the first caller repeats it"
+    assert leases.requests.queued("k") == Queued(1, "t")
+
+
+def test_a_claim_can_replace_what_was_seen_as_queued(leases: Leases) -> None:
+    """Its message is known to have ended; or it is the same message, which is sent again."""
+    assert claim(leases, "t1", 0)
+    assert leases.requests.claim("k", "t2", LONG, 1, first=True)
+    assert leases.requests.queued("k") == Queued(2, "t2")
+    assert leases.requests.claim("k", "t2", 2 * LONG, 2, first=True)
+    queued_in = peek(leases).queued_in
+    assert queued_in is not None
+    assert queued_in > LONG
+
+
+def test_whether_the_message_runs(leases: Leases) -> None:
+    lease = acquire(leases, "a").lease
+    seen = leases.requests.queued("k")
+    assert (seen.task_id, seen.running) == ("task-a", True)
+    assert claim(leases, "t", seen.number)
+    seen = leases.requests.queued("k")
+    assert (seen.task_id, seen.running) == ("t", False)
+    leases.requests.dequeue("k", "t")
+    leases.release(lease, HELD_ON)
+    seen = leases.requests.queued("k")
+    assert (seen.task_id, seen.running) == (None, False)
+
+
+def test_a_row_says_who_is_queued(leases: Leases) -> None:
+    assert claim(leases, "t", 0)
+    row = peek(leases)
+    assert (row.queue, row.queued_task_id) == (1, "t")
+    assert row.queued_in == pytest.approx(LONG, abs=5)
+    leases.requests.dequeue("k", "t")
+    row = peek(leases)
+    assert (row.queue, row.queued_task_id) == (2, None)
+
+
+def test_a_row_says_who_was_queued_only_while_it_counts(leases: Leases) -> None:
+    assert leases.requests.claim("k", "t", BRIEF, 0)
+    wait_until(lambda: peek(leases).queued_task_id is None, "its life ends")
+
+
+def ran(store: Leases, task_id: str) -> None:
+    acquired = store.acquire("k", "b", LONG, task_id)
+    assert acquired is not None
+    store.release(acquired.lease, DONE)
+
+
+def runs(store: Leases, task_id: str) -> None:
+    assert store.acquire("k", "b", LONG, task_id)
+
+
+def dropped(store: Leases, task_id: str) -> None:
+    """By a worker, as it was revoked or has expired."""
+    store.requests.dequeue("k", task_id)
+
+
+@pytest.mark.parametrize("ended", [ran, runs, dropped])
+@pytest.mark.parametrize("before", ["no row", "a row", "a queue"])
+def test_a_late_claim_for_a_message_that_is_queued_no_more_is_refused(
+    leases: Leases, before: str, ended: Callable[[Leases, str], None]
+) -> None:
+    """t's claim stays under way; its copy is answered and the message is sent; it runs, or is
+    dropped; the first copy is carried out. A finished message must not keep others out.
+    """
+    if before != "no row":
+        ran(leases, "t0")
+    if before == "a queue":
+        enqueue(leases.requests, "k", "t0", LONG)
+        ran(leases, "t0")
+    number = leases.requests.queued("k").number
+    assert claim(leases, "t", number)
+    ended(leases, "t")
+    assert not claim(leases, "t", number)
+    assert leases.requests.queued("k").task_id == ("t" if ended is runs else None)
+
+
+@pytest.mark.parametrize("row", [False, True], ids=["no row", "a row"])
+def test_a_claim_that_comes_after_its_message_was_dropped_is_refused(
+    leases: Leases, row: bool
+) -> None:
+    """t's claim, the only one, stays under way and is given up; the message is sent all the same,
+    and dropped; the claim is carried out.
+    """
+    if row:
+        ran(leases, "t0")
+    number = leases.requests.queued("k").number
+    leases.requests.dequeue("k", "t")
+    assert not claim(leases, "t", number)
+    assert leases.requests.queued("k") == Queued(number + 1, None)
+
+
+def test_a_claim_that_comes_when_its_life_has_ended_is_refused(leases: Leases) -> None:
+    """t1's claim is carried out, and again when its life has ended; then t2 claims, and t1's comes
+    once more.
+    """
+    assert leases.requests.claim("k", "t1", BRIEF, 0)
+    wait_until(lambda: leases.requests.queued("k").task_id is None, "its life ends")
+    assert not leases.requests.claim("k", "t1", LONG, 0)
+    assert claim(leases, "t2", 1)
+    assert not claim(leases, "t1", 0)
+    assert leases.requests.queued("k") == Queued(2, "t2")
+
+
+def test_a_claim_after_the_queue_went_on_is_refused(leases: Leases) -> None:
+    """t2 sees that nobody is queued; t1 is claimed, sent, and runs; t2's claim comes."""
+    number = leases.requests.queued("k").number
+    enqueue(leases.requests, "k", "t1", LONG)
+    ran(leases, "t1")
+    assert not claim(leases, "t2", number)
+    assert enqueue(leases.requests, "k", "t2", LONG) == "t2"
+
+
+def test_a_repeated_acquisition_leaves_the_queue(leases: Leases) -> None:
+    """a acquires for task-a, and the request stays under way; its copy is answered; the body puts
+    its own message back and claims the queue for it; the first copy is carried out.
+    """
+    lease = acquire(leases, "a").lease
+    number = leases.requests.queued("k").number
+    assert claim(leases, "task-a", number)
+    assert acquire(leases, "a").lease == lease
+    assert leases.requests.queued("k") == Queued(number + 1, "task-a")
+
+
+def test_dequeue_before_the_first_run(store: SqlStore) -> None:
+    """It makes the row, and must not look like an acquisition."""
+    store.requests.dequeue("k", "t")
+    row = peek(store)
+    assert (row.value, row.schema_version, row.run_count, row.holder) == ("null", None, 0, None)
+    acquired = acquire(store, "a")
+    assert (acquired.value, acquired.write) == ("null", 0)
+
+
+def test_enqueue_changes_nothing_else(leases: Leases) -> None:
+    leases.release(acquire(leases, "a").lease, DONE)
+    before = peek_later(leases)
+    enqueue(leases.requests, "k", "t", LONG)
+    assert replace(peek(leases), read_at=before.read_at) == before
+
+
+def test_enqueue_before_the_first_run(store: SqlStore) -> None:
+    """It makes the row, and must not look like an acquisition."""
+    enqueue(store.requests, "k", "t", LONG)
+    row = peek(store)
+    assert (row.value, row.schema_version, row.run_count) == ("null", None, 0)
+    assert (row.holder, row.task_id, row.expires_in, row.held) == (None, None, None, False)
+    acquired = acquire(store, "a")
+    assert (acquired.value, acquired.write) == ("null", 0)
+    assert acquired.lease.fence / 1000 == pytest.approx(acquired.acquired_at, abs=ROUNDING)
+
+
+def test_enqueue_on_a_value_that_never_was_leased(store: SqlStore) -> None:
+    store.set_aside("k", "kept")
+    assert enqueue(store.requests, "k", "t1", LONG) == "t1"
+    assert enqueue(store.requests, "k", "t2", LONG) == "t1"
+    assert acquire(store, "a").value == "kept"
+
+
+def test_one_of_many_threads_enqueues(leases: Leases) -> None:
+    """All find nothing queued and write at the same moment: one is first; the others wait for its
+    row, look at it anew, and are told its id.
+    """
+    barrier = threading.Barrier(8)
+
+    def ask(task_id: str) -> str:
+        barrier.wait()
+        return enqueue(leases.requests, "k", task_id, LONG)
+
+    task_ids = [f"t{n}" for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            answers = list(pool.map(ask, task_ids))
+            winner = answers[0]
+            assert winner in task_ids
+            assert answers == [winner] * 8
+            leases.requests.dequeue("k", winner)
+
+
+def test_threads_that_enqueue_and_dequeue_are_alone_in_between(leases: Leases) -> None:
+    """t1 is queued; t2's writing is refused; t1 is dequeued; t2 looks who is queued and finds
+    nobody. It asks again, and is told its own id or that of another which came between.
+    """
+    alone = threading.Lock()
+    task_ids = ["t1", "t2", "t3"]
+
+    def use(task_id: str) -> None:
+        for _ in range(20):
+            answer = enqueue(leases.requests, "k", task_id, LONG)
+            assert answer in task_ids
+            if answer == task_id:
+                assert alone.acquire(blocking=False)
+                assert enqueue(leases.requests, "k", task_id, LONG) == task_id
+                alone.release()
+                leases.requests.dequeue("k", task_id)
+
+    with ThreadPoolExecutor(len(task_ids)) as pool:
+        list(pool.map(use, task_ids))

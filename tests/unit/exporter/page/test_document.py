@@ -1,0 +1,355 @@
+"""The page: what it says of what it is given, and that none of that becomes a part of it."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import hashlib
+import re
+import time
+from collections.abc import Callable
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jinja2 import Environment, TemplateError, nodes
+
+from celery_singleton_state import exporter
+from celery_singleton_state.exporter.page import document as page_document
+from celery_singleton_state.exporter.page.document import POLICY, Page, ShownSingleton, render
+from celery_singleton_state.text.moments import ago, span, took
+from celery_singleton_state.text.visible import visible
+from tests.helpers.page_data import (
+    ERRORS,
+    HOLDER,
+    NOW,
+    beat,
+    entry,
+    five,
+    held,
+    many,
+    page,
+    row,
+    run,
+    shown,
+)
+
+EXPORTER = Path(exporter.__file__).parent
+HOSTILE = "</title></style></code><script>alert(1)</script><img onerror='x()' \"q\" & \x00\u202e"
+VOID = frozenset({"meta", "link", "input", "wbr"})
+
+
+class Reader(HTMLParser):
+    """Reads a document: its elements, and its text as it is seen, tooltips aside."""
+
+    def __init__(self, document: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(document)
+        self.close()
+        self.text = re.sub(r" ([:,.)])", r"\1", " ".join(self.text.split()))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.text += " "
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        self.text += " "
+
+    def handle_data(self, data: str) -> None:
+        if not {"script", "style", "svg"} & set(self.open):
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def read(*singletons: ShownSingleton, **changes: Any) -> str:
+    """The page's text."""
+    return Reader(render(page(*singletons, **changes))).text
+
+
+def test_it_is_a_whole_document_that_says_what_it_is() -> None:
+    document = render(five())
+    reader = Reader(document)
+    assert document.startswith("<!doctype html>")
+    assert not reader.open, "all is closed"
+    assert reader.all("html") == [{"lang": "en"}]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in (
+        reader.all("meta")
+    )
+    assert {"http-equiv": "refresh", "content": "5"} in reader.all("meta")
+    assert len(reader.all("h1")) == len(reader.all("main")) == 1
+    assert len(reader.all("caption")) == len(reader.all("table")) == 2
+    assert all(each["scope"] in ("row", "col") for each in reader.all("th"))
+    assert reader.text.startswith("1 unhealthy · shop · singletons")
+
+
+@pytest.mark.parametrize("made", [five, many, page])
+def test_nothing_comes_from_elsewhere(made: Callable[[], Page]) -> None:
+    document = render(made())
+    for outside in ("http://", "https://", "src=", "@import", "url(", "style="):
+        assert outside not in document
+
+
+def test_one_that_is_late() -> None:
+    late = shown("t", row("t", last_finished_at=NOW - 7_300), late="it finished 7300 s ago")
+    assert "! late t it finished 7300 s ago" in read(late)
+    assert "1 unhealthy" in read(late)
+
+
+def test_one_that_fails_says_why() -> None:
+    failed = row("t", last_outcome="failed", last_finished_at=NOW - 90)
+    text = read(shown("t", failed, run(300), run(90, 31, "failed", ERRORS[1])))
+    assert "✕ failing" in text
+    assert f"✕ failed 90 s ago took 31 s {ERRORS[1]}" in text
+    assert "✕ failing" in read(shown("t", row("t", last_outcome="lost")))
+
+
+def test_an_error_of_a_run_before_the_last_is_not_its_own() -> None:
+    """In a list, the history of a singleton whose last run succeeded can be left out or old."""
+    assert ERRORS[1] not in read(shown("t", row("t"), run(300, 2, "failed", ERRORS[1])))
+
+
+def test_a_duplicate_is_no_last_run() -> None:
+    failed = row("t", last_outcome="failed")
+    runs = run(90, 2, "failed", ERRORS[1]), run(10, 0.01, "duplicate")
+    assert ERRORS[1] in read(shown("t", failed, *runs))
+
+
+def test_one_that_runs() -> None:
+    text = read(shown("t", held("t", since=30, fence=1_234)))
+    assert "▶ running" in text
+    assert f"{HOLDER.format(3, 4711)} since 11:59:35 (30 s), 6 s left" in text
+    assert "fence 1,234" in text
+    assert "1 running" in text
+
+
+def test_one_whose_lease_ran_out() -> None:
+    text = read(shown("t", held("t", since=80, expires_in=-72.0)))
+    assert "! lease ran out" in text
+    assert "(80 s), ran out 72 s ago" in text
+    assert "▶ running" not in text
+
+
+def test_one_whose_lease_is_kept_after_its_run() -> None:
+    kept = held("t", holder=None, acquired_at=None, expires_in=20.0)
+    assert "kept after its run, free in 20 s" in read(shown("t", kept))
+    assert "▶ running" not in read(shown("t", kept))
+    over = held("t", holder=None, acquired_at=None, expires_in=-20.0)
+    assert "lease free" in read(shown("t", over))
+    assert "✓ healthy" in read(shown("t", over))
+
+
+def test_one_that_never_ran() -> None:
+    text = read(shown("t", None))
+    assert "never ran" in text
+    assert "lease free" in text
+    assert "<svg" not in render(page(shown("t", None))).partition("<tbody>")[2]
+
+
+def test_a_state_is_shown_where_it_is_given_and_not_beyond_bounds() -> None:
+    assert "<details" not in render(page(shown("t", row("t"))))
+    assert '{"last_id":7}' in read(shown("t", row("t"), value='{"last_id":7}'))
+    text = read(shown("t", row("t"), value="x" * 12_000))
+    assert "and 10,000 characters more" in text
+    assert len(text) < 4_000
+
+
+def test_what_users_wrote_stays_text() -> None:
+    hostile = shown(
+        f"t{HOSTILE}",
+        held("t", holder=HOSTILE, last_outcome=HOSTILE),
+        run(60, 2, HOSTILE, HOSTILE),
+        late=HOSTILE,
+        value=HOSTILE,
+        task="t",
+    )
+    plans = beat(
+        name=HOSTILE, leader=HOSTILE, upcoming=(entry(HOSTILE, 5, task=HOSTILE, schedule=HOSTILE),)
+    )
+    document = render(page(hostile, app=HOSTILE, query=HOSTILE, beat=plans))
+    reader = Reader(document)
+    assert not reader.open
+    assert len(reader.all("script")) == len(reader.all("style")) == 1
+    assert not reader.all("img")
+    assert "\x00" not in document
+    assert reader.text.count("<script>alert(1)</script>") >= 8
+    # The two ways to write a quotation mark are one and the same in HTML.
+    quoted = document.replace("&#34;", "&quot;").replace("&#39;", "&#x27;")
+    assert quoted.count(escape(visible(HOSTILE))) >= 15
+    away = Reader(render(page(error=HOSTILE)))
+    assert len(away.all("script")) == 1
+    assert not away.all("img")
+
+
+@pytest.fixture
+def templates() -> Environment:
+    return page_document.load_templates()
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        "{{ text }}",
+        "{{ text ~ '' }}",
+        "{% set same = text %}{{ same }}",
+        "{% set block %}{{ text }}{% endset %}{{ block }}",
+        "{% macro say(it) %}{{ it }}{% endmacro %}{{ say(text) }}",
+        "{% macro say() %}<b>{% endmacro %}{{ say() ~ text }}",
+        "{{ '%s' % text }}",
+        "{{ [text] }}",
+    ],
+)
+def test_no_template_can_forget_to_escape(templates: Environment, printed: str) -> None:
+    """Whatever a template prints is made visible and escaped, however it prints it."""
+    found = templates.from_string(printed).render(text=HOSTILE)
+    assert "<script" not in found
+    assert "&lt;script" in found
+    assert found.isprintable()
+
+
+@pytest.mark.parametrize("name", ["safe", "tojson", "xmlattr", "urlize", "indent", "replace"])
+def test_no_template_can_print_a_text_as_markup(templates: Environment, name: str) -> None:
+    with pytest.raises(TemplateError):
+        templates.from_string(f"{{{{ text|{name} }}}}")
+
+
+def test_no_template_switches_escaping_off(templates: Environment) -> None:
+    files = list(EXPORTER.rglob("*.html"))
+    assert files
+    switches = nodes.EvalContextModifier, nodes.MarkSafe, nodes.MarkSafeIfAutoescape
+    for file in files:
+        parsed = templates.parse(file.read_text("utf-8"))
+        assert not [each for kind in switches for each in parsed.find_all(kind)], file
+
+
+def test_no_html_is_written_in_python() -> None:
+    tag = re.compile(r"(?<!\?P)<[a-zA-Z/!]")  # "(?P<name>" is a group of a regular expression
+    for file in EXPORTER.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not tag.search(node.value), f"{file.name}:{node.lineno}"
+        assert "Markup(" not in file.read_text("utf-8"), file
+
+
+@pytest.mark.parametrize(("tag", "file"), [("style", "page.css"), ("script", "page.js")])
+def test_the_policy_allows_the_file_that_the_page_includes(tag: str, file: str) -> None:
+    """The file is included as a template, so nothing in it may mean anything to Jinja."""
+    (inside,) = re.findall(f"<{tag}>(.*?)</{tag}>", render(five()), re.DOTALL)
+    assert inside == (EXPORTER / "page" / file).read_text("utf-8").rstrip("\n")
+    digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+    assert f"{tag}-src 'sha256-{digest}'" in POLICY
+
+
+def test_what_cannot_be_written_in_any_encoding() -> None:
+    assert render(page(shown("t\ud800", None))).encode()
+
+
+def test_the_time_line() -> None:
+    document = render(page(shown("t", held("t"), run(300), run(100, 60, "failed", "E: <b>"))))
+    reader = Reader(document)
+    (label,) = (each["aria-label"] for each in reader.all("svg") if each.get("role") == "img")
+    assert label == "Runs since 2026-03-14 11:55:03 UTC: 1 succeeded, 1 failed, 1 not ended"
+    titles = re.findall(r"<title>(.*?)</title>", document)[1:]
+    assert titles == [
+        "succeeded, 2026-03-14 11:55:03 UTC, took 2 s, fence 11",
+        "failed, 2026-03-14 11:57:25 UTC, took 60 s, fence 11: E: &lt;b&gt;",
+        "running, since 2026-03-14 11:59:35 UTC, fence 12",
+    ]
+    bars = dict(re.findall(r'<path class="(ok|failed|now)" d="M([\d.]+ \d+H[\d.]+)', document)[-3:])
+    # From its start to now, 302 s, are 100: the second ran from 142 s to 202 s.
+    assert bars == {"ok": "0 11H1.4", "failed": "47.02 2H66.89", "now": "90.07 9H100"}
+
+
+def test_the_time_line_of_one_that_ran_long_ago_is_not_a_point() -> None:
+    long_ago = [run(9_000 + 100 * n, 10) for n in (2, 1, 0)]
+    document = render(page(shown("t", row("t"), *long_ago)))
+    assert "now, 2 h later" in document
+    last = re.findall(r'<path class="ok" d="M([\d.]+) ', document)[-1]
+    assert 40 < float(last) < 50
+
+
+@pytest.mark.parametrize("age", [0.0, 60.0, 10.0**8])
+def test_a_time_line_of_one_short_run(age: float) -> None:
+    document = render(page(shown("t", row("t"), run(age, 0.0))))
+    ((left, right),) = re.findall(r'd="M([\d.]+) 11H([\d.]+)V22', document)[-1:]
+    assert 0 <= float(left) < float(right) <= 100
+
+
+def test_times_from_before_and_after_are_drawn_within() -> None:
+    """A row can be newer than the moment that the page calls now."""
+    document = render(page(shown("t", held("t", since=-5), run(-3))))
+    for left, right in re.findall(r'd="M([\d.]+) \d+H([\d.]+)V', document):
+        assert 0 <= float(left) < float(right) <= 100
+
+
+def test_two_thousand_are_not_all_drawn() -> None:
+    began = time.thread_time()
+    document = render(many())
+    assert time.thread_time() - began < 2, "some 0.1 s of the processor's time"
+    reader = Reader(document)
+    assert "200 of 2,000 shown, filter for others" in reader.text
+    assert "2,000 in all" in reader.text
+    assert len([each for each in reader.all("th") if each["scope"] == "row"]) == 205
+    assert len(document) < 800_000
+
+
+def test_a_filter() -> None:
+    text = read(shown("t", row("t")), query='acme"', total=300, running=4, unhealthy=2)
+    assert '1 of 300 matching acme" shown, filter for others' in text
+    assert "300 match" in text
+    assert "2 unhealthy in all" in text
+    document = render(page(query='acme"'))
+    assert {"value": 'acme"'}.items() <= Reader(document).all("input")[0].items()
+    assert 'no singleton matches acme"' in Reader(document).text
+    assert {"href": "?"} in Reader(document).all("a")
+
+
+def test_before_anything_ran() -> None:
+    text = read()
+    assert "no singleton has run yet" in text
+    assert "no beat has led yet" in text
+
+
+def test_a_store_out_of_reach() -> None:
+    text = read(shown("t", None), error="connection refused", beat=beat())
+    assert text.startswith("store out of reach · shop")
+    assert "The store is out of reach connection refused So nothing is known now" in text
+    assert "Singletons" not in text
+    assert "no singleton has run yet" not in text
+
+
+def test_who_leads_and_what_comes_next() -> None:
+    text = read(beat=beat(entries=40))
+    assert "celerybeat@beat-2.shop.internal:17:c01dbeef leads shop since 10:30:05 (90 min)" in text
+    assert "fence 41" in text
+    assert "5 of 40 entries" in text
+    assert "import_orders shop.tasks.import_orders ! late by 14 s 11:59:50 every 30 s" in text
+    assert "reindex shop.tasks.reindex in 5 s 12:00:09" in text
+    assert "missed 3" in text
+
+
+def test_nobody_leads() -> None:
+    done = entry("once", None), entry("now", -0.2)
+    text = read(beat=beat(leader=None, leads_since=None, upcoming=done))
+    assert "! nobody leads shop: no tick is sent until a beat does (last fence 41)" in text
+    assert "never due again" in text
+    assert "due now" in text
+
+
+def test_lengths_of_time() -> None:
+    assert [span(each) for each in (-1, 0, 119, 120, 7_199, 7_200, 172_799, 10**6)] == [
+        *("0 s", "0 s", "119 s", "2 min", "120 min", "2 h", "48 h", "12 d")
+    ]
+    assert [took(each) for each in (-1, 0.004, 0.25, 9.4, 9.6)] == [
+        *("0 s", "0.004 s", "0.25 s", "9.4 s", "10 s")
+    ]
+    assert [ago(NOW - each, NOW) for each in (-2, 0.4, 3)] == ["just now", "just now", "3 s ago"]

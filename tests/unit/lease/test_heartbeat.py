@@ -1,0 +1,368 @@
+"""The heartbeat thread against a store that answers as the test says."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from celery_singleton_state.lease.heartbeat import Heartbeat
+from celery_singleton_state.lease.lease import HeldLease, clock
+from celery_singleton_state.store.base import Lease, StoreUnavailable
+from tests.helpers.owners import Told
+from tests.helpers.waiting import wait_until
+
+
+class Answers:
+    """A store that only renews, and writes down what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+        self.answer: Callable[[Sequence[Lease]], set[str]] = lambda leases: {
+            lease.key for lease in leases
+        }
+        #: Who asks the holders of which keys to hand over.
+        self.handoffs: dict[str, str] = {}
+
+    def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
+        self.asked.append(sorted(lease.key for lease in leases))
+        return {key: self.handoffs.get(key) for key in self.answer(leases)}
+
+
+@pytest.fixture
+def store() -> Answers:
+    return Answers()
+
+
+@pytest.fixture
+def heartbeat(store: Answers) -> Iterator[Heartbeat]:
+    beating: Any = Heartbeat(store)  # type: ignore[arg-type]
+    yield beating
+    beating.close()
+
+
+def held(key: str, ttl: float = 1.0, interval: float = 0.1) -> HeldLease:
+    return HeldLease(Lease(key, "holder", 1, ttl), clock(), interval)
+
+
+def test_a_lease_is_renewed_again_and_again(heartbeat: Heartbeat, store: Answers) -> None:
+    lease = held("a")
+    heartbeat.hold(lease)
+    wait_until(lambda: len(store.asked) >= 3, "three renewals")
+    assert lease.lost is None
+    assert lease.remaining > 0
+
+
+def test_all_that_are_due_go_in_one_request(heartbeat: Heartbeat, store: Answers) -> None:
+    together = clock()
+    for key in "abc":
+        heartbeat.hold(HeldLease(Lease(key, "holder", 1, 1.0), together, 0.1))
+    wait_until(lambda: ["a", "b", "c"] in store.asked, "one request for all")
+
+
+def test_a_lost_lease_is_not_taken_for_that_of_its_successor_in_the_same_process(
+    heartbeat: Heartbeat, store: Answers
+) -> None:
+    """A runs; the store loses its lease; B acquires it, in the same process or in another child of
+    the same worker. Both are due at the same time, and only B's is renewed. The store answers by
+    key: A must be told that its lease is lost, and B must not.
+    """
+
+    def renewed(leases: Sequence[Lease]) -> set[str]:
+        return {lease.key for lease in leases if lease.holder != "a"}
+
+    store.answer = renewed
+    together = clock()
+    first, second = (HeldLease(Lease("k", who, 1, 60.0), together, 0.1) for who in ("a", "b"))
+    other = HeldLease(Lease("other", "c", 1, 60.0), together, 0.1)
+    for lease in (first, second, other):
+        heartbeat.hold(lease)
+    wait_until(lambda: first.lost, "the first is lost")
+    wait_until(lambda: second.asked_at > together, "the second is renewed")
+    assert (second.lost, other.lost) == (None, None)
+
+
+def test_a_dropped_lease_is_left_alone(heartbeat: Heartbeat, store: Answers) -> None:
+    dropped, kept = held("dropped"), held("kept")
+    heartbeat.hold(dropped)
+    heartbeat.hold(kept)
+    heartbeat.drop(dropped)
+    wait_until(lambda: len(store.asked) >= 2, "two renewals")
+    assert all("dropped" not in keys for keys in store.asked[1:])
+    assert dropped.lost is None
+
+
+def test_a_short_run_costs_no_request(heartbeat: Heartbeat, store: Answers) -> None:
+    """It is gone before its renewal would be due; a longer one beside it proves the thread."""
+    short, long = held("short", ttl=60, interval=30), held("long")
+    heartbeat.hold(short)
+    heartbeat.hold(long)
+    heartbeat.drop(short)
+    wait_until(lambda: len(store.asked) >= 2, "the long one is renewed")
+    assert all(keys == ["long"] for keys in store.asked)
+
+
+def test_short_runs_do_not_wake_the_threads(
+    heartbeat: Heartbeat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run ends before the threads that its lease woke get to look, and so does the next one:
+    they must not be told of each anew.
+    """
+    heartbeat.hold(held("first", ttl=60, interval=30))
+    alarms = (heartbeat._renewal, heartbeat._expiry)
+    for alarm in alarms:
+        wait_until(lambda it=alarm: it._wakes_at < float("inf"), "it waits for the first")
+    told = []
+    with monkeypatch.context() as patched:
+        for alarm in alarms:
+            patched.setattr(alarm._changed, "notify", lambda: told.append(1))
+        for n in range(100):
+            lease = held(str(n), ttl=60, interval=30)
+            heartbeat.hold(lease)
+            heartbeat.drop(lease)
+    assert told == []
+
+
+def test_after_an_interval_without_runs_it_sleeps_for_good(heartbeat: Heartbeat) -> None:
+    lease = held("a")
+    heartbeat.hold(lease)
+    heartbeat.drop(lease)
+    alarms = (heartbeat._renewal, heartbeat._expiry)
+    for alarm in alarms:
+        wait_until(lambda it=alarm: it._wakes_at == float("inf"), "it sleeps for good")
+    later = held("b")
+    heartbeat.hold(later)
+    for alarm in alarms:
+        wait_until(lambda it=alarm: it._wakes_at < float("inf"), "the next lease wakes it")
+
+
+def test_a_refused_lease_is_lost(heartbeat: Heartbeat, store: Answers) -> None:
+    store.answer = lambda leases: set()
+    lease = held("a")
+    heartbeat.hold(lease)
+    wait_until(lambda: lease.lost, "it is lost")
+    assert lease.lost == "its renewal was refused"
+    assert lease.remaining == 0
+    assert heartbeat._held == set()
+
+
+def test_one_that_is_passed_over_is_asked_for_alone(heartbeat: Heartbeat, store: Answers) -> None:
+    """A row that somebody has locked is left out of the batch, and is not lost for that."""
+    store.answer = lambda leases: (
+        {lease.key for lease in leases if lease.key != "locked" or len(leases) == 1}
+    )
+    together = clock()
+    leases = [HeldLease(Lease(key, "holder", 1, 1.0), together, 0.1) for key in ("a", "locked")]
+    for lease in leases:
+        heartbeat.hold(lease)
+    wait_until(lambda: ["a", "locked"] in store.asked, "they are asked for together")
+    wait_until(lambda: ["locked"] in store.asked, "it is asked for alone")
+    assert [lease.lost for lease in leases] == [None, None]
+
+
+def test_a_locked_row_does_not_delay_the_other_leases(heartbeat: Heartbeat, store: Answers) -> None:
+    """Four rows are locked; a statement for one of them alone waits for its lock; meanwhile all are
+    asked for together, and those that are not locked are renewed; the locks are given up, and all
+    four are renewed before that statement ends.
+    """
+    locked, free = {"w", "x", "y", "z"}, threading.Event()
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def answer(leases: Sequence[Lease]) -> set[str]:
+        keys = {lease.key for lease in leases}
+        if len(keys) == 1:
+            waiting.set()
+            go_on.wait(30)
+            return keys
+        return keys if free.is_set() else keys - locked
+
+    store.answer = answer
+    asked_at = clock()
+    leases = {
+        key: HeldLease(Lease(key, "holder", 1, 60.0), asked_at, 0.1) for key in (*locked, "a")
+    }
+    for lease in leases.values():
+        heartbeat.hold(lease)
+    assert waiting.wait(30)
+    before = leases["a"].asked_at
+    wait_until(lambda: leases["a"].asked_at > before, "the one that is not locked is renewed again")
+    assert all(leases[key].asked_at == asked_at for key in locked)
+    free.set()
+    wait_until(lambda: all(leases[key].asked_at > asked_at for key in locked), "the four are, too")
+    go_on.set()
+    wait_until(lambda: not heartbeat._skipped, "nobody waits for them any more")
+    assert [lease.lost for lease in leases.values()] == [None] * 5
+
+
+def test_a_refused_lease_among_locked_ones_is_lost(heartbeat: Heartbeat, store: Answers) -> None:
+    """A statement for several cannot tell the two apart; that for one alone can."""
+    store.answer = lambda leases: (
+        {lease.key for lease in leases if lease.key != "refused"} if len(leases) > 1 else set()
+    )
+    refused, other = held("refused", ttl=60), held("other", ttl=60)
+    heartbeat.hold(refused)
+    heartbeat.hold(other)
+    wait_until(lambda: refused.lost, "it is lost")
+    assert refused.lost == "its renewal was refused"
+    assert other.lost is None
+
+
+def test_a_lease_is_asked_for_alone_only_if_it_is_the_only_one(
+    heartbeat: Heartbeat, store: Answers
+) -> None:
+    """One is due often, the other rarely: a statement that waits would delay the other."""
+    heartbeat.hold(held("rarely", ttl=60, interval=30))
+    heartbeat.hold(held("often"))
+    wait_until(lambda: len(store.asked) >= 3, "three renewals")
+    assert all(keys == ["often", "rarely"] for keys in store.asked)
+
+
+def test_an_answer_that_comes_after_a_newer_one_changes_nothing() -> None:
+    lease = held("a")
+    newer = clock() + 1
+    lease.renewed(newer)
+    until = lease.trusted_until
+    lease.renewed(newer - 0.5)
+    assert (lease.asked_at, lease.trusted_until) == (newer, until)
+
+
+@pytest.mark.parametrize("error", [StoreUnavailable("gone"), LookupError("a fault of ours")])
+def test_a_failed_request_is_repeated(
+    heartbeat: Heartbeat, store: Answers, error: Exception
+) -> None:
+    def fail_once(leases: Sequence[Lease]) -> set[str]:
+        if len(store.asked) == 1:
+            raise error
+        return {lease.key for lease in leases}
+
+    store.answer = fail_once
+    lease = held("a")
+    heartbeat.hold(lease)
+    wait_until(lambda: len(store.asked) >= 3, "it goes on")
+    assert lease.lost is None
+
+
+def test_without_an_answer_it_is_lost_when_its_life_runs_out(
+    heartbeat: Heartbeat, store: Answers
+) -> None:
+    def fail(leases: Sequence[Lease]) -> set[str]:
+        raise StoreUnavailable("gone")
+
+    store.answer = fail
+    lease = held("a", ttl=0.3)
+    heartbeat.hold(lease)
+    wait_until(lambda: lease.lost, "it is lost")
+    assert lease.lost == "it was not renewed before its life ran out"
+    assert clock() >= lease.trusted_until
+
+
+def test_a_store_that_is_silent_keeps_no_lost_run_alive(
+    heartbeat: Heartbeat, store: Answers
+) -> None:
+    """A renewal is sent; no answer comes; the lease's life runs out; only then comes the answer.
+
+    The run is told when its life runs out. The late answer does not bring the lease back.
+    """
+    answered = threading.Event()
+
+    def answer_late(leases: Sequence[Lease]) -> set[str]:
+        answered.wait(30)
+        return {lease.key for lease in leases}
+
+    store.answer = answer_late
+    told: list[bool] = []
+    lease = held("a", ttl=0.3)
+    lease.owner = Told(lost=lambda why: told.append(answered.is_set()))
+    heartbeat.hold(lease)
+    wait_until(lambda: told, "it is told")
+    answered.set()
+    assert told == [False]
+    other = held("b")
+    store.answer = lambda leases: {each.key for each in leases}
+    heartbeat.hold(other)
+    wait_until(lambda: ["b"] in store.asked, "the renewal goes on")
+    assert lease.remaining == 0
+
+
+def test_leases_that_are_due_soon_are_renewed_with_one_that_is(
+    heartbeat: Heartbeat, store: Answers
+) -> None:
+    """Leases of different moments fall into step: one statement for all of them."""
+    asked_at = clock()
+    for key, earlier in (("a", 0.3), ("b", 0.2), ("c", 0.1), ("new", 0.0)):
+        heartbeat.hold(HeldLease(Lease(key, "holder", 1, 10.0), asked_at - earlier, 0.4))
+    wait_until(lambda: ["a", "b", "c", "new"] in store.asked, "they are all in step")
+
+
+def test_released_while_its_renewal_is_under_way(heartbeat: Heartbeat, store: Answers) -> None:
+    """The renewal is sent; the run gives its lease back and drops it; the renewal is refused.
+
+    It was not lost: its own run ended it.
+    """
+    sent, go_on = threading.Event(), threading.Event()
+
+    def refuse_late(leases: Sequence[Lease]) -> set[str]:
+        sent.set()
+        go_on.wait(10)
+        return set()
+
+    store.answer = refuse_late
+    lease = held("a")
+    heartbeat.hold(lease)
+    assert sent.wait(10)
+    heartbeat.drop(lease)
+    go_on.set()
+    other = held("b")
+    store.answer = lambda leases: {each.key for each in leases}
+    heartbeat.hold(other)
+    wait_until(lambda: ["b"] in store.asked, "the thread goes on")
+    assert lease.lost is None
+
+
+def test_a_holder_hears_who_asks_it_to_hand_over(heartbeat: Heartbeat, store: Answers) -> None:
+    store.handoffs["a"] = "task 7"
+    asked, other = held("a"), held("b")
+    heard: list[str] = []
+    asked.owner = other.owner = Told(asked=heard.append)
+    heartbeat.hold(asked)
+    heartbeat.hold(other)
+    wait_until(lambda: heard, "it is asked")
+    assert set(heard) == {"task 7"}
+    assert asked.lost is None
+
+
+def test_a_thread_that_died_is_replaced(heartbeat: Heartbeat, store: Answers) -> None:
+    heartbeat.hold(held("a"))
+    heartbeat.close()
+    heartbeat._renewal._closed = heartbeat._expiry._closed = False
+    lease = held("b")
+    heartbeat.hold(lease)
+    wait_until(lambda: any("b" in keys for keys in store.asked), "a new thread renews")
+
+
+def test_a_renewal_is_due_half_way_through_the_trusted_part_of_a_short_life() -> None:
+    asked_at = clock()
+    lease = HeldLease(Lease("a", "holder", 1, 2.0), asked_at, interval=4.0)
+    assert lease.trusted_until == asked_at + 1.8
+    assert lease.renew_at == asked_at + 0.9
+
+
+def test_an_error_in_what_is_told_costs_no_other_lease_its_life(
+    heartbeat: Heartbeat, store: Answers
+) -> None:
+    """A holder is asked to hand over, and no thread can be started to interrupt its body."""
+
+    def fail(_: str) -> None:
+        raise RuntimeError("can't start new thread")
+
+    asked, other = held("asked"), held("other")
+    asked.owner = Told(asked=fail)
+    store.handoffs["asked"] = "somebody"
+    for lease in (asked, other):
+        heartbeat.hold(lease)
+    before = other.asked_at
+    wait_until(lambda: other.asked_at > before, "the other one is renewed")
+    first = other.asked_at
+    wait_until(lambda: other.asked_at > first, "and renewed again")
