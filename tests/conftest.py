@@ -9,40 +9,31 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
 
 import celery._state
 import celery.app.builtins  # which shares Celery's own
 import pytest
 import redis
 from celery import Celery
-from celery.backends import cache
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from celery_singleton_state.lease import holder_files
 from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.migrations.upgrade import migrate_url
-from celery_singleton_state.runtime import close_runtime
 from celery_singleton_state.store.sql.store import SqlStore
 from tests.helpers.mariadb import MariaDB
 from tests.helpers.pgbouncer import PgBouncer
-from tests.helpers.servers import Postgres, Proxy, Server, Valkey
+from tests.helpers.rabbitmq import RabbitMQ
+from tests.helpers.servers import Postgres, Proxy, Valkey, running
+from tests.helpers.stores import STORES, apps_on, url_on
+
+pytest_plugins = ["tests.helpers.fleets"]
 
 # What hypothesis notes for itself is a file too, and no test leaves one in the checkout.
 _hypothesis_home = tempfile.mkdtemp(prefix="test-hypothesis-")
 atexit.register(shutil.rmtree, _hypothesis_home)
 set_hypothesis_home_dir(_hypothesis_home)
 
-STORES = ("memory", "sqlite", "postgresql", "mariadb")
-_SERVERS = {
-    "postgresql": "postgres_url",
-    "mariadb": "mariadb_url",
-    "pgbouncer": "pgbouncer_url",
-    "latin1": "latin1_url",
-    "sql_ascii": "sql_ascii_url",
-}
-#: What a store does by itself is tested through a pooler, too; what is built upon it is not again.
-STORES_AND_POOLED = (*STORES, "pgbouncer")
 
 _numbers = itertools.count(1)
 
@@ -66,16 +57,6 @@ def _only_the_settings_of_the_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(holder_files, "root", lambda: tmp_path / "holder_files")
 
 
-S = TypeVar("S", bound=Server)
-
-
-def running(start: Callable[[], S]) -> Iterator[S]:
-    """A server for as long as a fixture lives."""
-    server = start()
-    yield server
-    server.close()
-
-
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     yield from running(Postgres)
@@ -90,6 +71,11 @@ def own_postgres() -> Iterator[Postgres]:
 @pytest.fixture(scope="session")
 def pgbouncer(postgres: Postgres) -> Iterator[PgBouncer]:
     yield from running(lambda: PgBouncer(postgres.port))
+
+
+@pytest.fixture(scope="session")
+def rabbitmq() -> Iterator[RabbitMQ]:
+    yield from running(RabbitMQ)
 
 
 @pytest.fixture(scope="session")
@@ -184,6 +170,12 @@ def mariadb_url(mariadb: MariaDB) -> Iterator[str]:
 
 
 @pytest.fixture
+def own_rabbitmq() -> Iterator[RabbitMQ]:
+    """A server that the test may stop."""
+    yield from running(RabbitMQ)
+
+
+@pytest.fixture
 def make_proxy() -> Iterator[Callable[[int], Proxy]]:
     """Makes a proxy in front of a port."""
     made: list[Proxy] = []
@@ -195,16 +187,6 @@ def make_proxy() -> Iterator[Callable[[int], Proxy]]:
     yield make
     for proxy in made:
         proxy.close()
-
-
-def url_on(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty database on the store of this name."""
-    if name == "memory":
-        return "memory://"
-    if name == "sqlite":
-        return f"sqlite:///{tmp_path}/store.db"
-    url: str = request.getfixturevalue(_SERVERS[name])
-    return url
 
 
 @pytest.fixture(params=STORES)
@@ -230,7 +212,7 @@ def store(store_url: str) -> Iterator[SqlStore]:
 @pytest.fixture
 def make_app(store_url: str) -> Iterator[Callable[..., Celery]]:
     """Makes apps on the test's store, with a short lease where nothing else is said."""
-    yield from _apps(store_url)
+    yield from apps_on(store_url)
 
 
 @pytest.fixture
@@ -241,24 +223,5 @@ def app(make_app: Callable[..., Celery]) -> Celery:
 @pytest.fixture
 def memory_app() -> Iterator[Celery]:
     """An app for what does not depend on the store."""
-    for make in _apps("memory://"):
+    for make in apps_on("memory://"):
         yield make()
-
-
-def _apps(store_url: str) -> Iterator[Callable[..., Celery]]:
-    made: list[Celery] = []
-
-    def make(**settings: Any) -> Celery:
-        app = Celery("shop", broker="memory://", backend="cache+memory://", set_as_current=False)
-        app.conf.update(
-            {"singleton_store_url": store_url, "singleton_auto_migrate": True} | settings
-        )
-        made.append(app)
-        return app
-
-    yield make
-    # All apps of a process share Celery's results in memory, and ticks have the same ids again.
-    cache._DUMMY_CLIENT_CACHE.clear()
-    for app in made:
-        close_runtime(app)
-        app.close()

@@ -1,4 +1,4 @@
-"""Drills use the fleets of the other tests with processes, on RabbitMQ as well."""
+"""What drills have beside their fleets: hosts, shops, servers that a test may stop."""
 
 from __future__ import annotations
 
@@ -8,39 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import running
 from tests.helpers.beat_hosts import Hosts, Schedule
 from tests.helpers.fleet import Fleet
 from tests.helpers.mariadb import MariaDB
-from tests.helpers.queues import KIND
-from tests.helpers.rabbitmq import RabbitMQ
 from tests.helpers.servers import Postgres, Proxy, Standby
 from tests.helpers.shop import Gate, Shop
-from tests.processes.conftest import broker_url, client, make_fleet, pytest_runtest_makereport
-
-__all__ = ["broker_url", "client", "make_fleet", "pytest_runtest_makereport"]
-
-
-@pytest.fixture(scope="session")
-def rabbitmq() -> Iterator[RabbitMQ]:
-    yield from running(RabbitMQ)
-
-
-@pytest.fixture
-def own_rabbitmq() -> Iterator[RabbitMQ]:
-    """A server that the test may stop."""
-    yield from running(RabbitMQ)
-
-
-@pytest.fixture
-def on_rabbitmq(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], dict[str, str]]:
-    """Settings of a fleet on RabbitMQ, with a queue of its own of some kind."""
-
-    def settings(kind: str) -> dict[str, str]:
-        url: str = request.getfixturevalue("rabbitmq").url
-        return {"CELERY_BROKER_URL": url, "TEST_QUEUE": tmp_path.name, KIND: kind}
-
-    return settings
 
 
 @pytest.fixture

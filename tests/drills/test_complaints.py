@@ -32,22 +32,7 @@ from tests.helpers.fences import are_growing
 from tests.helpers.fleet import Fleet, Worker, outcome
 from tests.helpers.waiting import wait_until
 
-
-@pytest.fixture
-def make_slow_fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Callable[..., Fleet]:
-    """Makes a fleet whose leases outlive every test."""
-
-    def make(**settings: str) -> Fleet:
-        return make_fleet(
-            f"sqlite:///{tmp_path}/store.db", CELERY_SINGLETON_HEARTBEAT_INTERVAL="60", **settings
-        )
-
-    return make
-
-
-@pytest.fixture
-def fleet(make_slow_fleet: Callable[..., Fleet]) -> Fleet:
-    return make_slow_fleet()
+pytestmark = pytest.mark.fleet(CELERY_SINGLETON_HEARTBEAT_INTERVAL="60")
 
 
 def outcomes(app: Celery, name: str) -> list[str]:
@@ -137,14 +122,14 @@ def test_celery_singleton_20_nor_is_it_taken_for_a_second_copy(
 
 @pytest.mark.parametrize("serializer", ["json", "pickle"])
 def test_celery_singleton_55_an_error_in_a_retry_does_not_kill_the_worker(
-    make_slow_fleet: Callable[..., Fleet], client: Callable[[], Celery], serializer: str
+    make_fleet: Callable[..., Fleet], client: Callable[[], Celery], serializer: str
 ) -> None:
     """A task that is retried for whatever it raises ends as the error of ours that it raised.
 
     The error goes from the pool's process to the worker, in a retry and as a failure, and on to the
     results; it is rebuilt in each of these places, and the process and its worker go on.
     """
-    fleet = make_slow_fleet(TEST_SERIALIZER=serializer)
+    fleet = make_fleet(TEST_SERIALIZER=serializer)
     app = client()
     worker = fleet.start("-c", "1")
     for reason in SingletonErrorReason:
@@ -159,7 +144,7 @@ def test_celery_singleton_55_an_error_in_a_retry_does_not_kill_the_worker(
 
 
 def test_celery_singleton_38_what_beats_send_is_guarded(
-    make_slow_fleet: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path
+    make_fleet: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path
 ) -> None:
     """Two beats send the same task to two workers, and no two runs of it overlap.
 
@@ -168,7 +153,7 @@ def test_celery_singleton_38_what_beats_send_is_guarded(
     """
     go = tmp_path / "go"
     schedule = {"often": {"task": "held_and_skipped", "schedule": 0.2, "args": [str(go)]}}
-    fleet = make_slow_fleet(TEST_SCHEDULE=json.dumps(schedule))
+    fleet = make_fleet(TEST_SCHEDULE=json.dumps(schedule))
     (tmp_path / "without_tasks.py").write_text(
         f"import celery\napp = celery.Celery()\napp.conf.beat_schedule = {schedule!r}\n"
     )
@@ -322,7 +307,7 @@ def test_celery_singleton_53_its_next_run_waits_for_its_end(
 
 
 def test_celery_singleton_48_no_redis_is_needed(
-    make_slow_fleet: Callable[..., Fleet], tmp_path: Path
+    make_fleet: Callable[..., Fleet], tmp_path: Path
 ) -> None:
     """Files are the broker, the store and the results, and nobody so much as asks for a client of
     Redis: one that is asked for leaves a mark and cannot be had. (Flower, where it is installed, is
@@ -338,7 +323,7 @@ def test_celery_singleton_48_no_redis_is_needed(
         "raise ImportError\n"
     )
     (tmp_path / "results").mkdir()
-    fleet = make_slow_fleet(
+    fleet = make_fleet(
         CELERY_BROKER_URL="filesystem://",
         CELERY_RESULT_BACKEND=f"file://{tmp_path}/results",
         TEST_BROKER_FOLDER=str(tmp_path),
@@ -473,13 +458,13 @@ def test_celery_once_104_a_lock_can_be_kept_for_a_while(
 
 
 def test_celery_5935_a_body_longer_than_the_visibility_timeout_runs_once(
-    make_slow_fleet: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path
+    make_fleet: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path
 ) -> None:
     """Redis gives a message out again whose run still goes on.
 
     The second copy is put back while it does, and ends as a duplicate when it has saved.
     """
-    fleet = make_slow_fleet(TEST_VISIBILITY_TIMEOUT="1")
+    fleet = make_fleet(TEST_VISIBILITY_TIMEOUT="1")
     app, go = client(), tmp_path / "go"
     workers = [fleet.start("-c", "2", name="a")]
     result = app.send_task("increment", (str(go),))
@@ -508,7 +493,7 @@ def is_overdue(app: Celery) -> bool:
 
 
 def test_celery_1876_the_last_run_is_known_after_a_crash(
-    make_slow_fleet: Callable[..., Fleet], client: Callable[[], Celery]
+    make_fleet: Callable[..., Fleet], client: Callable[[], Celery]
 ) -> None:
     """A run is noted with its end, and not some minutes later.
 
@@ -516,7 +501,7 @@ def test_celery_1876_the_last_run_is_known_after_a_crash(
     that are started in their place do not repeat one that is to be held for an hour.
     """
     schedule = {"often": {"task": "kept", "schedule": 0.2}}
-    fleet = make_slow_fleet(TEST_SCHEDULE=json.dumps(schedule))
+    fleet = make_fleet(TEST_SCHEDULE=json.dumps(schedule))
     app = client()
     killed = fleet.start("-c", "1")
     with beat(fleet, "tests.apps.tasks"):

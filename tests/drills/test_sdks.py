@@ -52,6 +52,8 @@ SETTINGS = {
     "NEW_RELIC_PYTHON_PREFIX": os.path.realpath(sys.prefix),
     "NEW_RELIC_PYTHON_VERSION": "{}.{}".format(*sys.version_info),
 }
+
+pytestmark = pytest.mark.fleet(store="postgresql", app=APP, **SETTINGS)
 #: Beats by their schedulers.
 SCHEDULERS = {"own": "singleton", "persistent": f"{APP}:LeadingScheduler"}
 #: Ticks of an entry that is due each second.
@@ -116,11 +118,9 @@ def sdk(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], postgres_url: str, sdk: str, collector: str) -> Fleet:
-    """One in which the tool is switched on."""
+def traced(make_fleet: Callable[..., Fleet], sdk: str, collector: str) -> Fleet:
+    """A fleet in which the tool is switched on."""
     fleet = make_fleet(
-        postgres_url,
-        **SETTINGS,
         TEST_SDK=sdk,
         TEST_COLLECTOR=collector,
         DD_TRACE_AGENT_URL=collector,
@@ -136,22 +136,22 @@ def fleet(make_fleet: Callable[..., Fleet], postgres_url: str, sdk: str, collect
 
 
 def test_a_traced_project(
-    fleet: Fleet, client: Callable[[], Celery], sdk: str, postgres_url: str, seen: set[str]
+    traced: Fleet, client: Callable[[], Celery], sdk: str, postgres_url: str, seen: set[str]
 ) -> None:
     """A worker and two beats, ours and Celery's own with leadership, run for a minute: every tick
     is sent once and runs once, messages that wait for one another do so, and one that waits in vain
     ends; none of our lines is an error, and nobody's has a traceback.
     """
-    worker = fleet.start("-c", "4", app=APP)
+    worker = traced.start("-c", "4")
     beats = {
-        name: fleet.start_beat(
-            APP, scheduler, host=name, TEST_BEAT=name, CELERY_SINGLETON_BEAT_NAME=name
+        name: traced.start_beat(
+            scheduler=scheduler, host=name, TEST_BEAT=name, CELERY_SINGLETON_BEAT_NAME=name
         )
         for name, scheduler in SCHEDULERS.items()
     }
-    meet_each_other(fleet, client())
+    meet_each_other(traced, client())
     wait_until(
-        lambda: all(len(ticks_of(fleet, beat, "ticked")) >= TICKS for beat in beats),
+        lambda: all(len(ticks_of(traced, beat, "ticked")) >= TICKS for beat in beats),
         f"{TICKS} ticks",
         2 * TICKS + 60,
     )
@@ -162,7 +162,7 @@ def test_a_traced_project(
     states = {name: states_of(postgres_url, name) for name in beats}
     wait_until(
         lambda: all(
-            len(ticks_of(fleet, beat, name)) >= state.total_run_count
+            len(ticks_of(traced, beat, name)) >= state.total_run_count
             for beat, entries in states.items()
             for name, state in entries.items()
             if name != "once"
@@ -173,10 +173,10 @@ def test_a_traced_project(
     for beat, entries in states.items():
         assert set(entries) == {"ticked", "plain", "retried", "once", "ticked-minutely"}
         for name, state in entries.items():
-            assert complaints(fleet, beat, name, state) == []
-    counted = {note["key"]: note["n"] for note in fleet.notes("state")}
-    assert counted == Counter(note["key"] for note in fleet.notes("state"))
-    assert all(note["traced"] for note in fleet.notes("tick"))
+            assert complaints(traced, beat, name, state) == []
+    counted = {note["key"]: note["n"] for note in traced.notes("state")}
+    assert counted == Counter(note["key"] for note in traced.notes("state"))
+    assert all(note["traced"] for note in traced.notes("tick"))
     assert bool(seen) is (sdk in SENDING)
     assert [line for output in (worker.output, *said) for line in tracebacks(output)] == []
     assert [line for log in (worker, *beats.values()) for line in errors(log.output)] == []

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from tests.conftest import running
 from tests.helpers.mariadb import MariaDB
 from tests.helpers.queues import KIND
 from tests.helpers.rabbitmq import RabbitMQ
-from tests.helpers.servers import Postgres, Valkey
+from tests.helpers.servers import Postgres, Valkey, running
 from tests.storm.checker import Findings, check
 from tests.storm.drill import Drill, Storm
 

@@ -13,7 +13,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import celery
 import psutil
+import pytest
 from celery.result import AsyncResult
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -21,6 +23,8 @@ from tests.helpers import commands
 from tests.helpers.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
+#: The app of workers for which nothing else is said.
+TASKS = "tests.apps.tasks"
 
 
 class Program:
@@ -85,7 +89,7 @@ class Worker(Program):
         environment: dict[str, str],
         log: Path,
         options: list[str],
-        app: str = "tests.apps.tasks",
+        app: str = TASKS,
     ) -> None:
         command = ["worker", "-n", f"{name}@%h", "-l", "INFO"]
         command += ["--without-mingle", "--without-gossip", *options]
@@ -115,6 +119,11 @@ class Beat(Program):
     def wait_stands_by(self) -> None:
         self.wait_for("beat stands by")
 
+
+has_ping = pytest.mark.skipif(
+    tuple(map(int, celery.__version__.split(".")[:2])) < (5, 7),
+    reason="Celery's beat answers to nothing before 5.7",
+)
 
 #: Labels that come first.
 LEADING = ("key", "singleton")
@@ -160,8 +169,11 @@ class Exporter(Program):
 class Fleet:
     """Workers on one broker and one store, and the log that their bodies write."""
 
-    def __init__(self, directory: Path, broker: str, store: str, **settings: Any) -> None:
+    def __init__(
+        self, directory: Path, broker: str, store: str, app: str = TASKS, **settings: Any
+    ) -> None:
         self.directory = directory
+        self.app = app
         self.notes_file = directory / "notes"
         self.notes_file.touch()
         self.environment = {
@@ -187,7 +199,7 @@ class Fleet:
         *options: str,
         name: str = "w",
         ready: bool = True,
-        app: str = "tests.apps.tasks",
+        app: str | None = None,
     ) -> Worker:
         """Start a worker, and wait until it is ready."""
         number = len(self._workers)
@@ -196,7 +208,7 @@ class Fleet:
             self.environment,
             self.directory / f"worker{number}.log",
             list(options),
-            app,
+            app or self.app,
         )
         self._workers.append(worker)
         if ready:
@@ -205,7 +217,7 @@ class Fleet:
 
     def start_beat(
         self,
-        app: str,
+        app: str | None = None,
         scheduler: str = "singleton",
         host: str = "",
         options: tuple[str, ...] = (),
@@ -219,13 +231,13 @@ class Fleet:
         folder.mkdir(exist_ok=True)
         log = self.directory / f"beat{len(self._beats)}.log"
         settings = self.environment | {"TMPDIR": str(folder)} | environment
-        self._beats.append(Beat(settings, log, app, scheduler, options))
+        self._beats.append(Beat(settings, log, app or self.app, scheduler, options))
         return self._beats[-1]
 
-    def start_exporter(self, app: str, *options: str) -> Exporter:
+    def start_exporter(self, *options: str) -> Exporter:
         """Start an exporter, and wait until it receives events."""
         log = self.directory / f"exporter{len(self._exporters)}.log"
-        started = Exporter(self.environment, log, app, options)
+        started = Exporter(self.environment, log, self.app, options)
         self._exporters.append(started)
         wait_until(lambda: started.metrics()["singleton_broker_up"][()], "it receives events")
         return started
@@ -246,16 +258,13 @@ class Fleet:
     def wait_for_output(self, worker: Worker, text: str) -> None:
         wait_until(lambda: text in worker.output, f"the worker says {text!r}")
 
-    @staticmethod
-    def celery(*arguments: str, app: str = "tests.apps.tasks") -> list[str]:
+    def celery(self, *arguments: str) -> list[str]:
         """The words of ``celery -A … <arguments>``."""
-        return [sys.executable, "-m", "celery", "-A", app, *arguments]
+        return [sys.executable, "-m", "celery", "-A", self.app, *arguments]
 
-    def command(
-        self, *arguments: str, app: str = "tests.apps.tasks"
-    ) -> subprocess.CompletedProcess[str]:
+    def command(self, *arguments: str, app: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run ``celery -A … <arguments>``."""
-        return commands.run(["-A", app, *arguments], self.environment, ROOT)
+        return commands.run(["-A", app or self.app, *arguments], self.environment, ROOT)
 
     def outputs(self) -> list[tuple[str, str]]:
         """A title and a text for each worker, and for what the bodies wrote down."""
@@ -272,3 +281,11 @@ def outcome(result: AsyncResult[Any], deadline: float = 60.0) -> Any:
     """The task's result, or its error, asked of the backend until it is there."""
     wait_until(result.ready, f"task {result.id} ends", deadline)
     return result.result
+
+
+def refused(fleet: Fleet, *options: str) -> str:
+    """The output of a worker that does not start."""
+    worker = fleet.start(*options, ready=False)
+    worker.process.wait(timeout=30)
+    assert worker.process.returncode != 0
+    return worker.output

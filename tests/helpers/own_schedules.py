@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from celery.schedules import BaseSchedule, crontab, schedstate, schedule
+
+from celery_singleton_state.schedules.due import spelled
 
 DAY, HOUR, MINUTE = timedelta(days=1), timedelta(hours=1), timedelta(minutes=1)
 SECOND = timedelta(seconds=1)
@@ -184,3 +187,29 @@ class Duck:
 
     def is_due(self, last_run_at: datetime) -> Any:
         return schedstate(True, 60)
+
+
+class Calendar:
+    def __init__(self, days: set[str]) -> None:
+        self.days = days
+
+
+OPTIONS = {"country": "DE", "days": {"a", "b", "c", "d"}, "when": lambda: 1, "by": [1, (2,)]}
+
+
+def own_texts() -> list[str]:
+    """Texts of schedules that hold what has no text, or another one in each process."""
+    loop: list[Any] = []
+    loop.append(loop)
+    return [
+        spelled(SaysDue(True, 60)),
+        spelled(Answers(OPTIONS)),
+        spelled(Answers(Calendar({"a"}))),
+        spelled(Answers(partial(max, 1))),
+        spelled(Answers(loop)),
+        spelled(Answers([[]] * 1000)),
+        spelled(Later("*/5", offset=HOUR)),
+        spelled(EveryFromTable()),
+        spelled(Duck()),
+        spelled(crontab(minute=[3, 1], day_of_month={5, 4})),
+    ]

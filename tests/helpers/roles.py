@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sqlalchemy import make_url
 
-from tests.migrations.test_upgrade import execute
+from tests.helpers.tables import execute
 
 _PAGE = Path(__file__).parents[2] / "docs" / "databases.md"
 #: What an administrator does before the table is made, and its owner after that.

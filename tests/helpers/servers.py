@@ -17,11 +17,11 @@ import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 
@@ -483,3 +483,13 @@ class Held:
 def _shut(each: socket.socket) -> None:
     with contextlib.suppress(OSError):
         each.shutdown(socket.SHUT_RDWR)
+
+
+S = TypeVar("S", bound=Server)
+
+
+def running(start: Callable[[], S]) -> Iterator[S]:
+    """A server for as long as a fixture lives."""
+    server = start()
+    yield server
+    server.close()

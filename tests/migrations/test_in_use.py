@@ -18,8 +18,8 @@ from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.store.base import StoreUnavailable
 from tests.helpers.pgbouncer import PgBouncer
 from tests.helpers.servers import Postgres
+from tests.helpers.tables import ALL_COLUMNS, columns_and_indexes, execute, given_table
 from tests.helpers.waiting import wait_until
-from tests.migrations.test_upgrade import ALL_COLUMNS, columns_and_indexes, execute, given_table
 
 Connect = Callable[..., psycopg.Connection[Any]]
 

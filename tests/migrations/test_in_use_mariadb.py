@@ -15,8 +15,8 @@ from celery_singleton_state.migrations import unobtrusive
 from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.store.base import StoreUnavailable
 from tests.helpers.mariadb import MariaDB
+from tests.helpers.tables import ALL_COLUMNS, columns_and_indexes, execute, given_table
 from tests.helpers.waiting import wait_until
-from tests.migrations.test_upgrade import ALL_COLUMNS, columns_and_indexes, execute, given_table
 
 Connect = Callable[..., pymysql.cursors.Cursor]
 

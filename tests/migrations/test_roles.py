@@ -13,7 +13,7 @@ from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.store.base import StoreError, StoreMisconfigured
 from tests.helpers.all_verbs import use_all, use_all_values
 from tests.helpers.roles import OWNER, TABLE, WORKER, drop_roles, grant, make_roles, of
-from tests.migrations.test_upgrade import execute, given_table
+from tests.helpers.tables import execute, given_table
 
 PRIVILEGES = ("SELECT", "INSERT", "UPDATE", "DELETE")
 

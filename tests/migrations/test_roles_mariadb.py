@@ -21,7 +21,7 @@ from tests.helpers.roles import (
     make_roles_on_mariadb,
     of,
 )
-from tests.migrations.test_upgrade import execute, given_table
+from tests.helpers.tables import execute, given_table
 
 PRIVILEGES = ("SELECT", "INSERT", "UPDATE", "DELETE")
 TABLE = "kv_store"

@@ -8,10 +8,8 @@ import signal
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import celery
 import msgspec
 import pytest
 from celery import Celery
@@ -21,27 +19,18 @@ from celery_singleton_state.beat.entry import ON_TIME
 from celery_singleton_state.beat.entry_state import decode_rows
 from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Ended
-from tests.helpers.fleet import Beat, Fleet
+from tests.helpers.fleet import Beat, Fleet, has_ping
 from tests.helpers.waiting import wait_until
 
 APP = "tests.apps.beat_app"
 EVERY = 0.4
 REMOTE = "--enable-remote-control"
 SCHEDULE = {"a": {"task": "ticked", "schedule": EVERY, "catch_up": "all"}}
-has_ping = pytest.mark.skipif(
-    tuple(map(int, celery.__version__.split(".")[:2])) < (5, 7),
-    reason="Celery's beat answers to nothing before 5.7",
+
+# A life of 2 s.
+pytestmark = pytest.mark.fleet(
+    app=APP, TEST_SCHEDULE=json.dumps(SCHEDULE), CELERY_SINGLETON_HEARTBEAT_INTERVAL=1
 )
-
-
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Fleet:
-    # A life of 2 s.
-    return make_fleet(
-        f"sqlite:///{tmp_path}/store.db",
-        TEST_SCHEDULE=json.dumps(SCHEDULE),
-        CELERY_SINGLETON_HEARTBEAT_INTERVAL=1,
-    )
 
 
 def wait_for_ticks(fleet: Fleet, count: int) -> None:
@@ -58,10 +47,10 @@ def senders(fleet: Fleet, beats: list[Beat]) -> list[int]:
 
 
 def test_one_of_two_sends(fleet: Fleet) -> None:
-    fleet.start("-P", "solo", app=APP)
-    one = fleet.start_beat(APP)
+    fleet.start("-P", "solo")
+    one = fleet.start_beat()
     one.wait_leads()
-    other = fleet.start_beat(APP)
+    other = fleet.start_beat()
     other.wait_stands_by()
     wait_for_ticks(fleet, 3)
     assert "beat stands by: celerybeat@" in other.output
@@ -71,10 +60,10 @@ def test_one_of_two_sends(fleet: Fleet) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_another_takes_over(fleet: Fleet, how: signal.Signals) -> None:
-    fleet.start("-P", "solo", app=APP)
-    one = fleet.start_beat(APP)
+    fleet.start("-P", "solo")
+    one = fleet.start_beat()
     one.wait_leads()
-    other = fleet.start_beat(APP)
+    other = fleet.start_beat()
     other.wait_stands_by()
     wait_for_ticks(fleet, 2)
     one.process.send_signal(how)
@@ -90,7 +79,7 @@ def test_another_takes_over(fleet: Fleet, how: signal.Signals) -> None:
 def test_beats_within_workers(fleet: Fleet) -> None:
     """``-B`` on every node: one leads; its worker is stopped in order, then the next one killed."""
     workers = [
-        fleet.start("-c", "1", "-B", "--scheduler", "singleton", name=f"node{number}", app=APP)
+        fleet.start("-c", "1", "-B", "--scheduler", "singleton", name=f"node{number}")
         for number in range(2)
     ]
 
@@ -113,7 +102,7 @@ def test_what_a_worker_leaves_to_its_beat_closes_no_file_of_it(fleet: Fleet) -> 
     store's; then Python finds the objects of the old ones, and closes these numbers.
     """
     fleet.environment["TEST_GARBAGE"] = "1"
-    worker = fleet.start("-c", "1", "-B", "--scheduler", "singleton", app=APP)
+    worker = fleet.start("-c", "1", "-B", "--scheduler", "singleton")
     worker.wait_for("beat leads")
     wait_for_ticks(fleet, 3)
     assert "beat waits" not in worker.output
@@ -121,7 +110,7 @@ def test_what_a_worker_leaves_to_its_beat_closes_no_file_of_it(fleet: Fleet) -> 
 
 def test_beat_within_a_worker_of_one_process(fleet: Fleet) -> None:
     """A pool of none but itself, and beat beside it."""
-    worker = fleet.start("-P", "solo", "-B", "--scheduler", "singleton", app=APP)
+    worker = fleet.start("-P", "solo", "-B", "--scheduler", "singleton")
     worker.wait_for("beat leads")
     wait_for_ticks(fleet, 3)
     worker.stop()
@@ -135,7 +124,7 @@ def test_who_leads_and_who_stands_by_are_healthy(
     """Celery's own ``inspect ping``."""
     app = client()
     names = ["celerybeat@one", "celerybeat@other"]
-    beats = [fleet.start_beat(APP, options=("-n", name, REMOTE)) for name in names]
+    beats = [fleet.start_beat(options=("-n", name, REMOTE)) for name in names]
     beats[0].wait_for("beat pidbox: Connected")
     beats[1].wait_for("beat pidbox: Connected")
 
@@ -159,7 +148,7 @@ def test_a_leader_that_stopped_ticking_is_not(fleet: Fleet, client: Callable[[],
     )
     stuck.wait_leads()
     stuck.wait_for("beat pidbox: Connected")
-    other = fleet.start_beat(APP, options=("-n", "celerybeat@other", REMOTE), TEST_MAX_TICK_AGE="3")
+    other = fleet.start_beat(options=("-n", "celerybeat@other", REMOTE), TEST_MAX_TICK_AGE="3")
     other.wait_stands_by()
     other.wait_for("beat pidbox: Connected")
     hang.touch()
@@ -176,7 +165,7 @@ def test_a_leader_that_stopped_ticking_is_not(fleet: Fleet, client: Callable[[],
 
 def test_a_configuration_that_cannot_work_ends_it(fleet: Fleet) -> None:
     bad = {"a": {"task": "ticked", "schedule": 1.0, "catch_up": "some"}}
-    beat = fleet.start_beat(APP, TEST_SCHEDULE=json.dumps(bad))
+    beat = fleet.start_beat(TEST_SCHEDULE=json.dumps(bad))
     assert beat.process.wait(timeout=30) != 0
     assert "schedule entry 'a': catch_up='some' is not allowed" in beat.output
     assert "Traceback" not in beat.output
@@ -187,8 +176,8 @@ def test_schedules_that_are_never_due_again_keep_nobody_from_their_ticks(fleet: 
     beside them a normal one, and one whose interval comes from a table.
     """
     fleet.environment["TEST_OWN_SCHEDULES"] = "1"
-    fleet.start("-P", "solo", app=APP)
-    beat = fleet.start_beat(APP)
+    fleet.start("-P", "solo")
+    beat = fleet.start_beat()
     wait_until(
         lambda: "once" in entries(fleet) and "beat: once is due no more" in beat.output,
         "the run-once schedule is sent",
@@ -208,17 +197,16 @@ def entries(fleet: Fleet) -> list[str]:
     return [note["entry"] for note in fleet.notes("tick")]
 
 
-def test_a_stop_in_mid_batch_loses_and_doubles_nothing(
-    make_fleet: Callable[..., Fleet], postgres_url: str
-) -> None:
+@pytest.mark.fleet(store="postgresql", CELERY_SINGLETON_HEARTBEAT_INTERVAL=4)
+def test_a_stop_in_mid_batch_loses_and_doubles_nothing(make_fleet: Callable[..., Fleet]) -> None:
     """300 entries are due at once, again and again; the leader is told to stop while it sends."""
     schedule = {
         f"e{number}": {"task": "plain", "schedule": 1.0, "catch_up": "all"} for number in range(300)
     }
-    fleet = make_fleet(postgres_url, TEST_SCHEDULE=json.dumps(schedule))
-    one = fleet.start_beat(APP)
+    fleet = make_fleet(TEST_SCHEDULE=json.dumps(schedule))
+    one = fleet.start_beat()
     one.wait_leads()
-    other = fleet.start_beat(APP)
+    other = fleet.start_beat()
     other.wait_stands_by()
     wait_until(lambda: senders_of_any(one) > 400, "it sends")
     os.kill(one.process.pid, signal.SIGTERM)
@@ -226,7 +214,7 @@ def test_a_stop_in_mid_batch_loses_and_doubles_nothing(
     other.wait_leads()
     wait_until(lambda: senders_of_any(other) > 700, "the other one sends")
     other.stop()
-    fleet.start("-P", "threads", "-c", "2", app=APP)
+    fleet.start("-P", "threads", "-c", "2")
     sent = senders_of_any(one) + senders_of_any(other)
     # Each can have been told to stop between saying so and sending.
     notes = fleet.wait_for_notes("tick", sent - 2)
@@ -256,22 +244,22 @@ MINUTES = {
 }
 
 
-def test_after_a_pause_of_an_hour(make_fleet: Callable[..., Fleet], tmp_path: Path) -> None:
+@pytest.mark.fleet(CELERY_SINGLETON_HEARTBEAT_INTERVAL=4)
+def test_after_a_pause_of_an_hour(make_fleet: Callable[..., Fleet], store_url: str) -> None:
     """Everything stands still for an hour: what the store has is made an hour older. Then a beat
     leads, and what is sent is what each entry asks for, in order.
     """
-    store_url = f"sqlite:///{tmp_path}/store.db"
     schedule = {
         name: {"task": "plain", "schedule": 60.0, **rules} for name, rules in MINUTES.items()
     }
-    fleet = make_fleet(store_url, TEST_SCHEDULE=json.dumps(schedule))
-    before = fleet.start_beat(APP)
+    fleet = make_fleet(TEST_SCHEDULE=json.dumps(schedule))
+    before = fleet.start_beat()
     before.wait_for("6 entries, 6 of them new")
     before.stop()
     first = move_back(store_url, timedelta(hours=1))
-    after = fleet.start_beat(APP)
+    after = fleet.start_beat()
     after.wait_for("beat leads")
-    fleet.start("-P", "solo", app=APP)
+    fleet.start("-P", "solo")
     began = led_since(store_url)
     sent: dict[str, list[datetime]] = {}
 

@@ -13,11 +13,6 @@ from tests.helpers.fleet import Fleet, outcome
 
 
 @pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], tmp_path: Any) -> Fleet:
-    return make_fleet(f"sqlite:///{tmp_path}/store.db")
-
-
-@pytest.fixture
 def app(fleet: Fleet, client: Callable[[], Celery]) -> Celery:
     fleet.start("-c", "3")
     return client()
@@ -91,7 +86,7 @@ def test_errors_come_back_as_themselves(
     pool: str,
 ) -> None:
     """celery-singleton #55: an error that does not unpickle kills the worker."""
-    fleet = make_fleet(f"sqlite:///{tmp_path}/store.db", TEST_SERIALIZER=serializer)
+    fleet = make_fleet(TEST_SERIALIZER=serializer)
     app = client()
     fleet.start("-P", pool, "-c", "1")
     for reason in SingletonErrorReason:

@@ -12,10 +12,7 @@ from tests.helpers.fleet import Fleet, Program, outcome
 
 APP = "tests.apps.seen_app"
 
-
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], postgres_url: str) -> Fleet:
-    return make_fleet(postgres_url)
+pytestmark = pytest.mark.fleet(store="postgresql", app=APP)
 
 
 @pytest.fixture
@@ -30,7 +27,7 @@ def dump(fleet: Fleet) -> Iterator[Program]:
 def test_celery_events_shows_them(
     fleet: Fleet, client: Callable[[], Celery], dump: Program
 ) -> None:
-    fleet.start("-P", "solo", "-E", app=APP)
+    fleet.start("-P", "solo", "-E")
     dump.wait_for("heartbeat")
     outcome(client().send_task("counted", ("a",)))
     dump.wait_for("singleton released")

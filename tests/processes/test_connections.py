@@ -14,6 +14,7 @@ from celery import Celery
 
 from tests.helpers.fleet import ROOT, Fleet, outcome
 from tests.helpers.waiting import wait_until
+from tests.helpers.worker_rows import connections
 
 PAGE = (ROOT / "docs" / "databases.md").read_text()
 BODIES = 2
@@ -34,14 +35,6 @@ def server(server_url: str) -> Iterator[psycopg.Connection[Any]]:
     dsn = server_url.replace("+psycopg", "")
     with psycopg.connect(dsn, autocommit=True) as connection:
         yield connection
-
-
-def connections(server: psycopg.Connection[Any]) -> int:
-    found = server.execute(
-        "SELECT count(*) FROM pg_stat_activity"
-        " WHERE application_name = 'celery-singleton-state' AND datname = current_database()"
-    )
-    return int((found.fetchone() or (0,))[0])
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,6 @@ from tests.helpers.fleet import Fleet, outcome
 from tests.helpers.waiting import wait_until
 
 
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], tmp_path: Any) -> Fleet:
-    return make_fleet(f"sqlite:///{tmp_path}/store.db")
-
-
 def free_row(app: Celery, name: str, runs: int) -> Row:
     """The row after so many runs, when nobody holds its lease."""
 

@@ -14,10 +14,7 @@ from tests.helpers.fleet import Fleet, outcome
 
 APP = "tests.apps.flask_app"
 
-
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], store_url: str) -> Fleet:
-    return make_fleet(store_url)
+pytestmark = pytest.mark.fleet(app=APP)
 
 
 def test_flasks_task_class_and_pages_that_replace_themselves(
@@ -25,8 +22,8 @@ def test_flasks_task_class_and_pages_that_replace_themselves(
 ) -> None:
     """Three bodies ran at once, without a row; four pages each saw n=0."""
     app, go = client(), tmp_path / "go"
-    fleet.start("-c", "4", app=APP)
-    fleet.start("-P", "solo", app=APP)
+    fleet.start("-c", "4")
+    fleet.start("-P", "solo")
     names = ("flask_before", "flask_behind", "of_the_app")
     held = {name: app.send_task(name, (str(go),)) for name in names}
     fleet.wait_for_notes("enter", len(names))

@@ -16,10 +16,7 @@ from celery import Celery
 from celery_singleton_state import LeaderHandoffFailed
 from tests.helpers.fleet import Fleet, outcome
 
-
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], postgres_url: str, lease_url: str) -> Fleet:
-    return make_fleet(postgres_url, CELERY_SINGLETON_LEASE_URL=lease_url)
+pytestmark = pytest.mark.fleet(store="postgresql", leases="lease_url")
 
 
 def test_one_runs_and_the_other_is_refused(

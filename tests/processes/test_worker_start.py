@@ -10,16 +10,8 @@ import pytest
 from celery import Celery
 
 from tests.helpers import commands
-from tests.helpers.fleet import Fleet, outcome
+from tests.helpers.fleet import Fleet, outcome, refused
 from tests.helpers.servers import Valkey
-
-
-def refused(fleet: Fleet, *options: str) -> str:
-    """The output of a worker that does not start."""
-    worker = fleet.start(*options, ready=False)
-    worker.process.wait(timeout=30)
-    assert worker.process.returncode != 0
-    return worker.output
 
 
 def test_with_nothing_configured_but_a_broker(

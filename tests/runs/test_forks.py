@@ -12,8 +12,8 @@ from sqlalchemy import text
 
 from celery_singleton_state.history import decode
 from celery_singleton_state.migrations.open_store import open_store
-from tests.conftest import url_on
 from tests.helpers.fleet import ROOT
+from tests.helpers.stores import url_on
 
 #: What the child notes of each way.
 WAYS = {

@@ -13,8 +13,8 @@ from celery_singleton_state import HeartbeatFailed
 from celery_singleton_state.history import decode
 from celery_singleton_state.run import interrupt
 from celery_singleton_state.runtime import runtime_of
+from tests.helpers.runs import row, task_of
 from tests.helpers.waiting import wait_until
-from tests.runs.test_run import row, task_of
 
 
 @pytest.fixture(autouse=True)

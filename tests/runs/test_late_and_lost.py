@@ -33,8 +33,8 @@ from celery_singleton_state.run.run import current_run
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import StoreError, StoreMisconfigured, StoreUnavailable
 from tests.helpers.messages import deliver, received, use_own_queue
+from tests.helpers.runs import idle, make_table, row, task_of, write, written
 from tests.helpers.waiting import wait_until
-from tests.runs.test_run import idle, make_table, row, task_of, write, written
 
 NO_ARGUMENTS = Content("application/json", "utf-8", "[[], {}, {}]")
 

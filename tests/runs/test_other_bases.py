@@ -18,8 +18,8 @@ from celery_singleton_state import LeaderHandoffFailed, SingletonTask, StateLoad
 from celery_singleton_state.headers import WAITED
 from celery_singleton_state.runtime import runtime_of
 from tests.helpers.messages import deliver, deliver_all, received, use_own_queue
+from tests.helpers.runs import Counter, row
 from tests.helpers.waiting import wait_until
-from tests.runs.test_run import Counter, row
 
 #: How many contexts the calling code is in, and how many were ever opened.
 depth: ContextVar[int] = ContextVar("depth", default=0)

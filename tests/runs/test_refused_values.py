@@ -21,11 +21,11 @@ from celery_singleton_state.history import decode
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Row, StoreUnavailable
 from celery_singleton_state.ticks import task_id_of
-from tests.conftest import _apps, url_on
+from tests.helpers.beats import EVERY_MINUTE, Beats, due_now, stored
+from tests.helpers.refused_values import LARGEST, ODD, with_small_packets
+from tests.helpers.stores import apps_on, url_on
+from tests.helpers.tables import execute
 from tests.helpers.waiting import wait_until
-from tests.migrations.test_upgrade import execute
-from tests.runs.beat.test_beat import EVERY_MINUTE, Beats, due_now, stored
-from tests.stores.test_refused_values import LARGEST, ODD, with_small_packets
 
 POLISH = "Łódź"
 
@@ -38,14 +38,14 @@ class Place:
 
 @pytest.fixture
 def latin1_app(latin1_url: str) -> Iterator[Celery]:
-    for make in _apps(latin1_url):
+    for make in apps_on(latin1_url):
         yield make()
 
 
 @pytest.fixture(params=["latin1", "mariadb"])
 def refusing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Celery, str]]:
     """An app, and a text that its store cannot hold in a state."""
-    for make in _apps(url_on(request.param, request, tmp_path)):
+    for make in apps_on(url_on(request.param, request, tmp_path)):
         app = make()
         runtime_of(app).store.check()
         if request.param == "latin1":
@@ -188,7 +188,7 @@ def test_a_message_of_any_id_runs_once(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     ran: list[str] = []
-    for make in _apps(url_on(name, request, tmp_path)):
+    for make in apps_on(url_on(name, request, tmp_path)):
         task = task_of(make(), noting(ran), deduplicate=True)
         message = {"task_id": ODD, "headers": {"singleton_sent": ODD}}
         for _ in range(2):
@@ -203,7 +203,7 @@ def test_arguments_of_any_text_make_a_key(
 ) -> None:
     ran: list[str] = []
     odd = ("a\0b", "a\\x00b", "a\udc80b", "a\\udc80b")
-    for make in _apps(url_on(name, request, tmp_path)):
+    for make in apps_on(url_on(name, request, tmp_path)):
         app = make()
         task = task_of(app, noting(ran), unique_on=["name"])
         for text in odd:
@@ -257,7 +257,7 @@ def test_a_trigger_that_stops_writes_for_a_while_is_an_outage(
         if len(ran) == 1:
             execute(url, *MAINTENANCE[name])
 
-    for make in _apps(url):
+    for make in apps_on(url):
         app = make(singleton_heartbeat_interval=0.1)
         task = task_of(app, body, lease_ttl=60.0)
         result = task.apply()
@@ -305,7 +305,7 @@ def test_a_beat_of_any_name_leads(
 
 def test_a_key_prefix_that_the_database_cannot_hold_is_said_at_start(latin1_url: str) -> None:
     told = r"no key can begin with \\u0141\\xf3d\\u017a:.*LATIN1.*set singleton_key_prefix"
-    for make in _apps(latin1_url):
+    for make in apps_on(latin1_url):
         app = make(singleton_key_prefix=f"{POLISH}:")
         task_of(app, noting([]))
         app.finalize()

@@ -19,57 +19,14 @@ from celery_singleton_state import (
     LeaderHandoffFailed,
     SchemaDecodeFailed,
     SingletonTask,
-    singleton_task,
 )
 from celery_singleton_state.history import decode
 from celery_singleton_state.lease.heartbeat import Heartbeat
 from celery_singleton_state.runtime import runtime_of
-from celery_singleton_state.store.base import Ended, NewValue, Row, Write
+from celery_singleton_state.store.base import NewValue, Write
 from tests.helpers.fences import are_growing
+from tests.helpers.runs import Counter, idle, make_table, row, task_of, write, written
 from tests.helpers.waiting import wait_until
-
-
-@dataclass
-class Counter:
-    n: int = 0
-
-
-def idle(self: Any) -> None:
-    """A body that does nothing."""
-
-
-def task_of(app: Celery, body: Callable[..., Any], **options: Any) -> Any:
-    options = {"state_schema": Counter, "name": "count", "shared": False} | options
-    return singleton_task(app, **options)(body)
-
-
-def row(app: Celery, name: str = "count") -> Row:
-    found = runtime_of(app).store.peek(f"singleton-state:{name}")
-    assert found is not None
-    return found
-
-
-def write(app: Celery, value: str, version: int | None = None, name: str = "count") -> None:
-    """Put a value into the singleton's row by hand."""
-    store = runtime_of(app).store
-    acquired = store.acquire(f"singleton-state:{name}", "by hand", 60, None)
-    assert acquired is not None
-    store.release(
-        acquired.lease, Ended("succeeded", "[]"), Write(1, 0, NewValue(value, version or 1))
-    )
-
-
-def make_table(app: Celery) -> None:
-    """One of the user's, for numbers."""
-    with runtime_of(app).sql.engine.connect() as connection:
-        connection.exec_driver_sql("CREATE TABLE written (n integer)")
-
-
-def written(app: Celery) -> list[int]:
-    """The numbers in the user's table."""
-    with runtime_of(app).sql.engine.connect() as connection:
-        found = connection.exec_driver_sql("SELECT n FROM written ORDER BY n").all()
-    return [n for (n,) in found]
 
 
 def test_each_run_starts_where_the_last_one_stopped(app: Celery) -> None:

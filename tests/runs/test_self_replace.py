@@ -14,7 +14,7 @@ from celery_singleton_state.history import decode
 from celery_singleton_state.message import duplicates
 from celery_singleton_state.store.base import StoreUnavailable
 from tests.helpers.messages import deliver, deliver_all, received, use_own_queue
-from tests.runs.test_run import Counter, row, task_of
+from tests.helpers.runs import Counter, row, task_of
 
 
 @pytest.fixture

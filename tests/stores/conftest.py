@@ -10,7 +10,7 @@ import pytest
 from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Leases
 from celery_singleton_state.store.redis.store import RedisStore
-from tests.conftest import STORES_AND_POOLED, url_on
+from tests.helpers.stores import STORES_AND_POOLED, url_on
 
 
 @pytest.fixture(params=STORES_AND_POOLED)

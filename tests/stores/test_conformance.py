@@ -21,58 +21,36 @@ from celery_singleton_state.store.base import (
     NewValue,
     Queued,
     Released,
-    Row,
     Saved,
     SeenTicks,
     Write,
 )
 from celery_singleton_state.store.sql.store import SqlStore
-from tests.conftest import url_on
+from tests.helpers.rows import (
+    BRIEF,
+    DONE,
+    FREED,
+    HELD_ON,
+    LONG,
+    NEW,
+    NEWER,
+    ROUNDING,
+    WAITING,
+    acquire,
+    let_run_out,
+    peek,
+)
+from tests.helpers.stores import url_on
 from tests.helpers.waiting import wait_until
 from tests.helpers.writes import write
 
-LONG = 60.0
-BRIEF = 0.2
 HOLD = 0.3
-#: Clocks are floating-point seconds here.
-ROUNDING = 0.01
-NEW, NEWER = NewValue('{"n":1}', 1), NewValue('{"n":2}', 1)
-DONE = Ended("succeeded", "[]")
-HELD_ON = Ended("succeeded", "[]", hold=LONG)
-FREED = Released(wanted=None)
-#: How many statements wait for a lock.
-WAITING = {
-    "postgresql": "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'",
-    "mysql": "SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'",
-}
-
-
-def acquire(store: Leases, holder: str = "a", ttl: float = LONG, key: str = "k") -> Acquired:
-    acquired = store.acquire(key, holder, ttl, f"task-{holder}")
-    assert acquired is not None
-    return acquired
-
-
-def peek(store: Leases, key: str = "k") -> Row:
-    row = store.peek(key)
-    assert row is not None
-    return row
 
 
 def expires_at(store: Leases, key: str = "k") -> float:
     row = peek(store, key)
     assert row.expires_in is not None
     return row.read_at + row.expires_in
-
-
-def let_run_out(store: Leases, key: str = "k") -> None:
-    """Wait until the store's own clock says that the lease ran out."""
-
-    def ran_out() -> bool:
-        row = peek(store, key)
-        return row.expires_in is not None and not row.held
-
-    wait_until(ran_out, "the lease runs out")
 
 
 def test_first_acquisition_makes_the_row(store: SqlStore) -> None:

@@ -15,10 +15,10 @@ from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.store.base import Lease, StoreUnavailable
 from celery_singleton_state.store.sql.store import SqlStore
-from tests.conftest import url_on
+from tests.helpers.rows import BRIEF, DONE, LONG, ROUNDING, acquire, let_run_out, peek
 from tests.helpers.servers import Postgres
+from tests.helpers.stores import url_on
 from tests.helpers.waiting import wait_until
-from tests.stores.test_conformance import BRIEF, DONE, LONG, ROUNDING, acquire, let_run_out, peek
 
 LEADER = "beat:shop"
 ENTRIES = "beat:shop:"

@@ -33,7 +33,7 @@ from celery_singleton_state.store.base import (
     Write,
 )
 from celery_singleton_state.store.sql.store import SqlStore
-from tests.conftest import url_on
+from tests.helpers.stores import url_on
 from tests.helpers.waiting import wait_until
 
 LONG, FIRST, BRIEF = 600.0, 8.0, 0.2

@@ -27,8 +27,8 @@ from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.runtime import close_runtime, runtime_of
 from celery_singleton_state.store.base import Row
 from celery_singleton_state.store.sql.store import SqlTransaction
-from tests.conftest import url_on
 from tests.helpers.servers import Proxy
+from tests.helpers.stores import url_on
 from tests.helpers.waiting import wait_until
 from tests.storm.fleet import port_of, through
 

@@ -14,18 +14,9 @@ import pytest
 from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Ended, NewValue
 from celery_singleton_state.store.sql.store import SqlStore, open_transaction
+from tests.helpers.rows import BRIEF, DONE, HELD_ON, LONG, WAITING, acquire, let_run_out, peek
 from tests.helpers.waiting import wait_until
 from tests.helpers.writes import enqueue, write
-from tests.stores.test_conformance import (
-    BRIEF,
-    DONE,
-    HELD_ON,
-    LONG,
-    WAITING,
-    acquire,
-    let_run_out,
-    peek,
-)
 
 DAY = 86_400.0
 NEW = NewValue('{"n":1}', 1)

@@ -24,9 +24,8 @@ from celery_singleton_state.store.base import (
     StoreUnavailable,
 )
 from celery_singleton_state.store.redis.store import INDEX, PAGE, RedisStore
-from tests.conftest import running
 from tests.helpers.sentinel import NAME, Replica, Sentinel
-from tests.helpers.servers import Proxy, Valkey, free_port
+from tests.helpers.servers import Proxy, Valkey, free_port, running
 from tests.helpers.waiting import wait_until
 from tests.storm.fleet import through
 

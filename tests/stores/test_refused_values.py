@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,15 @@ from celery_singleton_state.store.base import (
 )
 from celery_singleton_state.store.redis.store import RedisStore
 from celery_singleton_state.store.sql.store import SqlStore
-from tests.conftest import url_on
 from tests.helpers.all_verbs import use_all, use_all_values
-from tests.helpers.mariadb import MariaDB
+from tests.helpers.refused_values import LARGEST, ODD, PACKET, with_small_packets
+from tests.helpers.rows import DONE, NEW, acquire, peek
 from tests.helpers.servers import Valkey
+from tests.helpers.stores import url_on
+from tests.helpers.tables import execute
 from tests.helpers.writes import enqueue, write
-from tests.migrations.test_upgrade import execute
-from tests.stores.test_conformance import DONE, NEW, acquire, peek
 
-#: No task would be called so; but an id is its sender's to choose.
-ODD = "a\0b\udc80 Łódź\\x00 \U0001f389"
 POLISH = NewValue('{"city":"Łódź"}', 1)
-LARGEST = 2**63 - 1
-PACKET = 1 << 17
 
 
 def with_small_sqlite(url: str) -> SqlStore:
@@ -51,19 +46,6 @@ def with_small_sqlite(url: str) -> SqlStore:
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000)
 
     return store
-
-
-@contextmanager
-def with_small_packets(mariadb: MariaDB) -> Iterator[None]:
-    def set_to(size: int) -> None:
-        with mariadb.connect() as connection, connection.cursor() as cursor:
-            cursor.execute(f"SET GLOBAL max_allowed_packet = {size}")
-
-    set_to(PACKET)
-    try:
-        yield
-    finally:
-        set_to(1 << 26)
 
 
 def of_size(size: int) -> NewValue:

@@ -11,9 +11,7 @@ import pytest
 
 from celery_singleton_state.store.base import Ended, Lease, Leases, NewValue, Queued, Released, Row
 from celery_singleton_state.store.sql.store import SqlStore
-from tests.helpers.waiting import wait_until
-from tests.helpers.writes import enqueue, write
-from tests.stores.test_conformance import (
+from tests.helpers.rows import (
     BRIEF,
     DONE,
     FREED,
@@ -24,6 +22,8 @@ from tests.stores.test_conformance import (
     let_run_out,
     peek,
 )
+from tests.helpers.waiting import wait_until
+from tests.helpers.writes import enqueue, write
 
 NEW = NewValue('{"n":1}', 1)
 

@@ -22,7 +22,7 @@ from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.runtime import close_runtime, runtime_of
 from celery_singleton_state.store.base import TAKEN_OVER, Ended, Lease
-from tests.conftest import url_on
+from tests.helpers.stores import url_on
 from tests.helpers.waiting import wait_until
 
 FORK = multiprocessing.get_context("fork")

@@ -5,17 +5,7 @@ import pytest
 
 from celery_singleton_state import history
 from celery_singleton_state.history import Entry
-
-
-def entry(
-    fence: int,
-    task_id: str = "t",
-    generation: int = 0,
-    outcome: str = "succeeded",
-    final: bool = False,
-) -> Entry:
-    holder = f"node:1:{fence}"
-    return Entry(task_id, generation, holder, fence, None, outcome, None, 1.5, 2.5, final)
+from tests.helpers.history import entry
 
 
 def test_entries_come_back_as_they_were() -> None:

@@ -25,22 +25,12 @@ from tests.helpers.waiting import wait_until
 #: Seconds after which the broker takes a message that is not acknowledged for lost.
 VISIBILITY_TIMEOUT = 2.0
 
-
-@pytest.fixture(params=["valkey", *QUORUM])
-def fleet(
-    request: pytest.FixtureRequest,
-    make_fleet: Callable[..., Fleet],
-    on_rabbitmq: Callable[[str], dict[str, str]],
-    tmp_path: Path,
-) -> Fleet:
-    """Leases beat twice a second, so that a holder hears soon what it is asked."""
-    broker = {} if request.param == "valkey" else on_rabbitmq(request.param)
-    return make_fleet(
-        f"sqlite:///{tmp_path}/store.db",
-        CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.5",
-        TEST_VISIBILITY_TIMEOUT=VISIBILITY_TIMEOUT,
-        **broker,
-    )
+# Leases beat twice a second, so that a holder hears soon what it is asked.
+pytestmark = pytest.mark.fleet(
+    broker=("valkey", *QUORUM),
+    CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.5",
+    TEST_VISIBILITY_TIMEOUT=VISIBILITY_TIMEOUT,
+)
 
 
 @pytest.fixture
@@ -125,7 +115,7 @@ def is_stopped_with(worker: Worker, app: Celery, task_id: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("fleet", ["valkey"], indirect=True)
+@pytest.mark.fleet(broker="valkey")
 def test_who_waits_dies(fleet: Fleet, client: Callable[[], Celery], go: Path) -> None:
     """Its worker is killed; the broker gives its message to another one, in its own time: Redis
     looks for such messages when a worker starts, and then rarely.
@@ -229,6 +219,7 @@ def test_many_wishes_are_one_run_with_the_newest_arguments(
 
 
 @pytest.mark.parametrize("serializer", ["json", "pickle"])
+@pytest.mark.fleet(broker="valkey")
 def test_the_run_after_many_coalesced_messages_has_the_arguments_that_the_newest_was_sent_with(
     make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
@@ -237,7 +228,7 @@ def test_the_run_after_many_coalesced_messages_has_the_arguments_that_the_newest
     serializer: str,
 ) -> None:
     """Of the same types, and with the tenant's, which a base class takes off."""
-    fleet = make_fleet(f"sqlite:///{tmp_path}/store.db", TEST_SERIALIZER=serializer)
+    fleet = make_fleet(TEST_SERIALIZER=serializer)
     values: list[Any] = [datetime(2026, 11, 27, tzinfo=UTC), Decimal("0.10"), UUID(int=7)]
     if serializer == "pickle":
         values.append({1, 2})

@@ -10,8 +10,8 @@ import pytest
 from celery import Celery
 
 from celery_singleton_state.runtime import runtime_of
-from tests.conftest import STORES_AND_POOLED, url_on
 from tests.helpers.fleet import Fleet, outcome
+from tests.helpers.stores import STORES_AND_POOLED, url_on
 from tests.helpers.waiting import wait_until
 
 PROCESSES = 8

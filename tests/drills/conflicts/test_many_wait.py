@@ -14,20 +14,13 @@ from celery import Celery
 
 from celery_singleton_state import LeaderHandoffFailed
 from tests.helpers.fleet import Fleet, outcome
-from tests.helpers.rabbitmq import RabbitMQ
 from tests.helpers.waiting import wait_until
 
 WAITING = int(os.environ.get("TEST_WAITING", "300"))
-APP = "tests.apps.many_app"
 
-
-@pytest.fixture(params=["valkey", "rabbitmq"])
-def broker(request: pytest.FixtureRequest) -> str:
-    if request.param == "rabbitmq":
-        rabbitmq: RabbitMQ = request.getfixturevalue("rabbitmq")
-        return rabbitmq.url_at(rabbitmq.port)
-    url: str = request.getfixturevalue("broker_url")
-    return url
+pytestmark = pytest.mark.fleet(
+    store="postgresql", broker=("valkey", "classic"), app="tests.apps.many_app"
+)
 
 
 @pytest.fixture
@@ -36,24 +29,12 @@ def queue(tmp_path: Path) -> str:
     return tmp_path.name
 
 
-@pytest.fixture
-def make_busy_fleet(
-    make_fleet: Callable[..., Fleet], postgres_url: str, broker: str, queue: str
-) -> Callable[[float], Fleet]:
-    """Makes a fleet of two processes, and a third one for the holder."""
-
-    def make(timeout: float) -> Fleet:
-        fleet = make_fleet(
-            postgres_url,
-            CELERY_BROKER_URL=broker,
-            TEST_QUEUE=queue,
-            TEST_CONFLICT_TIMEOUT=str(timeout),
-        )
-        fleet.start("-c", "1", "-Q", f"{queue}-holder", name="holder", app=APP)
-        fleet.start("-c", "2", app=APP)
-        return fleet
-
-    return make
+def start(make_fleet: Callable[..., Fleet], queue: str, timeout: float) -> Fleet:
+    """A fleet of two processes, and a third one for the holder."""
+    fleet = make_fleet(TEST_QUEUE=queue, TEST_CONFLICT_TIMEOUT=timeout)
+    fleet.start("-c", "1", "-Q", f"{queue}-holder", name="holder")
+    fleet.start("-c", "2")
+    return fleet
 
 
 def messages_in(app: Celery, queue: str) -> int:
@@ -66,13 +47,13 @@ def messages_in(app: Celery, queue: str) -> int:
 
 
 def test_plain_tasks_go_on_and_the_next_in_line_is_served_soon(
-    make_busy_fleet: Callable[[float], Fleet],
+    make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     queue: str,
     tmp_path: Path,
 ) -> None:
     """They were all behind those that wait: each of these came again every four seconds at most."""
-    fleet = make_busy_fleet(600)
+    fleet = start(make_fleet, queue, 600)
     app, go = client(), tmp_path / "go"
     app.send_task("patient", (0, str(go)), queue=f"{queue}-holder")
     fleet.wait_for_notes("holds")
@@ -98,13 +79,13 @@ def test_plain_tasks_go_on_and_the_next_in_line_is_served_soon(
 
 
 def test_those_that_wait_for_too_long_fail_in_time(
-    make_busy_fleet: Callable[[float], Fleet],
+    make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     queue: str,
     tmp_path: Path,
 ) -> None:
     """However many there are: each tries for the last time when its time is over."""
-    fleet = make_busy_fleet(3)
+    fleet = start(make_fleet, queue, 3)
     app, go = client(), tmp_path / "go"
     app.send_task("patient", (0, str(go)), queue=f"{queue}-holder")
     fleet.wait_for_notes("holds")

@@ -13,10 +13,9 @@ import redis
 from celery import Celery
 
 from celery_singleton_state import HeartbeatFailed
-from tests.conftest import running
 from tests.helpers.fleet import Fleet, outcome
 from tests.helpers.sentinel import Replica, Sentinel
-from tests.helpers.servers import Proxy, Valkey
+from tests.helpers.servers import Proxy, Valkey, running
 from tests.helpers.waiting import wait_until
 
 

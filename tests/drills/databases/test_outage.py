@@ -14,17 +14,14 @@ from tests.helpers.queues import QUORUM
 from tests.helpers.servers import Postgres
 from tests.helpers.waiting import wait_until
 
+pytestmark = pytest.mark.fleet(
+    store="shop_url", broker=("valkey", *QUORUM), CELERY_SINGLETON_HEARTBEAT_INTERVAL="2"
+)
 
-@pytest.fixture(params=["valkey", *QUORUM])
-def fleet(
-    request: pytest.FixtureRequest,
-    make_fleet: Callable[..., Fleet],
-    on_rabbitmq: Callable[[str], dict[str, str]],
-    own_postgres: Postgres,
-) -> Fleet:
-    url = own_postgres.create_database("shop")
-    broker = {} if request.param == "valkey" else on_rabbitmq(request.param)
-    return make_fleet(url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="2", **broker)
+
+@pytest.fixture
+def shop_url(own_postgres: Postgres) -> str:
+    return own_postgres.create_database("shop")
 
 
 def test_stopped_before_the_run(

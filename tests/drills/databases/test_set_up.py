@@ -10,12 +10,11 @@ from celery import Celery
 from celery_singleton_state import SchemaDecodeFailed
 from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.runtime import runtime_of
-from tests.helpers.fleet import Fleet, outcome
+from tests.helpers.fleet import Fleet, outcome, refused
 from tests.helpers.roles import of
 from tests.helpers.servers import Postgres
+from tests.helpers.tables import execute
 from tests.helpers.waiting import wait_until
-from tests.migrations.test_upgrade import execute
-from tests.processes.test_worker_start import refused
 
 ROLE = "drill_worker"
 

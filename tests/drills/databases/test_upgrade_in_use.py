@@ -17,8 +17,8 @@ from celery_singleton_state import KeyValueStore
 from celery_singleton_state.migrations.open_store import open_store
 from tests.helpers.all_verbs import use_all
 from tests.helpers.fleet import Fleet
+from tests.helpers.tables import ALL_COLUMNS, columns_and_indexes, execute, given_table
 from tests.helpers.waiting import wait_until
-from tests.migrations.test_upgrade import ALL_COLUMNS, columns_and_indexes, execute, given_table
 
 ROWS = 1_000_000
 #: Of these, counters that are changed all the while.

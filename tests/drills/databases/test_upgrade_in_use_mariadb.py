@@ -17,8 +17,8 @@ from celery_singleton_state.migrations.open_store import open_store
 from tests.helpers.all_verbs import use_all
 from tests.helpers.fleet import Fleet
 from tests.helpers.mariadb import MariaDB
+from tests.helpers.tables import ALL_COLUMNS, columns_and_indexes, execute
 from tests.helpers.waiting import wait_until
-from tests.migrations.test_upgrade import ALL_COLUMNS, columns_and_indexes, execute
 
 ROWS = 1_000_000
 MAKE = """

@@ -16,13 +16,14 @@ import yaml
 
 from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Ended
-from tests.helpers.fleet import Fleet, Program
+from tests.helpers.fleet import Fleet, Program, has_ping
 from tests.helpers.servers import free_port
 from tests.helpers.waiting import wait_until
-from tests.processes.test_beat import has_ping
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "kubernetes" / "celery.yml"
 PORT = "9809"
+
+pytestmark = pytest.mark.fleet(store="postgresql")
 
 
 class Container:
@@ -63,11 +64,6 @@ class Container:
             if isinstance(error, urllib.error.HTTPError):
                 error.close()
             return False
-
-
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], postgres_url: str) -> Fleet:
-    return make_fleet(postgres_url)
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ PATHS = ("/health", "/metrics", "/")
 #: Of what 300 clients send, each kind as often as the others. The last ones go on, byte by byte.
 HALVES = (b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nX: ")
 
+pytestmark = pytest.mark.fleet(store="postgresql", app=APP)
+
 
 @pytest.fixture
 def clients() -> Iterator[Callable[[Exporter], list[socket.socket]]]:
@@ -81,7 +83,7 @@ def test_300_half_sent_requests_hold_nothing_for_good(
     """Others are answered meanwhile. Then the threads and descriptors are as many as before, though
     a third of the clients goes on sending.
     """
-    exporter = make_fleet(postgres_url).start_exporter(APP)
+    exporter = make_fleet().start_exporter()
     assert [exporter.get(path)[0] for path in PATHS] == [200] * 3
     process = psutil.Process(exporter.process.pid)
     threads, descriptors = process.num_threads(), process.num_fds()
@@ -103,7 +105,7 @@ def test_300_scrapes_of_a_store_that_hangs(
     """They share their looks at it: one after the other would take the better part of an hour.
     Requests beyond the limit are refused at once.
     """
-    exporter = make_fleet(own_postgres.create_database("shop")).start_exporter(APP)
+    exporter = make_fleet(own_postgres.create_database("shop")).start_exporter()
     process = psutil.Process(exporter.process.pid)
     assert exporter.get("/metrics")[0] == 200
     threads = process.num_threads()
@@ -126,7 +128,7 @@ def test_60_scrapes_of_a_large_exposition(
     memory is that of few expositions, each probe of health is answered within its 10 seconds, and a
     signal ends the exporter though they ask.
     """
-    exporter = make_fleet(postgres_url).start_exporter(APP, "--per-key")
+    exporter = make_fleet().start_exporter("--per-key")
     app = client()
     app.conf.singleton_store_url = postgres_url
     runtime = runtime_of(app)
@@ -188,7 +190,7 @@ def test_a_signal_ends_it_while_requests_hang(
     clients: Callable[[Exporter], list[socket.socket]],
     number: signal.Signals,
 ) -> None:
-    exporter = make_fleet(own_postgres.create_database("shop")).start_exporter(APP)
+    exporter = make_fleet(own_postgres.create_database("shop")).start_exporter()
     address = ("127.0.0.1", int(exporter.url.rsplit(":", 1)[1]))
     assert exporter.get("/")[0] == 200
     process = psutil.Process(exporter.process.pid)
@@ -210,7 +212,7 @@ def test_made_up_events_through_a_broker(
     make_fleet: Callable[..., Fleet], postgres_url: str, client: Callable[[], Celery]
 ) -> None:
     """They end neither the connection nor the counting, and make no series of their own."""
-    exporter = make_fleet(postgres_url).start_exporter(APP)
+    exporter = make_fleet().start_exporter()
     app = client()
     before = {name: len(series) for name, series in exporter.metrics().items()}
     good = {

@@ -19,10 +19,7 @@ from tests.helpers.waiting import wait_until
 
 APP = "tests.apps.seen_app"
 
-
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], postgres_url: str) -> Fleet:
-    return make_fleet(postgres_url)
+pytestmark = pytest.mark.fleet(store="postgresql", app=APP)
 
 
 @pytest.fixture
@@ -41,7 +38,7 @@ def test_flower_counts_tasks_as_if_they_were_not_there(
     fleet: Fleet, client: Callable[[], Celery], flower: int
 ) -> None:
     """It is sent ours as well, and neither makes tasks nor counts of them."""
-    fleet.start("-P", "solo", "-E", app=APP)
+    fleet.start("-P", "solo", "-E")
 
     def get(path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{flower}{path}", timeout=30) as answer:

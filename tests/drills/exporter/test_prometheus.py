@@ -15,11 +15,13 @@ from celery import Celery
 from celery_singleton_state.migrations.open_store import open_store
 from tests.helpers.fleet import Fleet, outcome
 from tests.helpers.prometheus import Prometheus, find
+from tests.helpers.script import work_through_the_script
 from tests.helpers.waiting import wait_until
-from tests.processes.exporter.test_exporter import work_through_the_script
 
 APP = "tests.apps.seen_app"
 EXAMPLE = Path(__file__).parents[3] / "examples" / "monitoring"
+
+pytestmark = pytest.mark.fleet(app=APP)
 
 
 @pytest.fixture
@@ -53,6 +55,7 @@ def expressions() -> list[str]:
     ]
 
 
+@pytest.mark.fleet(store="postgresql")
 def test_what_prometheus_has_is_what_happened(
     make_fleet: Callable[..., Fleet],
     postgres_url: str,
@@ -61,9 +64,9 @@ def test_what_prometheus_has_is_what_happened(
 ) -> None:
     """500 runs, through worker, broker and exporter; then all that the rules and dashboard ask."""
     find("prometheus")
-    fleet = make_fleet(postgres_url)
-    fleet.start("-c", "2", "-E", app=APP)
-    exporter = fleet.start_exporter(APP)
+    fleet = make_fleet()
+    fleet.start("-c", "2", "-E")
+    exporter = fleet.start_exporter()
     store = open_store(postgres_url, "kv_store", 5.0)
     prometheus = make_prometheus(exporter.url.removeprefix("http://"))
     wait_until(lambda: prometheus.query("singleton_state_errors_total"), "it has the zeros")
@@ -96,8 +99,8 @@ def test_the_dashboard_asks_for_metrics_that_there_are(
     make_fleet: Callable[..., Fleet], tmp_path: Path
 ) -> None:
     """Also where there is no Prometheus."""
-    fleet = make_fleet(f"sqlite:///{tmp_path}/store.db")
-    text = fleet.start_exporter(APP, "--per-key").get("/metrics")[1]
+    fleet = make_fleet()
+    text = fleet.start_exporter("--per-key").get("/metrics")[1]
     there = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
     # No beat has led yet.
     there |= {"singleton_beat_leading", "singleton_beat_fence"}

@@ -16,10 +16,7 @@ from tests.helpers.waiting import wait_until
 
 APP = "tests.apps.sent_once_app"
 
-
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Fleet:
-    return make_fleet(f"sqlite:///{tmp_path}/store.db")
+pytestmark = pytest.mark.fleet(app=APP)
 
 
 @pytest.fixture
@@ -60,7 +57,7 @@ def test_a_message_that_fails_before_its_delivery_keeps_nobody_out(
     fleet: Fleet, make_task: Callable[..., Any], how: str
 ) -> None:
     """``before_start`` raises, or its process is killed by the hard time limit."""
-    fleet.start("-c", "1", app=APP)
+    fleet.start("-c", "1")
     task = make_task("ends_early")
     first = task.delay(how)
     wait_until(lambda: not is_queued(task), "it is queued no more")
@@ -71,7 +68,7 @@ def test_a_message_that_a_worker_cannot_read_keeps_nobody_out(
     fleet: Fleet, make_task: Callable[..., Any]
 ) -> None:
     """The sender has another serializer than workers accept."""
-    fleet.start("-c", "1", app=APP)
+    fleet.start("-c", "1")
     task = make_task("ends_early")
     first = task.apply_async(("runs",), serializer="pickle")
     assert outcome(sent_after(task, first, "runs")) == "runs"
@@ -81,7 +78,7 @@ def test_a_message_for_a_task_that_no_worker_knows_keeps_nobody_out(
     fleet: Fleet, make_task: Callable[..., Any]
 ) -> None:
     """During a deployment. Nor is its failed result handed out."""
-    fleet.start("-c", "1", app=APP)
+    fleet.start("-c", "1")
     task = make_task("known_tomorrow")
     first = task.delay("a")
     outcome(first)
@@ -93,7 +90,7 @@ def test_a_change_during_a_run_is_not_lost(
 ) -> None:
     """Versions 1, 2, 3 are sent while 1 runs: only 1 ran. 2 is queued, and stands for 3."""
     go = tmp_path / "go"
-    fleet.start("-c", "2", app=APP)
+    fleet.start("-c", "2")
     task = make_task("versioned", on_conflict="wait")
     first = task.delay(1, str(go))
     fleet.wait_for_notes("version")

@@ -10,23 +10,11 @@ import pytest
 from celery import Celery
 
 from tests.helpers.fleet import Fleet, Worker
-from tests.helpers.queues import KIND
 from tests.helpers.waiting import wait_until
 
-
-@pytest.fixture(params=["valkey", "rabbitmq"])
-def fleet(
-    request: pytest.FixtureRequest,
-    make_fleet: Callable[..., Fleet],
-    on_rabbitmq: Callable[[str], dict[str, str]],
-    tmp_path: Path,
-) -> Fleet:
-    broker = {"TEST_QUEUE": tmp_path.name, KIND: "fanout"}
-    if request.param == "rabbitmq":
-        broker = on_rabbitmq("fanout")
-    return make_fleet(
-        f"sqlite:///{tmp_path}/store.db", CELERY_SINGLETON_HEARTBEAT_INTERVAL="60", **broker
-    )
+pytestmark = pytest.mark.fleet(
+    broker=("valkey", "fanout"), CELERY_SINGLETON_HEARTBEAT_INTERVAL="60", TEST_QUEUE_KIND="fanout"
+)
 
 
 @pytest.fixture

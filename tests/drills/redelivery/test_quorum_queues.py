@@ -14,28 +14,12 @@ from tests.helpers.queues import QUORUM
 from tests.helpers.rabbitmq import RabbitMQ
 from tests.helpers.waiting import wait_until
 
-pytestmark = pytest.mark.skipif(
-    celery.VERSION < (5, 5), reason="before Celery 5.5 nothing in RabbitMQ delays messages"
-)
-
-
-@pytest.fixture(params=QUORUM)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def fleet(
-    kind: str,
-    make_fleet: Callable[..., Fleet],
-    on_rabbitmq: Callable[[str], dict[str, str]],
-    tmp_path: Path,
-) -> Fleet:
-    return make_fleet(
-        f"sqlite:///{tmp_path}/store.db",
-        CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
-        **on_rabbitmq(kind),
-    )
+pytestmark = [
+    pytest.mark.skipif(
+        celery.VERSION < (5, 5), reason="before Celery 5.5 nothing in RabbitMQ delays messages"
+    ),
+    pytest.mark.fleet(broker=QUORUM, CELERY_SINGLETON_HEARTBEAT_INTERVAL="60"),
+]
 
 
 def test_a_retry_after_less_than_a_second_comes(fleet: Fleet, client: Callable[[], Celery]) -> None:
@@ -68,9 +52,8 @@ def test_messages_that_wait_keep_no_others_out(fleet: Fleet, client: Callable[[]
     assert outcome(app.send_task("plain_add", (1, 2))) == 3
 
 
-@pytest.mark.parametrize("kind", ["direct"])
+@pytest.mark.fleet(broker="direct")
 def test_a_message_waits_through_the_deaths_of_its_worker_and_of_rabbitmq(
-    kind: str,
     own_rabbitmq: RabbitMQ,
     make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
@@ -79,13 +62,7 @@ def test_a_message_waits_through_the_deaths_of_its_worker_and_of_rabbitmq(
     """A's run asks for a retry in 5 s; A is killed, then RabbitMQ, which is started again; B runs
     the retry.
     """
-    fleet = make_fleet(
-        f"sqlite:///{tmp_path}/store.db",
-        CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
-        CELERY_BROKER_URL=own_rabbitmq.url,
-        TEST_QUEUE=tmp_path.name,
-        TEST_QUEUE_KIND=kind,
-    )
+    fleet = make_fleet(CELERY_BROKER_URL=own_rabbitmq.url)
     app = client()
     killed = fleet.start("-c", "1", name="a")
     # RabbitMQ 3.10 can lose a quorum queue that is younger than half a second when it is killed.

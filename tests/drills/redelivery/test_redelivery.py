@@ -21,51 +21,17 @@ from tests.helpers.rabbitmq import RabbitMQ
 from tests.helpers.servers import Proxy
 from tests.helpers.waiting import wait_until
 
-
-@pytest.fixture(params=KINDS)
-def make_rabbit_fleet(
-    request: pytest.FixtureRequest, make_fleet: Callable[..., Fleet], tmp_path: Path
-) -> Callable[[str], Fleet]:
-    """Makes a fleet on RabbitMQ, in a queue of its own of each kind; its results are kept where
-    they were.
-    """
-
-    def make(url: str, **settings: str) -> Fleet:
-        return make_fleet(
-            f"sqlite:///{tmp_path}/store.db",
-            CELERY_BROKER_URL=url,
-            CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
-            TEST_QUEUE=tmp_path.name,
-            TEST_QUEUE_KIND=request.param,
-            TEST_WORKER_LOST_WAIT="0.1",
-            **settings,
-        )
-
-    return make
+pytestmark = pytest.mark.fleet(
+    broker=KINDS, CELERY_SINGLETON_HEARTBEAT_INTERVAL="60", TEST_WORKER_LOST_WAIT="0.1"
+)
+EACH_BROKER = pytest.mark.fleet(broker=("valkey", *KINDS), TEST_VISIBILITY_TIMEOUT="1")
 
 
-@pytest.fixture(params=["valkey", *KINDS])
-def fleet_on_each(
-    request: pytest.FixtureRequest,
-    make_fleet: Callable[..., Fleet],
-    on_rabbitmq: Callable[[str], dict[str, str]],
-    tmp_path: Path,
-) -> Fleet:
-    """The same fleet, once on each broker and kind of queue."""
-    broker = {} if request.param == "valkey" else on_rabbitmq(request.param)
-    return make_fleet(
-        f"sqlite:///{tmp_path}/store.db",
-        CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
-        TEST_VISIBILITY_TIMEOUT="1",
-        TEST_WORKER_LOST_WAIT="0.1",
-        **broker,
-    )
-
-
+@EACH_BROKER
 def test_the_same_message_published_twice_runs_once(
-    fleet_on_each: Fleet, client: Callable[[], Celery], tmp_path: Path
+    fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    fleet, app = fleet_on_each, client()
+    app = client()
     fleet.start("-c", "2")
     go = tmp_path / "go"
     results = [app.send_task("increment", (str(go),), task_id="the-same") for _ in range(2)]
@@ -82,12 +48,13 @@ def test_the_same_message_published_twice_runs_once(
     assert len(fleet.notes("enter")) == 1
 
 
+@EACH_BROKER
 @pytest.mark.skipif(celery.VERSION < (5, 7), reason="Celery bounds this from 5.7 on")
 def test_a_message_whose_runs_die_comes_again_and_not_for_ever(
-    fleet_on_each: Fleet, client: Callable[[], Celery]
+    fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
     """Each run ends its process; Celery sends the message again as often as it may."""
-    fleet, app = fleet_on_each, client()
+    app = client()
     fleet.start("-c", "1")
     result = app.send_task("dies_twice")
     error = outcome(result)
@@ -113,7 +80,7 @@ def wait_until_put_back(fleet: Fleet, worker: Worker) -> None:
 
 def test_the_connection_of_a_worker_breaks_in_mid_body(
     rabbitmq: RabbitMQ,
-    make_rabbit_fleet: Callable[..., Fleet],
+    make_fleet: Callable[..., Fleet],
     make_proxy: Callable[[int], Proxy],
     client: Callable[[], Celery],
     tmp_path: Path,
@@ -124,7 +91,7 @@ def test_the_connection_of_a_worker_breaks_in_mid_body(
     The copy is put back, and ends as a duplicate when the run has saved.
     """
     proxy = make_proxy(rabbitmq.port)
-    fleet = make_rabbit_fleet(rabbitmq.url_at(proxy.port))
+    fleet = make_fleet(CELERY_BROKER_URL=rabbitmq.url_at(proxy.port))
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "2")
     result = send_and_enter(fleet, app, go)
@@ -138,7 +105,7 @@ def test_the_connection_of_a_worker_breaks_in_mid_body(
 
 def test_another_worker_gets_the_message_of_a_run_that_goes_on(
     rabbitmq: RabbitMQ,
-    make_rabbit_fleet: Callable[..., Fleet],
+    make_fleet: Callable[..., Fleet],
     make_proxy: Callable[[int], Proxy],
     client: Callable[[], Celery],
     tmp_path: Path,
@@ -148,7 +115,7 @@ def test_another_worker_gets_the_message_of_a_run_that_goes_on(
     B puts it back while A's run goes on, and ends it as a duplicate when it has saved.
     """
     proxy = make_proxy(rabbitmq.port)
-    fleet = make_rabbit_fleet(rabbitmq.url)
+    fleet = make_fleet()
     app, go = client(), tmp_path / "go"
     fleet.environment["CELERY_BROKER_URL"] = rabbitmq.url_at(proxy.port)
     fleet.start("-c", "1", name="a")
@@ -166,7 +133,7 @@ def test_another_worker_gets_the_message_of_a_run_that_goes_on(
 
 def test_a_run_that_is_ended_with_its_connection_is_run_again(
     rabbitmq: RabbitMQ,
-    make_rabbit_fleet: Callable[..., Fleet],
+    make_fleet: Callable[..., Fleet],
     make_proxy: Callable[[int], Proxy],
     client: Callable[[], Celery],
     tmp_path: Path,
@@ -175,7 +142,7 @@ def test_a_run_that_is_ended_with_its_connection_is_run_again(
     ends the body's process; the lease is free at once; the message comes again and runs.
     """
     proxy = make_proxy(rabbitmq.port)
-    fleet = make_rabbit_fleet(rabbitmq.url_at(proxy.port), TEST_CANCEL="1")
+    fleet = make_fleet(CELERY_BROKER_URL=rabbitmq.url_at(proxy.port), TEST_CANCEL="1")
     app, go = client(), tmp_path / "go"
     fleet.start("-c", "1")
     result = send_and_enter(fleet, app, go)
@@ -187,14 +154,14 @@ def test_a_run_that_is_ended_with_its_connection_is_run_again(
 
 def test_a_worker_that_dies_leaves_its_message_to_another(
     rabbitmq: RabbitMQ,
-    make_rabbit_fleet: Callable[..., Fleet],
+    make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     tmp_path: Path,
 ) -> None:
     """A is killed whole in mid-body, with three messages in hand that wait for its one child; B,
     on its host, gets all four, and the lease.
     """
-    fleet = make_rabbit_fleet(rabbitmq.url, TEST_PREFETCH="4")
+    fleet = make_fleet(TEST_PREFETCH="4")
     app, go = client(), tmp_path / "go"
     killed = fleet.start("-c", "1", name="a")
     result = send_and_enter(fleet, app, go)
@@ -212,7 +179,7 @@ def test_a_worker_that_dies_leaves_its_message_to_another(
 @pytest.mark.parametrize("pool", ["threads", "solo"])
 def test_a_worker_that_falls_silent_to_rabbitmq_in_mid_body(
     rabbitmq: RabbitMQ,
-    make_rabbit_fleet: Callable[..., Fleet],
+    make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     tmp_path: Path,
     pool: str,
@@ -223,7 +190,7 @@ def test_a_worker_that_falls_silent_to_rabbitmq_in_mid_body(
 
     A cannot acknowledge it. B puts it back, and ends it as a duplicate when the run has saved.
     """
-    fleet = make_rabbit_fleet(rabbitmq.url, TEST_BROKER_HEARTBEAT="1")
+    fleet = make_fleet(TEST_BROKER_HEARTBEAT="1")
     app, go = client(), tmp_path / "go"
     silent = fleet.start("-P", pool, "-c", "1", name="a")
     result = send_and_enter(fleet, app, go)
@@ -241,14 +208,14 @@ def test_a_worker_that_falls_silent_to_rabbitmq_in_mid_body(
 @pytest.mark.skipif(celery.VERSION < (5, 5), reason="soft shutdown is new in Celery 5.5")
 def test_a_soft_shutdown_of_gevent_in_mid_body(
     rabbitmq: RabbitMQ,
-    make_rabbit_fleet: Callable[..., Fleet],
+    make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     tmp_path: Path,
 ) -> None:
     """Celery 5.7 cannot wait in a signal's handler under gevent: A ends at once, and its lease
     stays behind. B, on its host, gets the message and the lease.
     """
-    fleet = make_rabbit_fleet(rabbitmq.url, TEST_SOFT_SHUTDOWN="0.5")
+    fleet = make_fleet(TEST_SOFT_SHUTDOWN="0.5")
     app, go = client(), tmp_path / "go"
     stopped = fleet.start("-P", "gevent", "-c", "1", name="a")
     result = send_and_enter(fleet, app, go)
@@ -262,14 +229,14 @@ def test_a_soft_shutdown_of_gevent_in_mid_body(
 
 def test_rabbitmq_dies_in_mid_body(
     own_rabbitmq: RabbitMQ,
-    make_rabbit_fleet: Callable[..., Fleet],
+    make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     tmp_path: Path,
 ) -> None:
     """It is killed while a body runs, and started again: it kept the message, and gives it out
     again. The run is not repeated, and the next message runs.
     """
-    fleet = make_rabbit_fleet(own_rabbitmq.url)
+    fleet = make_fleet(CELERY_BROKER_URL=own_rabbitmq.url)
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "2")
     # RabbitMQ 3.10 can lose a quorum queue that is younger than half a second when it is killed.

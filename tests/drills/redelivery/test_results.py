@@ -19,36 +19,13 @@ from tests.helpers.waiting import wait_until
 
 CELERY_COUNTS = celery.VERSION >= (5, 7)
 
-
-@pytest.fixture
-def make_own_fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Callable[..., Fleet]:
-    """Makes a fleet whose leases become free only by being given back."""
-
-    def make(**settings: str) -> Fleet:
-        return make_fleet(
-            f"sqlite:///{tmp_path}/store.db",
-            CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
-            TEST_WORKER_LOST_WAIT="0.1",
-            **settings,
-        )
-
-    return make
-
-
-@pytest.fixture
-def fleet(make_own_fleet: Callable[..., Fleet]) -> Fleet:
-    return make_own_fleet(TEST_VISIBILITY_TIMEOUT="1")
-
-
-@pytest.fixture(params=["valkey", "classic", "topic"])
-def fleet_on_each(
-    request: pytest.FixtureRequest,
-    make_own_fleet: Callable[..., Fleet],
-    on_rabbitmq: Callable[[str], dict[str, str]],
-) -> Fleet:
-    """The same fleet, on each broker."""
-    broker = {} if request.param == "valkey" else on_rabbitmq(request.param)
-    return make_own_fleet(TEST_VISIBILITY_TIMEOUT="1", **broker)
+# Leases become free only by being given back.
+pytestmark = pytest.mark.fleet(
+    CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
+    TEST_WORKER_LOST_WAIT="0.1",
+    TEST_VISIBILITY_TIMEOUT="1",
+)
+EACH_BROKER = pytest.mark.fleet(broker=("valkey", "classic", "topic"))
 
 
 @dataclass
@@ -60,6 +37,7 @@ def imports(app: Celery, *args: Any, **options: Any) -> Any:
     return app.signature("imports", args, **options)
 
 
+@pytest.mark.fleet(CELERY_SINGLETON_HEARTBEAT_INTERVAL="4", TEST_VISIBILITY_TIMEOUT="3600")
 @pytest.mark.parametrize("backend", [True, False], ids=["backend", "no backend"])
 def test_a_chain_goes_on_with_the_result_of_a_run_whose_process_died_before_it_was_recorded(
     make_fleet: Callable[..., Fleet],
@@ -70,7 +48,7 @@ def test_a_chain_goes_on_with_the_result_of_a_run_whose_process_died_before_it_w
     """The run saves; its child is killed before Celery sends the chain's next message; the
     message comes again and is known as done.
     """
-    fleet = make_fleet(f"sqlite:///{tmp_path}/store.db", TEST_WORKER_LOST_WAIT="0.1")
+    fleet = make_fleet()
     if not backend:
         del fleet.environment["CELERY_RESULT_BACKEND"]
     app = client()
@@ -81,10 +59,11 @@ def test_a_chain_goes_on_with_the_result_of_a_run_whose_process_died_before_it_w
     assert len(fleet.notes("imports")) == 1
 
 
+@EACH_BROKER
 def test_on_each_broker_a_killed_process_costs_no_result(
-    fleet_on_each: Fleet, client: Callable[[], Celery], tmp_path: Path
+    fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    fleet, app = fleet_on_each, client()
+    app = client()
     fleet.start("-c", "1")
     assert outcome(imports(app, "die", str(tmp_path / "died")).apply_async()) == "imported 1"
 
@@ -98,13 +77,14 @@ def test_a_result_that_was_too_large_to_keep_is_none_and_a_warning(
     fleet.wait_for_output(worker, "it ends with None")
 
 
+@EACH_BROKER
 def test_a_copy_that_comes_just_as_a_run_ends_sends_no_second_callback(
-    fleet_on_each: Fleet, client: Callable[[], Celery], tmp_path: Path
+    fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
     """The run saves; a copy of its message arrives and finds it done; only then does Celery send
     the callback and record the result.
     """
-    fleet, app, go = fleet_on_each, client(), tmp_path / "go"
+    app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "2")
     message = imports(app, "wait", str(go), task_id="the-same", link=app.signature("reports"))
     result = message.apply_async()
@@ -118,11 +98,12 @@ def test_a_copy_that_comes_just_as_a_run_ends_sends_no_second_callback(
     assert len(fleet.notes("imports")) == 1
 
 
+@EACH_BROKER
 def test_copies_of_short_runs_send_each_callback_once(
-    fleet_on_each: Fleet, client: Callable[[], Celery]
+    fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
     """Each message is sent twice, and its copy arrives before, while or after its run ends."""
-    fleet, app = fleet_on_each, client()
+    app = client()
     fleet.start("-c", "4")
     for number in range(40):
         message = app.signature("keyed", (number,), task_id=f"m{number}")
@@ -140,15 +121,16 @@ def unreachable(task_id: str) -> None:
     raise ConnectionError("no way to the result backend")
 
 
+@EACH_BROKER
 @pytest.mark.parametrize("backend", [True, False], ids=["backend", "no backend"])
 def test_an_id_that_was_used_before_runs_each_day(
-    fleet_on_each: Fleet, client: Callable[[], Celery], backend: bool
+    fleet: Fleet, client: Callable[[], Celery], backend: bool
 ) -> None:
     """Each day's message has the id of the day before, whose result is still in the backend.
 
     A sender without a result backend cannot forget that result: the worker does, before it runs.
     """
-    fleet, app = fleet_on_each, client()
+    app = client()
     fleet.start("-c", "1")
 
     def body(self: Any, until: str = "") -> None:
@@ -211,20 +193,22 @@ def test_a_message_of_another_client_with_an_id_used_before_is_a_loud_duplicate(
     assert worker.output.count("its body has NOT run") == 1
 
 
+@EACH_BROKER
 def test_the_message_of_a_killed_child_runs_again(
-    fleet_on_each: Fleet, client: Callable[[], Celery]
+    fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    fleet, app = fleet_on_each, client()
+    app = client()
     fleet.start("-c", "1")
     assert outcome(app.send_task("dies_until", (2,))) == 3
     assert len(fleet.notes("enter")) == 3
 
 
+@EACH_BROKER
 def test_a_task_that_always_kills_its_process_ends(
-    fleet_on_each: Fleet, client: Callable[[], Celery]
+    fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
     """After ``max_retries`` it is not run again."""
-    fleet, app = fleet_on_each, client()
+    app = client()
     fleet.start("-c", "1")
     error = outcome(app.send_task("dies_until", (100,)))
     assert isinstance(error, WorkerLostError if CELERY_COUNTS else HeartbeatFailed)
@@ -235,13 +219,13 @@ def test_a_task_that_always_kills_its_process_ends(
     assert row.holder is None
 
 
+@pytest.mark.fleet(broker="classic")
 def test_a_run_that_comes_close_to_the_consumer_timeout_of_rabbitmq_is_a_warning(
-    on_rabbitmq: Callable[[str], dict[str, str]],
-    make_own_fleet: Callable[..., Fleet],
+    make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     tmp_path: Path,
 ) -> None:
-    fleet = make_own_fleet(CELERY_SINGLETON_CONSUMER_TIMEOUT="3", **on_rabbitmq("classic"))
+    fleet = make_fleet(CELERY_SINGLETON_CONSUMER_TIMEOUT="3")
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "1")
     assert "closes the channel of a worker that takes longer than 3 s" in worker.output

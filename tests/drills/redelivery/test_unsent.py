@@ -19,6 +19,10 @@ from tests.helpers.waiting import wait_until
 
 UrlAt = Callable[[int], str]
 
+pytestmark = pytest.mark.fleet(
+    CELERY_SINGLETON_HEARTBEAT_INTERVAL="60", TEST_VISIBILITY_TIMEOUT="1"
+)
+
 
 @pytest.fixture(params=["valkey", "rabbitmq"])
 def broker(request: pytest.FixtureRequest) -> tuple[UrlAt, int]:
@@ -37,18 +41,13 @@ def proxy(broker: tuple[UrlAt, int], make_proxy: Callable[[int], Proxy]) -> Prox
 
 
 @pytest.fixture
-def fleet(
-    make_fleet: Callable[..., Fleet], tmp_path: Path, broker: tuple[UrlAt, int], proxy: Proxy
-) -> Fleet:
+def fleet_broker(broker: tuple[UrlAt, int], proxy: Proxy, tmp_path: Path) -> dict[str, str]:
     url_at, port = broker
-    return make_fleet(
-        f"sqlite:///{tmp_path}/store.db",
-        CELERY_BROKER_URL=url_at(port),
-        CELERY_BROKER_WRITE_URL=url_at(proxy.port),
-        CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
-        TEST_QUEUE=tmp_path.name,
-        TEST_VISIBILITY_TIMEOUT="1",
-    )
+    return {
+        "CELERY_BROKER_URL": url_at(port),
+        "CELERY_BROKER_WRITE_URL": url_at(proxy.port),
+        "TEST_QUEUE": tmp_path.name,
+    }
 
 
 def start(fleet: Fleet) -> Worker:

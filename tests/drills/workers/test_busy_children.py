@@ -14,9 +14,9 @@ from celery import Celery
 from celery_singleton_state import HeartbeatFailed
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Row
-from tests.drills.workers.test_lost_runs import steal
 from tests.helpers.fleet import Fleet, outcome
 from tests.helpers.waiting import wait_until
+from tests.helpers.worker_rows import steal
 
 INTERVAL = 0.5
 #: By default a lease lives for two intervals.
@@ -24,10 +24,9 @@ LIFE = 2 * INTERVAL
 #: Of lives, after which a lease would be free if nobody had renewed it.
 LIVES = 3
 
-
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], postgres_url: str) -> Fleet:
-    return make_fleet(postgres_url, CELERY_SINGLETON_HEARTBEAT_INTERVAL=str(INTERVAL))
+pytestmark = pytest.mark.fleet(
+    store="postgresql", CELERY_SINGLETON_HEARTBEAT_INTERVAL=str(INTERVAL)
+)
 
 
 def row_of(app: Celery, name: str) -> Row:

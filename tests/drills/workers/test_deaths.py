@@ -16,27 +16,13 @@ import pytest
 from celery import Celery
 
 from celery_singleton_state.history import decode
-from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Row
 from tests.helpers.fences import are_growing
 from tests.helpers.fleet import Fleet, Worker, outcome
 from tests.helpers.waiting import wait_until
+from tests.helpers.worker_rows import row_of, wait_until_free
 
-
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Fleet:
-    return make_fleet(f"sqlite:///{tmp_path}/store.db", CELERY_SINGLETON_HEARTBEAT_INTERVAL="60")
-
-
-def row_of(app: Celery, name: str) -> Row:
-    row = runtime_of(app).store.peek(f"singleton-state:{name}")
-    assert row is not None
-    return row
-
-
-def wait_until_free(app: Celery, name: str) -> Row:
-    wait_until(lambda: row_of(app, name).holder is None, f"{name} is free")
-    return row_of(app, name)
+pytestmark = pytest.mark.fleet(CELERY_SINGLETON_HEARTBEAT_INTERVAL="60")
 
 
 def outcomes(row: Row) -> list[str]:
@@ -90,7 +76,7 @@ def test_a_child_that_dies(
 
     The next message runs in the other child or in the one that replaces it.
     """
-    fleet = make_fleet(shared_store_url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="60")
+    fleet = make_fleet(shared_store_url)
     app = client()
     fleet.start("-c", "2", *options)
     sent = app.send_task("dies", (how,))
@@ -188,32 +174,16 @@ def test_a_cold_shutdown_leaves_no_lease(
     worker.process.wait(30)
 
 
-@pytest.fixture
-def make_fleet_of_short_memory(
-    make_fleet: Callable[..., Fleet], tmp_path: Path
-) -> Callable[..., Fleet]:
-    """Makes a fleet whose broker gives out a message again after a second."""
-
-    def make(**settings: str) -> Fleet:
-        return make_fleet(
-            f"sqlite:///{tmp_path}/store.db",
-            CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
-            TEST_VISIBILITY_TIMEOUT="1",
-            **settings,
-        )
-
-    return make
-
-
 in_solo = pytest.param(
     "solo",
     marks=pytest.mark.skipif(celery.VERSION < (5, 7), reason="a solo worker does not end by it"),
 )
 
 
+@pytest.mark.fleet(TEST_VISIBILITY_TIMEOUT="1")
 @pytest.mark.parametrize("pool", ["prefork", "gevent", in_solo])
 def test_a_cold_shutdown_leaves_the_message_to_another_worker(
-    make_fleet_of_short_memory: Callable[..., Fleet],
+    make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     tmp_path: Path,
     pool: str,
@@ -221,7 +191,7 @@ def test_a_cold_shutdown_leaves_the_message_to_another_worker(
     """Celery takes a greenlet that it killed for one that succeeded, and a body in a solo pool,
     into which it raises that it cannot be killed, for one that failed.
     """
-    fleet = make_fleet_of_short_memory()
+    fleet = make_fleet()
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-P", pool, "-c", "1")
     result = app.send_task("increment", (str(go),))
@@ -249,7 +219,6 @@ def test_a_cold_shutdown_of_threads_lets_the_run_end(
     The lease is renewed until the run has ended, and its message is acknowledged then.
     """
     fleet = make_fleet(
-        f"sqlite:///{tmp_path}/store.db",
         CELERY_SINGLETON_HEARTBEAT_INTERVAL="1",
         CELERY_SINGLETON_HEARTBEAT_THRESHOLD="5",
         TEST_SOFT_SHUTDOWN=soft,
@@ -272,6 +241,7 @@ def test_a_cold_shutdown_of_threads_lets_the_run_end(
 needs_soft_shutdown = pytest.mark.skipif(celery.VERSION < (5, 5), reason="new in Celery 5.5")
 
 
+@pytest.mark.fleet(TEST_VISIBILITY_TIMEOUT="1")
 @needs_soft_shutdown
 @pytest.mark.parametrize(
     ("settings", "stop"),
@@ -281,13 +251,13 @@ needs_soft_shutdown = pytest.mark.skipif(celery.VERSION < (5, 5), reason="new in
     ],
 )
 def test_a_soft_shutdown_lets_the_run_end(
-    make_fleet_of_short_memory: Callable[..., Fleet],
+    make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     tmp_path: Path,
     settings: dict[str, str],
     stop: Callable[[Worker], None],
 ) -> None:
-    fleet = make_fleet_of_short_memory(TEST_SOFT_SHUTDOWN="3", **settings)
+    fleet = make_fleet(TEST_SOFT_SHUTDOWN="3", **settings)
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "1")
     result = app.send_task("increment", (str(go),))
@@ -302,10 +272,11 @@ def test_a_soft_shutdown_lets_the_run_end(
     assert messages_kept(app) == 0
 
 
+@pytest.mark.fleet(TEST_VISIBILITY_TIMEOUT="1")
 @needs_soft_shutdown
 @pytest.mark.parametrize("pool", [in_solo])
 def test_a_soft_shutdown_of_a_solo_worker_breaks_off_even_a_body_that_could_end(
-    make_fleet_of_short_memory: Callable[..., Fleet],
+    make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     tmp_path: Path,
     pool: str,
@@ -313,7 +284,7 @@ def test_a_soft_shutdown_of_a_solo_worker_breaks_off_even_a_body_that_could_end(
     """Celery waits in the signal's handler, in the body's own thread: the body, told to end
     while it waits, stands still, is broken off after the wait, and its message comes again.
     """
-    fleet = make_fleet_of_short_memory(TEST_SOFT_SHUTDOWN="2")
+    fleet = make_fleet(TEST_SOFT_SHUTDOWN="2")
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-P", pool)
     result = app.send_task("increment", (str(go),))
@@ -329,15 +300,16 @@ def test_a_soft_shutdown_of_a_solo_worker_breaks_off_even_a_body_that_could_end(
     assert are_growing((note["fence"] for note in fleet.notes("enter")), 2)
 
 
+@pytest.mark.fleet(TEST_VISIBILITY_TIMEOUT="1")
 @needs_soft_shutdown
 @pytest.mark.parametrize("pool", ["prefork", in_solo])
 def test_a_soft_shutdown_whose_time_runs_out_leaves_the_message_to_another_worker(
-    make_fleet_of_short_memory: Callable[..., Fleet],
+    make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     tmp_path: Path,
     pool: str,
 ) -> None:
-    fleet = make_fleet_of_short_memory(TEST_SOFT_SHUTDOWN="0.5")
+    fleet = make_fleet(TEST_SOFT_SHUTDOWN="0.5")
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-P", pool, "-c", "1")
     result = app.send_task("increment", (str(go),))

@@ -10,20 +10,14 @@ from pathlib import Path
 import pytest
 from celery import Celery
 
-from tests.conftest import url_on
-from tests.drills.workers.test_deaths import row_of, wait_until_free
 from tests.helpers.fleet import Fleet, outcome
+from tests.helpers.worker_rows import row_of, wait_until_free
 
 SERVERS = ("sqlite", "postgresql", "mariadb")
 
-
-@pytest.fixture(params=SERVERS)
-def fleet(
-    request: pytest.FixtureRequest, make_fleet: Callable[..., Fleet], tmp_path: Path
-) -> Fleet:
-    return make_fleet(
-        url_on(request.param, request, tmp_path), CELERY_SINGLETON_HEARTBEAT_INTERVAL="60"
-    )
+pytestmark = pytest.mark.fleet(
+    store=("sqlite", "postgresql", "mariadb"), CELERY_SINGLETON_HEARTBEAT_INTERVAL="60"
+)
 
 
 def test_a_run_and_the_child_that_it_forked_both_go_on(

@@ -12,7 +12,7 @@ from celery import Celery
 
 from tests.helpers.fleet import Fleet, outcome
 from tests.helpers.waiting import wait_until
-from tests.processes.test_connections import connections
+from tests.helpers.worker_rows import connections
 
 
 @pytest.fixture

@@ -12,13 +12,10 @@ import pytest
 from celery import Celery
 
 from celery_singleton_state import LeaderHandoffFailed
-from tests.drills.workers.test_deaths import row_of
 from tests.helpers.fleet import Fleet, outcome
+from tests.helpers.worker_rows import row_of
 
-
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Fleet:
-    return make_fleet(f"sqlite:///{tmp_path}/store.db", CELERY_SINGLETON_HEARTBEAT_INTERVAL="60")
+pytestmark = pytest.mark.fleet(CELERY_SINGLETON_HEARTBEAT_INTERVAL="60")
 
 
 def test_a_live_run_is_left_alone_by_a_host_that_shares_its_files_and_not_its_locks(

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from sqlalchemy import create_engine
 
 from celery_singleton_state import HeartbeatFailed
 from tests.helpers.fleet import Fleet, outcome
 from tests.helpers.waiting import wait_until
+from tests.helpers.worker_rows import steal
 
 POOLS = {
     "prefork": ("-P", "prefork", "-c", "1"),
@@ -21,26 +21,12 @@ POOLS = {
     "gevent": ("-P", "gevent", "-c", "2"),
 }
 
+pytestmark = pytest.mark.fleet(CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.5")
+
 
 @pytest.fixture
 def store_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/store.db"
-
-
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], store_url: str) -> Fleet:
-    return make_fleet(store_url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.5")
-
-
-def steal(store_url: str, name: str) -> None:
-    """Another holder takes the leases of a task as if they had run out, and gives them back."""
-    engine = create_engine(store_url)
-    with engine.begin() as connection:
-        connection.exec_driver_sql(
-            "UPDATE kv_store SET fence = fence + 1, holder = NULL, expires_at = NULL"
-            f" WHERE key LIKE 'singleton-state:{name}%%'"
-        )
-    engine.dispose()
 
 
 @pytest.mark.parametrize(
@@ -156,7 +142,7 @@ def test_a_run_whose_store_falls_silent_is_broken_off(
     """The network is cut in mid-run; nobody answers and nobody refuses; the body sleeps."""
     proxy = make_proxy(postgres.port)
     through = postgres_url.replace(f":{postgres.port}/", f":{proxy.port}/")
-    fleet = make_fleet(through, CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.5")
+    fleet = make_fleet(through)
     app = client()
     fleet.start(*POOLS["prefork"])
     result = app.send_task("waits")

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from celery import Celery
 
-from tests.drills.workers.test_deaths import wait_until_free
 from tests.helpers.fleet import Fleet, outcome
 from tests.helpers.waiting import wait_until
+from tests.helpers.worker_rows import wait_until_free
 
-LONG = {"CELERY_SINGLETON_HEARTBEAT_INTERVAL": "60"}
+pytestmark = pytest.mark.fleet(CELERY_SINGLETON_HEARTBEAT_INTERVAL="60")
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_worker_starts_where_the_kernel_refuses_a_pidfd(
     """An older kernel, gVisor, a seccomp filter; a process with too many files open refuses one of
     several.
     """
-    fleet = make_fleet(store_url, TEST_PIDFD=how, **LONG)
+    fleet = make_fleet(TEST_PIDFD=how)
     worker = fleet.start("-c", "1", app="tests.apps.kernel_app")
     kill_its_body(fleet, client())
     worker.stop()
@@ -52,7 +52,7 @@ def test_a_worker_starts_where_the_kernel_refuses_a_pidfd(
 def test_a_subclass_of_the_prefork_pool_is_one_of_processes(
     make_fleet: Callable[..., Fleet], client: Callable[[], Celery], store_url: str
 ) -> None:
-    fleet = make_fleet(store_url, CELERY_CUSTOM_WORKER_POOL="tests.apps.pools:Prefork", **LONG)
+    fleet = make_fleet(CELERY_CUSTOM_WORKER_POOL="tests.apps.pools:Prefork")
     fleet.start("--pool=custom", "-c", "1")
     kill_its_body(fleet, client())
 
@@ -71,7 +71,7 @@ def test_memory_guards_the_threads_of_one_process_of_any_pool(
 @pytest.fixture
 def green_fleet(make_fleet: Callable[..., Fleet], store_url: str) -> Fleet:
     """A worker of gevent, which waits for half a minute for the file's lock."""
-    fleet = make_fleet(store_url, TEST_PREFETCH="10", **LONG)
+    fleet = make_fleet(TEST_PREFETCH="10")
     fleet.start("-P", "gevent", "-c", "8")
     return fleet
 

@@ -18,11 +18,6 @@ KEY = "singleton-state:increment"
 APP = "tests.apps.seen_app"
 
 
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], store_url: str) -> Fleet:
-    return make_fleet(store_url)
-
-
 def said(answer: subprocess.CompletedProcess[str], status: int = 0) -> str:
     assert answer.returncode == status, answer.stderr
     assert "Traceback" not in answer.stderr

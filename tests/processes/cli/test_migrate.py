@@ -10,12 +10,9 @@ from celery import Celery
 
 from tests.helpers.fleet import Fleet, Program, outcome
 from tests.helpers.roles import OWNER, TABLE, WORKER, drop_roles, grant, make_roles, of
-from tests.migrations.test_upgrade import execute, given_table
+from tests.helpers.tables import execute, given_table
 
-
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], postgres_url: str) -> Fleet:
-    return make_fleet(postgres_url, CELERY_SINGLETON_AUTO_MIGRATE="0")
+pytestmark = pytest.mark.fleet(store="postgresql", CELERY_SINGLETON_AUTO_MIGRATE="0")
 
 
 def test_a_worker_without_its_table_names_the_command_that_mends_it(fleet: Fleet) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from datetime import datetime, timedelta
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,14 +18,11 @@ SCHEDULE = {
     "nightly": {"task": "ticked", "schedule": ["30", "4"]},
 }
 
-
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Fleet:
-    return make_fleet(f"sqlite:///{tmp_path}/store.db", TEST_SCHEDULE=json.dumps(SCHEDULE))
+pytestmark = pytest.mark.fleet(app=APP, TEST_SCHEDULE=json.dumps(SCHEDULE))
 
 
 def next_(fleet: Fleet, *arguments: str) -> str:
-    result = fleet.command("singleton", "next", *arguments, app=APP)
+    result = fleet.command("singleton", "next", *arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -45,7 +40,7 @@ def test_before_a_beat_led(fleet: Fleet) -> None:
 
 def test_who_leads_and_what_runs_when(fleet: Fleet) -> None:
     """Then the leader is killed: what is due meanwhile is late."""
-    beat = fleet.start_beat(APP)
+    beat = fleet.start_beat()
     beat.wait_for("Sending due task often")
     found = overview(fleet)
     assert found["leader"].startswith("celerybeat@")
@@ -77,7 +72,7 @@ def test_when_an_entry_is_due(fleet: Fleet) -> None:
 
 
 def test_an_entry_that_is_not_there(fleet: Fleet) -> None:
-    result = fleet.command("singleton", "next", "nightl", app=APP)
+    result = fleet.command("singleton", "next", "nightl")
     assert result.returncode == 1
     assert result.stderr == ("Error: beat_schedule has no entry 'nightl'; did you mean nightly?\n")
-    assert fleet.command("singleton", "next", "often", "-n", "0", app=APP).returncode == 2
+    assert fleet.command("singleton", "next", "often", "-n", "0").returncode == 2

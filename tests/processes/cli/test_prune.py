@@ -19,11 +19,6 @@ PREFIX = "singleton-state:"
 LONG_AGO = "'2001-01-01 00:00:00.000+00:00'"
 
 
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], store_url: str) -> Fleet:
-    return make_fleet(store_url)
-
-
 def prune(fleet: Fleet, *options: str) -> subprocess.CompletedProcess[str]:
     return fleet.command("singleton", "prune", "--older-than", "30d", *options)
 

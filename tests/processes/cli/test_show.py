@@ -21,11 +21,6 @@ LS_FIELDS = {
 }
 
 
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], tmp_path: Path) -> Fleet:
-    return make_fleet(f"sqlite:///{tmp_path}/store.db")
-
-
 def test_before_anything_ran(fleet: Fleet) -> None:
     assert fleet.command("singleton", "ls").stdout == "no singleton has run yet\n"
     assert json.loads(fleet.command("singleton", "ls", "--json").stdout) == []

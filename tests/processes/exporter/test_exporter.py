@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,77 +13,18 @@ from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Ended, NewValue, Write
 from celery_singleton_state.store.sql.store import SqlStore
 from tests.helpers.fleet import Exporter, Fleet, outcome
+from tests.helpers.script import RUNS, work_through_the_script
 from tests.helpers.servers import Postgres, Valkey
 from tests.helpers.waiting import wait_until
 
 APP = "tests.apps.seen_app"
-RUNS = 500
 
-DOES = ("save", "idle", "checkpoint", "transaction", "fail", "misfit", "sleep")
-#: What each kind of run does to the state, the state being new to each.
-OPERATIONS = {
-    "save": ("load", "save"),
-    "idle": ("load", "save"),
-    "checkpoint": ("load", "checkpoint", "save"),
-    "transaction": ("load", "transaction"),
-    "fail": ("load",),
-    "misfit": ("load",),
-    "sleep": ("load", "save"),
-}
-
-
-@pytest.fixture
-def fleet(make_fleet: Callable[..., Fleet], postgres_url: str) -> Fleet:
-    return make_fleet(postgres_url)
+pytestmark = pytest.mark.fleet(store="postgresql", app=APP)
 
 
 @pytest.fixture
 def store_url(postgres_url: str) -> str:
     return postgres_url
-
-
-#: By a counter's name: what it is for the values of its labels, where that is not 0.
-Expected = dict[str, dict[frozenset[str], float]]
-
-
-def work_through_the_script(app: Celery, fleet: Fleet, store: SqlStore) -> Expected:
-    """Have 500 runs, each of a key of its own, some duplicates and some conflicts; returns what is
-    to be counted, which may be a moment later.
-    """
-    chance = random.Random(5)
-    script = [chance.choices(DOES, weights=(40, 20, 15, 15, 5, 3, 2))[0] for _ in range(RUNS)]
-    sent = [app.send_task("counted", (f"key {number}", does)) for number, does in enumerate(script)]
-    fleet.wait_for_notes("runs", RUNS)
-    done = [
-        (number, result)
-        for number, (does, result) in enumerate(zip(script, sent, strict=True))
-        if does not in ("fail", "misfit")
-    ]
-    for number, result in done[:20]:
-        outcome(result)
-        app.send_task("counted", (f"key {number}", script[number]), task_id=result.id)
-    for number in range(10):
-        key = f'singleton-state:counted{{"key":"taken {number}"}}'
-        assert store.acquire(key, "other", 60, "x", task="counted")
-        app.send_task("counted", (f"taken {number}",))
-    does = Counter(script)
-    failed = does["fail"] + does["misfit"]
-    outcomes = {"succeeded": RUNS - failed, "failed": failed, "duplicate": 20, "skipped": 10}
-    operations = Counter(each for kind in script for each in OPERATIONS[kind])
-    expected = {
-        "executions_total": outcomes,
-        "state_operations_total": operations,
-        "state_errors_total": {"SchemaDecodeFailed": does["misfit"]},
-        "conflicts_total": {"skip": 10},
-        "lost_leases_total": {},
-        "takeovers_total": {},
-        "refused_writes_total": {},
-    }
-    found: Expected = {
-        f"singleton_{name}": {frozenset({"counted", label}): n for label, n in counted.items()}
-        for name, counted in expected.items()
-    }
-    return found | {"singleton_duration_seconds_count": {frozenset({"counted"}): RUNS}}
 
 
 def counts(exporter: Exporter, name: str) -> dict[tuple[str, ...], float]:
@@ -104,8 +43,8 @@ def test_the_counters_agree_with_what_500_runs_did(
 ) -> None:
     """And its 500 keys are one series."""
     app = client()
-    fleet.start("-c", "2", "-E", app=APP)
-    exporter = fleet.start_exporter(APP)
+    fleet.start("-c", "2", "-E")
+    exporter = fleet.start_exporter()
     expected = work_through_the_script(app, fleet, store)
 
     def found(name: str) -> dict[frozenset[str], float]:
@@ -127,7 +66,7 @@ def test_ten_thousand_keys_are_no_series_and_one_statement(
     """But where they are asked for."""
     url = f"{server_url}?application_name=scraped&options=-c%20log_statement%3Dall"
     fleet = make_fleet(url)
-    exporter, per_key = fleet.start_exporter(APP), fleet.start_exporter(APP, "--per-key")
+    exporter, per_key = fleet.start_exporter(), fleet.start_exporter("--per-key")
     store = open_store(server_url, "kv_store", 5.0)
     store.requests.expect({'singleton-state:counted{"key":"0"}': "counted"})
     before = exporter.metrics()
@@ -149,8 +88,8 @@ def test_ten_thousand_keys_are_no_series_and_one_statement(
 def test_events_follow_the_workers_switch(fleet: Fleet, client: Callable[[], Celery]) -> None:
     """Off at the start, switched on from outside while it works, and off again."""
     app = client()
-    fleet.start("-c", "1", app=APP)
-    exporter = fleet.start_exporter(APP)
+    fleet.start("-c", "1")
+    exporter = fleet.start_exporter()
     outcome(app.send_task("counted", ("a",)))
     app.control.enable_events(reply=True)
     outcome(app.send_task("counted", ("b",)))
@@ -164,8 +103,8 @@ def test_events_follow_the_workers_switch(fleet: Fleet, client: Callable[[], Cel
 
 @pytest.mark.parametrize("pool", ["solo", "threads", "gevent"])
 def test_events_from_each_pool(fleet: Fleet, client: Callable[[], Celery], pool: str) -> None:
-    fleet.start("-P", pool, "-c", "2", "-E", app=APP)
-    exporter = fleet.start_exporter(APP, "--per-key")
+    fleet.start("-P", pool, "-c", "2", "-E")
+    exporter = fleet.start_exporter("--per-key")
     app = client()
     outcome(app.send_task("counted", ("a",)))
     outcome(app.send_task("counted", ("b", "fail")))
@@ -183,7 +122,7 @@ def test_what_waits_is_told_when_a_worker_stops(
 ) -> None:
     """A user's hook sees all of a run, though its process ends just after it."""
     fleet = make_fleet(postgres_url, TEST_HOOK="1")
-    worker = fleet.start("-c", "1", app=APP)
+    worker = fleet.start("-c", "1")
     outcome(client().send_task("counted", ("a",)))
     worker.stop()
     kinds = [note["kind"] for note in fleet.notes("told")]
@@ -191,7 +130,7 @@ def test_what_waits_is_told_when_a_worker_stops(
 
 
 def test_health_over_http(fleet: Fleet, store: SqlStore) -> None:
-    exporter = fleet.start_exporter(APP)
+    exporter = fleet.start_exporter()
     status, body = exporter.get("/health")
     assert (status, json.loads(body)["healthy"]) == (200, True)
     taken = store.acquire("singleton-state:hourly", "other", 60, None)
@@ -210,12 +149,12 @@ def test_it_is_read_only_and_hides_states(fleet: Fleet, store: SqlStore) -> None
     taken = store.acquire('singleton-state:counted{"key":"a"}', "other", 60, None, task="counted")
     assert taken is not None
     assert store.save(taken.lease, Write(1, 0, NewValue('{"n":123454321}', 1)))
-    exporter = fleet.start_exporter(APP)
+    exporter = fleet.start_exporter()
     status, page = exporter.get("/")
     assert status == 200
     assert "other" in page
     assert "123454321" not in page
-    assert "123454321" in fleet.start_exporter(APP, "--show-state").get("/")[1]
+    assert "123454321" in fleet.start_exporter("--show-state").get("/")[1]
     assert exporter.get("/nothing")[0] == 404
 
 
@@ -229,7 +168,7 @@ def test_it_outlives_its_store_and_its_broker(
     fleet = make_fleet(
         url, CELERY_BROKER_URL=own_valkey.url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="1"
     )
-    exporter = fleet.start_exporter(APP)
+    exporter = fleet.start_exporter()
     own_postgres.stop()
     own_valkey.stop()
     wait_until(lambda: not exporter.metrics()["singleton_broker_up"][()], "the broker is missed")
@@ -241,7 +180,7 @@ def test_it_outlives_its_store_and_its_broker(
     own_valkey.start()
     wait_until(lambda: exporter.metrics()["singleton_broker_up"][()], "the broker is back")
     assert exporter.metrics()["singleton_store_up"] == {(): 1}
-    fleet.start("-P", "solo", "-E", app=APP)
+    fleet.start("-P", "solo", "-E")
     outcome(client().send_task("counted", ("a",)))
     wait_until(lambda: executions(exporter) == {"succeeded": 1}, "it counts again")
 
@@ -252,7 +191,7 @@ def test_a_misconfigured_store_is_one_line(
 ) -> None:
     """Nobody would mend it by waiting."""
     url = store.format(server=postgres_url.rpartition("/")[0])
-    answer = make_fleet(url).command("singleton", "exporter", "--port", "0", app=APP)
+    answer = make_fleet(url).command("singleton", "exporter", "--port", "0")
     assert answer.returncode == 1
     assert answer.stderr.startswith("Error: ")
     assert answer.stderr.count("\n") == 1
@@ -260,8 +199,8 @@ def test_a_misconfigured_store_is_one_line(
 
 
 def test_an_address_in_use_is_one_line(fleet: Fleet) -> None:
-    taken = fleet.start_exporter(APP)
+    taken = fleet.start_exporter()
     port = taken.url.rsplit(":", 1)[1]
-    answer = fleet.command("singleton", "exporter", "--port", port, app=APP)
+    answer = fleet.command("singleton", "exporter", "--port", port)
     assert answer.returncode == 1
     assert answer.stderr.startswith("Error: cannot listen at 127.0.0.1:")

@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,68 +17,16 @@ from celery.schedules import schedule as interval
 from django_celery_beat.clockedschedule import clocked
 from kombu.exceptions import OperationalError
 
-from celery_singleton_state.beat import LeaderMixin, SingletonScheduler
-from celery_singleton_state.beat.entry_state import EntryState
+from celery_singleton_state.beat import LeaderMixin
 from celery_singleton_state.beat.leader import STANDBY_POLL, NotLeading
 from celery_singleton_state.cli.next import times_of
 from celery_singleton_state.headers import DUE, ENTRY
 from celery_singleton_state.runtime import close_runtime
 from celery_singleton_state.store.base import Ended, Lease, Row, StoreUnavailable
 from celery_singleton_state.ticks import task_id_of
+from tests.helpers.beats import EVERY_MINUTE, SECOND, Beats, due_now, row, stored, take_over
 from tests.helpers.own_schedules import Answers, LastDayOfMonth, SaysDue
 from tests.helpers.waiting import wait_until
-
-SECOND = timedelta(seconds=1)
-EVERY_MINUTE = {"task": "t", "schedule": 60.0}
-
-
-class Beats:
-    """Makes beats as if each were a process of its own: with an app and a runtime each."""
-
-    def __init__(self, store_url: str) -> None:
-        self._store_url = store_url
-        self._apps: list[Celery] = []
-        self._made: list[SingletonScheduler] = []
-
-    def make(
-        self, schedule: dict[str, Any], scheduler: Any = SingletonScheduler, **settings: Any
-    ) -> SingletonScheduler:
-        app = Celery("shop", broker="memory://", set_as_current=False)
-        self._apps.append(app)
-        app.conf.update(
-            {
-                "singleton_store_url": self._store_url,
-                "singleton_auto_migrate": True,
-                "result_expires": None,
-                "beat_schedule": schedule,
-            }
-            | settings
-        )
-        self._made.append(scheduler(app))
-        return self._made[-1]
-
-    def close(self) -> None:
-        for beat in self._made:
-            beat.close()
-        # Also of those that did not come to be a beat.
-        for app in self._apps:
-            close_runtime(app)
-            app.close()
-
-
-@pytest.fixture
-def beats(shared_store_url: str) -> Iterator[Beats]:
-    made = Beats(shared_store_url)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def on_sqlite(tmp_path: Path) -> Iterator[Beats]:
-    """For what is not the store's."""
-    made = Beats(f"sqlite:///{tmp_path}/store.db")
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -95,45 +42,9 @@ def sent() -> Iterator[list[dict[str, Any]]]:
     signals.before_task_publish.disconnect(note)
 
 
-def due_now(beat: SingletonScheduler, name: str = "e", ago: timedelta = SECOND) -> datetime:
-    """Have a leader's entry be due, a little while ago, as the store has it too."""
-    moment = beat._leader.now() - ago
-    heap: list[Any] = beat._heap
-    for index, (_, number, entry) in enumerate(heap):
-        if entry.name == name:
-            entry.next_tick = moment
-            heap[index] = (moment, number, entry)
-            beat._unrecorded[name] = entry.state()
-    heap.sort(key=lambda event: event[:2])
-    beat._record()
-    return moment
-
-
-def row(beat: SingletonScheduler) -> Row:
-    """The leader's lease."""
-    found = beat._leader.runtime.store.peek("singleton-beat:shop")
-    assert found is not None
-    return found
-
-
 def lease_of(found: Row) -> Lease:
     assert found.holder is not None
     return Lease(found.key, found.holder, found.fence, 8.0)
-
-
-def stored(beat: SingletonScheduler) -> dict[str, EntryState]:
-    return beat._load()
-
-
-def take_over(beat: SingletonScheduler) -> None:
-    """Another holder takes the lease, as if this beat's had run out."""
-    store: Any = beat._leader.runtime.store
-    with store.engine.connect() as connection:
-        connection.exec_driver_sql(
-            "UPDATE kv_store SET fence = fence + 1, holder = 'another'"
-            f" WHERE {store._sql.key} = 'singleton-beat:shop'"
-        )
-        connection.commit()
 
 
 def test_one_leads_and_the_other_stands_by(beats: Beats, caplog: pytest.LogCaptureFixture) -> None:

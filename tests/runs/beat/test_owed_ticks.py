@@ -20,21 +20,10 @@ from celery_singleton_state.beat.misfires import MAX_OWED
 from celery_singleton_state.headers import DUE, ENTRY, ONE_BY_ONE
 from celery_singleton_state.store.base import StoreUnavailable
 from celery_singleton_state.ticks import task_id_of
+from tests.helpers.beats import EVERY_MINUTE, SECOND, Beats, due_now, stored, take_over
+from tests.helpers.beats import row as lease_row
 from tests.helpers.messages import deliver, deliver_all, received
 from tests.helpers.waiting import wait_until
-from tests.runs.beat.test_beat import (
-    EVERY_MINUTE,
-    SECOND,
-    Beats,
-    beats,
-    due_now,
-    on_sqlite,
-    stored,
-    take_over,
-)
-from tests.runs.beat.test_beat import row as lease_row
-
-__all__ = ["beats", "on_sqlite"]
 
 DAY, MINUTE, HOUR = timedelta(days=1), timedelta(minutes=1), timedelta(hours=1)
 #: Far from now, so that no tick falls due while a test runs.

@@ -29,11 +29,8 @@ from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.ticks import message_of
 from celery_singleton_state.ticks_done import EntryTicks
 from tests.helpers.messages import deliver, deliver_all, received, use_own_queue
+from tests.helpers.runs import idle, row, task_of
 from tests.helpers.waiting import wait_until
-from tests.runs.redelivery.test_enqueue_once import published
-from tests.runs.test_run import idle, row, task_of
-
-__all__ = ["published"]
 
 NOON = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 SECOND = timedelta(seconds=1)

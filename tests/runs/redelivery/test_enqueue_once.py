@@ -26,7 +26,7 @@ from celery_singleton_state.message.dropped import dequeue_dropped
 from celery_singleton_state.message.resend import requeue
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Queued, StoreUnavailable
-from tests.conftest import _apps
+from tests.helpers.stores import apps_on
 from tests.helpers.waiting import wait_until
 
 
@@ -34,19 +34,6 @@ from tests.helpers.waiting import wait_until
 def app(app: Celery) -> Celery:
     app.conf.broker_url = "memory://"
     return app
-
-
-@pytest.fixture
-def published() -> Iterator[list[str]]:
-    """The ids of all messages that were sent."""
-    ids: list[str] = []
-
-    def note(headers: dict[str, Any], **_: Any) -> None:
-        ids.append(headers["id"])
-
-    signals.before_task_publish.connect(note)
-    yield ids
-    signals.before_task_publish.disconnect(note)
 
 
 def task_of(app: Celery, **options: Any) -> Any:
@@ -671,7 +658,7 @@ def test_a_connection_that_was_closed_meanwhile_sends_no_second_copy(
     server_url: str, published: list[str]
 ) -> None:
     """A firewall or the server closes connections that nobody uses."""
-    for make in _apps(server_url):
+    for make in apps_on(server_url):
         app = make(broker_url="memory://")
         task = task_of(app)
         first = task.delay()

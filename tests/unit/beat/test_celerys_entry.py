@@ -6,7 +6,6 @@ import logging
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import Any
 
 import pytest
@@ -42,6 +41,7 @@ from tests.helpers.own_schedules import (
     OnceAnHour,
     OnlyOnce,
     SaysDue,
+    own_texts,
 )
 
 #: A Tuesday.
@@ -489,35 +489,9 @@ def test_a_clock_that_beats_do_not_go_by_is_said(
 # -- as a text
 
 
-class Calendar:
-    def __init__(self, days: set[str]) -> None:
-        self.days = days
-
-
-OPTIONS = {"country": "DE", "days": {"a", "b", "c", "d"}, "when": lambda: 1, "by": [1, (2,)]}
-
-
-def own_texts() -> list[str]:
-    """Texts of schedules that hold what has no text, or another one in each process."""
-    loop: list[Any] = []
-    loop.append(loop)
-    return [
-        spelled(SaysDue(True, 60)),
-        spelled(Answers(OPTIONS)),
-        spelled(Answers(Calendar({"a"}))),
-        spelled(Answers(partial(max, 1))),
-        spelled(Answers(loop)),
-        spelled(Answers([[]] * 1000)),
-        spelled(Later("*/5", offset=HOUR)),
-        spelled(EveryFromTable()),
-        spelled(Duck()),
-        spelled(crontab(minute=[3, 1], day_of_month={5, 4})),
-    ]
-
-
 def test_a_schedule_has_the_same_text_in_each_process() -> None:
     """Else a schedule would count as changed at each start."""
-    code = "from tests.unit.beat.test_celerys_entry import own_texts; print(own_texts())"
+    code = "from tests.helpers.own_schedules import own_texts; print(own_texts())"
     other = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path)},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -13,23 +13,12 @@ from celery.schedules import crontab, solar
 from celery_singleton_state.beat import SingletonEntry
 from celery_singleton_state.beat.entry import NEVER
 from celery_singleton_state.schedules.due import spelled
-from tests.unit.schedules.test_due import on_the_30th_of_february
-
-NOON = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
-SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
+from tests.helpers.entries import HOUR, MINUTE, NOON, SECOND, entry, on_the_30th_of_february
 
 
 @pytest.fixture
 def utc_app() -> Celery:
     return Celery("shop", set_as_current=False)
-
-
-def entry(app: Celery, schedule: Any = 60.0, due: datetime = NOON, **fields: Any) -> SingletonEntry:
-    """An entry whose next tick is the one given."""
-    made = SingletonEntry(name="e", task="t", schedule=schedule, app=app, **fields)
-    made.begin(due - MINUTE)
-    made.next_tick = due
-    return made
 
 
 def run_until(entry: SingletonEntry, now: datetime) -> list[datetime]:

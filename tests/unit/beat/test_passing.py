@@ -14,7 +14,7 @@ from celery.schedules import crontab, solar
 from celery_singleton_state.beat import misfires
 from celery_singleton_state.beat.misfires import MAX_OWED, TURN, skip_ticks, surplus
 from celery_singleton_state.schedules.due import next_due
-from tests.unit.beat.test_entry import HOUR, MINUTE, NOON, SECOND, entry
+from tests.helpers.entries import HOUR, MINUTE, NOON, SECOND, entry
 
 BERLIN, YEARS = "Europe/Berlin", timedelta(days=41 * 366)
 #: Clocks are put back on 25 October 2026, and forward on 28 March 2027.

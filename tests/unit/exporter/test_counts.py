@@ -25,7 +25,7 @@ from celery_singleton_state.exporter.labels import OTHERS, UNKNOWN, Keys
 from celery_singleton_state.exporter.receiver import Receiver
 from celery_singleton_state.exporter.snapshot import take_snapshot
 from celery_singleton_state.runtime import runtime_of
-from tests.unit.hooks.test_door import EXAMPLES
+from tests.helpers.details import EXAMPLES
 
 LIMIT = 5
 #: More than any sequence of events can bring: 2 tasks, each with its keys, and all words.

@@ -53,7 +53,7 @@ from tests.helpers.odd_values import (
     SURROGATES,
     texts,
 )
-from tests.unit.exporter.page.test_document import Reader
+from tests.helpers.page_reader import Reader
 
 PREFIX = "singleton-state:"
 NOW = datetime(2026, 3, 14, 12, tzinfo=UTC)

@@ -17,14 +17,11 @@ from celery_singleton_state import HeartbeatFailed, SingletonTask, signals, sing
 from celery_singleton_state.history import DIED
 from celery_singleton_state.hooks import (
     Acquired,
-    Changed,
     Conflicted,
     Details,
-    Failed,
     Lost,
     Released,
     Skipped,
-    StateLoaded,
     StateSaved,
     TookOver,
     WriteRefused,
@@ -35,33 +32,8 @@ from celery_singleton_state.hooks.details import KINDS
 from celery_singleton_state.hooks.dispatcher import Dispatcher
 from celery_singleton_state.recovery import end_for
 from celery_singleton_state.runtime import runtime_of
+from tests.helpers.details import EXAMPLES
 from tests.helpers.waiting import wait_until
-
-EXAMPLES: tuple[Details, ...] = tuple(
-    kind(singleton="t", key="t", **fields)
-    for kind, fields in (
-        (Acquired, {"holder": "h:1:a.1", "fence": 3}),
-        (TookOver, {"holder": "h:1:a.1", "fence": 3, "how": "died"}),
-        (StateLoaded, {"size": 4, "schema_version": None}),
-        (StateSaved, {"operation": "save", "size": 9}),
-        (WriteRefused, {"operation": "checkpoint"}),
-        (Lost, {"holder": "h:1:a.1", "fence": 3, "why": "it ran out", "seconds": 1.5}),
-        (
-            Released,
-            {
-                "holder": "h:1:a.1",
-                "fence": 3,
-                "outcome": "failed",
-                "seconds": 0.5,
-                "error": "ValueError: no",
-            },
-        ),
-        (Conflicted, {"policy": "skip", "found": "held by h"}),
-        (Skipped, {"outcome": "skipped", "why": "skipped: held by h"}),
-        (Failed, {"reason": "StateLoadFailed", "detail": "away"}),
-        (Changed, {"what": "released", "by": "somebody@host"}),
-    )
-)
 
 
 class Seen:

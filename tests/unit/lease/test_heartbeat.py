@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,24 +11,9 @@ import pytest
 from celery_singleton_state.lease.heartbeat import Heartbeat
 from celery_singleton_state.lease.lease import HeldLease, clock
 from celery_singleton_state.store.base import Lease, StoreUnavailable
+from tests.helpers.leases import Answers
 from tests.helpers.owners import Told
 from tests.helpers.waiting import wait_until
-
-
-class Answers:
-    """A store that only renews, and writes down what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[list[str]] = []
-        self.answer: Callable[[Sequence[Lease]], set[str]] = lambda leases: {
-            lease.key for lease in leases
-        }
-        #: Who asks the holders of which keys to hand over.
-        self.handoffs: dict[str, str] = {}
-
-    def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
-        self.asked.append(sorted(lease.key for lease in leases))
-        return {key: self.handoffs.get(key) for key in self.answer(leases)}
 
 
 @pytest.fixture

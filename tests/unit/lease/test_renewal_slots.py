@@ -27,11 +27,11 @@ from celery_singleton_state.lease.renewal_slots import (
     write_answer,
 )
 from celery_singleton_state.runtime import close_runtime, runtime_of
-from celery_singleton_state.store.base import Ended
+from celery_singleton_state.store.base import Ended, Lease
 from celery_singleton_state.worker.parent_renewal import ParentRenewal
+from tests.helpers.leases import Answers
 from tests.helpers.owners import Told
 from tests.helpers.waiting import wait_until
-from tests.unit.lease.test_heartbeat import Answers, Lease
 
 FORK = multiprocessing.get_context("fork")
 MARK = "the parent's"

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from celery_singleton_state import matches_now, next_runs
 from celery_singleton_state.schedules.due import GOES_BY_NOWFUN, next_due, spelled
+from tests.helpers.entries import on_the_30th_of_february
 
 BERLIN = ZoneInfo("Europe/Berlin")
 
@@ -280,13 +281,6 @@ def test_matches_the_minute(berlin: Celery) -> None:
     }.items():
         assert matches_now(cron, at(f"2026-06-01T{time}+02:00")) is matches
     assert matches_now(crontab())
-
-
-def on_the_30th_of_february(hour: Any) -> crontab:
-    """As Celery before 5.7 lets one make it."""
-    made = crontab(0, hour)
-    made.day_of_month, made.month_of_year = {30}, {2}
-    return made
 
 
 @pytest.mark.parametrize(

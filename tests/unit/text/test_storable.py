@@ -13,7 +13,7 @@ from celery_singleton_state import history
 from celery_singleton_state.keys import MAX_KEY_LENGTH, row_key
 from celery_singleton_state.text.storable import from_json, restored, storable, to_json
 from celery_singleton_state.ticks import task_id_of
-from tests.unit.test_history import entry
+from tests.helpers.history import entry
 
 #: With half surrogate pairs, which hypothesis leaves out otherwise.
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=20)

@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Callable
 from html import escape
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -35,40 +34,10 @@ from tests.helpers.page_data import (
     run,
     shown,
 )
+from tests.helpers.page_reader import Reader
 
 EXPORTER = Path(exporter.__file__).parent
 HOSTILE = "</title></style></code><script>alert(1)</script><img onerror='x()' \"q\" & \x00\u202e"
-VOID = frozenset({"meta", "link", "input", "wbr"})
-
-
-class Reader(HTMLParser):
-    """Reads a document: its elements, and its text as it is seen, tooltips aside."""
-
-    def __init__(self, document: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(document)
-        self.close()
-        self.text = re.sub(r" ([:,.)])", r"\1", " ".join(self.text.split()))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.text += " "
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-        self.text += " "
-
-    def handle_data(self, data: str) -> None:
-        if not {"script", "style", "svg"} & set(self.open):
-            self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def read(*singletons: ShownSingleton, **changes: Any) -> str:

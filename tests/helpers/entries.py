@@ -1,0 +1,29 @@
+"""Entries of a schedule, at noon of a day."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from celery import Celery
+from celery.schedules import crontab
+
+from celery_singleton_state.beat import SingletonEntry
+
+NOON = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
+SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
+
+
+def entry(app: Celery, schedule: Any = 60.0, due: datetime = NOON, **fields: Any) -> SingletonEntry:
+    """An entry whose next tick is the one given."""
+    made = SingletonEntry(name="e", task="t", schedule=schedule, app=app, **fields)
+    made.begin(due - MINUTE)
+    made.next_tick = due
+    return made
+
+
+def on_the_30th_of_february(hour: Any) -> crontab:
+    """As Celery before 5.7 lets one make it."""
+    made = crontab(0, hour)
+    made.day_of_month, made.month_of_year = {30}, {2}
+    return made

@@ -1,0 +1,42 @@
+"""A singleton's row, and steps with its lease."""
+
+from __future__ import annotations
+
+from celery_singleton_state.store.base import Acquired, Ended, Leases, NewValue, Released, Row
+from tests.helpers.waiting import wait_until
+
+LONG = 60.0
+BRIEF = 0.2
+#: Clocks are floating-point seconds here.
+ROUNDING = 0.01
+NEW, NEWER = NewValue('{"n":1}', 1), NewValue('{"n":2}', 1)
+DONE = Ended("succeeded", "[]")
+HELD_ON = Ended("succeeded", "[]", hold=LONG)
+FREED = Released(wanted=None)
+#: How many statements wait for a lock.
+WAITING = {
+    "postgresql": "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'",
+    "mysql": "SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'",
+}
+
+
+def acquire(store: Leases, holder: str = "a", ttl: float = LONG, key: str = "k") -> Acquired:
+    acquired = store.acquire(key, holder, ttl, f"task-{holder}")
+    assert acquired is not None
+    return acquired
+
+
+def peek(store: Leases, key: str = "k") -> Row:
+    row = store.peek(key)
+    assert row is not None
+    return row
+
+
+def let_run_out(store: Leases, key: str = "k") -> None:
+    """Wait until the store's own clock says that the lease ran out."""
+
+    def ran_out() -> bool:
+        row = peek(store, key)
+        return row.expires_in is not None and not row.held
+
+    wait_until(ran_out, "the lease runs out")

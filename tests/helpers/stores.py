@@ -1,0 +1,54 @@
+"""The stores that tests run on, and apps on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.backends import cache
+
+from celery_singleton_state.runtime import close_runtime
+
+STORES = ("memory", "sqlite", "postgresql", "mariadb")
+SERVERS = {
+    "postgresql": "postgres_url",
+    "mariadb": "mariadb_url",
+    "pgbouncer": "pgbouncer_url",
+    "latin1": "latin1_url",
+    "sql_ascii": "sql_ascii_url",
+}
+
+#: What a store does by itself is tested through a pooler, too; what is built upon it is not again.
+STORES_AND_POOLED = (*STORES, "pgbouncer")
+
+
+def url_on(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty database on the store of this name, or that of the fixture of it."""
+    if name == "memory":
+        return "memory://"
+    if name == "sqlite":
+        return f"sqlite:///{tmp_path}/store.db"
+    url: str = request.getfixturevalue(SERVERS.get(name, name))
+    return url
+
+
+def apps_on(store_url: str) -> Iterator[Callable[..., Celery]]:
+    made: list[Celery] = []
+
+    def make(**settings: Any) -> Celery:
+        app = Celery("shop", broker="memory://", backend="cache+memory://", set_as_current=False)
+        app.conf.update(
+            {"singleton_store_url": store_url, "singleton_auto_migrate": True} | settings
+        )
+        made.append(app)
+        return app
+
+    yield make
+    # All apps of a process share Celery's results in memory, and ticks have the same ids again.
+    cache._DUMMY_CLIENT_CACHE.clear()
+    for app in made:
+        close_runtime(app)
+        app.close()

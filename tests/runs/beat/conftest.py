@@ -1,0 +1,25 @@
+"""Beats in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.beats import Beats
+
+
+@pytest.fixture
+def beats(shared_store_url: str) -> Iterator[Beats]:
+    made = Beats(shared_store_url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def on_sqlite(tmp_path: Path) -> Iterator[Beats]:
+    """For what is not the store's."""
+    made = Beats(f"sqlite:///{tmp_path}/store.db")
+    yield made
+    made.close()
