@@ -104,7 +104,11 @@ def test_the_readmes_commands_are_known() -> None:
     commands = indented_commands(README)
     by_ci = [command for command in commands if command.startswith("python3 -m venv")]
     assert len(by_ci) == 2
-    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "README.md" in ci
+    # The second are this Python's tests; CI runs everything after them.
+    assert by_ci[1].endswith(" .venv/bin/tox -e py")
+    assert re.search(r"^TOX_SKIP_ENV=\S+ \.venv/bin/tox\b(?! -e)", ci, re.MULTILINE)
     ours = [command.split()[4] for command in commands if command.startswith("celery ")]
     assert ours == ["migrate", "ls", "show", "next", "exporter"]
     assert set(ours) <= set(singleton.commands)
