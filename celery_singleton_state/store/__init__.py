@@ -1,1 +1,1 @@
-"""Stores: where leases and states live."""
+"""The stores: the databases in which leases and states are kept."""

@@ -1,6 +1,7 @@
-"""What every store does: five verbs over leases, plain values in and out.
+"""The interface of a store: the methods that every store has, and the plain values that it takes
+and returns.
 
-The lease's protocol is explained in :mod:`celery_singleton_state.lease.lease`.
+:mod:`celery_singleton_state.lease.lease` explains the protocol of the lease.
 """
 
 from __future__ import annotations
@@ -17,21 +18,23 @@ from .odd_values import odd_values
 
 
 class StoreError(Exception):
-    """The store did not do what was asked; the message says why, for people."""
+    """A request to the store failed. The message tells people the reason."""
 
 
 class StoreUnavailable(StoreError):
-    """The store refused, broke off or did not answer. The same request may succeed later.
+    """The store is unavailable: it refused the request, closed the connection or did not answer.
 
-    Whether the request took effect is not known.
+    The request may have taken effect or not. The same request may succeed later.
     """
 
 
 class StoreRefusesValue(StoreError):
-    """The store cannot hold what it was given: its encoding lacks a character, it is too large, out
-    of range, or refused by a check. Nothing was changed, and the same request fails again.
+    """The store can never hold the value of a request. The request changed nothing.
 
-    :param is_of_text: whether a text has a character that the store's encoding lacks.
+    The value is too large or out of range, a check of the table refuses it, or the database's
+    encoding lacks one of its characters. The same request would fail again.
+
+    :param is_of_text: whether the reason is a character that the encoding lacks.
     """
 
     def __init__(self, text: str, is_of_text: bool = False) -> None:
@@ -40,24 +43,28 @@ class StoreRefusesValue(StoreError):
 
 
 class StoreNotReady(StoreError):
-    """The store's table is missing or of an older release; the message names the command."""
+    """The store's table is missing or belongs to an older release of this package.
+
+    The message names the command that creates or upgrades the table.
+    """
 
 
 class StoreMisconfigured(StoreNotReady):
-    """The database is not set up as it must be, which making the table does not mend; the message
-    says what is to be done.
+    """The database has a wrong set-up that creating the table would not correct.
+
+    A missing privilege is an example. The message says what the operator has to do.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to run, as its holder names it in every later request.
+    """A lease that was acquired. The holder names it in every later request to the store.
 
-    :param key: the row's key.
+    :param key: the key of the singleton's row.
     :param holder: ``nodename:pid:nonce``, new for each acquisition.
-    :param fence: a number that only grows: at each acquisition the larger of the last fence + 1
-        and the store's clock in milliseconds since 1970.
-    :param ttl: seconds that it lives without a renewal.
+    :param fence: a number that only grows. Each acquisition gets the larger one of two numbers: the
+        row's last fence + 1, and the store's clock in milliseconds since 1970.
+    :param ttl: seconds after which the lease expires, unless the holder renews it.
     """
 
     key: str
@@ -68,13 +75,16 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Acquired:
-    """A lease and what the row held when it was acquired.
+    """A lease, and the contents of the row at its acquisition.
 
-    :param value: the state as JSON, ``null`` when there is none.
-    :param acquired_at: seconds since the epoch by the store's clock.
-    :param write: the row's write number, which is the first :attr:`Write.seen` of the run: 0, or
-        :data:`TAKEN_OVER` if the lease of another holder had run out.
-    :param ticks_done: what is known of ticks, as JSON; see
+    :param value: the state as JSON; the JSON ``null`` if the singleton has no state.
+    :param schema_version: the version of the state's schema; ``None`` if there is no state.
+    :param history: the record of the last runs, as JSON; ``None`` if no run has ended yet.
+    :param acquired_at: the time of the acquisition, in seconds since the epoch by the store's
+        clock.
+    :param write: the row's write number, which is the first :attr:`Write.seen` of the run. It is 0,
+        or :data:`TAKEN_OVER` if this acquisition took over another holder's expired lease.
+    :param ticks_done: the record of the ticks that are done, as JSON; see
         :mod:`~celery_singleton_state.ticks_done`.
     """
 
@@ -89,7 +99,7 @@ class Acquired:
 
 @dataclass(frozen=True, slots=True)
 class NewValue:
-    """A state to be stored, as JSON, and the version of its schema."""
+    """A state that is to be stored: its JSON, and the version of its schema."""
 
     value: str
     schema_version: int
@@ -97,15 +107,17 @@ class NewValue:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """One write of a state within a lease.
+    """A request to write a state under a lease.
 
-    The store carries it out if the row's write number is at least ``seen`` and at most ``number``.
-    A larger one means that a newer write was carried out, so this one is late; a smaller one that
-    the database has lost writes that it had answered.
+    The store carries out the write only if the row's write number is at least ``seen`` and at most
+    ``number``. A larger write number in the row means that a newer write has taken effect, so this
+    request is late. A smaller one means that the database has lost writes that it had confirmed.
 
-    :param number: 1 for the first write of a lease, and one more for each further one. A number
-        belongs to one content for ever, also if that write failed or was rolled back.
-    :param seen: the number of the newest write whose answer has come, or :attr:`Acquired.write`.
+    :param number: 1 for the first write under a lease, and one more for each further write. A
+        number is never used again with another content, even if its write failed or was rolled
+        back.
+    :param seen: the number of the newest write that the store has confirmed to this run. Before the
+        first confirmation: :attr:`Acquired.write`.
     """
 
     number: int
@@ -115,11 +127,13 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """What ``enqueue_once`` finds.
+    """The queued or running message of a singleton, as ``enqueue_once`` reads it from the row.
 
-    :param number: the queue's number, which each claim, acquisition and dequeueing raises by one.
-    :param task_id: of the message that is queued; else of the one that is running, if there is one.
-    :param running: whether that message is running.
+    :param number: the row's queue number. Each claim, each acquisition and each dequeueing raises
+        it by one.
+    :param task_id: the task id of the queued message. If no message is queued: the task id of the
+        running message, or ``None``.
+    :param running: whether ``task_id`` is that of the running message.
     """
 
     number: int
@@ -129,11 +143,14 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a run ended, for the row.
+    """The end of a run, as its release records it in the row.
 
+    :param outcome: ``succeeded``, ``failed`` and so on.
     :param history: the whole new history, as JSON.
-    :param hold: seconds from its acquisition that the lease is kept, though the run is over.
-    :param ticks_done: what is known of ticks from now on, as JSON; ``None``: as before.
+    :param hold: the hold period: seconds since the acquisition for which the lease is kept, even
+        after the run. 0: the lease is free at once.
+    :param ticks_done: the new record of the ticks that are done, as JSON; ``None`` leaves the old
+        record in the row.
     """
 
     outcome: str
@@ -144,9 +161,10 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """Answer to a save.
+    """The store's answer to a save that took effect.
 
-    :param handoff_to: who asks the holder to hand over, if anybody does.
+    :param handoff_to: the message that has asked the holder to hand over; ``None`` if no message
+        has.
     """
 
     handoff_to: str | None
@@ -154,9 +172,10 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """Answer to a release.
+    """The store's answer to a release that took effect.
 
-    :param wanted: the wish for one more run that is in the row, as JSON; to be granted now.
+    :param wanted: the pending run in the row, as JSON, which is to be sent now; ``None`` if there
+        is no pending run.
     """
 
     wanted: str | None
@@ -164,16 +183,18 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A singleton's row, as it can be seen from outside, in a list of many.
+    """A singleton's row without its state, as a list of many singletons shows it.
 
-    :param holder: ``None`` when nobody holds the lease, also in a hold period after the last run.
-    :param task: the task's name; ``None`` if no run has written it, for example in a row that was
-        made before there was this column.
-    :param expires_in: seconds until the lease or its hold period ends, negative when the lease has
-        run out; ``None`` when the singleton is free.
-    :param updated_at, acquired_at, last_finished_at: seconds since the epoch by the store's
-        clock; ``read_at`` is when it was asked.
-    :param history: as JSON; in a list left out where the last run succeeded.
+    :param task: the task's name; ``None`` if no run has written it, for example in a row that is
+        older than this column.
+    :param updated_at, acquired_at, last_finished_at: seconds since the epoch by the store's clock.
+    :param holder: ``None`` if no run holds the lease, and during a hold period.
+    :param task_id: the task id of the run that holds the lease.
+    :param expires_in: seconds until the lease expires or the hold period ends; negative if the
+        lease has expired; ``None`` if the singleton is free.
+    :param history: the record of the last runs, as JSON. A list leaves it out (``None``) if the
+        last run succeeded.
+    :param read_at: the time at which the row was read, by the store's clock.
     """
 
     key: str
@@ -193,30 +214,32 @@ class Listed:
 
     @property
     def held(self) -> bool:
-        """Whether nobody can acquire the lease now: a run has it, or a hold period keeps it."""
+        """Whether the lease cannot be acquired now: a run holds it, or its hold period goes on."""
         return self.expires_in is not None and self.expires_in > 0
 
     @property
     def in_hold_period(self) -> bool:
-        """Whether the run is over and the lease kept for a while."""
+        """Whether the lease is kept in its hold period after a run that has ended."""
         return self.held and self.holder is None
 
 
 @dataclass(frozen=True, slots=True)
 class Row(Listed):
-    """The whole row.
+    """A singleton's whole row, with its state.
 
-    :param value: the state as JSON, ``null`` when there is none.
-    :param wanted: the wish for one more run, as JSON, if there is one.
-    :param write: the number of the last write.
-    :param handoff_to: who asked the holder to hand over, if anybody did.
-    :param newest: the rank of the message that asked last; 0 if none did.
-    :param newest_sent: when the message was sent that acquired or asked last, if that is known; see
-        :mod:`celery_singleton_state.message.place`.
-    :param ticks_done: what is known of ticks, as JSON.
-    :param queue: the queue's number, for a claim.
-    :param queued_task_id: the message that counts as queued, if one does.
-    :param queued_in: seconds until it does not count any more.
+    :param value: the state as JSON; the JSON ``null`` if the singleton has no state.
+    :param wanted: the pending run, as JSON; ``None`` if there is none.
+    :param write: the number of the last write under the present lease.
+    :param handoff_to: the message that has asked the holder to hand over; ``None`` if no message
+        has.
+    :param newest: the rank of the message that asked last for a handoff; 0 if no message has.
+    :param newest_sent: when the message was sent that last acquired the lease or asked for a
+        handoff; ``None`` if that is not known. See :mod:`celery_singleton_state.message.place`.
+    :param ticks_done: the record of the ticks that are done, as JSON.
+    :param queue: the queue number, which the next claim has to name.
+    :param queued_task_id: the task id of the message that counts as queued; ``None`` if no message
+        does.
+    :param queued_in: seconds until that message no longer counts as queued.
     """
 
     value: str
@@ -232,22 +255,27 @@ class Row(Listed):
 
     @property
     def rank(self) -> int:
-        """The rank of the message that acquired or asked last; an acquisition's is its fence."""
+        """The largest rank in the row: that of the message that last acquired the lease (its
+        fence) or asked for a handoff.
+        """
         return max(self.fence, self.newest)
 
     @property
     def next_rank(self) -> int:
-        """A rank above all that are in the row, and not below the store's clock in milliseconds."""
+        """A rank for a new request: larger than the row's, and at least the store's clock in
+        milliseconds since 1970.
+        """
         return max(self.rank + 1, int(self.read_at * 1000))
 
 
 @dataclass(frozen=True, slots=True)
 class SeenTicks:
-    """What a singleton's row says to a beat that waits for the end of a tick.
+    """The columns of a singleton's row that a beat reads while it waits for a tick to end.
 
-    :param held: whether somebody holds the lease now.
-    :param task_id: of the message that the holder runs, if there is one.
-    :param ticks_done: what is known of ticks, as JSON.
+    :param held: whether the lease is held now, by a run or in a hold period.
+    :param task_id: the task id of the message that the holder runs; ``None`` in a hold period and
+        if the lease is free.
+    :param ticks_done: the record of the ticks that are done, as JSON.
     """
 
     held: bool
@@ -255,16 +283,18 @@ class SeenTicks:
     ticks_done: str | None
 
 
-#: The write number after an acquisition that took over the lease of a holder which did not give it
-#: back. It tells such a takeover from an orderly handoff.
+#: The write number after a takeover: an acquisition of an expired lease that its holder did not
+#: release. After a released lease the write number is 0.
 TAKEN_OVER = -1
 
 Seen = TypeVar("Seen", bound=Listed)
 
 
 def seen(row: Seen) -> Seen:
-    """A row as it was read: with values of the kinds that its fields have, with tasks and their ids
-    as they were given, and without a hold period that is over.
+    """Return a row that was read from the store, with its values in their usual form.
+
+    Values of a wrong type are converted (:func:`~celery_singleton_state.store.odd_values`). The
+    names and ids of tasks are unescaped. A hold period that has ended is left out.
     """
     if odd := odd_values(row):
         row = replace(row, **odd)
@@ -279,44 +309,60 @@ def seen(row: Seen) -> Seen:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error is and says, for people."""
+    """Return an error's class and text in one line, for logs and for the texts of other errors."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class RowRequests(Protocol):
-    """What others than a lease's holder can ask of a row."""
+    """The requests that processes other than the lease's holder can make on a singleton's row.
+
+    Several methods take the :class:`Row` as the caller has read it. They change nothing if the row
+    has another fence or holder by now.
+    """
 
     def request_handoff(
         self, row: Row, handoff_to: str, rank: int | None = None, sent: str | None = None
     ) -> bool:
-        """Ask the holder that was seen to hand over.
+        """Ask the lease's present holder to hand over.
 
-        :param rank: of the message that asks, larger than that of all messages before it.
-            ``None``: :attr:`Row.next_rank`.
-        :param sent: when that message was sent.
-        :returns: false if it is not the holder any more, or if a message of this rank or a larger
-            one has asked: a late request must not stop the holder in favour of an older message.
-            The same request, repeated, succeeds again.
+        :param row: the row as the caller has read it.
+        :param handoff_to: the message that asks for the handoff.
+        :param rank: the rank of this message, larger than that of all earlier messages. ``None``:
+            :attr:`Row.next_rank`.
+        :param sent: when this message was sent; ``None`` if that is not known.
+        :returns: false if the lease has another holder by now, or if another message of this rank
+            or a larger one has asked. Otherwise a late request would stop the holder in favour of
+            an older message. The same request succeeds again when it is repeated.
         """
 
     def release_early(self, row: Row) -> bool:
-        """End the hold period that was seen; false when there is none, or another one, by now."""
+        """End a hold period before its time.
+
+        :param row: the row as the caller has read it.
+        :returns: false if that hold period has ended, or if another one has begun since.
+        """
 
     def request_run(self, row: Row, pending_run: str) -> bool:
-        """Have the holder that was seen send one more run when it releases, by this wish alone.
+        """Note a pending run in the row, in place of an earlier one. The holder sends it when it
+        releases the lease.
 
-        :returns: false if it is not the holder any more, or if the row has another wish by now
-            than when it was seen: a late request must not replace a newer wish.
+        :param row: the row as the caller has read it.
+        :param pending_run: the pending run, as JSON.
+        :returns: false if the lease has another holder by now, or if the row has another pending
+            run than ``row``. Otherwise a late request would replace a newer pending run.
         """
 
     def wanted(self, key: str) -> str | None:
-        """The wish that is in the row, for a release whose answer was lost."""
+        """Return the pending run in the row, as JSON, or ``None``.
+
+        A holder calls this if the answer to its release was lost.
+        """
 
     def pending_run_sent(self, key: str, pending_run: str) -> None:
-        """The run that was wanted was sent; a newer wish stays."""
+        """Remove a pending run from the row because it was sent. A newer pending run stays."""
 
     def queued(self, key: str) -> Queued:
-        """The message that is queued or running, and the queue's number for :meth:`claim`."""
+        """Return the queued or running message, and the queue number for :meth:`claim`."""
 
     def claim(
         self,
@@ -327,62 +373,71 @@ class RowRequests(Protocol):
         first: bool = False,
         task: str | None = None,
     ) -> bool:
-        """Note a message as queued, for so many seconds, in place of any other.
+        """Note a message as the singleton's queued message, in place of any other.
 
-        :param number: of the queue, as it was seen.
-        :param first: whether the caller has not sent this claim before.
+        :param life: seconds for which the message counts as queued.
+        :param number: the queue number that :meth:`queued` returned.
+        :param first: true if this is the caller's first attempt, false if the caller repeats the
+            claim because its answer was lost.
         :param task: the task's name, for a new row.
-        :returns: false if the queue has another number by now. A claim that is repeated while it
-            still counts succeeds again; one that is sent first does not, because the equal claim
-            in the row is that of another caller with the same task id.
+        :returns: false if the row has another queue number by now. A repeated claim succeeds again
+            while it counts. A first attempt does not, because the equal claim in the row then comes
+            from another caller with the same task id.
         """
 
     def expect(self, tasks: Mapping[str, str]) -> None:
-        """Note that these singletons are to run, as rows that no run has changed yet.
+        """Insert an empty row for each singleton that is expected to run and has no row yet.
 
         :param tasks: the task's name by the singleton's key.
         """
 
     def put(self, key: str, row: Row | None, new: NewValue, task: str | None = None) -> bool:
-        """Store a state from outside a run.
+        """Store a state while no run holds the lease, for example from the command line.
 
-        :param row: as it was seen; ``None`` if there was none.
+        :param row: the row as the caller has read it; ``None`` if there was no row.
         :param task: the task's name, for a new row.
-        :returns: false if a lease is held, or if the row has changed since it was seen.
+        :returns: false if the lease is held, or if the row has changed since the caller read it.
         """
 
     def dequeue(self, key: str, task_id: str, task: str | None = None) -> None:
-        """Note that a message is not queued any more, and refuse a claim for it that is late.
+        """Note that a message is no longer queued, and refuse claims that arrive late.
+
+        An acquisition for the message has the same effect, so a run need not call this.
 
         :param task: the task's name, for a new row.
-
-        (An acquisition for it does so by itself.)
         """
 
 
 class Entries(Protocol):
-    """The rows of a schedule's entries, which only their leader writes."""
+    """The rows of the entries of a beat schedule. Only the leading beat writes them."""
 
     def load(self, prefix: str) -> dict[str, str]:
-        """The values of all rows whose keys begin with a prefix and go on, by key."""
+        """Return the values by key, of all rows whose keys begin with a prefix and are longer."""
 
     def record(
         self, lease: Lease, entries: Mapping[str, str], number: int, seen: int
     ) -> float | None:
-        """Store values by key, if there are any, and prolong the leader's lease.
+        """Store the values of entries, and renew the leader's lease, both or neither.
 
-        All or nothing. That the lease ran out does not matter as long as nobody took it since.
+        An expired lease is renewed as well, unless another beat has acquired it.
 
-        :param number, seen: of this write within the leader's lease, as in :class:`Write`.
+        :param entries: the values by key. There may be none.
+        :param number, seen: the numbers of this write under the leader's lease, as in
+            :class:`Write`.
         :returns: the store's time in seconds since the epoch; ``None`` if the write was refused.
         """
 
     def forget(self, lease: Lease, keys: Sequence[str], number: int, seen: int) -> bool:
-        """Remove rows, as a write of the leader's like :meth:`record`; false if it was refused."""
+        """Remove the rows of entries, as a write under the leader's lease.
+
+        :param number, seen: the numbers of this write under the leader's lease, as in
+            :class:`Write`.
+        :returns: false if the write was refused.
+        """
 
 
 class Leases(Protocol):
-    """Where leases live. Every verb may raise :exc:`StoreError`."""
+    """A store of leases. Every method may raise :exc:`StoreError`."""
 
     def acquire(
         self,
@@ -394,126 +449,155 @@ class Leases(Protocol):
         sent: str | None = None,
         task: str | None = None,
     ) -> Acquired | None:
-        """Take a free or expired lease and load its row; ``None`` when somebody holds it.
+        """Acquire a free or expired lease, and load the singleton's row.
 
-        :param rank: of a message that was ranked before. It does not get the lease if the row has
-            a larger :attr:`Row.rank`, that of a newer message. 0: it was not ranked.
-        :param sent: when the message was sent, as
-            :func:`~celery_singleton_state.message.place.moment` tells it. A message that was not
-            ranked does not get the lease if the newest message of the row was sent later by the
-            same clock.
+        The same holder may repeat the request, because the answer may have been lost. The repeated
+        request only makes sure that the lease lives for at least ``ttl`` seconds from now.
+
+        :param ttl: the lease's life in seconds.
+        :param task_id: the task id of the message that asks for the lease.
+        :param rank: the rank of this message; 0 if it has none. A ranked message does not get the
+            lease if the row has a larger :attr:`Row.rank`, because a newer message has come.
+        :param sent: when this message was sent, in the form that
+            :func:`~celery_singleton_state.message.place.moment` returns. A message without a rank
+            does not get the lease if the row's newest message was sent later by the same clock.
         :param task: the task's name, for the row.
-
-        Asked again by the same holder it changes nothing, except that the lease lives for at least
-        ``ttl`` from now. So a request whose answer was lost can be repeated, and a late one does
-        no harm.
+        :returns: ``None`` if the lease is held, or if the message is not the newest one.
         """
 
     def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
-        """Prolong leases by their life from now; returns the keys of those that it prolonged,
-        and for each who asks its holder to hand over, if anybody does.
+        """Renew leases: each expires ``ttl`` seconds from now.
 
-        Asked for several, it may pass over rows that somebody has locked at this moment. Asked
-        for one alone, it waits, and a key that is not returned is no longer held. No two of the
-        leases have the same key: the answer could not tell them apart.
+        A request for a single lease waits if another transaction has locked its row. A request for
+        several leases may skip locked rows. So a missing key means that the lease is no longer held
+        only if it was the only one.
+
+        :param leases: leases with different keys, because the answer identifies a lease by its key.
+        :returns: the keys of the renewed leases, each with the message that asks the lease's holder
+            to hand over, or ``None``.
         """
 
     def release(self, lease: Lease, ended: Ended, write: Write | None = None) -> Released | None:
-        """Give a lease back, with a new state or without; ``None`` when that is refused."""
+        """Release a lease, record how its run ended, and store a new state if one is given.
+
+        :returns: ``None`` if the store refused this, because the lease has another holder by now
+            or the write is late.
+        """
 
     def give_back(self, key: str, holder: str) -> Released | None:
-        """Give a lease back whose fence may be unknown, and which may never have been taken.
+        """Release a lease by its holder's name alone, and record no run.
 
-        Nothing is noted of a run. A holder's name is never used again, so a late request is
-        refused.
+        The caller needs this if the answer to an acquisition was lost: it does not know the fence,
+        nor whether it got the lease. A late request changes nothing, because the name of a holder
+        is never used again.
 
-        :returns: ``None`` if this is not the holder.
+        :returns: ``None`` if this holder does not hold the lease.
         """
 
     def peek(self, key: str) -> Row | None:
-        """The row of a singleton, if it has one."""
+        """Return the row of a singleton, or ``None`` if it has no row."""
 
     def list(self, prefix: str, also: str = "") -> Sequence[Listed]:
-        """The rows of all singletons whose keys begin with a prefix, and one more, by key."""
+        """Return the rows of all singletons whose keys begin with a prefix, ordered by key.
+
+        :param also: the key of one more singleton, which need not begin with the prefix.
+        """
 
     def contents(
         self, keys: Sequence[str], values: bool
     ) -> dict[str, tuple[str | None, str | None]]:
-        """The histories of some singletons by key, and their values if they are wanted."""
+        """Return the histories and the states of some singletons, by key.
+
+        :param values: whether to read the states. If false, each state is ``None``.
+        """
 
     def ticks(self, keys: Sequence[str]) -> dict[str, SeenTicks]:
-        """What is known of the ticks of some singletons, by key; of those that have a row."""
+        """Return the records of ticks of some singletons, by key, without keys that have no row."""
 
     def unused(self, prefix: str, older_than: float) -> Mapping[str, str | None]:
-        """The keys, in order, of singletons that begin with a prefix and that nobody uses, each
-        with the name of its task.
+        """Return the keys, in order, of the unused singletons under a prefix, each with the name of
+        its task.
 
-        Nobody holds the lease, not even late; nobody asked the holder to hand over, or wants one
-        more run; no message is queued; and neither the state has changed nor a run ended for so
-        many seconds, by the store's clock.
+        A singleton is unused if its lease has no holder (not even one whose lease has expired) and
+        is in no hold period, if the row has no request for a handoff, no pending run and no queued
+        message, and if for ``older_than`` seconds neither its state has changed nor a run has
+        ended, by the store's clock.
         """
 
     def prune(self, keys: Sequence[str], older_than: float) -> Sequence[str]:
-        """Remove the rows of those of the keys that nobody uses; returns them.
+        """Remove the rows of unused singletons, and return their keys.
 
-        What :meth:`unused` asks is asked again of each row as it is removed: a run that begins
-        meanwhile keeps its row. It may pass over rows that somebody has locked at this moment.
-        The next acquisition of a key that was removed makes a new row, whose fence is the store's
-        clock.
+        The conditions of :meth:`unused` are evaluated again as each row is removed, so a singleton
+        whose run has begun meanwhile keeps its row. Rows that another transaction has locked may be
+        skipped. The next acquisition of a removed key inserts a new row, whose fence is the store's
+        clock in milliseconds since 1970.
+
+        :param keys: the keys of the singletons that may be removed.
         """
 
     @property
     def requests(self) -> RowRequests:
-        """What others than a lease's holder can ask of a row."""
+        """The requests that processes other than the lease's holder can make on a row."""
 
     def check(self, prefixes: Sequence[str] = (KEY_PREFIX,)) -> None:
-        """See that the store can be used; :exc:`StoreError` says what is missing.
+        """Check that the store can be used.
 
-        :param prefixes: what the keys begin with that it is used for.
+        :param prefixes: the prefixes of the keys that will be used.
+        :raises StoreError: the store cannot be used. The message says what is missing.
         """
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections to the store."""
 
 
 class Store(Leases, Protocol):
-    """Where leases and states live. Every verb may raise :exc:`StoreError`."""
+    """A store of leases and states. Every method may raise :exc:`StoreError`."""
 
     def save(self, lease: Lease, write: Write) -> Saved | None:
-        """Store a state and prolong the lease; ``None`` when that is refused.
+        """Store a state during a run, and renew the lease.
 
-        That the lease ran out does not matter as long as nobody took it since.
+        An expired lease may still save, unless another holder has acquired it.
+
+        :returns: ``None`` if the store refused the save, because the lease has another holder by
+            now or the write is late.
         """
 
     def written(self, lease: Lease, number: int) -> bool | None:
-        """Whether the write with this number took effect, after a COMMIT that was not answered.
+        """Return whether a write took effect whose COMMIT was not answered.
 
-        The row is read under its lock, so that a COMMIT which is still under way has ended.
+        The store reads the row under its lock, so it waits for a COMMIT that is still in progress.
 
-        :returns: ``None`` if the lease is not held any more.
+        :param number: the number of the write.
+        :returns: ``None`` if the lease has another holder by now, or none.
         """
 
     def set_aside(self, key: str, value: str) -> None:
-        """Keep a value that cannot be decoded under a key of its own."""
+        """Store a copy of a state that cannot be decoded, under a separate key."""
 
     def transaction(self) -> AbstractContextManager[FencedTransaction]:
-        """A transaction on the store's database that can carry a fenced save."""
+        """Open a transaction on the store's database, which can include a save of the state."""
 
     @property
     def entries(self) -> Entries:
-        """The rows of a schedule's entries."""
+        """The rows of the entries of a beat schedule."""
 
 
 class FencedTransaction(Protocol):
-    """An open transaction: the caller's own statements and one fenced save."""
+    """An open transaction on the store's database: the caller's own statements, and then one save
+    of the state under the lease.
+    """
 
     connection: Any
 
     def save(self, lease: Lease, write: Write) -> Saved | None:
-        """Store a state within the transaction, last; ``None`` when that is refused.
+        """Store a state as the transaction's last statement.
 
-        :meth:`Store.written` tells whether it was committed when the answer to that was lost.
+        If the answer to the COMMIT is lost, :meth:`Store.written` finds out whether the state was
+        stored.
+
+        :returns: ``None`` if the store refused the save, because the lease has another holder by
+            now or the write is late.
         """
 
     def abandon(self) -> None:
-        """Leave the transaction to be rolled back without waiting for an answer of the store."""
+        """Give up the transaction without waiting for the store, which rolls it back by itself."""

@@ -1,4 +1,8 @@
-"""What goes wrong while a connection is made: it never is of a value that is to be stored."""
+"""Errors that happen while a connection to a store is being made.
+
+Such an error says nothing about a value that is to be stored, although some drivers raise the same
+class of error for both. So it is marked.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,14 @@ _PASSED_ON = (*FROM_OUTSIDE, StoreError, ImproperlyConfigured)
 
 @contextmanager
 def connecting(setting: str, *driver_errors: type[Exception]) -> Iterator[None]:
-    """Mark the driver's own errors of the block, which makes a connection.
+    """Run a block that makes a connection, and mark the driver's errors that it raises.
 
-    :param setting: the name of the setting with the URL.
-    :raises StoreMisconfigured: for errors that are not the driver's. They come of a value in the
-        URL, or of a file that it names: drivers have their own errors for networks and servers.
+    :func:`was_connecting` reads the mark.
+
+    :param setting: the name of the setting that has the URL.
+    :param driver_errors: the driver's own classes of errors.
+    :raises StoreMisconfigured: the block raised another error. Drivers raise their own errors for
+        networks and servers, so the reason is a value in the URL or a file that the URL names.
     """
     try:
         yield
@@ -37,13 +44,15 @@ def connecting(setting: str, *driver_errors: type[Exception]) -> Iterator[None]:
 
 
 def was_connecting(error: BaseException) -> bool:
-    """Whether an error was raised while a connection was made."""
+    """Return whether an error was raised while a connection was being made."""
     error = getattr(error, "orig", None) or error
     return bool(getattr(error, _MARK, False))
 
 
 def _why(error: Exception) -> str:
-    """A reason that shows nothing of the URL or of a file."""
+    """Return a reason that reveals neither parts of the URL nor contents of a file: both can have
+    passwords.
+    """
     if isinstance(error, UnicodeError):
         return "the name of the host, the user or the password cannot be encoded"
     if isinstance(error, OSError) and error.strerror:

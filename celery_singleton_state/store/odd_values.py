@@ -1,19 +1,24 @@
-"""Values in rows that are not of the kind that their columns are for.
+"""Convert values in rows that have another type than their column, such as a text in place of a
+number.
 
-SQLite keeps any value in any column, and Redis keeps texts alone. A row that somebody wrote by hand
-is one odd row among the others; it is no error of whoever reads them all.
+SQLite stores any value in any column, and Redis stores only texts. A row that a user has edited by
+hand may have such values. They must not become an error for a process that reads all rows.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-#: Stands for the version of a state's schema in a row that has none that is a number.
+#: The schema version of a row whose own schema version is not a number. No schema has this version.
 NO_VERSION = -1
 
 
 def odd_values(row: Any) -> dict[str, Any]:
-    """The values of a row's fields that are not of their kinds, nor ``None``, made so."""
+    """Return converted values for the fields of a row that have a wrong type.
+
+    :param row: a dataclass of :mod:`celery_singleton_state.store.base`.
+    :returns: the new values by the fields' names. A field that is ``None`` stays so.
+    """
     found: dict[str, Any] = {}
     for kind, names, made in _KINDS:
         for name in names:
@@ -24,7 +29,7 @@ def odd_values(row: Any) -> dict[str, Any]:
 
 
 def whole_number(value: Any) -> int:
-    """A number from whatever stands in its place; 0 if that is none, or is beyond 64 bits."""
+    """Convert a value to a whole number; 0 if it is not a number or needs more than 64 bits."""
     try:
         found = int(value)
     except (TypeError, ValueError, OverflowError):
@@ -33,7 +38,7 @@ def whole_number(value: Any) -> int:
 
 
 def number(value: Any) -> float | None:
-    """A number from whatever stands in its place; ``None`` if that is none."""
+    """Convert a value to a float; ``None`` if it is not a number."""
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
@@ -41,13 +46,15 @@ def number(value: Any) -> float | None:
 
 
 def text(value: Any) -> str:
-    """A text from whatever stands in its place."""
+    """Convert a value to a text. Bytes that are not UTF-8 become backslash escapes."""
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
+#: For each type of a field: the type, the names of its fields, and the function that converts a
+#: value of another type.
 _KINDS: tuple[tuple[type, tuple[str, ...], Any], ...] = (
     (int, ("fence", "run_count", "write", "newest", "queue"), whole_number),
-    # It is no version by chance: nobody knows how to read that state.
+    # A converted number could by chance be an existing version, and the state be decoded by it.
     (int, ("schema_version",), lambda _: NO_VERSION),
     (
         float,

@@ -1,6 +1,7 @@
-"""Options in a store's URL: each is read as what it is, or refused with what is allowed.
+"""Parse and check the options in a store's URL, the part behind the ``?``.
 
-No refusal shows a value, because it can be a part of a password.
+An error names the option and what is allowed. It never shows a value, because the value can be a
+part of a password.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any, NoReturn
 
 from celery.exceptions import ImproperlyConfigured
 
-#: How like a name has to be for a question whether it is meant. A name that is less like, of
-#: another driver's option for example, can do something else.
+#: How similar a known option must be to an unknown one to be suggested ("did you mean …"), from 0
+#: to 1. Less similar names often are options of other drivers, with another meaning.
 LIKE = 0.8
 STORE, LEASES = "singleton_store_url", "singleton_lease_url"
 LARGEST_PORT = 65535
@@ -27,10 +28,11 @@ _SWITCH |= {"0": False, "false": False, "f": False, "no": False, "n": False, "of
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """An option of a URL.
+    """How an option of a URL is parsed.
 
-    :param read: the value from its text; :exc:`ValueError` if it is not allowed.
-    :param allowed: what the option takes, for people.
+    :param read: converts the option's text to its value, and raises :exc:`ValueError` if the text
+        is not allowed.
+    :param allowed: what the option takes, as an error message says it.
     """
 
     read: Callable[[str], Any]
@@ -38,12 +40,12 @@ class Option:
 
 
 def whole(least: int, most: int | None = None) -> Option:
-    """A whole number."""
+    """An option that takes a whole number from ``least`` to ``most``; ``None``: no upper limit."""
 
     def read(text: str) -> int:
         if not (text.isascii() and text.isdecimal()):
             raise ValueError
-        # Python refuses to read a number of thousands of digits.
+        # Python refuses to parse thousands of digits. 20 digits exceed every upper limit.
         number = int(text[:20])
         if number < least or (most is not None and number > most):
             raise ValueError
@@ -54,7 +56,7 @@ def whole(least: int, most: int | None = None) -> Option:
 
 
 def seconds(least: float = 0.001) -> Option:
-    """A number of seconds; neither infinity nor NaN."""
+    """An option that takes a finite number of seconds, ``least`` or more."""
 
     def read(text: str) -> float:
         number = float(text)
@@ -66,7 +68,10 @@ def seconds(least: float = 0.001) -> Option:
 
 
 def choice(*words: str, why: str = "") -> Option:
-    """One of several words."""
+    """An option that takes one of several words.
+
+    :param why: the reason for this choice, which is appended to the error message.
+    """
 
     def read(text: str) -> str:
         if text not in words:
@@ -77,12 +82,12 @@ def choice(*words: str, why: str = "") -> Option:
 
 
 def made_of(read: Callable[[str], Any], allowed: str) -> Option:
-    """An option whose text anything may refuse."""
+    """An option whose ``read`` may raise any error to refuse a text."""
 
     def checked(text: str) -> Any:
         try:
             return read(text)
-        except Exception as error:  # of a class that a user names, for example
+        except Exception as error:  # for example an error of a class that the user names
             raise ValueError from error
 
     return Option(checked, allowed)
@@ -101,9 +106,12 @@ PORT = whole(1, LARGEST_PORT)
 
 
 def read_option(setting: str, name: str, text: str, option: Option) -> Any:
-    """The value of an option.
+    """Return the value of an option.
 
-    :raises ImproperlyConfigured: it is not allowed; the message says what is.
+    :param setting: the name of the setting that has the URL.
+    :param name: the option's name.
+    :param text: the option's text in the URL.
+    :raises ImproperlyConfigured: the text is not allowed. The message says what is.
     """
     try:
         return option.read(text)
@@ -112,9 +120,10 @@ def read_option(setting: str, name: str, text: str, option: Option) -> Any:
 
 
 def refused_value(setting: str, name: str, allowed: str | None) -> ImproperlyConfigured:
-    """The refusal of an option's value.
+    """Return the error for an option whose value is not allowed.
 
-    :param allowed: ``None`` if only the driver's documentation says it.
+    :param allowed: what the option takes. ``None``: the message refers to the driver's
+        documentation.
     """
     takes = f": {name} takes {allowed}" if allowed else "; see its driver's documentation"
     return ImproperlyConfigured(
@@ -123,7 +132,10 @@ def refused_value(setting: str, name: str, allowed: str | None) -> ImproperlyCon
 
 
 def as_argument(text: str) -> str:
-    """An error's text for somebody who gave the URL of a store as an argument, not as a setting."""
+    """Reword an error's text for a user who gave the store's URL as an argument, not as a setting.
+
+    The text then says "the URL" instead of the setting's name.
+    """
     return text.replace(f"{STORE}=", "the URL ").replace(STORE, "the URL")
 
 
@@ -134,10 +146,13 @@ def refuse_unknown_options(
     driver: str,
     instead: Mapping[str, str],
 ) -> None:
-    """Refuse options of a URL that the driver would refuse at each connection.
+    """Refuse options of a URL that the driver does not know and would refuse at each connection.
 
-    :param instead: what to write for other drivers' options.
-    :raises ImproperlyConfigured: the driver does not know one of them.
+    :param names: the names of the options in the URL.
+    :param known: the names of the options that the driver knows.
+    :param driver: the driver's name, for the message.
+    :param instead: advice by the names of other drivers' options.
+    :raises ImproperlyConfigured: an option is not known. The message suggests a similar name.
     """
     for name in names:
         if name not in known:
@@ -150,7 +165,11 @@ def refuse_unknown_options(
 
 
 def refuse_missing_files(setting: str, query: Mapping[str, object], names: Collection[str]) -> None:
-    """:raises ImproperlyConfigured: an option of a URL names a file that is not there."""
+    """Refuse options of a URL that name a file which does not exist.
+
+    :param names: the options whose values are names of files.
+    :raises ImproperlyConfigured: a file does not exist.
+    """
     for name in names:
         value = query.get(name)
         if isinstance(value, str) and not Path(value).expanduser().exists():
@@ -158,21 +177,26 @@ def refuse_missing_files(setting: str, query: Mapping[str, object], names: Colle
 
 
 def refuse_repeated(setting: str, names: Iterable[str]) -> None:
-    """:raises ImproperlyConfigured: an option stands twice, so that nobody knows which counts."""
+    """Refuse options that a URL has twice, because it is not clear which of the two is meant.
+
+    :raises ImproperlyConfigured: an option is repeated.
+    """
     seen: set[str] = set()
     for name in names:
         if name in seen:
             raise ImproperlyConfigured(
-                f"{setting}: the option {name!r} stands twice; leave one out"
+                f"{setting}: the option {name!r} is given twice; remove one of the two"
             )
         seen.add(name)
 
 
 def refuse_nul(setting: str, parts: Mapping[str, Any]) -> None:
-    """Refuse a NUL, at which a driver in C cuts what it is given: it would ask another server.
+    """Refuse a URL that contains a NUL character (``%00``).
 
-    :param parts: of the URL, decoded, by their names.
-    :raises ImproperlyConfigured: there is one.
+    A driver that is written in C cuts a text at a NUL, and could so connect to another server.
+
+    :param parts: the decoded parts of the URL, by their names.
+    :raises ImproperlyConfigured: a part contains a NUL.
     """
     for name, part in parts.items():
         if "\0" in str(part):
@@ -180,7 +204,10 @@ def refuse_nul(setting: str, parts: Mapping[str, Any]) -> None:
 
 
 def refuse_wrong_hosts(setting: str, hosts: Collection[str]) -> None:
-    """:raises ImproperlyConfigured: a name could never be that of a host."""
+    """Refuse names of hosts that no look-up could find. Addresses and paths of sockets are allowed.
+
+    :raises ImproperlyConfigured: a name is not a valid name of a host.
+    """
     for host in hosts:
         try:
             if not host.startswith(("/", "@")):
@@ -192,15 +219,15 @@ def refuse_wrong_hosts(setting: str, hosts: Collection[str]) -> None:
             is_wrong = True
         if is_wrong:
             raise ImproperlyConfigured(
-                f"{setting}: the name of a host is not one that can be looked up (an empty part "
-                "between two dots, a part of more than 63 characters, or a blank)"
+                f"{setting}: the name of a host cannot be looked up: it has an empty part "
+                "between two dots, a part of more than 63 characters, or a blank"
             )
 
 
 def read_address(text: str) -> str:
-    """An address of IPv4 or IPv6 as it is.
+    """Return a text unchanged if it is an IPv4 or IPv6 address.
 
-    :raises ValueError: it is none.
+    :raises ValueError: the text is not an address.
     """
     try:
         socket.getaddrinfo(text, None, flags=socket.AI_NUMERICHOST)
@@ -215,14 +242,16 @@ def refuse_what_fails(
     attempt: Callable[[Mapping[str, Any]], None],
     allowed: Mapping[str, str],
 ) -> None:
-    """Refuse the options that a driver refuses, by an attempt that connects to no server.
+    """Refuse options that a driver does not accept, by an attempt that connects to no server.
 
-    The option without which the attempt succeeds is the one that is named. What the driver says
-    is not shown: it can be a line of a file.
+    If the attempt fails, it is repeated without one option at a time. If it then succeeds, the
+    error names the option that was left out. The driver's own message is not shown, because it can
+    contain a line of a file.
 
-    :param attempt: raises an error of any kind if it does not take the options.
-    :param allowed: what an option takes, for people.
-    :raises ImproperlyConfigured: it does not take them.
+    :param attempt: gives the options to the driver, and raises an error of any class if the driver
+        does not accept them.
+    :param allowed: what an option takes, by its name, for the error message.
+    :raises ImproperlyConfigured: the driver does not accept the options.
     """
     error = _failure(attempt, options)
     if error is None:
