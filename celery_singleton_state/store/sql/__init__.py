@@ -1,1 +1,1 @@
-"""Leases and states in one table of an SQL database."""
+"""The store that keeps leases and states in one table of an SQL database."""

@@ -1,15 +1,15 @@
-"""An engine's connections: a small pool, and one that is kept at hand for single statements.
+"""An engine's connections: a small pool, and one kept connection for single statements.
 
 To check a connection out of SQLAlchemy's pool and in again costs as much as the statement does on
-SQLite. So the first caller has a connection that the pool does not know; who comes while it is in
-use takes one of the pool's.
+SQLite. So one connection is kept outside the pool. A caller that finds it in use takes a connection
+of the pool.
 
 All are in autocommit mode. Autocommit, no ping and no reset keep a statement at one round trip:
 BEGIN, COMMIT and ROLLBACK would double it.
 
-A connection is its process's. A child that is forked while one is in use must never touch it, not
-even to end it: what the child sends on the socket that both have, the server takes for its
-parent's. So the child loses its copies at once, and is told so when it uses one.
+A connection belongs to the process that made it. A forked child must never use its copy, not even
+to close it: both share the socket, and the server would take the child's bytes for its parent's. So
+the child gives up its copies at once, and a later use of one is an error.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ from celery_singleton_state.store.options import STORE
 from .errors import is_read_only
 
 APPLICATION_NAME = "celery-singleton-state"
-#: Seconds that a fork waits for a statement on a file.
+#: Seconds for which a fork waits at most until the process's statement on an SQLite file has ended.
 LONGEST_PAUSE = 5.0
 
-#: Answers a cursor after its statement was executed.
+#: Reads the wanted result from a cursor whose statement was executed: its rows, or their number.
 Answer = Callable[[Any], Any]
 
 
 class GrowingPool(QueuePool):
-    """A pool whose number of connections can be raised while it is in use.
+    """A connection pool whose size can be raised while it is in use.
 
-    When it is disposed of, because its server went away, the connections that are in use then are
-    closed as they come back. Otherwise they would stay open until the pool is garbage.
+    The pool is disposed of when its server has gone away. Connections that are in use at that time
+    are closed when they are returned. Otherwise they would stay open until the pool is collected as
+    garbage.
     """
 
     _is_disposed = False
@@ -61,18 +62,21 @@ class GrowingPool(QueuePool):
             super().dispose()
 
     def allow(self, connections: int) -> None:
-        """Make so many connections at most from now on, and keep them, if it was fewer before."""
+        """Raise the largest number of connections that the pool makes and keeps. A smaller number
+        than before changes nothing.
+        """
         allow_connections(self, connections)
 
 
 def pooled(
     url: URL, pool_size: int, io_timeout: float, connect: Callable[..., Any], **options: Any
 ) -> Engine:
-    """An engine with a small pool.
+    """Return an engine with a small connection pool, in autocommit mode.
 
-    :param io_timeout: seconds that who finds all connections in use waits for one.
-    :param connect: makes a connection of the driver's.
-    :param options: of the database's own.
+    :param pool_size: the largest number of connections.
+    :param io_timeout: seconds to wait for a connection when the pool is exhausted.
+    :param connect: makes a connection with the driver.
+    :param options: further arguments of SQLAlchemy's ``create_engine`` for this database.
     """
     engine = create_engine(
         url,
@@ -95,7 +99,8 @@ def pooled(
     return engine
 
 
-#: The drivers' connections of this process: each can be left to the parent.
+#: The drivers' connections that this process has opened. A forked child calls ``leave_to_parent()``
+#: of each.
 _connections: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -105,7 +110,7 @@ def _remember(connection: Any, _record: Any) -> None:
 
 def _leave_to_parent() -> None:
     for connection in list(_connections):
-        # One that is closed has no socket.
+        # A closed connection raises an error, because it has no socket to give up.
         with contextlib.suppress(Exception):
             connection.leave_to_parent()
     _connections.clear()
@@ -115,18 +120,18 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class Connections:
-    """An engine's connections, in autocommit mode.
+    """The connections of an engine: those of its pool, and one that is kept outside the pool.
 
-    :param keeps_one: whether there is a connection besides the pool's; there is none for a
-        database that lives in its only connection.
+    :param keeps_one: whether to keep a connection outside the pool. False for a database in memory,
+        which exists only within the pool's single connection.
     """
 
     def __init__(self, engine: Engine, keeps_one: bool) -> None:
         self._engine = engine
         self._is_file = engine.dialect.name == "sqlite"
         self._driver_error = engine.dialect.loaded_dbapi.Error
-        #: Held by whoever uses the kept connection. One that a signal takes away before its
-        #: release only sends all later callers to the pool.
+        #: The thread that uses the kept connection holds this lock. If a signal handler's exception
+        #: prevents its release, all later callers use the pool, which costs time and nothing else.
         self._in_use = threading.Lock()
         self._kept: Any = None
         self._outdated = False
@@ -137,12 +142,12 @@ class Connections:
         event.listen(engine, "engine_disposed", self._outdate)
 
     def execute(self, statement: str, parameters: Mapping[str, Any], answer: Answer) -> Any:
-        """Run one statement; returns what is wanted of its cursor.
+        """Run one statement, and return the result that ``answer`` reads from its cursor.
 
-        The driver's cursor is used as it is: what SQLAlchemy's execution adds to it costs as
-        much as the statement does on SQLite.
+        The statement runs on the driver's own cursor. SQLAlchemy's execution would add as much time
+        as the statement itself takes on SQLite.
 
-        :raises Exception: whatever the driver or SQLAlchemy's pool raises.
+        :raises Exception: any error of the driver or of SQLAlchemy's pool.
         """
         if not self._keeps_one or not self._in_use.acquire(blocking=False):
             return self._execute_on_pools(statement, parameters, answer)
@@ -151,8 +156,9 @@ class Connections:
                 self._kept = self._connect()
             return _execute(self._kept, statement, parameters, answer)
         except BaseException as error:
-            # One that was broken off in mid-statement, by a time limit say, is in no state to be
-            # reused, nor is a server's after any error. A file's stays good.
+            # An error can leave a statement unfinished on the server, for example when a time limit
+            # interrupted it. So a connection to a server is not used again. SQLite's calls end
+            # before the error arrives, so a connection to a file can be.
             self._outdated = not self._is_file
             if self._is_lost(error, self._kept):
                 self._engine.dispose()
@@ -161,7 +167,8 @@ class Connections:
             if self._outdated:
                 self._close_kept()
             self._in_use.release()
-            # Outdated between the two, by somebody who found it in use.
+            # Another thread may have outdated the connection before the release of the lock. It
+            # found the connection in use, and left the closing to this thread.
             self._close_outdated()
 
     def _execute_on_pools(
@@ -175,7 +182,7 @@ class Connections:
             if not self._is_file:
                 connection.invalidate()
             if lost:
-                # The others are as old, and as dead.
+                # The pool's other connections were made before the loss, so they are lost, too.
                 self._engine.dispose()
             raise
         finally:
@@ -194,7 +201,7 @@ class Connections:
         )
 
     def _outdate(self, _engine: Engine) -> None:
-        """With the pool's connections, that which is kept is closed: now, or after its use."""
+        """Close the kept connection when the pool is disposed of: now, or after its present use."""
         self._outdated = True
         self._close_outdated()
 
@@ -206,11 +213,12 @@ class Connections:
                 self._in_use.release()
 
     def pause(self) -> None:
-        """Before a fork: let whoever uses a file's kept connection end, and close all.
+        """Prepare for a fork: wait until the kept connection to an SQLite file is free, and close
+        all connections.
 
-        A forked child that inherits a file's connection believes in locks that it does not have: it
-        neither waits for others nor keeps them from deleting its log.
-        (https://sqlite.org/howtocorrupt.html, 2.6)
+        A child that inherits a connection to a file assumes that it has the parent's locks, which
+        it has not. It then neither waits for other processes nor prevents that they delete its log
+        (https://sqlite.org/howtocorrupt.html, 2.6).
         """
         if not self._is_file:
             return
@@ -220,15 +228,16 @@ class Connections:
             self._close_kept()
 
     def resume(self) -> None:
-        """After a fork, in the parent."""
+        """After a fork, in the parent: let threads use the kept connection again."""
         if self._paused:
             self._paused = False
             self._in_use.release()
 
     def begin_anew(self) -> None:
-        """After a fork, in the child: leave all connections to the parent."""
+        """After a fork, in the child: leave all connections to the parent, and begin with none."""
         self._kept, self._paused = None, False
-        # Another thread of the parent's may have it.
+        # Another thread of the parent may have held the lock at the fork. It does not exist in the
+        # child, so nothing would release the lock.
         self._in_use = threading.Lock()
         self._engine.dispose(close=False)
 

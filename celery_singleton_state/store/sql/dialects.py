@@ -1,10 +1,9 @@
-"""The databases that can be a store: each has an entry here, a module, and a ``.sql`` file.
+"""The SQL databases that can be a store. Each has an entry here, a module, and a ``.sql`` file.
 
-A database's module, and file, have SQLAlchemy's name of the database. The module has two names that
-are asked for:
+The module and the file have the name that SQLAlchemy gives the database. The module must define:
 
-- ``make(url, io_timeout, pool_size, connect_timeout)``, an engine;
-- ``STATEMENTS``, a class of :class:`~celery_singleton_state.store.sql.statements.Statements`.
+- ``make(url, io_timeout, pool_size, connect_timeout)``, which returns an engine;
+- ``STATEMENTS``, a subclass of :class:`~celery_singleton_state.store.sql.statements.Statements`.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from .statements import Statements
 
 @dataclass(frozen=True)
 class Database:
-    """How a database is named in URLs.
+    """The names by which a URL may refer to a database and its drivers.
 
-    :param drivers: whose URLs are understood. This package's own driver, which is the first, takes
-        their place: people name drivers for Django, SQLAlchemy or Celery.
-    :param names: that a URL may begin with; left out: SQLAlchemy's name alone.
-    :param also: names that are understood and not offered.
+    :param drivers: the drivers that a URL may name. The first is the one that this package uses,
+        whichever the URL names, because users copy URLs from Django, SQLAlchemy or Celery.
+    :param names: the names with which a URL may begin. Left out: SQLAlchemy's name of the database.
+    :param also: further names that are accepted, but that no message suggests.
     """
 
     drivers: tuple[str, ...]
@@ -35,7 +34,7 @@ class Database:
     also: tuple[str, ...] = ()
 
 
-#: By SQLAlchemy's name.
+#: The supported databases, by SQLAlchemy's names of them.
 DATABASES: Mapping[str, Database] = {
     "postgresql": Database(
         drivers=("psycopg", "psycopg_async", "psycopg2", "psycopg2cffi", "asyncpg", "pg8000"),
@@ -56,12 +55,15 @@ DATABASES: Mapping[str, Database] = {
     ),
 }
 
-#: Names that a URL may begin with, as they are offered.
+#: The names with which a URL may begin, for the message about a URL that is not supported.
 DIALECTS = tuple(each for name, database in DATABASES.items() for each in database.names or (name,))
 
 
 def backend_of(name: str) -> str:
-    """SQLAlchemy's name of the database whose URLs begin with a name."""
+    """Return SQLAlchemy's name of a database, given the name with which its URL begins.
+
+    An unknown name is returned unchanged.
+    """
     for backend, database in DATABASES.items():
         if name in database.names + database.also:
             return backend
@@ -70,7 +72,9 @@ def backend_of(name: str) -> str:
 
 @lru_cache
 def module_of(backend: str) -> Any:
-    """The module of a database. It is imported when it is needed, because it needs the driver.
+    """Import and return the module of a database.
+
+    The import is postponed until the database is used, because the module imports the driver.
 
     :raises ImportError: the driver is not installed.
     """
@@ -78,11 +82,11 @@ def module_of(backend: str) -> Any:
 
 
 def class_of(dialect: Dialect) -> type[Statements]:
-    """What a database's statements are made by."""
+    """Return the :class:`Statements` subclass of a database."""
     found: type[Statements] = module_of(dialect.name).STATEMENTS
     return found
 
 
 def statements_for(table: Table, dialect: Dialect) -> Statements:
-    """The statements for a table on a database."""
+    """Return the statements for a table in a database."""
     return class_of(dialect)(table, dialect)

@@ -1,6 +1,6 @@
-"""The engine behind a URL: connections to the store's database, few, and never silent for long.
+"""Make SQLAlchemy engines for a store's URL: few connections, each with time-outs.
 
-Engines must be made in the process that uses them.
+A process must make its own engine: connections do not survive a fork.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ from .dialects import module_of
 
 
 def is_in_memory(url: URL) -> bool:
-    """Whether a database lives in one process, and in its only connection."""
+    """Return whether a URL names an SQLite database in memory.
+
+    Such a database exists only within one connection of one process.
+    """
     return url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
 
 
 def identity(url: URL, table_name: str) -> str | None:
-    """The same text for all processes that use a table; ``None`` if only this one does."""
+    """Return a text that identifies a table of a database, equal in all processes that use it.
+
+    ``None`` for a database in memory, which no other process can use.
+    """
     if is_in_memory(url):
         return None
     if url.get_backend_name() == "sqlite":
@@ -33,17 +39,18 @@ def identity(url: URL, table_name: str) -> str | None:
 def make_engine(
     url: URL, io_timeout: float, pool_size: int = 2, connect_timeout: float | None = None
 ) -> Engine:
-    """An engine for this process.
+    """Make an engine for this process.
 
-    :param io_timeout: seconds that an answer may take.
-    :param pool_size: connections at most.
-    :param connect_timeout: seconds that connecting may take; left out: as an answer.
-    :raises ImproperlyConfigured: the driver is not installed or does not know an option of the
-        URL, or SQLite is too old.
+    :param io_timeout: seconds that the database may take to answer.
+    :param pool_size: the largest number of connections.
+    :param connect_timeout: seconds that connecting may take. Left out: ``io_timeout``.
+    :raises ImproperlyConfigured: the driver is not installed, an option of the URL is not known or
+        not allowed, or SQLite is too old.
     """
-    patience = connect_timeout or io_timeout
+    connect_timeout = connect_timeout or io_timeout
     try:
-        made: Engine = module_of(url.get_backend_name()).make(url, io_timeout, pool_size, patience)
+        make = module_of(url.get_backend_name()).make
+        made: Engine = make(url, io_timeout, pool_size, connect_timeout)
         return made
     except ImportError as error:
         raise ImproperlyConfigured(
@@ -51,7 +58,8 @@ def make_engine(
             f"pip install celery-singleton-state[{url.get_backend_name()}]"
         ) from error
     except (ArgumentError, TypeError, ValueError) as error:
-        # Of SQLAlchemy's look at the URL. What it says of a value may be the whole URL.
+        # SQLAlchemy could not use the URL. Its message may contain the whole URL with the password,
+        # so it is not shown.
         raise ImproperlyConfigured(
             f"singleton_store_url={shown_url(url)!r} cannot be used: {_why(url, error)}"
         ) from None
@@ -59,5 +67,5 @@ def make_engine(
 
 def _why(url: URL, error: Exception) -> str:
     if url.get_backend_name() == "sqlite" and isinstance(error, ArgumentError):
-        return "write sqlite:///file.db for a file of this folder, sqlite:////folder/file.db else"
+        return "write sqlite:///file.db for a file in this folder, or sqlite:////folder/file.db"
     return f"an option has a value that is not allowed ({type(error).__name__})"

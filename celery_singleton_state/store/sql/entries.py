@@ -1,4 +1,4 @@
-"""The rows of a schedule's entries, which only their leader writes."""
+"""The rows of the entries of a beat schedule in an SQL store. Only the leading beat writes them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from .statements import Statements
 
 
 class SqlEntries:
-    """The entries of an SQL store.
+    """Read and write the rows of schedule entries in an SQL store.
+
+    :class:`~celery_singleton_state.store.base.Entries` explains the methods.
 
     :param rows: runs a statement and returns its rows.
-    :param run_within: runs the parts of a statement in one transaction, if the first that answers
-        rows does so.
+    :param run_within: runs the parts of a statement in one transaction; see
+        :meth:`~celery_singleton_state.store.sql.store.SqlStore.run_within`.
     """
 
     def __init__(

@@ -1,8 +1,14 @@
-"""What a database's error means: the statement is sent again, the database is unavailable for a
-while, it cannot hold the value, or somebody has to mend the set-up.
+"""Classify a database's errors, and turn them into the errors of a store.
 
-An error that no table here knows counts as one that passes: no work fails because the store was
-away for a while.
+An error has one of four meanings:
+
+- the statement was rolled back and can be sent again at once;
+- the database is unavailable for a while;
+- the database cannot hold the value;
+- the operator has to correct the set-up.
+
+An error that is not in the tables below counts as "unavailable for a while", because no run may
+fail for good only because the store was unavailable.
 """
 
 from __future__ import annotations
@@ -23,82 +29,96 @@ from celery_singleton_state.store.connecting import was_connecting
 
 from .refused_connections import advice_of_connecting
 
-# SQLSTATEs, and MySQL's numbers.
-#: Of a missing table, column and schema.
+# In the tables below a text is an SQLSTATE of PostgreSQL, and a number an error number of MySQL and
+# MariaDB, unless the comment says otherwise.
+
+#: A table, a column or a schema does not exist.
 _NOT_READY = frozenset({"42P01", "42703", "3F000", 1146, 1054})
+#: Parts of SQLite's messages about a table or a column that does not exist.
 _NOT_READY_TEXTS = ("no such table", "no such column", "has no column")
-#: Of a statement that was undone, as it and another waited for each other or could not have run one
-#: after the other.
+#: The database rolled the statement back because of a deadlock or a serialization failure.
 _UNDONE = frozenset({"40001", "40P01", 1213})
-#: Of a privilege that is missing: on anything; on the database, the table, a column.
+#: PostgreSQL: a privilege is missing, on any object.
 _FORBIDDEN_ON_POSTGRESQL = "42501"
+#: A privilege is missing; MySQL's numbers are for the database, the table and a column.
 _FORBIDDEN = frozenset({_FORBIDDEN_ON_POSTGRESQL, 1044, 1142, 1143})
-#: Of a lock that was waited for in vain.
+#: The wait for a lock timed out.
 _LOCKED = frozenset({"55P03", 1205})
-#: Of a prepared statement whose name another client's has, and of a missing one.
+#: The name of a prepared statement is already in use, or unknown, on this connection.
 _UNPREPARED = frozenset({"42P05", "26000"})
-#: Also of another client's prepared statement that has another number of parameters.
+#: PostgreSQL: among other things, another client's prepared statement takes another number of
+#: parameters.
 _PROTOCOL_VIOLATION = "08P01"
 
-#: Of a write to a server that is read-only: a standby, or a primary that a failover has demoted.
+#: The server is read-only: a standby, or a primary that a failover has demoted.
 _READ_ONLY = frozenset({"25006", 1792, 1836})
-#: Of a statement that one of the server's options prevents; --read-only is one of them.
+#: MySQL: one of the server's options prevents the statement; --read-only is one such option.
 _PREVENTED = 1290
 
-#: What a value causes, and no later try mends. What SQLSTATEs begin with: data that cannot be
-#: converted, is too long or out of range; a check of the table's or of a view's; a limit of the
-#: server's, on the size of an indexed text for example.
+#: The first characters of PostgreSQL's SQLSTATEs for values that the database can never hold: data
+#: that is too long, out of range or cannot be converted (22), data that a check of the table
+#: (23514) or of a view (44) refuses, and data beyond a limit of the server, for example on the size
+#: of an indexed text (54).
 _VALUE_STATES = ("22", "23514", "44", "54")
-#: The same of MySQL: a text that the column's character set does not have (1267, 1300, 1366, 3854,
-#: 3988), too long or too large (1118, 1153, 1301, 1406; for a cluster 1180, 3100), out of range
-#: (1264, 1690), not to be converted (1265, 1292), not JSON (3140, 3141, 4037, 4038), refused by a
-#: check (3819, 4025).
+#: MySQL's numbers for values that the database can never hold: the column's character set lacks a
+#: character (1267, 1300, 1366, 3854, 3988), the value is too large (1118, 1153, 1301, 1406; in a
+#: cluster 1180, 3100), out of range (1264, 1690), cannot be converted (1265, 1292), is not JSON
+#: (3140, 3141, 4037, 4038), or a check refuses it (3819, 4025).
 _VALUE_NUMBERS = frozenset(
     {1118, 1153, 1180, 1264, 1265, 1267, 1292, 1300, 1301, 1366, 1406, 1690}
     | {3100, 3140, 3141, 3819, 3854, 3988, 4025, 4037, 4038}
 )
-#: The same of SQLite: SQLITE_TOOBIG, SQLITE_MISMATCH, and a check of the table's.
+#: SQLite's error codes for values that it can never hold: SQLITE_TOOBIG, SQLITE_MISMATCH, and
+#: SQLITE_CONSTRAINT_CHECK for a check of the table.
 _VALUE_CODES = frozenset({18, 20, 275})
-#: Those of them that a statement without a value has for another reason.
+#: The first characters of SQLSTATEs that are about a value only if the statement carries a value
+#: from outside. Other statements fail with them for another reason, for example a wrong set-up.
 _STATES_ONLY_OF_VALUES = ("22023", "23514", "44", "54")
+#: Numbers of MySQL and SQLite that are about a value only if the statement carries a value from
+#: outside.
 _NUMBERS_ONLY_OF_VALUES = frozenset({275, 1180, 1267, 3100, 3819, 4025})
-#: Those of characters that the encoding lacks.
+#: The encoding lacks a character of a text.
 _TEXTS = frozenset({"22021", "22P05", 1300, 1366, 3854, 3988})
-#: Functions of PostgreSQL's that refuse all writes until it is vacuumed, by SQLSTATE 54000.
+#: Functions of PostgreSQL that raise SQLSTATE 54000 for every write until the database is vacuumed
+#: (transaction id wraparound). So this error is not about a value.
 _WRAPAROUND = ("GetNewTransactionId", "GetNewMultiXactId")
-#: An error of a trigger's own, in SQLite.
+#: SQLite's code SQLITE_CONSTRAINT_TRIGGER: a trigger of the table has raised an error of its own.
 _SQLITE_TRIGGER = 1811
-#: The same, where an error has no code of its own: SQLite's overflow, PostgreSQL's memory for one
-#: value, a value that the driver knows no type for.
+#: Parts of messages about a value that the database can never hold, from errors without a specific
+#: code: SQLite's overflow, PostgreSQL's limit of memory for one value, and a value whose type the
+#: driver does not support.
 _VALUE_TEXTS = ("integer overflow", "invalid memory alloc request size", "Error binding parameter")
 
-#: Of SQLite, when somebody else has written bytes as a text.
+#: A part of Python's message about a text in SQLite that is not UTF-8.
 _UNREADABLE = "Could not decode to UTF-8"
 _CANNOT_HOLD = "the database cannot hold the value"
 
-#: Of a number that is larger than its column can hold.
+#: A number is larger than its column can hold.
 _OUT_OF_RANGE = frozenset({"22003", 1264, 1690})
 
 _OTHER_TABLE = (
-    "the table is not as this package makes it: have singleton_table name a table of its own, or "
-    "remove what was added to it (constraints, columns that must not be NULL)"
+    "the table differs from the one that this package creates: set singleton_table to the name of "
+    "a table of its own, or remove added constraints and added columns that must not be NULL"
 )
-_LOGIN = "set the user and the password in singleton_store_url, and let the server admit the user"
+_LOGIN = "set the user and the password in singleton_store_url, and let this user log in"
 _NO_DATABASE = "create the database, or set its name in singleton_store_url"
 _COLLATION = (
-    "have all texts of the table in one collation of utf8mb4, utf8mb4_bin for key and value"
+    "give all text columns of the table one collation of utf8mb4, and key and value utf8mb4_bin"
 )
-_PLUGIN = "install what it names, pip install 'pymysql[rsa]', or let the user log in another way"
-#: What somebody has to mend, by what SQLSTATEs begin with, and what is to be done.
+_PLUGIN = (
+    "install the plugin or package that the message names (pip install 'pymysql[rsa]'), or let the "
+    "user log in by another authentication method"
+)
+#: Errors of a wrong set-up: the first characters of the SQLSTATE, and what the operator has to do.
 _SETUP_STATES = (
     ("28", _LOGIN),
     ("3D", _NO_DATABASE),
     ("23", _OTHER_TABLE),
     ("44", _OTHER_TABLE),
     ("42", _OTHER_TABLE),
-    ("0A", "this server, or a pooler in front of it, does not have what is needed"),
+    ("0A", "this server, or the pooler in front of it, lacks a feature that this package needs"),
 )
-#: The same by MySQL's numbers.
+#: Errors of a wrong set-up: MySQL's number, and what the operator has to do.
 _SETUP_NUMBERS = {
     **dict.fromkeys((1045, 1130, 1251, 1698), _LOGIN),
     **dict.fromkeys((1046, 1049), _NO_DATABASE),
@@ -107,13 +127,15 @@ _SETUP_NUMBERS = {
     **dict.fromkeys((2059, 2061), _PLUGIN),
     **dict.fromkeys((1064, 1305), "MariaDB from 10.6 on, or MySQL 8, is needed"),
 }
-#: The same by SQLite's codes, without their details: SQLITE_CORRUPT, _CONSTRAINT and _NOTADB.
+#: Errors of a wrong set-up: SQLite's primary result code (SQLITE_CORRUPT, SQLITE_CONSTRAINT,
+#: SQLITE_NOTADB), and what the operator has to do.
 _SETUP_CODES = {
     11: "restore the file from a backup",
     19: _OTHER_TABLE,
-    26: "singleton_store_url is to name a file of SQLite's, or one that is not there yet",
+    26: "set singleton_store_url to an SQLite file, or to a file that does not exist yet",
 }
-#: The same of a connection that PostgreSQL refuses: its error has no SQLSTATE.
+#: Errors of a wrong set-up: a pattern of the message, and what the operator has to do. Errors of a
+#: connection that PostgreSQL refuses have no SQLSTATE.
 _SETUP_TEXTS = (
     ("password authentication failed|no pg_hba.conf entry|no password supplied", _LOGIN),
     ('FATAL: +role ".*" (does not exist|is not permitted to log in)', _LOGIN),
@@ -121,29 +143,33 @@ _SETUP_TEXTS = (
     ("FATAL: +permission denied for database", "GRANT CONNECT ON DATABASE to the worker's role"),
 )
 
+#: The privileges on the table that a worker's role needs.
 PRIVILEGES = "SELECT, INSERT, UPDATE, DELETE"
+#: A placeholder for the role's name in advice to the operator.
 ROLE = "<the worker's role>"
 
-#: Of a prepared statement whose columns an ``ALTER TABLE`` has changed; prepared anew, it works.
+#: PostgreSQL's function and message for a prepared statement whose columns an ``ALTER TABLE`` has
+#: changed. The statement works when it is prepared anew.
 _OUTDATED_PLAN = ("RevalidateCachedQuery", "cached plan must not change result type")
 
-#: What drivers raise for a value before they send anything.
+#: Errors that drivers raise for a value that they cannot send. They are not SQLAlchemy's errors.
 REFUSED_BY_DRIVER = (UnicodeError, OverflowError)
 
 
 def as_store_error(error: Exception, table: str, carries_value: bool = True) -> StoreError:
-    """An error of the driver's or of SQLAlchemy's, as one of ours.
+    """Turn an error of the driver or of SQLAlchemy into the :exc:`StoreError` that it means.
 
-    :param table: the table's name, quoted where it must be.
-    :param carries_value: whether the statement had a value to store, and not only names of ours.
+    :param table: the table's name, quoted if the database needs that.
+    :param carries_value: whether the statement carried a value from outside, such as a state. False
+        if its parameters were only this package's own.
     """
     error = getattr(error, "orig", None) or error
     text = one_line(error)
     if is_unprepared(error):
         return StoreMisconfigured(
-            f"{text}; the pooler in front of the database does not know of prepared statements, "
-            "and can run another client's instead: set prepare_threshold=none in "
-            "singleton_store_url, or no prepare_threshold at all"
+            f"{text}; the pooler in front of the database does not support prepared statements, "
+            "and may run another client's statement instead: set prepare_threshold=none in "
+            "singleton_store_url, or remove prepare_threshold from it"
         )
     if is_of_policy(error):
         return StoreMisconfigured(f"{text}; {policy_advice(table, ROLE)}")
@@ -168,17 +194,20 @@ def as_store_error(error: Exception, table: str, carries_value: bool = True) -> 
 
 
 def is_undone(error: Exception) -> bool:
-    """Whether the statement can be sent again at once."""
+    """Return whether the database rolled the statement back, so that it can be sent again at once.
+
+    Reasons are a deadlock and a serialization failure.
+    """
     return _code(error) in _UNDONE
 
 
 def is_forbidden(error: Exception) -> bool:
-    """Whether the role lacks a privilege."""
+    """Return whether the database refused a statement because the role lacks a privilege."""
     return _code(error) in _FORBIDDEN
 
 
 def is_of_policy(error: Exception) -> bool:
-    """Whether row-level security refused a row."""
+    """Return whether a policy of PostgreSQL's row-level security refused a row."""
     error = getattr(error, "orig", None) or error
     if _code(error) != _FORBIDDEN_ON_POSTGRESQL:
         return False
@@ -186,18 +215,21 @@ def is_of_policy(error: Exception) -> bool:
 
 
 def is_locked(error: Exception) -> bool:
-    """Whether others held a lock for longer than it was waited for."""
+    """Return whether the wait for a lock timed out, because another transaction held it."""
     return _code(error) in _LOCKED
 
 
 def is_read_only(error: Exception) -> bool:
-    """Whether the server takes no writes: a new connection may lead to one that does."""
+    """Return whether the server refuses writes because it is read-only.
+
+    A new connection may reach another server, which accepts writes.
+    """
     code = _code(error)
     return code in _READ_ONLY or (code == _PREVENTED and "read-only" in str(error))
 
 
 def is_unprepared(error: Exception) -> bool:
-    """Whether it comes of prepared statements that are not those of their connection."""
+    """Return whether a pooler has mixed up the prepared statements of several connections."""
     code = _code(error)
     return code in _UNPREPARED or (
         code == _PROTOCOL_VIOLATION and "prepared statement" in str(error)
@@ -205,7 +237,10 @@ def is_unprepared(error: Exception) -> bool:
 
 
 def is_of_value(error: Exception, carries_value: bool) -> bool:
-    """Whether the database, or its driver, can never hold the value that it was given."""
+    """Return whether the database or its driver can never accept the statement's value.
+
+    :param carries_value: whether the statement carried a value from outside, such as a state.
+    """
     error = getattr(error, "orig", None) or error
     if was_connecting(error):
         return False
@@ -225,21 +260,21 @@ def is_of_value(error: Exception, carries_value: bool) -> bool:
         return code in _VALUE_NUMBERS
     return (
         number in _VALUE_CODES
-        # A driver's own refusal has no code: of a NUL in a text, for example.
+        # Errors that the driver itself raises have no code, for example for a NUL in a text.
         or type(error).__name__ == "DataError"
         or any(text in str(error) for text in (*_VALUE_TEXTS, _UNREADABLE))
     )
 
 
 def _is_of_text(error: Exception) -> bool:
-    """Whether the encoding lacks one of the text's characters."""
+    """Return whether the reason is a character that the database's encoding lacks."""
     code = _code(error)
     is_drivers = code is None and type(error).__name__ == "DataError"
     return isinstance(error, UnicodeError) or is_drivers or code in _TEXTS
 
 
 def is_out_of_range(error: BaseException | None) -> bool:
-    """Whether a number has grown larger than its column can hold."""
+    """Return whether a number has become larger than its column can hold."""
     error = getattr(error, "orig", None) or error
     if not isinstance(error, Exception):
         return False
@@ -248,19 +283,19 @@ def is_out_of_range(error: BaseException | None) -> bool:
 
 
 def went_away(error: SQLAlchemyError) -> bool:
-    """Whether it is the database's, and not the statement's."""
+    """Return whether the reason is an unavailable database, and not the statement itself."""
     lost = isinstance(error, DBAPIError) and error.connection_invalidated
     refused = "database is locked" in str(error) or is_read_only(error) or is_unprepared(error)
     return lost or refused
 
 
 def grant(privileges: str, table: str, role: str) -> str:
-    """The statement that gives a role privileges on a table."""
+    """Return the SQL statement that grants a role privileges on a table."""
     return f"GRANT {privileges} ON {table} TO {role};"
 
 
 def policy_advice(table: str, role: str) -> str:
-    """What is to be done about row-level security, which can hide a held lease."""
+    """Return advice for the operator about row-level security, which could hide a held lease."""
     return (
         "row-level security must not hide rows of the table: run as its owner: "
         f"CREATE POLICY celery_singleton ON {table} TO {role} USING (true); and drop restrictive "
@@ -269,7 +304,7 @@ def policy_advice(table: str, role: str) -> str:
 
 
 def _advice(error: Exception) -> str | None:
-    """What somebody has to do; ``None`` if the error can pass by itself."""
+    """Return what the operator has to do about an error; ``None`` if it may pass by itself."""
     code = _code(error)
     if was_connecting(error) and (advice := advice_of_connecting(code, str(error))):
         return advice
@@ -283,20 +318,26 @@ def _advice(error: Exception) -> str | None:
     if own is not None:
         return None if own == _SQLITE_TRIGGER else _SETUP_CODES.get(own & 0xFF)
     text = str(error)
-    # One of several hosts may be away, and be the one that has what another host lacks.
+    # The URL has several hosts. The host that lacks something has answered; another one, which may
+    # have it, may be unavailable only for a while.
     if "Multiple connection attempts failed" in text:
         return None
     return next((advice for pattern, advice in _SETUP_TEXTS if re.search(pattern, text)), None)
 
 
 def _comes_of(error: Exception, function: str, text: str) -> bool:
-    """Whether a function of PostgreSQL's raised it, whose text may be in any language."""
+    """Return whether a function of PostgreSQL's source raised the error.
+
+    The function's name is the first test, because PostgreSQL translates its messages.
+
+    :param text: a part of the English message, for errors that do not name their function.
+    """
     source = getattr(getattr(error, "diag", None), "source_function", None)
     return source == function or text in str(error)
 
 
 def _code(error: Exception) -> str | int | None:
-    """What the database calls an error: by SQLSTATE, or by a number as MySQL does."""
+    """Return the error's code: an SQLSTATE, or a number on MySQL; ``None`` if it has neither."""
     error = getattr(error, "orig", None) or error
     number = error.args[0] if error.args else None
     state: str | None = getattr(error, "sqlstate", None)

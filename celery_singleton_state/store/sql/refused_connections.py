@@ -1,68 +1,73 @@
-"""Why a database's server, or its driver, lets nobody in with what stands in the URL."""
+"""Advice for the operator about connections that a server or a driver refuses because of a value
+in the URL.
+"""
 
 from __future__ import annotations
 
 import re
 
-#: psycopg's when one of several hosts may be away, and be the one that has what another lacks.
+#: A part of psycopg's message if the URL has several hosts and none of them accepted the
+#: connection. A host may then be unavailable for a while, so the error may pass by itself.
 _SEVERAL = "Multiple connection attempts failed"
 
-#: By MySQL's numbers: of what PyMySQL asks a new session to have, and of TLS.
+#: Advice by MySQL's error numbers, for the settings of a new session and for TLS.
 _NUMBERS = {
-    1115: "charset in singleton_store_url is one that the server does not know",
-    1193: "init_command in singleton_store_url sets what the server does not know",
-    1231: "sql_mode in singleton_store_url is not one that the server takes",
-    1273: "collation in singleton_store_url is one that the server does not know",
-    2026: "the server offers no TLS: have it do so, or leave out the options ssl_… in "
+    1115: "the server does not know the charset in singleton_store_url",
+    1193: "the server does not know a variable that init_command in singleton_store_url sets",
+    1231: "the server does not accept the sql_mode in singleton_store_url",
+    1273: "the server does not know the collation in singleton_store_url",
+    2026: "the server offers no TLS: enable TLS on the server, or remove the options ssl_… from "
     "singleton_store_url",
 }
 _VERIFY = (
-    "the server's certificate is not the one that singleton_store_url asks for: see to sslrootcert "
-    "(ssl_ca on MySQL), and to the host's name"
+    "the server's certificate is not the one that singleton_store_url requires: check sslrootcert "
+    "(ssl_ca on MySQL) and the name of the host"
 )
-#: By texts, because errors of a connection that is refused have no SQLSTATE.
+#: Advice by patterns of the message, because errors of a refused connection have no SQLSTATE.
 _TEXTS = (
     (
         "does not support SSL|SSL was required|SSL required, but",
-        "the server offers no TLS: have it do so, or set another sslmode in singleton_store_url",
+        "the server offers no TLS: enable TLS on the server, or set another sslmode in "
+        "singleton_store_url",
     ),
     ("certificate verify failed|CERTIFICATE_VERIFY_FAILED|does not match host name", _VERIFY),
     (
         "root certificate file .* does not exist|could not (read|load) (root )?certificate|"
         "could not load private key|private key file|certificate file",
-        "see to the files of sslrootcert, sslcert and sslkey in singleton_store_url",
+        "check the files that sslrootcert, sslcert and sslkey in singleton_store_url name",
     ),
     (
         "authentication method requirement|authentication method .* failed",
-        "the server uses another method than require_auth in singleton_store_url allows",
+        "the server uses a method that require_auth in singleton_store_url does not allow",
     ),
     (
         "channel binding",
-        "the server cannot do what channel_binding=require in singleton_store_url asks for",
+        "the server does not support channel_binding=require in singleton_store_url",
     ),
     (
         "GSSAPI encryption|GSSAPI.* required",
-        "the server cannot do what gssencmode=require in singleton_store_url asks for",
+        "the server does not support gssencmode=require in singleton_store_url",
     ),
     (
         "unrecognized configuration parameter|invalid value for parameter|permission denied to set|"
         "invalid command-line argument|FATAL: +--.* requires a value|"
         "unsupported startup parameter|cannot be changed",
-        "the server does not take what options in singleton_store_url sets",
+        "the server does not accept a setting of options in singleton_store_url",
     ),
     (
         "definition of service .* not found|service file",
-        "service in singleton_store_url names none that there is",
+        "the service that singleton_store_url names does not exist",
     ),
-    ("could not parse network address", "hostaddr in singleton_store_url is no address"),
+    ("could not parse network address", "hostaddr in singleton_store_url is not an address"),
 )
 
 
 def advice_of_connecting(code: str | int | None, text: str) -> str | None:
-    """What somebody has to do about a connection that is refused; ``None`` if it can pass.
+    """Return what the operator has to do about a refused connection.
 
-    :param code: MySQL's number, if it is one.
-    :param text: of the error.
+    :param code: the error's code, for example MySQL's number.
+    :param text: the error's message.
+    :returns: ``None`` if no advice is known, or if the error may pass by itself.
     """
     if isinstance(code, int) and code in _NUMBERS:
         return _NUMBERS[code]
