@@ -1,4 +1,4 @@
-"""The rows behind the key-value store: raw JSON by key, in the singletons' table."""
+"""Read and write the key-value store's rows: raw JSON by key, in the table of the singletons."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 
 class Rows:
-    """The rows of a table whose keys begin with a prefix; keys are given without it.
+    """The rows of the table whose keys begin with a prefix. Methods take keys without the prefix.
 
-    Every method raises :exc:`KeyValueStoreError` where the database fails.
+    Every method raises :exc:`KeyValueStoreError` if the database fails.
 
-    :param open_store: gives the store of this process.
-    :param told: the text of an error, as it is told.
+    :param open_store: returns the store of this process.
+    :param told: changes the text of an error before it is raised.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class Rows:
         self._told = told
 
     def under(self, prefix: str) -> Rows:
-        """The rows under a further prefix."""
+        """Return the rows whose keys begin with this prefix followed by another one."""
         return Rows(self._open_store, self._prefix + prefix, self._told)
 
     def get(self, key: str) -> str | None:
-        """The value of a key, if it has one."""
+        """Return the raw JSON value of a key; ``None`` if the key has no value."""
         with self._reading() as (store, connection):
             columns = store.table.c
             question = sa.select(columns.value).where(self._one(store, key), _is_present(store))
@@ -54,27 +54,28 @@ class Rows:
             return raw
 
     def count(self) -> int:
-        """How many keys have a value."""
+        """Return the number of keys under the prefix that have a value."""
         with self._reading() as (store, connection):
             question = sa.select(sa.func.count()).where(self._all(store), _is_present(store))
             return int(connection.execute(question).scalar_one())
 
     def any(self) -> bool:
-        """Whether some key has a value."""
+        """Return whether at least one key under the prefix has a value."""
         with self._reading() as (store, connection):
             question = sa.select(store.table.c.key).where(self._all(store), _is_present(store))
             return connection.execute(question.limit(1)).first() is not None
 
     def set(self, key: str, raw: str) -> None:
-        """Give a key a value."""
+        """Store the raw JSON value of a key."""
         with self._writing() as (store, connection):
             self._write(store, connection, key, raw)
 
     def modify(self, key: str, change: Callable[[str | None], tuple[str, T]]) -> T:
-        """Replace a value, with its row locked in between.
+        """Read a key's value, change it and store it, while the row is locked.
 
-        :param change: is given the value, and returns the new one and what is to be returned
-            here. What it raises is raised here, and the value stays.
+        :param change: takes the old value (``None`` if there is none), and returns the new value
+            and the result of this method. If it raises an error, the old value stays, and the error
+            is raised here.
         """
         raised: list[Exception] = []
         try:
@@ -93,12 +94,12 @@ class Rows:
             raise
 
     def remove(self, key: str) -> int:
-        """Remove the value of a key; returns how many there were."""
+        """Remove the value of a key, and return the number of removed values: 0 or 1."""
         with self._writing() as (store, connection):
             return _remove(store, connection, self._one(store, key))
 
     def clear(self) -> None:
-        """Remove the values of all keys."""
+        """Remove the values of all keys under the prefix."""
         with self._writing() as (store, connection):
             _remove(store, connection, self._all(store))
 
@@ -114,24 +115,27 @@ class Rows:
         connection.execute(store.upsert({"key": self._prefix + key, **new}, new))
 
     def _lock(self, store: SqlStore, connection: Connection, key: str) -> str | None:
-        """Lock a key's row, made where there was none; returns its value."""
+        """Lock a key's row, and return its value. A missing row is inserted first, because only an
+        existing row can be locked.
+        """
         columns = store.table.c
-        # Told from all that others may have there.
-        placed = f"placed {uuid.uuid4()}"
-        row = {"key": self._prefix + key, "value": placed, "updated_at": store.now}
-        place = store.upsert(row, None)
+        # A placeholder that differs from every value, so that a row inserted here is recognised.
+        placeholder = f"placed {uuid.uuid4()}"
+        row = {"key": self._prefix + key, "value": placeholder, "updated_at": store.now}
+        insert = store.upsert(row, None)
         question = sa.select(columns.value, _is_present(store)).where(self._one(store, key))
         while True:
-            connection.execute(place)
+            connection.execute(insert)
             found = connection.execute(question.with_for_update()).first()
-            # Between the two, somebody can have removed the row that was in the way.
+            # If another process removes an existing row between the two statements, neither finds
+            # a row. So both are repeated.
             if found is not None:
                 value, is_present = found
-                return value if is_present and value != placed else None
+                return value if is_present and value != placeholder else None
 
     @contextmanager
     def _reading(self) -> Iterator[tuple[SqlStore, Connection]]:
-        # Not a transaction: on SQLite that would wait for the file's only writer.
+        # Not a transaction, because on SQLite it would wait for the file's present writer.
         with self._says_what_failed() as store, store.engine.connect() as connection:
             yield store, connection
 
@@ -150,14 +154,14 @@ class Rows:
             raise KeyValueStoreError(self._told(str(error))) from error
         try:
             yield store
-        except StoreError as error:  # of a connection that cannot be made
+        except StoreError as error:  # a connection could not be made
             raise KeyValueStoreError(self._told(str(error))) from error
         except (SQLAlchemyError, *REFUSED_BY_DRIVER) as error:
             raise KeyValueStoreError(self._told(str(store.as_store_error(error)))) from error
 
 
 def _is_present(store: SqlStore) -> sa.ColumnElement[bool]:
-    """A singleton that has no state yet has a row, and no value."""
+    """A condition that a row has a value. The row of a singleton without a state has none."""
     columns = store.table.c
     return sa.or_(columns.fence.is_(None), columns.value != NO_STATE)
 
@@ -165,7 +169,8 @@ def _is_present(store: SqlStore) -> sa.ColumnElement[bool]:
 def _remove(store: SqlStore, connection: Connection, which: sa.ColumnElement[bool]) -> int:
     table, columns = store.table, store.table.c
     plain = sa.delete(table).where(which, columns.fence.is_(None))
-    # A singleton's row keeps its lease, and above all its fence.
+    # The row of a singleton is not deleted: it keeps the lease, and the fence, which must never be
+    # lost.
     singletons = (
         sa.update(table)
         .where(which, columns.fence.is_not(None), columns.value != NO_STATE)

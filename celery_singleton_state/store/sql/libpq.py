@@ -1,4 +1,7 @@
-"""The options of a PostgreSQL URL, in libpq's words: read and checked before anybody connects."""
+"""Parse and check the options of a PostgreSQL URL, by libpq's rules, before any connection is made.
+
+libpq is PostgreSQL's client library, which psycopg uses.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ from celery_singleton_state.store.options import (
 
 from .url import read_query
 
-#: Values of libpq's sslmode.
+#: The values that libpq's option ``sslmode`` takes.
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _BIT = whole(0, 1)
 _NUMBER = whole(0)
@@ -62,11 +65,11 @@ _OPTIONS: dict[str, Option] = {
     "sslmode": choice(*SSL_MODES),
     "sslnegotiation": choice("postgres", "direct"),
     "sslsni": _BIT,
-    # Others lead to a server that does not take writes.
+    # The other values lead to a server that refuses writes.
     "target_session_attrs": choice("any", "read-write", "primary", why=", as the store is written"),
     "tcp_user_timeout": _NUMBER,
 }
-#: What else libpq looks at before it connects.
+#: Descriptions of the values that libpq itself checks before it connects, for error messages.
 _ALLOWED = {
     "require_auth": "methods with commas between them: scram-sha-256, md5, password, gss, sspi, "
     "none, each with or without a !",
@@ -77,7 +80,7 @@ _ALLOWED = {
 _TLS = "sslmode=require (verify-full with sslrootcert=<file> checks who the server is)"
 _NO_PREPARED = "write prepare_threshold=none"
 _BOUNDED = "leave it out: singleton_heartbeat_interval bounds how long an answer may take"
-#: What to write for options of other drivers.
+#: Advice by the names of other drivers' options, for the message that psycopg does not know them.
 _INSTEAD = {
     "command_timeout": _BOUNDED,
     "direct_tls": "write sslnegotiation=direct",
@@ -88,23 +91,24 @@ _INSTEAD = {
     "statement_cache_size": _NO_PREPARED,
     "timeout": _BOUNDED,
 }
-#: Options that this package or SQLAlchemy has, and libpq does not.
+#: Options of this package or of SQLAlchemy that libpq does not have.
 _NOT_LIBPQS = frozenset({"prepare_threshold"})
-#: Options that say where the server is and who asks; the attempt below has its own.
-_PLACES = frozenset({"host", "hostaddr", "port", "user", "password", "dbname"})
+#: Options that name the server, the database and the user. :func:`_begin` has its own values for
+#: them, because it connects to this process instead of the server.
+_SERVER_AND_USER = frozenset({"host", "hostaddr", "port", "user", "password", "dbname"})
 
 
 def read_options(url: URL) -> dict[str, Any]:
-    """The options of a URL.
+    """Return the options of a PostgreSQL URL, parsed and checked.
 
-    :raises ImproperlyConfigured: libpq does not know one of them, a value is not allowed, or a file
+    :raises ImproperlyConfigured: libpq does not know an option, a value is not allowed, or a file
         is missing.
     """
     known = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
     query = read_query(url, _OPTIONS, may_repeat=("host", "port"))
     _read_each("port", query.get("port"), PORT)
     if query.get("ssl") in SSL_MODES and "sslmode" not in query:
-        query["sslmode"] = query.pop("ssl")  # asyncpg's word
+        query["sslmode"] = query.pop("ssl")  # asyncpg's name of the option
     refuse_unknown_options(STORE, query, known | _NOT_LIBPQS, "psycopg", _INSTEAD)
     if str(query.get("sslmode")).startswith("verify") and query.get("sslrootcert") != "system":
         refuse_missing_files(STORE, query, ["sslrootcert"])
@@ -112,46 +116,49 @@ def read_options(url: URL) -> dict[str, Any]:
 
 
 def refuse_wrong_values(query: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse what libpq would refuse at each connection, before it connects.
+    """Refuse values that libpq would refuse at each connection, without connecting to the server.
 
     :param query: the options of the URL.
-    :param given: what SQLAlchemy makes of the whole URL.
+    :param given: the connect arguments that SQLAlchemy makes from the whole URL.
     :raises ImproperlyConfigured: a value is not allowed.
     """
     hosts = [each for each in str(given.get("host") or "").split(",") if each]
     refuse_wrong_hosts(STORE, hosts)
     _read_each("port", given.get("port"), PORT)
     _read_each("hostaddr", given.get("hostaddr"), _ADDRESS)
-    own = {name: str(value) for name, value in query.items() if name not in _PLACES}
+    own = {name: str(value) for name, value in query.items() if name not in _SERVER_AND_USER}
     if not own:
         return
-    # Whether there are credentials for it can change.
+    # With "require" libpq refuses to begin without Kerberos credentials. They may be missing only
+    # now, so that is not an error of the URL.
     if own.get("gssencmode") == "require":
         own["gssencmode"] = "prefer"
     try:
         server = socket.create_server(("127.0.0.1", 0))
     except OSError:
-        return  # a host that does not even let a process talk to itself
+        return  # this host does not allow the attempt, so the first connection shows the errors
     with server:
         port = str(server.getsockname()[1])
         refuse_what_fails(STORE, own, lambda options: _begin(options, port), _ALLOWED)
 
 
 def _read_each(name: str, value: Any, option: Option) -> None:
-    """Read an option that has a value for each host, or none."""
+    """Check an option that may have one value for each host, separated by commas."""
     texts = str(value or "").split(",") if not isinstance(value, tuple) else value
     for text in filter(None, texts):
         read_option(STORE, name, text, option)
 
 
 def _begin(options: Mapping[str, Any], port: str) -> None:
-    """Have libpq begin to connect to this process.
+    """Have libpq begin a connection to a socket of this process, because it checks all options
+    first.
 
-    It reads all options first. That it refuses is seen by the connection's status, because its
-    messages can be in any language.
+    Its refusal shows in the connection's status. Its message may be in any language.
+
+    :raises ImproperlyConfigured: libpq refuses the options.
     """
-    place = {"host": "localhost", "hostaddr": "127.0.0.1", "port": port, "dbname": "x"}
-    text = psycopg.conninfo.make_conninfo("", **options, **place)
+    server = {"host": "localhost", "hostaddr": "127.0.0.1", "port": port, "dbname": "x"}
+    text = psycopg.conninfo.make_conninfo("", **options, **server)
     tried = psycopg.pq.PGconn.connect_start(text.encode())
     refused = tried.status == psycopg.pq.ConnStatus.BAD
     tried.finish()

@@ -1,4 +1,4 @@
-"""MariaDB and MySQL: connections, by PyMySQL, and what their statements need."""
+"""MariaDB and MySQL: connections by PyMySQL, and the class of their statements."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ from .connections import APPLICATION_NAME, pooled
 from .statements import Statements
 from .url import read_query
 
-#: Options of PyMySQL's that a text cannot say, or that it refuses.
+#: PyMySQL's arguments that a URL cannot set: a text cannot express them, this package sets them, or
+#: PyMySQL refuses them.
 _NOT_IN_URLS = frozenset(
     {"auth_plugin_map", "autocommit", "client_flag", "compress", "conv", "cursorclass"}
     | {"defer_connect", "named_pipe", "self", "ssl"}
 )
+#: Advice by the names of other drivers' options, for the message that PyMySQL does not know them.
 _INSTEAD = dict.fromkeys(
     ("ssl", "sslmode", "ssl_mode"), "write ssl_ca=<file of the certificate authority>"
 )
@@ -55,7 +57,7 @@ _OPTIONS: dict[str, Option] = {
     "use_unicode": SWITCH,
     "write_timeout": _SECONDS,
 }
-#: What those options take that PyMySQL reads as it makes a connection.
+#: Descriptions of the values that PyMySQL checks when it makes a connection, for error messages.
 _ALLOWED = {
     "read_default_file": "a file of MySQL's options, [client] and name=value",
     "ssl_ca": "a file with certificates in PEM",
@@ -64,24 +66,26 @@ _ALLOWED = {
     "ssl_key": "a file with the key of ssl_cert in PEM",
     "ssl_key_password": "the password of the key in ssl_key",
 }
-#: SQLAlchemy's options of a URL.
-_SQLALCHEMYS = frozenset({"ssl_capath", "ssl_cipher", "ssl_check_hostname"})
+#: Options of a URL that SQLAlchemy reads, and PyMySQL does not.
+_OF_SQLALCHEMY = frozenset({"ssl_capath", "ssl_cipher", "ssl_check_hostname"})
 
-#: Characters of a statement that may be larger than the server takes. What is smaller than its
-#: buffer it reads, and then says so.
+#: The length in characters from which a statement's size is compared with the server's limit before
+#: it is sent. The server reads a shorter statement into its buffer whatever its limit is, and
+#: answers it with a clear error.
 LARGE = 4096
-#: MySQL's own number for that.
+#: MySQL's error number for a packet that is larger than ``max_allowed_packet``.
 TOO_LARGE = 1153
-#: MySQL's own number for a plugin by which the user cannot log in.
+#: MySQL's error number for an authentication plugin that failed.
 PLUGIN_FAILED = 2061
 
 
 class Connection(pymysql.connections.Connection):  # type: ignore[misc]
-    """A connection whose patience with a server that stays silent can be changed.
-
-    It knows whether it was broken off in mid-statement, by a time limit say.
+    """A connection with a read time-out that can be changed, which knows whether a statement is
+    unfinished.
     """
 
+    #: Whether a statement was sent and its answer not wholly read, for example because a time limit
+    #: interrupted it. The connection cannot be used again then.
     is_in_mid_statement = False
     _max_allowed_packet: int | None = None
 
@@ -91,10 +95,10 @@ class Connection(pymysql.connections.Connection):  # type: ignore[misc]
         return self._whole(super().query, sql, *args, **kwargs)
 
     def _with_allowed_size(self, sql: str | bytes) -> bytes:
-        """The bytes of a large statement, as they are sent.
+        """Return a large statement as bytes, if the server accepts a statement of this size.
 
-        :raises pymysql.DataError: they are more than the server takes. It would close the
-            connection over them, which looks like an outage.
+        :raises pymysql.DataError: the statement is too large. The server would close the connection
+            without an answer, which looks as if it were unavailable.
         """
         data = sql.encode(self.encoding, "surrogateescape") if isinstance(sql, str) else sql
         if self._max_allowed_packet is None:
@@ -123,29 +127,33 @@ class Connection(pymysql.connections.Connection):  # type: ignore[misc]
         return result
 
     def leave_to_parent(self) -> None:
-        """In a forked child. The session's end is not sent."""
+        """Close a forked child's copy of the connection, without telling the server that the
+        session ends: the parent still uses the session.
+        """
         close_silently(self)
 
-    #: Seconds; ``None``: for ever.
+    #: The read time-out: seconds to wait for the server; ``None``: without limit.
     patience = read_timeout
 
 
-#: What makes a transaction of a text, and is not sent within one.
+#: The statements that begin and end a transaction in ``mysql.sql``. They are left out within a
+#: transaction that is already open.
 _OF_TRANSACTIONS = ("SET TRANSACTION", "START TRANSACTION", "COMMIT")
 
 
 class MySqlStatements(Statements):
-    """Each statement may be several, sent as one text."""
+    """The statements for MariaDB and MySQL. Each is a text of one or more SQL statements."""
 
     now = "SYSDATE(6)"
-    # To set the level of all that come after, and to set it back, would be four round trips.
+    # SQLAlchemy would set the isolation level of the session, and later set it back: four more
+    # round trips. "begin" sets it for one transaction.
     level = "AUTOCOMMIT"
     begin = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; START TRANSACTION"
-    encoding_advice = "ALTER TABLE … MODIFY … CHARACTER SET utf8mb4 mends that"
+    encoding_advice = "run ALTER TABLE … MODIFY … CHARACTER SET utf8mb4"
 
     @staticmethod
     def rows(cursor: Any) -> Sequence[tuple[Any, ...]]:
-        """The rows of the last statement that has any to tell."""
+        """Return the rows of the last SQL statement in the text that returns a result set."""
         found: Sequence[tuple[Any, ...]] = ()
         while True:
             if cursor.description:
@@ -166,9 +174,11 @@ STATEMENTS = MySqlStatements
 
 
 def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) -> Engine:
-    """An engine.
+    """Make an engine for MariaDB or MySQL; :mod:`~celery_singleton_state.store.sql.dialects` says
+    what the arguments mean.
 
-    :raises ImproperlyConfigured: what the URL says is not allowed.
+    :raises ImproperlyConfigured: an option of the URL is not known or not allowed, or the URL names
+        no database.
     """
     query = _options(url)
     _refuse_missing_database(url, query)
@@ -180,7 +190,8 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
         "read_timeout": io_timeout,
         "write_timeout": io_timeout,
         "program_name": APPLICATION_NAME,
-        # Times are UTC, and a text that is too long is an error.
+        # The session's times are UTC. In the TRADITIONAL mode a text that is too long is an error,
+        # and is not cut.
         "init_command": "SET time_zone = '+00:00', sql_mode = 'TRADITIONAL',"
         f" innodb_lock_wait_timeout = {math.ceil(io_timeout)}",
     }
@@ -197,20 +208,20 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
 def _connect(*args: Any, **kwargs: Any) -> Connection:
     try:
         return Connection(*args, **kwargs)
-    except RuntimeError as error:  # of a package that PyMySQL needs for some ways to log in
+    except RuntimeError as error:  # PyMySQL lacks a package for the user's authentication method
         raise pymysql.OperationalError(PLUGIN_FAILED, str(error)) from error
 
 
 def _options(url: URL) -> dict[str, Any]:
-    """The options of a URL.
+    """Return the options of a MySQL URL, parsed and checked.
 
-    :raises ImproperlyConfigured: PyMySQL does not know one of them, a value is not allowed, or a
-        file is missing.
+    :raises ImproperlyConfigured: PyMySQL does not know an option, a value is not allowed, or a file
+        is missing.
     """
     own = inspect.signature(pymysql.connections.Connection.__init__).parameters
     query = read_query(url, _OPTIONS)
     refuse_unknown_options(
-        STORE, query, set(own) - _NOT_IN_URLS | _SQLALCHEMYS, "PyMySQL", _INSTEAD
+        STORE, query, set(own) - _NOT_IN_URLS | _OF_SQLALCHEMY, "PyMySQL", _INSTEAD
     )
     files = ("ssl_ca", "ssl_cert", "ssl_key", "ssl_capath", "read_default_file")
     refuse_missing_files(STORE, query, files)
@@ -218,7 +229,10 @@ def _options(url: URL) -> dict[str, Any]:
 
 
 def _refuse_missing_database(url: URL, query: Mapping[str, Any]) -> None:
-    """:raises ImproperlyConfigured: no database is named, and MySQL has no default."""
+    """Refuse a URL without a database, because MySQL has no default database.
+
+    :raises ImproperlyConfigured: neither the URL nor its options name a database.
+    """
     if not url.database and not {"database", "db", "read_default_file"} & set(query):
         raise ImproperlyConfigured(
             f"{STORE}={shown_url(url)!r} names no database; "
@@ -227,12 +241,13 @@ def _refuse_missing_database(url: URL, query: Mapping[str, Any]) -> None:
 
 
 def _divided(query: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """The options that SQLAlchemy reads, as texts, and those that PyMySQL is given as they are.
+    """Divide the options of a URL into texts for SQLAlchemy, and values for PyMySQL itself.
 
-    PyMySQL takes any text for true. It does not look at SQLAlchemy's files of certificates if it is
-    told whether to verify them.
+    Switches and numbers go to PyMySQL as values, because it takes any text for true. If the options
+    say whether to verify certificates, the names of the certificate files go to PyMySQL as well: it
+    then does not read them from SQLAlchemy's argument.
     """
-    names = {name for name, value in query.items() if not isinstance(value, str)} - _SQLALCHEMYS
+    names = {name for name, value in query.items() if not isinstance(value, str)} - _OF_SQLALCHEMY
     if names & {"ssl_verify_cert", "ssl_verify_identity"}:
         names |= {"ssl_ca", "ssl_cert", "ssl_key"} & set(query)
     values = {name: query[name] for name in names}
@@ -240,7 +255,7 @@ def _divided(query: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _try(engine: Engine, own: Mapping[str, Any], query: Mapping[str, Any]) -> None:
-    """Have PyMySQL read options, and the files that they name."""
+    """Have PyMySQL check options and read the files that they name, without connecting."""
     texts, values = _divided(query)
     given = engine.dialect.create_connect_args(engine.url.set(query=texts))[1]
     Connection(**{**given, **values, **own, "defer_connect": True})

@@ -1,32 +1,61 @@
--- MariaDB from 10.6 on, and MySQL 8, on which nothing was run.
+-- MariaDB 10.6 or newer, and MySQL 8 (the tests run only on MariaDB): one text for each method of
+-- the store. Most texts are a short transaction, which is sent in one round trip.
 --
--- Each verb of the store is a short transaction, sent as one text, in one round trip. To try a
--- statement, put the table's name (kv_store) for {table}, and values for the parameters, which are
--- PyMySQL's: %(key)s.
+-- To try a statement, replace {table} with the table's name (kv_store), and the parameters, which
+-- are PyMySQL's (%(key)s), with values.
 --
--- There is no UPDATE … RETURNING, so what is written is read back before the transaction's end,
--- while its row is locked. ROW_COUNT() tells whether the statement before it found a row. Four rules
--- of these databases shape the texts:
+-- A row of the table is a singleton, a task of which at most one run may be active. A run needs the
+-- row's lease. The columns:
 --
--- - Assignments are carried out from left to right, and each sees those before it. So what a
---   condition reads is assigned last.
--- - A row that a statement only looks at on its way is locked by it as well, and small tables are
---   looked at whole. So in a join the table comes last, and by its key.
--- - A condition that stands in several assignments is evaluated anew in each. So the time is taken
---   once, after the row is locked, into a variable. NOW() stands still from the statement's start,
---   so after a wait for a lock it is old: SYSDATE() is not.
--- - With REPEATABLE READ, the default, who asks for a row that is not there locks the gap where it
---   would be, and two who do so wait for each other. So it is READ COMMITTED here.
+-- - fence, holder, task_id, acquired_at, expires_at: the lease. The fence is a number that grows
+--   with each acquisition. The holder renews the lease before it expires.
+-- - value, schema_version, updated_at: the singleton's state as JSON, and when it was changed last.
+-- - write: the number of the last write of the state under the present lease.
+-- - hold_until: the end of the hold period, for which a lease is kept after its run.
+-- - handoff_to, newest, newest_sent: the message that asks the holder to hand over the lease, its
+--   rank, and when it was sent.
+-- - wanted: the pending run, one more run that the holder sends when it releases the lease.
+-- - queue, queued_task_id, queued_until: the message that is queued, and the queue number, which
+--   each acquisition and each change of the queued message raises.
+-- - run_count, last_outcome, last_finished_at, history, ticks_done: the runs so far, and the due
+--   times (ticks) of a beat schedule that are done.
 --
--- Texts from JSON have the columns' collation, so that they are compared with these by their index.
+-- Rows without a fence are other things: key-value pairs, and entries of a beat schedule.
+--
+-- A statement may arrive late, after newer ones. So a statement that changes a row names the fence,
+-- the holder, the write number or the queue number that its sender knows. If the sender's knowledge
+-- is out of date, the statement changes nothing.
+--
+-- These databases have no UPDATE … RETURNING. So a transaction reads a row back after it has
+-- written it, while the row is still locked. ROW_COUNT() says whether the statement before found a
+-- row. Five rules of these databases explain the texts:
+--
+-- - Assignments are carried out from left to right, and each one sees the earlier ones. So a column
+--   that a condition reads is assigned last.
+-- - A statement also locks rows that it only reads on its way, and it reads small tables as a
+--   whole. So in a join the table comes last, and is read by its key.
+-- - A condition that stands in several assignments is evaluated in each of them, and could differ.
+--   So the present time is read only once, into a variable, after the row is locked.
+-- - NOW() is the time at which the statement began, so it is too old after a wait for a lock.
+--   SYSDATE() is the present time.
+-- - At the level REPEATABLE READ, the default, a statement that finds no row locks the gap in which
+--   the row would be. Two transactions that do so before they insert the row wait for each other.
+--   So the level is READ COMMITTED.
+--
+-- Texts that are read from JSON get the collation of the columns, so that a comparison of both can
+-- use the index.
 
 -- name: acquire
--- Take a lease that nobody holds, or repeat what the same holder took, and load the row.
--- Repeated by the same holder it changes nothing but an expiry that would be nearer. The condition
--- reads what is assigned here, so it is evaluated once. Fences and ranks grow on one line, so that a
--- message that was ranked before a fence was given is older. A moment (sent) is a clock's name and a
--- number of fixed length, so two moments of one clock compare as texts. The write number -1 tells
--- that the lease of another holder had run out.
+-- Acquire a lease that is free or has expired, and return the singleton's row.
+-- The same holder may repeat the statement if its answer was lost. This only makes sure that the
+-- lease does not expire earlier than ttl seconds from now.
+-- A message that is older than the newest one of the row does not get the lease. If it has a rank,
+-- that is compared with the row's rank (newest) and fence. So a new fence is larger than both. If
+-- it has no rank, the times at which the messages were sent are compared (newest_sent). Each is the
+-- name of a clock and a number of fixed length, so comparing texts compares times of one clock.
+-- The write number is -1 after a takeover of another holder's expired lease, otherwise 0.
+-- @singleton_takes: whether the lease is acquired. It is computed once, because the assignments
+-- change columns that its condition reads.
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 START TRANSACTION;
 SELECT 1 FROM {table} WHERE `key` = %(key)s FOR UPDATE;
@@ -78,7 +107,7 @@ FROM {table} WHERE `key` = %(key)s AND holder = %(holder)s;
 COMMIT;
 
 -- name: renew
--- Prolong one lease, or several; it waits for a row that somebody has locked.
+-- Renew one or several leases, and wait for rows that another transaction has locked.
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 START TRANSACTION;
 SELECT seen.`key`, seen.handoff_to
@@ -107,9 +136,9 @@ SET mine.expires_at = SYSDATE(6) + INTERVAL held_ttl SECOND;
 COMMIT;
 
 -- name: renew_unlocked
--- Prolong those of several leases whose rows nobody has locked.
--- Those that are locked by now are renewed; one that was unlocked meanwhile may be as well, and is
--- not in the answer.
+-- Renew those of several leases whose rows no other transaction has locked.
+-- The second statement renews the rows that the first one has locked. If another transaction
+-- unlocks a row between the two, its lease may be renewed without being in the answer.
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 START TRANSACTION;
 SELECT seen.`key`, seen.handoff_to
@@ -138,7 +167,9 @@ SET mine.expires_at = SYSDATE(6) + INTERVAL held_ttl SECOND;
 COMMIT;
 
 -- name: save
--- Store a state in mid-run, or as the last statement of a transaction, and prolong the lease.
+-- Store a state during a run, or as the last statement of a transaction, and renew the lease.
+-- A write number above the parameter "number" means that a newer write has taken effect. One below
+-- "seen" means that the database has lost writes that it had confirmed.
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 START TRANSACTION;
 UPDATE {table} SET
@@ -150,15 +181,15 @@ SELECT handoff_to FROM {table} WHERE `key` = %(key)s AND ROW_COUNT() = 1;
 COMMIT;
 
 -- name: written
--- Tell whether a transaction was committed whose COMMIT was not answered.
--- It locks the row, so that a COMMIT that is under way has ended.
+-- Read whether a transaction took effect whose COMMIT was not answered.
+-- The row is locked, so that the statement waits for a COMMIT that is still in progress.
 SELECT fence = %(fence)s AND holder = %(holder)s, `write` >= %(number)s
 FROM {table} WHERE `key` = %(key)s
 FOR UPDATE;
 
 -- name: release
--- Give a lease back without a state, and note how its run has ended.
--- Nobody is the holder in the hold period, so what the run sent before, and repeats, is refused.
+-- Release a lease without storing a state, and record how its run has ended.
+-- The holder is NULL in the hold period, too. So late statements of the ended run are refused.
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 START TRANSACTION;
 UPDATE {table} SET
@@ -174,7 +205,7 @@ SELECT wanted FROM {table} WHERE `key` = %(key)s AND ROW_COUNT() = 1;
 COMMIT;
 
 -- name: save_and_release
--- Store a state, give the lease back, and note how its run has ended.
+-- Store a state, release the lease, and record how its run has ended.
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 START TRANSACTION;
 UPDATE {table} SET
@@ -193,7 +224,8 @@ SELECT wanted FROM {table} WHERE `key` = %(key)s AND ROW_COUNT() = 1;
 COMMIT;
 
 -- name: give_back
--- Give back a lease whose fence may be unknown, and which may never have been taken.
+-- Release a lease by its holder's name alone, because the answer to the acquisition was lost.
+-- The fence is not known then, and the lease may never have been acquired.
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 START TRANSACTION;
 UPDATE {table} SET holder = NULL, task_id = NULL, acquired_at = NULL, expires_at = NULL
@@ -202,8 +234,8 @@ SELECT wanted FROM {table} WHERE `key` = %(key)s AND ROW_COUNT() = 1;
 COMMIT;
 
 -- name: peek
--- Read a singleton's row.
--- Moments are counted from 1970 no matter which time zone, and without an end in 2038.
+-- Read the row of one singleton.
+-- Times are counted from 1970 by TIMESTAMPDIFF, which works in every time zone, and beyond 2038.
 SELECT
   `key`, task, schema_version, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', updated_at) / 1e6, fence,
   holder, task_id, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', acquired_at) / 1e6,
@@ -219,7 +251,7 @@ SELECT
 FROM {table} WHERE fence IS NOT NULL AND `key` = %(key)s;
 
 -- name: list
--- Read the rows of the singletons whose keys begin with a prefix, and one more, without states.
+-- Read the rows of the singletons under a prefix, and of one more singleton, without states.
 SELECT
   `key`, task, schema_version, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', updated_at) / 1e6, fence,
   holder, task_id, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', acquired_at) / 1e6,
@@ -235,7 +267,7 @@ WHERE fence IS NOT NULL
 ORDER BY `key`;
 
 -- name: contents
--- Read the histories of some singletons, and their states if they are wanted.
+-- Read the histories of some singletons, and their states if the caller asks for them.
 SELECT `key`, history, CASE WHEN %(values)s THEN value END
 FROM {table} WHERE `key` IN (
   SELECT value FROM JSON_TABLE(%(keys)s, '$[*]' COLUMNS (
@@ -244,8 +276,8 @@ FROM {table} WHERE `key` IN (
 );
 
 -- name: ticks
--- Read what is known of the ticks of some singletons, and whether their leases are held.
--- In its hold period a lease is held for no task.
+-- Read which ticks of some singletons are done, and whether their leases are held.
+-- A hold period counts as held. The task id is NULL then, because no message is running.
 SELECT `key`, coalesce(coalesce(expires_at, hold_until) > SYSDATE(6), FALSE), task_id, ticks_done
 FROM {table} WHERE `key` IN (
   SELECT value FROM JSON_TABLE(%(keys)s, '$[*]' COLUMNS (
@@ -254,22 +286,24 @@ FROM {table} WHERE `key` IN (
 );
 
 -- name: request_handoff
--- Ask the holder that was seen to hand over, or note who is to be next after a hold period.
--- By growing ranks: a late request of an older message is refused, a repeated one is not. In a hold
--- period the holder is NULL, in the row and as it was seen.
+-- Ask the holder of a lease to hand over, or name the message that is next after a hold period.
+-- The rank of the message must be larger than that of all earlier messages. So a late request of an
+-- older message is refused. A repeated request is not. In a hold period the holder is NULL, in the
+-- row as well as in the parameter.
 UPDATE {table} SET handoff_to = %(handoff_to)s, newest = %(rank)s, newest_sent = %(sent)s
 WHERE `key` = %(key)s AND fence = %(fence)s AND holder <=> %(holder)s
   AND coalesce(expires_at, hold_until) > SYSDATE(6)
   AND (coalesce(newest, 0) < %(rank)s OR (newest = %(rank)s AND handoff_to = %(handoff_to)s));
 
 -- name: release_early
--- End the hold period that was seen.
+-- End a hold period early, if it is still the one that the caller has read.
 UPDATE {table} SET hold_until = NULL
 WHERE `key` = %(key)s AND fence = %(fence)s AND holder <=> %(holder)s
   AND holder IS NULL AND hold_until > SYSDATE(6);
 
 -- name: request_run
--- Note that one more run is to be sent when the holder that was seen releases.
+-- Note a pending run, which the holder sends when it releases the lease.
+-- If the row has another pending run than the caller has read, it is a newer one, and stays.
 UPDATE {table} SET wanted = %(pending_run)s
 WHERE `key` = %(key)s AND fence = %(fence)s AND holder <=> %(holder)s
   AND coalesce(expires_at, hold_until) > SYSDATE(6)
@@ -280,19 +314,21 @@ WHERE `key` = %(key)s AND fence = %(fence)s AND holder <=> %(holder)s
 SELECT wanted FROM {table} WHERE `key` = %(key)s;
 
 -- name: pending_run_sent
--- Strike out a pending run that was sent.
+-- Remove a pending run from the row because it was sent.
+-- A newer pending run stays.
 UPDATE {table} SET wanted = NULL WHERE `key` = %(key)s AND wanted = %(pending_run)s;
 
 -- name: queued
--- Read the queue's number and the message that is queued or running.
+-- Read the queue number, the queued message and the running message.
 SELECT
   coalesce(queue, 0), CASE WHEN queued_until > SYSDATE(6) THEN queued_task_id END,
   CASE WHEN expires_at > SYSDATE(6) THEN task_id END
 FROM {table} WHERE `key` = %(key)s;
 
 -- name: claim
--- Note a message as queued, if the queue has the number that was seen.
--- A row that is not there is not locked, so the condition is evaluated as the row is written.
+-- Note a message as queued, if the row still has the queue number that the caller has read.
+-- If the answer to a claim was lost, the caller repeats the claim with 0 as the parameter "first".
+-- A missing row cannot be locked, so the condition is evaluated when the row is written.
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 START TRANSACTION;
 SELECT 1 FROM {table} WHERE `key` = %(key)s FOR UPDATE;
@@ -318,9 +354,9 @@ SELECT queue FROM {table} WHERE `key` = %(key)s AND @singleton_claim;
 COMMIT;
 
 -- name: dequeue
--- Note that a message is queued no more.
--- The number grows whoever is queued, and where there is no row yet: a claim that is under way is
--- refused then.
+-- Note that a message is no longer queued.
+-- The queue number grows whichever message is queued, and a missing row is inserted. So a claim
+-- that arrives later is refused, because it names the old number.
 INSERT INTO {table} (`key`, task, value, updated_at, fence, queue)
 VALUES (%(key)s, %(task)s, 'null', SYSDATE(6), 0, 1)
 ON DUPLICATE KEY UPDATE
@@ -328,7 +364,7 @@ ON DUPLICATE KEY UPDATE
   queued_until = IF(queued_task_id = %(task_id)s, NULL, queued_until);
 
 -- name: expect
--- Make rows for singletons that are to run, unless there are some.
+-- Insert a row for each singleton that is expected to run and has no row yet.
 INSERT INTO {table} (`key`, task, value, updated_at, fence)
 SELECT expected_key, expected_task, 'null', SYSDATE(6), 0
 FROM JSON_TABLE(%(tasks)s, '$[*]' COLUMNS (
@@ -338,8 +374,8 @@ FROM JSON_TABLE(%(tasks)s, '$[*]' COLUMNS (
 ON DUPLICATE KEY UPDATE fence = fence;
 
 -- name: put
--- Store a state from outside a run, if nobody holds the lease and the row is as it was seen.
--- A row that is not there is not locked, so the condition is evaluated as the row is written.
+-- Store a state while the lease is free, if the row is unchanged since the caller read it.
+-- A missing row cannot be locked, so the condition is evaluated when the row is written.
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 START TRANSACTION;
 SELECT 1 FROM {table} WHERE `key` = %(key)s FOR UPDATE;
@@ -365,14 +401,14 @@ SELECT `key` FROM {table} WHERE `key` = %(key)s AND @singleton_put;
 COMMIT;
 
 -- name: set_aside
--- Keep a value that cannot be decoded under a key of its own.
+-- Store a copy of a state that cannot be decoded, under a separate key.
 INSERT INTO {table} (`key`, value, updated_at) VALUES (%(key)s, %(value)s, SYSDATE(6))
 ON DUPLICATE KEY UPDATE updated_at = updated_at;
 
 -- name: unused
--- Read the keys, and the tasks, of the singletons that nobody has used for so long.
--- In no order: what there is of a large table comes as it is found, and without a silence. The
--- subselects are carried out once, so that the index on updated_at can be used.
+-- Read the keys and the tasks of the singletons that were not used for a given time.
+-- The rows come in no order, so that the first rows of a large table arrive at once. The subselects
+-- are evaluated once, so that the database can use the index on updated_at.
 SELECT `key`, task FROM {table}
 WHERE substr(`key`, 1, CHAR_LENGTH(%(prefix)s)) = %(prefix)s
   AND fence IS NOT NULL AND holder IS NULL
@@ -384,8 +420,8 @@ WHERE substr(`key`, 1, CHAR_LENGTH(%(prefix)s)) = %(prefix)s
     OR last_finished_at <= (SELECT SYSDATE(6) - INTERVAL %(older_than)s SECOND));
 
 -- name: prune
--- Remove the rows of those singletons that nobody uses even now.
--- A row that somebody has locked is passed over.
+-- Delete the rows of those of the given singletons that are still unused.
+-- Rows that another transaction has locked are skipped.
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 START TRANSACTION;
 SELECT seen.`key`
@@ -420,12 +456,12 @@ STRAIGHT_JOIN {table} AS gone FORCE INDEX (PRIMARY) ON gone.`key` = chosen.`key`
 COMMIT;
 
 -- name: entries
--- Read the rows of a schedule's entries.
+-- Read the rows of the entries of a beat schedule.
 SELECT `key`, value FROM {table}
 WHERE substr(`key`, 1, CHAR_LENGTH(%(prefix)s)) = %(prefix)s AND `key` <> %(prefix)s;
 
 -- name: record
--- Store what entries of a schedule have become, and prolong the lease of the beat that leads.
+-- Store the entries of a beat schedule, and renew the lease of the leading beat.
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 START TRANSACTION;
 UPDATE {table} SET
@@ -448,7 +484,8 @@ WHERE `key` = %(key)s AND fence = %(fence)s AND holder = %(holder)s AND `write` 
 COMMIT;
 
 -- name: forget
--- Remove rows of a schedule's entries, within a transaction and if the second statement finds a row.
+-- Delete entries of a beat schedule, if the leading beat still has its lease.
+-- The statements are one transaction. If the SELECT returns no row, the DELETE is not run.
 UPDATE {table} SET `write` = %(number)s
 WHERE `key` = %(key)s AND fence = %(fence)s AND holder = %(holder)s
   AND `write` BETWEEN %(seen)s AND %(number)s;
@@ -460,8 +497,9 @@ FROM JSON_TABLE(%(keys)s, '$[*]' COLUMNS (
 STRAIGHT_JOIN {table} AS gone FORCE INDEX (PRIMARY) ON gone.`key` = listed.value;
 
 -- name: check
--- See that the table is there, with all its columns, and that the role may read and change it.
--- The last three change nothing, and are errors that name the privilege which the role lacks.
+-- Check that the table exists and has all columns, and that the role may read and change it.
+-- The last three statements change nothing. If the role lacks a privilege, one of them fails with
+-- an error that names the privilege.
 SELECT
   `key`, value, updated_at, task, schema_version, fence, `write`, holder, task_id, acquired_at,
   expires_at, hold_until, run_count, last_outcome, last_finished_at, history, ticks_done,
@@ -473,7 +511,7 @@ UPDATE {table} SET value = value WHERE FALSE;
 DELETE FROM {table} WHERE FALSE;
 
 -- name: encodings
--- Ask which of the table's columns have a character set that lacks characters.
+-- Return the columns of the table whose character set lacks characters.
 SELECT concat(
   group_concat(column_name, ' (', character_set_name, ')' SEPARATOR ', '), ' of table ', %(table)s
 )

@@ -1,4 +1,4 @@
-"""PostgreSQL: connections, by psycopg, and what its statements need."""
+"""PostgreSQL: connections by psycopg, and the class of its statements."""
 
 from __future__ import annotations
 
@@ -20,29 +20,33 @@ from . import libpq
 from .connections import APPLICATION_NAME, pooled
 from .statements import Statements
 
+#: The status of a connection on which a statement is running.
 ACTIVE = psycopg.pq.TransactionStatus.ACTIVE
 
-#: Seconds that closing a connection waits at most until the server has taken its cancel request.
+#: Seconds for which the closing of a connection waits at most for the server to accept the cancel
+#: request.
 LONGEST_CANCEL = 0.5
-#: The same, as a part of what an answer may take.
+#: The same limit as a part of ``io_timeout``. The smaller limit counts.
 CANCEL_PART = 0.25
-#: The first release of psycopg that says when it hears nothing: with one before it, a statement
-#: waits for a silent server until TCP gives up.
+#: The first release of psycopg that reports, while it waits, that nothing has arrived. With an
+#: older one a statement waits for a silent server until TCP gives up.
 OLDEST = (3, 3)
 
 
 class Connection(psycopg.Connection[Any]):
-    """A connection that gives up on a server which stays silent.
+    """A connection that times out when the server does not answer.
 
-    TCP's own time-outs do not see a proxy that acknowledges and never answers.
+    TCP's own time-outs are not enough: a proxy may acknowledge every packet and never answer.
 
-    A statement that is given up is cancelled, by libpq 17 and later. A server that waits for a
-    lock, or for a standby, does not notice that its client has closed the connection, so each try
-    would leave one more of the server's processes behind, until no application gets a connection.
+    With libpq 17 and later, the connection cancels a statement that has timed out. A server process
+    that waits for a lock, or for a standby, does not notice that its client has closed the
+    connection. So without the cancelling each attempt would leave another server process behind,
+    until the server accepts no more connections.
     """
 
-    #: Seconds; ``None``: for ever.
+    #: Seconds to wait for the server; ``None``: without limit.
     patience: float | None = None
+    #: Seconds for which closing waits at most for the server to accept a cancel request.
     cancel_timeout = LONGEST_CANCEL
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -55,8 +59,10 @@ class Connection(psycopg.Connection[Any]):
         return super().wait(gen, *args, **kwargs)
 
     def leave_to_parent(self) -> None:
-        """In a forked child. libpq cannot close a socket without sending the session's end, so that
-        goes nowhere.
+        """Close a forked child's copy of the connection, without telling the server.
+
+        libpq always sends the end of the session when it closes a socket, and the parent still
+        needs the session. So the socket is replaced by ``/dev/null`` first.
         """
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, self.fileno(), inheritable=False)
@@ -64,23 +70,25 @@ class Connection(psycopg.Connection[Any]):
         self.close()
 
     def close(self) -> None:
-        """Close the connection, whatever it is in the middle of."""
+        """Cancel the running statement, if there is one, and close the connection."""
         try:
             self._cancel_statement()
         finally:
             super().close()
 
     def _cancel_statement(self) -> None:
-        """Ask the server to end the statement under way, and wait for a moment until it is told.
+        """Ask the server to cancel the running statement, and wait until it has the request, for
+        ``cancel_timeout`` seconds at most.
 
-        The connection stays open until then, because a pooler knows by it whose statement that is.
+        The connection must still be open, because a pooler finds the statement by the connection.
         """
         if self.pgconn.transaction_status != ACTIVE or os.getpid() != self._owner:
             return
-        # Before libpq 17 a cancel request holds the whole process up while the server is silent.
+        # Before libpq 17 a cancel request blocks the whole process while the server is silent.
         if not psycopg.capabilities.has_cancel_safe():
             return
-        # Nothing more can be done about a server that is not reached, and closing must not fail.
+        # If the server cannot be reached, the statement cannot be cancelled. The closing must
+        # succeed all the same.
         with contextlib.suppress(psycopg.Error, OSError, RuntimeError):
             self.cancel_safe(timeout=self.cancel_timeout)
 
@@ -102,16 +110,17 @@ class Connection(psycopg.Connection[Any]):
 
 
 class PostgresqlStatements(Statements):
-    """Many writers, and rows that are locked."""
+    """The statements for PostgreSQL."""
 
     now = "clock_timestamp()"
     level = "READ COMMITTED"
     insert = staticmethod(postgresql.insert)
     largest = 2**30 - 1
-    encoding_advice = "CREATE DATABASE … ENCODING 'UTF8' makes one that has them all"
+    encoding_advice = "create a database with ENCODING 'UTF8', which can store all of them"
 
     def length_of(self, text: str) -> Any:
-        # substr counts bytes if the database's encoding is SQL_ASCII.
+        # The database counts the characters. With the encoding SQL_ASCII substr counts bytes, and
+        # length does the same.
         return sa.func.length(sa.literal(text))
 
 
@@ -119,14 +128,17 @@ STATEMENTS = PostgresqlStatements
 
 
 def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) -> Engine:
-    """An engine. Statements are prepared at first use, unless a pooler is in between, or the URL
-    says otherwise: ``?prepare_threshold=none``.
+    """Make an engine for PostgreSQL.
 
-    :raises ImproperlyConfigured: what it says is not allowed.
+    Each statement is prepared at its first use. It is not prepared if a pooler stands between this
+    process and the server, or if the URL says so by ``?prepare_threshold=none``.
+
+    :raises ImproperlyConfigured: psycopg is too old, or an option of the URL is not known or not
+        allowed.
     """
     if tuple(map(int, psycopg.__version__.split(".")[:2])) < OLDEST:
         raise ImproperlyConfigured(
-            f"psycopg {psycopg.__version__} does not say when a server stays silent; "
+            f"psycopg {psycopg.__version__} waits for a silent server without a time-out; "
             "3.3 or later is needed: pip install 'celery-singleton-state[postgresql]'"
         )
     query = libpq.read_options(url)
@@ -141,7 +153,7 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
             connection.prepare_threshold = 0
         return connection
 
-    # Of several hosts SQLAlchemy reads a tuple.
+    # SQLAlchemy takes the names of several hosts as a tuple of texts.
     texts = {name: own if isinstance(own, tuple) else str(own) for name, own in query.items()}
     engine = pooled(
         url.set(query=texts),
@@ -152,7 +164,8 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
         connect_args={
             "connect_timeout": math.ceil(connect_timeout),
             "tcp_user_timeout": math.ceil(io_timeout * 1000),
-            # Whatever the database's own is: it converts what it can, and says what it cannot.
+            # Also if the database has another encoding: PostgreSQL then converts each text, or
+            # refuses it with an error.
             "client_encoding": "UTF8",
             "application_name": query.get("application_name", APPLICATION_NAME),
             "prepare_threshold": threshold,
@@ -164,10 +177,11 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
 
 
 def _is_pooled(connection: Connection) -> bool:
-    """Whether a pooler stands between this process and the server: it has an id of its own.
+    """Return whether a pooler stands between this process and the server.
 
-    One that gives each transaction any of its connections, and does not know of prepared
-    statements, runs by a statement's name what another client has prepared under it.
+    A pooler announces another process id than the server's. Prepared statements are dangerous
+    behind it: a pooler may give each transaction another connection of its own, on which another
+    client may have prepared a different statement under the same name.
     """
     try:
         row = connection.execute("SELECT pg_backend_pid()").fetchone()

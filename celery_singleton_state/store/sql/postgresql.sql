@@ -1,20 +1,45 @@
--- PostgreSQL: each verb of the store is one statement, and nothing around it.
+-- PostgreSQL: one statement for each method of the store, outside of any transaction.
 --
--- To try a statement, put the table's name (kv_store) for {table}, and values for the parameters,
--- which are psycopg's: %(key)s.
+-- To try a statement, replace {table} with the table's name (kv_store), and the parameters, which
+-- are psycopg's (%(key)s), with values.
 --
--- INSERT … ON CONFLICT DO UPDATE … WHERE waits for a row that another transaction has locked and
--- then reads it anew, so that the lease and the state that it returns belong together.
+-- A row of the table is a singleton, a task of which at most one run may be active. A run needs the
+-- row's lease. The columns:
 --
--- now() stands still from the transaction's start, so after a wait for a lock it is old:
--- clock_timestamp() is not.
+-- - fence, holder, task_id, acquired_at, expires_at: the lease. The fence is a number that grows
+--   with each acquisition. The holder renews the lease before it expires.
+-- - value, schema_version, updated_at: the singleton's state as JSON, and when it was changed last.
+-- - write: the number of the last write of the state under the present lease.
+-- - hold_until: the end of the hold period, for which a lease is kept after its run.
+-- - handoff_to, newest, newest_sent: the message that asks the holder to hand over the lease, its
+--   rank, and when it was sent.
+-- - wanted: the pending run, one more run that the holder sends when it releases the lease.
+-- - queue, queued_task_id, queued_until: the message that is queued, and the queue number, which
+--   each acquisition and each change of the queued message raises.
+-- - run_count, last_outcome, last_finished_at, history, ticks_done: the runs so far, and the due
+--   times (ticks) of a beat schedule that are done.
+--
+-- Rows without a fence are other things: key-value pairs, and entries of a beat schedule.
+--
+-- A statement may arrive late, after newer ones. So a statement that changes a row names the fence,
+-- the holder, the write number or the queue number that its sender knows. If the sender's knowledge
+-- is out of date, the statement changes nothing.
+--
+-- INSERT … ON CONFLICT DO UPDATE … WHERE waits if another transaction has locked the row, and then
+-- reads the row again. So the lease and the state that it returns belong together.
+--
+-- now() is the time at which the transaction began, so it is too old after a wait for a lock.
+-- clock_timestamp() is the present time.
 
 -- name: acquire
--- Take a lease that nobody holds, or repeat what the same holder took, and load the row.
--- Repeated by the same holder it changes nothing but an expiry that would be nearer. Fences and
--- ranks grow on one line, so that a message that was ranked before a fence was given is older. A
--- moment (sent) is a clock's name and a number of fixed length, so two moments of one clock compare
--- as texts. The write number -1 tells that the lease of another holder had run out.
+-- Acquire a lease that is free or has expired, and return the singleton's row.
+-- The same holder may repeat the statement if its answer was lost. This only makes sure that the
+-- lease does not expire earlier than ttl seconds from now.
+-- A message that is older than the newest one of the row does not get the lease. If it has a rank,
+-- that is compared with the row's rank (newest) and fence. So a new fence is larger than both. If
+-- it has no rank, the times at which the messages were sent are compared (newest_sent). Each is the
+-- name of a clock and a number of fixed length, so comparing texts compares times of one clock.
+-- The write number is -1 after a takeover of another holder's expired lease, otherwise 0.
 INSERT INTO {table} AS mine (
   key, task, value, updated_at, fence, write, queue, newest_sent, holder, task_id, acquired_at,
   expires_at
@@ -59,7 +84,7 @@ RETURNING
   CAST(extract(epoch FROM acquired_at) AS double precision), write, ticks_done;
 
 -- name: renew
--- Prolong one lease, or several; it waits for a row that somebody has locked.
+-- Renew one or several leases, and wait for rows that another transaction has locked.
 UPDATE {table} AS mine SET expires_at = clock_timestamp() + held.ttl * interval '1 second'
 FROM jsonb_to_recordset(CAST(%(leases)s AS jsonb))
   AS held(key text, fence bigint, holder text, ttl double precision)
@@ -67,8 +92,9 @@ WHERE mine.key = held.key AND mine.fence = held.fence AND mine.holder = held.hol
 RETURNING mine.key, handoff_to;
 
 -- name: renew_unlocked
--- Prolong those of several leases whose rows nobody has locked.
--- A join, and not key IN (SELECT …), which is carried out as a loop over all leases for each lease.
+-- Renew those of several leases whose rows no other transaction has locked.
+-- It is a join, because PostgreSQL executes key IN (SELECT …) as a loop over all leases for each
+-- lease.
 UPDATE {table} AS mine SET expires_at = clock_timestamp() + unlocked.ttl * interval '1 second'
 FROM (
   SELECT held.*
@@ -82,7 +108,9 @@ WHERE mine.key = unlocked.key AND mine.fence = unlocked.fence AND mine.holder = 
 RETURNING mine.key, handoff_to;
 
 -- name: save
--- Store a state in mid-run, or as the last statement of a transaction, and prolong the lease.
+-- Store a state during a run, or as the last statement of a transaction, and renew the lease.
+-- A write number above the parameter "number" means that a newer write has taken effect. One below
+-- "seen" means that the database has lost writes that it had confirmed.
 UPDATE {table} SET
   value = %(value)s, schema_version = %(schema_version)s, updated_at = clock_timestamp(),
   write = %(number)s, expires_at = clock_timestamp() + %(ttl)s * interval '1 second'
@@ -91,15 +119,15 @@ WHERE key = %(key)s AND fence = %(fence)s AND holder = %(holder)s
 RETURNING handoff_to;
 
 -- name: written
--- Tell whether a transaction was committed whose COMMIT was not answered.
--- It locks the row, so that a COMMIT that is under way has ended.
+-- Read whether a transaction took effect whose COMMIT was not answered.
+-- The row is locked, so that the statement waits for a COMMIT that is still in progress.
 SELECT fence = %(fence)s AND holder = %(holder)s, write >= %(number)s
 FROM {table} WHERE key = %(key)s
 FOR UPDATE;
 
 -- name: release
--- Give a lease back without a state, and note how its run has ended.
--- Nobody is the holder in the hold period, so what the run sent before, and repeats, is refused.
+-- Release a lease without storing a state, and record how its run has ended.
+-- The holder is NULL in the hold period, too. So late statements of the ended run are refused.
 UPDATE {table} SET
   hold_until = CASE
     WHEN %(hold)s > 0 AND acquired_at + %(hold)s * interval '1 second' > clock_timestamp()
@@ -112,7 +140,7 @@ WHERE key = %(key)s AND fence = %(fence)s AND holder = %(holder)s
 RETURNING wanted;
 
 -- name: save_and_release
--- Store a state, give the lease back, and note how its run has ended.
+-- Store a state, release the lease, and record how its run has ended.
 UPDATE {table} SET
   value = %(value)s, schema_version = %(schema_version)s, updated_at = clock_timestamp(),
   write = %(number)s,
@@ -128,13 +156,14 @@ WHERE key = %(key)s AND fence = %(fence)s AND holder = %(holder)s
 RETURNING wanted;
 
 -- name: give_back
--- Give back a lease whose fence may be unknown, and which may never have been taken.
+-- Release a lease by its holder's name alone, because the answer to the acquisition was lost.
+-- The fence is not known then, and the lease may never have been acquired.
 UPDATE {table} SET holder = NULL, task_id = NULL, acquired_at = NULL, expires_at = NULL
 WHERE key = %(key)s AND holder = %(holder)s
 RETURNING wanted;
 
 -- name: peek
--- Read a singleton's row.
+-- Read the row of one singleton.
 SELECT
   key, task, schema_version, CAST(extract(epoch FROM updated_at) AS double precision), fence,
   holder, task_id, CAST(extract(epoch FROM acquired_at) AS double precision),
@@ -150,7 +179,7 @@ SELECT
 FROM {table} WHERE fence IS NOT NULL AND key = %(key)s;
 
 -- name: list
--- Read the rows of the singletons whose keys begin with a prefix, and one more, without states.
+-- Read the rows of the singletons under a prefix, and of one more singleton, without states.
 SELECT
   key, task, schema_version, CAST(extract(epoch FROM updated_at) AS double precision), fence,
   holder, task_id, CAST(extract(epoch FROM acquired_at) AS double precision),
@@ -166,34 +195,36 @@ WHERE fence IS NOT NULL
 ORDER BY key;
 
 -- name: contents
--- Read the histories of some singletons, and their states if they are wanted.
+-- Read the histories of some singletons, and their states if the caller asks for them.
 SELECT key, history, CASE WHEN %(values)s THEN value END
 FROM {table} WHERE key IN (SELECT value FROM json_array_elements_text(CAST(%(keys)s AS json)));
 
 -- name: ticks
--- Read what is known of the ticks of some singletons, and whether their leases are held.
--- In its hold period a lease is held for no task.
+-- Read which ticks of some singletons are done, and whether their leases are held.
+-- A hold period counts as held. The task id is NULL then, because no message is running.
 SELECT
   key, coalesce(coalesce(expires_at, hold_until) > clock_timestamp(), FALSE), task_id, ticks_done
 FROM {table} WHERE key IN (SELECT value FROM json_array_elements_text(CAST(%(keys)s AS json)));
 
 -- name: request_handoff
--- Ask the holder that was seen to hand over, or note who is to be next after a hold period.
--- By growing ranks: a late request of an older message is refused, a repeated one is not. In a hold
--- period the holder is NULL, in the row and as it was seen.
+-- Ask the holder of a lease to hand over, or name the message that is next after a hold period.
+-- The rank of the message must be larger than that of all earlier messages. So a late request of an
+-- older message is refused. A repeated request is not. In a hold period the holder is NULL, in the
+-- row as well as in the parameter.
 UPDATE {table} SET handoff_to = %(handoff_to)s, newest = %(rank)s, newest_sent = %(sent)s
 WHERE key = %(key)s AND fence = %(fence)s AND holder IS NOT DISTINCT FROM %(holder)s
   AND coalesce(expires_at, hold_until) > clock_timestamp()
   AND (coalesce(newest, 0) < %(rank)s OR (newest = %(rank)s AND handoff_to = %(handoff_to)s));
 
 -- name: release_early
--- End the hold period that was seen.
+-- End a hold period early, if it is still the one that the caller has read.
 UPDATE {table} SET hold_until = NULL
 WHERE key = %(key)s AND fence = %(fence)s AND holder IS NOT DISTINCT FROM %(holder)s
   AND holder IS NULL AND hold_until > clock_timestamp();
 
 -- name: request_run
--- Note that one more run is to be sent when the holder that was seen releases.
+-- Note a pending run, which the holder sends when it releases the lease.
+-- If the row has another pending run than the caller has read, it is a newer one, and stays.
 UPDATE {table} SET wanted = %(pending_run)s
 WHERE key = %(key)s AND fence = %(fence)s AND holder IS NOT DISTINCT FROM %(holder)s
   AND coalesce(expires_at, hold_until) > clock_timestamp()
@@ -204,18 +235,20 @@ WHERE key = %(key)s AND fence = %(fence)s AND holder IS NOT DISTINCT FROM %(hold
 SELECT wanted FROM {table} WHERE key = %(key)s;
 
 -- name: pending_run_sent
--- Strike out a pending run that was sent.
+-- Remove a pending run from the row because it was sent.
+-- A newer pending run stays.
 UPDATE {table} SET wanted = NULL WHERE key = %(key)s AND wanted = %(pending_run)s;
 
 -- name: queued
--- Read the queue's number and the message that is queued or running.
+-- Read the queue number, the queued message and the running message.
 SELECT
   coalesce(queue, 0), CASE WHEN queued_until > clock_timestamp() THEN queued_task_id END,
   CASE WHEN expires_at > clock_timestamp() THEN task_id END
 FROM {table} WHERE key = %(key)s;
 
 -- name: claim
--- Note a message as queued, if the queue has the number that was seen.
+-- Note a message as queued, if the row still has the queue number that the caller has read.
+-- If the answer to a claim was lost, the caller repeats the claim with 0 as the parameter "first".
 INSERT INTO {table} AS mine (
   key, task, value, updated_at, fence, queue, queued_task_id, queued_until
 ) VALUES (
@@ -233,9 +266,9 @@ WHERE coalesce(mine.queue, 0) = %(number)s OR (
 RETURNING queue;
 
 -- name: dequeue
--- Note that a message is queued no more.
--- The number grows whoever is queued, and where there is no row yet: a claim that is under way is
--- refused then.
+-- Note that a message is no longer queued.
+-- The queue number grows whichever message is queued, and a missing row is inserted. So a claim
+-- that arrives later is refused, because it names the old number.
 INSERT INTO {table} AS mine (key, task, value, updated_at, fence, queue)
 VALUES (%(key)s, %(task)s, 'null', clock_timestamp(), 0, 1)
 ON CONFLICT (key) DO UPDATE SET
@@ -243,14 +276,14 @@ ON CONFLICT (key) DO UPDATE SET
   queued_until = CASE WHEN mine.queued_task_id = %(task_id)s THEN NULL ELSE mine.queued_until END;
 
 -- name: expect
--- Make rows for singletons that are to run, unless there are some.
+-- Insert a row for each singleton that is expected to run and has no row yet.
 INSERT INTO {table} (key, task, value, updated_at, fence)
 SELECT expected.key, expected.task, 'null', clock_timestamp(), 0
 FROM json_to_recordset(CAST(%(tasks)s AS json)) AS expected(key text, task text)
 ON CONFLICT (key) DO NOTHING;
 
 -- name: put
--- Store a state from outside a run, if nobody holds the lease and the row is as it was seen.
+-- Store a state while the lease is free, if the row is unchanged since the caller read it.
 INSERT INTO {table} AS mine (key, task, value, schema_version, updated_at, fence, write)
 VALUES (%(key)s, %(task)s, %(value)s, %(schema_version)s, clock_timestamp(), 0, 1)
 ON CONFLICT (key) DO UPDATE SET
@@ -261,14 +294,14 @@ WHERE mine.holder IS NULL AND (mine.hold_until IS NULL OR mine.hold_until <= clo
 RETURNING key;
 
 -- name: set_aside
--- Keep a value that cannot be decoded under a key of its own.
+-- Store a copy of a state that cannot be decoded, under a separate key.
 INSERT INTO {table} (key, value, updated_at) VALUES (%(key)s, %(value)s, clock_timestamp())
 ON CONFLICT (key) DO NOTHING;
 
 -- name: unused
--- Read the keys, and the tasks, of the singletons that nobody has used for so long.
--- In no order: what there is of a large table comes as it is found, and without a silence. The
--- subselects are carried out once, so that the index on updated_at can be used.
+-- Read the keys and the tasks of the singletons that were not used for a given time.
+-- The rows come in no order, so that the first rows of a large table arrive at once. The subselects
+-- are evaluated once, so that the database can use the index on updated_at.
 SELECT key, task FROM {table}
 WHERE substr(key, 1, length(%(prefix)s)) = %(prefix)s
   AND fence IS NOT NULL AND holder IS NULL
@@ -280,10 +313,10 @@ WHERE substr(key, 1, length(%(prefix)s)) = %(prefix)s
     OR last_finished_at <= (SELECT clock_timestamp() - %(older_than)s * interval '1 second'));
 
 -- name: prune
--- Remove the rows of those singletons that nobody uses even now.
--- A row is locked and then looked at anew, so that a run which began meanwhile keeps it; one that
--- somebody has locked is passed over. WITH, because a subselect that locks may be carried out many
--- times.
+-- Delete the rows of those of the given singletons that are still unused.
+-- Each row is locked and then checked again, so a singleton whose run has begun meanwhile keeps its
+-- row. Rows that another transaction has locked are skipped. The subselect that locks stands in
+-- WITH, because PostgreSQL may execute it many times elsewhere.
 WITH chosen AS (
   SELECT key FROM {table}
   WHERE key IN (SELECT value FROM json_array_elements_text(CAST(%(keys)s AS json)))
@@ -300,14 +333,14 @@ DELETE FROM {table} WHERE key IN (SELECT key FROM chosen)
 RETURNING key;
 
 -- name: entries
--- Read the rows of a schedule's entries.
+-- Read the rows of the entries of a beat schedule.
 SELECT key, value FROM {table}
 WHERE substr(key, 1, length(%(prefix)s)) = %(prefix)s AND key <> %(prefix)s;
 
 -- name: record
--- Store what entries of a schedule have become, and prolong the lease of the beat that leads.
--- The leader's row comes first: who waits for it sees what became of it meanwhile, which a
--- condition on it in the same statement's snapshot would not.
+-- Store the entries of a beat schedule, and renew the lease of the leading beat.
+-- The leader's row is updated first. The UPDATE waits if another transaction has locked the row,
+-- and then reads the row again. A condition of the INSERT would see the row from before the wait.
 WITH leader AS (
   UPDATE {table} SET
     expires_at = clock_timestamp() + %(ttl)s * interval '1 second', write = %(number)s
@@ -323,7 +356,8 @@ WITH leader AS (
 SELECT now FROM leader;
 
 -- name: forget
--- Remove rows of a schedule's entries, within a transaction and if the first statement finds a row.
+-- Delete entries of a beat schedule, if the leading beat still has its lease.
+-- The statements are one transaction. If the first one returns no row, the second one is not run.
 UPDATE {table} SET write = %(number)s
 WHERE key = %(key)s AND fence = %(fence)s AND holder = %(holder)s
   AND write BETWEEN %(seen)s AND %(number)s
@@ -331,7 +365,7 @@ RETURNING key;
 DELETE FROM {table} WHERE key IN (SELECT value FROM json_array_elements_text(CAST(%(keys)s AS json)));
 
 -- name: check
--- See that the table is there, with all its columns.
+-- Check that the table exists and has all columns.
 SELECT
   key, value, updated_at, task, schema_version, fence, write, holder, task_id, acquired_at,
   expires_at, hold_until, run_count, last_outcome, last_finished_at, history, ticks_done,
@@ -339,8 +373,8 @@ SELECT
 FROM {table} WHERE FALSE;
 
 -- name: lacking
--- Ask which privileges on the table the role lacks.
--- Rights on single columns count, because they may be on all that are needed.
+-- Read which privileges on the table the role lacks.
+-- A privilege on columns counts as well, because the role may have it on all columns in use.
 SELECT quote_ident(current_user), string_agg(privilege, ', ')
 FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
 WHERE NOT CASE privilege WHEN 'DELETE' THEN has_table_privilege(%(table)s, privilege)
@@ -348,9 +382,9 @@ WHERE NOT CASE privilege WHEN 'DELETE' THEN has_table_privilege(%(table)s, privi
 HAVING count(*) > 0;
 
 -- name: hiding
--- Ask whether row-level security can hide rows from the role.
--- For each kind of statement (r, a, w, d) one policy is enough that lets the role see all rows; one
--- that is restrictive can hide rows in spite of that.
+-- Return the role if row-level security can hide rows of the table from it.
+-- For each kind of command one permissive policy that shows all rows is enough: r, a, w and d stand
+-- for SELECT, INSERT, UPDATE and DELETE. A restrictive policy can hide rows in spite of that.
 WITH own AS (
   SELECT polcmd, polpermissive, coalesce(pg_get_expr(polqual, polrelid), 'true') = 'true'
     AND coalesce(pg_get_expr(polwithcheck, polrelid), 'true') = 'true' AS hides_nothing
@@ -369,7 +403,7 @@ SELECT quote_ident(current_user) WHERE row_security_active(%(table)s) AND (
 );
 
 -- name: encodings
--- Ask whether the database's encoding lacks characters.
--- One of SQL_ASCII takes every byte as it is.
+-- Return the database's encoding if it lacks characters.
+-- SQL_ASCII lacks none, because it stores all bytes unchanged.
 SELECT 'the database, whose encoding is ' || current_setting('server_encoding') || ','
 WHERE current_setting('server_encoding') NOT IN ('UTF8', 'SQL_ASCII');

@@ -1,4 +1,6 @@
-"""What others than its holder can ask of a row: to hand over, to run once more, to be queued."""
+"""The requests that processes other than the lease's holder can make on a row of an SQL store: for
+a handoff, for a pending run, for a place in the queue.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,23 @@ from celery_singleton_state.text.storable import restored, storable
 
 from .statements import Statements
 
+#: A function that runs a statement with its parameters, and returns its rows.
 Rows = Callable[[str, Mapping[str, Any]], Sequence[tuple[Any, ...]]]
+#: A function that runs a statement with its parameters, and returns the number of changed rows.
 Change = Callable[[str, Mapping[str, Any]], int]
 
-#: A task's name as it is stored. There are few tasks, and many runs.
+#: Returns a task's name as it is stored. The results are cached, because the few tasks of an app
+#: have many runs.
 stored_task = lru_cache(1000)(storable)
 
 
 class SqlRequests:
-    """The wishes of an SQL store; each is one statement.
+    """Make requests on rows of an SQL store. Each request is one statement.
 
-    :param rows: runs a statement and returns its rows; ``change``: how many rows it changed.
+    :class:`~celery_singleton_state.store.base.RowRequests` explains the methods.
+
+    :param rows: runs a statement and returns its rows.
+    :param change: runs a statement and returns the number of changed rows.
     """
 
     def __init__(self, sql: Statements, rows: Rows, change: Change) -> None:

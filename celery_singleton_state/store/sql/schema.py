@@ -1,4 +1,4 @@
-"""The table, and the names that follow from its name."""
+"""The table of singletons and key-value pairs, as SQLAlchemy describes it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from sqlalchemy import (
 
 
 def make_table(name: str) -> Table:
-    """The ``kv_store`` table under a name, which may be qualified: ``schema.name``.
+    """Return the description of the ``kv_store`` table, under another name if that is wanted.
 
-    ``key``, ``value``, ``updated_at`` and the index are a given; the other columns can be
-    added to a table that has only these.
+    A table that has only the columns ``key``, ``value`` and ``updated_at`` and the index can be
+    upgraded: all other columns can be added to it.
+
+    :param name: the table's name, which may have a schema: ``schema.name``.
     """
     schema, _, bare = name.rpartition(".")
     moment = DateTime(timezone=True)

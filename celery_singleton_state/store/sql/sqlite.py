@@ -1,4 +1,4 @@
-"""SQLite: connections, and what its statements need."""
+"""SQLite: connections that wait for locks in Python, and the class of its statements."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from .engine import is_in_memory
 from .statements import Statements
 from .url import read_query
 
-#: RETURNING came with this release.
+#: The oldest release of SQLite that can be used. It is the first that has RETURNING.
 OLDEST = (3, 35)
-#: Options of a URL, beside those of SQLite's own URIs.
+#: The options that a URL may have, unless it is one of SQLite's own URIs (``?uri=true``).
 OPTIONS: dict[str, Option] = {
     "cached_statements": whole(0),
     "check_same_thread": SWITCH,
@@ -38,7 +38,7 @@ OPTIONS: dict[str, Option] = {
     "timeout": seconds(0),
     "uri": SWITCH,
 }
-#: Seconds between two looks at a lock: the first, and the longest.
+#: Seconds between two attempts to get the file's lock: at first, and at most.
 FIRST_POLL, LONGEST_POLL = 0.001, 0.02
 
 
@@ -46,13 +46,13 @@ _execute = sqlite3.Cursor.execute
 
 
 class Connection(sqlite3.Connection):
-    """A connection that waits for the file's lock in Python, and not in SQLite.
+    """A connection that waits for the file's lock in Python instead of in SQLite.
 
-    SQLite waits in C. Under gevent that stops all greenlets, and with them the one that has the
-    lock; elsewhere no time limit's signal is heard meanwhile.
+    SQLite would wait in C code. Under gevent such a wait blocks all greenlets, also the one that
+    holds the lock. Elsewhere it delays the signals of time limits.
     """
 
-    #: Seconds that a statement waits for others' lock at most.
+    #: Seconds for which a statement waits at most for the lock of another connection.
     lock_timeout = 0.0
 
     _is_parents = False
@@ -63,7 +63,10 @@ class Connection(sqlite3.Connection):
         return super().cursor(factory or Cursor)
 
     def execute(self, statement: str, parameters: Any = ()) -> Any:
-        """Run a statement. Python's own method uses no cursor of this class, so does not wait."""
+        """Run a statement, and wait for the file's lock if necessary.
+
+        Python's own method would not wait, because it does not use this connection's cursor class.
+        """
         return self.cursor().execute(statement, parameters)
 
     def commit(self) -> None:
@@ -79,27 +82,28 @@ class Connection(sqlite3.Connection):
             super().close()
 
     def leave_to_parent(self) -> None:
-        """In a forked child: never use it, nor end it, which would roll back in memory that both
-        share.
+        """Make the connection unusable in a forked child, and never close it there: closing would
+        roll back in memory that the child shares with its parent.
         """
         self._is_parents = True
-        # Not even the interpreter's end may free it.
+        # One reference too many, so that Python does not close the connection at its exit either.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     def _refuse_parents(self) -> None:
         if self._is_parents:
-            raise sqlite3.OperationalError("the connection is that of this process's parent")
+            raise sqlite3.OperationalError("the connection belongs to this process's parent")
 
 
 class Cursor(sqlite3.Cursor):
-    """A cursor of :class:`Connection`."""
+    """A cursor that waits for the file's lock before it runs a statement."""
 
     connection: Connection
 
     def execute(self, statement: str, parameters: Any = ()) -> Self:
-        """Run a statement, when nobody else has the file's lock.
+        """Run a statement. While another connection holds the file's lock, wait and try again.
 
-        :raises sqlite3.OperationalError: somebody had it for too long.
+        :raises sqlite3.OperationalError: the lock was not free within
+            :attr:`Connection.lock_timeout` seconds, or the statement failed.
         """
         try:
             return _execute(self, statement, parameters)
@@ -117,19 +121,22 @@ class Cursor(sqlite3.Cursor):
                     raise
 
     def _can_wait(self, error: sqlite3.OperationalError) -> bool:
-        """Whether the statement changed nothing, and can be sent again: it is not a transaction's
-        second, which would wait for somebody who may wait for the transaction.
+        """Return whether a statement that failed may be tried again, because the file was locked.
+
+        Within a transaction it may not: the connection that holds the lock may wait for this
+        transaction's lock.
         """
         code: int = getattr(error, "sqlite_errorcode", 0)
         return code & 0xFF == sqlite3.SQLITE_BUSY and not self.connection.in_transaction
 
 
 class SqliteStatements(Statements):
-    """One writer at a time."""
+    """The statements for SQLite."""
 
     now = "strftime('%Y-%m-%d %H:%M:%f+00:00', 'now')"
     level = "SERIALIZABLE"
-    # A transaction that reads first and writes later cannot wait for a writer.
+    # BEGIN IMMEDIATE waits for the write lock at once. A transaction that reads first and gets the
+    # write lock later cannot wait for it: SQLite fails it.
     begin = "BEGIN IMMEDIATE"
     insert = staticmethod(sqlite.insert)
 
@@ -138,10 +145,12 @@ STATEMENTS = SqliteStatements
 
 
 def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) -> Engine:
-    """An engine.
+    """Make an engine for an SQLite file, or for a database in memory.
 
-    :param connect_timeout: not needed for a file.
-    :raises ImproperlyConfigured: SQLite is too old, or does not know an option of the URL.
+    :param io_timeout: seconds to wait for the file's lock, and for a connection of the pool.
+    :param connect_timeout: has no effect, because opening a file needs no time-out.
+    :raises ImproperlyConfigured: SQLite is too old, or an option of the URL is not known or not
+        allowed.
     """
     in_memory = is_in_memory(url)
     read_query(url, OPTIONS)
@@ -177,7 +186,11 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
 
 
 def _use_wal(connection: sqlite3.Connection, io_timeout: float) -> None:
-    """Switch the file to WAL, once: the switch does not wait for other processes by itself."""
+    """Switch the file to the journal mode WAL, unless it has it already.
+
+    The switch fails while another process uses the file, because SQLite does not wait for it. So it
+    is repeated for ``io_timeout`` seconds.
+    """
     deadline = time.monotonic() + io_timeout
     while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
         with contextlib.suppress(sqlite3.OperationalError):

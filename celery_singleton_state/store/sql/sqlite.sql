@@ -1,18 +1,46 @@
--- SQLite, 3.35 or newer: each verb of the store is one statement, and nothing around it.
+-- SQLite 3.35 or newer: one statement for each method of the store, outside of any transaction.
 --
--- To try a statement, put the table's name (kv_store) for {table}, and give the parameters, which
--- are :key and the like, values: ".parameter set :key 'value'" in SQLite's shell.
+-- To try a statement, replace {table} with the table's name (kv_store), and set the parameters,
+-- such as :key, by ".parameter set :key 'value'" in SQLite's shell.
 --
--- There is one writer at a time. unixepoch('subsec') answers NULL without an error before 3.42, so
--- times are ISO texts of fixed width, which compare as they sort.
+-- A row of the table is a singleton, a task of which at most one run may be active. A run needs the
+-- row's lease. The columns:
+--
+-- - fence, holder, task_id, acquired_at, expires_at: the lease. The fence is a number that grows
+--   with each acquisition. The holder renews the lease before it expires.
+-- - value, schema_version, updated_at: the singleton's state as JSON, and when it was changed last.
+-- - write: the number of the last write of the state under the present lease.
+-- - hold_until: the end of the hold period, for which a lease is kept after its run.
+-- - handoff_to, newest, newest_sent: the message that asks the holder to hand over the lease, its
+--   rank, and when it was sent.
+-- - wanted: the pending run, one more run that the holder sends when it releases the lease.
+-- - queue, queued_task_id, queued_until: the message that is queued, and the queue number, which
+--   each acquisition and each change of the queued message raises.
+-- - run_count, last_outcome, last_finished_at, history, ticks_done: the runs so far, and the due
+--   times (ticks) of a beat schedule that are done.
+--
+-- Rows without a fence are other things: key-value pairs, and entries of a beat schedule.
+--
+-- A statement may arrive late, after newer ones. So a statement that changes a row names the fence,
+-- the holder, the write number or the queue number that its sender knows. If the sender's knowledge
+-- is out of date, the statement changes nothing.
+--
+-- SQLite has one writer at a time, so no statement needs to lock rows.
+--
+-- Times are ISO texts of one length, so that comparing the texts compares the times.
+-- unixepoch('subsec') is not used, because before SQLite 3.42 it returns NULL without an error.
 
 -- name: acquire
--- Take a lease that nobody holds, or repeat what the same holder took, and load the row.
--- Repeated by the same holder it changes nothing but an expiry that would be nearer. Fences and
--- ranks grow on one line, so that a message that was ranked before a fence was given is older. A
--- moment (sent) is a clock's name and a number of fixed length, so two moments of one clock compare
--- as texts. A sum that is too large becomes a number with a point, which grows no more: abs() is an
--- error instead. The write number -1 tells that the lease of another holder had run out.
+-- Acquire a lease that is free or has expired, and return the singleton's row.
+-- The same holder may repeat the statement if its answer was lost. This only makes sure that the
+-- lease does not expire earlier than ttl seconds from now.
+-- A message that is older than the newest one of the row does not get the lease. If it has a rank,
+-- that is compared with the row's rank (newest) and fence. So a new fence is larger than both. If
+-- it has no rank, the times at which the messages were sent are compared (newest_sent). Each is the
+-- name of a clock and a number of fixed length, so comparing texts compares times of one clock.
+-- The write number is -1 after a takeover of another holder's expired lease, otherwise 0.
+-- abs(-1 - x) is x + 1. SQLite turns a sum that is too large into a floating-point number, to which
+-- 1 could be added without effect. abs() raises an error instead.
 INSERT INTO {table} AS mine (
   key, task, value, updated_at, fence, write, queue, newest_sent, holder, task_id, acquired_at,
   expires_at
@@ -58,7 +86,7 @@ RETURNING
   round((julianday(acquired_at) - 2440587.5) * 86400.0, 3), write, ticks_done;
 
 -- name: renew
--- Prolong one lease, or several.
+-- Renew one or several leases.
 UPDATE {table} AS mine SET
   expires_at = strftime('%Y-%m-%d %H:%M:%f+00:00', 'now', held.ttl || ' seconds')
 FROM (
@@ -71,7 +99,9 @@ WHERE mine.key = held.key AND mine.fence = held.fence AND mine.holder = held.hol
 RETURNING key, handoff_to;
 
 -- name: save
--- Store a state in mid-run, or as the last statement of a transaction, and prolong the lease.
+-- Store a state during a run, or as the last statement of a transaction, and renew the lease.
+-- A write number above the parameter "number" means that a newer write has taken effect. One below
+-- "seen" means that the database has lost writes that it had confirmed.
 UPDATE {table} SET
   value = :value, schema_version = :schema_version,
   updated_at = strftime('%Y-%m-%d %H:%M:%f+00:00', 'now'),
@@ -81,13 +111,13 @@ WHERE key = :key AND fence = :fence AND holder = :holder
 RETURNING handoff_to;
 
 -- name: written
--- Tell whether a transaction was committed whose COMMIT was not answered.
+-- Read whether a transaction took effect whose COMMIT was not answered.
 SELECT fence = :fence AND holder = :holder, write >= :number
 FROM {table} WHERE key = :key;
 
 -- name: release
--- Give a lease back without a state, and note how its run has ended.
--- Nobody is the holder in the hold period, so what the run sent before, and repeats, is refused.
+-- Release a lease without storing a state, and record how its run has ended.
+-- The holder is NULL in the hold period, too. So late statements of the ended run are refused.
 UPDATE {table} SET
   hold_until = CASE
     WHEN :hold > 0 AND strftime('%Y-%m-%d %H:%M:%f+00:00', acquired_at, :hold || ' seconds')
@@ -101,7 +131,7 @@ WHERE key = :key AND fence = :fence AND holder = :holder
 RETURNING wanted;
 
 -- name: save_and_release
--- Store a state, give the lease back, and note how its run has ended.
+-- Store a state, release the lease, and record how its run has ended.
 UPDATE {table} SET
   value = :value, schema_version = :schema_version,
   updated_at = strftime('%Y-%m-%d %H:%M:%f+00:00', 'now'),
@@ -119,13 +149,14 @@ WHERE key = :key AND fence = :fence AND holder = :holder
 RETURNING wanted;
 
 -- name: give_back
--- Give back a lease whose fence may be unknown, and which may never have been taken.
+-- Release a lease by its holder's name alone, because the answer to the acquisition was lost.
+-- The fence is not known then, and the lease may never have been acquired.
 UPDATE {table} SET holder = NULL, task_id = NULL, acquired_at = NULL, expires_at = NULL
 WHERE key = :key AND holder = :holder
 RETURNING wanted;
 
 -- name: peek
--- Read a singleton's row.
+-- Read the row of one singleton.
 SELECT
   key, task, schema_version, round((julianday(updated_at) - 2440587.5) * 86400.0, 3), fence,
   holder, task_id, round((julianday(acquired_at) - 2440587.5) * 86400.0, 3),
@@ -142,7 +173,7 @@ SELECT
 FROM {table} WHERE fence IS NOT NULL AND key = :key;
 
 -- name: list
--- Read the rows of the singletons whose keys begin with a prefix, and one more, without states.
+-- Read the rows of the singletons under a prefix, and of one more singleton, without states.
 SELECT
   key, task, schema_version, round((julianday(updated_at) - 2440587.5) * 86400.0, 3), fence,
   holder, task_id, round((julianday(acquired_at) - 2440587.5) * 86400.0, 3),
@@ -158,13 +189,13 @@ WHERE fence IS NOT NULL
 ORDER BY key;
 
 -- name: contents
--- Read the histories of some singletons, and their states if they are wanted.
+-- Read the histories of some singletons, and their states if the caller asks for them.
 SELECT key, history, CASE WHEN :values THEN value END
 FROM {table} WHERE key IN (SELECT value FROM json_each(:keys));
 
 -- name: ticks
--- Read what is known of the ticks of some singletons, and whether their leases are held.
--- In its hold period a lease is held for no task.
+-- Read which ticks of some singletons are done, and whether their leases are held.
+-- A hold period counts as held. The task id is NULL then, because no message is running.
 SELECT
   key,
   coalesce(coalesce(expires_at, hold_until) > strftime('%Y-%m-%d %H:%M:%f+00:00', 'now'), FALSE),
@@ -172,22 +203,24 @@ SELECT
 FROM {table} WHERE key IN (SELECT value FROM json_each(:keys));
 
 -- name: request_handoff
--- Ask the holder that was seen to hand over, or note who is to be next after a hold period.
--- By growing ranks: a late request of an older message is refused, a repeated one is not. In a hold
--- period the holder is NULL, in the row and as it was seen.
+-- Ask the holder of a lease to hand over, or name the message that is next after a hold period.
+-- The rank of the message must be larger than that of all earlier messages. So a late request of an
+-- older message is refused. A repeated request is not. In a hold period the holder is NULL, in the
+-- row as well as in the parameter.
 UPDATE {table} SET handoff_to = :handoff_to, newest = :rank, newest_sent = :sent
 WHERE key = :key AND fence = :fence AND holder IS :holder
   AND coalesce(expires_at, hold_until) > strftime('%Y-%m-%d %H:%M:%f+00:00', 'now')
   AND (coalesce(newest, 0) < :rank OR (newest = :rank AND handoff_to = :handoff_to));
 
 -- name: release_early
--- End the hold period that was seen.
+-- End a hold period early, if it is still the one that the caller has read.
 UPDATE {table} SET hold_until = NULL
 WHERE key = :key AND fence = :fence AND holder IS :holder
   AND holder IS NULL AND hold_until > strftime('%Y-%m-%d %H:%M:%f+00:00', 'now');
 
 -- name: request_run
--- Note that one more run is to be sent when the holder that was seen releases.
+-- Note a pending run, which the holder sends when it releases the lease.
+-- If the row has another pending run than the caller has read, it is a newer one, and stays.
 UPDATE {table} SET wanted = :pending_run
 WHERE key = :key AND fence = :fence AND holder IS :holder
   AND coalesce(expires_at, hold_until) > strftime('%Y-%m-%d %H:%M:%f+00:00', 'now')
@@ -198,11 +231,12 @@ WHERE key = :key AND fence = :fence AND holder IS :holder
 SELECT wanted FROM {table} WHERE key = :key;
 
 -- name: pending_run_sent
--- Strike out a pending run that was sent.
+-- Remove a pending run from the row because it was sent.
+-- A newer pending run stays.
 UPDATE {table} SET wanted = NULL WHERE key = :key AND wanted = :pending_run;
 
 -- name: queued
--- Read the queue's number and the message that is queued or running.
+-- Read the queue number, the queued message and the running message.
 SELECT
   coalesce(queue, 0),
   CASE WHEN queued_until > strftime('%Y-%m-%d %H:%M:%f+00:00', 'now') THEN queued_task_id END,
@@ -210,7 +244,8 @@ SELECT
 FROM {table} WHERE key = :key;
 
 -- name: claim
--- Note a message as queued, if the queue has the number that was seen.
+-- Note a message as queued, if the row still has the queue number that the caller has read.
+-- If the answer to a claim was lost, the caller repeats the claim with 0 as the parameter "first".
 INSERT INTO {table} AS mine (
   key, task, value, updated_at, fence, queue, queued_task_id, queued_until
 ) VALUES (
@@ -228,9 +263,9 @@ WHERE coalesce(mine.queue, 0) = :number OR (
 RETURNING queue;
 
 -- name: dequeue
--- Note that a message is queued no more.
--- The number grows whoever is queued, and where there is no row yet: a claim that is under way is
--- refused then.
+-- Note that a message is no longer queued.
+-- The queue number grows whichever message is queued, and a missing row is inserted. So a claim
+-- that arrives later is refused, because it names the old number.
 INSERT INTO {table} AS mine (key, task, value, updated_at, fence, queue)
 VALUES (:key, :task, 'null', strftime('%Y-%m-%d %H:%M:%f+00:00', 'now'), 0, 1)
 ON CONFLICT (key) DO UPDATE SET
@@ -238,7 +273,7 @@ ON CONFLICT (key) DO UPDATE SET
   queued_until = CASE WHEN mine.queued_task_id = :task_id THEN NULL ELSE mine.queued_until END;
 
 -- name: expect
--- Make rows for singletons that are to run, unless there are some.
+-- Insert a row for each singleton that is expected to run and has no row yet.
 INSERT INTO {table} (key, task, value, updated_at, fence)
 SELECT
   json_extract(expected.value, '$.key'), json_extract(expected.value, '$.task'), 'null',
@@ -247,7 +282,7 @@ FROM json_each(:tasks) AS expected WHERE TRUE
 ON CONFLICT (key) DO NOTHING;
 
 -- name: put
--- Store a state from outside a run, if nobody holds the lease and the row is as it was seen.
+-- Store a state while the lease is free, if the row is unchanged since the caller read it.
 INSERT INTO {table} AS mine (key, task, value, schema_version, updated_at, fence, write)
 VALUES (:key, :task, :value, :schema_version, strftime('%Y-%m-%d %H:%M:%f+00:00', 'now'), 0, 1)
 ON CONFLICT (key) DO UPDATE SET
@@ -260,15 +295,15 @@ WHERE mine.holder IS NULL
 RETURNING key;
 
 -- name: set_aside
--- Keep a value that cannot be decoded under a key of its own.
+-- Store a copy of a state that cannot be decoded, under a separate key.
 INSERT INTO {table} (key, value, updated_at)
 VALUES (:key, :value, strftime('%Y-%m-%d %H:%M:%f+00:00', 'now'))
 ON CONFLICT (key) DO NOTHING;
 
 -- name: unused
--- Read the keys, and the tasks, of the singletons that nobody has used for so long.
--- In no order: what there is of a large table comes as it is found, and without a silence. The
--- subselects are carried out once, so that the index on updated_at can be used.
+-- Read the keys and the tasks of the singletons that were not used for a given time.
+-- The rows come in no order, so that the first rows of a large table arrive at once. The subselects
+-- are evaluated once, so that the database can use the index on updated_at.
 SELECT key, task FROM {table}
 WHERE substr(key, 1, length(:prefix)) = :prefix
   AND fence IS NOT NULL AND holder IS NULL
@@ -281,7 +316,7 @@ WHERE substr(key, 1, length(:prefix)) = :prefix
       <= (SELECT strftime('%Y-%m-%d %H:%M:%f+00:00', 'now', -:older_than || ' seconds')));
 
 -- name: prune
--- Remove the rows of those singletons that nobody uses even now.
+-- Delete the rows of those of the given singletons that are still unused.
 DELETE FROM {table}
 WHERE key IN (SELECT value FROM json_each(:keys))
   AND fence IS NOT NULL AND holder IS NULL
@@ -295,14 +330,14 @@ WHERE key IN (SELECT value FROM json_each(:keys))
 RETURNING key;
 
 -- name: entries
--- Read the rows of a schedule's entries.
+-- Read the rows of the entries of a beat schedule.
 SELECT key, value FROM {table}
 WHERE substr(key, 1, length(:prefix)) = :prefix AND key <> :prefix;
 
 -- name: record
--- Store what entries of a schedule have become, and prolong the lease of the beat that leads.
--- There is one writer at a time, so its statement sees nothing change. The leader's row comes with
--- the entries, to be renewed by the same INSERT.
+-- Store the entries of a beat schedule, and renew the lease of the leading beat.
+-- The leader's row is inserted together with the entries, so that the same INSERT renews the lease.
+-- No other connection can change the row during the statement.
 INSERT INTO {table} AS mine (key, value, updated_at, expires_at, write)
 SELECT
   entry.key, entry.value, strftime('%Y-%m-%d %H:%M:%f+00:00', 'now'), entry.expires_at,
@@ -327,7 +362,8 @@ ON CONFLICT (key) DO UPDATE SET
 RETURNING round((julianday('now') - 2440587.5) * 86400.0, 3);
 
 -- name: forget
--- Remove rows of a schedule's entries, within a transaction and if the first statement finds a row.
+-- Delete entries of a beat schedule, if the leading beat still has its lease.
+-- The statements are one transaction. If the first one returns no row, the second one is not run.
 UPDATE {table} SET write = :number
 WHERE key = :key AND fence = :fence AND holder = :holder
   AND write BETWEEN :seen AND :number
@@ -335,7 +371,7 @@ RETURNING key;
 DELETE FROM {table} WHERE key IN (SELECT value FROM json_each(:keys));
 
 -- name: check
--- See that the table is there, with all its columns.
+-- Check that the table exists and has all columns.
 SELECT
   key, value, updated_at, task, schema_version, fence, write, holder, task_id, acquired_at,
   expires_at, hold_until, run_count, last_outcome, last_finished_at, history, ticks_done,

@@ -1,7 +1,7 @@
-"""A database's statements, from the ``.sql`` file beside its module, and what else differs between
-databases.
+"""The base class of a database's statements. It reads them from the database's ``.sql`` file, and
+holds the few other things in which databases differ.
 
-``docs/adding-a-database.md`` says how a database is added.
+``docs/adding-a-database.md`` explains how to add a database.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from typing import Any, ClassVar
 
 from sqlalchemy import Dialect, Table
 
-#: What each statement of a file begins with, followed by its name.
+#: The marker before each statement in a ``.sql`` file. The statement's name follows it.
 NAME = "\n-- name: "
 
 
 class Statements:
-    """The statements for one table on one database, in its driver's parameter style.
+    """The statements for one table of one database, with parameters in the driver's style.
 
-    The file has each of them under its name, with a sentence that says what it does.
+    The attributes below are statements. The ``.sql`` file has each of them under the attribute's
+    name, with a sentence that says what it does.
     """
 
-    # A run's own lease.
+    # Statements of the lease's holder, and of a process that wants to become it.
     acquire: str
-    #: Waits for a row that somebody has locked; ``renew_unlocked`` passes over it.
+    #: Waits if another transaction has locked a row; ``renew_unlocked`` skips such rows.
     renew: str
     renew_unlocked: str | None = None
     save: str
@@ -35,7 +36,7 @@ class Statements:
     save_and_release: str
     give_back: str
 
-    # What others ask of a row.
+    # Requests of processes other than the lease's holder.
     request_handoff: str
     release_early: str
     request_run: str
@@ -48,7 +49,7 @@ class Statements:
     put: str
     set_aside: str
 
-    # Looking and tidying up.
+    # Statements for reading rows and for removing unused ones.
     peek: str
     list: str
     contents: str
@@ -56,62 +57,74 @@ class Statements:
     unused: str
     prune: str
 
-    # The rows of a schedule's entries.
+    # Statements for the rows of the entries of a beat schedule.
     entries: str
     record: str
-    #: Statements for a transaction, of which the first that answers rows says whether the write is
-    #: in order.
+    #: Several SQL statements for one transaction. If the first result set is empty, the write is
+    #: refused, and the statements after it are not run.
     forget: str
 
-    # Whether the database can be used.
+    # Statements that check whether the database can be used.
     check: str
-    #: Asks which privileges on the table the role lacks, if an error does not say so.
+    #: Returns the privileges on the table that the role lacks. ``None`` for a database whose errors
+    #: name the missing privilege.
     lacking: str | None = None
-    #: Asks whether row-level security can hide rows from the role.
+    #: Returns the role if row-level security can hide rows from it. ``None`` for a database without
+    #: row-level security.
     hiding: str | None = None
-    #: Asks what of the database or the table does not have all characters.
+    #: Returns the columns, or the database, whose encoding lacks characters. ``None`` for a
+    #: database that can always store all characters.
     encodings: str | None = None
-    #: What mends that.
+    #: Advice for the operator of a database whose encoding lacks characters.
     encoding_advice = ""
 
-    #: The database's time now, which does not stand still in a transaction.
+    #: An SQL expression for the present time by the database's clock. It must advance within a
+    #: transaction.
     now: ClassVar[str]
-    #: The isolation level that SQLAlchemy is to set for a transaction, and what begins one if the
-    #: driver does not.
+    #: The isolation level that SQLAlchemy sets for a transaction.
     level: ClassVar[str]
+    #: The statement that begins a transaction; ``None`` if the driver begins it by itself.
     begin: ClassVar[str | None] = None
-    #: SQLAlchemy's INSERT for this database, if :meth:`upsert` is not its own.
+    #: SQLAlchemy's INSERT construct for this database. A subclass that overrides :meth:`upsert`
+    #: needs none.
     insert: ClassVar[Any]
-    #: Bytes of the largest text, if the server can answer a larger one by closing the connection.
+    #: The largest text in bytes, if the server may close the connection when it gets a larger one.
+    #: ``None`` if the server answers with an error.
     largest: ClassVar[int | None] = None
-    #: The rows that a statement answers, of its cursor.
+    #: Returns the rows of an executed statement from its cursor.
     rows: Callable[[Any], Sequence[tuple[Any, ...]]] = staticmethod(methodcaller("fetchall"))
 
     def __init__(self, table: Table, dialect: Dialect) -> None:
         preparer = dialect.identifier_preparer
-        #: Names, quoted where they must be.
+        #: The names of the table and of two columns, quoted if the database needs that.
         self.table = preparer.format_table(table)
         self.key, self.write = preparer.quote("key"), preparer.quote("write")
         for name, statement in statements_in(dialect.name).items():
             setattr(self, name, statement.replace("{table}", self.table))
 
     def parts(self, statement: str) -> Sequence[str]:
-        """The parts of a statement, to be sent one by one within a transaction that is open."""
+        """Return the single SQL statements of a text, to be sent one by one within an open
+        transaction.
+        """
         return [stripped for part in statement.split(";") if (stripped := part.strip())]
 
     def upsert(self, table: Table, row: dict[str, Any], change: dict[str, Any] | None) -> Any:
-        """Insert a row, or change the one that has its key; ``None``: leave that as it is."""
+        """Return a statement that inserts a row, or changes the existing row with the same key.
+
+        :param row: the new row's values, by column.
+        :param change: the values that an existing row gets, by column. ``None`` leaves it as it is.
+        """
         insert = self.insert(table).values(row)
         if change is None:
             return insert.on_conflict_do_nothing()
         return insert.on_conflict_do_update(index_elements=["key"], set_=change)
 
     def length_of(self, text: str) -> Any:
-        """The length of a text as the database's ``substr`` counts."""
+        """Return the length of a text, in the unit in which the database's ``substr`` counts."""
         return len(text)
 
     def is_too_large(self, parameters: Mapping[str, Any]) -> bool:
-        """Whether one of a statement's parameters is larger than the database can hold."""
+        """Return whether one of a statement's parameters is larger than the database can hold."""
         largest = self.largest
         texts = (each for each in parameters.values() if isinstance(each, str))
         return largest is not None and any(
@@ -121,9 +134,9 @@ class Statements:
 
 @lru_cache
 def statements_in(file: str) -> Mapping[str, str]:
-    """The statements of a database's ``.sql`` file, by name and without comments.
+    """Read the statements of a database's ``.sql`` file, by name and without comments.
 
-    :param file: its name, without ``.sql``.
+    :param file: the file's name, without ``.sql``.
     """
     text = files(__package__).joinpath(f"{file}.sql").read_text(encoding="utf-8")
     found = {}

@@ -1,4 +1,4 @@
-"""Leases and states in one table of an SQL database."""
+"""The SQL store: it keeps leases and states in one table of a database."""
 
 from __future__ import annotations
 
@@ -58,24 +58,30 @@ from .statements import Statements
 
 logger = logger_of(__name__)
 
-#: How often a statement that was undone is sent at most.
+#: How often a statement is sent at most, if the database rolls it back because of a deadlock or a
+#: serialization failure.
 TRIES = 5
-#: Parameters whose values come from outside, and can be too much for the database.
+#: The parameters of statements whose values come from outside, so that the database may not be able
+#: to hold them.
 VALUES = frozenset({"value", "entries", "pending_run"})
 
 
-class _Undone(Exception):
-    """Has a transaction rolled back in which all went well."""
+class _AllWorked(Exception):
+    """Raised at the end of a trial transaction in which every statement worked, to roll it back."""
 
 
 class _NotSeen(Exception):
-    """A row is hidden that was just written."""
+    """Raised in a trial transaction if a row that it has just written cannot be seen."""
 
 
 class SqlStore:
-    """A store on an engine of :func:`~celery_singleton_state.store.sql.engine.make_engine`.
+    """A store of leases and states in an SQL database.
 
-    Each verb is one statement on a connection in autocommit mode.
+    Each method that :class:`~celery_singleton_state.store.base.Store` explains is one statement on
+    a connection in autocommit mode.
+
+    :param engine: an engine of :func:`~celery_singleton_state.store.sql.engine.make_engine`.
+    :param table_name: the table's name, which may have a schema: ``schema.name``.
     """
 
     def __init__(self, engine: Engine, table_name: str) -> None:
@@ -83,17 +89,18 @@ class SqlStore:
         self.table = make_table(table_name)
         self._sql = statements_for(self.table, engine.dialect)
         self._driver_error = engine.dialect.loaded_dbapi.Error
-        # A database in memory lives in its pool's only connection.
+        # A database in memory exists only within the single connection of its pool.
         self._connections = Connections(engine, keeps_one=not is_in_memory(engine.url))
-        #: Runs a statement and returns the rows that it answers.
+        #: Runs a statement and returns its rows.
         self._rows: Rows = partial(self._execute, self._sql.rows)
-        #: What :meth:`check` has warned of.
-        #: Types of what an acquisition answers, as they were and are to be.
+        #: The combinations of types in the answers to acquisitions that were found to be right. An
+        #: answer with one of them needs no further check.
         self._usual: set[tuple[type, ...]] = set()
+        #: The warnings that :meth:`check` has logged. It logs each of them once.
         self._warned: set[str] = set()
         self.requests = SqlRequests(self._sql, self._rows, self._change)
         self.entries = SqlEntries(self._sql, self._rows, self.run_within)
-        #: The database's time now, for statements made elsewhere.
+        #: The present time by the database's clock, for statements that other modules make.
         self.now: ColumnElement[Any] = literal_column(self._sql.now)
         self.upsert = partial(self._sql.upsert, self.table)
         self.length_of = self._sql.length_of
@@ -133,8 +140,8 @@ class SqlStore:
     def _largest(self, key: str, error: StoreError) -> str:
         column, literal = self._sql.key, key.replace("'", "''")
         return (
-            "the fence in the row is at its largest, so that no run can be given a larger one "
-            f"({error}); to begin anew from the clock, if nothing outside compares its fences: "
+            "the fence in the row is at its largest possible value, so no run can get a larger one "
+            f"({error}); to begin again from the clock, if no other system compares the fences: "
             f"UPDATE {self._sql.table} SET fence = 0, newest = NULL WHERE {column} = '{literal}';"
         )
 
@@ -211,18 +218,23 @@ class SqlStore:
         self._say_what_it_cannot_hold()
 
     def _see_that_it_has_keys(self, prefix: str) -> None:
-        """:raises StoreMisconfigured: the encoding lacks a character of all keys."""
+        """Check that the database can store the prefix of the keys.
+
+        :raises StoreMisconfigured: the database's encoding lacks a character of the prefix.
+        """
         try:
             self._rows(self._sql.wanted, {"key": prefix})
         except StoreRefusesValue as error:
             raise StoreMisconfigured(
                 f"no key can begin with {storable(prefix)}: {error}; set singleton_key_prefix to "
-                "letters that the database has"
+                "characters that the database can store"
             ) from error
 
     def _see_that_rows_are_seen(self, prefixes: Sequence[str]) -> None:
-        """:raises StoreMisconfigured: row-level security hides rows, so that a lease which is held
-        can look free.
+        """Check that row-level security hides no rows. Otherwise a held lease could look free.
+
+        :raises StoreMisconfigured: a row whose key begins with one of the prefixes cannot be
+            inserted, updated, read or deleted.
         """
         if self._sql.hiding is None or not prefixes:
             return
@@ -237,18 +249,22 @@ class SqlStore:
                 )
             self._warn_once(
                 "singletons: %s; a row whose key begins with %s could be inserted, updated, read "
-                "and deleted, but nothing shows that no other row is hidden",
+                "and deleted, but that does not prove that no other row is hidden",
                 *(active, " or ".join(prefixes)),
             )
 
     def _refused_by_policies(self, prefix: str) -> str | None:
-        """What cannot be done with a row, which is tried and rolled back."""
+        """Return the first operation on a new row under a prefix that row-level security refuses:
+        ``insert``, ``update``, ``read`` or ``delete``; ``None`` if all of them work.
+
+        They are tried in a transaction that is rolled back.
+        """
         tried: list[str] = []
         try:
             with open_transaction(self.engine) as connection:
                 self._try_all(connection, f"{prefix}probe:{uuid.uuid4()}", tried.append)
-                raise _Undone
-        except _Undone:
+                raise _AllWorked
+        except _AllWorked:
             return None
         except _NotSeen:
             return tried[-1]
@@ -258,10 +274,14 @@ class SqlStore:
             raise self.as_store_error(error, carries_value=False) from error
 
     def _try_all(self, connection: Connection, key: str, trying: Callable[[str], None]) -> None:
-        """:raises _NotSeen: the row was not there for the last statement that was tried."""
+        """Insert, update, read and delete a row.
+
+        :param trying: called with the operation's name before each operation.
+        :raises _NotSeen: the last operation did not find the row.
+        """
         named = {"key": key, "holder": "probe", "ttl": 1.0, "task_id": None}
         named |= {"task": None, "rank": 0, "sent": None, "of_clock": None}
-        # The second one finds the row, and updates it.
+        # Both operations are an acquisition. The second acquisition finds the row and updates it.
         for what in ("insert", "update"):
             trying(what)
             if connection.exec_driver_sql(self._sql.acquire, named).first() is None:
@@ -274,14 +294,16 @@ class SqlStore:
             raise _NotSeen
 
     def _say_what_it_cannot_hold(self) -> None:
-        """Warn of an encoding that lacks characters; most states do without them."""
+        """Log a warning if the database's encoding lacks characters. That is not an error, because
+        most states do not contain them.
+        """
         if self._sql.encodings is None:
             return
         schema, _, bare = self.table.fullname.rpartition(".")
         for (found,) in self._rows(self._sql.encodings, {"schema": schema, "table": bare}):
             self._warn_once(
-                "singletons: %s does not have all characters: a state or a key with another "
-                "one fails as SchemaDecodeFailed; %s",
+                "singletons: %s cannot store all characters: a state or a key with any other "
+                "character fails as SchemaDecodeFailed; %s",
                 *(found, self._sql.encoding_advice),
             )
 
@@ -294,18 +316,20 @@ class SqlStore:
         self.engine.dispose()
 
     def allow(self, connections: int) -> None:
-        """Have so many connections at most in the pool, if it was fewer before."""
+        """Raise the largest number of connections in the pool. A smaller number than before changes
+        nothing.
+        """
         pool = self.engine.pool
-        # A database in memory is lost with its only connection, and has no second.
+        # A database in memory exists only within one connection, so it cannot have a second one.
         if isinstance(pool, GrowingPool) and not is_in_memory(self.engine.url):
             pool.allow(connections)
 
     @contextmanager
     def transaction(self) -> Iterator[SqlTransaction]:
-        """A transaction that commits when the block ends and rolls back when it raises.
+        """Open a transaction that commits when the block ends, and rolls back when it raises.
 
-        :raises StoreUnavailable: the database went away; whether the commit took effect is
-            not known.
+        :raises StoreUnavailable: the database became unavailable. The commit may have taken effect
+            or not.
         """
         opened = False
         try:
@@ -318,16 +342,19 @@ class SqlStore:
                     transaction.end_of_callers_part()
         except (DBAPIError, PoolTimeoutError) as error:
             if opened and not went_away(error):
-                raise  # an error of the caller's own statements is the caller's
+                raise  # the caller's own statement failed, so the caller gets its error unchanged
             raise self.as_store_error(error) from error
 
     def _change(self, statement: str, parameters: Mapping[str, Any]) -> int:
         return int(self._execute(attrgetter("rowcount"), statement, parameters))
 
     def run_within(self, statement: str, parameters: Mapping[str, Any]) -> bool:
-        """Run the parts of a statement in one transaction, if the first that answers rows does so.
+        """Run the parts of a statement in one transaction, up to a part whose result set is empty.
 
-        :returns: whether it did; otherwise nothing is changed.
+        The parts after an empty result set are not run. A part that only counts changed rows
+        returns no result set.
+
+        :returns: whether all parts were run.
         """
         try:
             with open_transaction(self.engine) as connection:
@@ -356,12 +383,20 @@ class SqlStore:
                 raise meant from error
 
     def as_store_error(self, error: Exception, carries_value: bool = True) -> StoreError:
-        """An error of the driver's or of SQLAlchemy's, as one of ours."""
+        """Turn an error of the driver or of SQLAlchemy into the :exc:`StoreError` that it means.
+
+        :param carries_value: whether the statement carried a value from outside, such as a state.
+        """
         return as_store_error(error, self._sql.table, carries_value)
 
 
 class SqlTransaction:
-    """An open transaction: the caller's own statements and one fenced save."""
+    """An open transaction: the caller's own statements, and then one save of the state under the
+    lease.
+
+    :param connection: a connection on which :func:`open_transaction` has begun a transaction.
+    :param as_store_error: turns an error of the database into a :exc:`StoreError`.
+    """
 
     def __init__(
         self,
@@ -374,16 +409,18 @@ class SqlTransaction:
         self._as_store_error = as_store_error
         self._driver_connection: Any = connection.connection.dbapi_connection
         self._patience = getattr(self._driver_connection, "patience", None)
-        # The caller's own statements may take as long as they take.
+        # The caller's own statements have no time-out, because they may take any time.
         self._set_patience(None)
 
     def save(self, lease: Lease, write: Write) -> Saved | None:
-        """Store a state; ``None`` when refused.
+        """Store a state as the transaction's last statement.
 
-        It is the transaction's last statement, and locks the row until the commit, so that a
-        successor waits for the outcome.
+        The statement locks the row until the commit, so that the lease's next holder waits for the
+        outcome.
 
-        :raises StoreError: it failed, and with it the transaction.
+        :returns: ``None`` if the store refused the save, because the lease has another holder by
+            now or the write is late.
+        :raises StoreError: the statement failed, and the transaction with it.
         """
         self.end_of_callers_part()
         if not self.connection.in_transaction():
@@ -394,8 +431,8 @@ class SqlTransaction:
         if _status(self._driver_connection) == "INERROR":
             raise RuntimeError(
                 "a statement in the block of transaction() failed, and PostgreSQL commits nothing "
-                "after that: let its error out of the block, or have a savepoint around the "
-                "statement, with connection.begin_nested()"
+                "after that: let its error leave the block, or run the statement within a "
+                "savepoint, by connection.begin_nested()"
             )
         named = _named(lease, write, ttl=lease.ttl)
         try:
@@ -407,7 +444,10 @@ class SqlTransaction:
         return Saved(*row) if row else None
 
     def abandon(self) -> None:
-        """Close the connection, whose server then rolls back. A file is not waited for anyway."""
+        """Close the connection without a ROLLBACK, so that the server rolls back by itself.
+
+        A connection to an SQLite file stays open, because its ROLLBACK waits for no server.
+        """
         if self._patience is not None and not self.connection.closed:
             self.connection.invalidate()
 
@@ -421,10 +461,10 @@ class SqlTransaction:
 
 @contextmanager
 def open_transaction(engine: Engine) -> Iterator[Connection]:
-    """A transaction on an engine whose statements commit by themselves otherwise.
+    """Open a transaction on an engine that is otherwise in autocommit mode.
 
-    It commits when the block ends and rolls back when the block raises. If the COMMIT itself is
-    interrupted, its outcome is not known, and the connection is closed.
+    The transaction commits when the block ends, and rolls back when the block raises. If the COMMIT
+    itself is interrupted, its outcome is unknown, and the connection is closed.
     """
     own = class_of(engine.dialect)
     pid = os.getpid()
@@ -436,8 +476,8 @@ def open_transaction(engine: Engine) -> Iterator[Connection]:
             yield connection
         except BaseException as error:
             if os.getpid() != pid or _is_in_mid_statement(connection):
-                # The connection is in a forked child, or a time limit (for example) interrupted its
-                # statement: not even a rollback can be sent over it.
+                # This is a forked child, or a statement was interrupted, for example by a time
+                # limit. Then not even a ROLLBACK can be sent on the connection.
                 connection.invalidate()
             if _is_of_read_only_server(error):
                 connection.invalidate()
@@ -456,18 +496,24 @@ def open_transaction(engine: Engine) -> Iterator[Connection]:
 
 
 def _abandon(connection: Connection) -> None:
-    """Leave a connection whose COMMIT or ROLLBACK was interrupted, so that the server ends it."""
+    """Close a connection whose COMMIT or ROLLBACK was interrupted, so that the server ends the
+    transaction.
+    """
     if connection.closed or connection.invalidated:
         return
     if is_in_memory(connection.engine.url):
-        # The database lives in this connection, and COMMIT is one call: it came before or after.
+        # A database in memory would be lost with its connection. SQLite's COMMIT is a single call,
+        # which the interruption came before or after. So the connection can be used again.
         connection.connection.rollback()
     else:
         connection.invalidate()
 
 
 def _is_of_read_only_server(error: BaseException) -> bool:
-    """Whether the pool's connections may all lead to a server that a failover has demoted."""
+    """Return whether an error shows that the server is read-only, for example since a failover.
+
+    All connections of the pool may lead to this server.
+    """
     cause = error.__cause__ if isinstance(error, StoreError) else error
     return isinstance(cause, DBAPIError) and is_read_only(cause)
 
@@ -482,7 +528,9 @@ def _is_in_mid_statement(connection: Connection) -> bool:
 
 
 def _status(driver_connection: Any) -> str:
-    """What psycopg knows of the transaction, without asking the server; empty for others."""
+    """Return psycopg's own status of a connection's transaction, for example ``INERROR``, without a
+    request to the server. Other drivers: an empty text.
+    """
     status = getattr(getattr(driver_connection, "info", None), "transaction_status", None)
     return getattr(status, "name", "")
 

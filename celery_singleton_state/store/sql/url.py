@@ -1,4 +1,4 @@
-"""The URL of a store's database: what users write, and which driver this package uses for it."""
+"""Parse the URL of a store's database, and choose the driver that this package uses for it."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ from celery_singleton_state.text.urls import ENCODED, shown, shown_url
 
 from .dialects import DATABASES, DIALECTS, backend_of
 
-#: What Celery puts before a database's URL, as a result backend's and as a broker's.
+#: The prefixes that Celery puts before a database's URL, for a result backend and for a broker.
 _CELERYS = re.compile(r"(db|sqla|sqlalchemy)\+")
-#: What stands before the host, as SQLAlchemy reads it, and the rest.
+#: Matches a URL, with everything from the host on as its group. It finds the user and the password
+#: as SQLAlchemy does.
 _AUTHORITY = re.compile(r"[^:/]+://(?:[^:/@]*(?::[^@]*)?@)?(.*)", re.DOTALL)
 _LEASES = ("redis", "sentinel", "valkey")
 
 
 def parse_url(given: str | URL) -> URL:
-    """A store's URL, with the drivers that this package uses.
+    """Parse a store's URL, and replace its driver with the driver that this package uses.
 
-    :raises ImproperlyConfigured: it is no URL, or one of a database that is not supported.
+    :raises ImproperlyConfigured: the text is not a URL, or its database is not supported.
     """
     text = given if isinstance(given, str) else given.render_as_string(hide_password=False)
     text = _CELERYS.sub("", text.strip(), count=1) if _CELERYS.match(text.strip()) else text.strip()
     try:
         url = make_url("sqlite://" if text == "memory://" else text)
     except (ArgumentError, ValueError):
-        # Of a port that is no number: the text has it, or a part of the password.
+        # SQLAlchemy's message may contain a part of the password, which it takes for the port. So
+        # it is not shown.
         raise ImproperlyConfigured(_unreadable(text)) from None
     if url.drivername.startswith(_LEASES):
         raise ImproperlyConfigured(
@@ -65,11 +67,11 @@ def parse_url(given: str | URL) -> URL:
 def read_query(
     url: URL, options: Mapping[str, Option], may_repeat: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The options of a URL, each as it is to be used.
+    """Parse the options of a URL.
 
-    :param options: those that are read; all others stay texts.
-    :param may_repeat: those that may stand several times.
-    :raises ImproperlyConfigured: a value is not allowed, or an option stands twice.
+    :param options: the options whose values are parsed. All others stay texts.
+    :param may_repeat: the names of options that a URL may have several times.
+    :raises ImproperlyConfigured: a value is not allowed, or an option is given twice.
     """
     query: dict[str, Any] = {}
     for name, value in url.query.items():
@@ -97,7 +99,7 @@ def _drivername(url: URL, backend: str, driver: str) -> str:
     if driver and driver not in (own, *others):
         plain = backend if backend == "sqlite" else f"{backend}+{own}"
         raise ImproperlyConfigured(
-            f"singleton_store_url={shown_url(url)!r} is not supported: its driver is to be {own}, "
+            f"singleton_store_url={shown_url(url)!r} is not supported: its driver must be {own}, "
             f"not {driver}; write {plain}://…"
         )
     return backend if backend == "sqlite" else f"{backend}+{own}"
@@ -111,8 +113,10 @@ def _unreadable(text: str) -> str:
 
 
 def _has_stray_at(text: str) -> bool:
-    """Whether an @ stands behind the host, so that what SQLAlchemy takes for the host or the
-    database can be a part of the password.
+    """Return whether a URL has an ``@`` behind its host.
+
+    The user or the password then contains an unescaped ``@`` or ``/``, and SQLAlchemy would take a
+    part of the password for the host or the database.
     """
     found = _AUTHORITY.match(text)
     rest, _, query = (found[1] if found else "").partition("?")
