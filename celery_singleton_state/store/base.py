@@ -1,5 +1,4 @@
-"""The interface of a store: the methods that every store has, and the plain values that it takes
-and returns.
+"""The interface of a store: its methods, and the plain values that they take and return.
 
 :mod:`celery_singleton_state.lease.lease` explains the protocol of the lease.
 """
@@ -63,7 +62,7 @@ class Lease:
     :param key: the key of the singleton's row.
     :param holder: ``nodename:pid:nonce``, new for each acquisition.
     :param fence: a number that only grows. Each acquisition gets the larger one of two numbers: the
-        row's last fence + 1, and the store's clock in milliseconds since 1970.
+        row's last fence or rank + 1, and the store's clock in milliseconds since 1970.
     :param ttl: seconds after which the lease expires, unless the holder renews it.
     """
 
@@ -145,7 +144,7 @@ class Queued:
 class Ended:
     """The end of a run, as its release records it in the row.
 
-    :param outcome: ``succeeded``, ``failed`` and so on.
+    :param outcome: an :class:`~celery_singleton_state.history.Outcome`.
     :param history: the whole new history, as JSON.
     :param hold: the hold period: seconds since the acquisition for which the lease is kept, even
         after the run. 0: the lease is free at once.
@@ -163,8 +162,8 @@ class Ended:
 class Saved:
     """The store's answer to a save that took effect.
 
-    :param handoff_to: the message that has asked the holder to hand over; ``None`` if no message
-        has.
+    :param handoff_to: the task id of the message that has asked the holder to hand over; ``None``
+        if no message has.
     """
 
     handoff_to: str | None
@@ -214,7 +213,7 @@ class Listed:
 
     @property
     def held(self) -> bool:
-        """Whether the lease cannot be acquired now: a run holds it, or its hold period goes on."""
+        """Whether the lease cannot be acquired now: a run holds it, or it is in a hold period."""
         return self.expires_in is not None and self.expires_in > 0
 
     @property
@@ -230,8 +229,8 @@ class Row(Listed):
     :param value: the state as JSON; the JSON ``null`` if the singleton has no state.
     :param wanted: the pending run, as JSON; ``None`` if there is none.
     :param write: the number of the last write under the present lease.
-    :param handoff_to: the message that has asked the holder to hand over; ``None`` if no message
-        has.
+    :param handoff_to: the task id of the message that has asked the holder to hand over; ``None``
+        if no message has.
     :param newest: the rank of the message that asked last for a handoff; 0 if no message has.
     :param newest_sent: when the message was sent that last acquired the lease or asked for a
         handoff; ``None`` if that is not known. See :mod:`celery_singleton_state.message.place`.
@@ -255,8 +254,10 @@ class Row(Listed):
 
     @property
     def rank(self) -> int:
-        """The largest rank in the row: that of the message that last acquired the lease (its
-        fence) or asked for a handoff.
+        """The largest rank in the row. Ranks order the messages of a singleton from old to new.
+
+        A message that acquires the lease has its fence as its rank. A message that asks for a
+        handoff brings its rank along.
         """
         return max(self.fence, self.newest)
 
@@ -326,7 +327,7 @@ class RowRequests(Protocol):
         """Ask the lease's present holder to hand over.
 
         :param row: the row as the caller has read it.
-        :param handoff_to: the message that asks for the handoff.
+        :param handoff_to: the task id of the message that asks for the handoff.
         :param rank: the rank of this message, larger than that of all earlier messages. ``None``:
             :attr:`Row.next_rank`.
         :param sent: when this message was sent; ``None`` if that is not known.
@@ -402,7 +403,7 @@ class RowRequests(Protocol):
     def dequeue(self, key: str, task_id: str, task: str | None = None) -> None:
         """Note that a message is no longer queued, and refuse claims that arrive late.
 
-        An acquisition for the message has the same effect, so a run need not call this.
+        A message that acquires the lease is dequeued by that, so a run does not call this.
 
         :param task: the task's name, for a new row.
         """
@@ -412,7 +413,7 @@ class Entries(Protocol):
     """The rows of the entries of a beat schedule. Only the leading beat writes them."""
 
     def load(self, prefix: str) -> dict[str, str]:
-        """Return the values by key, of all rows whose keys begin with a prefix and are longer."""
+        """Return the values, by key, of all rows whose keys begin with a prefix and are longer."""
 
     def record(
         self, lease: Lease, entries: Mapping[str, str], number: int, seen: int
@@ -456,8 +457,9 @@ class Leases(Protocol):
 
         :param ttl: the lease's life in seconds.
         :param task_id: the task id of the message that asks for the lease.
-        :param rank: the rank of this message; 0 if it has none. A ranked message does not get the
-            lease if the row has a larger :attr:`Row.rank`, because a newer message has come.
+        :param rank: the rank of this message, by which the messages of a singleton are ordered from
+            old to new; 0 if it has none. A message with a rank does not get the lease if the row
+            has a larger :attr:`Row.rank`, because a newer message has come.
         :param sent: when this message was sent, in the form that
             :func:`~celery_singleton_state.message.place.moment` returns. A message without a rank
             does not get the lease if the row's newest message was sent later by the same clock.
@@ -473,8 +475,8 @@ class Leases(Protocol):
         only if it was the only one.
 
         :param leases: leases with different keys, because the answer identifies a lease by its key.
-        :returns: the keys of the renewed leases, each with the message that asks the lease's holder
-            to hand over, or ``None``.
+        :returns: the keys of the renewed leases, each with the task id of the message that asks the
+            lease's holder to hand over, or ``None``.
         """
 
     def release(self, lease: Lease, ended: Ended, write: Write | None = None) -> Released | None:

@@ -204,7 +204,7 @@ def refuse_nul(setting: str, parts: Mapping[str, Any]) -> None:
 
 
 def refuse_wrong_hosts(setting: str, hosts: Collection[str]) -> None:
-    """Refuse names of hosts that no look-up could find. Addresses and paths of sockets are allowed.
+    """Refuse names of hosts that no DNS query could find. Paths of sockets are allowed.
 
     :raises ImproperlyConfigured: a name is not a valid name of a host.
     """
@@ -242,7 +242,8 @@ def refuse_what_fails(
     attempt: Callable[[Mapping[str, Any]], None],
     allowed: Mapping[str, str],
 ) -> None:
-    """Refuse options that a driver does not accept, by an attempt that connects to no server.
+    """Have a driver check options without connecting to a server, and refuse options that it does
+    not accept.
 
     If the attempt fails, it is repeated without one option at a time. If it then succeeds, the
     error names the option that was left out. The driver's own message is not shown, because it can

@@ -2,7 +2,8 @@
 
 The module and the file have the name that SQLAlchemy gives the database. The module must define:
 
-- ``make(url, io_timeout, pool_size, connect_timeout)``, which returns an engine;
+- ``make(url, io_timeout, pool_size, connect_timeout)``, which returns an engine
+  (:func:`~celery_singleton_state.store.sql.engine.make_engine` explains the arguments);
 - ``STATEMENTS``, a subclass of :class:`~celery_singleton_state.store.sql.statements.Statements`.
 """
 

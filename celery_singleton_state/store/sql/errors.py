@@ -32,27 +32,32 @@ from .refused_connections import advice_of_connecting
 # In the tables below a text is an SQLSTATE of PostgreSQL, and a number an error number of MySQL and
 # MariaDB, unless the comment says otherwise.
 
-#: A table, a column or a schema does not exist.
+#: Codes of the error that a table, a column or a schema does not exist.
 _NOT_READY = frozenset({"42P01", "42703", "3F000", 1146, 1054})
 #: Parts of SQLite's messages about a table or a column that does not exist.
 _NOT_READY_TEXTS = ("no such table", "no such column", "has no column")
-#: The database rolled the statement back because of a deadlock or a serialization failure.
-_UNDONE = frozenset({"40001", "40P01", 1213})
-#: PostgreSQL: a privilege is missing, on any object.
+#: Codes of the error that the database has rolled a statement back because of a deadlock or a
+#: serialization failure.
+_ROLLED_BACK = frozenset({"40001", "40P01", 1213})
+#: PostgreSQL's code of the error that a privilege is missing, on any object.
 _FORBIDDEN_ON_POSTGRESQL = "42501"
-#: A privilege is missing; MySQL's numbers are for the database, the table and a column.
+#: Codes of the error that a privilege is missing. MySQL's are for the database, the table and a
+#: column.
 _FORBIDDEN = frozenset({_FORBIDDEN_ON_POSTGRESQL, 1044, 1142, 1143})
-#: The wait for a lock timed out.
+#: Codes of the error that the wait for a lock has timed out.
 _LOCKED = frozenset({"55P03", 1205})
-#: The name of a prepared statement is already in use, or unknown, on this connection.
+#: PostgreSQL's codes of the errors that the name of a prepared statement is already in use on a
+#: connection, or is unknown there.
 _UNPREPARED = frozenset({"42P05", "26000"})
-#: PostgreSQL: among other things, another client's prepared statement takes another number of
-#: parameters.
+#: A code that PostgreSQL uses for several errors. One of them: the server has executed another
+#: client's prepared statement, which takes another number of parameters.
 _PROTOCOL_VIOLATION = "08P01"
 
-#: The server is read-only: a standby, or a primary that a failover has demoted.
+#: Codes of the error that the server is read-only: a standby, or a primary that a failover has
+#: demoted.
 _READ_ONLY = frozenset({"25006", 1792, 1836})
-#: MySQL: one of the server's options prevents the statement; --read-only is one such option.
+#: MySQL's number of the error that an option of the server forbids a statement. ``--read-only`` is
+#: such an option.
 _PREVENTED = 1290
 
 #: The first characters of PostgreSQL's SQLSTATEs for values that the database can never hold: data
@@ -77,7 +82,7 @@ _STATES_ONLY_OF_VALUES = ("22023", "23514", "44", "54")
 #: Numbers of MySQL and SQLite that are about a value only if the statement carries a value from
 #: outside.
 _NUMBERS_ONLY_OF_VALUES = frozenset({275, 1180, 1267, 3100, 3819, 4025})
-#: The encoding lacks a character of a text.
+#: Codes of the error that the database's encoding lacks a character of a text.
 _TEXTS = frozenset({"22021", "22P05", 1300, 1366, 3854, 3988})
 #: Functions of PostgreSQL that raise SQLSTATE 54000 for every write until the database is vacuumed
 #: (transaction id wraparound). So this error is not about a value.
@@ -93,7 +98,7 @@ _VALUE_TEXTS = ("integer overflow", "invalid memory alloc request size", "Error 
 _UNREADABLE = "Could not decode to UTF-8"
 _CANNOT_HOLD = "the database cannot hold the value"
 
-#: A number is larger than its column can hold.
+#: Codes of the error that a number is larger than its column can hold.
 _OUT_OF_RANGE = frozenset({"22003", 1264, 1690})
 
 _OTHER_TABLE = (
@@ -194,33 +199,33 @@ def as_store_error(error: Exception, table: str, carries_value: bool = True) -> 
 
 
 def is_undone(error: Exception) -> bool:
-    """Return whether the database rolled the statement back, so that it can be sent again at once.
+    """Return whether an error means that a statement was rolled back and can be sent again at once.
 
-    Reasons are a deadlock and a serialization failure.
+    The reason is a deadlock or a serialization failure.
     """
-    return _code(error) in _UNDONE
+    return _code(error) in _ROLLED_BACK
 
 
 def is_forbidden(error: Exception) -> bool:
-    """Return whether the database refused a statement because the role lacks a privilege."""
+    """Return whether an error means that the role lacks a privilege."""
     return _code(error) in _FORBIDDEN
 
 
 def is_of_policy(error: Exception) -> bool:
-    """Return whether a policy of PostgreSQL's row-level security refused a row."""
+    """Return whether an error means that PostgreSQL's row-level security refused a row."""
     error = getattr(error, "orig", None) or error
     if _code(error) != _FORBIDDEN_ON_POSTGRESQL:
         return False
-    return _comes_of(error, "ExecWithCheckOptions", "row-level security")
+    return _raised_by(error, "ExecWithCheckOptions", "row-level security")
 
 
 def is_locked(error: Exception) -> bool:
-    """Return whether the wait for a lock timed out, because another transaction held it."""
+    """Return whether an error means that the wait for another transaction's lock timed out."""
     return _code(error) in _LOCKED
 
 
 def is_read_only(error: Exception) -> bool:
-    """Return whether the server refuses writes because it is read-only.
+    """Return whether an error means that the server refuses writes because it is read-only.
 
     A new connection may reach another server, which accepts writes.
     """
@@ -229,7 +234,10 @@ def is_read_only(error: Exception) -> bool:
 
 
 def is_unprepared(error: Exception) -> bool:
-    """Return whether a pooler has mixed up the prepared statements of several connections."""
+    """Return whether an error means that a pooler has confused connections' prepared statements.
+
+    The pooler has sent a statement to a server's connection on which it was not prepared.
+    """
     code = _code(error)
     return code in _UNPREPARED or (
         code == _PROTOCOL_VIOLATION and "prepared statement" in str(error)
@@ -237,7 +245,7 @@ def is_unprepared(error: Exception) -> bool:
 
 
 def is_of_value(error: Exception, carries_value: bool) -> bool:
-    """Return whether the database or its driver can never accept the statement's value.
+    """Return whether an error means that the database or its driver can never accept the value.
 
     :param carries_value: whether the statement carried a value from outside, such as a state.
     """
@@ -248,7 +256,7 @@ def is_of_value(error: Exception, carries_value: bool) -> bool:
         return True
     code = _code(error)
     if isinstance(code, str):
-        if any(_comes_of(error, function, "wraparound") for function in _WRAPAROUND):
+        if any(_raised_by(error, function, "wraparound") for function in _WRAPAROUND):
             return False
         if not carries_value and code.startswith(_STATES_ONLY_OF_VALUES):
             return False
@@ -267,14 +275,14 @@ def is_of_value(error: Exception, carries_value: bool) -> bool:
 
 
 def _is_of_text(error: Exception) -> bool:
-    """Return whether the reason is a character that the database's encoding lacks."""
+    """Return whether the reason for an error is a character that the database's encoding lacks."""
     code = _code(error)
     is_drivers = code is None and type(error).__name__ == "DataError"
     return isinstance(error, UnicodeError) or is_drivers or code in _TEXTS
 
 
 def is_out_of_range(error: BaseException | None) -> bool:
-    """Return whether a number has become larger than its column can hold."""
+    """Return whether an error means that a number is larger than its column can hold."""
     error = getattr(error, "orig", None) or error
     if not isinstance(error, Exception):
         return False
@@ -283,7 +291,7 @@ def is_out_of_range(error: BaseException | None) -> bool:
 
 
 def went_away(error: SQLAlchemyError) -> bool:
-    """Return whether the reason is an unavailable database, and not the statement itself."""
+    """Return whether an error comes from an unavailable database, and not from the statement."""
     lost = isinstance(error, DBAPIError) and error.connection_invalidated
     refused = "database is locked" in str(error) or is_read_only(error) or is_unprepared(error)
     return lost or refused
@@ -309,7 +317,7 @@ def _advice(error: Exception) -> str | None:
     if was_connecting(error) and (advice := advice_of_connecting(code, str(error))):
         return advice
     if isinstance(code, str):
-        if _comes_of(error, *_OUTDATED_PLAN):
+        if _raised_by(error, *_OUTDATED_PLAN):
             return None
         return next((advice for begin, advice in _SETUP_STATES if code.startswith(begin)), None)
     if isinstance(code, int):
@@ -325,7 +333,7 @@ def _advice(error: Exception) -> str | None:
     return next((advice for pattern, advice in _SETUP_TEXTS if re.search(pattern, text)), None)
 
 
-def _comes_of(error: Exception, function: str, text: str) -> bool:
+def _raised_by(error: Exception, function: str, text: str) -> bool:
     """Return whether a function of PostgreSQL's source raised the error.
 
     The function's name is the first test, because PostgreSQL translates its messages.

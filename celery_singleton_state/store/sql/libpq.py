@@ -36,7 +36,7 @@ from .url import read_query
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _BIT = whole(0, 1)
 _NUMBER = whole(0)
-_HOW_MUCH = choice("disable", "prefer", "require")
+_HOW_STRICT = choice("disable", "prefer", "require")
 _TLS_VERSION = choice("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
 _ADDRESS = made_of(read_address, "an address of IPv4 or IPv6")
 
@@ -46,10 +46,10 @@ def _threshold(text: str) -> int | None:
 
 
 _OPTIONS: dict[str, Option] = {
-    "channel_binding": _HOW_MUCH,
+    "channel_binding": _HOW_STRICT,
     "connect_timeout": _NUMBER,
     "gssdelegation": _BIT,
-    "gssencmode": _HOW_MUCH,
+    "gssencmode": _HOW_STRICT,
     "keepalives": _BIT,
     "keepalives_count": _NUMBER,
     "keepalives_idle": _NUMBER,

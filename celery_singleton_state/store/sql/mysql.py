@@ -92,7 +92,7 @@ class Connection(pymysql.connections.Connection):  # type: ignore[misc]
     def query(self, sql: str | bytes, *args: Any, **kwargs: Any) -> Any:
         if len(sql) >= LARGE:
             sql = self._with_allowed_size(sql)
-        return self._whole(super().query, sql, *args, **kwargs)
+        return self._tracked(super().query, sql, *args, **kwargs)
 
     def _with_allowed_size(self, sql: str | bytes) -> bytes:
         """Return a large statement as bytes, if the server accepts a statement of this size.
@@ -114,9 +114,9 @@ class Connection(pymysql.connections.Connection):  # type: ignore[misc]
         return data
 
     def next_result(self, *args: Any, **kwargs: Any) -> Any:
-        return self._whole(super().next_result, *args, **kwargs)
+        return self._tracked(super().next_result, *args, **kwargs)
 
-    def _whole(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _tracked(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.is_in_mid_statement = True
         try:
             result = step(*args, **kwargs)
@@ -174,8 +174,9 @@ STATEMENTS = MySqlStatements
 
 
 def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) -> Engine:
-    """Make an engine for MariaDB or MySQL; :mod:`~celery_singleton_state.store.sql.dialects` says
-    what the arguments mean.
+    """Make an engine for MariaDB or MySQL.
+
+    :func:`~celery_singleton_state.store.sql.engine.make_engine` explains the arguments.
 
     :raises ImproperlyConfigured: an option of the URL is not known or not allowed, or the URL names
         no database.

@@ -55,7 +55,7 @@ class Connection(psycopg.Connection[Any]):
 
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         if self.patience is not None:
-            gen = self._impatient(gen, self.patience)
+            gen = self._with_time_out(gen, self.patience)
         return super().wait(gen, *args, **kwargs)
 
     def leave_to_parent(self) -> None:
@@ -92,7 +92,7 @@ class Connection(psycopg.Connection[Any]):
         with contextlib.suppress(psycopg.Error, OSError, RuntimeError):
             self.cancel_safe(timeout=self.cancel_timeout)
 
-    def _impatient(self, gen: Any, patience: float) -> Generator[Any, Any, Any]:
+    def _with_time_out(self, gen: Any, patience: float) -> Generator[Any, Any, Any]:
         try:
             wanted = next(gen)
             heard = time.monotonic()
@@ -129,6 +129,8 @@ STATEMENTS = PostgresqlStatements
 
 def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) -> Engine:
     """Make an engine for PostgreSQL.
+
+    :func:`~celery_singleton_state.store.sql.engine.make_engine` explains the arguments.
 
     Each statement is prepared at its first use. It is not prepared if a pooler stands between this
     process and the server, or if the URL says so by ``?prepare_threshold=none``.

@@ -8,7 +8,7 @@ import re
 
 #: A part of psycopg's message if the URL has several hosts and none of them accepted the
 #: connection. A host may then be unavailable for a while, so the error may pass by itself.
-_SEVERAL = "Multiple connection attempts failed"
+_SEVERAL_HOSTS = "Multiple connection attempts failed"
 
 #: Advice by MySQL's error numbers, for the settings of a new session and for TLS.
 _NUMBERS = {
@@ -71,6 +71,6 @@ def advice_of_connecting(code: str | int | None, text: str) -> str | None:
     """
     if isinstance(code, int) and code in _NUMBERS:
         return _NUMBERS[code]
-    if _SEVERAL in text:
+    if _SEVERAL_HOSTS in text:
         return None
     return next((advice for pattern, advice in _TEXTS if re.search(pattern, text)), None)

@@ -95,7 +95,7 @@ class Connection(sqlite3.Connection):
 
 
 class Cursor(sqlite3.Cursor):
-    """A cursor that waits for the file's lock before it runs a statement."""
+    """A cursor that waits while another connection holds the file's lock."""
 
     connection: Connection
 
@@ -135,8 +135,8 @@ class SqliteStatements(Statements):
 
     now = "strftime('%Y-%m-%d %H:%M:%f+00:00', 'now')"
     level = "SERIALIZABLE"
-    # BEGIN IMMEDIATE waits for the write lock at once. A transaction that reads first and gets the
-    # write lock later cannot wait for it: SQLite fails it.
+    # BEGIN IMMEDIATE asks for the write lock at once, and can wait for it. A transaction that reads
+    # first and asks for the write lock later cannot: SQLite raises an error.
     begin = "BEGIN IMMEDIATE"
     insert = staticmethod(sqlite.insert)
 
@@ -145,7 +145,7 @@ STATEMENTS = SqliteStatements
 
 
 def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) -> Engine:
-    """Make an engine for an SQLite file, or for a database in memory.
+    """Make an engine for an SQLite file, or for an SQLite database in memory.
 
     :param io_timeout: seconds to wait for the file's lock, and for a connection of the pool.
     :param connect_timeout: has no effect, because opening a file needs no time-out.

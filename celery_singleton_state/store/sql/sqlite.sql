@@ -11,8 +11,9 @@
 -- - value, schema_version, updated_at: the singleton's state as JSON, and when it was changed last.
 -- - write: the number of the last write of the state under the present lease.
 -- - hold_until: the end of the hold period, for which a lease is kept after its run.
--- - handoff_to, newest, newest_sent: the message that asks the holder to hand over the lease, its
---   rank, and when it was sent.
+-- - handoff_to, newest: the task id and the rank of the message that asks the holder to hand over.
+--   Ranks order the messages of a singleton from old to new.
+-- - newest_sent: when the message was sent that last acquired the lease or asked for a handoff.
 -- - wanted: the pending run, one more run that the holder sends when it releases the lease.
 -- - queue, queued_task_id, queued_until: the message that is queued, and the queue number, which
 --   each acquisition and each change of the queued message raises.

@@ -70,8 +70,8 @@ class _AllWorked(Exception):
     """Raised at the end of a trial transaction in which every statement worked, to roll it back."""
 
 
-class _NotSeen(Exception):
-    """Raised in a trial transaction if a row that it has just written cannot be seen."""
+class _RowHidden(Exception):
+    """Raised in a trial transaction if it cannot see a row that it has just written."""
 
 
 class SqlStore:
@@ -95,7 +95,7 @@ class SqlStore:
         self._rows: Rows = partial(self._execute, self._sql.rows)
         #: The combinations of types in the answers to acquisitions that were found to be right. An
         #: answer with one of them needs no further check.
-        self._usual: set[tuple[type, ...]] = set()
+        self._right_types: set[tuple[type, ...]] = set()
         #: The warnings that :meth:`check` has logged. It logs each of them once.
         self._warned: set[str] = set()
         self.requests = SqlRequests(self._sql, self._rows, self._change)
@@ -124,20 +124,20 @@ class SqlStore:
             rows = self._rows(self._sql.acquire, named)
         except StoreRefusesValue as error:
             if is_out_of_range(error.__cause__):
-                raise StoreRefusesValue(self._largest(key, error)) from error.__cause__
+                raise StoreRefusesValue(self._fence_advice(key, error)) from error.__cause__
             raise
         if not rows:
             return None
         fence, *found = rows[0]
         acquired = Acquired(Lease(key, holder, fence, ttl), *found)
         kinds = tuple(map(type, found))
-        if kinds not in self._usual:
+        if kinds not in self._right_types:
             if odd := odd_values(acquired):
                 return replace(acquired, **odd)
-            self._usual.add(kinds)
+            self._right_types.add(kinds)
         return acquired
 
-    def _largest(self, key: str, error: StoreError) -> str:
+    def _fence_advice(self, key: str, error: StoreError) -> str:
         column, literal = self._sql.key, key.replace("'", "''")
         return (
             "the fence in the row is at its largest possible value, so no run can get a larger one "
@@ -213,11 +213,11 @@ class SqlStore:
                 )
         self._rows(self._sql.check, {})
         for prefix in prefixes:
-            self._see_that_it_has_keys(prefix)
-        self._see_that_rows_are_seen(prefixes)
-        self._say_what_it_cannot_hold()
+            self._check_prefix(prefix)
+        self._check_row_security(prefixes)
+        self._warn_of_encoding()
 
-    def _see_that_it_has_keys(self, prefix: str) -> None:
+    def _check_prefix(self, prefix: str) -> None:
         """Check that the database can store the prefix of the keys.
 
         :raises StoreMisconfigured: the database's encoding lacks a character of the prefix.
@@ -230,7 +230,7 @@ class SqlStore:
                 "characters that the database can store"
             ) from error
 
-    def _see_that_rows_are_seen(self, prefixes: Sequence[str]) -> None:
+    def _check_row_security(self, prefixes: Sequence[str]) -> None:
         """Check that row-level security hides no rows. Otherwise a held lease could look free.
 
         :raises StoreMisconfigured: a row whose key begins with one of the prefixes cannot be
@@ -241,7 +241,7 @@ class SqlStore:
         for (role,) in self._rows(self._sql.hiding, {"table": self._sql.table}):
             active = f"row-level security is active on table {self.table.fullname} for role {role}"
             for prefix in prefixes:
-                if not (refused := self._refused_by_policies(prefix)):
+                if not (refused := self._refused_operation(prefix)):
                     continue
                 raise StoreMisconfigured(
                     f"{active}, and its policies refuse to {refused} a row whose key begins with "
@@ -253,7 +253,7 @@ class SqlStore:
                 *(active, " or ".join(prefixes)),
             )
 
-    def _refused_by_policies(self, prefix: str) -> str | None:
+    def _refused_operation(self, prefix: str) -> str | None:
         """Return the first operation on a new row under a prefix that row-level security refuses:
         ``insert``, ``update``, ``read`` or ``delete``; ``None`` if all of them work.
 
@@ -262,22 +262,22 @@ class SqlStore:
         tried: list[str] = []
         try:
             with open_transaction(self.engine) as connection:
-                self._try_all(connection, f"{prefix}probe:{uuid.uuid4()}", tried.append)
+                self._try_each(connection, f"{prefix}probe:{uuid.uuid4()}", tried.append)
                 raise _AllWorked
         except _AllWorked:
             return None
-        except _NotSeen:
+        except _RowHidden:
             return tried[-1]
         except (DBAPIError, PoolTimeoutError) as error:
             if tried and is_of_policy(error):
                 return tried[-1]
             raise self.as_store_error(error, carries_value=False) from error
 
-    def _try_all(self, connection: Connection, key: str, trying: Callable[[str], None]) -> None:
+    def _try_each(self, connection: Connection, key: str, trying: Callable[[str], None]) -> None:
         """Insert, update, read and delete a row.
 
         :param trying: called with the operation's name before each operation.
-        :raises _NotSeen: the last operation did not find the row.
+        :raises _RowHidden: the last operation did not find the row.
         """
         named = {"key": key, "holder": "probe", "ttl": 1.0, "task_id": None}
         named |= {"task": None, "rank": 0, "sent": None, "of_clock": None}
@@ -285,15 +285,15 @@ class SqlStore:
         for what in ("insert", "update"):
             trying(what)
             if connection.exec_driver_sql(self._sql.acquire, named).first() is None:
-                raise _NotSeen
+                raise _RowHidden
         trying("read")
         if connection.exec_driver_sql(self._sql.peek, {"key": key}).first() is None:
-            raise _NotSeen
+            raise _RowHidden
         trying("delete")
         if not connection.execute(self.table.delete().where(self.table.c.key == key)).rowcount:
-            raise _NotSeen
+            raise _RowHidden
 
-    def _say_what_it_cannot_hold(self) -> None:
+    def _warn_of_encoding(self) -> None:
         """Log a warning if the database's encoding lacks characters. That is not an error, because
         most states do not contain them.
         """

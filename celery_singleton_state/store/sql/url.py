@@ -27,7 +27,7 @@ _CELERYS = re.compile(r"(db|sqla|sqlalchemy)\+")
 #: Matches a URL, with everything from the host on as its group. It finds the user and the password
 #: as SQLAlchemy does.
 _AUTHORITY = re.compile(r"[^:/]+://(?:[^:/@]*(?::[^@]*)?@)?(.*)", re.DOTALL)
-_LEASES = ("redis", "sentinel", "valkey")
+_LEASES_ONLY = ("redis", "sentinel", "valkey")
 
 
 def parse_url(given: str | URL) -> URL:
@@ -43,7 +43,7 @@ def parse_url(given: str | URL) -> URL:
         # SQLAlchemy's message may contain a part of the password, which it takes for the port. So
         # it is not shown.
         raise ImproperlyConfigured(_unreadable(text)) from None
-    if url.drivername.startswith(_LEASES):
+    if url.drivername.startswith(_LEASES_ONLY):
         raise ImproperlyConfigured(
             f"singleton_store_url={shown(text)} is not supported: states are kept in "
             "SQL; singleton_lease_url takes it, for leases of singletons without a state"
