@@ -294,8 +294,8 @@ Seen = TypeVar("Seen", bound=Listed)
 def seen(row: Seen) -> Seen:
     """Return a row that was read from the store, with its values in their usual form.
 
-    Values of a wrong type are converted (:func:`~celery_singleton_state.store.odd_values`). The
-    names and ids of tasks are unescaped. A hold period that has ended is left out.
+    Values of a wrong type are converted. The names and ids of tasks are unescaped. A hold period
+    that has ended is left out.
     """
     if odd := odd_values(row):
         row = replace(row, **odd)

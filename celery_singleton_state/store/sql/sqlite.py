@@ -86,7 +86,8 @@ class Connection(sqlite3.Connection):
         roll back in memory that the child shares with its parent.
         """
         self._is_parents = True
-        # One reference too many, so that Python does not close the connection at its exit either.
+        # This extra reference is never released, so Python does not close the connection even when
+        # the process exits.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     def _refuse_parents(self) -> None:
