@@ -156,22 +156,25 @@ def done_by(
     """
     done = [
         entry
-        for entry in reversed(entries)
-        if entry.outcome in DONE
-        and _is_of(entry, task_id, sent)
-        and (entry.final or entry.generation >= generation)
+        for entry in reversed(_of_message(entries, task_id, sent))
+        if entry.outcome in DONE and (entry.final or entry.generation >= generation)
     ]
     return next(filter(is_run, done), next(iter(done), None))
 
 
 def deaths_of(entries: tuple[Entry, ...], task_id: str | None, sent: str | None) -> int:
     """How many processes have died in runs of this message, one after the other."""
-    own = [each for each in entries if _is_of(each, task_id, sent)]
+    own = _of_message(entries, task_id, sent)
     return own[-1].deaths if own else 0
 
 
-def _is_of(entry: Entry, task_id: str | None, sent: str | None) -> bool:
-    return entry.task_id == task_id and (sent is None or entry.sent == sent)
+def _of_message(entries: tuple[Entry, ...], task_id: str | None, sent: str | None) -> list[Entry]:
+    """The runs of a message, in order; most often there are none."""
+    return [
+        entry
+        for entry in entries
+        if entry.task_id == task_id and (sent is None or entry.sent == sent)
+    ]
 
 
 def begun_by(
@@ -181,8 +184,8 @@ def begun_by(
 
     :param sent: the message's own value, as for :func:`done_by`.
     """
-    for entry in reversed(entries):
-        if _is_of(entry, task_id, sent) and is_run(entry) and entry.generation >= generation:
+    for entry in reversed(_of_message(entries, task_id, sent)):
+        if is_run(entry) and entry.generation >= generation:
             return entry
     return None
 
