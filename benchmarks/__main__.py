@@ -1,5 +1,5 @@
 """``python -m benchmarks [--quick] [worker] [statements] [rows] [handoff] [heartbeat] [events]
-[stores] [contention] [renewals] [scrape] [beat] [takeover] [upgrade] [waiting]``"""
+[stores] [layers] [contention] [renewals] [scrape] [beat] [takeover] [upgrade] [waiting]``"""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from . import (
     events,
     handoff,
     heartbeat,
+    layers,
     renewals,
     rows,
     scrape,
@@ -43,6 +44,7 @@ PARTS: dict[str, Callable[[Servers, bool, Console], None]] = {
     "heartbeat": heartbeat.run,
     "renewals": renewals.run,
     "stores": stores.run,
+    "layers": layers.run,
     "contention": contention.run,
     "events": events.run,
     "scrape": scrape.run,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +25,27 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Variant:
-    """A task of :mod:`benchmarks.tasks` and the database that it uses.
+    """A task and the database that it uses.
 
     :param leases: whether the leases of singletons without a state are in Redis.
+    :param app: the module of this package that has the app and the task.
+    :param root: the folder that the package and its benchmarks are imported from.
     """
 
     task: str
     database: str
     leases: bool = False
+    app: str = "tasks"
+    root: Path = ROOT
+
+    def environment(self, servers: Servers) -> dict[str, str]:
+        """Of each process that uses the task."""
+        return os.environ | {
+            "BENCHMARK_BROKER": servers.broker,
+            "BENCHMARK_DATABASE": self.database,
+            "CELERY_SINGLETON_AUTO_MIGRATE": "true",
+            **({"CELERY_SINGLETON_LEASE_URL": servers.broker} if self.leases else {}),
+        }
 
 
 @dataclass(frozen=True)
@@ -62,26 +77,7 @@ def drain(servers: Servers, variant: Variant, pool: Pool, count: int) -> Drain:
 
     :raises RuntimeError: the worker ended, or did not empty the queue in time.
     """
-    _send(servers, variant, count)
-    with tempfile.TemporaryDirectory(dir=servers.scratch) as folder:
-        marks = Path(folder, "marks")
-        marks.mkdir()
-        environment = _environment(servers, variant) | {"BENCHMARK_MARKS": str(marks)}
-        log = Path(folder, "log")
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*_celery("worker"), *_options(pool)],
-                cwd=ROOT,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        try:
-            _wait_until_empty(servers, process, log)
-        finally:
-            # A warm shutdown: bodies that are running end, and the marks are written.
-            stop_process(process)
+    with drained(servers, variant, pool, count) as marks:
         # Read only now, so that importing this module needs no servers.
         from .tasks import read_marks
 
@@ -92,27 +88,47 @@ def drain(servers: Servers, variant: Variant, pool: Pool, count: int) -> Drain:
     return Drain((len(counted) - 1) / (counted[-1] - counted[0]), count - len(times))
 
 
+@contextlib.contextmanager
+def drained(servers: Servers, variant: Variant, pool: Pool, count: int) -> Iterator[Path]:
+    """The folder that the worker's processes wrote their notes to, after it ran all messages.
+
+    :raises RuntimeError: the worker ended, or did not empty the queue in time.
+    """
+    _send(servers, variant, count)
+    with tempfile.TemporaryDirectory(dir=servers.scratch) as folder:
+        marks = Path(folder, "marks")
+        marks.mkdir()
+        environment = variant.environment(servers) | {"BENCHMARK_MARKS": str(marks)}
+        log = Path(folder, "log")
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*_celery(variant), "worker", *_options(pool)],
+                cwd=variant.root,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            _wait_until_empty(servers, process, log)
+        finally:
+            # A warm shutdown: bodies that are running end, and the marks are written.
+            stop_process(process)
+        yield marks
+
+
 def _send(servers: Servers, variant: Variant, count: int) -> None:
     """Send from a process of its own, whose app is configured as the worker's."""
     subprocess.run(
-        [sys.executable, "-m", "benchmarks.send", variant.task, str(count)],
-        cwd=ROOT,
-        env=_environment(servers, variant),
+        [sys.executable, "-m", "benchmarks.send", variant.app, variant.task, str(count)],
+        cwd=variant.root,
+        env=variant.environment(servers),
         check=True,
     )
 
 
-def _environment(servers: Servers, variant: Variant) -> dict[str, str]:
-    return os.environ | {
-        "BENCHMARK_BROKER": servers.broker,
-        "BENCHMARK_DATABASE": variant.database,
-        "CELERY_SINGLETON_AUTO_MIGRATE": "true",
-        **({"CELERY_SINGLETON_LEASE_URL": servers.broker} if variant.leases else {}),
-    }
-
-
-def _celery(command: str) -> list[str]:
-    return [sys.executable, "-m", "celery", "-A", "benchmarks.tasks", command]
+def _celery(variant: Variant) -> list[str]:
+    return [sys.executable, "-m", "celery", "-A", f"benchmarks.{variant.app}"]
 
 
 def _options(pool: Pool) -> list[str]:

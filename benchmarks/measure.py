@@ -23,9 +23,16 @@ class Ratio:
     median: float
     least: float
     most: float
+    quartiles: tuple[float, float]
 
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.least:.2f}-{self.most:.2f})"
+
+    @property
+    def with_quartiles(self) -> str:
+        """For many turns, of which the machine spoils some."""
+        first, third = self.quartiles
+        return f"{self.median:.2f} ({first:.2f}-{third:.2f})"
 
 
 def take_turns(cases: Mapping[str, Callable[[], float]], turns: int) -> Samples:
@@ -40,7 +47,8 @@ def take_turns(cases: Mapping[str, Callable[[], float]], turns: int) -> Samples:
 def relate(samples: Samples, name: str, base: str) -> Ratio:
     """One case against another, turn by turn."""
     ratios = [own / other for own, other in zip(samples[name], samples[base], strict=True)]
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+    first, _, third = statistics.quantiles(ratios) if len(ratios) > 1 else ratios * 3
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios), (first, third))
 
 
 def median_time(call: Callable[[], object], times: int) -> float:

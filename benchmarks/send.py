@@ -1,19 +1,23 @@
-"""``python -m benchmarks.send TASK COUNT``: fill the queue for one drain."""
+"""``python -m benchmarks.send APP TASK COUNT``: fill the queue for one drain."""
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
-from .tasks import SLOTS, app
+from celery import Celery
+
+from .tasks import SLOTS
 
 
-def send(name: str, count: int) -> None:
+def send(module: str, name: str, count: int) -> None:
     """Send messages with rotating slots, each with a number of its own."""
-    task = app.tasks[f"benchmarks.tasks.{name}"]
+    app: Celery = import_module(f"benchmarks.{module}").app
+    task = app.tasks[f"benchmarks.{module}.{name}"]
     with app.producer_or_acquire() as producer:
         for number in range(count):
             task.apply_async((number % SLOTS, number), producer=producer)
 
 
 if __name__ == "__main__":
-    send(sys.argv[1], int(sys.argv[2]))
+    send(sys.argv[1], sys.argv[2], int(sys.argv[3]))
