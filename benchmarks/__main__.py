@@ -1,5 +1,6 @@
 """``python -m benchmarks [--quick] [worker] [statements] [rows] [handoff] [heartbeat] [events]
-[stores] [layers] [contention] [renewals] [scrape] [beat] [takeover] [upgrade] [waiting]``"""
+[stores] [layers] [contention] [renewals] [scrape] [beat] [takeover] [upgrade] [waiting]``;
+``--against CHECKOUT`` compares with another version of the package"""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 import celery
@@ -18,6 +20,7 @@ import redis
 from rich.console import Console
 
 from . import (
+    against,
     beat,
     contention,
     events,
@@ -36,7 +39,9 @@ from . import (
 )
 from .servers import Servers, started_servers
 
-PARTS: dict[str, Callable[[Servers, bool, Console], None]] = {
+Part = Callable[[Servers, bool, Console], None]
+
+PARTS: dict[str, Part] = {
     "worker": worker.run,
     "statements": statements.run,
     "rows": rows.run,
@@ -59,20 +64,35 @@ def main() -> int:
     """Run the parts that were asked for; a benchmark judges nothing, so the status is 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; or all")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="CHECKOUT",
+        help=f"compare the package with another checkout's; parts: {', '.join(against.PARTS)}",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, smaller tables")
     arguments = parser.parse_args()
-    unknown = set(arguments.parts) - set(PARTS)
+    checkout: Path | None = arguments.against
+    parts = PARTS if checkout is None else _parts_against(checkout)
+    unknown = set(arguments.parts) - set(parts)
     if unknown:
-        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit)
     # Tables keep their columns where the output is not a terminal.
     console = Console(width=None if sys.stdout.isatty() else 110)
     with started_servers() as servers:
-        for name in arguments.parts or PARTS:
-            PARTS[name](servers, arguments.quick, console)
+        for name in arguments.parts or parts:
+            parts[name](servers, arguments.quick, console)
         console.print(facts(servers), style="dim", highlight=False, soft_wrap=True)
     return 0
+
+
+def _parts_against(checkout: Path) -> dict[str, Part]:
+    def part(compare: against.Comparison) -> Part:
+        return lambda servers, quick, console: compare(servers, checkout, quick, console)
+
+    return {name: part(compare) for name, compare in against.PARTS.items()}
 
 
 def facts(servers: Servers) -> str:

@@ -1,7 +1,7 @@
 """An engine's connections: a small pool, and one more that is kept for single statements.
 
-The first caller gets the kept connection, which is outside of SQLAlchemy's pool. A caller that finds
-it in use gets one of the pool. Statements run on the driver's cursor.
+The first caller gets the kept connection, which is outside of SQLAlchemy's pool. A caller that
+finds it in use gets one of the pool. Statements run on the driver's cursor.
 
 The kept connection and the driver's cursor are for speed. ``python -m benchmarks layers`` prints
 what they save a no-op run in a worker. Medians on two busy cores:
