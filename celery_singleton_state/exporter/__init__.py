@@ -1,4 +1,7 @@
-"""The exporter: one process that shows what the store holds and counts what events tell."""
+"""The exporter: one process that serves metrics, health and a status page over HTTP.
+
+Gauges, health and the page are read from the store. Counters count the workers' Celery events.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,13 @@ __all__ = ["Counts", "Options", "check_pattern", "run"]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What an operator says on the command line.
+    """The options of the command ``celery singleton exporter``.
 
-    :param host, port: where to listen.
+    :param host, port: the address to listen at.
     :param per_key: whether each singleton of a task has series of its own.
-    :param shows_state: whether the page shows the states.
-    :param allowed_hosts: names that requests may be sent to, beside those that always may.
+    :param shows_state: whether the page shows the singletons' states.
+    :param allowed_hosts: host names that requests may name, in addition to those that
+        :class:`.hosts.Hosts` always answers.
     """
 
     host: str
@@ -50,13 +54,14 @@ def run(
     wait: Callable[[], object],
     say: Callable[[str], object],
 ) -> None:
-    """Serve until the function ``wait`` returns.
+    """Serve metrics, health and the page until the function ``wait`` returns.
 
-    :param say: told where it listens.
-    :raises ImproperlyConfigured: the address cannot be had, or a setting is not allowed.
-    :raises StoreMisconfigured: the store cannot be read until somebody mends it.
+    :param say: called with one line that names the URL of the server.
+    :raises ImproperlyConfigured: the server cannot listen at the address, or a setting is not
+        allowed.
+    :raises StoreMisconfigured: the store cannot be read until an operator repairs it.
     """
-    _see_that_it_is_set_up(runtime)
+    _refuse_misconfigured_store(runtime)
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     counts = Counts(
@@ -66,13 +71,13 @@ def run(
         Keys(runtime.settings.key_prefix),
     )
     receiver = Receiver(runtime.app, counts, counts.ignored)
-    looks: Shared[Snapshot] = Shared()
+    snapshots: Shared[Snapshot] = Shared()
 
-    def shared() -> Snapshot:
-        return looks.get(None, lambda: take_snapshot(runtime))
+    def shared_snapshot() -> Snapshot:
+        return snapshots.get(None, lambda: take_snapshot(runtime))
 
-    registry.register(Gauges(runtime, shared, lambda: receiver.is_up, options.per_key))
-    pages = Pages(runtime, registry, shared, options.shows_state)
+    registry.register(Gauges(runtime, shared_snapshot, lambda: receiver.is_up, options.per_key))
+    pages = Pages(runtime, registry, shared_snapshot, options.shows_state)
     hosts = Hosts(options.host, options.allowed_hosts)
     server = make(pages, hosts, options.host, options.port, Connections())
     receiver.start()
@@ -83,10 +88,13 @@ def run(
         receiver.close()
 
 
-def _see_that_it_is_set_up(runtime: Runtime) -> None:
-    """:raises StoreMisconfigured: no scrape would ever see anything.
+def _refuse_misconfigured_store(runtime: Runtime) -> None:
+    """Check that scrapes will be able to read the store.
 
-    A store that is unavailable now, or has no table yet, is what the metrics tell.
+    A store that is unavailable now, or has no table yet, is only logged: the metric
+    ``singleton_store_up`` reports it.
+
+    :raises StoreMisconfigured: no scrape could ever read the store.
     """
     try:
         runtime.store.list(runtime.settings.key_prefix)

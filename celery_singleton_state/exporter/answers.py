@@ -1,4 +1,4 @@
-"""What the exporter answers: metrics, health and the page, and nothing that changes anything."""
+"""The exporter's answers to GET requests: metrics, health and the page. All are read-only."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .page.overview import Overview
 from .shared import Shared
 from .snapshot import Snapshot
 
-#: Of compression: most of what is to be had, for a tenth of the time.
+#: The gzip level, from 1 to 9. Level 3 saves most of the bytes in a tenth of level 9's time.
 LEVEL = 3
-#: Connections that metrics and pages leave to probes of /health.
+#: How many of all connections requests for metrics and the page leave free for /health.
 FOR_HEALTH = 4
-#: Of every answer. No other site's page may read, embed or frame it.
+#: Headers of every answer. They forbid pages of other sites to read, embed or frame it.
 HEADERS = (
     ("Content-Security-Policy", f"{POLICY}; frame-ancestors 'none'"),
     ("X-Frame-Options", "DENY"),
@@ -39,10 +39,10 @@ HEADERS = (
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a request is answered.
+    """The answer to one request.
 
-    :param kind: its ``Content-Type``.
-    :param is_zipped: whether the body is compressed with gzip.
+    :param kind: the ``Content-Type``; empty if there is no body.
+    :param is_zipped: whether ``body`` is compressed with gzip.
     """
 
     status: HTTPStatus
@@ -52,13 +52,13 @@ class Answer:
 
 
 class Pages:
-    """Answers requests by their paths.
+    """Answers requests for ``/``, ``/health`` and ``/metrics``.
 
-    One exposition, one page and one report of health are made at a time, and each for all requests
-    that wait for it.
+    The exporter makes one exposition, one page and one health report at a time. All requests that
+    wait for one of them share it.
 
-    :param look: looks at the store, for each request.
-    :param shows_state: whether the page shows the states' values.
+    :param take_snapshot: reads the store; called for each answer that is made.
+    :param shows_state: whether the page shows the singletons' states.
     """
 
     def __init__(
@@ -84,17 +84,18 @@ class Pages:
         zipped: bool = False,
         is_wanted: Callable[[], bool] = lambda: True,
     ) -> Answer:
-        """The answer to a GET.
+        """Return the answer to a GET request.
 
-        :param accept: the request's header of that name.
-        :param zipped: whether the client takes a body compressed with gzip.
-        :param is_wanted: whether the client still waits for the answer.
-        :raises NotNow: too many requests wait, or the client does not.
+        :param accept: the request's ``Accept`` header.
+        :param zipped: whether the client accepts a body that is compressed with gzip.
+        :param is_wanted: tells whether the client still waits for the answer.
+        :raises NotNow: too many requests wait, or this client no longer waits.
         """
         make: Callable[[], Answer]
         match path:
             case "/metrics":
-                # A header may be folded, and parts of this one come back in the answer's.
+                # The answer's Content-Type repeats parts of this header. A folded header
+                # contains line breaks, which would split the answer's headers.
                 encode, kind = _encoder(" ".join(accept.split()))
                 answers, make = self._expositions, partial(self._metrics, encode, kind)
             case "/health":
@@ -103,7 +104,7 @@ class Pages:
                 kind = parse_qs(query).get("q", [""])[0]
                 answers, make = self._shown, partial(self._page, kind)
             case _:
-                return text(HTTPStatus.NOT_FOUND, "there are /, /health and /metrics")
+                return text(HTTPStatus.NOT_FOUND, "the paths are /, /health and /metrics")
         work = (lambda: compressed(make())) if zipped else make
         return answers.get((kind, zipped), work, is_wanted)
 
@@ -122,19 +123,22 @@ class Pages:
 
 
 def _encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
-    """How metrics are written for a client, and the ``Content-Type`` of that."""
+    """Return the function that encodes the metrics for a client, and their ``Content-Type``."""
     try:
         return choose_encoder(accept)
     except (TypeError, ValueError):
-        # The library expects versions to be numbers.
+        # prometheus_client fails on an Accept header with a version that is not a number.
         return choose_encoder("")
 
 
 def text(status: HTTPStatus, line: str) -> Answer:
-    """An answer of one line."""
+    """Return an answer of one line of plain text."""
     return Answer(status, "text/plain; charset=utf-8", f"{line}\n".encode())
 
 
 def compressed(answer: Answer) -> Answer:
-    """The answer with gzip: an open page asks for the whole of it every few seconds."""
+    """Return the answer with its body compressed by gzip.
+
+    It saves traffic because an open page fetches the whole document every few seconds.
+    """
     return replace(answer, body=gzip.compress(answer.body, LEVEL), is_zipped=True)

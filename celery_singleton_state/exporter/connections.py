@@ -1,13 +1,14 @@
-"""The open connections of the HTTP server: a bounded number, none of them for good.
+"""The open connections of the HTTP server: limited in number and in time.
 
 Each connection has a thread. A client that sends half a request, or does not read its answer, would
-keep that thread for ever, and a time limit for each read would not help: one byte every few seconds
-resets it. So the whole request has one deadline, the sending of its answer has another, and a
-connection that is past its deadline is shut down, which ends the call that its thread waits in.
+keep that thread for ever. A time limit for each read would not help, because one byte every few
+seconds resets it. So the whole request has one deadline, and sending the answer has another. The
+server shuts down a connection that is past its deadline. That ends the call in which the thread
+waits.
 
-When the number is reached, a new connection takes the place of the one that has waited longest for
-its client, once that has had a moment to be read by its thread. A client that sends its request at
-once is answered, however many others do not.
+When the limit is reached, a new connection replaces the connection that has waited longest for its
+client. Each connection is first left alone for a moment, so that its thread can read the request.
+Therefore a client that sends its request at once is answered, however many other clients do not.
 """
 
 from __future__ import annotations
@@ -20,22 +21,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-#: Connections, and so threads, at one time.
+#: How many connections, and so threads, there may be at one time.
 LIMIT = 64
-#: Seconds that a whole request may take to arrive, and its answer to be read.
+#: Seconds within which a whole request must arrive, and seconds within which its answer must be
+#: read.
 REQUEST_TIME, ANSWER_TIME = 10.0, 30.0
-#: Seconds that a connection has in any case: its thread may not have run yet.
+#: Seconds for which a connection is never replaced, because its thread may not have run yet.
 MOMENT = 0.25
 
 
 class Step(Enum):
-    """What a connection is waiting for."""
+    """The three things that a connection can wait for."""
 
-    #: Its client, to send the whole request.
+    #: The client has not sent the whole request.
     REQUEST = "request"
-    #: The store. The store's own time limits apply.
+    #: The store has not answered. The store's own time limits apply.
     STORE = "store"
-    #: Its client, to read the whole answer.
+    #: The client has not read the whole answer.
     ANSWER = "answer"
 
 
@@ -47,10 +49,12 @@ class _Open:
 
 
 class Connections:
-    """The open connections; used by several threads.
+    """The open connections of one server. Several threads may use this object.
 
-    :param limit: how many there may be.
-    :param clock: seconds, of any origin.
+    :param limit: how many connections there may be.
+    :param request_time: seconds within which a whole request must arrive.
+    :param answer_time: seconds within which an answer must be read.
+    :param clock: returns a time in seconds that never goes back.
     """
 
     def __init__(
@@ -63,19 +67,20 @@ class Connections:
         self._limit = limit
         self._times = {Step.REQUEST: request_time, Step.STORE: None, Step.ANSWER: answer_time}
         self._clock = clock
-        #: With which a change of a step, and an end, are told.
+        #: Notified when a connection begins another step or is closed.
         self._changed = threading.Condition()
-        #: In the order in which they came.
+        #: The open connections, oldest first.
         self._open: dict[socket.socket, _Open] = {}
 
     def __len__(self) -> int:
         return len(self._open)
 
     def admit(self, connection: socket.socket) -> bool:
-        """Add a connection, in the place of another if the limit is reached.
+        """Add a connection. If the limit is reached, shut down another connection for it.
 
-        It may take :data:`MOMENT`. Returns whether there is room: not if all others wait for the
-        store.
+        This can take up to :data:`MOMENT` seconds.
+
+        :returns: whether the connection was added. It is not if all others wait for the store.
         """
         with self._changed:
             while len(self._open) >= self._limit:
@@ -90,7 +95,7 @@ class Connections:
             return True
 
     def begin(self, connection: socket.socket, step: Step) -> None:
-        """Note what the connection is waiting for from now on."""
+        """Record what the connection waits for from now on."""
         with self._changed:
             if connection in self._open:
                 self._open[connection] = self._begun(step)
@@ -99,7 +104,8 @@ class Connections:
     def remove(self, connection: socket.socket) -> None:
         """Forget a connection that is about to be closed.
 
-        A socket that is forgotten is never shut down: its descriptor may be another's by then.
+        From then on it is never shut down here, because after the close the system may give its
+        file descriptor to another connection.
         """
         with self._changed:
             self._open.pop(connection, None)
@@ -118,8 +124,10 @@ class Connections:
         return _Open(step, now, None if seconds is None else now + seconds)
 
     def _oldest(self) -> socket.socket | None:
-        """The connection that waits longest for its client. One that has sent nothing is worth less
-        than one that reads slowly.
+        """Return the connection to replace: the one that has waited longest for its client.
+
+        Connections without a whole request come before connections whose client reads slowly.
+        ``None`` if all connections wait for the store.
         """
         for step in (Step.REQUEST, Step.ANSWER):
             for connection, each in self._open.items():
@@ -128,7 +136,7 @@ class Connections:
         return None
 
     def _shut(self, connection: socket.socket) -> None:
-        """End what its thread waits in; the thread then closes it."""
+        """Shut a connection down. Its thread then stops waiting and closes the connection."""
         del self._open[connection]
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)

@@ -1,7 +1,7 @@
-"""The hook that counts for Prometheus: what happened, by the task's name.
+"""The hook that counts events as Prometheus counters and a histogram, labelled by task.
 
-It stands in the exporter, which is told by the workers' events: a counter in a prefork pool's
-process is seen by nobody. A worker that is one process can use it as any other hook.
+The exporter calls this hook with the workers' events, because Prometheus cannot scrape the
+processes of a prefork pool. A worker that is a single process can use it like any other hook.
 """
 
 from __future__ import annotations
@@ -30,27 +30,29 @@ from celery_singleton_state.text.visible import as_printed
 
 from .labels import OTHERS, UNKNOWN, Keys, bounded
 
-#: Operations that write a state, and ways in which a lease is taken over.
+#: The operations that write a state.
 WRITES = ("save", "checkpoint", "transaction")
+#: The operations that the store can refuse as stale.
 REFUSED = (*WRITES, "release")
+#: The ways in which a lease is taken over.
 TAKEOVERS = ("expired", "died", "handoff")
 OUTCOMES = frozenset(Outcome)
 REASONS = frozenset(SingletonErrorReason)
-#: Seconds. Runs are from a few milliseconds to hours long.
+#: Upper bounds of the histogram's buckets, in seconds: runs take from milliseconds to hours.
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 14400.0)
-#: Seconds: a year. A run that takes longer is made up, and its duration is ignored.
+#: A year, in seconds. An event with a longer duration must be forged, so it is ignored.
 LONGEST = 366 * 86_400.0
 
 
 class Counts:
-    """Counters and a histogram in a registry.
+    """The counters and the histogram of one registry, as a hook.
 
     :param per_key: whether each singleton of a task has series of its own, labelled ``key``.
-        Left out: they are counted together, as there may be any number of them.
-    :param tasks: the names of the tasks that have series of their own, which say 0 at first, so
-        that the first of anything is an increase. Details of all other tasks are counted together.
-        Left out: each task has its own, for a hook in the process whose tasks it counts.
-    :param keys: the keys that have series of their own.
+        Default: the singletons of a task are counted together, because there may be any number.
+    :param tasks: the names of the tasks that have series of their own. These series begin at 0,
+        so that ``increase()`` sees the first event. All other tasks are counted together.
+        Default: every task has series of its own, which suits a hook in a worker's process.
+    :param keys: decides which keys have series of their own.
     """
 
     def __init__(
@@ -71,25 +73,29 @@ class Counts:
         self._durations = Histogram(
             "singleton_duration_seconds",
             "How long runs took, in seconds.",
-            # Never by key: it is 16 series.
+            # Never labelled by key, because a histogram has 16 series for each label value.
             ("singleton",),
             registry=registry,
             buckets=BUCKETS,
         )
         self._executions = counter(
-            "singleton_executions_total", "Deliveries that ended, by their outcome.", "outcome"
+            "singleton_executions_total", "Deliveries that ended, by outcome.", "outcome"
         )
         self._errors = counter(
-            "singleton_state_errors_total", "Deliveries that met an error, by its reason.", "reason"
+            "singleton_state_errors_total", "Singleton errors of deliveries, by reason.", "reason"
         )
         self._operations = counter(
-            "singleton_state_operations_total", "States loaded and written.", "operation"
+            "singleton_state_operations_total",
+            "Loads and writes of states, by operation.",
+            "operation",
         )
         self._conflicts = counter(
             "singleton_conflicts_total", "Deliveries that found the lease taken.", "policy"
         )
         self._takeovers = counter(
-            "singleton_takeovers_total", "Runs after one that did not end by itself.", "how"
+            "singleton_takeovers_total",
+            "Runs that took the lease over from a run that did not end by itself.",
+            "how",
         )
         self._lost = counter("singleton_lost_leases_total", "Runs that lost their lease.")
         self._refused = counter(
@@ -98,7 +104,8 @@ class Counts:
 
         self._ignored = Counter(
             "singleton_ignored_events_total",
-            "Events of another release or made up: unreadable, or with an impossible duration.",
+            "Events that were ignored: forged or of another release, unreadable, or with an "
+            "impossible duration.",
             registry=registry,
         )
         for task in map(as_printed, tasks or ()):
@@ -107,7 +114,7 @@ class Counts:
                 self._begin(task)
 
     def _begin(self, task: str) -> None:
-        """Have series of a task that say 0: the first of anything is an increase, then."""
+        """Create a task's series with the value 0, so that ``increase()`` sees the first event."""
         for outcome in Outcome:
             self._executions.labels(task, outcome)
         for reason in SingletonErrorReason:
@@ -126,7 +133,7 @@ class Counts:
             count(self, self._labels(details), details)
 
     def ignored(self) -> None:
-        """Count an event that could not be read, or a duration that cannot be."""
+        """Count an event that was ignored: unreadable, or with an impossible duration."""
         self._ignored.inc()
 
     def _labels(self, details: Details) -> tuple[str, ...]:
@@ -137,8 +144,9 @@ class Counts:
         return (task, self._keys.label(task, details.key) if is_known else OTHERS)
 
     def _observe(self, labels: tuple[str, ...], seconds: float) -> None:
-        """Count a duration, unless no run takes so long: one odd number would spoil the sum for
-        good, a NaN as well as 1e308.
+        """Count a duration in seconds, unless it is impossible.
+
+        A single NaN or 1e308 would make the histogram's sum useless for ever.
         """
         if 0 <= seconds <= LONGEST:
             self._durations.labels(labels[0]).observe(seconds)

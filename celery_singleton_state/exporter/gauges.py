@@ -1,4 +1,7 @@
-"""What the store tells at a scrape: leases, ages, last runs, health, and who leads beat."""
+"""The gauges that are read from the store at each scrape.
+
+They show leases, ages, last runs, health, and whether a beat leads.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ from .snapshot import Snapshot
 
 @dataclass(slots=True)
 class Sums:
-    """What the rows of one task, or of one key, come to.
+    """The rows of one task, or of one key, summed up.
 
-    A moment is the newest of theirs, an age the largest.
+    Of times, the newest counts. Of ages, the largest counts.
     """
 
     rows: int = 0
@@ -50,35 +53,39 @@ class Sums:
 
 
 def _larger(one: float, other: float) -> float:
-    """The larger number; one odd row must not hide with an infinity what the others come to."""
+    """Return the larger number, but ignore ``other`` if it is not finite.
+
+    Otherwise one corrupt row with an infinite time would hide the values of all other rows.
+    """
     return max(one, other) if math.isfinite(other) else one
 
 
-#: Name, help, and the value of each gauge; it is left out where that is ``None``.
+#: The name, the help text and the value of each gauge. A gauge whose value is ``None`` is left out.
 GAUGES: tuple[tuple[str, str, Callable[[Sums], float | None]], ...] = (
-    ("singleton_keys", "Singletons that the task has, one for each key.", lambda s: s.rows),
-    ("singleton_leases_held", "Leases that are held by a run now.", lambda s: s.held),
+    ("singleton_keys", "Singletons of the task, one for each key.", lambda s: s.rows),
+    ("singleton_leases_held", "Leases that are held now.", lambda s: s.held),
     ("singleton_unhealthy_keys", "Singletons that are not healthy.", lambda s: s.unhealthy),
     ("singleton_healthy", "Whether all singletons of the task are healthy: 1 or 0.",
      lambda s: not s.unhealthy),
-    ("singleton_expected_interval_seconds", "Seconds between runs as the task expects them.",
+    ("singleton_expected_interval_seconds", "The task's option expected_interval, in seconds.",
      lambda s: s.expected_interval),
-    ("singleton_last_execution_timestamp_seconds", "When the last run ended, since the epoch.",
-     lambda s: s.last_execution or None),
+    ("singleton_last_execution_timestamp_seconds",
+     "When the last run ended, in seconds since the epoch.", lambda s: s.last_execution or None),
     ("singleton_last_success_timestamp_seconds",
-     "When the last run that succeeded ended, since the epoch.", lambda s: s.last_success or None),
-    ("singleton_heartbeat_age_seconds", "Since the oldest renewal of a lease that is held.",
-     lambda s: s.heartbeat_age),
-    ("singleton_running_seconds", "Since the longest run that is active began.",
+     "When the last successful run ended, in seconds since the epoch.",
+     lambda s: s.last_success or None),
+    ("singleton_heartbeat_age_seconds",
+     "Seconds since the last renewal; the largest of all held leases.", lambda s: s.heartbeat_age),
+    ("singleton_running_seconds", "Seconds since the oldest active run began.",
      lambda s: s.running),
 )  # fmt: skip
 
 
 class Gauges(Collector):
-    """Asks the store at each scrape, with one statement.
+    """The collector of all gauges. It takes one snapshot of the store for each scrape.
 
-    :param look: looks at the store, at each scrape.
-    :param broker_is_up: whether events are received.
+    :param take_snapshot: reads the store; called at each scrape.
+    :param broker_is_up: tells whether events are received.
     """
 
     def __init__(
@@ -92,11 +99,11 @@ class Gauges(Collector):
         self._take_snapshot = take_snapshot
         self._broker_is_up = broker_is_up
         self._per_key = per_key
-        #: Tasks that have had the warning of too many keys.
+        #: Tasks for which the log has the warning of too many keys.
         self._warned: set[str] = set()
 
     def describe(self) -> list[GaugeMetricFamily]:
-        """Nothing: to be asked at registration would be a look at the store."""
+        """Return nothing. Otherwise the registry would call ``collect``, which reads the store."""
         return []
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
@@ -117,7 +124,7 @@ class Gauges(Collector):
         family.add_metric((as_printed(self._runtime.settings.beat_name),), float(leads))
         if row is not None:
             yield family
-            yield _one("singleton_beat_fence", "Fence of the beats' lease.", row.fence)
+            yield _one("singleton_beat_fence", "The fence of the leader's lease.", row.fence)
 
     def _of_tasks(self, seen: Snapshot) -> Iterator[GaugeMetricFamily]:
         sums: dict[tuple[str, ...], Sums] = {}
@@ -154,7 +161,10 @@ def _one(name: str, text: str, value: float) -> GaugeMetricFamily:
 
 
 def last_success(row: Listed) -> float:
-    """When the last run that succeeded ended, as far as the history goes back; 0 if none did."""
+    """Return when the last successful run of the history ended, in seconds since the epoch.
+
+    0 if the history has no successful run.
+    """
     if row.last_outcome == Outcome.SUCCEEDED:
         return row.last_finished_at or 0.0
     runs = history.decode(row.history, row.key)

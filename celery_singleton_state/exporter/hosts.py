@@ -1,14 +1,14 @@
-"""Which values of a request's ``Host`` header are answered.
+"""Decides by the ``Host`` header which requests the exporter answers.
 
-A web page of a stranger can have its own name resolve to this exporter's address ("DNS
-rebinding"). The visitor's browser then sends requests here, and the stranger's script reads the
-answers. Such a request names the stranger's host, so names that a stranger can register in public
-DNS are not answered unless the operator allows them. These are answered always:
+An attacker can make the name of their own web site resolve to this exporter's address ("DNS
+rebinding"). A visitor's browser then sends requests here, and the attacker's script reads the
+answers. Such a request names the attacker's host. So the exporter does not answer names that can be
+registered in public DNS, unless the operator allows them. It always answers these:
 
-- IP addresses: what scrapers of pods, and probes, send;
-- names that nobody can register: ``localhost``, names without a dot, and the suffixes that are
-  reserved or kept out of public DNS for private use, or belong to a cluster;
-- the name of this machine, and the name that the server was told to listen at.
+- IP addresses, which scrapers of pods and probes send;
+- names that cannot be registered: ``localhost``, names without a dot, and names with a suffix that
+  is reserved or kept out of public DNS for private use, or that belongs to a cluster;
+- the name of this machine, and the name at which the server listens.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import socket
 from collections.abc import Iterable
 from functools import cached_property
 
-#: Suffixes that public DNS does not have. They are reserved for private use (RFC 6761, 6762, 8375,
-#: and ICANN's .internal), or kept out of public DNS because private networks use them (.corp and
-#: .home by ICANN's resolution of 2018; .intranet, .lan and .private by RFC 6762, appendix G).
+#: Suffixes that public DNS does not have. Some are reserved for private use (RFC 6761, 6762, 8375,
+#: and ICANN's .internal). The others are kept out of public DNS because private networks use them
+#: (.corp and .home by ICANN's resolution of 2018; .intranet, .lan and .private by RFC 6762,
+#: appendix G).
 PRIVATE = (
     *(".local", ".localhost", ".home.arpa", ".internal", ".test"),
     *(".corp", ".home", ".intranet", ".lan", ".private", ".svc"),
 )
 
-#: Characters of a header's value: 253 of a name, and a port.
+#: The longest value of a header, in characters: a name has up to 253, and a port follows.
 LONGEST = 260
 
 _NAME = r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*"
@@ -36,15 +37,16 @@ _PATTERN = re.compile(rf"\*|(\*\.)?{_NAME}")
 
 
 class BadHost(ValueError):
-    """The value is no host with an optional port."""
+    """The value of a ``Host`` header is not a host with an optional port."""
 
 
 class Hosts:
     """Decides whether a request's host is answered.
 
-    :param listens_at: what the operator gave as ``--host``.
-    :param allowed: names beside those that are always answered; ``*.example.com`` stands for all
-        names below it, and ``*`` for every name.
+    :param listens_at: the value of ``--host``.
+    :param allowed: further names to answer. ``*.example.com`` stands for all names below it, and
+        ``*`` for every name.
+    :raises ValueError: an allowed name is not a host name.
     """
 
     def __init__(self, listens_at: str = "", allowed: Iterable[str] = ()) -> None:
@@ -52,9 +54,9 @@ class Hosts:
         self._allowed.add(listens_at.lower().rstrip("."))
 
     def answers(self, host: str) -> bool:
-        """Whether requests for this host are answered.
+        """Return whether requests for this host are answered.
 
-        :param host: as :func:`host_of` returns it.
+        :param host: a host as :func:`host_of` returns it.
         """
         if _is_address(host) or "." not in host or host.endswith(PRIVATE):
             return True
@@ -65,16 +67,19 @@ class Hosts:
 
     @cached_property
     def _own(self) -> frozenset[str]:
-        """The names of this machine. Resolving them can take long where DNS is broken, so it
-        happens once, and only for a name that would not be answered otherwise.
+        """The names of this machine.
+
+        Resolving them can take long if DNS is broken. So it happens once, and only for a host that
+        would not be answered otherwise.
         """
         return frozenset(name.lower().rstrip(".") for name in (socket.gethostname(), _full_name()))
 
 
 def host_of(value: str) -> str:
-    """The host in the value of a ``Host`` header: lower case, without port and trailing dot.
+    """Return the host that a ``Host`` header names: lower case, without port and trailing dot.
 
-    :raises BadHost: it is none. Names of other alphabets come as ASCII from every client.
+    :raises BadHost: the value is not a host. Only ASCII is accepted, because clients encode names
+        of other alphabets in ASCII.
     """
     found = _HOST.fullmatch(value.strip(" \t")) if len(value) <= LONGEST else None
     if found is None:
@@ -88,11 +93,14 @@ def host_of(value: str) -> str:
 
 
 def check_pattern(text: str) -> str:
-    """:raises ValueError: it is neither a name, nor ``*.`` and a name, nor ``*``."""
+    """Return a value of ``--allowed-host`` without its trailing dot.
+
+    :raises ValueError: the value is neither a name, nor ``*.`` and a name, nor ``*``.
+    """
     text = text.rstrip(".")
     if _PATTERN.fullmatch(text) is None:
         raise ValueError(
-            f"{text!r} is no host name; it takes a name without a port, as metrics.example.com, "
+            f"{text!r} is no host name; give a name without a port such as metrics.example.com, "
             "*.example.com for all names below it, or * for every name"
         )
     return text

@@ -1,10 +1,10 @@
-"""The values of labels. There is a bounded number of them, whatever events and rows say.
+"""The values of metric labels: a limited number, whatever events and rows contain.
 
-Each new value of a label is memory here and series in Prometheus, for good. Anybody on the broker
-can send an event and anybody with the database can write a row, so only the names of the app's own
-singleton tasks, words that are known, and a limited number of keys are values of labels. They stand
-there as `celery singleton ls` prints them, because no parser of the format is sure to take controls
-and lone surrogates as they are.
+Each new value of a label costs memory in this process and series in Prometheus, for ever. Every
+client of the broker can send an event, and every client of the database can write a row. So a label
+takes only the names of this app's singleton tasks, known words, and a limited number of keys.
+Names and keys are written as `celery singleton ls` prints them, because a parser of the metrics
+format may reject control characters and lone surrogates.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ from celery_singleton_state.text.visible import as_printed, logger_of
 
 logger = logger_of(__name__)
 
-#: Stands for all tasks that the app does not know.
+#: The label of all tasks that the app does not have.
 UNKNOWN = "(unknown)"
-#: Stands for all words that are not known, and for all keys beyond :data:`KEYS`.
+#: The label of all words that this release does not know, and of all keys beyond :data:`KEYS`.
 OTHERS = "(others)"
-#: Keys that have series of their own, of all tasks together. Each has some 20 series.
+#: How many keys, of all tasks together, have series of their own. Each has about 20 series.
 KEYS = 1_000
 
 
 def known_tasks(app: Celery) -> frozenset[str]:
-    """The names of the app's singleton tasks."""
+    """Return the names of the app's singleton tasks."""
     return frozenset(name for name, task in app.tasks.items() if options_of(task) is not None)
 
 
 def bounded(value: str, known: Collection[str]) -> str:
-    """The value, if it is one of the words."""
+    """Return the value if it is one of the known words, and :data:`OTHERS` otherwise."""
     return value if value in known else OTHERS
 
 
 class Keys:
-    """The keys that have series of their own: the first ones, of all tasks together, and the first
-    of each task in any case.
+    """Decides which keys have series of their own.
 
-    :param prefix: of the keys of rows; a long key is shortened as its row's is.
-    :param warned: tasks that have had the warning of too many keys; more are added.
+    They are the first ``limit`` keys of all tasks together, and in any case the first key of each
+    task.
+
+    :param prefix: the prefix of the rows' keys. A key is shortened in a label as it is in its row.
+    :param warned: tasks for which the log has the warning of too many keys. More are added here.
     """
 
     def __init__(self, prefix: str = "", limit: int = KEYS, warned: set[str] | None = None) -> None:
@@ -53,7 +55,7 @@ class Keys:
         self._count = 0
 
     def label(self, task: str, key: str) -> str:
-        """The label of a key; :data:`OTHERS` if there are too many."""
+        """Return the label of a key: its text, or :data:`OTHERS` if there are too many keys."""
         text = as_printed(row_key(self._prefix, key).removeprefix(self._prefix))
         known = self._of_task.setdefault(task, set())
         if text in known:
@@ -65,8 +67,8 @@ class Keys:
         if task not in self._warned:
             self._warned.add(task)
             logger.warning(
-                "there are more than %d keys: the series of further ones of task %s are counted "
-                "together, as key=%r",
+                "there are more than %d keys: further keys of task %s are counted together, as "
+                "key=%r",
                 *(self._limit, task, OTHERS),
             )
         return OTHERS

@@ -1,4 +1,4 @@
-"""Receives the workers' events and hands them on as details; for as long as it takes."""
+"""Receives the workers' Celery events and calls a hook with the details of each."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 
-#: Seconds between two tries to connect, and between two looks at whether to stop.
+#: Seconds between two attempts to connect, and between two checks whether to stop.
 PAUSE = 1.0
 
 
 class Receiver:
-    """A thread that receives events, and connects again for ever.
+    """A thread that receives events. It reconnects until it is closed.
 
-    An event that cannot be read is ignored: anybody on the broker can send one, and it must neither
-    end the connection, nor take with it the events that came in the same message.
+    An event that cannot be read is ignored. Every client of the broker can send such an event. It
+    must neither end the connection nor affect the other events of the same message.
 
-    :param hook: told what each of our events tells.
-    :param ignored: called for each event of ours, and each message, that cannot be read.
+    :param hook: called with the details of each event of this package.
+    :param ignored: called for each event of this package, and each message, that cannot be read.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class Receiver:
         self._ignored = ignored
         self._stop = threading.Event()
         self._logged = ""
-        #: Kinds of errors that were logged.
+        #: The classes of errors that were logged as a warning.
         self._kinds: set[type[Exception]] = set()
-        #: Whether it is connected.
+        #: Whether the thread is connected to the broker.
         self.is_up = False
         self._thread = threading.Thread(target=self._run, name="singleton-events", daemon=True)
 
@@ -60,7 +60,7 @@ class Receiver:
                 self._receive()
             except Exception as error:
                 if (said := f"{type(error).__name__}: {error}") != self._logged:
-                    logger.warning("events are not received: %s", said)
+                    logger.warning("events are not received, trying again: %s", said)
                     self._logged = said
             self.is_up = False
             self._stop.wait(PAUSE)
@@ -78,7 +78,7 @@ class Receiver:
                         consuming.heartbeat_check()
 
     def _on_body(self, body: Any) -> None:
-        """Take the events of a message: one, or a list of them."""
+        """Call the hook with the events of a message, which has one event or a list of events."""
         for event in body if isinstance(body, list) else [body]:
             try:
                 if event["type"].startswith("singleton-"):
@@ -92,14 +92,17 @@ class Receiver:
         self._kinds.add(type(error))
         logger.log(
             level,
-            "an event is ignored, of another release or made up: %.200s; further ones of this "
-            "kind are only counted",
+            "an event is ignored because it is forged or of another release: %.200s; further "
+            "errors of this class are only counted",
             repr(error),
         )
 
 
 class _Events(EventReceiver):
-    """Celery's receiver of events, which takes whole messages and outlives unreadable ones."""
+    """Celery's event receiver, but with a callback for each whole message.
+
+    A message that cannot be decoded does not end it.
+    """
 
     def __init__(
         self,
@@ -116,5 +119,5 @@ class _Events(EventReceiver):
         self._on_body(body)
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        # Not acknowledged: it was consumed without.
+        # The message must not be acknowledged, because it is consumed without acknowledgements.
         self._on_error(exc)

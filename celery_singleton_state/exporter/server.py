@@ -1,8 +1,8 @@
 """The exporter's HTTP server: one thread and one request for each connection.
 
-It is Python's own server with what that lacks: deadlines for whole requests, a bounded number of
-connections, a bounded size of a request, and a check of the ``Host`` header. A connection is closed
-after its answer, and the body of a request is not read.
+To the server of Python's standard library it adds deadlines for whole requests, limits for the
+number of connections and the size of a request, and a check of the ``Host`` header. It closes each
+connection after the answer, and does not read the body of a request.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from .shared import NotNow
 
 logger = logger_of(__name__)
 
-#: Characters of a request: its first line and its headers.
+#: How many bytes a request may have: its first line and its headers.
 LONGEST = 32_768
 METHODS = "GET, HEAD, OPTIONS"
-#: Unknown hosts that have a warning of their own in the log.
+#: How many refused hosts are logged. The limit keeps clients from filling the log and memory.
 WARNINGS = 20
 
 BUSY = (
@@ -43,14 +43,15 @@ BUSY = (
 
 
 class Server(ThreadingMixIn, TCPServer):
-    """Answers each request in a thread, so that a probe need not wait for a page.
+    """Answers each request in a thread of its own, so that a probe need not wait for a page.
 
-    :param address: of which family it is, so is the server.
+    :param family: the address family of ``address``.
+    :param address: the socket address to listen at.
     """
 
     daemon_threads = True
     allow_reuse_address = True
-    #: Connections that the kernel keeps until they are accepted.
+    #: How many connections the kernel queues until the server accepts them.
     request_queue_size = 128
 
     def __init__(
@@ -69,14 +70,17 @@ class Server(ThreadingMixIn, TCPServer):
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
-        # Of "::" and its like: IPv4 as well.
+        # A server at "::" is to accept IPv4 as well.
         if self.address_family == socket.AF_INET6:
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         super().server_bind()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Begin a connection, in the thread that accepts them all."""
+        """Start the thread of a new connection, or refuse the connection if there are too many.
+
+        The server calls this in the thread that accepts all connections.
+        """
         if self.connections.admit(request):
             super().process_request(request, client_address)
             return
@@ -86,28 +90,33 @@ class Server(ThreadingMixIn, TCPServer):
         self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection."""
+        """Close a connection so that its client still gets the whole answer."""
         self.connections.remove(request)
         with contextlib.suppress(OSError):
             request.shutdown(socket.SHUT_WR)
-            # What came and was not read, as a body, would make the kernel drop the answer.
+            # If the client sent bytes that were not read, such as a body, the kernel would drop
+            # the answer at the close.
             request.setblocking(False)
             request.recv(LONGEST)
         self.close_request(request)
 
     def service_actions(self) -> None:
-        """Called twice a second by ``serve_forever``."""
+        """Shut down late connections. ``serve_forever`` calls this twice a second."""
         self.connections.shut_late()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what a connection's thread raised: in the end a client that went away."""
+        """Log an error of a connection's thread: usually the client has closed the connection."""
         logger.debug("a connection of %s ended", client_address, exc_info=True)
 
     def warn_of_host(self, host: str) -> None:
-        """Say once for each host that it is not answered."""
+        """Log a refused host, once for each host, for the first :data:`WARNINGS` hosts."""
         if host not in self._warned and len(self._warned) < WARNINGS:
             self._warned.add(host)
-            logger.warning("requests for host %s are refused; --allowed-host has them", host)
+            logger.warning(
+                "requests for host %s are refused; to allow them, start the exporter with "
+                "--allowed-host and this host",
+                host,
+            )
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -124,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             logger.debug("a connection of %s ended: %s", self.client_address, error)
 
     def finish(self) -> None:
-        # It would raise what handle() has logged already.
+        # After a failure of the connection this raises the error that handle() has logged already.
         with contextlib.suppress(OSError, ValueError):
             super().finish()
 
@@ -134,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.REQUEST_URI_TOO_LONG)
             return False
         if len(self.raw_requestline.split()) == 2:
-            # HTTP/0.9 has no headers, so neither a host that could be checked nor ours.
+            # HTTP/0.9 has no headers: there is no host to check, and no way to send our headers.
             self.requestline = self.request_version = ""
             self.send_error(HTTPStatus.BAD_REQUEST, "HTTP/1.0 or 1.1 is needed")
             return False
@@ -147,11 +156,13 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815
 
     def do_OPTIONS(self) -> None:
-        """Answer what HAProxy's ``option httpchk`` asks unless it is told otherwise."""
+        """Answer OPTIONS, which is the default method of HAProxy's ``option httpchk``."""
         self._send(Answer(HTTPStatus.NO_CONTENT, "", b""))
 
     def _refuse_method(self) -> None:
-        self._send(text(HTTPStatus.METHOD_NOT_ALLOWED, f"it can only be looked at: {METHODS}"))
+        self._send(
+            text(HTTPStatus.METHOD_NOT_ALLOWED, f"the exporter is read-only; it takes {METHODS}")
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("do_"):
@@ -162,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             url = urlsplit(self.path)
         except ValueError:
-            return text(HTTPStatus.BAD_REQUEST, "the path is no path")
+            return text(HTTPStatus.BAD_REQUEST, "the request's path is not valid")
         if (refused := self._refused_host(url.netloc)) is not None:
             return refused
         try:
@@ -176,11 +187,13 @@ class _Handler(BaseHTTPRequestHandler):
         except NotNow as reason:
             return text(HTTPStatus.SERVICE_UNAVAILABLE, str(reason))
         except Exception:
-            logger.exception("%s could not be answered", url.path)
-            return text(HTTPStatus.INTERNAL_SERVER_ERROR, "it failed; the log says why")
+            logger.exception("a request for %s could not be answered", url.path)
+            return text(
+                HTTPStatus.INTERNAL_SERVER_ERROR, "the request failed; the exporter's log says why"
+            )
 
     def _is_open(self) -> bool:
-        """Whether the client has not closed its side of the connection."""
+        """Return whether the client still waits: it has not closed its side of the connection."""
         try:
             return bool(self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except BlockingIOError:
@@ -189,19 +202,20 @@ class _Handler(BaseHTTPRequestHandler):
             return False
 
     def _refused_host(self, in_target: str) -> Answer | None:
-        """The answer to a request whose host is not answered; ``None`` if it is.
+        """Return the refusal of a request that names a wrong host; ``None`` if the host is allowed.
 
-        :param in_target: the host in a request line as proxies are sent: beside the header.
+        :param in_target: the host in the request line; empty unless the client sent a whole URL
+            there, as clients do to a proxy.
         """
         named = self.headers.get_all("Host", [])
-        # A browser always names one. Simple probes of HTTP/1.0 need not.
+        # A browser always sends one Host header. Simple probes that speak HTTP/1.0 send none.
         if len(named) > 1 or (not named and self.request_version != "HTTP/1.0"):
             return text(HTTPStatus.BAD_REQUEST, "one Host header is needed")
         for value in (*named, in_target):
             try:
                 host = host_of(value) if value else ""
             except BadHost:
-                return text(HTTPStatus.BAD_REQUEST, "the Host header is no host")
+                return text(HTTPStatus.BAD_REQUEST, "the Host header does not name a host")
             if host and not self.server.hosts.answers(host):
                 self.server.warn_of_host(host)
                 return text(
@@ -233,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer a request that could not be read, in one line and without its words."""
+        """Answer a request that could not be read, in one line that repeats nothing of it."""
         self.server.connections.begin(self.connection, Step.ANSWER)
         status = HTTPStatus(code)
         self.log_error("code %d, message %s", code, message)
@@ -251,9 +265,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Bounded:
-    """The lines of a request, as far as they are complete and not too many.
+    """A request's file, with a limit for its size and an error if it ends in the middle.
 
-    :param most: bytes that may be read.
+    :param most: how many bytes may be read.
     """
 
     def __init__(self, file: BufferedIOBase, most: int) -> None:
@@ -262,12 +276,11 @@ class _Bounded:
         self._has_begun = False
 
     def readline(self, size: int) -> bytes:
-        """The next line, or as much of it as may be read and one byte more; empty if there is no
-        request at all.
+        """Return the next line, cut one byte beyond the limit; empty if there is no request at all.
 
-        :raises LineTooLong: more was read already.
-        :raises ConnectionAbortedError: the request ends in its middle. Python's server would take
-            what has come for the whole of it.
+        :raises LineTooLong: earlier lines were beyond the limit already.
+        :raises ConnectionAbortedError: the request ends in the middle. Without this error Python's
+            server would answer the incomplete request.
         """
         if self._left < 0:
             raise LineTooLong("request")
@@ -284,17 +297,17 @@ class _Bounded:
 
 
 def make(pages: Pages, hosts: Hosts, host: str, port: int, connections: Connections) -> Server:
-    """A server that listens.
+    """Return a server that listens at an address.
 
     :param host: a name or an address; empty for all addresses.
-    :param port: 0 for any that is free.
-    :raises ImproperlyConfigured: the address cannot be had.
+    :param port: 0 for any port that is free.
+    :raises ImproperlyConfigured: the server cannot listen at the address.
     """
     try:
         found = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        # IPv4 first, as "localhost" is both, and not every client tries both.
+        # IPv4 comes first, because "localhost" is IPv4 and IPv6, and not every client tries both.
         family, *_, address = min(found, key=lambda each: each[0] != socket.AF_INET)
         return Server(family, address, pages, hosts, connections)
     except (OSError, OverflowError, ValueError) as error:
@@ -302,7 +315,7 @@ def make(pages: Pages, hosts: Hosts, host: str, port: int, connections: Connecti
 
 
 def url_of(server: Server) -> str:
-    """Where it listens."""
+    """Return the URL at which the server listens."""
     host, port = server.server_address[:2]
     return f"http://{_joined(str(host), port)}/"
 
@@ -312,7 +325,7 @@ def _joined(host: str, port: int) -> str:
 
 
 def serve_until(server: Server, wait: Callable[[], object]) -> None:
-    """Answer until the function returns. Requests that are not answered by then are cut off."""
+    """Answer requests until the function returns. Unanswered requests are then cut off."""
     thread = threading.Thread(target=server.serve_forever, name="singleton-http", daemon=True)
     thread.start()
     wait()

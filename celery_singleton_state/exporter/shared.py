@@ -1,9 +1,9 @@
-"""One piece of work for all requests that need its result at one time.
+"""Sharing of one result among all requests that wait for it.
 
-A request that comes while the work is under way waits for the next time, and shares it with all
-requests that wait. They get nothing that is older than themselves. So 300 requests that meet a
-store that hangs wait for two looks at it and not for 300, and 60 scrapes of a large exposition take
-the memory and the processor time of two.
+A request that arrives while the work is in progress waits until the work has been done once more,
+and shares that result with all other waiting requests. So no request gets a result that was begun
+before it arrived. If the store hangs, 300 requests wait for two snapshots and not for 300; and 60
+scrapes of a large exposition take the memory and the processor time of two.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any, Generic, TypeVar
 
 from celery_singleton_state.lease.lease import clock
 
-#: Seconds that a request waits for the work of others. The store's own time limits end earlier.
+#: Seconds for which a request waits for the work of others. The store's time limits are shorter.
 PATIENCE = 60.0
-#: Results that are kept, of the kinds that were asked for last.
+#: How many results are kept: one for each of the kinds that were requested last.
 KINDS = 8
 
 T = TypeVar("T")
 
 
 class NotNow(Exception):
-    """The work was not done for a request; the message says why, for its client."""
+    """The work was not done for a request. The exception's text tells the client why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,26 +35,28 @@ class _Done(Generic[T]):
 
 
 class Shared(Generic[T]):
-    """Does one piece of work at a time, of any kind.
+    """Does one piece of work at a time and shares each result among the requests that wait.
 
-    :param room: requests that may wait or work, taken together with those of others who have the
-        same semaphore. Left out: any number.
+    :param room: a semaphore that limits how many requests may wait or work. Several objects may
+        share it. Default: no limit.
     """
 
     def __init__(self, room: threading.Semaphore | None = None) -> None:
         self._room = room
         self._lock = threading.Lock()
-        #: The last result of each kind, which requests may still wait for.
+        #: The last result of each kind. Requests that wait may still use it.
         self._last: dict[Hashable, _Done[T]] = {}
 
     def get(
         self, kind: Hashable, work: Callable[[], T], is_wanted: Callable[[], bool] = lambda: True
     ) -> T:
-        """The result of the work, or what it raised: an error is shared as well.
+        """Return the result of the work, or raise its error. Errors are shared like results.
 
-        :param kind: what makes a result the same for another request.
-        :param is_wanted: asked after a wait, before the work is done.
-        :raises NotNow: too many others wait, it takes too long, or it is not wanted any more.
+        :param kind: identifies the result: requests with equal kinds share one.
+        :param is_wanted: tells whether the client still waits. It is called after a wait and before
+            the work.
+        :raises NotNow: too many other requests wait, the wait takes too long, or the client no
+            longer waits.
         """
         asked_at = clock()
         if self._room is not None and not self._room.acquire(blocking=False):
@@ -82,7 +84,7 @@ class Shared(Generic[T]):
             self._lock.release()
 
     def _do(self, kind: Hashable, work: Callable[[], T]) -> _Done[T]:
-        # What is to be replaced need not be in memory beside what replaces it.
+        # Drop the old result first, so that memory never holds the old and the new one together.
         self._last.pop(kind, None)
         done: _Done[Any] = _Done(clock(), Future())
         try:

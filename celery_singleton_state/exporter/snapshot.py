@@ -1,4 +1,4 @@
-"""One look at the store: what it holds of all singletons, and of the beats' lease."""
+"""A snapshot of the store: the rows of all singletons, and the lease of the leading beat."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from celery_singleton_state.store.base import Listed, StoreError
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What was seen; one statement.
+    """The contents of the store at one time, read by one statement of each store.
 
-    :param rows: of the singletons, by name.
-    :param leader: the row of the beats' lease, if any beat ever led.
-    :param health: its ``error`` says why nothing was seen.
+    :param rows: the singletons' rows, by the singletons' names.
+    :param leader: the row of the leader's lease; ``None`` if no beat has led yet.
+    :param health: the singletons' health. Its ``error`` says why the store could not be read.
     """
 
     rows: dict[str, Listed]
@@ -25,7 +25,7 @@ class Snapshot:
 
 
 def take_snapshot(runtime: Runtime) -> Snapshot:
-    """Look now. A store that is out of reach is an answer, too."""
+    """Read the store now. If it is unavailable, return a snapshot with an error and no rows."""
     prefix = runtime.settings.key_prefix
     beat = key_of(runtime.settings.beat_name)
     try:

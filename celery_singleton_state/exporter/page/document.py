@@ -1,8 +1,9 @@
-"""The status page: one HTML document, rendered for each request from templates.
+"""The status page: one HTML document, rendered from templates for each request.
 
-Keys, errors and states are texts of users. Every value that a template prints is made visible and
-then escaped, so a template cannot forget it. The page loads nothing from elsewhere, sets no cookie,
-and its Content-Security-Policy allows only its own style and script, by their digests.
+Keys, errors and states are texts of users. In every value that a template prints, invisible
+characters are shown as escapes, and HTML is escaped. A template cannot forget this, because it
+happens for all values. The page loads nothing from other hosts and sets no cookie. Its
+Content-Security-Policy allows only its own style and script, by their digests.
 """
 
 from __future__ import annotations
@@ -23,22 +24,25 @@ __all__ = ["POLICY", "Page", "ShownBeat", "ShownSingleton", "render"]
 
 
 def render(page: Page) -> str:
-    """The page as a whole HTML document."""
+    """Return the page as a whole HTML document."""
     return _TEMPLATES.get_template("page.html").render(page=page, policy=POLICY)
 
 
 def _read(name: str) -> str:
-    """A file of this package: a template, the style or the script."""
+    """Return the text of a file of this package: a template, the style or the script."""
     return resources.files(__package__).joinpath(name).read_text("utf-8")
 
 
 def _seen(value: object) -> str:
-    """Any printed value without invisible characters; autoescape comes after it."""
+    """Return a value as text, with invisible characters shown as escapes.
+
+    Jinja's autoescape comes after it and escapes HTML.
+    """
     return visible(value if isinstance(value, str) else str(value), keep="\t\n")
 
 
 def _node_and_process(holder: str) -> tuple[str, str]:
-    """A holder's name in two parts: its node, and the rest that tells two holders there apart."""
+    """Split a holder's name into its node and the rest, which tells holders of one node apart."""
     node = holder.rsplit(":", 2)[0]
     return node, holder[len(node) :]
 
@@ -48,7 +52,7 @@ def _number(value: int) -> str:
 
 
 def load_templates() -> Environment:
-    """The templates, each compiled once in a process."""
+    """Return the environment of the templates. It compiles each template once in a process."""
     found = Environment(
         loader=FunctionLoader(_read),
         autoescape=True,
@@ -58,7 +62,7 @@ def load_templates() -> Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    # Not Jinja's own filters: some of them, such as "safe", print a value unescaped.
+    # This replaces Jinja's own filters, because some of them, such as "safe", skip the escaping.
     found.filters = {
         "ago": moments.ago,
         "length": len,
@@ -76,7 +80,7 @@ def load_templates() -> Environment:
 
 
 def _digest(name: str) -> str:
-    """The digest of an included file, as the browser computes it from the page."""
+    """Return the digest of an included file, as the browser computes it from the page."""
     included = _TEMPLATES.get_template(name).render().encode()
     return f"'sha256-{base64.b64encode(hashlib.sha256(included).digest()).decode()}'"
 

@@ -1,4 +1,4 @@
-"""What the page shows, without how it is drawn or where it was read."""
+"""The data that the page shows, independent of how the data are read and drawn."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ FAILING = frozenset({Outcome.FAILED, Outcome.LOST})
 
 @dataclass(frozen=True, slots=True)
 class ShownSingleton:
-    """One singleton.
+    """One singleton of the page.
 
-    :param row: ``None`` for a singleton that never ran and has no row.
-    :param runs: the last runs, oldest first, as far as they were asked for.
-    :param value: the state as JSON, only if the operator asked for states to be shown.
+    :param row: the singleton's row; ``None`` if it never ran and has no row.
+    :param runs: the runs of the row's history, oldest first.
+    :param value: the state as JSON; ``None`` unless the operator gave ``--show-state``.
     """
 
     health: SingletonHealth
@@ -31,21 +31,21 @@ class ShownSingleton:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What to know about the singleton in a word or two, the worst first."""
+        """The singleton's marks, each of one or two words, the worst first."""
         row, marks = self.row, []
         if not self.health.healthy:
             marks.append("late")
         if row is not None and row.last_outcome in FAILING:
             marks.append("failing")
         if row is not None and row.acquired_at is not None and not row.held:
-            marks.append("lease ran out")
+            marks.append("lease expired")
         if row is not None and row.held and not row.in_hold_period:
             marks.append("running")
         return tuple(marks) or ("healthy",)
 
     @property
     def printed_name(self) -> tuple[str, str]:
-        """The name as the commands print and take it, in two parts: the task and the arguments."""
+        """The name as commands print and accept it, in two parts: the task and the arguments."""
         name, task = self.health.singleton, self.health.task
         printed, head = as_printed(name), as_printed(task if name.startswith(task) else name)
         if not printed.startswith(head):
@@ -59,7 +59,7 @@ class ShownSingleton:
 
     @property
     def last_run(self) -> history.Entry | None:
-        """The run whose outcome the row has; ``None`` if it is not in the history."""
+        """The history's entry for the row's last outcome; ``None`` if the history has none."""
         run = next((run for run in reversed(self.runs) if history.is_run(run)), None)
         if run is None or self.row is None or run.outcome != self.row.last_outcome:
             return None
@@ -68,12 +68,14 @@ class ShownSingleton:
 
 @dataclass(frozen=True, slots=True)
 class ShownBeat:
-    """The schedule and which beat leads.
+    """The part of the page about beat: which beat leads, and the schedule.
 
-    :param leader: the holder of the beat lease, ``None`` when no beat leads.
-    :param leads_since: seconds since the epoch.
+    :param name: the name that the beats of this app share.
+    :param leader: the holder of the leader's lease; ``None`` if no beat leads.
+    :param fence: the last fence of the lease.
+    :param leads_since: when the leader took the lease, in seconds since the epoch.
     :param upcoming: the entries that are due next, soonest first.
-    :param entries: how many entries there are in all.
+    :param entries: how many entries the schedule has.
     """
 
     name: str
@@ -88,12 +90,14 @@ class ShownBeat:
 class Page:
     """The contents of one page.
 
-    :param now: seconds since the epoch by the store's clock.
+    :param app: the name of the Celery app.
+    :param now: the time by the store's clock, in seconds since the epoch.
     :param shown: the singletons that are drawn, worst first.
     :param total: how many singletons match the query.
     :param running, unhealthy: counts of all singletons, whether they match or not.
-    :param query: what the visitor typed into the filter.
-    :param error: why nothing is known, if the store is unavailable.
+    :param query: the text that the visitor typed into the filter.
+    :param beat: ``None`` if no beat has led yet.
+    :param error: why the store could not be read; ``None`` if it was read.
     :param refresh: seconds between two requests of an open page.
     """
 

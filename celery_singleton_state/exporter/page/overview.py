@@ -1,4 +1,4 @@
-"""What the page shows: all singletons, the worst first, of which it draws so many."""
+"""Reads the page's contents from the store: the singletons, the worst first, and the schedule."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from celery_singleton_state.text.visible import as_printed
 
 from .model import FAILING, Page, ShownBeat, ShownSingleton
 
-#: Singletons, and ticks to come.
+#: How many singletons, and how many coming ticks, the page shows.
 SHOWN, UPCOMING = 200, 8
 
 
 class Overview:
-    """Makes the page's contents, with three statements.
+    """Reads the page's contents with three statements.
 
-    :param look: looks at the store, for each page.
-    :param shows_state: whether the states' values are shown.
+    :param take_snapshot: reads the store; called for each page.
+    :param shows_state: whether the page shows the singletons' states.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Overview:
         self._leader = Leader(runtime.app)
 
     def page(self, query: str) -> Page:
-        """The page for those singletons whose names have the query in them."""
+        """Return the page of the singletons whose names contain the query."""
         seen = self._take_snapshot()
         try:
             return self._page(query, seen, self._shown(query, seen), self._beat(seen))
@@ -91,7 +91,7 @@ class Overview:
 
 
 def _matches(query: str, name: str) -> bool:
-    """Whether a name has the query in it, as it is or as the page shows it."""
+    """Return whether a name contains the query, either as it is or as the page shows it."""
     return query.lower() in name.lower() or query.lower() in as_printed(name).lower()
 
 
@@ -105,11 +105,14 @@ def _show(
 
 
 def _rank(health: SingletonHealth, row: Listed | None) -> tuple[bool, bool, bool, str]:
-    """The worst first, then what runs."""
-    ran_out = row is not None and row.holder is not None and not row.held
+    """Return the sort key of a singleton: late ones first, then failing or expired, then running.
+
+    Singletons of equal rank are sorted by name.
+    """
+    has_expired = row is not None and row.holder is not None and not row.held
     failed = row is not None and row.last_outcome in FAILING
     runs = row is not None and row.held
-    return health.healthy, not (failed or ran_out), not runs, health.singleton
+    return health.healthy, not (failed or has_expired), not runs, health.singleton
 
 
 def _by_tick(state: EntryState) -> tuple[bool, float]:

@@ -19,7 +19,7 @@
     if (old) {
       const reason = failure || (waiting ? "text in it is selected" : "no answer yet");
       stale.textContent =
-        `This page is ${seconds} s old: it could not be refreshed (${reason}). It goes on trying.`;
+        `This page is ${seconds} s old: it could not be refreshed (${reason}). It keeps trying.`;
     }
     stale.hidden = !old;
   }
@@ -58,7 +58,7 @@
       const signal = AbortSignal.timeout(Math.max(2 * every, 10000));
       const answer = await fetch(location.href, {cache: "no-store", signal});
       const next = new DOMParser().parseFromString(await answer.text(), "text/html");
-      if (!next.getElementById("page")) throw new Error(`it answered ${answer.status}`);
+      if (!next.getElementById("page")) throw new Error(`the exporter answered ${answer.status}`);
       failure = "";
       waiting = isBeingSelected();
       if (!waiting) {

@@ -1,7 +1,7 @@
 """The geometry of a singleton's time line: its last runs as bars on one axis, which ends now.
 
-Each outcome has a shape of its own beside its colour. A bar is as wide as its run was long, but
-never too narrow to be seen.
+Each outcome has its own shape as well as its own colour. A bar's width is the run's duration, but
+never so small that the bar could not be seen.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from celery_singleton_state.history import Entry, Outcome
 from celery_singleton_state.store.base import Listed
 from celery_singleton_state.text import moments
 
-#: The size of the drawing, whose units are stretched, and the least width of a bar in it.
+#: The size of the drawing in SVG units. The browser stretches them to the column's width.
 LENGTH, HEIGHT = 100, 24
+#: The smallest width of a bar, in the same units.
 NARROWEST = 1.4
 
 RUNNING = "running"
-#: Each outcome's class, and the upper and lower ends of its bar's parts.
+#: The CSS class of each outcome, and the upper and lower end of each part of its bar.
 SHAPES: dict[str, tuple[str, tuple[tuple[int, int], ...]]] = {
     Outcome.SUCCEEDED: ("ok", ((11, 22),)),
     Outcome.FAILED: ("failed", ((2, 22),)),
@@ -33,8 +34,9 @@ SHAPES: dict[str, tuple[str, tuple[tuple[int, int], ...]]] = {
 class Shape(NamedTuple):
     """One filled path of a drawing.
 
-    :param kind: its CSS class.
-    :param path: its outline, as SVG takes it.
+    :param kind: the path's CSS class.
+    :param path: the outline as an SVG path.
+    :param title: the text that appears when the pointer rests on the path.
     """
 
     kind: str
@@ -43,10 +45,11 @@ class Shape(NamedTuple):
 
 
 class TimeLine(NamedTuple):
-    """One drawing.
+    """The drawing of one singleton's last runs.
 
-    :param label: its contents in words.
-    :param axis: the axis, whose second half is dashed if it stands for a long silence.
+    :param label: the contents in words, for screen readers.
+    :param axis: the axis. Its second half is dashed if it stands for a long time without a run.
+    :param bars: one bar for each run.
     :param start: when the axis begins, in seconds since the epoch.
     :param end: when the axis ends, in words.
     """
@@ -59,9 +62,9 @@ class TimeLine(NamedTuple):
 
 
 def timeline(row: Listed | None, runs: tuple[Entry, ...], now: float) -> TimeLine | None:
-    """The time line of one singleton; ``None`` if there is nothing to draw."""
+    """Return the time line of one singleton; ``None`` if there is no run to draw."""
     begun = _begun(row)
-    # A moment beyond the calendar has no place on the axis.
+    # A time that no calendar has, such as infinity, has no place on the axis.
     runs = tuple(
         run for run in runs if moments.is_usual(run.started) and moments.is_usual(run.finished)
     )
@@ -93,10 +96,10 @@ def _axis(is_broken: bool) -> tuple[Shape, ...]:
 
 
 def _end(start: float, last: float, now: float) -> tuple[float, str]:
-    """Where the axis ends, and how to say so if it ends before now.
+    """Return the time at which the axis ends, and a text for its end if that is not now.
 
     Runs that ended long ago would shrink to a point. So they get the left half of the axis, and
-    the right half stands for all the time since then.
+    the right half stands for all the time since the last run.
     """
     busy = max(last - start, 1.0)
     if now - last <= busy:
@@ -105,7 +108,7 @@ def _end(start: float, last: float, now: float) -> tuple[float, str]:
 
 
 def _begun(row: Listed | None) -> float | None:
-    """When the run began that has not ended."""
+    """Return when the run that has not ended began; ``None`` if there is no such run."""
     if row is None or row.expires_in is None or row.acquired_at is None:
         return None
     return row.acquired_at if moments.is_usual(row.acquired_at) else None
@@ -113,7 +116,7 @@ def _begun(row: Listed | None) -> float | None:
 
 def _unfinished(row: Listed, begun: float, left: float) -> Shape:
     outcome = RUNNING if row.held else Outcome.LOST
-    what = "running" if row.held else "not ended, its lease ran out"
+    what = "running" if row.held else "not ended, its lease has expired"
     return _bar(
         outcome, left, LENGTH, f"{what}, since {moments.moment(begun)} UTC, fence {row.fence}"
     )

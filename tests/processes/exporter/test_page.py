@@ -180,7 +180,7 @@ def test_it_says_when_it_is_old(browser: Chromium, site: Site, tmp_path: Path) -
         assert not tab.ask(f"{notice}.checkVisibility()")
         site.page = None
         tab.wait_for(f"{notice}.checkVisibility()")
-        assert "it answered 502" in tab.ask(f"{notice}.textContent")
+        assert "the exporter answered 502" in tab.ask(f"{notice}.textContent")
         assert tab.ask("document.querySelectorAll('.singletons tbody tr').length") == 5
         tab.screenshot(tmp_path / "old.png")
         site.page = made
@@ -197,7 +197,7 @@ def test_a_store_out_of_reach_comes_and_goes(browser: Chromium, site: Site) -> N
         tab.wait_for(
             "document.querySelector('main .away code')?.textContent === 'connection refused'"
         )
-        assert tab.ask("document.title").startswith("store out of reach")
+        assert tab.ask("document.title").startswith("store unavailable")
         assert tab.ask("document.getElementById('stale').hidden"), "it is not old"
         site.page = made
         tab.wait_for("document.querySelectorAll('.singletons tbody tr').length === 5")
