@@ -1,4 +1,4 @@
-"""A hook that tells StatsD of runs: one counter by outcome, and one timer."""
+"""A hook that reports runs to StatsD: a counter for each outcome, and a timer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from celery_singleton_state.hooks import Details, Lost, Released, Skipped
 
 
 class StatsD:
-    """Sends to ``STATSD_HOST`` and ``STATSD_PORT``; localhost and 8125 where they are not set."""
+    """Sends to ``STATSD_HOST`` and ``STATSD_PORT``. The defaults are localhost and 8125."""
 
     def __init__(self) -> None:
         host = os.environ.get("STATSD_HOST", "localhost")

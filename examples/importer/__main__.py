@@ -31,7 +31,7 @@ def main() -> int:
 
 
 def narrator() -> Callable[[str], None]:
-    """Prints lines with the seconds since now."""
+    """Return a function that prints a line with the seconds that have passed since now."""
     began = time.monotonic()
 
     def say(line: str) -> None:
@@ -41,7 +41,7 @@ def narrator() -> Callable[[str], None]:
 
 
 def perform(drama: Drama) -> int:
-    """Play and report; returns the exit status."""
+    """Play the demo, print the report, and return the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, drama.interrupt)
     try:

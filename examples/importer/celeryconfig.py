@@ -1,4 +1,4 @@
-"""Celery's settings: a broker and a store that are files in one folder."""
+"""Celery's settings for the demo. The broker and the store are files in one folder."""
 
 import os
 from pathlib import Path
@@ -20,5 +20,5 @@ beat_scheduler = "singleton"
 beat_schedule = {"import-orders": {"task": "tasks.import_orders", "schedule": 1.0}}
 
 singleton_store_url = f"sqlite:///{FOLDER / 'shop.db'}"
-# A lease lives for two intervals, so a dead worker is succeeded after 2 s, by default after 8 s.
+# A lease lives for two intervals. So the lease of a dead host is free after 2 s (default: 8 s).
 singleton_heartbeat_interval = 1

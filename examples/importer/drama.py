@@ -1,4 +1,4 @@
-"""The drama: orders arrive, worker and leading beat are killed, and the import goes on."""
+"""Plays the demo: orders arrive, the worker and the leading beat are killed, the import goes on."""
 
 import re
 import signal
@@ -28,12 +28,16 @@ SKIPPED = re.compile(r"singleton \S+ skipped: ")
 
 
 class DemoFailed(Exception):
-    """The demo did not come to its end; the message says why."""
+    """The demo failed before its end. The exception's text says why."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """What came of it."""
+    """The result of the demo.
+
+    :param killed_fence: the fence of the run that was killed.
+    :param resumed_fence, resumed_at: the fence and the starting place of the next run.
+    """
 
     runs: int
     skipped: int
@@ -45,9 +49,9 @@ class Ending:
 
 
 class Drama:
-    """One performance, in a folder of its own.
+    """One demo, in a folder of its own.
 
-    :param say: is given a line for each thing that happens.
+    :param say: called with a line of text for each event.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
@@ -65,10 +69,10 @@ class Drama:
         self._beats = [Service(folder, f"beat-{number}", "--loglevel=INFO") for number in (1, 2)]
 
     def play(self) -> Ending:
-        """Let it happen, and prove at the end that no line was lost or doubled.
+        """Play the whole demo, and compare the table with the data set at the end.
 
-        :raises DemoFailed: it did not come to its end.
-        :raises KeyboardInterrupt: it was interrupted.
+        :raises DemoFailed: the demo did not reach its end.
+        :raises KeyboardInterrupt: a signal interrupted the demo.
         """
         with closing(self._watch):
             self._say("starting a worker with a pool of 2, and two beats that tick every second")
@@ -91,11 +95,11 @@ class Drama:
             )
 
     def interrupt(self, *_signal: object) -> None:
-        """End it early; made to be a signal handler."""
+        """End the demo early. This is a signal handler."""
         self._interrupted = True
 
     def _kill_in_mid_batch(self) -> Row:
-        """Kill the worker and its pool; returns the importer's row as they left it."""
+        """Kill the worker and its pool within a batch, and return the importer's row after that."""
         self._wait_until("half is imported", lambda: self._look().imported >= KILL_AFTER)
         self._wait_until("a batch is half way", self._is_frozen_in_mid_batch, pause=0.001)
         self._say(f"SIGKILL for worker {self._worker.pid} and its pool, in the middle of a batch")
@@ -106,7 +110,10 @@ class Drama:
         return dead
 
     def _is_frozen_in_mid_batch(self) -> bool:
-        """Stop all of the worker's processes, and let them go on if no transaction is open."""
+        """Stop all processes of the worker while a transaction is open.
+
+        If no transaction is open, the processes continue and the result is false.
+        """
         if not self._watch.sees_open_transaction():
             return False
         self._worker.signal(signal.SIGSTOP)
@@ -116,7 +123,7 @@ class Drama:
         return False
 
     def _start_again(self, dead_fence: int) -> tuple[int, str]:
-        """Start the worker; returns fence and place of the first run after the dead one."""
+        """Start the worker, and return the fence and the starting place of the next run."""
         self._say("starting the worker again")
         self._worker.start()
 
@@ -130,7 +137,7 @@ class Drama:
         return fence, place
 
     def _kill_leading_beat(self) -> None:
-        """Kill the beat that leads; the other one goes on with the schedule."""
+        """Kill the leading beat, and wait until the other beat leads."""
 
         def leads(beat: Service) -> bool:
             return "beat leads" in beat.log
@@ -154,7 +161,10 @@ class Drama:
     # -- waiting
 
     def _wait_until(self, what: str, condition: Callable[[], T | None], pause: float = 0.05) -> T:
-        """Wait for a condition to be true; returns what it answered."""
+        """Wait until a condition returns a true value, and return this value.
+
+        :raises DemoFailed: the demo takes too long.
+        """
         while not (answer := condition()):
             if self._interrupted:
                 raise KeyboardInterrupt
@@ -165,10 +175,10 @@ class Drama:
         return answer
 
     def _revive(self) -> None:
-        """Start again what ended by itself, as a service manager would.
+        """Restart processes that ended by themselves, as a service manager would.
 
-        It happens: the filesystem broker writes a message and reads it without a lock between
-        the two, and a worker that meets the half of one ends.
+        This happens because the filesystem broker reads messages without a lock against writing. A
+        worker that reads half a message ends.
         """
         for service in (self._worker, *self._beats):
             if not service.has_ended:
@@ -182,7 +192,7 @@ class Drama:
             service.start()
 
     def _look(self) -> Row:
-        """The importer's row as it is now; once a second it is also said."""
+        """Read the importer's row, and print it once a second."""
         row = self._watch.row()
         if time.monotonic() - self._reported >= SECONDS_BETWEEN_REPORTS:
             self._reported = time.monotonic()

@@ -1,4 +1,4 @@
-"""The data set: order lines, the same in every run, in files that arrive one by one."""
+"""The data set: order lines in files that arrive one by one. Every demo has equal data."""
 
 import csv
 import random
@@ -9,13 +9,13 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import NamedTuple
 
-#: Lines of each file. Most are small; the import of a large one outlasts several ticks.
+#: How many lines each file has. Most files are small. Importing a large file takes several ticks.
 FILE_SIZES = (800, 800, 4800, 800, 800) * 3
 SECONDS_BETWEEN_FILES = 1.0
 
 
 class OrderLine(NamedTuple):
-    """One line of an order, as it stands in the files and in the table."""
+    """One line of an order. Its fields are the columns of the files and of the table."""
 
     order_id: str
     line_no: int
@@ -27,7 +27,7 @@ class OrderLine(NamedTuple):
 
 
 def data_set() -> dict[str, list[OrderLine]]:
-    """All files by name, in the order of their arrival."""
+    """Return the lines of all files by file name, in the order in which the files arrive."""
     lines = _lines(random.Random(2024))
     return {
         f"orders-{number:03}.csv": list(islice(lines, size))
@@ -54,7 +54,7 @@ def _lines(dice: random.Random) -> Iterator[OrderLine]:
 
 
 class Arrivals(Thread):
-    """Puts one file after the other into a folder, while an importer is at work there."""
+    """A thread that puts one file after the other into a folder while the importer runs."""
 
     def __init__(self, inbox: Path, say: Callable[[str], None]) -> None:
         super().__init__(name="arrivals")
@@ -78,7 +78,7 @@ class Arrivals(Thread):
 
 
 def write_file(path: Path, lines: Sequence[OrderLine]) -> None:
-    """Write a file under another name first, so that nobody reads the half of it."""
+    """Write a file under another name and then rename it, so that no reader sees half a file."""
     unfinished = path.with_suffix(".part")
     with unfinished.open("w", newline="") as file:
         writer = csv.writer(file)

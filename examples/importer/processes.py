@@ -1,4 +1,4 @@
-"""Real processes: started, stopped, killed, and never left behind."""
+"""Starts, stops and kills the demo's processes, and leaves none behind."""
 
 import os
 import select
@@ -9,14 +9,16 @@ from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).parent
-#: Seconds that an orderly end may take before it becomes a kill.
+#: Seconds that a process has to end in order, before it is killed.
 PATIENCE = 10.0
 
 
 class Service:
-    """A celery command with all the processes that it starts; within ``with`` it is up.
+    """A Celery command with all its processes. It runs within a ``with`` block.
 
-    :param name: is the command's, and a number where there are several.
+    :param folder: the demo's folder, which gets the log.
+    :param name: the name of the command, with a number if there are several: ``beat-1``.
+    :param options: further options of the command.
     """
 
     def __init__(self, folder: Path, name: str, *options: str) -> None:
@@ -24,7 +26,7 @@ class Service:
         self._log = folder / f"{name}.log"
         command = name.split("-")[0]
         self._command = [sys.executable, "-m", "celery", "-A", "tasks", command, *options]
-        # Celery's own variables would win over the settings of the demo.
+        # Celery's environment variables would take precedence over the settings of the demo.
         own = {key: value for key, value in os.environ.items() if not key.startswith("CELERY_")}
         self._environment = own | {"IMPORTER_FOLDER": str(folder), "TMPDIR": str(folder)}
         self._process: subprocess.Popen[bytes] | None = None
@@ -37,7 +39,8 @@ class Service:
         self.kill()
 
     def start(self) -> None:
-        # All processes of the service inherit the pipe, so it ends when the last of them does.
+        # All processes of the service inherit the pipe's write end. So the read end is at its end
+        # exactly when the last of these processes is gone.
         lifeline, inherited = os.pipe()
         self._lifeline = os.fdopen(lifeline)
         with self._log.open("ab") as log:
@@ -54,32 +57,35 @@ class Service:
 
     @property
     def pid(self) -> int:
-        """The main process's id, which is that of the whole group."""
+        """The id of the main process, which is also the id of its process group."""
         return self._started.pid
 
     @property
     def log(self) -> str:
-        """All that it has logged since its first start."""
+        """The whole log of the service since its first start."""
         return self._log.read_text()
 
     @property
     def has_ended(self) -> bool:
-        """Whether it was started and its main process is gone."""
+        """Whether the service was started and its main process is gone."""
         return self._process is not None and self._process.poll() is not None
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the main process and to those of its pool, all at once."""
+        """Send a signal to the main process and the processes of its pool, all at once."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
     def stop(self) -> None:
-        """Let it finish what it does and end; kill it if that takes too long."""
+        """Stop the service in order, or kill it if that takes too long."""
         self._started.terminate()
         if not self._all_gone(PATIENCE):
             self.kill()
 
     def kill(self) -> int:
-        """Kill all its processes and wait for their end; returns the main one's exit status."""
+        """Kill all processes of the service and wait for them. Return the main one's exit status.
+
+        :raises TimeoutError: a process is still there.
+        """
         if not self._all_gone(0):
             self.signal(signal.SIGKILL)
             if not self._all_gone(PATIENCE):

@@ -1,4 +1,4 @@
-"""The proof, from the database alone: every line of the data set, exactly once."""
+"""The proof that the database has every line of the data set exactly once."""
 
 import hashlib
 import sqlite3
@@ -15,10 +15,14 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Proof:
-    """What is in the table against what should be there.
+    """The comparison of the table with the data set.
 
-    :param missing: lines of the data set that the table has not, or not often enough.
-    :param surplus: rows of the table that the data set has not, or not so often.
+    :param lines: how many lines the data set has.
+    :param rows: how many rows the table has.
+    :param distinct: how many different rows the table has.
+    :param digests: the checksums of the data set and of the table.
+    :param missing: lines of the data set that are not in the table, or not often enough.
+    :param surplus: rows of the table that are not in the data set, or too often in the table.
     """
 
     lines: int
@@ -40,7 +44,7 @@ class Proof:
         ]
 
     def report(self) -> Iterator[str]:
-        """What was compared and found, for people."""
+        """Yield lines of text that say what was compared and what was found."""
         yield f"data set   {self.lines:,} lines, sha256 {self.digests[0]:.16}…"
         yield f"database   {self.rows:,} rows, {self.distinct:,} distinct, " + (
             f"sha256 {self.digests[1]:.16}…"
@@ -51,7 +55,7 @@ class Proof:
 
 
 def prove(database: Path, expected: Iterable[OrderLine]) -> Proof:
-    """Compare the table ``order_lines`` with the data set, line by line."""
+    """Compare the table ``order_lines`` of a database with the expected lines."""
     with closing(sqlite3.connect(database)) as connection:
         rows = [OrderLine(*row) for row in connection.execute("SELECT * FROM order_lines")]
         (distinct,) = connection.execute(
@@ -69,5 +73,5 @@ def prove(database: Path, expected: Iterable[OrderLine]) -> Proof:
 
 
 def digest(lines: Counter[OrderLine]) -> str:
-    """A checksum over all lines, whatever their order."""
+    """Return a checksum of all lines that does not depend on their order."""
     return hashlib.sha256(repr(sorted(lines.elements())).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""An importer that goes on where it stopped, even where it was killed. The part to copy."""
+"""The part to copy: an importer that goes on where it stopped, even if it was killed."""
 
 import csv
 import os
@@ -16,7 +16,7 @@ from celery_singleton_state import SingletonTask, singleton_task
 
 INBOX = Path(os.environ["IMPORTER_FOLDER"], "inbox")
 BATCH = 200
-#: What a real importer spends on each batch elsewhere: prices, stock, customers.
+#: Seconds of sleep for each batch. They stand for the other work of a real importer.
 SECONDS_PER_BATCH = 0.08
 INSERT = text("""
     INSERT INTO order_lines
@@ -29,7 +29,7 @@ logger = get_task_logger(__name__)
 
 @dataclass
 class Cursor:
-    """How far the import has come."""
+    """The state of the importer: the last imported line, and how many lines are imported."""
 
     file: str = ""
     line: int = 0
@@ -43,7 +43,7 @@ class Cursor:
 
 @singleton_task(app, state_schema=Cursor)
 def import_orders(self: SingletonTask[Cursor]) -> None:
-    """Import every line that has arrived and is not imported yet."""
+    """Import all lines that have arrived and are not imported yet."""
     logger.info("fence %d starts at %s:%d", self.fence, self.state.file, self.state.line)
     for file, batch in unread(self.state.file, self.state.line):
         time.sleep(SECONDS_PER_BATCH)
@@ -53,7 +53,7 @@ def import_orders(self: SingletonTask[Cursor]) -> None:
 
 
 def unread(first: str, line: int) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """The batches that follow a line of a file, each with the name of its file."""
+    """Yield the batches after a line of a file, each with the name of its file."""
     for path in sorted(path for path in INBOX.glob("*.csv") if path.name >= first):
         with path.open(newline="") as file:
             lines = islice(csv.DictReader(file), line if path.name == first else 0, None)

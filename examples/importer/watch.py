@@ -1,11 +1,11 @@
-"""What can be seen of the importer from outside, in plain SQL."""
+"""Reads the importer's database from outside, in plain SQL."""
 
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-#: Without a constraint that would hide a line which is imported twice.
+#: The table has no unique constraint, which would hide that a line is imported twice.
 CREATE_TABLE = """
 CREATE TABLE order_lines (
     order_id TEXT, line_no INTEGER, customer TEXT, sku TEXT,
@@ -33,13 +33,13 @@ class Row(NamedTuple):
 
     @property
     def lease(self) -> str:
-        """Who holds the lease and for how long, for people."""
+        """A text that says who holds the lease and for how long."""
         if not self.fence:
             return "no run yet"
         if self.holder is None or self.expires_in is None:
-            return f"nobody holds the lease, last fence {self.fence}"
+            return f"no run holds the lease, last fence {self.fence}"
         if self.expires_in <= 0:
-            return f"the lease of {self.holder} has run out, fence {self.fence}"
+            return f"the lease of {self.holder} has expired, fence {self.fence}"
         return f"{self.holder} holds the lease for {self.expires_in:.1f} s, fence {self.fence}"
 
 
@@ -49,7 +49,7 @@ def make_table(database: Path) -> None:
 
 
 class Watch:
-    """Looks into the importer's database while it is used."""
+    """Reads the importer's database while the importer uses it."""
 
     def __init__(self, database: Path) -> None:
         self._reader = sqlite3.connect(database)
@@ -64,7 +64,7 @@ class Watch:
         return Row(*found) if found else Row()
 
     def sees_open_transaction(self) -> bool:
-        """Whether somebody holds the file's only write lock."""
+        """Return whether another connection holds the database's only write lock."""
         try:
             self._prober.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
