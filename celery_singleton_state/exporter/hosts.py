@@ -100,8 +100,8 @@ def check_pattern(text: str) -> str:
     text = text.rstrip(".")
     if _PATTERN.fullmatch(text) is None:
         raise ValueError(
-            f"{text!r} is no host name; give a name without a port such as metrics.example.com, "
-            "*.example.com for all names below it, or * for every name"
+            f"{text!r} is not a host name; give a name without a port such as "
+            "metrics.example.com, *.example.com for all names below it, or * for every name"
         )
     return text
 

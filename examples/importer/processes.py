@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).parent
-#: Seconds that a process has to end in order, before it is killed.
+#: Seconds that a service has for a graceful shutdown. After that it is killed.
 PATIENCE = 10.0
 
 
@@ -76,7 +76,7 @@ class Service:
             os.killpg(self.pid, number)
 
     def stop(self) -> None:
-        """Stop the service in order, or kill it if that takes too long."""
+        """Shut the service down gracefully, and kill it if that takes too long."""
         self._started.terminate()
         if not self._all_gone(PATIENCE):
             self.kill()

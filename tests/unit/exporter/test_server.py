@@ -173,7 +173,7 @@ def test_hosts_of_other_places(serving: Serving, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("pattern", ["", "a b", "a:80", "http://a", "*a", "a.*", "**", "[::1]"])
 def test_a_pattern_that_is_none(pattern: str) -> None:
-    with pytest.raises(ValueError, match="is no host name"):
+    with pytest.raises(ValueError, match="is not a host name"):
         check_pattern(pattern)
 
 
