@@ -1,4 +1,4 @@
-"""A decorator that makes singleton tasks and keeps their types."""
+"""``singleton_task``, a decorator that makes singleton tasks and keeps their types."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ def singleton_task(
     base: type[SingletonTask[Any, Any, Any]] = SingletonTask,
     **options: Unpack[TaskOptions[S]],
 ) -> Callable[[Callable[Concatenate[Any, P], R]], SingletonTask[S, P, R]]:
-    """Make a singleton task of a function whose first parameter is the task.
+    """Make a singleton task from a function whose first parameter is the task, as ``self``.
 
-    The same as ``app.task(bind=True, base=SingletonTask, …)``, with the types kept: annotate
-    ``self: SingletonTask[Cursor]`` and ``self.state`` is a ``Cursor``.
+    It does the same as ``app.task(bind=True, base=SingletonTask, …)`` and keeps the types for a
+    type checker: with the annotation ``self: SingletonTask[Cursor]``, ``self.state`` is a
+    ``Cursor``.
 
-    :param options: those of :class:`TaskOptions`. One that is left out, or ``None``, is what the
-        base class says.
-    :raises ImproperlyConfigured: when the task is made, for an option that is not allowed.
+    :param app: the Celery app that the task belongs to.
+    :param base: the task's base class. Default: :class:`SingletonTask`.
+    :param options: the options of :class:`TaskOptions`, Celery's task options included. An option
+        of this package that is left out, or ``None``, has the value of the base class.
+    :returns: a decorator, which returns the task.
+    :raises ImproperlyConfigured: an option is not allowed. Raised when Celery makes the task.
     """
     chosen = {
         name: value for name, value in options.items() if value is not None or name not in NAMES

@@ -1,4 +1,4 @@
-"""What can go wrong with a singleton: one error class for each of five reasons."""
+"""The errors of singletons: one class for each of the five reasons why a run can fail."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import ClassVar
 
 from celery.exceptions import SoftTimeLimitExceeded
 
-#: Errors that can come at any moment, and say nothing of the value that is read or written then.
+#: Errors that can interrupt the code at any point. While a value is read or written, they do not
+#: mean that the value is wrong.
 FROM_OUTSIDE = (SoftTimeLimitExceeded, MemoryError)
 
 
 class SingletonErrorReason(StrEnum):
-    """The five reasons for which a singleton's run can fail."""
+    """The five reasons for which a singleton's run can fail.
+
+    Each reason's value is the name of its error class.
+    """
 
     STATE_LOAD_FAILED = "StateLoadFailed"
     STATE_PERSIST_FAILED = "StatePersistFailed"
@@ -21,25 +25,26 @@ class SingletonErrorReason(StrEnum):
     LEADER_HANDOFF_FAILED = "LeaderHandoffFailed"
 
 
-#: The reasons that pass by themselves, and so are worth another try.
+#: The reasons whose cause passes without a change to code or data, so that a retry may succeed.
 RETRYABLE_REASONS = frozenset(
     {SingletonErrorReason.STATE_LOAD_FAILED, SingletonErrorReason.STATE_PERSIST_FAILED}
 )
 
 
 class SingletonError(Exception):
-    """A singleton could not run, load, save or keep its lease.
+    """Base class of the five errors with which a run of a singleton can fail.
 
-    Raised as one of five subclasses, one for each reason, so that a reason can stand in
-    ``autoretry_for``, ``throws`` and ``except``.
+    Each subclass stands for one reason, so ``autoretry_for``, ``throws`` and ``except`` can name a
+    single reason.
 
-    Both arguments are positional and both are kept in ``args``: an exception that cannot
-    be rebuilt from its ``args`` loses its type in Celery's result backends.
+    Both arguments are positional, and ``args`` keeps both, because Celery's result backends rebuild
+    an exception from its ``args`` and otherwise replace it by one of another type.
 
-    :param singleton: the singleton's name, as ``celery singleton ls`` shows it.
-    :param detail: what happened, for people. Empty when left out.
+    :param singleton: the singleton's name, as ``celery singleton ls`` prints it.
+    :param detail: a text that says what happened. Default: empty.
     """
 
+    #: The reason that the subclass stands for.
     reason: ClassVar[SingletonErrorReason]
 
     def __init__(self, singleton: str, detail: str = "", /) -> None:
@@ -47,17 +52,17 @@ class SingletonError(Exception):
 
     @property
     def singleton(self) -> str:
-        """Name of the singleton."""
+        """The singleton's name, as ``celery singleton ls`` prints it."""
         return str(self.args[0])
 
     @property
     def detail(self) -> str:
-        """What happened, for people."""
+        """A text that says what happened; empty if there is none."""
         return str(self.args[1])
 
     @property
     def retryable(self) -> bool:
-        """Whether the reason is one that passes by itself."""
+        """Whether a retry may succeed without a change to code or data."""
         return is_retryable(self.reason)
 
     def __str__(self) -> str:
@@ -65,42 +70,54 @@ class SingletonError(Exception):
 
     @staticmethod
     def from_reason(reason: str, singleton: str, detail: str = "") -> SingletonError:
-        """Build the error that belongs to a reason's name.
+        """Return the error for a reason, given by its name.
 
-        :raises ValueError: the name is not one of the five; the message lists them.
+        :param reason: one of the values of :class:`SingletonErrorReason`.
+        :param singleton: the singleton's name.
+        :param detail: a text that says what happened. Default: empty.
+        :raises ValueError: there is no such reason; the message lists the five reasons.
         """
         return _CLASSES[parse_reason(reason)](singleton, detail)
 
 
 class StateLoadFailed(SingletonError):
-    """The store could not be reached to acquire the lease and load the state."""
+    """The lease could not be acquired or the state not loaded, because the store is unavailable."""
 
     reason = SingletonErrorReason.STATE_LOAD_FAILED
 
 
 class StatePersistFailed(SingletonError):
-    """The store could not be reached to save the state."""
+    """The state could not be saved, because the store is unavailable."""
 
     reason = SingletonErrorReason.STATE_PERSIST_FAILED
 
 
 class SchemaDecodeFailed(SingletonError):
-    """The stored value, or the state that a run left, does not fit the schema; the new state would
-    not come back the same; or the store cannot hold the state or the key: its encoding lacks a
-    character, or it is too large.
+    """A state does not fit its schema, or cannot be stored. One of these is true:
+
+    - the stored value does not fit the schema,
+    - the state that the body left does not fit the schema,
+    - the next load would return a state that differs from the state that the body left,
+    - the store cannot hold the state or the key: it is too large, or the database's encoding lacks
+      one of its characters.
     """
 
     reason = SingletonErrorReason.SCHEMA_DECODE_FAILED
 
 
 class HeartbeatFailed(SingletonError):
-    """The run lost its lease; what it wanted to write was refused."""
+    """The run lost its lease or was asked to hand it over. Later writes of its state are refused.
+
+    Also raised for a message whose earlier runs have killed their process too often.
+    """
 
     reason = SingletonErrorReason.HEARTBEAT_FAILED
 
 
 class LeaderHandoffFailed(SingletonError):
-    """The lease was not obtained in the time that the conflict policy allows."""
+    """Another run holds the lease, and the options ``on_conflict`` and ``conflict_timeout`` do not
+    let this message wait any longer.
+    """
 
     reason = SingletonErrorReason.LEADER_HANDOFF_FAILED
 
@@ -118,7 +135,10 @@ _CLASSES: dict[SingletonErrorReason, type[SingletonError]] = {
 
 
 def parse_reason(name: str) -> SingletonErrorReason:
-    """The reason with this name; :exc:`ValueError` lists the five when there is none."""
+    """Return the reason with this name.
+
+    :raises ValueError: there is no such reason; the message lists the five reasons.
+    """
     try:
         return SingletonErrorReason(name)
     except ValueError:
@@ -127,11 +147,11 @@ def parse_reason(name: str) -> SingletonErrorReason:
 
 
 def is_retryable(reason: str) -> bool:
-    """Whether a reason passes by itself, so that a retry may succeed."""
+    """Whether a retry may succeed after a failure for this reason."""
     return reason in RETRYABLE_REASONS
 
 
 class KeyValueStoreError(Exception):
-    """The key-value store could not be reached, cannot hold the value, or holds what cannot be
-    read.
+    """The database of a :class:`KeyValueStore` is unavailable, it refuses the value, or the value
+    that it holds cannot be read.
     """

@@ -1,4 +1,4 @@
-"""The headers in which a message carries what this package knows about it."""
+"""The message headers of this package: their names, and how they are read and passed on."""
 
 from __future__ import annotations
 
@@ -9,44 +9,47 @@ from celery.app.task import Context
 
 from .compat import custom_attributes
 
-#: What all names begin with.
+#: Prefix of the names of all headers of this package.
 PREFIX = "singleton_"
-#: How often the message was requeued because its own run went on.
+#: How often the message was requeued because its run was still active in another process.
 REQUEUED = "singleton_requeued"
-#: Marks a message that this package sent again, as it is.
+#: Marks a message that this package has sent again unchanged.
 SENT_AGAIN = "singleton_sent_again"
-#: Seconds that the message has waited for the lease.
+#: Seconds that the message has waited for the lease so far.
 WAITED = "singleton_waited"
-#: The id of the task that this message replaces, wholly or in part, by ``self.replace()``.
+#: The task id of the run that sent this message by ``self.replace()``.
 REPLACES = "singleton_replaces"
-#: Seconds that it had waited when it became the next in line.
+#: The value of ``singleton_waited`` when the message became the next one in line for the lease.
 NEXT_SINCE = "singleton_next_since"
 #: How often this package retried the message.
 RETRIES = "singleton_retries"
-#: How often the message was requeued because its run had ended a moment before.
+#: How often the message was requeued because its run had ended and the result backend did not have
+#: the result yet.
 UNRECORDED = "singleton_unrecorded"
-#: The message's rank among those that replace each other.
+#: The message's rank for ``on_conflict="replace"``: the message with the larger rank is newer.
 RANK = "singleton_rank"
-#: When the message was sent, by the clock of a host that the value names.
+#: When the message was sent, and the host by whose clock.
 SENT_AT = "singleton_sent_at"
-#: A value by which a message is told from others that were sent with the same id.
+#: A random value that tells the message from other messages that were sent with the same task id.
 SENT = "singleton_sent"
-#: Seconds that the message was to wait in all when it was sent again or retried.
+#: The whole delay, in seconds, with which the message was last retried or requeued.
 PAUSE = "singleton_pause"
-#: Seconds that the message has still to wait when it comes, because no delay is as long.
+#: Seconds that the message has still to wait when a worker receives it. Set when the whole delay is
+#: longer than the broker can delay a message at once.
 PAUSE_LEFT = "singleton_pause_left"
-#: Marks a message that is one of several copies that a fanout exchange made.
+#: Marks a message that a fanout exchange has copied into several queues.
 COPY = "singleton_copy"
 #: The schedule entry whose tick the message is for.
 ENTRY = "singleton_entry"
-#: The due time of that tick, in ISO format.
+#: The due time of the tick that the message is for, in ISO format.
 DUE = "singleton_due"
-#: The due time of the tick of that entry which was sent before, in ISO format.
+#: The due time of the entry's previous tick that was sent, in ISO format.
 PREVIOUS = "singleton_previous"
-#: Marks a tick whose entry sends the next one when this one has ended, so that it is not skipped.
+#: Marks a tick of an entry with ``catch_up="all"``: beat sends the entry's next tick when this one
+#: has ended. Such a tick waits for the lease and is never skipped.
 ONE_BY_ONE = "singleton_one_by_one"
 
-#: What is said of one try of a message, and not of its retries.
+#: Headers that describe one try of a message. Its retries do not inherit them.
 OF_ONE_TRY = frozenset({WAITED, NEXT_SINCE, REQUEUED, UNRECORDED})
 
 #: All headers of this package.
@@ -72,11 +75,11 @@ OWN = frozenset(
     }
 )
 
-#: The header in which some tracing tools put a copy of their own headers, and some also the
-#: message's. Celery then shows only its content as ``request.headers``.
+#: The name of an inner header: some tracing tools put a dict with a copy of headers into a header
+#: of this name. Celery then shows only that dict as ``request.headers``.
 INNER = "headers"
 
-#: Names, in lower case, of headers that tracing tools add to a message, and how others begin.
+#: Names, in lower case, of the headers that tracing tools add to messages; then prefixes of others.
 _TOOLS = frozenset(
     {
         "b3",
@@ -101,8 +104,9 @@ _TOOLS_PREFIXES = (
     "x-instana-",
     "x-newrelic-",
 )
-#: How names of headers begin in which RabbitMQ notes what became of one delivery. A broker that
-#: finds them on a new message takes it for one that goes round in circles.
+#: Prefixes of the headers in which RabbitMQ records how it has moved a message. They are removed
+#: from a message that is sent again, because RabbitMQ would count its earlier moves and could drop
+#: it as a message that moves in a circle.
 _BROKERS_PREFIXES = (
     "x-acquired-count",
     "x-death",
@@ -113,12 +117,12 @@ _BROKERS_PREFIXES = (
 
 
 def header(request: Context, name: str, default: Any = None) -> Any:
-    """The value of one of this package's headers.
+    """Return the value of one of this package's headers.
 
-    All headers of a message are attributes of its request. They come first: each sending sets them,
-    where a copy in an inner header may be from an earlier sending.
+    Celery makes each header of a message an attribute of its request. The attribute is preferred to
+    ``request.headers``, because that can be an inner header with values from an earlier sending.
 
-    :param default: the value of a header that the message does not have.
+    :param default: returned if the message does not have the header.
     """
     value = request.__dict__.get(name)
     if value is None and request.headers:
@@ -127,12 +131,12 @@ def header(request: Context, name: str, default: Any = None) -> Any:
 
 
 def count_in(request: Context, name: str) -> int:
-    """The value of a header that counts; 0 if the message does not have it."""
+    """Return the value of a header that is a count; 0 if the message does not have the header."""
     return int(header(request, name) or 0)
 
 
 def own_headers(request: Context) -> dict[str, Any]:
-    """The headers of this package that a message has; of each name the value of :func:`header`."""
+    """Return this package's headers of a message by name, with the values of :func:`header`."""
     shown: Any = request.headers
     found = {}
     if isinstance(shown, Mapping):
@@ -147,22 +151,23 @@ def own_headers(request: Context) -> dict[str, Any]:
 
 
 def custom_headers(request: Context) -> dict[str, Any]:
-    """All custom headers of a message, for the message that is sent in its place.
+    """Return all custom headers of a message, for the message that is sent in its place.
 
-    A body finds the same ``request.headers`` when the message comes again: what only an inner
-    header has stays there. This package's own are never left there, where they would be old.
+    The body finds the same ``request.headers`` in that message. Therefore a header that is only in
+    an inner header stays there. This package's headers are moved out of the inner header, because
+    later sendings do not update it.
     """
     shown = _kept(_shown(request))
     made = _on_top(request, shown) | own_headers(request)
     inner = {name: value for name, value in shown.items() if name not in OWN}
     if request.is_eager or inner.keys() <= made.keys():
-        # Celery shows all of them, without an inner header.
+        # No inner header is needed: Celery shows all headers as `request.headers`.
         return inner | made
     return made | {INNER: inner}
 
 
 def without_moves(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """The headers without those in which RabbitMQ notes how it has moved the message."""
+    """Return the headers without those in which RabbitMQ records how it has moved the message."""
     return {
         name: value
         for name, value in headers.items()
@@ -171,13 +176,13 @@ def without_moves(headers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_of_tool(name: object) -> bool:
-    """Whether a header is one that tracing tools add to a message."""
+    """Whether a header has the name of a header that tracing tools add to messages."""
     lower = str(name).lower()
     return lower in _TOOLS or lower.startswith(_TOOLS_PREFIXES)
 
 
 def names_in(headers: Mapping[str, Any]) -> Iterator[str]:
-    """The names of all headers, of those in an inner header, too."""
+    """Yield the names of all headers, including those within an inner header."""
     for name, value in headers.items():
         if name == INNER and isinstance(value, Mapping):
             yield from names_in(value)
@@ -186,16 +191,19 @@ def names_in(headers: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _shown(request: Context) -> Mapping[str, Any]:
-    """The headers that Celery shows."""
+    """Return ``request.headers``; an empty dict if it is not a dict."""
     shown: Any = request.headers
     return shown if isinstance(shown, Mapping) else {}
 
 
 def _on_top(request: Context, shown: Mapping[str, Any]) -> dict[str, Any]:
-    """The custom headers that are attributes of the request.
+    """Return the custom headers that are attributes of the request.
 
-    Other attributes were put there by somebody in this process. Where nothing is hidden they are
-    not taken for headers, and never what a message cannot carry.
+    User code can have set attributes of its own on the request. If Celery shows all headers, an
+    attribute that it does not show is not a header. If an inner header hides some of them, such an
+    attribute counts as a header when a message can carry its value.
+
+    :param shown: the headers that Celery shows.
     """
     found = _kept(custom_attributes(request))
     if any(name not in found or is_of_tool(name) for name in shown):
@@ -204,7 +212,7 @@ def _on_top(request: Context, shown: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a message of any broker can carry it."""
+    """Whether a message can carry this value as a header, whatever its broker."""
     if isinstance(value, Mapping):
         return all(isinstance(name, str) and _is_plain(part) for name, part in value.items())
     if isinstance(value, list | tuple):
@@ -213,7 +221,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _kept(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """Headers as they are sent again: without an inner one and without what the broker added."""
+    """Return headers as they are sent again: without an inner header and without the broker's."""
     return {
         name: _once_each(value) if name == "baggage" else value
         for name, value in without_moves(headers).items()
@@ -222,9 +230,10 @@ def _kept(headers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _once_each(baggage: Any) -> Any:
-    """The header ``baggage`` with each of its members once, the newest.
+    """Return the value of the W3C header ``baggage`` with the newest of each member only.
 
-    Some tools append all of theirs at each sending, without end.
+    Some tracing tools append all of their members at each sending, so that the header would grow
+    with each retry.
     """
     if not isinstance(baggage, str):
         return baggage

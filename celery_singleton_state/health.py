@@ -1,4 +1,4 @@
-"""Health: whether the singletons ran when they should have, as their rows tell."""
+"""Health checks: whether each singleton ran when it should have, according to its row."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ logger = logger_of(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SingletonHealth:
-    """One singleton's health.
+    """The health of one singleton.
 
-    :param singleton: its name, as ``celery singleton ls`` prints it.
-    :param task: the name of its task.
-    :param reason: why it is healthy or not, for people.
+    :param singleton: the singleton's name, as ``celery singleton ls`` prints it.
+    :param task: the name of the singleton's task.
+    :param healthy: whether the singleton ran when it should have.
+    :param reason: a text that says why the singleton is healthy or not.
     """
 
     singleton: str
@@ -37,10 +38,11 @@ class SingletonHealth:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """The health of an app's singletons.
+    """The health of all singletons of an app.
 
-    :param singletons: each that ever ran, or should have; by name.
-    :param error: why nothing is known, if the store is out of reach or its URL cannot be used.
+    :param singletons: every singleton that has ever run or should have run, sorted by name.
+    :param error: why the health is unknown: the store is unavailable, or its URL cannot be used.
+        ``None`` if the store has answered.
     """
 
     singletons: tuple[SingletonHealth, ...]
@@ -48,49 +50,63 @@ class Health:
 
     @property
     def healthy(self) -> bool:
-        """Whether the store answers and all singletons are healthy."""
+        """Whether the store has answered and all singletons are healthy."""
         return self.error is None and all(each.healthy for each in self.singletons)
 
 
 def check_health(app: Celery) -> Health:
-    """Ask the store whether the app's singletons ran when they should have; a few statements.
+    """Check whether the app's singletons ran when they should have. Costs a few statements.
 
-    A singleton is healthy if it last finished within its task's ``expected_interval`` times
-    ``singleton_heartbeat_threshold``, or has no ``expected_interval``. One that never ran is given
-    that time, but ``singleton_startup_grace`` at least, from the first start of a worker that
-    knows it; where none has started, from this process's first use of the app's singletons.
+    - A singleton whose task has no ``expected_interval`` is healthy.
+    - A singleton that has run is healthy if its last run finished no longer ago than
+      ``expected_interval`` times ``singleton_heartbeat_threshold``.
+    - A singleton that has never run is healthy for that time, and for at least
+      ``singleton_startup_grace`` seconds. The time begins when a worker that knows the task first
+      starts. If none has started, it begins when this process first uses the app's singletons.
 
-    :raises ImproperlyConfigured: a setting is not allowed.
+    A store that is unavailable is not an error; :attr:`Health.error` reports it.
+
+    :param app: the Celery app. Its tasks must be imported.
+    :returns: the health of every singleton.
+    :raises ImproperlyConfigured: a setting of the app is not allowed.
     """
     app.finalize(auto=True)
     runtime = runtime_of(app)
     try:
-        _see_that_it_can_be_used(runtime)
+        _check_stores(runtime)
         rows = runtime.rows(runtime.settings.key_prefix)
     except (StoreError, ImproperlyConfigured) as error:
         return Health((), str(error))
     return evaluate(runtime, rows)
 
 
-def _see_that_it_can_be_used(runtime: Runtime) -> None:
-    """:raises StoreNotReady: it cannot, and may hide rows that are there, or lack privileges."""
+def _check_stores(runtime: Runtime) -> None:
+    """Refuse stores whose rows cannot be relied on.
+
+    :raises StoreNotReady: a table is missing or of an older release, a privilege is lacking, or
+        rows are hidden.
+    """
     try:
         runtime.check()
     except StoreUnavailable as error:
-        # One that is read-only, for example, can still be asked.
-        logger.debug("singletons: health is told without a check of the store: %s", error)
+        # The check fails on a read-only database, for example, whose rows can still be read.
+        logger.debug("singletons: health is evaluated without a check of the store: %s", error)
 
 
 def evaluate(runtime: Runtime, rows: Sequence[Listed]) -> Health:
-    """The health of the singletons with these rows, and of those that should have one."""
+    """Return the health of all singletons that have a row or should have one.
+
+    :param rows: the rows of all singletons of the app.
+    """
     prefix = runtime.settings.key_prefix
     found = {}
     for row in rows:
         name = row.key.removeprefix(prefix)
-        # Without a note of its task, a row may be that of the task which has the whole name.
+        # A row from before the column `task`: assume a task without unique_on, which has the
+        # singleton's name.
         task = row.task or name
         expected = _expected(runtime, task)
-        healthy, reason = _of(row, expected, runtime.settings)
+        healthy, reason = _evaluate_row(row, expected, runtime.settings)
         found[name] = SingletonHealth(name, task, healthy, reason)
     since = clock() - runtime.made_at
     for name in expected_singletons(runtime.app) - found.keys():
@@ -100,11 +116,16 @@ def evaluate(runtime: Runtime, rows: Sequence[Listed]) -> Health:
 
 
 def _expected(runtime: Runtime, task: str) -> float | None:
+    """Return a task's ``expected_interval`` in seconds; ``None`` if it has none or is unknown."""
     options = options_of(runtime.app.tasks.get(task))
     return options.expected_interval if options else None
 
 
-def _of(row: Listed, expected: float | None, settings: Settings) -> tuple[bool, str]:
+def _evaluate_row(row: Listed, expected: float | None, settings: Settings) -> tuple[bool, str]:
+    """Return whether the singleton of a row is healthy, and why.
+
+    :param expected: the task's ``expected_interval``, in seconds.
+    """
     if expected is None:
         return True, "it has no expected_interval"
     if row.last_finished_at is None:
@@ -112,13 +133,19 @@ def _of(row: Listed, expected: float | None, settings: Settings) -> tuple[bool, 
     age = row.read_at - row.last_finished_at
     limit = expected * settings.heartbeat_threshold
     if not -limit <= age < math.inf:
-        # No clock that stores share is so far off: nothing is known of its last run.
-        return False, f"its row says that it finished at {moment(row.last_finished_at)} UTC"
+        # Clocks of servers differ by less than this: the time in the row is wrong.
+        at = moment(row.last_finished_at)
+        return False, f"its row says that it finished at {at} UTC, which cannot be right"
     text = f"it finished {seconds(age)} ago"
     return age <= limit, text if age <= limit else f"{text}, and should have within {limit:g} s"
 
 
 def _never_ran(since: float, expected: float, settings: Settings) -> tuple[bool, str]:
+    """Return whether a singleton that has never run is healthy, and why.
+
+    :param since: seconds for which its first run has been expected.
+    :param expected: the task's ``expected_interval``, in seconds.
+    """
     limit = max(settings.startup_grace, expected * settings.heartbeat_threshold)
-    text = f"it never ran, and is waited for since {seconds(since)}"
+    text = f"it never ran, and has been expected for {seconds(since)}"
     return since <= limit, text if since <= limit else f"{text}, longer than {limit:g} s"

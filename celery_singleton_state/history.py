@@ -1,8 +1,12 @@
-"""The last runs of a singleton, kept in its row as compact JSON.
+"""The history: the last runs of a singleton, kept in its row as compact JSON.
 
-Its only writer is the holder of the lease, which appends to what it loaded, so keeping it
-costs no round trip. It answers three questions: was this message already done, was my
-unanswered commit mine, and what ran when.
+The holder of the lease is the only writer. It loads the history together with the state and
+appends its own run when it releases the lease, so the history costs no round trip. The history
+answers three questions:
+
+- Is this message a duplicate, because its work is already done?
+- Did a commit take effect whose answer was lost?
+- What ran when?
 """
 
 from __future__ import annotations
@@ -18,10 +22,11 @@ from .ticks import Tick
 
 logger = logger_of(__name__)
 
+#: Longest error text of a run, in characters.
 MAX_ERROR_LENGTH = 200
-#: How many of the newest runs keep their results, so that the row stays small.
+#: Number of runs, the newest ones, that keep their results. Few, so that the row stays small.
 RESULTS = 4
-#: The error of a run whose process died.
+#: The error text of a run whose process died.
 DIED = "its process died"
 
 
@@ -36,13 +41,16 @@ class Outcome(StrEnum):
     DUPLICATE = "duplicate"
 
 
+#: Outcomes that mean that the work of a message is done.
 DONE = frozenset({Outcome.SUCCEEDED, Outcome.DUPLICATE})
 
 
 class Kept(msgspec.Struct, array_like=True, frozen=True):
-    """A result as kombu serialized it.
+    """A body's result, serialized by kombu.
 
-    :param encoding: of the text; ``base64`` stands for bytes.
+    :param content_type: the content type that kombu's serializer has given.
+    :param encoding: the text's encoding, as kombu names it; ``base64`` if kombu made bytes.
+    :param text: the serialized result.
     """
 
     content_type: str
@@ -51,17 +59,20 @@ class Kept(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Entry(msgspec.Struct, array_like=True, frozen=True):
-    """One past run. Times are seconds since the epoch, by the store's clock at acquisition.
+    """One past run, or one message that was refused as a duplicate.
 
-    A task's retries carry its id. Those that its body asked for each count as a new *generation*;
-    those that this package sent, to repeat a run, belong to the same.
+    All retries of a message have its task id. A retry that the body asked for begins a new
+    *generation* of the message. A retry that this package sent, to repeat a failed run, belongs to
+    the generation of that run.
 
+    :param started: seconds since the epoch, by the store's clock. ``finished`` likewise.
     :param sent: the value that tells messages with the same id apart, if the message has one.
     :param result: what the body returned, if it was kept.
-    :param deaths: of a run whose process died: how many died for its message, one after the other.
-    :param final: whether the run asked for no retry: if it succeeded, no message with its id is new
-        work, of whatever generation. Copies of it are of several where a run asked for a retry and
-        its own message came again, as its worker died.
+    :param deaths: how many processes have died in runs of this message, one after the other; 0 if
+        this run's process did not die.
+    :param final: whether the body sent no message with its task id, neither a retry nor a
+        replacement. If such a run succeeded, a later message with its id is a duplicate, whatever
+        its generation.
     """
 
     task_id: str | None
@@ -83,32 +94,36 @@ _decoder = msgspec.json.Decoder(tuple[Entry, ...])
 
 
 def decode(raw: str | None, name: str) -> tuple[Entry, ...]:
-    """The entries, oldest first.
+    """Return the entries of a history, the oldest first.
 
-    A history that cannot be read counts as empty, with a warning: it is a record of the runs
-    and not their state, and a singleton that stops over it would lose more.
+    A history that cannot be read counts as empty, and a warning is logged. The singleton goes on,
+    because the history is only a record of its runs, and stopping would do more harm.
+
+    :param raw: the history as JSON; ``None`` if the row has none.
+    :param name: the singleton's name or key, for the warning.
     """
     if not raw:
         return ()
     try:
         return _decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeError):
-        pass  # odd texts take another way
+        pass  # from_json() is slower and also reads texts that are not well-formed Unicode
     try:
         return from_json(raw, _decoder)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        text = "singleton %s: its history cannot be read and starts anew: %s"
+        text = "singleton %s: its history cannot be read, and begins again empty: %s"
         logger.warning(text, visible(name), error)
         return ()
 
 
 def append(entries: tuple[Entry, ...], entry: Entry, limit: int) -> str:
-    """The JSON of the newest ``limit`` runs, and of as many duplicates, the new one among them.
+    """Return a history with one more entry, as JSON.
 
-    It is ASCII, so that no database refuses it, whatever an error says.
-
-    What was refused as a duplicate must not push out what it is known by. Only the newest
+    The newest ``limit`` runs and the newest ``limit`` duplicates are kept. Duplicates are counted
+    separately, so that they never evict the run that identifies them. Only the newest
     :data:`RESULTS` results are kept.
+
+    The JSON is ASCII, so that a database of any encoding can hold the text of an error.
     """
     runs = duplicates = results = 0
     kept = []
@@ -135,24 +150,26 @@ def append(entries: tuple[Entry, ...], entry: Entry, limit: int) -> str:
 
 
 def is_duplicate(entry: Entry) -> bool:
-    """Whether it is of a message that was done before."""
+    """Whether an entry stands for a message that was refused as a duplicate."""
     return entry.outcome == Outcome.DUPLICATE
 
 
 def is_run(entry: Entry) -> bool:
-    """Whether a body ran."""
+    """Whether an entry stands for a run of a body, and not for a duplicate."""
     return not is_duplicate(entry)
 
 
 def done_by(
     entries: tuple[Entry, ...], task_id: str, generation: int, sent: str | None = None
 ) -> Entry | None:
-    """The run that did this work, or a later generation of it, if one is known.
+    """Return the entry of the run that did a message's work, or the work of a later generation.
 
-    The run itself is preferred to a duplicate of it, which has no result.
+    If no such run is in the history any more, return the entry of a duplicate of the message, which
+    proves the same but has no result.
 
-    :param sent: the message's own value. A run of a message that has the same id and another value
-        did other work.
+    :param sent: the value that tells messages with the same id apart. A run with the same id and
+        another value did other work. ``None``: the id alone is compared.
+    :returns: ``None`` if the history does not know the work as done.
     """
     done = [
         entry
@@ -163,13 +180,13 @@ def done_by(
 
 
 def deaths_of(entries: tuple[Entry, ...], task_id: str | None, sent: str | None) -> int:
-    """How many processes have died in runs of this message, one after the other."""
+    """Return how many processes have died in runs of a message, one after the other."""
     own = _of_message(entries, task_id, sent)
     return own[-1].deaths if own else 0
 
 
 def _of_message(entries: tuple[Entry, ...], task_id: str | None, sent: str | None) -> list[Entry]:
-    """The runs of a message, in order; most often there are none."""
+    """Return the entries of the message with this id and this value of ``Entry.sent``, in order."""
     return [
         entry
         for entry in entries
@@ -180,9 +197,10 @@ def _of_message(entries: tuple[Entry, ...], task_id: str | None, sent: str | Non
 def begun_by(
     entries: tuple[Entry, ...], task_id: str, generation: int, sent: str | None = None
 ) -> Entry | None:
-    """The run that began this work, or a later generation of it, however it ended.
+    """Return the newest run of a message or of a later generation of it, however the run ended.
 
-    :param sent: the message's own value, as for :func:`done_by`.
+    :param sent: the value that tells messages with the same id apart, as in :func:`done_by`.
+    :returns: ``None`` if the history has no such run.
     """
     for entry in reversed(_of_message(entries, task_id, sent)):
         if is_run(entry) and entry.generation >= generation:
@@ -191,10 +209,12 @@ def begun_by(
 
 
 def has_passed(entries: tuple[Entry, ...], tick: Tick, limit: int) -> bool:
-    """Whether a tick is older than all of its schedule entry that a full history still holds.
+    """Whether a full history has ticks of a tick's schedule entry, and all of them are later.
 
-    For ticks of which ``ticks_done`` cannot tell: one cannot be known to be new then, because what
-    was done and is forgotten is older than what is held.
+    Such a tick may have been done and forgotten, so it must not run. This is asked only when the
+    row's ``ticks_done`` cannot tell whether the tick is done.
+
+    :param limit: the number of runs that the history keeps.
     """
     runs = [run for run in entries if is_run(run)]
     known = [run.tick.due for run in runs if run.tick and run.tick.entry == tick.entry]
@@ -202,14 +222,15 @@ def has_passed(entries: tuple[Entry, ...], tick: Tick, limit: int) -> bool:
 
 
 def has_ended(entries: tuple[Entry, ...], own: Entry, run_count: int) -> bool | None:
-    """Whether a run's release took effect, whose answer was lost.
+    """Find out whether a release took effect whose answer was lost.
 
-    An entry with the run's fence and another outcome is somebody else's: of an operator, say, who
-    released the lease.
+    An entry with the run's fence but another outcome is not the run's own: an operator, for
+    example, has released the lease.
 
-    :param own: the entry that the release would have left.
-    :param run_count: of the row: how many entries there ever were.
-    :returns: ``None`` if the history may have dropped the entry since.
+    :param entries: the row's present history.
+    :param own: the entry that the release would have added.
+    :param run_count: the row's number of entries that were ever added.
+    :returns: ``None`` if it is unknown, because the entry may have been added and dropped since.
     """
     ended = (own.fence, own.holder, own.outcome)
     if any((entry.fence, entry.holder, entry.outcome) == ended for entry in entries):
@@ -220,11 +241,12 @@ def has_ended(entries: tuple[Entry, ...], own: Entry, run_count: int) -> bool | 
 
 
 def describe(error: BaseException) -> str:
-    """An error in one short line."""
+    """Describe an error in one line of at most :data:`MAX_ERROR_LENGTH` characters."""
     try:
         message = str(error)
-    except Exception:  # a user's error may not even have a text
+    except Exception:  # the error is of a user's class, whose __str__ can raise anything
         message = "(its text cannot be made)"
     text = " ".join(f"{type(error).__name__}: {message}".split())[:MAX_ERROR_LENGTH]
-    # Half an emoji cannot be encoded, and the end of a run must be recorded all the same.
+    # The text can contain an unpaired surrogate, which no database accepts. The run's end must be
+    # recorded nevertheless.
     return encodable(text)

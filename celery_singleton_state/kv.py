@@ -1,7 +1,7 @@
-"""The table as a plain key-value store.
+"""``KeyValueStore``: the singletons' table, used as a key-value store.
 
-It shares its table with the singletons and never touches their leases: a singleton's row that
-is removed loses its state and keeps its fence.
+It never changes the lease columns of a row. Removing the value of a singleton's row removes the
+singleton's state and keeps its fence.
 """
 
 from __future__ import annotations
@@ -29,17 +29,23 @@ _TOO_DEEP = "is nested too deeply, or holds itself"
 
 
 class KeyValueStore:
-    """JSON values by key, in the singletons' table.
+    """A key-value store of JSON values, in the singletons' table.
 
-    Every method raises :exc:`KeyValueStoreError` when the database cannot be reached, refuses,
-    or holds a value that is not JSON; and :exc:`~celery.exceptions.ImproperlyConfigured` when the
-    URL cannot be used. It can be used as a context manager, which closes it.
+    The store is also a context manager, which closes it at the end. Every method that accesses the
+    database raises
+
+    - :exc:`KeyValueStoreError` if the database is unavailable, refuses the value, or holds a value
+      that cannot be read,
+    - :exc:`~celery.exceptions.ImproperlyConfigured` if the URL cannot be used.
 
     :param url: a SQLAlchemy URL of PostgreSQL, MariaDB, MySQL or SQLite, or ``memory://``.
-    :param table: the table's name, which may be qualified. On SQLite it is made if missing.
-    :param timeout: seconds of silence after which the database counts as out of reach.
-    :param round_trip: whether a value is refused that :meth:`get` would return changed, such as a
-        set, which JSON has as a list. False: what JSON has a form for is stored.
+    :param table: the table's name, with its schema if need be. Default: ``kv_store``. On SQLite a
+        missing table is created; on other databases ``celery singleton migrate`` creates it.
+    :param timeout: seconds without an answer after which the database counts as unavailable.
+        Default: 10.
+    :param round_trip: whether to refuse a value that :meth:`get` would return changed, such as a
+        set, which would come back as a list. Default: true. False: every value that has a form in
+        JSON is stored in that form.
     """
 
     def __init__(
@@ -57,11 +63,21 @@ class KeyValueStore:
 
     @classmethod
     def from_app(cls, app: Celery, *, round_trip: bool = True) -> Self:
-        """The store that the app's settings name, over the same connections."""
+        """Return a key-value store in the table of an app's singletons.
+
+        It uses the app's own connections. :meth:`close` leaves them open.
+
+        :param app: the Celery app, whose settings name the database and the table.
+        :param round_trip: as in the constructor.
+        """
         return cls._over(Rows(lambda: runtime_of(app).sql), lambda: None, round_trip)
 
     @classmethod
     def _over(cls, rows: Rows, close: Callable[[], None], round_trip: bool) -> Self:
+        """Make a store that uses these rows.
+
+        :param close: closes their connections.
+        """
         made = cls.__new__(cls)
         made._rows = rows
         made._close = close
@@ -69,7 +85,10 @@ class KeyValueStore:
         return made
 
     def close(self) -> None:
-        """Close this process's connections, unless they are an app's; the next use reopens."""
+        """Close this process's connections to the database.
+
+        The next use of the store opens them again. The connections of an app stay open.
+        """
         self._close()
 
     def __enter__(self) -> Self:
@@ -79,41 +98,60 @@ class KeyValueStore:
         self.close()
 
     def prefix(self, prefix: str) -> Self:
-        """The same store, seen under a prefix: its keys are without it."""
+        """Return a view of this store that has only the keys with a prefix.
+
+        The view adds the prefix to each key it is given: ``store.prefix("a:").get("b")`` is
+        ``store.get("a:b")``. Prefixes of views of views add up.
+        """
         return self._over(self._rows.under(prefix), self._close, self._round_trip)
 
     def for_schema(self, schema: type[T]) -> SchemaStore[T]:
-        """The same store, its values of one type."""
+        """Return a view of this store whose values are all of one type.
+
+        :param schema: the type: a dataclass, a msgspec struct, a pydantic model, or any other type
+            that can be a task's ``state_schema``.
+        """
         return SchemaStore(self._rows, schema, self._round_trip)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value, or the default when there is none."""
+        """Return the value of a key.
+
+        :param default: returned if the key has no value. Default: ``None``.
+        """
         raw = self._rows.get(key)
         return default if raw is None else _decoded(key, raw, Any)
 
     def set(self, key: str, value: Any) -> None:
-        """Store a value of JSON's types: dicts with str keys, lists, str, int, float, bool, None.
+        """Store a value under a key, in place of the key's present value.
 
-        :raises TypeError: it is of another type, or NaN or infinite. :meth:`for_schema` stores
-            values of other types.
+        :param value: a dict with str keys, list, str, int, float, bool or None. For values of other
+            types use :meth:`for_schema`.
+        :raises TypeError: the value is of another type, or contains a float that is NaN or
+            infinite.
         """
         self._rows.set(key, self._encoded(key, value))
 
     def get_bytes(self, key: str, default: bytes | None = None) -> bytes | None:
-        """The bytes that :meth:`set_bytes` stored, or the default when there are none."""
+        """Return the bytes that :meth:`set_bytes` stored under a key.
+
+        :param default: returned if the key has no value. Default: ``None``.
+        """
         raw = self._rows.get(key)
         return default if raw is None else _decoded(key, raw, bytes)
 
     def set_bytes(self, key: str, value: bytes) -> None:
-        """Store bytes, as base64 in a JSON string."""
+        """Store bytes under a key, as a JSON string in base64."""
         self._rows.set(key, _written(key, value))
 
     def has(self, key: str) -> bool:
-        """Whether there is a value."""
+        """Whether the key has a value."""
         return self._rows.get(key) is not None
 
     def remove(self, key: str) -> bool:
-        """Remove a value; false when there was none."""
+        """Remove the value of a key.
+
+        :returns: whether the key had a value.
+        """
         return self._rows.remove(key) > 0
 
     def clear(self) -> None:
@@ -121,7 +159,7 @@ class KeyValueStore:
         self._rows.clear()
 
     def size(self) -> int:
-        """How many values there are under this store's prefix."""
+        """Return the number of values under this store's prefix."""
         return self._rows.count()
 
     def is_empty(self) -> bool:
@@ -129,12 +167,15 @@ class KeyValueStore:
         return not self._rows.any()
 
     def modify(self, key: str, fn: Callable[[Any], Any], default: Any = None) -> Any:
-        """Replace a value by what a function makes of it, atomically; returns the new one.
+        """Change the value of a key by a function, atomically.
 
-        The row is locked while the function runs, so that no other change comes between. What
-        the function raises is raised here, and the value stays.
+        The row is locked while the function runs, so no other change comes between. If the function
+        raises an error, the value stays and the error is raised to the caller.
 
-        :param default: what the function is given when there is no value.
+        :param fn: called with the present value; returns the new value.
+        :param default: passed to ``fn`` if the key has no value. Default: ``None``.
+        :returns: the new value.
+        :raises TypeError: the new value cannot be stored, as in :meth:`set`.
         """
 
         def change(raw: str | None) -> tuple[str, Any]:
@@ -151,10 +192,11 @@ class KeyValueStore:
 
 
 class SchemaStore(Generic[T]):
-    """A :class:`KeyValueStore` whose values are of one type.
+    """A view of a :class:`KeyValueStore` whose values are all of one type.
 
-    A value that does not fit, stored or given, is a :exc:`KeyValueStoreError`, and so is a given
-    one that would come back changed.
+    Every method raises :exc:`KeyValueStoreError` if the database is unavailable, if a stored or a
+    given value does not fit the type, or if the next :meth:`get` would return a given value
+    changed. The last check is off in a store with ``round_trip=False``.
     """
 
     def __init__(self, rows: Rows, schema: type[T], round_trip: bool) -> None:
@@ -162,16 +204,19 @@ class SchemaStore(Generic[T]):
         self._codec = Codec(schema, round_trip=round_trip)
 
     def get(self, key: str, default: T | None = None) -> T | None:
-        """The value, or the default when there is none."""
+        """Return the value of a key.
+
+        :param default: returned if the key has no value. Default: ``None``.
+        """
         raw = self._rows.get(key)
         return default if raw is None else self._decoded(key, raw)
 
     def set(self, key: str, value: T) -> None:
-        """Store a value."""
+        """Store a value under a key, in place of the key's present value."""
         self._rows.set(key, self._encoded(key, value))
 
     def modify(self, key: str, fn: Callable[[T | None], T], default: T | None = None) -> T:
-        """As :meth:`KeyValueStore.modify`."""
+        """Change the value of a key by a function, atomically; see :meth:`KeyValueStore.modify`."""
 
         def change(raw: str | None) -> tuple[str, T]:
             new = fn(default if raw is None else self._decoded(key, raw))
@@ -193,7 +238,9 @@ class SchemaStore(Generic[T]):
 
 
 class _OwnStore:
-    """A store of its own for each process: a forked child leaves its parent's alone."""
+    """Opens a database once in each process, because a forked child must not use the connections
+    of its parent.
+    """
 
     def __init__(self, url: str, table: str, timeout: float) -> None:
         self._arguments = (url, table, timeout)

@@ -1,4 +1,4 @@
-"""Freeing what dead processes of this host held."""
+"""Recovery: release the leases of dead processes of this host before the leases expire."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ logger = logger_of(__name__)
 
 
 def free_holder(runtime: Runtime, holder: str | None) -> bool:
-    """Free what this holder's process held, if it was of this host and is dead.
+    """Release all leases of a holder's process if that process ran on this host and is dead.
 
-    :returns: whether it was.
+    :param holder: a lease's holder, as the row names it; ``None``: nothing happens.
+    :returns: whether the process was found dead.
     """
     name = file_of(holder) if holder else None
     return name is not None and free_dead(runtime, name) > 0
 
 
 def free_own(runtime: Runtime, row: Row, store: Leases) -> bool:
-    """Give back a lease that this process holds without a run: its release failed, or its
-    acquisition was carried out late.
+    """Release a lease that this process holds without a run.
 
-    :param store: that has the row.
+    This happens when a release has failed, or when the store has carried out an acquisition whose
+    answer was lost.
+
+    :param row: the singleton's row. Nothing happens if its holder is another process or a run.
+    :param store: the store that has the row.
     :returns: whether the lease may be free now.
     :raises StoreError: the store is unavailable.
     """
@@ -42,10 +46,12 @@ def free_own(runtime: Runtime, row: Row, store: Leases) -> bool:
 
 
 def free_dead(runtime: Runtime, files: str = "*") -> int:
-    """Free what all dead processes held whose files have such a name.
+    """Release all leases of the dead processes of this host.
 
-    Where the store is out of reach their files are left to whoever comes next.
+    If the store is unavailable, the holder files of the dead processes stay, and the next process
+    that calls this releases the leases.
 
+    :param files: a glob pattern for the names of holder files. Default: all files.
     :returns: how many processes were found dead.
     """
     found = 0
@@ -55,13 +61,13 @@ def free_dead(runtime: Runtime, files: str = "*") -> int:
             for holder_record in holder_files:
                 _free(runtime, holder_record)
     except StoreError as error:
-        logger.warning("singletons: what a dead process held could not be freed: %s", error)
+        logger.warning("singletons: the leases of a dead process could not be released: %s", error)
     return found
 
 
 def _free(runtime: Runtime, holder_record: HolderRecord) -> None:
-    """Release a lease in its dead holder's name; if it has ended, nothing happens."""
-    # Which store it is in follows from the task, and this app may not have that task any more.
+    """Release the lease of a dead holder, unless the lease has another holder by now."""
+    # The store depends on the task, which this app may not have any more. So ask all stores.
     for store in runtime.stores:
         row = store.peek(holder_record.key)
         if row is None or row.holder != holder_record.holder:
@@ -80,22 +86,29 @@ def end_for(
     store: Leases | None = None,
     sent: str | None = None,
 ) -> bool:
-    """Release a lease in the name of the holder that was seen, or end the hold period that was
-    seen; false if that is over.
+    """Release a lease in place of its holder, or end a hold period early.
 
-    :param generation: of the message that it runs.
-    :param why: for the history.
-    :param store: that has the row; left out: the one where states are.
-    :param sent: the value that tells the message from others with the same id.
-    :raises StoreError: the store is out of reach.
+    The history gets an entry for the run that is lost in this way, and a pending run is sent.
+
+    :param row: the row as it was read. If the holder or the hold period has changed since, nothing
+        happens.
+    :param generation: the generation of the message that the holder runs; see
+        :class:`~celery_singleton_state.history.Entry`.
+    :param why: the error text of the run in the history.
+    :param store: the store that has the row. Default: the store of the states.
+    :param sent: the value that tells the message from others with the same id; ``None`` if the
+        message has none.
+    :returns: whether the lease was released or the hold period ended.
+    :raises StoreError: the store is unavailable.
     """
     store = store or runtime.store
     if row.holder is None:
-        # The lease is in its hold period after a run, which has its entry.
+        # A hold period follows a run that has ended, and whose entry the history has already.
         return store.requests.release_early(row)
     started = row.acquired_at
     if started is None or not math.isfinite(started):
-        # JSON has no infinity, and the whole history could not be read with it.
+        # A time that the database has as infinity has no form in JSON, so that the whole history
+        # could not be read any more.
         started = row.read_at
     entries = history.decode(row.history, row.key)
     entry = history.Entry(

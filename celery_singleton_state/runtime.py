@@ -1,7 +1,7 @@
-"""What an app has once in each process: its settings, its store, its heartbeat.
+"""The runtime: what an app has once in each process, such as its settings, stores and heartbeats.
 
-Connections and threads do not survive a fork, so a child forgets its parent's and makes its own
-at first use.
+Connections and threads do not survive a fork. A forked child leaves those of its parent alone and
+makes its own at first use.
 """
 
 from __future__ import annotations
@@ -38,19 +38,21 @@ from .text.storable import storable
 
 T = TypeVar("T")
 
-#: Connections in the pool of a process that runs one body at a time: the body's transaction and
-#: what it does beside that. The heartbeat has the one that is kept besides the pool's.
+#: Size of the connection pool of a process that runs one body at a time: one connection for the
+#: body's ``transaction()``, and one for other requests meanwhile. The heartbeat has a further
+#: connection of its own.
 SMALL_POOL = 2
 
 
-#: There are few nodes in a process, and many runs.
+#: A node's name in ASCII. Cached, because each run asks for it and a process has few node names.
 _as_ascii = lru_cache(16)(storable)
 
 
 class _once(Generic[T]):  # noqa: N801 - it decorates, as property does
-    """A property that is made at first use, and an attribute from then on.
+    """A property that is computed at first use and is a plain attribute from then on.
 
-    ``functools.cached_property`` has, before Python 3.12, a lock that a forked child inherits.
+    ``functools.cached_property`` cannot be used: before Python 3.12 it has a lock, which a forked
+    child could inherit in its locked state.
     """
 
     def __init__(self, make: Callable[[Any], T]) -> None:
@@ -63,33 +65,33 @@ class _once(Generic[T]):  # noqa: N801 - it decorates, as property does
 
 
 class Runtime:
-    """One app's singletons in this process."""
+    """What one app has in this process for its singletons: settings, stores, heartbeats, hooks."""
 
     def __init__(self, app: Celery) -> None:
         self._app = weakref.ref(app)
         self.settings = Settings.from_app(app)
         options = (getattr(task, "_options", None) for task in app.tasks.values())
-        #: Seconds that a lease lives whose task says nothing else.
+        #: Life of a lease in seconds, for tasks without the option ``lease_ttl``.
         self.lease_ttl = self.settings.lease_ttl
         self._lives = [self.lease_ttl]
         self._lives += [own.lease_ttl for own in options if own and own.lease_ttl]
-        #: On :data:`~celery_singleton_state.lease.lease.clock`.
+        #: When this runtime was made, on :data:`~celery_singleton_state.lease.lease.clock`.
         self.made_at = clock()
         self.dispatcher = Dispatcher(app, self.settings.hooks)
         self._nonce = secrets.token_hex(4)
         self._count = itertools.count(1)
-        #: Holders of this process whose deliveries are under way.
+        #: The holders of this process whose deliveries are in progress.
         self.under_way: set[str] = set()
         self._opening = threading.Lock()
         self._sql: SqlStore | None = None
         self._leases: Leases | None = None
         self._heartbeats: dict[int, Heartbeat] = {}
-        #: By whether a task has a state.
+        #: The store and the heartbeat of tasks with a state (key ``True``) and without one.
         self._homes: dict[bool, tuple[Store, Heartbeat]] = {}
         self._holder_files: HolderFiles | None = None
-        #: Of the messages that wait for a lease.
+        #: How often messages that wait for a lease are sent again.
         self.pace = Pace()
-        #: Leases that this process may hold without a run.
+        #: Leases that this process may hold without a run, until the store has taken them back.
         self.unreleased = UnreleasedLeases(
             lambda slot: self.holder_files.clear(slot),
             self.settings.heartbeat_interval,
@@ -97,27 +99,27 @@ class Runtime:
 
     @property
     def app(self) -> Celery:
-        """The app, which outlives this."""
+        """The app. It is referenced weakly, and always lives longer than its runtime."""
         app = self._app()
         assert app is not None
         return app
 
     @property
     def io_timeout(self) -> float:
-        """Seconds of silence after which the store counts as out of reach.
+        """Seconds without an answer after which the store counts as unavailable.
 
-        A quarter of the time for which the shortest-lived lease is trusted: a call that meets
-        silence, and its one repetition over a new connection, then end before a lease that was to
-        be renewed half-way is lost.
+        It is a quarter of the time for which a run trusts the shortest lease. A lease is renewed
+        half-way through that time. So two requests can time out, the first one and its repetition
+        over a new connection, before the lease is lost.
         """
         return TRUSTED_PART * min(self._lives) / 4
 
     @property
     def sql(self) -> SqlStore:
-        """The database, opened at first use.
+        """The SQL store, opened at first use.
 
-        :raises ImproperlyConfigured: there is none, or it cannot be used as it is configured.
-        :raises StoreError: it could not be reached.
+        :raises ImproperlyConfigured: the app has no SQL store, or its URL cannot be used.
+        :raises StoreError: the database is unavailable.
         """
         if self._sql is None:
             own = self.settings
@@ -131,18 +133,20 @@ class Runtime:
         return self._sql
 
     def allow(self, connections: int) -> None:
-        """Let an open database have so many connections."""
+        """Raise the size of the SQL store's connection pool, if the store is open."""
         with self._opening:
             if self._sql is not None:
                 self._sql.allow(connections)
 
     @_once
     def store(self) -> Store:
-        """Where states are, and the leases that are not kept apart from states; opened at first
-        use. Without a database, where all leases are.
+        """The app's main store, opened at first use.
 
-        :raises ImproperlyConfigured: it cannot be used as it is configured.
-        :raises StoreError: it could not be reached.
+        It is the SQL store, which has all states. In an app without a SQL store it is the Redis
+        store, which has all leases then.
+
+        :raises ImproperlyConfigured: the store's URL cannot be used.
+        :raises StoreError: the store is unavailable.
         """
         if self.settings.has_store or self.leases is None:
             return self.sql
@@ -150,11 +154,14 @@ class Runtime:
 
     @_once
     def leases(self) -> Leases | None:
-        """Where the leases of singletons without a state are, if they are kept apart."""
+        """The Redis store for leases of singletons without a state; ``None`` if the app has none.
+
+        It is opened at first use.
+        """
         url = self.settings.lease_url
         if url is None:
             return None
-        # Its client library need not be there otherwise.
+        # Imported here, because Redis's client library is an optional dependency.
         from .store.redis.store import RedisStore
 
         with self._opening:
@@ -162,28 +169,31 @@ class Runtime:
         return self._leases
 
     def store_of(self, options: Options | None) -> Store:
-        """The store of a task's singletons: it follows from whether they have a state.
+        """Return the store of a task's singletons, which depends on whether they have a state.
 
-        :param options: ``None``: of a task that this app does not know.
-        :raises ImproperlyConfigured: it cannot be used as it is configured.
-        :raises StoreError: it could not be reached.
+        :param options: the task's options; ``None`` for a task that this app does not know.
+        :raises ImproperlyConfigured: the store's URL cannot be used.
+        :raises StoreError: the store is unavailable.
         """
         if options is None or self.leases is None:
             return self.store
-        # Nobody asks it for what needs a state.
+        # The cast is safe: a task without a state uses no verb of Store that Leases lacks.
         return self.sql if options.state_schema is not None else cast(Store, self.leases)
 
     def store_of_task(self, name: str | None) -> Store:
-        """The store of a task's rows, as far as there are any, by the task's name."""
+        """Return the store of a task's singletons, by the task's name.
+
+        :param name: ``None``, or a name that this app does not know: the main store.
+        """
         if not self.settings.has_store:
             return self.store
         return self.store_of(options_of(self.app.tasks.get(name or "")))
 
     def home_of(self, options: Options) -> tuple[Store, Heartbeat]:
-        """The store of a task's singletons, and the heartbeat of their leases.
+        """Return the store of a task's singletons and the heartbeat that renews their leases.
 
-        :raises ImproperlyConfigured: it cannot be used as it is configured.
-        :raises StoreError: it could not be reached.
+        :raises ImproperlyConfigured: the store's URL cannot be used.
+        :raises StoreError: the store is unavailable.
         """
         has_state = options.state_schema is not None
         home = self._homes.get(has_state)
@@ -194,16 +204,17 @@ class Runtime:
 
     @property
     def stores(self) -> Sequence[Leases]:
-        """All stores of the app: the database, and Redis where leases are kept there."""
+        """All stores of the app: the SQL store and the Redis store, as far as it has them."""
         sql = self.sql if self.settings.has_store else None
         return [store for store in (sql, self.leases) if store is not None]
 
     def by_store(
         self, tasks: Mapping[str, str | None]
     ) -> Sequence[tuple[Store, Mapping[str, str | None]]]:
-        """Singletons by the store that they are in.
+        """Group singletons by their store.
 
-        :param tasks: the task's name by the singleton's key, as each part has it in turn.
+        :param tasks: for each singleton's key the name of its task.
+        :returns: each store, with its part of ``tasks``.
         """
         found: dict[int, tuple[Store, dict[str, str | None]]] = {}
         for key, task in tasks.items():
@@ -212,27 +223,32 @@ class Runtime:
         return list(found.values())
 
     def rows(self, prefix: str, also: str = "") -> Sequence[Listed]:
-        """The rows of all singletons whose keys begin with a prefix, and one more, by key.
+        """Return the rows of all stores whose keys begin with a prefix, sorted by key.
 
+        :param also: the key of one more row that is returned if it exists. Default: none.
         :raises StoreError: a store is unavailable.
         """
         found = [row for store in self.stores for row in store.list(prefix, also)]
         return sorted(found, key=lambda row: row.key)
 
     def check(self) -> None:
-        """See that all stores can be used; :exc:`StoreError` says what is missing."""
+        """Check that all stores can be used.
+
+        :raises StoreError: a store is unavailable or not set up; the message says what to do.
+        """
         for store in self.stores:
             store.check((self.settings.key_prefix,))
 
     def key_of(self, name: str) -> str:
-        """The key of the row that a singleton's name stands under."""
+        """Return the key of a singleton's row, by the singleton's name."""
         key = self.settings.key_prefix + name
         return key if len(key) <= MAX_KEY_LENGTH else row_key(self.settings.key_prefix, name)
 
     def heartbeat_of(self, store: Leases) -> Heartbeat:
-        """The heartbeat of all leases that this process holds in a store.
+        """Return the heartbeat that renews all leases of this process in a store.
 
-        Each store has one of its own, so that a silent one costs the other's leases nothing.
+        Each store has its own heartbeat, so that a store that does not answer delays no renewals
+        in the other store.
         """
         heartbeat = self._heartbeats.get(id(store))
         if heartbeat is None:
@@ -248,7 +264,7 @@ class Runtime:
 
     @_once
     def holder_files(self) -> HolderFiles:
-        """What the processes of this host hold in the store."""
+        """The holder files of the processes of this host that use the same stores."""
         directory = directory_of(self._identity())
         with self._opening:
             name = f"{os.getpid()}-{self._nonce}"
@@ -256,26 +272,31 @@ class Runtime:
         return holder_files
 
     def _identity(self) -> str | None:
-        """The same text for all processes that use the same stores."""
+        """Return a text that is the same in all processes that use the same stores.
+
+        :returns: ``None`` if the store lives in this process only.
+        """
         own = self.settings
         sql = identity(parse_url(own.store_url), own.table) if own.has_store else None
         return sql if own.lease_url is None else f"{own.lease_url} {sql}"
 
     def new_holder(self, nodename: str | None = None) -> str:
-        """A holder's name, never given twice. Outside a worker the host's name is the node's.
+        """Return a new name for the holder of a lease; no name is used twice.
 
-        It is ASCII, whatever the node is called, so that every database can hold it.
+        The name is ASCII, so that a database of any encoding can hold it.
+
+        :param nodename: the worker's node name. Default: the host's name.
         """
         node = _as_ascii(nodename or gethostname())
         return f"{node}:{os.getpid()}:{self._nonce}.{next(self._count):x}"
 
     def holds_without_run(self, holder: str | None) -> bool:
-        """Whether a lease's holder is a delivery of this process that has ended."""
+        """Whether a holder's name belongs to a delivery of this process that has ended."""
         own = f":{os.getpid()}:{self._nonce}."
         return holder is not None and own in holder and holder not in self.under_way
 
     def close(self) -> None:
-        """Stop the heartbeat, hand on what waits for hooks, and close the connections."""
+        """Stop the threads, pass all events that wait to the hooks, and close the stores."""
         self.unreleased.close()
         if self._holder_files is not None:
             self._holder_files.close()
@@ -287,7 +308,7 @@ class Runtime:
                 store.close()
 
 
-#: Connections at most for each store of this process; a worker raises it by its pool.
+#: Most connections to each store of this process. A worker raises it to the size of its pool.
 pool_size = SMALL_POOL
 
 _runtimes: weakref.WeakKeyDictionary[Celery, Runtime] = weakref.WeakKeyDictionary()
@@ -296,9 +317,9 @@ _inherited: list[Runtime] = []
 
 
 def runtime_of(app: Celery) -> Runtime:
-    """The app's runtime in this process, made at first use.
+    """Return the app's runtime in this process, which is made at first use.
 
-    :raises ImproperlyConfigured: a setting is not allowed.
+    :raises ImproperlyConfigured: a setting of the app is not allowed.
     """
     try:
         return _runtimes[app]
@@ -310,7 +331,10 @@ def runtime_of(app: Celery) -> Runtime:
 
 
 def allow_connections(number: int) -> None:
-    """Let each store of this process have so many connections from now on, if it may not yet."""
+    """Raise the most connections that each store of this process may have, now and later.
+
+    A number that is not larger than the present one changes nothing.
+    """
     global pool_size
     with _lock:
         pool_size = max(pool_size, number)
@@ -320,7 +344,7 @@ def allow_connections(number: int) -> None:
 
 
 def close_runtime(app: Celery) -> None:
-    """Close what the app has in this process; the next use makes it anew."""
+    """Close the app's runtime in this process. The next use of the app makes a new one."""
     with _lock:
         runtime = _runtimes.pop(app, None)
     if runtime is not None:
@@ -328,9 +352,10 @@ def close_runtime(app: Celery) -> None:
 
 
 def _forget_parents() -> None:
-    """In a forked child: leave what the parent has alone.
+    """Drop the parent's runtimes in a forked child, so that the child makes its own.
 
-    It is kept, and never used or closed; the child's copies of connections to databases are gone.
+    They are kept in memory but never used or closed, because closing could disturb the parent's
+    connections.
     """
     global _lock, pool_size
     _lock = threading.Lock()

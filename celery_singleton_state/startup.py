@@ -1,4 +1,4 @@
-"""What workers and beats see to when they start: that there is a store, and whom it guards."""
+"""Checks that workers and beats make at their start: whether the store can guard the singletons."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from .text.visible import logger_of
 
 logger = logger_of(__name__)
 
+#: Names of this host in a broker's URL.
 LOCAL_HOSTS = ("", "localhost", "127.0.0.1", "::1")
-#: Transports whose broker is a file or this process.
+#: Transports without a broker server: messages are in this process or in files of this host.
 LOCAL_TRANSPORTS = ("memory", "filesystem", "sqlalchemy", "sqla")
 
 
 def refuse_states_without_store(own: Runtime) -> None:
-    """:raises ImproperlyConfigured: a task has a state, and there is no database for it."""
+    """Refuse an app whose tasks have states but no database to keep them in.
+
+    :raises ImproperlyConfigured: a task has a ``state_schema``, and the app has no SQL store.
+    """
     if own.settings.has_store:
         return
     for name, task in own.app.tasks.items():
@@ -33,7 +37,12 @@ def refuse_states_without_store(own: Runtime) -> None:
 
 
 def warn_of_single_host(app: Celery, url: str) -> None:
-    """Say that SQLite guards one host; loudly where the broker may serve several."""
+    """Log that SQLite guards the workers of one host only.
+
+    The line is a warning if the broker may serve several hosts, and otherwise an information.
+
+    :param url: the URL of the app's store. Nothing is logged for other databases.
+    """
     if parse_url(url).get_backend_name() != "sqlite":
         return
     broker = app.connection_for_read()

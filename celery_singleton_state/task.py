@@ -1,4 +1,4 @@
-"""The task base class."""
+"""``SingletonTask``, the base class of singleton tasks."""
 
 from __future__ import annotations
 
@@ -82,31 +82,33 @@ else:
 
 
 class SingletonTask(_TypedTask[S, P, R]):
-    """A task of which one run at most is active, and which starts where the last run stopped.
+    """Base class of tasks that have at most one active run, which starts from the last saved state.
 
-    Use it as the ``base`` of a task, or through :func:`singleton_task`, which keeps the types.
-    All options of Celery's own apply. A delivery that is skipped ends with ``None``.
+    Pass it as ``base=SingletonTask`` to ``app.task``. :func:`singleton_task` does the same and
+    keeps the types for a type checker. Options can be arguments of the decorator or attributes of a
+    subclass: those of :class:`TaskOptions`, and all of Celery's own task options. By default a
+    delivery that finds the lease taken is skipped: it succeeds with the result ``None``.
 
-    Each option of :class:`TaskOptions` is a class attribute, or an argument of the decorator.
-
-    :raises ImproperlyConfigured: when the task is made, for an option that is not allowed.
+    :raises ImproperlyConfigured: an option is not allowed. Raised when Celery makes the task.
     """
 
     abstract = True
-    #: A message is insurance for its run, so it is kept until the run is over ...
+    #: The broker keeps a message until its run has ended, so that a killed run is repeated.
     acks_late = True
-    #: ... and sent again, up to ``max_retries`` times, if the process that ran it died.
+    #: From Celery 5.7 on, the worker retries the message of a killed pool process, up to
+    #: ``max_retries`` times.
     retry_on_worker_lost = True
-    #: Before Celery 5.7, and where that cannot be sent, its broker gives it out again. What ends
-    #: it for a task that kills is in the module poison.
+    #: Before Celery 5.7, and when the worker cannot send that retry, the broker redelivers the
+    #: message. ``message/poison.py`` ends a message that kills its process again and again.
     reject_on_worker_lost = True
 
-    # Made by bind().
+    # Set by bind().
     _options: ClassVar[Options]
     _codec: ClassVar[Codec[Any] | None]
     _binder: ClassVar[Binder]
     _convert: ClassVar[Converter | None]
-    #: Whether a base class with a ``__call__`` of its own stands before, or behind, this one.
+    #: Whether a class with its own ``__call__`` stands before this class, or behind it, in the
+    #: task's method resolution order.
     _has_call_before: ClassVar[bool]
     _has_call_behind: ClassVar[bool]
 
@@ -134,20 +136,24 @@ class SingletonTask(_TypedTask[S, P, R]):
         return self._handle(body, args, kwargs)
 
     def _run_guarded(self, body: Callable[..., R | None], args: Any, kwargs: Any) -> R | None:
-        """Come to the guard from a ``__call__`` before this one."""
+        """Run the guarded call of a task whose class has a ``__call__`` before the guard's."""
         with in_guard(self):
             return self._handle(body, args, kwargs)
 
     def _handle(self, body: Callable[..., R | None], args: Any, kwargs: Any) -> R | None:
-        """Handle a delivery, or a direct call; ``body`` is called under the lease."""
+        """Handle one message or one direct call of the task.
+
+        :param body: the user's function, which is called only when the lease is acquired.
+        """
         with Unbreakable():
             request, is_own = _request_for(self, args, kwargs)
             try:
                 result: R | None = self._deliver(request, body, args, kwargs)
                 return result
             except ReplacedEagerly as ended:
-                # It would have met the lease in the body. Celery denies the waiting for results in
-                # what `task_always_eager` calls.
+                # The replacement is called here, because within the body it would find the lease
+                # taken. Celery waits for its result, but forbids that in a task that
+                # `task_always_eager` calls.
                 with allow_join_result():
                     return super().on_replace(ended.signature)
             except BaseException as error:
@@ -169,13 +175,18 @@ class SingletonTask(_TypedTask[S, P, R]):
         shadow: str | None = None,
         **options: Any,
     ) -> Any:
-        """Send the task, as Celery does.
+        """Send a message for the task. Arguments, result and errors are those of Celery's method.
 
-        With ``enqueue_once`` the result of the message that is queued is returned, and none is
-        sent, if there is one; where ``on_conflict`` is ``"skip"`` or ``"raise"``, also of the one
-        that is running. Retries, chains, groups and chords are always sent, and so is a message
-        with callbacks or headers, one that a run of the task sends, and one sent while the store
-        is out of reach.
+        With the option ``enqueue_once``, nothing is sent while another message of this singleton
+        is queued; the returned ``AsyncResult`` is that of the queued message. If ``on_conflict`` is
+        ``"skip"`` or ``"raise"``, a running message counts as well as a queued one.
+
+        These messages are sent in any case:
+
+        - retries, and parts of a chain, group or chord,
+        - messages with callbacks or with headers of the caller's own,
+        - messages that a run of the same task sends,
+        - messages that are sent while the store is unavailable.
         """
         named = {
             "task_id": task_id,
@@ -184,8 +195,8 @@ class SingletonTask(_TypedTask[S, P, R]):
             "link_error": link_error,
             "shadow": shadow,
         }
-        # By name, and only what was given: the next class's method need not know all of them, and
-        # tools that wrap it read them so.
+        # Passed by name, and only if given: the next class's `apply_async` need not accept all of
+        # these parameters, and tracing tools that wrap it read them from its keyword arguments.
         options |= {name: value for name, value in named.items() if value is not None}
         send = marking(self, task_id, super().apply_async)
 
@@ -205,20 +216,21 @@ class SingletonTask(_TypedTask[S, P, R]):
     def _send_once(
         self, args: Any, kwargs: Any, options: dict[str, Any], publish: Callable[..., Any]
     ) -> Any:
-        """Publish a message unless one is queued; returns the result of whichever it is.
+        """Publish a message unless another message of the singleton is queued already.
 
-        :param publish: sends the message, under another id if it is given one.
+        :param publish: sends the message. Its optional argument replaces the message's task id.
+        :returns: the ``AsyncResult`` of the published message, or of the queued message.
         """
         known = {"expires": self.expires, **options}
-        # A run stands for what others send, and not for its own next one.
+        # A run's own message asks for the next run, so the active run must not suppress it.
         is_own = current_run(self) is not None
         if not is_retry(known) and (is_own or not is_guarded(known)):
             return publish()
         try:
             name = self._name(tuple(args or ()), kwargs or {})
         except Exception as error:
-            # Celery sends it, or refuses it itself; the body, or a `__call__` around it, may
-            # understand its arguments.
+            # The arguments may still be right: the body, or a `__call__` around it, may accept
+            # them. If they are wrong, Celery refuses them itself.
             logger.warning("task %s: sent without enqueue_once: %s", self.name, error)
             return publish()
         key = runtime_of(self.app).key_of(name)
@@ -229,15 +241,17 @@ class SingletonTask(_TypedTask[S, P, R]):
         return self.AsyncResult(sent) if isinstance(sent, str) else sent
 
     def _has_ended(self, task_id: str) -> bool:
+        """Whether the result backend has the result of the task with this id."""
         return is_recorded(self, Context()) and has_result(self, task_id)
 
     def retry(self, *args: Any, **options: Any) -> Any:
-        """Retry the task, as Celery does.
+        """Retry the task. The arguments are those of Celery's ``Task.retry``.
 
-        :raises Retry: the message was sent again.
-        :raises Reject: it could not be sent; the broker keeps it, where Celery would drop it.
-        :raises HeartbeatFailed: the run was asked to hand over to a newer message, which it must
-            not replace in turn.
+        :raises Retry: the retry was sent.
+        :raises Reject: the retry could not be sent. The broker redelivers the message; Celery alone
+            would drop it.
+        :raises HeartbeatFailed: a newer message asked this run to hand over. A retry would compete
+            with that newer message, so none is sent.
         """
         run = current_run(self)
         if run is not None:
@@ -264,12 +278,18 @@ class SingletonTask(_TypedTask[S, P, R]):
         queue: Any = None,
         **options: Any,
     ) -> Any:
-        """The message with which Celery and this package retry a message, or send it again.
+        """Return the signature with which Celery or this package retries or requeues a message.
 
-        It keeps this package's own headers, also if a tracing tool hides them from Celery, so that
-        what a retry is known by, and its tick, are not lost. It waits where and for as long as the
-        broker allows, and goes into the queue that the first one came from, unless the caller says
-        another one.
+        Unlike the signature that Celery makes, it
+
+        - keeps this package's headers, even if a tracing tool hides them from Celery: without them
+          the retry would lose its tick and could not be recognised as a retry,
+        - delays the message in the broker if the broker can do that, and for no longer than the
+          broker lets a message stay unacknowledged,
+        - goes to the queue that the message came from, unless the caller names another queue.
+
+        The parameters are those of Celery's method. Without ``request``, the current request is
+        used.
 
         :raises Reject: the broker is unavailable.
         """
@@ -281,7 +301,7 @@ class SingletonTask(_TypedTask[S, P, R]):
         if (options.get("retries") or 0) > (found.retries or 0):
             headers = {name: value for name, value in headers.items() if name not in OF_ONE_TRY}
         own: dict[str, Any] = {"headers": headers}
-        # Celery before 5.7 forgets what the sender said of the result.
+        # Celery before 5.7 does not pass on the sender's `ignore_result`.
         if found.__dict__.get("ignore_result") is not None:
             own["ignore_result"] = options.get("ignore_result", found.ignore_result)
         signature = super().signature_from_request(found, args, kwargs, queue, **options | own)
@@ -290,17 +310,27 @@ class SingletonTask(_TypedTask[S, P, R]):
             try:
                 prepare(self, found, signature, said)
             except OperationalError as error:
-                # As Celery's retry does when it cannot send.
+                # Celery's own retry() raises the same when it cannot send.
                 raise Reject(error, requeue=False) from error
             except Exception:
                 signature.options["headers"].pop(PAUSE_LEFT, None)
-                logger.exception("task %s[%s] is sent again as Celery does", self.name, found.id)
+                logger.exception(
+                    "task %s[%s] is sent again by Celery's own rules, because its queue and delay "
+                    "could not be prepared",
+                    self.name,
+                    found.id,
+                )
         return signature
 
     subtask_from_request = signature_from_request
 
     def on_replace(self, sig: Any) -> Any:
-        """Replace the task, as Celery does, when the state is saved."""
+        """Save the state, then let Celery's ``self.replace()`` send the replacement.
+
+        :param sig: the signature of the task that replaces this one.
+        :raises Ignore: the replacement was sent; the body must let this exception pass.
+        :raises SingletonError: the state could not be saved; no replacement was sent.
+        """
         run = current_run(self)
         if run is None:
             return super().on_replace(sig)
@@ -311,16 +341,26 @@ class SingletonTask(_TypedTask[S, P, R]):
             return super().on_replace(sig)
 
     def on_become_leader(self) -> None:
-        """Called in each run when the lease is acquired and the state loaded."""
+        """Override to act at the start of each run.
+
+        It is called when the lease is acquired and the state is loaded, before the body. An error
+        that it raises ends the run like an error of the body.
+        """
 
     def on_lose_leadership(self) -> None:
-        """Called exactly once for each :meth:`on_become_leader`, however the run ends.
+        """Override to act at the end of each run, however the run ends.
 
-        That is when the run ends; with ``on_lease_lost="finish"`` it is when the lease is lost,
-        in a thread of its own, while the body goes on. A process that dies calls nothing.
+        It is called exactly once for each call of :meth:`on_become_leader`, when the run ends.
+        With ``on_lease_lost="finish"`` it is called as soon as the lease is lost, in a separate
+        thread, while the body goes on. It is not called if the process dies. An error that it
+        raises is logged and does not fail the run.
         """
 
     def _name(self, args: Any, kwargs: Any) -> str:
+        """Return the name of the singleton that these arguments belong to.
+
+        :raises TypeError: the arguments do not fit the body, or cannot be written as JSON.
+        """
         unique_on = self._options.unique_on
         convert = type(self)._convert
         if convert is not None and unique_on is not None:
@@ -334,10 +374,11 @@ class SingletonTask(_TypedTask[S, P, R]):
         return Delivery(self, request, name, key, self._options, self._codec, runtime)
 
     def _deliver(self, request: Context, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Deliver a message, or a call, and answer what goes wrong.
+        """Deliver a message or a call, and retry it if its error is to be retried.
 
-        :raises SingletonError: what went wrong; of an eager run that was repeated, in the last try
-            whose body ran.
+        :raises SingletonError: the delivery failed. For an eager run that was repeated, it is the
+            error of the last try whose body ran.
+        :raises Retry: the message was retried.
         """
         delivery = self._delivery(request, args, kwargs)
         if self._options.enqueue_once:
@@ -348,7 +389,7 @@ class SingletonTask(_TypedTask[S, P, R]):
                 try:
                     return deliver(delivery, body, args, kwargs)
                 except SingletonError as error:
-                    # One that a nested singleton raised is its own affair.
+                    # Another singleton that the body called directly has handled its own error.
                     if error.singleton != delivery.name:
                         raise
                     delivery.emit(Failed, reason=error.reason, detail=error.detail)
@@ -363,17 +404,21 @@ class SingletonTask(_TypedTask[S, P, R]):
                         raise
                     raise earlier.error from earlier.error.__cause__
         finally:
-            # The error has the frames that it passed, and these have the delivery.
+            # Break a reference cycle: the error's traceback refers to frames that refer to the
+            # delivery, which would keep the run's state until garbage collection.
             earlier.error = earlier.result = None
 
     def _answer(self, error: SingletonError, delivery: Delivery) -> bool:
-        """Retry the message if the error is one to retry; come back if not.
+        """Retry the message if the error's reason is to be retried.
 
-        Celery's own retry of an eager run raises ``Retry`` to a caller that wants the error, and
-        calls itself without end where the number of retries has no limit.
+        An eager run is not retried by Celery, but repeated by the caller: Celery would raise
+        ``Retry`` to a caller that expects the error, and would recurse without end if
+        ``max_retries`` is ``None``.
 
-        :returns: whether the run is an eager one, and is to be repeated within its call.
-        :raises Retry: the message was sent again.
+        :returns: true if the caller is to repeat the run, because it is eager; false if the error
+            is final.
+        :raises Retry: the retry was sent.
+        :raises Reject: the retry could not be sent; the broker redelivers the message.
         """
         request = delivery.request
         answer = delivery.answer_to(error)
@@ -388,10 +433,11 @@ class SingletonTask(_TypedTask[S, P, R]):
                 request.id,
             )
             return False
-        # Of all copies one alone has run.
+        # StateLoadFailed means that this copy has not run. Any other error means that it has run,
+        # so the other copies have not, and its retry no longer competes with them.
         is_copy = delivery.is_copy and isinstance(error, StateLoadFailed)
         try:
-            # The answer has judged the count already.
+            # answer_to() has checked the number of retries, so Celery must not refuse this one.
             raise self.retry(
                 exc=error,
                 countdown=answer.seconds,
@@ -408,12 +454,16 @@ class SingletonTask(_TypedTask[S, P, R]):
                 raise
             leave_with_broker(request, delivery.name, cause)
         finally:
-            # Celery leaves it on the task, where the next retry of its own would find it.
+            # Celery leaves max_retries on the task, where the body's next retry() would use it.
             forget_max_retries(self)
 
 
 def _of_run(run: Run, options: dict[str, Any], args: Any, kwargs: Any) -> dict[str, Any]:
-    """The options of a message of its own task that a run sends."""
+    """Return the sending options of a message that a run sends for its own task.
+
+    A message with the run's task id continues the run's work, which is noted on the run. The
+    message with which the run replaces itself gets the run's headers and tick.
+    """
     if run.request.id and options.get("task_id") == run.request.id:
         run.is_final = False
     if not run.is_replacing:
@@ -423,13 +473,14 @@ def _of_run(run: Run, options: dict[str, Any], args: Any, kwargs: Any) -> dict[s
 
 
 def _continued_tick(run: Run, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The headers of a run's tick, for a message that replaces the run in the same singleton.
+    """Return the headers of a run's tick, for the message with which the run replaces itself.
 
-    The tick ends with that message.
+    The tick then ends with that message and not with the run. The result is empty if the message
+    is for another singleton of the task, because the tick ends with the run in that case.
     """
     try:
         is_same = run.task._name(tuple(args or ()), kwargs or {}) == run.name
-    except Exception:  # a body's arguments can be anything
+    except Exception:  # the caller may pass arguments that do not fit the task
         is_same = False
     if not is_same:
         return {}
@@ -440,16 +491,17 @@ def _continued_tick(run: Run, args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 def _request_for(task: Any, args: Any, kwargs: Any) -> tuple[Context, bool]:
-    """The request of this call: the message's, or a new one for a direct call; and whether it is
-    new, so that the caller is to pop it.
+    """Return the request of this call, and whether it was made here.
 
-    A body that calls its own task finds its message's request still there, and must not be
-    taken for that message; Celery's ``push_request`` would hand it the message's id.
+    A message has a request already. A direct call gets a new request, which the caller must pop
+    at its end. A direct call from within the task's own body would otherwise see the message's
+    request and be taken for a second delivery of that message. Celery's ``push_request`` does not
+    help: it copies the message's id to the new request.
     """
     request = task.request
     if not request.called_directly:
         run = current_run(task)
-        # A class's `__call__` can have put a copy of the message's request in its place.
+        # Compared by id, because a user's `__call__` can have pushed a copy of the request.
         if run is None or run.request.id != request.id:
             return request, False
     own = Context(args=args, kwargs=kwargs, hostname=request.hostname, headers={})

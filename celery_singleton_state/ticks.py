@@ -1,7 +1,8 @@
-"""Ticks: what a message carries of the schedule entry that it is for, and what a run asks of it.
+"""Ticks: a tick is one due time of one schedule entry.
 
-A tick is one due time of one entry. Its task id follows from both, and so the same tick has the
-same id whichever beat sends it, and however often.
+This module writes a tick into the headers of its message and reads it back. The message's task id
+is computed from the entry's name and the due time. So a tick has one id, whichever beat sends it
+and however often.
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ from celery.beat import ScheduleEntry
 from .headers import DUE, ENTRY, ONE_BY_ONE, PREVIOUS, SENT, header
 from .text.visible import encodable
 
-#: Beat's own headers, which do not make a message a part of a larger work. A tick that must not be
-#: skipped is sent in any case, so its own header is not among them.
+#: Headers of beat that do not keep ``enqueue_once`` from dropping a message while another one is
+#: queued. ``singleton_one_by_one`` is not among them, because a tick with that header must be sent
+#: in any case.
 BEAT_HEADERS = frozenset({ENTRY, DUE, PREVIOUS, "celery_beat_task", "periodic_task_name"})
 
+#: Namespace of the version 5 UUIDs that are the task ids of ticks; a random constant.
 _NAMESPACE = uuid.UUID("1d7c7bfb-7e5c-4f0e-9f0f-3c6c8f5b6f0a")
 
 
 class Tick(msgspec.Struct, frozen=True, array_like=True):
-    """One due time of one entry.
+    """One due time of one schedule entry.
 
-    :param entry: its name, after that of its schedule.
-    :param due: seconds since the epoch.
+    :param entry: ``schedule:entry``, the names of the schedule and of the entry.
+    :param due: the due time in seconds since the epoch.
     """
 
     entry: str
@@ -40,12 +43,12 @@ class Tick(msgspec.Struct, frozen=True, array_like=True):
 
 
 def entry_name(schedule: str, entry: str) -> str:
-    """An entry's name after that of its schedule, as messages and rows have it."""
+    """Return the name of a schedule entry in messages and rows: ``schedule:entry``."""
     return encodable(f"{schedule}:{entry}")
 
 
 def task_id_of(schedule: str, entry: str, due: datetime) -> str:
-    """The id of a tick's message."""
+    """Return the task id of a tick's message, which is the same in every beat."""
     name = f"{entry_name(schedule, entry)}:{due.astimezone(UTC).isoformat()}"
     return str(uuid.uuid5(_NAMESPACE, name))
 
@@ -58,12 +61,16 @@ def message_of(
     one_by_one: bool = False,
     begins_anew: bool = False,
 ) -> ScheduleEntry:
-    """An entry as it is sent for one of its ticks, by the schedule of this name.
+    """Return a copy of a schedule entry whose message carries one tick in its headers and task id.
 
-    :param previous: the tick that was sent before, if there was one.
-    :param one_by_one: whether the next tick is sent when this one has ended.
-    :param begins_anew: whether the tick's work is done from its start. The message that was to go
-        on with it is lost, and the run that sent that message is no reason to refuse this one.
+    :param entry: the entry; it is not changed.
+    :param schedule: the schedule's name.
+    :param due: the tick's due time.
+    :param previous: the due time of the entry's previous tick that was sent, if there was one.
+    :param one_by_one: whether beat sends the entry's next tick only when this one has ended.
+    :param begins_anew: whether the tick's work starts from its beginning, because the message that
+        was to continue it is lost. The message then gets a new value of ``singleton_sent``, so that
+        it is not refused as a duplicate of the run that sent the lost message.
     """
     name, options = str(entry.name), entry.options or {}
     headers: dict[str, Any] = {**(options.get("headers") or {}), **_headers_of(schedule, name, due)}
@@ -73,7 +80,7 @@ def message_of(
         headers[ONE_BY_ONE] = 1
     if begins_anew:
         headers[SENT] = str(uuid.uuid4())
-    # Not a copy: Celery's entries leave their app behind when they are copied.
+    # Not copy.copy(): Celery's entries lose their app when they are copied or pickled.
     made: ScheduleEntry = object.__new__(type(entry))
     made.__dict__.update(entry.__dict__)
     made.options = {
@@ -85,23 +92,26 @@ def message_of(
 
 
 def _headers_of(schedule: str, entry: str, due: datetime) -> dict[str, str]:
-    """What a tick's message carries of it."""
+    """Return the headers that identify a tick."""
     return {ENTRY: entry_name(schedule, entry), DUE: due.astimezone(UTC).isoformat()}
 
 
 def due_of(request: Context) -> datetime | None:
-    """The due time that a message is for, in UTC; ``None`` if no beat of ours sent it."""
+    """Return the due time of a message's tick, in UTC; ``None`` if the message is for no tick."""
     text = header(request, DUE)
     return None if text is None else datetime.fromisoformat(text)
 
 
 def previous_of(request: Context) -> float | None:
-    """The tick that was sent before the message's own, in seconds since the epoch, if known."""
+    """Return the due time of the previous tick that was sent, in seconds since the epoch.
+
+    :returns: ``None`` if the message does not name the previous tick.
+    """
     text = header(request, PREVIOUS)
     return None if text is None else datetime.fromisoformat(text).timestamp()
 
 
 def tick_in(headers: Mapping[str, Any]) -> Tick | None:
-    """The tick that a message with these headers of ours is for."""
+    """Return the tick in a message's headers of this package; ``None`` if there is none."""
     due = headers.get(DUE)
     return None if due is None else Tick(headers[ENTRY], datetime.fromisoformat(due).timestamp())

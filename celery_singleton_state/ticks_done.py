@@ -1,11 +1,11 @@
-"""What a singleton's row knows of ticks: for each schedule entry which ones are done.
+"""The row's column ``ticks_done``: for each schedule entry, which of its ticks are done.
 
-The history forgets a run after 16 others. This record does not: it has the spans of time in which
-all ticks that were sent are done. A message names the tick that was sent before its own, so a run
-whose tick directly follows a span makes it longer, and ticks that end in order leave one span.
-A tick that has not ended leaves a gap between two spans, until it ends.
+The history forgets a run after 16 later runs. This record does not forget. For each entry it keeps
+*spans* of time in which every tick that was sent is done. A tick's message names the tick that was
+sent before it, so a tick that directly follows a span extends that span. Ticks that end in order
+leave a single span. A tick that has not ended leaves a gap between two spans until it ends.
 
-The only writer is the holder of the lease, in the statement that releases it.
+Only the holder of the lease writes the record, in the statement that releases the lease.
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ from .ticks import Tick
 
 logger = logger_of(__name__)
 
-#: Entries in one row at most. The entry whose ticks ended longest ago is forgotten first.
+#: Most entries in one row. When there are more, the entry whose ticks ended longest ago is removed.
 MAX_ENTRIES = 1000
-#: Ticks that are kept besides the spans.
+#: Most failed ticks, and most retried ticks, that are kept for one entry.
 MAX_OTHERS = 100
-#: Due times differ by no less, in seconds.
+#: Smallest difference between two due times, in seconds: that of a Python datetime.
 RESOLUTION = 1e-6
 
-#: All ticks later than the first moment and not later than the second, in seconds since the epoch.
+#: A span: the ticks after the first time and up to and including the second, both in seconds since
+#: the epoch.
 Span = tuple[float, float]
 
 
 class EntryTicks(msgspec.Struct, array_like=True, frozen=True):
-    """What is known of the ticks of one schedule entry.
+    """Which ticks of one schedule entry are done, have failed or are being retried.
 
-    :param done: spans in which all ticks that were sent are done; in order, none touches another.
-    :param failed: due times of ticks that ended for good, but did not succeed; the newest last.
-    :param retried: due times of ticks whose run asked for a retry that has not ended.
+    :param done: the spans in which all ticks that were sent are done; in order and apart from each
+        other.
+    :param failed: due times of ticks that failed and are not retried; the newest last.
+    :param retried: due times of ticks whose run asked for a retry that has not ended yet.
     """
 
     done: tuple[Span, ...] = ()
@@ -42,21 +44,22 @@ class EntryTicks(msgspec.Struct, array_like=True, frozen=True):
     retried: tuple[float, ...] = ()
 
     def is_done(self, due: float) -> bool:
-        """Whether a tick is done, or was left out when a later one was sent."""
+        """Whether a tick is done, or was skipped by beat before it sent a later tick."""
         return due not in self.retried and any(start < due <= end for start, end in self.done)
 
     def has_ended(self, due: float) -> bool:
-        """Whether a tick is done, or failed for good."""
+        """Whether a tick is done, or has failed and is not retried."""
         return due in self.failed or self.is_done(due)
 
     def reaches_back_to(self, due: float) -> bool:
-        """Whether a tick would be known here if it had been done."""
+        """Whether the record covers a tick's due time, so that the tick would be known if done."""
         return bool(self.done) and due > self.done[0][0]
 
     def with_done(self, due: float, previous: float | None) -> EntryTicks:
-        """A tick is done.
+        """Return the record with one more tick done.
 
-        :param previous: the tick that was sent before; ``None`` if that is not known.
+        :param previous: the due time of the entry's previous tick that was sent; ``None`` if it is
+            unknown.
         """
         if previous is None or previous >= due:
             previous = due - RESOLUTION
@@ -67,17 +70,20 @@ class EntryTicks(msgspec.Struct, array_like=True, frozen=True):
         )
 
     def with_failed(self, due: float) -> EntryTicks:
-        """A tick ended for good, and did not succeed."""
+        """Return the record with one more tick that failed and is not retried."""
         failed = (*_without(self.failed, due), due)[-MAX_OTHERS:]
         return EntryTicks(self.done, failed, _without(self.retried, due))
 
     def with_retried(self, due: float) -> EntryTicks:
-        """A tick's run asked for a retry."""
+        """Return the record with one more tick whose run asked for a retry."""
         retried = (*_without(self.retried, due), due)[-MAX_OTHERS:]
         return EntryTicks(self.done, _without(self.failed, due), retried)
 
     def with_at_most(self, spans: int) -> EntryTicks:
-        """The same with no more spans than so many; the oldest gaps count as done."""
+        """Return the record with at most this many spans.
+
+        The oldest spans are joined, so ticks in the gaps between them count as done.
+        """
         surplus = len(self.done) - spans
         if surplus <= 0:
             return self
@@ -86,6 +92,7 @@ class EntryTicks(msgspec.Struct, array_like=True, frozen=True):
 
 
 def _merged(spans: tuple[Span, ...], new: Span) -> tuple[Span, ...]:
+    """Return the spans with a new span, joined with every span that it touches."""
     start, end = new
     before = [span for span in spans if span[1] < start]
     after = [span for span in spans if span[0] > end]
@@ -99,29 +106,37 @@ def _without(dues: tuple[float, ...], due: float) -> tuple[float, ...]:
     return tuple(other for other in dues if other != due)
 
 
-#: By the entry's name, after that of its schedule; the one that changed last is the last.
+#: The record of a whole row: by ``schedule:entry``; the entry that changed last stands last.
 TicksDone = dict[str, EntryTicks]
 
 _decoder = msgspec.json.Decoder(TicksDone)
 
 
 def decode(raw: str | None, name: str) -> TicksDone:
-    """What a row knows of ticks.
+    """Return the record in a row's column ``ticks_done``.
 
-    What cannot be read counts as nothing known, with a warning, as with the history.
+    A record that cannot be read counts as empty, and a warning is logged.
+
+    :param raw: the record as JSON; ``None`` if the row has none.
+    :param name: the singleton's name, for the warning.
     """
     if not raw:
         return {}
     try:
         return from_json(raw, _decoder)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        text = "singleton %s: its ticks_done cannot be read and starts anew: %s"
+        text = "singleton %s: its ticks_done cannot be read, and begins again empty: %s"
         logger.warning(text, visible(name), error)
         return {}
 
 
 def encode(known: TicksDone, tick: Tick, ticks: EntryTicks) -> str:
-    """The JSON of what is known, with what is new of the entry of a tick."""
+    """Return the record as JSON, with a new value for one schedule entry.
+
+    :param known: the record that was loaded.
+    :param tick: a tick of the entry that has changed.
+    :param ticks: the entry's new value.
+    """
     others = {entry: own for entry, own in known.items() if entry != tick.entry}
     for entry in list(others)[: max(0, len(others) + 1 - MAX_ENTRIES)]:
         del others[entry]

@@ -160,7 +160,7 @@ def five() -> Page:
             shown("shop.tasks.nightly_report", None),
             health=SingletonHealth(
                 *("shop.tasks.nightly_report", "shop.tasks.nightly_report", True),
-                "it never ran, and is waited for since 70 s",
+                "it never ran, and has been expected for 70 s",
             ),
         ),
         beat=beat(),

@@ -89,7 +89,7 @@ def test_one_that_never_ran_is_waited_for(memory_app: Celery) -> None:
     found = health(memory_app)
     assert found["quick"] == (
         False,
-        "it never ran, and is waited for since 70 s, longer than 60 s",
+        "it never ran, and has been expected for 70 s, longer than 60 s",
     )
     assert found["daily"][0]
     runtime_of(memory_app).store.requests.expect(keys)
