@@ -1,1 +1,1 @@
-"""What a worker does for its singletons."""
+"""The parts of a Celery worker: checks at its start, lease renewal and recovery for its pool."""

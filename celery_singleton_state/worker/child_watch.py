@@ -1,12 +1,14 @@
-"""A worker's watch over the processes of its pool: what a dead one held is free at once.
+"""A worker watches the processes of its pool, so that the leases of a dead process are released at
+once.
 
-Celery reports a child's death late: up to five seconds after it when the child was killed, while it
-still lives when a hard time limit kills it. So the worker waits for the deaths itself, on a
-``pidfd`` for each child, which the kernel marks when the child is surely gone.
+Celery's own report of a child's death comes at the wrong time: up to five seconds late for a killed
+child, and too early for a hard time limit, when the child still lives. Therefore the worker waits
+for the deaths itself. It has a ``pidfd`` for each child, which the kernel makes readable when the
+child is surely dead.
 
-Where the kernel refuses a ``pidfd`` (Linux before 5.3, gVisor, a seccomp filter, a process that has
-too many files open), a thread waits for that child, and leaves it to Celery to be reaped. Without
-either, which is macOS before Python 3.13, the leases of a dead child run out.
+If the kernel refuses a ``pidfd`` (Linux before 5.3, gVisor, a seccomp filter, too many open files),
+a thread waits for that child with ``waitid`` and leaves the zombie for Celery to reap. If the
+system has no ``waitid`` either (macOS before Python 3.13), the leases of a dead child expire.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 
-#: Seconds that the worker's end waits for the end of each child.
+#: Seconds for which a worker that exits waits for the death of each child without a ``pidfd``.
 PATIENCE = 1.0
 
 
 class ChildWatch:
-    """Calls back after each death of a child, in a thread of its own.
+    """Calls a function after each death of a child process, in a separate thread.
 
-    :param on_death: given the process id.
+    :param on_death: called with the child's process id.
     """
 
     def __init__(self, on_death: Callable[[int], None]) -> None:
@@ -38,11 +40,11 @@ class ChildWatch:
         self._own_pid = os.getpid()
         self._pids: dict[int, int] = {}
         self._thread: threading.Thread | None = None
-        #: Each waits for one child.
+        #: The threads that wait for one child each, because it has no pidfd.
         self._waiting: set[threading.Thread] = set()
 
     def watch(self, pid: int) -> None:
-        """Watch over a child from now on. One that is gone already is called back for as well."""
+        """Watch a child from now on. A child that is dead already is reported at once."""
         try:
             if self._thread is None:
                 self._start()
@@ -58,15 +60,15 @@ class ChildWatch:
         self._epoll.register(descriptor, select.EPOLLIN)
 
     def close(self) -> None:
-        """End the threads, after they were told of all deaths until now."""
-        # A forked child that ends must leave its parent's watch alone.
+        """Stop the threads, after all deaths until now have been reported."""
+        # A forked child inherits this object and the exit handler, but not the threads.
         if os.getpid() != self._own_pid:
             return
         if self._thread is not None:
             os.write(self._wake_writer, b".")
             self._thread.join()
         for waiting in list(self._waiting):
-            # The pool has ended; whoever lives nevertheless is not waited for.
+            # The pool has ended. Do not wait longer for a child that lives on nevertheless.
             waiting.join(PATIENCE)
 
     def _start(self) -> None:
@@ -93,7 +95,7 @@ class ChildWatch:
             return
 
         def wait() -> None:
-            # It may have been reaped by now.
+            # Celery may have reaped the child already.
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
             self._report(pid)
@@ -106,12 +108,15 @@ class ChildWatch:
     def _report(self, pid: int) -> None:
         try:
             self._on_death(pid)
-        except Exception:  # the next death must be seen as well
-            logger.exception("singletons: what process %d held could not be freed", pid)
+        except Exception:  # this thread must go on to report the next death
+            logger.exception("singletons: the leases of process %d could not be released", pid)
 
 
 def watch_pool(pool: Any, on_death: Callable[[int], None]) -> ChildWatch:
-    """Watch over all processes of a billiard pool, those that it will make included."""
+    """Watch all processes of a billiard pool, including those that it makes later.
+
+    :param on_death: called with the process id of each process that has died.
+    """
     children = ChildWatch(on_death)
     watch_processes(pool, lambda process: children.watch(process.pid))
     return children

@@ -1,10 +1,13 @@
-"""RabbitMQ's time limit for acknowledgements, which ends workers with long bodies.
+"""Warnings about RabbitMQ's time limit for acknowledgements, which stops workers with long bodies.
 
-A singleton's message is acknowledged when its run is over. RabbitMQ closes the channel of a
-consumer that keeps a message for longer than its ``consumer_timeout``, 30 minutes by default, and
-Celery's worker ends over that. A worker cannot ask RabbitMQ for the value. So it tells once when it
-starts what it relies on, and warns where a task's own time limit is longer, and while a message
-comes close.
+A singleton's message is acknowledged when its run has ended. If a message stays unacknowledged for
+longer than RabbitMQ's ``consumer_timeout``, 30 minutes by default, RabbitMQ closes the consumer's
+channel, and Celery's worker stops. A worker cannot ask RabbitMQ for that value, so it assumes the
+setting ``singleton_consumer_timeout``. It logs
+
+- the assumed value, when it starts,
+- a warning when it starts, if a task's own time limit is longer,
+- a warning when a message comes close to the limit.
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 
-#: The part of the time after which a message that is not acknowledged yet is worth a warning.
+#: Part of the time limit after which a message that is not acknowledged yet causes a warning.
 CLOSE = 5 / 6
+#: A queue's argument with a time limit of its own, in milliseconds.
 ARGUMENT = "x-consumer-timeout"
+#: What the operator can do; part of every warning.
 ADVICE = (
     "raise consumer_timeout in rabbitmq.conf (and singleton_consumer_timeout, which tells the "
     "worker) or the queue's argument x-consumer-timeout: docs/when-things-go-wrong.md, "
@@ -33,7 +38,7 @@ ADVICE = (
 
 
 class ConsumerTimeoutStep(bootsteps.StartStopStep):
-    """Warns of singletons whose messages RabbitMQ may take back before they are acknowledged."""
+    """Warns about runs that may last longer than RabbitMQ waits for a message's acknowledgement."""
 
     requires = ("celery.worker.components:Timer", "celery.worker.components:Pool")
 
@@ -41,7 +46,8 @@ class ConsumerTimeoutStep(bootsteps.StartStopStep):
         super().__init__(parent, **kwargs)
         self._timeout: float = 0.0
         self._timer: Any = None
-        #: When each message was first seen here, by the monotonic clock; of a warning: never again.
+        #: When each message was first seen, by the monotonic clock. Infinity after the warning, so
+        #: that there is only one for each message.
         self._seen: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
 
     def include_if(self, parent: Any) -> bool:
@@ -60,7 +66,7 @@ class ConsumerTimeoutStep(bootsteps.StartStopStep):
     terminate = stop
 
     def check(self) -> None:
-        """Warn once of each singleton's message that is close to the limit."""
+        """Warn about each message of a singleton that is close to the limit, once per message."""
         now = time.monotonic()
         for request in list(state.requests.values()):
             if request.acknowledged or options_of(request.task) is None:
@@ -69,7 +75,7 @@ class ConsumerTimeoutStep(bootsteps.StartStopStep):
             if now - since >= self._timeout * CLOSE:
                 self._seen[request] = float("inf")
                 logger.warning(
-                    "singletons: the message of task %s[%s] is not acknowledged after %.0f s; "
+                    "singletons: the message of task %s[%s] has not been acknowledged for %.0f s; "
                     "RabbitMQ closes this worker's channel after %.0f s: %s",
                     request.name,
                     request.id,
@@ -80,9 +86,10 @@ class ConsumerTimeoutStep(bootsteps.StartStopStep):
 
 
 def timeout_of(app: Celery) -> float:
-    """Seconds after which RabbitMQ takes a message back from the app's worker; 0: never.
+    """Return the seconds for which RabbitMQ waits for an acknowledgement; 0 for other brokers.
 
-    Of several queues the longest: which one a task's messages are in is not known.
+    If the worker's queues have different limits, it is the longest one, because the queue of a
+    task's messages is not known.
     """
     broker: Any = app.connection_for_read()
     if broker.transport.driver_type != "amqp":
@@ -101,12 +108,15 @@ def _timeout_of(queue: Any, usual: float) -> float:
 
 
 def late(app: Celery) -> list[Any]:
-    """The singletons whose messages are acknowledged when their runs are over."""
+    """Return the singleton tasks whose messages are acknowledged after their runs."""
     return [task for task in app.tasks.values() if task.acks_late and options_of(task) is not None]
 
 
 def warn_at_start(worker: Any, timeout: float) -> None:
-    """Say what the worker relies on; loudly where a task's own limit is longer."""
+    """Log which time limit the worker assumes, or warn about tasks whose own limits are longer.
+
+    :param timeout: RabbitMQ's limit, in seconds.
+    """
     limits = {task.name: _limit(worker, task) for task in late(worker.app)}
     longer = sorted(name for name, limit in limits.items() if limit is not None and limit > timeout)
     if longer:
@@ -119,7 +129,7 @@ def warn_at_start(worker: Any, timeout: float) -> None:
         )
     elif any(limit is None for limit in limits.values()):
         logger.info(
-            "singletons: messages are acknowledged when their runs are over, and RabbitMQ closes "
+            "singletons: messages are acknowledged when their runs have ended, and RabbitMQ closes "
             "the channel of a worker that takes longer than %.0f s: for longer bodies %s",
             timeout,
             ADVICE,
@@ -127,7 +137,7 @@ def warn_at_start(worker: Any, timeout: float) -> None:
 
 
 def _limit(worker: Any, task: Any) -> float | None:
-    """Seconds after which a body is ended; ``None``: never."""
+    """Return the seconds after which a worker stops a task's body; ``None`` without a limit."""
     given = (
         task.soft_time_limit or worker.soft_time_limit,
         task.time_limit or worker.time_limit,

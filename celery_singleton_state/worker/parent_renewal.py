@@ -1,15 +1,15 @@
-"""In a prefork worker's own process: renews the leases of the pool's processes.
+"""A prefork worker's main process renews the leases of the pool's processes.
 
-:mod:`celery_singleton_state.lease.renewal_slots` says how the children ask for it, and why it is
-right.
+How the children ask for renewals, and why that is safe, is explained in
+:mod:`celery_singleton_state.lease.renewal_slots`.
 
-A thread looks into the children's files, several times in the shortest life of a lease. The
-leases that it finds there are renewed by this process's heartbeat, as if this process held them: by
-one statement for all children, on one connection. A lease that it finds no longer is dropped.
+A thread reads the children's holder files, several times within the shortest life of a lease. The
+heartbeat of the main process renews all leases that are in the files, with one statement for all
+children and on one connection. When a lease is no longer in a file, its renewal stops.
 
-A child is renewed for as long as the kernel says that it lives, also if it is stopped (a debugger,
-``SIGSTOP``): the parent cannot tell a stopped child from a busy one that goes on at any moment. A
-time limit ends such a child.
+The leases of a child are renewed as long as the kernel says that the child lives, even if it is
+stopped by a debugger or ``SIGSTOP``: the parent cannot tell a stopped child from a busy child that
+may go on at any time. Celery's hard time limit kills such a child.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ logger = logger_of(__name__)
 
 
 class ChildsLease(HeldLease):
-    """A lease that a child holds, as its parent sees it.
+    """A child's lease in the parent, which renews it and writes the answer to the child's file.
 
-    The parent does not trust it, so it cannot lose it by the clock: the child does that.
+    The parent's clock never declares this lease lost. The child itself checks how long it may trust
+    the lease.
     """
 
     def __init__(self, request: RenewalRequest, path: Path, start: int, pid: int) -> None:
@@ -69,7 +70,7 @@ class ChildsLease(HeldLease):
         self.report_loss()
 
     def report_loss(self) -> None:
-        """Tell the child that the renewal was refused; again, until its run has ended."""
+        """Tell the child that a renewal was refused; called again until the child's run ends."""
         self._answer(RenewalAnswer(self.lease.holder, None), urgent=True)
 
     def _answer(self, answer: RenewalAnswer, urgent: bool) -> None:
@@ -78,32 +79,32 @@ class ChildsLease(HeldLease):
         except FileNotFoundError:
             return  # the child is gone
         except OSError as error:
-            logger.warning("singletons: process %d renews by itself: %s", self._pid, error)
+            logger.warning("singletons: process %d renews its own leases: %s", self._pid, error)
             return
         if urgent and ANSWERED is not None:
-            # If the process died just now, and another has its id, that ignores the signal.
+            # The process may have died just now. A new process with its id ignores this signal.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(self._pid, ANSWERED)
 
 
 class ParentRenewal:
-    """Renews the leases of a pool's processes.
+    """Renews the leases of the processes of a worker's pool.
 
-    :param processes: the processes that are in the pool at the moment.
+    :param processes: returns the processes that are in the pool at present.
     """
 
     def __init__(self, app: Celery, processes: Callable[[], list[Any]]) -> None:
         self._app = app
         self._processes = processes
         self._mark = mark_as_parent()
-        #: By holder: the leases that are renewed, and by which heartbeat.
+        #: By holder: each lease that is renewed, and the heartbeat that renews it.
         self._leases: dict[str, tuple[ChildsLease, Heartbeat]] = {}
-        #: By name of a file: the process whose file it is. A later process with the same id has a
-        #: file of its own.
+        #: By file name: the process that the holder file belongs to. A later process with the same
+        #: process id has another file.
         self._owners: dict[str, Any] = {}
 
     def start(self) -> None:
-        """Renew from now on until the process ends, in a thread."""
+        """Start the thread, which renews until this process exits."""
         threading.Thread(target=self._run, name="singleton-parent", daemon=True).start()
 
     def _run(self) -> None:
@@ -111,17 +112,18 @@ class ParentRenewal:
         while not stopped.wait(runtime_of(self._app).io_timeout / 2):
             try:
                 self.check()
-            except Exception as error:  # the next look still needs this thread
+            except Exception as error:  # this thread must go on to the next check
                 logger.warning(
-                    "singletons: processes of the pool renew by themselves: %s",
+                    "singletons: the processes of the pool renew their own leases, because their "
+                    "parent cannot: %s",
                     error,
                     exc_info=not isinstance(error, StoreError),
                 )
-                # Otherwise the leases of processes that have died meanwhile would be renewed.
+                # Stop all renewals: this thread does not know which processes are still alive.
                 self._drop(*self._leases)
 
     def check(self) -> None:
-        """Find out which leases are to be renewed, and renew them from now on."""
+        """Read the children's holder files; start new renewals and stop old ones."""
         own = runtime_of(self._app)
         found = dict(self._requests(own))
         self._drop(*self._leases.keys() - found.keys())
@@ -146,7 +148,7 @@ class ParentRenewal:
                     yield request.holder, ChildsLease(request, path, start, pid)
 
     def _files(self, directory: Path | None) -> Iterator[tuple[Path, int]]:
-        """The files of the pool's living processes, with their ids."""
+        """Yield the holder file and the process id of each living process of the pool."""
         if directory is None or not directory.is_dir():
             return
         processes = {str(process.pid): process for process in self._processes()}
@@ -161,9 +163,9 @@ class ParentRenewal:
 
 
 def _lives(pid: int) -> bool:
-    """Whether a child of this process has not ended. Its end is left to the pool to collect."""
+    """Whether a child of this process lives. A dead child is left for the pool to reap."""
     if not hasattr(os, "waitid"):
-        return True  # until the pool has noticed
+        return True  # a dead child is noticed when the pool has removed it
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     except ChildProcessError:

@@ -1,4 +1,4 @@
-"""What a worker does for its singletons when it starts: see that they can run, or say why not."""
+"""A worker's start-up steps: check that its singletons can run, and start what they need."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ logger = logger_of(__name__)
 
 
 class Refused(ImproperlyConfigured, click.ClickException):
-    """A worker cannot start. `celery worker` prints an error of click as one line."""
+    """The worker refuses to start.
+
+    The class is also an error of click's, because ``celery worker`` prints those as one line
+    instead of a traceback.
+    """
 
     def __init__(self, message: str) -> None:
         click.ClickException.__init__(self, message)
@@ -45,10 +49,10 @@ class Refused(ImproperlyConfigured, click.ClickException):
 
 
 class SingletonStep(bootsteps.StartStopStep):
-    """Checks settings, store and table in the worker, before the pool's processes are made.
+    """Checks settings, store and table before the worker makes the processes of its pool.
 
-    What is wrong with the configuration or the table ends the worker with a message that says
-    what to do. A store that is out of reach does not: its runs are retried.
+    A wrong configuration or table stops the worker, with a message that says what to do. A store
+    that is unavailable does not stop it, because runs are retried until the store answers.
     """
 
     def __init__(self, parent: Any, **kwargs: Any) -> None:
@@ -62,14 +66,18 @@ class SingletonStep(bootsteps.StartStopStep):
         signals.task_received.connect(note_arrival)
         signals.task_received.connect(note_content)
         events.follow(parent.hostname)
-        # A pool of processes must not inherit connections; one of threads opens them anew.
+        # Close the connections that the checks have used: the pool's processes must not inherit
+        # them. A pool of threads opens new ones.
         free_dead(runtime.runtime_of(app))
         runtime.close_runtime(app)
         if is_prefork(parent):
             mark_as_parent()
 
     def check(self, worker: Any) -> None:
-        """:raises ImproperlyConfigured: the worker's singletons could not run."""
+        """Check that the worker's singletons can run.
+
+        :raises ImproperlyConfigured: the singletons cannot run; the message says what to do.
+        """
         warn_of_eventlet(worker)
         own = runtime.runtime_of(worker.app)
         refuse_states_without_store(own)
@@ -78,7 +86,7 @@ class SingletonStep(bootsteps.StartStopStep):
         except StoreNotReady as error:
             raise ImproperlyConfigured(str(error)) from error
         except StoreError as error:
-            logger.error("singletons: the store cannot be reached, runs will be retried: %s", error)
+            logger.error("singletons: the store is unavailable, runs will be retried: %s", error)
         else:
             self.expect(own)
         url = own.settings.store_url
@@ -93,20 +101,28 @@ class SingletonStep(bootsteps.StartStopStep):
 
     @staticmethod
     def expect(own: runtime.Runtime) -> None:
-        """Note since when those singletons are waited for that should run now and then."""
+        """Record in the store that singletons with an ``expected_interval`` are expected to run.
+
+        Health checks count the time until the first run from this record.
+        """
         names = expected_singletons(own.app)
         tasks = {row_key(own.settings.key_prefix, name): name for name in names}
         try:
             for store, keys in own.by_store(tasks):
                 store.requests.expect({key: tasks[key] for key in keys})
         except StoreError as error:
-            logger.warning("singletons: health begins with the first runs: %s", error)
+            logger.warning(
+                "singletons: the store could not record which singletons are expected to run, so "
+                "health checks may report a missing first run later: %s",
+                error,
+            )
 
 
 class ConnectionsStep(bootsteps.StartStopStep):
-    """Lets a worker's own process have a connection for each body that it can run at once.
+    """Sizes the connection pool of a worker whose bodies run in its own process.
 
-    That number can grow: by ``--autoscale``, and by the remote control's ``pool_grow``.
+    There is a connection for each body that can run at once, and one more. The pool grows with the
+    worker's concurrency, by ``--autoscale`` or by the remote control command ``pool_grow``.
     """
 
     requires = ("celery.worker.components:Pool",)
@@ -120,8 +136,9 @@ class ConnectionsStep(bootsteps.StartStopStep):
 
 
 class ChildrenStep(bootsteps.StartStopStep):
-    """Renews what the pool's processes hold; frees what a dead one held, and has the pool replace
-    it at once.
+    """Renews the leases of a prefork pool's processes, and handles the death of a process.
+
+    The leases of a dead process are released, and the pool replaces the process at once.
     """
 
     requires = ("celery.worker.components:Pool",)
@@ -132,19 +149,21 @@ class ChildrenStep(bootsteps.StartStopStep):
     def start(self, parent: Any) -> None:
         self._app: Celery = parent.app
         self._deaths, self._report = os.pipe()
-        # Without an event loop nobody reads it, and one report is as good as many.
+        # A full pipe must not block a writer: without an event loop nothing reads from the pipe,
+        # and one unread report does as well as many.
         os.set_blocking(self._report, False)
-        # After the pool's end, however the worker ends.
+        # At exit, because that is after the pool's end, however the worker ends.
         atexit.register(watch_pool(compat.process_pool(parent), self._on_death).close)
         ParentRenewal(parent.app, lambda: compat.processes_of(parent)).start()
 
     def register_with_event_loop(self, parent: Any, hub: Any) -> None:
-        """Called by Celery whenever its event loop starts."""
+        """Have the event loop replace dead processes. Celery calls this when the loop starts."""
         pool = compat.process_pool(parent)
         compat.call_when_readable(hub, self._deaths, self._maintain, pool)
 
     def _on_death(self, pid: int) -> None:
-        # The pool's own look at it can come a moment too early, and its next five seconds later.
+        # Make the pool check again now. Its own check may have come just before the death, and the
+        # next one comes five seconds later.
         with contextlib.suppress(BlockingIOError):
             os.write(self._report, b".")
         free_dead(runtime.runtime_of(self._app), f"{pid}-*")
@@ -155,16 +174,18 @@ class ChildrenStep(bootsteps.StartStopStep):
 
 
 def is_prefork(worker: Any) -> bool:
-    """Whether the worker's pool is one of processes: Celery's own, or a subclass of it."""
-    # Each pool's module is imported where it is asked for, as Celery does.
+    """Whether the worker's pool is Celery's prefork pool or a subclass of it."""
+    # Imported here, because a worker should import the module of its own pool only.
     from celery.concurrency.prefork import TaskPool
 
     return _is_pool(worker, TaskPool)
 
 
 def bodies_at_once(worker: Any) -> int:
-    """How many bodies run in the worker's own process at most, when its pool is made; Celery's
-    number is that of its cores where nothing else is said, in a solo pool, too.
+    """Return how many bodies the worker's own process can run at once when its pool is made.
+
+    It is 1 in a solo pool, for which ``worker.concurrency`` is wrong: its default is the number of
+    cores in every pool.
     """
     from celery.concurrency.solo import TaskPool
 
@@ -179,17 +200,17 @@ def _is_pool(worker: Any, kind: type) -> bool:
 
 
 def warn_of_eventlet(worker: Any) -> None:
-    """Warn that a pool of eventlet cannot interrupt a run that lost its lease."""
+    """Log a warning if the worker has an eventlet pool, which cannot interrupt a lost run."""
     pool = worker.pool_cls
     modules = [base.__module__ for base in getattr(pool, "__mro__", ())] or [str(pool)]
     if any("eventlet" in module for module in modules):
         logger.warning(
-            "singletons: in a pool of eventlet a run that loses its lease, or is asked to hand it "
-            "over, is not interrupted: its body goes on beside the next run, and only what it "
-            "saves is refused; use --pool=gevent, threads or prefork"
+            "singletons: in an eventlet pool a run that loses its lease, or is asked to hand it "
+            "over, is not interrupted: its body goes on beside the next run, and only its writes "
+            "of the state are refused; use --pool=gevent, threads or prefork"
         )
 
 
 def watch_over(app: Celery) -> None:
-    """Let the app's workers check their singletons when they start, and watch over them."""
+    """Add this package's steps to the app's workers."""
     app.steps["worker"].update((SingletonStep, ConnectionsStep, ChildrenStep, ConsumerTimeoutStep))

@@ -78,7 +78,7 @@ def test_a_worker_starts_without_its_store(
     runtime_of(app).store.check()
     own_postgres.stop()
     worker = fleet.start("-c", "1")
-    assert "the store cannot be reached" in worker.output
+    assert "the store is unavailable" in worker.output
     result = app.send_task("increment")
     wait_until(lambda: "StateLoadFailed" in worker.output, "the retry is sent")
     own_postgres.start()
