@@ -1,7 +1,10 @@
-"""``celery -A proj singleton …``: what an operator sees of the singletons and does to them.
+"""``celery -A proj singleton …``: commands with which an operator inspects and changes singletons.
 
-Exit statuses: 0 if it is done, or all is healthy; 1 if not, with one line that says why; 2 for
-words that it does not understand, as everywhere in Celery.
+Exit statuses, as everywhere in Celery:
+
+- 0: the command has succeeded, or all singletons are healthy.
+- 1: it has failed, with one line that says why, or a singleton is unhealthy.
+- 2: the command line is wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +28,11 @@ __all__ = ["singleton"]
 
 
 class Commands(click.Group):
-    """Shows what users wrote safely in errors, too: of the commands, and of what was typed."""
+    """A group of commands whose errors are safe to print.
+
+    An error can quote a name or an argument that contains control characters. They are printed as
+    escapes.
+    """
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         try:
@@ -43,15 +50,15 @@ class Commands(click.Group):
 
 
 def _make_visible(error: click.ClickException) -> None:
-    # Click declares the attribute as final from 8.4 on.
+    # Set by vars(), because click declares the attribute as final from 8.4 on.
     vars(error)["message"] = visible(error.message)
 
 
-@click.group(cls=Commands, help="Look at the app's singletons and look after them.")
+@click.group(cls=Commands, help="Inspect and change the app's singletons.")
 @click.pass_context
 @handle_preload_options
 def singleton(context: click.Context) -> None:
-    """The group; celery's own options come before it."""
+    """Hold the commands. Celery's own options, such as ``-A``, come before ``singleton``."""
 
 
 for command in (ls, show, state, release, prune, health, next_, migrate, exporter):

@@ -1,7 +1,7 @@
-"""``celery singleton state`` and ``release``: what an operator changes.
+"""The commands ``celery singleton state`` and ``celery singleton release``.
 
-Each change is fenced like a run's own. It leaves a line in the log and an event, whatever the
-workers' switch for events says.
+A change by an operator is fenced like a write of a run. It emits a log line and an event, even if
+the workers' events are switched off.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from celery_singleton_state.text.visible import as_printed
 from .common import complete_name, find, load_tasks, name_and_task, report_errors, unknown
 from .terminal import ask, say, shown_json
 
-YES = click.option("--yes", is_flag=True, help="Do not ask.")
-FORCE = click.option("--force", is_flag=True, help="Take the lease away from a run first.")
+#: The option ``--yes`` of commands that ask before they change something.
+YES = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+#: The option ``--force`` of commands that are refused while a run is active.
+FORCE = click.option("--force", is_flag=True, help="First release the lease of an active run.")
 
 
 @click.command(cls=CeleryCommand)
@@ -38,10 +40,11 @@ FORCE = click.option("--force", is_flag=True, help="Take the lease away from a r
 @click.pass_context
 @report_errors
 def release(context: click.Context, name: str, yes: bool) -> None:
-    """Give back the lease of singleton NAME in its holder's place.
+    """Release the lease of singleton NAME in place of its holder.
 
-    A holder that is alive hears of it at its next heartbeat and loses its run; what it writes until
-    then is refused. What it does elsewhere is not, and another run may begin beside it.
+    Use it when the holder is dead or hangs. A holder that is alive is told at its next heartbeat
+    that its run is lost. The run's writes of the state are refused at once, but whatever else its
+    body does goes on until then, while another run may begin.
     """
     runtime = runtime_of(_app(context))
     row, store = find(runtime, name)
@@ -52,8 +55,8 @@ def release(context: click.Context, name: str, yes: bool) -> None:
     if not yes:
         ask(f"{_warning(runtime, row)} Release it?")
     _release(runtime, row, store)
-    had = f"{row.holder} had it" if row.holder else "its hold period is ended"
-    say(f"{printed} is free; {had}, with fence {row.fence}")
+    ended = f"its lease was held by {row.holder}" if row.holder else "its hold period was ended"
+    say(f"{printed} is free; {ended}, with fence {row.fence}")
 
 
 @click.command(cls=CeleryCommand)
@@ -61,7 +64,7 @@ def release(context: click.Context, name: str, yes: bool) -> None:
 @click.pass_context
 @report_errors
 def get(context: click.Context, name: str) -> None:
-    """Print the state of singleton NAME as JSON; null where there is none."""
+    """Print the state of singleton NAME as JSON, or null if it has no state."""
     row, _ = find(runtime_of(_app(context)), name)
     say(shown_json(row.value))
 
@@ -74,9 +77,10 @@ def get(context: click.Context, name: str) -> None:
 @click.pass_context
 @report_errors
 def set_(context: click.Context, name: str, value: str, force: bool, yes: bool) -> None:
-    """Make VALUE, as JSON, the state of singleton NAME; - reads it from standard input.
+    """Replace the state of singleton NAME by the JSON document VALUE.
 
-    It must fit the schema of the task's state. Refused while a run is active.
+    VALUE must fit the task's state_schema. With - as VALUE, the document is read from standard
+    input. The command is refused while a run is active, unless --force is given.
     """
     runtime = runtime_of(_app(context))
     name, task = name_and_task(runtime, name)
@@ -93,7 +97,10 @@ def set_(context: click.Context, name: str, value: str, force: bool, yes: bool) 
 @click.pass_context
 @report_errors
 def reset(context: click.Context, name: str, force: bool, yes: bool) -> None:
-    """Have singleton NAME start from its initial state. Refused while a run is active."""
+    """Reset singleton NAME: its next run starts from the initial state.
+
+    The command is refused while a run is active, unless --force is given.
+    """
     runtime = runtime_of(_app(context))
     row, store = find(runtime, name)
     name = _name(runtime, row)
@@ -106,7 +113,7 @@ def reset(context: click.Context, name: str, force: bool, yes: bool) -> None:
 
 @click.group()
 def state() -> None:
-    """Look at the state of a singleton, or change it."""
+    """Print or change the state of a singleton."""
 
 
 for command in (get, set_, reset):
@@ -120,7 +127,13 @@ def _app(context: click.Context) -> Celery:
 
 
 def _fitting(runtime: Runtime, name: str, task: str | None, text: str) -> NewValue:
-    """:raises click.ClickException: it is no state of the singleton's."""
+    """Return a JSON document as a new state of a singleton.
+
+    :param name: the singleton's name.
+    :param task: the name of its task; ``None`` if no task has that name.
+    :param text: the JSON document.
+    :raises click.ClickException: the document does not fit the schema, or there is no such state.
+    """
     codec = _codec(runtime, name, task)
     try:
         return NewValue(codec.encode(codec.decode(text, codec.version)), codec.version)
@@ -129,6 +142,10 @@ def _fitting(runtime: Runtime, name: str, task: str | None, text: str) -> NewVal
 
 
 def _codec(runtime: Runtime, name: str, task: str | None) -> Codec[Any]:
+    """Return the codec of a singleton's state.
+
+    :raises click.ClickException: there is no such singleton, or it has no state.
+    """
     tasks = runtime.app.tasks
     options = options_of(tasks.get(task or ""))
     if options is None:
@@ -140,7 +157,8 @@ def _codec(runtime: Runtime, name: str, task: str | None) -> Codec[Any]:
     if options.unique_on is None and name != task:
         raise click.ClickException(f"task {task} has no unique_on, and so no singleton {name!r}")
     if options.unique_on is not None:
-        # Its name is not to be made up by hand: only a run spells it right.
+        # The singleton must have a row: a name with arguments, typed by hand, could be spelled
+        # differently from the name that a run makes.
         find(runtime, name)
     codec = options.codec()
     if codec is None:
@@ -158,7 +176,13 @@ def _change(
     force: bool,
     yes: bool,
 ) -> None:
-    """Put a state into the row of a singleton that nobody holds."""
+    """Write a state into a singleton's row, after asking the operator.
+
+    :param what: the change, in the words of the log line.
+    :param force: whether to release the lease first, if it is held.
+    :param yes: whether not to ask.
+    :raises click.ClickException: the lease is held and ``force`` is false, or a run has just begun.
+    """
     key = row_key(runtime.settings.key_prefix, name)
     row = store.peek(key)
     if row is not None and row.in_hold_period and not force:
@@ -168,19 +192,19 @@ def _change(
         )
     if row is not None and row.held and not force:
         raise click.ClickException(
-            f"{as_printed(name)} has an active run, of {row.holder}, which would not know of it; "
-            "wait for its end, or take its lease away with --force"
+            f"{as_printed(name)} has an active run of {row.holder}, which would not see a change; "
+            "wait for its end, or release its lease first with --force"
         )
     if not yes:
         warning = _warning(runtime, row) if row is not None and row.held else ""
         ask(f"{warning}The state is {shown_json(row.value) if row else 'none'}. Replace it?")
     if row is not None and (row.holder is not None or row.held):
-        # Also one whose lease ran out: late and without a successor it could still save.
+        # An expired lease is released, too: as long as no run has followed, its run can still save.
         _release(runtime, row, store)
         row = store.peek(key)
     if not store.requests.put(key, row, new, task):
         raise click.ClickException(
-            f"a run of {as_printed(name)} has begun just now; nothing was changed"
+            f"a run of {as_printed(name)} has just begun; nothing was changed"
         )
     emit(runtime, task or name, name, what)
 
@@ -192,28 +216,33 @@ def _name(runtime: Runtime, row: Row) -> str:
 def _release(runtime: Runtime, row: Row, store: Store) -> None:
     name = _name(runtime, row)
     if not end_for(runtime, row, 0, f"released by {_operator()}", store):
-        raise click.ClickException(
-            f"{as_printed(name)} is held by {row.holder or 'nobody'} no more; nothing was changed"
-        )
+        ended = f"is no longer held by {row.holder}" if row.holder else "has no hold period now"
+        raise click.ClickException(f"{as_printed(name)} {ended}; nothing was changed")
     emit(runtime, row.task or name, name, "released")
 
 
 def _warning(runtime: Runtime, row: Row) -> str:
+    """Return what the operator should know before a lease is released."""
     if not row.held:
-        return f"The lease of {row.holder} has run out, and no run has begun since. "
+        return f"The lease of {row.holder} has expired, and no run has begun since. "
     left = seconds(row.expires_in or 0.0)
     if row.in_hold_period:
-        return f"The run is over, and its lease is in its hold period for {left} more. "
+        return f"The last run has ended, and its hold period lasts for {left} more. "
     interval = f"{runtime.settings.heartbeat_interval:g} s"
     return (
         f"{row.holder} may be alive: its lease has {left} left unless renewed. Its body goes on "
-        f"until its next heartbeat, within {interval}, while another run may begin; what it "
-        "writes is refused. "
+        f"until its next heartbeat, within {interval}, while another run may begin; its writes of "
+        "the state are refused. "
     )
 
 
 def emit(runtime: Runtime, task: str, name: str, what: str) -> None:
-    """Leave a line in the log and an event: what this operator has changed."""
+    """Emit a log line and an event about a change that this operator has made.
+
+    :param task: the name of the task.
+    :param name: the singleton's name, or the task's if the change is about several singletons.
+    :param what: the change, such as ``"state set"``.
+    """
     runtime.dispatcher.publish(Changed(singleton=task, key=name, what=what, by=_operator()))
 
 

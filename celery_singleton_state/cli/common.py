@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Functions that several commands of ``celery singleton`` use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ R = TypeVar("R")
 
 
 def report_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """An error that an operator can mend is one line and exit status 1, not a traceback."""
+    """Decorate a command to print errors of the store or the configuration as one line.
+
+    The exit status is 1 then. Other errors are printed with a traceback.
+    """
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -42,12 +45,12 @@ def report_errors(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def load_tasks(app: Celery, are_needed: bool = True) -> None:
-    """Have all tasks of the app made, as a worker has: also those of its ``imports`` and
-    ``include``, and those that it discovers.
+    """Import all task modules of an app as a worker does, and make the tasks.
 
-    :param are_needed: whether what the command says is wrong without one of them. A command that
-        is not says what is missing, and does what it can.
-    :raises ImproperlyConfigured: a module cannot be imported, and its tasks are needed.
+    :param are_needed: whether the command's output would be wrong without one of the tasks.
+        Default: true. False: a module that cannot be imported causes a warning, and the command
+        goes on.
+    :raises ImproperlyConfigured: a module cannot be imported, and ``are_needed`` is true.
     """
     try:
         app.loader.import_default_modules()
@@ -61,11 +64,11 @@ def load_tasks(app: Celery, are_needed: bool = True) -> None:
 
 
 def complete_name(context: click.Context, _argument: click.Parameter, begun: str) -> list[str]:
-    """For a shell: the singletons whose names begin so, as `ls` prints them.
+    """Return the singletons whose names begin with a text, for a shell's completion.
 
-    Bash inserts what it is offered as it is, so a name with other than plain characters is offered
-    in quotes; other shells quote it by themselves. None where the app or its store cannot be had: a
-    shell has no place for an error.
+    The names are spelled as ``celery singleton ls`` prints them. Bash inserts a completion without
+    quoting it, so for bash the names are quoted if need be; other shells quote by themselves. If
+    the app or its store cannot be used, the list is empty, because a shell cannot show an error.
     """
     try:
         app = find_app(context.find_root().params["app"])
@@ -83,15 +86,20 @@ def complete_name(context: click.Context, _argument: click.Parameter, begun: str
 
 
 def _is_bash() -> bool:
-    """Whether it is bash that asks: click's variable is named after the program."""
+    """Whether bash asks for completions.
+
+    Click's environment variable for completion says so. Its name begins with the program's name and
+    ends in ``COMPLETE``.
+    """
     asked = (value for name, value in os.environ.items() if name.endswith("COMPLETE"))
     return any(value.startswith("bash_") for value in asked)
 
 
 def find(runtime: Runtime, name: str) -> tuple[Row, Store]:
-    """The row of a singleton, by its name as ``ls`` prints it, and the store that has the row.
+    """Return the row of a singleton, and the store that has the row.
 
-    :raises click.ClickException: it has none; with names that are like it.
+    :param name: the singleton's name, as ``celery singleton ls`` prints it.
+    :raises click.ClickException: there is no such row; the message suggests similar names.
     """
     found = _row(runtime, name)
     if found is None:
@@ -102,8 +110,11 @@ def find(runtime: Runtime, name: str) -> tuple[Row, Store]:
 
 
 def name_and_task(runtime: Runtime, typed: str) -> tuple[str, str | None]:
-    """The name of a singleton that may have no row yet, from its name as it would be printed; and
-    the name of its task, which a singleton without ``unique_on`` shares.
+    """Return the name of a singleton and the name of its task.
+
+    :param typed: the singleton's name, as ``celery singleton ls`` prints it. A singleton that has
+        no row yet is known if it has the name of a task.
+    :returns: ``None`` as the task's name if neither a row nor a task is known.
     """
     found = _row(runtime, typed)
     if found is None:
@@ -114,16 +125,20 @@ def name_and_task(runtime: Runtime, typed: str) -> tuple[str, str | None]:
 
 
 def one_of(known: Collection[str], typed: str) -> str:
-    """Which of the known names is meant; what was typed if it is none of them."""
+    """Return the known name that an operator has typed as it is printed, with escapes.
+
+    :returns: the typed text itself if no known name fits.
+    """
     return next((name for name in names_meant(typed) if name in known), typed)
 
 
 def unknown(name: str, known: Iterable[str]) -> str:
+    """Return the error text for a singleton without a row, with a question about similar names."""
     return f"singleton '{as_printed(name)}' has not run yet{like(name, known)}"
 
 
 def like(name: str, known: Iterable[str]) -> str:
-    """A question for the names that are like one."""
+    """Return a question that suggests known names similar to a name; empty if there are none."""
     near = difflib.get_close_matches(name, known, n=3)
     return f"; did you mean {' or '.join(map(as_printed, near))}?" if near else ""
 
@@ -132,7 +147,8 @@ def _row(runtime: Runtime, typed: str) -> tuple[Row, Store] | None:
     for name in names_meant(typed):
         key = row_key(runtime.settings.key_prefix, name)
         rows = [(row, store) for store in runtime.stores if (row := store.peek(key)) is not None]
-        # Another store may have a row of before the task had a state, or lost it.
+        # Prefer the store that the task uses now. The other store can have an old row, from before
+        # the task was given a state or its state was removed.
         rows.sort(key=lambda found: runtime.store_of_task(found[0].task) is not found[1])
         if rows:
             row, store = rows[0]

@@ -1,4 +1,4 @@
-"""``celery singleton exporter``."""
+"""The command ``celery singleton exporter``."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from celery_singleton_state.runtime import runtime_of
 from .common import load_tasks, report_errors
 from .terminal import say
 
+#: The signals that stop the exporter.
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @click.command(cls=CeleryCommand)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
     type=click.IntRange(0, 65_535),
     default=9809,
     show_default=True,
-    help="0 for any that is free.",
+    help="Port to listen on; 0 for any free port.",
 )
 @click.option(
     "--allowed-host",
     "allowed_hosts",
     metavar="NAME",
     multiple=True,
-    help="A name that clients reach it by, if public DNS could have it: shop.example.com, "
-    "*.example.com for all names below it, or * for every name. Repeatable.",
+    help="A host name that clients use for the exporter, if it could be in public DNS: "
+    "shop.example.com, *.example.com for all names below it, or * for every name. Repeatable.",
 )
-@click.option("--per-key", is_flag=True, help="Series for each singleton of a task.")
+@click.option("--per-key", is_flag=True, help="Series for each singleton, not only each task.")
 @click.option("--show-state", is_flag=True, help="Show the states on the page.")
 @click.pass_context
 @report_errors
@@ -51,11 +52,12 @@ def exporter(
 ) -> None:
     """Serve metrics for Prometheus on /metrics, health on /health, and a page on /.
 
-    Leases, ages and health are read from the store at each request; what is counted is what
-    events tell, so workers are to send them (-E). It changes nothing.
+    Leases, ages and health are read from the store at each request. Counters and durations come
+    from Celery events, so start the workers with -E. The exporter changes nothing in the store.
 
-    Requests are answered that name an IP address, this machine, or a name that public DNS cannot
-    have: localhost, prometheus, shop.monitoring.svc, shop.internal. Others need --allowed-host.
+    A request is answered if its Host header is an IP address, this machine's name, or a name that
+    cannot be in public DNS: localhost, prometheus, shop.monitoring.svc, shop.internal. Allow other
+    names by --allowed-host.
     """
     app: Celery = context.obj.app
     load_tasks(app)
@@ -74,8 +76,12 @@ def exporter(
 
 
 def _until_signalled() -> Callable[[], object]:
-    """A function that returns at the first SIGINT or SIGTERM; a second one ends the process."""
-    # Not an Event: a signal that interrupts Event.wait() while that has its lock is a deadlock.
+    """Return a function that waits for the first SIGINT or SIGTERM.
+
+    A second signal ends the process.
+    """
+    # Not an Event: if a signal interrupts Event.wait() while that holds its lock, set() in the
+    # signal handler would wait for the lock forever.
     told: SimpleQueue[None] = SimpleQueue()
 
     def on_signal(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""``celery singleton health``."""
+"""The command ``celery singleton health``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from .terminal import print_json, say
 @click.pass_context
 @report_errors
 def health(context: click.Context, as_json: bool) -> None:
-    """Say which singletons did not run when they should have; exit status 1 if any did not.
+    """List the singletons that did not run when they should have.
 
-    A singleton is healthy if it last finished within its task's expected_interval times
-    singleton_heartbeat_threshold.
+    A singleton is healthy if its last run finished no longer ago than its task's expected_interval
+    times singleton_heartbeat_threshold. The exit status is 0 if all singletons are healthy, and 1
+    if not or if the store is unavailable.
     """
     load_tasks(context.obj.app)
     found = check_health(context.obj.app)
@@ -30,7 +31,7 @@ def health(context: click.Context, as_json: bool) -> None:
         print_json({"healthy": found.healthy, **asdict(found)})
     else:
         if found.error:
-            say(f"the store is out of reach: {found.error}", err=True)
+            say(f"the store is unavailable: {found.error}", err=True)
         for each in found.singletons:
             if not each.healthy:
                 say(f"{as_printed(each.singleton)}: {each.reason}")

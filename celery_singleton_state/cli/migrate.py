@@ -1,4 +1,4 @@
-"""``celery singleton migrate``."""
+"""The command ``celery singleton migrate``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .terminal import say
 @click.pass_context
 @report_errors
 def migrate(context: click.Context) -> None:
-    """Make the table, or upgrade it with its rows kept. Safe to run again."""
-    # Alembic takes longer to import than all other commands to run.
+    """Create the table, or upgrade it and keep its rows. Safe to run again."""
+    # Imported here, because Alembic takes longer to import than any other command takes to run.
     from celery_singleton_state.migrations.upgrade import migrate as make_table
 
     settings = runtime_of(context.obj.app).settings

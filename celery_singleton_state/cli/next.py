@@ -1,4 +1,4 @@
-"""``celery singleton next``: what runs when, who leads, and how late it is."""
+"""The command ``celery singleton next``: which beat leads, and when each entry is due next."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from celery_singleton_state.text.visible import as_printed
 from .common import like, load_tasks, one_of, report_errors
 from .terminal import print_json, print_table, say, table
 
-#: Entries that people are shown.
+#: Most entries that the table for people shows.
 SHOWN = 100
-#: Times of an entry.
+#: Largest value of ``--count``.
 MOST = 10_000
+#: Sort key of an entry that is never due again: it comes last.
 LAST = datetime.max.replace(tzinfo=UTC)
 
 
@@ -35,13 +36,16 @@ LAST = datetime.max.replace(tzinfo=UTC)
     type=click.IntRange(1, MOST),
     default=5,
     show_default=True,
-    help="How many times of ENTRY.",
+    help="How many due times of ENTRY to show.",
 )
 @click.option("--json", "as_json", is_flag=True, help="For programs: one object.")
 @click.pass_context
 @report_errors
 def next_(context: click.Context, entry: str | None, count: int, as_json: bool) -> None:
-    """Show which beat leads, and what it sends when; or when ENTRY of beat_schedule is due."""
+    """Show which beat leads and when each entry is due next.
+
+    With ENTRY, a name in beat_schedule, show the next due times of that entry.
+    """
     app: Celery = context.obj.app
     if entry is None:
         found = overview(app)
@@ -56,9 +60,9 @@ def next_(context: click.Context, entry: str | None, count: int, as_json: bool) 
 
 
 def overview(app: Celery) -> dict[str, Any]:
-    """What the store knows of the schedule.
+    """Return what the store knows of the leading beat and of each schedule entry.
 
-    :raises StoreError: it is out of reach.
+    :raises StoreError: the store is unavailable.
     """
     leader = Leader(app)
     row = leader.row()
@@ -77,7 +81,7 @@ def overview(app: Celery) -> dict[str, Any]:
 
 
 def print_overview(found: dict[str, Any]) -> None:
-    """The same for people."""
+    """Print the result of :func:`overview` for people."""
     if not found["fence"]:
         say(f"no beat has led {found['name']!r} yet")
         return
@@ -85,7 +89,7 @@ def print_overview(found: dict[str, Any]) -> None:
         since = "" if found["leads_since"] is None else f" since {moment(found['leads_since'])} UTC"
         say(f"{found['leader']} leads {found['name']!r}{since}")
     else:
-        say(f"nobody leads {found['name']!r}")
+        say(f"no beat leads {found['name']!r}")
     titles = ("entry", "next (UTC)", "late", "last", "runs", "missed", "schedule")
     rows = [
         (
@@ -105,19 +109,22 @@ def print_overview(found: dict[str, Any]) -> None:
 
 
 def times_of(app: Celery, name: str, count: int) -> dict[str, Any]:
-    """When an entry of the app's schedule is due next, and whether it is in this minute.
+    """Return the next due times of a schedule entry, and whether it is due in this minute.
 
-    An interval goes on from the next tick that the store knows.
+    The times of an interval are counted from the next tick that the store knows.
 
+    :param name: the entry's name in ``beat_schedule``.
+    :param count: how many times to return. There are fewer if the schedule ends before.
     :raises click.ClickException: there is no such entry, or it is never due.
     :raises ImproperlyConfigured: the entry is not allowed.
-    :raises StoreError: the store is out of reach.
+    :raises StoreError: the store is unavailable.
     """
     load_tasks(app, are_needed=False)
     schedule = _schedule_of(app, name)
     state = decode_rows(Leader(app).load()).get(name)
     times = []
-    # What is stored of a schedule with its own is_due is when to ask it.
+    # The stored next_tick of a schedule with its own is_due() is no due time, but the time at which
+    # beat will ask it again.
     is_asked = has_own_is_due(schedule)
     if state and state.next_tick and not is_asked and not _has_own_times(schedule):
         times.append(state.next_tick)
@@ -126,7 +133,8 @@ def times_of(app: Celery, name: str, count: int) -> dict[str, Any]:
         if len(times) < count:
             times += next_runs(schedule, count - len(times), times[0] if times else after)
     except ValueError as error:
-        # A schedule that ends with the tick that is stored, or cannot tell another.
+        # The schedule may end with the stored tick, or its class cannot compute later ones. Then
+        # the stored tick is shown alone.
         if not times:
             raise click.ClickException(str(error)) from error
     now = matches_now(schedule) if _has_own_times(schedule) else None
@@ -134,7 +142,7 @@ def times_of(app: Celery, name: str, count: int) -> dict[str, Any]:
 
 
 def print_times(found: dict[str, Any]) -> None:
-    """The same for people."""
+    """Print the result of :func:`times_of` for people."""
     for due in found["next"]:
         say(f"{due:%Y-%m-%d %H:%M:%S %Z}")
     if found["matches_now"]:

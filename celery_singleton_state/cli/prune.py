@@ -1,7 +1,7 @@
-"""``celery singleton prune``: the rows of keys that nobody uses any more are removed.
+"""The command ``celery singleton prune``: remove the rows of keys that are no longer used.
 
-Which they are is asked first, so that an operator can be told; the store asks it again of each row
-as it removes it.
+The command first reads which keys are unused, to show them to the operator. The statement that
+removes a row checks again that its key is still unused.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ from .change import YES, emit
 from .common import load_tasks, one_of, report_errors
 from .terminal import ask, print_json, say
 
+#: Seconds in each unit of an age; a number without a unit is seconds.
 UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1, "": 1}
-#: What every database can still count back.
+#: Longest age, in days: every database can subtract it from its present time.
 MAX_DAYS = 36_500
 
 
 def as_seconds(_context: click.Context, _option: click.Parameter, value: str) -> float:
-    """An age as people write it.
+    """Return the seconds of an age such as ``30d``, ``12h``, ``90m``, ``45s`` or ``45``.
 
-    :raises click.BadParameter: it is none; with what is allowed.
+    :raises click.BadParameter: the text is not an age; the message says what is allowed.
     """
     found = re.fullmatch(r"([0-9]{1,12})([dhms]?)", value)
     seconds = float(found[1]) * UNITS[found[2]] if found else 0.0
     if not 0 < seconds <= MAX_DAYS * UNITS["d"]:
         raise click.BadParameter(
-            f"{value!r} is no age; it takes days, hours, minutes or seconds, as 30d, 12h, 90m, "
+            f"{value!r} is not an age; write days, hours, minutes or seconds as 30d, 12h, 90m, "
             f"45s or 45, above 0 and up to {MAX_DAYS}d"
         )
     return seconds
 
 
-#: The keys that nobody uses, by the name of their task.
+#: The unused keys, by the name of their task.
 Unused = Mapping[str, Sequence[str]]
 
 
@@ -53,17 +54,17 @@ Unused = Mapping[str, Sequence[str]]
     required=True,
     metavar="AGE",
     callback=as_seconds,
-    help="Unused for so long, as 30d, 12h, 90m, 45s or 45.",
+    help="Remove keys that have been unused for this time: 30d, 12h, 90m, 45s or 45.",
 )
-@click.option("--task", "only", metavar="NAME", help="Keys of this task only.")
+@click.option("--task", "only", metavar="NAME", help="Remove keys of this task only.")
 @click.option(
     "--batch",
     type=click.IntRange(1, 10_000),
     default=500,
     show_default=True,
-    help="Rows that one statement removes.",
+    help="How many rows one statement removes.",
 )
-@click.option("--dry-run", is_flag=True, help="Show what would be removed, and leave it.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
 @click.option("--json", "as_json", is_flag=True, help="For programs: one object.")
 @YES
 @click.pass_context
@@ -77,16 +78,17 @@ def prune(
     as_json: bool,
     yes: bool,
 ) -> None:
-    """Remove keys of tasks with unique_on that nobody uses any more, and their states.
+    """Remove keys of tasks with unique_on that are no longer used, with their states.
 
-    A key is unused since its state changed last or a run of it ended. One that is held, by a late
-    run even, or asked for, wanted or queued is never removed; nor is the row of a task without
-    unique_on, or of a task that this app does not know.
+    A key is unused from the end of its last run, or from the last change of its state if that is
+    later. A key is never removed if it is held (even past its expiry), has a pending handoff or a
+    pending run, or has a queued message. Rows of tasks without unique_on, and of tasks that this
+    app does not know, stay.
 
-    A key that is used again starts from its initial state, without a history, and with fence 1. A
-    run from before is refused nevertheless, as no holder's name is given twice; but a place
-    elsewhere that remembers a larger fence refuses the new runs. So choose an age that is longer
-    than anything may run, be retried or be given out again.
+    A key that is used again starts from its initial state and without a history, so a message that
+    was done before would run again. Its fence goes on growing, because a fence is never smaller
+    than the database's clock in milliseconds. Choose an age that is longer than a message may run,
+    be retried or be redelivered.
     """
     app: Celery = context.obj.app
     load_tasks(app, are_needed=False)
@@ -107,11 +109,12 @@ def prune(
 
 
 def find_unused(runtime: Runtime, older_than: float, only: str | None) -> Unused:
-    """The keys that nobody has used for so many seconds.
+    """Return the keys that have been unused for a time, by the name of their task.
 
-    :param only: of this task; of all that have ``unique_on`` where left out.
-    :raises click.ClickException: it is no task whose keys could be removed.
-    :raises StoreError: the store is out of reach.
+    :param older_than: seconds.
+    :param only: the name of the task whose keys to return; ``None``: all tasks with ``unique_on``.
+    :raises click.ClickException: there is no such singleton task, or it has no ``unique_on``.
+    :raises StoreError: the store is unavailable.
     """
     prefix = runtime.settings.key_prefix
     by_task: dict[str, list[str]] = {}
@@ -120,17 +123,22 @@ def find_unused(runtime: Runtime, older_than: float, only: str | None) -> Unused
     }
     for store in runtime.stores:
         for key, task in store.unused(prefix, older_than).items():
-            # The row under its task's bare name is from before the task had unique_on; and what is
-            # left in another store is from before it had a state, or lost it.
+            # Two kinds of old rows are left alone: the row with the task's bare name, from before
+            # the task had unique_on; and rows in a store that the task no longer uses, from before
+            # it was given a state or its state was removed.
             if task in own_stores and key != prefix + task and store is own_stores[task]:
                 by_task.setdefault(task, []).append(key)
     return dict(sorted(by_task.items()))
 
 
 def remove(runtime: Runtime, unused: Unused, older_than: float, batch: int) -> Counter[str]:
-    """Remove those that nobody uses even now; returns how many, by task.
+    """Remove the keys that are still unused, and emit how many.
 
-    :raises StoreError: the store is out of reach; what was removed before was told.
+    :param unused: the keys to remove.
+    :param older_than: seconds for which a key must have been unused.
+    :param batch: how many keys one statement removes.
+    :returns: how many keys were removed, by task.
+    :raises StoreError: the store is unavailable. The keys removed until then have been emitted.
     """
     removed: Counter[str] = Counter()
     for task, keys in unused.items():
@@ -146,20 +154,25 @@ def remove(runtime: Runtime, unused: Unused, older_than: float, batch: int) -> C
 
 
 def print_unused(unused: Unused) -> None:
-    """For people."""
+    """Print, for people, how many keys of each task are unused."""
     for task, keys in unused.items():
-        say(f"{as_printed(task)}: {_keys(len(keys))} that nobody uses")
+        say(f"{as_printed(task)}: {_keys(len(keys), 'unused ')}")
     if not unused:
         say("there is nothing to remove")
 
 
 def print_removed(unused: Unused, removed: Counter[str]) -> None:
-    """The same."""
+    """Print, for people, how many keys were removed and how many are no longer unused."""
     done, left = removed.total(), (_counts(unused) - removed).total()
     say(f"{_keys(done)} removed" + (f"; {_keys(left)} in use again or gone" if left else ""))
 
 
 def _tasks_with_unique_on(runtime: Runtime, only: str | None) -> set[str]:
+    """Return the names of the tasks whose keys can be removed.
+
+    :param only: the name of a single task; ``None``: all tasks.
+    :raises click.ClickException: the keys of that task cannot be removed.
+    """
     tasks = runtime.app.tasks
     if only is None:
         every = {name: options_of(task) for name, task in tasks.items()}
@@ -173,17 +186,22 @@ def _tasks_with_unique_on(runtime: Runtime, only: str | None) -> set[str]:
 
 
 def _counts(unused: Unused) -> Counter[str]:
-    """How many keys could be removed, by task."""
+    """Return how many keys are unused, by task."""
     return Counter({task: len(keys) for task, keys in unused.items()})
 
 
 def _as_object(unused: Unused, removed: Counter[str] | None) -> dict[str, Any]:
-    """For programs; where nothing was to be removed, by task what could be."""
+    """Return the result of the command for ``--json``.
+
+    :param removed: the keys that were removed, by task; ``None`` if none were to be removed, in a
+        dry run for example. Then the unused keys are counted instead.
+    """
     return {
         "removed": 0 if removed is None else removed.total(),
         "by_task": _counts(unused) if removed is None else removed,
     }
 
 
-def _keys(count: int) -> str:
-    return "1 key" if count == 1 else f"{count} keys"
+def _keys(count: int, kind: str = "") -> str:
+    """Return a number of keys in words, such as ``1 key`` or ``2 unused keys``."""
+    return f"1 {kind}key" if count == 1 else f"{count} {kind}keys"

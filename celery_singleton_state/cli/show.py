@@ -1,4 +1,4 @@
-"""``celery singleton ls`` and ``show``."""
+"""The commands ``celery singleton ls`` and ``celery singleton show``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from celery_singleton_state.text.visible import as_printed
 from .common import complete_name, find, load_tasks, report_errors
 from .terminal import plain_console, print_json, print_table, say, shown_json, table
 
-#: Seconds between two looks of one who watches.
+#: Seconds between two updates of ``ls --watch``.
 WATCH = 2.0
 NONE = "no singleton has run yet"
 LISTED = ("singleton", "fence", "runs", "last", "at (UTC)", "healthy", "lease")
@@ -34,15 +34,13 @@ RUNS = ("started (UTC)", "seconds", "fence", "outcome", "error")
 
 @click.command(cls=CeleryCommand)
 @click.option("--json", "as_json", is_flag=True, help="For programs: a list of objects.")
-@click.option("-w", "--watch", is_flag=True, help="Look again every 2 s, until interrupted.")
+@click.option("-w", "--watch", is_flag=True, help="Update the list every 2 s until interrupted.")
 @click.pass_context
 @report_errors
 def ls(context: click.Context, as_json: bool, watch: bool) -> None:
-    """List the singletons: lease, fence, runs, how the last one ended, and whether they are
-    healthy.
-    """
+    """List all singletons, with lease, fence, number of runs, last outcome and health."""
     if as_json and watch:
-        raise click.UsageError("--watch is for people, and --json for programs")
+        raise click.UsageError("--watch and --json cannot be used together")
     app: Celery = context.obj.app
     load_tasks(app, are_needed=False)
     runtime = runtime_of(app)
@@ -62,9 +60,9 @@ def ls(context: click.Context, as_json: bool, watch: bool) -> None:
 @click.pass_context
 @report_errors
 def show(context: click.Context, name: str, as_json: bool) -> None:
-    """Show one singleton: its lease, its state and its last runs.
+    """Show the lease, the state and the last runs of singleton NAME.
 
-    NAME is as `ls` prints it. Write -- before one that begins with a dash.
+    NAME is written as `ls` prints it. Write -- before a name that begins with a dash.
     """
     app: Celery = context.obj.app
     load_tasks(app, are_needed=False)
@@ -76,7 +74,7 @@ def show(context: click.Context, name: str, as_json: bool) -> None:
         runs = [_run_as_object(run) for run in entries]
         (found,) = _objects(runtime, [row])
         known = ticks_done.decode(row.ticks_done, name)
-        # Only of a singleton that a beat runs.
+        # Left out of the output for a singleton that no beat runs.
         ticks = {"ticks_done": {entry: _ticks_as_object(own) for entry, own in known.items()}}
         print_json(found | {"value": _value(row), "history": runs} | (ticks if known else {}))
         return
@@ -132,7 +130,7 @@ def _objects(runtime: Runtime, rows: Sequence[Listed]) -> list[dict[str, Any]]:
 
 
 def _print_row(row: Row, prefix: str) -> None:
-    """In lines that are not folded, so that a long state can be copied."""
+    """Print a row, one line for each field. Lines are not folded, so that a state can be copied."""
     for title, value in (
         ("singleton", as_printed(_name(row, prefix))),
         ("key", as_printed(row.key)),
@@ -198,11 +196,11 @@ def _name(row: Listed, prefix: str) -> str:
 
 def _lease(row: Listed) -> str:
     if row.expires_in is None:
-        # A moment that the database cannot read, beside a holder.
-        return "free" if row.holder is None else f"{row.holder}, until nobody knows when"
+        # With a holder, the row's expiry is a value that is not a time.
+        return "free" if row.holder is None else f"{row.holder}, with an unreadable expiry"
     if row.held:
         return f"{row.holder or 'hold period'}, {seconds(row.expires_in)} left"
-    return f"{row.holder}, ran out {seconds(-row.expires_in)} ago"
+    return f"{row.holder}, expired {seconds(-row.expires_in)} ago"
 
 
 def _iso(epoch: float | None) -> str | None:
@@ -214,7 +212,7 @@ def _tenths(length: float) -> str:
 
 
 def _value(row: Row) -> Any:
-    """The state as JSON; as a text where it cannot be read, or would not come back the same."""
+    """Return the state for ``--json``, parsed; or as a string if parsing it fails or changes it."""
     try:
         return json.loads(row.value, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -222,7 +220,10 @@ def _value(row: Row) -> Any:
 
 
 def _finite(number: str) -> float:
-    """:raises ValueError: it is too large for a number of JSON's, or none."""
+    """Parse a JSON number.
+
+    :raises ValueError: the number is NaN, infinite, or too large for a float.
+    """
     found = float(number)
     if not math.isfinite(found):
         raise ValueError(number)

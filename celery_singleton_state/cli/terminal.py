@@ -1,7 +1,8 @@
-"""All that the commands print; nothing of users reaches a terminal by another way.
+"""All output of the commands goes through this module, which makes users' texts safe to print.
 
-Their texts are shown as :mod:`celery_singleton_state.text.visible` says, and by escapes also where
-the terminal's encoding does not have their characters.
+A name or an error can contain control characters, which a terminal would obey. They are printed as
+escapes, see :mod:`celery_singleton_state.text.visible`. So are characters that the terminal's
+encoding does not have.
 """
 
 from __future__ import annotations
@@ -20,32 +21,37 @@ from rich.text import Text
 
 from celery_singleton_state.text.visible import as_json, encodable, visible
 
-#: The width that a column which is folded has at least.
+#: Smallest width, in characters, of a column whose texts may be folded.
 _NARROWEST = 16
 
 
 def say(text: str, err: bool = False) -> None:
-    """Print one line."""
+    """Print one line, on standard output or, with ``err``, on standard error."""
     click.echo(_shown(text, sys.stderr if err else sys.stdout), err=err)
 
 
 def ask(question: str, err: bool = False) -> None:
-    """:raises click.Abort: the operator says no."""
+    """Ask the operator a yes-or-no question.
+
+    :param err: whether to print the question on standard error. Default: false.
+    :raises click.Abort: the operator has answered no.
+    """
     click.confirm(_shown(question, sys.stderr if err else sys.stdout), abort=True, err=err)
 
 
 def print_json(value: Any) -> None:
-    """Print a value for programs: the JSON that comes back as the same value."""
+    """Print a value as JSON, unchanged by the escapes that texts for people get."""
     text = json.dumps(_strict(value), indent=2, default=datetime.isoformat)
     click.echo(text.replace("\x7f", r"\u007f"))
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]], folded: str = "") -> Table:
-    """A table of texts, none of which is cut.
+    """Make a table whose texts are never cut.
 
-    A terminal gets them folded where they are too long. Who reads from a pipe gets them whole.
+    On a terminal, a text that is too long is folded into several lines. In a pipe it stays on one
+    line, so that programs can read it.
 
-    :param folded: the title of a column that is folded in a pipe, too.
+    :param folded: the title of a column that is folded in a pipe, too. Default: none.
     """
     made = Table(box=None)
     in_pipe = not sys.stdout.isatty()
@@ -57,7 +63,7 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]], folded: str = ""
 
 
 def print_table(made: Table) -> None:
-    """Print a table of :func:`table`."""
+    """Print a table that :func:`table` has made."""
     console = plain_console()
     if not sys.stdout.isatty():
         console.width = max(console.width, sum(map(_width, made.columns)))
@@ -65,7 +71,7 @@ def print_table(made: Table) -> None:
 
 
 def _width(column: Column) -> int:
-    """What a column needs, with the spaces on both sides."""
+    """Return the width that a column needs, in characters, with the space on each side."""
     if not column.no_wrap:
         return _NARROWEST
     texts = [Text(str(column.header)), *(cell for cell in column.cells if isinstance(cell, Text))]
@@ -73,16 +79,20 @@ def _width(column: Column) -> int:
 
 
 def plain_console() -> Console:
-    """A console that looks for nothing in a text: no markup, no emoji, nothing to highlight."""
+    """Return a console that prints texts unchanged: no markup, no emoji codes, no highlighting."""
     return Console(markup=False, emoji=False, highlight=False)
 
 
 def shown_json(document: str) -> str:
-    """A JSON document as standard output can show it, and as it can be copied."""
+    """Return a JSON document with escapes for the characters that standard output cannot show.
+
+    The result is the same JSON value, so an operator can copy it.
+    """
     return as_json(document, _encoding(sys.stdout))
 
 
 def _shown(text: str, stream: Any) -> str:
+    """Return a text with escapes for control characters and those that the stream lacks."""
     return encodable(visible(text), _encoding(stream))
 
 
@@ -91,7 +101,10 @@ def _encoding(stream: Any) -> str:
 
 
 def _strict(value: Any) -> Any:
-    """What JSON can hold: it has no infinity."""
+    """Return a value without floats that JSON lacks.
+
+    NaN becomes ``None``. Infinity becomes the largest float.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else math.copysign(sys.float_info.max, value)
     if isinstance(value, dict):

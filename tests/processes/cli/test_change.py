@@ -76,7 +76,7 @@ def test_an_active_run_is_left_alone_unless_forced(fleet: Fleet, store: SqlStore
     assert held is not None
     change = ("singleton", "state", "set", "increment", '{"n": 5}', "--yes")
     refused = said(fleet.command(*change), 1)
-    assert "increment has an active run, of host:1:a.1" in refused
+    assert "increment has an active run of host:1:a.1" in refused
     said(fleet.command(*change, "--force"))
     assert store.renew([held.lease]) == {}
     row = store.peek(KEY)
@@ -103,7 +103,8 @@ def test_a_lease_is_released_in_its_holders_place(fleet: Fleet, store: SqlStore)
     assert "host:1:a.1 may be alive: its lease has " in no.stdout
     assert list(store.renew([held.lease])) == [KEY]
     answer = fleet.command("singleton", "release", "increment", "--yes")
-    had = f"increment is free; host:1:a.1 had it, with fence {held.lease.fence}\n"
+    fence = held.lease.fence
+    had = f"increment is free; its lease was held by host:1:a.1, with fence {fence}\n"
     assert said(answer) == had
     assert store.renew([held.lease]) == {}
     assert said(fleet.command("singleton", "release", "increment")) == "increment is free\n"
@@ -146,4 +147,4 @@ def test_health(fleet: Fleet, client: Callable[[], Celery], store: SqlStore) -> 
 
 def test_health_without_a_store(make_fleet: Callable[..., Fleet]) -> None:
     fleet = make_fleet("postgresql://nobody@127.0.0.1:1/none", CELERY_SINGLETON_AUTO_MIGRATE="0")
-    assert "the store is out of reach" in said(fleet.command("singleton", "health"), 1)
+    assert "the store is unavailable" in said(fleet.command("singleton", "health"), 1)

@@ -60,7 +60,7 @@ def test_who_leads_and_what_runs_when(fleet: Fleet) -> None:
     beat.close()
     wait_until(lambda: overview(fleet)["entries"][0]["late"] > 1, "a tick is late")
     wait_until(lambda: overview(fleet)["leader"] is None, "its lease runs out")
-    assert "nobody leads 'shop'" in next_(fleet)
+    assert "no beat leads 'shop'" in next_(fleet)
 
 
 def test_when_an_entry_is_due(fleet: Fleet) -> None:

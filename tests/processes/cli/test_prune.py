@@ -57,9 +57,7 @@ def test_old_keys_go_and_all_else_stays(
     fleet.start("-P", "solo")
     assert outcome(client().send_task("keyed", (2,))) == 3
     answer = prune(fleet, "--yes", "--batch", "2")
-    assert said(answer) == (
-        "keyed: 4 keys that nobody uses\nraises: 1 key that nobody uses\n5 keys removed\n"
-    )
+    assert said(answer) == ("keyed: 4 unused keys\nraises: 1 unused key\n5 keys removed\n")
     assert "singleton keyed 4 keys pruned by " in answer.stderr
     assert "singleton raises 1 key pruned by " in answer.stderr
     assert answer.stderr.count("pruned by") == 2
@@ -103,14 +101,14 @@ def test_it_asks_first(fleet: Fleet, store: SqlStore) -> None:
 
 def test_a_dry_run_leaves_all(fleet: Fleet, store: SqlStore) -> None:
     old(store, 'keyed{"number":1}')
-    assert said(prune(fleet, "--dry-run")) == "keyed: 1 key that nobody uses\n"
+    assert said(prune(fleet, "--dry-run")) == "keyed: 1 unused key\n"
     assert names(store) == ['keyed{"number":1}']
 
 
 def test_one_task_only(fleet: Fleet, store: SqlStore) -> None:
     old(store, 'keyed{"number":1}', 'raises{"reason":"x"}', "keyed7")
     assert said(prune(fleet, "--task", "keyed", "--yes")) == (
-        "keyed: 2 keys that nobody uses\n2 keys removed\n"
+        "keyed: 2 unused keys\n2 keys removed\n"
     )
     assert names(store) == ['raises{"reason":"x"}']
 
@@ -126,7 +124,7 @@ def test_nothing_to_remove(fleet: Fleet, store: SqlStore) -> None:
     ("options", "status", "text"),
     [
         ((), 2, "Missing option '--older-than'"),
-        (("--older-than", "30x"), 2, "'30x' is no age; it takes days, hours, minutes or seconds"),
+        (("--older-than", "30x"), 2, "'30x' is not an age; write days, hours, minutes or seconds"),
         (("--older-than", "0"), 2, "above 0 and up to 36500d"),
         (("--older-than", "1d", "--batch", "0"), 2, "--batch"),
         (("--older-than", "1d", "--task", "gone"), 1, "this app has no singleton task 'gone'"),

@@ -564,7 +564,7 @@ def test_a_lease_of_infinity_can_be_released(make_app: Callable[..., Celery]) ->
     value = BY_HAND[store.engine.dialect.name][0]
     if store.engine.dialect.name != "sqlite":
         change(shop, f"UPDATE kv_store SET acquired_at = {value}, expires_at = {value}")
-    assert "node:1:a.1 had it" in said(shop, "release", "--yes", name)
+    assert "its lease was held by node:1:a.1" in said(shop, "release", "--yes", name)
     assert [each["outcome"] for each in told(shop, "show", name)["history"]] == [
         *("succeeded", "lost")
     ], "its history can still be read"
