@@ -42,9 +42,9 @@ try:
 except ImportError:  # before kombu 5.5
     native_delayed_delivery = None  # type: ignore[assignment]
 
-#: Private or undocumented names that this package's subclasses override or set, and why. The keys
-#: are the library's classes. The code is in the subclasses, because it cannot be here. If a release
-#: lacks a name, the library no longer calls or reads it.
+#: By class of a library: the private or undocumented names that this package's subclass of it
+#: overrides or sets, and why. (The code itself is in the subclasses.) If a release lacks a name,
+#: the library no longer calls or reads it.
 OVERRIDDEN: Mapping[str, Mapping[str, str]] = {
     "celery.beat:Scheduler": {
         "_heap": "None has Celery sort its entries again; SingletonScheduler's items are different",
@@ -107,10 +107,11 @@ def forget_max_retries(task: Any) -> None:
 
 
 def is_made_by_decorator(task: type) -> bool:
-    """Whether ``@app.task`` has made this task class, and not a ``class`` statement.
+    """Whether the decorator ``@app.task`` has made this task class.
 
-    (``_decorated``, which ``Celery._task_from_fun`` sets.) If a release lacks it: false, and a task
-    with ``base=SingletonTask`` does not inherit from the app's own task class.
+    The result is false for a class that a ``class`` statement has made. (``_decorated``, which
+    ``Celery._task_from_fun`` sets.) If a release lacks it: false, and a task with
+    ``base=SingletonTask`` does not inherit from the app's own task class.
     """
     return "_decorated" in vars(task)
 
@@ -233,7 +234,7 @@ def before_growth(pool: Any, callback: Callable[[int], object]) -> None:
     """
     grow = getattr(pool, "grow", None)
     if grow is None:
-        return  # a pool of threads, which cannot grow
+        return  # a pool of threads, which has no grow() because it cannot grow
 
     def call_and_grow(n: int = 1) -> Any:
         callback(pool.num_processes + n)

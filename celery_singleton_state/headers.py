@@ -21,7 +21,7 @@ WAITED = "singleton_waited"
 REPLACES = "singleton_replaces"
 #: The value of ``singleton_waited`` when the message became the next one in line for the lease.
 NEXT_SINCE = "singleton_next_since"
-#: How often this package retried the message.
+#: How often this package itself has retried the message, to repeat a run that failed.
 RETRIES = "singleton_retries"
 #: How often the message was requeued because its run had ended and the result backend did not have
 #: the result yet.
@@ -30,7 +30,7 @@ UNRECORDED = "singleton_unrecorded"
 RANK = "singleton_rank"
 #: When the message was sent, and the host by whose clock.
 SENT_AT = "singleton_sent_at"
-#: A random value that tells the message from other messages that were sent with the same task id.
+#: A value that tells the message from other messages that were sent with the same task id.
 SENT = "singleton_sent"
 #: The whole delay, in seconds, with which the message was last retried or requeued.
 PAUSE = "singleton_pause"

@@ -94,7 +94,7 @@ def _check_stores(runtime: Runtime) -> None:
 
 
 def evaluate(runtime: Runtime, rows: Sequence[Listed]) -> Health:
-    """Return the health of all singletons that have a row or should have one.
+    """Return the health of all singletons that have a row, and of those that should have run.
 
     :param rows: the rows of all singletons of the app.
     """

@@ -102,7 +102,7 @@ class SingletonTask(_TypedTask[S, P, R]):
     #: message. ``message/poison.py`` ends a message that kills its process again and again.
     reject_on_worker_lost = True
 
-    # Set by bind().
+    # Set by bind(), when Celery binds the task to its app.
     _options: ClassVar[Options]
     _codec: ClassVar[Codec[Any] | None]
     _binder: ClassVar[Binder]
@@ -136,7 +136,10 @@ class SingletonTask(_TypedTask[S, P, R]):
         return self._handle(body, args, kwargs)
 
     def _run_guarded(self, body: Callable[..., R | None], args: Any, kwargs: Any) -> R | None:
-        """Run the guarded call of a task whose class has a ``__call__`` before the guard's."""
+        """Handle a call that comes from a user's ``__call__``, which stands before the guard's.
+
+        :param body: the user's function, which is called only when the lease is acquired.
+        """
         with in_guard(self):
             return self._handle(body, args, kwargs)
 
@@ -461,8 +464,8 @@ class SingletonTask(_TypedTask[S, P, R]):
 def _of_run(run: Run, options: dict[str, Any], args: Any, kwargs: Any) -> dict[str, Any]:
     """Return the sending options of a message that a run sends for its own task.
 
-    A message with the run's task id continues the run's work, which is noted on the run. The
-    message with which the run replaces itself gets the run's headers and tick.
+    If the message has the run's task id, it continues the run's work, so the run is marked as not
+    final. If it replaces the run, it gets the run's headers and tick.
     """
     if run.request.id and options.get("task_id") == run.request.id:
         run.is_final = False

@@ -1,9 +1,10 @@
 """The row's column ``ticks_done``: for each schedule entry, which of its ticks are done.
 
-The history forgets a run after 16 later runs. This record does not forget. For each entry it keeps
-*spans* of time in which every tick that was sent is done. A tick's message names the tick that was
-sent before it, so a tick that directly follows a span extends that span. Ticks that end in order
-leave a single span. A tick that has not ended leaves a gap between two spans until it ends.
+The history keeps the last 16 runs only, by default. This record keeps all ticks, in little space:
+for each entry it has *spans* of time in which every tick that was sent is done. A tick's message
+names the tick that was sent before it, so a tick that directly follows a span extends that span.
+Ticks that end in order leave a single span. A tick that has not ended leaves a gap between two
+spans until it ends.
 
 Only the holder of the lease writes the record, in the statement that releases the lease.
 """
