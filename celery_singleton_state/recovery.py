@@ -105,6 +105,24 @@ def end_for(
     if row.holder is None:
         # A hold period follows a run that has ended, and whose entry the history has already.
         return store.requests.release_early(row)
+    lease = Lease(row.key, row.holder, row.fence, 0)
+    document = _history_with_loss(row, lease, generation, why, sent, runtime.settings.history)
+    released = store.release(lease, Ended(Outcome.LOST, document))
+    if released is None:
+        return False
+    send_pending_run(runtime.app, store, row.key, released)
+    return True
+
+
+def _history_with_loss(
+    row: Row, lease: Lease, generation: int, why: str, sent: str | None, limit: int
+) -> str:
+    """Return the history of a row as JSON, with an entry for the run that loses its lease.
+
+    :param lease: the lease of that run.
+    :param generation, why, sent: as in :func:`end_for`.
+    :param limit: the number of runs that the history keeps.
+    """
     started = row.acquired_at
     if started is None or not math.isfinite(started):
         # A time that the database has as infinity has no form in JSON, so that the whole history
@@ -114,8 +132,8 @@ def end_for(
     entry = history.Entry(
         task_id=row.task_id,
         generation=generation,
-        holder=row.holder,
-        fence=row.fence,
+        holder=lease.holder,
+        fence=lease.fence,
         tick=None,
         outcome=Outcome.LOST,
         error=why,
@@ -124,10 +142,4 @@ def end_for(
         sent=sent,
         deaths=history.deaths_of(entries, row.task_id, sent) + (why == history.DIED),
     )
-    document = history.append(entries, entry, runtime.settings.history)
-    lease = Lease(row.key, row.holder, row.fence, 0)
-    released = store.release(lease, Ended(Outcome.LOST, document))
-    if released is None:
-        return False
-    send_pending_run(runtime.app, store, row.key, released)
-    return True
+    return history.append(entries, entry, limit)
