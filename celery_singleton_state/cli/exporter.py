@@ -82,13 +82,13 @@ def _until_signalled() -> Callable[[], object]:
     """
     # Not an Event: if a signal interrupts Event.wait() while that holds its lock, set() in the
     # signal handler would wait for the lock forever.
-    told: SimpleQueue[None] = SimpleQueue()
+    received: SimpleQueue[None] = SimpleQueue()
 
     def on_signal(*_: Any) -> None:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        told.put(None)
+        received.put(None)
 
     for number in SIGNALS:
         signal.signal(number, on_signal)
-    return told.get
+    return received.get

@@ -230,6 +230,7 @@ def test_a_run_that_comes_close_to_the_consumer_timeout_of_rabbitmq_is_a_warning
     worker = fleet.start("-c", "1")
     assert "closes the channel of a worker that takes longer than 3 s" in worker.output
     result = app.send_task("increment", (str(go),))
-    fleet.wait_for_output(worker, f"the message of task increment[{result.id}] is not acknowledged")
+    warning = f"the message of task increment[{result.id}] has not been acknowledged"
+    fleet.wait_for_output(worker, warning)
     go.touch()
     assert outcome(result) == 1
