@@ -1,1 +1,1 @@
-"""Leases without state in Redis or Valkey."""
+"""The store that keeps leases in Redis or Valkey, for singletons without state."""

@@ -1,13 +1,14 @@
-"""Calls of scripts, over connections that are kept at hand.
+"""Call scripts over connections that this module keeps open itself.
 
-Of redis-py's client only the way to connect is used. Its pool is not used, for three reasons:
+This module uses redis-py's client only to connect. It does not use the client's pool, for three
+reasons:
 
 - A time limit can interrupt a call after its request was sent. redis-py 8.1, as it is set by
   default, gives the connection to the next call, which reads the interrupted call's answer as its
   own.
-- When a primary has become a replica, the pool finds out with each connection anew.
-- With redis-py's client and its pool a run costs more. A no-op run in a worker takes 0.95 of that
-  time, its two calls take 0.84 (prefork) or 0.77 (solo), and a pool's process uses 0.88 of the CPU
+- After a failover each connection of the pool would fail once.
+- With this module a no-op run in a worker takes 0.95 of the time that it takes with the client's
+  pool, its two calls take 0.84 (prefork) or 0.77 (solo), and a prefork child uses 0.88 of the CPU
   time (``python -m benchmarks layers``; medians of 60 turns, on two busy cores).
 """
 
@@ -28,39 +29,44 @@ from celery_singleton_state.store.options import LEASES
 
 from .errors import is_elsewhere
 
-#: Bytes: the server's default for the largest text, and the least that it can be set to.
+#: The largest text that a server accepts (its proto-max-bulk-len), in bytes: the default, and the
+#: least value that an operator can set.
 DEFAULT_LARGEST, LEAST_LARGEST = 2**29, 2**20
 
 
 class ScriptCalls:
-    """Calls of any number of threads; each has a connection for itself meanwhile.
+    """Calls scripts for any number of threads. A call has a connection to itself.
 
     :param make_client: makes a client that does not connect yet. It is called again in a forked
-        process, which uses nothing of its parent's: neither sockets, nor locks that another
-        thread of the parent may have held.
+        process, because that process must not use its parent's sockets, nor locks that another
+        thread of the parent may have held during the fork.
     """
 
     def __init__(self, make_client: Callable[[], Redis]) -> None:
         self._make_client = make_client
         self._mine = _Connections(make_client())
-        #: Those of the processes that this one was forked from: never used, and never freed,
-        #: because a client that is freed asks for its pool's lock.
+        #: The connections of the parent processes, which a forked process has inherited. It never
+        #: uses them. It keeps them from being freed, because a freed client asks for its pool's
+        #: lock, which may be locked for ever in the fork.
         self._inherited: list[_Connections] = []
 
     def call(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
-        """Its answer, after one request; after two from a server that does not know the script.
+        """Run a script and return its answer.
+
+        One request is enough, except for a server that does not know the script yet: the first
+        request then fails, and a second one sends the script's text.
 
         :raises RedisError: whatever the client library raises.
         """
-        words = [len(keys), *keys, *arguments]
+        parts = [len(keys), *keys, *arguments]
         try:
-            return self._send("EVALSHA", _digest(script), *words)
+            return self._send("EVALSHA", _digest(script), *parts)
         except NoScriptError:
-            # New to this server, or its scripts were flushed.
-            return self._send("EVAL", script, *words)
+            # The server has not seen this script, or its scripts were flushed.
+            return self._send("EVAL", script, *parts)
 
     def info(self) -> dict[str, str]:
-        """What the server says of itself.
+        """Return the server's answer to INFO, as a dict from names to values.
 
         :raises RedisError: whatever the client library raises.
         """
@@ -68,29 +74,31 @@ class ScriptCalls:
         return dict(line.split(":", 1) for line in lines if ":" in line)
 
     def largest(self) -> int:
-        """Bytes of the largest text that the server takes, if it says so; else its default.
+        """Return the size of the largest text that the server accepts, in bytes.
 
-        :raises RedisError: whatever the client library raises, but for a refusal.
+        A server that refuses the question counts as one with Redis's default.
+
+        :raises RedisError: the client library's error, if the server does not answer.
         """
         try:
             answer = self._send("CONFIG", "GET", "proto-max-bulk-len")
-            # A list by the older protocol, a dict by the newer one.
+            # The answer is a list in protocol 2 (RESP2), and a dict in protocol 3.
             found = answer.values() if isinstance(answer, dict) else answer[1:]
             return int(next(iter(found)))
         except (ResponseError, StopIteration, ValueError):
             return DEFAULT_LARGEST
 
     def close(self) -> None:
-        """Close all connections; those in use are closed after their calls."""
+        """Close all connections. A connection in use is closed after its call."""
         own = self._own()
         own.connect_anew(own.idle)
 
-    def _send(self, *words: Any) -> Any:
+    def _send(self, *parts: Any) -> Any:
         own = self._own()
         idle = own.idle
         connection = own.take(idle)
         try:
-            connection.send_command(*words)
+            connection.send_command(*parts)
             answer = connection.read_response()
         except RedisError as error:
             if isinstance(error, ResponseError) and not is_elsewhere(error):
@@ -100,7 +108,8 @@ class ScriptCalls:
                 own.connect_anew(idle)
             raise
         except BaseException:
-            # Broken off, by a time limit say: the next call must not be given this answer.
+            # The call was interrupted, for example by a time limit. The connection is closed,
+            # because the next call on it would receive this call's answer.
             connection.disconnect()
             raise
         own.give_back(connection, idle)
@@ -116,10 +125,10 @@ class ScriptCalls:
 class _Connections:
     """The connections of one process to one server.
 
-    A thread takes an idle connection out of the list and puts it back after an answer. A connection
-    whose call was broken off is never put back. When the primary has become another server, the
-    list is replaced, and a connection that was taken from an older list is closed instead of being
-    put back: so one refusal is enough for all connections to be made anew.
+    A thread takes an idle connection out of the list, and returns it after the server has answered.
+    A connection whose call was interrupted never returns to the list. When another server may have
+    become the primary, the list is replaced. A connection from an older list is then closed
+    instead of returned, so that one refused call is enough to renew all connections.
     """
 
     def __init__(self, client: Redis) -> None:
@@ -128,7 +137,7 @@ class _Connections:
         self._client: Any = client
 
     def take(self, idle: list[Any]) -> Any:
-        """A connection that is ready to be used; it may connect as it sends."""
+        """Take a connection out of the list, or make one, and connect it if necessary."""
         try:
             connection = idle.pop()
         except IndexError:
@@ -136,26 +145,30 @@ class _Connections:
         try:
             with connecting(LEASES, RedisError):
                 connection.connect()
-                if _is_spoilt(connection):
+                if _is_unusable(connection):
                     connection.disconnect()
                     connection.connect()
         except BaseException:
-            # Half made: it may not have been told its database yet.
+            # Close it, because it may be half set up, for example without its database selected.
             connection.disconnect()
             raise
         return connection
 
     def give_back(self, connection: Any, idle: list[Any]) -> None:
-        """:param idle: the list that it was taken from."""
+        """Return a connection to its list, or close it if that list has been replaced.
+
+        :param idle: the list that the connection was taken from.
+        """
         if idle is self.idle:
             idle.append(connection)
         else:
             connection.disconnect()
 
     def connect_anew(self, idle: list[Any]) -> None:
-        """Have all later calls connect anew, unless another thread has done so meanwhile.
+        """Close the idle connections, so that later calls connect anew.
 
-        :param idle: the list that was the present one when the caller took its connection.
+        :param idle: the list that was in use when the caller took its connection. If another thread
+            has replaced it meanwhile, the new list stays.
         """
         if idle is self.idle:
             self.idle = []
@@ -163,8 +176,8 @@ class _Connections:
             idle.pop().disconnect()
 
 
-def _is_spoilt(connection: Any) -> bool:
-    """Whether the server has closed it, or said something unasked."""
+def _is_unusable(connection: Any) -> bool:
+    """Whether a connection cannot be used: the server closed it, or sent data nobody asked for."""
     try:
         return bool(connection.can_read())
     except (RedisError, OSError):

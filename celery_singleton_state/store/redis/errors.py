@@ -1,4 +1,4 @@
-"""What an error of Redis's means: try again, ask another server, or mend the set-up."""
+"""Translate errors of the Redis client into store errors, with advice for the operator."""
 
 from __future__ import annotations
 
@@ -18,50 +18,61 @@ from celery_singleton_state.store.connecting import was_connecting
 from .sentinels import UNKNOWN
 
 NO_CLUSTER = (
-    "it keeps keys on different servers, and a lease is more than one key. Use a server that is no "
-    "cluster (with replicas and Sentinel for failovers), or leave singleton_lease_url out: leases "
-    "are then in the database"
+    "a cluster spreads keys over several servers, and a lease needs two keys on one server. Use a "
+    "server that is not a cluster (with replicas and Sentinel for failovers), or leave "
+    "singleton_lease_url out: leases are then kept in the database"
 )
-_USER = (
-    "the user lacks a privilege: ACL SETUSER <user> ~celery-singleton-keys '~<key prefix>*' "
-    "+@read +@write +@scripting +@connection +time +info"
+_GRANT = (
+    "the user lacks a privilege; grant it by ACL SETUSER <user> "
+    "~celery-singleton-keys '~<key prefix>*' +@read +@write +@scripting +@connection +time +info"
 )
 
-# Texts rather than codes: up to Redis 6 an error within a script has its code in mid-text, and the
-# client library strips codes that it knows.
-#: What no later try mends, and what does.
+# The patterns match an error's text and not its code, for two reasons: up to Redis 6 the code of an
+# error within a script stands in the middle of the text, and the client library removes the codes
+# that it knows.
+#: Errors that stay until the operator changes something: a pattern, and advice on what to change.
 _ADVICE = (
     ("AuthenticationError|NOAUTH|WRONGPASS", "set the user and the password in the URL"),
-    ("NoPermissionError|has no permissions|user executing the script can't", _USER),
-    ("WRONGTYPE", "another program uses this key: give the leases a database of their own"),
-    ("MovedError|AskError|CrossSlot|MOVED|CROSSSLOT|in cluster mode", f"a cluster: {NO_CLUSTER}"),
-    ("unknown command", "the server has to offer this command"),
-    ("DB index is out of range|invalid DB index", "the server has no database of this number"),
+    ("NoPermissionError|has no permissions|user executing the script can't", _GRANT),
+    ("WRONGTYPE", "another program uses this key: give the leases a database number of their own"),
+    (
+        "MovedError|AskError|CrossSlot|MOVED|CROSSSLOT|in cluster mode",
+        f"the server is part of a Redis Cluster: {NO_CLUSTER}",
+    ),
+    ("unknown command", "use a server that has this command"),
+    (
+        "DB index is out of range|invalid DB index",
+        "the server has no database of this number: change it in the URL",
+    ),
     (UNKNOWN, "set the name of the master in the URL: sentinel://host:26379/<name>/<database>"),
-    ("NOPROTO", "the server does not have what protocol in the URL asks for"),
-    ("CERTIFICATE_VERIFY_FAILED", "see to ssl_ca_certs in the URL, and to the host's name"),
-    ("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE", "the server has no TLS there: write redis://"),
+    ("NOPROTO", "the server does not know the protocol that the URL asks for: leave it out"),
+    ("CERTIFICATE_VERIFY_FAILED", "check ssl_ca_certs and the host's name in the URL"),
+    ("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE", "this port does not use TLS: write redis://"),
     ("AF_UNIX path too long", "give the socket a shorter path"),
 )
-#: Of a number that is at its largest.
+#: Part of the error of HINCRBY when a number, such as a fence, is the largest that Redis can hold.
 _OVERFLOW = "would overflow"
-#: Of what the server or the client library can never hold.
+#: Errors of a value that the server or the client library can never hold.
 _VALUE = re.compile(
     f"{_OVERFLOW}|string exceeds maximum allowed size|is not an integer or out of range|DataError"
 )
-#: Of a server that is no primary, or none that its replicas know: another one may have become it.
+#: Errors of a server that is not, or may no longer be, the primary: a failover may have made
+#: another server the primary.
 _DEMOTED = re.compile(
     "read only (replica|slave)|Link with MASTER is down|NOREPLICAS|CLUSTERDOWN|ClusterDownError"
 )
 
 
 def as_store_error(error: RedisError | UnicodeError) -> StoreError:
-    """An error of the client library's, as a store's error."""
+    """Return the store error that corresponds to an error of the client library.
+
+    An error that no pattern matches becomes :exc:`StoreUnavailable`: the caller may try again.
+    """
     text = one_line(error)
     if "invalid bulk length" in text:
-        # Its answer to a text that is too large, where it is read before the connection is closed.
+        # The server sends this answer to a text that is too large, and closes the connection.
         return StoreRefusesValue(
-            f"the server takes no so large text, see its proto-max-bulk-len: {text}"
+            f"a text is larger than the server's proto-max-bulk-len allows: {text}"
         )
     if not was_connecting(error) and (isinstance(error, UnicodeError) or _VALUE.search(text)):
         is_of_text = isinstance(error, UnicodeError)
@@ -73,10 +84,10 @@ def as_store_error(error: RedisError | UnicodeError) -> StoreError:
 
 
 def is_overflow(error: BaseException | None) -> bool:
-    """Whether a number has grown larger than the server can count."""
+    """Whether Redis refused to increment a number because the result would be too large for it."""
     return _OVERFLOW in str(error)
 
 
 def is_elsewhere(error: RedisError) -> bool:
-    """Whether the primary may be another server now, so that all connections have to be new."""
+    """Whether another server may have become the primary, so that connections must be made anew."""
     return isinstance(error, ConnectionError | TimeoutError) or bool(_DEMOTED.search(str(error)))

@@ -1,6 +1,7 @@
-"""Options of connections to Redis that a URL can have, and what each takes.
+"""The options that a Redis URL may have in its query, each with its check.
 
-Others would change what the store relies on.
+Options of the client library that are not here are refused, because they would change what the
+store relies on.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def _provider(text: str) -> Any:
 _WORD = Option(_word, "a text without blanks")
 _FLAGS = made_of(_verify_flags, "names of ssl.VerifyFlags with commas between them")
 
+#: Options of every connection.
 OF_CONNECTIONS: dict[str, Option] = {
     "client_name": _WORD,
     "health_check_interval": whole(0),
@@ -71,6 +73,7 @@ OF_CONNECTIONS: dict[str, Option] = {
     "socket_timeout": seconds(),
     "username": TEXT,
 }
+#: Options of TLS connections only.
 OF_TLS: dict[str, Option] = {
     "ssl_ca_certs": TEXT,
     "ssl_ca_data": TEXT,
@@ -88,6 +91,8 @@ OF_TLS: dict[str, Option] = {
 CREDENTIAL_PROVIDER = made_of(
     _provider, "the name of a class of redis.CredentialProvider that needs no arguments"
 )
+#: Options whose value is the name of a file or a folder.
 FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
-#: Options of the client library's pool, which is not used, and of Celery's transport.
+#: Options that are accepted and ignored: one of the client library's connection pool, which the
+#: store does not use, and two that Celery users write for a broker.
 WITHOUT_EFFECT = frozenset({"max_connections", "timeout", "visibility_timeout"})

@@ -1,36 +1,39 @@
-"""What Redis and Valkey carry out for each verb: one script each, by the server's own clock.
+"""The Lua scripts that Redis and Valkey run: one for each verb of the store.
 
-A singleton is a hash under its key, with the fields that its row would have. It has no expiry of
-its own: its lease has, and its fence must outlive that. All keys stand in one sorted set, by which
-they are listed.
+A singleton is a hash under its key. The hash has the fields that the singleton's row in SQL would
+have. The hash itself never expires, because the fence must outlive the lease; the lease's expiry is
+a field. One sorted set holds the keys of all hashes, so that they can be listed.
 
-A script is atomic: nothing comes between what it reads and what it writes.
+Redis runs a script atomically: no other command runs between its reads and its writes. All times
+come from the server's own clock.
 
-Every script begins its writes with one that changes nothing (``touch``), and that has two effects:
+The first write of every script changes nothing (``touch``, which removes a field that does not
+exist). This write has two effects:
 
-- A replica refuses the script. Without that a primary that was demoted would go on to answer from
-  old data: that a lease is held, or that it is lost.
-- A server whose memory is full accepts the script's other writes. It refuses only a *first* write
-  that can need memory. So renewals, releases and runs of known singletons go on; only a singleton
+- A replica refuses the script. Without this write, a primary that was demoted to a replica would
+  answer from old data, for example that a lease is held, or that it is lost.
+- A server whose memory is full accepts the script's later writes. It refuses only a *first* write
+  that can need memory. So renewals, releases and runs of known singletons go on. Only a singleton
   that the server does not know yet is refused.
 """
 
 from __future__ import annotations
 
-#: A field that is not there is ``false``; so is what a script answers for a refusal.
+#: The Lua functions that every script begins with. Redis gives a missing field to a script as
+#: ``false``. A script that refuses a request returns ``false``, or 0.
 _HEAD = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
 local key = KEYS[1]
-local function moment(at) return string.format('%.6f', at) end
+local function timestamp(at) return string.format('%.6f', at) end
 local function get(name) return redis.call('HGET', key, name) end
 local function set(name, value) redis.call('HSET', key, name, value) end
 local function drop(...) redis.call('HDEL', key, ...) end
-local function later(name) local at = tonumber(get(name) or ''); return at and at > now end
+local function is_future(name) local at = tonumber(get(name) or ''); return at and at > now end
 local function touch() redis.call('HDEL', key, '') end
 local function make(task)
   if redis.call('HEXISTS', key, 'fence') == 1 then return touch() end
-  redis.call('HSET', key, 'fence', '0', 'updated_at', moment(now))
+  redis.call('HSET', key, 'fence', '0', 'updated_at', timestamp(now))
   if task ~= '' then set('task', task) end
   redis.call('ZADD', KEYS[2], 0, key)
 end
@@ -39,16 +42,17 @@ local function is_larger(one, other)
   return one > other
 end
 local function is_held()
-  return later(redis.call('HEXISTS', key, 'holder') == 1 and 'expires_at' or 'hold_until')
+  return is_future(redis.call('HEXISTS', key, 'holder') == 1 and 'expires_at' or 'hold_until')
 end
 local function is_held_by(holder, fence)
   return get('holder') == holder and get('fence') == fence
 end
 """
 
-#: The acquisition and the release are what a run waits for, so each reads all fields at once. Lua's
-#: numbers are exact up to 2^53 only: beyond that Redis itself adds to the fence, it is answered as
-#: text, and numbers are compared as texts.
+#: Acquire a lease; ``false`` if it is held, or if a newer message has acquired it or asked for it.
+#: A run waits for this script, so it reads all fields at once. Lua's numbers are exact only up to
+#: 2^53, and a fence can be larger. So Redis itself increments the fence (HINCRBY), the script
+#: returns the fence as text, and ``is_larger`` compares numbers as texts.
 ACQUIRE = f"""
 {_HEAD}
 local holder, ttl, task_id, rank, sent, task = ARGV[1], tonumber(ARGV[2]), unpack(ARGV, 3)
@@ -68,7 +72,7 @@ end
 if other ~= holder and is_older then touch() return false end
 make(task)
 if other == holder then
-  set('expires_at', moment(math.max(tonumber(expires_at or '0'), now + ttl)))
+  set('expires_at', timestamp(math.max(tonumber(expires_at or '0'), now + ttl)))
   return {{fence, history, acquired_at, tonumber(write or '0'), ticks_done}}
 end
 local clock = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -82,17 +86,19 @@ else
 end
 write = other and -1 or 0
 redis.call('HINCRBY', key, 'queue', 1)
-redis.call('HSET', key, 'holder', holder, 'acquired_at', moment(now),
-  'expires_at', moment(now + ttl), 'task_id', task_id, 'write', write)
+redis.call('HSET', key, 'holder', holder, 'acquired_at', timestamp(now),
+  'expires_at', timestamp(now + ttl), 'task_id', task_id, 'write', write)
 if task_id == '' then drop('handoff_to', 'task_id') else drop('handoff_to') end
 if queued == task_id then drop('queued_until') end
 if hold_until then drop('hold_until') end
 if sent == '' then drop('newest_sent') else set('newest_sent', sent) end
 if task ~= '' then set('task', task) end
-return {{fence, history, moment(now), write, ticks_done}}
+return {{fence, history, timestamp(now), write, ticks_done}}
 """
 
-#: For each of the keys three arguments; answers for each ``false``, or who asks to take over.
+#: Renew several leases. The arguments are the holder, the fence and the life of each lease. The
+#: answer has one item for each lease: ``false`` if the lease is lost, else ``handoff_to``, which
+#: names the message that asks the holder to hand over, or an empty text.
 RENEW = f"""
 {_HEAD}
 local found = {{}}
@@ -101,7 +107,7 @@ for number = 1, #KEYS do
   key = KEYS[number]
   local first = 3 * number - 2
   if is_held_by(ARGV[first], ARGV[first + 1]) then
-    set('expires_at', moment(now + tonumber(ARGV[first + 2])))
+    set('expires_at', timestamp(now + tonumber(ARGV[first + 2])))
     found[number] = get('handoff_to') or ''
   else
     found[number] = false
@@ -110,6 +116,8 @@ end
 return found
 """
 
+#: Release a lease and record the run's outcome; ``false`` if the lease is lost. A run waits for
+#: this script, so it reads all fields at once. The answer is the pending run, or an empty text.
 RELEASE = f"""
 {_HEAD}
 touch()
@@ -118,16 +126,18 @@ local other, last, acquired_at, wanted = unpack(redis.call(
   'HMGET', key, 'holder', 'fence', 'acquired_at', 'wanted'))
 if other ~= holder or last ~= fence then return false end
 redis.call('HINCRBY', key, 'run_count', 1)
-redis.call('HSET', key, 'last_outcome', outcome, 'last_finished_at', moment(now),
+redis.call('HSET', key, 'last_outcome', outcome, 'last_finished_at', timestamp(now),
   'history', history)
 if ticks_done ~= '' then set('ticks_done', ticks_done) end
-local until_then = tonumber(acquired_at or '0') + tonumber(hold)
+local hold_until = tonumber(acquired_at or '0') + tonumber(hold)
 drop('task_id', 'acquired_at', 'holder', 'expires_at')
-if tonumber(hold) > 0 and until_then > now then set('hold_until', moment(until_then)) end
+if tonumber(hold) > 0 and hold_until > now then set('hold_until', timestamp(hold_until)) end
 return wanted or ''
 """
 
-#: By the holder alone: its fence may be unknown, and a holder's name is never used again.
+#: Release a lease without recording a run; ``false`` if this holder does not have it. The holder's
+#: name is enough to check: it is never used twice, and the caller may not know the fence, because
+#: the answer to its acquisition was lost.
 GIVE_BACK = f"""
 {_HEAD}
 touch()
@@ -137,15 +147,17 @@ drop('task_id', 'acquired_at', 'holder', 'expires_at')
 return wanted or ''
 """
 
+#: Read a singleton's hash, with the server's time.
 PEEK = f"""
 {_HEAD}
 touch()
-return {{moment(now), redis.call('HGETALL', key)}}
+return {{timestamp(now), redis.call('HGETALL', key)}}
 """
 
-#: One page of the keys that begin with a prefix: those after a key, or the first ones. A script
-#: stops the server for as long as it runs, so none reads all keys. Its second answer is the key
-#: after which the next page begins, ``false`` at the end.
+#: The common beginning of scripts that read the keys with a prefix. Such a script reads one page of
+#: keys, because the server serves no other client while a script runs. Its arguments are the
+#: prefix, the last key of the page before (empty for the first page) and the page's size. The
+#: second item of its answer is the last key of this page, or ``false`` if there are no more keys.
 _PAGE = f"""
 {_HEAD}
 redis.call('ZREM', KEYS[1], '')
@@ -156,12 +168,13 @@ local next_after = #page == size and page[size]
 local found = {{}}
 """
 
-#: Histories of singletons whose last run succeeded are left out.
+#: One page of the hashes of singletons. The script leaves out the history of a singleton whose last
+#: run succeeded: lists do not show it.
 LIST = f"""
 {_PAGE}
 for _, each in ipairs(page) do
   key = each
-  -- A key that is not of a hash is somebody else's value.
+  -- Another program can have written a value that is not a hash under this key: list no fields.
   local all, fields = redis.pcall('HGETALL', key), {{}}
   if all.err then all = {{}} end
   local brief = #all > 0 and get('last_outcome') == 'succeeded'
@@ -173,9 +186,10 @@ for _, each in ipairs(page) do
   end
   found[#found + 1] = {{key, fields}}
 end
-return {{moment(now), next_after, found}}
+return {{timestamp(now), next_after, found}}
 """
 
+#: The histories of several singletons; ``false`` for a key without one.
 HISTORIES = f"""
 {_HEAD}
 touch()
@@ -187,7 +201,9 @@ end
 return found
 """
 
-#: For each of the keys ``false``, or whether the lease is held, for which task, and the ticks.
+#: What is known of the ticks of several singletons. The item for a key is ``false`` if the key does
+#: not exist, else three values: whether the lease is held, the run's task id, and the ticks that
+#: are done.
 TICKS = f"""
 {_HEAD}
 local found = {{}}
@@ -200,45 +216,51 @@ end
 return found
 """
 
-_SEEN = f"""
+#: The common beginning of requests about a lease, or a hold period, that the caller has read. They
+#: are refused if the singleton has another holder or fence by now, or if the time is over.
+_SAME_LEASE = f"""
 {_HEAD}
 touch()
 if (get('holder') or '') ~= ARGV[1] or get('fence') ~= ARGV[2] or not is_held() then return 0 end
 """
 
+#: Ask the holder to hand over; refused if a newer message has asked. A repeated request succeeds.
 REQUEST_HANDOFF = f"""
-{_SEEN}
-local who, rank, sent = ARGV[3], ARGV[4], ARGV[5]
+{_SAME_LEASE}
+local requester, rank, sent = ARGV[3], ARGV[4], ARGV[5]
 local newest = get('newest') or '0'
-local is_repeated = newest == rank and get('handoff_to') == who
+local is_repeated = newest == rank and get('handoff_to') == requester
 if not is_larger(rank, newest) and not is_repeated then return 0 end
-redis.call('HSET', key, 'handoff_to', who, 'newest', rank)
+redis.call('HSET', key, 'handoff_to', requester, 'newest', rank)
 if sent == '' then drop('newest_sent') else set('newest_sent', sent) end
 return 1
 """
 
-#: Only in place of the wish that was seen together with the holder, so that a late request does
-#: not replace a newer wish.
+#: Record a pending run. It replaces only the pending run that the caller read together with the
+#: holder, so that a late request does not replace a newer pending run.
 REQUEST_RUN = f"""
-{_SEEN}
+{_SAME_LEASE}
 if (get('wanted') or '') ~= ARGV[3] then return 0 end
 set('wanted', ARGV[4])
 return 1
 """
 
+#: End a hold period early, unless a run holds the lease.
 RELEASE_EARLY = f"""
-{_SEEN}
+{_SAME_LEASE}
 if get('holder') then return 0 end
 drop('hold_until')
 return 1
 """
 
+#: Read the pending run.
 WANTED = f"""
 {_HEAD}
 touch()
 return get('wanted')
 """
 
+#: Remove a pending run that was sent, unless a newer one has replaced it.
 PENDING_RUN_SENT = f"""
 {_HEAD}
 touch()
@@ -246,33 +268,37 @@ if get('wanted') == ARGV[1] then drop('wanted') end
 return 1
 """
 
-#: The queue's number, and the message that is queued or running.
+#: For ``enqueue_once``: the queue's number, the task id of the queued message, and the task id of
+#: the run in progress.
 QUEUED = f"""
 {_HEAD}
 touch()
-local queued = later('queued_until') and get('queued_task_id')
-local running = later('expires_at') and get('task_id')
+local queued = is_future('queued_until') and get('queued_task_id')
+local running = is_future('expires_at') and get('task_id')
 return {{tonumber(get('queue') or '0'), queued or false, running or false}}
 """
 
-#: By the number that the queue had when it was read. A repeated claim is answered like the first; a
-#: first claim is not taken for the repetition of another caller's with the same task id.
+#: For ``enqueue_once``: record a message as queued. The caller names the number that the queue had
+#: when the caller read it; the claim is refused if the number has changed. A repeated claim
+#: succeeds like the first. A first claim (``is_first``) never counts as a repetition, because
+#: another caller can have claimed with the same task id.
 CLAIM = f"""
 {_HEAD}
 local task_id, life, number = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local is_first, task = ARGV[4] == '1', ARGV[5]
 local queue = tonumber(get('queue') or '0')
 local is_repeated = queue == number + 1 and get('queued_task_id') == task_id
-  and later('queued_until') and not is_first
+  and is_future('queued_until') and not is_first
 if queue ~= number and not is_repeated then touch() return 0 end
 make(task)
 redis.call('HSET', key, 'queue', number + 1, 'queued_task_id', task_id,
-  'queued_until', moment(now + life))
+  'queued_until', timestamp(now + life))
 return 1
 """
 
-#: The number grows whoever is queued, also of a singleton that is not known yet: a claim of this
-#: message that is still under way is refused.
+#: For ``enqueue_once``: remove a message from the queue. The queue's number grows even if another
+#: message is queued or the singleton is new, so that a claim of this message that is still in
+#: flight is refused.
 DEQUEUE = f"""
 {_HEAD}
 make(ARGV[2])
@@ -281,7 +307,9 @@ if get('queued_task_id') == ARGV[1] then drop('queued_until') end
 return 1
 """
 
-#: Nobody holds it, asks for it, wishes it to run once more or has it queued, for so long.
+#: The Lua function that tells whether a singleton is unused. It is unused if it has no holder, no
+#: hold period, no handoff request, no pending run and no queued message, and if its creation and
+#: its last run are at least ``older_than`` seconds ago.
 _IS_UNUSED = """
 local function is_old(name)
   local at = tonumber(get(name) or '0')
@@ -289,12 +317,13 @@ local function is_old(name)
 end
 local function is_unused()
   if redis.call('TYPE', key).ok ~= 'hash' then return false end
-  return not get('holder') and not later('hold_until')
-    and not get('handoff_to') and not get('wanted') and not later('queued_until')
+  return not get('holder') and not is_future('hold_until')
+    and not get('handoff_to') and not get('wanted') and not is_future('queued_until')
     and is_old('updated_at') and is_old('last_finished_at')
 end
 """
 
+#: One page of the unused singletons: their keys and tasks.
 UNUSED = f"""
 {_PAGE}
 local older_than = tonumber(ARGV[4])
@@ -303,10 +332,10 @@ for _, each in ipairs(page) do
   key = each
   if is_unused() then found[#found + 1] = {{key, get('task')}} end
 end
-return {{moment(now), next_after, found}}
+return {{timestamp(now), next_after, found}}
 """
 
-#: The last of the keys is that of all keys.
+#: Remove the singletons that are still unused. The last key is that of the sorted set of all keys.
 PRUNE = f"""
 {_HEAD}
 local older_than = tonumber(ARGV[1])
@@ -324,6 +353,7 @@ end
 return found
 """
 
+#: Create a singleton that has not run yet.
 EXPECT = f"""
 {_HEAD}
 make(ARGV[1])

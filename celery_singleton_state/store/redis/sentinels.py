@@ -1,4 +1,4 @@
-"""Sentinels, which say where the primary is."""
+"""Ask Redis Sentinels for the address of the primary."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from redis.sentinel import MasterNotFoundError, Sentinel
 
 from celery_singleton_state.store.base import one_line
 
-#: What all sentinels say of a name that none of them watches over.
+#: The text for a master's name that a sentinel does not watch. ``errors`` recognises it.
 UNKNOWN = "no sentinel knows a master of this name"
 
 
 class Sentinels(Sentinel):
-    """The client library's, but for the text of its error: it has the representation of each
-    client in it, which is long, and has the sentinels' password in some releases.
+    """The client library's ``Sentinel`` with another error text when no primary is found.
+
+    The library's text contains the ``repr`` of each client. That is long, and in some releases it
+    shows the sentinels' password.
     """
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
-        """The host and the port of the primary.
+        """Return the host and the port of the primary.
 
-        :raises MasterNotFoundError: no sentinel says it; the text says why.
+        :param service_name: the master's name, as the sentinels are configured.
+        :raises MasterNotFoundError: no sentinel names a primary. The text has each one's answer.
         """
         answers = {}
         for number, sentinel in enumerate(self.sentinels):
@@ -33,10 +36,10 @@ class Sentinels(Sentinel):
                 continue
             state = masters.get(service_name)
             if state and self.check_master_state(state, service_name):  # type: ignore[no-untyped-call]
-                # The next look begins with a sentinel that answers.
+                # Move this sentinel to the front, so that the next call asks one that answers.
                 self.sentinels[0], self.sentinels[number] = sentinel, self.sentinels[0]
                 return state["ip"], state["port"]
-            answers[_place(sentinel)] = "it calls the master down" if state else UNKNOWN
+            answers[_place(sentinel)] = "it considers the master down" if state else UNKNOWN
         if set(answers.values()) == {UNKNOWN}:
             raise MasterNotFoundError(f"{UNKNOWN}: {service_name!r}; asked: {', '.join(answers)}")
         said = "; ".join(f"{place}: {answer}" for place, answer in answers.items())

@@ -1,10 +1,10 @@
-"""Leases in Redis or Valkey, for singletons without a state: one script call a verb.
+"""Keep leases in Redis or Valkey, for singletons without state. Each verb is one script call.
 
-Redis can lose a lease after it acknowledged it: by a failover to a replica that had not received it
-yet, or by a restart without its file. Then the lease is free while its holder runs, and two runs
-are active until the first run's next renewal is refused. So a state, which must never be
-overwritten, is not kept here. No fence is given twice, because a fence is never smaller than the
-server's clock.
+Redis can lose a lease after it has acknowledged it: by a failover to a replica that had not
+received the lease yet, or by a restart without its file. Then the lease is free while its holder
+still runs, and two runs are active until the first run's next renewal is refused. Two active runs
+could overwrite each other's state, so states are never kept here. A fence is never given out
+twice, even then, because a new fence is never smaller than the server's clock in milliseconds.
 """
 
 from __future__ import annotations
@@ -50,20 +50,21 @@ logger = logger_of(__name__)
 
 T = TypeVar("T")
 
-#: The sorted set of all keys.
+#: The key of the sorted set that holds the keys of all singletons.
 INDEX = "celery-singleton-keys"
-#: How many singletons one script reads at most. The server does nothing else meanwhile.
+#: The most singletons that one script reads, because the server serves no other client meanwhile.
 PAGE = 200
-#: Policies by which a server whose memory is full removes keys without an expiry.
+#: The beginning of each maxmemory-policy by which a server whose memory is full removes keys
+#: without an expiry, such as ours.
 _EVICTING = "allkeys"
 
 
 class RedisStore:
-    """Leases on a server.
+    """The leases on one Redis or Valkey server.
 
-    :param url: of :func:`~celery_singleton_state.store.redis.url.client_for`.
-    :param io_timeout: seconds that connecting or an answer may take. There are no tries beyond the
-        first: whoever asks knows for how long it is worth to ask again.
+    :param url: the server's URL, see :func:`~celery_singleton_state.store.redis.url.client_for`.
+    :param io_timeout: seconds that connecting or an answer may take. A request is sent only once:
+        the caller knows for how long a repetition is useful.
     :raises ImproperlyConfigured: the URL cannot be used.
     """
 
@@ -72,7 +73,7 @@ class RedisStore:
             client_for,
             url,
             decode_responses=True,
-            # A key that somebody wrote in another encoding is one odd key.
+            # Another program can have written a key that is not UTF-8: read it as an unknown key.
             encoding_errors="surrogateescape",
             socket_timeout=io_timeout,
             socket_connect_timeout=io_timeout,
@@ -97,9 +98,9 @@ class RedisStore:
         except StoreRefusesValue as error:
             if is_overflow(error.__cause__):
                 raise StoreRefusesValue(
-                    "the fence is at its largest, so that no run can be given a larger one "
-                    f"({error}); to begin anew from the clock, if nothing outside compares its "
-                    f"fences: HDEL '{key}' newest and HSET '{key}' fence 0"
+                    "the fence is at its largest, so that no run can get a larger one "
+                    f"({error}). If no other system compares this singleton's fences, let them "
+                    f"begin anew from the clock: HDEL '{key}' newest and HSET '{key}' fence 0"
                 ) from error.__cause__
             raise
         if found is None:
@@ -172,26 +173,25 @@ class RedisStore:
         ]
 
     def check(self, prefixes: Sequence[str] = (KEY_PREFIX,)) -> None:
-        """See that the server answers, runs scripts and keeps what it is told.
+        """Check that the server answers, runs scripts, and does not remove leases.
 
-        It can have keys with any prefix.
-
-        :raises StoreMisconfigured: it is a cluster, removes leases when its memory is full, or
-            refuses the scripts to this user.
-        :raises StoreUnavailable: it does not answer, or is a replica.
+        :param prefixes: without effect: Redis accepts keys with any prefix.
+        :raises StoreMisconfigured: the server is a cluster, removes leases when its memory is full,
+            or does not let this user run the scripts.
+        :raises StoreUnavailable: the server does not answer, or is a replica.
         """
-        with _as_ours():
+        with _store_errors():
             try:
                 _check_info(self._scripts.info())
             except ResponseError as error:
                 if was_connecting(error):
                     raise
                 logger.warning(
-                    "singleton_lease_url: the server does not say whether it is a cluster, nor "
-                    "how it evicts keys: %s",
+                    "singleton_lease_url: the server refuses INFO, so it is not known whether it "
+                    "is a cluster, or evicts leases when its memory is full: %s",
                     error,
                 )
-        # Scripts may be refused to this user; and a replica refuses them.
+        # Try a script, because the server may refuse scripts to this user, or be a replica.
         self._call(scripts.UNUSED, [INDEX], ["", "", 1, 0])
 
     def close(self) -> None:
@@ -199,7 +199,7 @@ class RedisStore:
 
     def _call(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         try:
-            with _as_ours():
+            with _store_errors():
                 return self._scripts.call(script, keys, arguments)
         except StoreUnavailable as error:
             size = max(
@@ -207,19 +207,25 @@ class RedisStore:
             )
             if size > LEAST_LARGEST and size > self._largest():
                 raise StoreRefusesValue(
-                    f"the server takes no text of {size} bytes, see its proto-max-bulk-len: {error}"
+                    f"a text of {size} bytes is larger than the server's proto-max-bulk-len: "
+                    f"{error}"
                 ) from error
             raise
 
     def _largest(self) -> int:
-        """Bytes of the largest text. The server closes the connection over a larger one."""
-        with _as_ours():
+        """Return the size of the largest text that the server accepts, in bytes.
+
+        The server only closes the connection when a text is larger.
+        """
+        with _store_errors():
             return self._scripts.largest()
 
     def _pages(self, script: str, prefix: str, *more: Any) -> Iterator[tuple[str, Sequence[Any]]]:
-        """The server's time and what a script finds, page by page, in the order of the keys.
+        """Call a script for one page of keys after the other, in the order of the keys.
 
-        Each page is of its own moment.
+        Yields each page's server time and items. Other clients can change keys between two pages.
+
+        :param more: further arguments of the script.
         """
         after: str | None = ""
         while after is not None:
@@ -228,9 +234,9 @@ class RedisStore:
 
 
 class RedisRequests:
-    """What others than its holder can ask of a lease; each is one script call.
+    """The requests about a lease that do not come from its holder. Each is one script call.
 
-    :param call: of :class:`RedisStore`.
+    :param call: the method of :class:`RedisStore` that calls a script.
     """
 
     def __init__(self, call: Any) -> None:
@@ -298,7 +304,7 @@ def _released(wanted: str | None) -> Released | None:
 
 
 def _by_name(fields: Sequence[str]) -> dict[str, str]:
-    """From names and values in turn."""
+    """Make a dict of a list in which names and values alternate."""
     return dict(zip(fields[::2], fields[1::2], strict=True))
 
 
@@ -322,7 +328,10 @@ def _row(key: str, fields: Sequence[str], now: str) -> Row:
 
 
 def _listed(key: str, found: Mapping[str, str], now: str) -> dict[str, Any]:
-    """The arguments of a :class:`Listed`."""
+    """Return the arguments for a :class:`Listed`, from the fields of a singleton's hash.
+
+    :param now: the server's time of the reading, in seconds since 1970.
+    """
     free_at, read_at = number(found.get("expires_at") or found.get("hold_until")), float(now)
     return {
         "key": key,
@@ -345,18 +354,21 @@ def _listed(key: str, found: Mapping[str, str], now: str) -> dict[str, Any]:
 def _check_info(info: Mapping[str, str]) -> None:
     """:raises StoreMisconfigured: the server is a cluster, or may remove leases."""
     if info.get("cluster_enabled") == "1" or info.get("redis_mode") == "cluster":
-        raise StoreMisconfigured(f"singleton_lease_url is that of a Redis Cluster: {NO_CLUSTER}")
+        raise StoreMisconfigured(f"singleton_lease_url points to a Redis Cluster: {NO_CLUSTER}")
     policy = info.get("maxmemory_policy", "")
     if policy.startswith(_EVICTING):
         raise StoreMisconfigured(
             f"singleton_lease_url: the server's maxmemory-policy is {policy}, by which it "
-            "removes leases when its memory is full; set noeviction, or a volatile-… one"
+            "removes leases when its memory is full; set noeviction, or a volatile-… policy"
         )
 
 
 @contextmanager
-def _as_ours() -> Iterator[None]:
-    """:raises StoreError: for any error of the client's or the server's."""
+def _store_errors() -> Iterator[None]:
+    """Raise errors of the client library in the block as store errors.
+
+    :raises StoreError: for any error of the client or the server.
+    """
     try:
         yield
     except (RedisError, UnicodeError) as error:

@@ -1,4 +1,4 @@
-"""Files and ciphers of TLS, looked at before a connection is made with them."""
+"""Check the TLS files and ciphers of a URL before the first connection."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from celery_singleton_state.store.options import refused_value
 
 
 def refuse_unusable_tls(setting: str, options: Mapping[str, Any]) -> None:
-    """Refuse files that have no certificate or key in them, and ciphers that there are not.
+    """Refuse files without a certificate or key, and ciphers that do not exist.
 
-    The client library would find out at each connection, and call it the network's fault.
+    The client library would fail at each connection, and report such a mistake as a network error.
 
-    :param options: of the URL, as the client library calls them.
-    :raises ImproperlyConfigured: one cannot be used.
+    :param setting: the name of the setting that has the URL, for the error.
+    :param options: the URL's options, by the client library's names.
+    :raises ImproperlyConfigured: a file or a cipher cannot be used.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     for name, allowed, check in _CHECKS:
@@ -28,7 +29,7 @@ def refuse_unusable_tls(setting: str, options: Mapping[str, Any]) -> None:
 
 
 def _load_chain(context: ssl.SSLContext, options: Mapping[str, Any]) -> None:
-    # Without a password OpenSSL would ask the terminal for it.
+    # An empty password, because without one OpenSSL would ask for it on the terminal.
     context.load_cert_chain(
         options["ssl_certfile"], options.get("ssl_keyfile"), options.get("ssl_password", "")
     )

@@ -1,4 +1,4 @@
-"""A client for a Redis or Valkey server, by a URL: the client library's, or one of Celery's."""
+"""Make a Redis or Valkey client from a URL, written as redis-py or as Celery expects it."""
 
 from __future__ import annotations
 
@@ -31,38 +31,40 @@ from .options import CREDENTIAL_PROVIDER, FILES, OF_CONNECTIONS, OF_TLS, WITHOUT
 from .sentinels import Sentinels
 from .tls import refuse_unusable_tls
 
-#: What a URL may begin with, and the kind of its connections.
+#: The schemes of URLs to one server, each with the class of its connections.
 KINDS = {
     "redis": redis.Connection,
     "rediss": redis.SSLConnection,
     "valkey": redis.Connection,
     "valkeys": redis.SSLConnection,
     "unix": redis.UnixDomainSocketConnection,
-    # What Celery's broker and its result backend call it.
+    # Celery's result backend and its broker use these two schemes for a Unix socket.
     "redis+socket": redis.UnixDomainSocketConnection,
     "socket": redis.UnixDomainSocketConnection,
 }
 SENTINEL = "sentinel"
-#: What the refusal of any other scheme names.
+#: The schemes that the error for an unknown scheme lists; the other ones in ``KINDS`` are synonyms.
 SCHEMES = ("redis", "rediss", "redis+socket", "unix", SENTINEL)
 
-#: What a provider of credentials takes that is one.
-_ALONE = "no user and no password beside it"
-#: The largest number of a database that a server can be asked for.
+#: Continues "credential_provider takes ...", when the client library refuses it with a password.
+_ALONE = "no user and no password beside it: leave them out"
+#: The largest database number that Redis's SELECT accepts.
 LARGEST_DATABASE = 2**31 - 1
-#: Ours are the longest: a lease is lost over a longer one.
+#: Options of a URL that may only shorten the store's own timeouts, because a lease would expire
+#: during a longer one.
 _TIMEOUTS = ("socket_timeout", "socket_connect_timeout")
 
 
 def client_for(url: str, **options: Any) -> Redis:
-    """A client; it connects at first use.
+    """Make a client for a URL. The client connects at its first use.
 
     :param url: ``redis://``, ``rediss://`` (TLS), ``redis+socket:///path/to/socket``, or
-        ``sentinel://host:26379,host:26379/<name of the master>/<database>``. What stands behind its
-        ``?`` goes to the client library; ``sentinel_password`` is for the sentinels themselves.
-        What Celery's brokers and result backends write otherwise is understood, too.
-    :param options: of the client library.
-    :raises ImproperlyConfigured: it is no such URL, or an option of it is not allowed.
+        ``sentinel://host:26379,host:26379/<name of the master>/<database>``. The query (after
+        ``?``) has options of the client library; ``sentinel_username`` and ``sentinel_password``
+        are for the sentinels themselves. The forms of Celery's brokers and result backends are
+        accepted, too.
+    :param options: more options of the client library, from the store.
+    :raises ImproperlyConfigured: the URL cannot be read, or it has an option that is not allowed.
     """
     url = url.strip()
     scheme = url.partition("://")[0].lower() if "://" in url else ""
@@ -85,26 +87,30 @@ def client_for(url: str, **options: Any) -> Redis:
         path = parts.path
     found["db"] = _database(query, path)
     is_socket = kind is redis.UnixDomainSocketConnection
-    more = _options(query, kind, write="nothing of it for a socket" if is_socket else "rediss://")
+    advice = "leave it out, because a socket has no TLS" if is_socket else "write rediss://"
+    more = _options(query, kind, advice)
     known = _parameters(kind)
     ours = {name: value for name, value in options.items() if name in known}
     pool = redis.ConnectionPool(
         connection_class=kind, **_with_short_timeouts(ours | found | more, options)
     )
-    return _tried(Redis(connection_pool=pool), query)
+    return _checked_client(Redis(connection_pool=pool), query)
 
 
 def _path(parts: SplitResult) -> str:
-    """The path of a socket. What stands before it is no part of it, and would be lost."""
+    """Return the path of a Unix socket. A URL with a host is refused, because a socket has none."""
     if parts.netloc.rpartition("@")[2] or not parts.path.strip("/"):
         raise _refused("the path of the socket is missing; write unix:///path/to/socket")
     return unquote(parts.path)
 
 
-def _tried(client: Redis, query: Mapping[str, str]) -> Redis:
-    """The client, whose connections can be made.
+def _checked_client(client: Redis, query: Mapping[str, str]) -> Redis:
+    """Return the client after a check that its options can be used together.
 
-    :raises ImproperlyConfigured: the client library refuses the options together.
+    The check makes a connection object, which does not connect yet.
+
+    :param query: the options of the URL, for the error.
+    :raises ImproperlyConfigured: the client library refuses the options.
     """
 
     def attempt(options: Mapping[str, Any]) -> None:
@@ -132,40 +138,46 @@ def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:
     }
     uses_tls = read_option(LEASES, "ssl", query.pop("ssl", "false"), SWITCH)
     kind = redis.SSLConnection if uses_tls else redis.Connection
-    more = _options(query, kind, write="&ssl=true behind it")
-    # By itself the client library asks a sentinel that is away four times, for seconds.
+    more = _options(query, kind, advice="add ssl=true to the options")
+    # Without them the client library tries an unavailable sentinel four times, which takes seconds.
     asked = {name: options[name] for name in (*_TIMEOUTS, "retry") if name in options}
     sentinel = Sentinels(addresses, sentinel_kwargs=asked | own)  # type: ignore[no-untyped-call]
     given = _with_short_timeouts(options | found | more, options)
     if uses_tls:
         given["ssl"] = True
     master: Redis = sentinel.master_for(name, **given)  # type: ignore[no-untyped-call]
-    return _tried(master, query)
+    return _checked_client(master, query)
 
 
 def _chunks(text: str) -> list[str]:
-    """The addresses that semicolons divide, as Celery writes them."""
+    """Split a URL at its semicolons: Celery separates the sentinels by them."""
     return [chunk for chunk in text.split(";") if chunk]
 
 
 def _sentinels_part(url: str, chunk: str, number: int) -> SplitResult:
-    """A part of a URL of sentinels.
+    """Parse one part of a sentinel URL, between two semicolons.
 
-    :raises ImproperlyConfigured: it looks as if a character that divides hosts stands in a
-        password.
+    :param number: the part's position, from 0.
+    :raises ImproperlyConfigured: an ``@`` stands where it can only belong to a password that
+        contains an unencoded separator.
     """
     scheme, separator, rest = chunk.partition("://")
     is_address = separator == "://" and scheme.lower() == SENTINEL
     rest = rest if is_address else chunk
     before, at, _ = rest.partition("/")[0].rpartition("@")
-    # Celery writes the user and the password after each sentinel://.
+    # Celery repeats sentinel:// and the password for each sentinel. So an @ is right only there.
     if at and (not is_address or "," in before or "@" in before):
         raise _unreadable_sentinels(url)
     return _split(f"{SENTINEL}://{rest}")[0]
 
 
 def _master(query: dict[str, str], path: str) -> tuple[str, str]:
-    """The name of the master and the database. Celery's URLs have the database alone."""
+    """Return the name of the master, and the database as a text.
+
+    Celery's URLs have only the database in their path, and the name in the query.
+
+    :raises ImproperlyConfigured: the name is missing.
+    """
     named = query.pop("master_name", None) or query.pop("service_name", None)
     if named:
         return named, path.removeprefix(f"{named}/")
@@ -190,11 +202,12 @@ def _addresses(url: str, parts: SplitResult) -> list[tuple[str, int]]:
 
 
 def _address(text: str) -> tuple[str, int]:
-    """A host and a port.
+    """Parse ``host`` or ``host:port``. The port defaults to 26379, the sentinels' own.
 
-    :raises ValueError: it is none.
+    :raises ValueError: the text is not such an address.
     """
-    # An address of IPv6 has colons within its brackets.
+    # An IPv6 address has colons within its brackets: the last colon precedes a port only if the
+    # text does not end in a bracket.
     host, _, port = text.rpartition(":") if ":" in text and text[-1] != "]" else (text, "", "26379")
     is_ipv6 = host.startswith("[") and host.endswith("]")
     bare = host[1:-1] if is_ipv6 else unquote(host)
@@ -205,9 +218,10 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def _split(url: str) -> tuple[SplitResult, dict[str, str]]:
-    """The parts of a URL, by the rules of HTTP, and its options.
+    """Split a URL into its parts and the options of its query.
 
-    :raises ImproperlyConfigured: a character of the user or the password is not encoded.
+    :raises ImproperlyConfigured: the URL cannot be read, usually because the user or the password
+        has a character that is not encoded.
     """
     scheme, _, rest = url.partition("://")
     try:
@@ -239,25 +253,26 @@ def _credentials(parts: SplitResult) -> dict[str, Any]:
 
 
 def _database(query: dict[str, str], path: str) -> int:
-    """The number of the database, wherever the URL has it.
+    """Return the database's number, from the path or from the options ``db`` and ``virtual_host``.
 
-    :raises ImproperlyConfigured: it is no number, or there are several.
+    :raises ImproperlyConfigured: the text is not a number, or the URL names several databases.
     """
     found = {query.pop(name, "").strip("/") for name in ("db", "virtual_host")}
     found = (found | {unquote(path).strip("/")}) - {""}
     if len(found) > 1:
-        raise _refused("it names several databases")
+        raise _refused("the URL names several databases; name one")
     number = found.pop() if found else "0"
     if not (number.isascii() and number.isdecimal()) or int(number[:11]) > LARGEST_DATABASE:
-        raise _refused("the database is a number, as in redis://host:6379/1")
+        raise _refused("the database is a number, for example redis://host:6379/1")
     return int(number)
 
 
-def _options(query: Mapping[str, str], kind: type[Any], write: str) -> dict[str, Any]:
-    """The options of a URL for connections of a kind, read as what they are.
+def _options(query: Mapping[str, str], kind: type[Any], advice: str) -> dict[str, Any]:
+    """Convert the options of a URL to the values that the client library takes.
 
-    :param write: what to write so that options of TLS are allowed.
-    :raises ImproperlyConfigured: one is not known, or has a value that is not allowed.
+    :param kind: the class of the connections.
+    :param advice: for the error about a TLS option in a URL without TLS: what to do.
+    :raises ImproperlyConfigured: an option is not known, or its value is not allowed.
     """
     refuse_missing_files(LEASES, query, FILES)
     allowed = OF_CONNECTIONS | OF_TLS
@@ -267,16 +282,18 @@ def _options(query: Mapping[str, str], kind: type[Any], write: str) -> dict[str,
         if name == "credential_provider":
             found[name] = read_option(LEASES, name, text, CREDENTIAL_PROVIDER)
         elif name in OF_TLS and kind is not redis.SSLConnection:
-            raise _refused(f"{name} is for TLS; write {write}")
+            raise _refused(f"{name} is for TLS; {advice}")
         elif name in known:
             found[name] = read_option(LEASES, name, text, allowed[name])
         elif name not in WITHOUT_EFFECT:
-            hint = f"write {write}" if name == "ssl" else _hint(name, known)
+            hint = advice if name == "ssl" else _hint(name, known)
             raise _refused(f"the client library does not know the option {name!r}; {hint}")
     if found.get("ssl_cert_reqs") == "none":
         if found.get("ssl_check_hostname"):
-            raise _refused("ssl_check_hostname=true does nothing beside ssl_cert_reqs=none")
-        # Otherwise Python refuses to leave the certificate unchecked.
+            raise _refused(
+                "ssl_check_hostname=true has no effect together with ssl_cert_reqs=none; remove one"
+            )
+        # Python refuses to check the host's name without checking the certificate.
         found["ssl_check_hostname"] = False
     refuse_unusable_tls(LEASES, found)
     return found
@@ -288,7 +305,7 @@ def _hint(name: str, known: Collection[str]) -> str:
 
 
 def _parameters(kind: type[Any]) -> set[str]:
-    """All parameters of a class of connections, and of its bases."""
+    """Return the names of all parameters that a class of connections and its bases take."""
     return {
         name
         for base in kind.__mro__

@@ -287,7 +287,7 @@ REFUSED_LEASES = {
     "sentinel://h:99999/m/0": "not a URL that can be read",
     "sentinel://::1/m/0": r"\[::1\]",
     "sentinel://a..b/m/0": "name of a host",
-    "sentinel://h/m?ssl_cert_reqs=none": "write &ssl=true",
+    "sentinel://h/m?ssl_cert_reqs=none": "add ssl=true",
     "sentinel://h/m?ssl=maybe": "ssl takes true or false",
 }
 
