@@ -1,9 +1,10 @@
-"""The typed state: what a schema is, how a value is read, checked, migrated and written.
+"""Convert states between typed values and JSON, and migrate JSON of older versions.
 
-A stored value is JSON beside the version of the schema that wrote it. Reading goes raw JSON
--> migrations, one version at a time -> schema; writing goes value -> JSON -> schema again, as
-a check, so that nothing is stored which the next run could not load, or would load as something
-else.
+The store keeps a state as JSON, and beside it the version of the schema that wrote it.
+
+- Reading: JSON -> migrations, one version at a time -> value of the schema.
+- Writing: value -> JSON -> value of the schema again. This second reading is a check: a state is
+  refused if the next run could not load it, or would load something else.
 """
 
 from __future__ import annotations
@@ -24,22 +25,23 @@ from .round_trip import difference, not_finite
 
 S = TypeVar("S")
 
-#: The JSON of "no state yet": no schema has it as a value.
+#: The JSON that is stored when there is no state yet. No schema has a state whose JSON is ``null``.
 NO_STATE = "null"
 
-#: How often a state is written that changes meanwhile, before a copy is.
+#: How often ``encode`` writes a state that other threads keep changing, before it writes a copy.
 TRIES = 3
 
-#: A raw value of version n in, one of version n + 1 out.
+#: A function that takes a raw value of version n and returns the raw value of version n + 1. A raw
+#: value is decoded JSON: dicts, lists, texts, numbers.
 Migration = Callable[[Any], Any]
 
 
 class StateError(Exception):
-    """A value does not fit its schema. The message says why."""
+    """A state, or a stored value, does not fit its schema. The message says why."""
 
 
 def is_schema(candidate: Any) -> bool:
-    """Whether this is a type that a state can have."""
+    """Whether a value is a class that ``state_schema`` may be, such as a dataclass."""
     return isinstance(candidate, type) and (
         dataclasses.is_dataclass(candidate)
         or issubclass(candidate, msgspec.Struct)
@@ -54,15 +56,16 @@ def _is_pydantic(schema: type) -> bool:
 
 
 class Codec(Generic[S]):
-    """Reads and writes the states of one schema.
+    """Decodes and encodes the states of one schema.
 
     :param schema: a dataclass, ``msgspec.Struct``, attrs class, ``TypedDict`` or pydantic model.
-    :param initial: the state of a singleton that never saved one: a value, or a callable that
+    :param initial: the state of a singleton that has never saved one: a value, or a callable that
         makes one. Left out: ``schema()``.
-    :param version: the schema's version, from 1.
-    :param migrations: for version n, the function from its raw values to those of n + 1. A
-        version without one is read as the next one is.
-    :param round_trip: whether a state that would come back changed is refused.
+    :param version: the schema's version, 1 or more.
+    :param migrations: a dict from versions to functions. The function for version n converts a raw
+        value of version n to version n + 1. A version without a function needs no conversion.
+    :param round_trip: whether ``encode`` refuses a state that would be different after it is
+        loaded.
     """
 
     def __init__(
@@ -79,20 +82,21 @@ class Codec(Generic[S]):
         self._migrations = dict(migrations or {})
         self._round_trip = round_trip
         self._dump, self._parse = _pydantic(schema) if _is_pydantic(schema) else _msgspec(schema)
-        self._is_flat = bool(_names_of_flat(schema))
+        self._is_flat = bool(_flat_fields(schema))
         self._read = self._parse
         if is_typeddict(schema) and initial is not None:
-            # It has no defaults of its own, so its initial state stands for them.
+            # A TypedDict has no default values. So a key that a stored value lacks gets its value
+            # from the initial state.
             self._read = self._filled
             own: Any = schema
             self._keys: frozenset[str] = own.__required_keys__ | own.__optional_keys__
-            #: Those that the initial state has, as far as they matter.
+            #: The keys of the schema that the initial state has. ``None``: not looked up yet.
             self._defaults: frozenset[str] | None = None
 
     def initial(self) -> S:
-        """A new initial state, shared with nobody.
+        """Make a new initial state, which shares no mutable part with another one.
 
-        :raises StateError: it cannot be made.
+        :raises StateError: the schema or the callable raised an error.
         """
         made = self._make_initial
         try:
@@ -103,13 +107,15 @@ class Codec(Generic[S]):
             raise _misfit("no initial state can be made", error) from error
 
     def decode(self, raw: str, version: int | None) -> S:
-        """The state that a stored value holds; no version counts as 1.
+        """Read a stored value, and migrate it to this schema's version if it is older.
 
-        :raises StateError: the value is of a newer version, or does not fit.
+        :param raw: the stored value, as JSON.
+        :param version: the version that wrote it. ``None`` counts as 1.
+        :raises StateError: the value has a newer version than the schema, or does not fit it.
         """
         stored = version or 1
         if stored < 1:
-            raise StateError("the version of the stored value is no whole number from 1 on")
+            raise StateError(f"the stored value has version {stored}; a version is 1 or more")
         if stored > self.version:
             raise StateError(
                 f"the stored value has version {stored}, newer than this code's {self.version}"
@@ -125,12 +131,13 @@ class Codec(Generic[S]):
             raise _misfit(f"the stored value of version {stored} cannot be read", error) from error
 
     def encode(self, state: S) -> str:
-        """The JSON of a state, shown to be read as the same state again.
+        """Return the JSON of a state, after a check that it is read as the same state again.
 
-        Threads of the body can change the state between its writing and the comparison. If two
-        documents of it differ, it is such a state, and is written again, at last from a copy.
+        The body's threads can change the state between its encoding and the comparison, so that the
+        check fails for no good reason. So a failed check is repeated. If the same JSON fails twice,
+        the state itself is wrong. If the JSON differs each time, a copy of the state is checked.
 
-        :raises StateError: the state does not fit the schema, or would come back changed.
+        :raises StateError: the state does not fit the schema, or would be read as another state.
         """
         earlier = error = None
         try:
@@ -146,16 +153,19 @@ class Codec(Generic[S]):
                 return document.decode()
             raise error
         finally:
-            # It refers to this frame, and so to the state.
+            # The error's traceback refers to this frame, and so would keep the state in memory.
             del error
 
     def _checked(self, state: S) -> tuple[bytes, StateError | None]:
-        """Write a state, and read it back: its document, and why it must not be stored, if so."""
+        """Encode a state, read the JSON back and compare.
+
+        Returns the JSON, and the error if the state must not be stored.
+        """
         document = b""
         try:
             document = self._dump(state)
             read = self._read(document)
-            is_same = not self._round_trip or (self._is_flat and _are_same_at_sight(state, read))
+            is_same = not self._round_trip or (self._is_flat and _surely_same(state, read))
             changed = None if is_same else difference(state, read, "state")
         except FROM_OUTSIDE:
             raise
@@ -170,25 +180,25 @@ class Codec(Generic[S]):
             return _caused("the state is nested too deeply, or holds itself", error)
         found = None
         if document:
-            # The schema's own error tells of a null, and not what was written as null.
+            # NaN was written as null. The schema's error only names the null: look for the NaN.
             with contextlib.suppress(RuntimeError):
                 found = not_finite(state, "state")
         name = getattr(self.schema, "__name__", str(self.schema))
         return _misfit(f"the state does not fit {name}", ValueError(found) if found else error)
 
     def _copy_of(self, state: S) -> S:
-        """A state as it is at one moment, or nearly so, that no other thread changes.
+        """Copy a state that other threads change, so that the copy no longer changes.
 
-        :raises StateError: there is no way to it.
+        :raises StateError: the state can neither be copied nor encoded.
         """
         try:
             return copy.deepcopy(state)
         except FROM_OUTSIDE:
             raise
-        except Exception:  # of locks and the like, or of a dict that grows meanwhile
-            return self._read_of_moving(state)
+        except Exception:  # it has a lock, for example, or a dict in it grows meanwhile
+            return self._copy_by_json(state)
 
-    def _read_of_moving(self, state: S) -> S:
+    def _copy_by_json(self, state: S) -> S:
         try:
             return self._read(self._dump(state))
         except FROM_OUTSIDE:
@@ -206,7 +216,7 @@ class Codec(Generic[S]):
         return msgspec.json.encode(value)
 
     def _filled(self, document: bytes) -> S:
-        """Read a document; what it lacks comes from the initial state."""
+        """Read a document. Keys that it lacks get their values from the initial state."""
         try:
             read: Any = self._parse(document)
         except msgspec.ValidationError:
@@ -221,7 +231,7 @@ class Codec(Generic[S]):
         return self._parse(msgspec.json.encode(initial | values))
 
     def _lacks(self, read: Mapping[str, Any]) -> bool:
-        """Whether a key is missing that the initial state has."""
+        """Whether a document lacks a key that the initial state has."""
         missing = self._keys - read.keys()
         if missing and self._defaults is None:
             self._defaults = self._keys & set(self.initial())  # type: ignore[call-overload]
@@ -231,12 +241,13 @@ class Codec(Generic[S]):
 def _msgspec(schema: type[S]) -> tuple[Callable[[S], bytes], Callable[[bytes], S]]:
     parse = msgspec.json.Decoder(schema).decode
     encode = msgspec.json.Encoder().encode
-    names = _names_of_flat(schema)
+    names = _flat_fields(schema)
     values = attrgetter(*names) if len(names) > 1 else None
 
     def dump(state: Any) -> bytes:
-        # msgspec leaves a default to the dataclass itself, and would leave it out here too: the
-        # stored value would then follow the code's default instead of the state.
+        # If a stored value lacks a field, msgspec's decoder leaves the default on the class. The
+        # encoder would then leave the field out again, and the stored state would change whenever
+        # the code's default changes. So the fields are read one by one.
         if values is not None and type(state) is schema:
             return encode(dict(zip(names, values(state), strict=True)))
         if names and type(state) is schema:
@@ -246,12 +257,16 @@ def _msgspec(schema: type[S]) -> tuple[Callable[[S], bytes], Callable[[bytes], S
     return dump, parse
 
 
-#: Types whose ``==`` is exact among values of the same type.
+#: Types for which ``==`` between two values of the type means that the values are the same. (It
+#: does not for floats: ``0.0 == -0.0``.)
 _ATOMS = frozenset({str, int, bool, type(None)})
 
 
-def _are_same_at_sight(state: Any, read: Any) -> bool:
-    """Whether a dataclass comes back the same, as far as a look in C tells: most states do."""
+def _surely_same(state: Any, read: Any) -> bool:
+    """Whether a dataclass is surely read back the same, by a quick comparison that runs in C.
+
+    False means that the slow comparison must decide. Most states pass the quick one.
+    """
     if type(state) is not type(read) or not hasattr(state, "__dict__"):
         return False
     kinds = list(map(type, vars(state).values()))
@@ -263,15 +278,16 @@ def _are_same_at_sight(state: Any, read: Any) -> bool:
 
 
 def _with_defaults(value: Any) -> Any:
-    """A value whose dataclasses are dicts of all their fields.
+    """Replace each dataclass in a value by a dict of all its fields.
 
-    ``dataclasses.asdict`` copies all that they hold, and makes no sense of a ``Counter``.
+    ``dataclasses.asdict`` is not used, because it copies every value in the fields, and it cannot
+    convert a ``Counter``.
     """
     kind = type(value)
     if dataclasses.is_dataclass(kind):
         fields = dataclasses.fields(kind)
         return {field.name: _with_defaults(getattr(value, field.name)) for field in fields}
-    # Other threads can add to them meanwhile.
+    # Iterate over a copy, because other threads can add items meanwhile.
     if isinstance(value, dict):
         return {key: _with_defaults(each) for key, each in list(value.items())}
     if isinstance(value, list | tuple | set | frozenset):
@@ -279,8 +295,11 @@ def _with_defaults(value: Any) -> Any:
     return value
 
 
-def _names_of_flat(schema: type) -> tuple[str, ...]:
-    """The fields of a dataclass without others inside it, which need no look."""
+def _flat_fields(schema: type) -> tuple[str, ...]:
+    """Return the field names of a dataclass that surely has no dataclass inside it, else ``()``.
+
+    A state of such a class is encoded faster, without a search for inner dataclasses.
+    """
     if not dataclasses.is_dataclass(schema):
         return ()
     hints = get_type_hints(schema)
@@ -289,7 +308,7 @@ def _names_of_flat(schema: type) -> tuple[str, ...]:
 
 
 def _is_plain(hint: Any) -> bool:
-    """Whether values of a type are known to hold no dataclass."""
+    """Whether the values of an annotated type surely contain no dataclass."""
     parts = get_args(hint)
     if parts:
         return all(map(_is_plain, parts))
@@ -297,11 +316,11 @@ def _is_plain(hint: Any) -> bool:
 
 
 def _pydantic(schema: Any) -> tuple[Callable[[S], bytes], Callable[[bytes], S]]:
-    # Only the user's own model brings pydantic in, so only then is it there to import.
+    # Import pydantic here, because it is installed only if the user's own models need it.
     to_json = importlib.import_module("pydantic_core").to_json
 
     def dump(state: S) -> bytes:
-        # For a round trip it leaves out computed fields, which would come back as extra ones.
+        # round_trip=True leaves out computed fields, which the model would read as extra fields.
         document: bytes = to_json(state, by_alias=True, round_trip=True)
         if b"NaN" in document or b"Infinity" in document:
             _refuse_constants(document)
@@ -311,7 +330,10 @@ def _pydantic(schema: Any) -> tuple[Callable[[S], bytes], Callable[[bytes], S]]:
 
 
 def _refuse_constants(document: bytes) -> None:
-    """:raises ValueError: it has NaN or an infinity, which no other reader of JSON knows."""
+    """Refuse JSON that contains the constants NaN or Infinity, which are not valid JSON.
+
+    :raises ValueError: the document contains one.
+    """
     try:
         msgspec.json.decode(document)
     except msgspec.DecodeError as error:
@@ -321,7 +343,10 @@ def _refuse_constants(document: bytes) -> None:
 
 
 def _misfit(what: str, error: Exception) -> StateError:
-    """Whatever a schema, a migration or a codec of the user's raised, in our words."""
+    """Make a :exc:`StateError` of an error that a schema, a migration or a serializer raised.
+
+    :param what: what could not be done, for the message.
+    """
     return _caused(f"{what}: {type(error).__name__}: {error}", error)
 
 

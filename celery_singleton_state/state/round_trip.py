@@ -1,7 +1,8 @@
-"""Whether a value comes back from its document as it was: the check of every save.
+"""Compare a state with what its JSON is read as, and describe the first difference.
 
-JSON has few types. Where a schema does not say what a value is, a key 42 comes back as ``"42"``, a
-set as a list and NaN as ``None``, and a validator can change what the schema does describe.
+Every save makes this comparison. JSON has few types: if the schema does not say what a value is, a
+key 42 is read back as ``"42"``, a set as a list, and NaN as ``None``. A validator of the schema can
+change a value as well.
 """
 
 from __future__ import annotations
@@ -16,22 +17,28 @@ from uuid import UUID
 
 from .same import LOST, SCALARS, changed_attributes, fields_of, is_as_good, same
 
-#: How many characters of a value an error shows.
+#: The most characters of a value that an error shows.
 _SHOWN = 40
 
 
 def difference(value: Any, read: Any, path: str) -> str | None:
-    """Describe the first difference between a value and what its document is read as.
+    """Describe the first difference between a value and what its JSON is read as.
 
-    :param path: what the value is called.
-    :return: the path of the difference, what changes, and what to write instead; ``None`` if
-        the value comes back the same.
+    :param value: the value that is to be stored.
+    :param read: the value that its JSON is read as.
+    :param path: the name of the value in the description, such as ``state``.
+    :return: a text with the path of the difference, the change, and what to write instead; ``None``
+        if the two values are the same.
     """
     return None if same(value, read) else _described(value, read, path)
 
 
 def not_finite(value: Any, path: str) -> str | None:
-    """Describe the first NaN or infinity in a value, which JSON has as null; ``None`` without."""
+    """Describe the first NaN or infinity in a value. JSON has neither and would store null.
+
+    :param path: the name of the value in the description.
+    :return: the description; ``None`` if the value contains neither.
+    """
     if isinstance(value, float):
         return None if isfinite(value) else f"{path}: {_shown(value)} comes back as None; {_NO_NAN}"
     parts = (not_finite(each, path + step) for step, each, _ in _parts(value, value))
@@ -43,7 +50,7 @@ _BY_SCHEMA = "a validator, converter or serializer of the schema, or what it exc
 
 
 def _described(one: Any, other: Any, path: str) -> str:
-    """Where two values differ first, how, and what to do about it."""
+    """Describe where two values first differ, what changes, and what to do about it."""
     owner, step, is_same = None, "", same
     while (part := _changed_part(one, other, is_same)) is not None:
         owner = one
@@ -71,7 +78,10 @@ def _described(one: Any, other: Any, path: str) -> str:
 def _changed_part(
     one: Any, other: Any, is_same: Callable[[Any, Any], bool]
 ) -> tuple[str, Any, Any] | None:
-    """The first part that differs; ``None`` if a value differs as a whole, or in its keys."""
+    """Return the first part of a value that differs: its path, the part, and what it is read as.
+
+    ``None`` if no single part differs: then the values differ as a whole, or in their keys.
+    """
     if (
         isinstance(one, dict)
         and type(one) is type(other)
@@ -82,7 +92,10 @@ def _changed_part(
 
 
 def _parts(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
-    """What a value consists of, with what that is read as; nothing if the types differ."""
+    """Yield the parts of a value: the path of each, the part, and what it is read as.
+
+    Parts are fields, items of a dict, and items of a list. There are none if the types differ.
+    """
     kind = type(one)
     if kind is not type(other):
         return
@@ -102,7 +115,10 @@ def _parts(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _changed_key(one: dict[Any, Any], other: dict[Any, Any]) -> tuple[Any, Any]:
-    """A key that does not come back, and what comes in its place: each ``LOST`` without one."""
+    """Return the first key of a dict that is lost, and the key that is read in its place.
+
+    Each is ``LOST`` if there is no such key.
+    """
     known = {key: key for key in other}
     for n, key in enumerate(one):
         if not same(key, known.get(key, LOST)):
@@ -159,7 +175,10 @@ def _change_of_time(one: datetime | time, other: datetime | time) -> str:
 
 
 def _shown(one: Any) -> str:
-    """The type of a value. Texts can be secrets; numbers say more than their type."""
+    """Return the type of a value for an error, and the value only if it is a number.
+
+    A text is not shown, because it can be a secret.
+    """
     if one is None:
         return "None"
     return f"{_text(one)} ({_name(one)})" if type(one) in (int, float, bool) else _name(one)

@@ -1,16 +1,16 @@
-"""Whether two values have the same type and value, throughout.
+"""Compare two values in depth: their types and values, and those of everything in them.
 
-``==`` alone is not enough: it takes ``True`` for ``1`` and ``-0.0`` for ``0.0``, and is whatever a
-class makes of it. Three judgements:
+``==`` alone is not enough: it takes ``True`` for ``1`` and ``-0.0`` for ``0.0``, and a class can
+define it as it likes. Three cases need a rule:
 
-- An ``int`` in a field annotated ``float`` is read as a float. The annotation allows it (PEP 484),
-  so both are the same, as long as a float is exact.
-- A time in a zone with daylight saving time is read with a fixed offset. That is not the same:
-  one day later it is another hour.
-- An attribute that is no field must be there again, because ``__post_init__`` may make it: data
-  must be equal, and any other object, such as a lock or the parent of a part, of the same type.
-  What ``cached_property`` or another descriptor keeps on the object need not be: it is computed
-  again.
+- An ``int`` in a field annotated ``float`` is read as a float. The annotation allows this (PEP
+  484). So the two values count as the same, if the float is exact.
+- A time in a zone with daylight saving time is read with a fixed offset. The two times do not count
+  as the same, because one day later they can be different hours.
+- An attribute that is not a field is not stored, but ``__post_init__`` may make it again. So data
+  must be equal, and any other object, such as a lock or the parent of a part, must have the same
+  type. An attribute that ``cached_property`` or another descriptor keeps is ignored, because it is
+  computed again.
 """
 
 from __future__ import annotations
@@ -33,23 +33,28 @@ import msgspec
 
 from celery_singleton_state.errors import FROM_OUTSIDE
 
-#: Types whose ``==`` is exact among values of the same type.
+#: Types for which ``==`` between two values of the type means that the values are the same.
 _ATOMS = frozenset({str, int, bool, type(None), bytes})
-#: Beside them floats, of which only -0.0 and NaN need a second look.
+#: The same types and ``float``. Two floats need a closer comparison only for -0.0 and NaN.
 SCALARS = _ATOMS | {float}
-#: From this length on a list is worth a look in C first.
+#: The least length of a list for which the quick comparison in C is tried first.
 _MANY = 16
-#: Up to here each int is a float.
+#: The largest number up to which every int is exact as a float.
 _EXACT_AS_FLOAT = 2**53
-#: Types of data that an attribute which is no field must have again, and what may hold it.
+#: Types of data. An attribute that is not a field must have equal data after it is read.
 _DATA = (str, int, float, bytes, type(None), date, time, timedelta, Decimal, UUID, Enum)
+#: Types whose items are compared one by one, in an attribute that is not a field.
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
-#: Stands for a part that one value has and the other lacks.
+#: A marker in place of a part that only one of the two values has.
 LOST = object()
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether a value and what it is read as are the same."""
+    """Whether a value and the value that its JSON is read as are the same, in depth.
+
+    :param one: the original value.
+    :param other: the value that was read.
+    """
     kind = type(one)
     if kind is not type(other):
         is_promoted = kind is int and type(other) is float and abs(one) <= _EXACT_AS_FLOAT
@@ -61,7 +66,7 @@ def same(one: Any, other: Any) -> bool:
 
 @lru_cache(1024)
 def _comparer(kind: Any) -> Callable[[Any, Any], bool]:
-    """The comparison of two values that both are of this type."""
+    """Return the function that compares two values of this type."""
     names = fields_of(kind)
     if names is not None:
         return _comparer_of_fields(kind, names)
@@ -72,7 +77,10 @@ def _comparer(kind: Any) -> Callable[[Any, Any], bool]:
 
 
 def fields_of(kind: type) -> tuple[str, ...] | None:
-    """The fields of a dataclass, Struct, attrs class or pydantic model; ``None`` for others."""
+    """Return the field names of a dataclass, Struct, attrs class or pydantic model.
+
+    ``None`` for any other class.
+    """
     if dataclasses.is_dataclass(kind):
         return tuple(field.name for field in dataclasses.fields(kind))
     if issubclass(kind, msgspec.Struct):
@@ -80,7 +88,7 @@ def fields_of(kind: type) -> tuple[str, ...] | None:
     if hasattr(kind, "__attrs_attrs__"):
         return tuple(attribute.name for attribute in kind.__attrs_attrs__)
     if _is_pydantic(kind):
-        return tuple(kind.model_fields)  # type: ignore[attr-defined]  # looked for above
+        return tuple(kind.model_fields)  # type: ignore[attr-defined]  # _is_pydantic() has checked it
     return None
 
 
@@ -89,7 +97,10 @@ def _is_pydantic(kind: type) -> bool:
 
 
 def _comparer_of_fields(kind: type, names: tuple[str, ...]) -> Callable[[Any, Any], bool]:
-    """The comparison of fields, whether or not the class's own ``==`` looks at them."""
+    """Return a function that compares all fields of two objects of a class.
+
+    The class's own ``==`` is not used, because it can leave fields out.
+    """
     known = frozenset(names)
     get = _getter(names)
     has_dict = kind.__dictoffset__ != 0
@@ -114,24 +125,26 @@ def _has_more(model: Any) -> bool:
 
 
 def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
-    """What reads all these attributes at once."""
+    """Return a function that reads all these attributes of an object at once, as a tuple."""
     if not names:
         return lambda _: ()
     get = attrgetter(*names)
-    # Of one name it returns the value alone.
+    # With one name, attrgetter returns the value itself and not a tuple.
     return get if len(names) > 1 else lambda one: (get(one),)
 
 
 def changed_attributes(
     one: Any, other: Any, known: Collection[str]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """The attributes, fields apart, that differ as far as it matters: each by its name, with the
-    value that it has and the one that it comes back as, ``LOST`` where there is none.
+    """Yield the attributes, other than fields, whose difference matters.
+
+    Each is a name, the original value and the value that was read; ``LOST`` stands for a missing
+    value.
 
     :param known: the names of the fields.
     """
     mine, its = _attributes(one), _attributes(other)
-    # These are in the document.
+    # A pydantic model's extra fields are stored, so they must be the same, like fields.
     extra = getattr(one, "__pydantic_extra__", None) or {}
     for name in mine | its:
         if name in known or _is_computed(type(one), name):
@@ -142,7 +155,10 @@ def changed_attributes(
 
 
 def _attributes(one: Any) -> dict[str, Any]:
-    """What an object's dict and slots hold, and what a pydantic model keeps beside them."""
+    """Return the attributes in an object's dict and slots.
+
+    The private attributes and the extra fields of a pydantic model are included.
+    """
     found: dict[str, Any] = dict(getattr(one, "__dict__", {}))
     kind: Any = type(one)
     for name in _slots(kind):
@@ -156,9 +172,9 @@ def _attributes(one: Any) -> dict[str, Any]:
 
 @lru_cache(1024)
 def _slots(kind: Any) -> tuple[str, ...]:
-    """The names of a class's slots that its author wrote.
+    """Return the names in the ``__slots__`` of a class and its bases.
 
-    Those of an attrs class are its fields, and what ``cached_property`` keeps.
+    Attrs classes are left out: their slots are generated, for fields and cached properties.
     """
     return tuple(
         name
@@ -176,14 +192,17 @@ def _is_computed(kind: type, name: str) -> bool:
 
 
 def is_as_good(one: Any, other: Any) -> bool:
-    """Whether an attribute that is no field is the same: data equal, all else of the same type."""
+    """Whether an attribute that is not a field is as good as before.
+
+    That is: data is equal, and any other object has the same type.
+    """
     return _is_as_good(one, other, set())
 
 
 def _is_as_good(one: Any, other: Any, seen: set[int]) -> bool:
-    """The same.
+    """Do the work of :func:`is_as_good`, also for containers that contain themselves.
 
-    :param seen: the ids of containers that are being compared, or were.
+    :param seen: the ids of the containers whose comparison has begun. They are not compared again.
     """
     if type(one) is not type(other):
         return False
@@ -203,7 +222,7 @@ def _is_as_good(one: Any, other: Any, seen: set[int]) -> bool:
 
 
 def _is_opaque(one: Any) -> bool:
-    """Whether nothing tells what an object holds: a lock, a file."""
+    """Whether the content of an object cannot be read, as with a lock or a file."""
     return not (_has_equality(one) or hasattr(one, "__dict__") or object.__getstate__(one))
 
 
@@ -213,7 +232,7 @@ def _has_equality(one: Any) -> bool:
 
 
 def _same_items(one: Any, other: Any) -> bool:
-    """Lists, or tuples."""
+    """Whether two lists, tuples or deques have the same items in the same order."""
     if len(one) != len(other):
         return False
     if len(one) >= _MANY and _are_equal_scalars(one, other):
@@ -228,7 +247,10 @@ def _same_items(one: Any, other: Any) -> bool:
 
 
 def _are_equal_scalars(one: Any, other: Any) -> bool:
-    """Whether a look in C is enough: it is for most long lists, and ten times as fast."""
+    """Whether two lists are surely the same, by a quick comparison of scalars that runs in C.
+
+    It is ten times as fast as a loop, and decides for most long lists. False means: not sure.
+    """
     kinds = list(map(type, one))
     found = set(kinds)
     return (
@@ -240,7 +262,8 @@ def _are_equal_scalars(one: Any, other: Any) -> bool:
 
 
 def _same_dicts(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    # Another default is another dict.
+    # Two defaultdicts with different default factories behave differently, so they are not the
+    # same.
     if getattr(one, "default_factory", None) is not getattr(other, "default_factory", None):
         return False
     if _same_items(list(one), list(other)):
@@ -249,7 +272,7 @@ def _same_dicts(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
 
 
 def _same_sets(one: Collection[Any], other: Collection[Any]) -> bool:
-    """Sets, or the keys of dicts, in any order."""
+    """Whether two sets, or the keys of two dicts, have the same members in any order."""
     if len(one) != len(other):
         return False
     known = {each: each for each in other}
@@ -259,7 +282,7 @@ def _same_sets(one: Collection[Any], other: Collection[Any]) -> bool:
 def _same_floats(one: float, other: float) -> bool:
     if one == other:
         return copysign(1.0, one) == copysign(1.0, other)
-    return one != one and other != other  # NaN, from a serializer that can write it
+    return one != one and other != other  # both are NaN, which a serializer can write
 
 
 def _same_decimals(one: Decimal, other: Decimal) -> bool:
@@ -279,7 +302,8 @@ def _same_times(one: datetime | time, other: datetime | time) -> bool:
 def _same_zones(one: tzinfo, other: tzinfo | None) -> bool:
     if one is other:
         return True
-    # A zone whose offset is always the same tells it without a date.
+    # utcoffset(None) is an offset only for a zone with a fixed offset. Two such zones are the same,
+    # because the caller has compared the offsets.
     return other is not None and None not in (one.utcoffset(None), other.utcoffset(None))
 
 
@@ -288,7 +312,10 @@ def _same_members(one: Enum, other: Enum) -> bool:
 
 
 def _same_objects(one: Any, other: Any) -> bool:
-    """Objects of another library, or of the user's: by their ``==`` if they have one."""
+    """Whether two objects of an unknown class are the same.
+
+    Their ``==`` decides if the class has one, else their pickled state (``__getstate__``).
+    """
     if one is other:
         return True
     try:
@@ -297,7 +324,7 @@ def _same_objects(one: Any, other: Any) -> bool:
         return not _is_opaque(one) and same(object.__getstate__(one), object.__getstate__(other))
     except FROM_OUTSIDE:
         raise
-    except Exception:  # an array has no truth, and a class's own == can do anything
+    except Exception:  # an array's == has no truth value, and a user's == can raise anything
         return False
 
 

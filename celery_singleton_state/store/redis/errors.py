@@ -34,7 +34,7 @@ _GRANT = (
 _ADVICE = (
     ("AuthenticationError|NOAUTH|WRONGPASS", "set the user and the password in the URL"),
     ("NoPermissionError|has no permissions|user executing the script can't", _GRANT),
-    ("WRONGTYPE", "another program uses this key: give the leases a database number of their own"),
+    ("WRONGTYPE", "another program uses this key: give the leases a database of their own"),
     (
         "MovedError|AskError|CrossSlot|MOVED|CROSSSLOT|in cluster mode",
         f"the server is part of a Redis Cluster: {NO_CLUSTER}",
