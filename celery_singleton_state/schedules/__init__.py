@@ -1,1 +1,1 @@
-"""When a schedule is due."""
+"""Compute when a schedule is due, for the schedules of Celery and those of users."""

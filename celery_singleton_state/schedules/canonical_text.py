@@ -1,7 +1,7 @@
-"""Schedules as texts, by which beats see that a schedule was changed.
+"""Write a schedule as a text. Beats compare such texts to see whether a schedule was changed.
 
-A text must not depend on the process, as an address or the order of a set does: another process
-would take the schedule for a changed one.
+The text must be the same in each process, so it has no addresses, and sets are sorted. Otherwise
+another process would take an unchanged schedule for a changed one.
 """
 
 from __future__ import annotations
@@ -16,19 +16,23 @@ from celery_singleton_state.compat import SCHEDULE_ATTRIBUTES, SCHEDULE_OF_APP
 
 from .own_rules import Schedule
 
-#: A longer text ends in a digest.
+#: The most characters of a text before it is cut and ends in a digest.
 LONGEST = 400
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def canonical_text(asked: Schedule, suffix: str = "") -> str:
-    """A schedule's class, the arguments of Celery's class, and the attributes that it has besides.
+    """Return a text of a schedule's class and values, the same in each process.
 
-    Its ``__reduce__`` is not asked: most classes have Celery's, without their own arguments.
+    The values are the arguments of the Celery class that the schedule derives from, and the
+    attributes that its own class adds. The class's own ``__reduce__`` is not used, because most
+    classes inherit Celery's, which leaves their own arguments out.
+
+    :param suffix: a text that belongs to the schedule, such as its time zone.
     """
     try:
         parts = _arguments(asked)
-    except Exception:  # a class that does not call Celery's __init__, or cannot be shown
+    except Exception:  # the class does not call Celery's __init__, or its repr() fails
         parts = _attributes(asked, SCHEDULE_OF_APP)
     text = _ADDRESS.sub("", f"{type(asked).__name__}({', '.join(parts)}){suffix}")
     if len(text) <= LONGEST:
@@ -52,7 +56,7 @@ def _attributes(asked: Schedule, but: frozenset[str]) -> list[str]:
 def _text(value: Any) -> str:
     try:
         return _text_of(value)
-    except Exception:  # a user's class, or a value that contains itself
+    except Exception:  # repr() of a user's class fails, or the value contains itself
         return type(value).__name__
 
 

@@ -1,11 +1,11 @@
-"""When a schedule is due, asked of any moment; Celery's own schedules only know of now.
+"""Compute when a schedule is due after any given time. Celery only computes it for the present.
 
-A crontab follows the clocks of its time zone. When they are put forward, what is due in the hour
-that is left out is due as much later; when they are put back, what is due in the hour that comes
-twice is due in the first one. Only a crontab of every hour counts hours that pass, and so leaves
-out none and has the repeated one twice.
-
-A schedule whose class has rules of its own is asked by these rules, see ``own_rules``.
+- An interval is counted from the given time.
+- A crontab follows the local clocks of its time zone. When the clocks are put forward by an hour, a
+  time in the skipped hour is due an hour later. When they are put back, a time in the repeated hour
+  is due only the first time. A crontab of every hour is the exception: it follows the hours that
+  pass, so it skips none, and it is due in both of the repeated hours.
+- A schedule whose class overrides Celery's rules is asked itself, see ``own_rules``.
 """
 
 from __future__ import annotations
@@ -24,35 +24,40 @@ from . import own_rules
 from .canonical_text import canonical_text
 from .own_rules import NeverDue, estimated, has_own_is_due, overrides, shown, simulated
 
+#: The types that :func:`as_schedule` accepts, besides classes with a schedule's methods.
 KINDS = (schedules.BaseSchedule, timedelta, int, float)
 
 Schedule = own_rules.Schedule
 
 MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
-#: Clocks are changed by no more than this.
+#: The largest step by which local clocks are put forward or back.
 CHANGE = 2 * HOUR
-#: Leap days are up to eight years apart, and those on one day of the week up to forty.
+#: How far ahead a crontab is searched before it counts as never due. A leap day that falls on one
+#: given day of the week can be forty years away.
 NEVER = own_rules.FOREVER
-#: Longer intervals are mistakes, and lead out of the calendar.
+#: The longest interval. A longer one is a mistake, and would lead past Python's last date.
 LONGEST = timedelta(days=36525)
-#: A time that is no multiple of any likely interval, and how many intervals may lie in it.
+#: How long before a given time :func:`_is_due_then` begins to count a schedule, and how many due
+#: times it counts at most. The length is not a multiple of any likely interval, so that an interval
+#: which is counted from there does not meet the same due time by chance.
 ODD, ODD_STEPS = timedelta(seconds=17.77), 200
 
-#: Until Celery 5.7 a crontab went by the time zone of the times that its ``nowfun`` returned.
+#: Whether Celery takes a crontab's time zone from the times that its ``nowfun`` returns. It did so
+#: before version 5.7.
 GOES_BY_NOWFUN = tuple(celery.VERSION[:2]) < (5, 7)
 
 
 def next_runs(schedule: Any, n: int = 1, after: datetime | None = None) -> list[datetime]:
-    """The next times at which a schedule is due, in its time zone.
+    """Return the next times at which a schedule is due, as datetimes in the schedule's time zone.
 
-    :param schedule: as in ``beat_schedule``: a crontab, a solar event, a schedule of one's own
-        class, or an interval as a ``timedelta`` or a number of seconds. Intervals are counted from
-        ``after``.
-    :param n: how many times, at least 1. They are fewer if the schedule ends before, or its class
-        cannot tell the others.
-    :param after: aware, and not among them. None: now.
-    :raises ValueError: ``n`` or ``after`` is not allowed, the schedule is never due, or its class
-        cannot tell when it is.
+    :param schedule: as in ``beat_schedule``: a crontab, a solar event, a schedule of your own
+        class, or an interval as a ``timedelta`` or a number of seconds. An interval is counted
+        from ``after``.
+    :param n: how many times to return, at least 1. The list is shorter if the schedule ends
+        earlier, or if its class cannot tell the later times.
+    :param after: a datetime with a time zone; only later times are returned. Left out: now.
+    :raises ValueError: ``schedule``, ``n`` or ``after`` is not allowed, the schedule is never due,
+        or its class cannot tell when it is due.
     """
     if n < 1:
         raise ValueError(f"next_runs(): n={n!r} is not allowed; it is at least 1")
@@ -72,13 +77,13 @@ def next_runs(schedule: Any, n: int = 1, after: datetime | None = None) -> list[
 
 
 def matches_now(schedule: Any, now: datetime | None = None) -> bool:
-    """Whether a schedule is due in this minute.
+    """Whether a schedule is due in the present minute.
 
-    :param schedule: a crontab, a solar event, or a schedule of one's own class that has times of
-        its own.
-    :param now: aware. None: now.
-    :raises ValueError: ``now`` is not aware, or the schedule is counted from its last run, as an
-        interval is: it is due at no time of its own.
+    :param schedule: a crontab, a solar event, or a schedule of your own class whose due times do
+        not depend on its last run.
+    :param now: a datetime with a time zone, in the minute to check. Left out: now.
+    :raises ValueError: ``now`` has no time zone, ``schedule`` is not a schedule, or its due times
+        depend on its last run, as those of an interval do.
     """
     asked = as_schedule(schedule)
     if _is_interval(asked) and not overrides(asked, "is_due", "remaining_estimate"):
@@ -103,7 +108,7 @@ def matches_now(schedule: Any, now: datetime | None = None) -> bool:
 
 
 def _checked_due(asked: Schedule, after: datetime) -> datetime:
-    """As :func:`next_due`; an error of the schedule's class is a ``ValueError``, too."""
+    """Call :func:`next_due`, and raise any error of the schedule's class as a ``ValueError``."""
     try:
         return next_due(asked, after)
     except ValueError:
@@ -115,9 +120,12 @@ def _checked_due(asked: Schedule, after: datetime) -> datetime:
 
 
 def _is_due_then(asked: Schedule, due: datetime, before: datetime) -> bool:
-    """Whether a schedule is due at a time from wherever one counts.
+    """Whether a schedule is due at a time no matter from which last run it is counted.
 
-    :param before: what the time was counted from.
+    To see this, it is counted once more, from another time than ``before``.
+
+    :param due: the due time that was found.
+    :param before: the time from which ``due`` was counted.
     """
     moment = before - ODD
     for _ in range(ODD_STEPS):
@@ -128,11 +136,11 @@ def _is_due_then(asked: Schedule, due: datetime, before: datetime) -> bool:
 
 
 def next_due(asked: Schedule, after: datetime, questions: int = own_rules.QUESTIONS) -> datetime:
-    """The first time at which a schedule is due that is later than a moment, in UTC.
+    """Return the first time later than ``after`` at which a schedule is due, in UTC.
 
-    :param questions: how often to ask a class with an ``is_due`` of its own at most.
-    :raises NeverDue: there is none.
-    :raises ValueError: the schedule's class cannot tell.
+    :param questions: how often ``is_due`` is called at most, if the schedule's class has its own.
+    :raises NeverDue: the schedule is not due after this time.
+    :raises ValueError: the schedule's class cannot tell when the schedule is due.
     """
     after = after.astimezone(UTC)
     if is_plain_interval(asked):
@@ -149,7 +157,8 @@ def _next_of_crontab(cron: Schedule, after: datetime) -> datetime:
     moments = _every_hour if len(cron.hour) == 24 else _by_the_clock
     found = None
     for moment in moments(cron, after):
-        # Where clocks are changed, what comes later on the wall can be due earlier.
+        # When clocks are put forward, a later time of the local clock can be earlier in UTC. So the
+        # search goes on until no earlier time can follow.
         if found and moment > found + CHANGE:
             break
         if moment > after:
@@ -170,7 +179,7 @@ def spelled(asked: Schedule) -> str:
 
 
 def is_plain_interval(asked: Schedule) -> bool:
-    """Whether a schedule is an interval that is counted from any moment."""
+    """Whether a schedule is an ordinary interval, whose next due time is a simple sum."""
     return (
         isinstance(asked, schedules.schedule)
         and "run_every" in vars(asked)
@@ -180,7 +189,7 @@ def is_plain_interval(asked: Schedule) -> bool:
 
 
 def zone_of(asked: Schedule) -> tzinfo:
-    """The time zone that a schedule's times are in."""
+    """Return the time zone in which a schedule counts."""
     nowfun = getattr(asked, "nowfun", None)
     if GOES_BY_NOWFUN and nowfun and "tz" not in vars(asked) and nowfun().tzinfo:
         found: tzinfo = nowfun().tzinfo
@@ -190,9 +199,10 @@ def zone_of(asked: Schedule) -> tzinfo:
 
 
 def _by_the_clock(asked: Schedule, after: datetime) -> Iterator[datetime]:
-    """The times that a clock on the wall would show, from a little before a moment on.
+    """Yield the due times of a crontab in UTC, in the order in which local clocks show them.
 
-    Where clocks are put forward, those that it leaves out come among those that follow.
+    The first ones can be a little earlier than ``after``. When clocks are put forward, the times do
+    not ascend, because a skipped time is due among the times that follow it.
     """
     zone = zone_of(asked)
     wall = after.astimezone(zone).replace(tzinfo=None, fold=0, second=0, microsecond=0)
@@ -213,14 +223,17 @@ def _by_the_clock(asked: Schedule, after: datetime) -> Iterator[datetime]:
 
 
 def _in_utc(wall: datetime, zone: tzinfo) -> datetime:
-    """The moment at which a clock on the wall shows a time, the first one if there are two.
+    """Convert a local time to UTC.
 
-    A time that the clock leaves out counts as if the clock had not been put forward.
+    A local time that comes twice, because clocks are put back, is the first of the two. A local
+    time that is skipped is converted as if the clocks had not been put forward.
+
+    :param wall: the local time, without a time zone.
     """
     if not hasattr(zone, "localize"):
         return wall.replace(tzinfo=zone).astimezone(UTC)
-    # A time zone of pytz is only right about moments in UTC: without them it stands for the mean
-    # solar time of its city.
+    # A pytz time zone only converts correctly from UTC: beside a local time it stands for the mean
+    # solar time of its city. So try the offsets of the day before and of the day after.
     day = timedelta(days=1)
     offsets = [_offset(zone, wall.replace(tzinfo=UTC) + each) for each in (-day, day)]
     moments = [wall.replace(tzinfo=UTC) - offset for offset in offsets]
@@ -233,7 +246,10 @@ def _offset(zone: tzinfo, moment: datetime) -> timedelta:
 
 
 def _keeps_time(asked: Schedule, start: datetime, end: datetime) -> bool:
-    """Whether the clocks are surely not changed between two moments or close to them."""
+    """Whether local clocks are surely not changed between two times or close to them.
+
+    False for two times that are more than an hour apart.
+    """
     if end - start > HOUR:
         return False
     zone = zone_of(asked)
@@ -241,14 +257,15 @@ def _keeps_time(asked: Schedule, start: datetime, end: datetime) -> bool:
 
 
 def _every_hour(asked: Schedule, after: datetime) -> Iterator[datetime]:
-    """The times of a crontab that does not look at the hour, as they pass."""
+    """Yield the due times of a crontab of every hour, in ascending order."""
     zone = zone_of(asked)
     moment = after.replace(second=0, microsecond=0)
     end = moment + NEVER
     while moment < end:
         wall = moment.astimezone(zone)
         if wall.month not in asked.month_of_year or not _is_its_day(asked, wall):
-            # Short of midnight by more than clocks are ever put forward, and then by the hour.
+            # Go to 21 o'clock in one step and from there hour by hour. A step to midnight could end
+            # within the next day, because clocks may be put forward meanwhile.
             moment += HOUR * (21 - wall.hour) if wall.hour < 21 else MINUTE * (60 - wall.minute)
             continue
         if wall.minute in asked.minute:
@@ -261,33 +278,42 @@ def _is_its_day(asked: Schedule, wall: datetime) -> bool:
 
 
 def as_schedule(value: Any) -> Schedule:
-    """What may stand in ``beat_schedule`` as a schedule, as one.
+    """Return the schedule that a value in ``beat_schedule`` stands for.
 
-    :raises ValueError: it is none, or nobody could tell when it is due.
+    :param value: a schedule, which is returned as it is, or an interval as a ``timedelta`` or a
+        number of seconds.
+    :raises ValueError: the value is not a schedule, or its class cannot tell when it is due.
     """
     if isinstance(value, bool) or not (isinstance(value, KINDS) or _looks_like_one(value)):
         raise ValueError(
-            f"{shown(value)} is no schedule; a crontab, a solar event, a timedelta or seconds are"
+            f"{shown(value)} is not a schedule; give a crontab, a solar event, a timedelta or a"
+            " number of seconds"
         )
     made: Schedule = value
     if isinstance(value, timedelta | int | float):
         try:
             made = schedules.schedule(value, app=current_app)
         except (ValueError, OverflowError):
-            raise ValueError(f"{shown(value)} is no schedule: it is no length of time") from None
+            raise ValueError(
+                f"{shown(value)} is not a schedule: it is not a length of time"
+            ) from None
     if not overrides(made, "is_due", "remaining_estimate"):
         _check(made, value)
     return made
 
 
 def _looks_like_one(value: Any) -> bool:
-    """Whether a value that is no schedule of Celery's can be asked like one, as Celery does."""
+    """Whether a value has the methods that Celery calls on a schedule, whatever its class."""
     methods = (getattr(value, name, None) for name in ("is_due", "now"))
     return not isinstance(value, type) and all(map(callable, methods))
 
 
 def _check(made: Schedule, value: Any) -> None:
-    """:raises ValueError: Celery's own rules cannot tell when this schedule is due."""
+    """Check that Celery's rules can tell when a schedule is due.
+
+    :param value: the value that the schedule was made of, for the error.
+    :raises ValueError: they cannot, for example because an interval is 0.
+    """
     if not isinstance(made, (schedules.schedule, *TIMED)):
         raise ValueError(
             f"{shown(value)} cannot be asked when it is due: its class {type(made).__name__} has"
@@ -298,16 +324,18 @@ def _check(made: Schedule, value: Any) -> None:
     every = getattr(made, "run_every", None)
     if not isinstance(every, timedelta):
         raise ValueError(
-            f"{type(made).__name__} has run_every={every!r}, which is no timedelta: give it one, or"
-            " define is_due() or remaining_estimate() in its class"
+            f"{type(made).__name__} has run_every={every!r}, which is not a timedelta: set it to a"
+            " timedelta, or define is_due() or remaining_estimate() in its class"
         )
     if every <= timedelta(0):
-        raise ValueError(f"{shown(value)} is no schedule: an interval is longer than 0")
+        raise ValueError(f"{shown(value)} is not a schedule: an interval must be longer than 0")
     if every > LONGEST:
-        raise ValueError(f"{shown(value)} is no schedule: an interval is no longer than 100 years")
+        raise ValueError(
+            f"{shown(value)} is not a schedule: an interval must be no longer than 100 years"
+        )
 
 
-#: Celery's schedules that have times of their own.
+#: Celery's schedules whose due times do not depend on their last run.
 TIMED = (schedules.crontab, schedules.solar)
 
 
@@ -319,5 +347,5 @@ def _aware(what: str, moment: datetime | None) -> datetime:
     if moment is None:
         return datetime.now(UTC)
     if moment.tzinfo is None:
-        raise ValueError(f"{what}={moment!r} is not allowed; it has no time zone")
+        raise ValueError(f"{what}={moment!r} is not allowed; it has no time zone, give it one")
     return moment

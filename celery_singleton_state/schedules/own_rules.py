@@ -1,9 +1,9 @@
-"""Schedules with rules of their own: ask their class when they are due.
+"""Ask a schedule whose class overrides Celery's rules when it is due.
 
-Celery asks a schedule only about the present, by ``is_due(last_run_at)``. Here a class is asked
-about any moment: its ``nowfun`` is replaced, in a copy of the schedule, by a clock that stands at
-that moment. A class may look at another clock instead, its host's for example. Such a class is
-believed about the present, and what it answers is counted from the present.
+Celery asks a schedule only about the present, by ``is_due(last_run_at)``. This module asks about
+any time: it copies the schedule and replaces the copy's ``nowfun`` by a clock that stands still at
+that time. A class can read another clock instead, for example the host's. The answer of such a
+class is about the present, so it is counted from the present.
 """
 
 from __future__ import annotations
@@ -16,31 +16,36 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from celery import schedules
 
-#: A schedule of Celery's, whose types leave out most of what one has.
+#: The type of a schedule. It is ``Any``, because the type stubs of Celery lack most attributes.
 Schedule = Any
 
+#: Celery's classes of schedules, whose methods do not count as a schedule's own rules.
 CELERYS = (schedules.BaseSchedule, schedules.schedule, schedules.crontab, schedules.solar)
-#: Packages whose time zone aware crontab has an ``is_due`` that only converts its argument.
+#: Modules with a crontab whose ``is_due`` only converts its argument and then calls Celery's. So it
+#: does not count as an ``is_due`` of its own.
 ONLY_CONVERT = ("django_celery_beat.tzcrontab", "sqlalchemy_celery_beat.tzcrontab")
 
-#: Times that come from a host's clock differ by how long a call takes: they are rounded to this.
+#: The step to which due times are rounded up if they come from the host's clock, because two calls
+#: for the same due time differ by how long a call takes.
 GRAIN = timedelta(seconds=0.1)
-#: How long a call may take.
+#: The longest time that a call of a schedule's method is assumed to take. It is subtracted before a
+#: due time is rounded up.
 CALL = timedelta(seconds=0.01)
-#: The least time between two questions.
+#: The least time between two calls of ``is_due``.
 LEAST = timedelta(seconds=0.01)
-#: When a class is asked again that says at once.
+#: The time until the next call of ``is_due`` if its answer is 0 seconds or less.
 AT_ONCE = timedelta(seconds=1)
-#: Seconds that mean never; django-celery-beat says so.
+#: The number of seconds from which an answer of ``is_due`` means never. django-celery-beat returns
+#: this number for a schedule that is not to be asked again.
 NEVER_CHECK = 100_000_000
-#: No class is asked about moments that are later than this.
+#: How far ahead of the given time a class is asked.
 FOREVER = timedelta(days=41 * 366)
-#: How often a class is asked for one due time that lies ahead.
+#: How often ``is_due`` is called at most to find one due time.
 QUESTIONS = 50_000
 
 
 class NeverDue(ValueError):
-    """A schedule has no due time after a moment.
+    """A schedule is not due after the given time.
 
     :param due: the only time at which the schedule is due, if it has only one.
     """
@@ -51,10 +56,12 @@ class NeverDue(ValueError):
 
 
 class Answer(NamedTuple):
-    """What ``is_due`` says.
+    """The answer of a schedule's ``is_due``.
 
-    :param pause: how long until the schedule is to be asked again; ``None``: for ever.
-    :param of_then: whether the class looked at the clock that it was given.
+    :param due: whether the schedule is due.
+    :param pause: how long to wait before the next call; ``None``: never call again.
+    :param of_then: whether the class read the clock that it was given. If it did not, its answer is
+        about the present.
     """
 
     due: bool
@@ -62,10 +69,10 @@ class Answer(NamedTuple):
     of_then: bool
 
     def again(self, at: datetime, now: datetime) -> datetime | None:
-        """When to ask again; ``None``: never.
+        """Return the time of the next call of ``is_due``; ``None``: never.
 
-        :param at: the moment that the schedule was asked about; ``now``: the present, from which a
-            class counts that looks at another clock.
+        :param at: the time about which the schedule was asked.
+        :param now: the present time. A class that reads another clock counts from it.
         """
         if self.pause is None:
             return None
@@ -77,7 +84,7 @@ class Answer(NamedTuple):
 
 
 def shown(asked: Any) -> str:
-    """A schedule for people. Its class may not be able to show it."""
+    """Return the ``repr`` of a schedule for an error, or its class's name if ``repr`` fails."""
     try:
         return repr(asked)
     except Exception:
@@ -85,39 +92,39 @@ def shown(asked: Any) -> str:
 
 
 def overrides(asked: Schedule, *methods: str) -> bool:
-    """Whether a schedule has one of these methods from another class than Celery's."""
+    """Whether a schedule has one of these methods from another class than Celery's own."""
     return any(_is_own(asked, method) for method in methods)
 
 
 def has_own_is_due(asked: Schedule) -> bool:
-    """Whether a schedule says itself whether it is due."""
+    """Whether a schedule's class has an ``is_due`` of its own, with its own rules."""
     module = getattr(getattr(type(asked), "is_due", None), "__module__", None)
     return overrides(asked, "is_due") and module not in ONLY_CONVERT
 
 
 def estimated(asked: Schedule, after: datetime) -> datetime:
-    """The first due time after a moment, by the schedule's ``remaining_estimate``, in UTC.
+    """Return the first due time after ``after``, in UTC, by the schedule's ``remaining_estimate``.
 
-    :raises NeverDue: there is none.
-    :raises ValueError: the class cannot tell.
+    :raises NeverDue: the schedule is not due after this time.
+    :raises ValueError: the schedule's class cannot tell when the schedule is due.
     """
     found = _estimate(asked, after, after)
     if found is None:
         raise NeverDue(f"{shown(asked)} is not due after {after}")
     if found > after:
         return found
-    # A schedule of one time names this time whenever it is asked.
+    # The due time has passed. A schedule with a single due time gives the same answer a day later.
     if found == _estimate(asked, after, after + timedelta(days=1)):
         raise NeverDue(f"{shown(asked)} is due once, at {found}", found)
-    raise ValueError(f"{shown(asked)} cannot tell: after {after} it is due at {found}")
+    raise ValueError(f"{shown(asked)} cannot tell when it is due after {after}: it answers {found}")
 
 
 def simulated(asked: Schedule, after: datetime, questions: int = QUESTIONS) -> datetime:
-    """The first due time after a moment, by asking ``is_due`` as often as Celery would, in UTC.
+    """Return the first due time after ``after``, in UTC, by calling ``is_due`` as Celery would.
 
-    :param questions: how often to ask at most.
-    :raises NeverDue: there is none.
-    :raises ValueError: the class cannot tell.
+    :param questions: how often ``is_due`` is called at most.
+    :raises NeverDue: the schedule is not due after this time.
+    :raises ValueError: the schedule's class cannot tell when the schedule is due.
     """
     made, at = _at(asked, after)[0], after
     for _ in range(questions):
@@ -132,30 +139,35 @@ def simulated(asked: Schedule, after: datetime, questions: int = QUESTIONS) -> d
             return _present(made, after, answer)
         at += answer.pause
     raise ValueError(
-        f"{shown(asked)} cannot tell when it is due after {after}; until {at} it is not"
+        f"{shown(asked)} cannot tell when it is due after {after}; it is not due until {at}"
     )
 
 
 def ask(asked: Schedule, last: datetime, at: datetime) -> Answer:
-    """Ask a schedule whether it is due at a moment. The schedule keeps what it notes meanwhile.
+    """Ask a schedule whether it is due at a time.
 
-    :param last: what it counts from, as its last run.
-    :raises ValueError: it gives no answer that Celery could use.
+    The schedule keeps what its ``is_due`` stores in its attributes.
+
+    :param last: the time of the last run, from which the schedule counts.
+    :param at: the time about which the schedule is asked.
+    :raises ValueError: ``is_due`` raised an error, or its answer is not one that Celery can use.
     """
     made, clock = _at(asked, at)
     try:
         due, left = made.is_due(_as_last_run(asked, last))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{shown(asked)}: is_due() cannot be used: {error}") from error
+        raise ValueError(f"{shown(asked)}: is_due() failed: {error}") from error
     finally:
         _keep(asked, made)
     return Answer(bool(due), _pause(asked, left), clock.was_read)
 
 
 def _present(asked: Schedule, after: datetime, answer: Answer) -> datetime:
-    """The next due time of a schedule that looks at another clock, as its class sees the present.
+    """Return the next due time of a schedule whose class reads another clock, such as the host's.
 
-    :raises ValueError: its class cannot tell: it always wants to be asked again as much later.
+    :param answer: the answer of its ``is_due``, which is about the present.
+    :raises ValueError: the class cannot tell when the schedule is due: it answers with the same
+        pause whatever its last run was.
     """
     now = datetime.now(UTC)
     found = answer.again(now, now)
@@ -172,22 +184,28 @@ def _is_own(asked: Schedule, method: str) -> bool:
 
 
 def _estimate(asked: Schedule, after: datetime, at: datetime) -> datetime | None:
-    """When a schedule is due next after a moment, as it says at another one."""
+    """Return the due time that ``remaining_estimate`` gives; ``None`` if there is none.
+
+    :param after: the time of the last run, from which the schedule counts.
+    :param at: the time about which the schedule is asked.
+    """
     left, of_then = _left(asked, after, at)
     if left is None:
         return None
-    # A class that looks at another clock answers something else a moment later.
+    # A class that reads a running clock gives another answer to a second call.
     of_then = of_then or left == _left(asked, after, at)[0]
     try:
         return at + left if of_then else _rounded_up(datetime.now(UTC) + left - CALL)
     except OverflowError:
         if left > timedelta(0):
             return None
-        raise ValueError(f"{shown(asked)} cannot tell: it is due {-left} ago") from None
+        raise ValueError(
+            f"{shown(asked)} cannot tell when it is due: it answers {-left} ago"
+        ) from None
 
 
 def _left(asked: Schedule, after: datetime, at: datetime) -> tuple[timedelta | None, bool]:
-    """What ``remaining_estimate`` says, and whether it looked at the clock that it was given."""
+    """Return the answer of ``remaining_estimate``, and whether it read the clock it was given."""
     made, clock = _at(asked, at)
     left = made.remaining_estimate(_as_last_run(asked, after))
     if left is not None and not isinstance(left, timedelta):
@@ -196,7 +214,10 @@ def _left(asked: Schedule, after: datetime, at: datetime) -> tuple[timedelta | N
 
 
 def _pause(asked: Schedule, left: Any) -> timedelta | None:
-    """How long it is until a schedule is to be asked again; ``None``: for ever."""
+    """Convert the seconds that ``is_due`` answers to the time until its next call.
+
+    ``None``: it need never be called again.
+    """
     if isinstance(left, timedelta):
         left = left.total_seconds()
     if left is None:
@@ -212,7 +233,7 @@ def _pause(asked: Schedule, left: Any) -> timedelta | None:
 
 
 class _Clock:
-    """A clock that stands still, and knows whether it was looked at."""
+    """A ``nowfun`` that always returns the same time, and records whether it was called."""
 
     def __init__(self, moment: datetime) -> None:
         self._moment = moment
@@ -224,15 +245,18 @@ class _Clock:
 
 
 def _at(asked: Schedule, moment: datetime) -> tuple[Schedule, _Clock]:
-    """A schedule whose clock stands at a moment, and shows it as its own clock does."""
+    """Return a copy of a schedule whose clock stands still at a time, and that clock.
+
+    The clock returns the time in the same time zone as the schedule's own clock.
+    """
     zone = asked.now().tzinfo
     if not overrides(asked, "is_due", "remaining_estimate", "now"):
         zone = _zoneinfo_of(zone)
-    # Celery takes a time without a time zone for one in UTC.
+    # If the schedule's own clock returns times without a time zone, Celery takes them for UTC.
     shown = moment.astimezone(zone) if zone else moment.astimezone(UTC).replace(tzinfo=None)
     clock = _Clock(shown)
     if not hasattr(asked, "__dict__"):
-        # It has no place for a clock, and is believed about the present.
+        # No clock can be set on an object without a __dict__, so its answer is about the present.
         return asked, clock
     made = _copy(asked)
     made.nowfun = clock
@@ -240,7 +264,10 @@ def _at(asked: Schedule, moment: datetime) -> tuple[Schedule, _Clock]:
 
 
 def _zoneinfo_of(zone: tzinfo | None) -> tzinfo | None:
-    """A time zone of pytz as one in which days can be added, where Celery adds them."""
+    """Replace a pytz time zone by the ``zoneinfo`` one, because Celery adds days to local times.
+
+    With pytz such a sum would keep the offset of the day before.
+    """
     name = getattr(zone, "zone", None) if hasattr(zone, "localize") else None
     if not isinstance(name, str):
         return zone
@@ -251,10 +278,10 @@ def _zoneinfo_of(zone: tzinfo | None) -> tzinfo | None:
 
 
 def _copy(asked: Schedule) -> Schedule:
-    """The same schedule as another object.
+    """Copy a schedule with all its attributes.
 
-    ``copy.copy`` calls the class with the arguments of its ``__reduce__``, which most classes have
-    from Celery's schedules: without their own arguments.
+    ``copy.copy`` is not used, because it goes by ``__reduce__``. Most classes inherit that method
+    from Celery's schedules, and it leaves their own arguments out.
     """
     made = object.__new__(type(asked))
     made.__dict__.update(vars(asked))
@@ -262,7 +289,7 @@ def _copy(asked: Schedule) -> Schedule:
 
 
 def _keep(asked: Schedule, made: Schedule) -> None:
-    """Have a schedule keep what its copy noted."""
+    """Write the attributes of a schedule's copy back to the schedule, except for the clock."""
     if made is asked:
         return
     noted = {name: value for name, value in vars(made).items() if name != "nowfun"}
@@ -270,7 +297,7 @@ def _keep(asked: Schedule, made: Schedule) -> None:
 
 
 def _as_last_run(asked: Schedule, moment: datetime) -> datetime:
-    """A moment as Celery would have noted it for a last run: what the schedule's clock shows."""
+    """Return a time as the schedule's clock would show it: Celery stores a last run like this."""
     made, clock = _at(asked, moment)
     shown: datetime = made.now()
     if clock.was_read:

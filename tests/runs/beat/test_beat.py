@@ -463,7 +463,7 @@ def test_bad_entries_of_other_ways_are_refused_by_name(on_sqlite: Beats) -> None
     """Those of ``add_periodic_task``, of ``add``, and Celery's own entries."""
     beat = on_sqlite.make({})
     beat.app.add_periodic_task(1e12, beat.app.signature("t"), name="long")
-    with pytest.raises(ImproperlyConfigured, match=r"'long': .* is no schedule: an interval"):
+    with pytest.raises(ImproperlyConfigured, match=r"'long': .* is not a schedule: an interval"):
         on_sqlite.make(beat.app.conf.beat_schedule)
     with pytest.raises(ImproperlyConfigured, match="'f': args=5"):
         beat.add(name="f", task="t", schedule=60.0, args=5)

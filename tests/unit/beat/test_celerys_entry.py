@@ -462,10 +462,10 @@ class Nothing(BaseSchedule):
     ("own", "text"),
     [
         (Nothing(), "its class Nothing has neither an is_due"),
-        (schedule(), "run_every=None, which is no timedelta"),
+        (schedule(), "run_every=None, which is not a timedelta"),
         (schedule("5"), "run_every='5'"),
-        (SaysDue, "is no schedule"),
-        (lambda: 60, "is no schedule"),
+        (SaysDue, "is not a schedule"),
+        (lambda: 60, "is not a schedule"),
         (crontab(nowfun=5), "not callable"),
         (crontab(nowfun=lambda: "now"), "which is no datetime"),
     ],
