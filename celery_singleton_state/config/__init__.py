@@ -1,1 +1,1 @@
-"""Settings of an app and options of a task: read and checked."""
+"""Read and check the settings of an app and the options of a task."""

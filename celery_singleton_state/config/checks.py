@@ -1,8 +1,9 @@
-"""Checks of the values that users set: options, settings, retry policies, entries of beat.
+"""Check the values that users set: options, settings, retry policies, entries of beat's schedule.
 
-A check takes a value and returns it as it is to be used. It raises :exc:`ValueError` for a value
-that is not allowed; the message says what is allowed, so that it can follow the words "it takes".
-:func:`checked` makes the error that users see of it.
+A check is a function. It takes a value and returns it, converted if necessary. If the value is not
+allowed, the check raises :exc:`ValueError`, whose message only says what is allowed.
+:func:`checked` turns that message into the error that users see: "task t: option o=value is not
+allowed; it takes ...".
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from celery.exceptions import ImproperlyConfigured
 T = TypeVar("T")
 Check = Callable[[Any], T]
 
-#: The largest number that is neither infinite nor too large for a float.
+#: The largest finite float.
 FINITE = sys.float_info.max
 
 
 def checked(
     owner: str, name: str, value: Any, check: Check[T], show: Callable[[Any], str] = repr
 ) -> T:
-    """The value as it is to be used.
+    """Check a value that a user has set, and return it, converted if necessary.
 
-    :param owner: what has the value, such as ``task shop.run``.
-    :param name: the value's name, such as ``option lease_ttl``.
-    :param show: makes the text that stands for the value in the error.
+    :param owner: the owner of the value, for the error, such as ``task shop.run``.
+    :param name: the name of the value, for the error, such as ``option lease_ttl``.
+    :param show: makes the text that shows the value in the error. Left out: ``repr``.
     :raises ImproperlyConfigured: the check refuses the value.
     """
     try:
@@ -40,12 +41,15 @@ def checked(
 
 
 def refused(owner: str, name: str, value: str, allowed: str) -> ImproperlyConfigured:
-    """The error for a value that is not allowed."""
+    """Return the error for a value that is not allowed.
+
+    :param allowed: what is allowed instead; it follows the words "it takes".
+    """
     return ImproperlyConfigured(f"{owner}: {name}={value} is not allowed; it takes {allowed}")
 
 
 def checks_of(cls: type) -> dict[str, Check[Any]]:
-    """The checks of those fields of a class that are annotated ``Annotated[type, check]``."""
+    """Return the checks of a class's fields by name: those annotated ``Annotated[type, check]``."""
     hints = get_type_hints(cls, include_extras=True)
     return {
         name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated
@@ -56,25 +60,28 @@ def checks_of(cls: type) -> dict[str, Check[Any]]:
 
 
 def anything(value: Any) -> Any:
-    """Every value is allowed."""
+    """Allow every value."""
     return value
 
 
 def nothing(value: Any) -> None:
-    """Only ``None`` is allowed."""
+    """Allow only ``None``."""
     if value is not None:
         raise ValueError("None")
 
 
 def switch(value: Any) -> bool:
-    """``True`` or ``False``; other values that Python takes for one are refused."""
+    """Allow only ``True`` and ``False``. Other values that Python treats as true are refused."""
     if not isinstance(value, bool):
         raise ValueError("True or False")
     return value
 
 
 def text(value: Any) -> str:
-    """A text that every database can store: not empty, without NUL or half a surrogate pair."""
+    """Allow a text that is not empty and that every database can store.
+
+    A text with a NUL, or with half of a surrogate pair, cannot be stored.
+    """
     with suppress(UnicodeEncodeError):
         if isinstance(value, str) and value and b"\0" not in value.encode():
             return value
@@ -82,14 +89,17 @@ def text(value: Any) -> str:
 
 
 def moment(value: Any) -> datetime:
-    """A moment in time."""
+    """Allow a ``datetime``."""
     if not isinstance(value, datetime):
         raise ValueError("a datetime")
     return value
 
 
 def named(what: str) -> Check[dict[str, Any]]:
-    """Values by their names."""
+    """Make a check that allows a dict whose keys are texts.
+
+    :param what: the kind of the values, for the error, such as ``arguments``.
+    """
 
     def check(value: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
@@ -100,21 +110,21 @@ def named(what: str) -> Check[dict[str, Any]]:
 
 
 def choice(*allowed: str) -> Check[str]:
-    """One of some texts."""
+    """Make a check that allows one of several texts."""
 
     def check(value: Any) -> str:
         if not isinstance(value, str) or value not in allowed:
             raise ValueError(", ".join(map(repr, allowed)))
-        # Not the value itself, which may be the member of an enum.
+        # Return a plain text, because the value may be a member of a string enum.
         return allowed[allowed.index(value)]
 
     return check
 
 
 def seconds(least: float = 0.0, most: float = FINITE, *, above: bool = False) -> Check[float]:
-    """A number of seconds within limits.
+    """Make a check that allows a number of seconds from ``least`` to ``most``.
 
-    :param above: whether ``least`` itself is refused.
+    :param above: true refuses ``least`` itself. Default: false.
     """
     limits = f", more than {least:.15g}" if above else _limits(least, most)
 
@@ -132,7 +142,10 @@ def seconds(least: float = 0.0, most: float = FINITE, *, above: bool = False) ->
 
 
 def duration(check: Check[float]) -> Check[float]:
-    """A timedelta, or a number of seconds that the given check allows."""
+    """Make a check that allows a number of seconds, or a timedelta of as many seconds.
+
+    :param check: the check of the number.
+    """
 
     def check_either(value: Any) -> float:
         try:
@@ -144,7 +157,7 @@ def duration(check: Check[float]) -> Check[float]:
 
 
 def whole(least: float = -FINITE, most: float = FINITE) -> Check[int]:
-    """A whole number within limits."""
+    """Make a check that allows a whole number from ``least`` to ``most``."""
 
     def check(value: Any) -> int:
         if not _is_a(numbers.Integral, value) or not least <= value <= most:
@@ -155,7 +168,7 @@ def whole(least: float = -FINITE, most: float = FINITE) -> Check[int]:
 
 
 def either(*checks: Check[Any]) -> Check[Any]:
-    """A value that at least one of the checks allows."""
+    """Make a check that allows a value if at least one of the given checks allows it."""
 
     def check(value: Any) -> Any:
         refusals = []
@@ -170,7 +183,11 @@ def either(*checks: Check[Any]) -> Check[Any]:
 
 
 def parsed(parse: Callable[[str], Any], check: Check[T]) -> Check[T]:
-    """A value, or the text of one, as it comes from the environment."""
+    """Make a check that allows a value, or a text of it as an environment variable has it.
+
+    :param parse: converts the text to the value.
+    :param check: the check of the value.
+    """
 
     def check_parsed(value: Any) -> T:
         if isinstance(value, str):
@@ -182,7 +199,7 @@ def parsed(parse: Callable[[str], Any], check: Check[T]) -> Check[T]:
 
 
 def _is_a(kind: type, value: Any) -> bool:
-    """Whether a value is a number of this kind; ``True`` and ``False`` are none."""
+    """Whether a value is a number of this kind; ``True`` and ``False`` do not count as numbers."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 

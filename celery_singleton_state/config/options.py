@@ -1,4 +1,4 @@
-"""The options of a singleton task: read from its class, checked when the task is made."""
+"""Read the options of a singleton task from its class, and check them when the task is made."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ from .retry import RetryPolicy
 from .settings import MIN_INTERVAL
 from .task_options import OnConflict, OnDecodeError, OnLeaseLost
 
-#: The largest version that the column can hold.
+#: The largest ``state_version``: the largest number in the column ``schema_version``.
 MAX_VERSION = 2**31 - 1
-#: A day: nobody should wait longer for a dead run, and a living one renews.
+#: The longest ``lease_ttl``, ``hold_at_least`` and ``conflict_timeout``: a day, in seconds. A
+#: longer lease would block its singleton for longer than a day after its holder died.
 MAX_SECONDS = 86400.0
 
-#: What a delivery can do that finds the lease taken.
+#: The values of ``on_conflict``: what a delivery does if another run holds the lease.
 POLICIES = get_args(OnConflict)
 
 
@@ -46,7 +47,7 @@ def _unique_on(value: Any) -> UniqueOn:
     is_list = isinstance(value, list | tuple | set | frozenset) and value
     if is_list and all(isinstance(name, str) for name in value):
         return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
-    raise ValueError('names of arguments as a list, "*" for all of them, a callable, or nothing')
+    raise ValueError('names of arguments as a list, "*" for all of them, a callable, or None')
 
 
 def _schema(value: Any) -> Any:
@@ -87,10 +88,10 @@ def _policies(value: Any) -> Mapping[str, RetryPolicy]:
 
 @dataclass(frozen=True)
 class Options:
-    """A task's options as they are used: the check of each, and its value where nothing is set.
+    """The checked options of a task. The class lists each option's check and default.
 
-    The names are those of :class:`TaskOptions`, which says what they mean, and of the task's
-    attributes.
+    An option has the same name here, as an attribute of the task, and in :class:`TaskOptions`,
+    which explains what it means.
     """
 
     unique_on: Annotated[UniqueOn, _unique_on] = None
@@ -113,7 +114,7 @@ class Options:
     expected_interval: Annotated[float | None, duration(seconds(0, above=True))] = None
 
     def codec(self) -> Codec[Any] | None:
-        """The codec of the state; ``None`` for a singleton without one."""
+        """Return the codec for the task's state; ``None`` if the task has no state."""
         if self.state_schema is None:
             return None
         return Codec(
@@ -127,6 +128,7 @@ class Options:
 
 _CHECKS = checks_of(Options)
 NAMES = tuple(_CHECKS)
+#: The options that are only allowed together with ``state_schema``.
 _OF_STATE = (
     "initial_state",
     "state_version",
@@ -134,13 +136,15 @@ _OF_STATE = (
     "state_round_trip",
     "on_decode_error",
 )
+#: The attributes of Celery's own tasks, which never count as misspelled options.
 _OF_CELERY = frozenset(dir(Task))
 
 
 def read_options(task: type[Task[Any, Any]]) -> Options:
-    """The options of a task class.
+    """Read and check the options of a task class.
 
-    :raises ImproperlyConfigured: names the task, the option, the value and what is allowed.
+    :raises ImproperlyConfigured: a value is not allowed. The error names the task, the option, the
+        value and what is allowed.
     """
     found = {
         name: checked(f"task {task.name}", f"option {name}", value, check)
@@ -153,15 +157,17 @@ def read_options(task: type[Task[Any, Any]]) -> Options:
 
 
 def options_of(task: Any) -> Options | None:
-    """A task's options; ``None`` if it is no singleton."""
+    """Return the options of a task; ``None`` if it is not a singleton task."""
     options = getattr(task, "_options", None)
     return options if isinstance(options, Options) else None
 
 
 def expected_singletons(app: Celery) -> set[str]:
-    """The names of those singletons that should run now and then, as far as their tasks tell.
+    """Return the names of the app's tasks that have an ``expected_interval`` and a single
+    singleton.
 
-    One with ``unique_on`` is known by its first run.
+    A task with ``unique_on`` is left out, because its singletons are not known before their first
+    runs.
     """
     return {
         name
@@ -171,11 +177,11 @@ def expected_singletons(app: Celery) -> set[str]:
 
 
 def find_misspelled(task_name: str, attributes: Mapping[str, Any]) -> None:
-    """Refuse an attribute whose name is nearly that of an option.
+    """Refuse an attribute of a task whose name resembles that of an option.
 
-    Celery takes any attribute for a task's own, so a misspelled option would do nothing.
+    Celery accepts any attribute of a task, so a misspelled option would silently have no effect.
 
-    :raises ImproperlyConfigured: there is one.
+    :raises ImproperlyConfigured: an attribute is probably a misspelled option.
     """
     for name, value in attributes.items():
         if name in NAMES or name.startswith("_") or name in _OF_CELERY:
@@ -183,7 +189,7 @@ def find_misspelled(task_name: str, attributes: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.85)
         if near:
             raise ImproperlyConfigured(
-                f"task {task_name}: {name}={value!r} is no option; did you mean {near[0]}?"
+                f"task {task_name}: {name}={value!r} is not an option; did you mean {near[0]}?"
             )
 
 
@@ -192,7 +198,10 @@ def _refused(task: type[Task[Any, Any]], name: str, value: Any, allowed: str) ->
 
 
 def _check_together(task: type[Task[Any, Any]], options: Options) -> None:
-    """What no option can be judged by alone."""
+    """Check the options that depend on each other or on the arguments of the task.
+
+    :raises ImproperlyConfigured: options do not fit together.
+    """
     if isinstance(options.unique_on, tuple):
         _check_names(task, options.unique_on)
     if options.state_schema is None:
@@ -226,12 +235,12 @@ def _check_state(task: type[Task[Any, Any]], options: Options) -> None:
     try:
         codec.encode(codec.initial())
     except StateError as error:
-        allowed = f"a state of {name}, or nothing where {name}() makes one: {error}"
+        allowed = f"a state of {name}, or None if {name}() makes one: {error}"
         raise _refused(task, "initial_state", options.initial_state, allowed) from error
 
 
 def run_signature(task: type[Task[Any, Any]]) -> inspect.Signature:
-    """The signature of a task's ``run`` as its callers see it, without ``self``."""
+    """Return the signature of a task's ``run`` as its callers see it, without ``self``."""
     static = function_of(task)
     if isinstance(static, staticmethod | classmethod):
         return inspect.signature(static.__get__(None, task))
@@ -240,9 +249,10 @@ def run_signature(task: type[Task[Any, Any]]) -> inspect.Signature:
 
 
 def function_of(task: type) -> Any:
-    """A task class's ``run`` as its author wrote it: a function, or a ``staticmethod`` of one.
+    """Return the ``run`` of a task class as its author wrote it: a function or a ``staticmethod``.
 
-    What leads calls of ``run`` to the guard (:mod:`celery_singleton_state.run.calls`) keeps it.
+    :mod:`celery_singleton_state.run.calls` replaces ``run`` by a wrapper that acquires the lease.
+    The wrapper keeps the original in its attribute ``unguarded``.
     """
     static = inspect.getattr_static(task, "run")
     return getattr(static, "unguarded", static)

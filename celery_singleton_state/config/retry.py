@@ -1,4 +1,7 @@
-"""How a failure of the singleton is answered: a value, worked out here, carried out once."""
+"""Decide whether a message is retried after a :exc:`SingletonError`, and after which delay.
+
+The decision is a value, :class:`RetryAfter` or :class:`Fail`. The caller carries it out.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,15 @@ from .checks import checked, checks_of, either, nothing, seconds, switch, whole
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How one reason is retried, in Celery's own terms.
+    """How a message is retried after an error with one reason. The names are Celery's.
 
-    :param max_retries: retries of the message at most, counted as Celery counts them, whatever
-        their reasons; ``None`` for no limit.
-    :param backoff: seconds before the first retry, doubled for each further one.
-    :param backoff_max: seconds that the delay never exceeds.
-    :param jitter: whether the delay is drawn evenly from zero to what the backoff says.
+    :param max_retries: how often a message is retried at most. All its retries count, whatever
+        their reasons. ``None``: no limit. Default 3.
+    :param backoff: seconds before the first retry; the delay doubles with each further retry.
+        Default 1.
+    :param backoff_max: seconds: the longest delay. Default 600.
+    :param jitter: true (the default): the delay is random, from zero to the delay that the backoff
+        gives. False: it is exactly that delay.
     :raises ImproperlyConfigured: a value is not allowed.
     """
 
@@ -35,7 +40,10 @@ class RetryPolicy:
             object.__setattr__(self, name, value)
 
     def delay(self, retries: int) -> float:
-        """Seconds before the next try of a message that was retried so often."""
+        """Return the seconds before the next retry of a message.
+
+        :param retries: how often the message has been retried.
+        """
         full = min(self.backoff * 2 ** min(retries, 64), self.backoff_max)
         return random.uniform(0, full) if self.jitter else full
 
@@ -45,14 +53,14 @@ _CHECKS = checks_of(RetryPolicy)
 
 @dataclass(frozen=True, slots=True)
 class RetryAfter:
-    """Answer: try the message again after this many seconds."""
+    """The decision that a message is retried, after this many seconds."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """Answer: the message fails."""
+    """The decision that a message is not retried, so that it fails."""
 
 
 def answer_to(
@@ -62,11 +70,12 @@ def answer_to(
     policies: Mapping[str, RetryPolicy],
     usual: RetryPolicy,
 ) -> RetryAfter | Fail:
-    """How a message that was retried so often is to go on after this error.
+    """Decide whether a message is retried after an error.
 
-    :param reasons: the reasons that are retried.
-    :param policies: policies of single reasons.
-    :param usual: the policy of all others.
+    :param retries: how often the message has been retried.
+    :param reasons: the reasons of errors after which it may be retried.
+    :param policies: the policies of single reasons.
+    :param usual: the policy of all other reasons.
     """
     if error.reason not in reasons:
         return Fail()
@@ -77,10 +86,10 @@ def answer_to(
 
 
 def policy_of(task: Any) -> RetryPolicy:
-    """The policy that a task's own Celery options make.
+    """Return the retry policy that follows from a task's Celery options.
 
-    ``retry_backoff`` that was never set counts as true; set to false, it means what it means to
-    Celery: ``default_retry_delay`` each time.
+    A ``retry_backoff`` that is not set counts as true. If it is false, each delay is the task's
+    ``default_retry_delay``, as in Celery.
     """
     backoff = getattr(task, "retry_backoff", True)
     if not backoff:

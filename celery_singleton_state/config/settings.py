@@ -1,4 +1,4 @@
-"""The ``singleton_…`` settings of an app: read, checked, and what follows from them."""
+"""Read and check the ``singleton_…`` settings of an app."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from .unknown import refuse_unknown
 
 hide_settings()
 
+#: The error for a task, a beat or a command that needs a database, when the app only has a
+#: ``singleton_lease_url``.
 NO_SQL = (
-    "singleton_lease_url keeps the leases of singletons without a state; a state, and the schedule "
-    "of beat, need a database: set singleton_store_url as well"
+    "singleton_lease_url only keeps the leases of singletons without state; states, and the "
+    "schedule of beat, need a database: set singleton_store_url as well"
 )
+#: The largest ``singleton_heartbeat_threshold``; a larger value counts as this one.
 MAX_THRESHOLD = 5
+#: Seconds: the shortest ``singleton_heartbeat_interval``, and the shortest ``lease_ttl`` of a task.
 MIN_INTERVAL = 0.1
 
 
@@ -38,7 +42,8 @@ def _url(value: Any) -> str:
 
 
 def _beat_name(value: Any) -> str:
-    # Of any letters: its key is written in those that every database can store.
+    # Any characters but a colon, because the name becomes a part of a key. Characters that a
+    # database cannot store are encoded in the key.
     if not isinstance(value, str) or not value or ":" in value:
         raise ValueError("a text that is not empty and has no colon")
     return value
@@ -61,18 +66,18 @@ def _switch(value: Any) -> bool:
 
 
 def _hooks(value: Any) -> tuple[Any, ...]:
-    """From the environment: names with commas between them."""
+    """Check the ``singleton_hooks`` setting; a text from the environment has names and commas."""
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list | tuple):
-        raise ValueError("a list of callables, or of the names of some")
+        raise ValueError("a list of callables, or of the names of callables")
     return tuple(check_hook(name.strip() if isinstance(name, str) else name) for name in names)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one app, as ``app.conf.singleton_<name>``.
+    """The settings of one app: ``app.conf.singleton_<name>`` for each field ``<name>``.
 
-    Each can also stand in the environment as ``CELERY_SINGLETON_<NAME>``, which wins, as
+    The environment variable ``CELERY_SINGLETON_<NAME>`` takes precedence over ``app.conf``, as
     ``CELERY_BROKER_URL`` does.
     """
 
@@ -90,20 +95,20 @@ class Settings:
     beat_name: Annotated[str, _beat_name] = ""
     hooks: Annotated[tuple[Any, ...], _hooks] = ()
 
-    #: Whether there is a database: not where only ``lease_url`` is set.
+    #: Whether the app has a database. It has none if ``lease_url`` is set and ``store_url`` is not.
     has_store: bool = field(default=True, repr=False)
 
     @property
     def lease_ttl(self) -> float:
-        """Seconds that a lease lives without a renewal."""
+        """The life of a lease in seconds: it expires this long after its last renewal."""
         return self.heartbeat_interval * self.heartbeat_threshold
 
     @classmethod
     def from_app(cls, app: Celery) -> Settings:
         """Read and check the settings of an app.
 
-        :raises ImproperlyConfigured: names the setting, its value and what is allowed; or a name
-            that is no setting.
+        :raises ImproperlyConfigured: a value is not allowed, or a setting does not exist. The error
+            names the setting, the value and what is allowed.
         """
         refuse_unknown(app, [f"singleton_{own}" for own in _CHECKS])
         found = {}
@@ -114,7 +119,7 @@ class Settings:
                 show = shown if check is _url else repr
                 found[own] = checked(f"app {app.main!r}", f"setting {name}", value, check, show)
         found["has_store"] = "store_url" in found or "lease_url" not in found
-        # The app's own name keeps apart those that share a table.
+        # Default to the app's name, so that the beats of two apps can share a table.
         found.setdefault("beat_name", (app.main or "celery").replace(":", "."))
         return cls(**found)
 

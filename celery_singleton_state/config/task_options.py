@@ -1,4 +1,4 @@
-"""What may be written as an option of a singleton task, for type checkers and for people."""
+"""The options of a singleton task as typed dictionaries, for type checkers and for readers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ OnLeaseLost = Literal["interrupt", "finish"]
 
 
 class CeleryOptions(TypedDict, total=False):
-    """The options of ``app.task`` in Celery 5.4 to 5.7; its documentation says what they do.
+    """The options of ``app.task`` in Celery 5.4 to 5.7. Celery's documentation explains them.
 
-    ``bind`` is not among them: a singleton task is always bound.
+    ``bind`` is left out, because a singleton task is always bound.
     """
 
-    # The task, and how it is made.
+    # Options of the task itself, and of its creation.
     name: str
     shared: bool
     lazy: bool
@@ -40,7 +40,7 @@ class CeleryOptions(TypedDict, total=False):
     Strategy: str | Callable[..., Any]
     Request: str | type[Any]
 
-    # Its messages.
+    # Options of its messages.
     serializer: str | None
     compression: str | None
     queue: str | Queue | None
@@ -53,7 +53,7 @@ class CeleryOptions(TypedDict, total=False):
     priority: int | None
     expires: float | datetime | None
 
-    # Its runs.
+    # Options of its runs.
     rate_limit: str | float | None
     time_limit: float | None
     soft_time_limit: float | None
@@ -67,7 +67,7 @@ class CeleryOptions(TypedDict, total=False):
     send_events: bool
     trail: bool
 
-    # Its retries and failures.
+    # Options of its retries and failures.
     max_retries: int | None
     default_retry_delay: float
     autoretry_for: Collection[type[BaseException]]
@@ -78,14 +78,14 @@ class CeleryOptions(TypedDict, total=False):
     retry_jitter: bool
     throws: tuple[type[BaseException], ...]
 
-    # Its results.
+    # Options of its results.
     backend: Any
     ignore_result: bool | None
     store_eager_result: bool | None
     store_errors_even_if_ignored: bool | None
     resultrepr_maxsize: int
 
-    # Its handlers, called as methods of the task.
+    # Handlers, which Celery calls as methods of the task.
     before_start: Callable[..., Any]
     after_return: Callable[..., Any]
     on_success: Callable[..., Any]
@@ -95,49 +95,76 @@ class CeleryOptions(TypedDict, total=False):
 
 
 class TaskOptions(CeleryOptions, Generic[S], total=False):
-    """The options of a singleton task. ``None`` is the same as leaving an option out.
+    """The options of a singleton task. An option that is ``None`` counts as left out.
 
-    - ``unique_on``: names of arguments whose values tell singletons of this task apart;
-      ``"*"`` for all arguments; a callable that is given the arguments. None: one for the task.
-    - ``state_schema``: the type of the state. None: a singleton without state.
-    - ``initial_state``: the first state, or a callable that makes it. None: ``state_schema()``.
-    - ``state_version``: the version of the schema, from 1, the default.
-    - ``state_migrations``: for version n a function from its raw value to that of n + 1.
-    - ``state_round_trip``: whether a state is refused that the next load would change, such as a
-      set in a field annotated ``list``. Default true. False: what fits the schema is saved, and
-      the next run gets what comes of it.
-    - ``on_decode_error``: ``"fail"`` (default), or ``"initial"`` to start anew and keep the old
-      value under a key of its own.
-    - ``persist_on_error``: whether a body that raises saves its state. Default false.
-    - ``on_conflict``: what a delivery does that finds the lease taken. ``"skip"`` (default): it
-      succeeds with ``None``. ``"raise"``: it fails. ``"wait"``: it is tried again until it gets the
-      lease. ``"replace"``: the same, the holder is asked to stop, and a message that waits gives
-      up when a newer one comes: it succeeds with ``None``. ``"coalesce"``: it succeeds with
-      ``None``, and one more run, with the newest arguments, is sent at the release.
-    - ``conflict_timeout``: seconds that a delivery waits for the lease, not counting queues, before
-      it fails. None: the setting, 10 s. With ``"replace"`` never less than two heartbeats and 1 s.
-    - ``hold_at_least``: seconds from its acquisition that the lease is kept when a run succeeds.
-    - ``enqueue_once``: whether a message is not sent while another is queued, or, where
-      ``on_conflict`` is ``"skip"`` or ``"raise"``, running. A queued one counts until it expires,
-      or 300 s after it may run.
-    - ``lease_ttl``: seconds that the lease lives without a renewal. None: heartbeat interval
-      times threshold, 8 s by default. A longer life is confirmed before the body begins, by one
-      statement more.
-    - ``on_lease_lost``: ``"interrupt"`` (default) interrupts the body of a run that lost its lease,
-      ``"finish"`` lets it go on. The run ends as :exc:`HeartbeatFailed`, and saves no state,
-      either way.
-    - ``deduplicate``: whether a message known as done is not run again. None: if there is state.
-      A message that is sent anew with an id that was used before is another message.
-    - ``retry_reasons``: the reasons that are retried. Default ``StateLoadFailed`` and
-      ``StatePersistFailed``.
-    - ``retry_policy``: a :class:`RetryPolicy` for single reasons. Others follow the task's
+    Which runs exclude each other:
+
+    - ``unique_on``: names of arguments. Calls with different values of these arguments belong to
+      different singletons. ``"*"``: all arguments. A callable: it is called with the task's
+      arguments, and its result tells singletons apart. Left out: the task is one singleton.
+
+    The state:
+
+    - ``state_schema``: the type of the state. Left out: the singleton has no state.
+    - ``initial_state``: the state of a singleton that has never saved one, or a callable that makes
+      it. Left out: ``state_schema()``.
+    - ``state_version``: the version of the schema, 1 or more. Left out: 1.
+    - ``state_migrations``: a dict from versions to functions. The function for version n converts
+      a raw value (decoded JSON) of version n to version n + 1.
+    - ``state_round_trip``: true (the default) refuses a state that the next load would change, such
+      as a set in a field annotated ``list``. False saves each state that fits the schema.
+    - ``on_decode_error``: what happens if the stored value cannot be read. ``"fail"`` (the
+      default): the run fails. ``"initial"``: the run begins with the initial state, and the old
+      value is kept under another key.
+    - ``persist_on_error``: whether the state is saved when the body raises. Default: false.
+
+    Conflicts:
+
+    - ``on_conflict``: what a delivery does if another run holds the lease.
+
+      - ``"skip"`` (the default): it succeeds with ``None``.
+      - ``"raise"``: it fails.
+      - ``"wait"``: it is tried again until it acquires the lease.
+      - ``"replace"``: it asks the holder to stop, and is tried again until it acquires the lease.
+        When a newer message arrives, an older one that waits succeeds with ``None``.
+      - ``"coalesce"``: it succeeds with ``None``. The holder sends one more run when it releases
+        the lease, with the arguments of the newest message.
+
+    - ``conflict_timeout``: seconds that a delivery waits for the lease before it fails; time in a
+      queue does not count. Left out: ``singleton_conflict_timeout``, 10 s by default. With
+      ``"replace"`` it is at least two heartbeat intervals and 1 s.
+    - ``hold_at_least``: seconds, from the acquisition, for which the lease is kept when the run
+      succeeds. Left out: the lease is released at the end of the run.
+    - ``enqueue_once``: true does not send a message while another one is queued. With
+      ``on_conflict`` ``"skip"`` or ``"raise"`` it does not send one during a run, either. A message
+      counts as queued until it expires, and for at most 300 s from the time when it may run.
+      Default: false.
+
+    The lease:
+
+    - ``lease_ttl``: the life of the lease without a renewal, in seconds. Left out: heartbeat
+      interval times threshold, 8 s by default. A longer life costs one more statement before the
+      body.
+    - ``on_lease_lost``: ``"interrupt"`` (the default) interrupts the body of a run that has lost
+      its lease, ``"finish"`` lets the body go on. In both cases the run saves no state and ends as
+      :exc:`HeartbeatFailed`.
+
+    Duplicates, retries and health:
+
+    - ``deduplicate``: true does not run a message again that is known as done. Left out: true for
+      ticks of beat, and for a task with state. A message that is sent anew with a task id that was
+      used before is not known as done.
+    - ``retry_reasons``: the reasons of errors after which a message is retried. Left out:
+      ``StateLoadFailed`` and ``StatePersistFailed``.
+    - ``retry_policy``: a dict from reasons to :class:`RetryPolicy`. Other reasons follow the task's
       ``max_retries``, ``retry_backoff``, ``retry_backoff_max`` and ``retry_jitter``.
-    - ``expected_interval``: seconds, or a timedelta, between runs as they should be: one that has
-      not finished within that, times ``singleton_heartbeat_threshold``, is not healthy. None: it
-      is always healthy.
+    - ``expected_interval``: the time between two runs, in seconds or as a timedelta. A singleton
+      that has not finished a run within this time, multiplied by
+      ``singleton_heartbeat_threshold``, is unhealthy. Left out: it is always healthy.
 
-    All options of Celery's own (:class:`CeleryOptions`) apply, too. A type checker refuses other
-    names; attributes of your own go into a base class, or into a subclass of this one.
+    All options of Celery itself (:class:`CeleryOptions`) apply, too. A type checker refuses other
+    names. To use attributes of your own, put them into a base class of the task, or into a subclass
+    of this dictionary.
     """
 
     unique_on: Collection[str] | Callable[..., Any] | None
@@ -158,6 +185,6 @@ class TaskOptions(CeleryOptions, Generic[S], total=False):
     retry_reasons: Collection[str] | None
     retry_policy: Mapping[str, RetryPolicy] | None
     expected_interval: float | timedelta | None
-    #: The hooks of the lease, called as methods of the task.
+    #: Hooks that are called as methods of the task when a run acquires and gives up its lease.
     on_become_leader: Callable[..., Any]
     on_lose_leadership: Callable[..., Any]

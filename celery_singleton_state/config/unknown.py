@@ -1,4 +1,4 @@
-"""Names that look like settings of this package and are none, so that they would do nothing."""
+"""Refuse settings that do not exist, because a mistyped setting would silently have no effect."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from celery.exceptions import ImproperlyConfigured
 
 _PREFIX = "singleton_"
 _ENVIRONMENT = "CELERY_SINGLETON_"
-#: Variables that Kubernetes gives to each pod for a service that is called celery-singleton….
+#: Environment variables that Kubernetes sets in each pod if a service's name begins with
+#: celery-singleton. They are not settings.
 _OF_KUBERNETES = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_\w+)?$|_PORT(_\d+_[A-Z]+(_\w+)?)?$")
-#: Settings of another package, which can run beside this one while tasks move from it.
+#: Settings of the package celery-singleton, which may be in use while a project moves to this
+#: package.
 _OF_CELERY_SINGLETON = frozenset(
     {
         "singleton_backend_class",
@@ -30,10 +32,11 @@ _OF_CELERY_SINGLETON = frozenset(
 
 
 def refuse_unknown(app: Celery, known: Collection[str]) -> None:
-    """Refuse names of settings that are mistyped, in the app's configuration and the environment.
+    """Refuse unknown ``singleton_`` settings in the app's configuration and the environment.
 
-    :param known: the settings that there are.
-    :raises ImproperlyConfigured: there is such a name. Its value is not shown: it can be a URL.
+    :param known: the names of all settings.
+    :raises ImproperlyConfigured: a setting is unknown. The error does not show its value, because
+        the value can be a URL with a password.
     """
     for written, name in (*_configured(app), *_in_environment()):
         if name not in known:
@@ -41,23 +44,26 @@ def refuse_unknown(app: Celery, known: Collection[str]) -> None:
             near = get_close_matches(name.lower().removeprefix(_PREFIX), own, n=3)
             meant = " or ".join(own[each] for each in near)
             hint = f"did you mean {meant}?" if near else f"there are {', '.join(known)}"
-            raise ImproperlyConfigured(f"app {app.main!r}: {written} is no setting; {hint}")
+            raise ImproperlyConfigured(f"app {app.main!r}: {written} is not a setting; {hint}")
 
 
 def _configured(app: Celery) -> Iterator[tuple[str, str]]:
-    """Names as they are written, and as the app's configuration without a namespace has them."""
+    """Yield the ``singleton_`` settings of an app: each name as written, and without the namespace.
+
+    The namespace is that of Celery's ``config_from_object``, such as ``CELERY_``.
+    """
     configured = app.conf.table(censored=False)
     namespace = (app.conf.prefix or "").lower()
     for key, value in configured.items():
         if namespace and key.lower().startswith(namespace):
             name = key.lower().removeprefix(namespace)
         elif namespace and not key.islower():
-            continue  # Django's own, for example
+            continue  # a setting of another package, such as Django
         else:
             name = key
-        # A module that is the configuration can import or define functions and tasks.
+        # If the configuration is a module, it can contain functions, tasks and other modules.
         if name.lower().startswith(_PREFIX) and not (
-            callable(value) or isinstance(value, ModuleType) or _is_of_another(name)
+            callable(value) or isinstance(value, ModuleType) or _is_of_celery_singleton(name)
         ):
             yield key, name
 
@@ -68,5 +74,5 @@ def _in_environment() -> Iterator[tuple[str, str]]:
             yield key, key.removeprefix("CELERY_").lower()
 
 
-def _is_of_another(name: str) -> bool:
+def _is_of_celery_singleton(name: str) -> bool:
     return name in _OF_CELERY_SINGLETON and "celery_singleton" in sys.modules

@@ -93,7 +93,7 @@ def test_wrong_values_name_setting_value_and_what_is_allowed(
 )
 def test_unknown_settings_are_refused_with_did_you_mean(name: str, near: str) -> None:
     with pytest.raises(
-        ImproperlyConfigured, match=rf"'shop': {name} is no setting;.*{near}"
+        ImproperlyConfigured, match=rf"'shop': {name} is not a setting;.*{near}"
     ) as why:
         settings(**{name: "postgresql://u:hunter2@h/db"})
     assert "hunter2" not in str(why.value)
@@ -137,7 +137,7 @@ def test_names_that_are_not_celerys_settings_are_not_looked_at(
 
     assert settings(singleton_nightly=lambda: None, singleton_table="t").table == "t"
 
-    with pytest.raises(ImproperlyConfigured, match="singleton_lock_expiry is no setting"):
+    with pytest.raises(ImproperlyConfigured, match="singleton_lock_expiry is not a setting"):
         settings(singleton_lock_expiry=5)
     monkeypatch.setitem(sys.modules, "celery_singleton", types.ModuleType("celery_singleton"))
     settings(singleton_lock_expiry=5)
