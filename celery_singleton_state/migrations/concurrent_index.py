@@ -1,8 +1,8 @@
-"""The index of a PostgreSQL table that is there already, built beside its readers and writers.
+"""Build the index of an existing PostgreSQL table without blocking its readers and writers.
 
-That takes no lock which others wait for, but cannot be part of a transaction. One whose build broke
-off is in the way, and is built anew. Where only the client died it did not break off: the database
-goes on building.
+``CREATE INDEX CONCURRENTLY`` takes no lock that readers or writers wait for, but it cannot run in a
+transaction. If such a build fails, it leaves a broken (invalid) index, which must be dropped first.
+If only the client dies, the build does not fail: the database goes on building.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from sqlalchemy.schema import CreateIndex, DropIndex
 from celery_singleton_state.store.sql.schema import make_table
 from celery_singleton_state.store.sql.store import open_transaction
 
-#: Seconds that others' work on the table is waited for, before it is said by whom. Only such work
-#: waits behind; and longer than the second after which an autovacuum lets others pass
-#: (``deadlock_timeout``).
+#: Seconds to wait for another session that maintains the table, such as another index build, before
+#: an error names that session. Readers and writers do not queue behind this wait. It must be longer
+#: than PostgreSQL's ``deadlock_timeout`` (1 s): after that time a waiting session cancels an
+#: autovacuum that is in its way.
 LOCK_TIMEOUT = 5
 
 _BROKEN = """
@@ -28,7 +29,7 @@ WHERE indrelid = to_regclass(:table) AND NOT indisvalid
 
 
 def build_index(engine: Engine, table_name: str) -> None:
-    """Build the index of a table that is there and has none, or one that broke off."""
+    """Build the index on ``updated_at`` if the table exists and has no such index, or a broken one."""
     table = make_table(table_name)
     (index,) = table.indexes
     index.dialect_options["postgresql"]["concurrently"] = True
@@ -49,23 +50,30 @@ def build_index(engine: Engine, table_name: str) -> None:
 
 
 def _found(connection: Connection, table: Table, quoted: str) -> tuple[bool, Sequence[str]]:
-    """Whether the table has the index, under whatever name; and which of all are broken."""
+    """Return whether the table has a working index, and the names of its broken indexes.
+
+    The index may have any name: its columns decide.
+
+    :param quoted: the table's name, quoted for SQL.
+    """
     (index,) = table.indexes
     names = {
         found["name"]
         for found in sa.inspect(connection).get_indexes(table.name, schema=table.schema)
         if found["column_names"] == [column.name for column in index.columns]
     }
-    # In this order, as one that appears in between is not built yet.
+    # Ask for the broken indexes last. A new index is broken until it is built, so one that appears
+    # between the two queries is not taken for a working one.
     broken = connection.scalars(sa.text(_BROKEN), {"table": quoted}).all()
     return bool(names.difference(broken)), broken
 
 
 def _wait_for_builds(engine: Engine, quoted: str) -> None:
-    """Let a build end whose client died.
+    """Wait until an index build has ended whose client died.
 
-    It waits for whoever has a snapshot, as a statement has that waits for its lock in order to
-    build or drop an index: each would wait for the other. ``LOCK`` has none.
+    ``CREATE INDEX`` and ``DROP INDEX`` cannot wait for it: they hold a snapshot while they wait for
+    their lock, and the build waits for all snapshots, so each would wait for the other. ``LOCK
+    TABLE`` waits without a snapshot.
     """
     with open_transaction(engine) as connection:
         connection.execute(sa.text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'"))

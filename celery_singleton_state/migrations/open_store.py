@@ -1,4 +1,4 @@
-"""Opening the database of a store, whose table is made or upgraded at first use if need be."""
+"""Open the SQL store behind a URL, and create or upgrade its table if that is allowed."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ def open_store(
     pool_size: int = 2,
     auto_migrate: bool | None = None,
 ) -> SqlStore:
-    """The store behind a URL, for this process.
+    """Open the store behind a URL. The store is for this process only.
 
-    :param io_timeout: seconds of silence after which the database counts as out of reach.
-    :param pool_size: connections at most.
-    :param auto_migrate: make or upgrade the table if need be; left out: on SQLite only.
+    :param io_timeout: seconds without an answer after which the database counts as unavailable.
+    :param pool_size: the largest number of connections.
+    :param auto_migrate: whether to create or upgrade the table if necessary. Left out: on SQLite
+        only.
     :raises ImproperlyConfigured: the URL, its driver or its database cannot be used.
-    :raises StoreError: the table was to be made and that failed, or cannot help.
+    :raises StoreError: the table could not be created or upgraded, or the database has a fault that
+        a new table does not mend.
     """
     parsed = parse_url(url)
     store = SqlStore(make_engine(parsed, io_timeout, pool_size), table_name)
@@ -38,43 +40,43 @@ def open_store(
         auto_migrate = parsed.get_backend_name() == "sqlite"
     if auto_migrate:
         try:
-            _see_to_table(store, url)
+            _create_table_if_missing(store, url)
         except BaseException:
             store.close()
             raise
     return store
 
 
-def _see_to_table(store: SqlStore, url: str) -> None:
+def _create_table_if_missing(store: SqlStore, url: str) -> None:
     try:
-        # Whatever its keys will be.
+        # Without prefixes, because the prefixes of the future keys are not known here.
         store.check(())
     except StoreMisconfigured:
         raise
     except StoreNotReady:
-        _make_table(store, url)
+        _create_table(store, url)
 
 
-def _make_table(store: SqlStore, url: str) -> None:
+def _create_table(store: SqlStore, url: str) -> None:
     try:
         with _quiet_alembic():
-            # It takes longer to import than all else here, and is needed once in a table's life.
+            # Import it only here, because Alembic takes long to import and is rarely needed.
             from .upgrade import migrate_engine, migrate_url
 
             if is_in_memory(store.engine.url):
                 migrate_engine(store.engine, store.table.fullname)
             else:
                 migrate_url(url, store.table.fullname)
-        logger.info("table %s was made or upgraded", store.table.fullname)
+        logger.info("table %s was created or upgraded", store.table.fullname)
     except SQLAlchemyError as error:
         raise StoreUnavailable(
-            f"table {store.table.fullname} could not be made: {error}"
+            f"table {store.table.fullname} could not be created or upgraded: {error}"
         ) from error
 
 
 @contextmanager
 def _quiet_alembic() -> Iterator[None]:
-    """Without Alembic's own account of it, which would bury a worker's first lines."""
+    """Silence Alembic's log lines below warnings, because they would bury a worker's first lines."""
     alembic = logging.getLogger("alembic")
     level = alembic.level
     alembic.setLevel(logging.WARNING)

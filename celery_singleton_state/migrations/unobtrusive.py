@@ -1,10 +1,11 @@
-"""Upgrading a table of a server's while others read and write it.
+"""Upgrade a table of a database server while other clients read and write it.
 
-A column that may be null is added at once, but by a statement that nobody may be beside: it waits
-for the slowest reader, and all who come after wait behind it. So it waits for a moment only, lets
-those go on, and asks again.
+``ALTER TABLE`` adds a nullable column quickly, but it takes an exclusive lock: it waits for the
+slowest open transaction, and all new queries on the table queue behind it. So an upgrade waits for
+a second only. Then it gives up, lets the queued queries run, and tries again.
 
-Nothing here outlives a transaction on PostgreSQL, so that a pooler may stand in between.
+On PostgreSQL no lock and no setting outlives a transaction, so that a pooler such as PgBouncer
+may stand in between.
 """
 
 from __future__ import annotations
@@ -26,21 +27,26 @@ from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 
-#: Whole seconds that others wait at most behind a change that waits itself: less than a statement
-#: of a singleton's may take (a quarter of a lease's life, 2 s by default).
+#: Seconds (a whole number) that a change waits for its lock. Other queries on the table queue
+#: behind it for as long, so it is less than the time limit of a singleton's statement (a quarter of
+#: a lease's life, 2 s by default).
 LOCK_TIMEOUT = 1
-#: Seconds between two tries, and until the last one.
+#: Seconds between two tries to get the lock.
 PAUSE = 2.0
+#: Seconds for which an upgrade is tried again while the table is locked.
 PATIENCE = 300.0
-#: Seconds that a migration waits for another one.
+#: Seconds that a migration on MariaDB or MySQL waits for another migration.
 LONGEST_MIGRATION = 1800
 
+#: The statements that limit a transaction's wait for locks, by SQLAlchemy's name of the database.
 _GIVE_UP_SOON = {
     "postgresql": "SET LOCAL lock_timeout = '{seconds}s'",
-    # What a metadata lock is waited for.
+    # ALTER TABLE waits for a metadata lock, to which innodb_lock_wait_timeout does not apply.
     "mysql": "SET SESSION lock_wait_timeout = {seconds}",
 }
 
+#: PostgreSQL: the sessions that hold a lock on the table, the oldest three, described for a log
+#: line.
 _HOLDERS = """
 SELECT CASE WHEN pid IS NULL THEN 'a prepared transaction' ELSE
   concat_ws(', ', 'pid ' || pid, nullif(application_name, ''), 'role ' || usename,
@@ -54,12 +60,12 @@ FROM (
 
 
 def migrate(engine: Engine, table_name: str, upgrade: Callable[[], None]) -> None:
-    """Upgrade, alone and patiently.
+    """Run an upgrade of a table, one at a time, and repeat it while the table is locked.
 
-    :param upgrade: in a transaction that begins with :func:`give_up_soon`; may be called again
-        after it gave up.
-    :raises StoreMisconfigured: the role may not do it.
-    :raises StoreUnavailable: the table was locked all the time; the message says by whom.
+    :param upgrade: upgrades the table in a transaction that begins with :func:`give_up_soon`. It
+        is called again if the transaction could not get a lock.
+    :raises StoreMisconfigured: the role lacks a privilege.
+    :raises StoreUnavailable: the table was locked for too long. The error names the sessions.
     """
     alone = _ALONE.get(engine.dialect.name)
     name = f"celery-singleton-state:{table_name}"
@@ -70,14 +76,14 @@ def migrate(engine: Engine, table_name: str, upgrade: Callable[[], None]) -> Non
         if not is_forbidden(error):
             raise
         raise StoreMisconfigured(
-            f"role {engine.url.username} may not make or upgrade table {table_name} "
-            f"({error.orig}); run as the table's owner, or as a role that may make it: "
+            f"role {engine.url.username} may not create or upgrade table {table_name} "
+            f"({error.orig}); run as the table's owner, or as a role that may create it: "
             "celery -A <your app> singleton migrate"
         ) from error
 
 
 def give_up_soon(connection: Connection) -> None:
-    """Let this transaction wait for a lock no longer than others may wait behind it."""
+    """Limit the time for which this transaction waits for a lock, to ``LOCK_TIMEOUT``."""
     setting = _GIVE_UP_SOON.get(connection.dialect.name)
     if setting is not None:
         connection.execute(sa.text(setting.format(seconds=LOCK_TIMEOUT)))
@@ -85,16 +91,17 @@ def give_up_soon(connection: Connection) -> None:
 
 @contextmanager
 def _alone_on_postgresql(engine: Engine, name: str) -> Iterator[None]:
-    """One migration at a time.
+    """Let only one migration run at a time, by an advisory lock of PostgreSQL.
 
-    Who waits asks again and again, over no connection: one that waited in a statement would be
-    waited for by an index that is being built.
+    A migration that waits asks again and again, and has no open transaction meanwhile: an index
+    build of the other migration would wait for that transaction.
     """
     lock = zlib.crc32(name.encode())
     while True:
         with open_transaction(engine) as connection:
             if connection.scalar(sa.func.pg_try_advisory_xact_lock(lock).select()):
-                # It does nothing until the others' work is done.
+                # This transaction only holds the lock and stays idle during the migration, so the
+                # server must not end it for idleness.
                 connection.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
                 yield
                 return
@@ -103,19 +110,22 @@ def _alone_on_postgresql(engine: Engine, name: str) -> Iterator[None]:
 
 @contextmanager
 def _alone_on_mysql(engine: Engine, name: str) -> Iterator[None]:
-    """One migration at a time, by a lock of a connection's that uses no table."""
+    """Let only one migration run at a time, by a named lock of a MariaDB or MySQL connection."""
     with engine.connect() as connection:
         lock = sa.func.get_lock(name[-64:], LONGEST_MIGRATION).select()
         if connection.scalar(lock) != 1:
-            raise StoreUnavailable(f"another migration goes on for {LONGEST_MIGRATION} s")
+            raise StoreUnavailable(
+                f"another migration of the table has not ended within {LONGEST_MIGRATION} s"
+            )
         try:
             yield
         finally:
-            # It would end with the connection, which goes back to a pool.
+            # Close the connection, because the lock lasts as long as the connection does, and the
+            # pool would keep the connection open.
             connection.invalidate()
 
 
-#: How one migration at a time is seen to, by the database's name.
+#: The context managers that let one migration run at a time, by SQLAlchemy's name of the database.
 _ALONE = {"postgresql": _alone_on_postgresql, "mysql": _alone_on_mysql}
 
 
@@ -130,8 +140,8 @@ def _patiently(engine: Engine, table_name: str, upgrade: Callable[[], None]) -> 
             holders = _holders(engine, table_name)
             if time.monotonic() > until:
                 raise StoreUnavailable(
-                    f"table {table_name} could not be upgraded within {PATIENCE:g} s, as others "
-                    f"have locked it: {holders}"
+                    f"table {table_name} could not be upgraded within {PATIENCE:g} s, because it "
+                    f"is locked: {holders}"
                 ) from error
             logger.warning("table %s is locked, trying again: %s", table_name, holders)
         time.sleep(PAUSE)
@@ -139,10 +149,10 @@ def _patiently(engine: Engine, table_name: str, upgrade: Callable[[], None]) -> 
 
 def _holders(engine: Engine, table_name: str) -> str:
     if engine.dialect.name == "mysql":
-        return "SHOW FULL PROCESSLIST and information_schema.innodb_trx tell by whom"
+        return "SHOW FULL PROCESSLIST and information_schema.innodb_trx list the sessions"
     if engine.dialect.name != "postgresql":
-        return "the server's list of locks tells by whom"
+        return "see the server's list of locks for the sessions"
     quoted = engine.dialect.identifier_preparer.format_table(make_table(table_name))
     with engine.connect() as connection:
         found = connection.scalars(sa.text(_HOLDERS), {"table": quoted})
-        return "; ".join(found) or "by nobody any more"
+        return "; ".join(found) or "no session holds a lock any more"

@@ -1,7 +1,8 @@
-"""Making and upgrading the table, by Alembic driven from code.
+"""Create or upgrade the table of the SQL store, by Alembic.
 
-Safe to run again, and by several processes at once: the second waits for the first and finds
-nothing left to do. The version stands in a table of its own, ``<table>_version``.
+A migration may run again, and in several processes at once: the second process waits for the first,
+and then finds nothing left to do. Alembic keeps the table's version in another table,
+``<table>_version``.
 """
 
 from __future__ import annotations
@@ -27,20 +28,23 @@ from celery_singleton_state.store.sql.url import parse_url
 from . import unobtrusive
 from .concurrent_index import build_index
 
-#: Upgrading waits for locks and may build an index, so it is not bound by a lease's life.
+#: Seconds that a statement of a migration may take. Other statements are limited by the life of a
+#: lease; a migration is not, because it waits for locks and may build an index.
 PATIENCE = 3600.0
+#: Seconds that connecting to the database may take.
 CONNECT_TIMEOUT = 10.0
 
-#: Alembic's ``op`` belongs to the whole process.
+#: A lock, because Alembic keeps the current migration in global variables (``op``) of the process.
 _one_at_a_time = threading.Lock()
 
 
 def migrate(settings: Settings) -> None:
-    """Make the table that the settings name, or upgrade it; its rows are kept.
+    """Create or upgrade the table that the settings name. Its rows are kept.
 
-    :raises ImproperlyConfigured: the URL cannot be used, or there is no database.
-    :raises StoreError: the role may not do it, or others have locked the table for minutes.
-    :raises sqlalchemy.exc.SQLAlchemyError: the database refused.
+    :raises ImproperlyConfigured: the URL cannot be used, or the settings name no database.
+    :raises StoreError: the role lacks a privilege, or other sessions have locked the table for
+        minutes.
+    :raises sqlalchemy.exc.SQLAlchemyError: the database refused a statement.
     """
     if not settings.has_store:
         raise ImproperlyConfigured(NO_SQL)
@@ -48,10 +52,14 @@ def migrate(settings: Settings) -> None:
 
 
 def migrate_url(url: str, table_name: str) -> None:
-    """The same for the table in the database behind a URL."""
+    """Create or upgrade a table in the database behind a URL. Its rows are kept.
+
+    The errors are those of :func:`migrate`.
+    """
     parsed = parse_url(url)
     if parsed.get_backend_name() == "postgresql":
-        # Each statement is sent once, and some while others wait.
+        # No prepared statements: each statement is sent only once, so preparing it only takes time,
+        # for which other sessions may have to wait.
         parsed = parsed.update_query_dict({"prepare_threshold": "none"})
     engine = make_engine(parsed, PATIENCE, connect_timeout=CONNECT_TIMEOUT)
     try:
@@ -61,7 +69,10 @@ def migrate_url(url: str, table_name: str) -> None:
 
 
 def migrate_engine(engine: Engine, table_name: str) -> None:
-    """The same on an engine that is there already."""
+    """Create or upgrade a table in the database of an engine. Its rows are kept.
+
+    The errors are those of :func:`migrate`.
+    """
     package = files("celery_singleton_state") / "migrations"
     with _one_at_a_time, as_file(package) as location:
 
@@ -71,7 +82,7 @@ def migrate_engine(engine: Engine, table_name: str) -> None:
             _upgrade(engine, table_name, str(location))
 
         if engine.dialect.name == "sqlite":
-            # Its transaction keeps all others out.
+            # SQLite's write transaction excludes other writers, so no further lock is needed.
             upgrade()
         else:
             unobtrusive.migrate(engine, table_name, upgrade)
@@ -97,5 +108,6 @@ def _upgrade(engine: Engine, table_name: str, location: str) -> None:
                 environment.run_migrations()
             except CommandError as error:
                 raise StoreNotReady(
-                    f"table {table_name} is of a newer release than this one: {error}"
+                    f"table {table_name} was upgraded by a newer release than this one, install "
+                    f"that release: {error}"
                 ) from error

@@ -132,7 +132,9 @@ def test_a_table_that_may_not_be_used_is_not_made_anew(
 
 def test_a_role_that_may_not_make_the_table_is_told(worker_url: str) -> None:
     """As a worker with singleton_auto_migrate, and as the command."""
-    told = "shop_worker may not make or upgrade table jobs.kv_store .*permission denied for schema"
+    told = (
+        "shop_worker may not create or upgrade table jobs.kv_store .*permission denied for schema"
+    )
     with pytest.raises(StoreError, match=told):
         open_store(worker_url, TABLE, 5.0, auto_migrate=True)
     with pytest.raises(StoreError, match=told):
@@ -141,7 +143,7 @@ def test_a_role_that_may_not_make_the_table_is_told(worker_url: str) -> None:
 
 def test_a_role_that_does_not_own_the_table_is_told(postgres_url: str, owner_url: str) -> None:
     execute(postgres_url, given_table(postgres_url, TABLE))
-    told = "shop_migrate may not make or upgrade table jobs.kv_store "
+    told = "shop_migrate may not create or upgrade table jobs.kv_store "
     with pytest.raises(StoreError, match=rf"{told}\(permission denied for table"):
         migrate_url(owner_url, TABLE)
     execute(postgres_url, f"GRANT ALL ON {TABLE} TO shop_migrate")

@@ -101,7 +101,7 @@ def test_a_table_that_may_not_be_used_is_not_made_anew(
 
 def test_a_role_that_may_not_make_the_table_is_told(url: str, worker_url: str) -> None:
     execute(url, f"GRANT SELECT ON jobs.* TO {WORKER}")
-    told = f"{WORKER} may not make or upgrade table {TABLE} .*CREATE command denied"
+    told = f"{WORKER} may not create or upgrade table {TABLE} .*CREATE command denied"
     with pytest.raises(StoreError, match=told):
         migrate_url(worker_url, TABLE)
 

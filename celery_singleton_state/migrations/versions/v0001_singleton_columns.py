@@ -1,6 +1,7 @@
-"""The table, made new or upgraded from ``key``, ``value``, ``updated_at``.
+"""Create the table, or add the singleton columns to a table of ``key``, ``value``, ``updated_at``.
 
-Every added column may be null, so that no row is rewritten and old writers go on.
+Every added column is nullable, so that the database rewrites no row, and programs that only know
+the three old columns can go on writing.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ from sqlalchemy.dialects import mysql
 revision = "0001"
 down_revision = None
 
-# MariaDB and MySQL: compared by their bytes, without a limit but for the key, to the microsecond.
+# On MariaDB and MySQL, texts are compared by their bytes, so that keys are case-sensitive. Only the
+# key has a length limit, because these databases need one in a primary key. Times have
+# microseconds.
 BINARY = {"charset": "utf8mb4", "collation": "utf8mb4_bin"}
 KEY = sa.Text().with_variant(mysql.VARCHAR(255, **BINARY), "mysql")
 TEXT = sa.Text().with_variant(mysql.LONGTEXT(**BINARY), "mysql")
 MOMENT = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql")
 
-#: Percent of a page of PostgreSQL's that new rows fill. In the rest a renewal puts the row's next
-#: version, so that no index changes: a ninth of the log is written, and the table stays small.
+#: PostgreSQL's fillfactor: new rows fill this percentage of a page. An update, such as a renewal,
+#: puts the row's new version into the free rest of the page (a "HOT" update), so that no index
+#: changes. This writes a ninth of the write-ahead log, and the table stays small.
 FILL = 80
 
-# No table of another kind, one that is partitioned say, has storage parameters of its own.
+# Only ordinary tables (relkind r) are found, because other kinds, such as partitioned tables, have
+# no fillfactor.
 _IS_FILLED_AS_USUAL = """
 SELECT NOT EXISTS (
   SELECT FROM unnest(reloptions) AS option WHERE split_part(option, '=', 1) = 'fillfactor'
@@ -35,6 +40,7 @@ SELECT NOT EXISTS (
 
 
 def given() -> list[sa.Column[object]]:
+    """Return the three columns that a table has before the upgrade."""
     return [
         sa.Column("key", KEY, primary_key=True),
         sa.Column("value", TEXT, nullable=False),
@@ -43,6 +49,7 @@ def given() -> list[sa.Column[object]]:
 
 
 def added() -> list[sa.Column[object]]:
+    """Return the columns that the upgrade adds."""
     return [
         sa.Column("task", TEXT),
         sa.Column("schema_version", sa.Integer),
@@ -69,7 +76,11 @@ def added() -> list[sa.Column[object]]:
 
 
 def upgrade() -> None:
-    """All questions come first: from the first change on nobody else can use the table."""
+    """Create the table and its index, or upgrade them.
+
+    All queries about the table come before the first change, because from then on the table is
+    locked for other sessions.
+    """
     schema, _, name = op.get_context().opts["singleton_table"].rpartition(".")
     schema = schema or None
     inspector = sa.inspect(op.get_bind())
@@ -86,7 +97,12 @@ def upgrade() -> None:
 
 
 def alter(table: sa.Table, found: dict[str, Any]) -> None:
-    """Add columns, by one statement where a database has that: each may wait for others."""
+    """Add the missing columns and adapt the existing ones, if possible by one statement.
+
+    Each statement may have to wait for a lock, so one statement is better than several.
+
+    :param found: the existing columns by name, as SQLAlchemy's inspector describes them.
+    """
     dialect = op.get_bind().dialect
     changes = room_for_renewals(table)
     changes += [
@@ -100,9 +116,10 @@ def alter(table: sa.Table, found: dict[str, Any]) -> None:
 
 
 def room_for_renewals(table: sa.Table) -> list[str]:
-    """The change that leaves room in each page, unless the owner has said how full pages are.
+    """Return the change that leaves room in each page for the new versions of its rows.
 
-    It is for pages that are written from now on: no row is rewritten.
+    It is only for PostgreSQL, and only for a table whose owner has not set a fillfactor. It applies
+    to pages that are written from now on; no row is rewritten.
     """
     bind = op.get_bind()
     if bind.dialect.name != "postgresql":
@@ -113,7 +130,7 @@ def room_for_renewals(table: sa.Table) -> list[str]:
 
 
 def change(table: sa.Table, changes: list[str]) -> None:
-    """Alter a table, by one statement unless that is SQLite's."""
+    """Alter a table by one statement. SQLite accepts only one change in each statement."""
     dialect = op.get_bind().dialect
     quoted = dialect.identifier_preparer.format_table(table)
     for each in changes if dialect.name == "sqlite" else [", ".join(changes)]:
@@ -122,13 +139,17 @@ def change(table: sa.Table, changes: list[str]) -> None:
 
 
 def definition(column: sa.Column[object], dialect: sa.Dialect) -> str:
+    """Return the SQL text that defines a column, as in ``CREATE TABLE``."""
     return str(sa.schema.CreateColumn(column).compile(dialect=dialect))
 
 
 def changed(found: dict[str, Any]) -> Iterator[sa.Column[object]]:
-    """Columns of MariaDB's or MySQL's that are to be as a new table has them.
+    """Yield the columns of a MariaDB or MySQL table whose types must change.
 
-    Two keys that differ only in case are two; and of two moments within a second one is later.
+    Texts must be compared by their bytes, so that two keys which differ only in case are different
+    keys. Times must have microseconds, so that two times within a second can be compared.
+
+    :param found: the existing columns by name, as SQLAlchemy's inspector describes them.
     """
     for column in given():
         before = found[column.name]["type"]
@@ -146,5 +167,9 @@ def changed(found: dict[str, Any]) -> Iterator[sa.Column[object]]:
 
 
 def to_the_microsecond(default: str) -> str:
-    """A column's default, or what it is set to at each change, as precise as its column."""
+    """Give ``CURRENT_TIMESTAMP`` in a column's default the precision of the column.
+
+    The default may include MySQL's ``ON UPDATE CURRENT_TIMESTAMP``. MySQL refuses a default of
+    another precision than its column's.
+    """
     return re.sub(r"(?i)\bcurrent_timestamp\b(\(\d*\))?", "CURRENT_TIMESTAMP(6)", default)

@@ -94,7 +94,7 @@ def test_a_role_that_may_only_use_the_table(
     fleet = restricted
     by_worker = fleet.command("singleton", "migrate")
     assert by_worker.returncode == 1
-    assert f"Error: role {WORKER} may not make or upgrade table {TABLE}" in by_worker.stderr
+    assert f"Error: role {WORKER} may not create or upgrade table {TABLE}" in by_worker.stderr
     assert "Traceback" not in by_worker.stderr
     url = fleet.environment["CELERY_SINGLETON_STORE_URL"]
     fleet.environment["CELERY_SINGLETON_STORE_URL"] = of(OWNER, server_url)
