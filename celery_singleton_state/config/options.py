@@ -37,7 +37,7 @@ MAX_VERSION = 2**31 - 1
 #: longer lease would block its singleton for longer than a day after its holder died.
 MAX_SECONDS = 86400.0
 
-#: The values of ``on_conflict``: what a delivery does if another run holds the lease.
+#: The values of ``on_conflict``: what a delivery does if the lease is taken.
 POLICIES = get_args(OnConflict)
 
 
@@ -163,10 +163,9 @@ def options_of(task: Any) -> Options | None:
 
 
 def expected_singletons(app: Celery) -> set[str]:
-    """Return the names of the app's tasks that have an ``expected_interval`` and a single
-    singleton.
+    """Return the names of the singletons of an app whose tasks have an ``expected_interval``.
 
-    A task with ``unique_on`` is left out, because its singletons are not known before their first
+    Tasks with ``unique_on`` are left out, because their singletons are not known before their first
     runs.
     """
     return {

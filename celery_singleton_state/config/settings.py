@@ -66,7 +66,10 @@ def _switch(value: Any) -> bool:
 
 
 def _hooks(value: Any) -> tuple[Any, ...]:
-    """Check the ``singleton_hooks`` setting; a text from the environment has names and commas."""
+    """Check the ``singleton_hooks`` setting.
+
+    It is a list of callables or names. In the environment it is a text of names and commas.
+    """
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list | tuple):
         raise ValueError("a list of callables, or of the names of callables")

@@ -120,11 +120,12 @@ class TaskOptions(CeleryOptions, Generic[S], total=False):
 
     Conflicts:
 
-    - ``on_conflict``: what a delivery does if another run holds the lease.
+    - ``on_conflict``: what a delivery does if the lease is taken: by another run, or for a hold
+      period after it (``hold_at_least``).
 
       - ``"skip"`` (the default): it succeeds with ``None``.
       - ``"raise"``: it fails.
-      - ``"wait"``: it is tried again until it acquires the lease.
+      - ``"wait"``: it is tried again until it acquires the lease, or ``conflict_timeout`` is over.
       - ``"replace"``: it asks the holder to stop, and is tried again until it acquires the lease.
         When a newer message arrives, an older one that waits succeeds with ``None``.
       - ``"coalesce"``: it succeeds with ``None``. The holder sends one more run when it releases

@@ -43,7 +43,7 @@ def refuse_unknown(app: Celery, known: Collection[str]) -> None:
             own = {each.removeprefix(_PREFIX): each for each in known}
             near = get_close_matches(name.lower().removeprefix(_PREFIX), own, n=3)
             meant = " or ".join(own[each] for each in near)
-            hint = f"did you mean {meant}?" if near else f"there are {', '.join(known)}"
+            hint = f"did you mean {meant}?" if near else f"the settings are {', '.join(known)}"
             raise ImproperlyConfigured(f"app {app.main!r}: {written} is not a setting; {hint}")
 
 

@@ -29,7 +29,7 @@ WHERE indrelid = to_regclass(:table) AND NOT indisvalid
 
 
 def build_index(engine: Engine, table_name: str) -> None:
-    """Build the index on ``updated_at`` if the table exists and has no such index, or a broken one."""
+    """Build the index on ``updated_at`` if the table exists without it, or with a broken one."""
     table = make_table(table_name)
     (index,) = table.indexes
     index.dialect_options["postgresql"]["concurrently"] = True

@@ -76,7 +76,7 @@ def _create_table(store: SqlStore, url: str) -> None:
 
 @contextmanager
 def _quiet_alembic() -> Iterator[None]:
-    """Silence Alembic's log lines below warnings, because they would bury a worker's first lines."""
+    """Silence Alembic's log lines, except for warnings: they would bury a worker's first lines."""
     alembic = logging.getLogger("alembic")
     level = alembic.level
     alembic.setLevel(logging.WARNING)

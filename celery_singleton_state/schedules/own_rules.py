@@ -224,7 +224,8 @@ def _pause(asked: Schedule, left: Any) -> timedelta | None:
         return None
     if isinstance(left, bool) or not isinstance(left, numbers.Real) or math.isnan(left):
         raise ValueError(
-            f"{shown(asked)}: is_due() wants to be asked again in {left!r}, not in seconds"
+            f"{shown(asked)}: is_due() returned {left!r} as the time until its next call, not a"
+            " number of seconds"
         )
     seconds = float(left)
     if seconds >= NEVER_CHECK:

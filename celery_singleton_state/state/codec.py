@@ -104,7 +104,7 @@ class Codec(Generic[S]):
         except FROM_OUTSIDE:
             raise
         except Exception as error:
-            raise _misfit("no initial state can be made", error) from error
+            raise _misfit("the initial state cannot be made", error) from error
 
     def decode(self, raw: str, version: int | None) -> S:
         """Read a stored value, and migrate it to this schema's version if it is older.
@@ -133,9 +133,10 @@ class Codec(Generic[S]):
     def encode(self, state: S) -> str:
         """Return the JSON of a state, after a check that it is read as the same state again.
 
-        The body's threads can change the state between its encoding and the comparison, so that the
-        check fails for no good reason. So a failed check is repeated. If the same JSON fails twice,
-        the state itself is wrong. If the JSON differs each time, a copy of the state is checked.
+        Threads that the body has started can change the state between its encoding and the
+        comparison. Such a change must not fail the check, so a failed check is repeated. If the
+        same JSON fails twice, the state itself is wrong. If the JSON differs each time, a copy is
+        checked.
 
         :raises StateError: the state does not fit the schema, or would be read as another state.
         """
@@ -195,7 +196,7 @@ class Codec(Generic[S]):
             return copy.deepcopy(state)
         except FROM_OUTSIDE:
             raise
-        except Exception:  # it has a lock, for example, or a dict in it grows meanwhile
+        except Exception:  # the state contains a lock, for example, or a dict that grows meanwhile
             return self._copy_by_json(state)
 
     def _copy_by_json(self, state: S) -> S:
@@ -216,7 +217,7 @@ class Codec(Generic[S]):
         return msgspec.json.encode(value)
 
     def _filled(self, document: bytes) -> S:
-        """Read a document. Keys that it lacks get their values from the initial state."""
+        """Read a TypedDict from JSON. Missing keys get their values from the initial state."""
         try:
             read: Any = self._parse(document)
         except msgspec.ValidationError:
@@ -231,7 +232,7 @@ class Codec(Generic[S]):
         return self._parse(msgspec.json.encode(initial | values))
 
     def _lacks(self, read: Mapping[str, Any]) -> bool:
-        """Whether a document lacks a key that the initial state has."""
+        """Whether a stored TypedDict lacks a key that the initial state has."""
         missing = self._keys - read.keys()
         if missing and self._defaults is None:
             self._defaults = self._keys & set(self.initial())  # type: ignore[call-overload]
@@ -332,7 +333,7 @@ def _pydantic(schema: Any) -> tuple[Callable[[S], bytes], Callable[[bytes], S]]:
 def _refuse_constants(document: bytes) -> None:
     """Refuse JSON that contains the constants NaN or Infinity, which are not valid JSON.
 
-    :raises ValueError: the document contains one.
+    :raises ValueError: the JSON contains one.
     """
     try:
         msgspec.json.decode(document)

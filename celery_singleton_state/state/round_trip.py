@@ -46,7 +46,9 @@ def not_finite(value: Any, path: str) -> str | None:
 
 
 _NO_NAN = "JSON has neither NaN nor infinity, use None"
-_BY_SCHEMA = "a validator, converter or serializer of the schema, or what it excludes, changes it"
+_BY_SCHEMA = (
+    "a validator, converter or serializer of the schema changes it, or the schema excludes it"
+)
 
 
 def _described(one: Any, other: Any, path: str) -> str:
@@ -115,9 +117,9 @@ def _parts(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _changed_key(one: dict[Any, Any], other: dict[Any, Any]) -> tuple[Any, Any]:
-    """Return the first key of a dict that is lost, and the key that is read in its place.
+    """Return the first key of a dict that is not read back, and the key that is read instead.
 
-    Each is ``LOST`` if there is no such key.
+    ``LOST`` stands for a key that does not exist.
     """
     known = {key: key for key in other}
     for n, key in enumerate(one):

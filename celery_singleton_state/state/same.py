@@ -41,9 +41,10 @@ SCALARS = _ATOMS | {float}
 _MANY = 16
 #: The largest number up to which every int is exact as a float.
 _EXACT_AS_FLOAT = 2**53
-#: Types of data. An attribute that is not a field must have equal data after it is read.
+#: Types whose values must be equal in an attribute that is not a field. For a value of another type
+#: it is enough that the type is the same.
 _DATA = (str, int, float, bytes, type(None), date, time, timedelta, Decimal, UUID, Enum)
-#: Types whose items are compared one by one, in an attribute that is not a field.
+#: Containers, whose items are compared one by one in an attribute that is not a field.
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 #: A marker in place of a part that only one of the two values has.
 LOST = object()
@@ -136,10 +137,10 @@ def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
 def changed_attributes(
     one: Any, other: Any, known: Collection[str]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the attributes, other than fields, whose difference matters.
+    """Yield the attributes that are not fields and whose values differ in a way that matters.
 
-    Each is a name, the original value and the value that was read; ``LOST`` stands for a missing
-    value.
+    Each item is the attribute's name, its original value and the value that was read. ``LOST``
+    stands for a missing value.
 
     :param known: the names of the fields.
     """
@@ -192,9 +193,9 @@ def _is_computed(kind: type, name: str) -> bool:
 
 
 def is_as_good(one: Any, other: Any) -> bool:
-    """Whether an attribute that is not a field is as good as before.
+    """Whether the value of an attribute that is not a field is good enough after it was read.
 
-    That is: data is equal, and any other object has the same type.
+    Data must be equal to the original. For any other object the same type is enough.
     """
     return _is_as_good(one, other, set())
 
@@ -262,8 +263,7 @@ def _are_equal_scalars(one: Any, other: Any) -> bool:
 
 
 def _same_dicts(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    # Two defaultdicts with different default factories behave differently, so they are not the
-    # same.
+    # Two defaultdicts with different default factories behave differently: they are not the same.
     if getattr(one, "default_factory", None) is not getattr(other, "default_factory", None):
         return False
     if _same_items(list(one), list(other)):

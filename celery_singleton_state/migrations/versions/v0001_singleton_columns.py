@@ -27,7 +27,7 @@ MOMENT = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql")
 
 #: PostgreSQL's fillfactor: new rows fill this percentage of a page. An update, such as a renewal,
 #: puts the row's new version into the free rest of the page (a "HOT" update), so that no index
-#: changes. This writes a ninth of the write-ahead log, and the table stays small.
+#: changes. Such a renewal writes a ninth as much write-ahead log, and the table stays small.
 FILL = 80
 
 # Only ordinary tables (relkind r) are found, because other kinds, such as partitioned tables, have
@@ -40,7 +40,7 @@ SELECT NOT EXISTS (
 
 
 def given() -> list[sa.Column[object]]:
-    """Return the three columns that a table has before the upgrade."""
+    """Return the three columns that an existing ``kv_store`` table has before the upgrade."""
     return [
         sa.Column("key", KEY, primary_key=True),
         sa.Column("value", TEXT, nullable=False),
@@ -118,8 +118,8 @@ def alter(table: sa.Table, found: dict[str, Any]) -> None:
 def room_for_renewals(table: sa.Table) -> list[str]:
     """Return the change that leaves room in each page for the new versions of its rows.
 
-    It is only for PostgreSQL, and only for a table whose owner has not set a fillfactor. It applies
-    to pages that are written from now on; no row is rewritten.
+    There is a change only on PostgreSQL, and only if the table's owner has not set a fillfactor. It
+    applies to pages that are written from now on; no row is rewritten.
     """
     bind = op.get_bind()
     if bind.dialect.name != "postgresql":

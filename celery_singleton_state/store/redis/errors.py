@@ -70,7 +70,7 @@ def as_store_error(error: RedisError | UnicodeError) -> StoreError:
     """
     text = one_line(error)
     if "invalid bulk length" in text:
-        # The server sends this answer to a text that is too large, and closes the connection.
+        # The server sends this answer if a text is too large, and then closes the connection.
         return StoreRefusesValue(
             f"a text is larger than the server's proto-max-bulk-len allows: {text}"
         )

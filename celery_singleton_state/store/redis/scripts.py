@@ -168,8 +168,8 @@ local next_after = #page == size and page[size]
 local found = {{}}
 """
 
-#: One page of the hashes of singletons. The script leaves out the history of a singleton whose last
-#: run succeeded: lists do not show it.
+#: Read one page of the hashes of singletons. The script leaves out the history of a singleton whose
+#: last run succeeded: lists do not show it.
 LIST = f"""
 {_PAGE}
 for _, each in ipairs(page) do
@@ -189,7 +189,7 @@ end
 return {{timestamp(now), next_after, found}}
 """
 
-#: The histories of several singletons; ``false`` for a key without one.
+#: Read the histories of several singletons; ``false`` for a key without a history.
 HISTORIES = f"""
 {_HEAD}
 touch()
@@ -201,7 +201,7 @@ end
 return found
 """
 
-#: What is known of the ticks of several singletons. The item for a key is ``false`` if the key does
+#: Read which ticks of several singletons are done. The item for a key is ``false`` if the key does
 #: not exist, else three values: whether the lease is held, the run's task id, and the ticks that
 #: are done.
 TICKS = f"""
@@ -236,8 +236,9 @@ if sent == '' then drop('newest_sent') else set('newest_sent', sent) end
 return 1
 """
 
-#: Record a pending run. It replaces only the pending run that the caller read together with the
-#: holder, so that a late request does not replace a newer pending run.
+#: Record a pending run: one more run, for which a coalesced message asks. It replaces only the
+#: pending run that the caller read together with the holder, so that a late request does not
+#: replace a newer pending run.
 REQUEST_RUN = f"""
 {_SAME_LEASE}
 if (get('wanted') or '') ~= ARGV[3] then return 0 end
@@ -268,8 +269,8 @@ if get('wanted') == ARGV[1] then drop('wanted') end
 return 1
 """
 
-#: For ``enqueue_once``: the queue's number, the task id of the queued message, and the task id of
-#: the run in progress.
+#: For ``enqueue_once``: read the queue's number, the task id of the queued message, and the task id
+#: of the run in progress.
 QUEUED = f"""
 {_HEAD}
 touch()
@@ -323,7 +324,7 @@ local function is_unused()
 end
 """
 
-#: One page of the unused singletons: their keys and tasks.
+#: Read one page of the unused singletons: their keys and tasks.
 UNUSED = f"""
 {_PAGE}
 local older_than = tonumber(ARGV[4])
@@ -335,7 +336,7 @@ end
 return {{timestamp(now), next_after, found}}
 """
 
-#: Remove the singletons that are still unused. The last key is that of the sorted set of all keys.
+#: Remove several singletons, if they are still unused. The last of ``KEYS`` is the sorted set.
 PRUNE = f"""
 {_HEAD}
 local older_than = tonumber(ARGV[1])
@@ -353,7 +354,7 @@ end
 return found
 """
 
-#: Create a singleton that has not run yet.
+#: Create the hash of a singleton that has not run yet, so that lists show it.
 EXPECT = f"""
 {_HEAD}
 make(ARGV[1])

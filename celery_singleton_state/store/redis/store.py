@@ -1,9 +1,9 @@
 """Keep leases in Redis or Valkey, for singletons without state. Each verb is one script call.
 
 Redis can lose a lease after it has acknowledged it: by a failover to a replica that had not
-received the lease yet, or by a restart without its file. Then the lease is free while its holder
-still runs, and two runs are active until the first run's next renewal is refused. Two active runs
-could overwrite each other's state, so states are never kept here. A fence is never given out
+received the lease yet, or by a restart from an old data file. Then the lease is free while its
+holder still runs, and two runs are active until the first run's next renewal is refused. Two active
+runs could overwrite each other's state, so states are never kept here. A fence is never given out
 twice, even then, because a new fence is never smaller than the server's clock in milliseconds.
 """
 
@@ -73,7 +73,8 @@ class RedisStore:
             client_for,
             url,
             decode_responses=True,
-            # Another program can have written a key that is not UTF-8: read it as an unknown key.
+            # Another program can have written a key that is not UTF-8. It must not fail the
+            # listing.
             encoding_errors="surrogateescape",
             socket_timeout=io_timeout,
             socket_connect_timeout=io_timeout,
@@ -352,7 +353,11 @@ def _listed(key: str, found: Mapping[str, str], now: str) -> dict[str, Any]:
 
 
 def _check_info(info: Mapping[str, str]) -> None:
-    """:raises StoreMisconfigured: the server is a cluster, or may remove leases."""
+    """Refuse a server that is a cluster, or that may remove leases when its memory is full.
+
+    :param info: the server's answer to INFO.
+    :raises StoreMisconfigured: the server is one of these.
+    """
     if info.get("cluster_enabled") == "1" or info.get("redis_mode") == "cluster":
         raise StoreMisconfigured(f"singleton_lease_url points to a Redis Cluster: {NO_CLUSTER}")
     policy = info.get("maxmemory_policy", "")

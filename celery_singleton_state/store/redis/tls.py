@@ -49,8 +49,8 @@ _Check = Callable[[ssl.SSLContext, Mapping[str, Any]], None]
 _CHECKS: tuple[tuple[str, str, _Check], ...] = (
     (
         "ssl_certfile",
-        "a file with a certificate in PEM, whose key is in it or in ssl_keyfile, and opens with "
-        "ssl_password",
+        "a file with a certificate in PEM; its key is in the same file or in ssl_keyfile, and "
+        "ssl_password decrypts it",
         _load_chain,
     ),
     ("ssl_keyfile", "the key of ssl_certfile, which is missing", _need_certificate),

@@ -46,7 +46,8 @@ SENTINEL = "sentinel"
 #: The schemes that the error for an unknown scheme lists; the other ones in ``KINDS`` are synonyms.
 SCHEMES = ("redis", "rediss", "redis+socket", "unix", SENTINEL)
 
-#: Continues "credential_provider takes ...", when the client library refuses it with a password.
+#: The end of the error "credential_provider takes ...". The client library refuses a credential
+#: provider together with a user or a password.
 _ALONE = "no user and no password beside it: leave them out"
 #: The largest database number that Redis's SELECT accepts.
 LARGEST_DATABASE = 2**31 - 1
@@ -127,7 +128,7 @@ def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:
     addresses = [address for each in parts for address in _addresses(url, each)]
     paths = {each.path.strip("/") for each in parts} - {""}
     if len(paths) > 1:
-        raise _refused("the sentinels' addresses name different masters or databases")
+        raise _refused("the sentinels' addresses name different masters or databases; name one")
     name, database = _master(query, paths.pop() if paths else "")
     found = next((own for each in parts if (own := _credentials(each))), {})
     found["db"] = _database(query, database)

@@ -88,7 +88,7 @@ def test_wrong_values_name_setting_value_and_what_is_allowed(
         ("singleton_lease_urls", "singleton_lease_url"),
         ("singleton_heartbeat_intervall", "singleton_heartbeat_interval"),
         ("SINGLETON_TABLE", "singleton_table"),
-        ("singleton_colour", "there are singleton_store_url"),
+        ("singleton_colour", "the settings are singleton_store_url"),
     ],
 )
 def test_unknown_settings_are_refused_with_did_you_mean(name: str, near: str) -> None:
