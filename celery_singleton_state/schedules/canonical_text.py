@@ -21,7 +21,7 @@ LONGEST = 400
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
-def canonical_text(asked: Schedule, suffix: str = "") -> str:
+def canonical_text(schedule: Schedule, suffix: str = "") -> str:
     """Return a text of a schedule's class and values, the same in each process.
 
     The values are the arguments of the Celery class that the schedule derives from, and the
@@ -31,25 +31,25 @@ def canonical_text(asked: Schedule, suffix: str = "") -> str:
     :param suffix: a text that belongs to the schedule, such as its time zone.
     """
     try:
-        parts = _arguments(asked)
+        parts = _arguments(schedule)
     except Exception:  # the class does not call Celery's __init__, or its repr() fails
-        parts = _attributes(asked, SCHEDULE_OF_APP)
-    text = _ADDRESS.sub("", f"{type(asked).__name__}({', '.join(parts)}){suffix}")
+        parts = _attributes(schedule, SCHEDULE_OF_APP)
+    text = _ADDRESS.sub("", f"{type(schedule).__name__}({', '.join(parts)}){suffix}")
     if len(text) <= LONGEST:
         return text
     return f"{text[:LONGEST]}~{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:16]}"
 
 
-def _arguments(asked: Schedule) -> list[str]:
+def _arguments(schedule: Schedule) -> list[str]:
     for celerys, known in SCHEDULE_ATTRIBUTES.items():
-        if isinstance(asked, celerys):
-            arguments = [each for each in celerys.__reduce__(asked)[1] if not callable(each)]
-            return [*map(_text, arguments), *_attributes(asked, SCHEDULE_OF_APP | known)]
-    return _attributes(asked, SCHEDULE_OF_APP)
+        if isinstance(schedule, celerys):
+            arguments = [each for each in celerys.__reduce__(schedule)[1] if not callable(each)]
+            return [*map(_text, arguments), *_attributes(schedule, SCHEDULE_OF_APP | known)]
+    return _attributes(schedule, SCHEDULE_OF_APP)
 
 
-def _attributes(asked: Schedule, but: frozenset[str]) -> list[str]:
-    attributes = sorted(getattr(asked, "__dict__", {}).items())
+def _attributes(schedule: Schedule, but: frozenset[str]) -> list[str]:
+    attributes = sorted(getattr(schedule, "__dict__", {}).items())
     return [f"{name}={_text(value)}" for name, value in attributes if name not in but]
 
 

@@ -61,13 +61,13 @@ def next_runs(schedule: Any, n: int = 1, after: datetime | None = None) -> list[
     """
     if n < 1:
         raise ValueError(f"next_runs(): n={n!r} is not allowed; it is at least 1")
-    asked = as_schedule(schedule)
+    made = as_schedule(schedule)
     moment = _aware("next_runs(): after", after)
-    zone = zone_of(asked)
+    zone = zone_of(made)
     times: list[datetime] = []
     for _ in range(n):
         try:
-            moment = _checked_due(asked, moment)
+            moment = _checked_due(made, moment)
         except ValueError:
             if times:
                 break
@@ -85,21 +85,21 @@ def matches_now(schedule: Any, now: datetime | None = None) -> bool:
     :raises ValueError: ``now`` has no time zone, ``schedule`` is not a schedule, or its due times
         depend on its last run, as those of an interval do.
     """
-    asked = as_schedule(schedule)
-    if _is_interval(asked) and not overrides(asked, "is_due", "remaining_estimate"):
+    made = as_schedule(schedule)
+    if _is_interval(made) and not overrides(made, "is_due", "remaining_estimate"):
         raise ValueError(
             f"matches_now(): {shown(schedule)} is an interval, which has no times of its own"
         )
     moment = _aware("matches_now(): now", now)
     minute = moment.replace(second=0, microsecond=0)
     before = minute.astimezone(UTC) - timedelta.resolution
-    if not overrides(asked, "is_due", *CRONTAB_METHODS):
-        return next_due(asked, before) < minute + MINUTE
+    if not overrides(made, "is_due", *CRONTAB_METHODS):
+        return next_due(made, before) < minute + MINUTE
     try:
-        due = _checked_due(asked, before)
+        due = _checked_due(made, before)
     except NeverDue:
         return False
-    if not _is_due_then(asked, due, before):
+    if not _is_due_then(made, due, before):
         raise ValueError(
             f"matches_now(): {shown(schedule)} is counted from its last run, and has no times of"
             " its own"
@@ -107,19 +107,19 @@ def matches_now(schedule: Any, now: datetime | None = None) -> bool:
     return due < minute + MINUTE
 
 
-def _checked_due(asked: Schedule, after: datetime) -> datetime:
+def _checked_due(schedule: Schedule, after: datetime) -> datetime:
     """Call :func:`next_due`, and raise any error of the schedule's class as a ``ValueError``."""
     try:
-        return next_due(asked, after)
+        return next_due(schedule, after)
     except ValueError:
         raise
     except Exception as error:
         raise ValueError(
-            f"{shown(asked)} cannot tell when it is due: {type(error).__name__}: {error}"
+            f"{shown(schedule)} cannot tell when it is due: {type(error).__name__}: {error}"
         ) from error
 
 
-def _is_due_then(asked: Schedule, due: datetime, before: datetime) -> bool:
+def _is_due_then(schedule: Schedule, due: datetime, before: datetime) -> bool:
     """Whether a schedule is due at a time no matter from which last run it is counted.
 
     To see this, it is counted once more, from another time than ``before``.
@@ -129,13 +129,13 @@ def _is_due_then(asked: Schedule, due: datetime, before: datetime) -> bool:
     """
     moment = before - ODD
     for _ in range(ODD_STEPS):
-        moment = next_due(asked, moment)
+        moment = next_due(schedule, moment)
         if moment > before:
             return abs(moment - due) < timedelta(seconds=1)
     return False
 
 
-def next_due(asked: Schedule, after: datetime, questions: int = own_rules.QUESTIONS) -> datetime:
+def next_due(schedule: Schedule, after: datetime, questions: int = own_rules.QUESTIONS) -> datetime:
     """Return the first time later than ``after`` at which a schedule is due, in UTC.
 
     :param questions: how often ``is_due`` is called at most, if the schedule's class has its own.
@@ -143,14 +143,14 @@ def next_due(asked: Schedule, after: datetime, questions: int = own_rules.QUESTI
     :raises ValueError: the schedule's class cannot tell when the schedule is due.
     """
     after = after.astimezone(UTC)
-    if is_plain_interval(asked):
-        plain: timedelta = asked.run_every
+    if is_plain_interval(schedule):
+        plain: timedelta = schedule.run_every
         return after + plain
-    if has_own_is_due(asked):
-        return simulated(asked, after, questions)
-    if isinstance(asked, schedules.crontab) and not overrides(asked, *CRONTAB_METHODS):
-        return _next_of_crontab(asked, after)
-    return estimated(asked, after)
+    if has_own_is_due(schedule):
+        return simulated(schedule, after, questions)
+    if isinstance(schedule, schedules.crontab) and not overrides(schedule, *CRONTAB_METHODS):
+        return _next_of_crontab(schedule, after)
+    return estimated(schedule, after)
 
 
 def _next_of_crontab(cron: Schedule, after: datetime) -> datetime:
@@ -170,54 +170,54 @@ def _next_of_crontab(cron: Schedule, after: datetime) -> datetime:
     return found
 
 
-def spelled(asked: Schedule) -> str:
+def spelled(schedule: Schedule) -> str:
     """A canonical text of a schedule: equal if and only if the schedules are equal."""
-    if is_plain_interval(asked):
-        return f"every {asked.run_every.total_seconds():.15g} s"
-    zone = f" {zone_of(asked)}" if isinstance(asked, schedules.crontab) else ""
-    return canonical_text(asked, zone)
+    if is_plain_interval(schedule):
+        return f"every {schedule.run_every.total_seconds():.15g} s"
+    zone = f" {zone_of(schedule)}" if isinstance(schedule, schedules.crontab) else ""
+    return canonical_text(schedule, zone)
 
 
-def is_plain_interval(asked: Schedule) -> bool:
+def is_plain_interval(schedule: Schedule) -> bool:
     """Whether a schedule is an ordinary interval, whose next due time is a simple sum."""
     return (
-        isinstance(asked, schedules.schedule)
-        and "run_every" in vars(asked)
-        and not asked.relative
-        and not overrides(asked, "is_due", "remaining_estimate", "now")
+        isinstance(schedule, schedules.schedule)
+        and "run_every" in vars(schedule)
+        and not schedule.relative
+        and not overrides(schedule, "is_due", "remaining_estimate", "now")
     )
 
 
-def zone_of(asked: Schedule) -> tzinfo:
+def zone_of(schedule: Schedule) -> tzinfo:
     """Return the time zone in which a schedule counts."""
-    nowfun = getattr(asked, "nowfun", None)
-    if GOES_BY_NOWFUN and nowfun and "tz" not in vars(asked) and nowfun().tzinfo:
+    nowfun = getattr(schedule, "nowfun", None)
+    if GOES_BY_NOWFUN and nowfun and "tz" not in vars(schedule) and nowfun().tzinfo:
         found: tzinfo = nowfun().tzinfo
         return found
-    named: tzinfo = timezone.get_timezone(getattr(asked, "tz", None) or UTC)
+    named: tzinfo = timezone.get_timezone(getattr(schedule, "tz", None) or UTC)
     return named
 
 
-def _by_the_clock(asked: Schedule, after: datetime) -> Iterator[datetime]:
+def _by_the_clock(schedule: Schedule, after: datetime) -> Iterator[datetime]:
     """Yield the due times of a crontab in UTC, in the order in which local clocks show them.
 
     The first ones can be a little earlier than ``after``. When clocks are put forward, the times do
     not ascend, because a skipped time is due among the times that follow it.
     """
-    zone = zone_of(asked)
+    zone = zone_of(schedule)
     wall = after.astimezone(zone).replace(tzinfo=None, fold=0, second=0, microsecond=0)
-    if not _keeps_time(asked, after, after):
+    if not _keeps_time(schedule, after, after):
         wall -= CHANGE
     end = wall + NEVER
     while wall < end:
-        if wall.month not in asked.month_of_year:
+        if wall.month not in schedule.month_of_year:
             wall = (wall.replace(day=1) + timedelta(days=32)).replace(day=1, hour=0, minute=0)
-        elif not _is_its_day(asked, wall):
+        elif not _is_its_day(schedule, wall):
             wall = (wall + timedelta(days=1)).replace(hour=0, minute=0)
-        elif wall.hour not in asked.hour:
+        elif wall.hour not in schedule.hour:
             wall = (wall + HOUR).replace(minute=0)
         else:
-            if wall.minute in asked.minute:
+            if wall.minute in schedule.minute:
                 yield _in_utc(wall, zone)
             wall += MINUTE
 
@@ -245,36 +245,36 @@ def _offset(zone: tzinfo, moment: datetime) -> timedelta:
     return moment.astimezone(zone).utcoffset() or timedelta(0)
 
 
-def _keeps_time(asked: Schedule, start: datetime, end: datetime) -> bool:
+def _keeps_time(schedule: Schedule, start: datetime, end: datetime) -> bool:
     """Whether local clocks are surely not changed between two times or close to them.
 
     False for two times that are more than an hour apart.
     """
     if end - start > HOUR:
         return False
-    zone = zone_of(asked)
+    zone = zone_of(schedule)
     return _offset(zone, start - CHANGE) == _offset(zone, end + CHANGE)
 
 
-def _every_hour(asked: Schedule, after: datetime) -> Iterator[datetime]:
+def _every_hour(schedule: Schedule, after: datetime) -> Iterator[datetime]:
     """Yield the due times of a crontab of every hour, in ascending order."""
-    zone = zone_of(asked)
+    zone = zone_of(schedule)
     moment = after.replace(second=0, microsecond=0)
     end = moment + NEVER
     while moment < end:
         wall = moment.astimezone(zone)
-        if wall.month not in asked.month_of_year or not _is_its_day(asked, wall):
+        if wall.month not in schedule.month_of_year or not _is_its_day(schedule, wall):
             # Go to 21 o'clock in one step and from there hour by hour. A step to midnight could end
             # within the next day, because clocks may be put forward meanwhile.
             moment += HOUR * (21 - wall.hour) if wall.hour < 21 else MINUTE * (60 - wall.minute)
             continue
-        if wall.minute in asked.minute:
+        if wall.minute in schedule.minute:
             yield moment
         moment += MINUTE
 
 
-def _is_its_day(asked: Schedule, wall: datetime) -> bool:
-    return wall.day in asked.day_of_month and wall.isoweekday() % 7 in asked.day_of_week
+def _is_its_day(schedule: Schedule, wall: datetime) -> bool:
+    return wall.day in schedule.day_of_month and wall.isoweekday() % 7 in schedule.day_of_week
 
 
 def as_schedule(value: Any) -> Schedule:
@@ -339,8 +339,8 @@ def _check(made: Schedule, value: Any) -> None:
 TIMED = (schedules.crontab, schedules.solar)
 
 
-def _is_interval(asked: Schedule) -> bool:
-    return isinstance(asked, schedules.schedule)
+def _is_interval(schedule: Schedule) -> bool:
+    return isinstance(schedule, schedules.schedule)
 
 
 def _aware(what: str, moment: datetime | None) -> datetime:

@@ -83,67 +83,69 @@ class Answer(NamedTuple):
         return found if found > start else found + GRAIN
 
 
-def shown(asked: Any) -> str:
+def shown(schedule: Any) -> str:
     """Return the ``repr`` of a schedule for an error, or its class's name if ``repr`` fails."""
     try:
-        return repr(asked)
+        return repr(schedule)
     except Exception:
-        return f"<{type(asked).__name__}>"
+        return f"<{type(schedule).__name__}>"
 
 
-def overrides(asked: Schedule, *methods: str) -> bool:
+def overrides(schedule: Schedule, *methods: str) -> bool:
     """Whether a schedule has one of these methods from another class than Celery's own."""
-    return any(_is_own(asked, method) for method in methods)
+    return any(_is_own(schedule, method) for method in methods)
 
 
-def has_own_is_due(asked: Schedule) -> bool:
+def has_own_is_due(schedule: Schedule) -> bool:
     """Whether a schedule's class has an ``is_due`` of its own, with its own rules."""
-    module = getattr(getattr(type(asked), "is_due", None), "__module__", None)
-    return overrides(asked, "is_due") and module not in ONLY_CONVERT
+    module = getattr(getattr(type(schedule), "is_due", None), "__module__", None)
+    return overrides(schedule, "is_due") and module not in ONLY_CONVERT
 
 
-def estimated(asked: Schedule, after: datetime) -> datetime:
+def estimated(schedule: Schedule, after: datetime) -> datetime:
     """Return the first due time after ``after``, in UTC, by the schedule's ``remaining_estimate``.
 
     :raises NeverDue: the schedule is not due after this time.
     :raises ValueError: the schedule's class cannot tell when the schedule is due.
     """
-    found = _estimate(asked, after, after)
+    found = _estimate(schedule, after, after)
     if found is None:
-        raise NeverDue(f"{shown(asked)} is not due after {after}")
+        raise NeverDue(f"{shown(schedule)} is not due after {after}")
     if found > after:
         return found
     # The due time has passed. A schedule with a single due time gives the same answer a day later.
-    if found == _estimate(asked, after, after + timedelta(days=1)):
-        raise NeverDue(f"{shown(asked)} is due once, at {found}", found)
-    raise ValueError(f"{shown(asked)} cannot tell when it is due after {after}: it answers {found}")
+    if found == _estimate(schedule, after, after + timedelta(days=1)):
+        raise NeverDue(f"{shown(schedule)} is due once, at {found}", found)
+    raise ValueError(
+        f"{shown(schedule)} cannot tell when it is due after {after}: it answers {found}"
+    )
 
 
-def simulated(asked: Schedule, after: datetime, questions: int = QUESTIONS) -> datetime:
+def simulated(schedule: Schedule, after: datetime, questions: int = QUESTIONS) -> datetime:
     """Return the first due time after ``after``, in UTC, by calling ``is_due`` as Celery would.
 
     :param questions: how often ``is_due`` is called at most.
     :raises NeverDue: the schedule is not due after this time.
     :raises ValueError: the schedule's class cannot tell when the schedule is due.
     """
-    made, at = _at(asked, after)[0], after
+    made, at = _at(schedule, after)[0], after
     for _ in range(questions):
         if at - after > FOREVER:
-            raise NeverDue(f"{shown(asked)} is not due until {at}")
+            raise NeverDue(f"{shown(schedule)} is not due until {at}")
         answer = ask(made, after, at)
         if answer.due and at > after:
             return at
         if answer.pause is None:
-            raise NeverDue(f"{shown(asked)} is not due after {at}")
+            raise NeverDue(f"{shown(schedule)} is not due after {at}")
         if not (answer.of_then or answer.due):
             return _present(made, after, answer)
         at += answer.pause
     raise ValueError(
-        f"{shown(asked)} cannot tell when it is due after {after}; it is not due until {at}"
+        f"{shown(schedule)} cannot tell when it is due after {after}; it is not due until {at}"
     )
 
 
-def ask(asked: Schedule, last: datetime, at: datetime) -> Answer:
+def ask(schedule: Schedule, last: datetime, at: datetime) -> Answer:
     """Ask a schedule whether it is due at a time.
 
     The schedule keeps what its ``is_due`` stores in its attributes.
@@ -152,17 +154,17 @@ def ask(asked: Schedule, last: datetime, at: datetime) -> Answer:
     :param at: the time about which the schedule is asked.
     :raises ValueError: ``is_due`` raised an error, or its answer is not one that Celery can use.
     """
-    made, clock = _at(asked, at)
+    made, clock = _at(schedule, at)
     try:
-        due, left = made.is_due(_as_last_run(asked, last))
+        due, left = made.is_due(_as_last_run(schedule, last))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{shown(asked)}: is_due() failed: {error}") from error
+        raise ValueError(f"{shown(schedule)}: is_due() failed: {error}") from error
     finally:
-        _keep(asked, made)
-    return Answer(bool(due), _pause(asked, left), clock.was_read)
+        _keep(schedule, made)
+    return Answer(bool(due), _pause(schedule, left), clock.was_read)
 
 
-def _present(asked: Schedule, after: datetime, answer: Answer) -> datetime:
+def _present(schedule: Schedule, after: datetime, answer: Answer) -> datetime:
     """Return the next due time of a schedule whose class reads another clock, such as the host's.
 
     :param answer: the answer of its ``is_due``, which is about the present.
@@ -171,49 +173,51 @@ def _present(asked: Schedule, after: datetime, answer: Answer) -> datetime:
     """
     now = datetime.now(UTC)
     found = answer.again(now, now)
-    if found is None or found <= after or ask(asked, after, after).pause == answer.pause:
-        raise ValueError(f"{shown(asked)} cannot tell when it is due after {after}")
+    if found is None or found <= after or ask(schedule, after, after).pause == answer.pause:
+        raise ValueError(f"{shown(schedule)} cannot tell when it is due after {after}")
     return found
 
 
-def _is_own(asked: Schedule, method: str) -> bool:
-    if method in getattr(asked, "__dict__", ()):
+def _is_own(schedule: Schedule, method: str) -> bool:
+    if method in getattr(schedule, "__dict__", ()):
         return True
-    own = getattr(type(asked), method, None)
+    own = getattr(type(schedule), method, None)
     return own is not None and own not in [getattr(each, method, None) for each in CELERYS]
 
 
-def _estimate(asked: Schedule, after: datetime, at: datetime) -> datetime | None:
+def _estimate(schedule: Schedule, after: datetime, at: datetime) -> datetime | None:
     """Return the due time that ``remaining_estimate`` gives; ``None`` if there is none.
 
     :param after: the time of the last run, from which the schedule counts.
     :param at: the time about which the schedule is asked.
     """
-    left, of_then = _left(asked, after, at)
+    left, of_then = _left(schedule, after, at)
     if left is None:
         return None
     # A class that reads a running clock gives another answer to a second call.
-    of_then = of_then or left == _left(asked, after, at)[0]
+    of_then = of_then or left == _left(schedule, after, at)[0]
     try:
         return at + left if of_then else _rounded_up(datetime.now(UTC) + left - CALL)
     except OverflowError:
         if left > timedelta(0):
             return None
         raise ValueError(
-            f"{shown(asked)} cannot tell when it is due: it answers {-left} ago"
+            f"{shown(schedule)} cannot tell when it is due: it answers {-left} ago"
         ) from None
 
 
-def _left(asked: Schedule, after: datetime, at: datetime) -> tuple[timedelta | None, bool]:
+def _left(schedule: Schedule, after: datetime, at: datetime) -> tuple[timedelta | None, bool]:
     """Return the answer of ``remaining_estimate``, and whether it read the clock it was given."""
-    made, clock = _at(asked, at)
-    left = made.remaining_estimate(_as_last_run(asked, after))
+    made, clock = _at(schedule, at)
+    left = made.remaining_estimate(_as_last_run(schedule, after))
     if left is not None and not isinstance(left, timedelta):
-        raise ValueError(f"{shown(asked)}: remaining_estimate() returned {left!r}, not a timedelta")
+        raise ValueError(
+            f"{shown(schedule)}: remaining_estimate() returned {left!r}, not a timedelta"
+        )
     return left, clock.was_read
 
 
-def _pause(asked: Schedule, left: Any) -> timedelta | None:
+def _pause(schedule: Schedule, left: Any) -> timedelta | None:
     """Convert the seconds that ``is_due`` answers to the time until its next call.
 
     ``None``: it need never be called again.
@@ -224,7 +228,7 @@ def _pause(asked: Schedule, left: Any) -> timedelta | None:
         return None
     if isinstance(left, bool) or not isinstance(left, numbers.Real) or math.isnan(left):
         raise ValueError(
-            f"{shown(asked)}: is_due() returned {left!r} as the time until its next call, not a"
+            f"{shown(schedule)}: is_due() returned {left!r} as the time until its next call, not a"
             " number of seconds"
         )
     seconds = float(left)
@@ -245,21 +249,21 @@ class _Clock:
         return self._moment
 
 
-def _at(asked: Schedule, moment: datetime) -> tuple[Schedule, _Clock]:
+def _at(schedule: Schedule, moment: datetime) -> tuple[Schedule, _Clock]:
     """Return a copy of a schedule whose clock stands still at a time, and that clock.
 
     The clock returns the time in the same time zone as the schedule's own clock.
     """
-    zone = asked.now().tzinfo
-    if not overrides(asked, "is_due", "remaining_estimate", "now"):
+    zone = schedule.now().tzinfo
+    if not overrides(schedule, "is_due", "remaining_estimate", "now"):
         zone = _zoneinfo_of(zone)
     # If the schedule's own clock returns times without a time zone, Celery takes them for UTC.
     shown = moment.astimezone(zone) if zone else moment.astimezone(UTC).replace(tzinfo=None)
     clock = _Clock(shown)
-    if not hasattr(asked, "__dict__"):
+    if not hasattr(schedule, "__dict__"):
         # No clock can be set on an object without a __dict__, so its answer is about the present.
-        return asked, clock
-    made = _copy(asked)
+        return schedule, clock
+    made = _copy(schedule)
     made.nowfun = clock
     return made, clock
 
@@ -278,28 +282,28 @@ def _zoneinfo_of(zone: tzinfo | None) -> tzinfo | None:
         return zone
 
 
-def _copy(asked: Schedule) -> Schedule:
+def _copy(schedule: Schedule) -> Schedule:
     """Copy a schedule with all its attributes.
 
     ``copy.copy`` is not used, because it goes by ``__reduce__``. Most classes inherit that method
     from Celery's schedules, and it leaves their own arguments out.
     """
-    made = object.__new__(type(asked))
-    made.__dict__.update(vars(asked))
+    made = object.__new__(type(schedule))
+    made.__dict__.update(vars(schedule))
     return made
 
 
-def _keep(asked: Schedule, made: Schedule) -> None:
+def _keep(schedule: Schedule, made: Schedule) -> None:
     """Write the attributes of a schedule's copy back to the schedule, except for the clock."""
-    if made is asked:
+    if made is schedule:
         return
     noted = {name: value for name, value in vars(made).items() if name != "nowfun"}
-    asked.__dict__.update(noted)
+    schedule.__dict__.update(noted)
 
 
-def _as_last_run(asked: Schedule, moment: datetime) -> datetime:
+def _as_last_run(schedule: Schedule, moment: datetime) -> datetime:
     """Return a time as the schedule's clock would show it: Celery stores a last run like this."""
-    made, clock = _at(asked, moment)
+    made, clock = _at(schedule, moment)
     shown: datetime = made.now()
     if clock.was_read:
         return shown
