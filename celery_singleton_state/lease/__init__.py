@@ -5,22 +5,23 @@ Terms
 A *lease* is the expiring, exclusive right to run one singleton. It is a part of the
 singleton's row in the store and has a *holder* (``nodename:pid:nonce``, new for each
 acquisition), a *fence* (a number that only grows) and an expiry. Only the store's clock decides
-whether a lease has expired, so no clock is ever compared with another machine's.
+whether a lease has expired, so clocks of different machines are never compared.
 
-An acquisition makes the fence the larger of the last fence + 1 and the store's clock in
-milliseconds. So a store that lost its newest commits, was restored from a backup or wiped, or whose
-row was pruned, gives no fence twice, unless its clock is behind by more than it lost.
+An acquisition sets the fence to the larger of the last fence + 1 and the store's clock in
+milliseconds. So the store never gives a fence twice, even after it lost its newest commits, was
+restored from a backup, was wiped, or had the row pruned. The one exception is a store whose clock
+is behind by more than the time that was lost.
 
 Two guards, of different strength
 ---------------------------------
 *The expiry* keeps two bodies from running at the same time. It is as good as clocks and
-schedulers are: a process that is stopped for longer than its lease's life wakes up beside its
-successor and does not know.
+schedulers are: a process that is stopped for longer than its lease's life wakes up while the next
+run is in progress, and does not know it.
 
 *The fence* keeps such a process from doing harm. Every write to the row names the fence and
-the holder, and changes nothing when either is no longer the row's. It needs no clock at all.
-A write does not ask for an expiry in the future: a holder that is late but has no successor is
-still the only one who may write.
+the holder, and changes nothing if the row has another fence or holder by then. This guard needs no
+clock at all. A write does not need an expiry in the future: a holder whose lease has expired is
+still the only process that may write, until another holder acquires the lease.
 
 Late requests
 -------------
@@ -28,18 +29,19 @@ The server can carry out a request after its client gave it up: a moment or a da
 client repeated it, after the run has ended, after the process has died. Or never. An answer can be
 lost. Five rules make all of that harmless:
 
-1. *Writes are numbered.* A run numbers the writes of a state within its lease 1, 2, 3 …, and each
-   names the newest number whose answer has come. The store refuses a write when a newer one was
-   carried out (it is late), or when an answered one is missing (the store lost commits). The same
-   number is the same content for ever, so a write can be repeated.
-2. *A repeated acquisition changes nothing*, except that it never brings the expiry nearer.
-3. *The first life is short*: at most interval times threshold. A run whose ``lease_ttl`` is longer
-   confirms it by one renewal before its body begins. So an acquisition that is carried out late
-   holds the lease for nobody for a short time only.
-4. *What a process may hold without knowing it gives back*
-   (:mod:`celery_singleton_state.run.unreleased`), but not before the body has ended.
-5. *An outcome is known or unknown, and nothing is assumed.* After a COMMIT without an answer the
-   run asks the row under its lock. If that is not answered either, the run writes nothing any more.
+1. *Writes are numbered.* A run numbers its writes of the state 1, 2, 3 …, and each write names the
+   newest number whose answer has come. The store refuses a write if it has carried out a newer one
+   (the refused write is late), or if a write that it answered is missing (the store lost commits).
+   A number always belongs to the same content, so a write can be repeated.
+2. *A repeated acquisition changes nothing*, except that it can move the expiry further away.
+3. *The first life is short*: at most the heartbeat's interval times its threshold. A run whose
+   ``lease_ttl`` is longer renews the lease once before its body begins, to get the whole life. So
+   an acquisition that is carried out late blocks the singleton for a short time only.
+4. *A process releases each lease that it may hold without knowing it*
+   (:mod:`celery_singleton_state.lease.unreleased`), but not before the body has ended.
+5. *An outcome is known or unknown, and nothing is assumed.* After a COMMIT without an answer, the
+   run reads the row under the row's lock. If the store does not answer that either, the run writes
+   nothing more.
 
 How long a holder may trust its lease
 -------------------------------------
@@ -47,13 +49,13 @@ How long a holder may trust its lease
 
     trusted until = its own clock just before the request was sent + 0.9 * the lease's life
 
-The store starts to count when the request arrives, which is later; so the holder stops trusting
-its lease before the store gives it away. The last tenth is for the body: it hears of the loss with
-0.8 s left by default, and two bodies do not overlap if it ends within that time (less twice the
-difference between the rates of the two clocks over a life). The holder's clock goes on while the
-machine is suspended. A renewal that succeeds moves the moment on, counted from before *that*
-request. A lease is renewed every interval, and never later than half-way through the time that it
-is trusted, so that one renewal can fail and be repeated.
+The store starts to count when the request arrives, which is later. So the holder stops trusting
+its lease before the store can give it to another holder. The last tenth is for the body: it is told
+of the loss with 0.8 s left by default. Two bodies do not overlap if the first one ends within that
+time (less twice the difference between the rates of the two clocks over a life). The holder's clock
+keeps counting while the machine is suspended. A renewal that succeeds moves the end of the trust,
+counted from before *that* request. A lease is renewed every interval, and never later than half-way
+through the time for which it is trusted, so that one renewal can fail and be repeated.
 
 ::
 
@@ -72,20 +74,23 @@ is trusted, so that one renewal can fail and be repeated.
 
 What happens when
 -----------------
-- *The body raises*: released without saving; what was checkpointed stays.
-- *The holder dies*: whoever on its host learns of it releases the lease in its name, and is
-  refused if somebody else has it by then (:mod:`celery_singleton_state.lease.holder_files` says how
-  one can know). From another host nobody can tell; the next acquisition after the expiry succeeds.
-- *The lease is kept after a run* (``hold_at_least``): the release strikes out the holder, and
-  notes in ``hold_until`` until when nobody can acquire the lease. Nobody is the holder in this hold
-  period, so what the run sent before, and repeats, is refused like a stale holder's.
-- *Somebody asks the holder to hand over*: it is told by its next renewal or save, and releases.
-- *The holder is paused and wakes up*: if somebody acquired meanwhile, its renewal and its save
-  are refused, and its run ends as ``HeartbeatFailed``.
-- *The store is out of reach*: the holder trusts its lease to the end of its life, and is lost
-  then; the store gives it to nobody earlier.
-- *A request was carried out and its answer lost*: acquiring again with the same holder answers
-  the same fence; saving again is the same save; after a release, the row's history names the
-  run and its outcome, which is how its holder knows. If so many runs ended since that the history
-  may have dropped it, the outcome is unknown, and the run fails as ``StatePersistFailed``.
+- *The body raises*: the run releases the lease without saving; the last checkpoint stays.
+- *The holder dies*: a process on its host that learns of the death releases the lease in the
+  holder's name. The store refuses this if another holder has the lease by then.
+  (:mod:`celery_singleton_state.lease.holder_files` says how a process learns of a death.)
+  Another host cannot tell; there, the next acquisition after the expiry succeeds.
+- *The lease is kept after a run* (``hold_at_least``): the release removes the holder, and notes in
+  ``hold_until`` the time before which the store refuses each acquisition. The row has no holder in
+  this hold period, so late and repeated requests of the run are refused like a stale holder's.
+- *A message asks the holder to hand over*: the answer to the holder's next renewal or save says so,
+  and the holder releases.
+- *The holder is paused and wakes up*: if another holder acquired the lease meanwhile, the store
+  refuses the first holder's renewal and save, and its run ends as ``HeartbeatFailed``.
+- *The store is unavailable*: the holder trusts its lease for 0.9 of its life, and counts it as lost
+  then; the store gives it to no other holder earlier.
+- *A request was carried out and its answer lost*: if the same holder acquires again, the store
+  answers the same fence. A repeated save changes nothing. After a release, the row's history names
+  the run and its outcome, and the holder recognises them. If so many runs ended since then that the
+  history may have dropped the entry, the outcome is unknown, and the run fails as
+  ``StatePersistFailed``.
 """

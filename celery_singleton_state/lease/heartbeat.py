@@ -1,25 +1,27 @@
-"""The heartbeat: renews the leases of a process, in one statement, and finds out which are lost.
+"""The heartbeat: renew all leases of a process with one statement, and find out which are lost.
 
-Two threads, because the renewing thread may block on the store and cannot also watch the clock: one
-renews the leases, the other evaluates them by the clock. Both are started by the first lease, and
-neither is woken by runs that are shorter than an interval.
+The heartbeat has two threads, because the renewing thread may block on the store and cannot also
+watch the clock. One thread renews the leases; the other checks whether they have expired. The first
+lease starts both threads. A run that is shorter than an interval wakes neither.
 
 Locked rows
 -----------
-A statement for several leases passes over rows that somebody has locked, so that one lock cannot
-cost all leases their lives. A lease that was passed over is either locked or lost, and only a
-statement for it alone, which waits for the lock, can tell. A third thread, started when there is
-such a lease, sends these statements, one at a time and the most urgent lease first; each ends after
-the store's time-out. Meanwhile the first thread goes on with the statements for all, soon and on
-time, so that a lease is renewed as soon as its row is free, whichever row the third thread waits
-for. The first thread asks for a lease alone only if the process holds no other.
+A statement for several leases skips the rows that another transaction has locked. Otherwise one
+locked row would delay the renewal of all leases, and they could expire. If a lease was skipped,
+either its row is locked or the lease is lost. Only a statement for this lease alone, which waits
+for the lock, can tell which. A third thread, started by the first skipped lease, sends these
+statements: one at a time, the most urgent lease first. Each ends after the store's time-out.
+Meanwhile the first thread keeps sending its statements for all leases, in time. So a skipped lease
+is renewed as soon as its row is free, even while the third thread waits for another row. The first
+thread sends a statement for one lease alone only if the process holds no other lease.
 
 In a child of a prefork worker
 ------------------------------
-There the parent renews (:mod:`celery_singleton_state.lease.renewal_slots`). The threads take the
-parent's answers before they renew and before they give a lease up for lost. The child's own renewal
-is due at half of the life, counted from the last renewal of either, so it is sent only if the
-parent's did not come.
+The parent process renews the leases of its children
+(:mod:`celery_singleton_state.lease.renewal_slots`). The child's threads read the parent's answers
+before they renew a lease and before they count it as lost. The child's own renewal is due at half
+of the lease's life after the last renewal by either process. So the child renews only if the
+parent did not.
 """
 
 from __future__ import annotations
@@ -40,23 +42,25 @@ T = TypeVar("T")
 
 logger = logger_of(__name__)
 
-#: A renewal that met no answer is repeated after this part of the interval.
+#: A renewal that the store did not answer is repeated after this part of the interval.
 RETRY_PART = 0.125
-#: A lease that is due within this part of its interval is renewed together with one that is due.
+#: When a lease is due, all leases that will be due within this part of their interval are renewed
+#: by the same statement.
 TOGETHER_PART = 0.5
 
-#: Seconds that a thread waits after an error before it looks again.
+#: Seconds that a thread waits after an error before it continues.
 AFTER_ERROR = 0.1
-#: Seconds between two looks while there is nothing to wait for.
+#: Seconds between two checks of a timer thread that has nothing to wait for.
 LINGER = 1.0
 
 REFUSED = "its renewal was refused"
 
 
 class Heartbeat:
-    """Renews the leases that it is given until they are dropped or lost.
+    """Renews leases, from :meth:`hold` until they are dropped or lost.
 
-    :param parent: renews as well; left out: this process alone does.
+    :param parent: how this process asks its parent to renew the leases; left out: only this process
+        renews them.
     """
 
     def __init__(self, store: Leases, parent: LeftToParent | None = None) -> None:
@@ -64,13 +68,13 @@ class Heartbeat:
         self._parent = parent
         self._lock = threading.Lock()
         self._held: set[HeldLease] = set()
-        #: Leases that a statement for several passed over.
+        #: The leases that the last statement for several leases skipped.
         self._skipped: set[HeldLease] = set()
         self._renewal = TimerThread(
             "singleton-heartbeat", self._lock, self._held, attrgetter("renew_at"), self._renew
         )
         self._expiry = TimerThread(
-            "singleton-judge", self._lock, self._held, attrgetter("trusted_until"), self._expire
+            "singleton-expiry", self._lock, self._held, attrgetter("trusted_until"), self._expire
         )
         self._waiting = TimerThread(
             "singleton-locked", self._lock, self._skipped, lambda held: 0.0, self._wait_for
@@ -79,9 +83,10 @@ class Heartbeat:
             listen(self.take_answers)
 
     def hold(self, held: HeldLease) -> None:
-        """Keep a lease alive from now on."""
+        """Renew a lease from now on."""
         if self._parent is not None:
-            # The heartbeat may have been made in another thread than the main one.
+            # Only the main thread can install the signal's handler, and the heartbeat may have been
+            # made in another thread.
             hear_signals()
             self._parent.add(held)
         with self._lock:
@@ -90,7 +95,7 @@ class Heartbeat:
             self._expiry.expect(held)
 
     def drop(self, held: HeldLease) -> None:
-        """Leave a lease alone from now on."""
+        """Stop renewing a lease, because its run releases it."""
         with self._lock:
             self._held.discard(held)
             self._skipped.discard(held)
@@ -98,7 +103,7 @@ class Heartbeat:
             self._parent.remove(held)
 
     def take_answers(self) -> None:
-        """Take what the parent has answered. Any thread may call this."""
+        """Read the parent's answers and apply them to the leases. Any thread may call this."""
         if self._parent is None:
             return
         with self._lock:
@@ -113,18 +118,18 @@ class Heartbeat:
                 held.answered(answer.asked_at, answer.handoff_to)
 
     def close(self) -> None:
-        """End the threads; leases that are still held run out."""
+        """End the threads. Leases that are still held will expire."""
         for timer in (self._renewal, self._expiry, self._waiting):
             timer.close()
 
-    # -- in the thread that evaluates leases by the clock
+    # -- in the thread that checks whether leases have expired
 
     def _expire(self, due: list[HeldLease]) -> None:
         self.take_answers()
         for held in due:
-            # It may have been renewed meanwhile, or given back.
+            # The lease may have been renewed or released since it was found due.
             if not held.remaining:
-                self._lose(held, "it was not renewed before its life ran out")
+                self._lose(held, "it was not renewed before it expired")
 
     # -- in the thread that renews
 
@@ -135,11 +140,11 @@ class Heartbeat:
             self._renew_all(due)
 
     def _to_be_renewed(self) -> list[HeldLease]:
-        """The leases that are due or nearly so, if any is due; of each key one.
+        """Return the leases to renew now: all that are due or nearly due, if at least one is due.
 
-        Two runs of a process can hold leases of one key: one lost its lease and does not know it
-        yet, the other took it over. The store answers by key, so the renewal of the second lease
-        would count for the first one as well.
+        The result has one lease of each key at most. Two runs of a process can hold leases of the
+        same key: the first lost its lease and does not know it yet, the second took it over. The
+        store answers by key, so the answer for the second lease would count for the first as well.
         """
         now = clock()
         by_key: dict[str, HeldLease] = {}
@@ -151,6 +156,7 @@ class Heartbeat:
             return []
         together = [one for one in held if one.renew_at - one.renew_every * TOGETHER_PART <= now]
         # A statement for one lease waits for its row's lock, and the other leases would wait, too.
+        # So a second lease is added, which makes the statement skip locked rows.
         return together if len(together) > 1 else held[:2]
 
     def _renew_all(self, due: list[HeldLease]) -> None:
@@ -173,9 +179,9 @@ class Heartbeat:
     def _ask(self, due: list[HeldLease]) -> dict[str, str | None] | None:
         try:
             return self._store.renew([held.lease for held in due])
-        except Exception as error:  # whatever it is, the other leases still need this thread
+        except Exception as error:  # the other leases need this thread, whatever the error is
             logger.warning(
-                "could not renew %d leases: %s",
+                "singletons: %d leases were not renewed, will try again: %s",
                 len(due),
                 error,
                 exc_info=not isinstance(error, StoreError),
@@ -191,7 +197,7 @@ class Heartbeat:
     def _take(
         self, asked: list[HeldLease], asked_at: float, alive: dict[str, str | None]
     ) -> list[HeldLease]:
-        """Take the store's answers; returns the leases that it did not renew."""
+        """Apply the store's answers to the leases, and return the leases that were not renewed."""
         renewed = [held for held in asked if held.lease.key in alive]
         for held in renewed:
             held.answered(asked_at, alive[held.lease.key])
@@ -210,19 +216,20 @@ class Heartbeat:
         if alive is not None and self._take([held], asked_at, alive):
             self._lose(held, REFUSED)
 
-    # -- in any of them
+    # -- in any of the threads
 
     def _lose(self, held: HeldLease, why: str) -> None:
         with self._lock:
-            # A lease that was dropped was given back by its own run.
+            # A lease that was dropped is not lost: its own run releases it.
             if held not in self._held:
                 return
             self._held.discard(held)
             self._skipped.discard(held)
         if self._parent is not None and why is not REFUSED:
-            # After a refusal the parent renews no more, but its signals go on until the run ends.
+            # After a refusal the request stays: the parent renews no more, but it sends signals for
+            # this request until the run ends.
             self._parent.remove(held)
-        # It is trusted no longer, whoever else may hold it or not.
+        # From here on the run does not trust the lease, even if no other holder has it yet.
         held.lost = why
         owner = held.owner
         if owner is not None:
@@ -230,46 +237,48 @@ class Heartbeat:
 
 
 class TimerThread(Generic[T]):
-    """A thread that calls back with those things whose moments have come.
+    """A thread that waits until items are due, and calls a function with the due items.
 
-    What is shorter than the wait is gone when the thread looks. It then lingers, looking now and
-    then, and sleeps for good only when nothing came in between: to wake it for each short run would
-    cost each two switches between threads.
+    A short run adds an item and removes it before the item is due. To wake the thread for each such
+    run would cost the run two switches between threads. So a thread without items checks again
+    every :data:`LINGER` seconds, and sleeps without limit only when no item came since its last
+    check.
 
-    :param name: the thread's.
-    :param things: watched over, and changed by others, under the lock.
-    :param moment: when a thing is due, on :data:`~celery_singleton_state.lease.lease.clock`.
-    :param ring: called in the thread, without the lock; a due thing it leaves as it was comes
-        again at once.
+    :param name: the thread's name.
+    :param items: the items to watch. Other threads change this set while they hold the lock.
+    :param due_at: returns the time at which an item is due, on
+        :data:`~celery_singleton_state.lease.lease.clock`.
+    :param callback: called in the thread, without the lock, with the due items. If it neither
+        removes an item nor changes its due time, it is called with that item again at once.
     """
 
     def __init__(
         self,
         name: str,
         lock: threading.Lock,
-        things: Set[T],
-        moment: Callable[[T], float],
-        ring: Callable[[list[T]], None],
+        items: Set[T],
+        due_at: Callable[[T], float],
+        callback: Callable[[list[T]], None],
     ) -> None:
         self._name = name
         self._changed = threading.Condition(lock)
-        self._things = things
-        self._moment = moment
-        self._ring = ring
+        self._items = items
+        self._due_at = due_at
+        self._callback = callback
         self._wakes_at = float("inf")
-        #: Whether there was anything since it last looked.
+        #: Whether an item was added since the thread's last check.
         self._used = False
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def expect(self, thing: T) -> None:
-        """See to it that a new thing is not slept through. The caller holds the lock."""
+    def expect(self, item: T) -> None:
+        """Make sure that the thread wakes when a new item is due. The caller must hold the lock."""
         self._used = True
         if self._thread is None:
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             thread.start()
             self._thread = thread
-        elif self._moment(thing) < self._wakes_at:
+        elif self._due_at(item) < self._wakes_at:
             self._changed.notify()
 
     def close(self) -> None:
@@ -285,30 +294,31 @@ class TimerThread(Generic[T]):
         try:
             while due := self._wait_until_due():
                 try:
-                    self._ring(due)
-                except Exception:  # whatever it is, the other things still need this thread
-                    logger.exception("singletons: thread %s goes on", self._name)
+                    self._callback(due)
+                except Exception:  # the other items need this thread, whatever the error is
+                    logger.exception("singletons: error in thread %s, which continues", self._name)
                     time.sleep(AFTER_ERROR)
         finally:
             with self._changed:
                 self._thread = None
 
     def _wait_until_due(self) -> list[T]:
-        """What is due, as soon as anything is; nothing when it was closed."""
+        """Wait until at least one item is due, and return the due items; [] after a close."""
         with self._changed:
             while not self._closed:
-                due = [thing for thing in self._things if self._moment(thing) <= clock()]
+                due = [item for item in self._items if self._due_at(item) <= clock()]
                 if due:
                     return due
                 self._wakes_at = self._next_wake()
                 forever = self._wakes_at == float("inf")
-                # Not for longer, because the wait's clock stands still while the host is suspended.
+                # The wait is limited because its clock stops while the host is suspended, and an
+                # item may be due when the host wakes up.
                 left = min(self._wakes_at - clock(), LINGER)
                 self._changed.wait(None if forever else left)
             return []
 
     def _next_wake(self) -> float:
-        if self._things:
-            return min(map(self._moment, self._things))
+        if self._items:
+            return min(map(self._due_at, self._items))
         self._used, was_used = False, self._used
         return clock() + LINGER if was_used else float("inf")

@@ -1,18 +1,20 @@
-"""What the processes of this host hold, on file, so that the leases of the dead can be freed.
+"""Holder files: the leases of this host's processes on disk, to free the leases of dead processes.
 
-Each process that runs singletons keeps a file in a directory of its own user and store, notes each
-lease there before it asks for it, and holds a lock (``flock``) on the file for as long as it
-lives. The kernel gives that lock up when the last descriptor of the file is closed, and so never
-while the process lives, and always when it has died. Whoever gets the lock of another's file
-knows, therefore, that its process is gone, and releases what the file names.
+Each process that runs singletons keeps a file, in a directory for its user and store. It notes each
+lease in the file before it asks the store for the lease, and it holds a lock (``flock``) on the
+file as long as it lives. The kernel drops this lock when the file's last descriptor is closed:
+never while the process lives, and always when it has died. So a process that gets the lock of
+another process's file knows that the other process is dead, and releases the leases that the file
+names.
 
-This holds only among processes of one kernel: on many network file systems hosts share files and
-not their locks. So the directory is one boot's of one host, and nobody looks into another's
-(:func:`_kernel`). Process ids are not asked, which may be given again, in a container for
-instance. What is released is named by its holder, which is never given twice, and by its fence.
+This works only between processes of one kernel, because on many network file systems hosts share
+files but not locks. So each boot of each host has a directory of its own, and no process reads the
+directory of another host or boot (:func:`_kernel`). Process ids do not count, because they are
+reused, for instance in containers. A lease is released by the name of its holder, which is never
+given twice.
 
-A child that a process forks has a copy of the lock, and gives it up at once: what a run holds is
-its process's, and not its children's (:func:`_leave_to_parent`).
+A forked child inherits the lock, and gives its copy up at once: the leases belong to the process
+that runs the body, and not to its children (:func:`_leave_to_parent`).
 """
 
 from __future__ import annotations
@@ -38,18 +40,22 @@ from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 
-#: Bytes of a file that one lease has.
+#: Size in bytes of a slot, the part of a holder file that describes one lease.
 SLOT = 4096
-#: The first bytes of a slot are the :class:`HolderRecord`'s: a key has 255 characters, a holder a
-#: host's name. :mod:`celery_singleton_state.lease.renewal_slots` says what is in the others.
+#: Size in bytes of the first area of a slot, which has the :class:`HolderRecord`. It has room for a
+#: key of 255 characters and a holder's name, which has a host's name in it.
+#: :mod:`celery_singleton_state.lease.renewal_slots` describes the other areas.
 RECORD = 1536
 
 
 class HolderRecord(msgspec.Struct, frozen=True, array_like=True):
-    """A lease that a process holds, or was about to ask for.
+    """A lease that a process holds, or was about to ask the store for.
 
-    :param generation: of the message that it runs.
-    :param sent: the value that tells the message from others with the same id, if it has one.
+    :param key: the row's key.
+    :param holder: the name under which the process holds the lease.
+    :param generation: how often bodies asked for the message again, by a retry or a replacement.
+    :param sent: the value that distinguishes the message from others with the same task id;
+        ``None`` if the message has none.
     """
 
     key: str
@@ -62,10 +68,11 @@ _decoder = msgspec.json.Decoder(HolderRecord)
 
 
 class HolderFiles:
-    """This process's own file, and those of the dead.
+    """This process's own holder file, and access to the files of dead processes.
 
-    :param directory: of :func:`directory_of`; ``None``: nothing is noted and nobody found.
-    :param name: of this process's file: no other process ever has the same.
+    :param directory: the result of :func:`directory_of`. With ``None`` no lease is noted, and no
+        dead process is found.
+    :param name: the name of this process's file, which no other process ever has.
     """
 
     def __init__(self, directory: Path | None, name: str) -> None:
@@ -74,17 +81,20 @@ class HolderFiles:
         self._lock = threading.Lock()
         self._memory: mmap.mmap | None = None
         self._free: list[int] = []
-        #: The holder's name of each slot in use.
+        #: The holder's name of each slot in use, by the slot's start in the file.
         self._holders: dict[int, str] = {}
         _all.add(self)
 
     @property
     def directory(self) -> Path | None:
-        """Where the files of this store's processes are, if leases are noted at all."""
+        """The directory of this store's holder files; ``None`` if leases are not noted."""
         return self._directory
 
     def note(self, holder_record: HolderRecord) -> int | None:
-        """Note a lease; returns the slot that it was given, if it could be."""
+        """Note a lease in this process's file.
+
+        :returns: the slot that the lease got; ``None`` if it could not be noted.
+        """
         with self._lock:
             if self._memory is None and self._directory is not None:
                 self._open(self._directory)
@@ -101,13 +111,18 @@ class HolderFiles:
                 memory = grown
             start = self._free.pop()
             memory[start + 1 : start + 2 + len(record)] = record + b"\0"
-            # Only now is it one: who dies before has not asked for it.
+            # The first byte marks the slot as used, and is written last. A process that dies before
+            # that has not asked for the lease yet.
             memory[start] = 1
             self._holders[start] = holder_record.holder
         return start
 
     def put(self, holder: str, at: int, data: bytes) -> bool:
-        """Write bytes into a holder's slot; false if it has none."""
+        """Write bytes into a holder's slot.
+
+        :param at: the position in the slot.
+        :returns: false if the holder has no slot.
+        """
         with self._lock:
             start = self._slot_of(holder)
             if start is None or self._memory is None:
@@ -116,28 +131,34 @@ class HolderFiles:
             return True
 
     def get(self, holder: str, at: int, size: int) -> bytes:
-        """Read bytes from a holder's slot; none if it has no slot.
+        """Read bytes from a holder's slot; empty if the holder has no slot.
 
-        Takes no lock, because a body that reads can be interrupted at any moment.
+        This takes no lock, because a body that calls it can be interrupted anywhere, and would
+        leave the lock held.
+
+        :param at: the position in the slot.
         """
         start, memory = self._slot_of(holder), self._memory
         if start is None or memory is None:
             return b""
         try:
             return memory[start + at : start + at + size]
-        except ValueError:  # closed meanwhile
+        except ValueError:  # another thread has closed the memory since
             return b""
 
     def _slot_of(self, holder: str) -> int | None:
-        # A process that leaves renewals to its parent runs one body at a time: there is one slot,
-        # or a few.
+        # A search is quick enough, because only children of a prefork worker search here. They run
+        # one body at a time, so they use one slot or a few.
         for start, name in tuple(self._holders.items()):
             if name == holder:
                 return start
         return None
 
     def clear(self, slot: int | None) -> None:
-        """The lease of this slot was given back, or never acquired."""
+        """Free a slot, because its lease was released or never acquired.
+
+        :param slot: the result of :meth:`note`; with ``None`` nothing happens.
+        """
         with self._lock:
             if slot is not None and self._memory is not None:
                 self._memory[slot] = 0
@@ -145,10 +166,10 @@ class HolderFiles:
                 self._free.append(slot)
 
     def close(self) -> None:
-        """Remove the file, unless this process still holds something.
+        """Remove this process's file, unless the process still holds a lease.
 
-        Then the kernel gives up the lock when the process is gone, and not before: a thread or
-        greenlet can be left in mid-run at a process's orderly exit.
+        A thread or greenlet can be in the middle of a run at a process's orderly exit. Then the
+        file and its lock stay until the process is gone, and another process frees the lease.
         """
         with self._lock:
             if self._memory is not None and len(self._free) * SLOT < len(self._memory):
@@ -162,23 +183,25 @@ class HolderFiles:
             self._unlock(self._memory)
 
     def leave_to_parent(self) -> None:
-        """In a forked child: give up its copies of the file's lock, and note nothing any more."""
-        # Another thread of the parent's may have it.
+        """In a forked child: give up the lock of the parent's file, and note no leases."""
+        # A new lock, because another thread of the parent may have held the old one at the fork.
         self._lock = threading.Lock()
         self._directory = None
         if self._memory is not None:
             self._unlock(self._memory)
 
     def _unlock(self, memory: mmap.mmap) -> None:
-        """Close all that keeps the file open: mapped memory does, too."""
+        """Close the file and its mapped memory: both keep the file's lock."""
         self._memory = None
         memory.close()
         os.close(self._descriptor)
 
     def of_dead_processes(self, name: str = "*") -> Iterator[list[HolderRecord]]:
-        """What each dead process held whose file has such a name.
+        """Yield the leases of each dead process, and remove its file afterwards.
 
-        The file is removed when the caller comes back for the next; not if it raises.
+        The file stays if the caller raises before it asks for the next process.
+
+        :param name: a pattern (``glob``) for the names of the files; left out: all files.
         """
         for path in self._others(name):
             with _locked(path) as descriptor:
@@ -188,7 +211,7 @@ class HolderFiles:
                         path.unlink()
 
     def lives(self, holder: str) -> bool | None:
-        """Whether a holder's process lives; ``None`` if that cannot be known here."""
+        """Return whether a holder's process lives; ``None`` if this host cannot tell."""
         name = file_of(holder)
         if name is None or self._directory is None:
             return None
@@ -205,8 +228,8 @@ class HolderFiles:
             return []
         try:
             return [path for path in self._directory.glob(name) if path.name != self._name]
-        except OSError as error:  # a directory that went away, or no descriptor for it
-            logger.debug("singletons: dead processes are not looked for: %s", error)
+        except OSError as error:  # the directory was removed, or no descriptor is free
+            logger.debug("singletons: cannot search for dead processes' leases: %s", error)
             return []
 
     def _open(self, directory: Path) -> None:
@@ -214,14 +237,15 @@ class HolderFiles:
             while True:
                 descriptor = os.open(directory / self._name, os.O_RDWR | os.O_CREAT, 0o600)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                # Somebody may have found it before it was locked, and taken it for a dead one's.
+                # Another process may have deleted the file between open and flock, because it
+                # believed the owner dead. So check the link count, and retry.
                 if os.fstat(descriptor).st_nlink:
                     break
                 os.close(descriptor)
             _make_room(descriptor, SLOT)
             self._memory = mmap.mmap(descriptor, SLOT)
         except OSError as error:
-            logger.warning("singletons: leases of a dead process will have to run out: %s", error)
+            logger.warning("singletons: if this process dies, its leases must expire: %s", error)
             self._directory = None
             return
         self._descriptor = descriptor
@@ -232,10 +256,10 @@ class HolderFiles:
         size = len(memory)
         try:
             _make_room(self._descriptor, 2 * size)
-            # Mapped anew, because some systems cannot resize mapped memory.
+            # The file is mapped again, because some systems cannot resize mapped memory.
             grown = self._memory = mmap.mmap(self._descriptor, 2 * size)
         except OSError as error:
-            logger.warning("singletons: this lease would have to run out: %s", error)
+            logger.warning("singletons: if this process dies, one lease must expire: %s", error)
             return None
         memory.close()
         self._free.extend(range(size, 2 * size, SLOT))
@@ -243,7 +267,11 @@ class HolderFiles:
 
 
 def _make_room(descriptor: int, size: int) -> None:
-    """Lengthen a file; where the disk is full this fails, and not the write, with SIGBUS."""
+    """Lengthen a file and reserve its disk space.
+
+    If the disk is full, this raises an ``OSError``. Without the reservation, a later write to the
+    mapped memory would kill the process by SIGBUS.
+    """
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     else:
@@ -252,7 +280,10 @@ def _make_room(descriptor: int, size: int) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[int | None]:
-    """The file's descriptor if its process is dead."""
+    """Try to lock another process's file, which succeeds only if that process is dead.
+
+    The context's value is the file's descriptor; ``None`` if the file cannot be locked.
+    """
     try:
         descriptor = os.open(path, os.O_RDWR)
     except OSError:
@@ -274,32 +305,38 @@ def _read(descriptor: int) -> list[HolderRecord]:
     for start in range(0, os.fstat(descriptor).st_size, SLOT):
         used, record = os.pread(descriptor, 1, start), os.pread(descriptor, RECORD - 1, start + 1)
         if used == b"\1":
-            # A broken one must not keep the others from being found.
+            # One broken record must not hide the other records.
             with contextlib.suppress(msgspec.DecodeError):
                 found.append(_decoder.decode(record.split(b"\0", 1)[0]))
     return found
 
 
 def file_of(holder: str) -> str | None:
-    """The name of the file of a holder's process; ``None`` for no holder of ours."""
+    """Return the name of the file of a holder's process.
+
+    :returns: ``None`` if the holder's name is not one that this package makes.
+    """
     match = re.fullmatch(r".*:(\d+):([0-9a-f]+)\.[0-9a-f]+", holder)
     return match and f"{match[1]}-{match[2]}"
 
 
 def root() -> Path:
-    """This user's directory of all stores.
+    """Return this user's directory of holder files, which has a subdirectory for each store.
 
-    :raises OSError: there is no directory for temporary files that can be written to.
+    :raises OSError: there is no writable directory for temporary files.
     """
     return Path(tempfile.gettempdir(), f"celery-singletons-{os.getuid()}")
 
 
 def directory_of(store: str | None) -> Path | None:
-    """The directory of this user's processes on this kernel that use a store; made if need be.
+    """Return the directory of the holder files of this user, kernel and store; make it if need be.
 
-    ``None`` where it cannot be made or belongs to somebody else, and for no store. Those of earlier
-    boots are left to whatever empties the directory for temporary files: whether they are of an
-    earlier boot of this host, or of another host that runs, cannot be told. They are small.
+    Directories of earlier boots stay, because they may belong to another host that is running now.
+    They are small; the system's cleaning of temporary files removes them.
+
+    :param store: what identifies the store; ``None`` if no other process can use it.
+    :returns: ``None`` if ``store`` is ``None``, or if the directory cannot be made or belongs to
+        another user.
     """
     if store is None:
         return None
@@ -310,30 +347,32 @@ def directory_of(store: str | None) -> Path | None:
             path.mkdir(mode=0o700, exist_ok=True)
             status = path.lstat()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-                raise OSError(f"{path} belongs to somebody else")
+                raise OSError(f"{path} belongs to another user or is no directory")
     except OSError as error:
-        logger.warning("singletons: leases of a dead process will have to run out: %s", error)
+        logger.warning("singletons: if a process dies, its leases must expire: %s", error)
         return None
     return directory
 
 
-#: Where Linux tells a random number that it draws when it starts.
+#: The file in which Linux shows a random number that it draws at each boot.
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def _kernel() -> str:
-    """The same text for processes that surely share one kernel, and so its locks on files.
+    """Return a text that is equal only for processes of one kernel, which share file locks.
 
-    Containers of a host are told the same boot, and their locks are seen by each other. But virtual
-    machines that go on from one snapshot are told the same as well, and so are some sandboxes with
-    a kernel of their own. So the host's name must be the same, too. Containers with different names
-    that share a directory do not find each other's files then: their leases run out, which costs
-    some seconds, where a live run that is taken for dead would cost the guard.
+    The text has the boot id and the host's name. The boot id alone is not enough: virtual machines
+    that resumed from one snapshot have the same id without sharing locks, and so do some sandboxes
+    with kernels of their own. The name has a price: containers of one host share the boot id and
+    the locks, but with different names they do not find each other's files. Their leases must
+    expire then. That costs seconds, while a live process that is taken for dead would break the
+    guard.
     """
     try:
         boot = BOOT_ID.read_text().strip()
     except OSError:
-        # The address of its network card; if that cannot be had, it is random in each process.
+        # The address of the network card. If there is none, the number is random in each process,
+        # so that processes do not find each other's files.
         boot = f"{uuid.getnode():x}"
     return f"{boot} {os.uname().nodename}"
 
@@ -342,7 +381,7 @@ _all: weakref.WeakSet[HolderFiles] = weakref.WeakSet()
 
 
 def _leave_to_parent() -> None:
-    """In a forked child: a parent that dies is dead, whatever its children still do."""
+    """In a forked child: give up the inherited locks, so that they do not outlive the parent."""
     for holder_files in list(_all):
         holder_files.leave_to_parent()
 

@@ -1,4 +1,4 @@
-"""A lease as its run holds it, and the clock by which it is counted."""
+"""A lease as its holder sees it, and the clock that tells how long the holder may trust it."""
 
 from __future__ import annotations
 
@@ -12,38 +12,49 @@ from celery_singleton_state.store.base import Lease, StoreUnavailable
 
 T = TypeVar("T")
 
-# CLOCK_MONOTONIC stands still while the machine is suspended, and the store's clock does not.
+# While this machine is suspended, leases expire by the store's clock. CLOCK_BOOTTIME keeps counting
+# then, and CLOCK_MONOTONIC does not.
 CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
-#: The part of a lease's life for which its holder trusts it. The rest is for the body to end in.
+#: The part of a lease's life for which its holder trusts it. The body of a run that lost its lease
+#: has the rest to end in.
 TRUSTED_PART = 0.9
 
 
-#: Seconds on the clock that leases are trusted by; only differences mean anything.
+#: Return the time in seconds, on the clock by which a holder trusts its lease. Its zero has no
+#: meaning: only differences do.
 clock: Callable[[], float] = partial(time.clock_gettime, CLOCK)
 
 
-#: Seconds before the second try; doubled for each further one, and jittered.
+#: Seconds before the second immediate try of a request; doubled for each further try up to
+#: LONGEST_PAUSE, and jittered.
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 1.0
 
 
 class Owner(Protocol):
-    """Whoever a lease is held for. It is called in the heartbeat's threads, and must not wait."""
+    """The run that a lease is held for. The heartbeat's threads call it, so it must not block."""
 
     def lost(self, why: str) -> None:
-        """The lease is lost."""
+        """Hear that the lease is lost.
+
+        :param why: the reason, for people.
+        """
 
     def handoff_requested(self, handoff_to: str) -> None:
-        """Somebody wants the lease."""
+        """Hear that a message asks for the lease.
+
+        :param handoff_to: the task id of that message.
+        """
 
 
 class HeldLease:
     """A lease as its holder sees it.
 
     :param asked_at: :data:`clock` just before the request that acquired it was sent.
-    :param interval: seconds between renewals.
-    :param owner: told what becomes of the lease; ``None`` before its run begins and after its end.
+    :param interval: seconds between renewals; they are more frequent if the life is short.
+    :param owner: the run to tell when the lease is lost or asked for; ``None`` before the run
+        begins and after its end.
     """
 
     def __init__(
@@ -51,11 +62,12 @@ class HeldLease:
     ) -> None:
         self.lease = lease
         self.owner = owner
-        #: Why it is lost, as a text for people; ``None`` while it is not.
+        #: Why the lease is lost, for people; ``None`` while it is not lost.
         self.lost: str | None = None
-        #: Who asked the holder to hand over, as far as it has heard.
+        #: The task id of the message that asked this holder to hand over; ``None`` if the holder
+        #: has heard of no such request.
         self.handoff_to: str | None = None
-        #: Called before anybody reads how long it may be trusted.
+        #: Called before ``remaining`` is computed: it takes in renewals by the parent process.
         self.refresh: Callable[[], None] | None = None
         self.renew_every = min(interval, TRUSTED_PART * lease.ttl / 2)
         self.asked_at = asked_at
@@ -63,9 +75,10 @@ class HeldLease:
         self.renew_at = asked_at + self.renew_every
 
     def renewed(self, asked_at: float) -> None:
-        """Trust it anew, counted from before the request.
+        """Extend the trust in the lease after a renewal.
 
-        The answer to an older request than the last answered one changes nothing.
+        :param asked_at: :data:`clock` just before the renewal was sent. If it is earlier than that
+            of an answered renewal, nothing changes.
         """
         if asked_at < self.asked_at:
             return
@@ -74,9 +87,11 @@ class HeldLease:
         self.renew_at = asked_at + self.renew_every
 
     def answered(self, asked_at: float, handoff_to: str | None) -> None:
-        """Take the answer to a renewal.
+        """Apply the answer to a renewal that succeeded.
 
-        :param who: asks the holder to hand over, if anybody does.
+        :param asked_at: :data:`clock` just before the renewal was sent.
+        :param handoff_to: the task id of the message that asks this holder to hand over; ``None``
+            if no message does.
         """
         self.renewed(asked_at)
         if handoff_to:
@@ -87,19 +102,19 @@ class HeldLease:
 
     @property
     def remaining(self) -> float:
-        """Seconds that it may still be trusted; 0 when it is lost."""
+        """Seconds for which the holder may still trust the lease; 0 when it is lost."""
         if self.refresh is not None and not self.lost:
             self.refresh()
         return 0.0 if self.lost else max(0.0, self.trusted_until - clock())
 
 
 def retry_immediately(request: Callable[[], T], tries: float, until: float) -> T:
-    """Send a request until the store answers it.
+    """Send a request, and repeat it while the store is unavailable.
 
-    :param tries: how often at most; infinity for no limit.
-    :param until: the moment, on :data:`~celery_singleton_state.lease.lease.clock`, after which it
-        is not sent again.
-    :raises StoreUnavailable: the last try's.
+    :param tries: the largest number of tries; infinity for no limit.
+    :param until: the time, on :data:`~celery_singleton_state.lease.lease.clock`, after which the
+        request is not repeated.
+    :raises StoreUnavailable: the last try failed, too.
     """
     pause = FIRST_PAUSE
     while True:

@@ -1,4 +1,4 @@
-"""How soon a process sends messages again that wait for a lease, by how many it has sent."""
+"""The pauses of messages that wait for a lease: the more messages wait, the longer they pause."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import threading
 
 from .lease import clock
 
-#: The part of a process's time that the tries of messages which wait may take.
+#: The part of a process's time that waiting messages may take with their tries.
 SHARE = 0.05
-#: Seconds that a try takes besides its requests to the store: the worker receives a message, hands
-#: it to the process, and sends it again.
+#: Seconds that one try of a message takes besides its requests to the store: the worker receives
+#: the message, passes it to the process, and sends it again.
 COST_OF_MESSAGE = 0.005
 
 
 class Pace:
-    """What a process has sent again, by key, and so how long the next message is to pause."""
+    """Computes the pauses of waiting messages from those that this process has sent again.
+
+    Per key, it keeps the times at which these messages will try again.
+    """
 
     def __init__(self) -> None:
         self._due: dict[str, list[float]] = {}
@@ -23,14 +26,16 @@ class Pace:
         self._lock = threading.Lock()
 
     def pause(self, key: str, at_least: float, cost: float) -> float:
-        """Seconds until a message is to try again.
+        """Return the seconds until a message should try again, and note that it waits.
 
-        :param at_least: seconds that it is to pause if nobody else waits.
-        :param cost: seconds that the store took to answer its last try.
+        :param key: the row's key of the message's singleton.
+        :param at_least: seconds to pause if no other message waits.
+        :param cost: seconds that the store took to answer the message's last try.
         """
         now = clock()
         with self._lock:
-            # The first request, which makes a connection, tells little of those that follow.
+            # The growth is limited because the first request also makes a connection, and so takes
+            # much longer than the next ones.
             cost = min(cost + COST_OF_MESSAGE, 4 * self._cost)
             self._cost += (cost - self._cost) / 8
             for each in list(self._due):

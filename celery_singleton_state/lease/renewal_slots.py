@@ -1,41 +1,42 @@
-"""How a child of a prefork worker has its parent renew its leases: by shared memory.
+"""Renewal by the parent: children of a prefork worker leave their leases' renewal to the parent.
 
 A body that keeps the GIL in C code (a regular expression that backtracks for seconds, say) lets no
 other thread of its process run, the heartbeat's included. So the worker's own process renews the
-leases of its children (:mod:`celery_singleton_state.worker.parent_renewal`). Each child has a file,
-mapped into its memory, with a slot for each lease
+leases of its children (:mod:`celery_singleton_state.worker.parent_renewal`). Parent and child
+communicate through the child's holder file, which is mapped into its memory: shared memory, in
+effect. The file has a slot for each lease
 (:mod:`celery_singleton_state.lease.holder_files`). A slot has three areas::
 
-    holding (for whoever finds the process dead) | request (of the child) | answer (of the parent)
+    record (the lease, if the child dies) | request (by the child) | answer (by the parent)
 
-The child writes a :class:`RenewalRequest` when it begins to hold a lease, and clears it before it
-gives the lease back or when its life has run out. The parent looks for requests, renews, and writes
-a :class:`RenewalAnswer`: that the lease was renewed by a request sent at some moment, or that the
-renewal was refused. After a refusal, or if somebody asks the holder to hand over, it sends a signal
-as well. After a refusal it sends the signal again and again until the run has ended: a signal that
-arrives just before a thread begins to sleep does not wake it.
+The child writes a :class:`RenewalRequest` when it begins to hold a lease. It clears the request
+before it releases the lease, or when the lease has expired. The parent polls the requests, renews
+the leases, and writes a :class:`RenewalAnswer`. The answer says when the parent sent the successful
+renewal, or that the store refused the renewal. After a refusal, or if a message asks the holder to
+hand over, the parent also sends a signal. After a refusal it repeats the signal until the run has
+ended, because a signal that arrives just before a thread begins to sleep does not wake the thread.
 
 Why this is right
 -----------------
-*No lease is mistaken for another.* A holder's name is never given twice, and the answer carries
-it. The child takes an answer only if it names the holder of the lease that the child holds now,
-and only until the lease is lost. What is left of earlier leases of the same slot is ignored.
+*No lease is mistaken for another.* A holder's name is never given twice, and each answer names the
+holder. The child accepts an answer only if it names the holder of the child's present lease, and
+only until that lease is lost. So answers that earlier leases left in the slot are ignored.
 
-*No half of an answer is taken.* Time and holder, which belong together, are written as one text
-with a digest of it. A reader that finds bytes of several writes, in whatever order the memory shows
-them, finds no matching digest, and reads again later. So nobody needs a lock, with which a process
-could die or be stopped.
+*No half-written answer is accepted.* An answer's time and holder belong together, so they are
+written as one text with a digest. A reader that finds a mix of several writes finds no matching
+digest, and reads again later. So no lock is needed, which a process that dies or is stopped could
+keep.
 
-*The child trusts its lease no longer than it should.* The parent passes on the time before it sent
-the request, by a clock that all processes of a host share. The life is counted from there, as if
-the child had sent the request itself.
+*The child trusts its lease no longer than it should.* The answer has the time just before the
+parent sent the request, by a clock that all processes of a host share. The child counts the lease's
+life from that time, as if it had sent the request itself.
 
-*The parent is not needed.* It can die, be stopped, or have no connection. A child whose lease was
-not renewed by half of its life renews the lease itself. Both may renew at a time: a renewal only
-prolongs.
+*The child does not depend on the parent.* The parent can die, be stopped, or have no connection. If
+half of a lease's life has passed without a renewal, the child renews the lease itself. Parent and
+child may renew at the same time, because a renewal only moves the expiry further away.
 
-*The parent need not know exactly.* A late renewal of a lease that was given back, or that was freed
-because the child died, names a holder that is the row's no more, and is refused.
+*The parent may be late.* If it renews a lease that was released, or that was freed because the
+child died, the row does not name that holder any more, and the store refuses the renewal.
 """
 
 from __future__ import annotations
@@ -63,23 +64,27 @@ logger = logger_of(__name__)
 
 REQUEST_AT = RECORD
 ANSWER_AT = 3072
-#: Part of a renewal's interval after which the parent sends it: well before half of the life, when
-#: the child would send its own.
+#: The parent renews a lease after this part of the usual interval. That is well before half of the
+#: lease's life, when the child would renew the lease itself.
 PARENTS_PART = 0.75
-#: Bytes of a name that an answer has room for.
+#: Size in bytes to which an answer cuts the name of the message that asks for a handoff.
 _LONGEST_NAME = 400
 _DIGEST = 8
 _HEAD = _DIGEST + 2
 
 
 class RenewalRequest(msgspec.Struct, frozen=True, array_like=True):
-    """A lease that a child leaves to its parent to renew.
+    """A child's request to its parent: renew this lease.
 
-    :param parent: the :func:`parents_mark` of the parent: another container's processes can share
-        the directory and have the same process ids.
-    :param asked_at: when the lease was asked for, or renewed last.
+    :param parent: the parent's mark, from :func:`parents_mark`. A process id is not enough: the
+        processes of another container can share the directory and have the same ids.
+    :param key, holder, fence: which lease to renew.
+    :param ttl: the lease's life in seconds.
+    :param asked_at: :data:`~celery_singleton_state.lease.lease.clock` just before the child asked
+        for the lease or last renewed it.
     :param every: seconds between renewals.
-    :param is_apart: whether the lease is kept apart from states.
+    :param is_apart: whether the lease is in the store of ``singleton_lease_url``, apart from the
+        states.
     """
 
     parent: str
@@ -93,11 +98,13 @@ class RenewalRequest(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RenewalAnswer(msgspec.Struct, frozen=True, array_like=True):
-    """What became of the last renewal of a holder's lease.
+    """A parent's answer to its child: the outcome of the last renewal of a lease.
 
-    :param asked_at: :data:`~celery_singleton_state.lease.lease.clock` before it was sent; ``None``
-        if it was refused.
-    :param who: asks the holder to hand over, if anybody does.
+    :param holder: the holder of the lease.
+    :param asked_at: :data:`~celery_singleton_state.lease.lease.clock` just before the renewal was
+        sent; ``None`` if the store refused it.
+    :param handoff_to: the task id of the message that asks the holder to hand over; ``None`` if no
+        message does.
     """
 
     holder: str
@@ -110,10 +117,12 @@ _answer_decoder = msgspec.json.Decoder(RenewalAnswer)
 
 
 class LeftToParent:
-    """In a child: the leases whose renewal it leaves to its parent.
+    """In a child process: leaves the renewal of leases to the parent, and reads its answers.
 
-    :param parent: the parent's mark.
-    :param is_apart: whether they are kept apart from states.
+    :param holder_files: has the slots of this process's leases.
+    :param parent: the parent's mark, from :func:`parents_mark`.
+    :param is_apart: whether the leases are in the store of ``singleton_lease_url``, apart from the
+        states.
     """
 
     def __init__(self, holder_files: HolderFiles, parent: str, is_apart: bool = False) -> None:
@@ -122,7 +131,7 @@ class LeftToParent:
         self._is_apart = is_apart
 
     def add(self, held: HeldLease) -> None:
-        """Ask the parent to renew a lease from now on, and put off this process's own renewals."""
+        """Ask the parent to renew a lease from now on, and delay this process's own renewals."""
         lease = held.lease
         every = held.renew_every * PARENTS_PART
         sealed = _seal(
@@ -145,32 +154,34 @@ class LeftToParent:
         held.renew_at = held.asked_at + held.renew_every
 
     def remove(self, held: HeldLease) -> None:
-        """Ask for no more renewals of a lease."""
+        """Withdraw the request to renew a lease."""
         self._holder_files.put(held.lease.holder, REQUEST_AT, bytes(_HEAD))
 
     def answer_to(self, held: HeldLease) -> RenewalAnswer | None:
-        """The parent's last answer for a lease, if there is one."""
+        """Return the parent's last answer for a lease; ``None`` if there is none yet."""
         holder = held.lease.holder
         text = _unseal(self._holder_files.get(holder, ANSWER_AT, SLOT - ANSWER_AT))
         answer = _answer_decoder.decode(text) if text else None
         return answer if answer is not None and answer.holder == holder else None
 
     def _trust(self, held: HeldLease) -> None:
-        """Trust a lease for as long as the parent's last renewal of it allows."""
+        """Extend the trust in a lease by the parent's last renewal."""
         answer = self.answer_to(held)
         if answer is not None and answer.asked_at is not None:
             held.renewed(answer.asked_at)
 
 
 def requests_in(path: Path) -> Iterator[tuple[int, RenewalRequest]]:
-    """The requests in a process's file, each with the start of its slot.
+    """Yield the requests in a child's holder file, each with the start of its slot.
 
-    A file that is gone, or cannot be read, has none: its process renews by itself.
+    A file that is missing or cannot be read yields nothing: its process then renews by itself.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        logger.debug("singletons: %s cannot be read: %s", path, error)
+        logger.debug(
+            "singletons: cannot read %s, so its process renews its leases itself: %s", path, error
+        )
         return
     try:
         content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
@@ -183,12 +194,15 @@ def requests_in(path: Path) -> Iterator[tuple[int, RenewalRequest]]:
 
 
 def write_answer(path: Path, start: int, answer: RenewalAnswer) -> None:
-    """Write the answer to the request that was found in a slot.
+    """Write an answer into the slot of its request.
 
-    :raises OSError: it cannot be written, or the file is gone with its process.
+    :param path: the child's holder file.
+    :param start: the start of the slot, from :func:`requests_in`.
+    :raises OSError: the answer cannot be written, or the file is gone because its process is.
     """
     if answer.handoff_to is not None:
-        # It is for people, and comes from a task's id, which can be any text.
+        # This name is only shown to people, so it may be cut. It is a task id, which can be any
+        # text.
         name = answer.handoff_to.encode(errors="replace")[:_LONGEST_NAME].decode(errors="ignore")
         answer = msgspec.structs.replace(answer, handoff_to=name)
     descriptor = os.open(path, os.O_WRONLY)
@@ -204,7 +218,7 @@ def _seal(what: msgspec.Struct) -> bytes:
 
 
 def _unseal(area: bytes) -> bytes:
-    """The text that was sealed; nothing if there is none, or only a part of it."""
+    """Return the text from a slot's area; empty if there is none or its digest does not match."""
     text = area[_HEAD : _HEAD + int.from_bytes(area[_DIGEST:_HEAD], "big")]
     return text if text and area[:_DIGEST] == _digest(text) else b""
 
@@ -215,12 +229,16 @@ def _digest(text: bytes) -> bytes:
 
 # -- which process is the parent
 
-#: Forked and spawned children have their parent's environment, and so have others that they start.
+#: The environment variable with the parent's process id and mark. Forked and spawned children
+#: inherit it. So do programs that they start: the process id tells that those are no children.
 _MARK = "_CELERY_SINGLETON_STATE_PARENT"
 
 
 def mark_as_parent() -> str:
-    """Have the children that this process will make leave renewals to it; returns its mark."""
+    """Set the mark by which this process's future children leave renewals to it; return the mark.
+
+    The mark is a random text, the same at each call in a process.
+    """
     mark = _mark_by(os.getpid())
     if mark is None:
         mark = secrets.token_hex(8)
@@ -229,7 +247,7 @@ def mark_as_parent() -> str:
 
 
 def parents_mark() -> str | None:
-    """The mark of this process's parent, if that renews for its children."""
+    """Return the mark of this process's parent; ``None`` if the parent renews no leases for it."""
     return _mark_by(os.getppid())
 
 
@@ -240,30 +258,32 @@ def _mark_by(pid: int) -> str | None:
 
 # -- the parent's signal
 
-#: By which the parent says that it has written an answer that cannot wait. A process without a
-#: handler ignores it.
+#: The signal by which the parent tells a child to read an urgent answer now. SIGURG, because a
+#: process without a handler ignores it; ``None`` where the system has no such signal.
 ANSWERED = getattr(signal, "SIGURG", None)
 
 _listening: list[weakref.WeakMethod[Callable[[], None]]] = []
-#: The handler only puts something here: it can interrupt code that holds any lock, and another
-#: handler can raise within it.
+#: One item for each signal. The signal's handler only puts an item here: it must not take a lock,
+#: because the code that it interrupts can hold any lock, and another handler can raise within it.
 _signals: SimpleQueue[None] = SimpleQueue()
 _installed = False
 _previous: Any = None
 
 
 def listen(callback: Callable[[], None]) -> None:
-    """Have a method called at each signal of the parent's, in a thread.
+    """Call a method, in a thread of its own, whenever the parent sends its signal.
 
-    C code that keeps the GIL, but looks for signals as ``re`` does, calls the handler. That is
-    Python code, so while it runs, other threads get the GIL.
+    This also works while C code keeps the GIL, if that code checks for signals, as ``re`` does. It
+    then calls the signal's handler, which is Python code, and other threads get the GIL meanwhile.
+
+    :param callback: a bound method; it is not called any more when its object is gone.
     """
     _listening.append(weakref.WeakMethod(callback))
     hear_signals()
 
 
 def hear_signals() -> None:
-    """Install the signal's handler, if this is the main thread and nobody has done so."""
+    """Install the signal's handler once; does nothing except in the main thread."""
     global _installed, _previous
     if _installed or ANSWERED is None:
         return
@@ -287,5 +307,5 @@ def _call_listeners() -> None:
             try:
                 if callback is not None:
                     callback()
-            except Exception:  # the next signal must be heard as well
-                logger.exception("singletons: the answers of the worker could not be taken")
+            except Exception:  # the next signal needs this thread, whatever the error is
+                logger.exception("singletons: cannot read the answers of the parent process")

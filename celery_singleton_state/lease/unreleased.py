@@ -1,13 +1,14 @@
-"""Leases that this process may hold without a run, and gives back until the store has answered.
+"""Leases that this process may hold without a run: release them until the store has answered.
 
-An acquisition whose answer was lost may have taken the lease; a release may have failed. Nobody
-else knows of such a lease: its holder's process lives, so others wait until the lease runs out.
-Therefore the process keeps the holder's name and sends *give back* at once, and every interval
-until it is answered. Until then the lease stays noted in the process's file of holdings, so that
-others on its host free it if the process dies.
+If the answer to an acquisition was lost, the store may have given the lease. A release may have
+failed, too. No other process frees such a lease, because its holder's process lives: other runs
+would have to wait until the lease expires. So this process keeps the holder's name and asks the
+store to release the lease: at once, and again after each interval until the store answers. Until
+then the lease stays in the process's holder file, so that another process on the host frees it if
+this process dies.
 
-A delivery leaves its holder's name here when its body has ended and not before: a successor that
-began while the body of a lost run still tidies up would run beside it.
+A delivery adds its holder's name here only after its body has ended. If it did so earlier, the next
+run could begin while the body of a lost run still tidies up.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from celery_singleton_state.store.base import (
 )
 from celery_singleton_state.text.visible import logger_of
 
-#: Told the store's answer to the request that gave a lease back.
-Then = Callable[[Released | None], None]
+#: Called with the store's answer after a lease was released.
+AfterRelease = Callable[[Released | None], None]
 
 logger = logger_of(__name__)
 
@@ -38,15 +39,15 @@ class _UnreleasedLease:
     key: str
     holder: str
     slot: int | None
-    then: Then
-    #: Whether a request was not answered: it may have been carried out.
+    then: AfterRelease
+    #: Whether a request to release the lease was not answered, and so may have been carried out.
     is_unsure: bool = False
 
 
 class UnreleasedLeases:
-    """Gives leases back in a thread of its own, which lives while there are any.
+    """Releases leases in a thread of its own, which lives while there are leases to release.
 
-    :param strike_out: clears a place in the file of holdings.
+    :param clear: frees a lease's slot in the holder file.
     :param interval: seconds between two tries while the store does not answer.
     """
 
@@ -60,7 +61,7 @@ class UnreleasedLeases:
         self._lock = threading.Lock()
         self._leases: list[_UnreleasedLease] = []
         self._closed = False
-        #: Set when there is something new to do.
+        #: Set when a lease was added, or the thread should end.
         self._called = threading.Event()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -71,17 +72,17 @@ class UnreleasedLeases:
         key: str,
         holder: str,
         slot: int | None,
-        then: Then = lambda released: None,
+        then: AfterRelease = lambda released: None,
     ) -> None:
-        """Give a lease back to its store, if this holder has it, as soon as the store answers.
+        """Release a lease, if this holder has it, as soon as the store answers.
 
-        :param slot: the lease's place in the file of holdings; it is cleared when the store has
-            answered.
-        :param then: called when the lease was given back, or may have been by a request whose
-            answer was lost.
+        :param slot: the lease's slot in the holder file, which is freed when the store has
+            answered; ``None`` if the lease has none.
+        :param then: called after a request released the lease, or an earlier request without an
+            answer may have released it; left out: nothing is called.
         """
         if os.getpid() != self._pid:
-            return  # a child that the body forked: the lease is its parent's
+            return  # in a child that the body forked: only its parent may release the lease
         with self._lock:
             self._leases.append(_UnreleasedLease(store, key, holder, slot, then))
             self._called.set()
@@ -90,12 +91,14 @@ class UnreleasedLeases:
                 try:
                     thread.start()
                 except RuntimeError as error:
-                    logger.warning("%s: given back together with the next lease: %s", key, error)
+                    logger.warning(
+                        "%s: its lease will be released together with the next one: %s", key, error
+                    )
                 else:
                     self._thread = thread
 
     def close(self) -> None:
-        """End the thread. What is not given back yet stays noted in the file of holdings."""
+        """End the thread. Leases that are not released yet stay in the holder file."""
         self._closed = True
         self._called.set()
         thread = self._thread
@@ -111,7 +114,7 @@ class UnreleasedLeases:
                 self._called.wait(self._interval)
 
     def _left(self) -> list[_UnreleasedLease]:
-        """The leases to give back, new ones first; none ends the thread."""
+        """Return the leases to release, new ones first. An empty result ends the thread."""
         with self._lock:
             self._called.clear()
             leases = [] if self._closed else sorted(self._leases, key=lambda one: one.is_unsure)
@@ -120,22 +123,25 @@ class UnreleasedLeases:
             return leases
 
     def _is_released(self, lease: _UnreleasedLease) -> bool:
-        """Ask the store to take a lease back; returns whether it has answered."""
+        """Ask the store to release a lease; return whether to stop asking.
+
+        That is so when the store has answered, or has raised an error that it would raise again.
+        """
         try:
             released = lease.store.give_back(lease.key, lease.holder)
         except (StoreUnavailable, StoreMisconfigured, StoreRefusesValue) as error:
             if not getattr(error, "is_of_text", False):
-                logger.warning("%s: not given back yet: %s", lease.key, error)
+                logger.warning("%s: not released yet, will try again: %s", lease.key, error)
                 lease.is_unsure = True
                 return False
-            # The store can have no such key, and so no lease of it.
+            # The store cannot hold such a key, so it holds no such lease.
             released = None
-        except Exception as error:  # whatever it is, the other leases still need this thread
-            logger.warning("%s: not given back, its lease runs out: %s", lease.key, error)
+        except Exception as error:  # the other leases need this thread, whatever the error is
+            logger.warning("%s: not released, its lease must expire: %s", lease.key, error)
             released = None
         self._clear(lease.slot)
         if released is not None:
-            logger.info("%s is free: %s gave it back", lease.key, lease.holder)
+            logger.info("%s is free: %s released it", lease.key, lease.holder)
         if released is not None or lease.is_unsure:
             lease.then(released)
         return True

@@ -46,4 +46,4 @@ def test_a_worker_runs_without_a_directory_for_temporary_files(
     fleet.environment["TEST_NO_TEMPDIR"] = "1"
     worker = fleet.start("-P", "threads", app="tests.apps.kernel_app")
     assert outcome(client().send_task("increment")) == 1
-    assert "leases of a dead process will have to run out" in worker.output
+    assert "if a process dies, its leases must expire" in worker.output

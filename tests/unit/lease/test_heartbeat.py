@@ -239,7 +239,7 @@ def test_without_an_answer_it_is_lost_when_its_life_runs_out(
     lease = held("a", ttl=0.3)
     heartbeat.hold(lease)
     wait_until(lambda: lease.lost, "it is lost")
-    assert lease.lost == "it was not renewed before its life ran out"
+    assert lease.lost == "it was not renewed before it expired"
     assert clock() >= lease.trusted_until
 
 

@@ -249,7 +249,7 @@ def test_a_directory_of_somebody_else_is_not_used(
     monkeypatch.setattr(holder_files, "root", lambda: tmp_path / "taken")
     (tmp_path / "taken").symlink_to(tmp_path)
     assert directory_of("store") is None
-    assert "will have to run out" in caplog.text
+    assert "if a process dies, its leases must expire" in caplog.text
     assert directory_of(None) is None
 
 

@@ -185,7 +185,7 @@ def test_without_any_answer_a_lease_is_lost_by_the_clock(child: Child) -> None:
     child.store.answer = lambda leases: (_ for _ in ()).throw(LookupError("silent"))
     held = child.hold("a", ttl=0.5, interval=0.2)
     wait_until(lambda: held.lost, "it is lost")
-    assert held.lost == "it was not renewed before its life ran out"
+    assert held.lost == "it was not renewed before it expired"
     assert child.requests() == []
 
 
