@@ -1,1 +1,1 @@
-"""Texts, moments and URLs, as they are stored and as they are shown."""
+"""How texts, times and URLs are stored and shown."""

@@ -1,7 +1,8 @@
-"""Moments and lengths of time as texts, whatever number stands in a row.
+"""Timestamps and durations as texts, for any number that a row may contain.
 
-PostgreSQL's moments reach from infinity to infinity, and no ``datetime`` holds a year after 9999.
-An odd moment is shown as an odd text; it is no error of whoever looks at the rows.
+A timestamp is a number of seconds since 1970, in UTC. PostgreSQL has infinite timestamps, and a
+``datetime`` has no years after 9999. Such a timestamp gets an unusual text here, and never raises
+an error, so that users can still list and show the row.
 """
 
 from __future__ import annotations
@@ -9,23 +10,29 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 
-#: Seconds of 400 years, after which the calendar repeats itself.
+#: The number of seconds in 400 years, after which the calendar repeats itself.
 _CYCLE = 146_097 * 86_400
-#: The years 1 to 9999, which a ``datetime`` can hold.
+#: The beginning of the year 1 and the end of the year 9999, in seconds since 1970: the limits of a
+#: ``datetime``.
 _FIRST, _END = -62_135_596_800, 253_402_300_800
-#: Seconds, some 30 million years: no calendar is asked for moments farther from 1970, and longer
-#: times are not counted in days.
+#: The limit in seconds (some 30 million years) from which a timestamp is shown as a number and not
+#: as a date, and a duration in seconds and not in days.
 FARTHEST = 1e15
 
 
 def moment(epoch: float) -> str:
-    """For people: UTC, to the second."""
+    """Format a timestamp for people: date and time in UTC, to the second."""
     found = _calendar(epoch)
     return found if isinstance(found, str) else _to_the_second(*found)
 
 
 def short_moment(epoch: float, now: float) -> str:
-    """The same, without what goes without saying: the day where it is today's."""
+    """Format a timestamp for people in a short form: only the time if it is today.
+
+    On other days it is the date and the time without seconds.
+
+    :param now: the present time, in seconds since 1970.
+    """
     found, today = _calendar(epoch), _calendar(now)
     if isinstance(found, str):
         return found
@@ -36,8 +43,10 @@ def short_moment(epoch: float, now: float) -> str:
 
 
 def iso(epoch: float) -> str:
-    """For programs: ISO 8601, whose years have a sign and six digits or more beyond 9999; else
-    ``infinity``, ``-infinity`` or ``nan``.
+    """Format a timestamp for programs, by ISO 8601.
+
+    Years outside 1 to 9999 have a sign and at least six digits. Timestamps that no calendar has
+    become ``infinity``, ``-infinity``, ``nan`` or a number of seconds since 1970.
     """
     found = _calendar(epoch)
     if isinstance(found, str):
@@ -48,18 +57,19 @@ def iso(epoch: float) -> str:
 
 
 def is_usual(epoch: float) -> bool:
-    """Whether a moment is in the years 1 to 9999."""
+    """Return whether a timestamp is in the years 1 to 9999."""
     return _FIRST <= epoch < _END
 
 
 def seconds(length: float) -> str:
-    """A length of time in whole seconds."""
+    """Format a duration in whole seconds."""
     return f"{length:.0f} s" if abs(length) < FARTHEST else f"{length:g} s"
 
 
 def span(length: float) -> str:
-    """A length of time for people: one unit and about two digits, because a page that refreshes
-    would flicker with more.
+    """Format a duration for people, with one unit and about two digits.
+
+    With more digits, a page that refreshes would change too often to be read.
     """
     if not abs(length) < FARTHEST:
         return seconds(length)
@@ -71,18 +81,20 @@ def span(length: float) -> str:
 
 
 def took(length: float) -> str:
-    """How long a run took, which is often less than a second."""
+    """Format a run's duration for people; it is often less than a second, so it has two digits."""
     return f"{max(0.0, length):.2g} s" if length < 9.5 else span(length)
 
 
 def ago(then: float, now: float) -> str:
-    """How long ago a moment was."""
+    """Format for people how long ago a timestamp was: ``just now``, ``5 min ago``."""
     return "just now" if now - then < 1 else f"{span(now - then)} ago"
 
 
 def _calendar(epoch: float) -> tuple[datetime, int] | str:
-    """A moment as the same one within the years 1 to 9999, and by how many cycles it was moved; as
-    a text, if it is none.
+    """Convert a timestamp to a ``datetime`` and a number of 400-year cycles to add to it.
+
+    The cycles are 0 for the years 1 to 9999. A timestamp that no calendar has becomes a text
+    instead.
     """
     try:
         return datetime.fromtimestamp(epoch, UTC), 0
@@ -97,7 +109,7 @@ def _calendar(epoch: float) -> tuple[datetime, int] | str:
 
 
 def _to_the_second(at: datetime, cycles: int) -> str:
-    # Not strftime, which takes several times as long: a page shows thousands of moments.
+    # isoformat is several times as fast as strftime, and a page shows thousands of timestamps.
     return _year(at, cycles) + at.isoformat(" ", "seconds")[4:19]
 
 

@@ -1,8 +1,8 @@
-"""Texts that every database can hold, whatever its encoding, and JSON made of such texts.
+"""Convert texts, and JSON documents, to a form that every database can hold in any encoding.
 
-A task's id, a holder's name or the text of an error comes from outside and may contain anything: a
-NUL, half of a surrogate pair, letters that the database's encoding does not have. None of that may
-keep a run from being recorded.
+A task's id, a holder's name or an error's text comes from outside and may contain any character: a
+NUL, half of a surrogate pair, letters that the database's encoding does not have. A run must be
+recorded in spite of such characters.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ def storable(text: str) -> str: ...
 @overload
 def storable(text: None) -> None: ...
 def storable(text: str | None) -> str | None:
-    r"""A text of printable ASCII characters: ``Łódź`` becomes ``\u0141\xf3d\u017a``.
+    r"""Escape a text, so that it has only printable ASCII characters.
 
-    Different texts stay different, and :func:`restored` brings each one back.
+    ``Łódź`` becomes ``\u0141\xf3d\u017a``. Different texts get different results, and
+    :func:`restored` converts each result back. ``None`` stays ``None``.
     """
     if text is None or (text.isascii() and text.isprintable() and "\\" not in text):
         return text
@@ -37,14 +38,14 @@ def restored(text: str) -> str: ...
 @overload
 def restored(text: None) -> None: ...
 def restored(text: str | None) -> str | None:
-    """The text that :func:`storable` was given."""
+    """Return the text from which :func:`storable` made this one; ``None`` stays ``None``."""
     if text is None or "\\" not in text:
         return text
     return _ESCAPED.sub(lambda found: found[0].encode().decode("unicode_escape"), text)
 
 
 def to_json(document: Any) -> str:
-    """JSON in ASCII, also of texts that are not well-formed."""
+    """Encode a document as JSON in ASCII, even if its texts contain halves of surrogate pairs."""
     try:
         text = msgspec.json.encode(document).decode()
     except UnicodeEncodeError:
@@ -55,14 +56,15 @@ def to_json(document: Any) -> str:
 
 
 def from_json(raw: str, decoder: msgspec.json.Decoder[T]) -> T:
-    """What :func:`to_json` was given.
+    """Decode a document that :func:`to_json` encoded.
 
-    :raises ValueError: the text is not such JSON.
+    :param decoder: the decoder of the document's type.
+    :raises ValueError: the text is not JSON of that type.
     """
     try:
         return decoder.decode(raw)
     except msgspec.DecodeError as error:
         if isinstance(error, msgspec.ValidationError):
             raise
-        # Only Python's own parser reads half of a surrogate pair.
+        # msgspec refuses halves of surrogate pairs, and Python's own parser accepts them.
         return msgspec.convert(json.loads(raw), decoder.type)

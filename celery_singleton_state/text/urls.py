@@ -1,4 +1,4 @@
-"""How URLs are shown: never with a password."""
+"""Show URLs in errors, logs and reports without their passwords."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from sqlalchemy import URL
 
 from celery_singleton_state.compat import hide_in_reports
 
-#: Settings that hold a URL, and names that are mistyped for them, as a part of Celery's pattern for
-#: settings that it hides.
+#: A pattern for the names of settings whose values Celery must hide, because they may be URLs with
+#: passwords. It also matches misspelled names of such settings.
 _HIDDEN = r"SINGLETON_\w*(URL|URI|DSN|STORE|LEASE(?!_TTL))"
-#: What a text without a secret does not have: a URL, a connection string or a repr of either has.
+#: Each URL and each connection string has one of these characters. A text without them cannot be
+#: one, and so has no password in it.
 _MAY_BE_SECRET = re.compile("[@:=]")
 _SCHEME = re.compile(r"\w[\w+.-]*://")
 
-#: What to write where a URL cannot be read.
+#: The advice in errors about a URL that cannot be parsed.
 ENCODED = (
     "in the user and the password, @ : / ? # % are written as %40 %3A %2F %3F %23 %25 "
     "(urllib.parse.quote_plus)"
@@ -25,22 +26,26 @@ ENCODED = (
 
 
 def hide_settings() -> None:
-    """Have `celery report`, `celery inspect conf` and `app.conf.humanize()` hide our URLs.
+    """Make `celery report`, `celery inspect conf` and `app.conf.humanize()` hide our URLs.
 
-    Celery hides the values of settings whose names match a pattern, which has no place for more
-    names. The values themselves stay texts, because users read them.
+    Celery hides the values of settings whose names match a pattern. Celery offers no way to add
+    names, so this replaces the pattern by a longer one. The settings' values stay plain texts,
+    because users read them.
     """
     hidden = getattr(utils, "HIDDEN_SETTINGS", None)
     if isinstance(hidden, re.Pattern) and _HIDDEN not in hidden.pattern:
         more = re.compile(f"{hidden.pattern}|{_HIDDEN}", hidden.flags)
         utils.HIDDEN_SETTINGS = more  # type: ignore[attr-defined]  # missing in celery-types
-        # A dict would be searched for such names among its own keys.
+        # Otherwise Celery would show a setting whose value is a dict: it searches the dict's own
+        # keys for such names instead.
         hide_in_reports(re.compile(_HIDDEN, hidden.flags))
 
 
 def shown(value: Any) -> str:
-    """The value of a setting that should be a URL and is not, for an error: as it is if it can
-    have no password in it, else only what it begins with.
+    """Format a setting's value that should be a URL but is not, for an error's text.
+
+    If the value may contain a password, only its scheme is shown (``'redis://…'``), or nothing of
+    it (``'…'``).
     """
     text = value if isinstance(value, str) else repr(value)
     if not _MAY_BE_SECRET.search(text):
@@ -50,6 +55,6 @@ def shown(value: Any) -> str:
 
 
 def shown_url(url: URL) -> str:
-    """A database's URL without its password and the values of its options."""
+    """Format a database's URL without its password and its options."""
     text = url.set(query={}).render_as_string()
     return f"{text}?…" if url.query else text

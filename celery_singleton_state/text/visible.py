@@ -1,11 +1,11 @@
-"""Texts of users made safe to show: names, states, errors and arguments can hold anything.
+"""Make users' texts safe to show: names, states, errors and arguments can contain any character.
 
-A terminal obeys the control characters in what it prints, and an override of the writing direction
-garbles what stands around it. So every character that is not seen is written as an escape that
-Python reads: ``\\x1b``, ``\\u202e``. What programs read is never changed this way.
+A terminal obeys the control characters in the text that it prints, and a character that overrides
+the writing direction garbles the text around it. So every invisible character is shown as Python's
+escape for it: ``\\x1b``, ``\\u202e``. Output for programs is never changed this way.
 
-The same holds for the log: a line break in a key or an error's text would begin a line that nobody
-wrote. So the package's modules have their loggers from :func:`logger_of`.
+The log needs this as well: a line break in a key or in an error's text would forge a line of the
+log. So all modules of this package get their loggers from :func:`logger_of`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Generator
 from traceback import TracebackException
 from typing import Any
 
-#: Characters that Unicode counts as printable, and that are seen as nothing.
+#: Characters that Unicode counts as printable although they are invisible.
 _BLANK = re.compile(
     "["
     "\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2d7f\u3164\ufe00-\ufe0f\uffa0"  # joiners, fillers
@@ -24,19 +24,20 @@ _BLANK = re.compile(
     "\u2800\ufffc\U0001d159"  # symbols without ink: of Braille, of an object, of a note
     "]"
 )
-#: An escape as :func:`as_printed` writes it, of a surrogate aside: no row's name has one.
+#: An escape that :func:`as_printed` can write. Escapes of surrogates are left out, because no row's
+#: name has a surrogate.
 _ESCAPE = re.compile(
     r"\\(x(?:[01][0-9a-f]|20|5c|7f|[89a-f][0-9a-f])"
     r"|u(?!00|d[89a-f])[0-9a-f]{4}|U(?:000[1-9a-f]|0010)[0-9a-f]{4})"
 )
-#: Arguments that are no texts, and have none.
+#: Types of a log record's arguments whose texts have visible characters only.
 _PLAIN = (bool, int, float, type(None))
 
 
 def visible(text: str, keep: str = "") -> str:
-    """A text without a character that does anything but be seen.
+    """Replace each invisible character of a text by an escape.
 
-    :param keep: characters that may stay nevertheless, such as the ends of lines.
+    :param keep: invisible characters that are kept, such as line breaks.
     """
     if text.isprintable() and (text.isascii() or not _BLANK.search(text)):
         return text
@@ -45,9 +46,10 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def as_printed(name: str) -> str:
-    """A name as all commands print it; no two names are printed the same.
+    """Format a singleton's name as all commands print it; different names get different texts.
 
-    So a backslash that begins an escape by chance is written as one.
+    Invisible characters, and spaces at either end, become escapes. If the name itself contains a
+    text that looks like such an escape, its backslash becomes ``\\x5c``.
     """
     if "\\" in name:
         name = _ESCAPE.sub(r"\\x5c\1", name)
@@ -61,22 +63,29 @@ def as_printed(name: str) -> str:
 
 
 def names_meant(typed: str) -> list[str]:
-    """The names that somebody may mean who types one: as it is printed, else as it is."""
+    """Return the names that a user may mean who types this text, the likeliest first.
+
+    The first is the name that :func:`as_printed` prints as this text. The second is the text
+    itself.
+    """
     meant = _ESCAPE.sub(lambda found: chr(int(found[1][1:], 16)), typed)
-    # Bytes that are not text are escaped in keys, too.
+    # Python reads typed bytes that are no valid text as surrogates. A key has escapes instead.
     return list(dict.fromkeys(encodable(each) for each in (meant, typed)))
 
 
 def encodable(text: str, encoding: str = "utf-8") -> str:
-    """A text with what the encoding does not have as escapes; UTF-8 lacks halves of surrogate
-    pairs.
+    """Escape the characters of a text that an encoding does not have.
+
+    UTF-8 lacks only the halves of surrogate pairs.
     """
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def as_json(document: str, encoding: str = "utf-8") -> str:
-    """An equal JSON document in which all characters are seen, and which the encoding has: the
-    others are escaped as JSON escapes them.
+    """Escape, by JSON's own escapes, characters of a JSON document that cannot be shown.
+
+    These are the invisible characters, and those that the encoding does not have. The result is an
+    equal JSON document.
     """
     hidden = (
         each for each in set(document) if not _is_seen(each) or encodable(each, encoding) != each
@@ -97,16 +106,16 @@ def _escape(character: str) -> str:
 
 def _json_escape(character: str) -> str:
     if character in "\t\n\r":
-        return " "  # in valid JSON they stand between the values only
+        return " "  # valid JSON has these characters between values only
     units = character.encode("utf-16-be", "surrogatepass").hex()
     return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))
 
 
 def logger_of(name: str) -> logging.Logger:
-    """The logger of one of the package's modules.
+    """Return the logger of a module, which escapes invisible characters in its records.
 
-    Each has the filter of its own, because the filters of a parent are not asked for records of its
-    children.
+    Each logger needs the filter, because Python does not apply a parent logger's filters to the
+    records of its children.
     """
     logger = logging.getLogger(name)
     logger.addFilter(_make_visible)
@@ -114,25 +123,29 @@ def logger_of(name: str) -> logging.Logger:
 
 
 def _make_visible(record: logging.LogRecord) -> bool:
-    """Have the record's arguments and traceback shown without a character that is not seen."""
+    """Escape the invisible characters in a log record's arguments and traceback; always true."""
     if isinstance(record.args, tuple):
         record.args = tuple(map(_shown, record.args))
     elif record.args:
         record.args = {name: _shown(each) for name, each in record.args.items()}
     if record.exc_info and record.exc_info[1] is not None:
-        # Formatters take this text for their own.
+        # Formatters use this text instead of formatting the traceback themselves.
         record.exc_text = _traceback(record.exc_info[1])
     return True
 
 
 def _shown(argument: Any) -> Any:
-    """The argument itself, if it is shown as it is; so handlers get numbers and plain texts."""
+    """Wrap a log record's argument if its text has invisible characters.
+
+    Other arguments are returned unchanged, so that handlers get numbers and plain texts.
+    """
     if isinstance(argument, _PLAIN):
         return argument
     try:
         shown = _Shown(argument)
     except Exception:
-        # It has no text. Handlers report that as they do for every logger.
+        # The argument has no text, because its `__str__` or `__repr__` raised. The handlers report
+        # that, as for every logger.
         return argument
     if type(argument) is str and shown.text == argument and shown.in_quotes == repr(argument):
         return argument
@@ -140,7 +153,7 @@ def _shown(argument: Any) -> Any:
 
 
 class _Shown:
-    """An argument as its texts, which ``%s`` and ``%r`` ask for."""
+    """A log record's argument with escaped texts for ``%s`` and ``%r``."""
 
     __slots__ = ("in_quotes", "text")
 
@@ -162,7 +175,7 @@ def _traceback(error: BaseException) -> str:
 
 
 def _show_in(found: TracebackException) -> None:
-    """Have this error's text, and those of its causes and its members, be one line each."""
+    """Make a traceback show the text of its error, and of each cause and member, as one line."""
     found.__class__ = _OfOneLine
     if found.__notes__:
         found.__notes__ = [visible(str(note)) for note in found.__notes__]
