@@ -1,1 +1,1 @@
-"""One delivery, from its call to the end of its run."""
+"""Running a singleton: one delivery, from the call of its task to the end of its run."""

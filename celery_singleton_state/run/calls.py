@@ -1,13 +1,17 @@
-"""Other classes' ``__call__`` beside the guard, which is :meth:`SingletonTask.__call__`.
+"""Task base classes with a ``__call__`` of their own, and how their calls reach the guard.
 
-Flask's documentation, and Celery's, show a base class that opens a context around each task: its
-``__call__`` ends in ``super().__call__(...)`` or in ``self.run(...)``. There are three cases:
+The guard is :meth:`SingletonTask.__call__`. Flask's documentation, and Celery's, show a base class
+that opens a context around each task: its ``__call__`` ends with ``super().__call__(...)`` or with
+``self.run(...)``. There are three cases:
 
-- Such a class stands *behind* ours in the method resolution order. The guard calls it as the body.
-- It stands *before* ours and ends in ``super().__call__``. It reaches the guard by itself.
-- It stands before ours and ends in ``self.run``, which would go past the guard. Therefore the
-  ``run`` of such a task leads to the guard (:class:`GuardedRun`), but only from a call of the task
-  that has not reached the guard yet. In the body, or called by a test, it is the user's function.
+- The class comes *after* ``SingletonTask`` in the method resolution order. The guard calls the
+  class's ``__call__`` as the body.
+- The class comes *before* ``SingletonTask`` and ends with ``super().__call__``. This call reaches
+  the guard without our help.
+- The class comes before ``SingletonTask`` and ends with ``self.run``, which would bypass the guard.
+  Therefore ``run`` of such a task leads to the guard (:class:`GuardedRun`), but only in a call of
+  the task that has not reached the guard yet. In the body, or in a test, ``run`` is the user's
+  function.
 """
 
 from __future__ import annotations
@@ -30,21 +34,22 @@ logger = logger_of(__name__)
 
 
 class _Call:
-    """A call of a task whose class has a ``__call__`` of its own before the guard."""
+    """One call of a task with a base class whose ``__call__`` runs before the guard."""
 
     def __init__(self, task: Any) -> None:
         self.task = task
-        #: Whether it is in the guard, and whether it ever was.
+        #: Whether the call is in the guard now, and whether it has ever been.
         self.is_guarded = self.was_guarded = False
 
 
 _current: ContextVar[_Call | None] = ContextVar("celery_singleton_state_call", default=None)
-#: All calls of this process, for a thread that a ``__call__`` started: it has no context.
+#: All such calls of this process. A thread that a ``__call__`` started does not have the context in
+#: :data:`_current`, and finds its call here.
 _calls: list[_Call] = []
 
 
 def _unguarded_call(task: Any) -> _Call | None:
-    """The call of this task that the calling code is in, if it has not reached the guard."""
+    """Return the call of this task that the calling code is in, unless it has reached the guard."""
     current = _current.get()
     candidates = [current] if current is not None else list(_calls)
     return next((call for call in candidates if call.task is task and not call.is_guarded), None)
@@ -52,7 +57,7 @@ def _unguarded_call(task: Any) -> _Call | None:
 
 @contextmanager
 def in_guard(task: Any) -> Iterator[None]:
-    """The part of a task's call from the guard on."""
+    """Mark the current call of a task, if there is one, as in the guard while the block runs."""
     call = _unguarded_call(task)
     if call is None:
         yield
@@ -65,18 +70,21 @@ def in_guard(task: Any) -> Iterator[None]:
 
 
 def has_call_behind(task: type, guard: type) -> bool:
-    """Whether a class behind the guard's has a ``__call__`` which is not Celery's own."""
+    """Return whether a base class after ``guard`` has a ``__call__`` that is not Celery's own.
+
+    :param guard: the class whose ``__call__`` is the guard.
+    """
     behind = task.__mro__[task.__mro__.index(guard) + 1 :]
     return next(each for each in behind if "__call__" in vars(each)) is not Task
 
 
 def guard_calls(task: Any, guard: type) -> bool:
-    """Have all calls of a task class reach the guard.
+    """Make sure that all calls of a task class reach the guard.
 
     :param guard: the class whose ``__call__`` is the guard.
-    :returns: whether a class with a ``__call__`` of its own stands before it.
-    :raises ImproperlyConfigured: a class with a ``__call__`` of its own stands before the guard,
-        and the guard could not surround the body.
+    :returns: whether another class's ``__call__`` runs before the guard.
+    :raises ImproperlyConfigured: another class's ``__call__`` runs before the guard, in a way that
+        the guard could not surround the body.
     """
     first = next(each for each in task.__mro__ if "__call__" in vars(each))
     if first is guard:
@@ -93,8 +101,8 @@ def _refuse_unguardable(task: Any, first: type, guard: type) -> None:
     static = function_of(task)
     if static is vars(Task)["run"]:
         raise ImproperlyConfigured(
-            f"task {task.name}: {first.__name__}.__call__ does the work itself, without a lease; "
-            "name that method run"
+            f"task {task.name}: {first.__name__}.__call__ does the work itself, without the lease; "
+            "rename that method to run"
         )
     function = inspect.unwrap(getattr(static, "__func__", static))
     kinds = (
@@ -106,17 +114,17 @@ def _refuse_unguardable(task: Any, first: type, guard: type) -> None:
         return
     name = first.__name__
     if issubclass(first, guard):
-        advice = f"move its __call__ to a class that stands behind {guard.__name__} in the bases"
+        advice = f"move its __call__ to a class that comes after {guard.__name__} in the bases"
     else:
         advice = f"write {guard.__name__} before it in the bases: ({guard.__name__}, {name})"
     raise ImproperlyConfigured(
         f"task {task.name}: its body is asynchronous or a generator, so {name}.__call__ would run "
-        f"it when the lease is released already; {advice}"
+        f"it after the release of the lease; {advice}"
     )
 
 
 def _noting(task: Any) -> Callable[..., Any]:
-    """The task class's ``__call__``, which notes each call until it has reached the guard."""
+    """Make the task class's ``__call__``, which registers each call so that ``run`` can find it."""
     own = vars(task).get("__call__")
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
@@ -141,20 +149,24 @@ def _noting(task: Any) -> Callable[..., Any]:
 
 @functools.cache
 def _warn_of_unguarded(name: str) -> None:
-    """Warn, once for each task: calls that do not run the body are allowed."""
+    """Warn, once for each task, of a call that has not reached the guard.
+
+    This is no error, because a ``__call__`` may choose not to run the body.
+    """
     logger.warning(
-        "task %s: the __call__ of its class ended without self.run(...) or super().__call__(...); "
-        "nothing was guarded by the lease",
+        "task %s: the __call__ of its class ended without self.run(...) or super().__call__(...), "
+        "so the lease did not guard what it did",
         name,
     )
 
 
 class GuardedRun:
-    """The ``run`` of a task class whose calls may come here without having passed the guard.
+    """A descriptor in place of a task class's ``run``, which leads unguarded calls to the guard.
 
-    Celery's ``autoretry_for`` and mocks set ``run`` on the task itself; that one is guarded, too.
+    Celery's ``autoretry_for`` and mocks set ``run`` on the task itself. Such a ``run`` is guarded,
+    too.
 
-    :param static: the class's ``run``, as it stands in the class.
+    :param static: the class's original ``run``, as ``inspect.getattr_static`` gives it.
     """
 
     def __init__(self, static: Any) -> None:
@@ -176,7 +188,10 @@ class GuardedRun:
             raise AttributeError("run")
 
     def _of_class(self, owner: type[Any]) -> Any:
-        """What ``type(self).run`` is: called with the task, or of a static method without it."""
+        """Make the value of ``type(self).run``, which is called with the task as first argument.
+
+        If ``run`` is a static method, it is called without the task.
+        """
         function = _bound(self.unguarded, None, owner)
         given = 1 if function is self.unguarded else 0
 
@@ -192,7 +207,10 @@ class GuardedRun:
 
 
 class _BoundRun:
-    """The ``run`` of a task: the body, or the way to the guard."""
+    """The ``run`` of one task: it calls the guard if the task's call has not reached the guard yet.
+
+    Otherwise it calls the body.
+    """
 
     def __init__(self, task: Any, body: Callable[..., Any]) -> None:
         self._task = task
@@ -212,20 +230,22 @@ class _BoundRun:
 
 
 def _bound(static: Any, task: Any, owner: type) -> Any:
-    """An attribute of a class as the task, or with ``None`` the class, has it."""
+    """Bind an attribute of a class to a task; to the class if ``task`` is ``None``."""
     get = getattr(type(static), "__get__", None)
     return static if get is None else get(static, task, owner)
 
 
 def keep_class_of_app(task: Any) -> None:
-    """Make a task of the app's own task class, too: ``Celery(task_cls=...)``, ``app.Task``.
+    """Add the app's own task class to the bases of a singleton's class.
 
-    Celery's ``base=`` replaces that class. With ``base=SingletonTask`` the context that it opens
-    around all tasks would be missing, or Django's ``delay_on_commit``. The app's class is put
-    behind ours, so that the guard calls its ``__call__`` as the body.
+    The app's class is that of ``Celery(task_cls=...)`` or ``app.Task``. Celery's ``base=`` replaces
+    it. So with ``base=SingletonTask`` a task would lack what that class does: the context that it
+    opens around all tasks, or Django's ``delay_on_commit``. The app's class comes after
+    ``SingletonTask``, so that the guard calls its ``__call__`` as the body.
 
-    :param task: a class that is just being made. One that Celery's decorator does not make is left
-        as it is.
+    :param task: a class that is just being made. It stays as it is unless Celery's decorator makes
+        it.
+    :raises ImproperlyConfigured: Python cannot combine the two classes.
     """
     app = vars(task).get("app")
     if not isinstance(app, Celery) or not is_made_by_decorator(task):

@@ -1,8 +1,15 @@
-"""What a delivery does that finds the lease taken: one function for each policy.
+"""Conflicts: what to do when a delivery finds the lease taken, by one function for each policy.
 
-A policy ends the delivery by coming back, fails it by raising, or tries again: as a message of its
-own, which frees the worker, or in place where there is no message. How long it has waited it
-knows from what it waited for itself; time in a queue does not count.
+A policy's function has three ways to resolve a conflict:
+
+- It returns ``None``: the delivery ends, successfully.
+- It raises a ``LeaderHandoffFailed``: the delivery fails.
+- It tries again later. It requeues the message (and raises ``Ignore``), so that the worker is free
+  meanwhile. If there is no message that could be requeued, it returns the seconds until the next
+  try, which the caller waits.
+
+The time that a delivery has waited is the sum of the pauses that policies gave it. Other time in a
+queue does not count.
 """
 
 from __future__ import annotations
@@ -28,13 +35,15 @@ from celery_singleton_state.store.base import Row
 
 from .waiting import AFTER_EXPIRY, LONGEST_GRACE, NEXT_PAUSE, is_behind_another, send_to_wait
 
-#: Seconds before the second try of one that waits in place; doubled up to the longest, jittered.
+#: Seconds before the second try of a delivery that waits in this process, because it has no message
+#: to requeue. Later pauses grow up to LONGEST_WAIT, and all are jittered.
 FIRST_WAIT = 0.1
 LONGEST_WAIT = 4.0
-#: Seconds between two looks of one that asked the holder to hand over.
-HANDOVER_WAIT = 0.2
-#: Seconds after a hold period for which the message that waits for its end counts as queued: for
-#: longer than one that is next in line, by which it is told from that.
+#: Seconds between two tries of a delivery that has asked the holder to hand over.
+HANDOFF_WAIT = 0.2
+#: A message that waits for the end of a hold period counts as queued until this many seconds after
+#: that end. A message that is next in line counts as queued for a shorter time: this distinguishes
+#: the two.
 LIFE_AFTER_HOLD = NEXT_PAUSE + LONGEST_GRACE + LONGEST_WAIT
 
 
@@ -42,9 +51,10 @@ LIFE_AFTER_HOLD = NEXT_PAUSE + LONGEST_GRACE + LONGEST_WAIT
 class Conflict:
     """A delivery that found the lease of its singleton taken.
 
-    :param row: the row as it was seen just after; it may have changed since.
-    :param waited: seconds that it has waited in place.
-    :param asked_at: when it asked for the lease, on
+    :param row: the row as it was read just after the refusal; ``None`` if there was none.
+    :param args, kwargs: the arguments of the body.
+    :param waited: seconds that the delivery has waited in this process, without being requeued.
+    :param asked_at: when the delivery asked for the lease, on
         :data:`~celery_singleton_state.lease.lease.clock`.
     """
 
@@ -56,16 +66,16 @@ class Conflict:
     asked_at: float
 
     def time_left(self) -> float:
-        """Seconds that it may go on waiting.
+        """Return the seconds that the delivery may still wait; they are more than 0.
 
-        :raises LeaderHandoffFailed: none.
+        :raises LeaderHandoffFailed: the delivery has waited for its ``conflict_timeout``.
         """
         delivery = self.delivery
         left = delivery.conflict_timeout - delivery.waited - self.waited
         if left <= 0:
             raise LeaderHandoffFailed(
                 self.singleton,
-                f"not obtained within {delivery.conflict_timeout:g} s; {self.holder}",
+                f"lease not obtained within {delivery.conflict_timeout:g} s; {self.holder}",
             )
         return left
 
@@ -76,7 +86,7 @@ class Conflict:
 
     @property
     def holder(self) -> str:
-        """Who holds the lease, for how long, for people."""
+        """A text for people: which run holds the lease, and for how long."""
         row = self.row
         if row is None or row.expires_in is None:
             return "held by another run until a moment ago"
@@ -84,14 +94,15 @@ class Conflict:
             return f"in the hold period after its last run for {max(row.expires_in, 0):.1f} s more"
         return (
             f"held by {row.holder} for task {row.task_id or '(called directly)'}, "
-            f"lease runs out in {max(row.expires_in, 0):.1f} s unless renewed"
+            f"lease expires in {max(row.expires_in, 0):.1f} s unless renewed"
         )
 
 
 def skip(conflict: Conflict) -> None:
-    """The delivery succeeds with ``None``.
+    """Policy ``"skip"``: the delivery succeeds with ``None``.
 
-    :raises SingletonError: a try of an eager run whose earlier try failed: nothing was done.
+    :raises SingletonError: this is a retry of an eager run; its earlier error is raised again,
+        because the work was not done.
     """
     if conflict.delivery.earlier.error is not None:
         raise conflict.delivery.earlier.error
@@ -99,32 +110,36 @@ def skip(conflict: Conflict) -> None:
 
 
 def refuse(conflict: Conflict) -> None:
-    """The delivery fails."""
+    """Policy ``"raise"``: the delivery fails.
+
+    :raises LeaderHandoffFailed: always.
+    """
     raise LeaderHandoffFailed(conflict.singleton, conflict.holder)
 
 
 def wait(conflict: Conflict) -> float | None:
-    """The delivery is tried again until the lease is free."""
+    """Policy ``"wait"``: the delivery is tried again until it gets the lease or times out."""
     if can_be_sent_again(conflict.delivery.task, conflict.delivery.request):
         send_to_wait(conflict)
     waited = conflict.delivery.waited + conflict.waited
-    # Each wait is about as long as all before it.
+    # Each pause is about as long as all earlier pauses together.
     return _try_again(conflict, min(max(waited, FIRST_WAIT), LONGEST_WAIT))
 
 
 def replace(conflict: Conflict) -> float | None:
-    """The delivery gives up if a newer message came. Otherwise it asks the holder to stop, once,
-    and is tried again until the holder has stopped.
+    """Policy ``"replace"``: the delivery asks the holder to hand over, and is tried until it has.
+
+    The holder is asked once. If a newer message of the singleton has come, the delivery gives up.
     """
     row, delivery = conflict.row, conflict.delivery
     place = delivery.place
     if row is None:
-        return _try_again(conflict, HANDOVER_WAIT)
+        return _try_again(conflict, HANDOFF_WAIT)
     if is_older(delivery, row):
         _give_up(conflict, newest_in(row))
         return None
     if place.is_below(row):
-        # What came into the row since was no newer run, so the message is the newest still.
+        # The row's rank has grown, but not by a newer run. So this message is still the newest.
         place.rank = row.rank
         return 0.0
     if row.held and row.newest < (place.rank or row.next_rank):
@@ -133,16 +148,16 @@ def replace(conflict: Conflict) -> float | None:
         asking = delivery.request.id or a_direct_call()
         requests = delivery.store.requests
         if not requests.request_handoff(row, asking, place.rank, place.sent):
-            # Another message asked before, or the holder has changed: look again.
+            # Another message asked first, or the holder has changed: read the row again at once.
             place.rank = place.rank if had_rank else None
             return 0.0
-    return _try_again(conflict, HANDOVER_WAIT)
+    return _try_again(conflict, HANDOFF_WAIT)
 
 
 def _give_up(conflict: Conflict, newer: str) -> None:
-    """The delivery succeeds with ``None``, in favour of a newer message.
+    """End the delivery with ``None``, because a newer message replaces it.
 
-    :raises Ignore: its result is stored, by the run that the newer message replaced.
+    :raises Ignore: this message ran before and its result is stored, so it must not be overwritten.
     """
     delivery = conflict.delivery
     why = f"skipped: replaced by {newer}, which is newer"
@@ -153,24 +168,27 @@ def _give_up(conflict: Conflict, newer: str) -> None:
 
 
 def coalesce(conflict: Conflict) -> float | None:
-    """The delivery succeeds with ``None``, and one more run is sent when the lease is released."""
+    """Policy ``"coalesce"``: note a pending run in the row; the delivery succeeds with ``None``.
+
+    The holder sends that run when it releases the lease. In a hold period there is no holder. Then
+    the first message waits for the end of the period, and later messages rely on it.
+    """
     row, delivery = conflict.row, conflict.delivery
     if row is None:
         return 0.0
     requests = delivery.store.requests
     if row.in_hold_period:
-        # Nobody is there to send it: the first one waits for the end, the others rely on it.
         left = max(row.expires_in or 0.0, 0.0)
         if not can_be_sent_again(delivery.task, delivery.request):
             return _try_again(conflict, left)
         task_id, life = str(delivery.request.id), left + LIFE_AFTER_HOLD
-        # A run that has begun since says nothing of the arguments of this message.
+        # A run that has begun since does not count, because its arguments may be other ones.
         found = claim(delivery.task, row.key, task_id, life, beside_run=True)
         if found in (None, task_id) or is_behind_another(row, task_id):
             send_again(delivery.task, delivery.request, delivery.name, left)
     elif not requests.request_run(row, pending_run_for(delivery, conflict.args, conflict.kwargs)):
         return 0.0
-    _emit_skipped(conflict, "skipped, and one more run is wanted")
+    _emit_skipped(conflict, "skipped, and one more run is pending")
     return None
 
 
@@ -179,16 +197,18 @@ def _emit_skipped(conflict: Conflict, what: str) -> None:
 
 
 def _try_again(conflict: Conflict, pause: float) -> float:
-    """Send the message again, or return the seconds after which to try in place.
+    """Requeue the message, or return the seconds until the caller should try again.
 
-    :raises LeaderHandoffFailed: it has waited for as long as it may.
+    :param pause: seconds until the next try, before jitter and limits.
+    :raises Ignore: the message was requeued.
+    :raises LeaderHandoffFailed: the delivery has waited for its ``conflict_timeout``.
     """
     delivery = conflict.delivery
     waited = delivery.waited + conflict.waited
     left = conflict.time_left()
     pause *= random.uniform(0.75, 1.25)
     if conflict.row is not None and conflict.row.held:
-        # A holder that died is succeeded when its lease runs out, and not when the wait is over.
+        # If the holder has died, its lease is free when it expires. The pause must not be longer.
         pause = min(pause, (conflict.row.expires_in or 0.0) + AFTER_EXPIRY)
     pause = min(pause, left)
     if can_be_sent_again(delivery.task, delivery.request):
@@ -202,8 +222,8 @@ def _try_again(conflict: Conflict, pause: float) -> float:
     return pause
 
 
-#: The policies that ``on_conflict`` names. One that wants another try in place returns the seconds
-#: until then.
+#: The function of each value of the option ``on_conflict``. It returns the seconds until the next
+#: try in this process; ``None`` if the delivery has ended.
 POLICIES: Mapping[str, Callable[[Conflict], float | None]] = {
     "skip": skip,
     "wait": wait,

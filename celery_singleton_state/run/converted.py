@@ -1,4 +1,4 @@
-"""The arguments that a body sees where Celery converts them: ``pydantic=True``."""
+"""Argument conversion: what Celery's ``pydantic=True`` makes of a message's arguments."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Converter = Callable[[Any, Any], Arguments]
 
 
 def converter_of(task: Any) -> Converter | None:
-    """A function from the arguments of a message to those that the task's body sees.
+    """Return a function that converts a message's arguments as Celery does for the task's body.
 
-    It is Celery's own wrapper, with another function in the body's place, so that its rules are
-    those of this version of Celery, and of ``pydantic_strict`` and ``pydantic_context``. It raises
-    what the wrapper raises.
+    It is Celery's own wrapper around the body, with another function in place of the body. So the
+    conversion is that of the installed Celery, with the task's ``pydantic_strict`` and
+    ``pydantic_context``, and raises the same errors.
 
-    :returns: ``None`` if Celery does not convert them.
-    :raises ImproperlyConfigured: it does, in a way that is not known here.
+    :returns: ``None`` if Celery does not convert the task's arguments.
+    :raises ImproperlyConfigured: this version of Celery converts them in an unknown way.
     """
     static = function_of(task)
     try:
         convert = converter_in(getattr(static, "__func__", static))
     except LookupError:
         raise ImproperlyConfigured(
-            f"task {task.name}: how this version of Celery converts arguments (pydantic=True) is "
-            "not known; convert them in the body"
+            f"task {task.name}: this version of Celery converts arguments (pydantic=True) in an "
+            "unknown way; leave pydantic=True out and convert the arguments in the body"
         ) from None
     if convert is None:
         return None

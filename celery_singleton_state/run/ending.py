@@ -1,4 +1,4 @@
-"""How a run ends: what its row notes of that, and what it knows of ticks from then on."""
+"""The end of a run: its outcome, and the record of ended ticks that its row keeps."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from celery_singleton_state.ticks_done import EntryTicks
 
 logger = logger_of(__name__)
 
-#: How many spans of ticks a row keeps of one entry: with conflicts that wait, messages of ticks can
-#: overtake each other; elsewhere a gap is nearly always a tick that was skipped.
+#: The largest number of spans of done ticks that a row keeps for one schedule entry. It is larger
+#: with the policies "wait" and "replace", because there messages of ticks can overtake each other
+#: and leave gaps. With other policies, a gap is nearly always a skipped tick.
 SPANS_OF_WAITING, SPANS = 1000, 300
 
 
 def outcome_of(error: BaseException, delivery: Delivery, is_replaced: bool) -> Outcome:
-    """How a run ends whose body raised.
+    """Return the outcome of a run whose body raised an error.
 
     :param is_replaced: whether the body has replaced itself.
     """
@@ -38,12 +39,12 @@ def outcome_of(error: BaseException, delivery: Delivery, is_replaced: bool) -> O
 
 
 def is_of_lease(error: BaseException, delivery: Delivery) -> bool:
-    """Whether the run ends because it has no lease any more, or gives it up."""
+    """Return whether the error says that this singleton lost its lease or hands it over."""
     return isinstance(error, HeartbeatFailed) and error.singleton == delivery.name
 
 
 def is_for_good(error: BaseException, delivery: Delivery) -> bool:
-    """Whether the message does not come again after this error."""
+    """Return whether the message does not come again after this error."""
     if isinstance(error, Reject):
         return not getattr(error, "requeue", False)
     if isinstance(error, Retry) or not isinstance(error, Exception) or means_to_kill(error):
@@ -61,15 +62,16 @@ def ticks_after(
     is_replaced: bool,
     continues: bool,
 ) -> str | None:
-    """What the row is to know of ticks; ``None`` if the run changes nothing of it.
+    """Return the row's new record of ended ticks; ``None`` if the run does not change it.
 
-    The tick of a run that lost its lease has not ended: the beat sends it again. One that was
-    asked to hand over to a newer message does not come again.
+    If a run lost its lease, its tick has not ended, and the beat sends the tick again. If the run
+    was asked to hand over to a newer message, its tick has ended and does not come again.
 
-    :param raw: what the row knows before.
+    :param entry: the run's entry in the history.
+    :param raw: the record in the row before, as JSON.
     :param was_replaced: whether the run was asked to hand over.
-    :param is_replaced: whether its body has replaced itself.
-    :param goes_on: whether the tick then ends with the message that replaces the run.
+    :param is_replaced: whether the run's body has replaced itself.
+    :param continues: whether the tick then continues in the message that replaces the run.
     """
     tick, outcome = entry.tick, entry.outcome
     if tick is None or (outcome == Outcome.LOST and not was_replaced):
@@ -95,8 +97,8 @@ def _with_done(delivery: Delivery, before: EntryTicks, tick: Tick) -> EntryTicks
     if kept is not after:
         logger.log(
             logging.WARNING if waits else logging.INFO,
-            "singleton %s: too many ticks of %s are missing among those that are done; the "
-            "oldest missing ones count as done from now on",
+            "singleton %s: the record of done ticks of schedule entry %s has too many gaps; from "
+            "now on the oldest missing ticks count as done",
             delivery.name,
             tick.entry,
         )

@@ -40,18 +40,22 @@ from .conflict import POLICIES, Conflict
 from .run import Run
 from .waiting import is_behind_another
 
-#: Seconds until a copy of a retry looks again whether the run that asked for it has ended.
+#: Seconds between two tries of a fan-out copy that arrived too early: its message is a retry, and
+#: the run that sent the retry has not ended yet.
 COPY_PAUSE = 0.2
-#: How often a lease that was free again by the time of a second look is asked for.
+#: The largest number of requests for a lease in one try. A request is repeated if the store refused
+#: it, but the row, read just after that, shows a free lease.
 ATTEMPTS = 3
 
 
 @dataclass(slots=True)
 class Claim:
-    """What a delivery has asked the store for.
+    """A delivery's request for the lease.
 
-    :param may_hold: whether the holder may have the lease: it has, or a request whose answer was
-        lost may have taken it.
+    :param body: the task's body.
+    :param holder: the name under which the delivery asks for the lease.
+    :param may_hold: whether this holder may have the lease: because it has, or because the answer
+        to a request was lost.
     """
 
     delivery: Delivery
@@ -63,9 +67,10 @@ class Claim:
 def deliver(delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run the body under the lease, or resolve a conflict, a duplicate or a redelivery.
 
-    :param body: called with the arguments.
-    :raises SingletonError: what went wrong.
-    :raises Ignore: the message is put back, or was done before.
+    :param body: the task's body; called with ``args`` and ``kwargs``.
+    :returns: the body's result, or what the conflict policy or the duplicate gives in its place.
+    :raises SingletonError: the delivery failed; the error's class gives the reason.
+    :raises Ignore: the message is requeued, or its work was done before.
     """
     if delivery.pause_left > 0:
         wait_on(delivery.task, delivery.request, delivery.name, delivery.pause_left)
@@ -75,7 +80,8 @@ def deliver(delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any
     except StoreError as error:
         raise _not_loaded(delivery, error) from error
     claim = Claim(delivery, body, runtime.new_holder(delivery.request.hostname))
-    # Noted before it is asked for: a process can die at any moment after that.
+    # The lease is noted before it is asked for, because the process can die at any time after the
+    # request.
     holder_record = HolderRecord(delivery.key, claim.holder, delivery.generation, delivery.sent)
     slot = runtime.holder_files.note(holder_record)
     runtime.under_way.add(claim.holder)
@@ -97,16 +103,21 @@ def deliver(delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any
 
 
 def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any]:
-    """Whether the delivery is over, and its result; or the seconds until it is tried again."""
+    """Try once to run the delivery.
+
+    :param waited: seconds that it has waited between the tries before this one.
+    :returns: true and the delivery's result; or false and the seconds until the next try.
+    """
     delivery = claim.delivery
     request, name = delivery.request, delivery.name
     if delivery.is_unrecorded:
-        # It need not take the lease, which would be in the way of a delivery that wants to run.
+        # If the work was done, the row says so. To acquire the lease first would only delay another
+        # delivery that wants to run.
         _wait_for_record(delivery, _peek(delivery))
     try:
         asked_at, acquired, row = _acquire(claim)
     except StateLoadFailed:
-        raise  # it is retried
+        raise  # the message is retried, so it stays queued
     except Exception:
         dequeue(delivery)
         raise
@@ -122,7 +133,7 @@ def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any
     if row is not None and row.held and row.task_id == request.id and delivery.is_copy:
         before = delivery.generation - 1
         if before >= 0 and not history.begun_by(entries, str(request.id), before, delivery.sent):
-            # A retry through the exchange can be here before the run that asked for it has ended.
+            # This message is a copy of a retry. The run that sent the retry has not ended yet.
             return False, COPY_PAUSE
         return True, _end_duplicate(delivery, None)
     if row is not None and row.held and _is_of_holder(row, request):
@@ -134,15 +145,15 @@ def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any
 
 
 def _is_of_holder(row: Row, request: Context) -> bool:
-    """Whether the lease is held for this message, or for one that it replaces.
+    """Return whether the lease is held for this message, or for a message that it replaces.
 
-    A replacement can be here before the run that it replaces has given its lease back.
+    A replacement can arrive before the run that it replaces has released the lease.
     """
     return row.task_id is not None and row.task_id in (request.id, header(request, REPLACES))
 
 
 def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: Any) -> Any:
-    """Run the body, unless its message or its tick was done before."""
+    """Run the body under the acquired lease, unless its message or tick was done before."""
     delivery = claim.delivery
     delivery.place.rank = acquired.lease.fence
     if delivery.options.enqueue_once:
@@ -157,7 +168,7 @@ def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: A
             if run.entries and delivery.request.id:
                 run.refuse_poison()
             return run.execute(claim.body, args, kwargs)
-        # Of a copy that is requeued nothing is noted: the lease is given back as it was.
+        # If this requeues the message, the run is not recorded: only its lease is released.
         wait_for_record(delivery, done, acquired.acquired_at)
         run.end_as_duplicate(done)
     finally:
@@ -166,7 +177,11 @@ def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: A
 
 
 def _not_loaded(delivery: Delivery, error: StoreError) -> SingletonError:
-    """The error of a delivery that the store did not serve: one that can pass is retried."""
+    """Make the error of a delivery whose request the store did not carry out.
+
+    It is ``SchemaDecodeFailed`` if the store cannot hold a value, else ``StateLoadFailed``, over
+    which the message is retried.
+    """
     is_of_value = isinstance(error, StoreRefusesValue)
     return (SchemaDecodeFailed if is_of_value else StateLoadFailed)(delivery.name, str(error))
 
@@ -179,9 +194,10 @@ def _peek(delivery: Delivery) -> Row | None:
 
 
 def _wait_for_record(delivery: Delivery, row: Row | None) -> history.Entry | None:
-    """The run that did what the message asks for, if the row knows one.
+    """Return the run that did the message's work, if the row's history has one.
 
-    :raises Ignore: it ended so recently that the message is requeued.
+    :raises Ignore: that run ended so recently that its result may not be stored yet; the message is
+        requeued.
     """
     if row is None:
         return None
@@ -191,11 +207,13 @@ def _wait_for_record(delivery: Delivery, row: Row | None) -> history.Entry | Non
 
 
 def _end_duplicate(delivery: Delivery, done: history.Entry | None, why: str = DONE_BEFORE) -> Any:
-    """End a message that was done before.
+    """End a message whose work was done before.
 
-    :param done: the run that did it, if it is known.
-    :raises Ignore: what comes after the first delivery is known to have happened; or the run sent
-        a message with its id, a replacement for instance, whose result it will be.
+    :param done: the run that did the work, if it is known.
+    :param why: the reason, for the event.
+    :returns: the message's result.
+    :raises Ignore: nothing more is to be done: Celery has stored the result and sent the rest of
+        the chain, or another message with the same task id will do so, a replacement for example.
     """
     request, tick, is_copy = delivery.request, delivery.tick, delivery.is_copy
     if is_copy:
@@ -216,7 +234,10 @@ def _end_duplicate(delivery: Delivery, done: history.Entry | None, why: str = DO
 
 
 def _conflict(conflict: Conflict) -> float | None:
-    """Do as the policy says; the message is queued no more unless it comes again."""
+    """Resolve a conflict by the task's policy.
+
+    :returns: seconds until the next try; ``None`` if the delivery has ended.
+    """
     delivery = conflict.delivery
     policy = delivery.on_conflict
     if not (delivery.waited or conflict.waited):
@@ -224,7 +245,7 @@ def _conflict(conflict: Conflict) -> float | None:
     try:
         again = POLICIES[policy](conflict)
     except (Ignore, Reject, Retry):
-        raise  # it comes again
+        raise  # the message comes again or was replaced, so it is not dequeued
     except StoreError as error:
         raise _not_loaded(delivery, error) from error
     except Exception:
@@ -236,13 +257,15 @@ def _conflict(conflict: Conflict) -> float | None:
 
 
 def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
-    """Take the lease; the row of whoever holds it where that fails.
+    """Acquire the lease, or read the row that says why it is not free.
 
-    A request whose answer was lost is repeated in the same holder's name, and so answered with
-    what it took already.
+    If the answer to a request is lost, the request is repeated in the same holder's name. Then the
+    answer names the lease that the first request may have taken.
 
-    :raises StateLoadFailed: the store is out of reach.
-    :raises SchemaDecodeFailed: the store can hold no such key, or no larger fence.
+    :returns: the clock just before the request; the lease, or ``None`` if it was refused; and the
+        row, or ``None`` if the lease was acquired or there is no row.
+    :raises StateLoadFailed: the store is unavailable.
+    :raises SchemaDecodeFailed: the store cannot hold such a key, or no larger fence.
     """
     delivery = claim.delivery
     until = clock() + delivery.first_ttl
@@ -256,8 +279,8 @@ def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
             asked_at, acquired = _ask(claim)
             if acquired is not None:
                 return asked_at, acquired, None
-            # A run's own retry can be here before that run has given its lease back, and must
-            # not be taken for a conflict when it has by now.
+            # The lease may have become free since the refusal. For example, a run's own retry can
+            # arrive just before that run releases the lease, and that must not count as a conflict.
             row = delivery.store.peek(delivery.key)
             if row is not None and row.held and not _is_freed(delivery, row):
                 break
@@ -269,7 +292,7 @@ def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
         try:
             return ask()
         except StoreUnavailable:
-            # The connection may have died in the pool: once more, over a new one.
+            # The pooled connection may have died, so the request is sent once more over a new one.
             if clock() >= until:
                 raise
             return ask()
@@ -278,10 +301,10 @@ def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
 
 
 def _still_taken(claim: Claim) -> Row | None:
-    """The row, if a message that waited must go on waiting.
+    """Return the row if a message that has waited must keep waiting; ``None`` if it should ask.
 
-    It only reads: of many messages that wait, few find the lease free. A free one is left to the
-    message that is next in line, but for the last try.
+    This only reads the row, because most tries of waiting messages find the lease taken. A free
+    lease is left to the message that is next in line, except in the last try.
     """
     delivery = claim.delivery
     if not delivery.waited or claim.may_hold:
@@ -296,17 +319,19 @@ def _still_taken(claim: Claim) -> Row | None:
 
 
 def _is_freed(delivery: Delivery, row: Row) -> bool:
-    """Free a lease that nobody runs under: its holder's process has died, or is this one and has
-    ended the run.
+    """Free a lease whose run has ended without a release; return whether it may be free now.
+
+    The holder's process has died, or it is this process, and its release has failed.
     """
     runtime = delivery.runtime
     return free_holder(runtime, row.holder) or free_own(runtime, row, delivery.store)
 
 
 def _ask(claim: Claim) -> tuple[float, Acquired | None]:
-    """Ask for the lease, for its short first life; confirm it if its whole life is longer.
+    """Ask for the lease with its short first life, and renew it if its whole life is longer.
 
-    :returns: the time before the request by which the lease is trusted, and the lease.
+    :returns: the clock just before the last request, from which the lease's life counts; and the
+        lease, or ``None`` if the store refused it.
     """
     delivery, store = claim.delivery, claim.delivery.store
     asked_at, may_have_held = clock(), claim.may_hold

@@ -1,23 +1,25 @@
-"""Interrupting the body of a run that is not to go on, and nothing but the body.
+"""Interrupt the body of a run that must end, and only the body.
 
-:exc:`RunInterrupted` is raised inside the body, by what the worker's pool offers:
+:exc:`RunInterrupted` is raised inside the body, in the way that the worker's pool allows:
 
-- *In the main thread* of a process (prefork, solo): by a signal's handler, so that a sleep and a
-  wait for a socket end as well. The signal is ``SIGURG``, which a process without a handler
-  ignores. A handler that is installed already is called, too.
+- *In the main thread* of a process (prefork, solo): a signal's handler raises it, so that it ends a
+  sleep and a wait for a socket, too. The signal is ``SIGURG``, because a process without a handler
+  ignores it. A handler that was installed before is called, too.
 - *In other threads*: CPython raises it before the thread's next bytecode. A call that waits in C
-  is interrupted when it returns.
-- *In greenlets* of gevent: the hub throws it, so that whatever waits is interrupted. A greenlet
-  that computes lets no other greenlet run, the heartbeat included.
+  code is interrupted when it returns.
+- *In greenlets* of gevent: the hub throws it, so that any wait is interrupted. A greenlet that
+  computes lets no other greenlet run, the heartbeat included, and so cannot be interrupted.
 
-Code that is not the body's may swallow the exception: a destructor, a callback of C code, an event
-loop. Therefore a thread raises it again and again until the body ends, but not while an earlier one
-is on its way out, because the body's ``finally`` blocks run then. At its end the body raises
-:exc:`HeartbeatFailed`: Celery never sees the private exception.
+Other code than the body may swallow the exception: a destructor, a callback of C code, an event
+loop. Therefore a thread raises it again and again until the body ends. It pauses while an earlier
+exception is on its way out of the body, because the body's ``finally`` blocks run then. When the
+body has ended, :exc:`HeartbeatFailed` is raised in its place: Celery never sees the private
+exception.
 
-What surrounds a body must not be interrupted: its own release, another task, a singleton that it
-calls. Therefore each thread keeps a stack of sections, which are bodies and what must not be
-interrupted, and is interrupted only while a body is on top.
+The code around a body must not be interrupted: the release of its lease, another task, the guard of
+a singleton that the body calls. Therefore each thread keeps a stack of sections. A section is a
+body, or a piece of code that must not be interrupted. A thread is interrupted only while a body is
+the innermost section.
 """
 
 from __future__ import annotations
@@ -41,23 +43,24 @@ from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 
-#: Seconds before a body is interrupted for the second time; then growing by the factor, to the
-#: limit.
+#: Seconds between the first and the second interruption of a body. Each further pause is longer by
+#: the factor PAUSE_GROWTH, up to LONGEST_PAUSE.
 FIRST_PAUSE = 0.05
 PAUSE_GROWTH = 1.1
 LONGEST_PAUSE = 1.0
 
-#: Seconds that a body has to tidy up before it is interrupted in that, too. They are limited
-#: because what runs then may hang: ``asyncio.run`` waits for its tasks, and the interruption may
-#: have hit the event loop just when it took up a step of one of them.
+#: Seconds that an interrupted body has for its ``except`` and ``finally`` blocks, before it is
+#: interrupted again. The time is limited because these blocks may hang: ``asyncio.run``, for
+#: example, waits for its tasks, and the interruption may have hit the event loop in the middle of a
+#: task's step.
 TIDY_UP = 10.0
-#: Seconds after which an interruption counts as swallowed that is referred to and not handled. A
-#: future may have taken it, or its traceback is part of a reference cycle.
+#: Seconds after which an interruption counts as swallowed, if its exception object still exists but
+#: no block of the body handles it. A future may keep the object, or a reference cycle may.
 KEPT = 1.0
 
-#: Functions in Python that take or give back a lock for their callers. To interrupt one of them
-#: would leave the lock held, and every other thread that wants it would hang: when it logs, or
-#: uses the same event, queue or semaphore, which are made of conditions.
+#: Functions in Python that acquire or release a lock for their callers. An interruption in one of
+#: them would leave the lock held. Then every other thread that wants the lock would hang: a thread
+#: that logs, or that uses the same event, queue or semaphore (they are made of conditions).
 _LOCKING = frozenset[CodeType](
     function.__code__
     for function in (
@@ -74,16 +77,17 @@ _LOCKING = frozenset[CodeType](
 
 
 class RunInterrupted(BaseException):
-    """Interrupts the body of a run that lost its lease, or is asked to hand it over.
+    """Raised in the body of a run that lost its lease, or that was asked to hand over.
 
-    It is not an :exc:`Exception`, so that ``except Exception`` lets it pass. Code that catches it
-    to tidy up must raise it again.
+    This is a :exc:`BaseException`, so that ``except Exception`` does not catch it. Code that
+    catches it to tidy up must raise it again.
     """
 
     def __init__(self, *args: str) -> None:
         super().__init__(*args)
         if not args:
-            # CPython makes it without arguments, in the thread that it interrupts.
+            # PyThreadState_SetAsyncExc takes a class, and CPython instantiates it without arguments
+            # in the interrupted thread. So the body, and its reason to end, are found here.
             body = _stack_here().lost()
             if body is not None:
                 self.args = body.interrupted_by(self)
@@ -93,29 +97,35 @@ class RunInterrupted(BaseException):
 
 
 class Body:
-    """A run's body: called once, and interrupted when the run is not to go on.
+    """A run's body, which is called once, and interrupted when the run must end.
 
-    :param singleton: the singleton's name, for the error.
+    :param singleton: the singleton's name, for errors and log lines.
     """
 
     def __init__(self, singleton: str) -> None:
         self._singleton = singleton
         self._why: str | None = None
-        #: Whether a thread interrupts it again and again.
+        #: Whether a thread was started that interrupts the body until it ends.
         self._is_repeated = False
         self._stack: _Stack | None = None
         self._interrupted_at: float | None = None
         self._interruption: Callable[[], RunInterrupted | None] = lambda: None
-        #: Whether the body's own code runs.
+        #: Whether the body has begun and has not ended.
         self.is_on = False
 
     def interrupt(self, why: str) -> None:
-        """Interrupt the body until it ends, from any thread. Before its call: when it is called."""
+        """Interrupt the body, again and again until it ends. Any thread may call this.
+
+        If the body has not begun, it is interrupted when it begins.
+
+        :param why: the reason, for the error.
+        """
         self._why = why
         if not self.is_on or self._is_repeated or self._stack is None:
             return
-        # A thread of its own strikes for the first time, too. The caller may be the body's thread,
-        # in another signal's handler, and must not be hit before the thread is started.
+        # The new thread also sends the first interruption. The caller may itself be the body's
+        # thread, in the handler of another signal: an interruption from here could hit it before it
+        # has started the new thread.
         repeating = threading.Thread(target=self._repeat, name="singleton-interruption")
         repeating.daemon = True
         try:
@@ -123,7 +133,8 @@ class Body:
             self._is_repeated = True
         except RuntimeError as error:
             logger.warning(
-                "singleton %s: interrupted once only, and again at its next heartbeat: %s",
+                "singleton %s: cannot start a thread to interrupt the body, so it is interrupted "
+                "once now and once at the next heartbeat: %s",
                 self._singleton,
                 error,
             )
@@ -132,21 +143,25 @@ class Body:
     def call(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
-        """Call the body; returns what the function returned.
+        """Call the body and return its result.
 
-        :raises HeartbeatFailed: the body was interrupted, whatever it made of that. Only what tells
-            Celery or the worker what to do passes: ``Retry``, ``Ignore``, ``Reject``,
-            ``SystemExit``, ``KeyboardInterrupt`` and ``GreenletExit``.
+        :param function: the body; called with ``args`` and ``kwargs``.
+        :raises HeartbeatFailed: the body was interrupted, even if it returned or raised another
+            error. Only errors that tell Celery or the worker what to do are raised unchanged:
+            ``Retry``, ``Ignore``, ``Reject``, ``SystemExit``, ``KeyboardInterrupt`` and
+            ``GreenletExit``.
         """
         stack = self._stack = _stack_here()
         depth = len(stack.sections)
         result, error = None, None
-        # CPython interrupts at a call and at its return. So nothing comes between the function's
-        # end and the assignment that ends the interruptions, nor before the second `try`.
+        # CPython raises an exception that another thread has sent when this thread calls a function
+        # or returns from one. So no call may stand between the function's return and
+        # `is_on = False`, nor before the second `try`.
         try:
             stack.enter(self)
             self.is_on = True
-            # Whoever interrupts it says why first, and then looks whether it is on.
+            # An interruption before this call was only noted, in `_why`. There is no gap:
+            # `interrupt` sets `_why` before it reads `is_on`, and here the order is the opposite.
             if depth or self._why is not None:
                 stack.raise_if_due()
             result = function(*args, **kwargs)
@@ -157,7 +172,8 @@ class Body:
         try:
             stack.leave(depth)
         except RunInterrupted:
-            # It was sent to the thread just before the body ended. No other one can follow it.
+            # This interruption was sent just before the body ended. No other one can follow it,
+            # because `is_on` is false.
             stack.leave(depth)
         try:
             if self._interrupted_at is not None and not _passes(error):
@@ -166,12 +182,13 @@ class Body:
                 raise error
             return result
         finally:
-            # The traceback refers to this frame.
+            # The error's traceback refers to this frame, which would refer back to the error: a
+            # reference cycle.
             error = None
 
     def _failure(self, error: BaseException | None) -> HeartbeatFailed:
         failure = HeartbeatFailed(self._singleton, self._why or "")
-        # Where the body was.
+        # The traceback shows where the body was interrupted.
         return failure.with_traceback(error.__traceback__ if error is not None else None)
 
     def _repeat(self) -> None:
@@ -183,11 +200,11 @@ class Body:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the body is to end, and has not yet."""
+        """Whether the body must end, and has not ended yet."""
         return self.is_on and self._why is not None
 
     def is_leaving(self) -> bool:
-        """Whether an interruption is on its way out of the body, as far as one can know."""
+        """Return whether an earlier interruption is probably still on its way out of the body."""
         interruption = self._interruption()
         if interruption is None or self._stack is None or self._interrupted_at is None:
             return False
@@ -195,20 +212,20 @@ class Body:
         return time.monotonic() < self._interrupted_at + limit
 
     def interruption(self) -> RunInterrupted:
-        """Make the exception, to be raised in the body at once."""
+        """Make the exception, which the caller must raise in the body at once."""
         made = RunInterrupted(self._singleton, self._why or "")
         self.interrupted_by(made)
         return made
 
     def interrupted_by(self, interruption: RunInterrupted) -> tuple[str, str]:
-        """Note that an exception is raised in the body; returns the exception's arguments."""
+        """Note that this exception is raised in the body, and return the exception's arguments."""
         self._interruption = weakref.ref(interruption)
         self._interrupted_at = time.monotonic()
         return self._singleton, self._why or ""
 
 
 def _passes(error: BaseException | None) -> bool:
-    """Whether an error leaves an interrupted body as it is."""
+    """Return whether an interrupted body raises this error itself, not as ``HeartbeatFailed``."""
     return (
         isinstance(error, TaskPredicate | SystemExit | KeyboardInterrupt)
         or type(error).__name__ == "GreenletExit"
@@ -220,12 +237,16 @@ def _cause(error: BaseException | None) -> BaseException | None:
 
 
 class Unbreakable:
-    """A section that nothing interrupts. A lost body around it is interrupted when it ends."""
+    """A section of code that is not interrupted, as a context manager.
+
+    If a body around the section must end, it is interrupted at the end of the section.
+    """
 
     def __enter__(self) -> None:
         stack = _stack_here()
         self._depth = len(stack.sections)
-        # Outside of bodies nothing is interrupted: most runs are called by no other run.
+        # Without a body around it, the section needs no protection. This saves time, because few
+        # runs are called from another run's body.
         if self._depth:
             stack.enter(None)
 
@@ -237,13 +258,19 @@ class Unbreakable:
 
 
 class _Stack:
-    """A thread's sections, and the way to interrupt the thread."""
+    """The sections of one thread or greenlet, innermost last; subclasses can interrupt it.
+
+    An item is a body, or ``None`` for a section that must not be interrupted.
+    """
 
     def __init__(self) -> None:
         self.sections: list[Body | None] = []
 
     def lost(self) -> Body | None:
-        """The outermost body that is to end, if a body is on top."""
+        """Return the outermost body that must end, if there is one and it may be interrupted.
+
+        :returns: ``None`` also while the innermost section is not a body.
+        """
         return next(iter(self._all_lost()), None)
 
     def _all_lost(self) -> list[Body]:
@@ -253,34 +280,39 @@ class _Stack:
         return [body for body in self.sections if body is not None and body.is_lost]
 
     def due(self) -> Body | None:
-        """The outermost body that is to be interrupted now."""
+        """Return the outermost body that must be interrupted now, if there is one.
+
+        There is none while an earlier interruption is on its way out of a body.
+        """
         lost = self._all_lost()
         return None if not lost or any(body.is_leaving() for body in lost) else lost[0]
 
     def raise_if_due(self) -> None:
-        """Interrupt the body that is due, called in the stack's own thread."""
+        """Interrupt the body that is due, if one is. Called in the stack's own thread."""
         body = self.due()
         if body is not None:
             raise body.interruption()
 
     def interrupt(self) -> None:
-        """Have the body that is due interrupted, called in another thread."""
+        """Interrupt the body that is due, if one is. Called in another thread."""
         raise NotImplementedError
 
     def handles(self, interruption: RunInterrupted) -> bool:
-        """Whether the thread is in an ``except`` or ``finally`` block that an exception entered."""
+        """Return whether an ``except`` or ``finally`` block is handling this exception now."""
         raise NotImplementedError
 
     def enter(self, section: Body | None) -> None:
-        """Come into a section, in the stack's own thread."""
+        """Begin a section. Called in the stack's own thread."""
         self.sections.append(section)
 
     def leave(self, depth: int) -> None:
-        """Leave all sections above a depth, in the stack's own thread."""
+        """End all sections but the ``depth`` outermost ones. Called in the stack's own thread."""
         del self.sections[depth:]
 
 
 class _Thread(_Stack):
+    """The sections of a thread, in which CPython can tell which exception is being handled."""
+
     def __init__(self) -> None:
         super().__init__()
         self._ident = threading.get_ident()
@@ -289,7 +321,7 @@ class _Thread(_Stack):
         handled: Any = sys._current_exceptions().get(self._ident)
         if isinstance(handled, tuple):  # before Python 3.12
             handled = handled[1]
-        # A chain that users made may be a ring.
+        # The loop is limited because users' code can set `__context__`, and may make a ring.
         for _ in range(100):
             if handled is None or handled is interruption:
                 break
@@ -298,7 +330,7 @@ class _Thread(_Stack):
 
 
 class _MainThread(_Thread):
-    """Interrupted by a signal, whose handler runs in the thread itself."""
+    """The main thread's sections; a signal interrupts them, because its handler runs here."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -319,9 +351,10 @@ class _MainThread(_Thread):
 
 
 class _OtherThread(_Thread):
-    """Interrupted by an exception that CPython raises at one of the thread's next bytecodes.
+    """Another thread's sections, which are interrupted by ``PyThreadState_SetAsyncExc``.
 
-    An exception that was sent and has not arrived is taken back before the section ends.
+    CPython then raises the exception at one of the thread's next bytecodes. An exception that has
+    not arrived when a section ends is withdrawn, so that it does not hit the code after it.
     """
 
     def __init__(self) -> None:
@@ -331,7 +364,8 @@ class _OtherThread(_Thread):
 
     def interrupt(self) -> None:
         with self._lock:
-            # While nothing is under way, no exception can arrive between the look and the sending.
+            # An earlier exception is withdrawn first, so that none can arrive between the check
+            # below and the new exception.
             self._take_back()
             frame = sys._current_frames().get(self._ident)
             if self.due() is not None and not _is_locking(frame):
@@ -340,7 +374,7 @@ class _OtherThread(_Thread):
 
     def enter(self, section: Body | None) -> None:
         with self._lock:
-            # First, so that an exception that arrives here leaves no section behind.
+            # This comes first: if the exception arrives here, the section has not begun yet.
             self._take_back()
             super().enter(section)
 
@@ -359,7 +393,10 @@ class _OtherThread(_Thread):
 
 
 class _Greenlet(_Stack):
-    """Interrupted by gevent's hub, between whose callbacks nothing else runs."""
+    """The sections of a gevent greenlet; the hub interrupts them in a callback.
+
+    No other greenlet runs during a callback, so the check and the interruption need no lock.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -369,7 +406,8 @@ class _Greenlet(_Stack):
         self._greenlet = gevent.getcurrent()
 
     def handles(self, interruption: RunInterrupted) -> bool:
-        # Nobody can look into a greenlet that waits: it may well do so to tidy up.
+        # The exception that a waiting greenlet handles cannot be read. It may be tidying up, so it
+        # counts as doing so.
         return True
 
     def interrupt(self) -> None:
@@ -389,7 +427,7 @@ def _make_stack() -> _Stack:
     monkey = sys.modules.get("gevent.monkey")
     if monkey is not None and monkey.is_module_patched("threading"):
         return _Greenlet()
-    # Without the signal, on Windows, a main thread is interrupted as the other threads are.
+    # Windows has no such signal, so its main thread is interrupted as other threads are.
     if hasattr(signal, "SIGURG") and threading.current_thread() is threading.main_thread():
         return _MainThread()
     return _OtherThread()
@@ -407,7 +445,7 @@ def _stack_here() -> _Stack:
 
 
 def _forget() -> None:
-    """A forked child is in none of its parent's sections."""
+    """In a forked child: begin with no sections, because the parent's do not apply here."""
     global _local
     _local = threading.local()
 

@@ -1,4 +1,4 @@
-"""One run of a singleton's body, from the acquired lease to its release."""
+"""One run of a singleton, from the acquired lease to its release."""
 
 from __future__ import annotations
 
@@ -48,9 +48,12 @@ logger = logger_of(__name__)
 
 
 class ReplacedEagerly(Ignore):
-    """Ends the body of an eager call that another task replaces, before that is called.
+    """Raised in the body of an eager call that replaces itself, to end the run first.
 
-    :param signature: of the other task, which would meet this run's lease if it is the same one.
+    The replacement is called after the run, because a replacement by the same singleton would find
+    the lease taken.
+
+    :param signature: the Celery signature of the replacement.
     """
 
     def __init__(self, signature: Any) -> None:
@@ -59,12 +62,12 @@ class ReplacedEagerly(Ignore):
 
 
 _current: ContextVar[Run | None] = ContextVar("celery_singleton_state_run", default=None)
-#: The runs of this process, and of those that it was forked from.
+#: The runs of this process. A forked child has its parent's runs here as well.
 _active: set[Run] = set()
 
 
 def current_run(task: Any) -> Run | None:
-    """The run of this task that the calling code is in, if it is in one."""
+    """Return the run of this task that the calling code is in; ``None`` if it is in no run."""
     if _current.get() is None:
         return None
     run = _innermost(task)
@@ -72,7 +75,10 @@ def current_run(task: Any) -> Run | None:
 
 
 def why_no_run(task: Any) -> str:
-    """Why code that is in no run of this task is in none, for its error."""
+    """Explain why the calling code is in no run of this task, for an error's text.
+
+    :returns: an empty text if there is nothing to explain: the task does not run in this process.
+    """
     if _innermost(task) is not None:
         return "the run whose context this code has is over"
     if not any(run.task is task and run._is_here for run in tuple(_active)):
@@ -92,10 +98,12 @@ def _innermost(task: Any) -> Run | None:
 
 
 class Run:
-    """A run that has acquired its lease.
+    """One run of a singleton, which has acquired its lease.
 
-    :param asked_at: :data:`~celery_singleton_state.lease.lease.clock` before the lease was asked
-        for.
+    :param delivery: the message that the run is for.
+    :param acquired: the lease, and what the row held when it was acquired.
+    :param asked_at: :data:`~celery_singleton_state.lease.lease.clock` just before the request for
+        the lease was sent.
     """
 
     def __init__(self, delivery: Delivery, acquired: Acquired, asked_at: float) -> None:
@@ -104,11 +112,11 @@ class Run:
         self.request = delivery.request
         self.outer = _current.get()
         self.entries = history.decode(acquired.history, delivery.name)
-        #: Whether its body has sent no message with its id: neither a retry nor a replacement.
+        #: Whether no message follows with this run's task id: neither a retry nor a replacement.
         self.is_final = True
-        #: Whether its tick ends with the message that replaces it.
+        #: Whether this run's tick continues in the message that replaces the run.
         self.tick_continues = False
-        #: Whether its body has replaced itself, and whether it is just doing so.
+        #: Whether the body has replaced itself, and whether it is just sending the replacement.
         self.is_replaced = self.is_replacing = False
         runtime = delivery.runtime
         self.held = HeldLease(acquired.lease, asked_at, runtime.settings.heartbeat_interval)
@@ -120,27 +128,29 @@ class Run:
         self._writer = FencedWriter(
             delivery.name, self._store, self.held, acquired.write, delivery.emit
         )
-        #: Whether the store has answered that the lease is given back.
+        #: Whether the store has answered that the lease is released.
         self.given_back = False
         self._acquired_at = acquired.acquired_at
         self._ticks_done = acquired.ticks_done
         self._took_over = acquired.write == TAKEN_OVER
         self._asked_at = asked_at
         self._in_transaction = False
-        #: Held while the state is written: a body can have threads of its own, and a write must be
-        #: answered before the next one is numbered.
+        #: Held while the state is written. A write must be answered before the next one gets its
+        #: number, and a body can have several threads that write.
         self._writing = threading.RLock()
-        #: Whether the body has ended; and the run, with all that follows its body.
+        #: Whether the body has ended, and whether the whole run has: it still saves and releases
+        #: after the body.
         self._is_ending = self.is_over = False
         self._pid = os.getpid()
         self._leads = False
-        #: Held while the task is told that it leads no longer.
-        self._emitting = threading.Lock()
-        #: Taken by whoever tells how the run ended.
+        #: Held while ``on_lose_leadership()`` runs.
+        self._stopping = threading.Lock()
+        #: Acquired, and never released, by the first thread that emits the run's end: the end is
+        #: emitted once, as lost or as released.
         self._end_emitted = threading.Lock()
 
     def execute(self, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Load the state, run the body, save and release; returns what the body returned."""
+        """Load the state, run the body, save and release; return the body's result."""
         token = _current.set(self)
         _active.add(self)
         self.held.owner = self
@@ -162,12 +172,14 @@ class Run:
             finally:
                 _current.reset(token)
                 _active.discard(self)
-                # A thread of the body can have a copy of the context, and live on.
+                # A thread that the body started can have a copy of the context and outlive the run.
                 self.is_over = True
                 self._delivery.place.handoff_to = self.held.handoff_to
-                # It refers to this run, which would keep it for the collector.
+                # The owner is this run: the cycle of references would keep the run in memory until
+                # the garbage collector runs.
                 self.held.owner = None
-                # Whoever keeps an error of the body keeps the frames of this run, too.
+                # Code that keeps an error of the body keeps its traceback, and so this run. The
+                # state, which can be large, is freed at once.
                 self.state.value = self.state.stored = None
 
     def _body(
@@ -176,7 +188,7 @@ class Run:
         try:
             self._heartbeat.hold(self.held)
             if self._delivery.is_message:
-                # The result backend can be slow, and the lease run out meanwhile.
+                # The result backend can be slow, and the lease can be lost meanwhile.
                 forget_result(self._delivery)
                 self._writer.refuse_if_lost()
             self._load()
@@ -186,7 +198,7 @@ class Run:
             if self._in_transaction:
                 raise RuntimeError(
                     f"{self.name}: the body ended within transaction(), which another thread may "
-                    "be in; the body has to wait for it"
+                    "still be in; make the body wait for that thread"
                 )
             if not self._writer.may_write:
                 self._writer.refuse_if_undecided()
@@ -210,10 +222,13 @@ class Run:
 
         self._writer.write("quarantine", keep)
 
-    # -- what the heartbeat says of the lease, in its threads
+    # -- called by the heartbeat, in its threads
 
     def lost(self, why: str) -> None:
-        """The lease is lost: the body is interrupted, or the task told beside it."""
+        """Handle the loss of the lease, as ``on_lease_lost`` says.
+
+        Interrupt the body, or call ``on_lose_leadership()`` in a new thread while the body runs.
+        """
         self._emit_lost(why)
         if self._delivery.options.on_lease_lost == "interrupt":
             self.body.interrupt(f"the lease with fence {self.held.lease.fence} is lost: {why}")
@@ -221,7 +236,10 @@ class Run:
             threading.Thread(target=self._stop_leading_beside, daemon=True).start()
 
     def handoff_requested(self, handoff_to: str) -> None:
-        """Somebody wants the lease: the body is interrupted."""
+        """Interrupt the body if a message asks for the lease and ``on_lease_lost`` allows it.
+
+        :param handoff_to: the task id of that message.
+        """
         if self._delivery.options.on_lease_lost == "interrupt":
             self.body.interrupt(_handoff_detail(handoff_to))
 
@@ -230,8 +248,8 @@ class Run:
         self._stop_leading()
 
     def _stop_leading(self) -> None:
-        """Tell the task that it leads no longer, once; who comes second waits until it is told."""
-        with self._emitting:
+        """Call ``on_lose_leadership()``, once; a second caller waits until that call is done."""
+        with self._stopping:
             if not self._leads:
                 return
             self._leads = False
@@ -240,7 +258,7 @@ class Run:
             except Exception:
                 logger.exception("singleton %s: on_lose_leadership() failed", self.name)
 
-    # -- what the run tells those who look on
+    # -- events for the hooks
 
     def _emit_begin(self) -> None:
         lease, emit = self.held.lease, self._delivery.emit
@@ -254,7 +272,7 @@ class Run:
         emit(BecameLeader, holder=lease.holder, fence=lease.fence)
 
     def _emit_saved(self, operation: str, new: NewValue | None) -> None:
-        """The state was written, if it was."""
+        """Emit that a state was saved; nothing if there was no new state."""
         if new is not None:
             self._delivery.emit(StateSaved, operation=operation, size=len(new.value))
 
@@ -270,7 +288,7 @@ class Run:
             )
 
     def _emit_end(self, outcome: Outcome, error: str | None) -> None:
-        """The run is over, and was not lost before."""
+        """Emit that the run has ended; nothing if its loss was emitted before."""
         if self._end_emitted.acquire(blocking=False):
             lease = self.held.lease
             self._delivery.emit(
@@ -283,10 +301,10 @@ class Run:
                 given_back=self.given_back,
             )
 
-    # -- what the body may do
+    # -- called by the body
 
     def checkpoint(self) -> None:
-        """Save the state now, fenced, and prolong the lease."""
+        """Save the state now, fenced, and renew the lease."""
         self._refuse_elsewhere("checkpoint()")
         self.state.need("checkpoint()")
         with self._writing:
@@ -297,7 +315,8 @@ class Run:
     def _checkpoint(self) -> Saved | None:
         if self._in_transaction:
             raise RuntimeError(
-                f"{self.name}: checkpoint() within transaction(), whose commit saves the state"
+                f"{self.name}: checkpoint() within transaction(); leave it out, because the "
+                "transaction's commit saves the state"
             )
         self._writer.refuse_if_undecided()
         new = self.state.document()
@@ -313,10 +332,10 @@ class Run:
 
     @contextmanager
     def replacing(self) -> Iterator[None]:
-        """Within it the body sends what replaces it, and then raises ``Ignore``.
+        """Surround the code in which the body sends its replacement and then raises ``Ignore``.
 
-        The state is saved first: the replacement starts from it, on another worker perhaps before
-        this run has ended, and nothing is sent where the save fails.
+        The state is saved first, because the replacement starts from it, perhaps on another worker
+        and before this run has ended. If the save fails, nothing is sent.
         """
         self._refuse_elsewhere("replace()")
         if self._in_transaction:
@@ -336,7 +355,7 @@ class Run:
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """A transaction whose commit carries the body's rows and the fenced state, or neither."""
+        """Open a transaction that commits the body's rows together with the fenced state."""
         self.state.need("transaction()")
         self._refuse_elsewhere("transaction()")
         with self._writing:
@@ -357,7 +376,7 @@ class Run:
         self._writer.refuse_if_undecided()
         before = self.state.document()
         write = saved = None
-        # From the save to the answer to the commit.
+        # The stack holds the lock `_writing` from the save until the commit is answered.
         with ExitStack() as writing:
             try:
                 with self._store.transaction() as transaction:
@@ -365,11 +384,12 @@ class Run:
                         yield transaction.connection
                     except BaseException:
                         if self.held.lost:
-                            # A lost run does not wait for the store in order to stop.
+                            # A lost run must end soon, so it does not wait for a rollback.
                             transaction.abandon()
                         raise
                     self._refuse_elsewhere("transaction()")
-                    # Before, too: the run's release can wait for this transaction's locks.
+                    # This is checked before the lock is taken, too. A run that is ending holds the
+                    # lock while its release waits for the row that this transaction has locked.
                     self._refuse_ended("transaction()")
                     writing.enter_context(self._writing)
                     self._refuse_ended("transaction()")
@@ -382,7 +402,7 @@ class Run:
                         raise self._writer.refused("transaction")
                 self._writer.answered(write)
             except BaseException as error:
-                # Without an answer to its save, no COMMIT was sent.
+                # COMMIT was sent only if the save was answered. Then it may have been carried out.
                 if write is None or saved is None or not self._writer.was_committed(write):
                     self.state.roll_back(before)
                     if isinstance(error, StoreError):
@@ -401,13 +421,16 @@ class Run:
         self._emit_saved("transaction", write.new)
 
     def _not_committed(self, error: StoreError) -> SingletonError:
-        """The error of a transaction that was rolled back, or whose outcome is unknown."""
+        """Make the error of a transaction that was rolled back, or whose outcome is unknown."""
         if self.held.lost:
             return self._writer.failure()
         return not_written(self.name, error)
 
     def _hand_over(self, saved: Saved | None) -> None:
-        """:raises HeartbeatFailed: somebody asked for the lease; the state is saved."""
+        """End the run after a save whose answer says that a message asks for the lease.
+
+        :raises HeartbeatFailed: a message asks for the lease; the state is saved.
+        """
         self._note_handoff_request(saved)
         self.refuse_if_handoff_requested()
 
@@ -416,36 +439,47 @@ class Run:
             self.held.handoff_to = saved.handoff_to
 
     def refuse_if_handoff_requested(self) -> None:
-        """:raises HeartbeatFailed: somebody asked for the lease."""
+        """End the run if a message has asked for its lease.
+
+        :raises HeartbeatFailed: a message has.
+        """
         if self.held.handoff_to is not None:
             raise HeartbeatFailed(self.name, _handoff_detail(self.held.handoff_to))
 
     @property
     def headers(self) -> dict[str, Any]:
-        """Headers of a retry of the run's message."""
+        """The package's headers for a retry of the run's message."""
         return self._delivery.resent
 
     @property
     def _is_here(self) -> bool:
-        """Whether this is the run's process, and not a child that the body forked."""
+        """Whether this process is the run's own, and not a child that the body forked."""
         return self._pid == os.getpid()
 
     def _refuse_elsewhere(self, what: str) -> None:
-        """:raises RuntimeError: this is a forked child."""
+        """Refuse a call in a child that the body forked.
+
+        :param what: the name of the call, for the error.
+        :raises RuntimeError: this process is such a child.
+        """
         if not self._is_here:
             raise RuntimeError(
                 f"{self.name}: {what} in process {os.getpid()}, which the body forked; the run and "
-                f"its lease are those of process {self._pid}: hand it what it is to save"
+                f"its lease belong to process {self._pid}: send it the data, and call {what} there"
             )
 
     def _refuse_ended(self, what: str) -> None:
-        """:raises RuntimeError: the body has ended, which a thread of it may not know."""
+        """Refuse a call after the end of the body, from a thread that outlives it.
+
+        :param what: the name of the call, for the error.
+        :raises RuntimeError: the body has ended.
+        """
         if self._is_ending:
             raise RuntimeError(
-                f"{self.name}: {what} is there only while its body runs: the run has ended"
+                f"{self.name}: {what} is available only while its body runs: the run has ended"
             )
 
-    # -- its ends
+    # -- the end of the run
 
     def end(
         self,
@@ -454,16 +488,19 @@ class Run:
         new: NewValue | None = None,
         result: history.Kept | None = None,
     ) -> None:
-        """Release the lease with a note of how the run ended, and with a new value or without.
+        """Release the lease, record the run's outcome, and save a new state if there is one.
 
-        :param result: for a copy of the message that comes later.
+        :param outcome: how the run ended.
+        :param error: the error that ended it; ``None`` if there is none.
+        :param new: the state to save; ``None`` if it did not change or must not be saved.
+        :param result: the run's result, kept in the row for a later copy of the message.
         :raises HeartbeatFailed: the lease was lost; nothing was written.
-        :raises SchemaDecodeFailed: the store cannot hold the new value; the lease is released
+        :raises SchemaDecodeFailed: the store cannot hold the new state; the lease is released
             without it.
-        :raises StatePersistFailed: the store is out of reach.
+        :raises StatePersistFailed: the store is unavailable.
         """
         if self._pid != os.getpid():
-            return  # it is its parent's to end
+            return  # in a child that the body forked: only the parent may end the run
         text = history.describe(error) if error else None
         entry = self._entry(outcome, text, result)
         self._is_ending = True
@@ -493,26 +530,35 @@ class Run:
     def _end_without(
         self, outcome: Outcome, error: BaseException | None, refused: SchemaDecodeFailed
     ) -> None:
-        """Release the lease without a new value that the store cannot hold: the row keeps its own.
+        """Release the lease without a new state that the store cannot hold.
 
-        :param error: that ended the run; ``None``: the run fails over the value.
-        :raises SchemaDecodeFailed: it does.
+        The row keeps its old state.
+
+        :param outcome, error: how the run ended.
+        :param refused: the store's refusal.
+        :raises SchemaDecodeFailed: the refusal, if no other error ended the run.
         """
         if error is None:
             self.is_final = self.is_final and is_for_good(refused, self._delivery)
             try:
                 self.end(Outcome.FAILED, refused)
             except SingletonError as failure:
-                # Were this the error, the body would run again, in vain.
-                logger.warning("singleton %s: not released after an error: %s", self.name, failure)
+                # This failure is not raised, because it would retry the message: the body would run
+                # again and leave the same state.
+                _warn_not_released(self.name, failure)
             raise refused
-        logger.warning("singleton %s: not saved after an error: %s", self.name, refused)
+        _warn_not_saved(self.name, refused)
         self.end(outcome, error)
 
     def _find_out_end(
         self, entry: history.Entry, new: NewValue | None, interruption: BaseException
     ) -> None:
-        """Report whether a release took effect that a time limit, for example, interrupted."""
+        """Find out whether an interrupted release took effect, and emit the run's end accordingly.
+
+        :param entry: the entry that the release would have left in the row's history.
+        :param new: the state that the release would have saved.
+        :param interruption: what interrupted the release, a time limit for example.
+        """
         try:
             self.given_back = self._writer.has_ended(entry)
         except (StoreError, StatePersistFailed):
@@ -566,7 +612,7 @@ class Run:
             send_pending_run(self.task.app, self._store, lease.key, released, self.request.id)
 
     def _ticks_after(self, entry: history.Entry) -> str | None:
-        """What the row is to know of ticks; ``None`` if the run changes nothing of it."""
+        """The row's new record of ended ticks; ``None`` if the run does not change it."""
         handoff_requested = self.held.handoff_to is not None
         return ticks_after(
             self._delivery,
@@ -578,9 +624,9 @@ class Run:
         )
 
     def refuse_poison(self) -> None:
-        """End, without its body, the run of a message whose processes have died too often.
+        """Fail the run, before its body, if too many processes died while they ran its message.
 
-        :raises HeartbeatFailed: they have.
+        :raises HeartbeatFailed: too many processes died.
         """
         try:
             refuse_poison(self._delivery, self.entries)
@@ -589,43 +635,57 @@ class Run:
             raise
 
     def end_as_duplicate(self, done: history.Entry | None) -> None:
-        """Release the lease of a message that turned out to be done: nothing hangs on it.
+        """Release the lease of a message that is a duplicate, without calling the body.
 
-        :param done: the run that did it, if it is known.
+        :param done: the run that did the message's work, if it is known.
         """
         self.is_final = done is not None and done.final
         try:
             self._release(self._entry(Outcome.DUPLICATE, None), None)
         except SingletonError as failure:
-            logger.warning("singleton %s: a duplicate was not released: %s", self.name, failure)
+            # The work is done, so the message must not fail. Another thread will release the lease.
+            logger.warning(
+                "singleton %s: the lease of a duplicate was not released: %s", self.name, failure
+            )
 
     def _end_with(self, error: BaseException) -> None:
-        """Release after an error, which is the one to be reported whatever happens here."""
+        """Release the lease after an error of the body or of the load.
+
+        Nothing is raised here, so that the caller can raise that error.
+        """
         if self.held.lost or not self._is_here:
             return
         self.is_final = self.is_final and is_for_good(error, self._delivery)
         outcome = outcome_of(error, self._delivery, self.is_replaced)
         try:
-            told = None if outcome == Outcome.SUCCEEDED else error
-            self.end(outcome, told, self._value_after(error))
+            reported = None if outcome == Outcome.SUCCEEDED else error
+            self.end(outcome, reported, self._value_after(error))
         except Exception as failure:
-            logger.warning("singleton %s: not released after an error: %s", self.name, failure)
+            _warn_not_released(self.name, failure)
 
     def _value_after(self, error: BaseException) -> NewValue | None:
-        wanted = self._delivery.options.persist_on_error or (
+        is_saved = self._delivery.options.persist_on_error or (
             self.is_replaced and isinstance(error, Ignore)
         )
-        if not wanted or self.state.value is None or not isinstance(error, Exception):
+        if not is_saved or self.state.value is None or not isinstance(error, Exception):
             return None
         if is_of_lease(error, self._delivery) or not self._writer.may_write:
             return None
         try:
             return self.state.changed()
         except SchemaDecodeFailed as failure:
-            logger.warning("singleton %s: not saved after an error: %s", self.name, failure)
+            _warn_not_saved(self.name, failure)
             return None
 
 
+def _warn_not_released(name: str, failure: Exception) -> None:
+    logger.warning("singleton %s: the lease was not released after an error: %s", name, failure)
+
+
+def _warn_not_saved(name: str, failure: Exception) -> None:
+    logger.warning("singleton %s: the state was not saved after an error: %s", name, failure)
+
+
 def _handoff_detail(handoff_to: str) -> str:
-    """Why a run ends that was asked to hand over."""
+    """The text of the error of a run that was asked to hand over."""
     return f"asked to hand over to {handoff_to}; the state is that of the last checkpoint"

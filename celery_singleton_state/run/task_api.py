@@ -1,4 +1,4 @@
-"""What a task's body has of its run, and what it is told of it."""
+"""The attributes and methods of a task that work only while its body runs: ``self.state`` etc."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ S = TypeVar("S", default=Any)
 
 
 class InRun(Generic[S]):
-    """The part of a task that is there while its body runs.
+    """The part of :class:`SingletonTask` that works only while the task's body runs.
 
-    A task instance is shared by threads, so what belongs to a run is found in its context. What a
-    body starts in another thread or greenlet has it by ``contextvars.copy_context().run``.
+    Several threads share one task object, so a run is found through its context variables. Code
+    that a body starts in another thread or greenlet has them only if it is started by
+    ``contextvars.copy_context().run``.
     """
 
     name: str
 
     @property
     def state(self) -> S:
-        """The state of this run: loaded before it, saved when it succeeds.
+        """The singleton's state, a value of the type ``state_schema``.
+
+        It is loaded before the body begins, and saved when the run succeeds. The body can change it
+        in place or assign a new value.
 
         :raises RuntimeError: outside a run, or without a ``state_schema``.
         """
@@ -44,12 +48,15 @@ class InRun(Generic[S]):
 
     @property
     def fence(self) -> int:
-        """This run's fence: larger than that of any earlier run of the same singleton.
+        """This run's fence: an integer larger than that of any earlier run of the same singleton.
 
-        A body that writes elsewhere lets that place refuse a smaller number than the largest
-        it has seen. It is never smaller than the store's clock in milliseconds since 1970, so it
-        goes on growing after `celery singleton prune`, a restored backup or a fail-over that lost
-        commits, unless the new server's clock is behind by more than what was lost.
+        If the body writes to another system, pass the fence along, and let that system refuse each
+        write with a smaller fence than the largest that it has seen. Then a run that lost its lease
+        cannot overwrite what a later run wrote.
+
+        The fence is at least the store's clock in milliseconds since 1970. So it keeps growing
+        after `celery singleton prune`, a restored backup or a fail-over that lost commits, unless
+        the new server's clock is behind by more than the time that was lost.
 
         :raises RuntimeError: outside a run.
         """
@@ -57,7 +64,9 @@ class InRun(Generic[S]):
 
     @property
     def lease_remaining(self) -> float:
-        """Seconds that this run may still count on its lease; 0 when it is lost.
+        """Seconds for which this run may still trust its lease; 0 when the lease is lost.
+
+        Each renewal, by the heartbeat or by a save, makes them more again.
 
         :raises RuntimeError: outside a run.
         """
@@ -65,35 +74,41 @@ class InRun(Generic[S]):
 
     @property
     def tick(self) -> datetime | None:
-        """When the schedule's entry that this run is for was due, in UTC; ``None`` for a run that
-        no :class:`~celery_singleton_state.beat.SingletonScheduler` or ``LeaderMixin`` asked for.
+        """The due time in UTC of the tick that this run is for; ``None`` if it is for no tick.
+
+        Only messages from a :class:`~celery_singleton_state.beat.SingletonScheduler`, or from a
+        scheduler with ``LeaderMixin``, have a tick.
 
         :raises RuntimeError: outside a run.
         """
         return due_of(self._run_for("tick").request)
 
     def checkpoint(self) -> None:
-        """Save the state now. It stays saved if the body raises later.
+        """Save the state now, so that it stays saved even if the body raises later.
 
-        :raises HeartbeatFailed: the lease was lost; nothing was saved.
-        :raises StatePersistFailed: the store is out of reach, after three tries.
+        :raises HeartbeatFailed: the lease was lost, and nothing was saved; or the state was saved,
+            and the run must end because a newer message asked for its lease.
+        :raises StatePersistFailed: the store is unavailable, after three tries; or it is unknown
+            whether an earlier :meth:`transaction` was committed.
         :raises SchemaDecodeFailed: the state does not fit its schema; nothing was saved.
         :raises RuntimeError: outside a run, without state, or within :meth:`transaction`.
         """
         self._run_for("checkpoint()").checkpoint()
 
     def transaction(self) -> AbstractContextManager[Connection]:
-        """A transaction on the store's database whose commit also saves the state, fenced.
+        """Open a transaction on the store's database whose commit also saves the state, fenced.
 
-        The block is given a SQLAlchemy connection. When it ends, the state is written and all
-        is committed; when it raises, all is rolled back, and ``self.state`` is a new object with
-        what it held before the block. On SQLite the block holds the file's
-        only write lock, so keep it well below the lease's life.
+        Use it in a ``with`` statement, which gives a SQLAlchemy connection for the body's own
+        statements. When the block ends, the state is written, and all is committed together. When
+        the block raises, all is rolled back, and ``self.state`` becomes a new object with the state
+        as it was before the block. On SQLite the block holds the file's only write lock, so it must
+        take much less time than the lease's life.
 
-        :raises HeartbeatFailed: the lease was lost; all was rolled back.
-        :raises StatePersistFailed: the store went away, and all was rolled back; or the store does
-            not tell whether all was committed. Then this run saves nothing any more, and the next
-            one starts from what was committed.
+        :raises HeartbeatFailed: the lease was lost, and all was rolled back; or all was committed,
+            and the run must end because a newer message asked for its lease.
+        :raises StatePersistFailed: the store became unavailable, and all was rolled back; or it is
+            unknown whether all was committed. Then this run saves nothing more, and the next run
+            starts from the state in the row.
         :raises SchemaDecodeFailed: the state does not fit its schema; all was rolled back.
         :raises RuntimeError: outside a run, without state, or within another transaction.
         """
@@ -102,7 +117,7 @@ class InRun(Generic[S]):
     def _run_for(self, what: str) -> Run:
         run = current_run(self)
         if run is None:
-            text = f"task {self.name}: {what} is there only while its body runs"
+            text = f"task {self.name}: {what} is available only while its body runs"
             why = why_no_run(self)
             raise RuntimeError(f"{text}: {why}" if why else text)
         return run

@@ -1,13 +1,14 @@
-"""How often messages ask for a lease that they wait for: ``on_conflict="wait"``.
+"""The pauses between the tries of messages that wait for a lease (``on_conflict="wait"``).
 
-Each try of a message costs a process some milliseconds. A thousand messages that tried every few
-seconds would take a fleet's whole time. So
+Each try of a message costs a process some milliseconds. A thousand messages that try every few
+seconds would take all the time of a fleet of workers. Therefore:
 
-- one message of a singleton is *next in line*: it tries about once a second, and those that waited
-  leave a free lease to it. It holds the queue's claim, as a message of ``enqueue_once`` does, until
-  it acquires the lease; the claim is brief, so that a message which is lost gives its place away.
-- the others try the less often, the more they are: a process sends the messages of one singleton
-  again at such distances that their tries take it a few percent of its time.
+- One message of a singleton is *next in line*. It tries about once a second, and other messages
+  that have waited leave a free lease to it. It holds the claim in the row that a message of
+  ``enqueue_once`` holds, until it acquires the lease. The claim is short, so that another message
+  becomes the next one if this message is lost.
+- The more other messages wait, the less often they try. A process spaces the messages of one
+  singleton so that their tries take a few percent of the process's time.
 """
 
 from __future__ import annotations
@@ -24,38 +25,44 @@ from celery_singleton_state.store.base import Row
 if TYPE_CHECKING:
     from .conflict import Conflict
 
-#: Seconds before the second try of a message; later ones come when it has waited twice as long.
+#: Seconds before the second try of a message. Each later pause is as long as the message has waited
+#: so far, within the limits below.
 FIRST_PAUSE = 0.1
-#: Seconds between two tries of the message that is next in line, at most.
+#: The longest pause in seconds of the message that is next in line.
 NEXT_PAUSE = 1.0
-#: Seconds between two tries of another message, at most, if few wait.
+#: The longest pause in seconds of another message, if few messages wait.
 LONGEST_PAUSE = 30.0
-#: That, as a part of the time that it may wait; it is never less than NEXT_PAUSE.
+#: The longest pause of another message as a part of its ``conflict_timeout``. The smaller of this
+#: pause and LONGEST_PAUSE counts, but never less than NEXT_PAUSE.
 PART_OF_TIMEOUT = 0.01
-#: Seconds after its next try for which a message keeps its place, because it may meet a queue: at
-#: least, at most, and as a part of the time that it may wait.
+#: The message that is next in line keeps its claim beyond its next try, because it may have to wait
+#: in a queue then: for the part GRACE_OF_TIMEOUT of its ``conflict_timeout``, but for GRACE seconds
+#: at least and LONGEST_GRACE seconds at most.
 GRACE = 3.0
 LONGEST_GRACE = 10.0
 GRACE_OF_TIMEOUT = 0.02
-#: Seconds after the lease of a holder that may be dead has run out.
+#: Seconds from the expiry of a holder's lease to the next try. If the holder is dead, the lease is
+#: free then.
 AFTER_EXPIRY = 0.1
 
 
 def is_behind_another(row: Row, task_id: str | None) -> bool:
-    """Whether another message is next in line for the lease, which may be free.
+    """Return whether another message is next in line for the lease, even if the lease is free.
 
-    The claim of a message that is merely queued lasts for longer.
+    A message of ``enqueue_once`` that is only queued holds a claim, too, but a longer one.
+
+    :param task_id: the task id of this message.
     """
     next_one, queued_in = row.queued_task_id, row.queued_in or 0.0
     return next_one not in (None, task_id) and queued_in <= NEXT_PAUSE + LONGEST_GRACE
 
 
 def send_to_wait(conflict: Conflict) -> None:
-    """Send a message again, to try later.
+    """Requeue the message of a delivery, so that it tries again later. This always raises.
 
-    :raises Ignore: it is sent.
-    :raises Reject: it could not be sent.
-    :raises LeaderHandoffFailed: it has waited for as long as it may.
+    :raises Ignore: the message was requeued.
+    :raises Reject: the message could not be requeued.
+    :raises LeaderHandoffFailed: the delivery has waited for its ``conflict_timeout``.
     """
     delivery, row = conflict.delivery, conflict.row
     try:
@@ -84,21 +91,24 @@ def send_to_wait(conflict: Conflict) -> None:
 
 
 def _pause_of_next(conflict: Conflict, waited: float) -> float:
-    """Seconds until the message that is next in line tries again.
+    """Return the seconds until the message that is next in line tries again.
 
-    :param waited: seconds since it is next in line. Each pause is about as long as all before it,
-        because a lease that was just acquired may be free soon.
+    :param waited: seconds for which the message has been next in line. The pause is about as long,
+        because a lease that was just acquired may be free again soon.
     """
     row = conflict.row
     pause = min(max(waited, FIRST_PAUSE), NEXT_PAUSE)
     if row is not None and row.held:
-        # A holder that died is succeeded when its lease runs out.
+        # If the holder has died, its lease is free when it expires. The pause must not be longer.
         pause = min(pause, (row.expires_in or 0.0) + AFTER_EXPIRY)
     return pause
 
 
 def _is_next(conflict: Conflict, pause: float) -> bool:
-    """Whether the message is next in line, or can be from now on."""
+    """Return whether the message is next in line; claim that place for it if it is free.
+
+    :param pause: seconds until the message's next try.
+    """
     delivery, row = conflict.delivery, conflict.row
     task_id = delivery.request.id
     if row is None or not task_id or row.queued_task_id not in (None, task_id):

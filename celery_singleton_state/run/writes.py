@@ -1,4 +1,4 @@
-"""What a run loads and writes: its state, and the writes to the row in the name of its lease."""
+"""A run's state, and its fenced writes to the row."""
 
 from __future__ import annotations
 
@@ -30,23 +30,30 @@ from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 
+#: The largest number of immediate tries of one write.
 TRIES = 3
 
 T = TypeVar("T")
 
 
 def not_written(name: str, error: StoreError) -> SingletonError:
-    """The error of a singleton whose write the store did not carry out, as far as is known."""
+    """Make the error of a write that the store refused or did not answer.
+
+    It is ``SchemaDecodeFailed`` if the store cannot hold the value, else ``StatePersistFailed``.
+
+    :param name: the singleton's name.
+    """
     is_of_value = isinstance(error, StoreRefusesValue)
     return (SchemaDecodeFailed if is_of_value else StatePersistFailed)(name, str(error))
 
 
 class FencedWriter:
-    """Numbers a run's writes and sends each with its fence and holder.
+    """Numbers a run's writes, and sends each with the run's fence and holder.
 
-    :param name: the singleton's name, for its errors.
+    :param name: the singleton's name, for errors.
+    :param held: the run's lease.
     :param seen: the row's write number when the lease was acquired.
-    :param tell: told of a write that the store refused.
+    :param emit: emits an event when the store refuses a write.
     """
 
     def __init__(
@@ -63,7 +70,7 @@ class FencedWriter:
         self._emit = emit
         self._number = 0
         self._seen = seen
-        #: Whether the outcome of every transaction is known.
+        #: Whether the outcome of every transaction is known. If not, the run writes no state.
         self.may_write = True
 
     def next_write(self, new: NewValue) -> Write:
@@ -81,17 +88,18 @@ class FencedWriter:
         request: Callable[[], T | None],
         recognised: Callable[[], bool] = lambda: False,
     ) -> T | None:
-        """Send a write, with tries in place and never past the lease's life.
+        """Send a write, with immediate retries while the lease may be trusted.
 
-        :param operation: what it is, for those who look on.
-        :param request: sends it; false when it was refused.
-        :param recognised: asked when a repeated write is refused: whether that is because an
-            earlier one, whose answer was lost, took effect.
-        :returns: the store's answer; ``None`` where it was lost.
-        :raises HeartbeatFailed: the lease was lost, before or by this refusal.
+        :param operation: the name of the operation, for the event of a refusal.
+        :param request: sends the write and returns the store's answer, which is false if the store
+            refused the write.
+        :param recognised: called if a repeated write is refused. It returns true if the refusal
+            only means that an earlier try, whose answer was lost, took effect. Left out: it never
+            does.
+        :returns: the store's answer; a false value if an earlier try took effect.
+        :raises HeartbeatFailed: the lease was lost before, or the store's refusal shows that it is.
         :raises SchemaDecodeFailed: the store cannot hold the value; nothing was written.
-        :raises StatePersistFailed: the store is unavailable; whether an earlier try took
-            effect is not known.
+        :raises StatePersistFailed: the store is unavailable; a try may still have taken effect.
         """
         if self._held.lost:
             raise self.failure()
@@ -114,10 +122,10 @@ class FencedWriter:
             raise not_written(self._name, error) from error
 
     def has_ended(self, own: history.Entry) -> bool:
-        """Whether a release took effect whose answer was lost.
+        """Return whether a release took effect, after its answer was lost.
 
         :param own: the entry that the release would have left in the row's history.
-        :raises StatePersistFailed: that cannot be known any more.
+        :raises StatePersistFailed: the row's history cannot tell any more.
         """
         row = self._store.peek(self._held.lease.key)
         entries = history.decode(row.history if row else None, self._name)
@@ -125,17 +133,17 @@ class FencedWriter:
         if ended is None:
             raise StatePersistFailed(
                 self._name,
-                "whether the run was saved is not known: the answer was lost, and more runs have "
-                "ended since than the history holds",
+                "whether the run was saved is not known: the store's answer was lost, and more "
+                "runs have ended since than the row's history holds",
             )
         return ended
 
     def was_committed(self, write: Write) -> bool:
-        """Whether a transaction was committed whose COMMIT was not answered, or was interrupted.
+        """Return whether a transaction was committed whose COMMIT was interrupted or unanswered.
 
-        If the store says that the lease is not held any more, the lease is lost. If the store
-        does not say anything while the lease is trusted, the outcome stays unknown, and the run
-        writes no state from here on.
+        If the store answers that the lease is not held any more, the lease is lost. If the store
+        does not answer while the lease may be trusted, the outcome stays unknown: this returns
+        false, and the run writes no state from then on.
         """
         self.may_write = False
         if self._held.lost:
@@ -153,8 +161,10 @@ class FencedWriter:
         return bool(committed)
 
     def _is_written(self, write: Write) -> bool | None:
-        """:raises StoreUnavailable: the store does not say, for whatever reason: a moment ago it
-        let this process in.
+        """Ask the store whether it carried out a write; ``None`` if the lease is not held any more.
+
+        :raises StoreUnavailable: the store did not answer. Any of its errors counts as that, to be
+            retried, because the store has just served this process.
         """
         try:
             return self._store.written(self._held.lease, write.number)
@@ -162,30 +172,34 @@ class FencedWriter:
             raise StoreUnavailable(str(error)) from error
 
     def refuse_if_undecided(self) -> None:
-        """Refuse to write after a transaction whose outcome is unknown.
+        """Refuse a write after a transaction whose outcome is unknown.
 
-        :raises StatePersistFailed: what the run holds in memory and what the row holds may differ.
+        :raises StatePersistFailed: there was such a transaction, so the state in memory may differ
+            from the state in the row.
         """
         if not self.may_write:
             raise StatePersistFailed(
                 self._name,
-                "whether a transaction was committed is not known, so this run saves nothing "
-                "any more; the next one starts from what the row holds",
+                "whether a transaction was committed is not known, so this run saves nothing more; "
+                "the next run starts from the state in the row",
             )
 
     def refuse_if_lost(self) -> None:
-        """:raises HeartbeatFailed: the lease is known to be lost; the store is not asked."""
+        """Refuse to continue with a lost lease. This does not ask the store.
+
+        :raises HeartbeatFailed: the lease is known to be lost.
+        """
         if self._held.lost:
             raise self.failure()
 
     def refused(self, operation: str) -> HeartbeatFailed:
-        """The error of a write that the store refused; the lease is lost from here on."""
+        """Handle the store's refusal of a write: mark the lease as lost, and make the error."""
         self._held.lost = self._held.lost or "the write was refused"
         self._emit(WriteRefused, operation=operation)
         return self.failure()
 
     def failure(self) -> HeartbeatFailed:
-        """The error of a run whose lease is lost."""
+        """Make the error of a run whose lease is lost."""
         return HeartbeatFailed(
             self._name,
             f"the lease with fence {self._held.lease.fence} is lost: {self._held.lost}",
@@ -193,33 +207,40 @@ class FencedWriter:
 
 
 class RunState:
-    """A run's state; of a singleton without a schema it is always ``None``.
+    """A run's state, and what the row is known to hold of it.
 
-    :param name: the singleton's name, for its errors.
+    :param name: the singleton's name, for errors.
+    :param codec: encodes and decodes the state; ``None`` without a schema: the state is ``None``.
+    :param acquired: the row's content when the lease was acquired.
     """
 
     def __init__(self, name: str, codec: Codec[Any] | None, acquired: Acquired) -> None:
         self.value: Any = None
-        #: What the row is known to hold; ``None`` while a write's answer is unknown.
+        #: The state that the row is known to hold; ``None`` while a write is not answered.
         self.stored: NewValue | None = NewValue(acquired.value, acquired.schema_version or 1)
-        #: How long the JSON is that the row held, and of which version, if it has one.
+        #: The length of the JSON that the row held at the acquisition; and its schema version,
+        #: ``None`` if the row has none.
         self.found = len(acquired.value), acquired.schema_version
         self._name = name
         self._codec = codec
         self._key = acquired.lease.key
 
     def need(self, what: str) -> Codec[Any]:
-        """:raises RuntimeError: the singleton has no state, which ``what`` needs."""
+        """Return the codec, or refuse a call that needs a state.
+
+        :param what: the name of the call, for the error.
+        :raises RuntimeError: the singleton has no state.
+        """
         if self._codec is None:
-            raise RuntimeError(f"{self._name}: {what} needs a state_schema")
+            raise RuntimeError(f"{self._name}: {what} needs a state_schema, an option of the task")
         return self._codec
 
     def load(self, set_aside: Callable[[str, str], None] | None) -> None:
-        """Decode what the row held, or make the initial state, where there is a schema.
+        """Decode the row's value, or make the initial state if the row has none.
 
-        :param set_aside: keeps a value that cannot be decoded under a key, so that the run can
-            start anew; ``None``: that is an error.
-        :raises SchemaDecodeFailed: there is no way to a state.
+        :param set_aside: stores a value that cannot be decoded under the given key, so that the run
+            can start with the initial state. ``None``: such a value is an error.
+        :raises SchemaDecodeFailed: the value cannot be decoded, or there is no initial state.
         """
         found = self.stored
         if self._codec is None or found is None:
@@ -235,15 +256,21 @@ class RunState:
                     raise
                 key = _quarantine_key(self._key, found.value)
                 set_aside(key, found.value)
-                logger.error("singleton %s: %s; kept under %s", self._name, error, key)
+                logger.error(
+                    "singleton %s: starts with its initial state, because its value cannot be "
+                    "decoded: %s; the value is kept under the key %s",
+                    self._name,
+                    error,
+                    key,
+                )
                 self.value = self._codec.initial()
         except StateError as error:
             raise SchemaDecodeFailed(self._name, str(error)) from error
 
     def document(self) -> NewValue:
-        """The state as it is to be stored.
+        """Encode the state for the store.
 
-        :raises SchemaDecodeFailed: it does not fit its schema.
+        :raises SchemaDecodeFailed: the state does not fit its schema.
         """
         codec = self._codec or self.need("state")
         try:
@@ -252,21 +279,34 @@ class RunState:
             raise SchemaDecodeFailed(self._name, str(error)) from error
 
     def changed(self) -> NewValue | None:
-        """The same, if it differs from what the row holds."""
+        """Encode the state if it differs from the state in the row; else return ``None``.
+
+        :raises SchemaDecodeFailed: the state does not fit its schema.
+        """
         if self._codec is None:
             return None
         new = self.document()
         return None if new == self.stored else new
 
     def roll_back(self, before: NewValue) -> None:
-        """Go back, with the rows: a body that goes on must not save a state without them."""
+        """Set the state back after a transaction was rolled back.
+
+        The body's rows were rolled back, too. A body that catches the error and continues must not
+        save a state that does not match them.
+
+        :param before: the state when the transaction began.
+        """
         codec = self.need("state")
-        # If a time limit interrupts the decoding, there is no state that could be saved.
+        # The state is None first, because a time limit may interrupt the decoding: then no wrong
+        # state can be saved.
         self.value = None
         self.value = codec.decode(before.value, before.schema_version)
 
 
 def _quarantine_key(key: str, value: str) -> str:
-    """The key under which a value of this row is kept that cannot be decoded: always the same."""
+    """Return the key under which to keep a value that cannot be decoded.
+
+    The key depends on the row and the value only, so the same value is kept once.
+    """
     digest = hashlib.sha256(value.encode()).hexdigest()[:12]
     return row_key(f"quarantine:{digest}:", key)

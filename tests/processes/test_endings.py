@@ -124,7 +124,7 @@ def test_a_refused_delivery_names_the_holder(
     error = outcome(second)
     assert isinstance(error, LeaderHandoffFailed)
     assert first.id in str(error)
-    assert "lease runs out in" in str(error)
+    assert "lease expires in" in str(error)
     assert fleet.wait_for_notes("errback")[0]["is_ours"]
     go.touch()
     assert outcome(first) == "held"

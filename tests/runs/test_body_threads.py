@@ -56,7 +56,7 @@ def test_a_thread_of_the_body_without_its_context_is_told_how_to_have_it(
 
     with pytest.raises(RuntimeError, match="copy_context") as caught:
         make(memory_app, body)()
-    assert f"task threads: {what} is there only while its body runs" in str(caught.value)
+    assert f"task threads: {what} is available only while its body runs" in str(caught.value)
     assert "executor.submit(contextvars.copy_context().run, function)" in str(caught.value)
 
 
@@ -65,7 +65,7 @@ def test_where_no_body_runs_nothing_is_said_of_contexts(memory_app: Celery) -> N
 
     task = make(memory_app, body)
     task()
-    with pytest.raises(RuntimeError, match=r"state is there only while its body runs$"):
+    with pytest.raises(RuntimeError, match=r"state is available only while its body runs$"):
         _ = task.state
 
 

@@ -644,7 +644,7 @@ def test_an_asynchronous_body_is_refused_where_it_would_run_after_the_guard(app:
     ):
         make(body)
     make = app.task(base=Awaits, name="shop.awaits", shared=False, lazy=False)
-    with pytest.raises(ImproperlyConfigured, match=r"task shop\.awaits: .*Awaits.*behind"):
+    with pytest.raises(ImproperlyConfigured, match=r"task shop\.awaits: .*Awaits.*comes after"):
         make(body)
 
 

@@ -114,7 +114,7 @@ def test_one_body_runs_and_the_row_keeps_its_state(
     assert (after.holder, after.last_outcome) == (None, "failed")
     assert decode(after.history, "visit")[-1].outcome == "failed"
     # A body that failed has not saved it either.
-    assert ("not saved after an error" in caplog.text) == (how != "save")
+    assert ("the state was not saved after an error" in caplog.text) == (how != "save")
     assert task.apply(("Bern",)).successful()
     assert '"visits":2' in row(app).value
 
@@ -162,7 +162,7 @@ def test_a_key_that_the_database_cannot_hold_fails_at_once(
     assert isinstance(result.result, SchemaDecodeFailed)
     assert "LATIN1" in str(result.result)
     assert not ran
-    assert "not given back" not in caplog.text
+    assert "not released" not in caplog.text
 
 
 @pytest.mark.usefixtures("quiet")

@@ -76,7 +76,9 @@ def test_what_needs_a_state_says_so(app: Celery, what: str) -> None:
 @pytest.mark.parametrize("what", ["state", "fence", "lease_remaining"])
 def test_outside_a_run_there_is_nothing(app: Celery, what: str) -> None:
     task = task_of(app, idle)
-    with pytest.raises(RuntimeError, match=f"task count: {what} is there only while its body runs"):
+    with pytest.raises(
+        RuntimeError, match=f"task count: {what} is available only while its body runs"
+    ):
         getattr(task, what)
 
 
