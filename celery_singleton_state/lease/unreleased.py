@@ -87,7 +87,7 @@ class UnreleasedLeases:
             self._leases.append(_UnreleasedLease(store, key, holder, slot, then))
             self._called.set()
             if self._thread is None and not self._closed:
-                thread = threading.Thread(target=self._run, name="singleton-give-back", daemon=True)
+                thread = threading.Thread(target=self._run, name="singleton-release", daemon=True)
                 try:
                     thread.start()
                 except RuntimeError as error:
@@ -107,10 +107,10 @@ class UnreleasedLeases:
 
     def _run(self) -> None:
         while leases := self._left():
-            returned = [lease for lease in leases if self._is_released(lease)]
+            done = [lease for lease in leases if self._is_released(lease)]
             with self._lock:
-                self._leases = [lease for lease in self._leases if lease not in returned]
-            if len(returned) < len(leases):
+                self._leases = [lease for lease in self._leases if lease not in done]
+            if len(done) < len(leases):
                 self._called.wait(self._interval)
 
     def _left(self) -> list[_UnreleasedLease]:
