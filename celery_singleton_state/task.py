@@ -55,9 +55,10 @@ from .message.results import has_result, is_recorded
 from .message.reused_ids import mark_replacement, marking
 from .run.calls import guard_calls, has_call_behind, in_guard, keep_class_of_app
 from .run.converted import Converter, converter_of
+from .run.current import current_run
 from .run.guard import deliver
 from .run.interrupt import Unbreakable
-from .run.run import ReplacedEagerly, Run, current_run
+from .run.run import ReplacedEagerly, Run
 from .run.task_api import InRun
 from .runtime import runtime_of
 from .state.codec import Codec

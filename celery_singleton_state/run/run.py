@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -40,6 +39,7 @@ from celery_singleton_state.store.base import (
 )
 from celery_singleton_state.text.visible import logger_of
 
+from .current import ACTIVE, CURRENT
 from .ending import is_for_good, is_of_lease, outcome_of, ticks_after
 from .interrupt import Body
 from .writes import FencedWriter, RunState, not_written
@@ -61,42 +61,6 @@ class ReplacedEagerly(Ignore):
         self.signature = signature
 
 
-_current: ContextVar[Run | None] = ContextVar("celery_singleton_state_run", default=None)
-#: The runs of this process. A forked child has its parent's runs here as well.
-_active: set[Run] = set()
-
-
-def current_run(task: Any) -> Run | None:
-    """Return the run of this task that the calling code is in; ``None`` if it is in no run."""
-    if _current.get() is None:
-        return None
-    run = _innermost(task)
-    return None if run is None or run.is_over else run
-
-
-def why_no_run(task: Any) -> str:
-    """Explain why the calling code is in no run of this task, for an error's text.
-
-    :returns: an empty text if there is nothing to explain: the task does not run in this process.
-    """
-    if _innermost(task) is not None:
-        return "the run whose context this code has is over"
-    if not any(run.task is task and run._is_here for run in tuple(_active)):
-        return ""
-    return (
-        "its body runs in another thread or greenlet of this process; what the body starts has the "
-        "run's context if it is started by contextvars.copy_context().run, for example "
-        "executor.submit(contextvars.copy_context().run, function)"
-    )
-
-
-def _innermost(task: Any) -> Run | None:
-    run = _current.get()
-    while run is not None and run.task is not task:
-        run = run.outer
-    return run
-
-
 class Run:
     """One run of a singleton, which has acquired its lease.
 
@@ -110,7 +74,7 @@ class Run:
         self.task = delivery.task
         self.name = delivery.name
         self.request = delivery.request
-        self.outer = _current.get()
+        self.outer = CURRENT.get()
         self.entries = history.decode(acquired.history, delivery.name)
         #: Whether no message follows with this run's task id: neither a retry nor a replacement.
         self.is_final = True
@@ -151,8 +115,8 @@ class Run:
 
     def execute(self, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Load the state, run the body, save and release; return the body's result."""
-        token = _current.set(self)
-        _active.add(self)
+        token = CURRENT.set(self)
+        ACTIVE.add(self)
         self.held.owner = self
         try:
             self._emit_begin()
@@ -170,8 +134,8 @@ class Run:
                         self._emit_lost(self.held.lost)
                     self._stop_leading()
             finally:
-                _current.reset(token)
-                _active.discard(self)
+                CURRENT.reset(token)
+                ACTIVE.discard(self)
                 # A thread that the body started can have a copy of the context and outlive the run.
                 self.is_over = True
                 self._delivery.place.handoff_to = self.held.handoff_to
@@ -244,7 +208,7 @@ class Run:
             self.body.interrupt(_handoff_detail(handoff_to))
 
     def _stop_leading_beside(self) -> None:
-        _current.set(self)
+        CURRENT.set(self)
         self._stop_leading()
 
     def _stop_leading(self) -> None:
@@ -452,7 +416,7 @@ class Run:
         return self._delivery.resent
 
     @property
-    def _is_here(self) -> bool:
+    def is_here(self) -> bool:
         """Whether this process is the run's own, and not a child that the body forked."""
         return self._pid == os.getpid()
 
@@ -462,7 +426,7 @@ class Run:
         :param what: the name of the call, for the error.
         :raises RuntimeError: this process is such a child.
         """
-        if not self._is_here:
+        if not self.is_here:
             raise RuntimeError(
                 f"{self.name}: {what} in process {os.getpid()}, which the body forked; the run and "
                 f"its lease belong to process {self._pid}: send it the data, and call {what} there"
@@ -653,7 +617,7 @@ class Run:
 
         Nothing is raised here, so that the caller can raise that error.
         """
-        if self.held.lost or not self._is_here:
+        if self.held.lost or not self.is_here:
             return
         self.is_final = self.is_final and is_for_good(error, self._delivery)
         outcome = outcome_of(error, self._delivery, self.is_replaced)

@@ -11,7 +11,8 @@ from typing_extensions import TypeVar
 
 from celery_singleton_state.ticks import due_of
 
-from .run import Run, current_run, why_no_run
+from .current import current_run, why_no_run
+from .run import Run
 
 S = TypeVar("S", default=Any)
 

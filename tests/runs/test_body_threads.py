@@ -165,7 +165,7 @@ def test_a_thread_that_outlives_the_run_is_told_that_it_is_over(
 
     task = make(memory_app, body)
     task()
-    with pytest.raises(RuntimeError, match=r"only while its body runs.*is over"):
+    with pytest.raises(RuntimeError, match=r"only while its body runs.*a run that has ended"):
         in_thread(lambda: contexts[0].run(ASKED[what], task))
 
 

@@ -29,7 +29,7 @@ from celery_singleton_state.lease.lease import clock
 from celery_singleton_state.message.coalesce import PendingRun, send_pending_run
 from celery_singleton_state.message.content import Content
 from celery_singleton_state.recovery import end_for
-from celery_singleton_state.run.run import current_run
+from celery_singleton_state.run.current import current_run
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import StoreError, StoreMisconfigured, StoreUnavailable
 from tests.helpers.messages import deliver, received, use_own_queue

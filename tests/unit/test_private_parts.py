@@ -29,7 +29,6 @@ OURS = {
     "_close": "KeyValueStore, while it is made (kv)",
     "_convert": "SingletonTask",
     "_delivery": "SingletonTask",
-    "_is_here": "Run (run.run)",
     "_is_noted": "a mark on a __call__ (run.calls)",
     "_name": "SingletonTask",
     "_options": "SingletonTask",
