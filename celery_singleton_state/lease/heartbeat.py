@@ -68,7 +68,7 @@ class Heartbeat:
         self._parent = parent
         self._lock = threading.Lock()
         self._held: set[HeldLease] = set()
-        #: The leases that the last statement for several leases skipped.
+        #: Leases that a statement for several leases skipped. Each still needs a statement alone.
         self._skipped: set[HeldLease] = set()
         self._renewal = TimerThread(
             "singleton-heartbeat", self._lock, self._held, attrgetter("renew_at"), self._renew

@@ -7,7 +7,7 @@ import threading
 
 from .lease import clock
 
-#: The part of a process's time that waiting messages may take with their tries.
+#: The part of a process's time that may be spent on the tries of messages that wait for a lease.
 SHARE = 0.05
 #: Seconds that one try of a message takes besides its requests to the store: the worker receives
 #: the message, passes it to the process, and sends it again.

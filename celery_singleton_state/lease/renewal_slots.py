@@ -218,7 +218,7 @@ def _seal(what: msgspec.Struct) -> bytes:
 
 
 def _unseal(area: bytes) -> bytes:
-    """Return the text from a slot's area; empty if there is none or its digest does not match."""
+    """Return the JSON text that a slot's area has; empty if its digest does not match the text."""
     text = area[_HEAD : _HEAD + int.from_bytes(area[_DIGEST:_HEAD], "big")]
     return text if text and area[:_DIGEST] == _digest(text) else b""
 
