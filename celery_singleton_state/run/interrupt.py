@@ -302,11 +302,19 @@ class _Stack:
         raise NotImplementedError
 
     def enter(self, section: Body | None) -> None:
-        """Begin a section. Called in the stack's own thread."""
+        """Begin a section: a body, or (``None``) code that must not be interrupted.
+
+        Called in the stack's own thread.
+        """
         self.sections.append(section)
 
     def leave(self, depth: int) -> None:
-        """End all sections but the ``depth`` outermost ones. Called in the stack's own thread."""
+        """End all sections except the outermost ones.
+
+        Called in the stack's own thread.
+
+        :param depth: how many sections stay.
+        """
         del self.sections[depth:]
 
 

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 FIRST_PAUSE = 0.1
 #: The longest pause in seconds of the message that is next in line.
 NEXT_PAUSE = 1.0
-#: The longest pause in seconds of another message, if few messages wait.
+#: The longest pause in seconds of a message that is not next in line, if few messages wait.
 LONGEST_PAUSE = 30.0
-#: The longest pause of another message as a part of its ``conflict_timeout``. The smaller of this
-#: pause and LONGEST_PAUSE counts, but never less than NEXT_PAUSE.
+#: The longest pause of a message that is not next in line, as a part of its ``conflict_timeout``.
+#: The smaller of this pause and LONGEST_PAUSE counts, but never less than NEXT_PAUSE.
 PART_OF_TIMEOUT = 0.01
 #: The message that is next in line keeps its claim beyond its next try, because it may have to wait
 #: in a queue then: for the part GRACE_OF_TIMEOUT of its ``conflict_timeout``, but for GRACE seconds
