@@ -40,7 +40,7 @@ def free_own(runtime: Runtime, row: Row, store: Leases) -> bool:
         return False
     released = store.give_back(row.key, row.holder)
     if released is not None:
-        logger.info("%s is free: %s gave it back", row.key, row.holder)
+        logger.info("%s is free: %s released it", row.key, row.holder)
         send_pending_run(runtime.app, store, row.key, released)
     return True
 
