@@ -8,7 +8,7 @@ from collections import Counter
 from celery import Celery
 
 from celery_singleton_state.store.sql.store import SqlStore
-from tests.helpers.fleet import Fleet, outcome
+from tests.helpers.fleet import Exporter, Fleet, outcome
 
 RUNS = 500
 DOES = ("save", "idle", "checkpoint", "transaction", "fail", "misfit", "sleep")
@@ -66,3 +66,9 @@ def work_through_the_script(app: Celery, fleet: Fleet, store: SqlStore) -> Expec
         for name, counted in expected.items()
     }
     return found | {"singleton_duration_seconds_count": {frozenset({"counted"}): RUNS}}
+
+
+def counts(exporter: Exporter, name: str) -> dict[tuple[str, ...], float]:
+    """The series of a counter that have counted anything."""
+    found = exporter.metrics().get(name, {})
+    return {labels: count for labels, count in found.items() if count}

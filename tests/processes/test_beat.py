@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Any
 
-import msgspec
 import pytest
 from celery import Celery
-from msgspec.structs import replace
 
-from celery_singleton_state.beat.entry import ON_TIME
-from celery_singleton_state.beat.entry_state import decode_rows
-from celery_singleton_state.migrations.open_store import open_store
-from celery_singleton_state.store.base import Ended
 from tests.helpers.fleet import Beat, Fleet, has_ping
 from tests.helpers.waiting import wait_until
 
@@ -195,121 +188,3 @@ def test_schedules_that_are_never_due_again_keep_nobody_from_their_ticks(fleet: 
 def entries(fleet: Fleet) -> list[str]:
     """Those of the ticks that were run, in order."""
     return [note["entry"] for note in fleet.notes("tick")]
-
-
-@pytest.mark.fleet(store="postgresql", CELERY_SINGLETON_HEARTBEAT_INTERVAL=4)
-def test_a_stop_in_mid_batch_loses_and_doubles_nothing(make_fleet: Callable[..., Fleet]) -> None:
-    """300 entries are due at once, again and again; the leader is told to stop while it sends."""
-    schedule = {
-        f"e{number}": {"task": "plain", "schedule": 1.0, "catch_up": "all"} for number in range(300)
-    }
-    fleet = make_fleet(TEST_SCHEDULE=json.dumps(schedule))
-    one = fleet.start_beat()
-    one.wait_leads()
-    other = fleet.start_beat()
-    other.wait_stands_by()
-    wait_until(lambda: senders_of_any(one) > 400, "it sends")
-    os.kill(one.process.pid, signal.SIGTERM)
-    one.process.wait(timeout=30)
-    other.wait_leads()
-    wait_until(lambda: senders_of_any(other) > 700, "the other one sends")
-    other.stop()
-    fleet.start("-P", "threads", "-c", "2")
-    sent = senders_of_any(one) + senders_of_any(other)
-    # Each can have been told to stop between saying so and sending.
-    notes = fleet.wait_for_notes("tick", sent - 2)
-    ticks: dict[str, list[datetime]] = {}
-    for note in notes:
-        ticks.setdefault(note["entry"], []).append(datetime.fromisoformat(note["due"]))
-    doubled = len(notes) - len({note["id"] for note in notes})
-    # The one that was on its way when the signal came.
-    assert doubled <= 1
-    for dues in ticks.values():
-        steps = {later - earlier for earlier, later in pairwise(sorted(set(dues)))}
-        assert steps == {timedelta(seconds=1)}
-
-
-def senders_of_any(beat: Beat) -> int:
-    return beat.output.count("Sending due task")
-
-
-MINUTE = timedelta(minutes=1)
-MINUTES = {
-    "latest": {"catch_up": "latest"},
-    "all": {"catch_up": "all"},
-    "all of them": {"catch_up": "all", "skip_if_older_than": None},
-    "none": {"catch_up": "none"},
-    "ten minutes": {"catch_up": "all", "skip_if_older_than": 600},
-    "last run": {"next_from": "last_run", "skip_if_older_than": None},
-}
-
-
-@pytest.mark.fleet(CELERY_SINGLETON_HEARTBEAT_INTERVAL=4)
-def test_after_a_pause_of_an_hour(make_fleet: Callable[..., Fleet], store_url: str) -> None:
-    """Everything stands still for an hour: what the store has is made an hour older. Then a beat
-    leads, and what is sent is what each entry asks for, in order.
-    """
-    schedule = {
-        name: {"task": "plain", "schedule": 60.0, **rules} for name, rules in MINUTES.items()
-    }
-    fleet = make_fleet(TEST_SCHEDULE=json.dumps(schedule))
-    before = fleet.start_beat()
-    before.wait_for("6 entries, 6 of them new")
-    before.stop()
-    first = move_back(store_url, timedelta(hours=1))
-    after = fleet.start_beat()
-    after.wait_for("beat leads")
-    fleet.start("-P", "solo")
-    began = led_since(store_url)
-    sent: dict[str, list[datetime]] = {}
-
-    def read() -> bool:
-        sent.clear()
-        for note in fleet.notes("tick"):
-            sent.setdefault(note["entry"], []).append(datetime.fromisoformat(note["due"]))
-        caught_up = {name for name, dues in sent.items() if dues[-1] > began - MINUTE}
-        return "last run" in sent and caught_up >= MINUTES.keys() - {"none", "last run"}
-
-    wait_until(read, "each entry has caught up")
-    caught_up_at = datetime.now(UTC)
-    assert sent["latest"][0] > began - MINUTE
-    assert sent["all of them"][0] == first["all of them"]
-    assert sent["last run"][0] == first["last run"]
-    for name, patience in {"all": 5 * MINUTE, "ten minutes": 10 * MINUTE}.items():
-        assert began - patience <= sent[name][0] < caught_up_at - patience + MINUTE
-    for name in ("all", "all of them", "ten minutes"):
-        steps = {later - earlier for earlier, later in pairwise(sent[name])}
-        assert steps == {MINUTE}
-    on_time = began - timedelta(seconds=ON_TIME)
-    assert all(due > on_time for due in sent.get("none", []))
-    assert all(dues == sorted(dues) for dues in sent.values())
-    assert "of none from" in after.output
-    assert "of latest from" in after.output
-
-
-def led_since(store_url: str) -> datetime:
-    store = open_store(store_url, "kv_store", 5.0)
-    row = store.peek("singleton-beat:shop")
-    store.close()
-    assert row is not None
-    assert row.acquired_at is not None
-    return datetime.fromtimestamp(row.acquired_at, UTC)
-
-
-def move_back(store_url: str, by: timedelta) -> dict[str, datetime]:
-    """Make the whole schedule older; returns the next tick of each entry."""
-    store = open_store(store_url, "kv_store", 5.0)
-    lease = store.acquire("singleton-beat:shop", "the test", 60, None)
-    assert lease is not None
-    rows = store.entries.load("singleton-beat:shop:")
-    older = {
-        name: replace(state, next_tick=state.next_tick - by)
-        for name, state in decode_rows(rows).items()
-        if state.next_tick is not None
-    }
-    keys = {f"singleton-beat:shop:{name}": state for name, state in older.items()}
-    document = {key: msgspec.json.encode(state).decode() for key, state in keys.items()}
-    store.entries.record(lease.lease, document, 1, lease.write)
-    store.release(lease.lease, Ended("succeeded", "[]"))
-    store.close()
-    return {name: state.next_tick for name, state in older.items() if state.next_tick}

@@ -98,7 +98,11 @@ def test_one_process_of_a_prefork_worker_renews_for_all(
     """
     assert "each process of a prefork pool | 3 | 1, and 2 with `self.transaction()`" in PAGE
     assert "a prefork worker's own process | 3 | 1" in PAGE
-    fleet = make_fleet(server_url)
+    fleet = make_fleet(
+        server_url,
+        CELERY_SINGLETON_HEARTBEAT_INTERVAL="1",
+        CELERY_SINGLETON_HEARTBEAT_THRESHOLD="8",
+    )
     app, until, children = client(), tmp_path / "until", 8
     fleet.start("-c", str(children))
     results = [app.send_task("long_body", (n, str(until))) for n in range(children)]

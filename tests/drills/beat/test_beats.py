@@ -8,13 +8,14 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
 from tests.helpers.beat_hosts import APP, LEADER, Host, Hosts, Schedule
-from tests.helpers.fleet import Fleet
+from tests.helpers.fleet import Beat, Fleet
 from tests.helpers.servers import Postgres, Proxy, Valkey
 from tests.helpers.waiting import wait_until
 
@@ -205,3 +206,39 @@ def kill_both(hosts: Hosts, own_postgres: Postgres, own_valkey: Valkey) -> None:
     hosts.fleet.start("-P", "solo", app=APP)
     hosts.stop()
     assert hosts.complaints() == []
+
+
+@pytest.mark.fleet(store="postgresql", app=APP)
+def test_a_stop_in_mid_batch_loses_and_doubles_nothing(make_fleet: Callable[..., Fleet]) -> None:
+    """300 entries are due at once, again and again; the leader is told to stop while it sends."""
+    schedule = {
+        f"e{number}": {"task": "plain", "schedule": 1.0, "catch_up": "all"} for number in range(300)
+    }
+    fleet = make_fleet(TEST_SCHEDULE=json.dumps(schedule))
+    one = fleet.start_beat()
+    one.wait_leads()
+    other = fleet.start_beat()
+    other.wait_stands_by()
+    wait_until(lambda: senders_of_any(one) > 400, "it sends")
+    os.kill(one.process.pid, signal.SIGTERM)
+    one.process.wait(timeout=30)
+    other.wait_leads()
+    wait_until(lambda: senders_of_any(other) > 700, "the other one sends")
+    other.stop()
+    fleet.start("-P", "threads", "-c", "2")
+    sent = senders_of_any(one) + senders_of_any(other)
+    # Each can have been told to stop between saying so and sending.
+    notes = fleet.wait_for_notes("tick", sent - 2)
+    ticks: dict[str, list[datetime]] = {}
+    for note in notes:
+        ticks.setdefault(note["entry"], []).append(datetime.fromisoformat(note["due"]))
+    doubled = len(notes) - len({note["id"] for note in notes})
+    # The one that was on its way when the signal came.
+    assert doubled <= 1
+    for dues in ticks.values():
+        steps = {later - earlier for earlier, later in pairwise(sorted(set(dues)))}
+        assert steps == {timedelta(seconds=1)}
+
+
+def senders_of_any(beat: Beat) -> int:
+    return beat.output.count("Sending due task")

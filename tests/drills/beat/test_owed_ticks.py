@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
+from celery_singleton_state.beat.entry import ON_TIME
 from celery_singleton_state.beat.entry_state import EntryState, decode_rows
 from celery_singleton_state.keys import row_key
+from celery_singleton_state.migrations.open_store import open_store
+from celery_singleton_state.store.base import Ended
 from tests.helpers.beat_hosts import APP, LEADER, Hosts
+from tests.helpers.fleet import Fleet
 from tests.helpers.waiting import wait_until
 
 MINUTE, DAY = timedelta(minutes=1), timedelta(days=1)
@@ -144,3 +150,84 @@ def late(state: EntryState) -> timedelta:
     assert state.last_run_at
     assert state.last_tick
     return state.last_run_at - state.last_tick
+
+
+MINUTES = {
+    "latest": {"catch_up": "latest"},
+    "all": {"catch_up": "all"},
+    "all of them": {"catch_up": "all", "skip_if_older_than": None},
+    "none": {"catch_up": "none"},
+    "ten minutes": {"catch_up": "all", "skip_if_older_than": 600},
+    "last run": {"next_from": "last_run", "skip_if_older_than": None},
+}
+
+
+@pytest.mark.fleet(app=APP)
+def test_after_a_pause_of_an_hour(make_fleet: Callable[..., Fleet], fleet_store: str) -> None:
+    """Everything stands still for an hour: what the store has is made an hour older. Then a beat
+    leads, and what is sent is what each entry asks for, in order.
+    """
+    schedule = {
+        name: {"task": "plain", "schedule": 60.0, **rules} for name, rules in MINUTES.items()
+    }
+    fleet = make_fleet(TEST_SCHEDULE=json.dumps(schedule))
+    before = fleet.start_beat()
+    before.wait_for("6 entries, 6 of them new")
+    before.stop()
+    first = move_back(fleet_store, timedelta(hours=1))
+    after = fleet.start_beat()
+    after.wait_for("beat leads")
+    fleet.start("-P", "solo")
+    began = led_since(fleet_store)
+    sent: dict[str, list[datetime]] = {}
+
+    def read() -> bool:
+        sent.clear()
+        for note in fleet.notes("tick"):
+            sent.setdefault(note["entry"], []).append(datetime.fromisoformat(note["due"]))
+        caught_up = {name for name, dues in sent.items() if dues[-1] > began - MINUTE}
+        return "last run" in sent and caught_up >= MINUTES.keys() - {"none", "last run"}
+
+    wait_until(read, "each entry has caught up")
+    caught_up_at = datetime.now(UTC)
+    assert sent["latest"][0] > began - MINUTE
+    assert sent["all of them"][0] == first["all of them"]
+    assert sent["last run"][0] == first["last run"]
+    for name, patience in {"all": 5 * MINUTE, "ten minutes": 10 * MINUTE}.items():
+        assert began - patience <= sent[name][0] < caught_up_at - patience + MINUTE
+    for name in ("all", "all of them", "ten minutes"):
+        steps = {later - earlier for earlier, later in pairwise(sent[name])}
+        assert steps == {MINUTE}
+    on_time = began - timedelta(seconds=ON_TIME)
+    assert all(due > on_time for due in sent.get("none", []))
+    assert all(dues == sorted(dues) for dues in sent.values())
+    assert "of none from" in after.output
+    assert "of latest from" in after.output
+
+
+def led_since(store_url: str) -> datetime:
+    store = open_store(store_url, "kv_store", 5.0)
+    row = store.peek(LEADER)
+    store.close()
+    assert row is not None
+    assert row.acquired_at is not None
+    return datetime.fromtimestamp(row.acquired_at, UTC)
+
+
+def move_back(store_url: str, by: timedelta) -> dict[str, datetime]:
+    """Make the whole schedule older; returns the next tick of each entry."""
+    store = open_store(store_url, "kv_store", 5.0)
+    lease = store.acquire(LEADER, "the test", 60, None)
+    assert lease is not None
+    rows = store.entries.load(f"{LEADER}:")
+    older = {
+        name: replace(state, next_tick=state.next_tick - by)
+        for name, state in decode_rows(rows).items()
+        if state.next_tick is not None
+    }
+    keys = {f"{LEADER}:{name}": state for name, state in older.items()}
+    document = {key: msgspec.json.encode(state).decode() for key, state in keys.items()}
+    store.entries.record(lease.lease, document, 1, lease.write)
+    store.release(lease.lease, Ended("succeeded", "[]"))
+    store.close()
+    return {name: state.next_tick for name, state in older.items() if state.next_tick}

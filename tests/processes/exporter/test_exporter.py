@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Ended, NewValue, Write
 from celery_singleton_state.store.sql.store import SqlStore
 from tests.helpers.fleet import Exporter, Fleet, outcome
-from tests.helpers.script import RUNS, work_through_the_script
-from tests.helpers.servers import Postgres, Valkey
+from tests.helpers.script import counts
+from tests.helpers.servers import Valkey
 from tests.helpers.waiting import wait_until
 
 APP = "tests.apps.seen_app"
@@ -27,62 +26,9 @@ def store_url(postgres_url: str) -> str:
     return postgres_url
 
 
-def counts(exporter: Exporter, name: str) -> dict[tuple[str, ...], float]:
-    """The series of a counter that have counted anything."""
-    found = exporter.metrics().get(name, {})
-    return {labels: count for labels, count in found.items() if count}
-
-
 def executions(exporter: Exporter) -> dict[str, float]:
     found = counts(exporter, "singleton_executions_total")
     return {labels[-1]: count for labels, count in found.items()}
-
-
-def test_the_counters_agree_with_what_500_runs_did(
-    fleet: Fleet, client: Callable[[], Celery], store: SqlStore
-) -> None:
-    """And its 500 keys are one series."""
-    app = client()
-    fleet.start("-c", "2", "-E")
-    exporter = fleet.start_exporter()
-    expected = work_through_the_script(app, fleet, store)
-
-    def found(name: str) -> dict[frozenset[str], float]:
-        return {frozenset(labels): count for labels, count in counts(exporter, name).items()}
-
-    for name, counted in expected.items():
-        wait_until(lambda n=name, c=counted: found(n) == c, f"{name} is {counted}")
-    metrics = exporter.metrics()
-    assert metrics["singleton_keys"] == {("hourly",): 1, ("counted",): RUNS + 10}
-    assert not any(
-        "key " in label for series in metrics.values() for each in series for label in each
-    )
-    assert metrics["singleton_leases_held"] == {("hourly",): 0, ("counted",): 10}
-
-
-def test_ten_thousand_keys_are_no_series_and_one_statement(
-    make_fleet: Callable[..., Fleet], postgres: Postgres, server_url: str
-) -> None:
-    """But where they are asked for."""
-    url = f"{server_url}?application_name=scraped&options=-c%20log_statement%3Dall"
-    fleet = make_fleet(url)
-    exporter, per_key = fleet.start_exporter(), fleet.start_exporter("--per-key")
-    store = open_store(server_url, "kv_store", 5.0)
-    store.requests.expect({'singleton-state:counted{"key":"0"}': "counted"})
-    before = exporter.metrics()
-    store.requests.expect(
-        {f'singleton-state:counted{{"key":"{n}"}}': "counted" for n in range(10_000)}
-    )
-    store.close()
-    said = len(postgres.statements_of("scraped"))
-    after = exporter.metrics()
-    assert postgres.statements_of("scraped")[said:] == ["SELECT"]
-    assert after["singleton_keys"][("counted",)] == 10_000
-    assert {name: set(each) for name, each in after.items()} == {
-        name: set(each) for name, each in before.items()
-    }
-    # The 1,000 first ones, one for all others, and one of the other task.
-    assert len(per_key.metrics()["singleton_keys"]) == 1_002
 
 
 def test_events_follow_the_workers_switch(fleet: Fleet, client: Callable[[], Celery]) -> None:
