@@ -54,9 +54,6 @@ OVERRIDDEN: Mapping[str, Mapping[str, str]] = {
     "celery.events.receiver:EventReceiver": {
         "_receive": "an event that cannot be read must not end the receiver",
     },
-    "sqlalchemy.pool:QueuePool": {
-        "_do_return_conn": "closes a connection that comes back after the pool was disposed of",
-    },
     "pymysql.connections:Connection": {
         "query": "records whether a statement was interrupted; public, but not documented",
         "next_result": "records it for the further statements of one text",
@@ -389,6 +386,19 @@ def allow_connections(pool: Any, connections: int) -> None:
         pool._pool.maxsize += more
         # SQLAlchemy counts open connections as size + overflow, so the overflow must shrink.
         pool._overflow -= more
+
+
+def refuse_returns(pool: Any) -> None:
+    """Have a connection pool of SQLAlchemy's (``QueuePool``) close each connection that is returned
+    from now on.
+
+    The pool puts a returned connection into a queue, and closes it if the queue is full. The queue
+    asks this under its lock, so no connection is put into it after this call. (``_pool._full``.)
+
+    If a release lacks it: a connection that is returned to a disposed pool stays open until the
+    pool is collected as garbage.
+    """
+    pool._pool._full = lambda: True
 
 
 def upgrade_steps(script: Any, revision: Any) -> Any:

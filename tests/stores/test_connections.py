@@ -173,7 +173,7 @@ def test_a_connection_in_use_is_closed_when_it_comes_back_to_a_pool_that_is_gone
 def test_a_connection_that_returns_while_its_pool_is_closed_is_closed(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A returns a connection: the pool is open. B closes the pool. A's connection goes into it."""
+    """A begins to return a connection to the open pool. B disposes of the pool. A goes on."""
     connection = engine.raw_connection()
     drivers: Any = connection.dbapi_connection
     pool = pool_of(engine)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -459,15 +460,12 @@ def test_a_connections_transport_is_that_of_its_url(url: str) -> None:
 
 
 def test_a_pool_can_be_given_more_connections(tmp_path: Path) -> None:
-    closed: list[Any] = []
-
-    class Own(sa.QueuePool):
-        def _do_return_conn(self, record: Any) -> None:
-            closed.append(record)
-            super()._do_return_conn(record)
-
     engine = sa.create_engine(
-        f"sqlite:///{tmp_path}/a.db", poolclass=Own, pool_size=1, max_overflow=0, pool_timeout=0.01
+        f"sqlite:///{tmp_path}/a.db",
+        poolclass=sa.QueuePool,
+        pool_size=1,
+        max_overflow=0,
+        pool_timeout=0.01,
     )
     pool: Any = engine.pool
     first = engine.connect()
@@ -479,11 +477,20 @@ def test_a_pool_can_be_given_more_connections(tmp_path: Path) -> None:
         engine.connect()
     for connection in (first, *more):
         connection.close()
-    assert len(closed) == 3  # by _do_return_conn
     assert (pool.size(), pool.checkedin(), pool.overflow()) == (3, 3, 0)
     compat.allow_connections(pool, 2)
     assert pool.size() == 3
     engine.dispose()
+
+
+def test_a_pool_closes_connections_that_are_returned_after_it_was_told_to(tmp_path: Path) -> None:
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/a.db", poolclass=sa.QueuePool)
+    connection = engine.raw_connection()
+    compat.refuse_returns(engine.pool)
+    drivers: Any = connection.dbapi_connection
+    connection.close()
+    with pytest.raises(sqlite3.ProgrammingError):
+        drivers.cursor()
 
 
 def test_alembic_finds_the_steps_to_the_newest_revision() -> None:

@@ -35,9 +35,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import URL, Engine, QueuePool, create_engine, event
-from sqlalchemy.pool import ConnectionPoolEntry
 
-from celery_singleton_state.compat import allow_connections
+from celery_singleton_state.compat import allow_connections, refuse_returns
 from celery_singleton_state.store.connecting import connecting
 from celery_singleton_state.store.options import STORE
 
@@ -59,20 +58,9 @@ class GrowingPool(QueuePool):
     garbage.
     """
 
-    _is_disposed = False
-
     def dispose(self) -> None:
-        self._is_disposed = True
+        refuse_returns(self)
         super().dispose()
-
-    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        if self._is_disposed:
-            record.close()
-            return
-        super()._do_return_conn(record)
-        if self._is_disposed:
-            # Another thread disposed of the pool after the check, and did not see this connection.
-            super().dispose()
 
     def allow(self, connections: int) -> None:
         """Raise the largest number of connections that the pool makes and keeps. A smaller number
