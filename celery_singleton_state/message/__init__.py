@@ -1,1 +1,1 @@
-"""One message of a singleton: what it is, and how it is sent again."""
+"""Messages of singleton tasks: read, delay, requeue, forward, deduplicate and enqueue them."""

@@ -1,8 +1,10 @@
-"""The wish for one more run: noted by a delivery that found the lease taken, granted at release.
+"""The pending run of ``on_conflict="coalesce"``: how it is encoded, and how it is sent.
 
-It stays in the row until the message is sent, so that it outlives a holder that dies: whoever
-releases the lease next sends it. One that dies between sending and striking it out leaves it to be
-sent again, with the same task id, by which it is known as a duplicate.
+A delivery that conflicts notes one pending run in the singleton's row. The run that releases the
+lease sends the pending run's message, and then removes the pending run from the row. If that
+process dies before it has sent the message, the next release of the lease sends it. If it dies
+between the two steps, the next release sends the message a second time. Both messages have the same
+task id, so the second one is recognised as a duplicate.
 """
 
 from __future__ import annotations
@@ -29,9 +31,12 @@ logger = logger_of(__name__)
 
 @dataclass(frozen=True)
 class PendingRun:
-    """A pending run, as the row keeps it: the message that is to be sent.
+    """A pending run: the message that will be sent when the lease is released.
 
-    :param options: of Celery's ``apply_async``.
+    :param task: the name of the task.
+    :param id: the task id of the message.
+    :param content: the encoded arguments of the message.
+    :param options: the options of Celery's ``apply_async`` with which the message is sent.
     """
 
     task: str
@@ -40,22 +45,27 @@ class PendingRun:
     options: dict[str, Any]
 
     def encode(self) -> str:
-        """The text that is kept."""
+        """Return the pending run as the text that the row stores."""
         own = {"task": self.task, "id": self.id, "options": self.options}
         return dump(own | vars(self.content))
 
     @classmethod
     def decode(cls, text: str) -> PendingRun:
-        """The pending run that is kept."""
+        """Return the pending run that a text in the row describes."""
         found = load(text)
         task, task_id, options = found.pop("task"), found.pop("id"), found.pop("options")
         return cls(task, task_id, Content(**found), options)
 
 
 def pending_run_for(delivery: Delivery, args: Any, kwargs: Any) -> str:
-    """The pending run for a delivery: its message, sent anew.
+    """Return the encoded pending run for a delivery that conflicts.
 
-    :raises TypeError: an argument cannot be encoded as the message was.
+    The pending run repeats the arguments and options of the delivery's message, under a new task
+    id.
+
+    :param args: the positional arguments of a direct call.
+    :param kwargs: the keyword arguments of a direct call.
+    :raises TypeError: the serializer of the message cannot encode an argument.
     """
     task, request = delivery.task, delivery.request
     content = Content.of(task, request, args, kwargs)
@@ -67,11 +77,14 @@ def pending_run_for(delivery: Delivery, args: Any, kwargs: Any) -> str:
 def send_pending_run(
     app: Celery, store: Leases, key: str, released: Released | None, task_id: str | None = None
 ) -> None:
-    """Send what a release found wanted, if anything; if that fails, the next release does it.
+    """Send the pending run that a release found in the row, if there is one.
 
-    :param released: the answer to the release; ``None`` where it was lost.
-    :param task_id: of the run that has ended. A wish with this id has been sent, and its sender has
-        died, or has not struck it out yet.
+    If the sending fails, the pending run stays in the row and the next release sends it.
+
+    :param key: the key of the singleton's row.
+    :param released: the store's answer to the release; ``None`` if the answer was lost.
+    :param task_id: the task id of the run that has just ended. If the pending run has this id, its
+        message has already been sent, so the pending run is only removed from the row.
     """
     try:
         written = released.wanted if released is not None else store.requests.wanted(key)
@@ -82,7 +95,8 @@ def send_pending_run(
             store.requests.pending_run_sent(key, written)
             return
         args, kwargs = pending_run.content.decode(app)
-        # Sent a second time, it is a copy.
+        # The value depends on the pending run alone. So if its message is sent twice, the second
+        # one is recognised as a duplicate of the first.
         headers = {**(pending_run.options.get("headers") or {}), SENT: pending_run.id}
         options = resolved(app, pending_run.options) | {
             "task_id": pending_run.id,
@@ -90,6 +104,8 @@ def send_pending_run(
         }
         send_as_it_is(app.tasks[pending_run.task], args, kwargs, options)
         store.requests.pending_run_sent(key, written)
-        logger.info("%s: one more run was wanted; sent as task %s", key, pending_run.id)
+        logger.info("%s: the pending run was sent as task %s", key, pending_run.id)
     except Exception:
-        logger.exception("%s: the run that is wanted could not be sent; it stays wanted", key)
+        logger.exception(
+            "%s: the pending run could not be sent; the next release of the lease sends it", key
+        )

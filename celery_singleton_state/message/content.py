@@ -1,4 +1,4 @@
-"""What a message carries: its arguments, as its sender encoded them, and its options."""
+"""Copy a message: encode its arguments as its sender did, and collect its options."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ from celery_singleton_state.headers import PREFIX, custom_headers
 
 from .routing import address_of
 
-#: Options of a message that the run which is sent in its place keeps.
+#: Names of the options that a new message takes over from the message that it replaces.
 _KEPT = ("expires", "time_limit", "soft_time_limit", "shadow")
 
 
 @dataclass(frozen=True)
 class Content:
-    """Arguments of a message, encoded by a serializer of kombu's."""
+    """The arguments of a message, encoded by one of kombu's serializers.
+
+    :param content_type: the serializer's content type, for example ``application/json``.
+    :param content_encoding: the encoding of the body, for example ``utf-8``.
+    :param body: the encoded positional and keyword arguments.
+    """
 
     content_type: str
     content_encoding: str
@@ -31,10 +36,13 @@ class Content:
 
     @classmethod
     def of(cls, task: Any, request: Context, args: Any, kwargs: Any) -> Content:
-        """Encode the arguments of a message or a direct call, as that message was encoded.
+        """Encode the arguments of a message or a direct call, with the message's own serializer.
 
-        :param args, kwargs: of a direct call. Those of a message are what the message has: a base
-            class may have changed them before it called the task.
+        A direct call has no serializer of its own. The task's serializer is used for it.
+
+        :param args: the positional arguments of a direct call. They are ignored for a message: its
+            request has the arguments that were sent, and a base class may have changed ``args``.
+        :param kwargs: the keyword arguments of a direct call, likewise.
         :raises TypeError: an argument cannot be encoded.
         """
         if not request.called_directly:
@@ -45,15 +53,15 @@ class Content:
             return cls(*serialization.dumps((args, kwargs, {}), serializer))
         except Exception as error:  # a serializer can raise anything
             raise TypeError(
-                f"task {task.name}: on_conflict='coalesce' keeps the arguments of the pending run "
+                f"task {task.name}: on_conflict='coalesce' stores the arguments of the pending run "
                 f"as {serializer}, and {_unencoded(args, kwargs, serializer)} cannot be encoded "
-                f"so: {error}"
+                f"as {serializer}: {error}"
             ) from error
 
     def decode(self, app: Celery) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments.
+        """Return the decoded positional and keyword arguments.
 
-        :raises ContentDisallowed: the app does not accept this type of content.
+        :raises ContentDisallowed: the app's ``accept_content`` does not allow this content type.
         """
         accept = serialization.prepare_accept_content(app.conf.accept_content)
         args, kwargs, _ = serialization.loads(
@@ -63,9 +71,9 @@ class Content:
 
 
 def note_content(sender: Any, request: Any, **_: Any) -> None:
-    """Note with a message how it is encoded. Celery's signal ``task_received`` calls it.
+    """Note in a message's properties how it is encoded, as a receiver of ``task_received``.
 
-    A task does not see that otherwise, but for messages of RabbitMQ.
+    Celery shows a task the encoding of its message only if the broker is RabbitMQ.
     """
     if options_of(request.task) is None:
         return
@@ -75,13 +83,19 @@ def note_content(sender: Any, request: Any, **_: Any) -> None:
 
 
 def serializer_of(request: Context) -> str | None:
-    """The name of the serializer that encoded a message, if it is known and there is one here."""
+    """Return the name of the serializer that encoded a message.
+
+    :returns: ``None`` if the message's content type is not known, or if this process has no
+        serializer for it.
+    """
     properties: Any = request.properties or {}
     return serializer_names().get(str(properties.get("content_type")))
 
 
 def encoding_of(request: Context) -> dict[str, Any]:
-    """Options by which a message is encoded that is sent in place of another one."""
+    """Return the options that encode a new message with the serializer and the compression of the
+    message that it replaces.
+    """
     found = {
         "serializer": serializer_of(request),
         "compression": request.__dict__.get("compression"),
@@ -90,10 +104,11 @@ def encoding_of(request: Context) -> dict[str, Any]:
 
 
 def options_for_new(task: Any, request: Context) -> dict[str, Any]:
-    """Options with which a new message is sent in place of one: with what its sender gave it.
+    """Return the options with which a new message is sent in place of a message.
 
-    What hangs on the message (callbacks, a chain, a group, a chord) ends with it and is not kept;
-    nor is when it was to come, which it has done.
+    The new message takes over the options that the sender chose. It does not take over callbacks,
+    a chain, a group or a chord, because they end with the message. It does not take over ``eta``
+    or ``countdown`` either, because that time has passed.
     """
     if request.called_directly or request.is_eager or not request.id:
         return {}
@@ -113,7 +128,7 @@ def options_for_new(task: Any, request: Context) -> dict[str, Any]:
 
 
 def _unencoded(args: tuple[Any, ...], kwargs: dict[str, Any], serializer: str) -> str:
-    """The name of the argument that cannot be encoded, for people."""
+    """Return the name of the first argument that cannot be encoded, for an error message."""
     numbered = {f"argument {number}": value for number, value in enumerate(args, 1)}
     named = {f"argument {name!r}": value for name, value in kwargs.items()}
     for name, value in (numbered | named).items():
@@ -125,11 +140,11 @@ def _unencoded(args: tuple[Any, ...], kwargs: dict[str, Any], serializer: str) -
 
 
 def dump(document: Mapping[str, Any]) -> str:
-    """A document as text. Bytes, times and the like come back from it as they were."""
+    """Encode a document as JSON text, such that :func:`load` also restores bytes and times."""
     return str(json.dumps(document))
 
 
 def load(text: str) -> dict[str, Any]:
-    """The document that :func:`dump` made a text."""
+    """Return the document that :func:`dump` encoded."""
     document: dict[str, Any] = json.loads(text)
     return document

@@ -1,14 +1,15 @@
-"""How a message that is sent again is delayed: one place decides it for all messages and brokers.
+"""Delay a message that is sent again: by a countdown, or by RabbitMQ's delaying queues.
 
-Celery hands a message with a countdown to a worker at once, which keeps it unacknowledged until it
-is due. Two things go wrong with that:
+Celery hands a message with a countdown to a worker at once, and the worker keeps it unacknowledged
+until it is due. Two things go wrong with that:
 
-- A broker gives a message out again that stays unacknowledged for too long. No countdown is longer
-  than half of that time: the message comes, has a part of its pause left, and is sent again.
-- A worker of RabbitMQ's quorum queues cannot raise its prefetch count, so messages that wait keep
-  out messages that could run. From Celery 5.5 on RabbitMQ can keep them itself, for whole seconds,
-  in queues that Celery's workers declare. Celery uses them for topic exchanges alone; this package
-  uses them for every queue, with a binding of its own.
+- A broker redelivers a message that stays unacknowledged for too long. So this package sends no
+  countdown that is longer than half of that time. When such a message arrives with a part of its
+  pause left, it is sent again for the rest.
+- A worker cannot raise its prefetch count for RabbitMQ's quorum queues, so waiting messages block
+  messages that could run. From Celery 5.5 on, RabbitMQ can delay messages itself, by whole seconds,
+  in queues that Celery's workers declare. Celery uses these queues for topic exchanges only. This
+  package uses them for every queue, with a binding of its own.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from .routing import address_of, broker_kind, delayed_key, into, queue_of, resol
 
 logger = logger_of(__name__)
 
-#: By the kind of broker, the transport option that says for how many seconds it keeps a message
-#: that is not acknowledged, and the default. RabbitMQ has that in its own configuration.
+#: For each kind of broker: the transport option with the seconds after which the broker redelivers
+#: an unacknowledged message, and the option's default. RabbitMQ has no such transport option: the
+#: limit is in the server's configuration, and its default is 30 minutes.
 _KEEPS = {
     "amqp": ("", 1800.0),
     "redis": ("visibility_timeout", 3600.0),
@@ -43,18 +45,22 @@ _KEEPS = {
     "pgmq": ("visibility_timeout", 1800.0),
     "azureservicebus": ("peek_lock_seconds", 60.0),
 }
-#: The part of that time for which a message may wait: its run comes after.
+#: The fraction of the redelivery time that a countdown may use. The rest is left for the run, which
+#: follows while the message is still unacknowledged.
 _WAITING_PART = 0.5
-#: What says in which queue a message is to go.
+#: Names of the options that choose the queue of a message.
 _PLACES = frozenset({"queue", "exchange", "routing_key"})
 
 
 def prepare(task: Any, request: Context, signature: Any, said: Collection[str]) -> None:
-    """Let a message that is sent again, or retried, come when it should, where it came from.
+    """Prepare the options of a message that is sent again or retried: its delay and its queue.
 
-    :param signature: the message, as Celery would send it; it is changed.
-    :param said: the options that whoever sends the message has chosen.
-    :raises OperationalError: the broker is out of reach.
+    The message goes into the queue that its last delivery came from, unless the sender chose
+    another one.
+
+    :param signature: the message as Celery would send it. Its options are changed.
+    :param said: the names of the options that the sender chose.
+    :raises OperationalError: the broker is unavailable.
     """
     app, options = task.app, signature.options
     options["headers"] = without_moves(options.get("headers") or {})
@@ -78,14 +84,20 @@ def prepare(task: Any, request: Context, signature: Any, said: Collection[str]) 
 
 
 def possible(app: Celery, pause: float) -> float:
-    """The pause that a message really has: whole seconds where RabbitMQ keeps the message."""
+    """Return the delay that a message will really have, in seconds.
+
+    RabbitMQ's delaying queues round it up to whole seconds. Other delays are exact.
+    """
     if pause <= 0 or not waits_in_broker(app):
         return max(pause, 0.0)
     return float(min(max(math.ceil(pause), 1), 2**native.MAX_NUMBER_OF_BITS_TO_USE - 1))
 
 
 def waits_in_broker(app: Celery) -> bool:
-    """Whether messages do not wait in workers: they have quorum queues, and RabbitMQ keeps them."""
+    """Whether RabbitMQ delays the app's messages, instead of a worker.
+
+    True if the app has a quorum queue and the installed Celery knows RabbitMQ's delaying queues.
+    """
     return (
         native is not None
         and broker_kind(app) == "amqp"
@@ -97,7 +109,7 @@ def waits_in_broker(app: Celery) -> bool:
 
 
 def _pause(app: Celery, options: dict[str, Any]) -> float:
-    """Seconds that a message is to wait."""
+    """Return the seconds that a message has to wait, from its ``eta`` or ``countdown``."""
     eta = options.get("eta")
     if eta is None:
         return float(options.get("countdown") or 0.0)
@@ -109,19 +121,27 @@ def _pause(app: Celery, options: dict[str, Any]) -> float:
 
 
 def _longest(app: Celery) -> float:
-    """The longest countdown that the broker does not take for a lost message."""
+    """Return the longest countdown, in seconds, that ends well before the broker would redeliver
+    the message; infinity if the broker has no such limit.
+    """
     option, default = _KEEPS.get(broker_kind(app), ("visibility_timeout", math.inf))
     said = (broker_of(app).transport_options or {}).get(option)
     return float(said or default) * _WAITING_PART
 
 
 def _wait_in_broker(app: Celery, options: dict[str, Any], seconds: int, target: str | None) -> None:
-    """Let RabbitMQ keep a message; if it cannot, the message waits in a worker."""
+    """Have RabbitMQ delay a message; if RabbitMQ cannot, a worker delays it.
+
+    :param options: the options of the message. They are changed.
+    :param seconds: the delay.
+    :param target: the name of the queue; ``None`` if it is not known.
+    """
     options["eta"], options["countdown"] = None, seconds
     if target is None:
-        return  # as Celery does it, which takes whole seconds alone, and at least one
+        return  # Celery delays it in its own way, which needs a countdown in whole seconds
     if _is_bound(app, target):
-        # Without a countdown: the worker would compare it with its own clock, which may be behind.
+        # RabbitMQ delays the message, so it needs no countdown. With one, a worker whose clock is
+        # behind would delay the message a second time.
         options |= into(app, target) | {
             "countdown": None,
             "exchange": native.level_name(native.MAX_LEVEL),
@@ -129,26 +149,32 @@ def _wait_in_broker(app: Celery, options: dict[str, Any], seconds: int, target: 
             "routing_key": native.calculate_routing_key(seconds, delayed_key(target)),
         }
     else:
-        # Of this queue Celery does not know an exchange that delays.
+        # An undeclared queue object stands for a direct exchange. Celery does not use RabbitMQ's
+        # delaying queues for such an exchange, so a worker delays the message.
         options |= into(app, target) | {"queue": undeclared(target)}
 
 
 def _name_of(app: Celery, queue: Any) -> str | None:
-    """The name of the queue that whoever sends a message has chosen."""
+    """Return the name of the queue that the sender chose; ``None`` if the sender chose none.
+
+    :param queue: the option ``queue``: a queue object, its name, or ``None``.
+    """
     if isinstance(queue, Queue):
         return str(queue.name)
     return None if queue is None else str(app.amqp.queues[queue].name)
 
 
 def _is_bound(app: Celery, target: str) -> bool:
-    """Whether RabbitMQ moves a message that was delayed into this queue: bind it, if it does not.
+    """Bind a queue to the end of RabbitMQ's delaying queues; return whether that succeeded.
 
-    :returns: ``False`` if RabbitMQ refuses: permissions, or no worker has declared the exchanges.
-    :raises OperationalError: RabbitMQ is out of reach.
+    :returns: ``False`` if RabbitMQ refuses the binding: a permission is missing, or no worker has
+        declared the delaying exchanges.
+    :raises OperationalError: RabbitMQ is unavailable.
     """
 
     def bind(channel: Any) -> None:
-        # A message to an exchange that is not there would be lost without a word.
+        # RabbitMQ silently drops a message for an exchange that does not exist. So check with a
+        # passive declaration, which fails if the exchange does not exist.
         first = native.level_name(native.MAX_LEVEL)
         channel.exchange_declare(first, "topic", passive=True)
         last = native.CELERY_DELAYED_DELIVERY_EXCHANGE

@@ -1,4 +1,4 @@
-"""One delivery of a singleton's message: what it is, and for which singleton."""
+"""One delivery of a message, or one direct call: its headers, its options and its singleton."""
 
 from __future__ import annotations
 
@@ -34,30 +34,32 @@ from celery_singleton_state.ticks_done import EntryTicks, TicksDone
 from .place import Place
 from .routing import is_copy
 
-#: Why a message is refused whose work is done.
+#: The reason that logs and events give for a duplicate: an earlier run did the message's work.
 DONE_BEFORE = "was done before"
-#: Seconds that a tick which must not be skipped waits for the lease. After that it fails, and beat
-#: sends it again.
+#: Seconds for which a tick of an entry with ``catch_up="all"`` waits for the lease. After that its
+#: task fails, and beat sends the tick again.
 ONE_BY_ONE_TIMEOUT = 3600.0
 
-#: A replacement is of a later generation than all retries of what it replaces.
+#: What one ``self.replace()`` adds to a message's generation. It is larger than any count of
+#: retries, so that a replacement has a later generation than all retries of the replaced message.
 REPLACEMENT = 1 << 32
 
-#: Seconds that a run has to end after it heard that it is asked to stop.
+#: Seconds that a run has for ending, after it has seen that it is asked to hand over.
 TIME_TO_STOP = 1.0
 
-#: How often an eager run is repeated over the store, whatever its policy allows: it is repeated at
-#: once, and its caller waits.
+#: How often an eager run is repeated at most when the store fails, whatever its retry policy
+#: allows. The limit is low because the run is repeated at once, while its caller waits.
 EAGER_RETRIES = 3
 
 
 @dataclass(slots=True)
 class Earlier:
-    """The earlier tries of an eager run, which is repeated within its call.
+    """The failed tries of an eager run. An eager run is repeated within the caller's call.
 
-    :param tries: how many there were.
-    :param error: of the last try whose body ran, or of the last one.
-    :param result: of the body whose save was not answered.
+    :param tries: the number of failed tries.
+    :param error: the error of the newest try whose body ran. If no body has run: the error of the
+        first try.
+    :param result: the result of a body whose save the store did not answer.
     """
 
     tries: int = 0
@@ -65,19 +67,24 @@ class Earlier:
     result: Any = None
 
     def note(self, error: SingletonError) -> None:
-        """Note that a try has failed."""
+        """Record that a try has failed with this error."""
         self.tries += 1
         if self.error is None or not isinstance(error, StateLoadFailed):
             self.error = error
 
 
 class Delivery:
-    """A message, or a direct call, and the singleton that it is for.
+    """One delivery of a message, or one direct call, together with the singleton that it is for.
 
-    What the message says is read once, here.
+    The constructor reads the headers of the message, so that no other module needs to.
 
-    :param name: the singleton's name; ``key`` is its row's.
-    :param codec: of the state; ``None`` for a singleton without one.
+    :param task: the task.
+    :param request: Celery's request of the delivery or the call.
+    :param name: the singleton's name.
+    :param key: the key of the singleton's row.
+    :param options: the singleton's options.
+    :param codec: encodes and decodes the state; ``None`` for a singleton without a state.
+    :param runtime: what the process shares among its singletons.
     """
 
     def __init__(
@@ -97,63 +104,71 @@ class Delivery:
         self.options = options
         self.codec = codec
         self.runtime = runtime
-        #: Where the singleton's row is, and what renews its lease: set when it is delivered.
+        #: The store of the singleton's row, and the heartbeat that renews the lease. The code that
+        #: handles the delivery sets both.
         self.store: Store
         self.heartbeat: Heartbeat
-        #: Tell those who look on that something happened to the singleton: a kind of details, and
-        #: their further fields by name.
+        #: Emit an event about this singleton. The arguments are a class of
+        #: :mod:`celery_singleton_state.hooks.details`, and the fields that this class adds.
         self.emit = partial(runtime.dispatcher.emit, task.name, name, request.id)
-        #: Where the message stands among those that replace each other.
+        #: The order of this message among the messages of the singleton, for
+        #: ``on_conflict="replace"``.
         self.place = Place()
-        #: What came of it before, if it is an eager run.
+        #: The earlier tries, if this is an eager run.
         self.earlier = Earlier()
-        #: Whether it is a message that can be sent again, and no call.
+        #: Whether this is a message, which can be sent again, and not a direct or eager call.
         self.is_message = is_message(request)
         has_any = request.headers or not OWN.isdisjoint(request.__dict__)
         headers = own_headers(request) if has_any else {}
-        #: How often the message was retried, whoever asked for it.
+        #: How often the message was retried: by this package, by a body or by Celery.
         self.retries: int = request.retries or 0
-        #: How often this package asked for it, to repeat a run that failed over the store.
+        #: How often this package retried the message because the store had failed.
         self.own_retries = int(headers.get(RETRIES) or 0)
-        #: How often bodies asked for it: to replace themselves, and since then to be retried.
-        #: A replacement keeps the id of what it replaces, and counts its retries anew.
+        #: A number that grows with each retry that a body or Celery asked for, and with each
+        #: ``self.replace()``. A replacement keeps the task id of the message that it replaces, but
+        #: its count of retries starts at 0. So each replacement adds more than any count of
+        #: retries.
         self.generation: int = (
             (request.replaced_task_nesting or 0) * REPLACEMENT + self.retries - self.own_retries
         )
         sent = headers.get(SENT)
         if sent is None and request.root_id != request.id:
-            # A part of a chain or chord has no value of its own. Its root tells it from the same
-            # part of another chain that was sent with the same id.
+            # A part of a chain or chord has no value of its own. A chain can be sent twice with the
+            # same task ids in it, and then only the root ids of its parts differ.
             sent = request.root_id
-        #: The value that tells the message from others that were sent with the same id.
+        #: A value that differs between two messages that were sent with the same task id.
         self.sent = None if sent is None else encodable(str(sent))
-        #: The tick that the message is for, if a beat of ours sent it.
+        #: The tick that the message is for; ``None`` if no beat of this package sent the message.
         self.tick: Tick | None = tick_in(headers) if headers else None
-        #: Whether the next tick of the message's entry is sent when this one has ended.
+        #: Whether beat sends the next tick of the schedule entry only after this tick has ended.
         self.is_one_by_one = bool(int(headers.get(ONE_BY_ONE) or 0))
-        #: The policy for a lease that is taken. A tick that must not be skipped waits.
+        #: The conflict policy. A tick that beat waits for must not be skipped, so it always waits.
         self.on_conflict = "wait" if self.is_one_by_one else options.on_conflict
-        #: Seconds that the message has waited for the lease before it came here.
+        #: Seconds for which the message had waited for the lease before this delivery.
         self.waited = float(headers.get(WAITED, 0.0))
-        #: Seconds that the message has still to wait, because no delay is as long.
+        #: Seconds that are left of the message's delay, because the broker allows no countdown
+        #: that covers the whole delay.
         self.pause_left = float(headers.get(PAUSE_LEFT, 0.0))
-        #: Whether it comes again because its run had ended a moment before.
+        #: Whether an earlier delivery requeued the message because the run had just ended, and its
+        #: result was not recorded yet.
         self.is_unrecorded = bool(headers.get(UNRECORDED))
-        #: Seconds that the lease lives without a renewal.
+        #: The lease's life: seconds until it expires if it is not renewed.
         self.ttl = options.lease_ttl or runtime.lease_ttl
-        #: Seconds that an acquisition takes the lease for; the run then confirms a longer life.
+        #: Seconds for which the acquisition takes the lease. If the task's ``lease_ttl`` is longer,
+        #: the run then renews the lease for that life.
         self.first_ttl = min(self.ttl, runtime.lease_ttl)
-        #: Whether what was done is not done again: as told, else for ticks or if there is state.
+        #: Whether duplicates are dropped. Without the option ``deduplicate``: true for ticks, and
+        #: for singletons with a state.
         self.deduplicates = options.deduplicate
         if self.deduplicates is None:
             self.deduplicates = codec is not None or self.tick is not None
 
     @property
     def conflict_timeout(self) -> float:
-        """Seconds that it waits for the lease, if its policy waits at all.
+        """The seconds for which the message waits for the lease, if its conflict policy waits.
 
-        With ``"replace"`` they are at least two heartbeats, because the holder hears of the request
-        by its heartbeat.
+        With ``"replace"`` this is at least two heartbeat intervals and some time to stop, because
+        the holder learns from its heartbeat that it is asked to hand over.
         """
         if self.is_one_by_one:
             return ONE_BY_ONE_TIMEOUT
@@ -166,11 +181,14 @@ class Delivery:
 
     @property
     def resent(self) -> dict[str, Any]:
-        """Headers of the message that is sent in place of this one."""
+        """The headers that keep the message's order when it is sent again or retried.
+
+        Empty unless the conflict policy is ``"replace"``.
+        """
         return self.place.headers if self.on_conflict == "replace" else {}
 
     def answer_to(self, error: SingletonError) -> RetryAfter | Fail:
-        """How the message goes on after an error of this singleton."""
+        """Decide whether the message is retried after an error of this singleton, or fails."""
         own, tries = self.options, self.earlier.tries
         if self.request.is_eager and (tries >= EAGER_RETRIES or not error.retryable):
             return Fail()
@@ -178,39 +196,52 @@ class Delivery:
         return answer_to(error, self.retries + tries, own.retry_reasons, own.retry_policy, usual)
 
     def done_by(self, entries: tuple[history.Entry, ...]) -> history.Entry | None:
-        """The run that did what this message asks for, if the history knows one.
+        """Return the run that did this message's work already, if it is in the history.
 
-        A tick is known again by its task's id, which every beat makes the same.
+        A tick is recognised by its task id, because every beat derives the same id from a tick. If
+        a fanout exchange made copies of the message, a run that has only begun is returned, too.
+
+        :param entries: the history of the singleton, as its row has it.
+        :returns: ``None`` if there is no such run, or if duplicates are not dropped.
         """
         task_id = self.request.id
         if task_id and self.is_copy:
             return history.begun_by(entries, task_id, self.generation, self.sent)
         if not task_id or not self.deduplicates:
             return None
-        # An eager replacement has its predecessor's id, and no count: it is later than any of it.
+        # Celery does not count the replacements of eager runs. So an eager run counts as later than
+        # every run in the history that has its task id.
         generation = sys.maxsize if self.request.is_eager else self.generation
         return history.done_by(entries, task_id, generation, self.sent)
 
     @property
     def previous(self) -> float | None:
-        """The tick that was sent before the message's own, if it is known."""
+        """The due time of the tick that beat sent before this message's tick, in seconds since the
+        epoch; ``None`` if it is not known.
+        """
         return previous_of(self.request)
 
     def ticks_of(self, raw: str | None) -> tuple[TicksDone, EntryTicks]:
-        """What a row knows of ticks, and of those of the message's own entry.
+        """Return the ticks that a row records for all schedule entries, and for this message's
+        entry.
 
-        :param raw: the row's ``ticks_done``.
+        :param raw: the column ``ticks_done`` of the row.
         """
         known = ticks_done.decode(raw, self.name)
         return known, known.get(self.tick.entry if self.tick else "", EntryTicks())
 
     def passed(self, entries: tuple[history.Entry, ...], raw: str | None) -> str | None:
-        """Why the message's tick is refused though the history does not know it as done, if it is.
+        """Return why the message's tick is refused, for a tick that the history does not show as
+        done.
 
-        Only a message that does not name the tick before its own, and that is no retry, can be for
-        a tick which nobody can tell from one that was done and forgotten.
+        The record of ticks may show that the tick is done or has failed for good. A tick that is
+        older than all that the row records is refused, too, because its run may have been
+        forgotten. The last rule does not apply to a retry, nor to a message that names the tick
+        before its own.
 
-        :param raw: the row's ``ticks_done``.
+        :param entries: the history of the singleton, as its row has it.
+        :param raw: the column ``ticks_done`` of the row.
+        :returns: the reason as a text; ``None`` if the tick is not refused.
         """
         tick = self.tick
         if tick is None or not self.deduplicates or self.request.replaced_task_nesting:
@@ -223,15 +254,15 @@ class Delivery:
         if self.retries or self.previous is not None or own.reaches_back_to(tick.due):
             return None
         if history.has_passed(entries, tick, self.runtime.settings.history):
-            return "is older than all that its row remembers, so it may have been done before"
+            return "is older than all ticks that its row records, so it may have been done before"
         return None
 
     @property
     def is_copy(self) -> bool:
-        """Whether the message is one of several copies that a fanout exchange made of it."""
+        """Whether a fanout exchange made several copies of the message, and this is one of them."""
         return self.is_message and is_copy(self.task.app, self.request)
 
 
 def is_message(request: Context) -> bool:
-    """Whether a request is one of a message, which can be sent again."""
+    """Whether a request belongs to a message from a broker, and not to a direct or eager call."""
     return bool(request.id) and not request.called_directly and not request.is_eager

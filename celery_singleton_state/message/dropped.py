@@ -1,12 +1,12 @@
-"""Messages that end without reaching a run: Celery's signals say so, and they are queued no more.
+"""Remove the ``enqueue_once`` claim of a message that ends before a run, by Celery's signals.
 
-What happens within :meth:`SingletonTask.__call__ <celery_singleton_state.SingletonTask>` that
-method sees to itself. Here is what ends a message before, or without its process:
+:meth:`SingletonTask.__call__ <celery_singleton_state.SingletonTask>` removes the claim of every
+message that reaches it. This module handles the messages that do not reach it:
 
-- a worker drops it because it was revoked or has expired,
-- a worker cannot read it, or does not take it (its ``eta`` is no time),
-- ``before_start``, or a ``__call__`` of the user's own, raises,
-- its process dies, or its hard time limit ends it, before it has the lease.
+- A worker drops the message because it was revoked or has expired.
+- A worker cannot decode the message, or refuses it because its ``eta`` is not a time.
+- ``before_start``, or a ``__call__`` of the user's own, raises an error.
+- The process dies, or is killed at the hard time limit, before the message has acquired the lease.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from .enqueue_once import dequeue
 
 logger = logger_of(__name__)
 
-#: Requests whose own delivery sees to their end, or whose end was seen to.
+#: Requests that need nothing more from this module: their delivery removes the claim, or this
+#: module has removed it.
 _settled: weakref.WeakSet[Context] = weakref.WeakSet()
 
 
 def watch_for_dropped() -> None:
-    """Follow Celery's signals in this process and in those that it forks."""
+    """Connect this module to Celery's signals, in this process and in the processes it forks."""
     signals.task_revoked.connect(dequeue_dropped)
     signals.task_rejected.connect(dequeue_rejected)
     signals.task_failure.connect(dequeue_failed)
@@ -39,24 +40,32 @@ def watch_for_dropped() -> None:
 
 
 def settle(request: Context) -> None:
-    """Note that a message has reached its delivery, which sees to its end."""
+    """Note that a message has reached ``SingletonTask.__call__``, which removes its claim."""
     _settled.add(request)
 
 
 def dequeue_dropped(sender: Any, request: Context, **_: Any) -> None:
-    """A message that a worker drops, as it was revoked or has expired, is queued no more."""
+    """Remove the claim of a message that a worker dropped, as a receiver of ``task_revoked``.
+
+    A worker drops a message because it was revoked or because it has expired.
+    """
     options = options_of(sender)
     if options is None or not options.enqueue_once or request in _settled:
         return
     _settled.add(request)
     try:
         dequeue(sender._delivery(request, tuple(request.args or ()), request.kwargs or {}))
-    except Exception as error:  # its arguments, or what unique_on makes of them, can be anything
-        logger.warning("task %s[%s] may count as queued: %s", sender.name, request.id, error)
+    except Exception as error:  # unique_on is the user's code and can raise anything
+        logger.warning(
+            "task %s[%s] ended without a run, but may still count as queued: %s",
+            sender.name,
+            request.id,
+            error,
+        )
 
 
 def dequeue_rejected(sender: Any, message: Any, **_: Any) -> None:
-    """A message that a worker cannot read is queued no more."""
+    """Remove the claim of a message that a worker refused, as a receiver of ``task_rejected``."""
     headers = message.headers or {}
     app: Celery = sender.app
     task = app.tasks.get(headers.get("task", ""))
@@ -65,14 +74,22 @@ def dequeue_rejected(sender: Any, message: Any, **_: Any) -> None:
         return
     try:
         args, kwargs = message.payload[:2] if options.unique_on is not None else ((), {})
-    except Exception as error:  # what cannot be read has arguments that are not known
-        logger.warning("task %s[%s] may count as queued: %s", task, headers.get("id"), error)
+    except Exception as error:  # without its arguments the key of its claim is not known
+        logger.warning(
+            "task %s[%s] was refused by a worker, but may still count as queued: %s",
+            task,
+            headers.get("id"),
+            error,
+        )
         return
     dequeue_dropped(task, Context(id=headers.get("id"), args=args, kwargs=kwargs))
 
 
 def dequeue_failed(sender: Any, task_id: str, args: Any, kwargs: Any, **_: Any) -> None:
-    """A message that fails outside its delivery is queued no more."""
+    """Remove the claim of a message that failed before ``SingletonTask.__call__`` saw it.
+
+    It is a receiver of ``task_failure`` and ``task_internal_error``.
+    """
     if options_of(sender) is None:
         return
     request = sender.request
@@ -82,7 +99,10 @@ def dequeue_failed(sender: Any, task_id: str, args: Any, kwargs: Any, **_: Any) 
 
 
 def dequeue_unreached(sender: Any, task_id: str, state: str, retval: Any, **_: Any) -> None:
-    """A message that ended before its delivery is queued no more, unless it comes again."""
+    """Remove the claim of a message that ended before ``SingletonTask.__call__`` saw it.
+
+    It is a receiver of ``task_postrun``. A message that is retried or requeued keeps its claim.
+    """
     if options_of(sender) is None or sender.request.id != task_id or state == states.RETRY:
         return
     if not (isinstance(retval, Reject) and getattr(retval, "requeue", False)):

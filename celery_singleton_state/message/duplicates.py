@@ -1,17 +1,20 @@
-"""End a message that was done before.
+"""End a duplicate: a second delivery of a message whose run has already saved its state.
 
-Its first delivery has saved the state. Whether it also recorded the result with Celery, and sent
-callbacks and the rest of a chain, only a result backend can tell:
+The process of the first delivery may have died before Celery stored the result, and sent the
+callbacks and the rest of a chain. Only the result backend shows whether that happened:
 
-- A result is stored: Celery stores it last, so everything has happened. The copy ends silently.
-- None is stored, and the run ended just now: its process may be about to do that. The copy is
-  requeued for as long as :data:`GRACE`, unless the process is known to be dead.
-- None is stored after that: the first delivery died. The copy ends with the result that was kept
-  with the history, and Celery goes on from there.
+- The backend has a result. Celery stores it last, so everything has been sent. The duplicate ends
+  silently.
+- The backend has no result, and the run ended within the last :data:`GRACE` seconds. The first
+  process may still be about to store it. The duplicate is requeued, unless that process is known to
+  be dead.
+- The backend has no result after that time. The first process died. The duplicate ends with the
+  result that the history has kept, and Celery sends the callbacks and the rest of the chain.
 
-Without a result backend nothing tells. If the first delivery's process lives, it has gone on, so
-the copy ends silently after the grace time. Otherwise the callbacks are sent, if need be a second
-time: Celery promises to deliver at least once, and a chain that never goes on is the greater harm.
+A task without a result backend has no such evidence. If the process of the first delivery is alive
+after the grace time, it has sent the callbacks, and the duplicate ends silently. Otherwise the
+duplicate sends the callbacks, possibly a second time. Celery promises to deliver at least once, and
+a chain that never goes on is the greater harm.
 """
 
 from __future__ import annotations
@@ -33,18 +36,20 @@ from .results import continues, has_result, is_awaited, is_recorded, restore
 
 logger = logger_of(__name__)
 
-#: Seconds after a run's end in which its process may still record the result.
+#: Seconds after a run's end in which its process may still store the result and send callbacks.
 GRACE = 10.0
+#: Seconds for which a duplicate is requeued the first time. Each further delay is doubled.
 FIRST_DELAY = 0.2
+#: Seconds for which a duplicate is requeued at most.
 MAX_DELAY = 2.0
 
 
 def wait_for_record(delivery: Delivery, done: Entry | None, now: float) -> None:
-    """Requeue a copy that comes so early that the first delivery may still be recording.
+    """Requeue a duplicate that arrives while the first delivery may still store its result.
 
-    :param done: the run that did the message's work, if it is known.
-    :param now: seconds since the epoch, by the store's clock.
-    :raises Ignore: the copy is requeued.
+    :param done: the run that did the message's work; ``None`` if it is not known.
+    :param now: the time by the store's clock, in seconds since the epoch.
+    :raises Ignore: the duplicate is requeued.
     """
     request = delivery.request
     if done is None or is_duplicate(done) or not done.final or delivery.is_copy:
@@ -52,7 +57,7 @@ def wait_for_record(delivery: Delivery, done: Entry | None, now: float) -> None:
     if not can_be_sent_again(delivery.task, request):
         return
     left = done.finished + GRACE - now
-    # The store's clock may have been put back.
+    # More than twice the grace time means that the store's clock was set back. Do not wait then.
     if not 0 < left <= 2 * GRACE or not is_awaited(delivery.task, request):
         return
     if _lives(delivery, done.holder) is False or result_is_stored(delivery):
@@ -65,8 +70,8 @@ def _requeue(delivery: Delivery, left: float) -> NoReturn:
     count = count_in(request, UNRECORDED)
     delay = min(FIRST_DELAY * 2 ** min(count, 10), MAX_DELAY) * random.uniform(0.75, 1.25)
     logger.info(
-        "singleton %s: task %s was done a moment ago, and its result is not recorded yet; its "
-        "message is put back for %.1f s",
+        "singleton %s: task %s has just been done, and its result is not recorded yet; its "
+        "message is requeued for %.1f s",
         delivery.name,
         request.id,
         delay,
@@ -76,16 +81,18 @@ def _requeue(delivery: Delivery, left: float) -> NoReturn:
 
 
 def end_duplicate(delivery: Delivery, done: Entry | None) -> Any:
-    """The result with which a copy ends: the first delivery's, if it was kept.
+    """Return the result with which a duplicate ends: the first run's, if the history has kept it.
 
-    :param done: the run that did the message's work, if it is known.
-    :raises Ignore: the first delivery went on by itself; its result and callbacks are left alone.
+    :param done: the run that did the message's work; ``None`` if it is not known.
+    :raises Ignore: the first delivery has stored its result or sent its callbacks itself. The
+        duplicate then stores and sends nothing.
     """
     request = delivery.request
     if result_is_stored(delivery) or _has_gone_on(delivery, done):
         raise Ignore(f"task {request.id} was done before")
     if not delivery.is_message:
-        # An eager run whose save was carried out and not answered has its result still.
+        # The store carried out the save of an earlier try, but its answer was lost. The result of
+        # that try is still in memory.
         return delivery.earlier.result
     if not is_awaited(delivery.task, request):
         return None
@@ -93,9 +100,9 @@ def end_duplicate(delivery: Delivery, done: Entry | None) -> Any:
 
 
 def _has_gone_on(delivery: Delivery, done: Entry | None) -> bool:
-    """Whether the first delivery's process has surely sent what comes next, as it lives on.
+    """Whether the first delivery's process is alive, and so has sent the callbacks by now.
 
-    :func:`wait_for_record` has given it the time to do so.
+    :func:`wait_for_record` has given it the time to do so. True only if no result backend can tell.
     """
     request = delivery.request
     if done is None or not continues(request) or is_recorded(delivery.task, request):
@@ -108,7 +115,7 @@ def _kept_result(delivery: Delivery, done: Entry | None) -> Any:
     if done is not None and done.result is not None:
         try:
             return restore(delivery.task, done.result)
-        except Exception as error:  # serializers raise what they like
+        except Exception as error:  # a serializer can raise anything
             why = f"it cannot be read: {error}"
     logger.warning(
         "singleton %s: task %s was done before, by a run that did not record its result; it ends "
@@ -126,11 +133,12 @@ def result_is_stored(delivery: Delivery) -> bool:
 
 
 def _lives(delivery: Delivery, holder: str) -> bool | None:
-    """Whether the process of a run lives; ``None`` if that cannot be known here."""
+    """Whether the process of a run is alive; ``None`` if this process cannot find that out."""
     lives = delivery.runtime.holder_files.lives(holder)
     if lives is not None:
         return lives
-    # A worker removes the file of its child that died, and its node's name is no other worker's.
+    # There is no holder file, because a worker removes the file of a dead child. No two workers
+    # have the same node name, so a process id under this worker's name is one of its own processes.
     node, _, rest = holder.rpartition(":")[0].rpartition(":")
     if node != storable(delivery.request.hostname) or not rest.isdecimal():
         return None

@@ -1,8 +1,9 @@
-"""``enqueue_once``: a second copy of a message that waits in its queue is not published.
+"""``enqueue_once``: do not publish a message while another one of the singleton is queued.
 
-The row remembers the id of the message that is queued, until the message acquires the lease, ends
-without a run, or its life is over. So a message that was lost keeps others out for no longer than
-its life. What the lease guards it guards with or without this.
+The singleton's row stores the task id of the queued message. The id is removed when the message
+acquires the lease, ends without a run, or reaches the end of its life (:func:`life_of`). So a lost
+message blocks further messages for no longer than its life. The lease guards the run with or
+without this option.
 """
 
 from __future__ import annotations
@@ -31,27 +32,32 @@ from .delivery import Delivery
 
 logger = logger_of(__name__)
 
-#: How often a queue that changes meanwhile is looked at.
+#: How often a claim is tried at most when other senders change the queue between its read and its
+#: write. After that the message is sent in any case.
 ATTEMPTS = 5
-#: How often a request is sent whose answer is lost: the first one may have met a connection that
-#: was closed while nobody used it.
+#: How often a request is sent at most when its answer is lost. One repetition, because a pooled
+#: connection may have been closed while it was idle.
 TRIES = 2
-#: Seconds that a message counts as queued from when it may run, if it does not expire before.
+#: Seconds for which a message counts as queued after the time at which it may run. A message that
+#: expires sooner counts as queued until it expires.
 LIFE = 300.0
-#: Ten years: databases have no times without an end.
+#: Ten years, in seconds: no message counts as queued for longer. A database column holds no
+#: infinite time.
 LONGEST_LIFE = 315_360_000.0
-#: What only messages have that go on with something, or that something hangs on: a retry, a part of
-#: a chain, a chord or a group, one with a callback.
+#: Options that show that a message belongs to other work: it is a retry, a part of a chain, a chord
+#: or a group, or it has a callback. Such a message is always published.
 _CONTINUES = ("retries", "chain", "chord", "group_id", "root_id", "parent_id", "link", "link_error")
-#: Policies by which a message that meets a run brings one more run. The others drop it.
+#: Conflict policies with which a message that is sent during a run causes one more run. The other
+#: policies end such a message without a run.
 BRING_ANOTHER_RUN = frozenset({"wait", "replace", "coalesce"})
 
 
 def is_guarded(options: Mapping[str, Any]) -> bool:
-    """Whether a message that is sent with these options can be dropped for another one.
+    """Whether ``enqueue_once`` applies to a message that is sent with these options.
 
-    Retries, what is sent again, and parts of a larger work never are; nor is a message with headers
-    of its sender's own. Those that beat and tracing tools add are not the sender's.
+    It does not apply to retries, to messages that this package sends again, and to parts of a
+    chain, a chord or a group. It does not apply either to a message with headers of the sender's
+    own. Headers that beat or a tracing tool adds do not count as the sender's own.
     """
     names = names_in(options.get("headers") or {})
     return not any(options.get(name) for name in _CONTINUES) and all(
@@ -60,7 +66,7 @@ def is_guarded(options: Mapping[str, Any]) -> bool:
 
 
 def is_retry(options: Mapping[str, Any]) -> bool:
-    """Whether a message that is sent with these options is the retry of another one."""
+    """Whether a message that is sent with these options is a retry of an earlier message."""
     return bool(options.get("retries")) and bool(options.get("task_id"))
 
 
@@ -72,13 +78,16 @@ def enqueue(
     beside_run: bool = False,
     has_ended: Callable[[str], bool] = lambda _: False,
 ) -> str | Any:
-    """Publish a message of a task unless one is queued or running.
+    """Publish a message of a singleton, unless another one is queued or running.
 
-    :param key: of the singleton's row.
-    :param publish: sends it, given its id.
-    :param beside_run: whether it is published while another message runs.
-    :param has_ended: whether a message, by its id, is known to have ended.
-    :returns: the id of the one that is queued or running; or what publishing returned.
+    :param task: the task.
+    :param key: the key of the singleton's row.
+    :param options: the options of ``apply_async``.
+    :param publish: publishes the message, given its task id.
+    :param beside_run: whether the message is published although another message is running.
+    :param has_ended: tells from a task id whether that message is known to have ended.
+    :returns: the return value of ``publish``; or the task id of the message that is queued or
+        running, if nothing was published.
     """
     task_id = options.get("task_id") or str(uuid.uuid4())
     life = life_of(options)
@@ -88,10 +97,15 @@ def enqueue(
         try:
             queued = claim(task, key, task_id, life, beside_run, has_ended)
         except StoreError as error:
-            logger.warning("%s: sent, though it may be queued already: %s", key, error)
+            logger.warning(
+                "%s: task %s is sent, although another message may be queued, because the store"
+                " could not be asked: %s",
+                *(key, task_id, error),
+            )
             queued = None
-        # The beat that claimed for this tick may have died before it sent its message. The run
-        # refuses the second copy of a tick.
+        # The beat that noted this tick as queued may have died before it sent the message. So a
+        # tick that is noted already is sent again. If its message comes twice, the second delivery
+        # ends as a duplicate.
         is_sent_tick = queued == task_id and DUE in (options.get("headers") or {})
         return publish(task_id) if queued is None or is_sent_tick else queued
 
@@ -99,7 +113,13 @@ def enqueue(
 def publish_retry(
     task: Any, key: str, options: Mapping[str, Any], publish: Callable[[], Any]
 ) -> Any:
-    """Publish a retry, which then counts as queued unless another message does."""
+    """Publish a retry, and note it as queued unless another message is queued.
+
+    :param key: the key of the singleton's row.
+    :param options: the options of ``apply_async``.
+    :param publish: publishes the retry.
+    :returns: the return value of ``publish``.
+    """
     task_id, life = str(options["task_id"]), life_of(options)
     if life is None:
         return publish()
@@ -107,7 +127,11 @@ def publish_retry(
         try:
             _claim_again(task, key, task_id, life)
         except StoreError as error:
-            logger.warning("%s: task %s does not count as queued: %s", key, task_id, error)
+            logger.warning(
+                "%s: the retry of task %s does not count as queued, because the store could not be"
+                " asked: %s",
+                *(key, task_id, error),
+            )
         return publish()
 
 
@@ -119,15 +143,19 @@ def claim(
     beside_run: bool = False,
     has_ended: Callable[[str], bool] = lambda _: False,
 ) -> str | None:
-    """Note a message as queued, or find the one that is queued or running.
+    """Note a message as queued, unless another message is queued or running.
 
-    A claim names the number of the queue that it was made for, so that one which is carried out
-    late, when its message has long been done, is refused.
+    The row counts the changes of its queue. A claim names the count that it has read, and the store
+    refuses a claim with an old count. So a claim that the store carries out late, when its message
+    has ended, has no effect.
 
-    :param beside_run: whether a message that runs does not count.
-    :param has_ended: whether a message, by its id, is known to have ended.
-    :returns: the id of the message that is queued or running; ``None`` if this one is to be sent,
-        which it is as well when the queue changes at every look.
+    :param key: the key of the singleton's row.
+    :param task_id: the task id of the message.
+    :param life: the seconds for which the message counts as queued.
+    :param beside_run: whether a running message is ignored.
+    :param has_ended: tells from a task id whether that message is known to have ended.
+    :returns: the task id of the other message; ``None`` if this message is to be sent. The result
+        is also ``None`` if other senders changed the queue at each of :data:`ATTEMPTS` tries.
     :raises StoreError: the store is unavailable.
     """
     requests = _requests(task)
@@ -135,7 +163,8 @@ def claim(
     for _ in range(ATTEMPTS):
         seen = retry_immediately(partial(requests.queued, key), TRIES, until)
         found = None if seen.running and beside_run else seen.task_id
-        # An id that is used again has the result of its last use.
+        # A task id that is used again still has the result of its last use. So the result does not
+        # show that this message has ended.
         may_have_ended = found != task_id and not seen.running
         if found is not None and not (may_have_ended and has_ended(found)):
             return found
@@ -145,36 +174,36 @@ def claim(
 
 
 def dequeue(delivery: Delivery) -> None:
-    """The message of a delivery that ended without a run is queued no more."""
+    """Remove the claim of a message whose delivery ended without a run."""
     if delivery.options.enqueue_once and delivery.request.id:
         _dequeue(delivery.task, delivery.key, delivery.request.id)
         dequeue_as_sent(delivery)
 
 
 def dequeue_as_sent(delivery: Delivery) -> None:
-    """A message whose arguments a ``__call__`` has changed is queued no more.
+    """Remove the claim of a message whose arguments the user's ``__call__`` has changed.
 
-    It counts as queued under the key of the arguments that it was sent with, and the acquisition
-    for the key of those that reach the body does not see that.
+    The claim is in the row for the arguments that were sent. If the arguments that reach the body
+    have another key, the acquisition of the lease does not remove that claim.
     """
     task, request, runtime = delivery.task, delivery.request, delivery.runtime
     if not request.id:
         return
     try:
         name = task._name(tuple(request.args or ()), request.kwargs or {})
-    except Exception:  # it was sent without a key, then
+    except Exception:  # its arguments have no key, so the sender made no claim
         return
     if name != delivery.name:
         _dequeue(task, row_key(runtime.settings.key_prefix, name), request.id)
 
 
 def life_of(options: Mapping[str, Any]) -> float | None:
-    """Seconds for which a message that is sent with these options counts as queued.
+    """Return the seconds for which a message with these options counts as queued.
 
-    Celery takes a number of seconds, a datetime or an ISO text, and a datetime without a time zone
-    for UTC.
+    Celery accepts a time as a number of seconds, a datetime or an ISO text. A datetime without a
+    time zone counts as UTC.
 
-    :returns: ``None`` if Celery refuses one of the options.
+    :returns: ``None`` if Celery would refuse one of the options.
     """
     countdown, eta = options.get("countdown"), options.get("eta")
     expires, expiration = options.get("expires"), options.get("expiration")
@@ -184,13 +213,14 @@ def life_of(options: Mapping[str, Any]) -> float | None:
             begins = _seconds_until(countdown)
         elif eta:
             begins = _seconds_until(eta, may_be_number=False)
-        # A retry may be kept by the broker, without a countdown, or be given a part of it.
+        # This header has the whole delay of a retry. Its countdown can be shorter, or missing if
+        # the broker delays the message.
         begins = max(begins, float((options.get("headers") or {}).get(PAUSE) or 0.0))
         ends = [begins + LIFE, LONGEST_LIFE]
         if expires is not None:
             ends.append(_seconds_until(expires))
         if expiration is not None:
-            # The broker drops the message if it is not delivered by then.
+            # The broker drops a message that it has not delivered after so many seconds.
             ends.append(begins + float(expiration))
     except (TypeError, ValueError, AttributeError, OverflowError):
         return None
@@ -198,10 +228,13 @@ def life_of(options: Mapping[str, Any]) -> float | None:
 
 
 def _seconds_until(given: Any, may_be_number: bool = True) -> float:
-    """Seconds until what Celery takes for a moment, never below zero; raises what Celery would."""
+    """Return the seconds until a time that is given as Celery accepts it; 0 for a time in the past.
+
+    :raises Exception: the same errors as Celery raises for a value that it refuses.
+    """
     now = datetime.now(UTC)
     if may_be_number and isinstance(given, numbers.Real):
-        moment: datetime = now + timedelta(seconds=given)  # type: ignore[arg-type]  # it says so itself
+        moment: datetime = now + timedelta(seconds=given)  # type: ignore[arg-type]  # any real number
     else:
         parsed = maybe_iso8601(given if isinstance(given, str) else given.isoformat())
         if parsed is None:
@@ -211,13 +244,20 @@ def _seconds_until(given: Any, may_be_number: bool = True) -> float:
 
 
 def _claim(task: Any, key: str, task_id: str, life: float, number: int, until: float) -> bool:
-    """Claim the queue as it was seen; a message that has expired already claims nothing."""
+    """Note a message as queued if the queue has not changed since it was read.
+
+    A message that has already expired is not noted.
+
+    :param number: the count of the queue's changes that was read.
+    :param until: the time on this process's clock after which nothing is repeated.
+    :returns: whether the message may be sent now.
+    """
     if life <= 0:
         return True
     requests, tries = _requests(task), itertools.count()
     return retry_immediately(
-        # Only a repetition may find the claim in the row: another caller's with the same task id
-        # would look the same.
+        # Only a repetition may accept a claim with this task id that is in the row already: it is
+        # its own. At the first try, such a claim belongs to another sender of the same task id.
         lambda: requests.claim(key, task_id, life, number, next(tries) == 0, task.name),
         TRIES,
         until,
@@ -225,7 +265,7 @@ def _claim(task: Any, key: str, task_id: str, life: float, number: int, until: f
 
 
 def _claim_again(task: Any, key: str, task_id: str, life: float) -> None:
-    """Note a message that is sent again as queued, if no other message is."""
+    """Note a message that is sent again as queued, unless another message is queued."""
     seen = _requests(task).queued(key)
     if seen.running or seen.task_id in (None, task_id):
         _claim(task, key, task_id, life, seen.number, clock() + runtime_of(task.app).io_timeout)
@@ -233,9 +273,10 @@ def _claim_again(task: Any, key: str, task_id: str, life: float) -> None:
 
 @contextmanager
 def _counted(task: Any, key: str, task_id: str) -> Iterator[None]:
-    """Has a message that could not be published count as queued no more.
+    """Remove the claim of a message if the block raises an error, so that it was not published.
 
-    A claim without an answer, or one that a time limit interrupted, may be in the row, too.
+    The block may also fail within the claim: the answer is lost, or a time limit interrupts it. The
+    claim can be in the row nevertheless.
     """
     try:
         yield
@@ -245,7 +286,7 @@ def _counted(task: Any, key: str, task_id: str) -> Iterator[None]:
 
 
 def _requests(task: Any) -> RowRequests:
-    """What can be asked of the rows of a task.
+    """Return the operations on queue claims of the store in which the task has its rows.
 
     :raises StoreError: the store is unavailable.
     """
@@ -257,4 +298,8 @@ def _dequeue(task: Any, key: str, task_id: str) -> None:
     try:
         retry_immediately(partial(_requests(task).dequeue, key, task_id, task.name), TRIES, until)
     except StoreError as error:
-        logger.warning("%s: task %s counts as queued until its life ends: %s", key, task_id, error)
+        logger.warning(
+            "%s: task %s counts as queued until its life ends, because the store could not be"
+            " asked: %s",
+            *(key, task_id, error),
+        )

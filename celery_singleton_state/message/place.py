@@ -1,18 +1,18 @@
-"""Which of several messages of a singleton is the newest, for ``on_conflict="replace"``.
+"""Order the messages of a singleton by age, for ``on_conflict="replace"``.
 
-Messages get *ranks*, on one line with the fences of the row. A message that conflicts takes a rank
-above all fences and ranks that are in the row, and the request that asks the holder to stop notes
-it there. A message that acquires the lease has its fence as its rank, which is above all of them,
-too. So a message is older than another one if a larger fence or rank came into the row since its
-own. It then gives up: it does not ask, and the store refuses it the lease. Its rank travels with
-it, when it is sent again and when it is retried.
+Messages get *ranks*. Ranks and the row's fences are numbers of the same scale. A message that
+conflicts takes a rank above all fences and ranks in the row, and the request for a handoff writes
+this rank to the row. The rank of a message that acquires the lease is its fence, which is also
+above all of them. So a message is older than another one if a larger fence or rank has come into
+the row since it got its own. The older message gives up: it requests no handoff, and the store
+refuses it the lease. A message keeps its rank when it is sent again and when it is retried.
 
-A message that waits in a queue has no rank. Several that come at the same time can overtake each
-other on their way, from the worker's process to its children, say. So each notes when it was sent:
-by the clock of the sending host, or of the worker that received it if the sender noted nothing. Two
-such times are compared only if both are of the same host since it was started; otherwise the first
-to come is the older one. A message without a rank that was sent before the newest one in the row
-gives up, too.
+A message that waits in a queue has no rank. Messages that arrive at the same time can overtake each
+other, for example on their way from the worker's process to its children. So each message carries
+the time of its sending, by the clock of the sending host. If the sender noted no time, the worker
+notes the time of the message's arrival. Two such times are compared only if both come from the same
+host since its last start. Otherwise the message that arrives first counts as older. A message
+without a rank also gives up if it was sent before the newest message in the row.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 
 
 def _clocks_name() -> str:
-    """A name for this host's clock since it was started; another one where none is known."""
+    """Return a name for this host's clock that changes when the host starts anew.
+
+    If the system has no boot id, the name is random, so that no times are compared.
+    """
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return str(uuid.uuid4())
@@ -52,11 +55,13 @@ _DIRECT_CALL = "a direct call"
 
 @dataclass(slots=True)
 class Place:
-    """Where a message stands among all messages of its singleton.
+    """The position of a message in the order of its singleton's messages.
 
-    :param rank: ``None`` until it has conflicted or run.
-    :param sent: when it was sent, as :func:`moment` tells it, if that is known.
-    :param asked_by: who asked its run to hand over the lease, if anybody did.
+    :param rank: the rank of the message; ``None`` until it has conflicted or run.
+    :param sent: the time of its sending, as :func:`moment` returns it; ``None`` if not known.
+    :param handoff_to: the message that asked this message's run to hand over the lease; ``None`` if
+        no message did.
+    :param is_known: whether :func:`find_place` has set ``rank`` and ``sent``.
     """
 
     rank: int | None = None
@@ -66,33 +71,37 @@ class Place:
 
     @property
     def headers(self) -> dict[str, Any]:
-        """What the message takes along when it is sent again or retried."""
+        """The headers that keep the position when the message is sent again or retried."""
         found = {RANK: self.rank, SENT_AT: self.sent}
         return {name: value for name, value in found.items() if value is not None}
 
     def is_below(self, row: Row) -> bool:
-        """Whether the store refuses the message the lease, also if it is free."""
+        """Whether the store refuses the lease to this message, even if the lease is free."""
         if self.rank is None:
             return is_before(self.sent, row.newest_sent)
         return row.rank > self.rank
 
 
 def moment() -> str:
-    """The time now, by this host's clock."""
+    """Return the current time with the name of this host's clock, as a text that sorts by time."""
     return f"{_CLOCKS_NAME}:{time.clock_gettime_ns(CLOCK):020d}"
 
 
 def is_before(one: str | None, other: str | None) -> bool:
-    """Whether a moment was before another one; false also if they cannot be compared."""
+    """Whether one time of :func:`moment` is before another one.
+
+    False if a time is missing, or if the times come from different clocks.
+    """
     clock, _, seen = (one or "").rpartition(":")
     others_clock, _, others_seen = (other or "").rpartition(":")
     return bool(clock) and clock == others_clock and int(seen) < int(others_seen)
 
 
 def note_sending(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with which a message is sent, with the moment of the sending.
+    """Return the options of a message, with the current time in a header as its time of sending.
 
-    A message that is to come later is as new as the moment at which it comes.
+    A message with an ``eta`` or ``countdown`` gets no such header, because its age counts from the
+    time at which it is due, and not from its sending.
     """
     headers = options.get("headers") or {}
     is_delayed = options.get("eta") is not None or options.get("countdown") is not None
@@ -102,7 +111,10 @@ def note_sending(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def note_arrival(sender: Any, request: Any, **_: Any) -> None:
-    """Note when a worker received a message. Celery's signal ``task_received`` calls it."""
+    """Note when a worker received a message that carries no time of sending.
+
+    It is a receiver of Celery's signal ``task_received``.
+    """
     options = options_of(request.task)
     message: dict[str, Any] = request.request_dict
     if options is None or options.on_conflict != "replace" or message.get("eta") is not None:
@@ -112,7 +124,10 @@ def note_arrival(sender: Any, request: Any, **_: Any) -> None:
 
 
 def find_place(delivery: Delivery) -> None:
-    """Find where a message stands, from what it carries, or from the row if it was here before.
+    """Set the position of a delivery's message, from its headers.
+
+    A message that may have been delivered before can have lost its rank with its worker. Its rank
+    is then read from the row.
 
     :raises StoreError: the row cannot be read.
     """
@@ -129,9 +144,10 @@ def find_place(delivery: Delivery) -> None:
 
 
 def is_older(delivery: Delivery, row: Row) -> bool:
-    """Whether a newer message is in the row.
+    """Whether the row names a newer message than the one of this delivery.
 
-    An acquisition without a run is none: of a message that was done before, or for nobody.
+    An acquisition of the lease that led to no run does not count, for example the acquisition of a
+    duplicate.
     """
     place = delivery.place
     if place.rank is None:
@@ -144,12 +160,12 @@ def is_older(delivery: Delivery, row: Row) -> bool:
 
 
 def a_direct_call() -> str:
-    """A name for a call that is no message, and so has no id."""
+    """Return a unique name for a direct call, which has no task id."""
     return f"{_DIRECT_CALL} in process {os.getpid()} ({secrets.token_hex(4)})"
 
 
 def newest_in(row: Row) -> str:
-    """The newest message that is in the row, for people."""
+    """Return the name of the newest message in the row, for an error message or a log line."""
     name = row.handoff_to if row.newest > row.fence else row.task_id
     if not name:
         return "a later run"
@@ -157,13 +173,16 @@ def newest_in(row: Row) -> str:
 
 
 def _came_before(request: Context) -> bool:
-    """Whether a message may have been delivered before, and lost its rank with its worker."""
+    """Whether a message may have been delivered before: it is marked as redelivered, or retried."""
     info: Any = request.delivery_info or {}
     return bool(request.id) and bool(info.get("redelivered") or request.retries)
 
 
 def _rank_in(row: Row, task_id: str | None, entries: Iterable[history.Entry]) -> int | None:
-    """The rank that a message got when it was here before; ``None`` if the row does not tell."""
+    """Return the rank that a message got in an earlier delivery, as far as the row shows it.
+
+    :returns: ``None`` if the row does not name the message.
+    """
     ranks = [entry.fence for entry in entries if entry.task_id == task_id and history.is_run(entry)]
     if row.holder is not None and row.task_id == task_id:
         ranks.append(row.fence)

@@ -1,10 +1,10 @@
-"""End messages whose every run kills its process.
+"""Fail a message whose runs kill their processes again and again.
 
 From Celery 5.7 on, the worker sends the message of a killed child again as a retry
-(``retry_on_worker_lost``), and fails it as ``WorkerLostError`` after ``max_retries``. Before 5.7
-the message is rejected (``reject_on_worker_lost``): the broker gives it out again at once, and
-would do so for ever. Neither counts a worker that dies whole. So the deaths are counted in the
-history, by whoever frees the lease of the dead process.
+(``retry_on_worker_lost``), and fails it with ``WorkerLostError`` after ``max_retries``. Before 5.7
+the worker rejects the message (``reject_on_worker_lost``), and the broker redelivers it at once and
+without end. Neither version counts the deaths of a whole worker. So this package counts deaths in
+the history: the process that frees the lease of a dead process adds the death.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from celery_singleton_state.errors import HeartbeatFailed
 
 from .delivery import Delivery
 
-#: Whether Celery itself sends the message of a killed child again, and counts that.
+#: Whether Celery itself retries and counts the messages of killed children, as it does from 5.7 on.
 CELERY_COUNTS = hasattr(Task, "retry_on_worker_lost")
-#: How often a message's processes may die where Celery counts killed children.
+#: How many deaths a message may cause at least if Celery counts killed children. It is larger than
+#: the usual ``max_retries``, so that Celery's own limit comes first.
 MAX_DEATHS = 20
 
 
 def deaths_allowed(max_retries: int | None) -> int | None:
-    """How often the processes that run a message may die before the message fails.
+    """Return how many processes may die while they run a message before the message fails.
 
-    :param max_retries: of the task; ``None``: as often as they like.
+    :param max_retries: the task's ``max_retries``; ``None`` means no limit.
+    :returns: ``None`` if there is no limit.
     """
     if max_retries is None:
         return None
@@ -33,9 +35,9 @@ def deaths_allowed(max_retries: int | None) -> int | None:
 
 
 def refuse_poison(delivery: Delivery, entries: tuple[history.Entry, ...]) -> None:
-    """Refuse to run a message whose processes have died too often.
+    """Fail a message if too many processes have died while they ran it.
 
-    :raises HeartbeatFailed: the message fails.
+    :raises HeartbeatFailed: more processes died than :func:`deaths_allowed` allows.
     """
     task_id = delivery.request.id
     allowed = deaths_allowed(delivery.task.max_retries)

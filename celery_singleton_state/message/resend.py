@@ -1,4 +1,4 @@
-"""Messages that come a second time while their run goes on, and messages that are sent again."""
+"""Send a message again under its own id: requeue it, forward it, or leave it to the broker."""
 
 from __future__ import annotations
 
@@ -22,18 +22,22 @@ from .routing import can_be_addressed, copy_mark
 
 logger = logger_of(__name__)
 
-#: Errors of a message that can never be sent.
+#: Errors that show that a message can never be sent, however often it is tried.
 UNSENDABLE = (EncodeError, TypeError)
-#: Seconds that a worker waits before it leaves a message with its broker.
+#: Seconds for which a worker waits, at most, before it rejects a message that could not be sent
+#: again.
 UNSENT_PAUSE = 1.0
+#: Seconds for which a message is requeued the first time. Each further delay is doubled.
 FIRST_DELAY = 0.5
+#: Seconds for which a message is requeued at most.
 MAX_DELAY = 8.0
 
 
 def can_be_sent_again(task: Any, request: Context) -> bool:
-    """Whether the delivery is a message that can be sent again, into its own queue alone.
+    """Whether a request belongs to a message that can be sent again into its own queue only.
 
-    One that came through a fanout exchange can, if the broker lets a single queue be addressed.
+    A message from a fanout exchange can be sent again only if the broker can address a single
+    queue.
     """
     return is_message(request) and can_be_addressed(task.app, request)
 
@@ -45,14 +49,15 @@ def send_again(
     delay: float,
     headers: Mapping[str, Any] | None = None,
 ) -> NoReturn:
-    """Send the message again, as it is, to come back a little later.
+    """Send the delivery's message again with a delay, and end the delivery.
 
-    It keeps its id, its count of retries and all that hangs on it.
+    The new message keeps the task id, the count of retries, the callbacks and the rest of a chain.
 
-    :param delay: seconds.
-    :param headers: added to the message's own.
-    :raises Ignore: it is sent; so that Celery drops this copy and says nothing about the task.
-    :raises Reject: it could not be sent; the broker keeps it.
+    :param singleton: the singleton's name, for log lines.
+    :param delay: the delay in seconds.
+    :param headers: headers to add to the message's own; left out: none.
+    :raises Ignore: the message was sent again. Celery then drops this copy and stores no result.
+    :raises Reject: the message could not be sent again. The broker then redelivers it.
     """
     headers = dict(headers or {})
     try:
@@ -75,14 +80,17 @@ def send_again(
         leave_with_broker(request, singleton, rejected.args[0])
     except Exception as error:  # a client whose connection breaks can raise anything
         leave_with_broker(request, singleton, error)
-    raise Ignore(f"task {request.id} comes again in {delay:.1f} s")
+    raise Ignore(f"task {request.id} is sent again and due in {delay:.1f} s")
 
 
 def send_as_it_is(task: Any, args: Any, kwargs: Any, options: Mapping[str, Any]) -> None:
-    """Send a message, but not by its task's ``apply_async``.
+    """Send a message with exactly these arguments, without the task's ``apply_async``.
 
-    One of a base class may add to the arguments what these have already, or need a context that is
-    not there; and what such a class takes off again does not fit the body's signature.
+    A base class can override ``apply_async`` to add arguments, which this message already has. It
+    can also need a context that does not exist here. And the arguments of a sent message need not
+    fit the body's signature, which ``apply_async`` checks.
+
+    :param options: the options of the message. Options that are ``None`` are left out.
     """
     given = {name: value for name, value in options.items() if value is not None}
     task.app.send_task(
@@ -95,41 +103,45 @@ def send_as_it_is(task: Any, args: Any, kwargs: Any, options: Mapping[str, Any])
 
 
 def leave_with_broker(request: Context, singleton: str, error: Exception) -> NoReturn:
-    """End the delivery of a message that had to be sent again and could not.
+    """Reject a message that could not be sent again, so that the broker redelivers it.
 
-    An error would have it acknowledged, and so lost, as soon as the broker is back.
+    With any other error, Celery would acknowledge the message, and it would be lost.
 
-    :raises Reject: always, with the wish that the broker gives the message out again.
+    :param error: the error of the sending.
+    :raises Reject: always.
     """
     logger.warning(
-        "singleton %s: task %s could not be sent again, its broker keeps it: %s",
+        "singleton %s: task %s could not be sent again, so its broker redelivers it: %s",
         singleton,
         request.id,
         error,
     )
-    # The broker gives it out again at once, and sending it is likely to fail again for a while.
+    # The broker redelivers the message at once, and the next try to send it is likely to fail, too.
+    # Without a pause the message would go round in a tight loop.
     time.sleep(random.uniform(0.5, 1.0) * UNSENT_PAUSE)
     raise Reject(error, requeue=True) from error
 
 
 def reject_if_killed(error: BaseException, request: Context) -> None:
-    """Have the broker give out a message again whose greenlet or only thread is to end.
+    """Requeue the message of a run that Celery kills, if an error is that kill.
 
-    Celery kills greenlets in a cold shutdown, and when it revokes a task or lost its connection;
-    it takes them for successful then, and acknowledges their messages. A revoked one it drops when
-    it comes again. In a cold shutdown of a solo pool, whose jobs cannot be killed, the error that
-    says so breaks off the body, as if it were the body's own; where it breaks off a retry that is
-    being sent, Celery takes it for the sending's, and drops the message.
+    Celery kills greenlets in a cold shutdown, when it revokes a task, and when it has lost its
+    connection to the broker. It then counts the task as successful and acknowledges its message. So
+    the message is rejected instead. If the task was revoked, Celery drops the redelivered message.
 
-    :param error: how the delivery ends.
-    :raises Reject: it is killed.
+    A solo pool cannot kill its task. In a cold shutdown it raises an error in the body that says
+    so, and Celery would count that error as the body's own. If the error comes while a retry is
+    being sent, Celery would count the retry as not sent and drop the message.
+
+    :param error: the error that ends the delivery.
+    :raises Reject: Celery kills the run.
     """
     if means_to_kill(error) and is_message(request):
-        raise Reject("it was killed in mid-run", requeue=True) from error
+        raise Reject("Celery killed the run, so its message is requeued", requeue=True) from error
 
 
 def means_to_kill(error: BaseException) -> bool:
-    """Whether it is how Celery ends a body, or fails to."""
+    """Whether an error is how Celery kills a greenlet, or how it fails to kill a solo task."""
     if isinstance(error, Reject) and isinstance(error.args[0], BaseException):
         error = error.args[0]
     if type(error).__name__ == "GreenletExit":
@@ -138,19 +150,22 @@ def means_to_kill(error: BaseException) -> bool:
 
 
 def wait_on(task: Any, request: Context, singleton: str, left: float) -> None:
-    """Send a message on that has a part of its pause left.
+    """Send a message again that has arrived before the end of its delay.
 
-    :param left: seconds.
-    :raises Ignore: it is sent.
+    The function returns if the message cannot be sent again. The run then comes early.
+
+    :param left: the rest of the delay in seconds.
+    :raises Ignore: the message was sent again.
+    :raises Reject: the message could not be sent again. The broker then redelivers it.
     """
     if can_be_sent_again(task, request):
         send_again(task, request, singleton, left)
 
 
 def end_copy(request: Context, singleton: str) -> NoReturn:
-    """End a message of which another copy runs, or has run: a fanout exchange made copies of it.
+    """End one of the copies that a fanout exchange made of a message, if another copy has the run.
 
-    The run's result is that of all copies, so this one stores none.
+    The result of that run is the result of all copies, so this copy stores none.
 
     :raises Ignore: always.
     """
@@ -167,18 +182,20 @@ def end_copy(request: Context, singleton: str) -> NoReturn:
 def requeue(
     task: Any, request: Context, singleton: str, headers: Mapping[str, Any] | None = None
 ) -> NoReturn:
-    """Send a message again whose run goes on.
+    """Requeue a redelivered message whose first delivery is still running.
 
-    It is the only insurance if the run that holds the lease for it dies, so it is neither run
-    nor thrown away. Its delays double up to :data:`MAX_DELAY` seconds, jittered.
+    The message must not run beside the first delivery. It must not be dropped either, because it
+    is the only copy that is left if the running process dies. The delay doubles with each requeue
+    up to :data:`MAX_DELAY` seconds, and is jittered.
 
-    :param headers: added to the message's own.
-    :raises Ignore: always.
+    :param headers: headers to add to the message's own; left out: none.
+    :raises Ignore: the message was requeued.
+    :raises Reject: the message could not be requeued. The broker then redelivers it.
     """
     count = count_in(request, REQUEUED)
     delay = min(FIRST_DELAY * 2 ** min(count, 10), MAX_DELAY) * random.uniform(0.5, 1.0)
     logger.info(
-        "singleton %s: task %s is still running; its message is put back for %.1f s",
+        "singleton %s: task %s is still running; its message is requeued for %.1f s",
         singleton,
         request.id,
         delay,

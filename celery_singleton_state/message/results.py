@@ -1,8 +1,8 @@
-"""Results that are kept with the history.
+"""Keep the results of runs in the history, for redelivered messages.
 
-A process can die after its run was saved and before Celery recorded the result and sent what comes
-next. The broker gives the message out again then. The run is not repeated, and the second copy ends
-with the kept result, so that callbacks, chain and chord go on with it.
+A process can die after its run has saved the state, but before Celery has stored the result and
+sent the callbacks. The broker then redelivers the message. The run is not repeated. The second
+delivery ends with the result from the history, so that callbacks, chain and chord go on with it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from .delivery import Delivery
 
 logger = logger_of(__name__)
 
-#: Characters of a serialized result that is kept.
+#: The number of characters that a serialized result may have to be kept in the history.
 MAX_RESULT_LENGTH = 1024
+#: The encoding that a kept result names if its serializer returned bytes.
 BASE64 = "base64"
 
 
 def keep(delivery: Delivery, result: Any) -> Kept | None:
-    """The result of a body, as the app serializes results, for the history.
+    """Return a body's result for the history, serialized as the app serializes results.
 
-    :returns: ``None`` if nobody can ask for it, or if it is too large or cannot be serialized.
+    :returns: ``None`` if neither a result backend nor a callback needs the result, if the result is
+        too large, or if it cannot be serialized.
     """
     request = delivery.request
     if not delivery.deduplicates or not delivery.is_message:
@@ -38,10 +40,12 @@ def keep(delivery: Delivery, result: Any) -> Kept | None:
         return None
     try:
         if hasattr(result, "__len__") and len(result) > MAX_RESULT_LENGTH:
-            return None  # serializing it would only cost time
+            return None  # its serialized form would be too long, too
         return _serialize(result, delivery.task.app.conf.result_serializer)
-    except Exception as error:  # a serializer calls the code of users, and this run has succeeded
-        logger.debug("singleton %s: its result is not kept: %s", delivery.name, error)
+    except Exception as error:  # a serializer can raise anything, and the run has succeeded
+        logger.debug(
+            "singleton %s: the result is not kept in the history: %s", delivery.name, error
+        )
         return None
 
 
@@ -51,14 +55,14 @@ def _serialize(result: Any, serializer: str) -> Kept | None:
         text, encoding = base64.b64encode(payload).decode(), BASE64
     else:
         text = str(payload)
-        text.encode()  # half an emoji could not be stored
+        text.encode()  # fails for a lone surrogate, which no database can store
     return Kept(content_type, encoding, text) if len(text) <= MAX_RESULT_LENGTH else None
 
 
 def restore(task: Any, kept: Kept) -> Any:
-    """The value of a kept result.
+    """Return the result that the history has kept.
 
-    :raises Exception: the app does not accept its serializer any more, or it cannot be read.
+    :raises Exception: the app no longer accepts the serializer, or the text cannot be decoded.
     """
     is_binary = kept.encoding == BASE64
     return loads(
@@ -70,20 +74,22 @@ def restore(task: Any, kept: Kept) -> Any:
 
 
 def is_awaited(task: Any, request: Context) -> bool:
-    """Whether anything comes after the run that needs its result: somebody who asks the result
-    backend, callbacks, or the rest of a chain. (A chord asks the backend.)
+    """Whether a result backend, a callback or the rest of a chain needs the run's result.
+
+    A chord needs it, too, by way of the result backend.
     """
     return continues(request) or is_recorded(task, request)
 
 
 def continues(request: Context) -> bool:
-    """Whether Celery sends more messages when the task has succeeded."""
+    """Whether Celery sends callbacks or the rest of a chain when the task has succeeded."""
     return bool(request.callbacks or request.chain)
 
 
 def is_recorded(task: Any, request: Context) -> bool:
-    """Whether Celery records the task's result where it can be found again."""
-    # The message's own word, if it has one; Celery's class for requests has a default of its own.
+    """Whether Celery stores the task's result in a result backend that others can read."""
+    # Read the message's own value from ``__dict__``: the attribute of Celery's request class has a
+    # default, which would hide that the message has none.
     ignored = request.__dict__.get("ignore_result")
     if task.ignore_result if ignored is None else ignored:
         return False
@@ -91,8 +97,8 @@ def is_recorded(task: Any, request: Context) -> bool:
 
 
 def has_result(task: Any, task_id: str | None) -> bool:
-    """Whether the result backend says that a message has ended."""
+    """Whether the result backend has a final state for a task id."""
     try:
         return task.AsyncResult(task_id).state in states.READY_STATES
-    except Exception:  # a result backend that cannot tell is as good as none
+    except Exception:  # without an answer from the backend, act as if there were no result
         return False

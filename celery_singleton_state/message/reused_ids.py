@@ -1,15 +1,15 @@
-"""Messages that are sent anew with an id that was used before.
+"""Tell new messages from redelivered ones if a sender uses one task id again and again.
 
-``apply_async(task_id="nightly-import")`` sends another message each day, all with one id. A copy
-of a message, from a broker or from a retry, has that id, too. So a message whose sender chose the
-id also carries a value of its own, which stays with the message however often it is delivered,
-sent again or retried, and which the history keeps with the run. A message with the same id and
-another value is new work.
+``apply_async(task_id="nightly-import")`` sends a new message each day, always with the same task
+id. Redelivered and retried messages have the same task id, too. So a message whose sender chose the
+id also carries a *value* in a header. The value stays with the message when it is redelivered, sent
+again or retried, and the history stores it with the run. A message with a known id and another
+value is new work.
 
-A message that a task sends carries a value that follows from that task's own message: a task
-that runs a second time, because its process died, sends a copy and no new message.
+If a task sends the message, the value is derived from the task's own message. So if that task runs
+a second time because its process died, it sends a duplicate, and not new work.
 
-Messages of ``send_task`` and of other clients carry no such value. Their id alone tells them apart.
+Messages from ``send_task`` and from other clients carry no value. Only their ids tell them apart.
 """
 
 from __future__ import annotations
@@ -31,24 +31,28 @@ from .results import is_recorded
 
 logger = logger_of(__name__)
 
-#: What only messages have that go on with something: their ids were given to them by Celery, and
-#: are to be recognised.
+#: Options that show that a message belongs to other work: it is a retry, or a part of a chain, a
+#: chord or a group. Such a message gets no value: Celery made its id, or an earlier message has it.
 _CONTINUES = ("retries", "chain", "chord", "group_id", "root_id", "parent_id")
-#: Values of messages whose sending failed, of which nobody knows whether they were sent.
+#: Values of messages whose sending raised an error, by task name and task id. The broker may have
+#: such a message nevertheless, so a second try to send it takes the same value.
 _unsure: dict[tuple[str, str], str] = {}
+#: How many such values this process keeps at most. The figure only bounds the memory.
 MAX_UNSURE = 10_000
-#: Tasks of which this process has warned.
+#: Names of the tasks for which this process has logged the warning of :func:`warn_if_id_reused`.
 _warned: set[str] = set()
 
 
 def marking(task: Any, task_id: str | None, send: Callable[..., Any]) -> Callable[..., Any]:
-    """Have a message carry a value of its own, if it needs one.
+    """Wrap Celery's ``apply_async`` so that the message carries a value, if it needs one.
 
-    A sender that gets an error does not know whether the message was sent, and may try again: that
-    is the same message.
+    A sender that gets an error cannot know whether the broker has the message, and may send it
+    again. The second message then carries the value of the first one.
 
-    :param task_id: the id that the sender chose; ``None``: Celery makes one, and it is new.
-    :param send: Celery's own ``apply_async``; returned as it is, or wrapped.
+    :param task_id: the task id that the sender chose. With ``None`` no value is needed, because
+        Celery makes a new id.
+    :param send: Celery's own ``apply_async``.
+    :returns: ``send`` itself if no value is needed; otherwise a function that wraps it.
     """
     if not task_id:
         return send
@@ -76,7 +80,12 @@ def marking(task: Any, task_id: str | None, send: Callable[..., Any]) -> Callabl
 
 
 def _value_of_replaced(task: Any, task_id: str) -> dict[str, str]:
-    """The header of the message that a task replaces, or retries, by another one with its id."""
+    """Return the header with the value of the running task's message, for a message with its id.
+
+    A task sends a message with its own id when it retries or replaces itself.
+
+    :returns: an empty dict if no task with this id is running here, or if its message has no value.
+    """
     sender = task.app.current_worker_task
     if sender is None or sender.request.id != task_id:
         return {}
@@ -85,9 +94,13 @@ def _value_of_replaced(task: Any, task_id: str) -> dict[str, str]:
 
 
 def mark_replacement(signature: Any, request: Context) -> None:
-    """Have the last message of what replaces a task carry the value of the task's own message.
+    """Copy the value of a task's message to the message that replaces the task.
 
-    It has the task's id, and within a chain or a chord another task sends it.
+    If a chain or a chord replaces the task, its last message has the task's id and gets the value.
+    That message is sent by another task, which does not know the value.
+
+    :param signature: the signature that was given to ``self.replace()``. It is changed.
+    :param request: the request of the task that is replaced.
     """
     value = header(request, SENT)
     if value is None:
@@ -100,30 +113,37 @@ def mark_replacement(signature: Any, request: Context) -> None:
 
 
 def _value_from_sender(task: Any) -> str | None:
-    """The value that follows from the message of the task that sends; ``None`` outside of tasks."""
+    """Return a value that is derived from the message of the running task.
+
+    :returns: ``None`` if no task is running here.
+    """
     sender = task.app.current_worker_task
     return None if sender is None else header(sender.request, SENT) or sender.request.id
 
 
 def _forget(task: Any, task_id: str, ignore_result: bool | None) -> None:
-    """Forget the result of an earlier message with this id.
+    """Delete the result of an earlier message with this task id from the result backend.
 
-    Whoever asks for the result of the new message would get the old one. Many result backends
-    never replace a success, either.
+    Otherwise the sender of the new message would get the old result. Many result backends also
+    refuse to replace a successful result.
     """
     request = Context() if ignore_result is None else Context(ignore_result=ignore_result)
     if not is_recorded(task, request) or task.app.conf.task_always_eager:
         return
     try:
         task.backend.forget(task_id)
-    except Exception as error:  # a sender may have no way to the result backend
-        logger.debug("task %s: an earlier result of %s stays: %s", task.name, task_id, error)
+    except Exception as error:  # the sender's process may have no access to the result backend
+        logger.debug(
+            "task %s: an earlier result under the id %s could not be deleted: %s",
+            *(task.name, task_id, error),
+        )
 
 
 def forget_result(delivery: Delivery) -> None:
-    """Forget, before a body runs, what an earlier message with this id has left in the backend.
+    """Delete the result of an earlier message with the delivery's task id, before the body runs.
 
-    The sender may have had no backend. From here on a result under this id is this message's.
+    The sender of the message deletes it, too, but may have no access to the result backend. From
+    here on, a result under this id belongs to this message.
     """
     task, request = delivery.task, delivery.request
     if header(request, SENT) is None or request.is_eager or not is_recorded(task, request):
@@ -132,20 +152,23 @@ def forget_result(delivery: Delivery) -> None:
         if task.AsyncResult(request.id).state in states.READY_STATES:
             task.backend.forget(request.id)
     except Exception as error:
-        logger.debug("singleton %s: an earlier result stays: %s", delivery.name, error)
+        logger.debug(
+            "singleton %s: an earlier result under the id %s could not be deleted: %s",
+            *(delivery.name, request.id, error),
+        )
 
 
 def warn_if_id_reused(delivery: Delivery) -> None:
-    """Warn, once for each task, of a duplicate that looks like a message that was sent anew."""
+    """Warn if a duplicate looks like a new message with a used id. Warn once for each task."""
     request, task = delivery.request, delivery.task
     if task.name in _warned or not _seems_new(request):
         return
     _warned.add(task.name)
     logger.warning(
-        "singleton %s: a message with the id %s was done before, so this one is dropped, though "
-        "its broker does not call it redelivered. If it was sent anew, its body has NOT run: send "
-        "each message with a new task_id, or with apply_async() of the task itself, which tells "
-        "messages with one id apart; or set deduplicate=False on task %s",
+        "singleton %s: a message with the id %s was done before, so this one is dropped, although "
+        "its broker does not mark it as redelivered. If it is a new message, its body has NOT run: "
+        "send each message with a new task_id, or with apply_async() of the task itself, which "
+        "tells messages with one id apart; or set deduplicate=False on task %s",
         delivery.name,
         request.id,
         task.name,
@@ -153,7 +176,9 @@ def warn_if_id_reused(delivery: Delivery) -> None:
 
 
 def _seems_new(request: Context) -> bool:
-    """Whether nothing says that the message is a copy, or was sent by Celery or this package."""
+    """Whether a message looks like new work: nothing marks it as redelivered or retried, and
+    neither Celery nor this package has sent it again.
+    """
     info: Any = request.delivery_info or {}
     if request.called_directly or request.is_eager or info.get("redelivered"):
         return False

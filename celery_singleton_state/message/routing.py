@@ -1,13 +1,13 @@
-"""Which queue a message came through, and how to send another message into that queue alone.
+"""Find the queue that a message came from, and send another message into that queue only.
 
-Celery sends a retry where its message was sent to: to the same exchange with the same routing key.
-That is wrong in three cases, so this package names the queue instead:
+Celery sends a retry to the exchange of its message, with the same routing key. That is wrong in
+three cases, so this package sends to the queue by its name instead:
 
-- The exchange gives each worker a copy (fanout), or two queues have one binding in common. Each
-  copy that is sent again would come back as several copies.
+- The exchange gives each worker a copy (fanout), or two queues have the same binding. Each copy
+  that is sent again would come back as several copies.
 - RabbitMQ has delayed the message. Its exchange is then one of the delaying exchanges, its routing
   key begins with the delay in binary digits, and Celery sends the retry to the default queue.
-- The message came through another queue than the default one, on an exchange of another type.
+- The message came from a queue that is not the default one, through an exchange of another type.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from kombu import Exchange, Queue
 from celery_singleton_state.compat import DELAY, DELAYING_EXCHANGE, broker_of
 from celery_singleton_state.headers import COPY, count_in
 
-#: Begins the routing key of a delayed message that is for one queue alone.
+#: The prefix of the routing key with which RabbitMQ delays a message for one queue only.
 _FOR_QUEUE = "celery-singleton:"
-#: The longest that leaves room for the delay in front of it.
+#: The number of characters that such a key may have. AMQP allows 255, and the delay takes up to 56
+#: characters in front of the key.
 _LONGEST_KEY = 255 - 56
 
 
 def broker_kind(app: Celery) -> str:
-    """The kind of the app's broker, in kombu's words: ``amqp`` for RabbitMQ, ``redis``, ..."""
+    """Return kombu's name for the kind of the app's broker, such as ``amqp`` for RabbitMQ."""
     return str(broker_of(app).transport.driver_type)
 
 
 def came_through_fanout(app: Celery, request: Context) -> bool:
-    """Whether the exchange of a message gives a copy of it to each worker.
+    """Whether a message came through a fanout exchange, which gives a copy to each worker.
 
-    It is known from the queues in the app's configuration.
+    The types of the exchanges are read from the queues in the app's configuration.
     """
     exchange = _delivered(request)[0]
     return any(
@@ -51,30 +52,34 @@ def came_through_fanout(app: Celery, request: Context) -> bool:
 
 
 def is_copy(app: Celery, request: Context) -> bool:
-    """Whether a message is one of several copies that a fanout exchange made, also if it was sent
-    again since.
+    """Whether a message is one of several copies that a fanout exchange made.
+
+    The copy is recognised even after it was sent again through another exchange.
     """
     return bool(count_in(request, COPY)) or came_through_fanout(app, request)
 
 
 def copy_mark(app: Celery, request: Context) -> dict[str, int]:
-    """The header by which a copy is recognised when it comes again through another exchange."""
+    """Return the header that marks a fanout exchange's copy when it is sent again.
+
+    The dict is empty if the message is not such a copy.
+    """
     return {COPY: 1} if is_copy(app, request) else {}
 
 
 def can_be_addressed(app: Celery, request: Context) -> bool:
-    """Whether a message can be sent into the queue of this one, and into no other."""
+    """Whether another message can be sent into the queue of this message, and into no other."""
     return broker_kind(app) == "amqp" or not came_through_fanout(app, request)
 
 
 def queue_of(app: Celery, request: Context) -> str | None:
-    """The name of the queue that a message came through; ``None`` if it is not known.
+    """Return the name of the queue that a message came from; ``None`` if it is not known.
 
-    If several queues of this worker match, each copy of the message goes into the same one.
+    If several queues of this worker match the message, the first match is returned.
     """
     exchange, routing_key = _delivered(request)
     if exchange == "" and routing_key:
-        return routing_key  # the default exchange takes a queue's name
+        return routing_key  # the routing keys of the default exchange are queue names
     queues = app.amqp.queues
     if exchange is None and routing_key.startswith(_FOR_QUEUE):
         known_keys = {delayed_key(queue.name): str(queue.name) for queue in queues.values()}
@@ -88,10 +93,10 @@ def queue_of(app: Celery, request: Context) -> str | None:
 
 
 def address_of(app: Celery, request: Context) -> dict[str, Any]:
-    """Options that send a message where this one came from, as JSON can keep them.
+    """Return options that send another message into the queue of this message.
 
-    ``apply_async`` takes them after :func:`resolved`. With a fanout exchange whose queues cannot be
-    addressed, they send to the exchange.
+    The options can be stored as JSON. Pass them through :func:`resolved` before ``apply_async``. If
+    the broker cannot address a single queue of a fanout exchange, they address the exchange.
     """
     info: Mapping[str, Any] = request.delivery_info or {}
     priority = info.get("priority")
@@ -104,14 +109,15 @@ def address_of(app: Celery, request: Context) -> dict[str, Any]:
     if name is not None:
         return options | {"queue": name}
     if _delivered(request)[0] is None:
-        return options  # where Celery sends the task's messages
+        return options  # without an address, Celery uses the task's usual queue
     return options | {name: info[name] for name in ("exchange", "routing_key") if name in info}
 
 
 def resolved(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of :func:`address_of`, with the queue addressed by its name alone.
+    """Return the options of :func:`address_of` as ``apply_async`` needs them.
 
-    A fanout exchange is declared: a process of kombu's takes one that it does not know for direct.
+    A queue is addressed by its name through the default exchange. A fanout exchange is declared
+    with the message, because kombu treats an exchange that it does not know as a direct one.
     """
     name = options.get("queue")
     if isinstance(name, str):
@@ -122,7 +128,11 @@ def resolved(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def delayed_key(name: str) -> str:
-    """The routing key of a delayed message that is for the queue of this name: one word."""
+    """Return the routing key with which RabbitMQ delays a message for one queue.
+
+    The key contains no dot, so that a topic binding matches it as one word. A name that is too long
+    is replaced by its hash.
+    """
     key = _FOR_QUEUE + quote(name, safe="").replace(".", "%2E")
     if len(key) <= _LONGEST_KEY:
         return key
@@ -130,9 +140,10 @@ def delayed_key(name: str) -> str:
 
 
 def into(app: Celery, name: str) -> dict[str, Any]:
-    """Options that send a message into the queue of this name through the default exchange.
+    """Return options that send a message into a queue by its name, through the default exchange.
 
-    A queue that is not in the app's configuration is not declared: how is not known.
+    A queue that is not in the app's configuration is not declared, because its arguments are not
+    known here.
     """
     queues: Any = app.amqp.queues
     by_name = {queue.name: queue for queue in queues.values()}
@@ -141,14 +152,15 @@ def into(app: Celery, name: str) -> dict[str, Any]:
 
 
 def undeclared(name: str) -> Queue:
-    """A queue that is addressed by its name, and taken to be there."""
+    """Return a queue object for a name that sends to an existing queue and never declares it."""
     return Queue(name, Exchange(""), no_declare=True)
 
 
 def _delivered(request: Context) -> tuple[str | None, str]:
-    """The exchange and the routing key of a message before it was delayed.
+    """Return the exchange and the routing key with which a message was sent.
 
-    The exchange is ``None`` if the message was delayed, because nothing keeps it.
+    If RabbitMQ has delayed the message, the delay is removed from the routing key. The exchange is
+    then ``None``, because the delayed message does not name it any more.
     """
     info: Mapping[str, Any] = request.delivery_info or {}
     exchange, routing_key = info.get("exchange") or "", info.get("routing_key") or ""
@@ -160,18 +172,22 @@ def _delivered(request: Context) -> tuple[str | None, str]:
 
 
 def _bindings(queue: Any) -> Iterator[tuple[Exchange, str]]:
-    if queue.exchange:  # an unnamed one is the default exchange
+    if queue.exchange:  # the default exchange has no name and no bindings
         yield queue.exchange, queue.routing_key or ""
     for each in queue.bindings or ():
         yield each.exchange, each.routing_key or ""
 
 
 def _leads(bound: tuple[Exchange, str], exchange: str | None, routing_key: str) -> bool:
-    """Whether a binding leads a message of this exchange and routing key to its queue."""
+    """Whether a binding routes a message with this exchange and routing key to its queue.
+
+    :param bound: the exchange and the routing key of the binding.
+    :param exchange: the exchange of the message; ``None`` if it is not known.
+    """
     found, key = bound
     if exchange is None:
         if found.type == "direct":
-            return False  # RabbitMQ does not delay for these
+            return False  # an unknown exchange means a delayed message, and none is direct
     elif found.name != exchange:
         return False
     if found.type == "topic":
@@ -180,9 +196,9 @@ def _leads(bound: tuple[Exchange, str], exchange: str | None, routing_key: str) 
 
 
 def _topic(key: str) -> re.Pattern[str]:
-    """A pattern for the routing keys that a binding of a topic exchange takes.
+    """Return a pattern that matches the routing keys that a topic binding accepts.
 
-    The routing key has one more dot in front of it, so that each word has one.
+    Match it against the routing key with a dot in front, so that each word begins with a dot.
     """
     wildcards = {"*": r"\.[^.]*", "#": r"(?:\.[^.]*)*"}
     return re.compile("".join(wildcards.get(w, rf"\.{re.escape(w)}") for w in key.split(".")))

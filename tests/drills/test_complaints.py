@@ -476,7 +476,7 @@ def test_celery_5935_a_body_longer_than_the_visibility_timeout_runs_once(
     def say(text: str) -> bool:
         return any(text in worker.output for worker in workers)
 
-    wait_until(lambda: say("its message is put back"), "the second copy is put back")
+    wait_until(lambda: say("its message is requeued"), "the second copy is requeued")
     go.touch()
     assert outcome(result) == 1
     wait_until(lambda: say(f"{result.id} was done before"), "it ends as a duplicate")

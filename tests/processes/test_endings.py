@@ -142,7 +142,7 @@ def test_a_message_that_comes_twice_while_it_runs_waits_and_ends_as_duplicate(
     first = app.send_task("increment", (str(go),), task_id="the-same")
     fleet.wait_for_notes("enter")
     app.send_task("increment", (str(go),), task_id="the-same")
-    wait_until(lambda: "put back" in worker.output, "the second delivery is put back")
+    wait_until(lambda: "requeued" in worker.output, "the second delivery is requeued")
     go.touch()
     assert outcome(first) == 1
     wait_until(lambda: "was done before" in worker.output, "it ends as a duplicate")

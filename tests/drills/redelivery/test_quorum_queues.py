@@ -39,7 +39,7 @@ def test_a_message_that_is_retried_again_and_again_stays_in_its_queue(
     worker = fleet.start("-c", "2")
     assert outcome(app.send_task("retries_later", (1, 0.1, 20))) == 20
     assert len(fleet.notes("enter")) == 21
-    assert "comes again" not in worker.output
+    assert "is sent again" not in worker.output
 
 
 def test_messages_that_wait_keep_no_others_out(fleet: Fleet, client: Callable[[], Celery]) -> None:

@@ -75,7 +75,7 @@ def send_and_enter(fleet: Fleet, app: Celery, go: Path) -> AsyncResult[int]:
 def wait_until_put_back(fleet: Fleet, worker: Worker) -> None:
     """Before Celery 5.5 a worker that has connected again starts nothing while a body runs."""
     if celery.VERSION >= (5, 5):
-        fleet.wait_for_output(worker, "its message is put back")
+        fleet.wait_for_output(worker, "its message is requeued")
 
 
 def test_the_connection_of_a_worker_breaks_in_mid_body(
@@ -124,7 +124,7 @@ def test_another_worker_gets_the_message_of_a_run_that_goes_on(
     other = fleet.start("-c", "1", name="b")
     proxy.mode = "refuse"
     proxy.cut()
-    fleet.wait_for_output(other, "its message is put back")
+    fleet.wait_for_output(other, "its message is requeued")
     go.touch()
     fleet.wait_for_output(other, f"task {result.id} was done before")
     assert outcome(result) == 1
@@ -198,7 +198,7 @@ def test_a_worker_that_falls_silent_to_rabbitmq_in_mid_body(
         silent.process.send_signal(signal.SIGQUIT)
     fleet.environment["TEST_BROKER_HEARTBEAT"] = "120"
     other = fleet.start("-c", "1", name="b")
-    fleet.wait_for_output(other, "its message is put back")
+    fleet.wait_for_output(other, "its message is requeued")
     go.touch()
     fleet.wait_for_output(other, f"task {result.id} was done before")
     assert outcome(result) == 1

@@ -162,7 +162,7 @@ def test_a_new_message_with_the_id_of_a_run_that_goes_on_runs_after_it(
     increment.apply_async((str(go),), task_id="nightly-import")
     fleet.wait_for_notes("enter")
     increment.apply_async(task_id="nightly-import")
-    fleet.wait_for_output(worker, "its message is put back")
+    fleet.wait_for_output(worker, "its message is requeued")
     go.touch()
     fleet.wait_for_notes("leave", 2)
     twice = singleton_task(app, name="retry_twice", **made)(body)

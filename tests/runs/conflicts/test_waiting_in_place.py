@@ -145,5 +145,5 @@ def test_arguments_that_cannot_be_kept_are_told(app: Celery) -> None:
     store = runtime_of(app).store
     assert store.acquire("singleton-state:called", "somebody", 60, "task-1") is not None
     task = task_of(app, idle, on_conflict="coalesce")
-    with pytest.raises(TypeError, match="task called: on_conflict='coalesce' keeps the arguments"):
+    with pytest.raises(TypeError, match="task called: on_conflict='coalesce' stores the arguments"):
         task(object())

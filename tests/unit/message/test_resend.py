@@ -59,7 +59,9 @@ def test_what_cannot_be_sent_again_stays_with_the_broker(
         send_again(task, Context(id="1", args=(), kwargs={}, headers={}), "name", 1.0)
     assert caught.value.requeue
     assert caught.value.args[0] is error
-    assert "singleton name: task 1 could not be sent again, its broker keeps it" in caplog.text
+    assert (
+        "singleton name: task 1 could not be sent again, so its broker redelivers it" in caplog.text
+    )
 
 
 def test_a_retry_that_cannot_be_sent_stays_with_the_broker(task: Any) -> None:

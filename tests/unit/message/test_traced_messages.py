@@ -152,7 +152,7 @@ def test_a_message_that_is_sent_again_carries_what_it_had(app: Celery, tool: obj
     first = context_of(receive(app))
     request = first
     for n in range(1, 4):
-        with pytest.raises(Exception, match="comes again"):
+        with pytest.raises(Exception, match="is sent again"):
             send_again(task, request, "t", 1.0, {WAITED: float(n)})
         message = receive(app)
         request = context_of(message)
