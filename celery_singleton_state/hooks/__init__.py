@@ -1,8 +1,9 @@
-"""Looking on: everything that can be observed passes one door, as a frozen details object.
+"""Observe singletons: hooks, Celery signals, Celery events and log lines.
 
-Log lines are written in place. Celery's signals, Celery's events and the hooks of
-``app.conf.singleton_hooks`` are handed it in a thread of their own, so that a slow or failing one
-neither stalls nor fails a run.
+Whatever happens to a singleton is one frozen :class:`Details` object, and one :class:`Dispatcher`
+of each app delivers it. The dispatcher writes log lines at once. It calls the hooks of
+``app.conf.singleton_hooks``, sends Celery's signals and sends Celery's events in a thread of its
+own. So a slow or failing hook neither delays nor fails a run.
 """
 
 from .details import (

@@ -1,6 +1,6 @@
-"""What there is to observe: one frozen class for each kind of thing that happens.
+"""The details of what happens to a singleton: one frozen class for each kind of event.
 
-The tag of a class is the type of its Celery event.
+The tag of a class, for example ``"singleton-acquired"``, is the type of its Celery event.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import msgspec
 
 
 class Details(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
-    """What is known of everything that happens to a singleton.
+    """The fields that the details of all events have.
 
-    :param singleton: the task's name, of which there are few.
-    :param key: the singleton's own name, as ``celery singleton ls`` prints it.
-    :param task_id: of the message; ``None`` for a direct call.
-    :param timestamp: seconds since the epoch, by this host's clock.
+    :param singleton: the name of the task.
+    :param key: the name of the singleton, as ``celery singleton ls`` prints it. It differs from the
+        task's name if the task has the option ``unique_on``.
+    :param task_id: the task id of the message; ``None`` for a direct call.
+    :param timestamp: the time of the event by this host's clock, in seconds since the epoch. Left
+        out: now.
     """
 
     singleton: str
@@ -26,17 +28,25 @@ class Details(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 
 
 class Acquired(Details, frozen=True, kw_only=True, tag="singleton-acquired"):
-    """A run begins. One :class:`Released` or :class:`Lost` follows, if its process lives."""
+    """A run has acquired the lease and begins.
+
+    One :class:`Released` or :class:`Lost` follows, unless the process dies.
+
+    :param holder: the holder of the lease, as ``nodename:pid:nonce``.
+    :param fence: the fence of the lease.
+    """
 
     holder: str
     fence: int
 
 
 class TookOver(Details, frozen=True, kw_only=True, tag="singleton-took-over"):
-    """The run that begins follows one that did not end by itself.
+    """A run begins after a run that did not end by itself. Sent besides :class:`Acquired`.
 
-    :param how: the lease of the other ``"expired"``, its process ``"died"``, or it
-        ``"handoff"`` as it was asked to.
+    :param holder: the holder of the new lease, as ``nodename:pid:nonce``.
+    :param fence: the fence of the new lease.
+    :param how: why the earlier run ended: ``"expired"`` if its lease expired, ``"died"`` if its
+        process died, ``"handoff"`` if it handed over because it was asked to.
     """
 
     holder: str
@@ -45,10 +55,10 @@ class TookOver(Details, frozen=True, kw_only=True, tag="singleton-took-over"):
 
 
 class StateLoaded(Details, frozen=True, kw_only=True, tag="singleton-state-loaded"):
-    """The state was loaded.
+    """A run has loaded the state.
 
-    :param size: characters of its JSON.
-    :param schema_version: of the stored value; ``None`` where there is none yet.
+    :param size: the length of the stored JSON in characters.
+    :param schema_version: the schema version of the stored value; ``None`` if the row has no value.
     """
 
     size: int
@@ -56,10 +66,10 @@ class StateLoaded(Details, frozen=True, kw_only=True, tag="singleton-state-loade
 
 
 class StateSaved(Details, frozen=True, kw_only=True, tag="singleton-state-saved"):
-    """The state was written.
+    """A run has written the state.
 
-    :param operation: ``"save"`` at a run's end, ``"checkpoint"`` or ``"transaction"``.
-    :param size: characters of its JSON.
+    :param operation: ``"save"`` at the end of a run, ``"checkpoint"`` or ``"transaction"``.
+    :param size: the length of the written JSON in characters.
     """
 
     operation: str
@@ -67,9 +77,9 @@ class StateSaved(Details, frozen=True, kw_only=True, tag="singleton-state-saved"
 
 
 class WriteRefused(Details, frozen=True, kw_only=True, tag="singleton-write-refused"):
-    """The store refused a write, as the lease was no longer held.
+    """The store refused a run's write, because the run no longer held the lease.
 
-    :param operation: as in :class:`StateSaved`, or ``"release"``.
+    :param operation: ``"save"``, ``"checkpoint"``, ``"transaction"`` or ``"release"``.
     """
 
     operation: str
@@ -78,7 +88,10 @@ class WriteRefused(Details, frozen=True, kw_only=True, tag="singleton-write-refu
 class Lost(Details, frozen=True, kw_only=True, tag="singleton-lost"):
     """A run has lost its lease.
 
-    :param seconds: since it began; also in :class:`Released`.
+    :param holder: the holder of the lost lease, as ``nodename:pid:nonce``.
+    :param fence: the fence of the lost lease.
+    :param why: the reason, as a text for people.
+    :param seconds: the seconds since the run began.
     """
 
     holder: str
@@ -88,11 +101,16 @@ class Lost(Details, frozen=True, kw_only=True, tag="singleton-lost"):
 
 
 class Released(Details, frozen=True, kw_only=True, tag="singleton-released"):
-    """A run is over.
+    """A run has ended without losing its lease.
 
-    :param outcome: as in the row's history.
-    :param error: the body's error in one line.
-    :param given_back: whether the lease is; where the store was out of reach it runs out.
+    :param holder: the holder of the lease, as ``nodename:pid:nonce``.
+    :param fence: the fence of the lease.
+    :param outcome: how the run ended, as the history records it: ``"succeeded"``, ``"failed"`` or
+        ``"retried"``.
+    :param seconds: the seconds since the run began.
+    :param error: the body's error in one line; ``None`` if the body raised none.
+    :param given_back: whether the store has released the lease. False if the store was
+        unavailable; the lease then expires.
     """
 
     holder: str
@@ -104,10 +122,10 @@ class Released(Details, frozen=True, kw_only=True, tag="singleton-released"):
 
 
 class Conflicted(Details, frozen=True, kw_only=True, tag="singleton-conflicted"):
-    """A delivery found the lease taken; told once for each message.
+    """A delivery conflicted: another run holds the lease. Sent once for each message.
 
-    :param policy: of the task's ``on_conflict``.
-    :param found: who holds it, and for how long, for people.
+    :param policy: the conflict policy, as in the task's option ``on_conflict``.
+    :param found: the holder and the rest of the lease's life, as a text for people.
     """
 
     policy: str
@@ -117,9 +135,11 @@ class Conflicted(Details, frozen=True, kw_only=True, tag="singleton-conflicted")
 class Skipped(Details, frozen=True, kw_only=True, tag="singleton-skipped"):
     """A delivery ended without a run.
 
-    :param outcome: ``"skipped"``, or ``"duplicate"`` for a message that was done before.
-    :param why: for people.
-    :param tick: the schedule entry whose tick was refused as done before, if it was one.
+    :param outcome: ``"skipped"`` after a conflict, or ``"duplicate"`` if an earlier run did the
+        message's work.
+    :param why: the reason, as a text for people.
+    :param tick: the name of the schedule entry, if the message is a duplicate of a tick; ``None``
+        otherwise.
     """
 
     outcome: str
@@ -128,9 +148,12 @@ class Skipped(Details, frozen=True, kw_only=True, tag="singleton-skipped"):
 
 
 class Failed(Details, frozen=True, kw_only=True, tag="singleton-failed"):
-    """A delivery met one of the five reasons; it is retried or not.
+    """A delivery ended with a :class:`~celery_singleton_state.SingletonError`.
 
-    :param reason: its name.
+    The message may be retried after that.
+
+    :param reason: the name of the error's reason, for example ``"StateLoadFailed"``.
+    :param detail: the error's message.
     """
 
     reason: str
@@ -138,11 +161,11 @@ class Failed(Details, frozen=True, kw_only=True, tag="singleton-failed"):
 
 
 class Changed(Details, frozen=True, kw_only=True, tag="singleton-changed"):
-    """An operator has changed something.
+    """An operator has changed a singleton on the command line.
 
-    :param what: ``"released"``, ``"state set"``, ``"state reset"``, or ``"3 keys pruned"``, of a
-        task whose name is the ``key`` then.
-    :param by: who, as the operating system says.
+    :param what: ``"released"``, ``"state set"``, ``"state reset"``, or for example ``"3 keys
+        pruned"``. After pruning, ``key`` is the name of the task.
+    :param by: the operator's name, as the operating system tells it.
     """
 
     what: str

@@ -1,8 +1,9 @@
-"""The one door: what happens is told here, and handed to all who look on.
+"""Dispatch events: a run emits an event, and a thread calls the hooks with it.
 
-Who tells is in mid-run, and must neither wait nor fail. So the details only join a queue, and a
-thread hands them on, in order; it sleeps a little first, so that a burst of short runs wakes it
-once. A queue that grows over its limit loses what is newest, and says so.
+A run that emits an event must neither wait nor fail because of a hook. So the run only appends the
+details to a queue, and a thread passes them to the hooks in order. The thread sleeps for a moment
+before it reads the queue, so that a burst of short runs wakes it once. If the queue is full, the
+newest events are dropped, and a warning is logged.
 """
 
 from __future__ import annotations
@@ -31,28 +32,30 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-#: Seconds that the first details of a burst wait for the others.
+#: Seconds for which the thread sleeps after the first event, to handle a burst of events at once.
 GATHER = 0.05
-#: Details that wait at most.
+#: How many events the queue holds at most. Further ones are dropped.
 LIMIT = 10_000
-#: Seconds that the process's end waits for them.
+#: Seconds for which the end of the process waits for the queue to be emptied.
 PATIENCE = 5.0
 
 
 class Hook(Protocol):
-    """Looks on: called with each details object, in order, in a thread of its own.
+    """A user's hook: a callable that gets the details of each event, in order.
 
-    What it raises is logged. A slow one delays the other hooks and no run.
+    All hooks are called in one thread of their own. An error that a hook raises is logged. A slow
+    hook delays the other hooks, but no run.
     """
 
     def __call__(self, details: Details, /) -> object: ...
 
 
 class Dispatcher:
-    """Where one app's process tells what happens.
+    """Emits the events of one app's singletons in this process.
 
-    :param names: hooks of users, each a callable or the name of one; a class is instantiated, in
-        each process that uses it.
+    :param app: the Celery app.
+    :param names: the users' hooks, each as a callable or as the dotted name of a callable. A class
+        is instantiated once in each process. Left out: no hooks.
     """
 
     def __init__(self, app: Celery, names: Sequence[str | Hook] = ()) -> None:
@@ -63,8 +66,9 @@ class Dispatcher:
         self._hooks: list[Hook] | None = None
         self._waiting: deque[Details] = deque()
         self._dropped = 0
-        #: Whether the thread has been called since it last looked. It is called by a queue in C,
-        #: because whoever tells can be interrupted at any moment, and must leave no lock behind.
+        #: Whether the thread has been woken and has not read the queue since. ``SimpleQueue`` wakes
+        #: it, because its ``put`` is C code: an interruption of the emitting run cannot stop it
+        #: half-way and leave a lock held.
         self._is_called = False
         self._calls: SimpleQueue[None] = SimpleQueue()
         self._starting = threading.Lock()
@@ -74,9 +78,16 @@ class Dispatcher:
     def emit(
         self, singleton: str, key: str, task_id: str | None, kind: type[Details], **fields: Any
     ) -> None:
-        """Something happened to a singleton. Never waits, never raises.
+        """Emit an event: write its log line now, and queue its details for the hooks.
 
-        The arguments are those of the details object, which is made only if anybody looks on.
+        The method never waits for a hook and never raises a hook's error. It creates no details
+        object if there is no log line, hook, receiver of a signal, or event to be sent.
+
+        :param singleton: the name of the task.
+        :param key: the name of the singleton.
+        :param task_id: the task id of the message; ``None`` for a direct call.
+        :param kind: the class of the details.
+        :param fields: the further fields of that class.
         """
         level, signal = log.LEVELS.get(kind), SIGNALS.get(kind)
         is_logged = level is not None and log.logger.isEnabledFor(level)
@@ -99,7 +110,11 @@ class Dispatcher:
                 self._start()
 
     def publish(self, details: Details) -> None:
-        """Tell it here and now, and as an event whatever the switch says: for a command's end."""
+        """Log an event, call all hooks and send it as a Celery event, all before returning.
+
+        A command uses this method just before it ends. The Celery event is sent even if Celery's
+        switch for events is off.
+        """
         log.write(details)
         self._call(self._signals, details)
         for hook in self._users_hooks():
@@ -109,7 +124,7 @@ class Dispatcher:
         self._events.close()
 
     def close(self) -> None:
-        """Hand on what waits, for a few seconds at most, and end the thread."""
+        """End the thread after it has emptied the queue; wait for that :data:`PATIENCE` seconds."""
         self._closed.set()
         self._calls.put(None)
         thread = self._thread
@@ -132,7 +147,7 @@ class Dispatcher:
             self._closed.wait(GATHER)
             self._is_called = False
             self._hand_on()
-        # What came while the last ones were handed on.
+        # Events can have been queued while the loop handled its last ones.
         self._hand_on()
         self._events.close()
 
@@ -147,7 +162,11 @@ class Dispatcher:
         self._events.flush()
         if self._dropped:
             dropped, self._dropped = self._dropped, 0
-            logger.warning("singletons: hooks are too slow, and were not told %d things", dropped)
+            logger.warning(
+                "singletons: %d events were dropped, because the hooks are too slow and more than"
+                " %d events were waiting for them",
+                *(dropped, LIMIT),
+            )
 
     def _users_hooks(self) -> list[Hook]:
         if self._hooks is None:
@@ -162,13 +181,17 @@ class Dispatcher:
 
 
 def check_hook(value: Any) -> Any:
-    """:raises ValueError: it is neither a callable nor the name of one."""
+    """Check one item of the setting ``singleton_hooks``, and return it unchanged.
+
+    :param value: a callable, or the dotted name of one.
+    :raises ValueError: the value is neither of them, or the name cannot be imported.
+    """
     try:
         found = symbol_by_name(value)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"callables, or the names of some: {error}") from None
+        raise ValueError(f"callables, or the dotted names of callables: {error}") from None
     if not callable(found):
-        raise ValueError(f"callables, or the names of some; {value!r} is none")
+        raise ValueError(f"callables, or the dotted names of callables; {value!r} is not callable")
     return value
 
 
@@ -178,7 +201,9 @@ def _made(name: str | Hook) -> Hook | None:
         made: Hook = found() if isinstance(found, type) else found
         return made
     except Exception:
-        logger.exception("singletons: hook %r cannot be used", name)
+        logger.exception(
+            "singletons: the hook %r of singleton_hooks cannot be used, and is not called", name
+        )
         return None
 
 
@@ -190,8 +215,9 @@ def _close_all(**_: Any) -> None:
         dispatcher.close()
 
 
-# A child's copies of its parent's doors have no thread, and locks in whatever state.
+# After a fork, the child's copy of a dispatcher has no thread, and its locks may be held for ever.
+# So the child must not close the dispatchers of its parent.
 os.register_at_fork(after_in_child=_open.clear)
-# A process of a prefork pool ends without what Python does at exit.
+# Python calls no ``atexit`` functions in the processes of a prefork pool, so use Celery's signal.
 celery_signals.worker_process_shutdown.connect(_close_all)
 atexit.register(_close_all)

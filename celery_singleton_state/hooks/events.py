@@ -1,8 +1,9 @@
-"""The hook that sends Celery's events, under Celery's own switch.
+"""Send what happens to singletons as Celery events, if the worker's events are on.
 
-The worker's main process knows whether its events are on (``-E``, ``worker_send_task_events``, or
-``celery control enable_events`` later on); the processes of its pool do not. So the switch is a
-byte of memory that they share with it, set anew with each message that the worker receives.
+An operator switches events on with ``-E``, ``worker_send_task_events`` or ``celery control
+enable_events``. Only the worker's main process knows whether they are on. So it shares the switch
+with its pool processes as one byte of memory, and updates this byte at each message that it
+receives.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ logger = logger_of(__name__)
 
 GROUP = "singleton"
 
-#: Whether events are to be sent: shared by a worker and its pool; zero where there is no worker.
+#: The shared byte: 1 if events are to be sent. It is 0 in a process that belongs to no worker.
 switch = mmap.mmap(-1, 1)
-#: The worker's node name.
+#: The worker's node name; ``None`` outside of a worker.
 _hostname: str | None = None
 
 _Any = KINDS[0]
@@ -36,7 +37,7 @@ for _kind in KINDS[1:]:
 
 
 class EventsHook:
-    """Sends each thing as an event; many that come together as one message, as Celery's own."""
+    """A hook that sends each event as a Celery event, and a burst of them in one message."""
 
     def __init__(self, app: Celery) -> None:
         self._app = weakref.ref(app)
@@ -54,7 +55,9 @@ class EventsHook:
             self._lose(error)
 
     def flush(self) -> None:
-        """Send what was gathered. Where the broker is out of reach it is lost."""
+        """Send the events that wait to be sent together. If the broker is unavailable, they are
+        lost, and a warning is logged.
+        """
         if self._dispatcher is None:
             return
         try:
@@ -65,13 +68,13 @@ class EventsHook:
             self._logged = ""
 
     def close(self) -> None:
-        """Close the connection; the next event makes it anew."""
+        """Close the connection to the broker. The next event opens a new one."""
         connection, self._connection, self._dispatcher = self._connection, None, None
         if connection is not None:
             try:
                 connection.release()
             except Exception as error:
-                logger.debug("singletons: the events' connection was not closed: %s", error)
+                logger.debug("singletons: the connection for events was not closed: %s", error)
 
     def _connect(self) -> None:
         app = self._app()
@@ -87,24 +90,35 @@ class EventsHook:
         )
 
     def _lose(self, error: Exception) -> None:
-        """Say once that events are lost, and let the next have a new connection."""
+        """Log that events are lost, and close the connection, so that the next event opens a new
+        one. Repeated errors of one type are logged once.
+        """
         if (said := type(error).__name__) != self._logged:
-            logger.warning("singletons: events are lost: %s: %s", said, error)
+            logger.warning(
+                "singletons: Celery events are lost, because they cannot be sent: %s: %s",
+                *(said, error),
+            )
             self._logged = said
         self.close()
 
 
 def details_of(event: dict[str, Any]) -> Details:
-    """What an event tells.
+    """Return the details that a Celery event carries.
 
-    :raises msgspec.ValidationError: it is none of ours, or of another release.
+    :raises msgspec.ValidationError: the event is not one of this package's, or another release of
+        the package sent it.
     """
     found: Details = msgspec.convert(event, _Any)
     return found
 
 
 def follow(hostname: str) -> None:
-    """In a worker, before its pool is made: follow its switch from now on."""
+    """Have a worker's switch for events copied to the shared byte from now on.
+
+    Call it in the worker's main process before the pool is created.
+
+    :param hostname: the worker's node name.
+    """
     global _hostname
     _hostname = hostname
     switch[0] = 0

@@ -1,4 +1,4 @@
-"""The hook that writes log lines."""
+"""The log lines of events: which kinds are logged, at which level, with which text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from .details import (
 
 logger = logger_of("celery_singleton_state")
 
-#: By kind: a level, and what is written after the singleton's name, from the kind's own fields.
+#: For each kind of event that is logged: the level, the text after the singleton's name, and a
+#: function that returns the text's arguments from the details.
 _LINES: Mapping[type[Details], tuple[int, str, Callable[[Any], tuple[Any, ...]]]] = {
     Acquired: (logging.DEBUG, "acquired with fence %d", lambda d: (d.fence,)),
     TookOver: (
@@ -42,12 +43,13 @@ _LINES: Mapping[type[Details], tuple[int, str, Callable[[Any], tuple[Any, ...]]]
     Changed: (logging.WARNING, "%s by %s", lambda d: (d.what, d.by)),
 }
 
-#: The level of each kind's line at most: those of ticks that were skipped are louder.
+#: For each kind of event, the highest level at which it is logged. A skipped message is logged as a
+#: warning if it is a tick, and otherwise at a lower level.
 LEVELS = {kind: level for kind, (level, _, _) in _LINES.items()} | {Skipped: logging.WARNING}
 
 
 def write(details: Details) -> None:
-    """Write the line of what happened, if it has one."""
+    """Write the log line of an event. Some kinds of events have none."""
     found = _LINES.get(type(details))
     if found is None:
         return

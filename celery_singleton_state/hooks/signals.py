@@ -1,4 +1,4 @@
-"""The hook that sends Celery's signals."""
+"""Send events as the Celery signals of :mod:`celery_singleton_state.signals`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from celery_singleton_state import signals
 
 from .details import Acquired, Details, Lost, Released, Skipped, StateLoaded, StateSaved, TookOver
 
+#: The signal of each kind of event. The other kinds have none.
 SIGNALS: Mapping[type[Details], Signal] = {
     Acquired: signals.acquired,
     Released: signals.released,
@@ -22,7 +23,10 @@ SIGNALS: Mapping[type[Details], Signal] = {
 
 
 class SignalsHook:
-    """Sends the signal of each thing that has one. Celery logs what a receiver raises."""
+    """A hook that sends the Celery signal of an event, if its kind has one.
+
+    Celery logs an error that a receiver of the signal raises.
+    """
 
     def __call__(self, details: Details) -> None:
         signal = SIGNALS.get(type(details))
