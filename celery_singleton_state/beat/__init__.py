@@ -1,6 +1,6 @@
-"""Beats: any number of them may run, one leads and sends.
+"""Schedulers for Celery beat of which any number can run: one leads and sends, the others stand by.
 
-``celery beat -S singleton``, or ``LeaderMixin`` over another scheduler class.
+Run ``celery beat -S singleton``, or combine :class:`LeaderMixin` with another scheduler class.
 """
 
 from .entry import SingletonEntry

@@ -1,4 +1,7 @@
-"""A beat's connection to its broker, which it gives up soon: another beat may reach it."""
+"""The connection from a beat to its broker, with few tries to connect.
+
+If this beat cannot connect, it hands over soon, because another beat may be able to connect.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +21,34 @@ else:
 
 
 class BrokerUnavailable(Exception):
-    """The broker does not take messages from this beat."""
+    """The broker does not accept messages from this beat, or cannot be reached."""
 
 
 class BrokerConnection(_Base):
-    """What a scheduler has of its connection, in Celery's own attributes."""
+    """The part of a scheduler that opens and closes the connection to the broker.
+
+    Celery's scheduler keeps the connection in its attributes ``connection`` and ``producer``.
+    """
 
     def _connect(self) -> None:
-        """:raises BrokerUnavailable: the broker cannot be reached."""
+        """Connect to the broker, unless this beat is connected.
+
+        :raises BrokerUnavailable: the broker cannot be reached.
+        """
         try:
             _ = self.producer
         except self._errors_of_broker as error:
             raise BrokerUnavailable(str(error)) from error
 
     def _disconnect(self) -> None:
-        """Let the next message have a new connection."""
+        """Close the connection. The next message opens a new one."""
         connection = take_connection(self)
         if connection is not None:
             with contextlib.suppress(*self._errors_of_broker):
                 connection.release()
 
     def _ensure_connected(self) -> Any:
-        # Once for each address. Celery's own tries go on for minutes.
+        # Try each address once. Celery itself would try for minutes, and no other beat could lead.
         tries = max(1, len(self.connection.alt))
         return self.connection.ensure_connection(max_retries=tries, interval_start=0)
 

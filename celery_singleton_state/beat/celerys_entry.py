@@ -1,4 +1,4 @@
-"""Entries of Celery's own kind, and of those that grew from it: what the store keeps of them."""
+"""Store and restore the entries of other scheduler classes: Celery's own and subclasses of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from celery_singleton_state.schedules.due import next_due, spelled
 
 from .entry_state import EntryState
 
-#: How often a schedule with an ``is_due`` of its own is asked for one tick.
+#: How many times a schedule whose class overrides ``is_due`` is asked at most to find its next
+#: tick.
 QUESTIONS = 500
 
 
 def state_of(entry: Any, due: datetime | None, after: Any) -> EntryState:
-    """An entry as it is to be stored.
+    """Return the state of an entry as the store keeps it.
 
-    :param due: the tick that it was sent for, if it was; ``after``: the entry as it is after that.
+    :param entry: the entry.
+    :param due: the tick for which the entry was sent; ``None`` if it was not sent.
+    :param after: the entry as it is after the sending.
     """
     return EntryState(
         entry=entry.name,
@@ -32,21 +35,26 @@ def state_of(entry: Any, due: datetime | None, after: Any) -> EntryState:
 
 
 def due_after(schedule: Any, moment: datetime) -> datetime:
-    """The tick that follows a moment; the moment itself for a schedule that cannot tell."""
+    """Return the first tick after a time; the time itself if the schedule cannot tell its ticks."""
     moment = maybe_make_aware(moment)
     return _next_tick(schedule, moment) or moment
 
 
 def _next_tick(schedule: Any, moment: datetime) -> datetime | None:
-    """The next tick; ``None`` for a schedule that is never due again, or cannot tell."""
+    """Return the first tick after a time; ``None`` if the schedule is never due again, or if it
+    cannot tell its ticks.
+    """
     try:
         return next_due(schedule, maybe_make_aware(moment), QUESTIONS)
-    except Exception:  # the class evaluates for itself what is due, and says so
+    except Exception:  # the scheduler class asks the schedule itself, and reports its errors
         return None
 
 
 def count_from(entry: Any, last_run_at: datetime, total_run_count: int) -> None:
-    """Set what an entry counts from, and its row's in a database of django-celery-beat's."""
+    """Set the last run time and the count of runs of an entry.
+
+    An entry of django-celery-beat also has a model of its database row, which is set, too.
+    """
     for each in (entry, getattr(entry, "model", None)):
         if each is not None:
             each.last_run_at = last_run_at

@@ -1,4 +1,4 @@
-"""An entry of the schedule: what it sends, which ticks it wants, and what has become of it."""
+"""The schedule entries of ``SingletonScheduler``: their rules for missed ticks, and their state."""
 
 from __future__ import annotations
 
@@ -37,29 +37,38 @@ from .under_way import UnderWay
 
 logger = logger_of(__name__)
 
-#: Seconds, as is :data:`ON_TIME`.
+#: The default of ``skip_if_older_than`` in seconds.
 SKIP_IF_OLDER_THAN = 300.0
-#: With ``catch_up="none"``, later is missed: what it takes at most until another beat leads.
+#: Seconds after which a tick counts as missed with ``catch_up="none"``. It is the time within which
+#: another beat takes over at the latest after a leader has died.
 ON_TIME = 10.0
-#: After which it is counted again whether too many ticks of a crontab are owed.
+#: The time until the owed ticks of a crontab are counted again, after a count found that there are
+#: not too many. A count costs time, so it is not made at each tick.
 COUNT_AGAIN = timedelta(hours=1)
-#: Seconds; clocks that differ by more are not meant to be the same.
+#: Seconds by which two clocks may differ before a schedule is reported as using another clock.
 CLOCKS_DIFFER = 60
+#: The origin of the grid on which the ticks of intervals lie.
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class SingletonEntry(ScheduleEntry):
-    """An entry as in ``beat_schedule``, with rules for ticks that were missed.
+    """An entry of ``beat_schedule`` with rules for ticks that were missed.
 
-    :param skip_if_older_than: seconds after which a tick is too late to be sent. Left out: 300, or
-        for a crontab Celery's ``beat_cron_starting_deadline`` if it is set; ``None``: never.
-    :param catch_up: what is sent of several that were missed: the ``"latest"`` (default), ``"all"``
-        in order, or ``"none"``, which sends nothing that is later than 10 s.
-    :param next_from: what the next tick is counted from: the ``"schedule"`` (default), or the
-        ``"last_run"``, the moment when the last one was sent.
-    :raises ImproperlyConfigured: a value is not allowed, or the schedule cannot be asked.
-
-    In the arguments of ``add_periodic_task`` they stand among the message's options.
+    :param name: the name of the entry.
+    :param task: the name of the task.
+    :param options: the options of ``apply_async`` for the entry's messages. The three rules below
+        may stand among them, as ``add_periodic_task`` passes them.
+    :param fields: Celery's other fields of an entry, such as ``schedule`` and ``args``, and the
+        three rules below.
+    :param skip_if_older_than: seconds (or a ``timedelta``) after which a tick is too late to be
+        sent. ``None`` means that no tick is too late. Left out: 300; for a crontab, Celery's
+        ``beat_cron_starting_deadline`` if that is set.
+    :param catch_up: which of several missed ticks are sent: ``"latest"`` (only the newest),
+        ``"all"`` (all of them in order) or ``"none"`` (no tick that is more than 10 s late). Left
+        out: ``"latest"``.
+    :param next_from: from where the next tick is counted: ``"schedule"`` (from the last tick) or
+        ``"last_run"`` (from the time when the last tick was sent). Left out: ``"schedule"``.
+    :raises ImproperlyConfigured: a value is not allowed, or the schedule cannot tell its ticks.
     """
 
     schedule: Schedule
@@ -92,16 +101,19 @@ class SingletonEntry(ScheduleEntry):
         self.last_tick: datetime | None = None
         self.missed_count = 0
         self.previous_tick: datetime | None = None
-        #: The key of its singleton's row, if its ticks are sent one by one.
+        #: The key of the singleton's row, if each tick is sent only after the one before has ended;
+        #: otherwise ``None``.
         self.row_key: str | None = None
-        #: The tick that was sent last, until that row says that it has ended.
+        #: The tick that was sent last, until the singleton's row shows that it has ended.
         self.under_way: UnderWay | None = None
-        #: Whether ``next_tick`` is one of many that are missed, the rest of which come in turns.
+        #: Whether more missed ticks are left to skip. Each call of :meth:`miss` skips a part of
+        #: them, so that no entry delays the others for long. ``next_tick`` must not be sent then.
         self.is_passing = False
         self._count_again_at = EPOCH
-        #: Whether no tick was sent since another beat may have led; whether one was passed over.
-        self._is_resumed = self._has_passed = False
-        #: Why the schedule has no next tick, if it has said so.
+        #: Whether this beat has sent no tick of the entry since it resumed it from the store, where
+        #: the last ticks of another beat may be missing; and whether it has skipped a tick since.
+        self._is_resumed = self._has_skipped = False
+        #: The error with which the schedule refused to name a next tick, if it did.
         self._end: Exception | None = None
         self._has_logged_end = False
         self._take_schedule()
@@ -109,11 +121,12 @@ class SingletonEntry(ScheduleEntry):
     def _take_schedule(self) -> None:
         is_asked = has_own_is_due(self.schedule)
         self._poll = Poll(str(self.name), self.schedule) if is_asked else None
-        #: The schedule as a text; of now, because a class may change itself when it is asked.
+        #: The schedule as a text. It is made once, because a schedule of a user's class may change
+        #: when it is asked.
         self.spelled = spelled(self.schedule)
 
     def update(self, other: Any) -> None:
-        """Take over what may be edited, and the rules for missed ticks."""
+        """Copy the fields that a user can edit, and the rules for missed ticks, from an entry."""
         super().update(other)
         self.__dict__.update({rule: vars(other)[rule] for rule in RULES if rule in vars(other)})
         self._take_schedule()
@@ -121,10 +134,13 @@ class SingletonEntry(ScheduleEntry):
     # -- its state
 
     def begin(self, now: datetime) -> None:
-        """Be due from now on, as an entry that nobody has seen before.
+        """Set the first tick of an entry that the store does not know.
 
-        Intervals lie on a grid that follows from the entry's name, so that many of the same length
-        are not due all at once, and a schedule whose rows were lost goes on as it was.
+        The ticks of an interval lie on a grid that is derived from the entry's name. So many
+        entries with the same interval are not due at the same time, and an entry whose row was lost
+        keeps its grid.
+
+        :param now: the time by the store's clock.
         """
         if self._poll:
             passed = self._only_time(now)
@@ -141,10 +157,13 @@ class SingletonEntry(ScheduleEntry):
         self._say_if_ended()
 
     def resume(self, state: EntryState, now: datetime) -> None:
-        """Go on from what the store has.
+        """Restore the entry's state from the store.
 
-        A schedule that is another than then is due at its first time after the last tick that lies
-        ahead: what it would have made due until now was not missed.
+        If the schedule has changed since, the next tick is the first one of the new schedule that
+        lies ahead. Earlier ticks of the new schedule do not count as missed.
+
+        :param state: the state that the store has.
+        :param now: the time by the store's clock.
         """
         self.last_tick = state.last_tick
         self.last_run_at = state.last_run_at
@@ -155,7 +174,7 @@ class SingletonEntry(ScheduleEntry):
         if state.under_way and self.row_key and self.last_tick:
             sent = self.last_run_at or now
             self.under_way = UnderWay(self.last_tick, state.under_way, sent, self._delay)
-        self._is_resumed, self._has_passed = True, False
+        self._is_resumed, self._has_skipped = True, False
         if self._poll and state.schedule == self.spelled:
             self.next_tick = state.next_tick or NEVER
             self._poll.begin(state.since or self.next_tick)
@@ -172,7 +191,7 @@ class SingletonEntry(ScheduleEntry):
         self._say_if_ended()
 
     def state(self) -> EntryState:
-        """What is to be stored of it."""
+        """Return the entry's state as the store keeps it."""
         return EntryState(
             entry=str(self.name),
             task=str(self.task),
@@ -190,9 +209,13 @@ class SingletonEntry(ScheduleEntry):
     # -- its ticks
 
     def miss(self, now: datetime) -> int:
-        """Pass over the ticks that are due and not wanted any more; returns how many.
+        """Skip the due ticks that the rules for missed ticks exclude, and count them as missed.
 
-        ``next_tick``, which is due, is then one to be sent, or lies ahead, unless ``is_passing``.
+        Call it only if ``next_tick`` is due. After the call ``next_tick`` is either a tick to be
+        sent or lies ahead, unless ``is_passing`` is true.
+
+        :param now: the time by the store's clock.
+        :returns: how many ticks were skipped.
         """
         self.is_passing = False
         patience = self.skip_if_older_than
@@ -206,10 +229,10 @@ class SingletonEntry(ScheduleEntry):
             if is_late:
                 self.next_tick = self._due_after(now)
         elif self.catch_up == "all":
-            missed = self._pass(now - timedelta(seconds=patience)) if is_late else 0
+            missed = self._skip_before(now - timedelta(seconds=patience)) if is_late else 0
             missed += self._skip_surplus(now)
         else:
-            missed = self._pass_to_latest(now, patience)
+            missed = self._skip_to_latest(now, patience)
         self._count_missed(missed)
         return missed
 
@@ -218,33 +241,39 @@ class SingletonEntry(ScheduleEntry):
         return (now - due).total_seconds() > self.skip_if_older_than
 
     def give_up(self) -> None:
-        """Wait no longer for the end of the tick that is under way; it counts as missed."""
+        """Stop waiting for the end of the tick that was sent last, and count it as missed."""
         self.under_way = None
         self.missed_count += 1
 
     @property
     def tick_before(self) -> datetime | None:
-        """The tick that was sent before the next one; ``None`` if that is not sure.
+        """The tick that was sent before ``next_tick``; ``None`` if that is not certain.
 
-        The beat that led before may have sent more ticks than it recorded.
+        It is not certain if this beat has skipped ticks since it took over: the beat before may
+        have sent ticks that it did not record.
         """
-        return None if self._has_passed else self.last_tick
+        return None if self._has_skipped else self.last_tick
 
     @property
     def _delay(self) -> timedelta:
-        """After which a message of the entry may run, if its options say so."""
+        """The ``countdown`` of the entry's messages; zero if the entry has none."""
         countdown = (self.options or {}).get("countdown")
         return timedelta(seconds=countdown if isinstance(countdown, int | float) else 0)
 
     def _count_missed(self, missed: int) -> None:
-        self._has_passed = self._has_passed or (self._is_resumed and missed > 0)
+        self._has_skipped = self._has_skipped or (self._is_resumed and missed > 0)
         self.missed_count += missed
         self._say_if_ended()
 
     def sent(self, now: datetime) -> None:
-        """``next_tick`` was sent, or could not be, for a reason that is its own."""
+        """Record that ``next_tick`` was sent, and calculate the one after it.
+
+        Call it also if the tick's own message can never be sent, so that it is not tried again.
+
+        :param now: the time of the sending, by the store's clock.
+        """
         self.previous_tick, self.last_tick = self.tick_before, self.next_tick
-        self._is_resumed = self._has_passed = False
+        self._is_resumed = self._has_skipped = False
         self.last_run_at = now
         self.total_run_count += 1
         if self.row_key:
@@ -257,7 +286,10 @@ class SingletonEntry(ScheduleEntry):
         self._say_if_ended()
 
     def _advance(self, poll: Poll, now: datetime, patience: float) -> int:
-        """Ask the schedule whether a tick is due; returns how many were missed."""
+        """Ask a schedule that overrides ``is_due`` for its due ticks; return how many were missed.
+
+        :param patience: seconds after which a tick is too late to be sent.
+        """
         oldest = EPOCH if patience == inf else now - timedelta(seconds=patience)
         was = self.next_tick
         found = poll.advance(was, now, oldest, take_first=self.catch_up == "all")
@@ -266,28 +298,35 @@ class SingletonEntry(ScheduleEntry):
         return found.missed
 
     def next_check(self, now: datetime) -> datetime:
-        """When a beat is to look at the entry again; one that is due comes after all that are."""
+        """Return when a beat has to check the entry again.
+
+        An entry that is due returns ``now``, so that it comes after all others that are due.
+        """
         if self.under_way:
             return self.under_way.next_check(self.next_tick, now)
         return max(self.next_tick, now)
 
-    def _pass(self, until: datetime) -> int:
-        """Pass over all that are due before a moment."""
+    def _skip_before(self, until: datetime) -> int:
+        """Skip all ticks before a time; return how many."""
         return self._skip_ticks(until - timedelta.resolution, and_the_last=lambda: True)
 
-    def _pass_to_latest(self, now: datetime, patience: float) -> int:
+    def _skip_to_latest(self, now: datetime, patience: float) -> int:
         def is_late() -> bool:
             return (now - self.next_tick).total_seconds() > patience
 
         return self._skip_ticks(now, and_the_last=is_late)
 
     def _skip_surplus(self, now: datetime) -> int:
-        """Pass over the oldest ticks of more than are ever owed."""
+        """Skip the oldest owed ticks if there are more than :data:`~.misfires.MAX_OWED`.
+
+        :returns: how many ticks were skipped.
+        """
         if self.is_passing or now < self._count_again_at or self.next_tick > now:
             return 0
         more = surplus(self.schedule, self.next_tick, now)
         if not more:
-            # No schedule but an interval, which costs nothing to count, has more than one a minute.
+            # Counting the ticks of an interval costs nothing. Other schedules have at most one tick
+            # a minute, so they cannot owe too many before the next count.
             if not is_plain_interval(self.schedule):
                 self._count_again_at = now + COUNT_AGAIN
             return 0
@@ -296,7 +335,13 @@ class SingletonEntry(ScheduleEntry):
     def _skip_ticks(
         self, until: datetime, and_the_last: Callable[[], bool], at_most: float = inf
     ) -> int:
-        """Go to the last tick up to a moment, or past it if that one is missed as well."""
+        """Set ``next_tick`` to the last tick up to a time, and skip that tick too if asked.
+
+        :param until: the time.
+        :param and_the_last: tells whether the last tick is to be skipped, too.
+        :param at_most: how many ticks to skip at most before the last one.
+        :returns: how many ticks were skipped.
+        """
         count, self.next_tick, is_through = skip_ticks(
             self.schedule, self.next_tick, until, self._due_after, at_most
         )
@@ -307,21 +352,22 @@ class SingletonEntry(ScheduleEntry):
         return count
 
     def _only_time(self, now: datetime) -> datetime | None:
-        """The time of a schedule that is due only once, if that time has passed."""
+        """Return the due time of a schedule that is due only once, if that time has passed."""
         if not overrides(self.schedule, "remaining_estimate"):
             return None
         try:
             estimated(self.schedule, now)
         except NeverDue as error:
             return error.due
-        except Exception:  # said when the schedule is asked for its next tick
+        except Exception:  # reported later, when the schedule is asked for its next tick
             return None
         return None
 
     def _due_after(self, moment: datetime) -> datetime:
-        """The first tick after a moment.
+        """Return the first tick after a time; :data:`NEVER` if there is none.
 
-        A schedule that cannot tell must not keep the others from theirs.
+        A schedule that raises an error counts as never due, so that the beat goes on with its other
+        entries.
         """
         try:
             return next_due(self.schedule, moment)
@@ -330,18 +376,22 @@ class SingletonEntry(ScheduleEntry):
             return NEVER
 
     def _say_if_ended(self) -> None:
-        """Log once that the entry is due no more: loudly, unless it is the end of its schedule."""
+        """Log once that the entry is never due again.
+
+        The line is an error if the schedule has failed, a warning if the entry has never been sent,
+        and otherwise only for information.
+        """
         if self.next_tick is not NEVER or self._has_logged_end:
             self._has_logged_end = self.next_tick is NEVER
             return
         self._has_logged_end = True
         if self._end is None or isinstance(self._end, NeverDue):
             level = logging.WARNING if self.last_tick is None else logging.INFO
-            why = self._end or "its schedule says that it is never due again"
-            logger.log(level, "beat: %s is due no more: %s", self.name, why)
+            why = self._end or "its schedule has no next tick"
+            logger.log(level, "beat: %s is never due again: %s", self.name, why)
             return
         logger.error(
-            "beat: the next tick of %s cannot be calculated, it is due no more until a beat takes"
+            "beat: the next tick of %s cannot be calculated, so it is not sent until a beat takes"
             " over: %s",
             self.name,
             self._end,
@@ -350,27 +400,29 @@ class SingletonEntry(ScheduleEntry):
 
 
 def warn_of_another_clock(name: str, schedule: Schedule) -> None:
-    """Warn of a schedule whose ``nowfun`` is a clock that beats do not go by.
+    """Warn if a schedule has a ``nowfun`` that differs from the clock, because beats ignore it.
 
-    :raises TypeError: the schedule's clock shows no time.
+    :param name: the name of the entry.
+    :raises TypeError: the schedule's ``now()`` does not return a ``datetime``.
     """
     shows = schedule.now()
     if not isinstance(shows, datetime):
-        raise TypeError(f"its clock, now(), shows {shows!r}, which is no datetime")
+        raise TypeError(f"its now() returns {shows!r}, which is not a datetime")
     if getattr(schedule, "nowfun", None) is None:
         return
     off = (maybe_make_aware(shows) - datetime.now(UTC)).total_seconds()
     if abs(off) > CLOCKS_DIFFER:
         logger.warning(
-            "beat: the nowfun of %s is %d s off the clock, and is not used: beats go by the"
-            " database's clock. Times without a time zone count as UTC; shift the schedule itself.",
+            "beat: the nowfun of %s is %d s off the clock, and is not used, because beats use the"
+            " database's clock. A time without a time zone counts as UTC. To shift the ticks,"
+            " change the schedule itself.",
             name,
             off,
         )
 
 
 def _patience(fields: Mapping[str, Any]) -> float:
-    """What is too late for an entry that does not say."""
+    """Return the default of ``skip_if_older_than`` for an entry with these fields, in seconds."""
     app, is_crontab = fields.get("app"), isinstance(fields.get("schedule"), crontab)
     deadline = app.conf.beat_cron_starting_deadline if app and is_crontab else None
     return float(deadline or SKIP_IF_OLDER_THAN)

@@ -1,6 +1,6 @@
-"""What an entry of ``beat_schedule`` may hold: a bad value is refused when the beat starts.
+"""Check the entries of ``beat_schedule`` when the beat starts.
 
-Otherwise Celery would find it at each tick, or the beat would end over it.
+Without the checks, a bad value would cause an error at each tick, or end the beat later.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from celery_singleton_state.config.checks import (
     whole,
 )
 
-#: Longer times lead out of the calendar.
+#: The longest time that an entry may name: 100 years, in seconds. Longer ones lead beyond the last
+#: date of Python's calendar.
 LONGEST = timedelta(days=36525).total_seconds()
 
 
@@ -41,9 +42,9 @@ def _task(value: Any) -> str:
 
 
 def _args(value: Any) -> Collection[Any]:
-    # A text would be sent as one argument for each of its letters.
+    # A text is a collection, too. Celery would send each of its letters as one argument.
     if not isinstance(value, Collection) or isinstance(value, str | bytes | Mapping):
-        raise ValueError("a list or a tuple, as ('a',)")
+        raise ValueError("a list or a tuple, for example ('a',)")
     return value
 
 
@@ -56,13 +57,13 @@ def _iso_moment(value: Any) -> str:
 
 _any_seconds = seconds(-LONGEST, LONGEST)
 
-#: The rules for ticks that were missed.
+#: The allowed values of the rules for missed ticks, which this package adds to Celery's entries.
 _RULES: dict[str, Check[Any]] = {
     "skip_if_older_than": either(duration(seconds(0, inf)), nothing),
     "catch_up": choice("latest", "all", "none"),
     "next_from": choice("schedule", "last_run"),
 }
-#: What is checked of Celery's own fields, where a field is set.
+#: The allowed values of those of Celery's own fields that are checked if they are set.
 _FIELDS: dict[str, Check[Any]] = {
     "args": _args,
     "kwargs": named("arguments"),
@@ -70,7 +71,7 @@ _FIELDS: dict[str, Check[Any]] = {
     "last_run_at": moment,
     "total_run_count": whole(),
 }
-#: The message's options that a beat or Celery reads itself.
+#: The allowed values of the message options that a beat or Celery reads itself.
 _OPTIONS: dict[str, Check[Any]] = {
     "expires": either(_any_seconds, moment, _iso_moment),
     "eta": either(moment, _iso_moment),
@@ -80,8 +81,9 @@ _OPTIONS: dict[str, Check[Any]] = {
     "time_limit": _any_seconds,
     "soft_time_limit": _any_seconds,
 }
+#: The names of the rules for missed ticks.
 RULES = tuple(_RULES)
-#: What Celery's entries take, and what ours take besides.
+#: The names of all fields that an entry may have: first those that a user may set.
 FIELDS = (
     *("task", "schedule", "args", "kwargs", "options", "relative", *RULES),
     *("name", "app", "last_run_at", "total_run_count"),
@@ -89,9 +91,10 @@ FIELDS = (
 
 
 def fields_of(entries: Any) -> dict[str, Any]:
-    """The fields of all entries of a ``beat_schedule``, by name.
+    """Return the fields of each entry of a ``beat_schedule``, by the entry's name.
 
-    :raises ImproperlyConfigured: it is no schedule, or one of its entries is no entry.
+    :raises ImproperlyConfigured: the schedule is not a dict, or one of its entries is neither a
+        dict nor a ``ScheduleEntry``.
     """
     if not entries:
         return {}
@@ -106,15 +109,20 @@ def _fields(name: Any, entry: Any) -> dict[str, Any]:
     if isinstance(entry, Mapping):
         return dict(entry)
     raise ImproperlyConfigured(
-        f"schedule entry {name!r}: {entry!r} is no entry; it takes a dict with at least 'task' and"
-        " 'schedule'"
+        f"schedule entry {name!r}: {entry!r} is not allowed; an entry is a dict with at least"
+        " 'task' and 'schedule'"
     )
 
 
 def check(name: Any, task: Any, options: Any, fields: Mapping[str, Any]) -> None:
-    """See that the values of an entry can be sent.
+    """Check the fields of an entry, and the options of its messages.
 
-    :raises ImproperlyConfigured: names the entry, the field and its value, and what is allowed.
+    :param name: the name of the entry.
+    :param task: the name of the task.
+    :param options: the options of the messages; ``None``: none.
+    :param fields: the entry's other fields.
+    :raises ImproperlyConfigured: a value is not allowed. The error names the entry, the field, its
+        value and what is allowed.
     """
     entry = f"schedule entry {name!r}"
     checked(entry, "name", name, text)
@@ -136,8 +144,11 @@ def check(name: Any, task: Any, options: Any, fields: Mapping[str, Any]) -> None
 
 
 def checked_rule(name: Any, option: str, value: Any) -> Any:
-    """The rule of an entry for ticks that were missed, as it is to be used.
+    """Check the value of an entry's rule for missed ticks, and return it in the form for use.
 
-    :raises ImproperlyConfigured: names the entry, the rule and its value, and what is allowed.
+    :param name: the name of the entry.
+    :param option: the name of the rule.
+    :raises ImproperlyConfigured: the value is not allowed. The error names the entry, the rule, its
+        value and what is allowed.
     """
     return checked(f"schedule entry {name!r}", option, value, _RULES[option])

@@ -1,4 +1,4 @@
-"""What the store keeps of a schedule's entry."""
+"""The state of a schedule entry in the store: what it contains, and how it is decoded."""
 
 from __future__ import annotations
 
@@ -13,26 +13,31 @@ from celery_singleton_state.text.visible import logger_of, visible
 
 logger = logger_of(__name__)
 
+#: Stands for the last run time of an entry that has never run, in comparisons.
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-#: The next tick of a schedule that is never due again.
+#: Stands for the next tick of a schedule that is never due again.
 NEVER = datetime.max.replace(tzinfo=UTC)
-#: A time without a zone could not be compared with any other.
+#: A datetime with a time zone. Python cannot compare one without a time zone with the others.
 Moment = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
 class EntryState(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An entry's row, as JSON.
+    """The state of a schedule entry, which the store keeps as JSON in a row of its own.
 
-    :param entry: its name.
-    :param schedule: its schedule as a text.
-    :param next_tick: which is due next; ``None`` for a schedule that is never due again.
-    :param last_tick: the newest that was sent, ``last_run_at`` when that was.
-    :param missed_count: ticks that were not sent, as the entry's rules for missed ones say.
-    :param previous_tick: the one that was sent before ``last_tick``.
-    :param under_way: the key of the row that is to say when ``last_tick`` has ended; ``None`` if it
-        has said so, or if nobody waits for it.
-    :param since: what a schedule with an ``is_due`` of its own counts from: its last due time, or
-        when a beat first saw it. ``next_tick`` is then when the schedule is to be asked.
+    :param entry: the name of the entry.
+    :param task: the name of the task.
+    :param schedule: the schedule as a text.
+    :param next_tick: the tick that is due next; ``None`` if the schedule is never due again.
+    :param last_tick: the newest tick that was sent.
+    :param last_run_at: the time when ``last_tick`` was sent.
+    :param total_run_count: how many ticks were sent.
+    :param missed_count: how many ticks were not sent, because of the rules for missed ticks.
+    :param previous_tick: the tick that was sent before ``last_tick``.
+    :param under_way: the key of the singleton's row that will show the end of ``last_tick``;
+        ``None`` if ``last_tick`` has ended, or if no beat waits for its end.
+    :param since: the time from which a schedule that overrides ``is_due`` counts: its last due
+        time, or the time when a beat first saw the entry. For such a schedule, ``next_tick`` is the
+        next time at which the beat asks it.
     """
 
     entry: str
@@ -48,11 +53,11 @@ class EntryState(msgspec.Struct, frozen=True, omit_defaults=True):
     since: Moment | None = None
 
     def is_before(self, other: EntryState) -> bool:
-        """Whether the other is what has become of it later."""
+        """Whether another state of the same entry is a later one. False if the schedules differ."""
         if self.schedule != other.schedule:
             return False
         if self.next_tick is None or other.next_tick is None:
-            # A schedule that is never due again, or cannot tell when it is.
+            # A schedule without a next tick is never due again, or cannot tell its next tick.
             return (self.last_run_at or EPOCH) < (other.last_run_at or EPOCH)
         return self.next_tick < other.next_tick
 
@@ -61,14 +66,21 @@ _decoder = msgspec.json.Decoder(EntryState)
 
 
 def decode_rows(rows: Mapping[str, str]) -> dict[str, EntryState]:
-    """The entries of rows by key, by their names; with a warning for one that cannot be read."""
+    """Decode the rows of entries. A row that cannot be decoded is left out with a warning.
+
+    :param rows: the JSON of each row, by the row's key.
+    :returns: the states by the names of the entries.
+    """
     found = {}
     for key, value in rows.items():
         try:
             state = from_json(value, _decoder)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             name = visible(key)
-            logger.warning("beat: %s cannot be read and starts anew: %s", name, error)
+            logger.warning(
+                "beat: the row %s cannot be read, so its entry starts like a new one: %s",
+                *(name, error),
+            )
         else:
             found[state.entry] = state
     return found
@@ -77,7 +89,11 @@ def decode_rows(rows: Mapping[str, str]) -> dict[str, EntryState]:
 def unknown_to(
     stored: Mapping[str, EntryState], own: Mapping[str, EntryState]
 ) -> dict[str, EntryState]:
-    """Of what this beat did and could not record, that after which nobody did more."""
+    """Return the unrecorded states of this beat that no later stored state supersedes.
+
+    :param stored: the states in the store, by the names of the entries.
+    :param own: the states that this beat could not record, by the names of the entries.
+    """
     return {
         name: state
         for name, state in own.items()

@@ -1,11 +1,11 @@
-"""One beat's part in the question who leads: the beats' lease, and the store's time with it.
+"""The lease of the beats: a beat acquires it to lead, and renews it while it leads.
 
-The lease is like any singleton's. What differs is who renews it: not a thread, but each record of
-what was sent, and so the same loop that sends. A beat that hangs in a broker's silence stops
-renewing, and another leads.
+The lease is like the lease of any singleton, but no heartbeat renews it. The loop that sends ticks
+renews it, in the same statement that records the sent ticks. So if a beat hangs because its broker
+does not answer, its lease expires and another beat leads.
 
-A leader goes by the store's clock, which all beats share, and by its own only for how much time has
-passed; so a host whose clock is wrong does no harm.
+A leader takes the time from the store's clock, which all beats share. It uses its own clock only to
+measure how much time has passed. So a host whose clock is wrong does no harm.
 """
 
 from __future__ import annotations
@@ -35,54 +35,60 @@ from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 
+#: The prefix of the keys of all beats' rows.
 PREFIX = "singleton-beat:"
-#: Seconds between two looks of a beat that stands by.
+#: Seconds after which a beat that stands by polls the leader's row again.
 STANDBY_POLL = 0.5
 
 
 def key_of(name: str) -> str:
-    """The key of the row of the beats with this name, in ASCII, so that each database has it."""
+    """Return the key of the row with the lease of the beats with this name.
+
+    The key is ASCII text, so that a database of any encoding can store it.
+    """
     return row_key(PREFIX, storable(name))
 
 
 class NotLeading(Exception):
-    """This beat may not send, or not before it has renewed its lease."""
+    """This beat must not send: it does not lead, or has to renew its lease first."""
 
 
 class Leader:
-    """What a beat knows of the leadership, and does for it.
+    """The leadership of one beat: it campaigns, records, renews and resigns.
 
     :raises ImproperlyConfigured: a setting is not allowed, or the store's URL cannot be used.
     """
 
     def __init__(self, app: Celery) -> None:
         self.runtime: Runtime = runtime_of(app)
-        #: Where the lease is, without a password.
+        #: The URL of the store with the lease, without its password.
         self.store_url = shown_url(parse_url(self.runtime.settings.store_url))
         self.name = self.runtime.settings.beat_name
         self.key = key_of(self.name)
         self._prefix = f"{self.key}:"
         self._held: HeldLease | None = None
         self._slot: int | None = None
-        #: The numbers of the last write under this lease, and of the last that was answered.
+        #: The number of the last write under this lease, and of the last write whose answer came.
         self._number = self._seen = 0
         self._started = 0.0
         self._entries: tuple[history.Entry, ...] = ()
-        #: The store's time is the clock's plus this.
+        #: The seconds to add to this process's clock to get the store's time.
         self._offset = 0.0
         self._logged = ""
 
     def check(self) -> None:
-        """See that the store can be used, and that it may be that of several beats.
+        """Check the store, and warn if only the beats of one host can share it.
 
-        :raises ImproperlyConfigured: it cannot be used; the message says what is missing.
+        A store that is unavailable is only logged, because the beat stands by until it answers.
+
+        :raises ImproperlyConfigured: the store cannot be used. The error names what is missing.
         """
         try:
             self._store.check((self.runtime.settings.key_prefix, self._prefix))
         except StoreNotReady as error:
             raise ImproperlyConfigured(str(error)) from error
         except StoreError as error:
-            logger.error("beat stands by until it reaches the store: %s", error)
+            logger.error("beat stands by until the store is available: %s", error)
         warn_of_single_host(self.runtime.app, self.runtime.settings.store_url)
 
     @property
@@ -92,7 +98,9 @@ class Leader:
 
     @property
     def fence(self) -> int | None:
-        """Of the lease that is held, trusted or not."""
+        """The fence of the lease that this beat holds, even if the lease may have expired;
+        ``None`` if this beat holds no lease.
+        """
         return self._held.lease.fence if self._held else None
 
     @property
@@ -105,9 +113,11 @@ class Leader:
         return datetime.fromtimestamp(clock() + self._offset, UTC)
 
     def may_campaign(self) -> bool:
-        """Whether nobody leads, as far as one can see without asking for the lease.
+        """Whether the lease's row shows that no beat leads, so that this beat can campaign.
 
-        :raises StoreError: it is out of reach.
+        If the holder's process is dead, its lease is freed. If another beat leads, that is logged.
+
+        :raises StoreError: the store is unavailable.
         """
         row = self.row()
         if row is None or not row.held or free_holder(self.runtime, row.holder):
@@ -116,9 +126,10 @@ class Leader:
         return False
 
     def campaign(self) -> bool:
-        """Ask for the lease; returns whether this beat leads now.
+        """Try to acquire the lease; return whether this beat leads now.
 
-        :raises StoreError: it is out of reach; what it did is not known.
+        :raises StoreError: the store is unavailable. It is not known whether the lease was
+            acquired.
         """
         self.give_up()
         settings, store = self.runtime.settings, self._store
@@ -128,7 +139,7 @@ class Leader:
         try:
             acquired = store.acquire(self.key, holder, settings.lease_ttl, None)
         except BaseException:
-            # It may have taken the lease.
+            # The store may have given the lease to this beat, and the answer was lost.
             self._return(holder)
             raise
         if acquired is None:
@@ -136,7 +147,8 @@ class Leader:
             return False
         self._number, self._seen = 0, acquired.write
         self._entries = history.decode(acquired.history, self.key)
-        # Not early, whatever the answer took; the first record makes it right.
+        # The answer may have taken long, so this time can be late, but never early. The first
+        # ``record`` corrects it.
         self._offset = acquired.acquired_at - clock()
         self._started = acquired.acquired_at
         self._held = HeldLease(acquired.lease, asked_at, settings.heartbeat_interval)
@@ -144,24 +156,25 @@ class Leader:
         return True
 
     def row(self) -> Row | None:
-        """The lease's row, if any beat has led yet.
+        """Return the row with the lease; ``None`` if no beat has ever led.
 
-        :raises StoreError: it is out of reach.
+        :raises StoreError: the store is unavailable.
         """
         return self._store.peek(self.key)
 
     def load(self) -> dict[str, str]:
-        """The rows of all entries, by key; one statement.
+        """Return the JSON of all entries' rows by the rows' keys. It takes one statement.
 
-        :raises StoreError: it is out of reach.
+        :raises StoreError: the store is unavailable.
         """
         return self._store.entries.load(self._prefix)
 
     def record(self, entries: Mapping[str, str]) -> None:
-        """Store what entries have become, by name, and renew the lease; one statement.
+        """Store the states of entries and renew the lease, in one statement.
 
-        :raises NotLeading: somebody else leads, or this beat has handed over; nothing was stored.
-        :raises StoreError: it is out of reach.
+        :param entries: the state of each entry as JSON, by the entry's name.
+        :raises NotLeading: another beat leads, or this beat has handed over. Nothing was stored.
+        :raises StoreError: the store is unavailable.
         """
         if self._held is None:
             raise NotLeading
@@ -173,15 +186,15 @@ class Leader:
             self._lose()
         self._seen = self._number
         self._held.renewed(asked_at)
-        # The store read its clock between the request and the answer: that much is known, and a
-        # time that was right before stays as it is.
+        # The store read its clock at some time between the request and the answer, so the offset
+        # lies between these two bounds. An offset within the bounds is kept as it is.
         self._offset = min(max(self._offset, now - clock()), now - asked_at)
 
     def forget(self, names: Sequence[str]) -> None:
-        """Remove the rows of entries.
+        """Remove the rows of the entries with these names.
 
-        :raises NotLeading: somebody else leads; nothing was removed.
-        :raises StoreError: it is out of reach.
+        :raises NotLeading: another beat leads. Nothing was removed.
+        :raises StoreError: the store is unavailable.
         """
         assert self._held is not None
         keys = [self._key_of(name) for name in names]
@@ -191,11 +204,18 @@ class Leader:
         self._seen = self._number
 
     def _key_of(self, name: str) -> str:
-        """The key of an entry's row, in ASCII: one name must not keep all others' rows out."""
+        """Return the key of an entry's row, as ASCII text.
+
+        All entries are stored in one statement. A name that the database's encoding lacks would
+        make that statement fail for all of them.
+        """
         return row_key(self._prefix, storable(name))
 
     def resign(self, why: str) -> None:
-        """Give the lease back, so that another beat leads at once."""
+        """Release the lease, so that another beat can lead at once.
+
+        :param why: the reason, for the log.
+        """
         held = self._held
         if held is None:
             return
@@ -214,7 +234,10 @@ class Leader:
         try:
             released = self._store.release(held.lease, Ended(Outcome.SUCCEEDED, document))
         except StoreError as error:
-            logger.warning("beat: the lead of %r is not given back yet: %s", self.name, error)
+            logger.warning(
+                "beat: the lease of %r could not be released, and is released later: %s",
+                *(self.name, error),
+            )
             self._held = None
             self._return(held.lease.holder)
             return
@@ -223,7 +246,7 @@ class Leader:
         self.say(f"beat {ended} the lead of {self.name!r}: {why}")
 
     def give_up(self) -> None:
-        """Hold the lease no more, whatever the store says."""
+        """Stop leading in this process, without a request to the store."""
         self._held = None
         self._clear()
 
@@ -233,13 +256,13 @@ class Leader:
         raise NotLeading
 
     def say(self, what: str, level: int = logging.INFO) -> None:
-        """Log what has changed, and not again what has not."""
+        """Log a text, unless it is the text that this method logged last."""
         if what != self._logged:
             logger.log(level, "%s", what)
             self._logged = what
 
     def say_leads(self) -> None:
-        """Log that it leads, if that is news: also after it has waited for something."""
+        """Log that this beat leads, unless that was the last text that :meth:`say` logged."""
         assert self._held is not None
         lease = self._held.lease
         self.say(f"beat leads {self.name!r} as {lease.holder}, fence {lease.fence}")
@@ -249,7 +272,10 @@ class Leader:
         return self.runtime.sql
 
     def _return(self, holder: str) -> None:
-        """Have the process give back a lease that this beat may hold."""
+        """Have this process release a lease that the store may have given to this beat.
+
+        A thread of the process tries until the store answers.
+        """
         slot, self._slot = self._slot, None
         self.runtime.unreleased.add(self._store, self.key, holder, slot)
 

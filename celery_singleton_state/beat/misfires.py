@@ -1,4 +1,4 @@
-"""Ticks that a beat passes over: many at a time, and never for long."""
+"""Skip the missed ticks of an entry: many at a time, and for a limited time in each turn."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from celery_singleton_state.schedules.due import (
     zone_of,
 )
 
-#: Ticks of one entry that are owed at most; the older ones are missed.
+#: How many ticks of one entry a beat owes at most. Older ticks count as missed.
 MAX_OWED = 100_000
-#: Seconds that a beat passes over ticks of one entry before other entries have their turn.
+#: Seconds for which a beat skips ticks of one entry before it goes on with other entries.
 TURN = 0.05
 DAY = timedelta(days=1)
 
@@ -31,13 +31,15 @@ def skip_ticks(
     due_after: Callable[[datetime], datetime],
     at_most: float = inf,
 ) -> tuple[int, datetime, bool]:
-    """Go from a tick to the last one that is not later than a moment.
+    """Find the last tick of a schedule that is not later than a given time.
 
-    :param due: the tick, not later than the moment.
-    :param due_after: the schedule's first tick after a moment.
-    :param at_most: how many ticks to leave behind at most.
-    :returns: how many ticks were left behind, the tick that was reached, and whether that is as far
-        as to go: with some schedules the time of one turn is over before.
+    :param asked: the schedule.
+    :param due: the tick from which to start. It is not later than ``until``.
+    :param until: the given time.
+    :param due_after: returns the schedule's first tick after a time.
+    :param at_most: how many ticks to skip at most. Left out: no limit.
+    :returns: how many ticks were skipped; the tick that was reached; and whether the search is
+        finished. It is not finished if :data:`TURN` seconds were over before.
     """
     if is_plain_interval(asked):
         steps = int(min((until - due) // asked.run_every, at_most))
@@ -56,11 +58,15 @@ def skip_ticks(
 
 
 def surplus(asked: Schedule, due: datetime, now: datetime) -> int:
-    """How many ticks are owed beyond :data:`MAX_OWED`; 0 if that cannot be told at once.
+    """Return how many more ticks than :data:`MAX_OWED` a schedule owes.
 
-    Of a crontab in a time zone whose clocks are changed it is about so many.
+    The number is exact for an interval. For a crontab it is approximate if clocks were changed in
+    its time zone. For any other schedule it is 0, because the ticks would have to be counted one by
+    one.
 
+    :param asked: the schedule.
     :param due: the first tick that is owed.
+    :param now: the time up to which ticks are owed.
     """
     if is_plain_interval(asked):
         return max(0, int((now - due) // asked.run_every) + 1 - MAX_OWED)
@@ -77,7 +83,10 @@ def surplus(asked: Schedule, due: datetime, now: datetime) -> int:
 def _next(
     asked: Schedule, due: datetime, due_after: Callable[[datetime], datetime], at_most: float
 ) -> tuple[int, datetime]:
-    """A tick that follows, and how many ticks are left behind on the way to it: a day's, or one."""
+    """Return how many ticks to skip in one step, and the tick that follows them.
+
+    The step is a whole day for a crontab at the first tick of a day, and otherwise one tick.
+    """
     if type(asked) is crontab:
         ticks = _ticks_a_day(asked)
         if 1 < ticks <= at_most and (end := _end_of_day(asked, due)):
@@ -86,7 +95,11 @@ def _next(
 
 
 def _end_of_day(cron: Schedule, due: datetime) -> datetime | None:
-    """The last moment of a tick's day, if it is the day's first tick and clocks are not changed."""
+    """Return the end of a tick's day, if a crontab can skip that day in one step.
+
+    :returns: ``None`` if the tick is not the first one of its day, or if clocks are changed around
+        that day.
+    """
     wall = due.astimezone(zone_of(cron))
     if (wall.hour, wall.minute) != (min(cron.hour), min(cron.minute)):
         return None
@@ -102,7 +115,10 @@ def _ticks_a_day(cron: Schedule) -> int:
 
 
 def _ticks_until(cron: Schedule, wall: datetime) -> int:
-    """How many ticks its day has up to a moment, that one included."""
+    """Return how many ticks a crontab has from the start of a day up to a time, inclusive.
+
+    :param wall: the time, in the crontab's time zone.
+    """
     if not _is_day_of(cron, wall.date()):
         return 0
     count: int = len(cron.minute) * sum(hour < wall.hour for hour in cron.hour)

@@ -1,8 +1,9 @@
-"""Leadership for a scheduler class: any number of beats may run, one leads and sends.
+"""Let only one of several beats send: a mixin for Celery's scheduler classes.
 
-A tick is sent first and recorded after, with the renewal of the lease, in one statement for all
-that was sent meanwhile. So a tick is never lost; one that a dying leader sent and did not record is
-sent again by the next, with the same id, and refused by the singleton that has done it.
+The leader sends a tick first and records it afterwards. One statement records all ticks that were
+sent since the last one, and renews the lease. So a tick is never lost. If a leader dies between the
+two steps, the next leader sends the tick again with the same task id, and the singleton ends the
+second message as a duplicate.
 """
 
 from __future__ import annotations
@@ -34,51 +35,61 @@ from .postponed import ALL, Postponed, is_its_own
 
 logger = logger_of(__name__)
 
-#: What ends a tick for a reason that is known.
+#: Errors that end a tick of the scheduler and are handled there: the beat then stands by.
 KNOWN = (NotLeading, BrokerUnavailable, StoreError)
 
 
 class LeaderMixin(BrokerConnection):
-    """Lets one of several beats lead, of any scheduler class; the others stand by.
+    """A mixin for a scheduler class: one of several beats leads, the others stand by.
 
-    ::
+    Put it before the scheduler class::
 
         class LeadingScheduler(LeaderMixin, DatabaseScheduler):
             pass
 
-    Whichever beat leads goes on with the last run times of the one before. They are kept in the
-    store, beside what the class keeps itself, which is believed of entries that the store does not
-    know. Each message carries the time that it was due, and an id that follows from it.
+    The store keeps the last run times of all entries, so a new leader continues where the last one
+    was. The scheduler class may keep last run times, too. They are used for entries that the store
+    does not know. Each message carries the due time of its tick, and a task id that is derived from
+    the entry and the due time.
 
+    :param app: the Celery app.
+    :param args: positional arguments of the scheduler class.
+    :param kwargs: keyword arguments of the scheduler class.
     :raises ImproperlyConfigured: the store cannot be used as it is configured, or an entry is not
-        allowed; ``SystemExit`` with the same message in the log if Celery's beat makes it.
+        allowed.
+    :raises SystemExit: instead of ``ImproperlyConfigured``, if Celery's beat creates the scheduler.
+        The log has the message of the error.
     """
 
     def __init__(self, app: Celery, *args: Any, **kwargs: Any) -> None:
-        # Within a worker this is a forked process, in which Celery has closed all files and not
-        # told the objects that the worker had them in. What is garbage among these would close
-        # its file's number later, when that is the store's.
+        # In a worker with ``-B``, this is a forked process in which Celery has closed all file
+        # descriptors of the worker. The worker's file objects do not know that. If one of them is
+        # garbage, it would close its descriptor's number later, when the store's connection has
+        # that number. So collect the garbage before the store is opened.
         gc.collect()
         try:
             self._leader = Leader(app)
             self._begin(app, *args, **kwargs)
         except ImproperlyConfigured as error:
-            # Celery's beat logs any other error with a traceback, which hides what is to be done.
+            # Celery's beat logs any other error with a traceback, which hides the message that says
+            # what to do. Only Celery's beat passes this argument.
             if "schedule_filename" not in kwargs:
                 raise
             logger.critical("beat ends: %s", error)
             raise SystemExit(1) from error
 
     def _begin(self, app: Celery, *args: Any, **kwargs: Any) -> None:
-        #: The fence under which the schedule was taken over.
+        #: The fence of the lease with which this beat took over the schedule; ``None`` if the
+        #: schedule has to be taken over again.
         self._fence: int | None = None
-        #: What was sent and not recorded yet.
+        #: The states, by entry, that the store does not have yet.
         self._unrecorded: dict[str, EntryState] = {}
-        #: What the store has, or will have with the next record.
+        #: The states, by entry, that the store has or will have after the next record.
         self._states: dict[str, EntryState] = {}
+        #: The entry that Celery has made to follow the entry that is being sent.
         self._reserved: Any = None
         self._postponed = Postponed()
-        #: Of the message that is being sent: what went wrong, and whether it was sent.
+        #: For the message that is being sent: the error of its sending, and whether it was sent.
         self._failure: BaseException | None = None
         self._was_sent = False
         self._closed = self._is_ticking = False
@@ -91,16 +102,17 @@ class LeaderMixin(BrokerConnection):
         self._leader.check()
 
     def tick(self, *args: Any, **kwargs: Any) -> float:
-        """Lead or stand by; returns the seconds until this is to be called again.
+        """Lead or stand by; return the seconds until Celery has to call this method again.
 
-        :raises SystemExit: it was closed. A signal's handler closes it and raises that, which is
-            lost in a destructor, say, as that of a result whose message was just sent.
+        :raises SystemExit: the scheduler was closed. Celery's signal handler closes it and raises
+            ``SystemExit`` itself, but Python drops that error if the signal arrives during a
+            destructor. So this method raises it again.
         """
         if self._closed:
             raise SystemExit
         show = sys.unraisablehook
         try:
-            # Within, so that no signal can come between this and what takes it back.
+            # Set it within the ``try``, so that ``finally`` resets it whenever a signal arrives.
             self._is_ticking = True
             return self._tick(*args, **kwargs)
         finally:
@@ -117,7 +129,8 @@ class LeaderMixin(BrokerConnection):
         except Exception as error:
             self._end_if_closed(error)
             if isinstance(error, StoreError):
-                # What was sent is recorded before anything else is sent.
+                # The ticks that were sent stay in ``_unrecorded``, and the next tick of the
+                # scheduler records them before it sends anything.
                 self._leader.say(f"beat waits for the store: {error}", logging.WARNING)
                 return STANDBY_POLL
             if isinstance(error, BrokerUnavailable):
@@ -128,14 +141,15 @@ class LeaderMixin(BrokerConnection):
             raise
 
     def apply_entry(self, entry: Any, producer: Any = None) -> None:
-        """Send an entry for the tick that it is due for.
+        """Send an entry for its due tick.
 
-        What is wrong with its message alone is logged, as Celery does. Over any other error, as of
-        a tool that wraps Celery's methods, the entry stays due and is sent later.
+        An error of the entry's own message is logged, as Celery does, and the tick counts as sent.
+        After any other error, for example of a tool that wraps Celery's methods, the entry stays
+        due and is sent later.
 
-        :raises NotLeading: the lease is to be renewed first; nothing was sent.
-        :raises BrokerUnavailable: the broker did not take it, as far as one can tell.
-        :raises SystemExit: the scheduler was closed while it was sent, see :meth:`tick`.
+        :raises NotLeading: the lease has to be renewed first. Nothing was sent.
+        :raises BrokerUnavailable: the broker has probably not accepted the message.
+        :raises SystemExit: the scheduler was closed during the sending; see :meth:`tick`.
         """
         if self._leader.renew_in <= 0:
             self._requeue(entry)
@@ -150,7 +164,7 @@ class LeaderMixin(BrokerConnection):
             self._postponed.remove(entry.name)
             self._unrecorded[entry.name] = self._sent(entry, due)
         else:
-            # The beat that leads next sends it again.
+            # If the scheduler was closed, the next leader sends the tick.
             self._end_if_closed(error)
             self._postpone(entry, due, error)
 
@@ -159,7 +173,7 @@ class LeaderMixin(BrokerConnection):
             result = super().apply_async(entry, *args, **kwargs)
         except Exception as error:
             self._end_if_closed(error)
-            # Celery logs it and goes on.
+            # Celery's caller logs the error and goes on, so keep it for ``_send``.
             within = error.__context__ if isinstance(error, SchedulingError) else None
             self._failure = within or error
             raise
@@ -177,7 +191,7 @@ class LeaderMixin(BrokerConnection):
         return super().is_due(entry)
 
     def populate_heap(self, *args: Any, **kwargs: Any) -> None:
-        """Put entries that are tried again later behind those that are due before."""
+        """Fill Celery's heap of entries, with postponed entries at the time of their next try."""
         super().populate_heap(*args, **kwargs)
         if self._postponed:
             put_off(self, self._postponed.wait)
@@ -186,7 +200,7 @@ class LeaderMixin(BrokerConnection):
         celerys: Any = super()
         try:
             celerys._do_sync()
-        except Exception as error:  # what was just sent is sent nevertheless
+        except Exception as error:  # must not end the tick: its messages have been sent
             self._end_if_closed(error)
             logger.exception("beat: the scheduler could not store its schedule")
 
@@ -195,10 +209,12 @@ class LeaderMixin(BrokerConnection):
             super().sync()
 
     def close(self) -> None:
-        """Record what was sent and hand over. May be called again, and by a signal's handler.
+        """Record the ticks that were sent, and hand over. It can be called more than once.
 
-        The handler may have interrupted a transaction, whose locks nobody gives up before the
-        handler is over. So within a tick that is left to the tick's end.
+        Celery's signal handler calls this method, too. The handler may have interrupted a
+        transaction of :meth:`tick`, whose locks stay held until the handler returns. So if a tick
+        is in progress, this method only marks the scheduler as closed, and the tick does the rest
+        at its end.
         """
         if self._is_ticking:
             if not self._closed:
@@ -212,16 +228,18 @@ class LeaderMixin(BrokerConnection):
         try:
             self.sync()
         finally:
-            # Before the connection, whose end can take long.
+            # Hand over before the connection is closed, because closing can take long.
             self._hand_over("it stops")
             super().close()
             self._disconnect()
 
     def _end_if_closed(self, error: Exception) -> None:
-        """End the beat over an error that its stop has caused.
+        """End the beat if it was closed, because the closing may have caused this error.
 
-        A signal's handler closes the beat, with its connections, and raises ``SystemExit``. The
-        code that it interrupts can make another error of that.
+        Celery's signal handler closes the beat and raises ``SystemExit``. The code that the handler
+        interrupts can turn that into another error.
+
+        :raises SystemExit: the scheduler was closed.
         """
         if self._closed:
             raise SystemExit from error
@@ -233,7 +251,7 @@ class LeaderMixin(BrokerConnection):
             return True
         if not self._leader.may_campaign():
             return False
-        # Whoever cannot send should not lead.
+        # A beat that cannot reach the broker must not lead, so connect before the campaign.
         self._connect()
         return self._leader.campaign()
 
@@ -245,57 +263,64 @@ class LeaderMixin(BrokerConnection):
         pause = pause or self._work(*args, **kwargs)
         self._record()
         self._leader.say_leads()
-        # Never long, so that the lease is renewed in time.
+        # Return before the lease has to be renewed.
         return max(0.0, min(pause, self._leader.renew_in))
 
     def _try_to_take_over(self) -> float:
-        """Take over the schedule; returns the seconds until this is tried again, if it failed."""
+        """Take over the schedule; return 0, or the seconds until the next try if it failed."""
         try:
             self._take_over()
         except KNOWN:
             raise
-        except Exception as error:  # a class reads its schedule from where it likes
+        except Exception as error:  # a scheduler class can read its schedule from any source
             return self._fail("the schedule could not be taken over, this is tried again", error)
         self._fence = self._leader.fence
         return 0.0
 
     def _fail(self, what: str, error: Exception) -> float:
-        """Log an error of the scheduler as a whole; returns the seconds until it is tried again."""
+        """Log an error of the scheduler class; return the seconds until it is tried again.
+
+        :param what: the beginning of the log line, to which the seconds are added.
+        """
         self._end_if_closed(error)
         pause = self._postponed.add(ALL)
         logger.error("beat: %s in %.0f s: %r", what, pause, error, exc_info=error)
         return pause
 
     def _take_over(self) -> None:
-        """Go on from what the store has of the schedule."""
+        """Load the states of all entries from the store, and set the entries' last run times."""
         self._states = self._load()
         read_schedule_anew(self)
         self._heap: Any = None
         for entry in self.schedule.values():
-            # A row that all beats share can be right. A file of this beat's alone is not.
+            # An entry with a model comes from a database that all beats share, so a later last run
+            # time in it is right. The file of this beat alone is not trusted.
             self._adopt(entry, believes=hasattr(entry, "model"))
 
     def _work(self, *args: Any, **kwargs: Any) -> float:
-        """Send what is due; returns the seconds until something is."""
+        """Send the due entries; return the seconds until the next entry is due."""
         try:
             pause = super().tick(*args, **kwargs)
         except KNOWN:
             raise
         except Exception as error:
-            # An entry may be missing in its heap.
+            # The error may have left an entry out of Celery's heap. Taking over the schedule again
+            # fills the heap anew.
             self._fence = None
             return self._fail("the scheduler failed, its next tick is", error)
         self._postponed.remove(ALL)
         return float(pause or 0.0)
 
     def _send(self, message: Any, producer: Any) -> Exception | None:
-        """Send an entry's message as Celery does; returns the error over which it is sent later.
+        """Send an entry's message as Celery does.
 
-        :raises BrokerUnavailable: the broker did not take it, as far as one can tell.
+        :returns: the error because of which the entry has to be sent later; ``None`` if the message
+            was sent, or if it can never be sent.
+        :raises BrokerUnavailable: the broker has probably not accepted the message.
         """
         self._failure, self._was_sent = None, False
         try:
-            # As Celery calls it: tools that wrap it take it apart.
+            # Pass the arguments as Celery does, because tools that wrap this method read them.
             super().apply_entry(message, producer=producer)
         except KNOWN:
             raise
@@ -305,13 +330,16 @@ class LeaderMixin(BrokerConnection):
             self._end_if_closed(error)
             logger.exception("beat: %s was sent, but then its scheduler failed", message.name)
         failure = self._failure
-        # Celery makes this of whatever goes wrong with the connection, and only of that.
+        # Celery raises ``OperationalError`` for all errors of the connection, and for no others.
         if isinstance(failure, OperationalError):
             raise BrokerUnavailable(str(failure)) from failure
         return failure if isinstance(failure, Exception) and not is_its_own(failure) else None
 
     def _postpone(self, entry: Any, due: datetime, error: Exception) -> None:
-        """An entry stays due, because it was not sent."""
+        """Keep an entry due after an error of its sending, and log the error.
+
+        :param due: the tick that could not be sent.
+        """
         pause = self._postponed.add(entry.name)
         logger.error(
             "beat: %s, due at %s, could not be sent, tried again in %.0f s: %r",
@@ -324,7 +352,7 @@ class LeaderMixin(BrokerConnection):
         self._not_sent(entry)
 
     def _not_sent(self, entry: Any) -> None:
-        """Have the class count an entry as not sent."""
+        """Undo that the scheduler class has counted an entry as sent."""
         self._count_back(entry)
         self._heap = None
 
@@ -332,7 +360,7 @@ class LeaderMixin(BrokerConnection):
         return due_after(entry.schedule, entry.last_run_at)
 
     def _message(self, entry: Any, due: datetime) -> Any:
-        """An entry as it is sent for a tick."""
+        """Return an entry as it is sent for a tick, with the tick's headers and task id."""
         state = self._states.get(entry.name)
         return message_of(entry, self._leader.name, due, state.last_tick if state else None)
 
@@ -341,10 +369,13 @@ class LeaderMixin(BrokerConnection):
         return self._states[entry.name]
 
     def _adopt(self, entry: Any, believes: bool = True) -> None:
-        """Have an entry count from its last run, which the class may not have stored yet.
+        """Set the last run time of an entry to the one in the store.
 
-        :param believes: whether a later last run that the class has is believed: somebody has
-            edited the entry, or made it new. Whoever leads next is to count from there, too.
+        The scheduler class may have an older time, because it may not have stored its newest one.
+
+        :param believes: whether a later time of the class is right, because a user has edited or
+            created the entry. The store then gets the time of the class, so that the next leader
+            counts from it, too.
         """
         state = self._states.get(entry.name)
         known = state.last_run_at if state else None
@@ -355,15 +386,15 @@ class LeaderMixin(BrokerConnection):
             count_from(entry, known, state.total_run_count)
 
     def _requeue(self, entry: Any) -> None:
-        """An entry was not sent, and the schedule is taken over anew."""
+        """Undo the sending of an entry, and have the schedule taken over again."""
         self._fence = None
         self._count_back(entry)
 
     def _count_back(self, entry: Any) -> None:
-        """An entry was not sent, and its class has counted it as sent."""
+        """Reset the last run time and the count of an entry that the class has counted as sent."""
         count_from(entry, entry.last_run_at, entry.total_run_count)
-        # Asking for the schedule can load it anew, without an entry that was disabled meanwhile, or
-        # with one that was edited.
+        # Reading ``schedule`` can load it again from the class's source. The entry may be missing
+        # there because a user has disabled it, or be a new object because a user has edited it.
         found = self.schedule.get(entry.name)
         if found is None:
             return
@@ -377,16 +408,18 @@ class LeaderMixin(BrokerConnection):
     # -- the store
 
     def _load(self) -> dict[str, EntryState]:
-        """What the store has, with what this beat did and could not record before."""
+        """Return the states of all entries: the store's, and the newer ones of this beat that it
+        could not record.
+        """
         stored = decode_rows(self._leader.load())
         self._unrecorded = unknown_to(stored, self._unrecorded)
         return stored | self._unrecorded
 
     def _record(self) -> None:
-        """Record what was sent and renew the lease, if there is need.
+        """Record what was sent and renew the lease, if either is necessary.
 
-        :raises NotLeading: somebody else leads.
-        :raises StoreError: it is out of reach.
+        :raises NotLeading: another beat leads.
+        :raises StoreError: the store is unavailable.
         """
         if self._unrecorded or self._leader.renew_in <= 0:
             self._leader.record({name: to_json(state) for name, state in self._unrecorded.items()})
@@ -401,15 +434,15 @@ class LeaderMixin(BrokerConnection):
         except NotLeading:
             return
         except StoreError as error:
-            logger.warning("beat: what was sent last could not be recorded: %s", error)
+            logger.warning("beat: the ticks that were sent last could not be recorded: %s", error)
         self._leader.resign(why)
 
 
 def _hide_lost_exits() -> None:
-    """Keep Python from printing a ``SystemExit`` that is lost in a destructor.
+    """Keep Python from printing a ``SystemExit`` that it drops because a destructor raised it.
 
-    Celery's result has a destructor that talks to the result backend, so that a stop in mid-tick
-    often meets it. :meth:`LeaderMixin.tick` raises the exception again.
+    The destructor of Celery's result talks to the result backend. So a stop during a tick often
+    arrives in this destructor. :meth:`LeaderMixin.tick` raises ``SystemExit`` again.
     """
     show = sys.unraisablehook
 

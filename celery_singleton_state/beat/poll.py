@@ -1,9 +1,9 @@
-"""Entries whose schedule has an ``is_due`` of its own: the schedule is asked when Celery would.
+"""Poll a schedule whose class overrides ``is_due``, at the times at which Celery would ask it.
 
-Such a schedule cannot say in advance when it is due, only when to ask it again. So the entry's
-``next_tick`` is the next time to ask. If the schedule says then that it is due, this time is the
-tick. It is recorded before the schedule is asked, so that another leader asks about the same time
-and sends the same tick.
+Such a schedule cannot tell in advance when it is due. It can only tell when to ask it again. So the
+entry's ``next_tick`` is the next time to ask. If the schedule answers that it is due, that time is
+the tick. The time is recorded before the schedule is asked, so that another leader asks about the
+same time and sends the same tick.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from .misfires import TURN
 
 logger = logger_of(__name__)
 
-#: How often a schedule is asked about the past before it is asked about the present.
+#: How many times a schedule is asked about the past. After that it is asked about the present.
 QUESTIONS = 1000
-#: When a schedule is asked again that could not be asked.
+#: The time until a schedule that raised an error is asked again.
 AGAIN = timedelta(seconds=60)
 
 
 class Found(NamedTuple):
-    """What an entry is to do next.
+    """The result of polling a schedule.
 
-    :param tick: a tick to be sent, or a time to ask, which lies ahead.
-    :param missed: how many ticks were passed over.
-    :param is_through: whether the schedule was asked about all times until now.
+    :param tick: a tick to be sent, or the next time to ask, which lies ahead.
+    :param missed: how many ticks were skipped.
+    :param is_through: whether the schedule was asked about all times up to now. If not, the rest
+        follows in a later turn.
     """
 
     tick: datetime
@@ -40,40 +41,42 @@ class Found(NamedTuple):
 
 
 class Poll:
-    """Asks a schedule whether it is due, and keeps what it counts from.
+    """Asks the schedule of one entry whether it is due, and remembers its last due time.
 
-    :param name: the entry's.
+    :param name: the name of the entry, for the log.
     """
 
     def __init__(self, name: str, schedule: Schedule) -> None:
         self._name = name
         self._schedule = schedule
-        #: What the schedule counts from.
+        #: The time from which the schedule counts: its last due time, or when a beat first saw it.
         self.since: datetime | None = None
-        #: A tick that the schedule has said is due, and when to ask it after that.
+        #: A due tick that was found and not sent yet, and the time to ask the schedule after it.
         self._found: datetime | None = None
         self._following = NEVER
-        #: Whether the rest of the times until now comes in further turns, and how many came.
-        self._is_passing = False
+        #: Whether times up to now are left to ask about in later turns, and how many times the
+        #: schedule was asked in all these turns.
+        self._is_skipping = False
         self._asked = 0
         self._has_failed = False
 
     def begin(self, since: datetime) -> None:
-        """Count from a moment."""
+        """Start to count from a time, and forget a tick that was found."""
         self.since, self._found = since, None
-        self._is_passing, self._asked = False, 0
+        self._is_skipping, self._asked = False, 0
 
     def advance(self, tick: datetime, now: datetime, oldest: datetime, take_first: bool) -> Found:
-        """Ask the schedule about all times to ask until now, for no longer than a turn.
+        """Ask the schedule about all times up to now, for no longer than one turn.
 
-        :param tick: the first of these times, or what the last call found.
-        :param oldest: ticks before it are too late to be sent.
-        :param take_first: whether the first tick is wanted that is not too late, or else the last.
+        :param tick: the first time to ask about, or the tick that the last call found.
+        :param now: the time by the store's clock.
+        :param oldest: the time before which ticks are too late to be sent.
+        :param take_first: true to find the first tick that is not too late; false to find the last.
         """
-        if tick == self._found and not self._is_passing:
+        if tick == self._found and not self._is_skipping:
             if tick >= oldest:
                 return Found(tick, 0)
-            following = self.advance(self._pass(tick), now, oldest, take_first)
+            following = self.advance(self._skip(tick), now, oldest, take_first)
             return following._replace(missed=following.missed + 1)
         passed, found, at, last = 0, None, tick, self.since or tick
         if tick == self._found:
@@ -88,42 +91,48 @@ class Poll:
                 passed, found, self.since, last = passed + 1, at, last, at
                 is_wanted = take_first and at >= oldest
             at = again
-        self._is_passing = at <= now and not has_asked_now and not is_wanted
-        if not self._is_passing:
+        self._is_skipping = at <= now and not has_asked_now and not is_wanted
+        if not self._is_skipping:
             self._asked = 0
         if found is None or found < oldest:
             self._found, self.since = None, last
-            return Found(at, passed, not self._is_passing)
-        # What was found is recorded, and not the time to go on from: another leader finds it, too.
+            return Found(at, passed, not self._is_skipping)
+        # Return the found tick, and not the time to ask next. The entry records what is returned,
+        # and another leader must find the same tick.
         self._found, self._following = found, at
-        return Found(found, passed - 1, not self._is_passing)
+        return Found(found, passed - 1, not self._is_skipping)
 
     def sent(self, tick: datetime, now: datetime | None) -> datetime:
-        """A tick was sent; returns when the schedule is to be asked again.
+        """Record that a tick was sent; return when to ask the schedule again.
 
-        :param now: what the next tick is counted from; ``None``: the tick.
+        :param tick: the tick.
+        :param now: the time from which the next tick is counted; ``None``: the time of the tick.
         """
         self._found, self.since = None, now or tick
         if now is None or self._following is NEVER:
             return self._following
         return self._following + (now - tick)
 
-    def _pass(self, tick: datetime) -> datetime:
-        """Pass over a tick that has become too late; returns when to ask again."""
+    def _skip(self, tick: datetime) -> datetime:
+        """Skip a tick that has become too late; return when to ask the schedule again."""
         self._found, self.since = None, tick
         return self._following
 
     def _ask(self, last: datetime, at: datetime, now: datetime) -> tuple[bool, datetime]:
-        """Whether a tick is due, and when to ask again.
+        """Return whether the schedule is due at a time, and when to ask it again.
 
-        A schedule that fails is asked again later: what it needs, such as its table, may be back.
+        A schedule that raises an error is asked again later, because the cause may be gone by then.
+
+        :param last: the schedule's last due time.
+        :param at: the time to ask about.
+        :param now: the time by the store's clock.
         """
         try:
             answer = ask(self._schedule, last, at)
         except Exception as error:
             if not self._has_failed:
                 logger.error(
-                    "beat: the schedule of %s cannot be asked whether it is due, it is asked again"
+                    "beat: the schedule of %s cannot be asked whether it is due, and is asked again"
                     " every %d s: %s",
                     self._name,
                     AGAIN.total_seconds(),

@@ -1,7 +1,7 @@
-"""Entries that could not be sent, for a reason other than their broker and their own message.
+"""Postpone entries that could not be sent although their broker and their message are in order.
 
-Tools that trace what a project does wrap methods of Celery's, and what they raise must neither end
-a beat nor lose a tick.
+For example, a tracing tool that wraps Celery's methods can raise an error. Such an error must
+neither end the beat nor lose a tick. So the entry is tried again after a pause.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from celery_singleton_state.compat import LAZY_ARGUMENTS
 from celery_singleton_state.lease.lease import clock
 from celery_singleton_state.message.resend import UNSENDABLE
 
-#: Seconds before the second try; doubled for each further one.
+#: Seconds before the second try. Each further pause is doubled.
 FIRST_PAUSE = 1.0
+#: The longest pause in seconds.
 LONGEST_PAUSE = 30.0
-#: Stands for all entries of a scheduler.
+#: The name under which the scheduler as a whole is postponed, instead of one entry.
 ALL = None
 
 
 class Postponed:
-    """When entries are tried again, by their names."""
+    """The entries that could not be sent, with the times at which they are tried again."""
 
     def __init__(self) -> None:
         self._tries: dict[str | None, tuple[float, float]] = {}
@@ -29,24 +30,24 @@ class Postponed:
         return len(self._tries)
 
     def add(self, name: str | None) -> float:
-        """An entry was not sent; returns the seconds until it is tried again."""
+        """Postpone an entry that was not sent; return the seconds until it is tried again."""
         _, pause = self._tries.get(name, (0.0, FIRST_PAUSE / 2))
         pause = min(2 * pause, LONGEST_PAUSE)
         self._tries[name] = clock() + pause, pause
         return pause
 
     def remove(self, name: str | None) -> None:
-        """An entry was sent."""
+        """Remove an entry that was sent, so that its next pause is the shortest one again."""
         self._tries.pop(name, None)
 
     def wait(self, name: str | None) -> float:
-        """Seconds until an entry may be tried again; 0 if it may be now."""
+        """Return the seconds until an entry may be tried again; 0 if it may be tried now."""
         until, _ = self._tries.get(name, (0.0, 0.0))
         return max(0.0, until - clock()) if until else 0.0
 
 
 def is_its_own(error: Exception) -> bool:
-    """Whether an error is of an entry's own message, so that another try would not help."""
+    """Whether an error comes from the entry's own message, so that another try would not help."""
     if isinstance(error, UNSENDABLE):
         return True
     frames = traceback.walk_tb(error.__traceback__)

@@ -1,4 +1,4 @@
-"""``celery beat -S singleton``: the schedule in the store, and its ticks sent by who leads."""
+"""``celery beat -S singleton``: send the ticks of the leader, and keep the state in the store."""
 
 from __future__ import annotations
 
@@ -22,27 +22,30 @@ from .under_way import row_key_of
 
 logger = logger_of(__name__)
 
-#: Messages between two records, which are what the next leader sends again at most.
+#: How many messages are sent at most before they are recorded in the store. If the leader dies, the
+#: next leader sends at most so many messages again.
 BATCH = 500
-#: Entries that a warning of missed ticks names.
+#: How many entries a warning about missed ticks names at most.
 LISTED = 20
 
 
 class SingletonScheduler(LeaderMixin, Scheduler):
-    """A scheduler of which any number may run; its schedule's state is in the singletons' store.
+    """The scheduler of ``celery beat -S singleton``. Any number of beats may run it.
 
-    What a tick costs grows with the entries that are due, and not with those that there are.
+    The state of the schedule is in the store of the singletons. The cost of a tick grows with the
+    number of entries that are due, and not with the number of all entries.
     """
 
     Entry = SingletonEntry
-    #: Also twice this, but a minute at least, is what `inspect ping` takes for a stalled beat.
+    #: The longest time between two ticks of the scheduler, in seconds. `celery inspect ping` also
+    #: uses it: a beat counts as stalled after twice this time, but after a minute at the earliest.
     max_interval = 5
 
-    #: Messages that were sent since the last record.
+    #: How many messages were sent since the last record in the store.
     _sent_now = 0
-    #: Whether the entry that was sent last counts as sent.
+    #: Whether the entry that was sent last has been recorded as sent.
     _counted = False
-    #: Whether the rows of singletons could not be asked the last time.
+    #: Whether the store was unavailable when it was last asked which ticks have ended.
     _cannot_ask = False
 
     def setup_schedule(self) -> None:
@@ -59,7 +62,7 @@ class SingletonScheduler(LeaderMixin, Scheduler):
 
     def add(self, **fields: Any) -> Any:
         entry = super().add(**fields)
-        # The schedule is taken over anew, with what the store may know of the entry.
+        # Taking over the schedule again loads the entry's state, which the store may have.
         self._fence = None
         return entry
 
@@ -87,20 +90,26 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         heapq.heapify(self._heap)
         if states:
             self._leader.forget(list(states))
-            logger.info("beat: %d entries are in the schedule no more", len(states))
+            logger.info(
+                "beat: %d entries are no longer in the schedule, and were removed from the store",
+                len(states),
+            )
         logger.info(
             "beat: %d entries, %d of them new or changed", len(self.schedule), len(self._unrecorded)
         )
 
     def _work(self, *_args: Any, **_kwargs: Any) -> float:
-        """Send what is due, in rounds: each entry that is due sends one tick, and then the next.
+        """Send the due ticks in rounds, one tick of each due entry in a round.
 
-        So one entry's backlog keeps another entry waiting for no longer than a round.
+        So the backlog of one entry delays another entry for one round at most.
+
+        :returns: the seconds until the next entry is due.
         """
         missed: list[str] = []
         self._sent_now = 0
         try:
-            # A lease that is to be renewed is renewed first, with what was sent till then.
+            # The rounds end when the lease has to be renewed. The caller then renews it, and
+            # records what was sent.
             while self._may_go_on() and self._round(missed):
                 pass
         finally:
@@ -114,9 +123,10 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         return not self._closed and self._leader.renew_in > 0 and self._sent_now < BATCH
 
     def _round(self, missed: list[str]) -> bool:
-        """Give each entry that is due its turn, as long as this beat may go on.
+        """Send one tick of each due entry, until this beat has to stop.
 
-        :returns: whether any was due.
+        :param missed: a list to which descriptions of missed ticks are added.
+        :returns: whether any entry was due.
         """
         heap, now = self._heap, self._leader.now()
         turns: list[tuple[datetime, int, SingletonEntry]] = []
@@ -137,7 +147,10 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         return bool(turns)
 
     def _turn(self, entry: SingletonEntry, missed: list[str]) -> datetime:
-        """Send one tick of an entry, if one is to be sent; returns when to look at it again."""
+        """Send one tick of an entry, if it has one to send; return when to check the entry again.
+
+        :param missed: a list to which a description of missed ticks is added.
+        """
         now = self._leader.now()
         if entry.under_way:
             if entry.under_way.is_overdue:
@@ -149,7 +162,8 @@ class SingletonScheduler(LeaderMixin, Scheduler):
                     self._unrecorded[str(entry.name)] = entry.state()
                     return entry.next_check(now)
                 logger.warning(
-                    "beat: nothing is known of the tick %s of %s, it is sent again",
+                    "beat: the tick %s of %s is sent again, because the row of its singleton shows"
+                    " nothing of it",
                     *(entry.under_way.due, entry.name),
                 )
                 return self._send_tick(entry)
@@ -160,28 +174,32 @@ class SingletonScheduler(LeaderMixin, Scheduler):
             missed.append(f"{count} of {entry.name} from {first:%Y-%m-%d %H:%M:%S} on")
             self._unrecorded[str(entry.name)] = entry.state()
         elif entry.next_tick != first:
-            # Its schedule was asked, and is to be asked again.
+            # The schedule overrides ``is_due``. The time to ask it next is recorded, so that
+            # another leader asks about the same time.
             self._unrecorded[str(entry.name)] = entry.state()
-        # At once, and not in the order of its due time: a beat that is behind would have missed it
-        # again by then.
+        # Send the tick at once, and not in the order of due times. If the beat is behind, the tick
+        # would be too late when its turn comes.
         if entry.next_tick <= now and not entry.is_passing:
             return self._send_tick(entry)
         return entry.next_check(now)
 
     def _send_tick(self, entry: SingletonEntry) -> datetime:
-        """Send an entry's tick; returns when to look at the entry again."""
+        """Send the tick of an entry; return when to check the entry again."""
         self._counted = False
         self.apply_entry(entry, producer=self.producer)
         self._sent_now += 1
         if not self._counted and not self._postponed.wait(entry.name):
-            # A tool that wraps this method has sent nothing, and says nothing of it.
+            # A tool that wraps ``apply_entry`` has suppressed the sending without an error.
             self._postponed.add(entry.name)
         now = self._leader.now()
         pause = timedelta(seconds=self._postponed.wait(entry.name))
         return max(entry.next_check(now), now + pause)
 
     def _find_ended(self, entries: Sequence[SingletonEntry]) -> None:
-        """Ask the rows of singletons which of the ticks that are under way have ended."""
+        """Ask the store which ticks in progress have ended, and record the ended ones.
+
+        :param entries: entries with a tick in progress.
+        """
         waiting = [(entry, entry.under_way) for entry in entries if entry.under_way]
         if not waiting:
             return
@@ -191,9 +209,10 @@ class SingletonScheduler(LeaderMixin, Scheduler):
             for store, keys in self._leader.runtime.by_store(tasks):
                 rows |= _ticks(store, keys)
         except StoreError as error:
-            # Others than these entries go on: leases may be in another store than the schedule.
+            # Only these entries wait. The others go on, because the leases of singletons can be in
+            # another store than the schedule.
             if not self._cannot_ask:
-                logger.warning("beat: whether ticks have ended cannot be asked: %s", error)
+                logger.warning("beat: the store cannot be asked which ticks have ended: %s", error)
             self._cannot_ask = True
             return
         self._cannot_ask = False
@@ -205,7 +224,7 @@ class SingletonScheduler(LeaderMixin, Scheduler):
                 self._unrecorded[name] = entry.state()
 
     def _not_sent(self, entry: Any) -> None:
-        """Nothing was counted."""
+        """Do nothing: this scheduler counts an entry only after it was sent."""
 
     def _due(self, entry: SingletonEntry) -> datetime:
         return entry.under_way.due if entry.under_way else entry.next_tick
@@ -229,15 +248,17 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         else:
             entry.sent(now)
         if self._failure is not None and not self._was_sent:
-            # Its message can never be sent, so no row will say that the tick has ended.
+            # The message of this tick can never be sent, so no row will show that the tick has
+            # ended.
             entry.under_way = None
         return entry.state()
 
 
 def _ticks(store: Store, keys: Collection[str]) -> dict[str, SeenTicks]:
-    """What is known of the ticks of some singletons.
+    """Return what a store's rows show of ticks, by the rows' keys.
 
-    The store refuses all of the keys over one that it cannot hold, and of which it knows nothing.
+    The store refuses the whole request if it cannot store one of the keys. Then each key is asked
+    for alone, and a refused key is left out, because it can have no row.
 
     :raises StoreError: the store is unavailable.
     """

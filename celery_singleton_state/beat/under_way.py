@@ -1,8 +1,9 @@
-"""A tick of an entry whose ticks are sent one by one, until its singleton's row says that it ended.
+"""Follow a tick that was sent until the row of its singleton shows that it has ended.
 
-A message can be lost without a trace: a queue is purged, a message expires or is revoked. So a beat
-sends the same tick again, with the same id, when the row has known nothing of it for a while. The
-row refuses the copy if the tick is done after all.
+With ``catch_up="all"`` a beat sends the next tick of an entry only after the last one has ended. A
+message can be lost without a trace: its queue is purged, or it expires, or it is revoked. So if the
+row shows nothing of the tick for a while, the beat sends the tick again, with the same task id. If
+the tick was done after all, the second message ends as a duplicate.
 """
 
 from __future__ import annotations
@@ -22,27 +23,32 @@ from celery_singleton_state.ticks import entry_name, task_id_of
 
 logger = logger_of(__name__)
 
+#: The time of which the checks of the rows are multiples.
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-#: Between two looks at the row while the next tick waits: a small part of the time that the tick
-#: has taken, rounded to one of a few pauses that each are twice the one before. Looks of all
-#: entries fall together, because each comes at a multiple of its pause.
+#: The shortest and the longest pause between two checks of the row, while the next tick waits. Each
+#: possible pause is twice the one before. A check is made at a multiple of its pause, so that one
+#: statement can check the rows of many entries.
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=0.02), timedelta(seconds=1.28)
+#: A pause is at most the time since the tick was sent, divided by this number.
 PART = 4
-#: After which a tick of which the row knows nothing is sent again; each time is longer.
+#: The time after which a tick that the row shows nothing of is sent again; its longest value; and
+#: the factor by which it grows each time.
 PATIENCE, LONGEST_PATIENCE, GROWTH = timedelta(minutes=1), timedelta(minutes=30), 4
-#: The same while other runs hold the lease, for which the tick may wait.
+#: The time after which such a tick is sent again if other runs hold the lease. It is longer,
+#: because the tick may be waiting for the lease.
 PATIENCE_WITH_OTHERS = timedelta(minutes=10)
-#: The same after the tick's run has asked for a retry, whose countdown nobody knows here, or has
-#: replaced itself.
+#: The time after which such a tick is sent again if its run has asked for a retry or has replaced
+#: itself. It is longest, because the beat does not know the countdown of that message.
 PATIENCE_WITH_RETRY = timedelta(days=1)
 
 
 class UnderWay:
     """A tick that was sent and may not have ended.
 
-    :param key: of its singleton's row.
-    :param sent: when its message was sent last.
-    :param delay: after which its message may run.
+    :param due: the due time of the tick.
+    :param key: the key of the singleton's row.
+    :param sent: the time when the tick's message was last sent.
+    :param delay: the ``countdown`` of the message. Left out: none.
     """
 
     def __init__(
@@ -53,13 +59,20 @@ class UnderWay:
         self.is_overdue = False
         self._patience = PATIENCE
         self._sent, self._delay = sent, delay
-        #: When it was last known to go on, and whether its run sent a message that goes on with it.
+        #: The last time at which the row showed a run of the tick, and whether that run has sent a
+        #: message that continues the tick: a retry or a replacement.
         self._seen, self.is_continued = sent, False
-        #: When it is to be sent again unless the row says something of it.
+        #: The time at which the tick is sent again, unless the row shows something of it before.
         self.overdue_at = sent + delay + PATIENCE
 
     def has_ended(self, row: SeenTicks | None, schedule: str, entry: str, now: datetime) -> bool:
-        """Look at the singleton's row; if the tick goes on, find out whether it is overdue."""
+        """Return whether the singleton's row shows that the tick has ended; set ``is_overdue``.
+
+        :param row: what the row shows of ticks; ``None`` if there is no row.
+        :param schedule: the name of the beats.
+        :param entry: the name of the entry.
+        :param now: the time by the store's clock.
+        """
         known = ticks_done.decode(row.ticks_done if row else None, self.key)
         ticks = known.get(entry_name(schedule, entry), ticks_done.EntryTicks())
         due = self.due.timestamp()
@@ -76,13 +89,23 @@ class UnderWay:
         return False
 
     def sent_again(self, key: str, now: datetime) -> None:
-        """Its message was sent once more."""
+        """Record that the tick's message was sent again.
+
+        :param key: the key of the singleton's row.
+        :param now: the time by the store's clock.
+        """
         self.key, self._sent, self._seen, self.is_overdue = key, now, now, False
         self._patience = min(GROWTH * self._patience, LONGEST_PATIENCE)
         self.overdue_at = now + self._delay + self._patience
 
     def next_check(self, next_tick: datetime, now: datetime) -> datetime:
-        """When to look at the row again: often while the next tick waits for this one's end."""
+        """Return when to check the row again.
+
+        The row is checked often only while the next tick is due and waits for the end of this one.
+
+        :param next_tick: the due time of the next tick.
+        :param now: the time by the store's clock.
+        """
         seldom = min(next_tick, self.overdue_at)
         if seldom > now:
             return seldom
@@ -93,13 +116,16 @@ class UnderWay:
 
 
 def row_key_of(entry: Any, app: Celery, prefix: str) -> str | None:
-    """The key of the row that says when a tick of an entry has ended.
+    """Return the key of the singleton's row that shows when a tick of an entry has ended.
 
-    ``None`` for an entry whose ticks are sent as they are due: it does not catch up with all, its
-    task is no singleton of this app's or runs duplicates, or its arguments are made anew for each
-    message.
-
-    :param prefix: of the keys of singletons.
+    :param entry: the entry.
+    :param app: the app of the beat.
+    :param prefix: the prefix of the keys of singletons.
+    :returns: ``None`` if the entry's ticks are sent when they are due, without waiting for the end
+        of the tick before. That is so unless the entry has ``catch_up="all"`` and
+        ``next_from="schedule"``, and its task is a singleton of this app that drops duplicates. It
+        is also so if the singleton's key depends on a ``BeatLazyFunc``, which has a new value for
+        each message.
     """
     if entry.catch_up != "all" or entry.next_from != "schedule":
         return None
@@ -115,8 +141,8 @@ def row_key_of(entry: Any, app: Celery, prefix: str) -> str | None:
         return row_key(prefix, task._name(args, kwargs))
     except Exception as error:  # a user's unique_on can raise anything
         logger.warning(
-            "beat: the ticks of %s are sent as they are due, because the singleton that they are"
-            " for cannot be told: %s",
+            "beat: the ticks of %s are sent when they are due, without waiting for the end of the"
+            " tick before, because the key of their singleton cannot be calculated: %s",
             *(entry.name, error),
         )
         return None

@@ -172,7 +172,7 @@ def test_schedules_that_are_never_due_again_keep_nobody_from_their_ticks(fleet: 
     fleet.start("-P", "solo")
     beat = fleet.start_beat()
     wait_until(
-        lambda: "once" in entries(fleet) and "beat: once is due no more" in beat.output,
+        lambda: "once" in entries(fleet) and "beat: once is never due again" in beat.output,
         "the run-once schedule is sent",
     )
     sent = len(fleet.notes("tick"))

@@ -386,7 +386,7 @@ def test_a_row_that_cannot_be_read_starts_anew(
     one._leader.record({"e": "{"})
     one.close()
     other.tick()
-    assert "singleton-beat:shop:e cannot be read and starts anew" in caplog.text
+    assert "singleton-beat:shop:e cannot be read, so its entry starts like a new one" in caplog.text
     assert set(stored(other)) == {"e"}
 
 
@@ -444,8 +444,8 @@ def test_bad_entries_end_it_at_the_start(beats: Beats) -> None:
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ({"e": 5}, r"'e': 5 is no entry; it takes a dict"),
-        ({"e": None}, r"'e': None is no entry"),
+        ({"e": 5}, r"'e': 5 is not allowed; an entry is a dict"),
+        ({"e": None}, r"'e': None is not allowed; an entry is a dict"),
         ({"e": {}}, r"'e': task=None is not allowed"),
         ({7: EVERY_MINUTE}, r"7: name=7 is not allowed"),
         ({"e": EVERY_MINUTE | {"every": 5}}, r"'e': 'every' is not known; an entry takes task"),

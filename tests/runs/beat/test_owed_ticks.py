@@ -156,7 +156,7 @@ def test_a_lost_message_is_sent_again_after_a_while(
     assert len(shop.sent) == 1
     shop.shift += 2 * SECOND
     shop.send_until(2)
-    assert "nothing is known of the tick" in caplog.text
+    assert "because the row of its singleton shows nothing of it" in caplog.text
     shop.shift += 2 * MINUTE
     shop.tick()
     assert len(shop.sent) == 2
@@ -503,7 +503,7 @@ def test_entries_whose_rows_cannot_be_asked_keep_no_other_waiting(
             shop.shift += 2 * SECOND
             shop.tick()
         assert [message[ENTRY] for message in shop.sent] == ["shop:e", "shop:other"]
-        assert caplog.text.count("cannot be asked: no answer") == 1
+        assert caplog.text.count("cannot be asked which ticks have ended: no answer") == 1
     shop.run(shop.sent[0])
     shop.send_until(3)
 

@@ -326,7 +326,7 @@ def test_a_run_once_schedule_is_sent_once(
     assert run(entry, NOON, NOON + 9999 * DAY) == [NOON + HOUR]
     assert entry.next_tick is NEVER
     assert logged(caplog, logging.WARNING) == []
-    assert "beat: own is due no more" in caplog.text
+    assert "beat: own is never due again" in caplog.text
     other = made(app, own(NOON + HOUR, app=app))
     other.resume(entry.state(), NOON + 2 * HOUR)
     assert run(other, NOON + 2 * HOUR, NOON + 9999 * DAY) == []
@@ -345,7 +345,7 @@ def test_a_run_once_schedule_that_beat_comes_late_for(
     entry.begin(NOON + HOUR)
     assert run(entry, NOON + HOUR, NOON + DAY) == []
     assert entry.missed_count == 1
-    assert "own is due no more" in logged(caplog, logging.WARNING)[0]
+    assert "own is never due again" in logged(caplog, logging.WARNING)[0]
 
 
 @pytest.mark.parametrize("own", [Once, clocked])
@@ -393,7 +393,7 @@ def test_a_schedule_that_says_never(
     app: Celery, caplog: pytest.LogCaptureFixture, answer: Any
 ) -> None:
     assert first_days(app, Answers(answer, app=app)) == []
-    assert "own is due no more" in logged(caplog, logging.WARNING)[0]
+    assert "own is never due again" in logged(caplog, logging.WARNING)[0]
 
 
 @pytest.mark.parametrize(
@@ -467,7 +467,7 @@ class Nothing(BaseSchedule):
         (SaysDue, "is not a schedule"),
         (lambda: 60, "is not a schedule"),
         (crontab(nowfun=5), "not callable"),
-        (crontab(nowfun=lambda: "now"), "which is no datetime"),
+        (crontab(nowfun=lambda: "now"), "which is not a datetime"),
     ],
 )
 def test_a_schedule_that_cannot_be_asked_is_refused_by_name(
