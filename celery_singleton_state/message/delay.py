@@ -138,7 +138,7 @@ def _wait_in_broker(app: Celery, options: dict[str, Any], seconds: int, target: 
     """
     options["eta"], options["countdown"] = None, seconds
     if target is None:
-        return  # Celery delays it in its own way, which needs a countdown in whole seconds
+        return  # Celery itself delays a message for an unknown queue, by whole seconds
     if _is_bound(app, target):
         # RabbitMQ delays the message, so it needs no countdown. With one, a worker whose clock is
         # behind would delay the message a second time.

@@ -1,7 +1,8 @@
-"""Remove the ``enqueue_once`` claim of a message that ends before a run, by Celery's signals.
+"""Find messages that end without a run by Celery's signals, and record that they left the queue.
 
-:meth:`SingletonTask.__call__ <celery_singleton_state.SingletonTask>` removes the claim of every
-message that reaches it. This module handles the messages that do not reach it:
+With ``enqueue_once`` the singleton's row names the message that is queued.
+:meth:`SingletonTask.__call__ <celery_singleton_state.SingletonTask>` updates the row for every
+message that reaches it. This module updates the row for the messages that do not reach it:
 
 - A worker drops the message because it was revoked or has expired.
 - A worker cannot decode the message, or refuses it because its ``eta`` is not a time.
@@ -25,8 +26,8 @@ from .enqueue_once import dequeue
 
 logger = logger_of(__name__)
 
-#: Requests that need nothing more from this module: their delivery removes the claim, or this
-#: module has removed it.
+#: Requests that this module ignores: their delivery records that the message is no longer queued,
+#: or this module has done so.
 _settled: weakref.WeakSet[Context] = weakref.WeakSet()
 
 
@@ -40,14 +41,18 @@ def watch_for_dropped() -> None:
 
 
 def settle(request: Context) -> None:
-    """Note that a message has reached ``SingletonTask.__call__``, which removes its claim."""
+    """Have this module ignore a message, because it has reached ``SingletonTask.__call__``.
+
+    The task then records itself that the message is no longer queued.
+    """
     _settled.add(request)
 
 
 def dequeue_dropped(sender: Any, request: Context, **_: Any) -> None:
-    """Remove the claim of a message that a worker dropped, as a receiver of ``task_revoked``.
+    """Record that a message is no longer queued, because a worker has dropped it.
 
-    A worker drops a message because it was revoked or because it has expired.
+    A worker drops a message because it was revoked or because it has expired. Celery's signal
+    ``task_revoked`` calls this function.
     """
     options = options_of(sender)
     if options is None or not options.enqueue_once or request in _settled:
@@ -65,7 +70,11 @@ def dequeue_dropped(sender: Any, request: Context, **_: Any) -> None:
 
 
 def dequeue_rejected(sender: Any, message: Any, **_: Any) -> None:
-    """Remove the claim of a message that a worker refused, as a receiver of ``task_rejected``."""
+    """Record that a message is no longer queued, because a worker has refused it.
+
+    A worker refuses a message that it cannot decode. Celery's signal ``task_rejected`` calls this
+    function.
+    """
     headers = message.headers or {}
     app: Celery = sender.app
     task = app.tasks.get(headers.get("task", ""))
@@ -74,7 +83,7 @@ def dequeue_rejected(sender: Any, message: Any, **_: Any) -> None:
         return
     try:
         args, kwargs = message.payload[:2] if options.unique_on is not None else ((), {})
-    except Exception as error:  # without its arguments the key of its claim is not known
+    except Exception as error:  # the arguments cannot be decoded, so the row's key is not known
         logger.warning(
             "task %s[%s] was refused by a worker, but may still count as queued: %s",
             task,
@@ -86,9 +95,9 @@ def dequeue_rejected(sender: Any, message: Any, **_: Any) -> None:
 
 
 def dequeue_failed(sender: Any, task_id: str, args: Any, kwargs: Any, **_: Any) -> None:
-    """Remove the claim of a message that failed before ``SingletonTask.__call__`` saw it.
+    """Record that a message is no longer queued, because it failed before its task was called.
 
-    It is a receiver of ``task_failure`` and ``task_internal_error``.
+    Celery's signals ``task_failure`` and ``task_internal_error`` call this function.
     """
     if options_of(sender) is None:
         return
@@ -99,9 +108,10 @@ def dequeue_failed(sender: Any, task_id: str, args: Any, kwargs: Any, **_: Any) 
 
 
 def dequeue_unreached(sender: Any, task_id: str, state: str, retval: Any, **_: Any) -> None:
-    """Remove the claim of a message that ended before ``SingletonTask.__call__`` saw it.
+    """Record that a message is no longer queued, because it ended before its task was called.
 
-    It is a receiver of ``task_postrun``. A message that is retried or requeued keeps its claim.
+    A message that is retried or requeued stays queued. Celery's signal ``task_postrun`` calls this
+    function.
     """
     if options_of(sender) is None or sender.request.id != task_id or state == states.RETRY:
         return

@@ -32,8 +32,8 @@ from .delivery import Delivery
 
 logger = logger_of(__name__)
 
-#: How often a claim is tried at most when other senders change the queue between its read and its
-#: write. After that the message is sent in any case.
+#: How often a sender tries at most to note its message as queued, if other senders change the row
+#: between its read and its write. After that it sends the message in any case.
 ATTEMPTS = 5
 #: How often a request is sent at most when its answer is lost. One repetition, because a pooled
 #: connection may have been closed while it was idle.
@@ -145,9 +145,9 @@ def claim(
 ) -> str | None:
     """Note a message as queued, unless another message is queued or running.
 
-    The row counts the changes of its queue. A claim names the count that it has read, and the store
-    refuses a claim with an old count. So a claim that the store carries out late, when its message
-    has ended, has no effect.
+    The request to the store is called a *claim*. The row counts the changes of its queue, and a
+    claim names the count that its sender has read. The store refuses a claim with an old count. So
+    a claim that is carried out late, when its message has already ended, has no effect.
 
     :param key: the key of the singleton's row.
     :param task_id: the task id of the message.
@@ -174,24 +174,25 @@ def claim(
 
 
 def dequeue(delivery: Delivery) -> None:
-    """Remove the claim of a message whose delivery ended without a run."""
+    """Record that the message of a delivery is no longer queued, because it ended without a run."""
     if delivery.options.enqueue_once and delivery.request.id:
         _dequeue(delivery.task, delivery.key, delivery.request.id)
         dequeue_as_sent(delivery)
 
 
 def dequeue_as_sent(delivery: Delivery) -> None:
-    """Remove the claim of a message whose arguments the user's ``__call__`` has changed.
+    """Record that a message is no longer queued if the user's ``__call__`` changed its arguments.
 
-    The claim is in the row for the arguments that were sent. If the arguments that reach the body
-    have another key, the acquisition of the lease does not remove that claim.
+    The message was noted as queued in the row for the arguments that were sent. If the arguments
+    that reach the body belong to another row, the acquisition of the lease does not update the
+    first row.
     """
     task, request, runtime = delivery.task, delivery.request, delivery.runtime
     if not request.id:
         return
     try:
         name = task._name(tuple(request.args or ()), request.kwargs or {})
-    except Exception:  # its arguments have no key, so the sender made no claim
+    except Exception:  # the arguments have no key, so the sender did not note the message
         return
     if name != delivery.name:
         _dequeue(task, row_key(runtime.settings.key_prefix, name), request.id)
@@ -256,8 +257,8 @@ def _claim(task: Any, key: str, task_id: str, life: float, number: int, until: f
         return True
     requests, tries = _requests(task), itertools.count()
     return retry_immediately(
-        # Only a repetition may accept a claim with this task id that is in the row already: it is
-        # its own. At the first try, such a claim belongs to another sender of the same task id.
+        # A repetition may find that the first try has noted the message, and accepts that. At the
+        # first try, a note with this task id belongs to another sender, who used the same id.
         lambda: requests.claim(key, task_id, life, number, next(tries) == 0, task.name),
         TRIES,
         until,
@@ -273,10 +274,10 @@ def _claim_again(task: Any, key: str, task_id: str, life: float) -> None:
 
 @contextmanager
 def _counted(task: Any, key: str, task_id: str) -> Iterator[None]:
-    """Remove the claim of a message if the block raises an error, so that it was not published.
+    """A ``with`` block that publishes a message; after an error, the message is not queued.
 
-    The block may also fail within the claim: the answer is lost, or a time limit interrupts it. The
-    claim can be in the row nevertheless.
+    The message may have been noted as queued even if that step itself failed, because the store's
+    answer was lost or a time limit interrupted it. So the note is removed after any error.
     """
     try:
         yield
@@ -286,7 +287,7 @@ def _counted(task: Any, key: str, task_id: str) -> Iterator[None]:
 
 
 def _requests(task: Any) -> RowRequests:
-    """Return the operations on queue claims of the store in which the task has its rows.
+    """Return the part of the task's store that records queued messages and pending runs.
 
     :raises StoreError: the store is unavailable.
     """

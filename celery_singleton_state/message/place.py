@@ -76,7 +76,10 @@ class Place:
         return {name: value for name, value in found.items() if value is not None}
 
     def is_below(self, row: Row) -> bool:
-        """Whether the store refuses the lease to this message, even if the lease is free."""
+        """Whether a newer message is in the row, so that the store refuses this one the lease.
+
+        The store refuses the lease even if it is free.
+        """
         if self.rank is None:
             return is_before(self.sent, row.newest_sent)
         return row.rank > self.rank

@@ -18,8 +18,9 @@ from .delivery import Delivery
 
 #: Whether Celery itself retries and counts the messages of killed children, as it does from 5.7 on.
 CELERY_COUNTS = hasattr(Task, "retry_on_worker_lost")
-#: How many deaths a message may cause at least if Celery counts killed children. It is larger than
-#: the usual ``max_retries``, so that Celery's own limit comes first.
+#: How many deaths of its processes every message is allowed if Celery itself counts killed
+#: children. The number is larger than the usual ``max_retries``, so that Celery's own limit comes
+#: first.
 MAX_DEATHS = 20
 
 

@@ -78,7 +78,7 @@ def send_again(
         send_as_it_is(task, signature.args, signature.kwargs, signature.options)
     except Reject as rejected:
         leave_with_broker(request, singleton, rejected.args[0])
-    except Exception as error:  # a client whose connection breaks can raise anything
+    except Exception as error:  # a broker's client can raise anything when it loses its connection
         leave_with_broker(request, singleton, error)
     raise Ignore(f"task {request.id} is sent again and due in {delay:.1f} s")
 

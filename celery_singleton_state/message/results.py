@@ -40,7 +40,7 @@ def keep(delivery: Delivery, result: Any) -> Kept | None:
         return None
     try:
         if hasattr(result, "__len__") and len(result) > MAX_RESULT_LENGTH:
-            return None  # its serialized form would be too long, too
+            return None  # the serialized result would be at least as long
         return _serialize(result, delivery.task.app.conf.result_serializer)
     except Exception as error:  # a serializer can raise anything, and the run has succeeded
         logger.debug(

@@ -37,7 +37,8 @@ _CONTINUES = ("retries", "chain", "chord", "group_id", "root_id", "parent_id")
 #: Values of messages whose sending raised an error, by task name and task id. The broker may have
 #: such a message nevertheless, so a second try to send it takes the same value.
 _unsure: dict[tuple[str, str], str] = {}
-#: How many such values this process keeps at most. The figure only bounds the memory.
+#: How many values of messages whose sending raised an error this process keeps at most. The limit
+#: bounds the memory; when it is reached, all of them are forgotten.
 MAX_UNSURE = 10_000
 #: Names of the tasks for which this process has logged the warning of :func:`warn_if_id_reused`.
 _warned: set[str] = set()
