@@ -48,7 +48,8 @@ class BrokerConnection(_Base):
                 connection.release()
 
     def _ensure_connected(self) -> Any:
-        # Try each address once. Celery itself would try for minutes, and no other beat could lead.
+        # Try each address once. Celery itself would try for minutes, and this beat would keep the
+        # lead meanwhile, although another beat may be able to send.
         tries = max(1, len(self.connection.alt))
         return self.connection.ensure_connection(max_retries=tries, interval_start=0)
 

@@ -63,7 +63,7 @@ _RULES: dict[str, Check[Any]] = {
     "catch_up": choice("latest", "all", "none"),
     "next_from": choice("schedule", "last_run"),
 }
-#: The allowed values of those of Celery's own fields that are checked if they are set.
+#: The allowed values of some of Celery's own fields. A field is checked only if it is set.
 _FIELDS: dict[str, Check[Any]] = {
     "args": _args,
     "kwargs": named("arguments"),
@@ -83,7 +83,7 @@ _OPTIONS: dict[str, Check[Any]] = {
 }
 #: The names of the rules for missed ticks.
 RULES = tuple(_RULES)
-#: The names of all fields that an entry may have: first those that a user may set.
+#: The names of all fields that an entry may have. The fields that a user may set come first.
 FIELDS = (
     *("task", "schedule", "args", "kwargs", "options", "relative", *RULES),
     *("name", "app", "last_run_at", "total_run_count"),
@@ -144,7 +144,7 @@ def check(name: Any, task: Any, options: Any, fields: Mapping[str, Any]) -> None
 
 
 def checked_rule(name: Any, option: str, value: Any) -> Any:
-    """Check the value of an entry's rule for missed ticks, and return it in the form for use.
+    """Check the value of an entry's rule for missed ticks, and return it; a time as seconds.
 
     :param name: the name of the entry.
     :param option: the name of the rule.

@@ -109,7 +109,7 @@ class Leader:
         return self._held.renew_at - clock() if self._held else 0.0
 
     def now(self) -> datetime:
-        """The store's time, while this beat leads."""
+        """Return the current time by the store's clock. It is known only while this beat leads."""
         return datetime.fromtimestamp(clock() + self._offset, UTC)
 
     def may_campaign(self) -> bool:
@@ -147,8 +147,9 @@ class Leader:
             return False
         self._number, self._seen = 0, acquired.write
         self._entries = history.decode(acquired.history, self.key)
-        # The answer may have taken long, so this time can be late, but never early. The first
-        # ``record`` corrects it.
+        # The store read its clock before the answer came, so this offset is too small by at most
+        # the time of the answer. Ticks can be late by that time, but never early. The first
+        # ``record`` corrects the offset.
         self._offset = acquired.acquired_at - clock()
         self._started = acquired.acquired_at
         self._held = HeldLease(acquired.lease, asked_at, settings.heartbeat_interval)

@@ -72,7 +72,7 @@ class LeaderMixin(BrokerConnection):
             self._begin(app, *args, **kwargs)
         except ImproperlyConfigured as error:
             # Celery's beat logs any other error with a traceback, which hides the message that says
-            # what to do. Only Celery's beat passes this argument.
+            # what to do. Only Celery's beat passes ``schedule_filename``.
             if "schedule_filename" not in kwargs:
                 raise
             logger.critical("beat ends: %s", error)
@@ -82,9 +82,10 @@ class LeaderMixin(BrokerConnection):
         #: The fence of the lease with which this beat took over the schedule; ``None`` if the
         #: schedule has to be taken over again.
         self._fence: int | None = None
-        #: The states, by entry, that the store does not have yet.
+        #: The states that the store does not have yet, by the names of the entries.
         self._unrecorded: dict[str, EntryState] = {}
-        #: The states, by entry, that the store has or will have after the next record.
+        #: The states that the store has or will have after the next record, by the names of the
+        #: entries.
         self._states: dict[str, EntryState] = {}
         #: The entry that Celery has made to follow the entry that is being sent.
         self._reserved: Any = None
@@ -112,7 +113,8 @@ class LeaderMixin(BrokerConnection):
             raise SystemExit
         show = sys.unraisablehook
         try:
-            # Set it within the ``try``, so that ``finally`` resets it whenever a signal arrives.
+            # Set the flag within the ``try``, so that ``finally`` resets it whenever a signal's
+            # handler raises.
             self._is_ticking = True
             return self._tick(*args, **kwargs)
         finally:

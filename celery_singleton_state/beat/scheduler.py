@@ -1,4 +1,4 @@
-"""``celery beat -S singleton``: send the ticks of the leader, and keep the state in the store."""
+"""The scheduler of ``celery beat -S singleton``, which keeps its state in the store."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .under_way import row_key_of
 logger = logger_of(__name__)
 
 #: How many messages are sent at most before they are recorded in the store. If the leader dies, the
-#: next leader sends at most so many messages again.
+#: next leader sends at most that many messages again.
 BATCH = 500
 #: How many entries a warning about missed ticks names at most.
 LISTED = 20

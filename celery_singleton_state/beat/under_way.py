@@ -23,7 +23,7 @@ from celery_singleton_state.ticks import entry_name, task_id_of
 
 logger = logger_of(__name__)
 
-#: The time of which the checks of the rows are multiples.
+#: The origin of the times at which rows are checked: each is a multiple of a pause after it.
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: The shortest and the longest pause between two checks of the row, while the next tick waits. Each
 #: possible pause is twice the one before. A check is made at a multiple of its pause, so that one
@@ -34,11 +34,12 @@ PART = 4
 #: The time after which a tick that the row shows nothing of is sent again; its longest value; and
 #: the factor by which it grows each time.
 PATIENCE, LONGEST_PATIENCE, GROWTH = timedelta(minutes=1), timedelta(minutes=30), 4
-#: The time after which such a tick is sent again if other runs hold the lease. It is longer,
-#: because the tick may be waiting for the lease.
+#: The time after which a tick is sent again if other runs hold the lease. It is longer than
+#: ``PATIENCE``, because the tick may be waiting for the lease.
 PATIENCE_WITH_OTHERS = timedelta(minutes=10)
-#: The time after which such a tick is sent again if its run has asked for a retry or has replaced
-#: itself. It is longest, because the beat does not know the countdown of that message.
+#: The time after which a tick is sent again if its run has asked for a retry or has replaced
+#: itself. It is the longest of these times, because the beat does not know the countdown of that
+#: message.
 PATIENCE_WITH_RETRY = timedelta(days=1)
 
 
@@ -122,10 +123,10 @@ def row_key_of(entry: Any, app: Celery, prefix: str) -> str | None:
     :param app: the app of the beat.
     :param prefix: the prefix of the keys of singletons.
     :returns: ``None`` if the entry's ticks are sent when they are due, without waiting for the end
-        of the tick before. That is so unless the entry has ``catch_up="all"`` and
-        ``next_from="schedule"``, and its task is a singleton of this app that drops duplicates. It
-        is also so if the singleton's key depends on a ``BeatLazyFunc``, which has a new value for
-        each message.
+        of the tick before. That is the case unless all of these are true: the entry has
+        ``catch_up="all"`` and ``next_from="schedule"``; its task is a singleton of this app that
+        drops duplicates; and the singleton's key does not depend on a ``BeatLazyFunc``, which has a
+        new value for each message.
     """
     if entry.catch_up != "all" or entry.next_from != "schedule":
         return None

@@ -124,7 +124,7 @@ class Dispatcher:
         self._events.close()
 
     def close(self) -> None:
-        """End the thread after it has emptied the queue; wait for that :data:`PATIENCE` seconds."""
+        """Empty the queue and end the thread; wait no longer than :data:`PATIENCE` seconds."""
         self._closed.set()
         self._calls.put(None)
         thread = self._thread

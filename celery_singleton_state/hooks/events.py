@@ -26,7 +26,8 @@ logger = logger_of(__name__)
 
 GROUP = "singleton"
 
-#: The shared byte: 1 if events are to be sent. It is 0 in a process that belongs to no worker.
+#: One byte of memory that a worker shares with its pool processes: 1 if Celery events are to be
+#: sent. It is 0 in a process that belongs to no worker.
 switch = mmap.mmap(-1, 1)
 #: The worker's node name; ``None`` outside of a worker.
 _hostname: str | None = None
