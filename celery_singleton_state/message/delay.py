@@ -52,19 +52,19 @@ _WAITING_PART = 0.5
 _PLACES = frozenset({"queue", "exchange", "routing_key"})
 
 
-def prepare(task: Any, request: Context, signature: Any, said: Collection[str]) -> None:
+def prepare(task: Any, request: Context, signature: Any, chosen: Collection[str]) -> None:
     """Prepare the options of a message that is sent again or retried: its delay and its queue.
 
     The message goes into the queue that its last delivery came from, unless the sender chose
     another one.
 
     :param signature: the message as Celery would send it. Its options are changed.
-    :param said: the names of the options that the sender chose.
+    :param chosen: the names of the options that the sender chose.
     :raises OperationalError: the broker is unavailable.
     """
     app, options = task.app, signature.options
     options["headers"] = without_moves(options.get("headers") or {})
-    own_place = _PLACES.isdisjoint(said)
+    own_place = _PLACES.isdisjoint(chosen)
     if own_place:
         for name in _PLACES:
             options.pop(name, None)
@@ -125,8 +125,8 @@ def _longest(app: Celery) -> float:
     the message; infinity if the broker has no such limit.
     """
     option, default = _KEEPS.get(broker_kind(app), ("visibility_timeout", math.inf))
-    said = (broker_of(app).transport_options or {}).get(option)
-    return float(said or default) * _WAITING_PART
+    configured = (broker_of(app).transport_options or {}).get(option)
+    return float(configured or default) * _WAITING_PART
 
 
 def _wait_in_broker(app: Celery, options: dict[str, Any], seconds: int, target: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -87,6 +88,23 @@ class Delivery:
     :param runtime: what the process shares among its singletons.
     """
 
+    #: How often this package retried the message because the store had failed.
+    own_retries = 0
+    #: A value that differs between two messages that were sent with the same task id.
+    sent: str | None = None
+    #: The tick that the message is for; ``None`` if no beat of this package sent the message.
+    tick: Tick | None = None
+    #: Whether beat sends the next tick of the schedule entry only after this tick has ended.
+    is_one_by_one = False
+    #: Seconds for which the message had waited for the lease before this delivery.
+    waited = 0.0
+    #: Seconds that are left of the message's delay, because the broker allows no countdown that
+    #: covers the whole delay.
+    pause_left = 0.0
+    #: Whether an earlier delivery requeued the message because the run had just ended, and its
+    #: result was not recorded yet.
+    is_unrecorded = False
+
     def __init__(
         self,
         task: Any,
@@ -118,12 +136,10 @@ class Delivery:
         self.earlier = Earlier()
         #: Whether this is a message, which can be sent again, and not a direct or eager call.
         self.is_message = is_message(request)
-        has_any = request.headers or not OWN.isdisjoint(request.__dict__)
-        headers = own_headers(request) if has_any else {}
+        if request.headers or not OWN.isdisjoint(request.__dict__):
+            self._read(own_headers(request))
         #: How often the message was retried: by this package, by a body or by Celery.
         self.retries: int = request.retries or 0
-        #: How often this package retried the message because the store had failed.
-        self.own_retries = int(headers.get(RETRIES) or 0)
         #: A number that grows with each retry that a body or Celery asked for, and with each
         #: ``self.replace()``. A replacement keeps the task id of the message that it replaces, but
         #: its count of retries starts at 0. So each replacement adds more than any count of
@@ -131,27 +147,12 @@ class Delivery:
         self.generation: int = (
             (request.replaced_task_nesting or 0) * REPLACEMENT + self.retries - self.own_retries
         )
-        sent = headers.get(SENT)
-        if sent is None and request.root_id != request.id:
+        if self.sent is None and request.root_id not in (None, request.id):
             # A part of a chain or chord has no value of its own. A chain can be sent twice with the
             # same task ids in it, and then only the root ids of its parts differ.
-            sent = request.root_id
-        #: A value that differs between two messages that were sent with the same task id.
-        self.sent = None if sent is None else encodable(str(sent))
-        #: The tick that the message is for; ``None`` if no beat of this package sent the message.
-        self.tick: Tick | None = tick_in(headers) if headers else None
-        #: Whether beat sends the next tick of the schedule entry only after this tick has ended.
-        self.is_one_by_one = bool(int(headers.get(ONE_BY_ONE) or 0))
+            self.sent = encodable(str(request.root_id))
         #: The conflict policy. A tick that beat waits for must not be skipped, so it always waits.
         self.on_conflict = "wait" if self.is_one_by_one else options.on_conflict
-        #: Seconds for which the message had waited for the lease before this delivery.
-        self.waited = float(headers.get(WAITED, 0.0))
-        #: Seconds that are left of the message's delay, because the broker allows no countdown
-        #: that covers the whole delay.
-        self.pause_left = float(headers.get(PAUSE_LEFT, 0.0))
-        #: Whether an earlier delivery requeued the message because the run had just ended, and its
-        #: result was not recorded yet.
-        self.is_unrecorded = bool(headers.get(UNRECORDED))
         #: The lease's life: seconds until it expires if it is not renewed.
         self.ttl = options.lease_ttl or runtime.lease_ttl
         #: Seconds for which the acquisition takes the lease. If the task's ``lease_ttl`` is longer,
@@ -162,6 +163,19 @@ class Delivery:
         self.deduplicates = options.deduplicate
         if self.deduplicates is None:
             self.deduplicates = codec is not None or self.tick is not None
+
+    def _read(self, headers: Mapping[str, Any]) -> None:
+        """Set the attributes that come from the headers of the message.
+
+        :param headers: this package's headers of the message, by their names.
+        """
+        self.own_retries = int(headers.get(RETRIES) or 0)
+        self.sent = None if headers.get(SENT) is None else encodable(str(headers[SENT]))
+        self.tick = tick_in(headers)
+        self.is_one_by_one = bool(int(headers.get(ONE_BY_ONE) or 0))
+        self.waited = float(headers.get(WAITED, 0.0))
+        self.pause_left = float(headers.get(PAUSE_LEFT, 0.0))
+        self.is_unrecorded = bool(headers.get(UNRECORDED))
 
     @property
     def conflict_timeout(self) -> float:
