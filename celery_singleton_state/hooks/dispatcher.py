@@ -146,12 +146,12 @@ class Dispatcher:
             self._calls.get()
             self._closed.wait(GATHER)
             self._is_called = False
-            self._hand_on()
+            self._call_hooks()
         # Events can have been queued while the loop handled its last ones.
-        self._hand_on()
+        self._call_hooks()
         self._events.close()
 
-    def _hand_on(self) -> None:
+    def _call_hooks(self) -> None:
         hooks: list[Hook] = [self._signals, *self._users_hooks()]
         while self._waiting:
             details = self._waiting.popleft()

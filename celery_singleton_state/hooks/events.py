@@ -94,12 +94,12 @@ class EventsHook:
         """Log that events are lost, and close the connection, so that the next event opens a new
         one. Repeated errors of one type are logged once.
         """
-        if (said := type(error).__name__) != self._logged:
+        if (name := type(error).__name__) != self._logged:
             logger.warning(
                 "singletons: Celery events are lost, because they cannot be sent: %s: %s",
-                *(said, error),
+                *(name, error),
             )
-            self._logged = said
+            self._logged = name
         self.close()
 
 
