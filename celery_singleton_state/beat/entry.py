@@ -12,7 +12,6 @@ from typing import Any
 from celery.beat import ScheduleEntry
 from celery.exceptions import ImproperlyConfigured
 from celery.schedules import crontab
-from celery.utils.time import maybe_make_aware
 
 from celery_singleton_state.schedules.due import (
     Schedule,
@@ -29,7 +28,7 @@ from celery_singleton_state.schedules.own_rules import (
 )
 from celery_singleton_state.text.visible import logger_of
 
-from .entry_checks import LONGEST, RULES, check, checked_rule
+from .entry_checks import LONGEST, RULES, check, checked_rule, warn_of_another_clock
 from .entry_state import NEVER, EntryState
 from .misfires import skip_ticks, surplus
 from .poll import Poll
@@ -45,8 +44,6 @@ ON_TIME = 10.0
 #: The time until the owed ticks of a crontab are counted again, after a count found that there are
 #: not too many. A count costs time, so it is not made at each tick.
 COUNT_AGAIN = timedelta(hours=1)
-#: Seconds by which two clocks may differ before a schedule is reported as using another clock.
-CLOCKS_DIFFER = 60
 #: The origin of the grid on which the ticks of intervals lie.
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -146,7 +143,7 @@ class SingletonEntry(ScheduleEntry):
             passed = self._only_time(now)
             self._poll.begin(passed or now)
             self.next_tick = passed or self._poll.advance(now, now, now, take_first=True).tick
-            self._say_if_ended()
+            self._log_if_ended()
             return
         counted_from = now
         if is_plain_interval(self.schedule):
@@ -154,7 +151,7 @@ class SingletonEntry(ScheduleEntry):
             part = zlib.crc32(str(self.name).encode()) / 2**32
             counted_from -= (now - EPOCH - part * every) % every
         self.next_tick = self._only_time(now) or self._due_after(counted_from)
-        self._say_if_ended()
+        self._log_if_ended()
 
     def resume(self, state: EntryState, now: datetime) -> None:
         """Restore the entry's state from the store.
@@ -188,7 +185,7 @@ class SingletonEntry(ScheduleEntry):
             self.next_tick = self._due_after(self.last_tick)
             if self.next_tick <= now:
                 self.next_tick = self._due_after(now)
-        self._say_if_ended()
+        self._log_if_ended()
 
     def state(self) -> EntryState:
         """Return the entry's state as the store keeps it."""
@@ -263,7 +260,7 @@ class SingletonEntry(ScheduleEntry):
     def _count_missed(self, missed: int) -> None:
         self._has_skipped = self._has_skipped or (self._is_resumed and missed > 0)
         self.missed_count += missed
-        self._say_if_ended()
+        self._log_if_ended()
 
     def sent(self, now: datetime) -> None:
         """Record that ``next_tick`` was sent, and calculate the one after it.
@@ -283,7 +280,7 @@ class SingletonEntry(ScheduleEntry):
             self.next_tick = self._poll.sent(self.last_tick, counted_from)
         else:
             self.next_tick = self._due_after(counted_from or self.last_tick)
-        self._say_if_ended()
+        self._log_if_ended()
 
     def _advance(self, poll: Poll, now: datetime, patience: float) -> int:
         """Ask a schedule that overrides ``is_due`` for its due ticks; return how many were missed.
@@ -375,7 +372,7 @@ class SingletonEntry(ScheduleEntry):
             self._end = error
             return NEVER
 
-    def _say_if_ended(self) -> None:
+    def _log_if_ended(self) -> None:
         """Log once that the entry is never due again.
 
         The line is an error if the schedule has failed, a warning if the entry has never been sent,
@@ -396,28 +393,6 @@ class SingletonEntry(ScheduleEntry):
             self.name,
             self._end,
             exc_info=None if isinstance(self._end, ValueError) else self._end,
-        )
-
-
-def warn_of_another_clock(name: str, schedule: Schedule) -> None:
-    """Warn if a schedule has a ``nowfun`` that differs from the clock, because beats ignore it.
-
-    :param name: the name of the entry.
-    :raises TypeError: the schedule's ``now()`` does not return a ``datetime``.
-    """
-    shows = schedule.now()
-    if not isinstance(shows, datetime):
-        raise TypeError(f"its now() returns {shows!r}, which is not a datetime")
-    if getattr(schedule, "nowfun", None) is None:
-        return
-    off = (maybe_make_aware(shows) - datetime.now(UTC)).total_seconds()
-    if abs(off) > CLOCKS_DIFFER:
-        logger.warning(
-            "beat: the nowfun of %s is %d s off the clock, and is not used, because beats use the"
-            " database's clock. A time without a time zone counts as UTC. To shift the ticks,"
-            " change the schedule itself.",
-            name,
-            off,
         )
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from math import inf
 from typing import Any
 
 from celery.beat import ScheduleEntry
 from celery.exceptions import ImproperlyConfigured
-from celery.utils.time import maybe_iso8601
+from celery.utils.time import maybe_iso8601, maybe_make_aware
 
 from celery_singleton_state.config.checks import (
     Check,
@@ -29,10 +29,16 @@ from celery_singleton_state.config.checks import (
     text,
     whole,
 )
+from celery_singleton_state.schedules.due import Schedule
+from celery_singleton_state.text.visible import logger_of
+
+logger = logger_of(__name__)
 
 #: The longest time that an entry may name: 100 years, in seconds. Longer ones lead beyond the last
 #: date of Python's calendar.
 LONGEST = timedelta(days=36525).total_seconds()
+#: Seconds by which two clocks may differ before a schedule is reported as using another clock.
+CLOCKS_DIFFER = 60
 
 
 def _task(value: Any) -> str:
@@ -152,3 +158,25 @@ def checked_rule(name: Any, option: str, value: Any) -> Any:
         value and what is allowed.
     """
     return checked(f"schedule entry {name!r}", option, value, _RULES[option])
+
+
+def warn_of_another_clock(name: str, schedule: Schedule) -> None:
+    """Warn if a schedule has a ``nowfun`` that differs from the clock, because beats ignore it.
+
+    :param name: the name of the entry.
+    :raises TypeError: the schedule's ``now()`` does not return a ``datetime``.
+    """
+    shows = schedule.now()
+    if not isinstance(shows, datetime):
+        raise TypeError(f"its now() returns {shows!r}, which is not a datetime")
+    if getattr(schedule, "nowfun", None) is None:
+        return
+    off = (maybe_make_aware(shows) - datetime.now(UTC)).total_seconds()
+    if abs(off) > CLOCKS_DIFFER:
+        logger.warning(
+            "beat: the nowfun of %s is %d s off the clock, and is not used, because beats use the"
+            " database's clock. A time without a time zone counts as UTC. To shift the ticks,"
+            " change the schedule itself.",
+            name,
+            off,
+        )
