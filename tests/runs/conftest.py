@@ -1,4 +1,4 @@
-"""Runs on some stores: what each store does is tests/stores' affair."""
+"""Fixtures for tests of runs, on a few stores. tests/stores tests each store by itself."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from tests.helpers.stores import url_on
 
 @pytest.fixture(params=["memory", "sqlite", "postgresql"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty database: the test runs once for each store."""
+    """Return the URL of an empty database. The test runs once for each store."""
     return url_on(request.param, request, tmp_path)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The same, of stores that several processes can share."""
+    """Return the URL of an empty database that several processes can share.
+
+    The test runs once for each store.
+    """
     return url_on(request.param, request, tmp_path)
 
 
 @pytest.fixture
 def published() -> Iterator[list[str]]:
-    """The ids of all messages that were sent."""
+    """Return a list that gets the task id of each message when it is published."""
     ids: list[str] = []
 
     def note(headers: dict[str, Any], **_: Any) -> None:

@@ -1,4 +1,4 @@
-"""on_conflict="coalesce": the pending run is the message, sent anew."""
+"""on_conflict="coalesce": the pending run has the message's arguments, headers and encoding."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def broker(app: Celery, monkeypatch: pytest.MonkeyPatch) -> Broker:
 
 @pytest.fixture
 def reversed_json() -> Iterator[str]:
-    """A serializer of a project's own, whose content is no text."""
+    """Register a project's own serializer, whose content is bytes that are not text."""
     name, content_type = "reversed", "application/x-reversed"
     serialization.register(
         name,
@@ -66,20 +66,20 @@ def reversed_json() -> Iterator[str]:
 
 def coalesced(app: Celery, **options: Any) -> Any:
     def body(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     defaults: dict[str, Any] = {"name": "coalesced", "shared": False, "on_conflict": "coalesce"}
     return singleton_task(app, **defaults | options)(body)
 
 
-def meet_a_holder(app: Celery, message: Message, **request: Any) -> None:
-    """Deliver a message while another one runs."""
+def deliver_during_a_run(app: Celery, message: Message, **request: Any) -> None:
+    """Deliver a message while another run holds the lease. The message is coalesced."""
     assert runtime_of(app).store.acquire(KEY, "holder", 60, "task-h")
     assert message.deliver(**request) == ("SUCCESS", None)
 
 
 def pending_run_sent(app: Celery, broker: Broker) -> Message:
-    """The pending run, which is sent when the holder's run ends."""
+    """End the holder's run, and return the message of the pending run that is then sent."""
     broker.sent.clear()
     free(app)
     return broker.pop()
@@ -97,16 +97,16 @@ def sent(task: Any, broker: Broker, *args: Any, **options: Any) -> Message:
 
 
 def properties(serializer: str) -> dict[str, str]:
-    """Of a message that was encoded so."""
+    """Return the properties of a message that a serializer has encoded."""
     return {"content_type": serialization.registry.name_to_type[serializer]}  # type: ignore[attr-defined]  # missing in celery-types
 
 
-@pytest.mark.parametrize("knows", [True, False], ids=["", "a broker that does not tell"])
+@pytest.mark.parametrize("knows", [True, False], ids=["", "a broker that gives no content type"])
 def test_the_pending_run_has_arguments_of_the_same_types(
     app: Celery, broker: Broker, knows: bool
 ) -> None:
     message = sent(coalesced(app), broker, *TYPED, kwargs={"at": NOW, "n": {"d": TYPED[2]}})
-    meet_a_holder(app, message, properties=properties("json") if knows else {})
+    deliver_during_a_run(app, message, properties=properties("json") if knows else {})
     pending = pending_run_sent(app, broker)
     assert pending.args == TYPED
     assert pending.kwargs == {"at": NOW, "n": {"d": Decimal("0.10")}}
@@ -121,17 +121,20 @@ def test_the_pending_run_is_encoded_as_the_message_was(
     value: Any = {"plain": [1, 2.5, None]} if serializer == "yaml" else Point(3)
     message = sent(coalesced(app), broker, value, serializer=serializer, compression="gzip")
     gzip = {"compression": "application/x-gzip"}
-    meet_a_holder(app, message, properties=properties(serializer), **gzip)
+    deliver_during_a_run(app, message, properties=properties(serializer), **gzip)
     pending = pending_run_sent(app, broker)
     assert pending.args == [value]
     assert pending.options["serializer"] == serializer
     assert pending.options["compression"] == "application/x-gzip"
 
 
-def test_the_pending_run_has_what_the_message_had_before_a_base_class_changed_it(
+def test_the_pending_run_has_the_arguments_from_before_a_base_class_changed_them(
     app: Celery, broker: Broker
 ) -> None:
-    """A tenant's argument is taken off before the task is called."""
+    """A base class takes the tenant's argument off before it calls the task.
+
+    The pending run's message has that argument again.
+    """
 
     class OfTenant(SingletonTask[Any]):
         abstract = True
@@ -140,12 +143,12 @@ def test_the_pending_run_has_what_the_message_had_before_a_base_class_changed_it
             return super().__call__(*args, **kwargs)
 
     task = coalesced(app, base=OfTenant)
-    meet_a_holder(app, sent(task, broker, "tenant b", 1, kwargs={"key": 2}))
+    deliver_during_a_run(app, sent(task, broker, "tenant b", 1, kwargs={"key": 2}))
     pending = pending_run_sent(app, broker)
     assert (pending.args, pending.kwargs) == (["tenant b", 1], {"key": 2})
 
 
-def test_a_direct_call_leaves_its_own_arguments(app: Celery, broker: Broker) -> None:
+def test_the_pending_run_of_a_direct_call_has_its_arguments(app: Celery, broker: Broker) -> None:
     task = coalesced(app)
     assert runtime_of(app).store.acquire(KEY, "holder", 60, "task-h")
     assert task(NOW, key=Decimal(1)) is None
@@ -161,10 +164,8 @@ def test_the_pending_run_of_a_direct_call_ignores_its_result_if_its_task_does(
     assert pending_run_sent(app, broker).headers["ignore_result"] is True
 
 
-def test_the_pending_run_keeps_what_the_sender_gave_the_message(
-    app: Celery, broker: Broker
-) -> None:
-    """Not what hangs on the message: that ends with it, and would end twice."""
+def test_the_pending_run_keeps_the_senders_headers_and_options(app: Celery, broker: Broker) -> None:
+    """Callbacks are not kept: they belong to the first message, and would be called twice."""
     task = coalesced(app)
     expires = datetime.now(UTC) + timedelta(hours=1)
     message = sent(
@@ -184,7 +185,7 @@ def test_the_pending_run_keeps_what_the_sender_gave_the_message(
     delivery = {"exchange": "", "routing_key": "slow", "priority": 7, "redelivered": True}
     app.conf.task_create_missing_queues = True
     message.headers["ignore_result"] = False
-    meet_a_holder(app, message, delivery_info=delivery)
+    deliver_during_a_run(app, message, delivery_info=delivery)
     pending = pending_run_sent(app, broker)
     has = pending.headers
     assert (has["tenant"], has["shadow"], has["timelimit"]) == ("b", "shown", [40, 30])
@@ -210,7 +211,7 @@ def test_the_pending_run_of_a_delayed_message_is_not_delayed(
     app: Celery, broker: Broker, exchange: str, key: str
 ) -> None:
     message = sent(coalesced(app), broker)
-    meet_a_holder(app, message, delivery_info={"exchange": exchange, "routing_key": key})
+    deliver_during_a_run(app, message, delivery_info={"exchange": exchange, "routing_key": key})
     options = pending_run_sent(app, broker).options
     assert options["queue"].name == "celery"
     assert (options["exchange"], options["routing_key"]) == ("", "celery")
@@ -219,9 +220,9 @@ def test_the_pending_run_of_a_delayed_message_is_not_delayed(
 def test_content_that_the_workers_do_not_accept_is_not_sent(
     app: Celery, broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is kept: a later release sends it, if its worker accepts it."""
+    """The pending run stays in the row. A later release sends it, if its worker accepts it."""
     message = sent(coalesced(app), broker, Point(3), serializer="pickle")
-    meet_a_holder(app, message, properties=properties("pickle"))
+    deliver_during_a_run(app, message, properties=properties("pickle"))
     free(app)
     assert broker.sent == []
     assert "the pending run could not be sent" in caplog.text
@@ -260,8 +261,11 @@ def test_a_retry_is_sent_as_the_message_was_encoded(app: Celery, broker: Broker)
     assert broker.pop().options["serializer"] == "pickle"
 
 
-def hold_on(app: Celery, seconds: float) -> None:
-    """The lease is kept after a run."""
+def start_hold_period(app: Celery, seconds: float) -> None:
+    """Run a task whose lease is then kept.
+
+    :param seconds: how long the hold period is.
+    """
     store = runtime_of(app).store
     held = store.acquire(KEY, "holder", 60, "task-h")
     assert held is not None
@@ -269,11 +273,11 @@ def hold_on(app: Celery, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("seconds", [5.0, 60.0])
-def test_of_several_messages_in_the_hold_period_one_comes_again(
+def test_of_several_messages_in_the_hold_period_one_is_sent_again(
     app: Celery, broker: Broker, seconds: float
 ) -> None:
     task = coalesced(app)
-    hold_on(app, seconds)
+    start_hold_period(app, seconds)
     first, second = sent(task, broker, 1), sent(task, broker, 2)
     first.deliver()
     assert broker.pop().task_id == first.task_id
@@ -284,8 +288,11 @@ def test_of_several_messages_in_the_hold_period_one_comes_again(
 def test_a_change_in_the_hold_period_does_not_rely_on_a_tick_that_waits(
     app: Celery, broker: Broker
 ) -> None:
-    """A tick of ``catch_up="all"`` waits for the lease, and is next in line."""
-    hold_on(app, 60)
+    """A tick of ``catch_up="all"`` waits for the lease, and is next in line.
+
+    A coalesced message is sent again all the same, because the tick may not bring its change.
+    """
+    start_hold_period(app, 60)
     row = runtime_of(app).store.peek(KEY)
     assert row is not None
     assert runtime_of(app).store.requests.claim(KEY, "a tick", NEXT_PAUSE + GRACE, row.queue)
@@ -297,10 +304,10 @@ def test_a_change_in_the_hold_period_does_not_rely_on_a_tick_that_waits(
 def test_a_change_in_the_hold_period_is_not_lost_to_a_run_that_begins(
     app: Celery, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. A message finds the lease held on after a run. 2. The hold period ends, and another
-    message takes the lease. 3. The first one asks to come again, and finds that one running.
+    """1. Message A finds the lease in its hold period. 2. The hold period ends, and message B
+    acquires the lease. 3. A claims its place in the queue, and finds B running. 4. A is sent again.
     """
-    hold_on(app, 60)
+    start_hold_period(app, 60)
     store, claim = runtime_of(app).store, conflict.claim
 
     def claim_late(*arguments: Any, **options: Any) -> Any:

@@ -1,6 +1,7 @@
-"""on_conflict="replace": the newest message wins, and nothing that was replaced asks again.
+"""on_conflict="replace": the newest message wins, and a replaced message never asks again.
 
-H holds the lease, or held it; A, B and C are messages, from the oldest to the newest.
+In the docstrings, H is the run that holds the lease, or held it. A, B and C are messages, from the
+oldest to the newest.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class State(TypedDict):
 
 @pytest.fixture
 def app(memory_app: Celery) -> Celery:
-    """Statements are tested in every store elsewhere."""
+    """Return an app on the store in memory. tests/stores tests the statements on every store."""
     return memory_app
 
 
@@ -44,7 +45,7 @@ def broker(app: Celery, monkeypatch: pytest.MonkeyPatch) -> Broker:
 
 @pytest.fixture
 def ran() -> list[str]:
-    """What bodies ran."""
+    """Return a list to which each body adds its argument."""
     return []
 
 
@@ -95,15 +96,16 @@ def gives_up(message: Message, **how: Any) -> bool:
     return bool(message.deliver(**how) == ("SUCCESS", None))
 
 
-def test_the_newest_of_several_that_wait_is_served(
+def test_the_newest_of_several_waiting_messages_runs(
     app: Celery,
     broker: Broker,
     make_task: Callable[..., Any],
     ran: list[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """H runs. A, B and C come and ask H to stop. H stops, and A comes again first: it must not take
-    the lease, or the newest would have to stop it, and would be stopped by B.
+    """H runs. A, B and C are delivered, and ask H to stop. H stops. A is delivered again first.
+
+    A must not acquire the lease. Otherwise C would have to stop A.
     """
     caplog.set_level(logging.INFO, "celery_singleton_state")
     task, holder = make_task(), hold(app)
@@ -117,8 +119,10 @@ def test_the_newest_of_several_that_wait_is_served(
     assert (ran, broker.sent) == (["C"], [])
 
 
-def test_a_message_asks_once(app: Celery, broker: Broker, make_task: Callable[..., Any]) -> None:
-    """A asks H, and comes again before H has stopped; so A is still the one that H hears of."""
+def test_a_message_asks_the_holder_to_stop_once(
+    app: Celery, broker: Broker, make_task: Callable[..., Any]
+) -> None:
+    """A asks H to stop. A is delivered again before H has stopped. Its rank stays as it was."""
     task = make_task()
     hold(app)
     a = wait(send(task, broker, "A"), broker)
@@ -130,8 +134,8 @@ def test_a_message_asks_once(app: Celery, broker: Broker, make_task: Callable[..
 def test_a_message_that_waits_gives_up_for_a_newer_one_that_found_the_lease_free(
     app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
-    """A asks H to stop. H stops. B comes, finds the lease free, runs and ends. Then A comes again,
-    and finds the lease free, too.
+    """A asks H to stop. H stops. B is delivered, finds the lease free, runs and ends. A is
+    delivered again, and finds the lease free, too.
     """
     task, holder = make_task(), hold(app)
     a = wait(send(task, broker, "A"), broker)
@@ -144,8 +148,8 @@ def test_a_message_that_waits_gives_up_for_a_newer_one_that_found_the_lease_free
 def test_a_run_that_failed_by_itself_is_not_retried_over_a_newer_message(
     app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
-    """A runs. B comes and asks A to stop. A fails before it hears of that, and is retried. Its
-    retry comes before B does again.
+    """A runs. B asks A to stop. A fails before it learns of that, and asks for a retry. The retry
+    is delivered before B is delivered again.
     """
     b: list[Message] = []
 
@@ -177,11 +181,11 @@ def test_a_run_that_failed_by_itself_is_retried(
     assert ran == ["A", "A"]
 
 
-def test_a_run_that_replaces_itself_is_no_newer_for_it(
+def test_the_replacement_of_a_run_is_as_old_as_the_run(
     app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
-    """A runs. B comes and asks A to stop. A replaces itself before it hears of that, and its
-    replacement comes before B does again.
+    """A runs. B asks A to stop. A replaces itself by ``self.replace()`` before it learns of that.
+    The replacement is delivered before B is delivered again.
     """
     b: list[Message] = []
 
@@ -202,7 +206,10 @@ def test_a_run_that_replaces_itself_is_no_newer_for_it(
 def test_a_run_that_was_asked_to_stop_is_not_retried(
     app: Celery, broker: Broker, make_task: Callable[..., Any], retry: str
 ) -> None:
-    """B asks A to stop; A hears of it at a checkpoint, and its retries are to catch any error."""
+    """A runs. B asks A to stop. A learns of it at a checkpoint, which raises an error.
+
+    A is not retried, although its task asks for retries over every error.
+    """
 
     def during(self: Any, what: str) -> None:
         assert runtime_of(app).store.requests.request_handoff(row_of(app), "task-b")
@@ -229,7 +236,7 @@ def test_a_run_that_was_asked_to_stop_is_not_retried(
 
 
 def killed(app: Celery, lease: Lease, task_id: str) -> None:
-    """The run's process dies, and its host frees the lease."""
+    """Release a lease as a run's host does when the run's process has died."""
     entry = Entry(task_id, 0, lease.holder, lease.fence, None, Outcome.LOST, None, 0.0, 0.0)
     assert runtime_of(app).store.release(lease, Ended("lost", append((), entry, 16)))
 
@@ -242,8 +249,8 @@ def test_a_message_whose_run_died_does_not_replace_a_newer_one(
     ran: list[str],
     again: dict[str, Any],
 ) -> None:
-    """A runs, B asks A to stop, A's process dies. The broker, or Celery, sends A's message again,
-    and it comes before B does again, without the rank that A had.
+    """A runs. B asks A to stop. A's process dies. The broker or Celery delivers A's message again,
+    without A's rank. That happens before B is delivered again.
     """
     task = make_task()
     a = send(task, broker, "A")
@@ -265,11 +272,11 @@ def test_a_message_whose_run_died_runs_again(
     assert a.deliver(redelivered=True) == ("SUCCESS", "A")
 
 
-def test_a_message_that_asked_and_was_lost_with_its_worker_keeps_its_place(
+def test_a_waiting_message_that_is_redelivered_keeps_its_rank(
     app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
-    """A asks H to stop, and its worker is killed before it has sent A's message again. The broker
-    gives it out again, before and after B came.
+    """A asks H to stop. A's worker is killed before it has sent A's message again. The broker
+    redelivers A's message once before B is delivered, and once after.
     """
     task, holder = make_task(), hold(app)
     message = send(task, broker, "A")
@@ -283,14 +290,14 @@ def test_a_message_that_asked_and_was_lost_with_its_worker_keeps_its_place(
     assert ran == ["B"]
 
 
-def test_a_message_whose_request_was_not_answered_keeps_its_place(
+def test_a_message_whose_handoff_request_was_not_answered_keeps_its_rank(
     app: Celery,
     broker: Broker,
     make_task: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
     ran: list[str],
 ) -> None:
-    """A asks H to stop, and the answer is lost, so A is retried. B comes meanwhile."""
+    """A asks H to stop. The answer is lost, so A is sent again. B is delivered before A."""
     task, holder = make_task(), hold(app)
     requests = runtime_of(app).store.requests
     ask = requests.request_handoff
@@ -309,11 +316,11 @@ def test_a_message_whose_request_was_not_answered_keeps_its_place(
     assert ran == ["B"]
 
 
-def test_a_message_that_was_done_before_replaces_none(
+def test_a_duplicate_replaces_no_newer_message(
     app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
-    """H runs. B asks H to stop, and H ends. A second copy of H's message finds the lease free,
-    takes it, finds itself done and ends. B comes again. When H was sent is not known.
+    """H runs. B asks H to stop. H ends. A second copy of H's message acquires the free lease, and
+    ends as a duplicate. B is delivered again, and runs. The time when H was sent is unknown.
     """
     b: list[Message] = []
 
@@ -331,11 +338,11 @@ def test_a_message_that_was_done_before_replaces_none(
     assert ran == ["H", "B"]
 
 
-def test_messages_that_overtake_each_other_are_as_new_as_they_were_sent(
+def test_messages_that_overtake_each_other_rank_by_the_time_of_sending(
     app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
-    """A, B and C are sent. The worker gives each to another process, and these ask the store in the
-    order B, C, A.
+    """A, B and C are sent. Each of them is delivered in another process of the worker. The
+    processes ask the store in the order B, C, A.
     """
     task, holder = make_task(), hold(app)
     a, b, c = (send(task, broker, what) for what in "ABC")
@@ -347,11 +354,11 @@ def test_messages_that_overtake_each_other_are_as_new_as_they_were_sent(
     assert ran == ["C"]
 
 
-def test_a_message_that_was_overtaken_does_not_take_the_lease_before_the_newest_comes_again(
+def test_an_overtaken_message_leaves_a_free_lease_to_the_newest(
     app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
-    """A and B are sent. B comes first, and asks H to stop. H stops at once. A comes before B does
-    again, and finds the lease free.
+    """A and B are sent. B is delivered first, and asks H to stop. H stops at once. A is delivered
+    before B is delivered again, and finds the lease free.
     """
     task, holder = make_task(), hold(app)
     a, b = (send(task, broker, what) for what in "AB")
@@ -362,7 +369,7 @@ def test_a_message_that_was_overtaken_does_not_take_the_lease_before_the_newest_
     assert ran == ["B"]
 
 
-def test_a_message_that_is_to_come_later_is_as_new_as_it_comes(
+def test_a_message_with_a_countdown_is_not_ranked_by_its_time_of_sending(
     app: Celery, broker: Broker, make_task: Callable[..., Any]
 ) -> None:
     task = make_task()
@@ -370,7 +377,7 @@ def test_a_message_that_is_to_come_later_is_as_new_as_it_comes(
     assert SENT_AT not in broker.pop().headers
 
 
-def test_moments_of_two_hosts_are_not_compared() -> None:
+def test_times_of_two_hosts_are_not_compared() -> None:
     earlier, later = moment(), moment()
     assert is_before(earlier, later)
     assert not is_before(later, earlier)
@@ -379,10 +386,10 @@ def test_moments_of_two_hosts_are_not_compared() -> None:
     assert not is_before(earlier, None)
 
 
-def test_while_a_lease_is_kept_after_its_run_the_newest_waits(
+def test_in_the_hold_period_only_the_newest_message_waits(
     app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
-    """H has ended, and its lease is kept for a while. A and B come."""
+    """H has ended, and its hold period has begun. A and B wait. After an early release, B runs."""
     task, holder = make_task(), hold(app)
     store = runtime_of(app).store
     assert store.release(holder, Ended("succeeded", "[]", 60))
@@ -393,10 +400,12 @@ def test_while_a_lease_is_kept_after_its_run_the_newest_waits(
     assert ran == ["B"]
 
 
-def test_the_older_of_two_calls_gives_up(
+def test_the_older_of_two_direct_calls_gives_up(
     app: Celery, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
-    """Direct calls wait where they are. A asks H to stop, B does; H stops."""
+    """A direct call waits in its own thread. A asks H to stop. B asks H to stop. A gives up. H
+    stops. B runs.
+    """
     task, holder = make_task(), hold(app)
     with ThreadPoolExecutor(2) as pool:
         a = pool.submit(task, "A")
@@ -410,10 +419,12 @@ def test_the_older_of_two_calls_gives_up(
     assert ran == ["B"]
 
 
-def test_two_that_saw_the_same_row_are_ranked_one_after_the_other(
+def test_two_requests_made_from_one_row_get_different_ranks(
     app: Celery, make_task: Callable[..., Any], ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A and B find H, and both take the next rank. One is refused it, looks again, and is newer."""
+    """A and B read the row of H, and both ask with the same rank. The store refuses one of them.
+    That one reads the row again, and gets the next rank.
+    """
     task, holder = make_task(), hold(app)
     requests, both = runtime_of(app).store.requests, threading.Barrier(2)
     ask, ranks = requests.request_handoff, []
@@ -438,7 +449,7 @@ def test_two_that_saw_the_same_row_are_ranked_one_after_the_other(
 
 
 @pytest.mark.parametrize(("interval", "allowed"), [(4.0, 9.0), (10.0, 21.0)])
-def test_the_wait_is_longer_than_a_holders_heartbeats(
+def test_the_wait_is_longer_than_two_heartbeats_of_the_holder(
     memory_app: Celery, make_task: Callable[..., Any], interval: float, allowed: float
 ) -> None:
     memory_app.conf.update(singleton_heartbeat_interval=interval)
@@ -453,7 +464,9 @@ def test_the_wait_is_longer_than_a_holders_heartbeats(
 def test_a_message_waits_for_the_end_of_a_hold_period(
     app: Celery, make_task: Callable[..., Any], ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is no run that could stop: A notes once that it is to be next, and looks again then."""
+    """No run is in progress that could stop. A records once that it is next. It waits for the end
+    of the hold period.
+    """
     task = make_task(hold_at_least=0.5)
     assert task("h") == "h"
     assert row_of(app).in_hold_period

@@ -1,4 +1,4 @@
-"""Messages that wait for a lease: who tries when, and who is next in line."""
+"""Messages that wait for a lease: when each tries again, and which one is next in line."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ DONE = Ended("succeeded", "[]")
 
 
 class Messages:
-    """Delivers messages of one task, and keeps what is sent again of each."""
+    """Delivers messages of one task, and keeps the headers of messages that are sent again.
+
+    The message that is *next in line* is the one whose id the row records as queued.
+    """
 
     def __init__(self, app: Celery, **options: Any) -> None:
         app.conf.broker_url = "memory://"
         self.app = app
         self.store = runtime_of(app).store
-        #: The headers with which each message comes again.
+        #: By task id, the headers with which a message is sent again.
         self.waiting: dict[str, dict[str, Any]] = {}
         self.served: list[str] = []
 
@@ -43,10 +46,11 @@ class Messages:
         self.waiting[headers["id"]] = headers
 
     def deliver(self, task_id: str, waited: float | None = None, **own: Any) -> Any:
-        """Deliver a message, as it was sent last; returns how it ended.
+        """Deliver a message with the headers with which it was last sent.
 
-        :param waited: seconds that it has waited, if not those that it says.
-        :param own: what else its headers say.
+        :param waited: seconds that the message has waited; by default, as its headers say.
+        :param own: more fields of the request.
+        :returns: the result or the error of the task.
         """
         request = {"id": task_id, "retries": 0, "delivery_info": {}, "is_eager": False, **own}
         headers = self.waiting.pop(task_id, {})
@@ -78,13 +82,14 @@ def messages(app: Celery) -> Iterator[Messages]:
     signals.before_task_publish.disconnect(found.note)
 
 
-def test_the_first_that_waits_is_next_in_line(
+def test_the_first_message_that_waits_is_next_in_line(
     messages: Messages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It tries soon, and then about once a second; others try the less often, the more they are.
+    """The message next in line tries soon, and then about once a second. The more other messages
+    wait, the less often each of them tries.
 
-    All come at one moment, and the store answers at once: on a busy machine the first of them would
-    try again before the last has come, and count no more.
+    The clock stands still and each try costs nothing. Otherwise, on a busy machine, the first
+    message would be due again before the last is delivered, and no longer count as waiting.
     """
     own = runtime_of(messages.app).pace
     of_any_cost = own.pause
@@ -103,8 +108,10 @@ def test_the_first_that_waits_is_next_in_line(
     assert pauses[-1] > 40 * COST_OF_MESSAGE / SHARE
 
 
-def test_a_free_lease_is_left_to_the_next_in_line(messages: Messages) -> None:
-    """B, which waited, finds the lease free a moment before A comes again, which is next."""
+def test_a_free_lease_is_left_to_the_message_next_in_line(messages: Messages) -> None:
+    """A, B and C wait, and A is next in line. The lease is released. B is delivered again before A,
+    and leaves the free lease to A.
+    """
     lease = messages.hold()
     for task_id in ("A", "B", "C"):
         messages.deliver(task_id)
@@ -115,7 +122,7 @@ def test_a_free_lease_is_left_to_the_next_in_line(messages: Messages) -> None:
     assert messages.served == ["A"]
     lease = messages.hold()
     messages.deliver("C")
-    assert messages.next_one == "C", "the first that comes then"
+    assert messages.next_one == "C", "the first message that finds the lease taken again"
     messages.deliver("B")
     messages.store.release(lease, DONE)
     for task_id in ("B", "C", "B"):
@@ -132,8 +139,8 @@ def test_the_last_try_of_a_message_takes_a_free_lease(messages: Messages) -> Non
     assert messages.served == ["B"]
 
 
-def test_a_next_in_line_that_is_lost_gives_its_place_away(messages: Messages) -> None:
-    """A's worker is killed with it; when its claim has run out, B takes the free lease."""
+def test_a_lost_message_loses_its_place_as_next_in_line(messages: Messages) -> None:
+    """A is next in line, and lost with its worker. When A's claim expires, B acquires the lease."""
     lease = messages.hold()
     for task_id in ("A", "B"):
         messages.deliver(task_id)
@@ -141,12 +148,12 @@ def test_a_next_in_line_that_is_lost_gives_its_place_away(messages: Messages) ->
     assert row is not None
     assert messages.store.requests.claim(KEY, "A", 0.2, row.queue)
     messages.store.release(lease, DONE)
-    wait_until(lambda: messages.next_one is None, "A's claim runs out")
+    wait_until(lambda: messages.next_one is None, "A's claim expires")
     messages.deliver("B")
     assert messages.served == ["B"]
 
 
-def test_a_message_that_waited_for_too_long_fails_and_gives_its_place_away(
+def test_a_message_that_waited_too_long_fails_and_loses_its_place(
     messages: Messages,
 ) -> None:
     messages.hold()
@@ -157,8 +164,8 @@ def test_a_message_that_waited_for_too_long_fails_and_gives_its_place_away(
     assert messages.pause_of("B", 599.5) <= 0.5, "its last try comes when its time is over"
 
 
-def test_a_queued_message_of_enqueue_once_is_nobody_to_wait_for(app: Celery) -> None:
-    """It was sent and may be lost: what waited takes the lease."""
+def test_a_queued_message_of_enqueue_once_blocks_no_waiting_message(app: Celery) -> None:
+    """The queued message may be lost, so B, which waits, acquires the free lease."""
     found = Messages(app, enqueue_once=True)
     lease = found.hold()
     found.task.delay()
@@ -187,7 +194,7 @@ def test_a_message_of_enqueue_once_that_waits_stays_queued(app: Celery) -> None:
     assert (row.queued_in or 0) > 10 * LONGEST_GRACE
 
 
-def test_a_try_of_a_message_that_waited_reads_one_row(
+def test_another_try_of_a_waiting_message_only_reads_the_row(
     messages: Messages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     messages.hold()
@@ -213,7 +220,7 @@ def test_a_try_of_a_message_that_waited_reads_one_row(
 def test_a_message_that_waits_keeps_whether_its_result_is_ignored(
     memory_app: Celery, of_task: bool, of_message: bool | None, expected: bool
 ) -> None:
-    """A message of another client says nothing of it, and then its task does."""
+    """A message of another client may lack ``ignore_result``. Then the task's option counts."""
     found = Messages(memory_app, ignore_result=of_task)
     found.hold()
     own = {} if of_message is None else {"ignore_result": of_message}

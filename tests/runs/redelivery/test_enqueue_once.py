@@ -1,4 +1,4 @@
-"""``enqueue_once``: what is published, seen from the client that sends, on every store."""
+"""``enqueue_once``: which messages the sending client publishes, on every store."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_each_singleton_has_a_queued_copy_of_its_own(app: Celery, published: lis
     assert published == ids[:2]
 
 
-def test_when_it_has_run_the_next_one_is_published(app: Celery, published: list[str]) -> None:
+def test_after_a_run_the_next_message_is_published(app: Celery, published: list[str]) -> None:
     task = task_of(app)
     first = task.delay()
     task.apply(task_id=first.id)
@@ -67,8 +67,10 @@ def test_when_it_has_run_the_next_one_is_published(app: Celery, published: list[
     assert published == [first.id, second.id]
 
 
-def test_the_one_that_is_running_stands_for_it(app: Celery, published: list[str]) -> None:
-    """Another thread sends while it runs."""
+def test_a_running_message_stands_for_the_messages_of_others(
+    app: Celery, published: list[str]
+) -> None:
+    """Another thread sends a message while the first message's body runs."""
     inner: list[str] = []
 
     def body(self: Any) -> None:
@@ -81,8 +83,11 @@ def test_the_one_that_is_running_stands_for_it(app: Celery, published: list[str]
     assert inner == published == [first.id]
 
 
-def test_a_run_may_send_its_next_one(app: Celery, published: list[str]) -> None:
-    """celery-singleton #53: it does not stand for what it sends itself, only for what others do."""
+def test_a_run_may_send_its_next_message(app: Celery, published: list[str]) -> None:
+    """A run stands only for messages that others send (celery-singleton #53).
+
+    The messages that its own body sends are published.
+    """
 
     def body(self: Any, what: str = "") -> list[bool]:
         sent = [self.apply_async((what,), countdown=1).id for what in ("a", "b")]
@@ -95,8 +100,8 @@ def test_a_run_may_send_its_next_one(app: Celery, published: list[str]) -> None:
     assert len(published) == 2
 
 
-def test_what_is_skipped_is_queued_no_more(app: Celery, published: list[str]) -> None:
-    """Its message came while a direct call held the lease, and is gone."""
+def test_a_skipped_message_no_longer_counts_as_queued(app: Celery, published: list[str]) -> None:
+    """Another run holds the lease. The message is delivered, and skipped. The next is published."""
     task = task_of(app)
     first = task.delay()
     store = runtime_of(app).store
@@ -110,10 +115,10 @@ def test_what_is_skipped_is_queued_no_more(app: Celery, published: list[str]) ->
     "options",
     [{"retries": 1}, {"headers": {"own": 1}}, {"group_id": "g"}, {"chain": []}, {"link": []}],
 )
-def test_what_goes_on_with_something_is_never_held_back(
+def test_retries_workflow_parts_and_messages_with_headers_are_always_sent(
     app: Celery, published: list[str], options: dict[str, Any]
 ) -> None:
-    """celery-singleton #20: a retry is no second copy."""
+    """Such a message is not a second copy of the queued one (celery-singleton #20)."""
     task = task_of(app)
     task.delay()
     if "link" in options:
@@ -125,18 +130,23 @@ def test_what_goes_on_with_something_is_never_held_back(
     assert len(published) == 2
 
 
-def test_a_lost_message_keeps_others_out_for_its_life_and_no_longer(
+def test_a_lost_message_blocks_others_only_until_it_expires(
     app: Celery, published: list[str]
 ) -> None:
-    """celery-singleton #29, a revoked task blocks for ever: one that expires has no other life."""
+    """The first message is never delivered. After its ``expires``, the next is published.
+
+    In celery-singleton #29, a revoked task blocked all others for ever.
+    """
     task = task_of(app)
     first = task.apply_async(expires=0.5)
     wait_until(lambda: task.delay().id != first.id, "the next one is published")
     assert len(published) == 2
 
 
-def test_one_that_a_worker_drops_is_queued_no_more(app: Celery, published: list[str]) -> None:
-    """Celery says so with a signal, of a message that was revoked and of one that has expired."""
+def test_a_message_that_a_worker_drops_no_longer_counts_as_queued(
+    app: Celery, published: list[str]
+) -> None:
+    """Celery sends a signal when a worker drops a revoked or expired message."""
     task = task_of(app, unique_on=["what"])
     first, other = task.delay("a"), task.delay("b")
     dequeue_dropped(task, Context(id=first.id, args=["a"], kwargs={}))
@@ -145,15 +155,15 @@ def test_one_that_a_worker_drops_is_queued_no_more(app: Celery, published: list[
     assert len(published) == 3
 
 
-def test_what_else_a_worker_drops_is_left_alone(memory_app: Celery) -> None:
+def test_a_dropped_message_of_a_plain_task_is_ignored(memory_app: Celery) -> None:
     @memory_app.task(shared=False, name="plain")
     def plain() -> None:
-        """No singleton."""
+        """A task that is not a singleton."""
 
     dequeue_dropped(plain, Context(id="1", args=[], kwargs={}))
 
 
-def test_one_that_could_not_be_published_keeps_nobody_out(
+def test_a_message_that_could_not_be_published_blocks_no_other(
     app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = task_of(app)
@@ -166,14 +176,14 @@ def test_one_that_could_not_be_published_keeps_nobody_out(
 
 
 @pytest.mark.parametrize("verb", ["queued", "claim"])
-def test_while_the_store_is_out_of_reach_all_are_published(
+def test_while_the_store_is_unavailable_all_messages_are_published(
     app: Celery,
     published: list[str],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     verb: str,
 ) -> None:
-    """The lease still lets only one run."""
+    """Two messages are sent. The lease still lets only one run at a time."""
 
     def fail(*_: Any) -> str:
         raise StoreUnavailable("gone")
@@ -192,8 +202,8 @@ def test_while_the_store_is_out_of_reach_all_are_published(
 def test_a_claim_whose_message_was_not_sent_does_not_count(
     app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """The claim is carried out, its answer is lost, or a time limit interrupts it; and then the
-    broker takes no message either.
+    """1. The claim is carried out. 2. Its answer is lost, or a time limit interrupts the client.
+    3. The broker refuses the message. 4. The next message is published.
     """
     task = task_of(app)
     requests = runtime_of(app).store.requests
@@ -212,8 +222,8 @@ def test_a_claim_whose_message_was_not_sent_does_not_count(
     assert len(published) == 1
 
 
-def test_many_at_once_publish_one(app: Celery, published: list[str]) -> None:
-    """All find nothing queued before any of them has noted its own."""
+def test_several_clients_at_once_publish_one_message(app: Celery, published: list[str]) -> None:
+    """Four clients start together, so several may read that no message is queued, and claim."""
     task = task_of(app)
     runtime_of(app).check()
     together = threading.Barrier(4)
@@ -229,35 +239,40 @@ def test_many_at_once_publish_one(app: Celery, published: list[str]) -> None:
 
 
 class RowRequests:
-    """The store's, and what comes between a look and the claim that follows it."""
+    """The row requests of a store, with a function called after each read of the queue.
+
+    So a test can act between a client's read and the claim that follows.
+
+    :param between: gets the number of reads so far.
+    """
 
     def __init__(self, requests: Any, between: Callable[[int], None]) -> None:
         self._requests = requests
         self._between = between
-        self.looks = 0
+        self.reads = 0
 
     def queued(self, key: str) -> Queued:
         found: Queued = self._requests.queued(key)
-        self.looks += 1
-        self._between(self.looks)
+        self.reads += 1
+        self._between(self.reads)
         return found
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._requests, name)
 
 
-def test_one_that_is_queued_between_the_look_and_the_claim_stands_for_it(
+def test_a_message_queued_between_read_and_claim_stands_for_the_new_one(
     app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A looks, and nobody is queued; B looks, claims and publishes; A claims, is refused, and looks
-    again.
+    """1. A reads that no message is queued. 2. B reads, claims and publishes. 3. A claims, and is
+    refused. 4. A reads again, and finds B's message.
     """
     task = task_of(app)
     store = runtime_of(app).store
     requests = store.requests
 
-    def between(looks: int) -> None:
-        if looks == 1:
+    def between(reads: int) -> None:
+        if reads == 1:
             assert requests.claim("singleton-state:sent", "b", 60, 0)
 
     monkeypatch.setattr(store, "requests", RowRequests(requests, between))
@@ -265,19 +280,19 @@ def test_one_that_is_queued_between_the_look_and_the_claim_stands_for_it(
     assert published == []
 
 
-def test_a_queue_that_changes_at_every_look_keeps_nobody_out(
+def test_a_queue_that_changes_at_every_read_blocks_no_message(
     app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between each look and the claim another message is dequeued."""
+    """Another message is dequeued between each read and the claim. In the end A publishes."""
     task = task_of(app)
     store = runtime_of(app).store
     requests = store.requests
     changing = RowRequests(
-        requests, lambda looks: requests.dequeue("singleton-state:sent", "other")
+        requests, lambda reads: requests.dequeue("singleton-state:sent", "other")
     )
     monkeypatch.setattr(store, "requests", changing)
     assert published == [task.delay().id]
-    assert changing.looks == enqueue_once.ATTEMPTS
+    assert changing.reads == enqueue_once.ATTEMPTS
 
 
 def test_a_claim_whose_answer_is_lost_is_repeated(
@@ -299,17 +314,21 @@ def test_a_claim_whose_answer_is_lost_is_repeated(
     assert answers == [True, True]
 
 
-# -- while a run goes on
+# -- messages that are sent during a run
 
 
 @pytest.mark.parametrize(
     ("policy", "published_beside_run"),
     [("skip", 0), ("raise", 0), ("wait", 1), ("replace", 1), ("coalesce", 1)],
 )
-def test_a_change_during_a_run_brings_one_more_run_where_the_policy_does(
+def test_messages_sent_during_a_run_bring_one_more_run_if_the_policy_does(
     app: Celery, published: list[str], policy: str, published_beside_run: int
 ) -> None:
-    """Version 1 runs when 2 and 3 are sent: with these policies the first of them is queued."""
+    """Messages 2 and 3 are sent while message 1 runs.
+
+    With "wait", "replace" and "coalesce", message 2 is published and stands for 3. With the other
+    policies, message 1 stands for both.
+    """
     task = task_of(app, on_conflict=policy)
     assert runtime_of(app).store.acquire("singleton-state:sent", "a run", 60, "1") is not None
     second, third = task.delay("2"), task.delay("3")
@@ -326,7 +345,7 @@ def row_of(app: Celery) -> Any:
 
 
 def ways_to_say_when(now: datetime) -> list[tuple[dict[str, Any], float]]:
-    """Options of a message, and the seconds for which it then counts as queued."""
+    """Return pairs: options of a message, and the seconds for which it counts as queued."""
     in_an_hour, in_a_minute = now + timedelta(hours=1), now + timedelta(minutes=1)
     return [
         ({}, 300),
@@ -356,7 +375,7 @@ def ways_to_say_when(now: datetime) -> list[tuple[dict[str, Any], float]]:
 def test_a_message_counts_as_queued_until_it_may_have_run(
     memory_app: Celery, published: list[str], way: int, zone: str
 ) -> None:
-    """Whichever of Celery's ways says when it may run, or until when."""
+    """Use all the options of Celery that say when a message may run, or when it expires."""
     memory_app.conf.update(timezone=zone, enable_utc=zone == "UTC")
     task = task_of(memory_app)
     options, life = ways_to_say_when(datetime.now(UTC))[way]
@@ -367,7 +386,7 @@ def test_a_message_counts_as_queued_until_it_may_have_run(
 
 
 @pytest.mark.parametrize("how", ["attribute", "annotation", "set"])
-def test_a_task_says_itself_when_its_messages_expire(memory_app: Celery, how: str) -> None:
+def test_the_expires_option_of_a_task_counts_for_its_messages(memory_app: Celery, how: str) -> None:
     if how == "annotation":
         memory_app.conf.task_annotations = {"sent": {"expires": 30}}
     task = task_of(memory_app, **({"expires": 30} if how == "attribute" else {}))
@@ -407,13 +426,15 @@ def error_of(task: Any, options: dict[str, Any]) -> type | None:
     ],
     ids=[*"abcdefghij"],
 )
-def test_what_celery_refuses_it_refuses_itself(memory_app: Celery, options: dict[str, Any]) -> None:
-    """And nothing counts as queued."""
+def test_options_that_celery_refuses_raise_the_same_error(
+    memory_app: Celery, options: dict[str, Any]
+) -> None:
+    """A singleton and a plain task raise the same error, and no message counts as queued."""
     task = task_of(memory_app, unique_on=["what"])
 
     @memory_app.task(name="plain", shared=False)
     def plain(what: str = "") -> None:
-        """No singleton."""
+        """A task that is not a singleton."""
 
     assert error_of(task, options) == error_of(plain, options)
     store = runtime_of(memory_app).store
@@ -421,10 +442,12 @@ def test_what_celery_refuses_it_refuses_itself(memory_app: Celery, options: dict
     assert [row.queued_task_id for row in rows if row] in ([], [None])
 
 
-# -- a task id of one's own
+# -- task ids that the sender gives
 
 
-def test_a_task_id_of_ones_own_is_queued_once(app: Celery, published: list[str]) -> None:
+def test_a_message_with_the_senders_task_id_is_queued_once(
+    app: Celery, published: list[str]
+) -> None:
     task = task_of(app)
     assert [task.apply_async(task_id="nightly").id for _ in range(3)] == ["nightly"] * 3
     assert published == ["nightly"]
@@ -433,18 +456,18 @@ def test_a_task_id_of_ones_own_is_queued_once(app: Celery, published: list[str])
     assert published == ["nightly"] * 2
 
 
-def test_two_that_claim_for_the_same_task_id_at_once_send_one_message(
+def test_two_clients_with_the_same_task_id_at_once_send_one_message(
     app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A looks, and nobody is queued; B looks, claims and publishes the same id; A claims, and must
-    not take B's claim for its own.
+    """1. A reads that no message is queued. 2. B reads, claims and publishes with the same task id.
+    3. A claims, and must not mistake B's claim for its own.
     """
     task = task_of(app)
     store = runtime_of(app).store
     requests = store.requests
 
-    def between(looks: int) -> None:
-        if looks == 1:
+    def between(reads: int) -> None:
+        if reads == 1:
             task.apply_async(task_id="nightly")
 
     monkeypatch.setattr(store, "requests", RowRequests(requests, between))
@@ -455,21 +478,21 @@ def test_two_that_claim_for_the_same_task_id_at_once_send_one_message(
 def test_a_tick_whose_beat_died_before_it_sent_it_is_sent(
     app: Celery, published: list[str]
 ) -> None:
-    """Beat A claims for its tick, and dies; beat B sends the same tick, which has the same id."""
+    """1. Beat A claims for its tick. 2. A dies. 3. Beat B sends this tick with the same task id."""
     task = task_of(app)
     assert runtime_of(app).store.requests.claim("singleton-state:sent", "tick", 60, 0)
     task.apply_async(task_id="tick", headers={ENTRY: "nightly", DUE: "2026-01-01T00:00:00+00:00"})
     assert published == ["tick"]
 
 
-# -- ends without a run
+# -- messages that end without a run
 
 
-def test_a_tick_that_was_done_before_is_queued_no_more(
+def test_a_tick_that_was_done_before_no_longer_counts_as_queued(
     app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beat A sends a tick, and dies before it has noted that; the tick runs. Another message takes
-    the lease. Beat B sends the same tick.
+    """1. Beat A sends a tick, and dies before it records that. 2. The tick runs. 3. Another message
+    acquires the lease. 4. Beat B sends the tick again, and the run refuses it.
     """
     monkeypatch.setattr(duplicates, "GRACE", 0.0)
     task = task_of(app, on_conflict="wait")
@@ -485,7 +508,7 @@ def test_a_tick_that_was_done_before_is_queued_no_more(
 
 
 class Unlucky(SingletonTask[Any, Any, Any]):
-    """A message ends before its delivery."""
+    """A base class that raises in ``before_start``: the message ends before the guard sees it."""
 
     abstract = True
     ends_with: BaseException
@@ -496,7 +519,7 @@ class Unlucky(SingletonTask[Any, Any, Any]):
 
 @pytest.fixture
 def watched() -> Iterator[None]:
-    """What a worker follows."""
+    """Connect the signal receivers by which a worker notices messages that it drops."""
     followed = {
         signals.task_revoked: dropped.dequeue_dropped,
         signals.task_rejected: dropped.dequeue_rejected,
@@ -516,7 +539,7 @@ def watched() -> Iterator[None]:
     ids=repr,
 )
 @pytest.mark.usefixtures("watched")
-def test_one_that_ends_before_its_delivery_is_queued_no_more(
+def test_a_message_that_ends_before_the_guard_no_longer_counts_as_queued(
     app: Celery, ends_with: BaseException, stays: bool
 ) -> None:
     task = task_of(app, base=type("Base", (Unlucky,), {"ends_with": ends_with, "abstract": True}))
@@ -526,8 +549,10 @@ def test_one_that_ends_before_its_delivery_is_queued_no_more(
 
 
 @pytest.mark.usefixtures("watched")
-def test_one_whose_process_dies_before_its_delivery_is_queued_no_more(app: Celery) -> None:
-    """The worker's own process says so, of a hard time limit, too."""
+def test_a_message_whose_process_dies_before_the_guard_no_longer_counts_as_queued(
+    app: Celery,
+) -> None:
+    """The worker's parent process sends ``task_failure``, for example after a hard time limit."""
     task = task_of(app)
     first = task.delay()
     signals.task_failure.send(
@@ -538,7 +563,9 @@ def test_one_whose_process_dies_before_its_delivery_is_queued_no_more(app: Celer
 
 @pytest.mark.parametrize("unique_on", [None, ["what"]])
 @pytest.mark.usefixtures("watched")
-def test_one_that_a_worker_cannot_read_is_queued_no_more(app: Celery, unique_on: Any) -> None:
+def test_a_message_that_a_worker_cannot_read_no_longer_counts_as_queued(
+    app: Celery, unique_on: Any
+) -> None:
     task = task_of(app, unique_on=unique_on)
     first = task.delay("a")
     headers = {"task": "sent", "id": first.id}
@@ -550,7 +577,7 @@ def test_one_that_a_worker_cannot_read_is_queued_no_more(app: Celery, unique_on:
 
 @pytest.mark.usefixtures("watched")
 def test_a_run_costs_no_further_request(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether it succeeds or fails."""
+    """Neither a successful nor a failed run asks the store to dequeue its message."""
     task = task_of(app)
     monkeypatch.setattr(runtime_of(app).store.requests, "dequeue", lambda *_: 1 / 0)
     assert task.apply(("a",), task_id="1").get() == "a"
@@ -561,10 +588,10 @@ def test_a_run_costs_no_further_request(app: Celery, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("watched")
-def test_one_that_the_store_failed_is_queued_no_more(
+def test_a_message_that_failed_over_the_store_no_longer_counts_as_queued(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It got no lease, and was not retried."""
+    """The store is unavailable at acquire, and the message is not retried."""
     task = task_of(app, retry_reasons=[])
     first = task.delay()
 
@@ -578,10 +605,13 @@ def test_one_that_the_store_failed_is_queued_no_more(
     assert task.delay().id != first.id
 
 
-def test_the_result_of_a_message_that_failed_is_not_handed_out(
+def test_a_message_whose_stored_result_is_a_failure_blocks_no_other(
     app: Celery, published: list[str]
 ) -> None:
-    """No worker of ours had it: one that did not know the task, say, stored its failure."""
+    """The message counts as queued, but its stored result is a failure. The next is published.
+
+    For example, a worker that does not know the task stores such a failure.
+    """
     task = task_of(app)
     first = task.delay()
     app.backend.mark_as_failure(first.id, NotRegistered("sent"))
@@ -591,10 +621,10 @@ def test_the_result_of_a_message_that_failed_is_not_handed_out(
     assert published == [first.id, second.id]
 
 
-def test_a_task_id_that_was_used_before_is_queued_all_the_same(
+def test_a_task_id_that_was_used_before_counts_as_queued_again(
     app: Celery, published: list[str]
 ) -> None:
-    """Yesterday's result is stored under it."""
+    """The result backend still has yesterday's result of this task id."""
     task = task_of(app)
     app.backend.store_result("nightly", None, "SUCCESS")
     assert {task.apply_async(task_id="nightly").id for _ in range(2)} == {"nightly"}
@@ -605,7 +635,7 @@ def test_a_task_id_that_was_used_before_is_queued_all_the_same(
 
 
 def test_a_retry_that_waits_counts_as_queued(app: Celery, published: list[str]) -> None:
-    """It is sent although its own run goes on, and holds back what others send until it runs."""
+    """1. A run sends its own retry. 2. The retry blocks others' messages. 3. The retry runs."""
 
     def body(self: Any, what: str = "") -> None:
         if not self.request.retries:
@@ -623,7 +653,7 @@ def test_a_retry_that_waits_counts_as_queued(app: Celery, published: list[str]) 
     assert row_of(app).queued_task_id is None
 
 
-def test_a_retry_that_cannot_be_sent_is_queued_no_more(
+def test_a_retry_that_cannot_be_sent_does_not_count_as_queued(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = task_of(app)
@@ -634,7 +664,9 @@ def test_a_retry_that_cannot_be_sent_is_queued_no_more(
     assert row_of(app).queued_task_id is None
 
 
-def test_a_retry_is_sent_beside_another_that_is_queued(app: Celery, published: list[str]) -> None:
+def test_a_retry_is_sent_although_another_message_is_queued(
+    app: Celery, published: list[str]
+) -> None:
     task = task_of(app)
     first = task.delay()
     task.apply_async(task_id="2", retries=1)
@@ -642,8 +674,11 @@ def test_a_retry_is_sent_beside_another_that_is_queued(app: Celery, published: l
     assert row_of(app).queued_task_id == first.id
 
 
-def test_a_message_that_is_put_back_does_not_count(app: Celery) -> None:
-    """Its own run goes on. It counts as one that runs, and a change meanwhile must not be lost."""
+def test_a_requeued_message_does_not_count_as_queued(app: Celery) -> None:
+    """A message is requeued because its own run is in progress.
+
+    It counts as running. If it counted as queued, a message with a change could be dropped for it.
+    """
     task = task_of(app, on_conflict="wait")
     assert runtime_of(app).store.acquire("singleton-state:sent", "a run", 60, "1") is not None
     for retries in (0, 1):
@@ -659,7 +694,7 @@ def test_a_message_that_is_put_back_does_not_count(app: Celery) -> None:
 def test_a_connection_that_was_closed_meanwhile_sends_no_second_copy(
     server_url: str, published: list[str]
 ) -> None:
-    """A firewall or the server closes connections that nobody uses."""
+    """A firewall or the server closes an idle connection. The next message is still not sent."""
     for make in apps_on(server_url):
         app = make(broker_url="memory://")
         task = task_of(app)

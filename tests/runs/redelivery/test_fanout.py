@@ -1,4 +1,4 @@
-"""Messages of which a fanout exchange gives a copy to each worker."""
+"""A message to a fanout exchange: each worker gets a copy, and the task runs once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from celery_singleton_state.run import guard
 from tests.helpers.kept_messages import Broker, broker_of
 from tests.helpers.waiting import wait_until
 
-#: How a copy comes to a worker.
+#: The delivery info of a copy, which names the fanout exchange.
 COPY = {"exchange": "all", "routing_key": "", "redelivered": False}
 
 
@@ -38,7 +38,10 @@ def task_of(app: Celery, body: Callable[..., Any]) -> Any:
 
 
 def test_a_task_id_that_is_used_each_day_runs_once_a_day(app: Celery, broker: Broker) -> None:
-    """From the second day on all copies were taken for copies of the first day's message."""
+    """Send a new message each day with one task id, in two copies. It runs once each day.
+
+    The fault was: from the second day on, all copies counted as copies of the first day's message.
+    """
     ran: list[int] = []
 
     def body(self: Any, day: int) -> None:
@@ -56,7 +59,9 @@ def test_a_task_id_that_is_used_each_day_runs_once_a_day(app: Celery, broker: Br
 def test_copies_of_a_retry_wait_for_the_end_of_the_run_that_asked_for_it(
     app: Celery, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. The body asks for a retry. 2. Two workers get copies of it. 3. The run ends."""
+    """1. The body asks for a retry. 2. Two workers get a copy of the retry's message. They wait.
+    3. The run ends. 4. The retry runs once.
+    """
     ran: list[int] = []
     waits: list[float] = []
     copies: list[Future[Any]] = []

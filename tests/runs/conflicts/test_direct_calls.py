@@ -1,4 +1,4 @@
-"""Conflicts of calls that are no messages: they wait where they are."""
+"""Conflicts of direct and eager calls: they have no message, so the caller's thread waits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def idle(self: Any, what: Any = None) -> None:
 
 
 def returned(self: Any, what: Any) -> Any:
-    """A body that answers."""
+    """A body that returns its argument."""
     return what
 
 
@@ -35,8 +35,8 @@ def call(request: pytest.FixtureRequest) -> Any:
     return lambda task, *arguments: task(*arguments)
 
 
-def test_one_that_waits_runs_when_the_lease_is_free(app: Celery, call: Any) -> None:
-    """A is in its body; B is called, and meets the lease; A ends; B runs."""
+def test_a_call_that_waits_runs_when_the_lease_is_free(app: Celery, call: Any) -> None:
+    """A's body runs. B is called, and finds the lease taken. A ends. B runs."""
     inside, go = threading.Event(), threading.Event()
     met: list[str] = []
 
@@ -66,7 +66,7 @@ def test_one_that_waits_runs_when_the_lease_is_free(app: Celery, call: Any) -> N
 
 
 @pytest.mark.parametrize("policy", ["wait", "replace"])
-def test_it_waits_for_no_longer_than_it_may(
+def test_a_call_waits_for_the_conflict_timeout_at_most(
     app: Celery, call: Any, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Delivery, "conflict_timeout", 0.3)
@@ -77,8 +77,11 @@ def test_it_waits_for_no_longer_than_it_may(
         call(task)
 
 
-def test_a_checkpoint_hears_who_asks(app: Celery) -> None:
-    """The holder saves, and only then learns that it is asked: its state stays saved."""
+def test_a_checkpoint_of_a_run_that_is_asked_to_stop_saves_and_ends_it(app: Celery) -> None:
+    """Another task asks for the lease. The checkpoint is saved, and then raises HeartbeatFailed.
+
+    The saved state stays in the row.
+    """
     store = runtime_of(app).store
     after: list[str] = []
 
@@ -104,18 +107,19 @@ def dict_schema() -> Any:
     return TypedDict("State", {"n": int})
 
 
-def test_a_wish_while_the_lease_is_held_on_waits_for_the_end(app: Celery, call: Any) -> None:
-    """A call is no message that could be sent after it, so it waits as the first message does."""
+def test_a_coalesced_call_waits_for_the_end_of_the_hold_period(app: Celery, call: Any) -> None:
+    """A call cannot be sent again as a message, so it waits in place of leaving a pending run."""
     task = task_of(app, returned, on_conflict="coalesce", hold_at_least=0.3)
     assert call(task, "first") == "first"
     assert call(task, "second") == "second"
 
 
-def test_a_wish_outlives_the_lost_answer_to_a_release(
+def test_a_pending_run_is_sent_although_the_answer_to_a_release_is_lost(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A's body runs; B wishes; A's release is carried out and its answer lost; repeated, it is
-    refused. A finds its end in the history, and the wish in the row.
+    """1. A's body runs. 2. A second call finds the lease taken, and leaves a pending run in the
+    row. 3. A's release is carried out, but its answer is lost. 4. A repeats the release, and the
+    store refuses it. 5. A finds its own end in the row's history, and sends the pending run.
     """
     store = runtime_of(app).store
     sent: list[Any] = []
@@ -141,7 +145,7 @@ def test_a_wish_outlives_the_lost_answer_to_a_release(
     assert store.requests.wanted("singleton-state:called") is None
 
 
-def test_arguments_that_cannot_be_kept_are_told(app: Celery) -> None:
+def test_arguments_that_cannot_be_kept_for_a_pending_run_are_refused(app: Celery) -> None:
     store = runtime_of(app).store
     assert store.acquire("singleton-state:called", "somebody", 60, "task-1") is not None
     task = task_of(app, idle, on_conflict="coalesce")
