@@ -1,4 +1,4 @@
-"""Threads and greenlets that a body starts: with the run's context, and without it."""
+"""Threads and greenlets that a body starts, with or without the run's context variables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def in_thread(function: Callable[[], Any]) -> Any:
         return pool.submit(function).result(30)
 
 
-ASKED: dict[str, Callable[[Any], Any]] = {
+USES: dict[str, Callable[[Any], Any]] = {
     "state": lambda task: task.state,
     "fence": lambda task: task.fence,
     "lease_remaining": lambda task: task.lease_remaining,
@@ -47,12 +47,12 @@ ASKED: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("what", ASKED)
-def test_a_thread_of_the_body_without_its_context_is_told_how_to_have_it(
+@pytest.mark.parametrize("what", USES)
+def test_the_error_in_a_thread_without_the_runs_context_says_how_to_pass_it(
     memory_app: Celery, what: str
 ) -> None:
     def body(self: Any) -> None:
-        in_thread(lambda: ASKED[what](self))
+        in_thread(lambda: USES[what](self))
 
     with pytest.raises(RuntimeError, match="copy_context") as caught:
         make(memory_app, body)()
@@ -60,7 +60,7 @@ def test_a_thread_of_the_body_without_its_context_is_told_how_to_have_it(
     assert "executor.submit(contextvars.copy_context().run, function)" in str(caught.value)
 
 
-def test_where_no_body_runs_nothing_is_said_of_contexts(memory_app: Celery) -> None:
+def test_the_error_outside_any_run_does_not_mention_contexts(memory_app: Celery) -> None:
     def body(self: Any) -> None: ...
 
     task = make(memory_app, body)
@@ -85,7 +85,7 @@ def by_asyncio(function: Callable[[], Any]) -> None:
 
 
 @pytest.mark.parametrize("start", [by_thread, by_executor, by_asyncio])
-def test_a_thread_with_the_context_does_all_that_the_body_can(
+def test_a_thread_with_the_runs_context_can_do_what_the_body_can(
     app: Celery, start: Callable[..., None]
 ) -> None:
     seen: list[Any] = []
@@ -109,11 +109,12 @@ def test_a_thread_with_the_context_does_all_that_the_body_can(
     assert (row.value, row.last_outcome) == ('{"n":2}', "succeeded")
 
 
-def test_threads_that_save_at_the_same_time_lose_no_lease(
+def test_checkpoints_of_several_threads_are_sent_one_after_the_other(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A's checkpoint has its number and is about to be sent; B's begins. If B's were numbered and
-    sent now, A's would be refused as late, and the lease would count as lost.
+    """1. Thread A's checkpoint has got its write number, but is not sent yet. 2. Thread B begins a
+    checkpoint. 3. B waits until A's is saved. If B's were numbered and sent first, the store would
+    refuse A's as late, and the lease would count as lost.
     """
     store = runtime_of(app).store
     save = store.save
@@ -154,8 +155,8 @@ def test_threads_that_save_at_the_same_time_lose_no_lease(
     assert (row.value, row.last_outcome) == ('{"n":1}', "succeeded")
 
 
-@pytest.mark.parametrize("what", ASKED)
-def test_a_thread_that_outlives_the_run_is_told_that_it_is_over(
+@pytest.mark.parametrize("what", USES)
+def test_the_error_in_a_thread_that_outlives_its_run_says_that_the_run_is_over(
     memory_app: Celery, what: str
 ) -> None:
     contexts: list[Any] = []
@@ -166,12 +167,12 @@ def test_a_thread_that_outlives_the_run_is_told_that_it_is_over(
     task = make(memory_app, body)
     task()
     with pytest.raises(RuntimeError, match=r"only while its body runs.*a run that has ended"):
-        in_thread(lambda: contexts[0].run(ASKED[what], task))
+        in_thread(lambda: contexts[0].run(USES[what], task))
 
 
 def test_a_transaction_that_is_open_when_the_run_ends_is_rolled_back(memory_app: Celery) -> None:
-    """The body ends while its thread is within ``transaction()``: the run fails and is released;
-    the thread's commit is refused, though the lease could have been trusted still.
+    """1. A thread of the body is within ``transaction()``. 2. The body ends. 3. The thread's commit
+    is refused, although the lease has not expired. 4. The run fails, and is released.
     """
     store = runtime_of(memory_app).store
     inside, go = threading.Event(), threading.Event()
@@ -228,7 +229,7 @@ def run(self):
     except RuntimeError as error:
         assert "copy_context" in str(error), error
     else:
-        raise AssertionError("it has the context")
+        raise AssertionError("a greenlet without copy_context() has the run's context")
 
     def add():
         self.state.n += 1
@@ -242,7 +243,7 @@ print(run())
 """
 
 
-def test_greenlets_of_the_body(tmp_path: Path) -> None:
+def test_greenlets_with_the_runs_context_can_save(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", GREENLETS],
         env={"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},

@@ -1,4 +1,4 @@
-"""Arguments that Celery converts before the body sees them: the key is made of those."""
+"""Arguments that Celery converts by pydantic: the key is made of the converted arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator
 from celery_singleton_state.runtime import runtime_of
 from tests.helpers.messages import deliver_all, received, use_own_queue
 
-pytestmark = pytest.mark.skipif(VERSION < (5, 5), reason="came with Celery 5.5")
+pytestmark = pytest.mark.skipif(VERSION < (5, 5), reason="pydantic tasks came with Celery 5.5")
 
 
 class Order(BaseModel):
@@ -62,10 +62,10 @@ def keys(app: Celery) -> list[str]:
 
 
 @pytest.mark.parametrize("unique_on", [["order"], "*", lambda order, **_: order.id])
-def test_spellings_of_one_order_are_one_singleton(
+def test_different_spellings_of_one_order_are_one_singleton(
     app: Celery, make: Callable[..., Any], unique_on: Any
 ) -> None:
-    """Three spellings of one order ran at once."""
+    """All spellings have one row. The fault was: three spellings of one order ran at once."""
     task = make(unique_on=unique_on)
     for spelling in SPELLINGS:
         app.send_task("ship", (spelling,))
@@ -82,19 +82,19 @@ def test_the_key_is_that_of_the_converted_argument(app: Celery, make: Callable[.
     assert keys(app) == ['singleton-state:ship{"order":{"id":1,"shop":"north"}}']
 
 
-def test_one_spelling_is_sent_while_another_is_queued(
+def test_a_spelling_is_not_sent_while_another_spelling_is_queued(
     app: Celery, make: Callable[..., Any]
 ) -> None:
     task = make(enqueue_once=True)
     ids = {task.delay(each).id for each in SPELLINGS}
-    if VERSION >= (5, 7):  # which sends models
+    if VERSION >= (5, 7):  # because older versions cannot send a model as an argument
         ids.add(task.delay(Order(id=1)).id)
     assert len(ids) == 1
     assert len(received(app)) == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"enqueue_once": True}], ids=["", "enqueue_once"])
-def test_what_cannot_be_converted_fails_as_in_celery(
+def test_arguments_that_cannot_be_converted_fail_as_in_celery(
     app: Celery, make: Callable[..., Any], options: dict[str, Any]
 ) -> None:
     task = make(**options)
@@ -105,7 +105,9 @@ def test_what_cannot_be_converted_fails_as_in_celery(
     assert keys(app) == []
 
 
-def test_strict_is_strict(app: Celery, make: Callable[..., Any]) -> None:
+def test_with_pydantic_strict_a_text_is_not_converted_to_a_number(
+    app: Celery, make: Callable[..., Any]
+) -> None:
     make(pydantic_strict=True)
     app.send_task("ship", ({"id": "1"},))
     (account,) = deliver_all(app)

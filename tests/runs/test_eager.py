@@ -1,4 +1,4 @@
-"""Eager runs that fail over the store: what the caller is told, and what the row holds."""
+"""Eager runs that fail over the store: which result or error the caller gets, and the row after."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Count(TypedDict):
 
 
 class Lock:
-    """Another program's lock on the store's file: statements fail until it is given up."""
+    """Another program's lock on the SQLite file: the store's statements fail until it is freed."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -46,7 +46,7 @@ class Lock:
             self._connection = sqlite3.connect(self.path, isolation_level=None)
             self._connection.execute("BEGIN IMMEDIATE")
 
-    def give_up(self, *_: Any) -> None:
+    def free(self, *_: Any) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
@@ -56,7 +56,7 @@ class Lock:
 def lock(tmp_path: Path) -> Iterator[Lock]:
     made = Lock(f"{tmp_path}/store.db")
     yield made
-    made.give_up()
+    made.free()
 
 
 @pytest.fixture
@@ -66,19 +66,22 @@ def store_url(tmp_path: Path) -> str:
 
 @pytest.fixture
 def app(make_app: Callable[..., Celery]) -> Celery:
-    """An app that waits only briefly for the file's lock; its leases live for longer."""
+    """Return an app that waits for the file's lock for a moment only, so that statements fail soon.
+
+    The tests' leases live for longer than that.
+    """
     return make_app(singleton_heartbeat_interval=0.1)
 
 
 @pytest.fixture
 def runs() -> list[int]:
-    """What each run of the body started from."""
+    """Return a list to which each run adds the number from which its state started."""
     return []
 
 
 @pytest.fixture
 def make(app: Celery, runs: list[int]) -> Callable[..., Any]:
-    """Makes a task that counts, and whose body does something else besides."""
+    """Return a function that makes a task whose body counts, and then calls another function."""
 
     def made(inside: Callable[[Any], Any] = lambda task: None, **options: Any) -> Any:
         def body(self: Any, *_: Any) -> str:
@@ -118,19 +121,18 @@ HOW: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_save_that_fails_in_an_eager_run_is_its_result(
+def test_a_failed_save_is_the_result_of_an_eager_run(
     app: Celery, make: Callable[..., Any], runs: list[int], lock: Lock, how: str
 ) -> None:
-    """The file is locked from the body on: neither the save nor any later try succeeds.
-
-    When the lock is gone, the next run is not skipped for the lease that the failed run left.
+    """1. The body locks the file. 2. The save fails, and so do all later tries. 3. The lock is
+    freed. 4. The next run is not skipped, although the failed run has left its lease in the row.
     """
     task = make(lambda task: lock.take() if len(runs) == 1 else None)
     result = HOW[how](task)
     assert result.state == "FAILURE"
     assert isinstance(result.result, StatePersistFailed)
     assert runs == [0]
-    lock.give_up()
+    lock.free()
     assert task.apply().result == "run 2"
     assert value(app) == '{"n":1}'
 
@@ -145,10 +147,10 @@ RAISING: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("how", RAISING)
-def test_it_is_raised_where_the_caller_wants_errors_raised(
+def test_a_failed_save_is_raised_if_the_caller_wants_errors_raised(
     app: Celery, make: Callable[..., Any], runs: list[int], lock: Lock, how: str
 ) -> None:
-    """What is raised is the error, and not a ``Retry`` that nobody carries out."""
+    """The caller gets StatePersistFailed, not a ``Retry``, because no worker would carry it out."""
     after: list[Any] = []
     app.task(name="after", shared=False)(after.append)
     task = make(lambda task: lock.take())
@@ -157,21 +159,21 @@ def test_it_is_raised_where_the_caller_wants_errors_raised(
     assert (runs, after) == ([0], [])
 
 
-def test_a_store_that_comes_back_has_the_eager_run_repeated(
+def test_an_eager_run_is_repeated_when_the_store_is_available_again(
     app: Celery,
     make: Callable[..., Any],
     runs: list[int],
     lock: Lock,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The row still names the first try, whose lease lives for a minute; the second try gives it
-    back and takes it.
+    """The first try could not release its lease, which would live for a minute. The second try
+    releases that lease, and acquires it.
     """
     store = runtime_of(app).store
     acquire = store.acquire
 
     def acquire_later(*arguments: Any) -> Any:
-        lock.give_up()
+        lock.free()
         return acquire(*arguments)
 
     monkeypatch.setattr(store, "acquire", acquire_later)
@@ -181,11 +183,11 @@ def test_a_store_that_comes_back_has_the_eager_run_repeated(
     assert value(app) == '{"n":1}'
 
 
-def test_a_save_whose_answer_is_lost_is_not_repeated(
+def test_an_eager_run_whose_save_was_carried_out_is_not_repeated(
     app: Celery, make: Callable[..., Any], runs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The release is carried out, and no answer to it comes. The next try finds it in the row's
-    history, and ends with the result of the body that was saved.
+    """1. The release is carried out, but its answer is lost. 2. The next try finds the run in the
+    row's history. 3. The eager run ends with that run's result.
     """
     store = runtime_of(app).store
     release, peek = store.release, store.peek
@@ -208,14 +210,17 @@ def test_a_save_whose_answer_is_lost_is_not_repeated(
 
 
 @pytest.mark.parametrize("retries", [None, 1])
-def test_an_eager_run_over_an_unavailable_store_ends(
+def test_an_eager_run_ends_although_the_store_stays_unavailable(
     app: Celery,
     make: Callable[..., Any],
     lock: Lock,
     retries: int | None,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Whatever its policy allows, it is repeated three times at most, and never nested."""
+    """The run is repeated three times at most, whatever its retry policy allows.
+
+    It does not wait for the policy's pauses of an hour.
+    """
     policy = RetryPolicy(max_retries=retries, backoff=3600)
     task = make(retry_policy={"StateLoadFailed": policy})
     runtime_of(app).store.peek(KEY)
@@ -227,11 +232,11 @@ def test_an_eager_run_over_an_unavailable_store_ends(
     assert repeated == min(3, 3 if retries is None else retries)
 
 
-def test_a_lost_lease_of_an_eager_run_is_its_result(
+def test_a_lost_lease_is_the_result_of_an_eager_run(
     app: Celery, make: Callable[..., Any], runs: list[int]
 ) -> None:
-    """Somebody else has the lease when the run is repeated: a repeated run is not skipped as if
-    nothing had been asked of it.
+    """1. Another holder takes the lease over. 2. The checkpoint fails. 3. The run is repeated, and
+    finds the lease taken. 4. The result is the checkpoint's error, although the policy is "skip".
     """
     store = runtime_of(app).store
 
@@ -247,10 +252,13 @@ def test_a_lost_lease_of_an_eager_run_is_its_result(
     assert (result.state, type(result.result), runs) == ("FAILURE", HeartbeatFailed, [0])
 
 
-def test_only_what_failed_over_the_store_is_repeated_at_once(
+def test_an_eager_run_that_waited_for_the_lease_in_vain_is_not_repeated(
     app: Celery, make: Callable[..., Any], runs: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who has waited for a lease in vain does not wait for it again."""
+    """Only failures over the store are repeated at once. Here the lease is taken all the time.
+
+    The run fails after ``conflict_timeout``, and does not wait a second time.
+    """
     assert runtime_of(app).store.acquire(KEY, "somebody:1:a.1", 60, "other") is not None
     caplog.set_level("INFO", "celery_singleton_state")
     reasons = ["StateLoadFailed", "StatePersistFailed", "LeaderHandoffFailed"]
@@ -265,13 +273,14 @@ class Number:
 
 
 @pytest.mark.parametrize("times", [3, 1000])
-def test_the_errors_of_earlier_tries_are_freed_with_their_runs(
+def test_earlier_tries_of_an_eager_run_are_freed_with_their_errors(
     app: Celery, monkeypatch: pytest.MonkeyPatch, times: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without help of the garbage collector: an error has the frames that it passed, and these
-    have the earlier tries.
+    """Tries are freed without the garbage collector.
+
+    An error refers to the frames that it passed. These must not keep the earlier tries alive.
     """
-    caplog.set_level("CRITICAL")  # what is logged is kept, with its error
+    caplog.set_level("CRITICAL")  # because caplog keeps each log record with its error
     bodies: list[weakref.ref[Any]] = []
     real, left = runtime_of(app).store.release, [times]
 
@@ -303,7 +312,7 @@ def wrong(task: Any) -> None:
     task.state = "no count"
 
 
-def test_a_state_that_does_not_fit_is_the_result(
+def test_a_state_that_does_not_fit_is_the_error_of_an_eager_run(
     app: Celery, make: Callable[..., Any], runs: list[int]
 ) -> None:
     result = make(wrong).apply()
@@ -327,18 +336,19 @@ def in_a_transaction(task: Any) -> None:
 
 
 @pytest.mark.parametrize("ask", [by_retry, by_autoretry, in_a_transaction])
-@pytest.mark.parametrize("comes_back", [True, False])
+@pytest.mark.parametrize("is_available_again", [True, False])
 def test_a_body_that_asks_for_an_eager_retry_gets_it_or_an_error(
     app: Celery,
     make: Callable[..., Any],
     runs: list[int],
     lock: Lock,
     ask: Callable[[Any], None],
-    comes_back: bool,
+    is_available_again: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first run's release fails. Celery calls the retry within the first call, and the row
-    still names the first run, which has ended.
+    """1. The body asks for a retry. 2. The release of its lease fails. 3. Celery calls the retry
+    within the first call. The row still names the first run. 4. If the store is available again,
+    the retry runs. Otherwise it ends with StateLoadFailed.
     """
 
     def inside(task: Any) -> None:
@@ -358,20 +368,20 @@ def test_a_body_that_asks_for_an_eager_retry_gets_it_or_an_error(
 
     def on_retry(*_: Any) -> None:
         monkeypatch.setattr(store, "release", release)
-        if comes_back:
-            lock.give_up()
+        if is_available_again:
+            lock.free()
 
     task = make(inside, autoretry_for=(KeyError,))
     task.on_retry = on_retry
     result = task.apply()
-    if comes_back:
+    if is_available_again:
         assert (result.state, result.result, runs) == ("SUCCESS", "run 2", [0, 0])
         assert value(app) == '{"n":1}'
     else:
         assert (result.state, type(result.result), runs) == ("FAILURE", StateLoadFailed, [0])
 
 
-def test_a_checkpoint_that_fails_in_an_eager_run_is_its_result(
+def test_a_failed_checkpoint_is_the_result_of_an_eager_run(
     app: Celery, make: Callable[..., Any], runs: list[int], lock: Lock
 ) -> None:
     def inside(task: Any) -> None:
@@ -385,16 +395,16 @@ def test_a_checkpoint_that_fails_in_an_eager_run_is_its_result(
 def test_a_direct_call_after_a_failed_one_is_not_skipped(
     app: Celery, make: Callable[..., Any], runs: list[int], lock: Lock
 ) -> None:
-    """The lease that the first call left lives for a minute."""
+    """The first call could not release its lease, which would live for a minute."""
     task = make(lambda task: lock.take() if len(runs) == 1 else None)
     with pytest.raises(SingletonError):
         task()
-    lock.give_up()
+    lock.free()
     assert task() == "run 2"
     assert value(app) == '{"n":1}'
 
 
-def test_plain_retries_go_on_as_celery_does_them(
+def test_retries_of_eager_runs_work_as_in_celery(
     app: Celery, make: Callable[..., Any], runs: list[int]
 ) -> None:
     task = make(lambda task: by_retry(task) if len(runs) < 3 else None)

@@ -1,4 +1,4 @@
-"""A body that forks: the run stays its own, whatever the child does and however it ends."""
+"""A body that forks a child process: the run belongs to the parent, whatever the child does."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from celery_singleton_state.migrations.open_store import open_store
 from tests.helpers.fleet import ROOT
 from tests.helpers.stores import url_on
 
-#: What the child notes of each way.
-WAYS = {
+#: By what the child does (see tests/apps/forking.py), the lines that the child writes to its notes.
+NOTES_OF = {
     "use": ["is refused: checkpoint", "is refused: transaction", "succeeds"],
     "use_its_own": ["has its own", "succeeds"],
     "leave": [],
     "fail": ["LookupError"],
     "come_back": ["succeeds"],
-    # A block that ends would save the state.
+    # When the block of transaction() ends, it would save the state. The child gets a RuntimeError.
     "use in transaction": [
         "is refused: checkpoint",
         "is refused: transaction",
@@ -38,16 +38,17 @@ WAYS = {
 
 @pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
 def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty database of each driver."""
+    """Return the URL of an empty database. The test runs once for each database server."""
     return url_on(request.param, request, tmp_path)
 
 
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("how", NOTES_OF)
 def test_a_child_that_a_body_forks_leaves_the_run_to_its_parent(
     shared_store_url: str, tmp_path: Path, how: str
 ) -> None:
-    """The parent has a lease, connections, and, in some of the ways, a transaction. The child,
-    which has copies of all that, does what it does and ends; the parent goes on and saves.
+    """1. The parent holds the lease, connections, and in some cases an open transaction. 2. It
+    forks a child, which has copies of all these. 3. The child acts as ``how`` says, and ends. 4.
+    The parent goes on and saves.
     """
     store = open_store(shared_store_url, "kv_store", 5.0, auto_migrate=True)
     with store.transaction() as transaction:
@@ -63,7 +64,7 @@ def test_a_child_that_a_body_forks_leaves_the_run_to_its_parent(
     assert (program.returncode, program.stderr) == (0, "")
     lines = notes.read_text().splitlines()
     childs = [line.removeprefix("child ") for line in lines if line.startswith("child")]
-    assert childs == WAYS[how]
+    assert childs == NOTES_OF[how]
     assert lines[len(childs) :] == ["parent leads no longer", "parent succeeds"]
     row = store.peek("singleton-state:forks")
     assert row is not None

@@ -1,4 +1,4 @@
-"""A run that is interrupted, through its task: what the caller and the row say of it."""
+"""A run that is interrupted: which error its caller gets, and what its row then holds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def never() -> bool:
 
 
 def lose(app: Celery, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """From here on the store refuses to renew the lease of a singleton."""
+    """Make the store refuse each further renewal of a singleton's lease."""
     store = runtime_of(app).store
     renew = store.renew
 
@@ -40,8 +40,8 @@ def lose(app: Celery, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(store, "renew", refuse)
 
 
-def test_no_retry_is_made_of_it(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The task retries over every ``Exception``, and its body swallows some."""
+def test_an_interrupted_run_is_not_retried(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task asks for retries over every ``Exception``, and its body catches these."""
     attempts: list[int] = []
 
     def body(self: Any) -> None:
@@ -60,8 +60,10 @@ def test_no_retry_is_made_of_it(app: Celery, monkeypatch: pytest.MonkeyPatch) ->
     assert attempts == [0]
 
 
-def test_who_asks_for_the_lease_gets_it_from_a_body_that_catches_everything(app: Celery) -> None:
-    """The holder's heartbeat hears of the wish; the body catches the first interruption."""
+def test_a_body_that_catches_everything_is_interrupted_for_a_handoff(app: Celery) -> None:
+    """1. Another task asks for the lease. 2. The holder's heartbeat learns of it, and interrupts
+    the body. 3. The body catches the interruption. 4. The second interruption ends it.
+    """
     store = runtime_of(app).store
     caught: list[str] = []
 
@@ -80,10 +82,12 @@ def test_who_asks_for_the_lease_gets_it_from_a_body_that_catches_everything(app:
 
 
 @pytest.mark.parametrize("way", ["called", "applied"])
-def test_a_run_within_a_lost_one_is_released_and_the_lost_one_ends(
+def test_an_inner_run_is_released_when_its_outer_run_is_lost(
     app: Celery, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """The outer run is lost while the inner one's body works, called directly or eagerly."""
+    """1. The outer run's body calls another singleton. 2. The outer run's lease is lost. 3. The
+    interruption ends both bodies. 4. The inner run is released as failed.
+    """
     went_on: list[str] = []
 
     def inner_body(self: Any) -> None:
@@ -96,7 +100,7 @@ def test_a_run_within_a_lost_one_is_released_and_the_lost_one_ends(
         try:
             inner() if way == "called" else inner.apply()
         except Exception:
-            went_on.append("the interruption passed for the inner run's failure")
+            went_on.append("the outer body caught the interruption as an error of the inner run")
 
     with pytest.raises(HeartbeatFailed) as caught:
         task_of(app, body, lease_ttl=1)()

@@ -1,7 +1,7 @@
-"""Requests that are carried out late, and answers that are lost, as a run meets them.
+"""Runs whose requests to the store are carried out late, or whose answers from it are lost.
 
-The store is the real one. A test puts itself between the run and one of the store's verbs: it
-carries a request out and loses the answer, or does not carry it out, or keeps it for later.
+The store is a real one. A test replaces one method of the store. The replacement carries a request
+out and loses the answer, does not carry it out, or carries it out later.
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ NO_ARGUMENTS = Content("application/json", "utf-8", "[[], {}, {}]")
 
 #: Seconds that a lease lives by default.
 ORDINARY_LIFE = 8.0
+#: Seconds of a life that is longer than any test takes.
 LONG_LIFE = 600.0
 
 
 class Verb:
-    """One verb of an app's store, as a test wants it to go.
+    """Replaces one method of an app's store by a method whose answers are lost.
 
-    :param times: how often it goes wrong.
-    :param carried_out: whether a request is carried out whose answer is lost.
+    If :attr:`carried_out` is false, the requests without an answer are not carried out either.
+
+    :param times: how many of the first requests get no answer.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Verb:
         raise self.error
 
     def arrives_late(self) -> Any:
-        """Carry out the first request, once more or at last."""
+        """Carry out the first request now, also if it was carried out before."""
         args, kwargs = self.requests[0]
         return self.real(*args, **kwargs)
 
@@ -87,14 +89,16 @@ def is_free(app: Celery) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("celery_singleton_state.lease.lease.FIRST_PAUSE", 0.001)
 
 
-def test_a_lease_whose_answers_were_all_lost_is_given_back(
+def test_a_lease_whose_acquisition_was_never_answered_is_released(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Acquire is carried out twice, both answers are lost: nobody else knows of that lease."""
+    """Acquire is carried out twice, and both answers are lost. Only this process can release that
+    lease before it expires.
+    """
     task = task_of(app, increment, lease_ttl=LONG_LIFE, max_retries=0)
     Verb(app, monkeypatch, "acquire", times=2)
     with pytest.raises(StateLoadFailed):
@@ -103,7 +107,7 @@ def test_a_lease_whose_answers_were_all_lost_is_given_back(
     assert task() == 1
 
 
-def test_a_lease_is_given_back_as_soon_as_the_store_answers(
+def test_a_lease_is_released_as_soon_as_the_store_answers(
     make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = make_app(singleton_heartbeat_interval=0.1)
@@ -117,10 +121,13 @@ def test_a_lease_is_given_back_as_soon_as_the_store_answers(
     assert len(back.requests) == 3
 
 
-def test_a_late_acquisition_holds_the_lease_for_an_ordinary_life_at_most(
+def test_a_late_acquisition_holds_the_lease_for_the_default_life_at_most(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run has ended, and its acquisition is carried out once more, for nobody."""
+    """The run has ended. Its request to acquire the lease is carried out once more.
+
+    No run uses that lease, so it expires soon.
+    """
     task = task_of(app, increment, lease_ttl=LONG_LIFE)
     acquire = Verb(app, monkeypatch, "acquire", times=0)
     assert task() == 1
@@ -161,7 +168,9 @@ def test_a_body_does_not_begin_on_an_unconfirmed_lease(
 def test_a_lease_that_was_lost_before_it_was_confirmed_is_a_conflict(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Acquire is answered; the process is stopped until somebody else has the lease."""
+    """1. Acquire is answered. 2. The process is stopped. 3. The lease is released, and another
+    holder acquires it. 4. The process goes on, and confirms its lease: the store refuses that.
+    """
     task = task_of(app, idle, lease_ttl=LONG_LIFE, on_conflict="raise")
     store = runtime_of(app).store
     renew = store.renew
@@ -177,11 +186,11 @@ def test_a_lease_that_was_lost_before_it_was_confirmed_is_a_conflict(
 
 
 @pytest.mark.parametrize("on_lease_lost", ["interrupt", "finish"])
-def test_a_body_does_not_begin_on_a_lease_that_ran_out_while_results_were_asked_for(
+def test_a_body_does_not_begin_if_the_lease_was_lost_during_a_result_lookup(
     memory_app: Celery, monkeypatch: pytest.MonkeyPatch, on_lease_lost: str
 ) -> None:
-    """A message's id was used before, so the result backend is asked for an old result. It answers
-    when the lease has been lost.
+    """1. A message has a task id that was used before, so the run asks the result backend for an
+    old result. 2. The lease is lost. 3. The result backend answers.
     """
     bodies: list[int] = []
     memory_app.conf.singleton_heartbeat_interval = 0.1
@@ -192,7 +201,7 @@ def test_a_body_does_not_begin_on_a_lease_that_ran_out_while_results_were_asked_
 
     def answer_late(task_id: str) -> AsyncResult[Any]:
         run = current_run(memory_app.tasks["count"])
-        assert run is not None, "nobody renews the lease"
+        assert run is not None, "no run renews the lease"
         assert end_for(runtime_of(memory_app), row(memory_app), 0, "released by somebody")
         wait_until(lambda: run.held.lost is not None, "the heartbeat finds the lease lost")
         return AsyncResult(task_id, app=memory_app)
@@ -245,8 +254,9 @@ def test_an_error_that_cannot_be_encoded_is_recorded(app: Celery, text: str) -> 
 def test_a_late_checkpoint_does_not_undo_a_newer_one(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Checkpoint 1 stalls and is repeated; checkpoint 2 follows; the first copy of 1 is carried
-    out; the body ends without another change, so its release writes no state.
+    """1. Checkpoint 1 stalls. 2. It is repeated, and saved. 3. Checkpoint 2 is saved. 4. The store
+    refuses the stalled request of checkpoint 1. 5. The body ends without another change, so its
+    release writes no state.
     """
     save = Verb(app, monkeypatch, "save", times=1)
     save.carried_out = False
@@ -261,7 +271,7 @@ def test_a_late_checkpoint_does_not_undo_a_newer_one(
     assert row(app).value == '{"n":2}'
 
 
-def test_a_checkpoint_after_one_that_was_given_up_is_saved(
+def test_a_checkpoint_after_a_failed_checkpoint_is_saved(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = Verb(app, monkeypatch, "save", times=3)
@@ -283,12 +293,12 @@ def test_a_checkpoint_after_one_that_was_given_up_is_saved(
 def _commit_that(
     app: Celery, monkeypatch: pytest.MonkeyPatch, is_carried_out: bool, error: Exception
 ) -> Iterator[None]:
-    """The next COMMIT ends with an error, and was carried out or not."""
+    """Make each COMMIT within the block end with an error, whether it is carried out or not."""
     store: Any = runtime_of(app).store
     transaction = store.transaction
 
     @contextmanager
-    def broken_off() -> Any:
+    def failing() -> Any:
         try:
             with transaction() as opened:
                 yield opened
@@ -299,16 +309,16 @@ def _commit_that(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "transaction", broken_off)
+        patch.setattr(store, "transaction", failing)
         yield
 
 
 @pytest.mark.parametrize("is_carried_out", [True, False])
 @pytest.mark.parametrize("error", [StoreUnavailable("silent"), TimeoutError("a time limit")])
-def test_a_commit_whose_answer_is_lost_is_asked_for(
+def test_after_a_lost_answer_to_a_commit_the_row_is_asked(
     app: Celery, monkeypatch: pytest.MonkeyPatch, is_carried_out: bool, error: Exception
 ) -> None:
-    """Rows and state agree, and what the body holds in memory agrees with them."""
+    """The user's rows, the saved state, and the state in the body's memory agree."""
     make_table(app)
     caught: list[BaseException] = []
 
@@ -333,10 +343,10 @@ def test_a_commit_whose_answer_is_lost_is_asked_for(
     assert [type(failure) for failure in caught] == raised
 
 
-def test_a_login_that_is_refused_after_a_commit_without_an_answer_is_waited_out(
+def test_a_refused_login_after_a_lost_answer_to_a_commit_is_waited_out(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server begins anew: it cuts the COMMIT off, and admits nobody for a moment."""
+    """The server restarts. It cuts the connection during COMMIT, and then refuses two logins."""
     make_table(app)
     asked = Verb(app, monkeypatch, "written", times=2)
     asked.error = StoreMisconfigured("password authentication failed")
@@ -355,11 +365,12 @@ def test_a_login_that_is_refused_after_a_commit_without_an_answer_is_waited_out(
 
 
 @pytest.mark.parametrize("is_carried_out", [True, False])
-def test_a_commit_of_which_nobody_knows_is_never_overwritten(
+def test_a_commit_whose_outcome_is_unknown_is_never_overwritten(
     app: Celery, monkeypatch: pytest.MonkeyPatch, is_carried_out: bool
 ) -> None:
-    """The answer to COMMIT is lost and the store does not answer the question either. The body
-    goes on; with ``persist_on_error`` its memory would be saved over what was committed.
+    """1. The answer to COMMIT is lost. 2. The store does not answer whether it was carried out. 3.
+    The body goes on, and each further write fails. 4. The run ends without saving, although
+    ``persist_on_error`` is set.
     """
     make_table(app)
     Verb(app, monkeypatch, "written")
@@ -396,14 +407,15 @@ def test_a_release_whose_answer_was_lost_is_found_in_the_history(
 
 
 @pytest.mark.parametrize(("others", "is_known"), [(1, True), (2, False), (3, False)])
-def test_a_release_that_the_history_has_dropped_is_unknown(
+def test_the_outcome_of_a_release_that_the_history_has_dropped_is_unknown(
     make_app: Callable[..., Celery],
     monkeypatch: pytest.MonkeyPatch,
     others: int,
     is_known: bool,
 ) -> None:
-    """The release is carried out and its answer lost; more runs end than the history holds; the
-    release is repeated and refused. The run was saved, so it is not reported as lost.
+    """1. A run's release is carried out, but its answer is lost. 2. Other runs end, perhaps more
+    than the history holds. 3. The run repeats its release, and the store refuses it. If the history
+    lacks the run, it ends with StatePersistFailed, not as lost, because it may have been saved.
     """
     app = make_app(singleton_history=2)
     task = task_of(app, increment, max_retries=0)
@@ -430,11 +442,12 @@ def test_a_release_that_the_history_has_dropped_is_unknown(
     assert row(app).value == f'{{"n":{2 + others}}}'
 
 
-def test_a_release_that_never_arrived_is_lost_though_the_history_is_full(
+def test_a_run_whose_release_never_arrived_is_lost_although_the_history_is_full(
     make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Like above, but the first copy is not carried out and an operator releases the lease: what
-    stands in the history with this run's fence is the operator's entry.
+    """1. A run's first release is not carried out. 2. An operator releases the lease, so the
+    history has the operator's entry for the run's fence. 3. The run repeats its release, and the
+    store refuses it. 4. The run ends as lost.
     """
     app = make_app(singleton_history=2)
     task = task_of(app, increment, max_retries=0)
@@ -457,10 +470,12 @@ def test_a_release_that_never_arrived_is_lost_though_the_history_is_full(
     assert row(app).value == '{"n":3}'
 
 
-def test_a_run_that_was_wished_for_strikes_its_own_wish_out(
+def test_a_pending_run_removes_its_own_request_from_the_row(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its sender died between sending the message and striking the wish out."""
+    """1. A holder sends the pending run's message. 2. It dies before it removes the pending run
+    from the row. 3. The message runs, and removes it.
+    """
     sent: list[Any] = []
 
     def body(self: Any) -> None:
@@ -470,7 +485,7 @@ def test_a_run_that_was_wished_for_strikes_its_own_wish_out(
 
     task = task_of(app, body, on_conflict="coalesce")
     monkeypatch.setattr(app, "send_task", lambda name, *_, **__: sent.append(name))
-    task.apply(task_id="the wish's id").get()
+    task.apply(task_id="the pending run's id").get()
     assert sent == []
     assert row(app).wanted is None
 
@@ -479,8 +494,11 @@ def _interrupted(*_: Any, **__: Any) -> Any:
     raise SoftTimeLimitExceeded
 
 
-def test_a_time_limit_while_the_state_is_read_says_nothing_of_the_state(app: Celery) -> None:
-    """It must neither count as a value that cannot be read, nor be swallowed."""
+def test_a_time_limit_while_the_state_is_decoded_is_no_decode_error(app: Celery) -> None:
+    """A time limit interrupts a migration of the stored value.
+
+    The interruption neither counts as a value that cannot be decoded, nor is it swallowed.
+    """
     write(app, '{"n":2}', 1)
     task = task_of(
         app,
@@ -494,10 +512,12 @@ def test_a_time_limit_while_the_state_is_read_says_nothing_of_the_state(app: Cel
     assert (row(app).value, row(app).last_outcome) == ('{"n":2}', "failed")
 
 
-def test_a_state_whose_rolling_back_is_interrupted_is_not_saved(
+def test_a_state_whose_roll_back_is_interrupted_is_not_saved(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The block raises, its rows are rolled back, and a time limit strikes as the state is."""
+    """1. The block of ``transaction()`` raises. 2. Its rows are rolled back. 3. A time limit
+    interrupts the body while its state is rolled back. 4. The state is not saved.
+    """
     make_table(app)
 
     def body(self: Any) -> None:
@@ -514,7 +534,7 @@ def test_a_state_whose_rolling_back_is_interrupted_is_not_saved(
     assert row(app).value == "null"
 
 
-def test_a_roll_back_that_is_interrupted_spoils_no_connection(
+def test_an_interrupted_roll_back_breaks_no_connection(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_table(app)
@@ -528,7 +548,7 @@ def test_a_roll_back_that_is_interrupted_spoils_no_connection(
 
     task = task_of(app, body)
     patched = True
-    for _ in range(4):  # more often than there are connections
+    for _ in range(4):  # because the pool has fewer than four connections
         with monkeypatch.context() as patch:
             patch.setattr(dialect, "do_rollback", _interrupted)
             with pytest.raises(SoftTimeLimitExceeded):
@@ -542,7 +562,7 @@ def test_a_roll_back_that_is_interrupted_spoils_no_connection(
 def test_a_release_that_a_time_limit_interrupts_is_reported_as_it_ended(
     app: Celery, monkeypatch: pytest.MonkeyPatch, is_carried_out: bool
 ) -> None:
-    told: list[Any] = []
+    emitted: list[Any] = []
     task = task_of(app, increment)
     store = runtime_of(app).store
     release = store.release
@@ -555,17 +575,17 @@ def test_a_release_that_a_time_limit_interrupts_is_reported_as_it_ended(
 
     monkeypatch.setattr(store, "release", interrupt)
     dispatcher = runtime_of(app).dispatcher
-    monkeypatch.setattr(dispatcher, "emit", lambda *of, **fields: told.append((of[-1], fields)))
+    monkeypatch.setattr(dispatcher, "emit", lambda *of, **fields: emitted.append((of[-1], fields)))
     with pytest.raises(SoftTimeLimitExceeded):
         task()
-    (ended,) = [fields for kind, fields in told if kind is Released]
+    (ended,) = [fields for kind, fields in emitted if kind is Released]
     assert (ended["outcome"], ended["given_back"]) == (
         ("succeeded", True) if is_carried_out else ("failed", False)
     )
     wait_until(lambda: is_free(app), "the process gives the lease back")
 
 
-def test_what_cannot_be_given_back_for_want_of_a_thread_is_given_back_later(
+def test_a_lease_that_no_thread_could_release_is_released_later(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_thread(self: threading.Thread) -> None:
@@ -581,10 +601,13 @@ def test_what_cannot_be_given_back_for_want_of_a_thread_is_given_back_later(
     assert not is_free(app)
     runtime = runtime_of(app)
     runtime.unreleased.add(runtime.store, "another key", "nobody", None)
-    wait_until(lambda: is_free(app), "the next one takes it along")
+    wait_until(
+        lambda: is_free(app),
+        "the thread for the next lease releases this one",
+    )
 
 
-def test_a_wish_is_granted_by_a_give_back_whose_answer_was_lost(
+def test_a_pending_run_is_sent_once_although_the_answer_to_a_release_was_lost(
     make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = make_app(singleton_heartbeat_interval=0.1)
@@ -599,11 +622,11 @@ def test_a_wish_is_granted_by_a_give_back_whose_answer_was_lost(
     Verb(app, monkeypatch, "give_back", times=1)
     then = partial(send_pending_run, app, runtime.store, "singleton-state:count")
     runtime.unreleased.add(runtime.store, "singleton-state:count", "holder", None, then)
-    wait_until(lambda: sent == ["one more"], "the run that is wanted is sent")
-    wait_until(lambda: row(app).wanted is None, "the wish is struck out")
+    wait_until(lambda: sent == ["one more"], "the pending run is sent")
+    wait_until(lambda: row(app).wanted is None, "the pending run is removed from the row")
 
 
-def test_a_run_that_is_interrupted_as_it_begins_is_nobodys_current_run(
+def test_a_run_that_is_interrupted_as_it_begins_is_not_the_current_run(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = task_of(app, increment)
@@ -617,11 +640,12 @@ def test_a_run_that_is_interrupted_as_it_begins_is_nobodys_current_run(
     assert task() == 1
 
 
-def test_a_write_is_tried_for_as_long_as_its_parent_renews_the_lease(
+def test_a_write_is_tried_for_as_long_as_the_parent_process_renews_the_lease(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The body kept the GIL for longer than a life; its parent renewed, which the run learns by
-    looking. Then the first copy of its checkpoint meets a dead connection.
+    """1. The body keeps the GIL for longer than the lease's life. 2. The parent process renews the
+    lease meanwhile. 3. The first request of a checkpoint fails on a dead connection. 4. The run
+    reads that its lease was renewed, and repeats the request.
     """
     save = Verb(app, monkeypatch, "save", times=1)
     save.carried_out = False

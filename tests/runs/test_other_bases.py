@@ -1,4 +1,4 @@
-"""Base classes of other makers, mixed with ours: the guard holds, and they do their part."""
+"""Task classes of other projects, combined with SingletonTask: the code of both still runs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from tests.helpers.messages import deliver, deliver_all, received, use_own_queue
 from tests.helpers.runs import Counter, row
 from tests.helpers.waiting import wait_until
 
-#: How many contexts the calling code is in, and how many were ever opened.
+#: How many contexts are open around the calling code.
 depth: ContextVar[int] = ContextVar("depth", default=0)
+#: An item for each context that a test has opened.
 opened: list[str] = []
 
 
@@ -35,7 +36,7 @@ def app(memory_app: Celery) -> Celery:
 
 @contextmanager
 def app_context() -> Iterator[None]:
-    """What Flask's would be: there in the block, and nowhere else."""
+    """Stand in for Flask's application context: it exists within the block only."""
     token = depth.set(depth.get() + 1)
     opened.append("context")
     try:
@@ -45,7 +46,7 @@ def app_context() -> Iterator[None]:
 
 
 class RunTask(Task):  # type: ignore[type-arg]
-    """As Flask's documentation has it."""
+    """The task class of Flask's documentation: it calls ``run`` within the context."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with app_context():
@@ -59,7 +60,7 @@ class SuperTask(Task):  # type: ignore[type-arg]
 
 
 class UnboundTask(Task):  # type: ignore[type-arg]
-    """Calls Celery's method by its class."""
+    """A class that calls Celery's ``__call__`` through ``Task``, not through ``super()``."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with app_context():
@@ -73,7 +74,7 @@ class ThroughClassTask(Task):  # type: ignore[type-arg]
 
 
 class ThreadTask(Task):  # type: ignore[type-arg]
-    """Runs the body in a thread of its own, which knows nothing of the calling one."""
+    """A class that runs the body in a new thread, without the caller's context variables."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         def within() -> Any:
@@ -105,7 +106,7 @@ def behind(other: type, *more: type) -> type:
 
 
 class Plain(Task):  # type: ignore[type-arg]
-    """One that has no ``__call__``."""
+    """A task class without a ``__call__`` of its own."""
 
 
 BASES = {
@@ -135,13 +136,16 @@ def base(request: pytest.FixtureRequest) -> type:
 
 @pytest.fixture(params=["Flask's before", "Flask's behind", "overridden with super"])
 def some_base(request: pytest.FixtureRequest) -> type:
-    """For what depends on a class's place only."""
+    """Return a few of BASES, for tests that depend only on the order of the classes."""
     found: type = BASES[request.param]
     return found
 
 
 class Bodies:
-    """A body that notes what it sees, and can be held."""
+    """A body that records how many bodies run at a time and in which context.
+
+    While the event ``go`` is not set, the first body waits.
+    """
 
     def __init__(self) -> None:
         self.now = self.most = 0
@@ -168,7 +172,10 @@ def made(app: Celery, base: type, bodies: Bodies, **options: Any) -> Any:
 
 
 def check_guarded(app: Celery, bodies: Bodies, deliveries: list[Callable[[], Any]]) -> None:
-    """The first one's body is held until the others have ended, without a body."""
+    """Check that one of several deliveries runs its body, and that the others are skipped.
+
+    The first delivery's body waits until the others have ended.
+    """
     bodies.go.clear()
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(deliveries[0])
@@ -182,10 +189,10 @@ def check_guarded(app: Celery, bodies: Bodies, deliveries: list[Callable[[], Any
 
 
 @pytest.mark.parametrize("options", [{}, {"autoretry_for": (LookupError,)}], ids=["", "autoretry"])
-def test_one_body_at_once_and_in_its_context(
+def test_one_body_runs_at_a_time_and_in_its_context(
     app: Celery, base: type, options: dict[str, Any]
 ) -> None:
-    """Three messages, whose bodies ran beside each other, without a row."""
+    """Deliver three messages. The fault was: their bodies ran at the same time, without a row."""
     bodies = Bodies()
     task = made(app, base, bodies, **options)
     for _ in range(3):
@@ -196,7 +203,7 @@ def test_one_body_at_once_and_in_its_context(
     )
 
 
-def test_one_direct_call_at_once(app: Celery, base: type) -> None:
+def test_one_direct_call_runs_at_a_time(app: Celery, base: type) -> None:
     bodies = Bodies()
     task = made(app, base, bodies)
     check_guarded(app, bodies, [task] * 2)
@@ -227,7 +234,7 @@ def test_the_body_has_its_state_its_request_and_its_task(app: Celery, some_base:
     assert row(app, 'count{"what":"a"}').value == '{"n":5}'
 
 
-def test_a_task_of_a_class_of_ones_own(app: Celery, some_base: type) -> None:
+def test_a_registered_task_class_is_guarded(app: Celery, some_base: type) -> None:
     bodies = Bodies()
 
     class Count(some_base):  # type: ignore[misc,valid-type]
@@ -247,7 +254,7 @@ def test_a_task_of_a_class_of_ones_own(app: Celery, some_base: type) -> None:
 
 
 def test_run_itself_stays_the_users_function(app: Celery, some_base: type) -> None:
-    """Called by a test, or by the body: no lease, no context."""
+    """A user's test, or the body, may call ``task.run()``: it needs no lease and no context."""
     bodies = Bodies()
     task = made(app, some_base, bodies)
     assert task.run(1, 2) == "ran"
@@ -272,7 +279,7 @@ def test_a_body_that_calls_its_task_meets_its_own_lease(app: Celery, some_base: 
 def test_autoretry_retries_what_the_body_raises_and_not_what_the_guard_does(
     app: Celery, some_base: type
 ) -> None:
-    """It stands within the guard, wherever the other class stands."""
+    """Celery's wrapper for ``autoretry_for`` is within the guard, whatever the classes' order."""
     bodies: list[int] = []
 
     @app.task(
@@ -309,7 +316,7 @@ def test_autoretry_retries_what_the_body_raises_and_not_what_the_guard_does(
 def test_the_apps_own_task_class_is_kept(
     app: Celery, own: type, base: type[SingletonTask], how: str
 ) -> None:
-    """Celery's ``base=`` replaces it, and the body would miss its context."""
+    """Celery replaces the app's class by ``base=``. Without it, the body would lack its context."""
     if how == "task_cls":
         app.task_cls = own
     else:
@@ -325,25 +332,25 @@ def test_the_apps_own_task_class_is_kept(
     )
 
 
-def test_the_apps_own_task_class_can_be_a_singletons(app: Celery) -> None:
+def test_the_apps_own_task_class_can_be_a_singleton_class(app: Celery) -> None:
     app.task_cls = before(RunTask)
     bodies = Bodies()
     assert made(app, SingletonTask, bodies)() == "ran"
     assert bodies.contexts == [1]
 
 
-def test_a_base_that_does_not_go_with_the_apps_own_is_refused(app: Celery) -> None:
+def test_a_base_that_cannot_be_combined_with_the_apps_own_is_refused(app: Celery) -> None:
     app.task_cls = before(RunTask)
 
     def body() -> None:
-        """Never called."""
+        """Do nothing, because nothing calls it."""
 
     make: Any = app.task(base=behind(RunTask), name="shop.sync", shared=False, lazy=False)
     with pytest.raises(ImproperlyConfigured, match=r"task shop\.sync: .* do not go together"):
         make(body)
 
 
-def test_what_stands_first_is_not_put_in_twice(app: Celery) -> None:
+def test_the_apps_own_class_is_not_added_twice(app: Celery) -> None:
     app.task_cls = RunTask
     bodies = Bodies()
     assert made(app, behind(RunTask), bodies)() == "ran"
@@ -351,7 +358,7 @@ def test_what_stands_first_is_not_put_in_twice(app: Celery) -> None:
 
 
 class TenantTask(Task):  # type: ignore[type-arg]
-    """Takes an argument off that the body does not know."""
+    """A class whose ``__call__`` removes an argument that the body does not take."""
 
     def __call__(self, tenant: str, *args: Any, **kwargs: Any) -> Any:
         with app_context():
@@ -359,7 +366,7 @@ class TenantTask(Task):  # type: ignore[type-arg]
 
 
 @pytest.mark.parametrize("base", [before(TenantTask)])
-def test_the_key_is_made_of_what_reaches_the_guard(app: Celery, base: type) -> None:
+def test_the_key_is_made_of_the_arguments_that_reach_the_guard(app: Celery, base: type) -> None:
     @app.task(base=base, name="count", shared=False, unique_on=["what"], typing=False)
     def count(what: str) -> str:
         return what
@@ -369,7 +376,7 @@ def test_the_key_is_made_of_what_reaches_the_guard(app: Celery, base: type) -> N
     assert row(app, 'count{"what":"a"}').run_count == 1
 
 
-def test_a_function_can_choose_an_argument_that_is_taken_off(app: Celery) -> None:
+def test_unique_on_can_choose_an_argument_that_a_base_removes(app: Celery) -> None:
     @app.task(
         base=behind(TenantTask),
         name="count",
@@ -386,8 +393,11 @@ def test_a_function_can_choose_an_argument_that_is_taken_off(app: Celery) -> Non
 
 
 @pytest.mark.parametrize("unique_on", [None, ["what"]])
-def test_enqueue_once_with_arguments_that_are_taken_off(app: Celery, unique_on: Any) -> None:
-    """What was sent does not count as queued once it has run, whatever its key was."""
+def test_enqueue_once_with_an_argument_that_a_base_removes(app: Celery, unique_on: Any) -> None:
+    """The message was queued under a key that its run does not have.
+
+    After the run it does not count as queued any more.
+    """
 
     @app.task(
         base=before(TenantTask),
@@ -407,10 +417,11 @@ def test_enqueue_once_with_arguments_that_are_taken_off(app: Celery, unique_on: 
 
 
 @pytest.mark.parametrize("ends", ["it runs", "it has waited for too long"])
-def test_enqueue_once_with_arguments_that_are_taken_off_of_a_message_that_waits(
-    app: Celery, ends: str
-) -> None:
-    """It counts as queued under what was sent until it has the lease, or ends without."""
+def test_a_waiting_message_of_enqueue_once_with_a_removed_argument(app: Celery, ends: str) -> None:
+    """The message counts as queued under the key of the arguments with which it was sent.
+
+    That ends when the message acquires the lease, or fails because it has waited too long.
+    """
     queued: list[str | None] = []
 
     @app.task(
@@ -445,10 +456,10 @@ def test_enqueue_once_with_arguments_that_are_taken_off_of_a_message_that_waits(
     assert count.delay("acme", "a").id != first.id
 
 
-def test_a_message_that_is_sent_again_is_not_sent_by_the_classes_own_apply_async(
+def test_a_message_is_sent_again_without_the_classes_own_apply_async(
     app: Celery,
 ) -> None:
-    """It has what that would add."""
+    """The first sending has added an argument already. A second call would add it once more."""
 
     class Adding(Task):  # type: ignore[type-arg]
         def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
@@ -474,7 +485,7 @@ def test_a_message_that_is_sent_again_is_not_sent_by_the_classes_own_apply_async
 
 
 class Narrow(Task):  # type: ignore[type-arg]
-    """Its methods take no more than Celery passes."""
+    """A class that records the calls of its methods, which take only what Celery passes."""
 
     seen: list[str] = []  # noqa: RUF012
 
@@ -556,7 +567,7 @@ def test_other_methods_of_a_class_are_called(
 
 
 class Headstrong(Task):  # type: ignore[type-arg]
-    """Its methods call Celery's past all others."""
+    """A class whose methods call Celery's directly, and so bypass those of SingletonTask."""
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         return self.app.send_task(self.name, args, kwargs, **options)
@@ -566,7 +577,7 @@ class Headstrong(Task):  # type: ignore[type-arg]
 
 
 @pytest.mark.parametrize("mix", [before, behind])
-def test_methods_that_go_past_ours_leave_the_guard(
+def test_a_class_that_bypasses_our_methods_is_still_guarded(
     app: Celery, mix: Callable[[type], type]
 ) -> None:
     bodies = Bodies()
@@ -585,8 +596,11 @@ def test_methods_that_go_past_ours_leave_the_guard(
 
 
 @pytest.mark.parametrize("mix", [before, behind])
-def test_a_retry_past_ours_is_new_work(app: Celery, mix: Callable[[type], type]) -> None:
-    """Asked for without an exception, by a run that then succeeds."""
+def test_a_retry_that_bypasses_our_method_runs(app: Celery, mix: Callable[[type], type]) -> None:
+    """The body asks for a retry with ``throw=False``, and its run succeeds.
+
+    The retry is not refused as a duplicate of that run.
+    """
     ran = []
 
     class Retries(Task):  # type: ignore[type-arg]
@@ -622,7 +636,7 @@ def test_an_error_of_the_store_is_retried_through_another_class(
     assert bodies.contexts == []
 
 
-# -- what cannot be guarded is refused
+# -- classes that cannot be guarded
 
 
 class AsyncTask(Task):  # type: ignore[type-arg]
@@ -630,7 +644,7 @@ class AsyncTask(Task):  # type: ignore[type-arg]
         return asyncio.run(self.run(*args, **kwargs))
 
 
-def test_an_asynchronous_body_is_refused_where_it_would_run_after_the_guard(app: Celery) -> None:
+def test_an_asynchronous_body_that_would_run_after_the_guard_is_refused(app: Celery) -> None:
     class Awaits(SingletonTask):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return asyncio.run(super().__call__(*args, **kwargs))
@@ -648,7 +662,7 @@ def test_an_asynchronous_body_is_refused_where_it_would_run_after_the_guard(app:
         make(body)
 
 
-def test_an_asynchronous_body_runs_under_the_guard_of_ours_first(app: Celery) -> None:
+def test_an_asynchronous_body_runs_guarded_if_our_class_is_first(app: Celery) -> None:
     held = []
 
     @app.task(bind=True, base=behind(AsyncTask), name="count", shared=False)
@@ -661,7 +675,7 @@ def test_an_asynchronous_body_runs_under_the_guard_of_ours_first(app: Celery) ->
     assert held != [None]
 
 
-def test_a_class_that_works_in_its_call_is_refused(app: Celery) -> None:
+def test_a_class_whose_call_does_the_work_itself_is_refused(app: Celery) -> None:
     class Works(SingletonTask):
         name = "shop.works"
 
@@ -674,10 +688,13 @@ def test_a_class_that_works_in_its_call_is_refused(app: Celery) -> None:
         app.register_task(Works())
 
 
-def test_a_call_that_reaches_no_guard_is_told(
+def test_a_call_that_bypasses_the_guard_is_logged_once(
     app: Celery, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It may have decided not to run the body; or it runs it in a way that nobody sees."""
+    """A ``__call__`` may decide not to run the body, or run it in a way that the guard cannot see.
+
+    So the call is not refused. A warning says once that it reached no guard.
+    """
 
     class Hidden(SingletonTask):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Runs whose state, key or message the store cannot hold: they fail once, and say why."""
+"""Runs whose state, key or message the store cannot hold: they fail once, with a clear error."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def latin1_app(latin1_url: str) -> Iterator[Celery]:
 
 @pytest.fixture(params=["latin1", "mariadb"])
 def refusing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Celery, str]]:
-    """An app, and a text that its store cannot hold in a state."""
+    """Return an app, and a text that the app's store cannot hold in a state."""
     for make in apps_on(url_on(request.param, request, tmp_path)):
         app = make()
         runtime_of(app).store.check()
@@ -67,8 +67,8 @@ def task_of(app: Celery, body: Callable[..., Any], **options: Any) -> Any:
     return singleton_task(app, **options)(body)
 
 
-def noting(ran: list[Any]) -> Callable[..., None]:
-    """A body that notes its argument."""
+def recording(ran: list[Any]) -> Callable[..., None]:
+    """Return a body that adds its argument to a list."""
 
     def body(self: Any, name: str = "") -> None:
         ran.append(name)
@@ -78,12 +78,12 @@ def noting(ran: list[Any]) -> Callable[..., None]:
 
 @pytest.fixture
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
-    """A log takes no half of a surrogate pair."""
+    """Log nothing, because a log handler cannot encode half of a surrogate pair."""
     caplog.set_level(logging.CRITICAL + 1)
 
 
 @pytest.mark.parametrize("how", ["save", "checkpoint", "transaction", "after an error"])
-def test_one_body_runs_and_the_row_keeps_its_state(
+def test_a_refused_state_runs_one_body_and_the_row_keeps_its_state(
     refusing: tuple[Celery, str], how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     app, text = refusing
@@ -113,13 +113,13 @@ def test_one_body_runs_and_the_row_keeps_its_state(
     assert (after.value, after.updated_at) == (before.value, before.updated_at)
     assert (after.holder, after.last_outcome) == (None, "failed")
     assert decode(after.history, "visit")[-1].outcome == "failed"
-    # A body that failed has not saved it either.
+    # The body of each other case fails, and with persist_on_error its state is refused once more.
     assert ("the state was not saved after an error" in caplog.text) == (how != "save")
     assert task.apply(("Bern",)).successful()
     assert '"visits":2' in row(app).value
 
 
-def test_one_body_runs_though_the_release_without_its_state_meets_an_outage(
+def test_a_refused_state_runs_one_body_although_the_release_fails_too(
     latin1_app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[str] = []
@@ -138,11 +138,11 @@ def test_one_body_runs_though_the_release_without_its_state_meets_an_outage(
     result = task_of(latin1_app, body).apply()
     assert isinstance(result.result, SchemaDecodeFailed), result.result
     assert ran == [POLISH]
-    # It is given back by the process.
+    # The process releases the lease later, when the store answers.
     wait_until(lambda: row(latin1_app).holder is None, "the lease is free")
 
 
-def test_a_body_may_mend_what_a_checkpoint_was_refused(latin1_app: Celery) -> None:
+def test_a_body_may_mend_a_state_that_a_checkpoint_refused(latin1_app: Celery) -> None:
     def body(self: Any) -> None:
         self.state.name = POLISH
         with pytest.raises(SchemaDecodeFailed, match="LATIN1"):
@@ -157,7 +157,7 @@ def test_a_key_that_the_database_cannot_hold_fails_at_once(
     latin1_app: Celery, caplog: pytest.LogCaptureFixture
 ) -> None:
     ran: list[str] = []
-    task = task_of(latin1_app, noting(ran), unique_on=["name"])
+    task = task_of(latin1_app, recording(ran), unique_on=["name"])
     result = task.apply((POLISH,))
     assert isinstance(result.result, SchemaDecodeFailed)
     assert "LATIN1" in str(result.result)
@@ -166,8 +166,8 @@ def test_a_key_that_the_database_cannot_hold_fails_at_once(
 
 
 @pytest.mark.usefixtures("quiet")
-def test_what_is_only_recorded_fails_no_run(latin1_app: Celery) -> None:
-    """An error's text, a task's id, the worker's name, in letters that the database lacks."""
+def test_odd_letters_in_recorded_names_fail_no_run(latin1_app: Celery) -> None:
+    """The error's text, the task id and the worker's name have letters that the database lacks."""
 
     def body(self: Any) -> None:
         raise LookupError(ODD)
@@ -184,12 +184,12 @@ def test_what_is_only_recorded_fails_no_run(latin1_app: Celery) -> None:
 
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("name", ["memory", "sqlite", "postgresql", "latin1", "mariadb"])
-def test_a_message_of_any_id_runs_once(
+def test_a_message_with_any_task_id_runs_once(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     ran: list[str] = []
     for make in apps_on(url_on(name, request, tmp_path)):
-        task = task_of(make(), noting(ran), deduplicate=True)
+        task = task_of(make(), recording(ran), deduplicate=True)
         message = {"task_id": ODD, "headers": {"singleton_sent": ODD}}
         for _ in range(2):
             task.apply(**message)
@@ -198,14 +198,14 @@ def test_a_message_of_any_id_runs_once(
 
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("name", ["memory", "sqlite", "postgresql", "latin1", "mariadb"])
-def test_arguments_of_any_text_make_a_key(
+def test_arguments_with_any_text_make_a_key(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     ran: list[str] = []
     odd = ("a\0b", "a\\x00b", "a\udc80b", "a\\udc80b")
     for make in apps_on(url_on(name, request, tmp_path)):
         app = make()
-        task = task_of(app, noting(ran), unique_on=["name"])
+        task = task_of(app, recording(ran), unique_on=["name"])
         for text in odd:
             assert task.apply((text,)).successful()
         assert len(runtime_of(app).store.list("singleton-state:visit")) == len(odd)
@@ -214,7 +214,7 @@ def test_arguments_of_any_text_make_a_key(
 
 def test_a_fence_at_its_largest_fails_at_once_and_says_what_to_do(app: Celery) -> None:
     ran: list[str] = []
-    task = task_of(app, noting(ran))
+    task = task_of(app, recording(ran))
     assert task.apply().successful()
     store: Any = runtime_of(app).store
     store._change(f"UPDATE kv_store SET fence = {LARGEST}", {})
@@ -224,7 +224,7 @@ def test_a_fence_at_its_largest_fails_at_once_and_says_what_to_do(app: Celery) -
     assert len(ran) == 1
 
 
-#: A trigger that stops all writes, and what ends it.
+#: By database, the statements that make a trigger which refuses all writes to the table.
 MAINTENANCE = {
     "postgresql": (
         "CREATE FUNCTION stop() RETURNS trigger LANGUAGE plpgsql"
@@ -247,7 +247,9 @@ MAINTENANCE = {
 def test_a_trigger_that_stops_writes_for_a_while_is_an_outage(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """It is there from the middle of a body on: the lease is given back when it is gone."""
+    """1. The body creates the trigger. 2. The save fails as if the store were unavailable. 3. The
+    trigger is dropped. 4. The process releases the lease, and the next run succeeds.
+    """
     url = url_on(name, request, tmp_path)
     ran: list[int] = []
 
@@ -269,21 +271,21 @@ def test_a_trigger_that_stops_writes_for_a_while_is_an_outage(
     assert ran == [1, 1]
 
 
-def test_a_producer_sends_what_it_cannot_note_as_queued(
+def test_a_message_that_cannot_be_recorded_as_queued_is_sent(
     latin1_app: Celery, caplog: pytest.LogCaptureFixture
 ) -> None:
-    task = task_of(latin1_app, noting([]), unique_on=["name"], enqueue_once=True)
+    task = task_of(latin1_app, recording([]), unique_on=["name"], enqueue_once=True)
     with caplog.at_level(logging.WARNING):
         first, second = task.delay(POLISH), task.delay(POLISH)
     assert first.id != second.id
     assert "is sent, although another message may be queued" in caplog.text
-    # One whose id alone the database lacks letters for is noted.
+    # The database lacks letters of this task id only, not of the key: the message is recorded.
     noted = task.apply_async(("Bern",), task_id=POLISH)
     assert (noted.id, task.delay("Bern").id) == (POLISH, POLISH)
 
 
 @pytest.mark.parametrize("name", ["sqlite", "postgresql", "latin1", "mariadb"])
-def test_a_beat_of_any_name_leads(
+def test_a_beat_with_any_name_leads(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     beats = Beats(url_on(name, request, tmp_path))
@@ -303,24 +305,24 @@ def test_a_beat_of_any_name_leads(
         beats.close()
 
 
-def test_a_key_prefix_that_the_database_cannot_hold_is_said_at_start(latin1_url: str) -> None:
-    told = r"no key can begin with \\u0141\\xf3d\\u017a:.*LATIN1.*set singleton_key_prefix"
+def test_a_key_prefix_that_the_database_cannot_hold_is_refused_at_start(latin1_url: str) -> None:
+    refusal = r"no key can begin with \\u0141\\xf3d\\u017a:.*LATIN1.*set singleton_key_prefix"
     for make in apps_on(latin1_url):
         app = make(singleton_key_prefix=f"{POLISH}:")
-        task_of(app, noting([]))
+        task_of(app, recording([]))
         app.finalize()
-        with pytest.raises(ImproperlyConfigured, match=told):
+        with pytest.raises(ImproperlyConfigured, match=refusal):
             app.WorkController(pool="solo")
-        with pytest.raises(ImproperlyConfigured, match=told):
+        with pytest.raises(ImproperlyConfigured, match=refusal):
             Leader(app).check()
-        assert re.search(told, check_health(app).error or "")
+        assert re.search(refusal, check_health(app).error or "")
         app = make(singleton_key_prefix="ó:")
         Leader(app).check()
         assert check_health(app).healthy
 
 
 @pytest.mark.parametrize("name", ["sqlite", "postgresql", "latin1", "mariadb"])
-def test_a_beat_goes_on_over_the_name_of_an_entry(
+def test_a_beat_sends_entries_with_any_name(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     beats = Beats(url_on(name, request, tmp_path))
@@ -338,7 +340,7 @@ def test_a_beat_goes_on_over_the_name_of_an_entry(
         one.tick()
         assert sorted(sent) == sorted(task_id_of("shop", *found) for found in due.items())
         one.close()
-        # The next leader knows of all of them what was sent.
+        # The next leader reads from the store which ticks of all entries were sent.
         other.tick()
         assert {each: state.last_tick for each, state in stored(other).items()} == due
         assert len(sent) == len(names)
@@ -347,16 +349,19 @@ def test_a_beat_goes_on_over_the_name_of_an_entry(
         beats.close()
 
 
-def test_a_beat_that_owes_ticks_goes_on_over_a_key_that_the_database_cannot_hold(
+def test_owed_ticks_of_one_entry_are_waited_for_beside_an_entry_without_a_possible_row(
     latin1_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One entry's singleton can have no row there; another's row is asked all the same."""
+    """The database cannot hold the key of one entry's singleton, so that singleton has no row.
+
+    The beat reads the other entry's row all the same.
+    """
     beats = Beats(latin1_url)
     entry = {"task": "visit", "schedule": 60.0, "catch_up": "all"}
     schedule = {"polish": entry | {"args": (POLISH,)}, "swiss": entry | {"args": ("Bern",)}}
     beat = beats.make(schedule)
     try:
-        task_of(beat.app, noting([]), unique_on=["name"])
+        task_of(beat.app, recording([]), unique_on=["name"])
         beat.tick()
         for name in schedule:
             due_now(beat, name)

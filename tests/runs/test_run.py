@@ -1,4 +1,4 @@
-"""A run from the inside, in one process, on every store."""
+"""What a body can do in its run: state, checkpoints, transactions and hooks, on every store."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_singleton_without_state(app: Celery) -> None:
 
 
 @pytest.mark.parametrize("what", ["state", "checkpoint", "transaction"])
-def test_what_needs_a_state_says_so(app: Celery, what: str) -> None:
+def test_methods_that_need_a_state_say_so(app: Celery, what: str) -> None:
     def body(self: Any) -> None:
         found = getattr(self, what)
         with found():
@@ -74,7 +74,7 @@ def test_what_needs_a_state_says_so(app: Celery, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["state", "fence", "lease_remaining"])
-def test_outside_a_run_there_is_nothing(app: Celery, what: str) -> None:
+def test_outside_a_run_its_attributes_raise_an_error(app: Celery, what: str) -> None:
     task = task_of(app, idle)
     with pytest.raises(
         RuntimeError, match=f"task count: {what} is available only while its body runs"
@@ -82,7 +82,7 @@ def test_outside_a_run_there_is_nothing(app: Celery, what: str) -> None:
         getattr(task, what)
 
 
-def test_a_run_can_count_on_its_lease(app: Celery) -> None:
+def test_a_run_knows_how_long_its_lease_remains(app: Celery) -> None:
     def body(self: Any) -> float:
         return self.lease_remaining  # type: ignore[no-any-return]
 
@@ -123,7 +123,7 @@ def test_persist_on_error_keeps_the_error_of_a_body_whose_state_does_not_fit(app
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
-def test_what_ends_a_process_releases_too(app: Celery, error: BaseException) -> None:
+def test_a_run_whose_body_ends_the_process_is_released(app: Celery, error: BaseException) -> None:
     def body(self: Any) -> None:
         raise error
 
@@ -156,7 +156,7 @@ def test_unchanged_state_is_not_written_again(app: Celery) -> None:
 @pytest.mark.parametrize(
     ("value", "version"), [("{broken", 1), ('{"n":"x"}', 1), ('{"n":1}', 9), ("", 1)]
 )
-def test_a_value_that_cannot_be_decoded_is_left_alone(
+def test_a_value_that_cannot_be_decoded_is_not_overwritten(
     app: Celery, value: str, version: int
 ) -> None:
     write(app, value, version)
@@ -242,7 +242,7 @@ def test_a_singleton_within_another(app: Celery) -> None:
     assert (row(app, "inner").value, row(app, "outer").value) == ('{"n":10}', '{"n":1}')
 
 
-def test_an_error_of_an_inner_singleton_is_an_ordinary_one_for_the_outer(app: Celery) -> None:
+def test_a_singleton_error_of_another_task_is_an_ordinary_error(app: Celery) -> None:
     def body(self: Any) -> None:
         raise HeartbeatFailed("elsewhere", "")
 
@@ -266,7 +266,7 @@ def test_a_direct_call_keeps_the_callers_request(app: Celery) -> None:
     assert seen == ["outer", None, "outer"]
 
 
-def test_hooks_are_paired_however_the_run_ends(app: Celery) -> None:
+def test_each_on_become_leader_is_followed_by_one_on_lose_leadership(app: Celery) -> None:
     seen: list[str] = []
 
     class Base(SingletonTask[Counter]):
@@ -291,7 +291,7 @@ def test_hooks_are_paired_however_the_run_ends(app: Celery) -> None:
     assert seen == ["become 0", "lose"] * 4
 
 
-def test_a_hook_that_fails_fails_the_run(app: Celery) -> None:
+def test_an_on_become_leader_that_fails_fails_the_run(app: Celery) -> None:
     class Base(SingletonTask[Counter]):
         abstract = True
 
@@ -303,7 +303,7 @@ def test_a_hook_that_fails_fails_the_run(app: Celery) -> None:
     assert row(app).last_outcome == "failed"
 
 
-def test_a_message_with_the_same_id_is_done_once(app: Celery) -> None:
+def test_two_messages_with_one_task_id_run_once(app: Celery) -> None:
     def body(self: Any) -> int:
         self.state.n += 1
         return self.state.n  # type: ignore[no-any-return]
@@ -314,9 +314,10 @@ def test_a_message_with_the_same_id_is_done_once(app: Celery) -> None:
     assert [run.outcome for run in decode(row(app).history, "")] == ["succeeded", "duplicate"]
 
 
-def test_of_a_message_and_the_retry_that_a_dead_run_sent_one_is_done(app: Celery) -> None:
-    """A run asks for a retry; its worker dies before its own message is acknowledged; that
-    comes again and succeeds; then the retry comes.
+def test_a_redelivered_message_and_the_retry_of_its_dead_run_run_once(app: Celery) -> None:
+    """1. A run asks for a retry. 2. Its worker dies before it acknowledges the run's message. 3.
+    The broker redelivers that message, and it succeeds. 4. The retry is delivered, and is a
+    duplicate.
     """
 
     def body(self: Any) -> int:
@@ -328,7 +329,7 @@ def test_of_a_message_and_the_retry_that_a_dead_run_sent_one_is_done(app: Celery
     assert row(app).value == '{"n":1}'
 
 
-def test_without_deduplication_it_is_done_again(app: Celery) -> None:
+def test_without_deduplication_a_message_with_the_same_id_runs_again(app: Celery) -> None:
     def body(self: Any) -> int:
         self.state.n += 1
         return self.state.n  # type: ignore[no-any-return]
@@ -348,10 +349,13 @@ def test_the_history_keeps_the_last_runs(make_app: Callable[..., Celery]) -> Non
 
 
 def take_over(app: Celery, task: Any) -> None:
-    """From within a run whose heartbeat cannot help it: another holder takes the lease."""
+    """Wait until a run's lease has expired, then acquire it for a successor, which saves a state.
+
+    A body calls this. Its heartbeat must not renew the lease.
+    """
     store = runtime_of(app).store
     key = f"singleton-state:{task.name}"
-    wait_until(lambda: not getattr(store.peek(key), "held", True), "the lease runs out")
+    wait_until(lambda: not getattr(store.peek(key), "held", True), "the lease expires")
     acquired = store.acquire(key, "successor", 60, None)
     assert acquired is not None
     assert store.save(acquired.lease, Write(1, acquired.write, NewValue('{"n":100}', 1)))
@@ -361,7 +365,9 @@ def take_over(app: Celery, task: Any) -> None:
 def test_a_run_with_a_successor_writes_nothing(
     app: Celery, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """The run's renewals stop; its lease runs out; a successor saves; the run wants to write."""
+    """1. The run's lease is not renewed. 2. It expires. 3. A successor acquires it and saves. 4.
+    The run writes, and the store refuses that.
+    """
     monkeypatch.setattr(Heartbeat, "hold", lambda self, held: None)
 
     def body(self: Any) -> None:
@@ -380,8 +386,8 @@ def test_a_run_with_a_successor_writes_nothing(
     assert written(app) == []
 
 
-def test_a_lost_run_knows(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The heartbeat is refused: the run reads that it can count on nothing any more."""
+def test_a_lost_run_has_no_lease_remaining(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store refuses a renewal. Then ``lease_remaining`` is 0, and a checkpoint fails."""
 
     def body(self: Any) -> None:
         store = runtime_of(app).store
@@ -393,7 +399,7 @@ def test_a_lost_run_knows(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
         task_of(app, body, lease_ttl=1)()
 
 
-def test_a_transaction_carries_rows_and_state(app: Celery) -> None:
+def test_a_transaction_commits_rows_and_state_together(app: Celery) -> None:
     def body(self: Any, fail: bool) -> None:
         with self.transaction() as connection:
             connection.exec_driver_sql(f"INSERT INTO written VALUES ({self.state.n})")
@@ -414,7 +420,7 @@ def test_a_transaction_carries_rows_and_state(app: Celery) -> None:
 
 
 def test_a_body_that_goes_on_after_a_rollback_has_the_state_from_before(app: Celery) -> None:
-    """Otherwise its save would store a cursor that has moved past rows that are not there."""
+    """Otherwise the run would save a position behind rows that were rolled back."""
 
     def body(self: Any) -> int:
         self.state.n = 1
@@ -444,7 +450,7 @@ def test_transactions_do_not_nest(app: Celery) -> None:
             task(inner)
 
 
-def test_a_block_that_ends_the_transaction_itself_is_told(app: Celery) -> None:
+def test_a_block_that_ends_the_transaction_itself_is_refused(app: Celery) -> None:
     def body(self: Any) -> None:
         with self.transaction() as connection:
             connection.commit()
@@ -465,8 +471,10 @@ def test_the_users_own_errors_pass_through_a_transaction(app: Celery) -> None:
     assert row(app).holder is None
 
 
-def test_a_block_that_swallows_the_error_of_its_own_statement(app: Celery) -> None:
-    """PostgreSQL commits nothing of a transaction after that; the others do."""
+def test_a_block_that_catches_the_error_of_its_own_statement(app: Celery) -> None:
+    """After a failed statement, PostgreSQL commits nothing of the transaction, unless the statement
+    was in a savepoint. The other databases commit the rest.
+    """
     from sqlalchemy.exc import DBAPIError
 
     make_table(app)
@@ -503,7 +511,7 @@ def _transaction(task: Any) -> None:
         pass
 
 
-def _fail(_: Any) -> None:
+def _fail_body(_: Any) -> None:
     raise ValueError("the body's own")
 
 
@@ -516,12 +524,13 @@ def _misfit(task: Any) -> None:
 
 
 @pytest.mark.parametrize("call", ["direct", "eager"])
-@pytest.mark.parametrize("does", [None, _checkpoint, _transaction, _fail, _retry, _misfit])
-def test_a_run_that_is_over_is_freed_at_once_with_its_state(
+@pytest.mark.parametrize("does", [None, _checkpoint, _transaction, _fail_body, _retry, _misfit])
+def test_the_memory_of_an_ended_run_and_its_state_is_freed_at_once(
     app: Celery, monkeypatch: pytest.MonkeyPatch, does: Callable[[Any], None] | None, call: str
 ) -> None:
-    """Without help of the garbage collector, which can come late where states are large; and
-    though its error is kept, with the frames that it passed.
+    """The memory is freed without the garbage collector, which can run late if states are large.
+
+    It is freed although the caller keeps the run's error, which refers to the frames it passed.
     """
     states: list[weakref.ref[Any]] = []
     acts = False
@@ -544,6 +553,6 @@ def test_a_run_that_is_over_is_freed_at_once_with_its_state(
         kept = error
     finally:
         gc.enable()
-    assert len(states) > 1  # Celery repeats an eager retry on the spot
+    assert len(states) > 1  # and perhaps more, because Celery runs an eager retry immediately
     assert not any(state() for state in states)
     del kept

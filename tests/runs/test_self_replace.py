@@ -1,4 +1,7 @@
-"""Bodies that end by ``self.replace()``: the state is saved, and the replacement runs."""
+"""Bodies that end by ``self.replace()``: the state is saved, and the replacement runs.
+
+In these tests a *page* is a message of a task that replaces itself by its next page.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ def memory_app(memory_app: Celery) -> Celery:
 
 
 def paging(app: Celery, seen: list[tuple[int, int]], pages: int = 4, **options: Any) -> Any:
-    """Each page sends the next one in its own place."""
+    """Make a task that counts in its state and replaces itself by its next page.
+
+    :param seen: gets the page and the count of each run.
+    """
 
     def body(self: Any, page: int) -> Any:
         self.state.n += 1
@@ -55,7 +61,7 @@ def outcomes(app: Celery) -> list[str]:
 
 
 def test_each_page_starts_where_the_one_before_stopped(app: Celery) -> None:
-    """Four pages each saw n=1."""
+    """Each page loads the state that the page before saved. The fault was: all four saw n=1."""
     seen: list[tuple[int, int]] = []
     result = paging(app, seen).delay(1)
     deliver_all(app)
@@ -66,7 +72,7 @@ def test_each_page_starts_where_the_one_before_stopped(app: Celery) -> None:
 
 @pytest.mark.parametrize("how", ["apply", "always eager"])
 def test_pages_that_are_called_eagerly(memory_app: Celery, how: str) -> None:
-    """The next page met the lease of the one before, and was skipped."""
+    """All four pages run. The fault was: a page met its predecessor's lease, and was skipped."""
     seen: list[tuple[int, int]] = []
     task = paging(memory_app, seen)
     memory_app.conf.task_always_eager = how == "always eager"
@@ -77,7 +83,7 @@ def test_pages_that_are_called_eagerly(memory_app: Celery, how: str) -> None:
 
 
 def test_copies_of_replaced_messages_are_duplicates(memory_app: Celery) -> None:
-    """The messages of all pages come again after each page, while the next one waits."""
+    """After each page, all pages so far are delivered again, while the next page waits."""
     seen: list[tuple[int, int]] = []
     result = paging(memory_app, seen).delay(1)
     sent = []
@@ -101,7 +107,8 @@ def test_a_replacement_that_arrives_before_the_lease_is_free_runs_later(
 ) -> None:
     """1. The body sends the replacement. 2. Another worker receives it. 3. The run ends.
 
-    It is no conflict, and no second copy of the message that runs: it is sent again.
+    The replacement is neither a conflict nor a duplicate of the running message, though it has the
+    same task id. The other worker sends it again.
     """
     ran: list[int] = []
     add = plain_task(memory_app)
@@ -141,7 +148,10 @@ def test_a_replacement_that_arrives_before_the_lease_is_free_runs_later(
 
 
 def test_with_a_task_id_that_is_used_each_day_all_pages_run_each_day(memory_app: Celery) -> None:
-    """The second day had page 1 alone: page 2 had the id of one that was done the day before."""
+    """All pages have the task id that the sender gives each day.
+
+    The fault was: on the second day page 2 counted as a duplicate of the day before.
+    """
     seen: list[tuple[int, int]] = []
     task = paging(memory_app, seen)
     for _ in range(2):
@@ -151,8 +161,8 @@ def test_with_a_task_id_that_is_used_each_day_all_pages_run_each_day(memory_app:
     assert [page for page, _ in seen] == [1, 2, 3, 4] * 2
 
 
-def test_another_singleton_that_replaces_one_runs_each_day(memory_app: Celery) -> None:
-    """It is sent with the id of the first one, which was used the day before."""
+def test_a_singleton_that_replaces_another_runs_each_day(memory_app: Celery) -> None:
+    """The replacement has the first task's id, which the day before's replacement had, too."""
     ran: list[str] = []
 
     def first(self: Any) -> None:
@@ -171,7 +181,7 @@ def test_another_singleton_that_replaces_one_runs_each_day(memory_app: Celery) -
 
 
 def test_the_end_of_a_chain_that_is_sent_with_one_id_runs_each_day(memory_app: Celery) -> None:
-    """Its last message has the id, and no value of its own; a second copy of it does not run."""
+    """The chain's last message has the task id. A second copy of that message does not run."""
     ran: list[str] = []
 
     def last(self: Any, *_: Any) -> None:
@@ -190,11 +200,11 @@ def test_the_end_of_a_chain_that_is_sent_with_one_id_runs_each_day(memory_app: C
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("made_of", ["chain", "chord", "chain that ends with a chord"])
-def test_what_ends_a_replacement_runs_each_day(
+def test_the_last_task_of_a_replacement_runs_each_day(
     memory_app: Celery, monkeypatch: pytest.MonkeyPatch, made_of: str, own: bool
 ) -> None:
-    """The last message of a chain, or a chord's body, has the id of the task that was replaced, and
-    another task sends it.
+    """A task is replaced by a chain or a chord. The chain's last message, or the chord's body, has
+    the replaced task's id. A plain task sends it.
     """
     monkeypatch.setattr(duplicates, "GRACE", 0.0)
     ran: list[str] = []
@@ -224,8 +234,8 @@ def test_what_ends_a_replacement_runs_each_day(
     assert ran == ["first", "last"] * 2
 
 
-def test_a_task_that_is_replaced_by_another_one_is_done(memory_app: Celery) -> None:
-    """And a copy of its message does not run it again."""
+def test_a_task_that_is_replaced_by_another_task_is_done(memory_app: Celery) -> None:
+    """A second copy of the task's message does not run the task again."""
     other = plain_task(memory_app)
     ran: list[int] = []
 
@@ -242,7 +252,7 @@ def test_a_task_that_is_replaced_by_another_one_is_done(memory_app: Celery) -> N
     assert (len(ran), row(memory_app).value, result.get()) == (1, '{"n":1}', "plain")
 
 
-def test_nothing_is_sent_where_the_state_cannot_be_saved(
+def test_no_replacement_is_sent_if_the_state_cannot_be_saved(
     memory_app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int]] = []
@@ -280,7 +290,7 @@ def test_a_body_whose_replacement_cannot_be_sent_fails(
     assert outcomes(memory_app) == ["failed"]
 
 
-def test_ignore_by_itself_saves_nothing(memory_app: Celery) -> None:
+def test_a_body_that_raises_ignore_saves_nothing(memory_app: Celery) -> None:
     def body(self: Any) -> None:
         self.state.n += 1
         raise Ignore
@@ -290,8 +300,8 @@ def test_ignore_by_itself_saves_nothing(memory_app: Celery) -> None:
     assert (row(memory_app).value, outcomes(memory_app)) == ("null", ["skipped"])
 
 
-def test_a_replaced_run_does_not_keep_the_lease(memory_app: Celery) -> None:
-    """``hold_at_least`` begins when the last replacement succeeds."""
+def test_a_replaced_run_begins_no_hold_period(memory_app: Celery) -> None:
+    """The hold period of ``hold_at_least`` begins when the last replacement succeeds."""
     seen: list[tuple[int, int]] = []
     paging(memory_app, seen, hold_at_least=60).delay(1)
     deliver_all(memory_app)
@@ -340,8 +350,11 @@ def test_a_task_that_adds_to_its_chord_saves_its_state(memory_app: Celery) -> No
     assert row(memory_app).value == '{"n":1}'
 
 
-def test_a_counter_of_pages_is_retried_within(memory_app: Celery) -> None:
-    """A replacement counts its retries anew, and is later work than the retries before it."""
+def test_retries_within_pages_each_run_once(memory_app: Celery) -> None:
+    """A replacement's retries are counted from 0 again.
+
+    A replacement still counts as later work than the retries of the page before it.
+    """
     ran: list[tuple[int, int]] = []
 
     def body(self: Any, page: int) -> None:

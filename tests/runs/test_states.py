@@ -1,4 +1,4 @@
-"""What a body leaves as its state: the next run has the same, or the save is refused."""
+"""The state that a body leaves: the next run gets an equal state, or the save is refused."""
 
 from __future__ import annotations
 
@@ -51,8 +51,11 @@ def test_a_state_that_would_come_back_changed_fails_and_leaves_the_row(app: Cele
     assert row(app).value == '{"n":2,"seen":{"a":"yes","b":"yes"}}'
 
 
-def test_a_state_that_is_written_as_before_is_refused_if_it_is_another(app: Celery) -> None:
-    """The row holds ``{"42": ...}`` already, so that nothing would have to be written."""
+def test_a_changed_state_with_the_same_json_is_refused(app: Celery) -> None:
+    """The key 42 would be stored as "42", which the row holds already.
+
+    The save is refused, although nothing would have to be written.
+    """
 
     def body(self: Any, key: Any) -> None:
         self.state.seen = {key: "yes"}
@@ -101,7 +104,7 @@ def test_a_transaction_whose_state_would_come_back_changed_is_rolled_back(app: C
     assert row(app).value == '{"n":0,"seen":{"a":[1]}}'
 
 
-def test_a_lenient_task_saves_what_fits(app: Celery) -> None:
+def test_without_the_round_trip_check_a_state_is_saved_as_json_has_it(app: Celery) -> None:
     def body(self: Any) -> Any:
         found = self.state.seen
         self.state.seen = {42: (1,)}
@@ -112,7 +115,7 @@ def test_a_lenient_task_saves_what_fits(app: Celery) -> None:
 
 
 @pytest.mark.parametrize("schema", [Untyped, Typed])
-def test_any_state_is_there_at_the_next_run_or_its_run_failed(
+def test_the_next_run_has_the_saved_state_or_the_save_fails(
     memory_app: Celery, schema: Any
 ) -> None:
     def body(self: Any, state: Any = None) -> Any:
