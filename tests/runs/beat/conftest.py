@@ -1,4 +1,4 @@
-"""Beats in this process."""
+"""Fixtures for tests of beats that run in the test's process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def beats(shared_store_url: str) -> Iterator[Beats]:
 
 @pytest.fixture
 def on_sqlite(tmp_path: Path) -> Iterator[Beats]:
-    """For what is not the store's."""
+    """Return beats on SQLite, for tests of what does not depend on the store."""
     made = Beats(f"sqlite:///{tmp_path}/store.db")
     yield made
     made.close()

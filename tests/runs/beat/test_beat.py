@@ -1,4 +1,4 @@
-"""Beats from the inside, several in one process, on every store that processes can share."""
+"""The singleton scheduler: several beats in one process, on stores that processes can share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.helpers.waiting import wait_until
 
 @pytest.fixture
 def sent() -> Iterator[list[dict[str, Any]]]:
-    """The headers of all messages that were sent, in order."""
+    """Return a list that gets the headers of each message that is sent."""
     found: list[dict[str, Any]] = []
 
     def note(sender: str, headers: dict[str, Any], **_: Any) -> None:
@@ -47,7 +47,9 @@ def lease_of(found: Row) -> Lease:
     return Lease(found.key, found.holder, found.fence, 8.0)
 
 
-def test_one_leads_and_the_other_stands_by(beats: Beats, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_beat_leads_and_the_other_stands_by(
+    beats: Beats, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
     assert one.tick() > 0
@@ -80,8 +82,8 @@ def test_a_tick_is_sent_and_recorded(beats: Beats, sent: list[dict[str, Any]]) -
     assert timedelta(0) < state.last_run_at - due < 30 * SECOND
 
 
-def test_the_next_leader_goes_on(beats: Beats, sent: list[dict[str, Any]]) -> None:
-    """The first one stops in order: the other leads at its next look, and fires nothing again."""
+def test_the_next_leader_sends_no_tick_twice(beats: Beats, sent: list[dict[str, Any]]) -> None:
+    """1. Beat A sends a tick, and is stopped. 2. B leads at its next poll. It sends nothing."""
     one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
     one.tick()
     other.tick()
@@ -94,10 +96,10 @@ def test_the_next_leader_goes_on(beats: Beats, sent: list[dict[str, Any]]) -> No
     assert stored(other)["e"].next_tick == due + timedelta(minutes=1)
 
 
-def test_what_was_sent_and_not_recorded_is_sent_again_with_the_same_id(
+def test_a_tick_that_was_not_recorded_is_sent_again_with_the_same_id(
     beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The leader sends a tick and dies before it records it; another leads."""
+    """1. Beat A sends a tick. 2. A dies before it records it. 3. Beat B leads and sends it, too."""
     one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
     one.tick()
     due = due_now(one)
@@ -109,20 +111,23 @@ def test_what_was_sent_and_not_recorded_is_sent_again_with_the_same_id(
     assert [message["id"] for message in sent] == [task_id_of("shop", "e", due)] * 2
 
 
-def test_nothing_is_sent_that_cannot_be_recorded(
+def test_while_the_store_is_unavailable_no_further_tick_is_sent(
     beats: Beats,
     sent: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The store goes away after a tick was sent: no other is sent until that one is recorded."""
+    """1. The beat sends a tick. 2. The store becomes unavailable before the tick is recorded. 3.
+    The beat sends no other tick. 4. The store is available again, and the first tick is recorded.
+    5. The second tick is sent.
+    """
     caplog.set_level(logging.INFO)
     beat = beats.make({"e": EVERY_MINUTE, "f": EVERY_MINUTE})
     beat.tick()
     entries: Any = beat._leader.runtime.store.entries
     record = entries.record
     first = due_now(beat, "e")
-    # Later than any machine takes for a tick.
+    # Due so much later that it does not become due by itself during the test.
     second = due_now(beat, "f", -30 * SECOND)
     monkeypatch.setattr(entries, "record", _unavailable)
     assert beat.tick() == STANDBY_POLL
@@ -147,10 +152,13 @@ def _unavailable(*_: Any, **__: Any) -> Any:
     raise StoreUnavailable("no answer")
 
 
-def test_what_could_not_be_recorded_is_not_sent_again_by_the_same_beat(
+def test_a_beat_does_not_resend_its_own_unrecorded_tick(
     beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store is away for longer than the lease's life, and nobody else leads meanwhile."""
+    """1. The beat sends a tick. 2. It cannot record the tick, because the store is unavailable. 3.
+    Its lease expires. 4. The store is available again. 5. The beat leads again, and records the
+    tick.
+    """
     beat = beats.make(
         {"e": EVERY_MINUTE}, singleton_heartbeat_interval=0.2, singleton_heartbeat_threshold=1
     )
@@ -160,20 +168,20 @@ def test_what_could_not_be_recorded_is_not_sent_again_by_the_same_beat(
     record = store.entries.record
     monkeypatch.setattr(store.entries, "record", _unavailable)
     beat.tick()
-    wait_until(lambda: not beat._leader.leads, "the lease runs out")
+    wait_until(lambda: not beat._leader.leads, "the lease expires")
     monkeypatch.setattr(store.entries, "record", record)
-    wait_until(lambda: beat.tick() >= 0 and beat._leader.leads, "it leads again")
+    wait_until(lambda: beat.tick() >= 0 and beat._leader.leads, "the beat leads again")
     beat.tick()
     assert [message["id"] for message in sent] == [task_id_of("shop", "e", due)]
     assert stored(beat)["e"].last_tick == due
     assert row(beat).fence > fence
 
 
-def test_what_others_have_done_since_is_not_undone(
+def test_a_returning_leader_does_not_overwrite_the_records_of_others(
     beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A beat sends, cannot record it, and loses the lead; another one goes on; the first leads
-    again, and must neither send nor record what it had in mind.
+    """1. Beat A sends a tick, cannot record it, and loses the lead. 2. Beat B leads, and sends and
+    records a later tick. 3. A leads again. It neither sends nor records its older tick.
     """
     one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
     one.tick()
@@ -196,11 +204,12 @@ def test_what_others_have_done_since_is_not_undone(
     assert stored(one)["e"].last_tick == later
 
 
-def test_whoever_was_succeeded_sends_nothing(
+def test_a_leader_whose_lease_was_taken_over_stops_sending(
     beats: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A leader is stopped, its lease is taken over, and it wakes up before its own clock says that
-    its lease has run out: what it sends then it is the last of, and it learns that at its record.
+    """1. The leader is suspended. 2. Another beat takes its lease over. 3. The leader wakes up
+    before its own clock says that its lease has expired. 4. It sends its due ticks. 5. It records
+    them, and the store refuses that. 6. It sends nothing more.
     """
     caplog.set_level(logging.INFO)
     beat = beats.make({"e": EVERY_MINUTE})
@@ -215,10 +224,12 @@ def test_whoever_was_succeeded_sends_nothing(
     assert len(sent) == count
 
 
-def test_a_lease_that_is_due_is_renewed_before_anything_is_sent(
+def test_a_renewal_that_is_due_comes_before_any_tick_is_sent(
     beats: Beats, sent: list[dict[str, Any]]
 ) -> None:
-    """A leader is stopped, and wakes up with a lease that was taken over: it asks first."""
+    """1. The leader is suspended. 2. Another beat takes its lease over. 3. The leader wakes up, and
+    a renewal is due. 4. The store refuses the renewal, and no tick is sent.
+    """
     beat = beats.make({"e": EVERY_MINUTE})
     beat.tick()
     due_now(beat)
@@ -229,10 +240,10 @@ def test_a_lease_that_is_due_is_renewed_before_anything_is_sent(
     assert sent == []
 
 
-def test_a_leader_without_a_broker_hands_over(
+def test_a_leader_whose_broker_refuses_releases_its_lease(
     beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its broker refuses; another beat may reach it. The tick is not counted as sent."""
+    """Beat A cannot reach the broker, and releases its lease. Beat B leads, and sends the tick."""
     one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
     one.tick()
     other.tick()
@@ -248,7 +259,7 @@ def test_a_leader_without_a_broker_hands_over(
     assert [message["id"] for message in sent] == [task_id_of("shop", "e", due)]
 
 
-def test_whoever_has_no_broker_does_not_lead(
+def test_a_beat_without_a_broker_does_not_lead(
     beats: Beats, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     beat = beats.make({"e": EVERY_MINUTE})
@@ -281,7 +292,10 @@ def test_a_message_that_cannot_be_made_stops_no_other(
 def test_a_lazy_argument_that_fails_stops_no_other(
     beats: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With an error that brokers' connections have as well: it is not the broker's."""
+    """The argument raises an error that broker connections raise, too.
+
+    The beat does not mistake it for an unavailable broker.
+    """
 
     def read() -> str:
         raise FileNotFoundError("config")
@@ -298,7 +312,7 @@ def test_a_lazy_argument_that_fails_stops_no_other(
     assert stored(beat)["good"].total_run_count == 1
 
 
-def test_missed_ticks_are_counted_and_said(
+def test_missed_ticks_are_counted_and_logged(
     beats: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     beat = beats.make({"e": EVERY_MINUTE, "all": EVERY_MINUTE | {"catch_up": "all"}})
@@ -308,13 +322,13 @@ def test_missed_ticks_are_counted_and_said(
     beat.tick()
     assert stored(beat)["e"].missed_count == 60
     assert f"60 of e from {first:%Y-%m-%d %H:%M:%S} on" in caplog.text
-    dues = dues_of(sent)
+    dues = ticks_sent(sent)
     assert dues["shop:all"] == sorted(dues["shop:all"])
     assert {entry: len(each) for entry, each in dues.items()} == {"shop:e": 1, "shop:all": 5}
 
 
-def dues_of(sent: list[dict[str, Any]]) -> dict[str, list[datetime]]:
-    """What was sent of each entry, in order."""
+def ticks_sent(sent: list[dict[str, Any]]) -> dict[str, list[datetime]]:
+    """Return by entry the ticks whose messages were sent, in order."""
     found: dict[str, list[datetime]] = {}
     for message in sent:
         due = datetime.fromisoformat(message[DUE])
@@ -322,9 +336,12 @@ def dues_of(sent: list[dict[str, Any]]) -> dict[str, list[datetime]]:
     return found
 
 
-def test_who_is_behind_sends_of_each(beats: Beats, sent: list[dict[str, Any]]) -> None:
-    """The latest tick of one entry comes before another's older ones: in the order of their due
-    times it would have been missed again before its turn came, and so on for ever.
+def test_the_latest_tick_of_one_entry_precedes_anothers_backlog(
+    beats: Beats, sent: list[dict[str, Any]]
+) -> None:
+    """Two entries are behind. The latest tick of one is sent before the older ticks of the other.
+
+    In the order of due times, the latest tick would be missed again before its turn, and so on.
     """
     beat = beats.make({"all": EVERY_MINUTE | {"catch_up": "all"}, "e": EVERY_MINUTE})
     beat.tick()
@@ -334,7 +351,9 @@ def test_who_is_behind_sends_of_each(beats: Beats, sent: list[dict[str, Any]]) -
     assert [message[ENTRY] for message in sent] == ["shop:e"] + ["shop:all"] * 5
 
 
-def test_a_deployment_adds_changes_and_removes(beats: Beats, sent: list[dict[str, Any]]) -> None:
+def test_a_deployment_adds_changes_and_removes_entries(
+    beats: Beats, sent: list[dict[str, Any]]
+) -> None:
     old = beats.make({"kept": EVERY_MINUTE, "changed": EVERY_MINUTE, "removed": EVERY_MINUTE})
     old.tick()
     ticks = {name: due_now(old, name) for name in ("kept", "changed", "removed")}
@@ -364,7 +383,9 @@ def test_entries_of_add_periodic_task(beats: Beats, sent: list[dict[str, Any]]) 
     assert len(sent) == 1
 
 
-def test_entries_that_are_added_while_it_leads(beats: Beats, sent: list[dict[str, Any]]) -> None:
+def test_entries_that_are_added_while_the_beat_leads(
+    beats: Beats, sent: list[dict[str, Any]]
+) -> None:
     beat = beats.make({"e": EVERY_MINUTE})
     beat.tick()
     beat.add(name="f", task="t", schedule=60.0)
@@ -373,12 +394,12 @@ def test_entries_that_are_added_while_it_leads(beats: Beats, sent: list[dict[str
     assert set(stored(beat)) == {"e", "f", "g"}
 
 
-def test_celerys_own_entry_for_the_backend(beats: Beats) -> None:
+def test_celerys_own_entry_for_the_result_backend_is_scheduled(beats: Beats) -> None:
     beat = beats.make({"e": EVERY_MINUTE}, result_backend="db+sqlite://", result_expires=60)
     assert "celery.backend_cleanup" in beat.schedule
 
 
-def test_a_row_that_cannot_be_read_starts_anew(
+def test_an_entry_whose_row_cannot_be_read_starts_anew(
     beats: Beats, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
@@ -393,7 +414,7 @@ def test_a_row_that_cannot_be_read_starts_anew(
 def test_a_wrong_clock_of_the_host_does_not_matter(
     beats: Beats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is due is judged by the store's clock."""
+    """Whether a tick is due is evaluated by the store's clock."""
     right = beats.make({"e": EVERY_MINUTE})
     right.tick()
     now = right._leader.now()
@@ -404,8 +425,10 @@ def test_a_wrong_clock_of_the_host_does_not_matter(
     assert timedelta(0) <= wrong._leader.now() - now < 30 * SECOND
 
 
-def test_a_tick_is_one_statement(beats: Beats, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many are due; and none where nothing is."""
+def test_all_due_ticks_are_recorded_in_one_statement(
+    beats: Beats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """50 ticks are due. If no tick is due, the beat sends no statement."""
     beat = beats.make({f"e{number}": EVERY_MINUTE for number in range(50)})
     beat.tick()
     calls: list[str] = []
@@ -426,8 +449,8 @@ def test_a_tick_is_one_statement(beats: Beats, monkeypatch: pytest.MonkeyPatch) 
     assert len(calls) == 1
 
 
-def test_closing_twice_is_closing_once(beats: Beats) -> None:
-    """As Celery does: once in the signal's handler, and once at the end."""
+def test_closing_a_beat_twice_does_no_harm(beats: Beats) -> None:
+    """Celery closes a beat twice: in the signal's handler, and at the end."""
     beat = beats.make({"e": EVERY_MINUTE})
     beat.tick()
     beat.close()
@@ -436,7 +459,7 @@ def test_closing_twice_is_closing_once(beats: Beats) -> None:
     assert (row(beat).fence, row(beat).held, row(beat).run_count) == (fence, False, 1)
 
 
-def test_bad_entries_end_it_at_the_start(beats: Beats) -> None:
+def test_an_entry_with_a_bad_option_is_refused_at_the_start(beats: Beats) -> None:
     with pytest.raises(ImproperlyConfigured, match=r"'e': catch_up='some'"):
         beats.make({"e": EVERY_MINUTE | {"catch_up": "some"}})
 
@@ -452,15 +475,15 @@ def test_bad_entries_end_it_at_the_start(beats: Beats) -> None:
         ([EVERY_MINUTE], r"beat_schedule=.* takes a dict"),
     ],
 )
-def test_entries_that_are_none_end_it_at_the_start(
+def test_a_malformed_beat_schedule_is_refused_at_the_start(
     on_sqlite: Beats, schedule: Any, message: str
 ) -> None:
     with pytest.raises(ImproperlyConfigured, match=message):
         on_sqlite.make(schedule)
 
 
-def test_bad_entries_of_other_ways_are_refused_by_name(on_sqlite: Beats) -> None:
-    """Those of ``add_periodic_task``, of ``add``, and Celery's own entries."""
+def test_bad_entries_from_other_sources_are_refused_by_name(on_sqlite: Beats) -> None:
+    """Entries can also come from ``add_periodic_task``, from ``add``, and as Celery's own class."""
     beat = on_sqlite.make({})
     beat.app.add_periodic_task(1e12, beat.app.signature("t"), name="long")
     with pytest.raises(ImproperlyConfigured, match=r"'long': .* is not a schedule: an interval"):
@@ -477,7 +500,7 @@ def test_bad_entries_of_other_ways_are_refused_by_name(on_sqlite: Beats) -> None
 def test_an_entry_that_is_never_due_again_stops_no_other(
     on_sqlite: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A run-once schedule that was sent, one that cannot tell, and a normal one beside them."""
+    """There are a run-once entry that was sent, one without a next tick, and a normal entry."""
     now = datetime.now(UTC)
     schedule = {
         "once": {"task": "t", "schedule": clocked(now - SECOND)},
@@ -500,11 +523,14 @@ def test_an_entry_that_is_never_due_again_stops_no_other(
     assert [message[ENTRY] for message in sent][2:] == ["shop:normal"]
 
 
-def test_a_schedule_that_is_asked_is_recorded_before_it_is_asked_again(
+def test_the_answer_of_a_custom_schedule_is_recorded_before_the_next_question(
     on_sqlite: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The leader asks at t1 (not due) and t2 (due), sends, and dies before it records that. The
-    next leader asks about t2 as well, and not about t1, from which it would come to another time.
+    """The schedule's own method says whether it is due, and when to ask again.
+
+    1. Leader A asks at time t1: not due, ask again at t2. 2. A records t2. 3. A asks at t2: due. 4.
+    A sends the tick, and dies before it records that. 5. Leader B asks at t2, too, so its tick has
+    the same task id. If B asked at t1, it would come to another time.
     """
     own = {"e": {"task": "t", "schedule": SaysDue(False, 0.3)}}
     one, other = (
@@ -513,13 +539,15 @@ def test_a_schedule_that_is_asked_is_recorded_before_it_is_asked_again(
     )
     one.tick()
     first = stored(one)["e"].next_tick
-    wait_until(lambda: one.tick() >= 0 and stored(one)["e"].next_tick != first, "it was asked")
+    wait_until(
+        lambda: one.tick() >= 0 and stored(one)["e"].next_tick != first, "the schedule was asked"
+    )
     second = stored(one)["e"].next_tick
     assert first is not None
     assert second is not None
     one.schedule["e"].schedule.answer = (True, 60)
     monkeypatch.setattr(one, "_record", lambda: None)
-    wait_until(lambda: one.tick() >= 0 and sent, "it was sent")
+    wait_until(lambda: one.tick() >= 0 and sent, "the tick was sent")
     take_over(one)
     one._leader.runtime.store.release(lease_of(row(one)), Ended("succeeded", "[]"))
     monkeypatch.setattr(other.schedule["e"], "spelled", stored(one)["e"].schedule)
@@ -527,8 +555,11 @@ def test_a_schedule_that_is_asked_is_recorded_before_it_is_asked_again(
     assert [message["id"] for message in sent] == [task_id_of("shop", "e", second)] * 2
 
 
-def test_when_an_entry_is_due_whose_schedule_is_asked(on_sqlite: Beats) -> None:
-    """What is stored of it is the time to ask, at which it is not due: no user is told that."""
+def test_the_next_times_of_a_custom_schedule_are_its_due_times(on_sqlite: Beats) -> None:
+    """The store has the time at which to ask the schedule again, when it may not be due.
+
+    ``celery singleton next`` shows the times at which the entry is due instead.
+    """
     own = {"e": {"task": "t", "schedule": AnHourAfter(5.0)}}
     beat = on_sqlite.make(own)
     beat.tick()
@@ -540,22 +571,23 @@ def test_when_an_entry_is_due_whose_schedule_is_asked(on_sqlite: Beats) -> None:
 
 
 class AnHourAfter(interval):
-    """Due an hour after the last run; wants to be asked more often."""
+    """A schedule that is due an hour after the last run, and wants to be asked every 5 seconds."""
 
     def is_due(self, last_run_at: datetime) -> Any:
         return schedstate(self.now() - last_run_at >= timedelta(hours=1), 5)
 
 
-def test_a_missing_table_ends_it_at_the_start(beats: Beats) -> None:
+def test_a_missing_table_is_refused_at_the_start(beats: Beats) -> None:
     with pytest.raises(ImproperlyConfigured, match="singleton migrate"):
         beats.make({"e": EVERY_MINUTE}, singleton_auto_migrate=False)
 
 
-def test_a_stop_that_is_lost_is_a_stop_at_the_next_tick(
+def test_a_stop_whose_systemexit_was_lost_takes_effect_at_the_next_tick(
     beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The signal comes while a message is sent: its handler closes the beat, and its SystemExit is
-    lost, as in a destructor. Nothing more is sent, and the beat ends.
+    """1. A signal arrives while a message is sent. 2. Its handler closes the beat. 3. The handler's
+    SystemExit is lost, as in a destructor. 4. The beat sends nothing more. 5. The next tick raises
+    SystemExit again.
     """
     beat = beats.make({"e": EVERY_MINUTE, "f": EVERY_MINUTE})
     beat.tick()
@@ -577,11 +609,12 @@ def test_a_stop_that_is_lost_is_a_stop_at_the_next_tick(
 
 
 @pytest.mark.parametrize("where", ["send_task", "_round", "_load", "_record"])
-def test_a_stop_in_mid_tick_is_no_error(
+def test_a_stop_in_the_middle_of_a_tick_logs_no_error(
     beats: Beats, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
 ) -> None:
-    """The signal comes while a client waits for an answer: its handler closes the beat, and the
-    client makes an error of its own of the handler's SystemExit.
+    """1. A client waits for the answer of a server. 2. A signal arrives, and its handler closes the
+    beat. 3. The client raises an error of its own in place of the handler's SystemExit. 4. The beat
+    raises SystemExit, and logs no error.
     """
     beat = beats.make({"e": EVERY_MINUTE})
     beat.tick()
@@ -590,7 +623,7 @@ def test_a_stop_in_mid_tick_is_no_error(
         beat._fence = None
     error = StoreUnavailable("gone") if where == "_record" else ValueError("the file is closed")
 
-    def break_off(*_: Any, **__: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         monkeypatch.undo()
         try:
             beat.close()
@@ -598,7 +631,7 @@ def test_a_stop_in_mid_tick_is_no_error(
         finally:
             raise error
 
-    monkeypatch.setattr(beat, where, break_off)
+    monkeypatch.setattr(beat, where, interrupt)
     caplog.clear()
     with pytest.raises(SystemExit):
         beat.tick()
@@ -609,8 +642,9 @@ def test_a_stop_in_mid_tick_is_no_error(
 def test_a_stop_in_a_destructor_shows_no_traceback(
     on_sqlite: Beats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The signal comes while Celery's result, which nobody keeps, unsubscribes from the backend.
-    Python prints what a destructor raises; of the SystemExit, which comes again, it must not.
+    """1. Python destroys the AsyncResult of a sent message, which unsubscribes from the backend. 2.
+    A signal arrives, and its handler raises SystemExit. 3. Python would print an exception of a
+    destructor. It does not print this one, because the next tick raises it again.
     """
     shown: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda lost: shown.append(lost.exc_type))
@@ -630,7 +664,7 @@ def test_a_stop_in_a_destructor_shows_no_traceback(
     assert shown == []
     with pytest.raises(SystemExit):
         beat.tick()
-    # What destructors raise later is shown again.
+    # Only the beat's own SystemExit is hidden: Python prints exceptions of later destructors.
     Result()
     assert shown == [SystemExit]
 
@@ -646,24 +680,31 @@ class _Leading(LeaderMixin, Scheduler):
         *(clocked(datetime.now(UTC) - SECOND), LastDayOfMonth("0", "0"), SaysDue(True, 1e8)),
     ],
 )
-def test_other_schedulers_go_on_beside_a_schedule_that_is_never_due_again(
+def test_another_scheduler_class_goes_on_beside_an_entry_that_is_not_due_again(
     on_sqlite: Beats, sent: list[dict[str, Any]], own: Any
 ) -> None:
-    """The class decides what is due, and is asked by nobody in a loop."""
+    """One entry is not due again. Celery's own scheduler sends the other entry's ticks.
+
+    The beat does not ask the first entry's schedule in a loop.
+    """
     schedule = {"own": {"task": "t", "schedule": own}, "e": {"task": "t", "schedule": 0.1}}
     beat = on_sqlite.make(schedule, scheduler=_Leading)
-    wait_until(lambda: beat.tick() >= 0 and dues_of(sent).get("shop:e"), "the other one is sent")
+    wait_until(
+        lambda: beat.tick() >= 0 and ticks_sent(sent).get("shop:e"),
+        "the other entry's tick is sent",
+    )
     states = stored(beat)
     assert states["e"].next_tick is not None
     assert states["own"].next_tick is None or isinstance(own, LastDayOfMonth)
 
 
 @pytest.mark.parametrize("edited", [True, False])
-def test_an_entry_that_is_edited_while_it_is_not_sent_stays_as_it_was_edited(
+def test_an_edit_of_an_entry_that_could_not_be_sent_is_kept(
     shared_store_url: str, monkeypatch: pytest.MonkeyPatch, edited: bool
 ) -> None:
-    """The entry is reserved; the lease is to be renewed before it can be sent; to put it back the
-    beat asks for the schedule, which is loaded anew: the entry was disabled, or made slower.
+    """1. The scheduler reserves an entry, to send it. 2. The user makes the entry slower, or
+    disables it. 3. The beat must renew its lease first, so the entry is not sent. 4. The beat
+    undoes the reservation in the schedule, which is read anew. The user's change stays.
     """
     app = Celery("shop", broker="memory://", set_as_current=False)
     app.conf.update(

@@ -1,4 +1,8 @@
-"""Ticks that are owed: one by one where a row says what has ended, and in turns with others."""
+"""Owed ticks: a beat sends them one by one, and in turns with the ticks of other entries.
+
+One by one means: the next tick of an entry is sent when the singleton's row records that the tick
+before it has ended.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ from tests.helpers.messages import deliver, deliver_all, received
 from tests.helpers.waiting import wait_until
 
 DAY, MINUTE, HOUR = timedelta(days=1), timedelta(minutes=1), timedelta(hours=1)
-#: Far from now, so that no tick falls due while a test runs.
+#: The hour at which DAILY is due: 12 hours from now, so that no tick becomes due during a test.
 HOUR_OF_DAY = (datetime.now(UTC).hour + 12) % 24
 DAILY = {
     "task": "close",
@@ -38,7 +42,10 @@ BY_ONE = {"task": "close", "catch_up": "all"}
 
 
 class Shop:
-    """A beat, the messages that it sends, and a worker that runs them when it is told to."""
+    """A beat, the messages that it sends, and a worker that runs a message when a test says so.
+
+    A test adds to :attr:`shift` in order to let the store's time pass.
+    """
 
     def __init__(self, beat: SingletonScheduler, **options: Any) -> None:
         self.beat = beat
@@ -69,7 +76,7 @@ class Shop:
         signals.before_task_publish.disconnect(self._note)
 
     def tick(self) -> None:
-        """Let the beat look at what is due, and at what has ended."""
+        """Call the beat's ``tick()``: it sends due ticks, and reads which ticks have ended."""
         assert self.beat.tick() >= 0
         assert self.beat._leader.leads
 
@@ -81,7 +88,7 @@ class Shop:
         wait_until(sent, f"{count} messages are sent")
 
     def run(self, headers: dict[str, Any], **more: Any) -> None:
-        """Run a message as a worker would, whose end nobody waits for."""
+        """Run a message in this process, as a worker would. An error is not raised here."""
         self.task.apply(task_id=headers["id"], headers=dict(headers), throw=False, **more)
 
     def dues(self) -> list[datetime]:
@@ -114,7 +121,7 @@ def _shops(beats: Beats) -> Iterator[Callable[..., Shop]]:
 
 
 def owe(shop: Shop, days: int, name: str = "e") -> list[datetime]:
-    """Have so many ticks of a daily entry be owed; returns them."""
+    """Make a number of ticks of a daily entry owed, and return them."""
     today = shop.beat._leader.now().replace(hour=HOUR_OF_DAY, minute=5, second=0, microsecond=0)
     last = today if today <= shop.beat._leader.now() else today - DAY
     owed = [last - number * DAY for number in reversed(range(days))]
@@ -129,7 +136,7 @@ def owe(shop: Shop, days: int, name: str = "e") -> list[datetime]:
 def test_each_owed_day_is_closed_one_after_the_other(
     make_shop: Callable[..., Shop], policy: str
 ) -> None:
-    """The next tick is sent when the row says that the one before has ended, and not before."""
+    """Each tick is sent when the row records that the tick before has ended, and not earlier."""
     shop = make_shop({"e": DAILY}, on_conflict=policy)
     owed = owe(shop, 4)
     for number in range(1, 5):
@@ -144,10 +151,12 @@ def test_each_owed_day_is_closed_one_after_the_other(
     assert stored(shop.beat)["e"].missed_count == 0
 
 
-def test_a_lost_message_is_sent_again_after_a_while(
+def test_a_lost_message_of_a_tick_is_sent_again_after_a_pause(
     make_shop: Callable[..., Shop], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The queue is purged; the same tick is sent again with the same id, each time after longer."""
+    """1. The queue is purged. 2. The beat sends the tick again with the same task id. 3. The pause
+    before each further copy is longer. 4. The tick runs, and the next tick is sent.
+    """
     shop = make_shop({"e": DAILY})
     owed = owe(shop, 2)
     shop.send_until(1)
@@ -169,7 +178,7 @@ def test_a_lost_message_is_sent_again_after_a_while(
     assert stored(shop.beat)["e"].total_run_count == 2
 
 
-def test_the_last_tick_that_is_lost_is_sent_again_though_none_is_owed(
+def test_a_lost_tick_is_sent_again_although_no_further_tick_is_owed(
     make_shop: Callable[..., Shop],
 ) -> None:
     shop = make_shop({"e": DAILY})
@@ -179,23 +188,25 @@ def test_the_last_tick_that_is_lost_is_sent_again_though_none_is_owed(
     shop.send_until(2)
     shop.run(shop.sent[-1])
     shop.shift += HOUR
-    wait_until(lambda: shop.tick() or not stored(shop.beat)["e"].under_way, "it has ended")
+    wait_until(lambda: shop.tick() or not stored(shop.beat)["e"].under_way, "the tick has ended")
     assert len(shop.sent) == 2
 
 
-def test_a_long_run_is_waited_for(make_shop: Callable[..., Shop]) -> None:
-    """The lease is held for the tick; no copy is sent, however long that takes."""
+def test_no_tick_is_sent_during_a_long_run_of_the_tick_before(
+    make_shop: Callable[..., Shop],
+) -> None:
+    """The tick's run holds its lease for hours. The beat sends neither a copy nor the next tick."""
     shop = make_shop({"e": DAILY})
     owe(shop, 2)
     shop.send_until(1)
 
-    def look(_: Any) -> None:
+    def check_that_none_is_sent(_: Any) -> None:
         for _number in range(3):
             shop.shift += 2 * HOUR
             shop.tick()
             assert len(shop.sent) == 1
 
-    shop.before = look
+    shop.before = check_that_none_is_sent
     shop.run(shop.sent[0])
     shop.send_until(2)
     assert len(shop.ran) == 1
@@ -216,7 +227,9 @@ def test_a_tick_that_waits_for_a_run_by_hand_is_not_sent_again_soon(
     shop.send_until(2)
 
 
-def test_a_tick_whose_retry_is_under_way_is_waited_for(make_shop: Callable[..., Shop]) -> None:
+def test_no_tick_is_sent_while_the_retry_of_the_tick_before_is_pending(
+    make_shop: Callable[..., Shop],
+) -> None:
     shop = make_shop({"e": DAILY})
     owe(shop, 2)
     shop.send_until(1)
@@ -235,28 +248,31 @@ def test_a_tick_whose_retry_is_under_way_is_waited_for(make_shop: Callable[..., 
     assert shop.dues()[0] < shop.dues()[1]
 
 
-def test_after_a_tick_that_failed_for_good_comes_the_next(make_shop: Callable[..., Shop]) -> None:
+def test_after_a_tick_that_failed_for_good_the_next_is_sent(make_shop: Callable[..., Shop]) -> None:
     shop = make_shop({"e": DAILY})
     owed = owe(shop, 2)
     shop.send_until(1)
 
-    def fail(_: Any) -> None:
+    def fail_for_good(_: Any) -> None:
         raise ValueError("bad")
 
-    shop.before = fail
+    shop.before = fail_for_good
     shop.run(shop.sent[0])
     shop.send_until(2)
     assert shop.dues() == owed
 
 
-def with_own_queue() -> dict[str, Any]:
-    """The broker in memory is one for the whole process."""
+def settings_of_own_queue() -> dict[str, Any]:
+    """Return settings with a new queue's name, because all apps share the broker in memory."""
     queue = f"pages-{uuid.uuid4()}"
     return {"task_default_queue": queue, "result_backend": "cache+memory://"}
 
 
 def run_in_pages(shop: Shop) -> list[tuple[datetime, int]]:
-    """Have each run of the task send the next one in its place, until there were three."""
+    """Make each run of the task replace itself by the next of three pages.
+
+    :returns: a list that gets the tick and the page of each run.
+    """
     pages: list[tuple[datetime, int]] = []
 
     def replace(task: Any) -> None:
@@ -270,13 +286,14 @@ def run_in_pages(shop: Shop) -> list[tuple[datetime, int]]:
 
 
 @pytest.mark.parametrize("lost", [2, 3])
-def test_a_tick_whose_replacement_is_lost_begins_anew_after_a_day(
+def test_a_tick_whose_replacement_is_lost_is_sent_again_after_a_day(
     make_shop_on_sqlite: Callable[..., Shop], lost: int
 ) -> None:
-    """The queue is purged while a page waits in it: no later copy of the tick's message is refused
-    for the pages that were done.
+    """1. The tick's run replaces itself by a page. 2. The queue is purged while a page waits in it.
+    3. After a day the beat sends the tick again. 4. That copy is not refused, although some pages
+    were done: all pages run. 5. A redelivery of the first message is refused.
     """
-    shop = make_shop_on_sqlite({"e": DAILY}, with_own_queue())
+    shop = make_shop_on_sqlite({"e": DAILY}, settings_of_own_queue())
     owed = owe(shop, 2)
     pages = run_in_pages(shop)
     shop.send_until(1)
@@ -291,21 +308,21 @@ def test_a_tick_whose_replacement_is_lost_begins_anew_after_a_day(
     shop.tick()
     (copy,) = received(shop.beat.app)
     assert copy.headers["id"] == first.headers["id"]
-    # A redelivery by the broker is refused, before and after that.
+    # The broker may redeliver the first message before or after the copy runs. Both are refused.
     deliver(shop.beat.app, first)
     deliver(shop.beat.app, copy)
     deliver(shop.beat.app, first)
     deliver_all(shop.beat.app)
     assert [page for _, page in pages] == [*range(1, lost), 1, 2, 3]
     assert {tick for tick, _ in pages} == {owed[0]}
-    wait_until(lambda: shop.tick() or shop.dues()[-1] == owed[1], "the next one is sent")
+    wait_until(lambda: shop.tick() or shop.dues()[-1] == owed[1], "the next tick is sent")
 
 
-def test_a_tick_whose_pages_take_days_does_not_begin_anew(
+def test_a_tick_whose_pages_take_days_is_not_sent_again(
     make_shop_on_sqlite: Callable[..., Shop],
 ) -> None:
-    """The day in which nothing is known of it begins when its last page was seen to run."""
-    shop = make_shop_on_sqlite({"e": DAILY}, with_own_queue())
+    """The beat waits for a day since it last saw a page run, and each page takes less than that."""
+    shop = make_shop_on_sqlite({"e": DAILY}, settings_of_own_queue())
     owe(shop, 2)
     pages = run_in_pages(shop)
     replace = shop.before
@@ -326,13 +343,14 @@ def test_a_tick_whose_pages_take_days_does_not_begin_anew(
     assert len(shop.sent) == 3
 
 
-def test_a_tick_that_goes_on_in_replacements_is_waited_for(
+def test_no_tick_is_sent_before_the_last_replacement_of_the_tick_before(
     make_shop_on_sqlite: Callable[..., Shop],
 ) -> None:
-    """Each page of a day sends the next one in its own place. Their ticks are the same, and the
-    next day is not closed before the last page of this one.
+    """Each page replaces itself by the next page, which has the same tick.
+
+    The next day's tick is not sent before the last page has ended.
     """
-    shop = make_shop_on_sqlite({"e": DAILY}, with_own_queue())
+    shop = make_shop_on_sqlite({"e": DAILY}, settings_of_own_queue())
     owed = owe(shop, 2)
     pages = run_in_pages(shop)
     shop.send_until(1)
@@ -357,7 +375,7 @@ def test_a_tick_that_goes_on_in_replacements_is_waited_for(
 def test_a_tick_whose_message_can_never_be_sent_is_not_waited_for(
     make_shop_on_sqlite: Callable[..., Shop], argument: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody would ever say that it has ended. The next tick is tried at its own time."""
+    """No row would ever record that such a tick has ended. The next is tried when it is due."""
     shop = make_shop_on_sqlite({"e": EVERY_MINUTE | BY_ONE | {"args": (argument,)}})
     first = due_now(shop.beat, "e", 61 * SECOND)
     for number in (2, 3):
@@ -375,10 +393,12 @@ def test_a_tick_whose_message_can_never_be_sent_is_not_waited_for(
     assert stored(shop.beat)["e"].under_way
 
 
-def test_a_tick_that_has_become_too_old_is_not_sent_again(
+def test_a_lost_tick_that_has_become_too_old_is_missed(
     make_shop_on_sqlite: Callable[..., Shop], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its message is lost, and so is its copy. It is missed, and the entry goes on."""
+    """1. A tick's message is lost. 2. Its copy is lost. 3. The tick is older than
+    ``skip_if_older_than`` allows. 4. The beat counts it as missed, and sends the next tick.
+    """
     shop = make_shop_on_sqlite({"e": EVERY_MINUTE | BY_ONE})
     first = due_now(shop.beat, "e")
     shop.tick()
@@ -395,7 +415,7 @@ def test_a_tick_that_has_become_too_old_is_not_sent_again(
     assert state.under_way
 
 
-def test_a_message_with_a_countdown_is_not_taken_for_lost_before_it_may_run(
+def test_a_message_with_a_countdown_is_not_resent_before_it_may_run(
     make_shop_on_sqlite: Callable[..., Shop],
 ) -> None:
     shop = make_shop_on_sqlite({"e": DAILY | {"options": {"countdown": 120}}})
@@ -407,7 +427,7 @@ def test_a_message_with_a_countdown_is_not_taken_for_lost_before_it_may_run(
     shop.shift += 2 * SECOND
     shop.tick()
     assert len(shop.sent) == 2
-    # The second pause is of four minutes, after the countdown.
+    # The beat sends the next copy four minutes after the end of the countdown.
     shop.shift += 359 * SECOND
     shop.tick()
     assert len(shop.sent) == 2
@@ -417,11 +437,11 @@ def test_a_message_with_a_countdown_is_not_taken_for_lost_before_it_may_run(
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_the_next_leader_asks_the_row_too(
+def test_the_next_leader_waits_for_the_tick_that_the_first_has_sent(
     make_shop: Callable[..., Shop], beats: Beats, ended: bool
 ) -> None:
-    """The first beat sends a tick and dies; the next one must not send the following tick while
-    that one goes on, nor that one again when it has ended.
+    """1. Beat A sends a tick, and dies. 2. Beat B leads. While the tick has not ended, B must not
+    send the next tick. When it has ended, B must not send it again.
     """
     shop = make_shop({"e": DAILY})
     owed = owe(shop, 2)
@@ -444,10 +464,13 @@ def test_the_next_leader_asks_the_row_too(
     assert shop.dues() == shop.ran == owed
 
 
-def test_a_message_whose_arguments_changed_in_between_is_asked_for_where_it_runs(
+def test_a_tick_sent_before_its_arguments_changed_is_waited_for_in_its_own_row(
     make_shop: Callable[..., Shop], beats: Beats
 ) -> None:
-    """A deployment changes the arguments, and so the key, while a tick runs."""
+    """1. A tick is sent. 2. A deployment changes the entry's arguments, and so the singleton's key.
+    3. The tick runs with the old arguments. 4. The beat reads the old key's row, and sends the
+    next.
+    """
     shop = make_shop({"e": DAILY | {"args": (1,)}}, unique_on=lambda n: n)
     owed = owe(shop, 2)
     shop.send_until(1)
@@ -471,7 +494,7 @@ NOT_ONE_BY_ONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", NOT_ONE_BY_ONE)
-def test_where_no_row_can_tell_ticks_are_sent_as_they_are_due(
+def test_ticks_that_no_row_can_confirm_are_sent_when_they_are_due(
     make_shop: Callable[..., Shop], case: str
 ) -> None:
     fields, options = NOT_ONE_BY_ONE[case]
@@ -482,12 +505,12 @@ def test_where_no_row_can_tell_ticks_are_sent_as_they_are_due(
     assert not any(ONE_BY_ONE in message for message in shop.sent)
 
 
-def test_entries_whose_rows_cannot_be_asked_keep_no_other_waiting(
+def test_an_entry_whose_row_cannot_be_read_delays_no_other_entry(
     make_shop: Callable[..., Shop],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Leases may be in another store than the schedule, and that store may be unavailable."""
+    """Leases may be in another store than the schedule. Here the leases' store is unavailable."""
     shop = make_shop({"e": DAILY, "other": EVERY_MINUTE})
     owe(shop, 2)
     shop.send_until(1)
@@ -508,7 +531,7 @@ def test_entries_whose_rows_cannot_be_asked_keep_no_other_waiting(
     shop.send_until(3)
 
 
-def test_many_that_wait_are_asked_for_in_one_statement(
+def test_the_rows_of_many_waiting_entries_are_read_in_one_statement(
     make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [f"e{number}" for number in range(20)]
@@ -534,9 +557,10 @@ def test_many_that_wait_are_asked_for_in_one_statement(
 # -- turns
 
 
-def test_one_entrys_backlog_keeps_no_other_waiting(make_shop: Callable[..., Shop]) -> None:
-    """20,000 ticks are owed of one entry, 20 others are due, and one more soon after: each is sent
-    within a round, and the backlog in order.
+def test_one_entrys_backlog_delays_no_other_entry(make_shop: Callable[..., Shop]) -> None:
+    """One entry owes 20,000 ticks. 20 other entries are due now, and one more entry is due soon.
+
+    The beat sends the others' ticks at once, and the backlog in order.
     """
     backlog = EVERY_MINUTE | {"catch_up": "all", "skip_if_older_than": None}
     others = {f"o{number}": EVERY_MINUTE for number in range(20)}
@@ -544,7 +568,7 @@ def test_one_entrys_backlog_keeps_no_other_waiting(make_shop: Callable[..., Shop
     due_now(shop.beat, "backlog", timedelta(days=14))
     for name in others:
         due_now(shop.beat, name)
-    # Later than any machine takes for a tick.
+    # Due so much later that it does not become due by itself during the test.
     due_now(shop.beat, "soon", -MINUTE / 2)
     shop.tick()
     entries = [message[ENTRY] for message in shop.sent]
@@ -558,10 +582,10 @@ def test_one_entrys_backlog_keeps_no_other_waiting(make_shop: Callable[..., Shop
     assert dues == [dues[0] + number * MINUTE for number in range(len(dues))]
 
 
-def test_an_entry_that_cannot_be_sent_gives_others_their_turns(
+def test_an_entry_that_cannot_be_sent_delays_no_other_entry(
     make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A wrapper around the scheduler's method sends nothing, and says nothing of it."""
+    """A tool's wrapper of ``apply_entry`` sends nothing for one entry, and raises no error."""
     shop = make_shop({"bad": EVERY_MINUTE, "good": EVERY_MINUTE})
     apply_entry = shop.beat.apply_entry
     tried: list[str] = []
@@ -578,21 +602,21 @@ def test_an_entry_that_cannot_be_sent_gives_others_their_turns(
     assert tried == ["bad", "good"]
 
 
-# -- the bound
+# -- the bound on owed ticks
 
 
 @pytest.mark.parametrize("schedule", [60.0, crontab()])
-def test_no_more_than_a_bound_is_owed(
+def test_no_more_ticks_than_the_bound_are_owed(
     make_shop: Callable[..., Shop], schedule: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is beyond it is missed, with a warning; the newest ticks are kept."""
+    """The newest ticks are owed. Older ticks beyond the bound are missed, with a warning."""
     caplog.set_level(logging.WARNING)
     every = {"schedule": schedule, "catch_up": "all", "skip_if_older_than": None, "task": "t"}
     shop = make_shop({"e": every})
     due_now(shop.beat, "e", timedelta(days=400))
     entry = shop.beat.schedule["e"]
     first = entry.next_tick = entry.next_tick.replace(second=0, microsecond=0)
-    wait_until(lambda: shop.tick() or shop.sent, "the first is sent")
+    wait_until(lambda: shop.tick() or shop.sent, "the first owed tick is sent")
     owed = (shop.beat._leader.now() - shop.dues()[0]) // MINUTE + 1
     assert MAX_OWED <= owed <= MAX_OWED + 1
     missed = stored(shop.beat)["e"].missed_count

@@ -1,4 +1,4 @@
-"""Ticks at the receiving end: a second copy is refused, on every store."""
+"""Messages of ticks as their runs see them: a second copy is refused, on every store."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def options_of(
     previous: datetime | None = None,
     one_by_one: bool = False,
 ) -> dict[str, Any]:
-    """What a beat's message for a tick has, as JSON makes it."""
+    """Return the options of a beat's message for a tick, after a round trip through JSON."""
     made = ScheduleEntry(name=entry, task="count", schedule=60, app=app)
     message = message_of(made, beat, due, previous, one_by_one)
     options: dict[str, Any] = json.loads(json.dumps(message.options))
@@ -52,7 +52,10 @@ def options_of(
 
 
 def in_chain(app: Celery, number: int, **more: Any) -> dict[str, Any]:
-    """The message of a tick which names the one that was sent a second before."""
+    """Return the message of the tick ``number`` seconds after noon.
+
+    It names the tick a second before it as the previous one.
+    """
     due = NOON + number * SECOND
     return options_of(app, due, previous=due - SECOND, **more)
 
@@ -68,7 +71,7 @@ def outcomes(app: Celery) -> list[str]:
     return [run.outcome for run in decode(row(app).history, "")]
 
 
-def test_every_beat_makes_the_same_id_of_a_tick(app: Celery) -> None:
+def test_every_beat_gives_a_tick_the_same_task_id(app: Celery) -> None:
     berlin = datetime.fromisoformat("2026-11-24T13:00:00+01:00")
     assert options_of(app, NOON) == options_of(app, berlin)
     ids = {
@@ -91,9 +94,11 @@ def test_a_run_knows_its_tick(app: Celery) -> None:
         _ = task.tick
 
 
-@pytest.mark.parametrize("options", [{}, {"deduplicate": True}], ids=["by default", "told"])
-def test_a_second_copy_is_refused(app: Celery, options: dict[str, Any]) -> None:
-    """Of singletons without state as well, which do run again what is no tick."""
+@pytest.mark.parametrize(
+    "options", [{}, {"deduplicate": True}], ids=["by default", "deduplicate=True"]
+)
+def test_a_second_copy_of_a_tick_is_refused(app: Celery, options: dict[str, Any]) -> None:
+    """The singleton has no state. By default its second copies of other messages would run."""
     ran: list[datetime | None] = []
     task = counting(app, ran, **options)
     for due in (NOON, NOON + SECOND, NOON, NOON + SECOND, NOON + 2 * SECOND):
@@ -102,7 +107,7 @@ def test_a_second_copy_is_refused(app: Celery, options: dict[str, Any]) -> None:
     assert outcomes(app) == [*["succeeded"] * 2, *["duplicate"] * 2, "succeeded"]
 
 
-def test_without_deduplication_it_is_run_again(app: Celery) -> None:
+def test_without_deduplication_a_second_copy_of_a_tick_runs(app: Celery) -> None:
     ran: list[datetime | None] = []
     task = counting(app, ran, deduplicate=False)
     for _ in range(2):
@@ -111,7 +116,7 @@ def test_without_deduplication_it_is_run_again(app: Celery) -> None:
 
 
 def test_a_tick_that_failed_is_run_again(app: Celery) -> None:
-    """Only what was done is refused."""
+    """Only ticks that were done are refused: the second copy runs, and the third is refused."""
     tries: list[int] = []
 
     def body(self: Any) -> None:
@@ -125,9 +130,10 @@ def test_a_tick_that_failed_is_run_again(app: Celery) -> None:
     assert outcomes(app) == ["failed", "succeeded", "duplicate"]
 
 
-def test_ticks_may_come_out_of_order(app: Celery) -> None:
-    """Two workers take two ticks from the queue, and the later one runs first: with nothing
-    forgotten, an older tick that is not known is new.
+def test_ticks_that_arrive_out_of_order_all_run(app: Celery) -> None:
+    """Workers take ticks from the queue, and the later tick runs first.
+
+    The history has dropped no tick yet, so an older tick that it lacks was not done.
     """
     ran: list[datetime | None] = []
     task = counting(app, ran)
@@ -136,8 +142,10 @@ def test_ticks_may_come_out_of_order(app: Celery) -> None:
     assert ran == [NOON + SECOND, NOON, NOON - SECOND]
 
 
-def test_a_copy_hours_later_is_refused(make_app: Callable[..., Celery]) -> None:
-    """The history is full, and has forgotten the tick: it cannot be known to be new."""
+def test_a_copy_of_a_tick_that_the_history_has_dropped_is_refused(
+    make_app: Callable[..., Celery],
+) -> None:
+    """The history is full, so an old tick that it lacks may have been done. It is refused."""
     app = make_app(singleton_history=3)
     ran: list[datetime | None] = []
     task = counting(app, ran)
@@ -150,10 +158,12 @@ def test_a_copy_hours_later_is_refused(make_app: Callable[..., Celery]) -> None:
     assert outcomes(app) == [*["succeeded"] * 3, *["duplicate"] * 3]
 
 
-def test_copies_that_are_refused_do_not_open_the_way_for_more(
+def test_refused_copies_in_the_history_let_no_other_copy_run(
     make_app: Callable[..., Celery],
 ) -> None:
-    """The history holds ticks 3 and 4; a copy of 1 is refused and noted there; then comes 2."""
+    """1. The history holds ticks 2, 3 and 4. 2. A copy of tick 1 is refused, and the history
+    records the duplicate. 3. A copy of tick 2 is delivered, and refused, too.
+    """
     app = make_app(singleton_history=3)
     ran: list[datetime | None] = []
     task = counting(app, ran)
@@ -163,8 +173,10 @@ def test_copies_that_are_refused_do_not_open_the_way_for_more(
     assert ran == ticks
 
 
-def test_another_entrys_ticks_do_not_count(make_app: Callable[..., Celery]) -> None:
-    """One singleton, two entries: that one is behind the other means nothing."""
+def test_ticks_of_another_entry_do_not_count(make_app: Callable[..., Celery]) -> None:
+    """Two entries have one singleton. A tick of the second entry runs, although the first entry's
+    later ticks were done.
+    """
     app = make_app(singleton_history=3)
     ran: list[datetime | None] = []
     task = counting(app, ran)
@@ -174,7 +186,7 @@ def test_another_entrys_ticks_do_not_count(make_app: Callable[..., Celery]) -> N
     assert ran[-1] == NOON - SECOND
 
 
-def test_a_retry_of_an_old_tick_is_run(make_app: Callable[..., Celery]) -> None:
+def test_a_retry_of_an_old_tick_runs(make_app: Callable[..., Celery]) -> None:
     app = make_app(singleton_history=2)
     task = task_of(app, idle, state_schema=None)
     for number in range(3):
@@ -184,11 +196,13 @@ def test_a_retry_of_an_old_tick_is_run(make_app: Callable[..., Celery]) -> None:
 
 
 @pytest.mark.parametrize("seed", [None, 1])
-def test_what_was_done_is_known_however_many_runs_came_between(
+def test_a_copy_of_a_tick_is_refused_however_many_runs_came_between(
     app: Celery, seed: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """60 ticks are owed, and their messages overtake each other: each runs once, also those older
-    than all that the history of 16 holds. Each second copy is refused, and that is a warning.
+    """60 ticks are sent, and their messages overtake each other.
+
+    Each tick runs once, also if it is older than all 16 entries of the history. Each second copy is
+    refused with a warning.
     """
     ran: list[datetime | None] = []
     task = counting(app, ran)
@@ -208,8 +222,11 @@ def test_what_was_done_is_known_however_many_runs_came_between(
     assert "for tick 2026-11-24 12:00:07 of shop:e" in caplog.text
 
 
-def test_a_tick_that_its_row_knows_as_done_does_not_wait_for_the_lease(app: Celery) -> None:
-    """Its history has forgotten it, and another run holds the lease."""
+def test_a_copy_of_a_tick_does_not_wait_for_the_lease(app: Celery) -> None:
+    """The history has dropped the tick, and another run holds the lease.
+
+    The row's ``ticks_done`` still has the tick, so its copy ends at once.
+    """
     ran: list[datetime | None] = []
     task = counting(app, ran, on_conflict="raise")
     for number in range(20):
@@ -218,8 +235,10 @@ def test_a_tick_that_its_row_knows_as_done_does_not_wait_for_the_lease(app: Cele
     assert task.apply(**in_chain(app, 0)).successful()
 
 
-def test_a_tick_whose_retry_is_under_way_has_not_ended(app: Celery) -> None:
-    """20 other ticks end before the retry comes; and a copy of the retry is refused."""
+def test_a_tick_whose_retry_is_pending_has_not_ended(app: Celery) -> None:
+    """1. A tick's run asks for a retry. 2. 19 other ticks end. 3. The retry runs, and the tick is
+    done. 4. A copy of the retry is refused.
+    """
     tries: list[int] = []
 
     def body(self: Any) -> None:
@@ -258,7 +277,10 @@ def known_ticks(app: Celery) -> EntryTicks:
 def test_a_tick_that_failed_for_good_has_ended(
     app: Celery, error: Exception, ended: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And it is not done: a second copy is run. A message that comes again has not ended."""
+    """A tick has ended after an error over which its message is not sent again.
+
+    It is not done, so a second copy runs. After the other errors the tick has not ended.
+    """
     monkeypatch.setattr(SingletonTask, "_answer", lambda *_: None)
     tries: list[int] = []
 
@@ -278,8 +300,9 @@ def test_a_tick_that_failed_for_good_has_ended(
 def test_a_copy_of_a_one_by_one_tick_that_failed_for_good_is_refused(
     memory_app: Celery, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Beat sends it again while its first message waits; the next tick may run by then. A retry
-    of the tick is none of these copies.
+    """1. A beat sends a tick again while its first message waits. 2. The first message runs, and
+    fails for good. 3. The copies are refused, because the next tick may have run meanwhile. 4. A
+    retry of the tick is not a copy, and runs.
     """
     ran: list[int] = []
 
@@ -301,9 +324,7 @@ def test_a_copy_of_a_one_by_one_tick_that_failed_for_good_is_refused(
 
 
 @pytest.mark.parametrize("by", ["another task", "another singleton"])
-def test_a_tick_whose_run_is_replaced_by_something_else_is_done(
-    memory_app: Celery, by: str
-) -> None:
+def test_a_tick_whose_run_is_replaced_by_another_task_is_done(memory_app: Celery, by: str) -> None:
     use_own_queue(memory_app)
     ticks: list[datetime | None] = []
 
@@ -327,7 +348,7 @@ def test_a_tick_whose_run_is_replaced_by_something_else_is_done(
 
 
 def test_a_tick_whose_run_was_asked_to_stop_has_failed_for_good(memory_app: Celery) -> None:
-    """A newer message takes its place, and its own does not come again."""
+    """A newer message replaces the tick's run, and the tick's message is not sent again."""
 
     def body(self: Any) -> None:
         requests = runtime_of(memory_app).store.requests
@@ -342,7 +363,7 @@ def test_a_tick_whose_run_was_asked_to_stop_has_failed_for_good(memory_app: Cele
     assert (known.failed, known.done) == ((NOON.timestamp(),), ())
 
 
-def test_runs_that_are_no_ticks_leave_what_is_known(app: Celery) -> None:
+def test_runs_without_a_tick_leave_the_done_ticks_as_they_are(app: Celery) -> None:
     ran: list[datetime | None] = []
     task = counting(app, ran)
     task.apply(**in_chain(app, 0))
@@ -352,10 +373,13 @@ def test_runs_that_are_no_ticks_leave_what_is_known(app: Celery) -> None:
     assert row(app).ticks_done == known is not None
 
 
-def test_gaps_that_are_too_many_are_closed_with_a_warning(
+def test_too_many_gaps_between_ticks_are_closed_with_a_warning(
     app: Celery, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every other tick is missing; a gap that was given up is refused, with a warning, too."""
+    """Every second tick is missing. When there are too many gaps, the oldest one is closed.
+
+    A tick within a closed gap is refused with a warning.
+    """
     monkeypatch.setattr(ending, "SPANS_OF_WAITING", 3)
     ran: list[datetime | None] = []
     task = counting(app, ran, on_conflict="wait")
@@ -372,7 +396,9 @@ def test_gaps_that_are_too_many_are_closed_with_a_warning(
 def test_a_tick_that_is_sent_one_by_one_waits_for_the_lease(
     make_app: Callable[..., Celery], policy: str
 ) -> None:
-    """A run by hand holds the lease, of whatever policy the task is: no day is skipped."""
+    """Another run holds the lease. The tick waits, whatever the task's policy is, so that no tick
+    is skipped.
+    """
     seen: list[Details] = []
     app = make_app(singleton_hooks=[seen.append])
     ran: list[datetime | None] = []
@@ -384,7 +410,9 @@ def test_a_tick_that_is_sent_one_by_one_waits_for_the_lease(
         target=lambda: task.apply(**in_chain(app, 0, one_by_one=True)), daemon=True
     )
     thread.start()
-    wait_until(lambda: any(isinstance(each, Conflicted) for each in seen), "it is a conflict")
+    wait_until(
+        lambda: any(isinstance(each, Conflicted) for each in seen), "the tick finds the lease taken"
+    )
     assert [each.policy for each in seen if isinstance(each, Conflicted)] == ["wait"]
     assert not ran
     assert row(app).handoff_to is None
@@ -393,7 +421,7 @@ def test_a_tick_that_is_sent_one_by_one_waits_for_the_lease(
     assert ran == [NOON]
 
 
-def test_enqueue_once_keeps_no_owed_tick_back(app: Celery, published: list[str]) -> None:
+def test_enqueue_once_does_not_drop_an_owed_tick(app: Celery, published: list[str]) -> None:
     app.conf.broker_url = "memory://"
     task = task_of(app, idle, enqueue_once=True)
     task.apply_async(task_id="by hand")
@@ -402,8 +430,8 @@ def test_enqueue_once_keeps_no_owed_tick_back(app: Celery, published: list[str])
     assert published == ["by hand", owed["task_id"]]
 
 
-def test_enqueue_once_holds_for_ticks(app: Celery, published: list[str]) -> None:
-    """A tick is not published while another message is queued, and the queued one is its own."""
+def test_enqueue_once_counts_for_ticks(app: Celery, published: list[str]) -> None:
+    """A tick is published. The next tick is not published while the first one is queued."""
     app.conf.broker_url = "memory://"
     task = task_of(app, idle, enqueue_once=True)
     first = options_of(app, NOON)
@@ -412,7 +440,7 @@ def test_enqueue_once_holds_for_ticks(app: Celery, published: list[str]) -> None
     assert published == [first["task_id"]]
 
 
-def test_what_else_a_message_carries_stays(app: Celery) -> None:
+def test_a_ticks_message_keeps_the_entrys_options_and_headers(app: Celery) -> None:
     options = {"queue": "q", "headers": {"mine": 1}}
     made = ScheduleEntry(name="e", task="count", schedule=60, app=app, options=options)
     sent = message_of(made, "shop", NOON)

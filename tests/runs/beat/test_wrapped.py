@@ -1,4 +1,4 @@
-"""Beats of a project whose tools wrap Celery's methods: no error of theirs ends one."""
+"""Beats in which tracing tools wrap Celery's methods: no error of a wrapper ends the beat."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def kind(request: pytest.FixtureRequest) -> type[Any]:
 
 @pytest.fixture
 def app(kind: type[Any]) -> Iterator[Celery]:
-    """With two entries that are due all the time."""
+    """Return an app with two schedule entries that are due every 0.4 seconds."""
     entry = OFTEN | ({"catch_up": "all"} if kind is SingletonScheduler else {})
     made = Celery("shop", broker="memory://", set_as_current=False)
     made.conf.update(
@@ -54,13 +54,13 @@ def app(kind: type[Any]) -> Iterator[Celery]:
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(postponing, "FIRST_PAUSE", 0.05)
 
 
 @pytest.fixture
 def sent() -> Iterator[list[tuple[str, datetime]]]:
-    """Entry and tick of all messages that were sent, in order."""
+    """Return a list that gets the entry's name and the tick of each message that is sent."""
     found: list[tuple[str, datetime]] = []
 
     def note(sender: str, headers: dict[str, Any], **_: Any) -> None:
@@ -73,7 +73,7 @@ def sent() -> Iterator[list[tuple[str, datetime]]]:
 
 @pytest.fixture
 def make(app: Celery, kind: type[Any]) -> Iterator[Callable[[], Any]]:
-    """Makes a beat as Celery does."""
+    """Return a function that makes a beat's scheduler, as Celery's beat does."""
     made: list[Any] = []
 
     def make() -> Any:
@@ -90,7 +90,7 @@ def names(sent: list[tuple[str, datetime]]) -> list[str]:
 
 
 def run(scheduler: Any, until: Callable[[], Any]) -> None:
-    """Call the scheduler as Celery's beat does, until something is."""
+    """Call the scheduler's ``tick()``, as Celery's beat does, until a condition is true."""
 
     def tick() -> bool:
         scheduler.tick()
@@ -99,7 +99,7 @@ def run(scheduler: Any, until: Callable[[], Any]) -> None:
     wait_until(tick, "the beat has done it")
 
 
-def test_celerys_method_is_called_as_celery_calls_it(
+def test_apply_entry_is_called_with_the_arguments_that_celery_passes(
     make: Callable[[], Any], sent: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """sentry-sdk takes exactly two positional arguments, and ddtrace the entry by its position."""
@@ -134,11 +134,12 @@ def wrap(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, before: Any) ->
         ("apply_entry", ValueError),
         ("apply_entry", TypeError),
         ("apply_entry", OperationalError),
-        # Of a TypeError there, the message is to blame; of an OperationalError, the broker.
+        # No other error from here: a TypeError would mean that the message cannot be made, an
+        # OperationalError that the broker is unavailable.
         ("apply_async", ValueError),
     ],
 )
-def test_what_a_wrapper_raises_over_an_entry(
+def test_an_error_of_a_wrapper_postpones_one_entry_only(
     make: Callable[[], Any],
     sent: list[tuple[str, datetime]],
     caplog: pytest.LogCaptureFixture,
@@ -146,8 +147,9 @@ def test_what_a_wrapper_raises_over_an_entry(
     where: str,
     error: type[Exception],
 ) -> None:
-    """It is logged with the entry's name; the other entry goes on; the tick is sent later, for the
-    time at which it was due.
+    """1. A tool's wrapper raises over one entry's tick, three times. 2. The beat logs each error
+    with the entry's name. 3. The other entry's ticks are sent meanwhile. 4. The first entry's tick
+    is sent with the time at which it was due.
     """
     tries: list[None] = []
 
@@ -176,7 +178,7 @@ def test_what_a_wrapper_raises_over_an_entry(
 def test_a_beat_that_can_send_nothing_waits(
     make: Callable[[], Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not a hot loop; and the lease is renewed, because no pause is longer than that takes."""
+    """The beat does not try again in a hot loop. Its pauses are short enough to renew the lease."""
     monkeypatch.setattr(postponing, "FIRST_PAUSE", 30.0)
 
     def refuse(*_: Any) -> None:
@@ -192,13 +194,13 @@ def test_a_beat_that_can_send_nothing_waits(
     assert scheduler._leader.leads
 
 
-def test_what_a_wrapper_raises_after_the_sending(
+def test_an_error_of_a_wrapper_after_sending_sends_nothing_twice(
     make: Callable[[], Any],
     sent: list[tuple[str, datetime]],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It is logged, and the tick, which was sent, is not sent again."""
+    """The wrapper raises after the tick was sent. That is logged, and nothing is sent again."""
     celerys = Scheduler.apply_entry
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -212,7 +214,7 @@ def test_what_a_wrapper_raises_after_the_sending(
 
 
 @pytest.mark.parametrize("ends", [SystemExit, KeyboardInterrupt, NotLeading])
-def test_what_is_to_end_a_tick_ends_it(
+def test_exits_and_the_loss_of_the_lead_pass_through(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, ends: type[BaseException]
 ) -> None:
     seen: list[None] = []
@@ -230,12 +232,12 @@ def test_what_is_to_end_a_tick_ends_it(
             run(scheduler, lambda: False)
 
 
-def test_a_beat_that_is_stopped_while_it_sends(
+def test_a_stop_while_a_message_is_sent_ends_the_beat_without_an_error(
     make: Callable[[], Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client of the broker waits for its answer. The signal's handler closes the connection and
-    raises SystemExit, in place of which the client raises an error over what is closed. The beat
-    ends, and its log has no error of ours.
+    """1. The broker's client waits for an answer. 2. The signal's handler closes the beat and its
+    connection, and raises SystemExit. 3. The client raises an error over the closed connection
+    instead. 4. The beat ends, and logs no error.
     """
     scheduler: Any = None
 
@@ -251,13 +253,16 @@ def test_a_beat_that_is_stopped_while_it_sends(
 
 
 @pytest.mark.parametrize("kind", [Leading], indirect=True)
-def test_what_a_wrapper_raises_over_the_whole_scheduler(
+def test_an_error_of_a_wrapper_around_the_scheduler_is_logged(
     make: Callable[[], Any],
     sent: list[tuple[str, datetime]],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """ddtrace wraps the method that looks for what is due, of which ours is not made."""
+    """ddtrace wraps ``Scheduler.tick``, which a scheduler with LeaderMixin calls.
+
+    SingletonScheduler does not call it.
+    """
     tries: list[None] = []
 
     def before(*_: Any) -> None:
@@ -271,13 +276,16 @@ def test_what_a_wrapper_raises_over_the_whole_scheduler(
 
 
 @pytest.mark.parametrize("kind", [Leading], indirect=True)
-def test_a_schedule_that_cannot_be_stored_by_its_class(
+def test_a_schedule_that_its_class_cannot_store_sends_nothing_twice(
     make: Callable[[], Any],
     sent: list[tuple[str, datetime]],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Celery stores it right after a sending: the message, which was sent, is not sent again."""
+    """Celery stores the schedule right after a message is sent. That fails, and is logged.
+
+    The message is not sent again.
+    """
 
     def refuse(*_: Any) -> None:
         raise ValueError("the class's")
@@ -291,15 +299,16 @@ def test_a_schedule_that_cannot_be_stored_by_its_class(
     assert len(set(sent)) == len(sent)
 
 
-def test_a_schedule_that_cannot_be_read_at_a_take_over(
+def test_a_beat_leads_although_its_schedule_cannot_be_read(
     app: Celery,
     kind: type[Any],
     sent: list[tuple[str, datetime]],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A class reads its database whenever it is asked for its schedule, and that is down. The beat
-    goes on, tries it again after longer and longer pauses, and leads meanwhile.
+    """A scheduler class reads its schedule from a database, which is unavailable.
+
+    The beat leads meanwhile. It reads the schedule again after pauses that get longer.
     """
     broken, now = [False], [1000.0]
     monkeypatch.setattr(postponing, "clock", lambda: now[0])
@@ -326,14 +335,16 @@ def test_a_schedule_that_cannot_be_read_at_a_take_over(
         scheduler.close()
 
 
-def test_a_leader_that_ends_leaves_the_tick_to_the_next(
+def test_a_tick_that_one_leader_could_not_send_the_next_leader_sends(
     app: Celery,
     sent: list[tuple[str, datetime]],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     kind: type[Any],
 ) -> None:
-    """The first beat's tools fail, the second's do not: the tick that was due is sent by it."""
+    """1. A wrapper fails in the first beat, so a due tick is not sent. 2. The first beat ends. 3.
+    The second beat leads, without the wrapper, and sends that tick.
+    """
     app.conf.beat_schedule = {"bad": app.conf.beat_schedule["bad"]}
 
     def refuse(*_: Any) -> None:
