@@ -112,9 +112,12 @@ def test_a_thread_with_the_runs_context_can_do_what_the_body_can(
 def test_checkpoints_of_several_threads_are_sent_one_after_the_other(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. Thread A's checkpoint has got its write number, but is not sent yet. 2. Thread B begins a
-    checkpoint. 3. B waits until A's is saved. If B's were numbered and sent first, the store would
-    refuse A's as late, and the lease would count as lost.
+    """1. Thread A's checkpoint has got its write number, but is not sent yet.
+    2. Thread B begins a checkpoint.
+    3. B waits until A's checkpoint is saved.
+
+    If B's were numbered and sent first, the store would refuse A's as late, and the lease would
+    count as lost.
     """
     store = runtime_of(app).store
     save = store.save
@@ -171,8 +174,10 @@ def test_the_error_in_a_thread_that_outlives_its_run_says_that_the_run_is_over(
 
 
 def test_a_transaction_that_is_open_when_the_run_ends_is_rolled_back(memory_app: Celery) -> None:
-    """1. A thread of the body is within ``transaction()``. 2. The body ends. 3. The thread's commit
-    is refused, although the lease has not expired. 4. The run fails, and is released.
+    """1. A thread of the body is within ``transaction()``.
+    2. The body ends.
+    3. The thread's commit is refused, although the lease has not expired.
+    4. The run fails, and is released.
     """
     store = runtime_of(memory_app).store
     inside, go = threading.Event(), threading.Event()

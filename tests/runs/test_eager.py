@@ -124,8 +124,10 @@ HOW: dict[str, Callable[[Any], Any]] = {
 def test_a_failed_save_is_the_result_of_an_eager_run(
     app: Celery, make: Callable[..., Any], runs: list[int], lock: Lock, how: str
 ) -> None:
-    """1. The body locks the file. 2. The save fails, and so do all later tries. 3. The lock is
-    freed. 4. The next run is not skipped, although the failed run has left its lease in the row.
+    """1. The body locks the file.
+    2. The save fails, and so do all later tries.
+    3. The lock is freed.
+    4. The next run is not skipped, although the failed run has left its lease in the row.
     """
     task = make(lambda task: lock.take() if len(runs) == 1 else None)
     result = HOW[how](task)
@@ -186,8 +188,9 @@ def test_an_eager_run_is_repeated_when_the_store_is_available_again(
 def test_an_eager_run_whose_save_was_carried_out_is_not_repeated(
     app: Celery, make: Callable[..., Any], runs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. The release is carried out, but its answer is lost. 2. The next try finds the run in the
-    row's history. 3. The eager run ends with that run's result.
+    """1. The release is carried out, but its answer is lost.
+    2. The next try finds the run in the row's history.
+    3. The eager run ends with that run's result.
     """
     store = runtime_of(app).store
     release, peek = store.release, store.peek
@@ -235,8 +238,10 @@ def test_an_eager_run_ends_although_the_store_stays_unavailable(
 def test_a_lost_lease_is_the_result_of_an_eager_run(
     app: Celery, make: Callable[..., Any], runs: list[int]
 ) -> None:
-    """1. Another holder takes the lease over. 2. The checkpoint fails. 3. The run is repeated, and
-    finds the lease taken. 4. The result is the checkpoint's error, although the policy is "skip".
+    """1. Another holder takes the lease over.
+    2. The checkpoint fails.
+    3. The run is repeated, and finds the lease taken.
+    4. The result is the checkpoint's error, although the policy is "skip".
     """
     store = runtime_of(app).store
 
@@ -278,9 +283,9 @@ def test_earlier_tries_of_an_eager_run_are_freed_with_their_errors(
 ) -> None:
     """Tries are freed without the garbage collector.
 
-    An error refers to the frames that it passed. These must not keep the earlier tries alive.
+    An error refers to the frames that it passed. Those frames must not keep earlier tries alive.
     """
-    caplog.set_level("CRITICAL")  # because caplog keeps each log record with its error
+    caplog.set_level("CRITICAL")  # caplog would keep each log record, and with it the error.
     bodies: list[weakref.ref[Any]] = []
     real, left = runtime_of(app).store.release, [times]
 
@@ -300,7 +305,7 @@ def test_earlier_tries_of_an_eager_run_are_freed_with_their_errors(
     try:
         state = task.apply().state
         assert state == ("SUCCESS" if times == 3 else "FAILURE")
-        # Celery itself keeps the last error.
+        # Celery itself keeps the error of the last try, and so the last try.
         freed = bodies if times == 3 else bodies[:-1]
         assert len(freed) > 1
         assert not any(each() for each in freed)
@@ -346,9 +351,10 @@ def test_a_body_that_asks_for_an_eager_retry_gets_it_or_an_error(
     is_available_again: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """1. The body asks for a retry. 2. The release of its lease fails. 3. Celery calls the retry
-    within the first call. The row still names the first run. 4. If the store is available again,
-    the retry runs. Otherwise it ends with StateLoadFailed.
+    """1. The body asks for a retry.
+    2. The release of its lease fails.
+    3. Celery calls the retry within the first call. The row still names the first run.
+    4. If the store is available again, the retry runs. Otherwise it ends with StateLoadFailed.
     """
 
     def inside(task: Any) -> None:

@@ -46,9 +46,10 @@ def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_a_child_that_a_body_forks_leaves_the_run_to_its_parent(
     shared_store_url: str, tmp_path: Path, how: str
 ) -> None:
-    """1. The parent holds the lease, connections, and in some cases an open transaction. 2. It
-    forks a child, which has copies of all these. 3. The child acts as ``how`` says, and ends. 4.
-    The parent goes on and saves.
+    """1. The parent holds the lease, connections, and in some cases an open transaction.
+    2. It forks a child, which has copies of all these.
+    3. The child acts as ``how`` says, and ends.
+    4. The parent goes on and saves.
     """
     store = open_store(shared_store_url, "kv_store", 5.0, auto_migrate=True)
     with store.transaction() as transaction:

@@ -61,8 +61,10 @@ def test_an_interrupted_run_is_not_retried(app: Celery, monkeypatch: pytest.Monk
 
 
 def test_a_body_that_catches_everything_is_interrupted_for_a_handoff(app: Celery) -> None:
-    """1. Another task asks for the lease. 2. The holder's heartbeat learns of it, and interrupts
-    the body. 3. The body catches the interruption. 4. The second interruption ends it.
+    """1. Another task asks for the lease.
+    2. The holder's heartbeat learns of it, and interrupts the body.
+    3. The body catches the interruption.
+    4. The second interruption ends it.
     """
     store = runtime_of(app).store
     caught: list[str] = []
@@ -85,8 +87,10 @@ def test_a_body_that_catches_everything_is_interrupted_for_a_handoff(app: Celery
 def test_an_inner_run_is_released_when_its_outer_run_is_lost(
     app: Celery, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """1. The outer run's body calls another singleton. 2. The outer run's lease is lost. 3. The
-    interruption ends both bodies. 4. The inner run is released as failed.
+    """1. The outer run's body calls another singleton.
+    2. The outer run's lease is lost.
+    3. The interruption ends both bodies.
+    4. The inner run is released as failed.
     """
     went_on: list[str] = []
 

@@ -60,7 +60,7 @@ class Verb:
         self.times = times
         self.carried_out = True
         self.error: StoreError = StoreUnavailable("the answer is lost")
-        #: The arguments of each request.
+        #: The arguments of each request to the method.
         self.requests: list[Any] = []
         monkeypatch.setattr(self.store, name, self._ask)
 
@@ -126,7 +126,7 @@ def test_a_late_acquisition_holds_the_lease_for_the_default_life_at_most(
 ) -> None:
     """The run has ended. Its request to acquire the lease is carried out once more.
 
-    No run uses that lease, so it expires soon.
+    No run uses that lease. It expires after the default life, not after the long one.
     """
     task = task_of(app, increment, lease_ttl=LONG_LIFE)
     acquire = Verb(app, monkeypatch, "acquire", times=0)
@@ -168,8 +168,10 @@ def test_a_body_does_not_begin_on_an_unconfirmed_lease(
 def test_a_lease_that_was_lost_before_it_was_confirmed_is_a_conflict(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. Acquire is answered. 2. The process is stopped. 3. The lease is released, and another
-    holder acquires it. 4. The process goes on, and confirms its lease: the store refuses that.
+    """1. Acquire is answered.
+    2. The process is stopped.
+    3. The lease is released, and another holder acquires it.
+    4. The process goes on, and confirms its lease: the store refuses that.
     """
     task = task_of(app, idle, lease_ttl=LONG_LIFE, on_conflict="raise")
     store = runtime_of(app).store
@@ -190,7 +192,9 @@ def test_a_body_does_not_begin_if_the_lease_was_lost_during_a_result_lookup(
     memory_app: Celery, monkeypatch: pytest.MonkeyPatch, on_lease_lost: str
 ) -> None:
     """1. A message has a task id that was used before, so the run asks the result backend for an
-    old result. 2. The lease is lost. 3. The result backend answers.
+       old result.
+    2. The lease is lost.
+    3. The result backend answers.
     """
     bodies: list[int] = []
     memory_app.conf.singleton_heartbeat_interval = 0.1
@@ -254,9 +258,11 @@ def test_an_error_that_cannot_be_encoded_is_recorded(app: Celery, text: str) -> 
 def test_a_late_checkpoint_does_not_undo_a_newer_one(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. Checkpoint 1 stalls. 2. It is repeated, and saved. 3. Checkpoint 2 is saved. 4. The store
-    refuses the stalled request of checkpoint 1. 5. The body ends without another change, so its
-    release writes no state.
+    """1. Checkpoint 1 stalls.
+    2. It is repeated, and saved.
+    3. Checkpoint 2 is saved.
+    4. The stalled request of checkpoint 1 arrives, and the store refuses it.
+    5. The body ends without another change, so its release writes no state.
     """
     save = Verb(app, monkeypatch, "save", times=1)
     save.carried_out = False
@@ -368,9 +374,10 @@ def test_a_refused_login_after_a_lost_answer_to_a_commit_is_waited_out(
 def test_a_commit_whose_outcome_is_unknown_is_never_overwritten(
     app: Celery, monkeypatch: pytest.MonkeyPatch, is_carried_out: bool
 ) -> None:
-    """1. The answer to COMMIT is lost. 2. The store does not answer whether it was carried out. 3.
-    The body goes on, and each further write fails. 4. The run ends without saving, although
-    ``persist_on_error`` is set.
+    """1. The answer to COMMIT is lost.
+    2. The store does not answer whether it was carried out.
+    3. The body goes on, and each further write fails.
+    4. The run ends without saving, although ``persist_on_error`` is set.
     """
     make_table(app)
     Verb(app, monkeypatch, "written")
@@ -413,9 +420,12 @@ def test_the_outcome_of_a_release_that_the_history_has_dropped_is_unknown(
     others: int,
     is_known: bool,
 ) -> None:
-    """1. A run's release is carried out, but its answer is lost. 2. Other runs end, perhaps more
-    than the history holds. 3. The run repeats its release, and the store refuses it. If the history
-    lacks the run, it ends with StatePersistFailed, not as lost, because it may have been saved.
+    """1. A run's release is carried out, but its answer is lost.
+    2. Other runs end, perhaps more than the history holds.
+    3. The run repeats its release, and the store refuses it.
+
+    If the history lacks the run, the run ends with StatePersistFailed. It does not end as lost,
+    because it may have been saved.
     """
     app = make_app(singleton_history=2)
     task = task_of(app, increment, max_retries=0)
@@ -445,9 +455,10 @@ def test_the_outcome_of_a_release_that_the_history_has_dropped_is_unknown(
 def test_a_run_whose_release_never_arrived_is_lost_although_the_history_is_full(
     make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. A run's first release is not carried out. 2. An operator releases the lease, so the
-    history has the operator's entry for the run's fence. 3. The run repeats its release, and the
-    store refuses it. 4. The run ends as lost.
+    """1. A run's first release is not carried out.
+    2. An operator releases the lease, so the history has the operator's entry for the run's fence.
+    3. The run repeats its release, and the store refuses it.
+    4. The run ends as lost.
     """
     app = make_app(singleton_history=2)
     task = task_of(app, increment, max_retries=0)
@@ -473,8 +484,9 @@ def test_a_run_whose_release_never_arrived_is_lost_although_the_history_is_full(
 def test_a_pending_run_removes_its_own_request_from_the_row(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. A holder sends the pending run's message. 2. It dies before it removes the pending run
-    from the row. 3. The message runs, and removes it.
+    """1. A holder sends the pending run's message.
+    2. It dies before it removes the pending run from the row.
+    3. The message runs, and removes it.
     """
     sent: list[Any] = []
 
@@ -515,8 +527,10 @@ def test_a_time_limit_while_the_state_is_decoded_is_no_decode_error(app: Celery)
 def test_a_state_whose_roll_back_is_interrupted_is_not_saved(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. The block of ``transaction()`` raises. 2. Its rows are rolled back. 3. A time limit
-    interrupts the body while its state is rolled back. 4. The state is not saved.
+    """1. The block of ``transaction()`` raises.
+    2. Its rows are rolled back.
+    3. A time limit interrupts the body while its state is rolled back.
+    4. The state is not saved.
     """
     make_table(app)
 
@@ -548,7 +562,7 @@ def test_an_interrupted_roll_back_breaks_no_connection(
 
     task = task_of(app, body)
     patched = True
-    for _ in range(4):  # because the pool has fewer than four connections
+    for _ in range(4):  # The pool has fewer than four connections.
         with monkeypatch.context() as patch:
             patch.setattr(dialect, "do_rollback", _interrupted)
             with pytest.raises(SoftTimeLimitExceeded):
@@ -643,9 +657,10 @@ def test_a_run_that_is_interrupted_as_it_begins_is_not_the_current_run(
 def test_a_write_is_tried_for_as_long_as_the_parent_process_renews_the_lease(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. The body keeps the GIL for longer than the lease's life. 2. The parent process renews the
-    lease meanwhile. 3. The first request of a checkpoint fails on a dead connection. 4. The run
-    reads that its lease was renewed, and repeats the request.
+    """1. The body keeps the GIL for longer than the lease's life.
+    2. The parent process renews the lease meanwhile.
+    3. The first request of a checkpoint fails on a dead connection.
+    4. The run reads that its lease was renewed, and repeats the request.
     """
     save = Verb(app, monkeypatch, "save", times=1)
     save.carried_out = False

@@ -276,7 +276,7 @@ def test_a_body_that_calls_its_task_meets_its_own_lease(app: Celery, some_base: 
     assert count() == "ran"
 
 
-def test_autoretry_retries_what_the_body_raises_and_not_what_the_guard_does(
+def test_autoretry_retries_errors_of_the_body_and_not_of_the_guard(
     app: Celery, some_base: type
 ) -> None:
     """Celery's wrapper for ``autoretry_for`` is within the guard, whatever the classes' order."""
@@ -294,7 +294,7 @@ def test_autoretry_retries_what_the_body_raises_and_not_what_the_guard_does(
     def count(self: Any) -> str:
         bodies.append(self.request.retries)
         if not self.request.retries:
-            raise LookupError("as told")
+            raise LookupError("on purpose")
         return "ran"
 
     count.delay()
@@ -316,7 +316,7 @@ def test_autoretry_retries_what_the_body_raises_and_not_what_the_guard_does(
 def test_the_apps_own_task_class_is_kept(
     app: Celery, own: type, base: type[SingletonTask], how: str
 ) -> None:
-    """Celery replaces the app's class by ``base=``. Without it, the body would lack its context."""
+    """In Celery, ``base=`` replaces the app's class. Then the body would lack the app's context."""
     if how == "task_cls":
         app.task_cls = own
     else:
@@ -627,7 +627,7 @@ def test_an_error_of_the_store_is_retried_through_another_class(
     (message,) = received(app)
 
     def fail(*_: Any, **__: Any) -> Any:
-        raise StateLoadFailed("count", "as told")
+        raise StateLoadFailed("count", "on purpose")
 
     with monkeypatch.context() as patch:
         patch.setattr("celery_singleton_state.task.deliver", fail)

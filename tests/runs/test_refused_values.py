@@ -247,8 +247,10 @@ MAINTENANCE = {
 def test_a_trigger_that_stops_writes_for_a_while_is_an_outage(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """1. The body creates the trigger. 2. The save fails as if the store were unavailable. 3. The
-    trigger is dropped. 4. The process releases the lease, and the next run succeeds.
+    """1. The body creates the trigger.
+    2. The save fails as if the store were unavailable.
+    3. The trigger is dropped.
+    4. The process releases the lease, and the next run succeeds.
     """
     url = url_on(name, request, tmp_path)
     ran: list[int] = []

@@ -94,12 +94,12 @@ def test_a_body_that_raises_saves_nothing_but_its_checkpoints(app: Celery) -> No
         self.state.n = 1
         self.checkpoint()
         self.state.n = 2
-        raise LookupError("as told")
+        raise LookupError("on purpose")
 
     with pytest.raises(LookupError):
         task_of(app, body)()
     assert (row(app).value, row(app).holder, row(app).last_outcome) == ('{"n":1}', None, "failed")
-    assert decode(row(app).history, "count")[-1].error == "LookupError: as told"
+    assert decode(row(app).history, "count")[-1].error == "LookupError: on purpose"
 
 
 def test_persist_on_error_saves(app: Celery) -> None:
@@ -315,9 +315,10 @@ def test_two_messages_with_one_task_id_run_once(app: Celery) -> None:
 
 
 def test_a_redelivered_message_and_the_retry_of_its_dead_run_run_once(app: Celery) -> None:
-    """1. A run asks for a retry. 2. Its worker dies before it acknowledges the run's message. 3.
-    The broker redelivers that message, and it succeeds. 4. The retry is delivered, and is a
-    duplicate.
+    """1. A run asks for a retry.
+    2. Its worker dies before it acknowledges the run's message.
+    3. The broker redelivers that message, and it succeeds.
+    4. The retry is delivered, and is a duplicate.
     """
 
     def body(self: Any) -> int:
@@ -365,8 +366,10 @@ def take_over(app: Celery, task: Any) -> None:
 def test_a_run_with_a_successor_writes_nothing(
     app: Celery, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """1. The run's lease is not renewed. 2. It expires. 3. A successor acquires it and saves. 4.
-    The run writes, and the store refuses that.
+    """1. The run's lease is not renewed.
+    2. It expires.
+    3. A successor acquires it and saves.
+    4. The run writes, and the store refuses that.
     """
     monkeypatch.setattr(Heartbeat, "hold", lambda self, held: None)
 
@@ -420,7 +423,10 @@ def test_a_transaction_commits_rows_and_state_together(app: Celery) -> None:
 
 
 def test_a_body_that_goes_on_after_a_rollback_has_the_state_from_before(app: Celery) -> None:
-    """Otherwise the run would save a position behind rows that were rolled back."""
+    """A rollback restores the state in memory, too.
+
+    Otherwise the run would save a position behind rows that were rolled back.
+    """
 
     def body(self: Any) -> int:
         self.state.n = 1
@@ -553,6 +559,6 @@ def test_the_memory_of_an_ended_run_and_its_state_is_freed_at_once(
         kept = error
     finally:
         gc.enable()
-    assert len(states) > 1  # and perhaps more, because Celery runs an eager retry immediately
+    assert len(states) > 1  # Eager retries add more, because Celery runs them immediately.
     assert not any(state() for state in states)
     del kept

@@ -105,7 +105,9 @@ def test_copies_of_replaced_messages_are_duplicates(memory_app: Celery) -> None:
 def test_a_replacement_that_arrives_before_the_lease_is_free_runs_later(
     memory_app: Celery, monkeypatch: pytest.MonkeyPatch, made_of: str, policy: str
 ) -> None:
-    """1. The body sends the replacement. 2. Another worker receives it. 3. The run ends.
+    """1. The body sends the replacement.
+    2. Another worker receives it.
+    3. The run ends.
 
     The replacement is neither a conflict nor a duplicate of the running message, though it has the
     same task id. The other worker sends it again.
@@ -261,7 +263,7 @@ def test_no_replacement_is_sent_if_the_state_cannot_be_saved(
     (message,) = received(memory_app)
 
     def fail(*_: Any) -> Any:
-        raise StoreUnavailable("as told")
+        raise StoreUnavailable("on purpose")
 
     from celery_singleton_state.runtime import runtime_of
 
@@ -283,7 +285,7 @@ def test_a_body_whose_replacement_cannot_be_sent_fails(
     (message,) = received(memory_app)
 
     def fail(*_: Any, **__: Any) -> Any:
-        raise OperationalError("as told")
+        raise OperationalError("on purpose")
 
     monkeypatch.setattr(memory_app, "send_task", fail)
     assert deliver(memory_app, message).info.state == "FAILURE"

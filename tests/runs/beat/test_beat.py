@@ -83,7 +83,10 @@ def test_a_tick_is_sent_and_recorded(beats: Beats, sent: list[dict[str, Any]]) -
 
 
 def test_the_next_leader_sends_no_tick_twice(beats: Beats, sent: list[dict[str, Any]]) -> None:
-    """1. Beat A sends a tick, and is stopped. 2. B leads at its next poll. It sends nothing."""
+    """1. Beat A sends a tick, and is stopped.
+    2. Beat B leads at its next poll.
+    3. B does not send that tick again.
+    """
     one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
     one.tick()
     other.tick()
@@ -99,7 +102,11 @@ def test_the_next_leader_sends_no_tick_twice(beats: Beats, sent: list[dict[str, 
 def test_a_tick_that_was_not_recorded_is_sent_again_with_the_same_id(
     beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. Beat A sends a tick. 2. A dies before it records it. 3. Beat B leads and sends it, too."""
+    """1. Beat A sends a tick.
+    2. A dies before it records the tick.
+    3. Beat B leads.
+    4. B sends the tick again.
+    """
     one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
     one.tick()
     due = due_now(one)
@@ -117,8 +124,10 @@ def test_while_the_store_is_unavailable_no_further_tick_is_sent(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """1. The beat sends a tick. 2. The store becomes unavailable before the tick is recorded. 3.
-    The beat sends no other tick. 4. The store is available again, and the first tick is recorded.
+    """1. The beat sends a tick.
+    2. The store becomes unavailable before the tick is recorded.
+    3. The beat sends no other tick.
+    4. The store is available again, and the first tick is recorded.
     5. The second tick is sent.
     """
     caplog.set_level(logging.INFO)
@@ -155,9 +164,11 @@ def _unavailable(*_: Any, **__: Any) -> Any:
 def test_a_beat_does_not_resend_its_own_unrecorded_tick(
     beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. The beat sends a tick. 2. It cannot record the tick, because the store is unavailable. 3.
-    Its lease expires. 4. The store is available again. 5. The beat leads again, and records the
-    tick.
+    """1. The beat sends a tick.
+    2. It cannot record the tick, because the store is unavailable.
+    3. Its lease expires.
+    4. The store is available again.
+    5. The beat leads again, and records the tick without sending it again.
     """
     beat = beats.make(
         {"e": EVERY_MINUTE}, singleton_heartbeat_interval=0.2, singleton_heartbeat_threshold=1
@@ -180,8 +191,9 @@ def test_a_beat_does_not_resend_its_own_unrecorded_tick(
 def test_a_returning_leader_does_not_overwrite_the_records_of_others(
     beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. Beat A sends a tick, cannot record it, and loses the lead. 2. Beat B leads, and sends and
-    records a later tick. 3. A leads again. It neither sends nor records its older tick.
+    """1. Beat A sends a tick, cannot record it, and loses the lead.
+    2. Beat B leads, and sends and records a later tick.
+    3. A leads again. It neither sends nor records its older tick.
     """
     one, other = (beats.make({"e": EVERY_MINUTE}) for _ in range(2))
     one.tick()
@@ -207,9 +219,12 @@ def test_a_returning_leader_does_not_overwrite_the_records_of_others(
 def test_a_leader_whose_lease_was_taken_over_stops_sending(
     beats: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """1. The leader is suspended. 2. Another beat takes its lease over. 3. The leader wakes up
-    before its own clock says that its lease has expired. 4. It sends its due ticks. 5. It records
-    them, and the store refuses that. 6. It sends nothing more.
+    """1. The leader is suspended.
+    2. Another beat takes its lease over.
+    3. The leader wakes up before its own clock says that its lease has expired.
+    4. It sends a due tick.
+    5. It records the tick, and the store refuses that.
+    6. It sends nothing more.
     """
     caplog.set_level(logging.INFO)
     beat = beats.make({"e": EVERY_MINUTE})
@@ -227,8 +242,10 @@ def test_a_leader_whose_lease_was_taken_over_stops_sending(
 def test_a_renewal_that_is_due_comes_before_any_tick_is_sent(
     beats: Beats, sent: list[dict[str, Any]]
 ) -> None:
-    """1. The leader is suspended. 2. Another beat takes its lease over. 3. The leader wakes up, and
-    a renewal is due. 4. The store refuses the renewal, and no tick is sent.
+    """1. The leader is suspended.
+    2. Another beat takes its lease over.
+    3. The leader wakes up, and a renewal is due.
+    4. The store refuses the renewal, and no tick is sent.
     """
     beat = beats.make({"e": EVERY_MINUTE})
     beat.tick()
@@ -414,7 +431,7 @@ def test_an_entry_whose_row_cannot_be_read_starts_anew(
 def test_a_wrong_clock_of_the_host_does_not_matter(
     beats: Beats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether a tick is due is evaluated by the store's clock."""
+    """The host's clock is wrong. The beat evaluates by the store's clock whether a tick is due."""
     right = beats.make({"e": EVERY_MINUTE})
     right.tick()
     now = right._leader.now()
@@ -428,7 +445,7 @@ def test_a_wrong_clock_of_the_host_does_not_matter(
 def test_all_due_ticks_are_recorded_in_one_statement(
     beats: Beats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """50 ticks are due. If no tick is due, the beat sends no statement."""
+    """50 ticks are due, and one statement records them. Without a due tick, none is needed."""
     beat = beats.make({f"e{number}": EVERY_MINUTE for number in range(50)})
     beat.tick()
     calls: list[str] = []
@@ -483,7 +500,7 @@ def test_a_malformed_beat_schedule_is_refused_at_the_start(
 
 
 def test_bad_entries_from_other_sources_are_refused_by_name(on_sqlite: Beats) -> None:
-    """Entries can also come from ``add_periodic_task``, from ``add``, and as Celery's own class."""
+    """Add bad entries by ``add_periodic_task``, by ``add``, and as objects of Celery's class."""
     beat = on_sqlite.make({})
     beat.app.add_periodic_task(1e12, beat.app.signature("t"), name="long")
     with pytest.raises(ImproperlyConfigured, match=r"'long': .* is not a schedule: an interval"):
@@ -500,7 +517,10 @@ def test_bad_entries_from_other_sources_are_refused_by_name(on_sqlite: Beats) ->
 def test_an_entry_that_is_never_due_again_stops_no_other(
     on_sqlite: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """There are a run-once entry that was sent, one without a next tick, and a normal entry."""
+    """Entry "once" runs once only, entry "none" cannot calculate its next tick.
+
+    The beat goes on to send the ticks of entry "normal".
+    """
     now = datetime.now(UTC)
     schedule = {
         "once": {"task": "t", "schedule": clocked(now - SECOND)},
@@ -528,9 +548,12 @@ def test_the_answer_of_a_custom_schedule_is_recorded_before_the_next_question(
 ) -> None:
     """The schedule's own method says whether it is due, and when to ask again.
 
-    1. Leader A asks at time t1: not due, ask again at t2. 2. A records t2. 3. A asks at t2: due. 4.
-    A sends the tick, and dies before it records that. 5. Leader B asks at t2, too, so its tick has
-    the same task id. If B asked at t1, it would come to another time.
+    1. Leader A asks at time t1: not due, ask again at t2.
+    2. A records t2.
+    3. A asks at t2: due.
+    4. A sends the tick, and dies before it records that.
+    5. Leader B asks at t2, too, so its tick has the same task id. If B asked at t1, it would come
+       to another time.
     """
     own = {"e": {"task": "t", "schedule": SaysDue(False, 0.3)}}
     one, other = (
@@ -585,9 +608,11 @@ def test_a_missing_table_is_refused_at_the_start(beats: Beats) -> None:
 def test_a_stop_whose_systemexit_was_lost_takes_effect_at_the_next_tick(
     beats: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. A signal arrives while a message is sent. 2. Its handler closes the beat. 3. The handler's
-    SystemExit is lost, as in a destructor. 4. The beat sends nothing more. 5. The next tick raises
-    SystemExit again.
+    """1. A signal arrives while a message is sent.
+    2. Its handler closes the beat.
+    3. The handler's SystemExit is lost, as in a destructor.
+    4. The beat sends nothing more.
+    5. The next tick raises SystemExit again.
     """
     beat = beats.make({"e": EVERY_MINUTE, "f": EVERY_MINUTE})
     beat.tick()
@@ -612,9 +637,10 @@ def test_a_stop_whose_systemexit_was_lost_takes_effect_at_the_next_tick(
 def test_a_stop_in_the_middle_of_a_tick_logs_no_error(
     beats: Beats, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
 ) -> None:
-    """1. A client waits for the answer of a server. 2. A signal arrives, and its handler closes the
-    beat. 3. The client raises an error of its own in place of the handler's SystemExit. 4. The beat
-    raises SystemExit, and logs no error.
+    """1. A client waits for the answer of a server.
+    2. A signal arrives, and its handler closes the beat.
+    3. The client raises an error of its own in place of the handler's SystemExit.
+    4. The beat raises SystemExit, and logs no error.
     """
     beat = beats.make({"e": EVERY_MINUTE})
     beat.tick()
@@ -642,9 +668,10 @@ def test_a_stop_in_the_middle_of_a_tick_logs_no_error(
 def test_a_stop_in_a_destructor_shows_no_traceback(
     on_sqlite: Beats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. Python destroys the AsyncResult of a sent message, which unsubscribes from the backend. 2.
-    A signal arrives, and its handler raises SystemExit. 3. Python would print an exception of a
-    destructor. It does not print this one, because the next tick raises it again.
+    """1. Python destroys the AsyncResult of a sent message, which unsubscribes from the backend.
+    2. A signal arrives, and its handler raises SystemExit.
+    3. Python would print an exception of a destructor. It does not print this one, because the next
+       tick raises it again.
     """
     shown: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda lost: shown.append(lost.exc_type))
@@ -670,7 +697,7 @@ def test_a_stop_in_a_destructor_shows_no_traceback(
 
 
 class _Leading(LeaderMixin, Scheduler):
-    """Celery's own scheduler, with leadership."""
+    """Celery's own scheduler with LeaderMixin: any number of its beats can run, and one leads."""
 
 
 @pytest.mark.parametrize(
@@ -702,9 +729,11 @@ def test_another_scheduler_class_goes_on_beside_an_entry_that_is_not_due_again(
 def test_an_edit_of_an_entry_that_could_not_be_sent_is_kept(
     shared_store_url: str, monkeypatch: pytest.MonkeyPatch, edited: bool
 ) -> None:
-    """1. The scheduler reserves an entry, to send it. 2. The user makes the entry slower, or
-    disables it. 3. The beat must renew its lease first, so the entry is not sent. 4. The beat
-    undoes the reservation in the schedule, which is read anew. The user's change stays.
+    """1. The scheduler reserves an entry, to send it.
+    2. The user makes the entry slower, or disables it.
+    3. The beat must renew its lease first, so the entry is not sent.
+    4. The beat undoes the reservation in the schedule, which is read anew.
+    5. The user's change stays.
     """
     app = Celery("shop", broker="memory://", set_as_current=False)
     app.conf.update(

@@ -133,7 +133,7 @@ def owe(shop: Shop, days: int, name: str = "e") -> list[datetime]:
 
 
 @pytest.mark.parametrize("policy", ["skip", "wait", "coalesce"])
-def test_each_owed_day_is_closed_one_after_the_other(
+def test_owed_ticks_are_sent_one_after_the_other(
     make_shop: Callable[..., Shop], policy: str
 ) -> None:
     """Each tick is sent when the row records that the tick before has ended, and not earlier."""
@@ -154,8 +154,10 @@ def test_each_owed_day_is_closed_one_after_the_other(
 def test_a_lost_message_of_a_tick_is_sent_again_after_a_pause(
     make_shop: Callable[..., Shop], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """1. The queue is purged. 2. The beat sends the tick again with the same task id. 3. The pause
-    before each further copy is longer. 4. The tick runs, and the next tick is sent.
+    """1. The queue is purged.
+    2. The beat sends the tick again with the same task id.
+    3. The pause before each further copy is longer.
+    4. The tick runs, and the next tick is sent.
     """
     shop = make_shop({"e": DAILY})
     owed = owe(shop, 2)
@@ -289,9 +291,11 @@ def run_in_pages(shop: Shop) -> list[tuple[datetime, int]]:
 def test_a_tick_whose_replacement_is_lost_is_sent_again_after_a_day(
     make_shop_on_sqlite: Callable[..., Shop], lost: int
 ) -> None:
-    """1. The tick's run replaces itself by a page. 2. The queue is purged while a page waits in it.
-    3. After a day the beat sends the tick again. 4. That copy is not refused, although some pages
-    were done: all pages run. 5. A redelivery of the first message is refused.
+    """1. The tick's run replaces itself by a page.
+    2. The queue is purged while a page waits in it.
+    3. After a day the beat sends the tick again.
+    4. That copy is not refused, although some pages were done: all pages run.
+    5. A redelivery of the first message is refused.
     """
     shop = make_shop_on_sqlite({"e": DAILY}, settings_of_own_queue())
     owed = owe(shop, 2)
@@ -396,8 +400,10 @@ def test_a_tick_whose_message_can_never_be_sent_is_not_waited_for(
 def test_a_lost_tick_that_has_become_too_old_is_missed(
     make_shop_on_sqlite: Callable[..., Shop], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """1. A tick's message is lost. 2. Its copy is lost. 3. The tick is older than
-    ``skip_if_older_than`` allows. 4. The beat counts it as missed, and sends the next tick.
+    """1. A tick's message is lost.
+    2. Its copy is lost.
+    3. The tick is older than ``skip_if_older_than`` allows.
+    4. The beat counts it as missed, and sends the next tick.
     """
     shop = make_shop_on_sqlite({"e": EVERY_MINUTE | BY_ONE})
     first = due_now(shop.beat, "e")
@@ -440,8 +446,9 @@ def test_a_message_with_a_countdown_is_not_resent_before_it_may_run(
 def test_the_next_leader_waits_for_the_tick_that_the_first_has_sent(
     make_shop: Callable[..., Shop], beats: Beats, ended: bool
 ) -> None:
-    """1. Beat A sends a tick, and dies. 2. Beat B leads. While the tick has not ended, B must not
-    send the next tick. When it has ended, B must not send it again.
+    """1. Beat A sends a tick, and dies.
+    2. Beat B leads. While the tick has not ended, B must not send the next tick. When it has ended,
+       B must not send it again.
     """
     shop = make_shop({"e": DAILY})
     owed = owe(shop, 2)
@@ -467,9 +474,10 @@ def test_the_next_leader_waits_for_the_tick_that_the_first_has_sent(
 def test_a_tick_sent_before_its_arguments_changed_is_waited_for_in_its_own_row(
     make_shop: Callable[..., Shop], beats: Beats
 ) -> None:
-    """1. A tick is sent. 2. A deployment changes the entry's arguments, and so the singleton's key.
-    3. The tick runs with the old arguments. 4. The beat reads the old key's row, and sends the
-    next.
+    """1. A tick is sent.
+    2. A deployment changes the entry's arguments, and so the singleton's key.
+    3. The tick runs with the old arguments.
+    4. The beat reads the old key's row, and sends the next.
     """
     shop = make_shop({"e": DAILY | {"args": (1,)}}, unique_on=lambda n: n)
     owed = owe(shop, 2)

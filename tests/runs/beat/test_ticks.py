@@ -161,8 +161,9 @@ def test_a_copy_of_a_tick_that_the_history_has_dropped_is_refused(
 def test_refused_copies_in_the_history_let_no_other_copy_run(
     make_app: Callable[..., Celery],
 ) -> None:
-    """1. The history holds ticks 2, 3 and 4. 2. A copy of tick 1 is refused, and the history
-    records the duplicate. 3. A copy of tick 2 is delivered, and refused, too.
+    """1. The history holds the ticks 2, 3, 4 of an entry.
+    2. A copy of tick 1 is refused, and the history records the duplicate.
+    3. A copy of tick 2 is delivered, and refused, too.
     """
     app = make_app(singleton_history=3)
     ran: list[datetime | None] = []
@@ -236,8 +237,10 @@ def test_a_copy_of_a_tick_does_not_wait_for_the_lease(app: Celery) -> None:
 
 
 def test_a_tick_whose_retry_is_pending_has_not_ended(app: Celery) -> None:
-    """1. A tick's run asks for a retry. 2. 19 other ticks end. 3. The retry runs, and the tick is
-    done. 4. A copy of the retry is refused.
+    """1. A tick's run asks for a retry.
+    2. 19 other ticks end.
+    3. The retry runs, and the tick is done.
+    4. A copy of the retry is refused.
     """
     tries: list[int] = []
 
@@ -300,9 +303,10 @@ def test_a_tick_that_failed_for_good_has_ended(
 def test_a_copy_of_a_one_by_one_tick_that_failed_for_good_is_refused(
     memory_app: Celery, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """1. A beat sends a tick again while its first message waits. 2. The first message runs, and
-    fails for good. 3. The copies are refused, because the next tick may have run meanwhile. 4. A
-    retry of the tick is not a copy, and runs.
+    """1. A beat sends a tick again while its first message waits.
+    2. The first message runs, and fails for good.
+    3. The copies are refused, because the next tick may have run meanwhile.
+    4. A retry of the tick is not a copy, and runs.
     """
     ran: list[int] = []
 

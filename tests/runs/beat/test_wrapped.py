@@ -23,7 +23,7 @@ OFTEN = {"task": "t", "schedule": 0.4}
 
 
 class Leading(LeaderMixin, Scheduler):
-    """Celery's own scheduler, with leadership."""
+    """Celery's own scheduler with LeaderMixin: any number of its beats can run, and one leads."""
 
 
 @pytest.fixture(params=[SingletonScheduler, Leading])
@@ -147,9 +147,10 @@ def test_an_error_of_a_wrapper_postpones_one_entry_only(
     where: str,
     error: type[Exception],
 ) -> None:
-    """1. A tool's wrapper raises over one entry's tick, three times. 2. The beat logs each error
-    with the entry's name. 3. The other entry's ticks are sent meanwhile. 4. The first entry's tick
-    is sent with the time at which it was due.
+    """1. A tool's wrapper raises over one entry's tick, three times.
+    2. The beat logs each error with the entry's name.
+    3. The other entry's ticks are sent meanwhile.
+    4. The first entry's tick is sent with the time at which it was due.
     """
     tries: list[None] = []
 
@@ -235,9 +236,10 @@ def test_exits_and_the_loss_of_the_lead_pass_through(
 def test_a_stop_while_a_message_is_sent_ends_the_beat_without_an_error(
     make: Callable[[], Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. The broker's client waits for an answer. 2. The signal's handler closes the beat and its
-    connection, and raises SystemExit. 3. The client raises an error over the closed connection
-    instead. 4. The beat ends, and logs no error.
+    """1. The broker's client waits for an answer.
+    2. The signal's handler closes the beat and its connection, and raises SystemExit.
+    3. The client raises an error over the closed connection instead.
+    4. The beat ends, and logs no error.
     """
     scheduler: Any = None
 
@@ -342,8 +344,9 @@ def test_a_tick_that_one_leader_could_not_send_the_next_leader_sends(
     monkeypatch: pytest.MonkeyPatch,
     kind: type[Any],
 ) -> None:
-    """1. A wrapper fails in the first beat, so a due tick is not sent. 2. The first beat ends. 3.
-    The second beat leads, without the wrapper, and sends that tick.
+    """1. A wrapper fails in the first beat, so a due tick is not sent.
+    2. The first beat ends.
+    3. The second beat leads, without the wrapper, and sends that tick.
     """
     app.conf.beat_schedule = {"bad": app.conf.beat_schedule["bad"]}
 

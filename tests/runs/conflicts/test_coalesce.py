@@ -304,8 +304,10 @@ def test_a_change_in_the_hold_period_does_not_rely_on_a_tick_that_waits(
 def test_a_change_in_the_hold_period_is_not_lost_to_a_run_that_begins(
     app: Celery, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. Message A finds the lease in its hold period. 2. The hold period ends, and message B
-    acquires the lease. 3. A claims its place in the queue, and finds B running. 4. A is sent again.
+    """1. Message A finds the lease in its hold period.
+    2. The hold period ends, and message B acquires the lease.
+    3. A claims its place in the queue, and finds B running.
+    4. A is sent again.
     """
     start_hold_period(app, 60)
     store, claim = runtime_of(app).store, conflict.claim

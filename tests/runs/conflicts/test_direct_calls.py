@@ -117,9 +117,11 @@ def test_a_coalesced_call_waits_for_the_end_of_the_hold_period(app: Celery, call
 def test_a_pending_run_is_sent_although_the_answer_to_a_release_is_lost(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. A's body runs. 2. A second call finds the lease taken, and leaves a pending run in the
-    row. 3. A's release is carried out, but its answer is lost. 4. A repeats the release, and the
-    store refuses it. 5. A finds its own end in the row's history, and sends the pending run.
+    """1. A's body runs.
+    2. A second call finds the lease taken, and leaves a pending run in the row.
+    3. A's release is carried out, but its answer is lost.
+    4. A repeats the release, and the store refuses it.
+    5. A finds its own end in the row's history, and sends the pending run.
     """
     store = runtime_of(app).store
     sent: list[Any] = []

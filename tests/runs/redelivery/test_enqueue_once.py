@@ -118,7 +118,7 @@ def test_a_skipped_message_no_longer_counts_as_queued(app: Celery, published: li
 def test_retries_workflow_parts_and_messages_with_headers_are_always_sent(
     app: Celery, published: list[str], options: dict[str, Any]
 ) -> None:
-    """Such a message is not a second copy of the queued one (celery-singleton #20)."""
+    """The queued message cannot do the work of such a message (celery-singleton #20)."""
     task = task_of(app)
     task.delay()
     if "link" in options:
@@ -202,8 +202,10 @@ def test_while_the_store_is_unavailable_all_messages_are_published(
 def test_a_claim_whose_message_was_not_sent_does_not_count(
     app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """1. The claim is carried out. 2. Its answer is lost, or a time limit interrupts the client.
-    3. The broker refuses the message. 4. The next message is published.
+    """1. The claim is carried out.
+    2. Its answer is lost, or a time limit interrupts the client.
+    3. The broker refuses the message.
+    4. The next message is published.
     """
     task = task_of(app)
     requests = runtime_of(app).store.requests
@@ -264,8 +266,10 @@ class RowRequests:
 def test_a_message_queued_between_read_and_claim_stands_for_the_new_one(
     app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. A reads that no message is queued. 2. B reads, claims and publishes. 3. A claims, and is
-    refused. 4. A reads again, and finds B's message.
+    """1. A reads that no message is queued.
+    2. B reads, claims and publishes.
+    3. A claims, and is refused.
+    4. A reads again, and finds B's message.
     """
     task = task_of(app)
     store = runtime_of(app).store
@@ -283,7 +287,10 @@ def test_a_message_queued_between_read_and_claim_stands_for_the_new_one(
 def test_a_queue_that_changes_at_every_read_blocks_no_message(
     app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another message is dequeued between each read and the claim. In the end A publishes."""
+    """Another message is dequeued between each read and the claim, so each claim is refused.
+
+    After a few tries the client publishes its message.
+    """
     task = task_of(app)
     store = runtime_of(app).store
     requests = store.requests
@@ -459,7 +466,8 @@ def test_a_message_with_the_senders_task_id_is_queued_once(
 def test_two_clients_with_the_same_task_id_at_once_send_one_message(
     app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. A reads that no message is queued. 2. B reads, claims and publishes with the same task id.
+    """1. A reads that no message is queued.
+    2. B reads, claims and publishes with the same task id.
     3. A claims, and must not mistake B's claim for its own.
     """
     task = task_of(app)
@@ -491,8 +499,10 @@ def test_a_tick_whose_beat_died_before_it_sent_it_is_sent(
 def test_a_tick_that_was_done_before_no_longer_counts_as_queued(
     app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. Beat A sends a tick, and dies before it records that. 2. The tick runs. 3. Another message
-    acquires the lease. 4. Beat B sends the tick again, and the run refuses it.
+    """1. Beat A sends a tick, and dies before it records that.
+    2. The tick runs.
+    3. Another message acquires the lease.
+    4. Beat B sends the tick again, and the run refuses it.
     """
     monkeypatch.setattr(duplicates, "GRACE", 0.0)
     task = task_of(app, on_conflict="wait")
@@ -694,7 +704,7 @@ def test_a_requeued_message_does_not_count_as_queued(app: Celery) -> None:
 def test_a_connection_that_was_closed_meanwhile_sends_no_second_copy(
     server_url: str, published: list[str]
 ) -> None:
-    """A firewall or the server closes an idle connection. The next message is still not sent."""
+    """The server closes the client's idle connection. The second message is still not published."""
     for make in apps_on(server_url):
         app = make(broker_url="memory://")
         task = task_of(app)

@@ -59,8 +59,10 @@ def test_a_task_id_that_is_used_each_day_runs_once_a_day(app: Celery, broker: Br
 def test_copies_of_a_retry_wait_for_the_end_of_the_run_that_asked_for_it(
     app: Celery, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. The body asks for a retry. 2. Two workers get a copy of the retry's message. They wait.
-    3. The run ends. 4. The retry runs once.
+    """1. The body asks for a retry.
+    2. Two workers get a copy of the retry's message. They wait.
+    3. The run ends.
+    4. The retry runs once.
     """
     ran: list[int] = []
     waits: list[float] = []
