@@ -1,4 +1,7 @@
-"""Schedules with rules of their own: asked when they are due, and never a reason to hang."""
+"""Entries whose schedule class has its own ``is_due`` or ``remaining_estimate``.
+
+Such an entry sends its ticks when the schedule says so, and no schedule can hang the beat.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +47,9 @@ from tests.helpers.own_schedules import (
     own_texts,
 )
 
-#: A Tuesday.
+#: The time at which the tests begin: a Tuesday.
 NOON = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
-#: More than any entry here needs: an entry that takes more hangs.
+#: The most turns that `run` allows. No entry here needs as many: one that does hangs.
 TURNS = 2000
 
 
@@ -60,7 +63,10 @@ def made(app: Celery, schedule: Any, **fields: Any) -> SingletonEntry:
 
 
 def run(entry: SingletonEntry, start: datetime, end: datetime) -> list[datetime]:
-    """The ticks that a leader sends which looks whenever the entry is due, in order."""
+    """Act as a leader: return the ticks that it sends from ``start`` to ``end``, in order.
+
+    The leader wakes each time that the entry is due.
+    """
     now, sent = start, []
     for _ in range(TURNS):
         now = max(now, entry.next_tick)
@@ -83,7 +89,7 @@ def in_november(*times: str) -> list[datetime]:
     return [datetime.fromisoformat(f"2026-11-{time}+00:00") for time in times]
 
 
-# -- classes that say when they are due
+# -- schedule classes with their own due times
 
 
 def test_the_last_day_of_the_month(app: Celery) -> None:
@@ -96,7 +102,7 @@ def test_the_last_day_of_the_month(app: Celery) -> None:
 
 
 def test_a_business_calendar(app: Celery) -> None:
-    """As Celery has it: what falls on a Saturday is due as the week begins."""
+    """A tick that falls on a Saturday is due when the week begins, as with Celery's own beat."""
     own = BusinessDays(0, 9, app=app)
     times = in_november("25 09:00", "26 09:00", "27 09:00", "30 00:00", "30 09:00")
     assert first_days(app, own, 6) == times
@@ -130,8 +136,8 @@ def test_a_crontab_with_an_offset(app: Celery, own: Any, minutes: list[int]) -> 
     assert next_runs(own, 3, NOON) == times
 
 
-def test_a_class_that_looks_at_its_hosts_clock(app: Celery) -> None:
-    """It is asked about the present, and counts from there."""
+def test_a_schedule_that_reads_its_hosts_clock(app: Celery) -> None:
+    """The schedule is asked about the present, and its due times are counted from there."""
     now = datetime.now(UTC)
     for own, first in ((HostClock(app=app), 30), (HostClockEstimate(1, app=app), 60)):
         due, following = next_runs(own, 2, now)
@@ -139,13 +145,13 @@ def test_a_class_that_looks_at_its_hosts_clock(app: Celery) -> None:
         assert abs((following - due).total_seconds() - first) < 0.3
 
 
-def test_a_class_that_notes_in_itself_what_was_due(app: Celery) -> None:
+def test_a_schedule_that_remembers_its_due_time(app: Celery) -> None:
     entry = made(app, OnlyOnce(app=app))
     entry.begin(NOON)
     assert run(entry, NOON, NOON + HOUR) == [NOON]
 
 
-def test_a_class_that_changes_itself_is_the_same_schedule(app: Celery) -> None:
+def test_a_schedule_whose_attributes_change_is_the_same_schedule(app: Celery) -> None:
     entry, other = (made(app, ChangesItself(5, app=app)) for _ in range(2))
     entry.begin(NOON)
     assert run(entry, NOON, NOON + MINUTE) == [NOON + 30 * SECOND, NOON + MINUTE]
@@ -153,7 +159,7 @@ def test_a_class_that_changes_itself_is_the_same_schedule(app: Celery) -> None:
     assert other.state() == entry.state()
 
 
-def test_an_entry_that_is_updated_has_the_new_schedule(app: Celery) -> None:
+def test_an_updated_entry_has_the_new_schedule(app: Celery) -> None:
     entry = made(app, 60.0)
     entry.update(made(app, SaysDue(True, 10), catch_up="all"))
     entry.begin(NOON)
@@ -161,14 +167,14 @@ def test_an_entry_that_is_updated_has_the_new_schedule(app: Celery) -> None:
     assert run(entry, NOON, NOON + 15 * SECOND) == [NOON, NOON + 10 * SECOND]
 
 
-def test_no_schedule_of_celerys_at_all(app: Celery) -> None:
+def test_a_schedule_without_a_base_class_of_celery(app: Celery) -> None:
     entry = made(app, Duck())
     entry.begin(NOON)
     assert run(entry, NOON, NOON + 2 * MINUTE) == [NOON, NOON + MINUTE, NOON + 2 * MINUTE]
 
 
-def test_the_crontab_of_django_celery_beat_keeps_our_rules(app: Celery) -> None:
-    """Its ``is_due`` only converts its argument."""
+def test_the_crontab_of_django_celery_beat_is_treated_as_celerys(app: Celery) -> None:
+    """Its ``is_due`` only converts its argument, so the entry need not ask it in turns."""
     own = TzAwareCrontab(minute=30, hour=2, app=app)
     entry = made(app, own)
     entry.begin(NOON)
@@ -180,7 +186,9 @@ def test_the_crontab_of_django_celery_beat_keeps_our_rules(app: Celery) -> None:
 
 
 def behind(app: Celery, **rules: Any) -> SingletonEntry:
-    """An entry that was due each five minutes, and not looked at for half an hour."""
+    """Return an entry that was due every five minutes, and whose beat stood still for half an
+    hour.
+    """
     entry = made(app, SaysDueEach5Minutes("*/5", app=app), **rules)
     entry.begin(NOON + MINUTE)
     return entry
@@ -212,7 +220,10 @@ def test_the_rules_for_missed_ticks(
 
 
 def test_another_leader_finds_the_same_tick(app: Celery) -> None:
-    """The first one found it and died before it recorded that it was sent."""
+    """A leader finds the due tick and dies before it records that it sent the tick.
+
+    The next leader, whichever state it reads, finds the same tick.
+    """
     entry = behind(app)
     state = entry.state()
     entry.miss(LATE)
@@ -223,16 +234,21 @@ def test_another_leader_finds_the_same_tick(app: Celery) -> None:
         assert other.next_tick == entry.next_tick == NOON + 30 * MINUTE
 
 
-def test_a_tick_that_is_found_and_not_sent_becomes_too_late(app: Celery) -> None:
+def test_a_tick_that_was_found_and_not_sent_becomes_too_old(app: Celery) -> None:
     entry = behind(app)
     entry.miss(LATE)
     entry.miss(LATE + HOUR)
     assert run(entry, LATE + HOUR, LATE + HOUR) == [NOON + 90 * MINUTE]
 
 
-def test_a_found_tick_that_became_too_late_is_no_tick_at_a_time_to_ask(app: Celery) -> None:
-    """The tick at 12:00:03 cannot be sent for 12 s. The next time to ask has passed by then, and
-    the schedule does not say that it is due then.
+def test_no_tick_is_sent_at_the_next_time_to_ask_for_a_tick_that_became_too_old(
+    app: Celery,
+) -> None:
+    """The schedule asks to be asked again each few seconds, and says at 12:00:03 that it is due.
+
+    The leader cannot send this tick for 12 s, and skips it as too old. The next time to ask the
+    schedule has passed by then, too. It is no tick: the schedule does not say that it is due
+    then.
     """
     entry = made(app, OnceAnHour(app=app), catch_up="none")
     entry.begin(NOON - 2 * SECOND)
@@ -251,8 +267,11 @@ def test_a_found_tick_that_became_too_late_is_no_tick_at_a_time_to_ask(app: Cele
 def test_a_schedule_that_is_slow_to_answer_is_asked_in_turns(
     app: Celery, monkeypatch: pytest.MonkeyPatch, catch_up: str, after: timedelta, dies: bool
 ) -> None:
-    """It reads a table each time. No turn is longer than a few questions, none of its ticks is
-    lost, also if another beat leads meanwhile, and nothing is sent at a time to ask.
+    """The schedule takes a second for each answer, because it reads a table.
+
+    No turn has more than a few questions. No tick of the entry is lost, even if another beat
+    becomes the leader in between. Nothing is sent at a time at which the schedule only wants to be
+    asked.
     """
     clock = [0.0]
 
@@ -287,10 +306,12 @@ def test_a_schedule_that_is_slow_to_answer_is_asked_in_turns(
     assert end < entry.next_tick <= end + 5 * SECOND
 
 
-def test_a_slow_schedule_that_was_not_asked_for_long_is_asked_about_now_in_the_end(
+def test_a_slow_schedule_that_is_a_year_behind_is_asked_about_the_present(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else it would take hours until its entry goes on."""
+    """Asking about each time in the year would take hours, and the entry would send nothing until
+    then.
+    """
     turns = [0.0]
     monkeypatch.setattr(poll, "clock", lambda: turns.append(turns[-1] + 1) or turns[-1])
     monkeypatch.setattr(poll, "TURN", 10.0)
@@ -299,8 +320,8 @@ def test_a_slow_schedule_that_was_not_asked_for_long_is_asked_about_now_in_the_e
     assert run(entry, end, end + HOUR)[0] == end
 
 
-def test_a_table_that_is_away_for_a_while(app: Celery, caplog: pytest.LogCaptureFixture) -> None:
-    """It is said once, and the entry goes on by itself."""
+def test_a_schedule_that_raises_for_a_while(app: Celery, caplog: pytest.LogCaptureFixture) -> None:
+    """The beat logs the failure once, and the entry continues when the schedule answers again."""
     entry = made(app, Broken(app=app))
     entry.begin(NOON)
     assert run(entry, NOON, NOON + 3 * MINUTE) == [NOON + 2 * MINUTE, NOON + 3 * MINUTE]
@@ -318,7 +339,7 @@ def logged(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
 def test_a_run_once_schedule_is_sent_once(
     app: Celery, caplog: pytest.LogCaptureFixture, own: Any
 ) -> None:
-    """Its end is normal, and not logged as a warning; another leader does not send it again."""
+    """Its end is normal: no warning is logged. Another leader does not send the tick again."""
     caplog.set_level(logging.INFO)
     entry = made(app, own(NOON + HOUR, app=app))
     entry.begin(NOON)
@@ -333,10 +354,13 @@ def test_a_run_once_schedule_is_sent_once(
 
 
 @pytest.mark.parametrize("own", [Once, clocked])
-def test_a_run_once_schedule_that_beat_comes_late_for(
+def test_a_run_once_schedule_whose_time_was_missed(
     app: Celery, caplog: pytest.LogCaptureFixture, own: Any
 ) -> None:
-    """It is due at its own time, by the rules for missed ticks; not sent, it is said."""
+    """Its tick is sent late, or skipped when it is too old, by the rules for missed ticks.
+
+    A skipped tick is named in a warning.
+    """
     entry = made(app, own(NOON, app=app))
     entry.begin(NOON + MINUTE)
     assert run(entry, NOON + MINUTE, NOON + DAY) == [NOON]
@@ -349,18 +373,19 @@ def test_a_run_once_schedule_that_beat_comes_late_for(
 
 
 @pytest.mark.parametrize("own", [Once, clocked])
-def test_when_a_run_once_schedule_runs(app: Celery, own: Any) -> None:
+def test_next_runs_and_matches_now_of_a_run_once_schedule(app: Celery, own: Any) -> None:
     once = own(NOON, app=app)
     assert next_runs(once, 5, NOON - HOUR) == [NOON]
     assert matches_now(once, NOON + SECOND)
     assert not matches_now(once, NOON + HOUR)
     with pytest.raises(ValueError, match="due"):
         next_runs(once, 1, NOON)
-    # What LeaderMixin asks: the moment itself, and no loop.
+    # LeaderMixin calls this. After the only run it gets the time that it asked about, without a
+    # loop.
     assert due_after(once, NOON + HOUR) == NOON + HOUR
 
 
-def test_a_rule_that_ends(app: Celery, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_recurrence_rule_with_a_last_date(app: Celery, caplog: pytest.LogCaptureFixture) -> None:
     rrule = pytest.importorskip("redbeat.schedules").rrule
     own = rrule("DAILY", dtstart=NOON + HOUR, count=2, app=app)
     times = [NOON + HOUR, NOON + HOUR + DAY]
@@ -373,10 +398,10 @@ def test_a_rule_that_ends(app: Celery, caplog: pytest.LogCaptureFixture) -> None
 
 
 @pytest.mark.parametrize("answer", [timedelta(0), -HOUR, timedelta.min, 60, "soon"])
-def test_a_due_time_that_is_not_later_is_none(
+def test_a_due_time_that_is_not_later_ends_the_entry(
     app: Celery, caplog: pytest.LogCaptureFixture, answer: Any
 ) -> None:
-    """The entry is named in the log once, and due no more."""
+    """The beat logs one error that names the entry, and the entry is never due again."""
     own = Answers(answer, app=app)
     assert first_days(app, own) == []
     assert len(logged(caplog, logging.ERROR)) == 1
@@ -389,7 +414,7 @@ def test_a_due_time_that_is_not_later_is_none(
 
 
 @pytest.mark.parametrize("answer", [None, timedelta.max])
-def test_a_schedule_that_says_never(
+def test_a_schedule_that_answers_never(
     app: Celery, caplog: pytest.LogCaptureFixture, answer: Any
 ) -> None:
     assert first_days(app, Answers(answer, app=app)) == []
@@ -410,10 +435,10 @@ def test_an_answer_that_celery_could_not_use(
 
 
 @pytest.mark.parametrize("pause", [0, -5, 1e-9, 0.0])
-def test_a_schedule_that_wants_to_be_asked_at_once_is_asked_in_a_while(
+def test_a_schedule_that_wants_to_be_asked_again_at_once_is_asked_later(
     app: Celery, pause: float
 ) -> None:
-    """Celery's beat would take a whole CPU for it."""
+    """Celery's beat would ask it in a busy loop and use a whole CPU."""
     entry = made(app, SaysDue(False, pause, app=app))
     entry.begin(NOON)
     assert run(entry, NOON, NOON + 10 * SECOND) == []
@@ -429,10 +454,12 @@ def test_a_schedule_that_is_not_to_be_asked_again(app: Celery, pause: Any) -> No
     assert entry.next_tick is NEVER
 
 
-def test_far_behind_it_is_asked_in_turns_so_that_others_have_theirs(
+def test_a_schedule_that_is_days_behind_is_asked_in_turns(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tick that is sent is the latest, and those before it are counted."""
+    """The other entries have their turns in between. In the end the latest tick is sent, and the
+    ticks before it are counted as missed.
+    """
     monkeypatch.setattr(misfires, "TURN", 0.001)
 
     class Counted(schedule):
@@ -451,7 +478,7 @@ def test_far_behind_it_is_asked_in_turns_so_that_others_have_theirs(
     assert run(entry, end, end)[-1] > end - 5 * MINUTE
 
 
-# -- what cannot be asked
+# -- schedules that are refused
 
 
 class Nothing(BaseSchedule):
@@ -477,20 +504,21 @@ def test_a_schedule_that_cannot_be_asked_is_refused_by_name(
         made(app, own)
 
 
-def test_a_clock_that_beats_do_not_go_by_is_said(
+def test_a_nowfun_that_is_off_the_clock_is_logged(
     app: Celery, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Beats go by the system's clock, not by the crontab's ``nowfun``."""
     made(app, crontab(nowfun=lambda: datetime.now(UTC), app=app))
     assert caplog.text == ""
     made(app, crontab(nowfun=lambda: datetime.now(UTC) - HOUR, app=app))
     assert "the nowfun of own is -3600 s off the clock" in caplog.text
 
 
-# -- as a text
+# -- the canonical text of a schedule
 
 
 def test_a_schedule_has_the_same_text_in_each_process() -> None:
-    """Else a schedule would count as changed at each start."""
+    """If the text differed, the schedule would count as changed at each start of a beat."""
     code = "from tests.helpers.own_schedules import own_texts; print(own_texts())"
     other = subprocess.run(
         [sys.executable, "-c", code],
@@ -503,7 +531,7 @@ def test_a_schedule_has_the_same_text_in_each_process() -> None:
     assert all(len(text) < 500 and " at 0x" not in text for text in own_texts())
 
 
-def test_own_arguments_make_another_schedule() -> None:
+def test_different_arguments_make_another_schedule() -> None:
     texts = [
         spelled(each)
         for each in (

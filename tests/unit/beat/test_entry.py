@@ -1,4 +1,4 @@
-"""An entry of the schedule: what is due, what was missed, and what a new leader goes on from."""
+"""``SingletonEntry``: which ticks it sends, which it skips, and how a new leader continues it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def utc_app() -> Celery:
 
 
 def run_until(entry: SingletonEntry, now: datetime) -> list[datetime]:
-    """The ticks that a leader sends which looks at this moment, in order."""
+    """Return the ticks that a leader sends if it looks at the entry at ``now``, in order."""
     sent = []
     while entry.next_tick <= now:
         if not entry.miss(now):
@@ -43,7 +43,7 @@ def test_a_tick_in_time_is_sent(utc_app: Celery) -> None:
 
 
 @pytest.mark.parametrize("schedule", [60.0, crontab()])
-def test_the_latest_of_an_hour_is_sent_by_default(utc_app: Celery, schedule: Any) -> None:
+def test_only_the_latest_missed_tick_is_sent_by_default(utc_app: Celery, schedule: Any) -> None:
     made = entry(utc_app, schedule)
     assert run_until(made, NOON + HOUR + SECOND) == [NOON + HOUR]
     assert made.missed_count == 60
@@ -51,7 +51,9 @@ def test_the_latest_of_an_hour_is_sent_by_default(utc_app: Celery, schedule: Any
 
 
 @pytest.mark.parametrize("schedule", [60.0, crontab()])
-def test_all_that_are_not_too_old_are_sent_in_order(utc_app: Celery, schedule: Any) -> None:
+def test_catch_up_all_sends_each_tick_that_is_not_too_old_in_order(
+    utc_app: Celery, schedule: Any
+) -> None:
     made = entry(utc_app, schedule, catch_up="all")
     now = NOON + HOUR + SECOND
     assert run_until(made, now) == [NOON + minute * MINUTE for minute in range(56, 61)]
@@ -62,12 +64,12 @@ def test_all_that_are_not_too_old_are_sent_in_order(utc_app: Celery, schedule: A
 
 
 @pytest.mark.parametrize("schedule", [60.0, crontab()])
-def test_none_is_made_up_for(utc_app: Celery, schedule: Any) -> None:
+def test_catch_up_none_sends_no_missed_tick(utc_app: Celery, schedule: Any) -> None:
     made = entry(utc_app, schedule, catch_up="none")
     assert run_until(made, NOON + HOUR + 30 * SECOND) == []
     assert made.missed_count == 61
     assert made.next_tick == NOON + HOUR + MINUTE
-    # What is late by no more than a take-over is not taken for missed.
+    # A tick counts as missed only if it is later than the takeover by another beat can make it.
     assert run_until(made, made.next_tick + 9 * SECOND) == [NOON + HOUR + MINUTE]
 
 
@@ -79,7 +81,9 @@ def test_a_tick_is_too_old_after_five_minutes(utc_app: Celery, catch_up: str) ->
 
 
 @pytest.mark.parametrize("limit", [600, 600.0, timedelta(minutes=10), None])
-def test_the_age_is_an_option(utc_app: Celery, limit: Any) -> None:
+def test_skip_if_older_than_sets_the_age_at_which_a_tick_is_too_old(
+    utc_app: Celery, limit: Any
+) -> None:
     made = entry(utc_app, HOUR, skip_if_older_than=limit)
     assert run_until(made, NOON + 10 * MINUTE) == [NOON]
     made = entry(utc_app, HOUR, skip_if_older_than=limit)
@@ -87,17 +91,17 @@ def test_the_age_is_an_option(utc_app: Celery, limit: Any) -> None:
     assert run_until(made, NOON + 10 * MINUTE + SECOND) == expected
 
 
-def test_celerys_own_setting_for_crontabs(utc_app: Celery) -> None:
+def test_beat_cron_starting_deadline_is_the_default_for_crontabs(utc_app: Celery) -> None:
     utc_app.conf.beat_cron_starting_deadline = 60
     assert entry(utc_app, crontab()).skip_if_older_than == 60
     assert entry(utc_app, crontab(), skip_if_older_than=5).skip_if_older_than == 5
     assert entry(utc_app, 60.0).skip_if_older_than == 300
 
 
-def test_a_schedule_that_cannot_tell_is_due_no_more(
+def test_an_entry_whose_schedule_raises_is_due_no_more(
     utc_app: Celery, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It must not end the beat, and is asked again by the next leader."""
+    """The error must not end the beat. The next leader asks the schedule again."""
 
     class Broken(solar):
         broken = True
@@ -116,15 +120,15 @@ def test_a_schedule_that_cannot_tell_is_due_no_more(
     assert made.next_tick == NOON + HOUR
 
 
-def test_counted_from_the_last_run(utc_app: Celery) -> None:
-    """One run makes up for a pause, and the next is an interval later than that."""
+def test_next_from_last_run(utc_app: Celery) -> None:
+    """After a pause one tick is sent, and the next is due one interval after that run."""
     made = entry(utc_app, 60.0, next_from="last_run", catch_up="all", skip_if_older_than=None)
     now = NOON + HOUR + 7 * SECOND
     assert run_until(made, now) == [NOON]
     assert (made.next_tick, made.missed_count) == (now + MINUTE, 0)
 
 
-def test_counted_from_the_last_run_and_too_old(utc_app: Celery) -> None:
+def test_next_from_last_run_skips_a_tick_that_is_too_old(utc_app: Celery) -> None:
     made = entry(utc_app, 60.0, next_from="last_run")
     now = NOON + HOUR + 7 * SECOND
     assert run_until(made, now) == []
@@ -132,13 +136,13 @@ def test_counted_from_the_last_run_and_too_old(utc_app: Celery) -> None:
 
 
 def test_a_long_pause_of_a_short_interval_costs_nothing(utc_app: Celery) -> None:
-    """A year of ticks a second is passed over without looking at each."""
+    """A year of ticks, one each second, is skipped by arithmetic, not one by one."""
     made = entry(utc_app, 1.0)
     assert run_until(made, NOON + timedelta(days=365)) == [NOON + timedelta(days=365)]
     assert made.missed_count == 365 * 86400
 
 
-# -- a schedule seen for the first time
+# -- the first tick of an entry without stored state
 
 
 def test_an_interval_is_due_within_its_length(utc_app: Celery) -> None:
@@ -148,7 +152,7 @@ def test_an_interval_is_due_within_its_length(utc_app: Celery) -> None:
         assert NOON < made.next_tick <= NOON + MINUTE
 
 
-def test_intervals_of_one_length_are_spread(utc_app: Celery) -> None:
+def test_entries_with_equal_intervals_are_spread(utc_app: Celery) -> None:
     ticks = set()
     for number in range(100):
         made = SingletonEntry(name=f"e{number}", task="t", schedule=60.0, app=utc_app)
@@ -157,8 +161,12 @@ def test_intervals_of_one_length_are_spread(utc_app: Celery) -> None:
     assert len(ticks) == 10
 
 
-def test_a_schedule_that_was_lost_goes_on_as_it_was(utc_app: Celery) -> None:
-    """The same ticks, and so the same ids, whenever a beat sees the entry for the first time."""
+def test_an_entry_whose_stored_state_was_lost_keeps_its_tick_times(utc_app: Celery) -> None:
+    """The first tick depends on the entry's name and interval, not on when a beat first sees the
+    entry.
+
+    So the ticks, and the message ids that are made of them, are the same after the loss.
+    """
     ticks = set()
     for later in (0, 1, 59, 60, 3600, 86400):
         made = SingletonEntry(name="e", task="t", schedule=7.5, app=utc_app)
@@ -182,7 +190,7 @@ def test_a_crontab_is_due_at_its_own_times(utc_app: Celery) -> None:
 
 
 def test_a_solar_event(utc_app: Celery) -> None:
-    """Noon at Greenwich is at noon, give or take the equation of time."""
+    """Solar noon at Greenwich is less than 20 minutes from 12:00 (the equation of time)."""
     made = SingletonEntry(
         name="e", task="t", schedule=solar("solar_noon", 51.48, 0.0, app=utc_app), app=utc_app
     )
@@ -203,10 +211,10 @@ def test_a_crontab_that_is_never_due(utc_app: Celery) -> None:
     assert made.next_tick is NEVER
 
 
-# -- what another leader goes on from
+# -- how another leader continues an entry
 
 
-def test_it_goes_on_where_it_was(utc_app: Celery) -> None:
+def test_another_leader_continues_from_the_stored_state(utc_app: Celery) -> None:
     made = entry(utc_app)
     run_until(made, NOON + HOUR + SECOND)
     other = SingletonEntry(name="e", task="t", schedule=60.0, app=utc_app)
@@ -216,11 +224,13 @@ def test_it_goes_on_where_it_was(utc_app: Celery) -> None:
 
 
 @pytest.mark.parametrize("catch_up", ["latest", "all"])
-def test_after_a_take_over_that_passed_over_ticks_none_is_named_before_the_next(
+def test_after_a_takeover_that_skipped_ticks_the_next_names_no_tick_before_it(
     utc_app: Celery, catch_up: str
 ) -> None:
-    """The leader before sent the ticks of minutes 1 to 5, recorded none of them, and died. A run
-    of the tick at minute 60 must not say that all between noon and then are done.
+    """The old leader may have sent some of the skipped ticks, recorded none of them, and died.
+
+    A tick names the tick before it, so that its run can mark all until then as done. The new leader
+    sends the tick of minute 60 without such a name: the skipped ones may not be done.
     """
     old = entry(utc_app)
     assert run_until(old, NOON) == [NOON]
@@ -234,12 +244,12 @@ def test_after_a_take_over_that_passed_over_ticks_none_is_named_before_the_next(
     assert (new.previous_tick, new.last_tick, new.tick_before) == (None, first, first)
     new.sent(NOON + HOUR)
     assert (new.previous_tick, new.tick_before) == (first, first + MINUTE)
-    # What it passes over itself, nobody has sent.
+    # The new leader knows that no beat has sent the ticks that it skips from here on.
     new.miss(NOON + 2 * HOUR)
     assert new.tick_before == first + MINUTE
 
 
-def test_after_a_take_over_that_passed_over_none_the_last_tick_is_named(utc_app: Celery) -> None:
+def test_after_a_takeover_that_skipped_no_tick_the_next_names_the_last(utc_app: Celery) -> None:
     old = entry(utc_app)
     assert run_until(old, NOON) == [NOON]
     new = SingletonEntry(name="e", task="t", schedule=60.0, app=utc_app)
@@ -251,19 +261,21 @@ def test_after_a_take_over_that_passed_over_none_the_last_tick_is_named(utc_app:
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
-        # Due an interval after the last tick, where that lies ahead ...
+        # If the last tick plus the new interval is still to come, this is the next tick.
         (HOUR, 2 * HOUR, NOON + 2 * HOUR),
-        # ... and else an interval from now, not at once.
+        # If it has passed, the next tick is one interval from now, not at once.
         (24 * HOUR, HOUR, NOON + 5 * HOUR + HOUR),
         (crontab(hour="12", minute="0"), crontab(hour="13", minute="0"), NOON + 25 * HOUR),
         (crontab(hour="12", minute="0"), crontab(hour="18", minute="0"), NOON + 6 * HOUR),
         (crontab(hour="12", minute="0"), 600.0, NOON + 5 * HOUR + 10 * MINUTE),
     ],
 )
-def test_another_schedule_is_not_due_at_once(
+def test_an_entry_with_a_changed_schedule_is_not_due_at_once(
     utc_app: Celery, before: Any, after: Any, expected: datetime
 ) -> None:
-    """Sent at noon, deployed with another schedule at five."""
+    """The entry's last tick was at noon. A beat with another schedule for it starts at five o'clock
+    (in one case, at one o'clock).
+    """
     old = entry(utc_app, before)
     assert run_until(old, NOON) == [NOON]
     new = SingletonEntry(name="e", task="t", schedule=after, app=utc_app)
@@ -290,7 +302,7 @@ def test_another_time_zone_is_another_schedule(utc_app: Celery) -> None:
         (solar("sunset", 1.0, 2.0), solar("sunset", 1.0, 3.0)),
     ],
 )
-def test_what_is_another_schedule(utc_app: Celery, one: Any, other: Any) -> None:
+def test_different_schedules_have_different_texts(utc_app: Celery, one: Any, other: Any) -> None:
     def text(schedule: Any) -> str:
         return entry(utc_app, schedule).spelled
 
@@ -298,7 +310,7 @@ def test_what_is_another_schedule(utc_app: Celery, one: Any, other: Any) -> None
     assert text(one) != text(other)
 
 
-# -- what is not allowed
+# -- wrong and unusual fields
 
 
 @pytest.mark.parametrize(
@@ -348,7 +360,9 @@ def test_what_is_another_schedule(utc_app: Celery, one: Any, other: Any) -> None
         ({"skip_if_older_than": float("nan")}, r"'e': skip_if_older_than=nan"),
     ],
 )
-def test_bad_entries(utc_app: Celery, fields: dict[str, Any], message: str) -> None:
+def test_an_entry_with_a_wrong_field_is_refused(
+    utc_app: Celery, fields: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ImproperlyConfigured, match=message):
         SingletonEntry(**{"name": "e", "task": "t", "schedule": 60.0, "app": utc_app} | fields)
 
@@ -368,14 +382,14 @@ def test_bad_entries(utc_app: Celery, fields: dict[str, Any], message: str) -> N
         {"last_run_at": NOON, "total_run_count": 5},
     ],
 )
-def test_what_celery_allows_is_allowed(utc_app: Celery, fields: dict[str, Any]) -> None:
+def test_fields_that_celery_allows_are_allowed(utc_app: Celery, fields: dict[str, Any]) -> None:
     made = SingletonEntry(**{"name": "e", "task": "t", "schedule": 60.0, "app": utc_app} | fields)
     made.begin(NOON)
     run_until(made, NOON + HOUR)
 
 
-def test_rules_among_the_messages_options(utc_app: Celery) -> None:
-    """Where ``add_periodic_task`` puts what it does not know."""
+def test_an_entrys_rules_can_be_in_its_options(utc_app: Celery) -> None:
+    """Celery's ``add_periodic_task`` puts each argument that it does not know into ``options``."""
     options = {"catch_up": "all", "skip_if_older_than": 5, "queue": "q"}
     made = SingletonEntry(name="e", task="t", schedule=60.0, app=utc_app, options=options)
     assert (made.catch_up, made.skip_if_older_than) == ("all", 5)

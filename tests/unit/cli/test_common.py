@@ -1,4 +1,4 @@
-"""Numbers, names and addresses on the command line that are none: one line, and no traceback."""
+"""Wrong values on the command line: each ends the command with one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from celery_singleton_state.cli import singleton
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Of signals, as they were."""
+    """Restore the signal handlers that a command has replaced."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -39,14 +39,14 @@ def run(app: Celery, *words: str) -> Result:
         *(("prune", "--older-than", "1d", "--batch", each) for each in ("0", "-1", "1e9", "nan")),
     ],
 )
-def test_a_value_that_is_not_understood(memory_app: Celery, words: tuple[str, ...]) -> None:
+def test_an_invalid_option_value_is_refused(memory_app: Celery, words: tuple[str, ...]) -> None:
     answer = run(memory_app, *words)
     assert answer.exit_code == 2
     assert "Error: Invalid value for" in answer.output
 
 
 @pytest.mark.parametrize("host", ["nowhere.invalid", "a" * 70, "..", "192.0.2.1"])
-def test_a_host_that_cannot_be_listened_at(memory_app: Celery, host: str) -> None:
+def test_the_exporter_names_a_host_that_it_cannot_listen_at(memory_app: Celery, host: str) -> None:
     answer = run(memory_app, "exporter", "--host", host, "--port", "0")
     assert answer.exit_code == 1
     assert answer.output.startswith(f"Error: cannot listen at {host}:0: ")
@@ -57,7 +57,7 @@ def test_a_host_that_cannot_be_listened_at(memory_app: Celery, host: str) -> Non
 def test_the_exporter_without_its_libraries(
     memory_app: Celery, monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:
-    """The package was installed without the extra."""
+    """The package was installed without its ``exporter`` extra."""
     for name in list(sys.modules):
         if name.startswith("celery_singleton_state.exporter"):
             monkeypatch.delitem(sys.modules, name)
@@ -69,7 +69,7 @@ def test_the_exporter_without_its_libraries(
     assert answer.output.endswith("; install celery-singleton-state[exporter]\n")
 
 
-def test_a_port_in_use(memory_app: Celery) -> None:
+def test_the_exporter_names_a_port_that_is_in_use(memory_app: Celery) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         answer = run(memory_app, "exporter", "--port", str(port))
@@ -77,7 +77,7 @@ def test_a_port_in_use(memory_app: Celery) -> None:
     assert answer.output.startswith(f"Error: cannot listen at 127.0.0.1:{port}: ")
 
 
-def test_tasks_of_modules_that_cannot_be_imported(memory_app: Celery) -> None:
+def test_the_exporter_names_an_included_module_that_is_missing(memory_app: Celery) -> None:
     memory_app.conf.include = ["nowhere.at_all"]
     answer = run(memory_app, "exporter", "--host", "nowhere.invalid")
     assert answer.exit_code == 1
@@ -89,7 +89,7 @@ def test_tasks_of_modules_that_cannot_be_imported(memory_app: Celery) -> None:
 def test_commands_know_the_tasks_of_included_modules(
     memory_app: Celery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A task's options decide whether its singleton is healthy."""
+    """``health`` needs them: a task's options decide whether its singleton is healthy."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "with_a_task.py").write_text(
         "from celery import current_app\n"
@@ -104,10 +104,12 @@ def test_commands_know_the_tasks_of_included_modules(
     assert (answer.exit_code, answer.output[:19]) == (1, "never: it never ran")
 
 
-def test_commands_without_a_module_of_the_app(
+def test_an_included_module_that_fails_ends_health_only(
     memory_app: Celery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only `health` would be wrong without its tasks; the others do what they can."""
+    """``health`` would answer wrongly without the tasks of that module. The other commands print a
+    warning and continue.
+    """
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken_module.py").write_text("1 / 0")
     memory_app.conf.include = ["broken_module"]

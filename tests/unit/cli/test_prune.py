@@ -1,4 +1,4 @@
-"""Whose keys ``celery singleton prune`` may remove, and what it takes for an age."""
+"""``celery singleton prune``: which keys it may remove, and which ages it accepts."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ PREFIX = "singleton-state:"
         ("36500d", 3.1536e9),
     ],
 )
-def test_an_age(text: str, seconds: float) -> None:
+def test_an_age_is_a_number_with_or_without_a_unit(text: str, seconds: float) -> None:
     assert as_seconds(None, None, text) == seconds  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "text", ["", "d", "30x", "30 d", "-1d", "1.5h", "0", "0d", "36501d", "9" * 5000, "٣d", "1d2h"]
 )
-def test_no_age(text: str) -> None:
+def test_other_ages_are_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="30d, 12h, 90m, 45s or 45"):
         as_seconds(None, None, text)  # type: ignore[arg-type]
 
@@ -63,7 +63,10 @@ def app(memory_app: Celery) -> Celery:
 
 
 def old(app: Celery, tasks: Mapping[str, str]) -> Runtime:
-    """:param tasks: the task's name by the singleton's name."""
+    """Return a runtime whose store has singletons that were last used in 2001.
+
+    :param tasks: the task's name by the singleton's name.
+    """
     runtime = runtime_of(app)
     runtime.store.requests.expect({row_key(PREFIX, name): task for name, task in tasks.items()})
     runtime.store._change("UPDATE kv_store SET updated_at = '2001-01-01 00:00:00.000+00:00'", {})
@@ -87,9 +90,11 @@ LONG_TEXT = "x" * 300
         ('one2{"a":1}', "one2"),
     ],
 )
-def test_the_key_of_a_task_with_unique_on(app: Celery, name: str, task: str) -> None:
-    """The row says of which task it is: ``chosen2`` can be of ``chosen``, for which a callable
-    chose the number 2.
+def test_an_old_key_of_a_task_with_unique_on_can_be_removed(
+    app: Celery, name: str, task: str
+) -> None:
+    """The row has the task's name, because the key alone is ambiguous: ``chosen2`` can be a key of
+    the task ``chosen``, whose callable chose the number 2.
     """
     runtime = old(app, {name: task})
     assert find_unused(runtime, DAY, None) == {task: [row_key(PREFIX, name)]}
@@ -109,12 +114,14 @@ def test_the_key_of_a_task_with_unique_on(app: Celery, name: str, task: str) -> 
         ("chosen7", "chosen7"),
     ],
 )
-def test_the_row_that_is_no_key_of_unique_on(app: Celery, name: str, task: str) -> None:
-    """Its task never had it, has it no longer, or has it only now; or the app has no such task."""
+def test_a_row_that_is_no_key_of_unique_on_is_kept(app: Celery, name: str, task: str) -> None:
+    """Its task has no ``unique_on``, got or lost it since the row was written, or is not in the
+    app.
+    """
     assert find_unused(old(app, {name: task}), DAY, None) == {}
 
 
-def test_the_row_whose_task_nobody_has_noted(app: Celery) -> None:
+def test_a_row_without_its_tasks_name_is_kept(app: Celery) -> None:
     runtime = old(app, {})
     assert runtime.store.requests.claim(PREFIX + 'by_name{"a":1}', "id", 0, 0)
     runtime.store._change("UPDATE kv_store SET updated_at = '2001-01-01 00:00:00.000+00:00'", {})
@@ -122,14 +129,14 @@ def test_the_row_whose_task_nobody_has_noted(app: Celery) -> None:
     assert find_unused(runtime, DAY, None) == {}
 
 
-def test_the_keys_of_one_task(app: Celery) -> None:
+def test_the_keys_of_one_task_are_found(app: Celery) -> None:
     tasks = {'chosen"x"': "chosen", "chosen7": "chosen", "chosen2[1]": "chosen2", "gone": "gone"}
     assert find_unused(old(app, tasks), DAY, "chosen") == {
         "chosen": [row_key(PREFIX, name) for name in ('chosen"x"', "chosen7")]
     }
 
 
-def test_what_was_removed_before_the_store_went_away_is_told(
+def test_keys_removed_before_the_store_became_unavailable_are_reported(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = old(app, {f'by_name{{"a":{n}}}': "by_name" for n in range(5)})
@@ -140,22 +147,26 @@ def test_what_was_removed_before_the_store_went_away_is_told(
     def once(keys: Sequence[str], older_than: float) -> Sequence[str]:
         batches.append(keys)
         if len(batches) > 1:
-            raise StoreUnavailable("as told")
+            raise StoreUnavailable("gone")
         return real(keys, older_than)
 
     monkeypatch.setattr(runtime.store, "prune", once)
-    told: list[Changed] = []
-    monkeypatch.setattr(runtime.dispatcher, "publish", told.append)
+    reported: list[Changed] = []
+    monkeypatch.setattr(runtime.dispatcher, "publish", reported.append)
     with pytest.raises(StoreUnavailable):
         remove(runtime, unused, DAY, batch=2)
     assert [len(keys) for keys in batches] == [2, 2]
-    assert [(each.singleton, each.key, each.what) for each in told] == [
+    assert [(each.singleton, each.key, each.what) for each in reported] == [
         ("by_name", "by_name", "2 keys pruned")
     ]
 
 
-def test_what_is_in_use_again_is_told(app: Celery, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run begins between the question and the answer."""
+def test_a_key_that_is_in_use_again_is_reported(
+    app: Celery, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run acquires one key's lease after ``prune`` has found the key, and before it removes
+    it.
+    """
     runtime = old(app, {'by_name{"a":1}': "by_name", 'by_name{"a":2}': "by_name"})
     unused = find_unused(runtime, DAY, None)
     assert runtime.store.acquire(PREFIX + 'by_name{"a":1}', "host:1:a.1", 60, None)

@@ -1,4 +1,4 @@
-"""The checks of values that users set, and the error that all of them make."""
+"""The checks of options, settings and entries, and the one form that their errors have."""
 
 from __future__ import annotations
 
@@ -92,8 +92,10 @@ def test_each_refusal_names_the_owner_the_value_and_what_is_allowed(
     assert str(caught.value) == expected
 
 
-class Conflicts(str, Enum):  # noqa: UP042 - as many were made before there was StrEnum
-    """An enum of a project's own, whose members are texts but are not shown as such."""
+class Conflicts(str, Enum):  # noqa: UP042 - projects older than StrEnum have such enums
+    """An enum of a user's project. Its members are strings, but ``str()`` does not give their
+    value.
+    """
 
     WAIT = "wait"
 
@@ -111,25 +113,27 @@ class Conflicts(str, Enum):  # noqa: UP042 - as many were made before there was 
         (entry_with, "skip_if_older_than", 1e300, inf),
     ],
 )
-def test_a_value_is_taken_as_it_is_used(
+def test_an_accepted_value_is_converted(
     app: Celery, make: Callable[..., Any], name: str, value: Any, expected: Any
 ) -> None:
     found = getattr(make(app, name, value), name.removeprefix("singleton_"))
     assert (found, type(found)) == (expected, type(expected))
 
 
-def test_names_in_a_set_beside_other_values_are_refused(app: Celery) -> None:
+def test_a_set_of_names_and_other_values_is_refused(app: Celery) -> None:
     with pytest.raises(ImproperlyConfigured, match="option unique_on="):
         task_with(app, "unique_on", {"tenant", 1})
 
 
-def test_the_options_that_a_type_checker_knows_are_those_that_are_checked() -> None:
+def test_each_option_that_is_checked_is_typed() -> None:
     own = TaskOptions.__annotations__.keys() - CeleryOptions.__annotations__.keys()
     assert own == {*NAMES, "on_become_leader", "on_lose_leadership"}
 
 
-def test_a_type_checker_knows_all_options_of_celery() -> None:
-    """What the decorator takes, the attributes of a task, and the options of its messages."""
+def test_each_option_of_celery_is_typed() -> None:
+    """These are the arguments of ``app.task``, the attributes of a task, and its messages'
+    options.
+    """
     found = set(inspect.signature(Celery._task_from_fun).parameters)
     found |= set(extract_exec_options(Task))
     found |= {

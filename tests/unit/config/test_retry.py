@@ -18,7 +18,7 @@ def test_a_retryable_reason_is_retried_with_doubling_delays() -> None:
     assert answers == [RetryAfter(delay) for delay in (1, 2, 4, 5, 5)]
 
 
-def test_it_fails_when_the_retries_are_used_up() -> None:
+def test_the_task_fails_when_its_retries_are_used_up() -> None:
     assert answer_to(UNREACHABLE, 1, RETRYABLE_REASONS, {}, FLAT) == RetryAfter(2)
     assert answer_to(UNREACHABLE, 2, RETRYABLE_REASONS, {}, FLAT) == Fail()
 
@@ -29,7 +29,7 @@ def test_other_reasons_fail() -> None:
     assert answer_to(lost, 0, {"HeartbeatFailed"}, {}, FLAT) == RetryAfter(1)
 
 
-def test_a_reason_has_its_own_policy() -> None:
+def test_a_reason_can_have_its_own_policy() -> None:
     own = {"StateLoadFailed": RetryPolicy(max_retries=9, backoff=7, jitter=False)}
     assert answer_to(UNREACHABLE, 0, RETRYABLE_REASONS, own, FLAT) == RetryAfter(7)
 
@@ -56,7 +56,7 @@ def test_a_very_large_count_does_not_overflow() -> None:
         ),
     ],
 )
-def test_celerys_own_options_make_the_usual_policy(
+def test_celerys_retry_options_make_the_default_policy(
     options: dict[str, Any], expected: RetryPolicy
 ) -> None:
     app = Celery("shop", set_as_current=False)

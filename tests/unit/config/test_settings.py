@@ -45,7 +45,7 @@ def test_beats_are_named_after_their_app() -> None:
         Settings.from_app(app)
 
 
-def test_a_namespace_as_django_uses_it() -> None:
+def test_settings_are_found_in_a_namespace() -> None:
     class DjangoSettings:
         CELERY_SINGLETON_TABLE = "in_django"
 
@@ -100,7 +100,9 @@ def test_unknown_settings_are_refused_with_did_you_mean(name: str, near: str) ->
 
 
 def test_unknown_settings_in_the_environment_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for those that Kubernetes makes of a service's name."""
+    """Kubernetes sets variables for each service: its variables for a service whose name begins
+    with ``celery-singleton`` are no settings and are ignored.
+    """
     for name in (
         "CELERY_SINGLETON_EXPORTER_SERVICE_HOST",
         "CELERY_SINGLETON_EXPORTER_SERVICE_PORT_HTTP",
@@ -117,11 +119,12 @@ def test_unknown_settings_in_the_environment_are_refused(monkeypatch: pytest.Mon
         settings()
 
 
-def test_names_that_are_not_celerys_settings_are_not_looked_at(
+def test_names_that_are_no_celery_settings_are_ignored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Django's own beside a namespace; functions and tasks of a module that is the configuration;
-    and another package's while both are there.
+    """Three kinds are ignored: Django's settings outside of Celery's namespace; functions and tasks
+    of a module that is used as the configuration; and settings of the package celery-singleton
+    while it is installed, too.
     """
 
     class DjangoSettings:

@@ -22,7 +22,7 @@ class NeedsArguments:
 
 @dataclass
 class Forgetful:
-    seen: list[int] = ()  # type: ignore[assignment]  # a mistake that Python takes
+    seen: list[int] = ()  # type: ignore[assignment]  # a mistake that Python accepts
 
 
 class Typed(TypedDict):
@@ -98,7 +98,7 @@ def test_a_wrong_option_is_refused_when_the_task_is_made(
         ({"state_schema": Forgetful}, "state.seen: tuple comes back as list"),
     ],
 )
-def test_a_wrong_option_of_the_state_is_refused(
+def test_a_wrong_state_option_is_refused(
     app: Celery, options: dict[str, Any], allowed: str
 ) -> None:
     with pytest.raises(ImproperlyConfigured) as caught:
@@ -106,12 +106,12 @@ def test_a_wrong_option_of_the_state_is_refused(
     assert allowed in str(caught.value)
 
 
-def test_a_lenient_task_takes_a_default_that_comes_back_changed(app: Celery) -> None:
+def test_without_round_trip_a_default_may_come_back_changed(app: Celery) -> None:
     task = define(app, state_schema=Forgetful, state_round_trip=False)
     assert task._codec.encode(task._codec.initial()) == '{"seen":[]}'
 
 
-def test_the_decorator_checks_the_same(app: Celery) -> None:
+def test_the_decorator_checks_options_too(app: Celery) -> None:
     @singleton_task(app, on_conflict="never", shared=False)
     def run(self: SingletonTask) -> None: ...
 
@@ -119,12 +119,12 @@ def test_the_decorator_checks_the_same(app: Celery) -> None:
         run.name  # noqa: B018
 
 
-def test_a_misspelled_option_is_told(app: Celery) -> None:
+def test_a_misspelled_option_is_refused_with_a_suggestion(app: Celery) -> None:
     with pytest.raises(ImproperlyConfigured, match=r"on_conflit=.* did you mean on_conflict\?"):
         define(app, on_conflit="skip").name  # noqa: B018
 
 
-def test_attributes_of_the_users_own_are_left_alone(app: Celery) -> None:
+def test_attributes_that_are_no_options_are_kept(app: Celery) -> None:
     assert define(app, my_attribute=1, queue_name="x").my_attribute == 1
 
 
@@ -133,8 +133,10 @@ def test_options_can_come_from_annotations(app: Celery) -> None:
     assert define(app)._options.on_conflict == "raise"
 
 
-def test_making_a_task_leaves_celerys_own_base_alone(app: Celery) -> None:
-    """Reading ``Task.app`` binds Celery's base class itself, and with it every task."""
+def test_making_a_task_does_not_bind_celerys_base_class(app: Celery) -> None:
+    """Reading ``Task.app`` would bind Celery's own base class to the app, and with it every
+    task.
+    """
     define(app).name  # noqa: B018
     assert not Task.__bound__
 
@@ -156,11 +158,11 @@ def test_class_based_and_abstract_bases(app: Celery) -> None:
 
 
 @pytest.mark.parametrize("make", [lambda n: {n}, lambda n: frozenset([n]), lambda n: (n,)])
-def test_names_come_in_any_collection(app: Celery, make: Callable[[str], Any]) -> None:
+def test_unique_on_takes_any_collection_of_names(app: Celery, make: Callable[[str], Any]) -> None:
     assert define(app, unique_on=make("tenant"))._options.unique_on == ("tenant",)
 
 
-def test_static_functions_have_their_arguments_too(app: Celery) -> None:
+def test_unique_on_of_a_function_without_self(app: Celery) -> None:
     @app.task(base=SingletonTask, unique_on=["a"], name="shop.static", shared=False)
     def static(a: int, b: int = 0) -> None: ...
 
