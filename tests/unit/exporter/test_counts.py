@@ -1,5 +1,7 @@
-"""Made-up events: whatever anybody on the broker sends, there is a bounded number of series, all of
-them can be scraped, and the exporter goes on receiving.
+"""Counters that are made from events, when the events are made up or damaged.
+
+Anyone who can reach the broker can send events. The number of series stays bounded, Prometheus can
+scrape each of them, and the exporter continues to receive.
 """
 
 from __future__ import annotations
@@ -28,16 +30,19 @@ from celery_singleton_state.runtime import runtime_of
 from tests.helpers.details import EXAMPLES
 
 LIMIT = 5
-#: More than any sequence of events can bring: 2 tasks, each with its keys, and all words.
+#: A bound that no sequence of events may exceed: for 2 tasks and their keys, 60 series each.
 MOST_SERIES = 2 * (LIMIT + 1) * 60 + 1
 
-#: Labels that come first in a sample, and the order in which they do.
-LAST = {"key": 1, "singleton": 2}
+#: Puts the labels of a sample into a fixed order: after sorting by these numbers and by name, the
+#: order is reversed, so that ``singleton`` is first and ``key`` is second.
+RANK = {"key": 1, "singleton": 2}
 Samples = dict[str, dict[tuple[str, ...], float]]
 
 
-class Told:
-    """A receiver whose connection is the test."""
+class ReceiverWithoutBroker:
+    """The exporter's receiver of events and its counters. The test emits the events, without a
+    broker.
+    """
 
     def __init__(self, per_key: bool) -> None:
         self.registry = CollectorRegistry()
@@ -49,24 +54,24 @@ class Told:
         self.receiver._on_body(list(events))
 
     def samples(self) -> Samples:
-        """What a scrape sees."""
+        """Return the value of each series as a scrape reads it, by metric name and label values."""
         found: Samples = {}
         generate_openmetrics(self.registry).decode()
         for family in text_string_to_metric_families(generate_latest(self.registry).decode()):
             for sample in family.samples:
-                names = sorted(sample.labels, key=lambda name: (LAST.get(name, 0), name))
+                names = sorted(sample.labels, key=lambda name: (RANK.get(name, 0), name))
                 labels = tuple(sample.labels[name] for name in reversed(names))
                 found.setdefault(sample.name, {})[labels] = sample.value
         return found
 
 
 @pytest.fixture(params=[False, True], ids=["by task", "by key"])
-def told(request: pytest.FixtureRequest) -> Told:
-    return Told(request.param)
+def stand_in(request: pytest.FixtureRequest) -> ReceiverWithoutBroker:
+    return ReceiverWithoutBroker(request.param)
 
 
 def event(type: str, **fields: Any) -> dict[str, Any]:
-    """An event that is right but for the fields that are given."""
+    """Return a valid event of this type, in which the given fields are changed."""
     examples = (msgspec.to_builtins(example) for example in EXAMPLES)
     (found,) = (each for each in examples if each["type"] == f"singleton-{type}")
     return found | fields
@@ -110,20 +115,20 @@ EVENTS = st.one_of(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.booleans(), st.lists(EVENTS, max_size=20))
-def test_made_up_events_of_every_kind(per_key: bool, events: list[Any]) -> None:
-    told = Told(per_key)
-    told.emit(*events, event("released", seconds=2.0))
-    found = told.samples()
+def test_made_up_events_make_a_bounded_number_of_series(per_key: bool, events: list[Any]) -> None:
+    stand_in = ReceiverWithoutBroker(per_key)
+    stand_in.emit(*events, event("released", seconds=2.0))
+    found = stand_in.samples()
     assert sum(map(len, found.values())) <= MOST_SERIES
     assert all(labels[0] in ("t", UNKNOWN) for each in found.values() for labels in each if labels)
     assert all(math.isfinite(value) for each in found.values() for value in each.values())
     assert sum(found["singleton_executions_total"].values()) >= 1
 
 
-def test_made_up_words_are_one_series(told: Told) -> None:
+def test_all_unknown_label_values_are_one_series(stand_in: ReceiverWithoutBroker) -> None:
     for number in range(1000):
         made_up = f"made up {number}"
-        told.emit(
+        stand_in.emit(
             event("released", singleton=made_up),
             event("released", outcome=made_up),
             event("skipped", outcome=made_up, key=made_up),
@@ -133,7 +138,7 @@ def test_made_up_words_are_one_series(told: Told) -> None:
             event("state-saved", operation=made_up),
             event("write-refused", operation=made_up),
         )
-    found = told.samples()
+    found = stand_in.samples()
     assert sum(map(len, found.values())) <= MOST_SERIES
     unknown = {labels: n for labels, n in found["singleton_executions_total"].items() if n}
     assert sum(n for labels, n in unknown.items() if labels[0] == UNKNOWN) == 1000
@@ -146,44 +151,48 @@ def test_made_up_words_are_one_series(told: Told) -> None:
 @pytest.mark.parametrize(
     "seconds", [math.nan, math.inf, -math.inf, -0.1, "1", None, [], 10**400, 1e308, 1e17]
 )
-def test_a_duration_that_is_none_spoils_nothing(told: Told, seconds: Any) -> None:
-    """A single NaN would make the sum NaN until the exporter is started anew, and 1e308 a sum that
-    no later run changes.
+def test_an_impossible_duration_is_ignored(stand_in: ReceiverWithoutBroker, seconds: Any) -> None:
+    """A single NaN would make the sum of durations NaN until the exporter restarts. 1e308 would
+    make it so large that no later run changes it.
     """
     for type in ("released", "lost"):
-        told.emit(event(type, seconds=seconds), event(type, seconds=2.0))
-    found = told.samples()
+        stand_in.emit(event(type, seconds=seconds), event(type, seconds=2.0))
+    found = stand_in.samples()
     assert list(found["singleton_duration_seconds_sum"].values()) == [4.0]
     assert list(found["singleton_duration_seconds_count"].values()) == [2]
     assert found["singleton_ignored_events_total"] == {(): 2}
 
 
-def test_what_cannot_be_read_is_counted_and_logged_once(
-    told: Told, caplog: pytest.LogCaptureFixture
+def test_events_that_cannot_be_read_are_counted_and_logged_once(
+    stand_in: ReceiverWithoutBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(50):
-        told.emit(None, {}, {"type": 3}, {"type": "singleton-new"}, event("released", fence="x"))
-        told.emit({"type": "task-sent"})
-    assert told.samples()["singleton_ignored_events_total"] == {(): 250}
+        stand_in.emit(
+            None, {}, {"type": 3}, {"type": "singleton-new"}, event("released", fence="x")
+        )
+        stand_in.emit({"type": "task-sent"})
+    assert stand_in.samples()["singleton_ignored_events_total"] == {(): 250}
     assert 1 <= len(caplog.messages) <= 4
 
 
 def test_keys_beyond_the_limit_are_one_series_and_one_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    told = Told(per_key=True)
+    stand_in = ReceiverWithoutBroker(per_key=True)
     for number in range(10 * LIMIT):
-        told.emit(event("released", key=f"t{number}"), event("released", key="t" + "x" * 400))
-    found = told.samples()["singleton_executions_total"]
+        stand_in.emit(event("released", key=f"t{number}"), event("released", key="t" + "x" * 400))
+    found = stand_in.samples()["singleton_executions_total"]
     assert len(found) == LIMIT + 1
     assert found[("t", OTHERS, "failed")] == 10 * LIMIT - (LIMIT - 1)
     assert all(len(label) <= 255 for labels in found for label in labels)
     assert [each.levelno for each in caplog.records] == [logging.WARNING]
-    assert list(told.samples()["singleton_duration_seconds_count"]) == [("t",)]
+    assert list(stand_in.samples()["singleton_duration_seconds_count"]) == [("t",)]
 
 
 def test_the_keys_of_all_tasks_share_one_limit() -> None:
-    """A task with one key is not counted with the many keys of others."""
+    """But the first key of each task always has its own series: many keys of one task do not hide a
+    task that has only one key.
+    """
     keys = Keys(limit=LIMIT)
     of_one = [keys.label("many", f"key {number}") for number in range(10 * LIMIT)]
     assert of_one[LIMIT:] == [OTHERS] * 9 * LIMIT
@@ -194,7 +203,10 @@ def test_the_keys_of_all_tasks_share_one_limit() -> None:
 def test_rows_of_unknown_tasks_are_one_series(
     memory_app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a task that was renamed, of other apps, or made up. By key, the first of each task."""
+    """The task of a row is unknown if it was renamed, belongs to another app, or was made up.
+
+    With series by key, the first keys of a known task have series of their own, up to the limit.
+    """
 
     @singleton_task(memory_app, name="t", unique_on=["key"], shared=False)
     def t(self: SingletonTask[Any], key: str) -> None:
@@ -221,8 +233,8 @@ def test_rows_of_unknown_tasks_are_one_series(
     assert list(found.values()) == [1] * LIMIT
 
 
-def test_labels_are_printed_as_ls_prints_names(memory_app: Celery) -> None:
-    """No parser of the format is sure to take controls and lone surrogates as they are."""
+def test_label_values_are_escaped_as_names_are_in_ls(memory_app: Celery) -> None:
+    """A parser of the metrics may not accept control characters and lone surrogates."""
     memory_app.conf.singleton_beat_name = "b\x9b31m\u2028\u202e\x1b"
     runtime = runtime_of(memory_app)
     runtime.store.requests.expect({key_of(runtime.settings.beat_name): "t"})

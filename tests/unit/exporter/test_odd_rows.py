@@ -1,4 +1,8 @@
-"""Whatever stands in one row, the commands, the page and the metrics show it and all others."""
+"""Any value in any column of a row: commands, page and metrics still show this row and all others.
+
+Each test writes odd values into the row of the task ``odd``, and checks that ``innocent``, another
+singleton, is shown as if nothing had happened.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +61,7 @@ from tests.helpers.page_reader import Reader
 
 PREFIX = "singleton-state:"
 NOW = datetime(2026, 3, 14, 12, tzinfo=UTC)
-#: An app is made once for all examples of a test.
+#: Settings for hypothesis. All examples of a test share one app, because making an app is slow.
 fuzzed = settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -100,7 +104,7 @@ def run(app: Celery, name: str, *args: Any) -> None:
 
 
 def change(app: Celery, statement: str, **parameters: Any) -> None:
-    """Change rows by hand."""
+    """Run an SQL statement that writes values into rows which the package would never write."""
     with runtime_of(app).store.engine.begin() as connection:
         connection.exec_driver_sql(statement, parameters)
 
@@ -110,8 +114,11 @@ def empty(app: Celery) -> None:
     run(app, "innocent")
 
 
-def said(app: Celery, *arguments: str, may_be: int = 0, encoding: str = "utf-8") -> str:
-    """What a command prints to those who are people: none of it is obeyed by a terminal."""
+def output_of(app: Celery, *arguments: str, may_be: int = 0, encoding: str = "utf-8") -> str:
+    """Run a command and return its output. No character of the output may control a terminal.
+
+    :param may_be: an exit code that is allowed, too.
+    """
     context = SimpleNamespace(app=app)
     result = CliRunner(charset=encoding).invoke(singleton, list(arguments), obj=context)
     assert result.exit_code in (0, may_be), (result.output, result.exception)
@@ -121,19 +128,22 @@ def said(app: Celery, *arguments: str, may_be: int = 0, encoding: str = "utf-8")
     return found
 
 
-def told(app: Celery, *arguments: str, may_be: int = 0) -> Any:
-    """What a command prints for programs, as strictly as any of them reads it."""
+def json_of(app: Celery, *arguments: str, may_be: int = 0) -> Any:
+    """Run a command with ``--json`` and return its output, parsed strictly: NaN is an error."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    found = said(app, *arguments, "--json", may_be=may_be)
+    found = output_of(app, *arguments, "--json", may_be=may_be)
     assert found.isascii()
     return json.loads(found, parse_constant=refuse)
 
 
 def metrics(app: Celery) -> dict[str, dict[str, float]]:
-    """The value of each gauge by key, in the same two ways in which Prometheus reads them."""
+    """Return the value of each gauge by metric name and key.
+
+    Prometheus reads two text formats: both are parsed, and must have the same metrics.
+    """
     registry, runtime = CollectorRegistry(), runtime_of(app)
     registry.register(Gauges(runtime, partial(take_snapshot, runtime), lambda: True, per_key=True))
     plain = generate_latest(registry).decode()
@@ -152,7 +162,7 @@ def metrics(app: Celery) -> dict[str, dict[str, float]]:
 
 
 def page(app: Celery, query: str = "") -> Reader:
-    """The page, in which nothing became an element or an attribute."""
+    """Return the page, after a check that no value of a row became an element or an attribute."""
     runtime = runtime_of(app)
     document = render(
         Overview(runtime, partial(take_snapshot, runtime), shows_state=True).page(query)
@@ -170,22 +180,23 @@ def page(app: Celery, query: str = "") -> Reader:
     return reader
 
 
-def assert_all_is_shown(app: Celery) -> None:
-    """Every way to look at all singletons shows the innocent one as if it were alone."""
-    lines = [line for line in said(app, "ls").splitlines() if line.startswith(" innocent ")]
+def assert_innocent_is_shown(app: Celery) -> None:
+    """Check that each command that lists singletons, the page and the metrics show ``innocent``."""
+    lines = [line for line in output_of(app, "ls").splitlines() if line.startswith(" innocent ")]
     assert len(lines) == 1
     assert re.fullmatch(r" innocent +\d+ +1 +succeeded +\S+ +yes +free *", lines[0])
-    (neighbour,) = (each for each in told(app, "ls") if each["singleton"] == "innocent")
+    (neighbour,) = (each for each in json_of(app, "ls") if each["singleton"] == "innocent")
     assert (neighbour["run_count"], neighbour["healthy"]) == (1, True)
-    assert said(app, "health", may_be=1)
+    assert output_of(app, "health", may_be=1)
     healthy = {
-        each["singleton"]: each["healthy"] for each in told(app, "health", may_be=1)["singletons"]
+        each["singleton"]: each["healthy"]
+        for each in json_of(app, "health", may_be=1)["singletons"]
     }
     assert healthy["innocent"]
-    assert said(app, "next")
-    assert told(app, "next")["name"]
-    assert said(app, "prune", "--older-than", "1d", "--dry-run")
-    assert told(app, "prune", "--older-than", "1d", "--dry-run")["removed"] == 0
+    assert output_of(app, "next")
+    assert json_of(app, "next")["name"]
+    assert output_of(app, "prune", "--older-than", "1d", "--dry-run")
+    assert json_of(app, "prune", "--older-than", "1d", "--dry-run")["removed"] == 0
     assert "innocent" in page(app).text
     gauges = metrics(app)
     assert gauges["singleton_healthy"]["innocent"] == 1
@@ -194,45 +205,48 @@ def assert_all_is_shown(app: Celery) -> None:
 
 @given(key=texts(*SURROGATES), state=texts(), error=texts(*SURROGATES) | st.none())
 @fuzzed
-def test_whatever_keys_states_and_errors_say_all_is_shown(
+def test_any_text_in_a_key_a_state_or_an_error_is_shown(
     shop: Celery, key: str, state: str, error: str | None
 ) -> None:
-    """They come into the row by a run, as those of users do."""
+    """A run writes the texts into the row, as the runs of users do."""
     empty(shop)
     run(shop, "odd", key, state, error)
-    assert_all_is_shown(shop)
-    (row,) = (each for each in told(shop, "ls") if each["singleton"] != "innocent")
+    assert_innocent_is_shown(shop)
+    (row,) = (each for each in json_of(shop, "ls") if each["singleton"] != "innocent")
     name = row["singleton"]
     printed = as_printed(name)
-    assert any(line.startswith(f" {printed} ") for line in said(shop, "ls").splitlines())
-    shown = told(shop, "show", printed)
+    assert any(line.startswith(f" {printed} ") for line in output_of(shop, "ls").splitlines())
+    shown = json_of(shop, "show", printed)
     assert (shown["key"], shown["value"]) == (row["key"], {"text": state})
     assert [each["outcome"] for each in shown["history"]] == [
         "succeeded" if error is None else "failed"
     ]
-    assert told(shop, "show", name)["key"] == row["key"], "the exact name is taken, too"
-    text = said(shop, "show", printed)
+    assert json_of(shop, "show", name)["key"] == row["key"], "the exact name is taken, too"
+    text = output_of(shop, "show", printed)
     assert f" {printed} " in text
-    got = said(shop, "state", "get", printed)
+    got = output_of(shop, "state", "get", printed)
     assert json.loads(got) == {"text": state}
     assert got.strip() in text
-    said(shop, "state", "reset", "--yes", printed)
-    said(shop, "state", "set", "--yes", printed, got.strip())
-    assert json.loads(said(shop, "state", "get", printed)) == {"text": state}
+    output_of(shop, "state", "reset", "--yes", printed)
+    output_of(shop, "state", "set", "--yes", printed, got.strip())
+    assert json.loads(output_of(shop, "state", "get", printed)) == {"text": state}
     assert metrics(shop)["singleton_keys"][printed] == 1
     assert printed.replace(" ", "") in page(shop, printed).text.replace(" ", "")
 
 
-# No name of an entry has a NUL, and one that begins with a dash is typed after two others.
+# An entry's name has no NUL. A name that begins with a dash must be typed after `--`, which another
+# test does.
 NAMES = texts(min_size=1).filter(lambda name: "\0" not in name and not name.startswith("-"))
 
 
 @given(name=NAMES, holder=texts(min_size=1), task_id=texts())
 @fuzzed
-def test_whatever_names_holders_and_ids_say_all_is_shown(
+def test_any_text_in_a_name_a_holder_or_a_task_id_is_shown(
     shop: Celery, name: str, holder: str, task_id: str
 ) -> None:
-    """Of a singleton that is held, of the beat that leads, and of its entries."""
+    """The texts are in the row of a held singleton, in the leader's lease, and in a schedule
+    entry.
+    """
     empty(shop)
     store = runtime_of(shop).store
     lease = store.acquire(BEAT + runtime_of(shop).settings.beat_name, holder, 60, None)
@@ -242,24 +256,24 @@ def test_whatever_names_holders_and_ids_say_all_is_shown(
     assert store.entries.record(lease.lease, rows, 1, 0)
     shop.conf.beat_schedule = {name: {"task": "odd", "schedule": 60.0}}
     assert store.acquire(PREFIX + name, holder, 60, task_id)
-    assert_all_is_shown(shop)
+    assert_innocent_is_shown(shop)
     printed = as_printed(name)
-    assert f" {printed} " in said(shop, "ls")
-    assert f" {printed} " in said(shop, "next")
-    assert told(shop, "next", printed)["entry"] == name
-    assert said(shop, "next", printed)
-    (row,) = (each for each in told(shop, "ls") if each["singleton"] != "innocent")
+    assert f" {printed} " in output_of(shop, "ls")
+    assert f" {printed} " in output_of(shop, "next")
+    assert json_of(shop, "next", printed)["entry"] == name
+    assert output_of(shop, "next", printed)
+    (row,) = (each for each in json_of(shop, "ls") if each["singleton"] != "innocent")
     assert (row["singleton"], row["holder"], row["task_id"]) == (name, holder, task_id)
-    found = told(shop, "next")
+    found = json_of(shop, "next")
     assert (found["leader"], found["entries"][0]["entry"]) == (holder, name)
-    assert visible(holder).replace(" ", "") in said(shop, "show", printed).replace(" ", "")
-    assert "is free" in said(shop, "release", "--yes", printed)
-    assert told(shop, "show", printed)["holder"] is None
+    assert visible(holder).replace(" ", "") in output_of(shop, "show", printed).replace(" ", "")
+    assert "is free" in output_of(shop, "release", "--yes", printed)
+    assert json_of(shop, "show", printed)["holder"] is None
 
 
 @given(typed=texts(min_size=1))
 @fuzzed
-def test_whatever_is_typed_an_error_is_a_line(shop: Celery, typed: str) -> None:
+def test_an_error_about_any_typed_text_is_one_printable_line(shop: Celery, typed: str) -> None:
     assume(not re.fullmatch("[0-9]+[dhms]?", typed))
     empty(shop)
     for command in (
@@ -277,23 +291,21 @@ def test_whatever_is_typed_an_error_is_a_line(shop: Celery, typed: str) -> None:
 
 @given(key=texts(), state=texts())
 @fuzzed
-def test_a_terminal_without_the_characters_is_shown_escapes(
-    shop: Celery, key: str, state: str
-) -> None:
+def test_characters_that_a_terminal_lacks_are_escaped(shop: Celery, key: str, state: str) -> None:
     empty(shop)
     run(shop, "odd", key, state)
-    (row,) = (each for each in told(shop, "ls") if each["singleton"] != "innocent")
+    (row,) = (each for each in json_of(shop, "ls") if each["singleton"] != "innocent")
     printed = encodable(as_printed(row["singleton"]), "ascii")
-    listed = said(shop, "ls", encoding="ascii")
+    listed = output_of(shop, "ls", encoding="ascii")
     assert f" {printed} " in listed
     assert "innocent" in listed
-    assert json.loads(said(shop, "state", "get", printed, encoding="ascii")) == {"text": state}
-    assert told(shop, "show", printed)["key"] == row["key"]
+    assert json.loads(output_of(shop, "state", "get", printed, encoding="ascii")) == {"text": state}
+    assert json_of(shop, "show", printed)["key"] == row["key"]
 
 
 @given(names=st.lists(texts(), min_size=2, max_size=2, unique=True))
 @settings(max_examples=100)
-def test_no_two_names_are_printed_the_same(names: list[str]) -> None:
+def test_different_names_are_printed_differently(names: list[str]) -> None:
     one, other = names
     assert as_printed(one) != as_printed(other)
     for name in names:
@@ -318,24 +330,24 @@ COLUMNS: Mapping[str, st.SearchStrategy[Any]] = {
 
 @given(row=st.fixed_dictionaries({}, optional=COLUMNS))
 @fuzzed
-def test_whatever_stands_in_a_row_it_is_one_odd_row(shop: Celery, row: dict[str, Any]) -> None:
-    """SQLite takes any value in any column."""
+def test_any_value_in_any_column_spoils_no_other_row(shop: Celery, row: dict[str, Any]) -> None:
+    """SQLite accepts a value of any type in any column."""
     empty(shop)
     run(shop, "odd", "key")
     if row:
         sets = ", ".join(f'"{name}" = :{name}' for name in row)
         change(shop, f"UPDATE kv_store SET {sets} WHERE key LIKE '%odd%'", **row)
-    assert_all_is_shown(shop)
+    assert_innocent_is_shown(shop)
     name = 'odd{"key":"key"}'
-    assert f" {name} " in said(shop, "ls")
-    assert told(shop, "show", name)["singleton"] == name
-    assert name in said(shop, "show", name)
-    assert said(shop, "state", "get", name)
+    assert f" {name} " in output_of(shop, "ls")
+    assert json_of(shop, "show", name)["singleton"] == name
+    assert name in output_of(shop, "show", name)
+    assert output_of(shop, "state", "get", name)
 
 
 @given(started=EPOCHS, finished=EPOCHS, outcome=texts(), error=texts(), fence=st.integers())
 @fuzzed
-def test_whatever_stands_in_a_history_it_is_shown(
+def test_any_value_in_a_history_is_shown(
     shop: Celery, started: float, finished: float, outcome: str, error: str, fence: int
 ) -> None:
     empty(shop)
@@ -351,19 +363,19 @@ def test_whatever_stands_in_a_history_it_is_shown(
         outcome=outcome,
         ticks=ticks,
     )
-    assert_all_is_shown(shop)
+    assert_innocent_is_shown(shop)
     name = 'odd{"key":"key"}'
-    (past,) = told(shop, "show", name)["history"]
+    (past,) = json_of(shop, "show", name)["history"]
     assert (past["outcome"], past["error"], past["fence"]) == (outcome, error, fence)
     assert past["started"] == iso(started)
-    assert visible(error).replace(" ", "")[:40] in said(shop, "show", name).replace(" ", "")
+    assert visible(error).replace(" ", "")[:40] in output_of(shop, "show", name).replace(" ", "")
 
 
 @given(tick=st.sampled_from(
     ("9999-12-31T23:59:59.999999Z", "2026-01-01T00:00:00", "0001-01-01T00:00:00+23:59", "soon", 7)
 ), count=SQL_NUMBERS.filter(lambda each: not isinstance(each, bytes)))  # fmt: skip
 @fuzzed
-def test_whatever_stands_in_an_entry_of_the_schedule_it_is_shown(
+def test_any_value_in_an_entrys_state_spoils_no_other_entry(
     shop: Celery, tick: Any, count: Any
 ) -> None:
     empty(shop)
@@ -374,13 +386,13 @@ def test_whatever_stands_in_an_entry_of_the_schedule_it_is_shown(
     odd = usual | {"entry": "odd", "next_tick": tick, "last_tick": tick, "total_run_count": count}
     rows = {f"{lease.lease.key}:{each['entry']}": json.dumps(each) for each in (odd, usual)}
     assert store.entries.record(lease.lease, rows, 1, 0)
-    assert_all_is_shown(shop)
-    assert " usual " in said(shop, "next")
+    assert_innocent_is_shown(shop)
+    assert " usual " in output_of(shop, "next")
 
 
 @given(at=EPOCHS | st.floats(), now=EPOCHS)
 @settings(max_examples=100)
-def test_every_number_is_a_moment(at: float, now: float) -> None:
+def test_any_number_can_be_printed_as_a_timestamp(at: float, now: float) -> None:
     for text in (moment(at), short_moment(at, now), iso(at), seconds(at)):
         assert text.isprintable()
         assert 0 < len(text) < 60
@@ -401,12 +413,14 @@ def test_every_number_is_a_moment(at: float, now: float) -> None:
         (1e300, "1e+300 s since 1970", "1e+300 s since 1970"),
     ],
 )
-def test_moments_beyond_the_calendar(epoch: float, people: str, programs: str) -> None:
+def test_timestamps_that_python_cannot_represent_are_printed(
+    epoch: float, people: str, programs: str
+) -> None:
     assert (moment(epoch), iso(epoch)) == (people, programs)
 
 
-#: By store: what a moment is set to by hand. MariaDB has no infinity, and no year after 9999.
-BY_HAND = {
+#: Odd timestamps as SQL, by dialect. MariaDB has no infinity, and no year after 9999.
+ODD_TIMES = {
     "postgresql": ("'infinity'", "'-infinity'", "'12000-01-01+00'", "'4713-01-01+00 BC'"),
     "mysql": ("'9999-12-31 23:59:59.999999'", "'1000-01-01'"),
     "sqlite": (
@@ -414,7 +428,7 @@ BY_HAND = {
         *("'infinity'", "'12000-01-01'", "9e999"),
     ),
 }
-MOMENTS = ("acquired_at", "expires_at", "last_finished_at", "updated_at", "queued_until")
+TIME_COLUMNS = ("acquired_at", "expires_at", "last_finished_at", "updated_at", "queued_until")
 
 
 ODD_VALUES = (
@@ -430,14 +444,16 @@ ODD_VALUES = (
     ),
     *(b"\xff\x00", b"1", 1e308, float("inf"), 1.5, -1, 2**63 - 1, -(2**63), "9" * 40),
 )
-#: Columns whose odd values keep a run from reading its state.
+#: Columns without which a run cannot read its state: an odd value there makes the run fail.
 OF_THE_STATE = ("value", "schema_version")
 
 
 @pytest.mark.parametrize("value", ODD_VALUES, ids=repr)
 def test_a_run_on_a_row_with_an_odd_value(shop: Celery, value: Any) -> None:
-    """It starts if the value is only bookkeeping. Else it fails as SchemaDecodeFailed, and its row
-    has the state that it had.
+    """If the odd value is not needed to read the state, the run succeeds.
+
+    Otherwise the run fails with ``SchemaDecodeFailed`` and leaves the state in the row
+    unchanged.
     """
     run(shop, "odd", "a")
     with runtime_of(shop).store.engine.connect() as connection:
@@ -458,22 +474,24 @@ def test_a_run_on_a_row_with_an_odd_value(shop: Celery, value: Any) -> None:
             assert name not in OF_THE_STATE
 
 
-def test_the_state_that_is_replaced_is_asked_about_as_state_get_shows_it(shop: Celery) -> None:
+def test_state_set_asks_with_the_old_state_as_state_get_prints_it(shop: Celery) -> None:
     run(shop, "odd", "a", '"\u202e\x1b')
     name = 'odd{"key":"a"}'
-    got = said(shop, "state", "get", name).strip()
-    assert f"The state is {got}. Replace it?" in said(shop, "state", "set", name, got, may_be=1)
+    got = output_of(shop, "state", "get", name).strip()
+    assert f"The state is {got}. Replace it?" in output_of(
+        shop, "state", "set", name, got, may_be=1
+    )
 
 
-def test_a_name_that_begins_with_a_dash(shop: Celery) -> None:
+def test_a_name_that_begins_with_a_dash_can_be_typed(shop: Celery) -> None:
     @singleton_task(shop, name="--help", unique_on=["key"], shared=False)
     def odd(self: SingletonTask[Any], key: str) -> None: ...
 
     run(shop, "--help", "a")
     name = '--help{"key":"a"}'
-    assert name in said(shop, "ls")
-    assert f" {name} " in said(shop, "show", "--", name)
-    assert json.loads(said(shop, "state", "get", "--", name)) is None
+    assert name in output_of(shop, "ls")
+    assert f" {name} " in output_of(shop, "show", "--", name)
+    assert json.loads(output_of(shop, "state", "get", "--", name)) is None
 
 
 def state_of(app: Celery) -> Any:
@@ -482,27 +500,29 @@ def state_of(app: Celery) -> Any:
         return connection.exec_driver_sql(statement).fetchall()
 
 
-def test_a_moment_of_infinity_in_one_row_is_one_odd_line(make_app: Callable[..., Celery]) -> None:
-    """On each store, of a row that a run holds, and of the lease of the beats."""
+def test_a_timestamp_of_infinity_spoils_no_other_row(make_app: Callable[..., Celery]) -> None:
+    """On each store, in the row of a singleton that is held and in the row of the leader's
+    lease.
+    """
     shop = add_tasks(make_app())
     empty(shop)
     store = runtime_of(shop).store
     beat = BEAT + runtime_of(shop).settings.beat_name
     for key in (beat, f'{PREFIX}odd{{"key":"held"}}'):
         assert store.acquire(key, "node:1:a.1", 60, "id")
-    for value in BY_HAND[store.engine.dialect.name]:
-        for column in MOMENTS:
+    for value in ODD_TIMES[store.engine.dialect.name]:
+        for column in TIME_COLUMNS:
             change(shop, f"UPDATE kv_store SET {column} = {value} WHERE holder IS NOT NULL")
-            assert_all_is_shown(shop)
-            assert 'odd{"key":"held"}' in said(shop, "ls")
-            shown = told(shop, "show", 'odd{"key":"held"}')
+            assert_innocent_is_shown(shop)
+            assert 'odd{"key":"held"}' in output_of(shop, "ls")
+            shown = json_of(shop, "show", 'odd{"key":"held"}')
             if column == "last_finished_at" and "12000" in value:
                 assert shown["last_finished_at"] in (None, "+012000-01-01T00:00:00+00:00")
-            assert said(shop, "show", 'odd{"key":"held"}')
+            assert output_of(shop, "show", 'odd{"key":"held"}')
 
 
 @pytest.fixture
-def leased(lease_url: str) -> Iterator[Celery]:
+def app_with_redis_leases(lease_url: str) -> Iterator[Celery]:
     """An app whose leases are in Redis."""
     app = Celery("shop", broker="memory://", backend="cache+memory://", set_as_current=False)
     app.conf.update(singleton_lease_url=lease_url)
@@ -518,59 +538,66 @@ def leased(lease_url: str) -> Iterator[Celery]:
 
 
 @pytest.mark.parametrize("value", ["inf", "-inf", "nan", "soon", "1e300", "", "9" * 5000, b"\xff"])
-def test_an_odd_value_in_redis_is_one_odd_line(
-    leased: Celery, lease_url: str, value: str | bytes
+def test_an_odd_value_in_redis_spoils_no_other_singleton(
+    app_with_redis_leases: Celery, lease_url: str, value: str | bytes
 ) -> None:
-    run(leased, "innocent")
-    run(leased, "odd")
+    run(app_with_redis_leases, "innocent")
+    run(app_with_redis_leases, "odd")
     names = ("acquired_at", "expires_at", "last_finished_at", "updated_at", "queued_until")
     more = ("fence", "run_count", "write", "holder", "history", "last_outcome", "ticks_done")
     with redis.Redis.from_url(lease_url) as client:
         for name in (*names, *more):
             client.hset(f"{PREFIX}odd", name, value)
-            assert {each["singleton"] for each in told(leased, "ls")} == {"odd", "innocent"}
-            assert told(leased, "show", "odd")
-        # A value of another kind, and a key in another encoding.
+            assert {each["singleton"] for each in json_of(app_with_redis_leases, "ls")} == {
+                "odd",
+                "innocent",
+            }
+            assert json_of(app_with_redis_leases, "show", "odd")
+        # Redis keys that are no hash or have few fields, and a name that is not UTF-8.
         client.set(f"{PREFIX}value", "7")
         client.hset(f"{PREFIX}other", "fence", "7")
         client.hset(f"{PREFIX}\xff".encode("latin1"), "fence", "1")
         for name in ("value", "other", "\xff"):
             client.zadd("celery-singleton-keys", {f"{PREFIX}{name}".encode("latin1"): 0})
-    lines = said(leased, "ls")
+    lines = output_of(app_with_redis_leases, "ls")
     assert re.search(r"(?m)^ innocent +\d+ +1 +succeeded +\S+ +yes +free", lines)
     assert re.search("(?m)^ odd ", lines)
-    assert len(told(leased, "ls")) == 5
-    assert said(leased, "show", "odd")
-    assert told(leased, "show", "other")["run_count"] == 0, "of a task that this app does not know"
-    assert told(leased, "prune", "--older-than", "1d", "--dry-run")["removed"] == 0
-    assert "innocent" in page(leased).text
-    assert metrics(leased)["singleton_healthy"]["innocent"] == 1
+    assert len(json_of(app_with_redis_leases, "ls")) == 5
+    assert output_of(app_with_redis_leases, "show", "odd")
+    assert json_of(app_with_redis_leases, "show", "other")["run_count"] == 0, (
+        "a row of a task that is not in this app"
+    )
+    assert (
+        json_of(app_with_redis_leases, "prune", "--older-than", "1d", "--dry-run")["removed"] == 0
+    )
+    assert "innocent" in page(app_with_redis_leases).text
+    assert metrics(app_with_redis_leases)["singleton_healthy"]["innocent"] == 1
 
 
-def test_a_run_that_ended_in_infinity_did_not_end_in_time(make_app: Callable[..., Celery]) -> None:
+def test_a_finish_time_of_infinity_is_unhealthy(make_app: Callable[..., Celery]) -> None:
     shop = add_tasks(make_app())
     empty(shop)
-    for value in BY_HAND[runtime_of(shop).store.engine.dialect.name][:2]:
+    for value in ODD_TIMES[runtime_of(shop).store.engine.dialect.name][:2]:
         change(shop, f"UPDATE kv_store SET last_finished_at = {value}")
         assert not check_health(shop).healthy
 
 
-def test_a_lease_of_infinity_can_be_released(make_app: Callable[..., Celery]) -> None:
+def test_a_lease_that_expires_at_infinity_can_be_released(make_app: Callable[..., Celery]) -> None:
     shop = add_tasks(make_app())
     store = runtime_of(shop).store
     name = 'odd{"key":"held"}'
     run(shop, "odd", "held")
     assert store.acquire(PREFIX + name, "node:1:a.1", 60, "id")
-    value = BY_HAND[store.engine.dialect.name][0]
+    value = ODD_TIMES[store.engine.dialect.name][0]
     if store.engine.dialect.name != "sqlite":
         change(shop, f"UPDATE kv_store SET acquired_at = {value}, expires_at = {value}")
-    assert "its lease was held by node:1:a.1" in said(shop, "release", "--yes", name)
-    assert [each["outcome"] for each in told(shop, "show", name)["history"]] == [
+    assert "its lease was held by node:1:a.1" in output_of(shop, "release", "--yes", name)
+    assert [each["outcome"] for each in json_of(shop, "show", name)["history"]] == [
         *("succeeded", "lost")
-    ], "its history can still be read"
+    ], "the history can still be read"
 
 
-def test_no_key_begins_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_line_break_in_a_key_begins_no_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
     key = "odd\n[2026-03-14 12:00:00] innocent\x1b[2J\x85"
     log.write(Lost(singleton="odd", key=key, holder="h", fence=1, why="a\rb", seconds=1.0))
     decode_rows({key: "not JSON"})

@@ -1,4 +1,6 @@
-"""The exporter's HTTP server: odd requests and hosts, and clients that do not go on."""
+"""The exporter's HTTP server: unusual requests, refused hosts, and clients that stop in
+mid-request.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from tests.helpers.waiting import wait_until
 
 
 class Pages:
-    """Answers, as long as it is told to."""
+    """A stand-in for the exporter's pages. While ``go_on`` is cleared, a request waits for its
+    answer.
+    """
 
     def __init__(self) -> None:
         self.body = b"hello\n"
@@ -55,7 +59,7 @@ def pages() -> Iterator[Pages]:
 
 @pytest.fixture
 def serving(pages: Pages) -> Iterator[Serving]:
-    """Start a server, with its limits."""
+    """Return a function that starts a server with the given hosts and limits."""
     servers: list[tuple[Server, threading.Thread]] = []
 
     def start(*allowed: str, host: str = "127.0.0.1", **limits: Any) -> Server:
@@ -82,7 +86,7 @@ def connect(server: Server, sent: bytes = b"") -> socket.socket:
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """What comes until the server closes."""
+    """Return all bytes that the server sends until it closes the connection."""
     found = b""
     with connection:
         while True:
@@ -96,7 +100,9 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 def ask(server: Server, sent: bytes) -> tuple[int, bytes]:
-    """The status and body of the answer to these bytes; 0 without an answer."""
+    """Send these bytes; return the status and the body of the answer. Without an answer the status
+    is 0.
+    """
     answer = read_all(connect(server, sent))
     head, _, body = answer.partition(b"\r\n\r\n")
     return (int(head.split()[1]) if head else 0), body
@@ -117,7 +123,7 @@ def get(server: Server, *headers: bytes, version: bytes = b"HTTP/1.1") -> tuple[
         "deep.below.example.org", "[::ffff:10.0.0.1]", "exporter:",
     ],
 )  # fmt: skip
-def test_hosts_that_are_answered(serving: Serving, host: str) -> None:
+def test_a_local_or_allowed_host_is_answered(serving: Serving, host: str) -> None:
     server = serving("ok.example.com", "*.example.org")
     assert get(server, b"Host: " + host.encode()) == (200, b"hello\n")
 
@@ -128,10 +134,12 @@ def test_hosts_that_are_answered(serving: Serving, host: str) -> None:
      "example.org", "notexample.org", "svc.evil.com", "xn--80ak6aa92e.com", "ok.example.com.evil",
      "lan.evil.com", "evil.mail", "evil.arpa"],
 )  # fmt: skip
-def test_a_name_that_a_stranger_can_register_is_refused(
+def test_a_host_name_that_an_attacker_can_register_is_refused(
     serving: Serving, host: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """DNS rebinding: the stranger's page has its own name resolve to the exporter."""
+    """DNS rebinding: an attacker's page lets its own domain name resolve to the exporter's address,
+    so that a browser lets the page read the exporter's answers.
+    """
     server = serving("ok.example.com", "*.example.org")
     for _ in range(2):
         status, body = get(server, b"Host: " + host.encode())
@@ -152,13 +160,17 @@ def test_a_name_that_a_stranger_can_register_is_refused(
         [b"Host: localhost\x00.evil.com"], [b"Host: *"], [b"Host: evil.com/.local"],
     ],
 )  # fmt: skip
-def test_a_host_that_is_none_is_refused(serving: Serving, headers: list[bytes]) -> None:
+def test_an_invalid_host_header_is_refused(serving: Serving, headers: list[bytes]) -> None:
     assert get(serving(), *headers)[0] == 400
     assert get(serving("*"), *headers)[0] == 400
 
 
-def test_hosts_of_other_places(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HTTP/1.0 without a host, a target with one as proxies are sent, and this machine's name."""
+def test_hosts_that_come_from_other_places_than_the_header(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An HTTP/1.0 request needs no Host header. A request to a proxy has the host in its target.
+    The name of this machine is allowed.
+    """
     server = serving()
     assert get(server, version=b"HTTP/1.0")[0] == 200
     assert get(server, b"Host: evil.com", version=b"HTTP/1.0")[0] == 421
@@ -172,12 +184,12 @@ def test_hosts_of_other_places(serving: Serving, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("pattern", ["", "a b", "a:80", "http://a", "*a", "a.*", "**", "[::1]"])
-def test_a_pattern_that_is_none(pattern: str) -> None:
+def test_an_invalid_host_pattern_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="is not a host name"):
         check_pattern(pattern)
 
 
-def test_a_host_is_read_in_no_time() -> None:
+def test_a_very_long_host_is_read_quickly() -> None:
     with pytest.raises(BadHost):
         host_of("a." * 100_000 + "!")
 
@@ -201,10 +213,10 @@ def test_a_host_is_read_in_no_time() -> None:
         (b"", 0),
     ],
 )
-def test_odd_requests(
+def test_unusual_requests_are_answered(
     serving: Serving, sent: bytes, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each has an answer with the headers of all answers, and leaves nothing on standard error."""
+    """Each answer has the security headers, and nothing is written to standard error."""
     server = serving()
     with connect(server, sent) as connection:
         connection.shutdown(socket.SHUT_WR)
@@ -216,8 +228,8 @@ def test_odd_requests(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_methods_that_are_answered(serving: Serving) -> None:
-    """HAProxy's `option httpchk` sends the first of these requests."""
+def test_options_requests_are_answered(serving: Serving) -> None:
+    """HAProxy's ``option httpchk`` sends the first of these requests."""
     server = serving()
     for sent, status in (
         (b"OPTIONS / HTTP/1.0\r\n\r\n", b"204"),
@@ -230,8 +242,8 @@ def test_methods_that_are_answered(serving: Serving) -> None:
         assert (b"Content-Length" in head, bool(body)) == (status == b"405",) * 2
 
 
-def test_half_a_request_is_not_taken_for_a_whole(serving: Serving) -> None:
-    """It ends after a complete line; Python's server would answer it."""
+def test_an_incomplete_request_is_not_answered(serving: Serving) -> None:
+    """The request ends after a complete header line. Python's ``http.server`` would answer it."""
     server = serving()
     with connect(server, b"GET / HTTP/1.0\r\nX: a\r\n") as connection:
         connection.shutdown(socket.SHUT_WR)
@@ -245,7 +257,7 @@ def test_half_a_request_is_not_taken_for_a_whole(serving: Serving) -> None:
      "application/openmetrics-text;version=1.0.1\r\n Set-Cookie: a",
      "text/plain;version=" + "9" * 5000],
 )  # fmt: skip
-def test_metrics_in_any_format(memory_app: Celery, accept: str) -> None:
+def test_any_accept_header_gets_metrics(memory_app: Celery, accept: str) -> None:
     pages = answers.Pages(runtime_of(memory_app), CollectorRegistry(), lambda: None)  # type: ignore[arg-type, return-value]
     answer = pages.answer("/metrics", "", accept)
     assert answer.status == 200
@@ -260,8 +272,10 @@ def test_head_has_no_body(serving: Serving) -> None:
     connection.close()
 
 
-def test_a_client_that_drips_has_one_deadline(serving: Serving) -> None:
-    """A byte now and then would reset a time limit of each read."""
+def test_a_slow_client_has_one_deadline_for_its_whole_request(serving: Serving) -> None:
+    """A time limit for each read would start anew at each byte, and the client sends a byte now and
+    then.
+    """
     server = serving(request_time=0.3)
     with connect(server, b"GET / HTTP/1.1\r\nX: ") as connection:
 
@@ -289,9 +303,9 @@ def test_clients_that_do_not_read_have_a_deadline(
     assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
 
 
-def test_half_sent_requests_make_room(serving: Serving) -> None:
-    """With all threads taken by clients that send nothing, others are answered at once, and no
-    client has a thread for good.
+def test_half_sent_requests_are_closed_to_serve_others(serving: Serving) -> None:
+    """Clients that send half a request hold all threads. Other clients are answered at once: the
+    server closes connections of the former.
     """
     server = serving(limit=4)
     idle = [connect(server, b"GET / HT") for _ in range(20)]
@@ -303,8 +317,10 @@ def test_half_sent_requests_make_room(serving: Serving) -> None:
         each.close()
 
 
-def test_requests_beyond_those_that_wait_for_the_store(serving: Serving, pages: Pages) -> None:
-    """They are told so at once, and those that wait are answered in the end."""
+def test_a_request_beyond_the_limit_is_refused_at_once(serving: Serving, pages: Pages) -> None:
+    """Two requests wait for the store, and the limit is 2. The third gets 503. When the store
+    answers, the two are answered, too.
+    """
     server = serving(limit=2)
     pages.go_on.clear()
     request = b"GET / HTTP/1.0\r\n\r\n"
@@ -319,20 +335,23 @@ def test_requests_beyond_those_that_wait_for_the_store(serving: Serving, pages: 
     assert ask(server, request)[0] == 200
 
 
-def test_300_requests_share_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of them looks; the others read the clock, and so have come, while that look is
-    under way; then it ends, and one of the others looks for all of them.
+def test_300_requests_share_two_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first request takes a snapshot of the store. The other 299 arrive meanwhile and read the
+    clock.
+
+    The first snapshot is done. It began before the others arrived, so one of them takes the second
+    snapshot, and all 299 share it.
     """
-    looks: list[int] = []
+    snapshots: list[int] = []
     go_on, begun = threading.Event(), threading.Event()
 
     def take() -> Any:
-        looks.append(len(looks))
+        snapshots.append(len(snapshots))
         begun.set()
         go_on.wait(30)
-        if len(looks) == 2:
+        if len(snapshots) == 2:
             raise RuntimeError("the second one fails for all")
-        return looks[-1]
+        return snapshots[-1]
 
     of_all: Shared[Any] = Shared()
 
@@ -357,17 +376,18 @@ def test_300_requests_share_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
         first = pool.submit(ask_for_one)
         assert begun.wait(30)
         others = [pool.submit(ask_for_one) for _ in range(299)]
-        # Each when it asks, and the first one when it begins to look.
+        # Each request reads the clock when it arrives. The first one reads it once more when it
+        # begins its snapshot.
         wait_until(lambda: len(read) == 301, "all have asked")
         go_on.set()
         assert first.result() == 0
         assert {each.result() for each in others} == {"the second one fails for all"}
-    assert looks == [0, 1]
+    assert snapshots == [0, 1]
     assert shared() == 2
 
 
-class KnownToBeTaken:
-    """A lock that tells when somebody has found it taken."""
+class ObservedLock:
+    """A lock that sets ``was_taken`` when a thread has tried to acquire it and failed."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -381,10 +401,12 @@ class KnownToBeTaken:
         return found
 
 
-def test_what_is_shared_is_done_for_nobody_who_hung_up() -> None:
-    """One request works; another one waits, and hangs up; then the first is done."""
+def test_no_work_is_done_for_a_client_that_hung_up() -> None:
+    """Request A works. Request B waits for A; its client hangs up. A ends: B does not begin to
+    work.
+    """
     shared: Shared[str] = Shared()
-    lock = shared._lock = KnownToBeTaken()  # type: ignore[assignment]
+    lock = shared._lock = ObservedLock()  # type: ignore[assignment]
     go_on, begun = threading.Event(), threading.Event()
 
     def work() -> str:
@@ -404,7 +426,7 @@ def test_what_is_shared_is_done_for_nobody_who_hung_up() -> None:
     assert shared.get("kind", lambda: "again", lambda: False) == "again"
 
 
-def test_no_more_wait_than_there_is_room_for() -> None:
+def test_no_more_requests_wait_than_the_limit() -> None:
     room = threading.BoundedSemaphore(1)
     one, other = Shared[str](room), Shared[str](room)
 
@@ -418,13 +440,13 @@ def test_no_more_wait_than_there_is_room_for() -> None:
 
 
 @pytest.mark.parametrize("host", ["nowhere.invalid", "a" * 70, "..", "1.2.3.4", "a\x00b"])
-def test_an_address_that_cannot_be_had(pages: Any, host: str) -> None:
+def test_an_address_that_cannot_be_bound_is_refused(pages: Any, host: str) -> None:
     with pytest.raises(ImproperlyConfigured, match="cannot listen at "):
         make(pages, Hosts(), host, 0, Connections())
 
 
 @pytest.mark.parametrize("host", ["", "localhost", "::1", "::"])
-def test_addresses_of_all_kinds(serving: Serving, host: str) -> None:
+def test_each_kind_of_address_can_be_bound(serving: Serving, host: str) -> None:
     server = serving(host=host)
     port = server.server_address[1]
     with socket.create_connection(("::1" if host == "::1" else "127.0.0.1", port), 30) as one:
@@ -432,5 +454,5 @@ def test_addresses_of_all_kinds(serving: Serving, host: str) -> None:
         assert read_all(one).endswith(b"hello\n")
 
 
-def test_a_line_is_an_answer() -> None:
+def test_a_plain_text_answer_ends_with_a_newline() -> None:
     assert text(HTTPStatus.OK, "a").body == b"a\n"

@@ -1,4 +1,6 @@
-"""The page: what it says of what it is given, and that none of that becomes a part of it."""
+"""The exporter's page: what it shows for given data, and that no data becomes part of its
+markup.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,11 @@ HOSTILE = "</title></style></code><script>alert(1)</script><img onerror='x()' \"
 
 
 def read(*singletons: ShownSingleton, **changes: Any) -> str:
-    """The page's text."""
+    """Return the text of a page with these singletons."""
     return Reader(render(page(*singletons, **changes))).text
 
 
-def test_it_is_a_whole_document_that_says_what_it_is() -> None:
+def test_the_page_is_a_complete_accessible_document() -> None:
     document = render(five())
     reader = Reader(document)
     assert document.startswith("<!doctype html>")
@@ -62,19 +64,19 @@ def test_it_is_a_whole_document_that_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("made", [five, many, page])
-def test_nothing_comes_from_elsewhere(made: Callable[[], Page]) -> None:
+def test_the_page_loads_nothing_from_elsewhere(made: Callable[[], Page]) -> None:
     document = render(made())
     for outside in ("http://", "https://", "src=", "@import", "url(", "style="):
         assert outside not in document
 
 
-def test_one_that_is_late() -> None:
+def test_a_late_singleton() -> None:
     late = shown("t", row("t", last_finished_at=NOW - 7_300), late="it finished 7300 s ago")
     assert "! late t it finished 7300 s ago" in read(late)
     assert "1 unhealthy" in read(late)
 
 
-def test_one_that_fails_says_why() -> None:
+def test_a_failing_singleton_shows_its_error() -> None:
     failed = row("t", last_outcome="failed", last_finished_at=NOW - 90)
     text = read(shown("t", failed, run(300), run(90, 31, "failed", ERRORS[1])))
     assert "✕ failing" in text
@@ -82,18 +84,20 @@ def test_one_that_fails_says_why() -> None:
     assert "✕ failing" in read(shown("t", row("t", last_outcome="lost")))
 
 
-def test_an_error_of_a_run_before_the_last_is_not_its_own() -> None:
-    """In a list, the history of a singleton whose last run succeeded can be left out or old."""
+def test_the_error_of_an_earlier_run_is_not_shown() -> None:
+    """In the list of singletons, the history of a singleton whose last run succeeded may be missing
+    or old: the row, not the history, says how the last run ended.
+    """
     assert ERRORS[1] not in read(shown("t", row("t"), run(300, 2, "failed", ERRORS[1])))
 
 
-def test_a_duplicate_is_no_last_run() -> None:
+def test_a_duplicate_does_not_count_as_the_last_run() -> None:
     failed = row("t", last_outcome="failed")
     runs = run(90, 2, "failed", ERRORS[1]), run(10, 0.01, "duplicate")
     assert ERRORS[1] in read(shown("t", failed, *runs))
 
 
-def test_one_that_runs() -> None:
+def test_a_running_singleton() -> None:
     text = read(shown("t", held("t", since=30, fence=1_234)))
     assert "▶ running" in text
     assert f"{HOLDER.format(3, 4711)} since 11:59:35 (30 s), 6 s left" in text
@@ -101,14 +105,14 @@ def test_one_that_runs() -> None:
     assert "1 running" in text
 
 
-def test_one_whose_lease_ran_out() -> None:
+def test_a_singleton_whose_lease_has_expired() -> None:
     text = read(shown("t", held("t", since=80, expires_in=-72.0)))
     assert "! lease expired" in text
     assert "(80 s), expired 72 s ago" in text
     assert "▶ running" not in text
 
 
-def test_one_whose_lease_is_kept_after_its_run() -> None:
+def test_a_singleton_in_its_hold_period() -> None:
     kept = held("t", holder=None, acquired_at=None, expires_in=20.0)
     assert "hold period, free in 20 s" in read(shown("t", kept))
     assert "▶ running" not in read(shown("t", kept))
@@ -117,14 +121,14 @@ def test_one_whose_lease_is_kept_after_its_run() -> None:
     assert "✓ healthy" in read(shown("t", over))
 
 
-def test_one_that_never_ran() -> None:
+def test_a_singleton_that_never_ran() -> None:
     text = read(shown("t", None))
     assert "never ran" in text
     assert "lease free" in text
     assert "<svg" not in render(page(shown("t", None))).partition("<tbody>")[2]
 
 
-def test_a_state_is_shown_where_it_is_given_and_not_beyond_bounds() -> None:
+def test_a_state_is_shown_if_it_is_given_and_is_cut_if_it_is_long() -> None:
     assert "<details" not in render(page(shown("t", row("t"))))
     assert '{"last_id":7}' in read(shown("t", row("t"), value='{"last_id":7}'))
     text = read(shown("t", row("t"), value="x" * 12_000))
@@ -132,7 +136,7 @@ def test_a_state_is_shown_where_it_is_given_and_not_beyond_bounds() -> None:
     assert len(text) < 4_000
 
 
-def test_what_users_wrote_stays_text() -> None:
+def test_hostile_text_stays_text() -> None:
     hostile = shown(
         f"t{HOSTILE}",
         held("t", holder=HOSTILE, last_outcome=HOSTILE),
@@ -151,7 +155,7 @@ def test_what_users_wrote_stays_text() -> None:
     assert not reader.all("img")
     assert "\x00" not in document
     assert reader.text.count("<script>alert(1)</script>") >= 8
-    # The two ways to write a quotation mark are one and the same in HTML.
+    # A quotation mark can be escaped in two ways, which mean the same in HTML.
     quoted = document.replace("&#34;", "&quot;").replace("&#39;", "&#x27;")
     assert quoted.count(escape(visible(HOSTILE))) >= 15
     away = Reader(render(page(error=HOSTILE)))
@@ -177,8 +181,10 @@ def templates() -> Environment:
         "{{ [text] }}",
     ],
 )
-def test_no_template_can_forget_to_escape(templates: Environment, printed: str) -> None:
-    """Whatever a template prints is made visible and escaped, however it prints it."""
+def test_each_text_that_a_template_prints_is_escaped(templates: Environment, printed: str) -> None:
+    """It is escaped and its control characters are made visible, in whatever way a template prints
+    it.
+    """
     found = templates.from_string(printed).render(text=HOSTILE)
     assert "<script" not in found
     assert "&lt;script" in found
@@ -191,7 +197,7 @@ def test_no_template_can_print_a_text_as_markup(templates: Environment, name: st
         templates.from_string(f"{{{{ text|{name} }}}}")
 
 
-def test_no_template_switches_escaping_off(templates: Environment) -> None:
+def test_no_template_turns_escaping_off(templates: Environment) -> None:
     files = list(EXPORTER.rglob("*.html"))
     assert files
     switches = nodes.EvalContextModifier, nodes.MarkSafe, nodes.MarkSafeIfAutoescape
@@ -201,7 +207,7 @@ def test_no_template_switches_escaping_off(templates: Environment) -> None:
 
 
 def test_no_html_is_written_in_python() -> None:
-    tag = re.compile(r"(?<!\?P)<[a-zA-Z/!]")  # "(?P<name>" is a group of a regular expression
+    tag = re.compile(r"(?<!\?P)<[a-zA-Z/!]")  # not "(?P<name>", a group of a regular expression
     for file in EXPORTER.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -210,19 +216,21 @@ def test_no_html_is_written_in_python() -> None:
 
 
 @pytest.mark.parametrize(("tag", "file"), [("style", "page.css"), ("script", "page.js")])
-def test_the_policy_allows_the_file_that_the_page_includes(tag: str, file: str) -> None:
-    """The file is included as a template, so nothing in it may mean anything to Jinja."""
+def test_the_content_security_policy_allows_the_included_file(tag: str, file: str) -> None:
+    """The policy has the hash of the file's text. Jinja includes the file as a template, so the
+    file must not have any text that Jinja would interpret.
+    """
     (inside,) = re.findall(f"<{tag}>(.*?)</{tag}>", render(five()), re.DOTALL)
     assert inside == (EXPORTER / "page" / file).read_text("utf-8").rstrip("\n")
     digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
     assert f"{tag}-src 'sha256-{digest}'" in POLICY
 
 
-def test_what_cannot_be_written_in_any_encoding() -> None:
+def test_a_lone_surrogate_in_a_name_can_be_encoded() -> None:
     assert render(page(shown("t\ud800", None))).encode()
 
 
-def test_the_time_line() -> None:
+def test_the_timeline() -> None:
     document = render(page(shown("t", held("t"), run(300), run(100, 60, "failed", "E: <b>"))))
     reader = Reader(document)
     (label,) = (each["aria-label"] for each in reader.all("svg") if each.get("role") == "img")
@@ -234,11 +242,12 @@ def test_the_time_line() -> None:
         "running, since 2026-03-14 11:59:35 UTC, fence 12",
     ]
     bars = dict(re.findall(r'<path class="(ok|failed|now)" d="M([\d.]+ \d+H[\d.]+)', document)[-3:])
-    # From its start to now, 302 s, are 100: the second ran from 142 s to 202 s.
+    # The x axis has 100 units for 302 s: from the first start to now. The second run lasted from
+    # 142 s to 202 s.
     assert bars == {"ok": "0 11H1.4", "failed": "47.02 2H66.89", "now": "90.07 9H100"}
 
 
-def test_the_time_line_of_one_that_ran_long_ago_is_not_a_point() -> None:
+def test_the_timeline_of_runs_that_ended_long_ago_is_not_a_point() -> None:
     long_ago = [run(9_000 + 100 * n, 10) for n in (2, 1, 0)]
     document = render(page(shown("t", row("t"), *long_ago)))
     assert "now, 2 h later" in document
@@ -247,23 +256,23 @@ def test_the_time_line_of_one_that_ran_long_ago_is_not_a_point() -> None:
 
 
 @pytest.mark.parametrize("age", [0.0, 60.0, 10.0**8])
-def test_a_time_line_of_one_short_run(age: float) -> None:
+def test_the_timeline_of_one_short_run(age: float) -> None:
     document = render(page(shown("t", row("t"), run(age, 0.0))))
     ((left, right),) = re.findall(r'd="M([\d.]+) 11H([\d.]+)V22', document)[-1:]
     assert 0 <= float(left) < float(right) <= 100
 
 
-def test_times_from_before_and_after_are_drawn_within() -> None:
-    """A row can be newer than the moment that the page calls now."""
+def test_times_in_the_future_are_drawn_within_the_timeline() -> None:
+    """A row can be newer than the time that the page takes for the present."""
     document = render(page(shown("t", held("t", since=-5), run(-3))))
     for left, right in re.findall(r'd="M([\d.]+) \d+H([\d.]+)V', document):
         assert 0 <= float(left) < float(right) <= 100
 
 
-def test_two_thousand_are_not_all_drawn() -> None:
+def test_only_200_of_2000_singletons_are_shown() -> None:
     began = time.thread_time()
     document = render(many())
-    assert time.thread_time() - began < 2, "some 0.1 s of the processor's time"
+    assert time.thread_time() - began < 2, "usually it takes about 0.1 s of CPU time"
     reader = Reader(document)
     assert "200 of 2,000 shown, filter for others" in reader.text
     assert "2,000 in all" in reader.text
@@ -282,13 +291,13 @@ def test_a_filter() -> None:
     assert {"href": "?"} in Reader(document).all("a")
 
 
-def test_before_anything_ran() -> None:
+def test_the_page_before_the_first_run() -> None:
     text = read()
     assert "no singleton has run yet" in text
     assert "no beat has led yet" in text
 
 
-def test_a_store_out_of_reach() -> None:
+def test_the_store_is_unavailable() -> None:
     text = read(shown("t", None), error="connection refused", beat=beat())
     assert text.startswith("store unavailable · shop")
     assert "The store is unavailable connection refused The exporter cannot tell which" in text
@@ -296,7 +305,7 @@ def test_a_store_out_of_reach() -> None:
     assert "no singleton has run yet" not in text
 
 
-def test_who_leads_and_what_comes_next() -> None:
+def test_the_leader_and_the_next_ticks() -> None:
     text = read(beat=beat(entries=40))
     assert "celerybeat@beat-2.shop.internal:17:c01dbeef leads shop since 10:30:05 (90 min)" in text
     assert "fence 41" in text
@@ -306,7 +315,7 @@ def test_who_leads_and_what_comes_next() -> None:
     assert "missed 3" in text
 
 
-def test_nobody_leads() -> None:
+def test_no_beat_leads() -> None:
     done = entry("once", None), entry("now", -0.2)
     text = read(beat=beat(leader=None, leads_since=None, upcoming=done))
     assert "! no beat leads shop: no tick is sent until a beat leads (last fence 41)" in text
@@ -314,7 +323,7 @@ def test_nobody_leads() -> None:
     assert "due now" in text
 
 
-def test_lengths_of_time() -> None:
+def test_durations_are_written_with_a_unit() -> None:
     assert [span(each) for each in (-1, 0, 119, 120, 7_199, 7_200, 172_799, 10**6)] == [
         *("0 s", "0 s", "119 s", "2 min", "120 min", "2 h", "48 h", "12 d")
     ]
