@@ -1,4 +1,4 @@
-"""The drills' checker of ticks finds what it is there to find."""
+"""The drills' checker of ticks accepts correct runs and finds each kind of fault."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def found(
     return complaints({"e": state}, {"e": EVERY}, {"e": executed})
 
 
-def test_nothing_is_wrong() -> None:
+def test_correct_runs_have_no_complaint() -> None:
     assert found(TICKS) == []
     assert found(TICKS[::-1]) == []
     assert found([*TICKS[:2], *TICKS[3:]], runs=4, missed=1) == []
-    # Sent, not recorded, and passed over by the next leader.
+    # The leader sent a tick and died before it recorded it; the next leader skipped the tick.
     assert found(TICKS, runs=4, missed=1) == []
-    # Passed over after the last one was sent.
+    # Ticks were skipped after the last tick that was sent.
     assert found(TICKS, missed_since=3) == []
-    # On its way when the last beat was told to stop.
+    # The message was in flight when the last beat was stopped, so it was not recorded.
     assert found([*TICKS, TICKS[-1] + EVERY]) == []
 
 

@@ -1,4 +1,4 @@
-"""What tests share is in ``tests/helpers`` and in fixtures: no module imports from a test."""
+"""No module imports from a test: code that tests share is in ``tests/helpers`` or in fixtures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILES = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """The dotted names that a module imports, also from within its functions."""
+    """Yield the dotted names that a module imports, also inside its functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -23,7 +23,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def of_tests(name: str) -> bool:
-    """Whether a dotted name leads into a file of tests, or of fixtures."""
+    """Return whether a dotted name is a test module or a ``conftest``, or is in one."""
     return any(part == "conftest" or part.startswith("test_") for part in name.split("."))
 
 

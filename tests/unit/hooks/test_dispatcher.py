@@ -1,4 +1,4 @@
-"""The one door: who looks on is told in order, and neither stalls nor fails a run."""
+"""The dispatcher: hooks get the events of a run in order, and never delay or fail a run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.helpers.waiting import wait_until
 
 
 class Seen:
-    """A hook that remembers."""
+    """A hook that remembers the details of all events."""
 
     def __init__(self) -> None:
         self.details: list[Details] = []
@@ -56,7 +56,7 @@ def seen() -> Seen:
 
 @pytest.fixture
 def connected() -> Iterator[Callable[..., None]]:
-    """Connects a receiver to signals, for the test."""
+    """Return a function that connects a receiver to signals until the test ends."""
     made: list[tuple[Any, Any]] = []
 
     def connect(receiver: Any, *chosen: Any) -> None:
@@ -86,7 +86,7 @@ def make_task(app: Celery, body: Callable[[SingletonTask[Count]], Any]) -> Singl
 
 
 def add(self: SingletonTask[Count]) -> int:
-    """The usual body."""
+    """Count up by one: the body of most tests."""
     self.state.n += 1
     return self.state.n
 
@@ -95,17 +95,17 @@ def flush(app: Celery) -> None:
     runtime_of(app).dispatcher.close()
 
 
-def test_each_kind_is_an_event_and_comes_back_from_it() -> None:
+def test_each_kind_of_details_survives_the_way_as_an_event() -> None:
     assert {type(example) for example in EXAMPLES} == set(KINDS)
     for example in EXAMPLES:
         event = events.msgspec.to_builtins(example)
         assert event["type"].startswith("singleton-")
-        # Celery's own fields beside ours.
+        # Celery adds these fields to each event.
         event |= {"hostname": "w@h", "pid": 1, "clock": 3, "utcoffset": 0, "local_received": 1.0}
         assert events.details_of(event) == example
 
 
-def test_a_hook_is_told_of_a_run_in_order(memory_app: Celery, seen: Seen) -> None:
+def test_a_hook_gets_the_events_of_a_run_in_order(memory_app: Celery, seen: Seen) -> None:
     use(memory_app, seen)
 
     def body(self: SingletonTask[Count]) -> None:
@@ -126,7 +126,9 @@ def test_a_hook_is_told_of_a_run_in_order(memory_app: Celery, seen: Seen) -> Non
     assert ended.given_back
 
 
-def test_a_hook_is_named_or_a_class(memory_app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hook_can_be_named_and_can_be_a_class(
+    memory_app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[Seen] = []
 
     class Made(Seen):
@@ -143,7 +145,7 @@ def test_a_hook_is_named_or_a_class(memory_app: Celery, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("hooks", [["no.such:hook"], [3], "no.such:hook", 7])
-def test_a_hook_that_is_none_is_refused(memory_app: Celery, hooks: Any) -> None:
+def test_an_invalid_hook_is_refused(memory_app: Celery, hooks: Any) -> None:
     memory_app.conf.singleton_hooks = hooks
     with pytest.raises(ImproperlyConfigured, match="singleton_hooks"):
         make_task(memory_app, add)()
@@ -162,14 +164,14 @@ def test_a_failing_hook_fails_no_run_and_no_other_hook(
     assert "a hook failed" in caplog.text
 
 
-def test_a_slow_hook_stalls_no_run_and_what_is_too_much_is_dropped(
+def test_a_slow_hook_delays_no_run_and_surplus_events_are_dropped(
     memory_app: Celery,
     seen: Seen,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The hook does not come back; runs go on. More than the limit waits: the newest is dropped,
-    and said to be when the hook is back.
+    """A hook does not return, and more runs end meanwhile. When more events wait than the limit
+    allows, the newest ones are dropped. When the hook has returned, the drop is logged.
     """
     monkeypatch.setattr(dispatcher, "LIMIT", 6)
     held, go = threading.Event(), threading.Event()
@@ -186,22 +188,24 @@ def test_a_slow_hook_stalls_no_run_and_what_is_too_much_is_dropped(
     go.set()
     wait_until(lambda: "events were dropped" in caplog.text, "it says so")
     flush(memory_app)
-    # What waited when it was held up: the rest of the first run, and the limit's worth.
+    # The hook got the events that waited: those of the first run, and as many as the limit allows.
     assert "events were dropped" in caplog.text
-    told = [each.fence for each in seen.details if isinstance(each, Acquired)]
-    assert told == sorted(told)
+    fences = [each.fence for each in seen.details if isinstance(each, Acquired)]
+    assert fences == sorted(fences)
     assert len(seen.details) < 6 * 4
 
 
 def emit(own: Dispatcher, details: Details) -> None:
-    """Tell a door what these details say, at whatever time."""
+    """Emit an event with these details."""
     own.emit(kind=type(details), **msgspec.structs.asdict(details))
 
 
-def test_what_comes_while_the_last_is_handed_on_is_told_as_well(
+def test_an_event_that_comes_while_a_hook_works_is_delivered_at_close(
     memory_app: Celery, seen: Seen
 ) -> None:
-    """The hook is told of A; B is told to the door, which is then closed; the hook comes back."""
+    """The hook gets event A and does not return. Event B is emitted, and the dispatcher is closed.
+    The hook returns: it gets B, too.
+    """
     held, go = threading.Event(), threading.Event()
 
     def slow(details: Details) -> None:
@@ -242,14 +246,14 @@ def test_signals_have_the_task_as_sender(
     ]
 
 
-def test_nobody_looks_on_and_no_thread_is_there(memory_app: Celery) -> None:
+def test_without_observers_there_is_no_thread(memory_app: Celery) -> None:
     make_task(memory_app, add)()
     own = runtime_of(memory_app).dispatcher
     assert own._thread is None
     assert not own._waiting
 
 
-def test_a_body_that_fails(memory_app: Celery, seen: Seen) -> None:
+def test_the_event_of_a_failed_run_has_its_error(memory_app: Celery, seen: Seen) -> None:
     use(memory_app, seen)
 
     def body(self: SingletonTask[Count]) -> None:
@@ -263,7 +267,7 @@ def test_a_body_that_fails(memory_app: Celery, seen: Seen) -> None:
     assert (ended.outcome, ended.error) == ("failed", "ValueError: no")
 
 
-def test_a_conflict_is_told_and_skipped(memory_app: Celery, seen: Seen) -> None:
+def test_a_conflict_and_its_skip_are_emitted(memory_app: Celery, seen: Seen) -> None:
     use(memory_app, seen)
     store = runtime_of(memory_app).store
     assert store.acquire("singleton-state:t", "other", 60, "x")
@@ -278,7 +282,9 @@ def test_a_conflict_is_told_and_skipped(memory_app: Celery, seen: Seen) -> None:
 
 
 def test_a_lost_run_ends_once(memory_app: Celery, seen: Seen) -> None:
-    """Another holder takes the lease; the checkpoint is refused, and so is the end."""
+    """Another holder takes the lease. The run's checkpoint is refused, and so is its release: only
+    one ``Lost`` event is emitted.
+    """
     use(memory_app, seen)
 
     def body(self: SingletonTask[Count]) -> None:
@@ -302,7 +308,7 @@ def test_a_lost_run_ends_once(memory_app: Celery, seen: Seen) -> None:
 @pytest.mark.parametrize(
     ("ends", "how"), [("expires", "expired"), ("dies", "died"), ("hands over", "handoff")]
 )
-def test_a_run_after_one_that_did_not_end_by_itself(
+def test_a_takeover_event_says_how_the_earlier_run_ended(
     memory_app: Celery, seen: Seen, ends: str, how: str
 ) -> None:
     use(memory_app, seen)
@@ -325,15 +331,17 @@ def test_a_run_after_one_that_did_not_end_by_itself(
     assert [(each.how, each.fence) for each in found] == [(how, taken)]
 
 
-def test_log_lines(memory_app: Celery, caplog: pytest.LogCaptureFixture) -> None:
+def test_acquiring_and_ending_are_logged(
+    memory_app: Celery, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG, "celery_singleton_state")
     make_task(memory_app, add)()
     assert "singleton t acquired with fence " in caplog.text
     assert "singleton t succeeded after 0.0" in caplog.text
 
 
-def test_celerys_own_view_of_events_is_left_alone(memory_app: Celery) -> None:
-    """Flower and celery-exporter keep it: no event of ours is taken for a task's or a worker's."""
+def test_our_events_make_no_task_and_no_worker_in_celerys_event_state(memory_app: Celery) -> None:
+    """Flower and celery-exporter keep such a state."""
     state = memory_app.events.State()
     for example in EXAMPLES:
         event = events.msgspec.to_builtins(example)

@@ -1,4 +1,4 @@
-"""The example of a hook, with a StatsD that listens."""
+"""The example hook in ``examples/hooks`` sends its numbers to a StatsD server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def nothing(self: SingletonTask) -> None:
     pass
 
 
-def test_it_tells_statsd_of_a_run(
+def test_the_example_hook_sends_a_run_to_statsd(
     statsd: socket.socket, memory_app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE))

@@ -1,4 +1,4 @@
-"""Lines of the log: what comes from outside neither ends one nor begins another."""
+"""Log lines: text from outside the package neither ends a line nor begins another."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGE = Path(celery_singleton_state.__file__).parent
 
 @pytest.fixture
 def lines() -> Iterator[io.StringIO]:
-    """All that the package logs, as a file has it."""
+    """Everything that the package logs during the test, formatted as for a log file."""
     written = io.StringIO()
     handler = logging.StreamHandler(written)
     handler.setFormatter(logging.Formatter("%(levelname)s:%(name)s: %(message)s"))
@@ -44,8 +44,10 @@ def is_clean(text: str) -> bool:
     return all(line.isprintable() and "\u2800" not in line for line in text.split("\n"))
 
 
-def test_no_module_makes_its_logger_by_itself() -> None:
-    """A logger of its own would have no filter."""
+def test_all_loggers_are_made_by_one_function() -> None:
+    """A logger that a module makes by itself would not have the filter that escapes control
+    characters.
+    """
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or path.name == "visible.py":
@@ -55,14 +57,16 @@ def test_no_module_makes_its_logger_by_itself() -> None:
                 assert ast.unparse(node) == "logging.getLogger('alembic')", path
 
 
-def test_a_run_forges_no_line(memory_app: Celery, lines: io.StringIO) -> None:
-    """By its task's id, its key, its holder's name, or the text of its error and of others."""
+def test_a_run_cannot_forge_a_log_line(memory_app: Celery, lines: io.StringIO) -> None:
+    """Not by its task id, its key, its holder's name or its error, and not by an error of a
+    hook.
+    """
 
     @singleton_task(memory_app, name="t", unique_on=["key"], on_conflict="skip", shared=False)
     def t(self: SingletonTask[Any], key: str, error: bool = False) -> None:
         if error:
             raise ValueError(FORGED)
-        # It finds its own lease taken.
+        # This inner delivery has the same key, so it conflicts with the run around it.
         t.apply(args=(key,), task_id=f"other {FORGED}")
 
     def hook(details: Any) -> None:
@@ -75,13 +79,13 @@ def test_a_run_forges_no_line(memory_app: Celery, lines: io.StringIO) -> None:
     runtime = runtime_of(memory_app)
     (row,) = runtime.store.list(runtime.settings.key_prefix)
     log.write(Lost(singleton="t", key=row.key, holder=FORGED, fence=1, seconds=1.0, why=FORGED))
-    wait_until(lambda: "a hook failed" in lines.getvalue(), "the hook is told")
+    wait_until(lambda: "a hook failed" in lines.getvalue(), "the hook is called")
     found = lines.getvalue()
     assert "skipped" in found
     assert "Traceback" in found
     assert "forged" in found
     assert is_clean(found)
-    # Nothing but tracebacks has further lines.
+    # Only tracebacks have more than one line.
     assert not [line for line in found.split("\n") if line.startswith(("[", "id"))]
 
 
@@ -105,14 +109,14 @@ class Odd(Exception):
         ("%%", (), "%%"),
     ],
 )
-def test_arguments_of_every_kind(
+def test_arguments_are_escaped_and_formats_kept(
     lines: io.StringIO, template: str, arguments: tuple[Any, ...], line: str
 ) -> None:
     logger_of("celery_singleton_state.test").info(template, *arguments)
     assert lines.getvalue() == f"INFO:celery_singleton_state.test: {line}\n"
 
 
-def test_tracebacks_stay_and_their_texts_are_one_line_each(lines: io.StringIO) -> None:
+def test_tracebacks_keep_their_lines_and_escape_their_texts(lines: io.StringIO) -> None:
     logger = logger_of("celery_singleton_state.test")
     inner = ExceptionGroup(FORGED, [KeyError(FORGED), OSError(FORGED)])
     inner.add_note(FORGED)
@@ -125,14 +129,14 @@ def test_tracebacks_stay_and_their_texts_are_one_line_each(lines: io.StringIO) -
         logger.exception("it failed: %s", FORGED)
     found = lines.getvalue()
     assert is_clean(found)
-    assert found.count("in test_tracebacks_stay") == 2
+    assert found.count("in test_tracebacks_keep") == 2
     assert found.count("forged") == 6
     for kind in ("ValueError: id", "ExceptionGroup: id", "OSError: id", "KeyError: "):
         assert kind in found
     assert not [line for line in found.split("\n") if line.startswith(("[", "id"))]
 
 
-def test_an_argument_without_a_text_breaks_nothing(
+def test_an_argument_whose_str_raises_breaks_nothing(
     lines: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging, "raiseExceptions", False)
