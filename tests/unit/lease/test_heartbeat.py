@@ -1,4 +1,4 @@
-"""The heartbeat thread against a store that answers as the test says."""
+"""The heartbeat's threads, with a store whose answers each test chooses."""
 
 from __future__ import annotations
 
@@ -40,19 +40,23 @@ def test_a_lease_is_renewed_again_and_again(heartbeat: Heartbeat, store: Answers
     assert lease.remaining > 0
 
 
-def test_all_that_are_due_go_in_one_request(heartbeat: Heartbeat, store: Answers) -> None:
+def test_all_leases_that_are_due_are_renewed_by_one_statement(
+    heartbeat: Heartbeat, store: Answers
+) -> None:
     together = clock()
     for key in "abc":
         heartbeat.hold(HeldLease(Lease(key, "holder", 1, 1.0), together, 0.1))
     wait_until(lambda: ["a", "b", "c"] in store.asked, "one request for all")
 
 
-def test_a_lost_lease_is_not_taken_for_that_of_its_successor_in_the_same_process(
+def test_a_lost_lease_is_told_apart_from_the_next_lease_of_the_same_key(
     heartbeat: Heartbeat, store: Answers
 ) -> None:
-    """A runs; the store loses its lease; B acquires it, in the same process or in another child of
-    the same worker. Both are due at the same time, and only B's is renewed. The store answers by
-    key: A must be told that its lease is lost, and B must not.
+    """Run A holds the lease, and the store loses it. Run B acquires it in the same process, or in
+    another child of the same worker.
+
+    Both are due at the same time, and the store renews only B's lease. The store answers by key, so
+    the heartbeat must find out by the holder: A's lease is lost, and B's is not.
     """
 
     def renewed(leases: Sequence[Lease]) -> set[str]:
@@ -69,7 +73,7 @@ def test_a_lost_lease_is_not_taken_for_that_of_its_successor_in_the_same_process
     assert (second.lost, other.lost) == (None, None)
 
 
-def test_a_dropped_lease_is_left_alone(heartbeat: Heartbeat, store: Answers) -> None:
+def test_a_dropped_lease_is_not_renewed(heartbeat: Heartbeat, store: Answers) -> None:
     dropped, kept = held("dropped"), held("kept")
     heartbeat.hold(dropped)
     heartbeat.hold(kept)
@@ -80,7 +84,9 @@ def test_a_dropped_lease_is_left_alone(heartbeat: Heartbeat, store: Answers) -> 
 
 
 def test_a_short_run_costs_no_request(heartbeat: Heartbeat, store: Answers) -> None:
-    """It is gone before its renewal would be due; a longer one beside it proves the thread."""
+    """The run ends before its renewal is due. A longer run beside it shows that the thread is
+    working.
+    """
     short, long = held("short", ttl=60, interval=30), held("long")
     heartbeat.hold(short)
     heartbeat.hold(long)
@@ -92,35 +98,35 @@ def test_a_short_run_costs_no_request(heartbeat: Heartbeat, store: Answers) -> N
 def test_short_runs_do_not_wake_the_threads(
     heartbeat: Heartbeat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run ends before the threads that its lease woke get to look, and so does the next one:
-    they must not be told of each anew.
+    """The threads already wait for an earlier renewal. A run that begins and ends meanwhile does
+    not wake them, because its own renewal would be due later.
     """
     heartbeat.hold(held("first", ttl=60, interval=30))
-    alarms = (heartbeat._renewal, heartbeat._expiry)
-    for alarm in alarms:
-        wait_until(lambda it=alarm: it._wakes_at < float("inf"), "it waits for the first")
-    told = []
+    timers = (heartbeat._renewal, heartbeat._expiry)
+    for timer in timers:
+        wait_until(lambda it=timer: it._wakes_at < float("inf"), "it waits for the first")
+    notified = []
     with monkeypatch.context() as patched:
-        for alarm in alarms:
-            patched.setattr(alarm._changed, "notify", lambda: told.append(1))
+        for timer in timers:
+            patched.setattr(timer._changed, "notify", lambda: notified.append(1))
         for n in range(100):
             lease = held(str(n), ttl=60, interval=30)
             heartbeat.hold(lease)
             heartbeat.drop(lease)
-    assert told == []
+    assert notified == []
 
 
-def test_after_an_interval_without_runs_it_sleeps_for_good(heartbeat: Heartbeat) -> None:
+def test_without_runs_the_threads_sleep_until_the_next_run(heartbeat: Heartbeat) -> None:
     lease = held("a")
     heartbeat.hold(lease)
     heartbeat.drop(lease)
-    alarms = (heartbeat._renewal, heartbeat._expiry)
-    for alarm in alarms:
-        wait_until(lambda it=alarm: it._wakes_at == float("inf"), "it sleeps for good")
+    timers = (heartbeat._renewal, heartbeat._expiry)
+    for timer in timers:
+        wait_until(lambda it=timer: it._wakes_at == float("inf"), "it sleeps for good")
     later = held("b")
     heartbeat.hold(later)
-    for alarm in alarms:
-        wait_until(lambda it=alarm: it._wakes_at < float("inf"), "the next lease wakes it")
+    for timer in timers:
+        wait_until(lambda it=timer: it._wakes_at < float("inf"), "the next lease wakes it")
 
 
 def test_a_refused_lease_is_lost(heartbeat: Heartbeat, store: Answers) -> None:
@@ -133,8 +139,12 @@ def test_a_refused_lease_is_lost(heartbeat: Heartbeat, store: Answers) -> None:
     assert heartbeat._held == set()
 
 
-def test_one_that_is_passed_over_is_asked_for_alone(heartbeat: Heartbeat, store: Answers) -> None:
-    """A row that somebody has locked is left out of the batch, and is not lost for that."""
+def test_a_lease_that_a_batch_skipped_is_renewed_by_a_statement_of_its_own(
+    heartbeat: Heartbeat, store: Answers
+) -> None:
+    """A batch skips a row that another transaction has locked. The lease of that row is not
+    lost.
+    """
     store.answer = lambda leases: (
         {lease.key for lease in leases if lease.key != "locked" or len(leases) == 1}
     )
@@ -148,9 +158,10 @@ def test_one_that_is_passed_over_is_asked_for_alone(heartbeat: Heartbeat, store:
 
 
 def test_a_locked_row_does_not_delay_the_other_leases(heartbeat: Heartbeat, store: Answers) -> None:
-    """Four rows are locked; a statement for one of them alone waits for its lock; meanwhile all are
-    asked for together, and those that are not locked are renewed; the locks are given up, and all
-    four are renewed before that statement ends.
+    """Another transaction has locked four of five rows.
+
+    A statement for one of the four waits for its lock. Meanwhile batches for all five renew the
+    fifth. The locks are released. A batch renews the four before that statement ends.
     """
     locked, free = {"w", "x", "y", "z"}, threading.Event()
     waiting, go_on = threading.Event(), threading.Event()
@@ -172,17 +183,23 @@ def test_a_locked_row_does_not_delay_the_other_leases(heartbeat: Heartbeat, stor
         heartbeat.hold(lease)
     assert waiting.wait(30)
     before = leases["a"].asked_at
-    wait_until(lambda: leases["a"].asked_at > before, "the one that is not locked is renewed again")
+    wait_until(
+        lambda: leases["a"].asked_at > before, "the lease that is not locked is renewed again"
+    )
     assert all(leases[key].asked_at == asked_at for key in locked)
     free.set()
-    wait_until(lambda: all(leases[key].asked_at > asked_at for key in locked), "the four are, too")
+    wait_until(
+        lambda: all(leases[key].asked_at > asked_at for key in locked), "the four are renewed, too"
+    )
     go_on.set()
-    wait_until(lambda: not heartbeat._skipped, "nobody waits for them any more")
+    wait_until(lambda: not heartbeat._skipped, "no lease counts as skipped any more")
     assert [lease.lost for lease in leases.values()] == [None] * 5
 
 
 def test_a_refused_lease_among_locked_ones_is_lost(heartbeat: Heartbeat, store: Answers) -> None:
-    """A statement for several cannot tell the two apart; that for one alone can."""
+    """A batch leaves out locked and refused leases alike. A statement for one lease tells them
+    apart.
+    """
     store.answer = lambda leases: (
         {lease.key for lease in leases if lease.key != "refused"} if len(leases) > 1 else set()
     )
@@ -194,17 +211,17 @@ def test_a_refused_lease_among_locked_ones_is_lost(heartbeat: Heartbeat, store: 
     assert other.lost is None
 
 
-def test_a_lease_is_asked_for_alone_only_if_it_is_the_only_one(
+def test_a_lease_that_is_due_more_often_is_renewed_in_a_batch_too(
     heartbeat: Heartbeat, store: Answers
 ) -> None:
-    """One is due often, the other rarely: a statement that waits would delay the other."""
+    """A statement for one lease waits for its row's lock, which would delay the other lease."""
     heartbeat.hold(held("rarely", ttl=60, interval=30))
     heartbeat.hold(held("often"))
     wait_until(lambda: len(store.asked) >= 3, "three renewals")
     assert all(keys == ["often", "rarely"] for keys in store.asked)
 
 
-def test_an_answer_that_comes_after_a_newer_one_changes_nothing() -> None:
+def test_the_answer_to_an_older_renewal_changes_nothing() -> None:
     lease = held("a")
     newer = clock() + 1
     lease.renewed(newer)
@@ -213,7 +230,7 @@ def test_an_answer_that_comes_after_a_newer_one_changes_nothing() -> None:
     assert (lease.asked_at, lease.trusted_until) == (newer, until)
 
 
-@pytest.mark.parametrize("error", [StoreUnavailable("gone"), LookupError("a fault of ours")])
+@pytest.mark.parametrize("error", [StoreUnavailable("gone"), LookupError("a bug")])
 def test_a_failed_request_is_repeated(
     heartbeat: Heartbeat, store: Answers, error: Exception
 ) -> None:
@@ -229,7 +246,7 @@ def test_a_failed_request_is_repeated(
     assert lease.lost is None
 
 
-def test_without_an_answer_it_is_lost_when_its_life_runs_out(
+def test_a_lease_without_an_answer_is_lost_when_it_expires(
     heartbeat: Heartbeat, store: Answers
 ) -> None:
     def fail(leases: Sequence[Lease]) -> set[str]:
@@ -243,12 +260,12 @@ def test_without_an_answer_it_is_lost_when_its_life_runs_out(
     assert clock() >= lease.trusted_until
 
 
-def test_a_store_that_is_silent_keeps_no_lost_run_alive(
+def test_a_late_answer_does_not_bring_an_expired_lease_back(
     heartbeat: Heartbeat, store: Answers
 ) -> None:
-    """A renewal is sent; no answer comes; the lease's life runs out; only then comes the answer.
+    """A renewal is sent, and the store does not answer. The lease expires, and its run is told so.
 
-    The run is told when its life runs out. The late answer does not bring the lease back.
+    Only then does the store answer, and the lease stays lost.
     """
     answered = threading.Event()
 
@@ -257,13 +274,13 @@ def test_a_store_that_is_silent_keeps_no_lost_run_alive(
         return {lease.key for lease in leases}
 
     store.answer = answer_late
-    told: list[bool] = []
+    lost: list[bool] = []
     lease = held("a", ttl=0.3)
-    lease.owner = Told(lost=lambda why: told.append(answered.is_set()))
+    lease.owner = Told(lost=lambda why: lost.append(answered.is_set()))
     heartbeat.hold(lease)
-    wait_until(lambda: told, "it is told")
+    wait_until(lambda: lost, "the run is told that its lease is lost")
     answered.set()
-    assert told == [False]
+    assert lost == [False]
     other = held("b")
     store.answer = lambda leases: {each.key for each in leases}
     heartbeat.hold(other)
@@ -271,20 +288,24 @@ def test_a_store_that_is_silent_keeps_no_lost_run_alive(
     assert lease.remaining == 0
 
 
-def test_leases_that_are_due_soon_are_renewed_with_one_that_is(
+def test_leases_that_are_due_soon_are_renewed_together(
     heartbeat: Heartbeat, store: Answers
 ) -> None:
-    """Leases of different moments fall into step: one statement for all of them."""
+    """Leases that were acquired at different times fall into step, so that one statement renews
+    all.
+    """
     asked_at = clock()
     for key, earlier in (("a", 0.3), ("b", 0.2), ("c", 0.1), ("new", 0.0)):
         heartbeat.hold(HeldLease(Lease(key, "holder", 1, 10.0), asked_at - earlier, 0.4))
     wait_until(lambda: ["a", "b", "c", "new"] in store.asked, "they are all in step")
 
 
-def test_released_while_its_renewal_is_under_way(heartbeat: Heartbeat, store: Answers) -> None:
-    """The renewal is sent; the run gives its lease back and drops it; the renewal is refused.
+def test_a_lease_that_is_released_during_its_renewal_is_not_lost(
+    heartbeat: Heartbeat, store: Answers
+) -> None:
+    """A renewal is sent. The run releases its lease and drops it. The store refuses the renewal.
 
-    It was not lost: its own run ended it.
+    The lease was not lost: its own run released it.
     """
     sent, go_on = threading.Event(), threading.Event()
 
@@ -306,7 +327,9 @@ def test_released_while_its_renewal_is_under_way(heartbeat: Heartbeat, store: An
     assert lease.lost is None
 
 
-def test_a_holder_hears_who_asks_it_to_hand_over(heartbeat: Heartbeat, store: Answers) -> None:
+def test_a_holder_learns_which_task_asks_for_a_handoff(
+    heartbeat: Heartbeat, store: Answers
+) -> None:
     store.handoffs["a"] = "task 7"
     asked, other = held("a"), held("b")
     heard: list[str] = []
@@ -334,10 +357,12 @@ def test_a_renewal_is_due_half_way_through_the_trusted_part_of_a_short_life() ->
     assert lease.renew_at == asked_at + 0.9
 
 
-def test_an_error_in_what_is_told_costs_no_other_lease_its_life(
-    heartbeat: Heartbeat, store: Answers
-) -> None:
-    """A holder is asked to hand over, and no thread can be started to interrupt its body."""
+def test_an_error_of_one_owner_stops_no_other_renewal(heartbeat: Heartbeat, store: Answers) -> None:
+    """One holder is asked to hand over, and the thread that would interrupt its body cannot be
+    started.
+
+    The other lease is renewed all the same.
+    """
 
     def fail(_: str) -> None:
         raise RuntimeError("can't start new thread")

@@ -1,4 +1,8 @@
-"""What a process notes, and who may read it: told from real processes."""
+"""Holder files: each process notes its leases in a file, and others read the files of dead
+processes.
+
+The tests use real processes that die.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +85,7 @@ def process(target: Any, directory: Path) -> Iterator[tuple[Any, Any]]:
         running.join(30)
 
 
-def test_the_living_are_left_alone_and_the_dead_are_found(own: HolderFiles, tmp_path: Path) -> None:
+def test_the_leases_of_a_dead_process_are_found(own: HolderFiles, tmp_path: Path) -> None:
     with process(hold_two, tmp_path) as (running, _):
         assert found(own) == []
         running.kill()
@@ -90,10 +94,11 @@ def test_the_living_are_left_alone_and_the_dead_are_found(own: HolderFiles, tmp_
         assert found(own) == []
 
 
-def test_what_a_process_holds_at_its_orderly_exit_is_found(
-    own: HolderFiles, tmp_path: Path
-) -> None:
-    """It closes while one of its threads is in mid-run: that run is living until it is gone."""
+def test_a_lease_that_is_held_at_an_orderly_exit_is_found(own: HolderFiles, tmp_path: Path) -> None:
+    """A process closes its file while a thread of it is in a run.
+
+    The run is alive until the process has ended, and is found only then.
+    """
     with process(hold_and_close, tmp_path) as (running, _):
         assert found(own) == []
         running.kill()
@@ -101,20 +106,22 @@ def test_what_a_process_holds_at_its_orderly_exit_is_found(
         assert found(own) == [[holder_record(1)]]
 
 
-def test_a_process_that_stands_still_is_no_dead_one(own: HolderFiles, tmp_path: Path) -> None:
+def test_a_stopped_process_does_not_count_as_dead(own: HolderFiles, tmp_path: Path) -> None:
     with process(hold_two, tmp_path) as (running, _):
         os.kill(running.pid, signal.SIGSTOP)
         assert found(own) == []
 
 
-def test_a_holder_that_dies_is_found_while_its_forked_child_lives(
+def test_a_dead_process_is_found_while_its_forked_child_lives(
     own: HolderFiles, tmp_path: Path
 ) -> None:
-    """The child has a copy of the file, of its lock, and of the memory that it is mapped to."""
+    """The child inherits the open file, its lock and the mapped memory, but they do not count as
+    its own.
+    """
     with process(fork_and_hold, tmp_path) as (running, child):
         assert found(own) == []
         running.kill()
-        # Its child keeps open what join() waits for.
+        # join() would wait for a pipe that the forked child keeps open.
         os.waitpid(running.pid, 0)
         try:
             assert found(own) == [[holder_record(1)]]
@@ -123,9 +130,7 @@ def test_a_holder_that_dies_is_found_while_its_forked_child_lives(
             os.kill(child, signal.SIGKILL)
 
 
-def test_a_forked_child_that_ends_as_its_parent_would_leaves_its_parents_file(
-    own: HolderFiles, tmp_path: Path
-) -> None:
+def test_a_forked_child_does_not_change_its_parents_file(own: HolderFiles, tmp_path: Path) -> None:
     slot = own.note(holder_record(1))
 
     def end() -> None:
@@ -144,7 +149,7 @@ def test_a_forked_child_that_ends_as_its_parent_would_leaves_its_parents_file(
     own.clear(slot)
 
 
-def test_what_could_not_be_freed_is_left_for_the_next(own: HolderFiles, tmp_path: Path) -> None:
+def test_leases_that_could_not_be_freed_are_found_again(own: HolderFiles, tmp_path: Path) -> None:
     with process(hold_two, tmp_path) as (running, _):
         running.kill()
         running.join(30)
@@ -155,8 +160,10 @@ def test_what_could_not_be_freed_is_left_for_the_next(own: HolderFiles, tmp_path
     assert found(own) == [[holder_record(1), holder_record(3)]]
 
 
-def test_two_who_look_do_not_both_find(own: HolderFiles, tmp_path: Path) -> None:
-    """A reads a dead process's file; B looks at the same time; B leaves it to A."""
+def test_two_processes_do_not_both_find_a_dead_process(own: HolderFiles, tmp_path: Path) -> None:
+    """A reads the file of a dead process. B searches at the same time, and leaves this file to
+    A.
+    """
     with process(hold_two, tmp_path) as (running, _):
         running.kill()
         running.join(30)
@@ -171,7 +178,7 @@ def test_a_process_does_not_find_itself(own: HolderFiles) -> None:
     assert found(own) == []
 
 
-def test_more_than_the_file_was_made_for(own: HolderFiles, tmp_path: Path) -> None:
+def test_a_file_grows_with_the_number_of_leases(own: HolderFiles, tmp_path: Path) -> None:
     slots = [own.note(holder_record(n)) for n in range(100)]
     assert len(set(slots)) == 100
     for slot in slots[10:]:
@@ -183,15 +190,17 @@ def test_more_than_the_file_was_made_for(own: HolderFiles, tmp_path: Path) -> No
     os.close(descriptor)
 
 
-def test_a_holding_that_does_not_fit_is_not_noted(own: HolderFiles) -> None:
+def test_a_record_that_does_not_fit_into_a_slot_is_not_noted(own: HolderFiles) -> None:
     assert own.note(HolderRecord("x" * SLOT, "h", 0)) is None
     own.clear(None)
 
 
-def test_a_full_disk_costs_the_note_and_not_the_process(
+def test_a_full_disk_costs_the_record_and_not_the_process(
     own: HolderFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Writing to mapped memory that the disk has no room for would end it with SIGBUS."""
+    """If mapped memory has no room on the disk, writing to it kills the process with SIGBUS. So
+    room is allocated first.
+    """
     slot = own.note(holder_record(1))
 
     def refuse(*_: Any) -> None:
@@ -206,10 +215,12 @@ def test_a_full_disk_costs_the_note_and_not_the_process(
     assert own.note(holder_record(4)) is not None
 
 
-def test_a_file_that_was_removed_before_it_was_locked(
+def test_a_file_that_was_removed_before_it_was_locked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is made; somebody finds it unlocked and removes it; only then is it locked."""
+    """A process makes its file. Another one finds it unlocked, believes that its owner is dead, and
+    removes it. Only then does the first process lock it.
+    """
     made = HolderFiles(tmp_path, f"{os.getpid()}-dddd")
     lock, removed = holder_files.fcntl.flock, []
 
@@ -228,11 +239,11 @@ def test_a_file_that_was_removed_before_it_was_locked(
 
 
 @pytest.mark.parametrize("holder", ["", "somebody", "w@host:12", "a:b:c", "w@h:1:../../x.1"])
-def test_a_holder_that_is_none_of_ours_has_no_file(holder: str) -> None:
+def test_a_holder_name_of_another_form_has_no_file(holder: str) -> None:
     assert file_of(holder) is None
 
 
-def test_a_holder_names_its_file() -> None:
+def test_the_file_of_a_holder_is_found_by_its_name() -> None:
     assert file_of("worker@host:8080:4711:abcd1234.1f") == "4711-abcd1234"
 
 
@@ -243,7 +254,7 @@ def test_without_a_directory_nothing_is_noted() -> None:
     made.close()
 
 
-def test_a_directory_of_somebody_else_is_not_used(
+def test_a_directory_that_another_user_could_have_made_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(holder_files, "root", lambda: tmp_path / "taken")
@@ -253,10 +264,12 @@ def test_a_directory_of_somebody_else_is_not_used(
     assert directory_of(None) is None
 
 
-def test_processes_of_two_kernels_do_not_look_into_each_others_files(
+def test_processes_of_two_kernels_use_different_directories(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another host, another boot, or another virtual machine of a snapshot shares the directory."""
+    """They may share a disk: on another host, after another boot, or in a virtual machine that was
+    restored from the same snapshot.
+    """
     here = directory_of("store")
     assert here == directory_of("store") != directory_of("another store")
     uname = os.uname()
@@ -272,7 +285,7 @@ def test_processes_of_two_kernels_do_not_look_into_each_others_files(
     assert directory_of("store") not in (here, another)
 
 
-def test_a_directory_that_went_away_is_an_empty_one(
+def test_a_directory_that_cannot_be_read_counts_as_empty(
     own: HolderFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -282,7 +295,7 @@ def test_a_directory_that_went_away_is_an_empty_one(
     assert found(own) == []
 
 
-def test_a_note_that_is_broken_hides_no_other(own: HolderFiles, tmp_path: Path) -> None:
+def test_a_damaged_record_hides_no_other(own: HolderFiles, tmp_path: Path) -> None:
     with process(hold_two, tmp_path) as (running, _):
         running.kill()
         running.join(30)

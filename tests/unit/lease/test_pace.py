@@ -1,4 +1,6 @@
-"""How soon messages that wait are sent again, by how many there are."""
+"""``Pace``: the more messages wait for a lease, the longer is the pause before each is sent
+again.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from celery_singleton_state.lease.pace import COST_OF_MESSAGE, SHARE, Pace
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, to be changed."""
+    """The time that the pace reads from its clock. A test changes it."""
     found = [1000.0]
     monkeypatch.setattr(pace, "clock", lambda: found[0])
     return found
@@ -20,20 +22,20 @@ DISTANCE = COST_OF_MESSAGE / SHARE
 
 
 @pytest.mark.usefixtures("now")
-def test_few_pause_as_they_would_alone() -> None:
+def test_a_few_waiting_messages_have_their_own_pause() -> None:
     tries = Pace()
     assert [tries.pause("k", 1.0, 0.0) for _ in range(3)] == [1.0] * 3
 
 
 @pytest.mark.usefixtures("now")
-def test_many_take_a_small_part_of_the_time() -> None:
+def test_many_waiting_messages_take_a_limited_share_of_the_time() -> None:
     tries = Pace()
     pauses = [tries.pause("k", 0.1, 0.0) for _ in range(1000)]
     assert pauses == sorted(pauses), "in the order in which they came"
     assert pauses[-1] == pytest.approx(1000 * DISTANCE)
 
 
-def test_those_that_came_again_do_not_count(now: list[float]) -> None:
+def test_messages_that_came_again_do_not_count_as_waiting(now: list[float]) -> None:
     tries = Pace()
     for _ in range(100):
         tries.pause("k", 0.1, 0.0)
@@ -44,7 +46,7 @@ def test_those_that_came_again_do_not_count(now: list[float]) -> None:
 
 
 @pytest.mark.usefixtures("now")
-def test_singletons_share_the_time() -> None:
+def test_the_waiting_messages_of_all_singletons_share_the_time() -> None:
     tries = Pace()
     for _ in range(100):
         tries.pause("k1", 0.1, 0.0)

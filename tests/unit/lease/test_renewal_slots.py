@@ -1,4 +1,8 @@
-"""Leases that a child leaves to its parent to renew: both sides, through a real file."""
+"""Renewal by the parent: a child of a worker leaves the renewal of its leases to the main process.
+
+Child and parent exchange requests and answers through the child's holder file. Both sides are
+tested with a real file.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,7 @@ MARK = "the parent's"
 
 
 class Child:
-    """A process's file, and a heartbeat that leaves the renewals to a parent."""
+    """The holder file of a process, and a heartbeat that leaves the renewals to its parent."""
 
     def __init__(self, directory: Path) -> None:
         self.holder_files = HolderFiles(directory, f"{os.getpid()}-aaaa")
@@ -62,7 +66,7 @@ class Child:
         return [request for _, request in requests_in(self.path)]
 
     def answer(self, held: HeldLease, answer: RenewalAnswer) -> None:
-        """As the parent does, signal included."""
+        """Write an answer into the file and send the signal, as the parent does."""
         start = self.slots[held.lease.key]
         assert start is not None
         write_answer(self.path, start, answer)
@@ -79,7 +83,7 @@ def child(tmp_path: Path) -> Iterator[Child]:
     made.holder_files.close()
 
 
-def test_a_lease_is_asked_for_until_it_is_dropped(child: Child) -> None:
+def test_a_renewal_is_requested_until_the_lease_is_dropped(child: Child) -> None:
     held = child.hold("a")
     every = 0.75 * HeldLease(held.lease, held.asked_at, 30.0).renew_every
     assert child.requests() == [
@@ -89,8 +93,10 @@ def test_a_lease_is_asked_for_until_it_is_dropped(child: Child) -> None:
     assert child.requests() == []
 
 
-def test_an_answer_prolongs_the_trust_at_once(child: Child) -> None:
-    """Whoever reads it sees it, without any thread of the process."""
+def test_an_answer_extends_the_time_to_trust_the_lease_at_once(child: Child) -> None:
+    """Whichever code reads the lease's remaining time finds the answer: no thread need run
+    before.
+    """
     held = child.hold("a")
     asked_at = held.asked_at + 20
     child.answer(held, RenewalAnswer("holder of a", asked_at))
@@ -99,8 +105,8 @@ def test_an_answer_prolongs_the_trust_at_once(child: Child) -> None:
     assert child.store.asked == []
 
 
-def test_a_refusal_and_a_wish_are_heard_at_the_signal(child: Child) -> None:
-    """The thread's own turn would come in half a minute."""
+def test_a_refusal_and_a_handoff_request_are_read_at_the_signal(child: Child) -> None:
+    """Without the signal the child's own thread would read them only half a minute later."""
     lost, asked = child.hold("lost"), child.hold("asked")
     heard: list[str] = []
     asked.owner = Told(asked=heard.append)
@@ -111,14 +117,16 @@ def test_a_refusal_and_a_wish_are_heard_at_the_signal(child: Child) -> None:
     wait_until(lambda: lost.lost, "it is lost")
     assert lost.lost == "its renewal was refused"
     assert asked.lost is None
-    # Until its run ends, the parent repeats the signal.
+    # The request stays until the run ends, so that the parent repeats the signal until then.
     assert {request.key for request in child.requests()} == {"lost", "asked"}
     child.drop(lost)
     assert {request.key for request in child.requests()} == {"asked"}
 
 
 def test_an_answer_for_an_earlier_lease_of_the_slot_is_ignored(child: Child) -> None:
-    """A ends; B is noted in the same slot; the refusal of A's renewal is written; B goes on."""
+    """Lease A is dropped. Lease B is noted in the same slot. Only then does the parent write that
+    A's renewal was refused. B is not lost.
+    """
     earlier = child.hold("earlier")
     start = child.slots["earlier"]
     child.drop(earlier)
@@ -127,13 +135,13 @@ def test_an_answer_for_an_earlier_lease_of_the_slot_is_ignored(child: Child) -> 
     child.answer(later, RenewalAnswer("holder of earlier", None))
     assert child.left.answer_to(later) is None
     child.answer(later, RenewalAnswer("holder of later", later.asked_at + 1))
-    wait_until(lambda: later.asked_at > earlier.asked_at, "its own is taken")
+    wait_until(lambda: later.asked_at > earlier.asked_at, "the answer for this lease is used")
     assert later.remaining > 0
     assert later.lost is None
 
 
-def test_no_part_of_an_answer_is_taken(child: Child) -> None:
-    """While one answer is written over another, a reader can find any bytes of either."""
+def test_a_half_written_answer_is_ignored(child: Child) -> None:
+    """While the parent writes one answer over another, the child can read any mixture of both."""
     held = child.hold("a")
     holder = held.lease.holder
     answers = [RenewalAnswer(holder, 1000.25), RenewalAnswer(holder, 2000.75, "task 7"), None]
@@ -147,7 +155,7 @@ def test_no_part_of_an_answer_is_taken(child: Child) -> None:
                     assert child.left.answer_to(held) in answers
 
 
-def test_a_long_name_is_cut(child: Child) -> None:
+def test_a_long_name_in_an_answer_is_cut(child: Child) -> None:
     held = child.hold("a")
     child.answer(held, RenewalAnswer(held.lease.holder, clock(), "ä" * 5000))
     answer = child.left.answer_to(held)
@@ -155,7 +163,7 @@ def test_a_long_name_is_cut(child: Child) -> None:
     assert answer.handoff_to == "ä" * 200
 
 
-def test_a_request_that_has_no_room_leaves_the_lease_to_its_process(child: Child) -> None:
+def test_a_process_renews_a_lease_whose_request_has_no_room(child: Child) -> None:
     held = HeldLease(Lease("k" * 5000, "holder", 7, 60.0), clock(), 30.0)
     child.heartbeat.hold(held)
     assert held.renew_at <= held.asked_at + 30.0
@@ -163,9 +171,11 @@ def test_a_request_that_has_no_room_leaves_the_lease_to_its_process(child: Child
 
 
 def test_a_child_renews_by_itself_when_its_parent_does_not(child: Child) -> None:
-    """Its turn comes at half of the life: one whose parent answers in time never has it."""
+    """The child's own renewal is due at half of the lease's life. If the parent answers in time,
+    this time never comes.
+    """
     silent = child.hold("silent", ttl=1.0, interval=0.5)
-    wait_until(lambda: len(child.store.asked) >= 3, "it renews, and goes on")
+    wait_until(lambda: len(child.store.asked) >= 3, "the child renews by itself, again and again")
     assert silent.lost is None
     child.drop(silent)
     answered = child.hold("answered", ttl=2.0, interval=0.5)
@@ -176,12 +186,12 @@ def test_a_child_renews_by_itself_when_its_parent_does_not(child: Child) -> None
         child.answer(answered, RenewalAnswer("holder of answered", clock()))
         return clock() > start + 4
 
-    wait_until(long_held, "the parent renews for two lives")
+    wait_until(long_held, "the parent renews for twice the lease's life")
     assert child.store.asked == []
     assert answered.lost is None
 
 
-def test_without_any_answer_a_lease_is_lost_by_the_clock(child: Child) -> None:
+def test_a_lease_without_any_answer_is_lost_when_it_expires(child: Child) -> None:
     child.store.answer = lambda leases: (_ for _ in ()).throw(LookupError("silent"))
     held = child.hold("a", ttl=0.5, interval=0.2)
     wait_until(lambda: held.lost, "it is lost")
@@ -189,7 +199,7 @@ def test_without_any_answer_a_lease_is_lost_by_the_clock(child: Child) -> None:
     assert child.requests() == []
 
 
-def test_a_file_that_is_gone_asks_for_nothing(tmp_path: Path) -> None:
+def test_a_file_that_is_gone_has_no_requests(tmp_path: Path) -> None:
     assert list(requests_in(tmp_path / "gone")) == []
 
 
@@ -226,7 +236,7 @@ DONE = Ended("succeeded", "[]")
 
 @pytest.fixture
 def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
-    """The app of this process, which renews for those that it forks."""
+    """The app of this process, which renews the leases of the children that it forks."""
     monkeypatch.setenv(renewal_slots._MARK, "")
     mark_as_parent()
     made = Celery("shop", set_as_current=False)
@@ -239,7 +249,7 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
 
 
 def hold(app: Celery, pipe: Any, key: str) -> None:
-    """In the child: hold a lease, and tell what becomes of it."""
+    """In the child: hold a lease, and send the reason through the pipe when it is lost."""
     own = runtime_of(app)
     holder, asked_at = own.new_holder(), clock()
     own.holder_files.note(HolderRecord(key, holder, 0))
@@ -255,7 +265,9 @@ def hold(app: Celery, pipe: Any, key: str) -> None:
 
 @pytest.fixture
 def make_child(app: Celery) -> Iterator[Callable[[str], tuple[Any, Any, Any]]]:
-    """Forks a child that holds a lease: the process, its pipe, the lease."""
+    """Return a function that forks a child which holds a lease. It returns process, pipe and
+    lease.
+    """
     made = []
 
     def make(key: str) -> tuple[Any, Any, Any]:
@@ -280,7 +292,7 @@ def expires_at(app: Celery, key: str) -> float:
 def test_the_leases_of_stopped_children_are_renewed(
     app: Celery, make_child: Callable[[str], tuple[Any, Any, Any]]
 ) -> None:
-    """They live, and cannot do it themselves."""
+    """A stopped child lives, but cannot renew its lease itself."""
     children = [make_child(key)[0] for key in ("a", "b", "c")]
     for process in children:
         os.kill(process.pid, signal.SIGSTOP)
@@ -292,10 +304,10 @@ def test_the_leases_of_stopped_children_are_renewed(
     )
 
 
-def test_the_dead_are_not_renewed(
+def test_the_lease_of_a_dead_child_is_not_renewed(
     app: Celery, make_child: Callable[[str], tuple[Any, Any, Any]]
 ) -> None:
-    """The child dies; the pool has not noticed yet, and has its process on the list."""
+    """The child dies. The pool has not noticed it yet, and still lists the process."""
     process, _, lease = make_child("a")
     renewal = ParentRenewal(app, lambda: [process])
     renewal.check()
@@ -311,10 +323,12 @@ def test_the_dead_are_not_renewed(
     assert own.heartbeat_of(own.store)._held == set()
 
 
-def test_a_process_that_is_not_of_the_pool_is_not_renewed(
+def test_the_lease_of_a_process_outside_the_pool_is_not_renewed(
     app: Celery, make_child: Callable[[str], tuple[Any, Any, Any]]
 ) -> None:
-    """Nor is a later process renewed for an earlier one that had its id."""
+    """The same holds for the lease of a former child, if a later child of the pool has the same
+    id.
+    """
     process, _, lease = make_child("a")
     renewal = ParentRenewal(app, lambda: pool)
     pool: list[Any] = []
@@ -332,12 +346,12 @@ def test_a_process_that_is_not_of_the_pool_is_not_renewed(
     assert renewal._leases == {}
 
 
-def test_requests_to_another_parent_are_left_to_it(
+def test_requests_to_another_parent_are_ignored(
     app: Celery,
     make_child: Callable[[str], tuple[Any, Any, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A container with the same directory has processes with the same ids."""
+    """If two containers share the directory, their processes can have the same ids."""
     process, _, _ = make_child("a")
     monkeypatch.setenv(renewal_slots._MARK, "")
     renewal = ParentRenewal(app, lambda: [process])
@@ -348,8 +362,9 @@ def test_requests_to_another_parent_are_left_to_it(
 def test_a_child_is_told_of_a_refusal_until_its_run_ends(
     app: Celery, make_child: Callable[[str], tuple[Any, Any, Any]]
 ) -> None:
-    """The lease is released by somebody else while the child is stopped; the child goes on, and
-    hears long before its own renewal would be due.
+    """The child is stopped. Its lease is released from outside. The parent's renewal is refused.
+
+    The child continues, and learns of the refusal long before its own renewal would be due.
     """
     process, pipe, lease = make_child("a")
     os.kill(process.pid, signal.SIGSTOP)
