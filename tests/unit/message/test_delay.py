@@ -1,4 +1,4 @@
-"""Where a message that is sent again goes, and how long it waits, on each broker."""
+"""Where a message is sent again to, and how long it is delayed, for each kind of broker."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from celery_singleton_state.message.routing import came_through_fanout, delayed_
 from celery_singleton_state.runtime import close_runtime
 
 QUORUM = {"x-queue-type": "quorum"}
-#: What kombu writes before the routing key of a message that is delayed by 3 s.
+#: The prefix of a routing key for kombu's native delay of 3 s: one bit for each of 28 levels.
 THREE_SECONDS = "0." * 26 + "1.1."
 
 
 @pytest.fixture
 def make_app() -> Iterator[Callable[..., Celery]]:
-    """Makes an app for a broker, which nobody connects to."""
+    """Return a function that makes an app for a broker's URL. No test connects to the broker."""
     made: list[Celery] = []
 
     def make(broker: str, *queues: Queue, **options: Any) -> Celery:
@@ -83,7 +83,7 @@ def message(
 
 
 def sent(task: Any, request: Context, **options: Any) -> dict[str, Any]:
-    """The options with which a message is sent again."""
+    """Return the options with which a message would be sent again."""
     found: dict[str, Any] = task.signature_from_request(request, **options).options
     return found
 
@@ -98,10 +98,12 @@ def sent(task: Any, request: Context, **options: Any) -> dict[str, Any]:
         ("memory://", {}, None),
     ],
 )
-def test_no_countdown_is_longer_than_a_broker_keeps_a_message(
+def test_no_countdown_is_longer_than_the_broker_waits_for_an_acknowledgement(
     make_app: Callable[..., Celery], broker: str, options: dict[str, Any], longest: float | None
 ) -> None:
-    """What is left of a pause is in the message; when it comes, it is sent on."""
+    """The rest of the pause is in the message. When the message comes, it is sent again for the
+    rest.
+    """
     task = task_of(make_app(broker, **options))
     made = sent(task, message(), countdown=86_400.0)
     left = made["headers"].get(PAUSE_LEFT, 0.0)
@@ -116,7 +118,9 @@ def test_no_countdown_is_longer_than_a_broker_keeps_a_message(
 def test_a_retry_counts_as_queued_for_its_whole_pause(
     make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch, broker: str, pause: float
 ) -> None:
-    """Its countdown is a part of it, or none, where RabbitMQ keeps the message."""
+    """Its countdown may be only a part of the pause. If RabbitMQ delays the message, there is
+    none.
+    """
     monkeypatch.setattr(delay, "_is_bound", lambda *_: True)
     url, _, quorum = broker.partition(" ")
     if quorum:
@@ -125,13 +129,15 @@ def test_a_retry_counts_as_queued_for_its_whole_pause(
     for options in ({"countdown": pause}, {"eta": app.now() + timedelta(seconds=pause)}):
         made = sent(task_of(app), message(), retries=1, **options)
         assert life_of(made) == pytest.approx(pause + LIFE, abs=5)
-    # The next one is not delayed.
+    # The next retry has no delay.
     made = sent(task_of(app), message(headers=made["headers"]), retries=2, countdown=0)
     assert life_of(made) == LIFE
 
 
-def test_a_retry_begins_to_wait_anew(make_app: Callable[..., Celery]) -> None:
-    """What a try has waited for, and how often it was requeued, is not its retry's."""
+def test_a_retry_does_not_inherit_the_waiting_time(make_app: Callable[..., Celery]) -> None:
+    """How long a try has waited, and how often it was requeued, do not count for its retry. A
+    message that is only sent again keeps both.
+    """
     of_try = {WAITED: 9.5, NEXT_SINCE: 3.0, REQUEUED: 4, UNRECORDED: 2}
     of_message = {RANK: 7, SENT: "value", SENT_AT: "host:1", ENTRY: "e", DUE: "2026-11-27"}
     task = task_of(make_app("memory://"))
@@ -145,7 +151,7 @@ def test_a_retry_begins_to_wait_anew(make_app: Callable[..., Celery]) -> None:
         assert again == of_try | of_message
 
 
-def test_a_message_with_a_part_of_its_pause_left_waits_for_it(
+def test_a_message_waits_for_the_rest_of_its_pause(
     make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = make_app("redis://", visibility_timeout=4)
@@ -172,7 +178,7 @@ def test_a_message_with_a_part_of_its_pause_left_waits_for_it(
 @pytest.mark.parametrize(
     ("pause", "seconds"), [(0.2, 1), (1, 1), (1.5, 2), (24, 24), (7200.5, 7201)]
 )
-def test_rabbitmq_keeps_messages_of_quorum_queues_for_whole_seconds(
+def test_rabbitmq_delays_messages_of_quorum_queues_by_whole_seconds(
     make_app: Callable[..., Celery],
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
@@ -192,10 +198,12 @@ def test_rabbitmq_keeps_messages_of_quorum_queues_for_whole_seconds(
     assert possible(app, pause) == seconds
 
 
-def test_a_wait_counts_as_long_as_it_is(
+def test_a_wait_counts_with_the_delay_that_the_broker_really_makes(
     make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """0.1 s is 1 s with RabbitMQ's delays; counted as 0.1 s, a wait would outlast its limit."""
+    """RabbitMQ makes 1 s of a delay of 0.1 s. If it counted as 0.1 s, a wait would exceed its time
+    limit.
+    """
     pytest.importorskip("kombu.transport.native_delayed_delivery")
     monkeypatch.setattr(delay, "_is_bound", lambda *_: True)
     app = make_app("amqp://", Queue("q", queue_arguments=QUORUM))
@@ -206,10 +214,12 @@ def test_a_wait_counts_as_long_as_it_is(
     assert found[0]["headers"][WAITED] == pytest.approx(3.0)
 
 
-def test_a_message_goes_back_into_its_own_queue_however_often_it_was_delayed(
+def test_a_message_that_was_delayed_often_is_sent_to_its_own_queue(
     make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RabbitMQ shows the delaying exchange, and kombu's delay before the routing key."""
+    """A delayed message arrives with the name of the delaying exchange, and its routing key begins
+    with the prefix of the delay.
+    """
     pytest.importorskip("kombu.transport.native_delayed_delivery")
     monkeypatch.setattr(delay, "_is_bound", lambda *_: True)
     other = Queue("other", Exchange("e", type="topic"), routing_key="o", queue_arguments=QUORUM)
@@ -227,7 +237,7 @@ def test_a_message_goes_back_into_its_own_queue_however_often_it_was_delayed(
 
 
 @pytest.mark.parametrize("name", ["q", "a.b", "a#*", "ä" * 80, "long" * 60])
-def test_a_delayed_message_is_for_one_queue_whatever_its_name(
+def test_a_delayed_message_is_for_one_queue_with_any_name(
     make_app: Callable[..., Celery], name: str
 ) -> None:
     app = make_app("amqp://", Queue(name, queue_arguments=QUORUM))
@@ -252,7 +262,7 @@ def test_a_delayed_message_is_for_one_queue_whatever_its_name(
         ("unknown", "d", None),
     ],
 )
-def test_the_queue_of_a_message(
+def test_the_queue_that_a_message_came_from_is_found(
     make_app: Callable[..., Celery], exchange: str, routing_key: str, queue: str | None
 ) -> None:
     app = make_app(
@@ -267,10 +277,10 @@ def test_the_queue_of_a_message(
 
 
 @pytest.mark.parametrize("broker", ["amqp://", "redis://"])
-def test_what_two_queues_get_a_copy_of_is_sent_again_into_one(
+def test_a_message_with_copies_in_two_queues_is_sent_to_one_queue(
     make_app: Callable[..., Celery], broker: str
 ) -> None:
-    """Sent again to their exchange, each copy would come back as two."""
+    """If a copy was sent to the exchange again, it would come back as two copies."""
     topic = Exchange("topic", type="topic")
     app = make_app(
         broker, Queue("a", topic, routing_key="x.#"), Queue("b", topic, routing_key="#.y")
@@ -282,7 +292,7 @@ def test_what_two_queues_get_a_copy_of_is_sent_again_into_one(
 def test_a_copy_of_a_fanout_exchange_never_goes_back_to_the_exchange(
     make_app: Callable[..., Celery],
 ) -> None:
-    """Except for a body's own retry where the broker lets no single queue be addressed."""
+    """The only exception is a body's own retry, if the broker cannot address a single queue."""
     for broker, exchange in (("amqp://", ""), ("redis://", "all")):
         app = make_app(broker, Queue("q"), Broadcast("all"))
         request = message("all", "q")
@@ -291,16 +301,16 @@ def test_a_copy_of_a_fanout_exchange_never_goes_back_to_the_exchange(
         assert sent(task_of(app), request)["exchange"] == exchange
 
 
-def test_what_rabbitmq_notes_of_its_moves_is_not_sent_again(
+def test_rabbitmqs_notes_of_its_moves_are_not_sent_again(
     make_app: Callable[..., Celery],
 ) -> None:
-    """RabbitMQ drops a message whose notes say that it goes round in a circle."""
+    """RabbitMQ drops a message if such a header says that it moves in a circle."""
     moves = {"x-death": [{"queue": "celery_delayed_1"}], "x-first-death-queue": "celery_delayed_1"}
     made = sent(task_of(make_app("amqp://")), message(headers={**moves, "own": 1}), countdown=1)
     assert set(names_in(made["headers"])) == {"own", PAUSE}
 
 
-def test_a_retry_goes_where_the_body_says(make_app: Callable[..., Celery]) -> None:
+def test_a_retry_goes_to_the_queue_that_the_body_names(make_app: Callable[..., Celery]) -> None:
     app = make_app("amqp://", Queue("q"), Queue("other"))
     made = sent(task_of(app), message("", "q"), queue="other", countdown=1)
     assert made["queue"] == "other"

@@ -1,4 +1,4 @@
-"""Messages that have to be sent again while their broker is out of reach."""
+"""Messages that cannot be sent again because the broker is unavailable: the broker keeps them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from kombu.exceptions import OperationalError
 from celery_singleton_state import SingletonTask, singleton_task
 from celery_singleton_state.message.resend import reject_if_killed, send_again
 
-#: What kombu raises: for a broker that is away, and for a connection that breaks while it is used.
+#: kombu's errors: for a broker that is unavailable, and for a connection that breaks in use.
 ERRORS = (OperationalError("Connection refused"), AttributeError("'NoneType' has no 'client'"))
 
 
 @contextmanager
 def delivering(request: Context) -> Iterator[None]:
-    """What surrounds a delivery: as the task does it."""
+    """Handle an error of the body as the task does around a delivery."""
     try:
         yield
     except BaseException as error:
@@ -52,7 +52,7 @@ def task(memory_app: Celery, monkeypatch: pytest.MonkeyPatch, error: Exception) 
     return body
 
 
-def test_what_cannot_be_sent_again_stays_with_the_broker(
+def test_a_message_that_cannot_be_sent_again_stays_with_the_broker(
     task: Any, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     with pytest.raises(Reject) as caught:
@@ -65,7 +65,7 @@ def test_what_cannot_be_sent_again_stays_with_the_broker(
 
 
 def test_a_retry_that_cannot_be_sent_stays_with_the_broker(task: Any) -> None:
-    """Celery's own rejects the message for good."""
+    """Celery's own retry would reject the message for good."""
     task.push_request(id="1", args=(), kwargs={}, called_directly=False)
     try:
         with pytest.raises(Reject) as caught:
@@ -75,8 +75,8 @@ def test_a_retry_that_cannot_be_sent_stays_with_the_broker(task: Any) -> None:
     assert caught.value.requeue
 
 
-def test_another_rejection_is_left_as_it_is(task: Any) -> None:
-    """A retry whose arguments no serializer takes could never be sent."""
+def test_a_retry_that_no_serializer_takes_is_rejected_for_good(task: Any) -> None:
+    """It could never be sent, so requeueing the message would repeat the error for ever."""
     task.push_request(id="1", args=(object(),), kwargs={}, called_directly=False)
     try:
         with pytest.raises(Reject) as caught:
@@ -87,7 +87,7 @@ def test_another_rejection_is_left_as_it_is(task: Any) -> None:
 
 
 class GreenletExit(BaseException):
-    """As gevent's and eventlet's are called."""
+    """Has the name of the exception that gevent and eventlet raise in a greenlet to end it."""
 
 
 def kill_greenlet() -> None:
@@ -99,7 +99,7 @@ def kill_in_solo_pool() -> None:
 
 
 @pytest.mark.parametrize("kill", [kill_greenlet, kill_in_solo_pool])
-def test_a_body_that_celery_breaks_off_leaves_its_message_with_the_broker(
+def test_the_message_of_a_body_that_celery_ends_stays_with_the_broker(
     kill: Callable[[], None],
 ) -> None:
     request = Context(id="1", called_directly=False)
@@ -108,10 +108,10 @@ def test_a_body_that_celery_breaks_off_leaves_its_message_with_the_broker(
     assert caught.value.requeue
 
 
-def test_a_retry_that_celery_breaks_off_leaves_its_message_with_the_broker(
+def test_the_message_of_a_retry_that_celery_ends_stays_with_the_broker(
     task: Any, memory_app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The signal of a solo pool's cold shutdown comes while the retry is being sent."""
+    """The signal of a cold shutdown comes, in a solo pool, while the retry is being sent."""
 
     def send(*_: Any, **__: Any) -> None:
         kill_in_solo_pool()
@@ -126,6 +126,6 @@ def test_a_retry_that_celery_breaks_off_leaves_its_message_with_the_broker(
     assert caught.value.requeue
 
 
-def test_an_error_of_the_body_is_left_as_it_is() -> None:
+def test_an_error_of_the_body_is_raised_unchanged() -> None:
     with pytest.raises(NotImplementedError), delivering(Context(id="1")):
         raise NotImplementedError

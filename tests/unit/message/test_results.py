@@ -1,4 +1,4 @@
-"""Results that the history keeps, and what becomes of a message that is known as done."""
+"""Results that the history keeps, and how a duplicate ends with the result of the earlier run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ VALUES = [
 
 
 class Unreadable:
-    """No serializer takes it."""
+    """A value that no serializer accepts."""
 
     def __json__(self) -> str:
         raise ZeroDivisionError
@@ -43,22 +43,22 @@ class Unreadable:
 
 
 def delivery(app: Celery, request: dict[str, Any] | None = None, **options: Any) -> Any:
-    """Of the message with the id ``m``."""
+    """Return a delivery of the message with the id ``m``."""
 
     def body(self: Any) -> None:
-        """It does not run."""
+        """A body that never runs in these tests."""
 
     task = singleton_task(app, **{"name": "t", "deduplicate": True, "shared": False, **options})(
         body
     )
-    app.backend.forget("m")  # all apps of a process share that one
+    app.backend.forget("m")  # all apps of this process share this backend
     message = {"id": "m", "called_directly": False, "args": (), "kwargs": {}, "hostname": "w@host"}
     made = Context(message | (request or {}))
     return Delivery(task, made, "t", "singleton-state:t", task._options, None, runtime_of(app))
 
 
 def done(holder: str = "w@elsewhere:1:aa.1", result: Any = None, **fields: Any) -> Entry:
-    """The run of that message, which ended at 100."""
+    """Return the history's entry of that message's run, which ended at the time 100."""
     entry = Entry("m", 0, holder, 1, None, "succeeded", None, 90.0, 100.0, True, None, result)
     return Entry(**{name: getattr(entry, name) for name in entry.__struct_fields__} | fields)
 
@@ -106,18 +106,18 @@ def test_a_result_comes_back_as_celery_would_give_it(
         "eager",
     ],
 )
-def test_what_is_not_kept(
+def test_results_that_are_not_kept(
     memory_app: Celery, value: Any, request_: dict[str, Any], options: dict[str, Any]
 ) -> None:
     assert keep(delivery(memory_app, request_, **options), value) is None
 
 
-def test_a_result_that_nobody_records_is_kept_for_a_chain(memory_app: Celery) -> None:
+def test_an_ignored_result_is_kept_if_a_chain_needs_it(memory_app: Celery) -> None:
     request = {"ignore_result": True, "chain": [{"task": "next"}]}
     assert keep(delivery(memory_app, request), 1)
 
 
-def test_a_result_of_a_serializer_that_is_not_accepted_any_more_is_not_read(
+def test_a_kept_result_of_a_serializer_that_is_no_longer_accepted_is_not_read(
     memory_app: Celery, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = delivery(memory_app)
@@ -144,7 +144,7 @@ def test_a_history_of_an_older_release_is_read() -> None:
     assert (entry.sent, entry.result, entry.deaths) == (None, None, 0)
 
 
-# -- a copy, some seconds after the run has ended at 100
+# -- a duplicate message that comes after the run has ended (at the time 100)
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def sent(memory_app: Celery, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def test_a_copy_waits_for_a_process_that_may_be_recording(
+def test_a_duplicate_waits_while_the_process_may_still_record_the_result(
     memory_app: Celery, sent: list[Any]
 ) -> None:
     one = delivery(memory_app)
@@ -178,14 +178,14 @@ def test_a_copy_waits_for_a_process_that_may_be_recording(
     ],
     ids=["unknown", "duplicate", "eager", "direct", "nothing comes after it", "dead"],
 )
-def test_a_copy_that_need_not_wait(
+def test_a_duplicate_that_has_no_reason_to_wait_does_not_wait(
     memory_app: Celery, sent: list[Any], request_: dict[str, Any], entry: Entry | None
 ) -> None:
     wait_for_record(delivery(memory_app, request_), entry, 100.5)
     assert not sent
 
 
-def test_a_copy_does_not_wait_for_a_result_that_is_recorded(
+def test_a_duplicate_does_not_wait_for_a_recorded_result(
     memory_app: Celery, sent: list[Any]
 ) -> None:
     one = delivery(memory_app)
@@ -197,7 +197,7 @@ def test_a_copy_does_not_wait_for_a_result_that_is_recorded(
 
 
 @pytest.mark.parametrize("result", [None, "kept"], ids=["none kept", "kept"])
-def test_a_copy_ends_with_the_kept_result_or_a_warning(
+def test_a_duplicate_ends_with_the_kept_result_or_a_warning(
     memory_app: Celery, caplog: pytest.LogCaptureFixture, result: str | None
 ) -> None:
     caplog.set_level(logging.WARNING)
@@ -208,7 +208,7 @@ def test_a_copy_ends_with_the_kept_result_or_a_warning(
 
 
 @pytest.mark.parametrize("lives", [True, False, None])
-def test_without_a_backend_a_process_that_lives_has_sent_the_callbacks(
+def test_a_duplicate_sends_no_callbacks_if_the_process_of_the_run_lives(
     memory_app: Celery, monkeypatch: pytest.MonkeyPatch, lives: bool | None
 ) -> None:
     one = delivery(memory_app, {"ignore_result": True, "callbacks": [{"task": "next"}]})

@@ -1,4 +1,4 @@
-"""Which messages carry a value that tells them from others with the same id."""
+"""Messages that share one task id: which of them carry a value that tells them apart."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from celery_singleton_state.runtime import Runtime, runtime_of
 
 @pytest.fixture
 def sent(memory_app: Celery, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The values of the messages that were sent."""
+    """The values, one for each message that was sent; ``None`` for a message without a value."""
     values: list[Any] = []
 
     def send(producer: Any, name: str, message: Any, headers: Any = None, **_: Any) -> None:
@@ -35,7 +35,7 @@ def sent(memory_app: Celery, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def task(memory_app: Celery) -> Any:
     @singleton_task(memory_app, name="t", shared=False)
     def body(self: Any) -> None:
-        """It is sent only."""
+        """A body that never runs: the tests only send its messages."""
 
     return body
 
@@ -54,7 +54,7 @@ def test_a_frozen_signature_that_is_sent_twice_is_two_messages(task: Any, sent: 
     assert len({*sent, None}) == 3
 
 
-def test_an_entry_of_any_beat_with_an_id_is_a_new_message_each_time(
+def test_a_schedule_entry_with_a_task_id_is_a_new_message_each_time(
     memory_app: Celery, task: Any, sent: list[Any]
 ) -> None:
     options = {"task_id": "nightly-import"}
@@ -76,17 +76,19 @@ def test_an_entry_of_any_beat_with_an_id_is_a_new_message_each_time(
     ],
     ids=["new id", "tick", "callback", "retry", "chain"],
 )
-def test_messages_that_are_told_by_their_ids(
+def test_messages_whose_ids_tell_them_apart_have_no_value(
     task: Any, sent: list[Any], send: Callable[[Any], Any]
 ) -> None:
     send(task)
     assert sent == [None]
 
 
-def test_a_sender_that_got_an_error_sends_the_same_message_again(
+def test_after_an_error_the_next_send_is_the_same_message(
     memory_app: Celery, task: Any, sent: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether the first one was sent nobody knows."""
+    """The sender does not know whether the broker got the first message, so the second must count
+    as a duplicate of it.
+    """
     send = memory_app.amqp.send_task_message
 
     def send_and_fail(*args: Any, **options: Any) -> None:
@@ -102,10 +104,12 @@ def test_a_sender_that_got_an_error_sends_the_same_message_again(
     assert sent[0] == sent[1] != sent[2]
 
 
-def test_a_task_that_runs_a_second_time_sends_copies(
+def test_a_task_that_runs_again_sends_the_same_messages(
     memory_app: Celery, task: Any, sent: list[Any]
 ) -> None:
-    """Its process died, and it sends again what it had sent."""
+    """A process died in a task that sends messages. The task runs again and sends the messages
+    again.
+    """
 
     @memory_app.task(bind=True, shared=False)
     def dispatch(self: Any) -> None:
@@ -116,7 +120,7 @@ def test_a_task_that_runs_a_second_time_sends_copies(
     assert sent == ["monday", "monday", "tuesday"]
 
 
-def test_the_result_of_the_day_before_is_forgotten(
+def test_sending_an_id_again_forgets_its_earlier_result(
     memory_app: Celery, task: Any, sent: list[Any]
 ) -> None:
     memory_app.backend.store_result("nightly-import", 1, "SUCCESS")
@@ -137,7 +141,7 @@ def entry(outcome: str = "succeeded", sent: str | None = None, deaths: int = 0) 
         (None, "a", False),
     ],
 )
-def test_a_run_of_a_message_with_another_value_did_other_work(
+def test_a_message_with_another_value_is_no_duplicate(
     ran: str | None, comes: str | None, known: bool
 ) -> None:
     assert bool(history.done_by((entry(sent=ran),), "t", 0, comes)) == known
@@ -154,15 +158,17 @@ def test_deaths_are_counted_until_a_run_ends_by_itself() -> None:
     ("counts", "max_retries", "allowed"),
     [(False, 3, 3), (False, 0, 0), (False, None, None), (True, 3, 20), (True, 50, 50)],
 )
-def test_how_often_processes_may_die(
+def test_the_number_of_deaths_that_are_allowed(
     monkeypatch: pytest.MonkeyPatch, counts: bool, max_retries: int | None, allowed: int | None
 ) -> None:
     monkeypatch.setattr(poison, "CELERY_COUNTS", counts)
     assert deaths_allowed(max_retries) == allowed
 
 
-def test_a_message_whose_workers_die_again_and_again_fails(memory_app: Celery, task: Any) -> None:
-    """Whole workers, which Celery does not count. An operator who sends it anew begins anew."""
+def test_a_message_whose_workers_die_too_often_fails(memory_app: Celery, task: Any) -> None:
+    """The package counts deaths of whole workers, because Celery does not. When a message has
+    failed for this, and the operator sends it again, the count begins at 0.
+    """
     runtime = runtime_of(memory_app)
     for number in range(deaths_allowed(task.max_retries) or 0):
         die(runtime, f"w@host:1:aa.{number}")
@@ -176,7 +182,7 @@ def test_a_message_whose_workers_die_again_and_again_fails(memory_app: Celery, t
 
 
 def die(runtime: Runtime, holder: str) -> None:
-    """In a run of the message x."""
+    """Let a process die in a run of the message with the id ``x``."""
     key = "singleton-state:t"
     assert runtime.store.acquire(key, holder, 60, "x")
     row = runtime.store.peek(key)

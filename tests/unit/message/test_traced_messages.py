@@ -1,7 +1,7 @@
-"""Messages of a project that is traced: what tools do to their headers, and what we find there.
+"""Messages in projects with a tracing tool, which adds its own headers to each message.
 
-Each of the tools here does to a message what releases of ddtrace, sentry-sdk, newrelic and
-opentelemetry do. The drills have the tools themselves.
+Each stand-in here changes headers as releases of ddtrace, sentry-sdk, newrelic or opentelemetry do.
+The drills use the tools themselves.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def queue(app: Celery) -> Any:
 
 
 def into_inner(headers: dict[str, Any]) -> None:
-    """As ddtrace does with distributed tracing."""
+    """Change headers as ddtrace does for distributed tracing."""
     headers.setdefault("headers", {}).update(TRACE)
 
 
 def into_both(headers: dict[str, Any]) -> None:
-    """As sentry-sdk did until 2.40; its 1.45 appends what it calls baggage at each sending."""
+    """Change headers as sentry-sdk did until 2.40. Its 1.45 appends its baggage at each sending."""
     before = [headers["baggage"]] if "baggage" in headers else []
     headers.update(TRACE | {"baggage": ",".join([*before, TRACE["baggage"]])})
     headers.setdefault("headers", {}).update(
@@ -55,19 +55,22 @@ def into_both(headers: dict[str, Any]) -> None:
 
 
 def copied_into_inner(headers: dict[str, Any]) -> None:
-    """As sentry-sdk does since, with all custom headers that the inner one does not have yet."""
+    """Change headers as sentry-sdk does since 2.40.
+
+    It also copies each custom header into the inner ``headers``, if they do not have it yet.
+    """
     into_both(headers)
     for name in [name for name in headers if name not in Context.__dict__ and name != "headers"]:
         headers["headers"].setdefault(name, headers[name])
 
 
 def on_top(headers: dict[str, Any]) -> None:
-    """As newrelic, elastic-apm and opentelemetry do."""
+    """Change headers as newrelic, elastic-apm and opentelemetry do."""
     headers.update(traceparent="00-1-1-01", elasticapm={"trace_parent_string": "1"})
 
 
 def nothing(headers: dict[str, Any]) -> None:
-    """As it is without a tool."""
+    """Change no header, as without a tool."""
 
 
 TOOLS = (nothing, into_inner, into_both, copied_into_inner, on_top)
@@ -75,7 +78,7 @@ TOOLS = (nothing, into_inner, into_both, copied_into_inner, on_top)
 
 @pytest.fixture(params=TOOLS, ids=lambda tool: tool.__name__)
 def tool(request: pytest.FixtureRequest) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """One that changes the headers of all messages."""
+    """One of the stand-ins, connected so that it changes the headers of each message."""
 
     def change(headers: dict[str, Any], **_: Any) -> None:
         request.param(headers)
@@ -94,20 +97,20 @@ def idle(self: Any) -> None:
 
 
 def receive(app: Celery) -> Any:
-    """The next message."""
+    """Return the next message of the queue."""
     message = queue(app).get(block=False)
     message.ack()
     return message
 
 
 def request_of(message: Any) -> dict[str, Any]:
-    """A message's request, as a worker makes it."""
+    """Return the request that a worker makes of a message."""
     info = {"exchange": "", "routing_key": "celery", "priority": 0, "redelivered": False}
     return message.headers | {"delivery_info": info, "hostname": "w@h", "is_eager": False}
 
 
 def deliver(task: Any, message: Any) -> Any:
-    """Have Celery run a message."""
+    """Let Celery run the task of a message."""
     args, kwargs, _ = message.payload
     trace = build_tracer(task.name, task, app=task.app)
     return trace(message.headers["id"], args, kwargs, request_of(message))
@@ -127,10 +130,12 @@ def hold(app: Celery) -> None:
 
 
 @pytest.mark.parametrize("on_conflict", ["wait", "replace"])
-def test_a_message_that_waits_is_not_sent_for_ever(
+def test_a_waiting_message_counts_its_waiting_time(
     app: Celery, tool: object, on_conflict: str
 ) -> None:
-    """ddtrace: a wait never ended and turned into a hot loop. Its headers do not grow either."""
+    """With ddtrace the header that counts the time was reset, so that a message was sent again for
+    ever, and quickly. The headers must not grow at each sending either.
+    """
     task = task_of(app, idle, on_conflict=on_conflict, conflict_timeout=60)
     hold(app)
     sent = task.apply_async(headers={"tenant": "a"})
@@ -145,8 +150,10 @@ def test_a_message_that_waits_is_not_sent_for_ever(
     assert max(sizes) < 2 * sizes[1]
 
 
-def test_a_message_that_is_sent_again_carries_what_it_had(app: Celery, tool: object) -> None:
-    """The body finds the same request.headers, but for ours and the tool's, however often."""
+def test_a_message_that_is_sent_again_keeps_its_headers(app: Celery, tool: object) -> None:
+    """However often it is sent again, the body finds the sender's headers in
+    ``request.headers``.
+    """
     task = task_of(app, idle)
     task.apply_async(headers={"tenant": "a", "nested": {"b": [1]}, "headers": {"shown": 1}})
     first = context_of(receive(app))
@@ -163,16 +170,16 @@ def test_a_message_that_is_sent_again_carries_what_it_had(app: Celery, tool: obj
 
 
 def users(request: Context) -> dict[str, Any]:
-    """The sender's own headers, as its body sees them."""
+    """Return the headers that the sender set, as the body sees them."""
     own = ("tenant", "nested", "shown")
     return {name: value for name, value in (request.headers or {}).items() if name in own}
 
 
 @pytest.mark.parametrize("with_headers", [False, True])
-def test_a_retry_of_a_body_is_still_for_its_tick(
-    app: Celery, tool: object, with_headers: bool
-) -> None:
-    """Celery takes for a retry the headers that it shows, or those that the body gives."""
+def test_a_retry_keeps_the_tick_of_its_run(app: Celery, tool: object, with_headers: bool) -> None:
+    """Celery gives a retry the headers in ``request.headers``, or those that the body passes to
+    ``retry()``. In both cases the package must add the tick.
+    """
     seen: list[datetime | None] = []
 
     def body(self: Any) -> None:
@@ -188,8 +195,8 @@ def test_a_retry_of_a_body_is_still_for_its_tick(
     assert seen == [NOON] * 3
 
 
-def test_a_retry_after_a_lost_worker_is_still_for_its_tick(app: Celery, tool: object) -> None:
-    """Celery sends it itself, from the worker's main process."""
+def test_a_retry_after_a_lost_worker_keeps_the_tick(app: Celery, tool: object) -> None:
+    """Celery sends this retry itself, from the worker's main process."""
     task = task_of(app, idle)
     entry = ScheduleEntry(name="e", task="t", schedule=60, app=app)
     task.apply_async(**message_of(entry, "shop", NOON).options)
@@ -213,28 +220,28 @@ def test_a_tick_that_is_sent_twice_runs_once(app: Celery, tool: object) -> None:
     assert seen == [NOON]
 
 
-def test_the_newer_of_two_copies_counts() -> None:
-    """A tool has kept, in its inner header, what the message had when it was sent before."""
+def test_the_outer_of_two_copies_of_a_header_counts() -> None:
+    """The inner copy is older: a tool made it when the message was sent the time before."""
     request = Context({"id": "1", WAITED: 3.0, "headers": {WAITED: 1.0, "own": 1}})
     assert header(request, WAITED) == 3.0
     assert custom_headers(request) == {WAITED: 3.0, "headers": {"own": 1}}
 
 
-def test_a_header_that_is_only_within_is_found() -> None:
+def test_a_header_that_is_only_in_the_inner_headers_is_found() -> None:
     request = Context({"id": "1", "headers": {WAITED: 1.0}})
     assert header(request, WAITED) == 1.0
     assert custom_headers(request) == {WAITED: 1.0}
 
 
 @pytest.mark.parametrize("shown", ["text", [1], 5])
-def test_a_header_of_that_name_that_has_no_headers(shown: object) -> None:
+def test_a_header_named_headers_that_is_no_dict_is_ignored(shown: object) -> None:
     request = Context({"id": "1", WAITED: 1.0, "headers": shown})
     assert header(request, WAITED) == 1.0
     assert custom_headers(request) == {WAITED: 1.0}
 
 
-def test_what_the_broker_noted_of_one_delivery_is_not_sent_again() -> None:
-    """RabbitMQ would drop the message as one that goes round in circles."""
+def test_headers_that_rabbitmq_adds_to_a_delivery_are_not_sent_again() -> None:
+    """With them RabbitMQ would conclude that the message moves in a circle, and drop it."""
     noted = {"x-death": [{"count": 1}], "x-delivery-count": 3, "x-first-death-reason": "expired"}
     request = Context({"id": "1", "own": 1} | noted)
     assert custom_headers(request) == {"own": 1}
@@ -242,8 +249,10 @@ def test_what_the_broker_noted_of_one_delivery_is_not_sent_again() -> None:
     assert custom_headers(request) == {"own": 1, "headers": TRACE}
 
 
-def test_what_somebody_puts_on_a_request_is_not_sent_again(app: Celery, tool: object) -> None:
-    """A span, for example, which no message can carry."""
+def test_attributes_that_a_tool_adds_to_a_request_are_not_sent_again(
+    app: Celery, tool: object
+) -> None:
+    """A tool's span, for example, cannot be serialized."""
 
     def note(task: Any, **_: Any) -> None:
         task.request.my_span = object()
@@ -272,8 +281,10 @@ def test_what_somebody_puts_on_a_request_is_not_sent_again(app: Celery, tool: ob
         {"sentry-monitor-slug": "e", "sentry-monitor-config": {"schedule": {}}},
     ],
 )
-def test_enqueue_once_holds_with_a_tools_headers(app: Celery, headers: dict[str, Any]) -> None:
-    """Sentry Crons adds them to an entry of beat's; others where the project calls apply_async."""
+def test_enqueue_once_ignores_a_tools_headers(app: Celery, headers: dict[str, Any]) -> None:
+    """Sentry Crons adds headers to a schedule entry. Other tools add them when the project calls
+    ``apply_async``. A message with such headers is still sent only once.
+    """
     task = task_of(app, idle, enqueue_once=True)
     first = task.apply_async(headers=dict(headers))
     assert task.apply_async(headers=dict(headers)).id == first.id
@@ -286,10 +297,12 @@ def test_a_senders_own_headers_are_always_sent(app: Celery, headers: dict[str, A
     assert task.apply_async(headers=dict(headers) | TRACE).id != first.id
 
 
-def test_celery_gets_our_arguments_as_it_gets_its_own(
+def test_arguments_are_passed_on_to_celery_by_name(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By name, and only those that were given: tools that wrap it read and change them so."""
+    """Only the given arguments are passed. Tools wrap Celery's ``apply_async``, and read and change
+    its arguments by name.
+    """
     seen: list[tuple[Any, ...]] = []
     celerys = Task.apply_async
 
@@ -312,7 +325,7 @@ def test_celery_gets_our_arguments_as_it_gets_its_own(
 
 
 @pytest.mark.parametrize("error", [ValueError("a tool's"), OperationalError("the broker's")])
-def test_what_a_tool_raises_in_a_sending_leaves_the_message(
+def test_a_message_whose_sending_a_tool_fails_is_requeued(
     app: Celery, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     task = task_of(app, idle, on_conflict="wait", conflict_timeout=60)
