@@ -1,4 +1,7 @@
-"""Interrupting bodies: each race forced, in the main thread and in another one."""
+"""Interrupting the body of a run whose lease is lost, in the main thread and in another thread.
+
+Each test forces the order of events that it is about.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +30,13 @@ from celery_singleton_state.run import interrupt
 from celery_singleton_state.run.interrupt import Body, RunInterrupted, Unbreakable
 from tests.helpers.waiting import wait_until
 
-#: Calls a function in a thread of some kind.
+#: The type of a function that calls another one in the thread that a test is about.
 Here = Callable[[Callable[[], Any]], Any]
 
 
 @pytest.fixture
 def main_thread() -> Iterator[None]:
-    """The signal's handler is as it was when the test has ended."""
+    """Restore the handler of ``SIGURG`` after the test."""
     before = signal.getsignal(signal.SIGURG)
     yield
     interrupt._forget()
@@ -43,22 +46,22 @@ def main_thread() -> Iterator[None]:
 @pytest.fixture(params=["main thread", "other thread"])
 def here(request: pytest.FixtureRequest, main_thread: None) -> Iterator[Here]:
     if request.param == "main thread":
-        yield lambda way: way()
+        yield lambda code: code()
     else:
         with ThreadPoolExecutor(1) as pool:
-            yield lambda way: pool.submit(way).result(60)
+            yield lambda code: pool.submit(code).result(60)
 
 
 @pytest.fixture
 def unraisable(monkeypatch: pytest.MonkeyPatch) -> list[type[BaseException] | None]:
-    """The types of exceptions that Python ignored."""
+    """The types of the exceptions that Python could only print and ignore."""
     ignored: list[type[BaseException] | None] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda found: ignored.append(found.exc_type))
     return ignored
 
 
-def call(body: Body, way: Callable[[], Any]) -> Any:
-    return body.call(way, (), {})
+def call(body: Body, code: Callable[[], Any]) -> Any:
+    return body.call(code, (), {})
 
 
 def work() -> None:
@@ -73,31 +76,31 @@ def work_on() -> None:
     end = time.monotonic() + 60
     while time.monotonic() < end:
         work()
-    raise AssertionError("it went on")
+    raise AssertionError("the body was not interrupted")
 
 
-def count_strikes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Note each time that the thread of the calling body is to be interrupted."""
-    stack, strikes = interrupt._stack_here(), list[int]()
+def count_interruptions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows each time that the body in this thread is to be interrupted."""
+    stack, interruptions = interrupt._stack_here(), list[int]()
     real_interrupt = stack.interrupt
 
     def counted() -> None:
         real_interrupt()
-        strikes.append(1)
+        interruptions.append(1)
 
     monkeypatch.setattr(stack, "interrupt", counted)
-    return strikes
+    return interruptions
 
 
 def test_a_body_that_works_is_interrupted(here: Here) -> None:
     body = Body("s")
 
-    def way() -> None:
+    def code() -> None:
         threading.Timer(0.1, body.interrupt, ["lost"]).start()
         work_on()
 
     with pytest.raises(HeartbeatFailed) as caught:
-        here(lambda: call(body, way))
+        here(lambda: call(body, code))
     assert type(caught.value) is HeartbeatFailed
     assert caught.value.args == ("s", "lost")
     assert type(pickle.loads(pickle.dumps(caught.value))) is HeartbeatFailed
@@ -105,54 +108,56 @@ def test_a_body_that_works_is_interrupted(here: Here) -> None:
 
 
 def test_a_body_that_sleeps_is_interrupted(main_thread: None) -> None:
-    """In the main thread only; in others it is when the sleep ends."""
+    """This holds in the main thread only. In another thread the body is interrupted after its
+    sleep.
+    """
     body = Body("s")
     started = time.monotonic()
 
-    def way() -> None:
+    def code() -> None:
         threading.Timer(0.2, body.interrupt, ["lost"]).start()
         time.sleep(60)
 
     with pytest.raises(HeartbeatFailed):
-        call(body, way)
+        call(body, code)
     assert time.monotonic() < started + 60
 
 
-def test_before_it_begins(here: Here) -> None:
-    """The lease is lost while the state is still loaded; the body is never called."""
+def test_a_body_whose_lease_is_lost_before_it_begins_is_not_called(here: Here) -> None:
+    """The lease is lost while the run still loads its state."""
     body = Body("s")
     body.interrupt("lost")
 
-    def way() -> None:
+    def code() -> None:
         raise AssertionError("it was called")
 
     with pytest.raises(HeartbeatFailed):
-        here(lambda: call(body, way))
+        here(lambda: call(body, code))
 
 
-def test_after_it_ended_nothing_is_hit(here: Here) -> None:
-    """The body ends; the lease is lost while the run releases."""
+def test_a_run_is_not_interrupted_after_its_body(here: Here) -> None:
+    """The body ends. The lease is lost while the run releases it."""
 
-    def way() -> str:
+    def code() -> str:
         body = Body("s")
         call(body, lambda: None)
         body.interrupt("lost")
         work()
         return "released"
 
-    assert here(way) == "released"
+    assert here(code) == "released"
 
 
-def test_what_was_sent_on_its_last_step_hits_nothing(
+def test_an_interruption_at_the_end_of_the_body_is_dropped(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The body's last line is done; it is interrupted; only then is the section left.
+    """The last line of the body is done. The body is interrupted. Only then is its section left.
 
-    In a thread, the exception arrives when the body's code has ended already.
+    In another thread, the exception arrives when the code of the body has already ended.
     """
     body = Body("s")
 
-    def way() -> str:
+    def code() -> str:
         stack = interrupt._stack_here()
         leave = stack.leave
 
@@ -160,7 +165,7 @@ def test_what_was_sent_on_its_last_step_hits_nothing(
             monkeypatch.setattr(stack, "leave", leave)
             body.interrupt("lost")
             if isinstance(stack, interrupt._OtherThread):
-                # As if it had been sent just before, and had waited for its bytecode.
+                # The exception was set earlier, and CPython raises it only at a later bytecode.
                 stack._raise_in_thread(ctypes.py_object(RunInterrupted))
             work()
             leave(depth)
@@ -171,15 +176,18 @@ def test_what_was_sent_on_its_last_step_hits_nothing(
         work()
         return "released"
 
-    assert here(way) == "released"
+    assert here(code) == "released"
 
 
-def test_what_a_body_calls_is_hit_only_when_it_has_ended(here: Here) -> None:
-    """A's body calls singleton B; A is lost while B releases; B is not hit, and A is after it."""
+def test_a_body_that_called_a_singleton_is_interrupted_after_the_call(here: Here) -> None:
+    """The body of A calls singleton B. A's lease is lost while B releases its own lease.
+
+    The release is not interrupted. A's body is, when B has returned.
+    """
     went: list[str] = []
     outer, inner = Body("outer"), Body("inner")
 
-    def way() -> None:
+    def code() -> None:
         with Unbreakable():
             call(inner, lambda: went.append("inner body"))
             outer.interrupt("lost")
@@ -189,25 +197,28 @@ def test_what_a_body_calls_is_hit_only_when_it_has_ended(here: Here) -> None:
         went.append("outer went on")
 
     with pytest.raises(HeartbeatFailed) as caught:
-        here(lambda: call(outer, way))
+        here(lambda: call(outer, code))
     assert caught.value.singleton == "outer"
     assert went == ["inner body", "inner released"]
 
 
-def test_a_body_within_a_lost_one_is_interrupted_with_it(here: Here) -> None:
-    """A's body calls singleton B; A is lost while B's body works. B hands the exception on."""
+def test_the_body_of_a_called_singleton_is_interrupted_with_its_caller(here: Here) -> None:
+    """The body of A calls singleton B. A's lease is lost while B's body works.
+
+    B's body is interrupted. Its run releases B's lease and passes the exception on to A.
+    """
     went: list[Any] = []
     outer, inner = Body("outer"), Body("inner")
 
-    def inner_way() -> None:
+    def inner_code() -> None:
         outer.interrupt("lost")
         work()
         went.append("inner went on")
 
-    def way() -> None:
+    def code() -> None:
         with Unbreakable():
             try:
-                call(inner, inner_way)
+                call(inner, inner_code)
             except Exception:
                 went.append("the outer run's error passed for the inner run's")
             except BaseException as error:
@@ -218,62 +229,68 @@ def test_a_body_within_a_lost_one_is_interrupted_with_it(here: Here) -> None:
                 went.append("inner released")
 
     with pytest.raises(HeartbeatFailed) as caught:
-        here(lambda: call(outer, way))
+        here(lambda: call(outer, code))
     assert caught.value.singleton == "outer"
     assert went == [("outer", "lost"), "inner released"]
 
 
-def test_an_inner_body_that_is_lost_fails_in_the_outer_one(here: Here) -> None:
-    """B, which A's body calls, is lost; A catches B's ``HeartbeatFailed`` and goes on."""
+def test_a_caller_can_catch_the_lost_lease_of_a_called_singleton(here: Here) -> None:
+    """The body of A calls singleton B, whose lease is lost. A catches B's ``HeartbeatFailed`` and
+    continues.
+    """
     outer, inner = Body("outer"), Body("inner")
 
-    def inner_way() -> None:
+    def inner_code() -> None:
         inner.interrupt("lost")
         work_on()
 
-    def way() -> str:
+    def code() -> str:
         with contextlib.suppress(HeartbeatFailed), Unbreakable():
-            call(inner, inner_way)
+            call(inner, inner_code)
         work()
         return "outer went on"
 
-    assert here(lambda: call(outer, way)) == "outer went on"
+    assert here(lambda: call(outer, code)) == "outer went on"
 
 
-def test_a_body_that_tidies_up_a_lost_inner_one_is_hit_after_it(
+def test_cleaning_up_in_a_called_singleton_is_not_interrupted(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B, which A's body calls, is lost; then A is, while B's body tidies up: that is not hit."""
+    """The body of A calls singleton B, whose lease is lost. While B's body cleans up, A's lease is
+    lost.
+
+    The cleaning up is not interrupted. A's body is, after it.
+    """
     went: list[str] = []
     outer, inner = Body("outer"), Body("inner")
 
-    def inner_way() -> None:
-        strikes = count_strikes(monkeypatch)
+    def inner_code() -> None:
+        interruptions = count_interruptions(monkeypatch)
         try:
             inner.interrupt("lost")
             work_on()
         finally:
             outer.interrupt("lost")
-            before = len(strikes)
-            wait_until(lambda: len(strikes) > before + 2, "it was to be interrupted")
+            before = len(interruptions)
+            wait_until(lambda: len(interruptions) > before + 2, "the body is to be interrupted")
             went.append("tidied up")
 
-    def way() -> None:
+    def code() -> None:
         with contextlib.suppress(HeartbeatFailed), Unbreakable():
-            call(inner, inner_way)
+            call(inner, inner_code)
         work_on()
 
     with pytest.raises(HeartbeatFailed) as caught:
-        here(lambda: call(outer, way))
+        here(lambda: call(outer, code))
     assert caught.value.singleton == "outer"
     assert went == ["tidied up"]
 
 
-# -- swallowed interruptions: each body has its first one in the code that swallows it
+# -- swallowed interruptions: each function below loses the lease in code that drops the exception
 
 
 def swallow_twice(lose: Callable[[], None]) -> None:
-    """The third one is let through."""
+    """Catch the first two interruptions. The third one ends the body."""
     for _ in range(2):
         try:
             lose()
@@ -284,7 +301,9 @@ def swallow_twice(lose: Callable[[], None]) -> None:
 
 
 def swallow_and_keep(lose: Callable[[], None]) -> None:
-    """As a future does, or a frame that the exception's own traceback refers to."""
+    """Catch the exception and keep a reference to it, as a future does, or a frame in its
+    traceback.
+    """
     kept = []
     try:
         lose()
@@ -309,7 +328,9 @@ def swallow_in_destructor(lose: Callable[[], None]) -> None:
 
 
 def swallow_in_c(lose: Callable[[], None]) -> None:
-    """C code that calls back, and prints what the callback raises."""
+    """Be interrupted in a callback of C code, which prints the callback's exception and drops
+    it.
+    """
 
     def called_back() -> int:
         lose()
@@ -321,7 +342,7 @@ def swallow_in_c(lose: Callable[[], None]) -> None:
 
 
 def swallow_in_sqlite(lose: Callable[[], None]) -> None:
-    """C code that makes an error of its own of what the callback raises."""
+    """Be interrupted in a callback of SQLite, which raises an error of its own instead."""
 
     def called_back() -> int:
         lose()
@@ -336,7 +357,10 @@ def swallow_in_sqlite(lose: Callable[[], None]) -> None:
 
 
 def swallow_in_event_loop(lose: Callable[[], None]) -> None:
-    """A timer's callback was to resolve a future; nothing else does."""
+    """Be interrupted in a timer's callback of an event loop, which drops the exception.
+
+    The callback was to resolve the future that the body waits for, and nothing else resolves it.
+    """
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -349,7 +373,7 @@ def swallow_in_event_loop(lose: Callable[[], None]) -> None:
             waited_for.set_result(None)
 
         def tick() -> None:
-            # In threads the wait itself cannot be interrupted.
+            # In another thread the loop's wait cannot be interrupted, so wake it now and then.
             loop.call_later(0.01, tick)
 
         loop.call_soon(tick)
@@ -387,13 +411,11 @@ def test_a_body_whose_interruption_is_swallowed_is_interrupted_again(
     assert set(unraisable) <= {RunInterrupted}
 
 
-def test_what_a_body_catches(here: Here) -> None:
-    """``except Exception`` lets the interruption pass; ``except BaseException`` sees it, and
-    sees it again if it goes on.
-    """
+def test_except_exception_does_not_catch_the_interruption(here: Here) -> None:
+    """``except BaseException`` catches it. If the body continues, it is interrupted again."""
     body, caught = Body("s"), list[str]()
 
-    def way() -> str:
+    def code() -> str:
         for _ in range(2):
             try:
                 try:
@@ -406,52 +428,57 @@ def test_what_a_body_catches(here: Here) -> None:
         return "to its end"
 
     with pytest.raises(HeartbeatFailed):
-        here(lambda: call(body, way))
+        here(lambda: call(body, code))
     assert caught == ["RunInterrupted: s: lost"] * 2
 
 
-def test_a_body_that_tidies_up_is_left_alone(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In ``finally``, in a context manager's end, and in what these call; whatever they catch."""
+def test_a_body_that_cleans_up_is_not_interrupted(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cleaning up is ``finally``, the end of a context manager, and all that these call.
+
+    The code that cleans up may raise and catch exceptions of its own.
+    """
     body, tidied = Body("s"), list[str]()
 
-    def tidy_up(strikes: list[int], what: str) -> None:
-        before = len(strikes)
+    def tidy_up(interruptions: list[int], what: str) -> None:
+        before = len(interruptions)
         try:
             raise KeyError(what)
         except KeyError:
-            wait_until(lambda: len(strikes) >= before + 3, "it was to be interrupted")
+            wait_until(lambda: len(interruptions) >= before + 3, "the body is to be interrupted")
         tidied.append(what)
 
     @contextlib.contextmanager
-    def resource(strikes: list[int]) -> Iterator[None]:
+    def resource(interruptions: list[int]) -> Iterator[None]:
         try:
             yield
         finally:
-            tidy_up(strikes, "resource")
+            tidy_up(interruptions, "resource")
 
-    def way() -> None:
-        strikes = count_strikes(monkeypatch)
+    def code() -> None:
+        interruptions = count_interruptions(monkeypatch)
         try:
-            with resource(strikes):
+            with resource(interruptions):
                 body.interrupt("lost")
                 work_on()
         finally:
-            tidy_up(strikes, "finally")
+            tidy_up(interruptions, "finally")
 
-    # As long as it takes, but for the limit.
+    # KEPT limits how long code may keep the exception. It must not limit the cleaning up.
     monkeypatch.setattr(interrupt, "KEPT", 0.0)
     with pytest.raises(HeartbeatFailed):
-        here(lambda: call(body, way))
+        here(lambda: call(body, code))
     assert tidied == ["resource", "finally"]
 
 
-def test_a_body_that_hangs_while_it_tidies_up_is_interrupted_in_that(
+def test_a_body_that_hangs_while_it_cleans_up_is_interrupted(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(interrupt, "TIDY_UP", 0.2)
     body = Body("s")
 
-    def way() -> None:
+    def code() -> None:
         try:
             body.interrupt("lost")
             work_on()
@@ -459,7 +486,7 @@ def test_a_body_that_hangs_while_it_tidies_up_is_interrupted_in_that(
             work_on()
 
     with pytest.raises(HeartbeatFailed):
-        here(lambda: call(body, way))
+        here(lambda: call(body, code))
 
 
 def make_another(error: RunInterrupted) -> None:
@@ -487,12 +514,12 @@ def return_whole(error: RunInterrupted) -> None:
 @pytest.mark.parametrize(
     "make", [make_another, make_group, make_cancelled, raise_it_elsewhere, return_whole]
 )
-def test_whatever_a_body_makes_of_it_its_run_is_lost(
+def test_a_run_is_lost_whatever_its_body_does_with_the_interruption(
     here: Here, make: Callable[[RunInterrupted], None]
 ) -> None:
     body = Body("s")
 
-    def way() -> None:
+    def code() -> None:
         try:
             body.interrupt("lost")
             work_on()
@@ -500,17 +527,19 @@ def test_whatever_a_body_makes_of_it_its_run_is_lost(
             make(error)
 
     with pytest.raises(HeartbeatFailed) as caught:
-        here(lambda: call(body, way))
+        here(lambda: call(body, code))
     assert type(caught.value) is HeartbeatFailed
     assert isinstance(caught.value.__cause__, LookupError) == (make is make_another)
 
 
 @pytest.mark.parametrize("kind", [Retry, Ignore, Reject, SystemExit, KeyboardInterrupt])
-def test_what_tells_celery_what_to_do_passes(here: Here, kind: type[BaseException]) -> None:
-    """The message of a retry is sent already; a worker that is to end must hear of it."""
+def test_exceptions_that_instruct_celery_pass(here: Here, kind: type[BaseException]) -> None:
+    """The message of a retry has been sent already, and ``SystemExit`` ends a worker: Celery must
+    get these exceptions, although the run is lost.
+    """
     body = Body("s")
 
-    def way() -> None:
+    def code() -> None:
         try:
             body.interrupt("lost")
             work_on()
@@ -519,32 +548,35 @@ def test_what_tells_celery_what_to_do_passes(here: Here, kind: type[BaseExceptio
         raise kind
 
     with pytest.raises(kind):
-        here(lambda: call(body, way))
+        here(lambda: call(body, code))
 
 
 @pytest.mark.parametrize("whose", ["logging's", "a condition's"])
-def test_no_lock_is_left_behind(here: Here, monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
-    """A function in Python has just acquired a lock for the body when the body is interrupted.
+def test_an_interruption_leaves_no_lock_acquired(
+    here: Here, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    """The body is interrupted when a Python function has just acquired a lock for it.
 
-    The function must not be hit there: every other thread that wants the lock would hang.
+    The exception must not be raised in that function: the lock would stay acquired, and every other
+    thread that needs it would hang.
     """
     body, handler = Body("s"), logging.NullHandler()
     acquired, released = SimpleQueue[bool](), list[int]()
-    # Functions in C, as a real lock's are.
+    # Like the methods of a real lock, these are C functions.
     lock = SimpleNamespace(acquire=acquired.get, __enter__=acquired.get)
     condition: Any = threading.Condition()
     handler.lock = condition._lock = lock  # type: ignore[assignment]
     acquire = handler.acquire if whose == "logging's" else condition.__enter__
 
-    def way() -> None:
-        strikes = count_strikes(monkeypatch)
+    def code() -> None:
+        interruptions = count_interruptions(monkeypatch)
 
         def let_acquire() -> None:
             body.interrupt("lost")
-            wait_until(lambda: len(strikes) > 2, "it was to be interrupted")
+            wait_until(lambda: len(interruptions) > 2, "the body is to be interrupted")
             acquired.put(True)
 
-        # It asks for the lock long before.
+        # Before this timer fires, the body waits for the lock.
         threading.Timer(0.1, let_acquire).start()
         acquire()
         try:
@@ -553,23 +585,24 @@ def test_no_lock_is_left_behind(here: Here, monkeypatch: pytest.MonkeyPatch, who
             released.append(1)
 
     with pytest.raises(HeartbeatFailed):
-        here(lambda: call(body, way))
+        here(lambda: call(body, code))
     assert released == [1]
 
 
-def test_what_was_sent_to_a_thread_and_did_not_come_is_taken_back() -> None:
-    """The exception is set on the thread, which comes to its next section before it arrives.
+def test_an_interruption_that_is_still_pending_is_withdrawn() -> None:
+    """The exception is set on the thread. Before it is raised, the thread enters a section that
+    must not be interrupted.
 
-    It must not arrive there; it does when the body is on top again.
+    The exception is not raised there, but when the body's own code continues.
     """
     went: list[str] = []
     body = Body("s")
 
-    def way() -> None:
+    def code() -> None:
         stack: Any = interrupt._stack_here()
         send, sent = stack._raise_in_thread, []
 
-        # Held back, as CPython may for as long as no bytecode looks for it.
+        # CPython, too, may raise the exception late: only some bytecodes check for it.
         def hold_back(error: Any) -> None:
             sent.append(error)
             if error is None:
@@ -586,34 +619,34 @@ def test_what_was_sent_to_a_thread_and_did_not_come_is_taken_back() -> None:
         went.append("went on")
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(HeartbeatFailed):
-        pool.submit(lambda: call(body, way)).result(30)
+        pool.submit(lambda: call(body, code)).result(30)
     assert went == ["inner released"]
 
 
-def test_a_handler_that_is_there_already_is_called_too(main_thread: None) -> None:
+def test_an_earlier_signal_handler_is_called_too(main_thread: None) -> None:
     called: list[int] = []
     signal.signal(signal.SIGURG, lambda number, frame: called.append(number))
     body = Body("s")
 
-    def way() -> None:
+    def code() -> None:
         body.interrupt("lost")
         work_on()
 
     interrupt._forget()
     with pytest.raises(HeartbeatFailed):
-        call(body, way)
+        call(body, code)
     assert called == [signal.SIGURG]
 
 
-def test_nothing_repeats_when_the_body_has_ended(here: Here) -> None:
+def test_the_repeating_thread_ends_with_the_body(here: Here) -> None:
     body = Body("s")
 
-    def way() -> None:
+    def code() -> None:
         body.interrupt("lost")
         work_on()
 
     with pytest.raises(HeartbeatFailed):
-        here(lambda: call(body, way))
+        here(lambda: call(body, code))
     wait_until(
         lambda: not any(each.name == "singleton-interruption" for each in threading.enumerate()),
         "the repeating thread ends",
