@@ -174,7 +174,9 @@ def test_a_schedule_without_a_base_class_of_celery(app: Celery) -> None:
 
 
 def test_the_crontab_of_django_celery_beat_is_treated_as_celerys(app: Celery) -> None:
-    """Its ``is_due`` only converts its argument, so the entry need not ask it in turns."""
+    """Its ``is_due`` only converts its argument, so the package's own rules for crontabs apply to
+    it.
+    """
     own = TzAwareCrontab(minute=30, hour=2, app=app)
     entry = made(app, own)
     entry.begin(NOON)

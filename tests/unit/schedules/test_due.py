@@ -1,4 +1,4 @@
-"""When schedules are due: as Celery says, and over the changes of the clocks."""
+"""Due times of schedules: as Celery calculates them, also when clocks change."""
 
 from __future__ import annotations
 
@@ -57,13 +57,14 @@ moments = st.datetimes(datetime(2020, 1, 1), datetime(2030, 1, 1)).map(
 @settings(max_examples=300, deadline=None)
 @given(cron=crontabs, after=moments)
 def test_a_crontab_is_due_when_celery_says_so(cron: crontab, after: datetime) -> None:
-    """In UTC, where no clock is ever changed."""
+    """Checked in UTC, which has no clock changes."""
     app = Celery("utc", set_as_current=False)
     cron.app, cron.nowfun = app, lambda: after
     assert next_due(cron, after) == after + cron.remaining_estimate(after)
 
 
-#: Summer time on both sides of the equator, none, half an hour, changes at midnight, none any more.
+#: Time zones with all kinds of clock changes: in both hemispheres, by 30 minutes, by two hours, at
+#: midnight, no longer, and never.
 ZONES = [
     *("Europe/Berlin", "Europe/Dublin", "America/New_York", "Asia/Kolkata", "Australia/Lord_Howe"),
     *("Pacific/Apia", "America/Santiago", "Asia/Kathmandu", "Antarctica/Troll", "UTC"),
@@ -72,7 +73,7 @@ KINDS = {"pytz": pytz.timezone, "dateutil": dateutil_tz.gettz, "name": str}
 
 
 def in_zone(cron: crontab, zone: Any) -> crontab:
-    """The crontab with a zone of its own."""
+    """Return a copy of the crontab that has a time zone of its own."""
     made = crontab(*cron.__reduce__()[1], app=Celery("zoned", set_as_current=False))
     made.tz = zone
     return made
@@ -93,7 +94,9 @@ def test_a_crontab_is_due_at_the_same_times_in_each_kind_of_time_zone(
 
 
 def changes(zone: ZoneInfo, year: int) -> list[datetime]:
-    """The hours of a year before which the clocks are changed, or its first hour."""
+    """Return the hours of a year at which the clocks change; the year's first hour if there are
+    none.
+    """
     start = datetime(year, 1, 1, tzinfo=UTC)
     hours = [start + timedelta(hours=number) for number in range(366 * 24)]
     offsets = [hour.astimezone(zone).utcoffset() for hour in hours]
@@ -102,7 +105,7 @@ def changes(zone: ZoneInfo, year: int) -> list[datetime]:
 
 
 def by_brute_force(cron: crontab, zone: ZoneInfo, start: datetime, end: datetime) -> set[datetime]:
-    """The minutes in which a clock on the wall shows a time of the crontab for the first time."""
+    """Return the minutes in which a local clock shows a time of the crontab for the first time."""
     shown, found = set[datetime](), set[datetime]()
     for number in range((end - start) // timedelta(minutes=1)):
         moment = start + timedelta(minutes=number)
@@ -114,8 +117,10 @@ def by_brute_force(cron: crontab, zone: ZoneInfo, start: datetime, end: datetime
 
 
 @pytest.mark.parametrize("name", ZONES)
-def test_a_pytz_time_zone_shifts_no_crontab(name: str) -> None:
-    """Over the changes of the clocks, minute by minute; what they leave out is another test's."""
+def test_a_crontab_in_a_pytz_time_zone_is_due_by_the_local_clock(name: str) -> None:
+    """Checked minute by minute around each clock change. Times that the change leaves out are due
+    near it; another test checks them exactly.
+    """
     zone = ZoneInfo(name)
     app = Celery("zoned", set_as_current=False)
     app.conf.timezone = pytz.timezone(name)
@@ -131,8 +136,10 @@ def test_a_pytz_time_zone_shifts_no_crontab(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ZONES)
-def test_a_pytz_time_zone_is_as_celery_has_it(name: str) -> None:
-    """At noon of each day of a year. Before 5.7 Celery is wrong when the clocks are changed."""
+def test_a_crontab_in_a_pytz_time_zone_is_due_when_celery_says_so(name: str) -> None:
+    """Checked at noon of each day of a year, but for the days of clock changes, when Celery before
+    5.7 is wrong.
+    """
     app = Celery("zoned", set_as_current=False)
     app.conf.timezone = name
     zoned = Celery("zoned", set_as_current=False)
@@ -159,7 +166,7 @@ def test_other_kinds_of_time_zones(zone: Any) -> None:
     assert spelled(made) == spelled(in_zone(crontab(0, 9), zone or "UTC"))
 
 
-def test_a_crontab_of_ones_own_class_with_a_pytz_time_zone() -> None:
+def test_a_crontab_subclass_with_a_pytz_time_zone() -> None:
     class InBerlin(crontab):
         tz = pytz.timezone("Europe/Berlin")
 
@@ -171,7 +178,9 @@ def test_a_crontab_of_ones_own_class_with_a_pytz_time_zone() -> None:
 
 
 def test_a_nowfun_in_another_time_zone(berlin: Celery) -> None:
-    """Celery went by its zone until 5.7, and so do we."""
+    """Before 5.7, Celery's crontab goes by the time zone of ``nowfun``. The package does what the
+    installed Celery does.
+    """
     kolkata = pytz.timezone("Asia/Kolkata")
     made = crontab(0, 9, app=berlin, nowfun=lambda: datetime.now(kolkata))
     (due,) = next_runs(made, 1, at("2026-06-01T00:00+00:00"))
@@ -202,7 +211,7 @@ def test_a_day_that_is_counted_from_midnight_follows_a_pytz_time_zone(
 @pytest.mark.parametrize(
     ("cron", "after", "due"),
     [
-        # Forward: 02:30 is left out on the 29th of March.
+        # Clocks go forward on 29 March: there is no 02:30, so the tick is due at 03:30.
         (
             {"hour": 2, "minute": 30},
             "2026-03-28T12:00+01:00",
@@ -213,9 +222,9 @@ def test_a_day_that_is_counted_from_midnight_follows_a_pytz_time_zone(
             "2026-03-29T01:00+01:00",
             ["03-29T01:30+01:00", "03-29T03:30+02:00", "03-29T04:30+02:00"],
         ),
-        # What was left out is still to come.
+        # At 03:10 the tick of the left-out 02:30 is still to come.
         ({"hour": 2, "minute": 30}, "2026-03-29T03:10+02:00", ["03-29T03:30+02:00"]),
-        # Back: 02:30 comes twice on the 25th of October.
+        # Clocks go back on 25 October: 02:30 comes twice, and a daily tick is due at the first.
         (
             {"hour": 2, "minute": 30},
             "2026-10-24T12:00+02:00",
@@ -228,7 +237,7 @@ def test_a_day_that_is_counted_from_midnight_follows_a_pytz_time_zone(
             ["10-25T02:30+02:00", "10-25T02:30+01:00", "10-25T03:30+01:00"],
         ),
         ({"minute": 10}, "2026-10-25T02:40+02:00", ["10-25T02:10+01:00"]),
-        # What is due at one time for two reasons is due once.
+        # The left-out 02:30 and 03:30 fall on the same time, which is due once.
         (
             {"hour": "2,3", "minute": 30},
             "2026-03-29T00:00+01:00",
@@ -241,15 +250,17 @@ def test_a_day_that_is_counted_from_midnight_follows_a_pytz_time_zone(
         ),
     ],
 )
-def test_the_clocks_are_changed(
+def test_due_times_when_clocks_change(
     berlin: Celery, cron: dict[str, Any], after: str, due: list[str]
 ) -> None:
     made = crontab(**cron, app=berlin)
     assert local(next_runs(made, len(due), at(after))) == due
 
 
-def test_clocks_that_are_put_forward_by_half_an_hour() -> None:
-    """On Lord Howe Island 02:00 to 02:30 is left out: 02:15 is due after 02:30 there."""
+def test_due_times_when_clocks_go_forward_by_half_an_hour() -> None:
+    """On Lord Howe Island the times from 02:00 to 02:30 are left out on that day. The tick of 02:15
+    is due at 02:45.
+    """
     app = Celery("lord howe", set_as_current=False)
     app.conf.timezone = "Australia/Lord_Howe"
     cron = crontab(hour=2, minute="15,30", app=app)
@@ -257,7 +268,7 @@ def test_clocks_that_are_put_forward_by_half_an_hour() -> None:
     assert local(due) == ["10-04T02:30+11:00", "10-04T02:45+11:00", "10-05T02:15+11:00"]
 
 
-def test_an_interval_is_counted_from_then() -> None:
+def test_an_interval_is_counted_from_the_given_time() -> None:
     after = at("2026-01-01T00:00+00:00")
     for interval in (90, 90.0, timedelta(seconds=90), schedule(90)):
         assert [due - after for due in next_runs(interval, 2, after)] == [
@@ -266,12 +277,12 @@ def test_an_interval_is_counted_from_then() -> None:
         ]
 
 
-def test_without_a_moment_it_is_now() -> None:
+def test_without_a_time_an_interval_is_counted_from_now() -> None:
     (due,) = next_runs(60)
     assert timedelta(0) < due - datetime.now(UTC) <= timedelta(seconds=60)
 
 
-def test_matches_the_minute(berlin: Celery) -> None:
+def test_matches_now_is_true_for_the_whole_minute(berlin: Celery) -> None:
     cron = crontab(hour=9, minute=15, app=berlin)
     for time, matches in {
         "09:14:59": False,
@@ -300,6 +311,6 @@ def test_matches_the_minute(berlin: Celery) -> None:
         (lambda: matches_now(crontab(), datetime(2026, 1, 1)), "it has no time zone"),
     ],
 )
-def test_bad_input(call: Any, text: str) -> None:
+def test_wrong_arguments_are_refused(call: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         call()
