@@ -51,7 +51,7 @@ def codec(schema: Any, **options: Any) -> Codec[Any]:
 
 
 def plain(state: Any) -> Any:
-    """The state's JSON, read without its schema."""
+    """Return the state's JSON document as Python values, decoded without a schema."""
     schema = Dict if isinstance(state, dict) else type(state)
     return msgspec.json.decode(codec(schema).encode(state))
 
@@ -60,7 +60,7 @@ every_schema = pytest.mark.parametrize("schema", [Data, Struct, Attrs, Dict, Mod
 
 
 @every_schema
-def test_a_state_comes_back_as_it_was(schema: Any) -> None:
+def test_a_decoded_state_equals_the_encoded_state(schema: Any) -> None:
     values = {"n": 7, "name": "ä😀\0", "seen": [1, 2]}
     state = schema(**values)
     again = codec(schema).decode(codec(schema).encode(state), 1)
@@ -69,7 +69,7 @@ def test_a_state_comes_back_as_it_was(schema: Any) -> None:
 
 
 @every_schema
-def test_the_initial_state(schema: Any) -> None:
+def test_the_default_initial_state_has_the_schemas_defaults(schema: Any) -> None:
     assert plain(codec(schema).initial()) == {"n": 0, "name": "new", "seen": []}
 
 
@@ -81,12 +81,12 @@ def test_initial_states_are_not_shared(schema: Any) -> None:
     assert plain(other)["seen"] == []
 
 
-def test_the_initial_state_can_be_made() -> None:
+def test_the_initial_state_can_be_a_function() -> None:
     assert Codec(Data, initial=lambda: Data(5)).initial() == Data(5)
 
 
 @every_schema
-def test_unknown_fields_are_dropped_and_missing_ones_take_their_default(schema: Any) -> None:
+def test_unknown_fields_are_dropped_and_missing_fields_get_defaults(schema: Any) -> None:
     state = codec(schema).decode('{"n": 3, "gone": true}', 1)
     assert plain(state) == {"n": 3, "name": "new", "seen": []}
 
@@ -108,27 +108,27 @@ class MoreData(Data):
     more: int = 1
 
 
-def test_defaults_of_dataclasses_within_dataclasses_are_written_too() -> None:
-    """A value that leaves them to the code would follow the next release's defaults."""
+def test_defaults_of_nested_dataclasses_are_written() -> None:
+    """A document without a default would get the default of the next release when that reads it."""
     state = codec(Whole).decode('{"part": {}, "parts": {"a": [{}]}}', 1)
     part = {"size": 7}
     assert plain(state) == {"part": part, "parts": {"a": [part]}, "number": 5}
 
 
-def test_a_subclass_is_refused_because_the_schema_alone_comes_back() -> None:
+def test_a_subclass_is_refused_because_it_would_be_decoded_as_the_schema() -> None:
     with pytest.raises(StateError, match="state: MoreData comes back as Data"):
         codec(Data).encode(MoreData(n=2))
 
 
 @every_schema
 @pytest.mark.parametrize("raw", ["", "{", "[]", "7", '{"n": "many"}', '{"n": null}', "\x00"])
-def test_what_does_not_fit_is_refused(schema: Any, raw: str) -> None:
+def test_a_stored_value_that_does_not_fit_is_refused(schema: Any, raw: str) -> None:
     with pytest.raises(StateError, match="the stored value of version 1 cannot be read"):
         codec(schema).decode(raw, 1)
 
 
 @every_schema
-def test_what_a_body_left_must_fit(schema: Any) -> None:
+def test_a_state_that_does_not_fit_is_refused(schema: Any) -> None:
     made = codec(schema)
     state = made.initial()
     if schema is Dict:
@@ -141,12 +141,12 @@ def test_what_a_body_left_must_fit(schema: Any) -> None:
 
 @every_schema
 @pytest.mark.parametrize("state", [None, 7, object(), [], "x"])
-def test_another_type_does_not_fit(schema: Any, state: Any) -> None:
+def test_a_state_of_another_type_is_refused(schema: Any, state: Any) -> None:
     with pytest.raises(StateError):
         codec(schema).encode(state)
 
 
-def test_nan_does_not_fit() -> None:
+def test_nan_is_refused() -> None:
     @dataclass
     class Measured:
         value: float = 0.0
@@ -155,7 +155,7 @@ def test_nan_does_not_fit() -> None:
         Codec(Measured).encode(Measured(math.nan))
 
 
-def test_a_lone_surrogate_does_not_fit() -> None:
+def test_a_lone_surrogate_is_refused() -> None:
     with pytest.raises(StateError):
         Codec(Data).encode(Data(name="\ud800"))
 
@@ -176,11 +176,11 @@ def test_migrations_are_applied_one_version_at_a_time(schema: Any) -> None:
     assert plain(made.decode('{"n": 4}', 3))["n"] == 4
 
 
-def test_no_version_counts_as_the_first() -> None:
+def test_a_state_without_a_version_has_version_1() -> None:
     assert Codec(Data, version=2, migrations={1: rename}).decode('{"number": 4}', None).n == 4
 
 
-def test_a_version_without_a_migration_is_read_as_the_next() -> None:
+def test_a_version_without_a_migration_is_read_as_the_next_version() -> None:
     made = Codec(Data, version=3, migrations={2: double})
     assert made.decode('{"n": 4}', 1).n == 8
 
@@ -195,12 +195,12 @@ def test_a_newer_version_is_refused() -> None:
         Codec(Data, version=2).decode('{"n": 4}', 3)
 
 
-def test_a_migration_that_fails_is_told() -> None:
+def test_the_error_of_a_migration_is_reported() -> None:
     with pytest.raises(StateError, match="KeyError: 'number'"):
         Codec(Data, version=2, migrations={1: rename}).decode('{"n": 4}', 1)
 
 
-def test_pydantic_aliases() -> None:
+def test_a_model_with_aliases_is_decoded() -> None:
     class Aliased(pydantic.BaseModel):
         n: int = pydantic.Field(default=0, alias="number")
 
@@ -208,12 +208,12 @@ def test_pydantic_aliases() -> None:
     assert made.decode(made.encode(Aliased(number=4)), 1).n == 4
 
 
-def test_what_a_schema_is() -> None:
+def test_is_schema_accepts_classes_with_typed_fields() -> None:
     assert all(map(is_schema, (Data, Struct, Attrs, Dict, Model)))
     assert not any(map(is_schema, (dict, int, Data(), None, "Data", dict[str, int])))
 
 
 @given(st.builds(Data, n=st.integers(), name=st.text(), seen=st.lists(st.integers())))
-def test_any_state_comes_back(state: Data) -> None:
+def test_any_decoded_state_equals_the_encoded_state(state: Data) -> None:
     made = Codec(Data)
     assert made.decode(made.encode(state), 1) == state

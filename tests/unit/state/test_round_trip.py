@@ -1,4 +1,4 @@
-"""A state is the same at the next load, or is refused when it is saved."""
+"""A state is equal when it is loaded again, or it is refused when it is saved."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ BERLIN = ZoneInfo("Europe/Berlin")
 
 
 def saved(state: Any, schema: Any = None) -> Any:
-    """What a state is at the next load.
+    """Return the state as the next run would load it.
 
-    :raises StateError: it was refused.
+    :raises StateError: the state was refused.
     """
     codec = Codec(schema or type(state))
     return codec.decode(codec.encode(state), codec.version)
@@ -61,7 +61,7 @@ def saved(state: Any, schema: Any = None) -> Any:
 
 def is_kept_or_refused(state: Any, schema: Any) -> None:
     with warnings.catch_warnings():
-        # pydantic warns of what does not fit, and writes it.
+        # pydantic only warns of a value that does not fit, and writes it.
         warnings.simplefilter("ignore", UserWarning)
         try:
             again = saved(state, schema)
@@ -87,7 +87,7 @@ def test_a_typed_state_is_kept_or_refused(schema: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "told_of"),
+    ("value", "expected"),
     [
         ({42: "a"}, "state.value[42]: the key 42 (int) comes back as '42' (str)"),
         ({1: "a", "1": "b"}, "state.value[1]: the key 1 (int) does not come back"),
@@ -121,22 +121,24 @@ def test_a_typed_state_is_kept_or_refused(schema: Any) -> None:
         ("\ud800", "surrogates"),
     ],
 )
-def test_what_an_untyped_state_loses_is_told_by_its_path(value: Any, told_of: str) -> None:
+def test_a_value_that_an_untyped_state_would_lose_is_named_by_its_path(
+    value: Any, expected: str
+) -> None:
     with pytest.raises(StateError) as caught:
         saved(Untyped(value))
-    assert told_of in str(caught.value)
+    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "value",
     [None, True, 1, 1.0, -0.0, 2**70, "ä\0", [1, True, 1.5, None], {"a": [{}]}, [[]] * 99],
 )
-def test_what_json_has_comes_back_without_a_type(value: Any) -> None:
+def test_values_of_json_need_no_type(value: Any) -> None:
     assert told(saved(Untyped(value))) == told(Untyped(value))
 
 
 @pytest.mark.parametrize(
-    ("fields", "told_of"),
+    ("fields", "expected"),
     [
         ({"seen": [1]}, "state.seen: list comes back as set"),
         ({"row": [1]}, "state.row: list comes back as tuple"),
@@ -156,13 +158,15 @@ def test_what_json_has_comes_back_without_a_type(value: Any) -> None:
         ({"hour": time(1, tzinfo=BERLIN)}, "state.hour: time in the time zone Europe/Berlin"),
     ],
 )
-def test_what_a_typed_state_loses_is_told_by_its_path(fields: Any, told_of: str) -> None:
+def test_a_value_that_a_typed_state_would_lose_is_named_by_its_path(
+    fields: Any, expected: str
+) -> None:
     with pytest.raises(StateError) as caught:
         saved(Typed(**fields))
-    assert told_of in str(caught.value)
+    assert expected in str(caught.value)
 
 
-def test_a_typed_state_comes_back() -> None:
+def test_a_typed_state_is_kept() -> None:
     state = Typed(
         number=2**70,
         ratio=3,
@@ -180,7 +184,7 @@ def test_a_typed_state_comes_back() -> None:
     assert told(saved(state)) == told(state)
 
 
-def test_an_attribute_that_is_no_field_is_not_lost_in_silence() -> None:
+def test_an_attribute_that_is_no_field_is_kept_or_refused() -> None:
     @dataclass
     class Cursor:
         n: int = 0
@@ -194,7 +198,7 @@ def test_an_attribute_that_is_no_field_is_not_lost_in_silence() -> None:
             return (self.n**2,)
 
     state = Cursor(3)
-    assert state.square == (9,)  # it is kept on the object
+    assert state.square == (9,)  # cached on the object
     assert saved(state).index == {3: 1}
     state.index[3] = 2
     with pytest.raises(StateError, match=r"state\.index\[3\]: 2 comes back as 1"):
@@ -215,8 +219,10 @@ class Node:
             kid.parent = self  # type: ignore[attr-defined]
 
 
-def test_what_post_init_makes_anew_need_not_be_equal() -> None:
-    """A back reference, and what threads wait for."""
+def test_attributes_that_post_init_makes_may_be_other_objects() -> None:
+    """Such attributes are back references, and locks and events, which are never equal. Data in
+    them is compared all the same.
+    """
     assert saved(Node("a", [Node("b")])).kids[0].parent.name == "a"
     with pytest.raises(StateError, match=r"state\.kids\[0\]\.name: tuple comes back as list"):
         saved(Node("a", [Node((1,))]))
@@ -249,7 +255,7 @@ def test_what_post_init_makes_anew_need_not_be_equal() -> None:
         saved(state)
 
 
-def test_a_slot_that_is_no_field_is_not_lost_in_silence() -> None:
+def test_a_slot_that_is_no_field_is_kept_or_refused() -> None:
     class Base:
         __slots__ = ("cache",)
 
@@ -272,11 +278,11 @@ def test_a_slot_that_is_no_field_is_not_lost_in_silence() -> None:
     with pytest.raises(StateError, match=r"state\.cache: list does not come back; make it a field"):
         saved(state)
     computed = Own(3)
-    assert computed.square == (9,)  # it is kept in a slot
+    assert computed.square == (9,)  # cached in a slot
     assert saved(computed).n == 3
 
 
-def test_a_field_that_is_never_stored_says_so() -> None:
+def test_a_changed_field_that_is_never_stored_is_refused() -> None:
     @attrs.define
     class Private:
         _n: int = 0
@@ -284,17 +290,17 @@ def test_a_field_that_is_never_stored_says_so() -> None:
     class Kept(pydantic.BaseModel):
         _n: int = 0
 
-    for state, told_of in (
+    for state, expected in (
         (Private(3), "fields that begin with an underscore"),
         (Kept(), "private attributes"),
     ):
         saved(type(state)())
         state._n = 3
-        with pytest.raises(StateError, match=rf"state\._n: 3 comes back as 0; {told_of} are not"):
+        with pytest.raises(StateError, match=rf"state\._n: 3 comes back as 0; {expected} are not"):
             saved(state)
 
 
-def test_a_model_does_not_write_what_is_no_json() -> None:
+def test_a_model_that_would_write_nan_is_refused() -> None:
     class Measured(pydantic.BaseModel):
         model_config = pydantic.ConfigDict(ser_json_inf_nan="constants")
         mean: float = 0.0
@@ -306,8 +312,13 @@ def test_a_model_does_not_write_what_is_no_json() -> None:
             saved(Measured(mean=mean))
 
 
-class Moving(Codec[Any]):
-    """A codec of a state that a thread of the body changes, just after each of so many writings."""
+class Changing(Codec[Any]):
+    """A codec whose state is changed by a thread of the body, just after each of the first
+    writings.
+
+    :param live: the state that is changed. :param times: how many writings are followed by a
+    change.
+    """
 
     def __init__(self, live: Any, times: float, change: Callable[[Any], None]) -> None:
         super().__init__(type(live))
@@ -330,15 +341,17 @@ def count(state: Any) -> None:
 
 @pytest.mark.parametrize("times", [1, 2, math.inf])
 def test_a_state_that_a_thread_changes_while_it_is_saved_is_saved(times: float) -> None:
-    """The body saves, a thread of it counts on: written, counted, read back, compared."""
+    """The body saves its state, while a thread of the body counts in it. The state is written; the
+    thread counts; the document is read back and compared with the changed state.
+    """
     state = Typed()
-    codec = Moving(state, times, count)
-    # The document's own counts belong together.
+    codec = Changing(state, times, count)
+    # Both counts in the document are of the same time.
     again = codec.decode(codec.encode(state), 1)
     assert list(again.by_number) == list(range(1, again.number + 1))
 
 
-def test_a_state_that_cannot_be_copied_and_moves_all_the_time_is_saved() -> None:
+def test_a_state_that_always_changes_and_cannot_be_copied_is_saved() -> None:
     @dataclass
     class Locked:
         number: int = 0
@@ -348,22 +361,22 @@ def test_a_state_that_cannot_be_copied_and_moves_all_the_time_is_saved() -> None
             self.lock = threading.Lock()
 
     state = Locked()
-    codec = Moving(state, math.inf, count)
+    codec = Changing(state, math.inf, count)
     assert codec.decode(codec.encode(state), 1).number > 0
 
 
-def test_a_state_that_moves_is_refused_for_what_is_wrong_all_the_time() -> None:
+def test_a_changing_state_is_refused_for_a_value_that_is_always_wrong() -> None:
     def change(state: Any) -> None:
         state.value["count"] += 1
 
     state = Untyped({"count": 0, 42: "a"})
-    codec = Moving(state, math.inf, change)
+    codec = Changing(state, math.inf, change)
     with pytest.raises(StateError, match=r"state\.value\[42\]: the key 42 \(int\) comes back as"):
         codec.encode(state)
 
 
-def test_a_dict_that_grows_while_it_is_written_or_compared_is_written_again() -> None:
-    """A thread adds a key after each key of it that was written or looked at."""
+def test_a_state_whose_dict_grows_while_it_is_written_is_saved() -> None:
+    """A thread adds a key each time that the codec reads the dict, to write it or to compare it."""
 
     @dataclass
     class Growing:
@@ -381,7 +394,7 @@ def test_a_dict_that_grows_while_it_is_written_or_compared_is_written_again() ->
     assert saved(state).parts.keys() >= {"a"}
 
 
-def test_what_a_schemas_own_code_changes_is_refused() -> None:
+def test_a_value_that_the_schemas_code_changes_is_refused() -> None:
     @dataclass
     class Upper:
         text: str = "A"
@@ -411,7 +424,7 @@ def test_what_a_schemas_own_code_changes_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told_of"),
+    ("name", "value", "expected"),
     [
         ("left_out", 3, "state.left_out: 3 comes back as 0"),
         ("_own", 3, "state._own: 3 (int) comes back as None"),
@@ -421,7 +434,9 @@ def test_what_a_schemas_own_code_changes_is_refused() -> None:
         ("at", datetime(2026, 7, 1, tzinfo=BERLIN), "state.at: datetime in the time zone"),
     ],
 )
-def test_what_a_model_keeps_to_itself_is_refused(name: str, value: Any, told_of: str) -> None:
+def test_a_value_that_a_model_does_not_write_is_refused(
+    name: str, value: Any, expected: str
+) -> None:
     state = Model()
     saved(state)
     setattr(state, name, value)
@@ -429,10 +444,10 @@ def test_what_a_model_keeps_to_itself_is_refused(name: str, value: Any, told_of:
         warnings.simplefilter("ignore", UserWarning)
         with pytest.raises(StateError) as caught:
             saved(state)
-    assert told_of in str(caught.value)
+    assert expected in str(caught.value)
 
 
-def test_nan_comes_back_where_a_schema_has_a_text_for_it() -> None:
+def test_nan_is_kept_if_the_schema_writes_it_as_a_string() -> None:
     class Measured(pydantic.BaseModel):
         model_config = pydantic.ConfigDict(ser_json_inf_nan="strings")
         mean: float = 0.0
@@ -440,12 +455,12 @@ def test_nan_comes_back_where_a_schema_has_a_text_for_it() -> None:
     assert math.isnan(saved(Measured(mean=math.nan)).mean)
 
 
-def test_computed_fields_do_not_come_back_as_extra_ones() -> None:
+def test_computed_fields_are_not_loaded_as_extra_fields() -> None:
     state = saved(Model(theNumber=4))
     assert (state.double, state.model_extra) == (8, {})
 
 
-def test_a_key_that_a_typed_dict_lacks_or_adds() -> None:
+def test_a_key_that_a_typed_dict_drops_or_adds_is_refused() -> None:
     class Strict(TypedDict):
         n: int
 
@@ -455,7 +470,7 @@ def test_a_key_that_a_typed_dict_lacks_or_adds() -> None:
         Codec(Dict, initial={"n": 1, "any": 2}).encode({"n": 5})
 
 
-def test_an_initial_state_is_asked_only_for_keys_that_are_missing() -> None:
+def test_initial_state_is_called_only_for_missing_keys() -> None:
     class Cursor(TypedDict, total=False):
         n: int
         seen: dict[str, int]
@@ -471,7 +486,7 @@ def test_an_initial_state_is_asked_only_for_keys_that_are_missing() -> None:
 
     codec = Codec(Cursor, initial)
     for n in range(3):
-        # What the initial state does not have may be missing.
+        # A key that the initial state does not have, such as "note", may be missing.
         assert codec.decode(codec.encode({"n": n, "seen": {}}), 1) == {"n": n, "seen": {}}
     assert asked == [1]
     assert codec.decode('{"n":2}', 1) == {"n": 2, "seen": {}}
@@ -481,7 +496,7 @@ def test_an_initial_state_is_asked_only_for_keys_that_are_missing() -> None:
     codec.encode({"n": 2, "seen": {}})
 
 
-def test_fields_are_compared_whatever_the_class_calls_equal() -> None:
+def test_fields_are_compared_even_if_the_class_has_its_own_eq() -> None:
     @attrs.define
     class Equal:
         n: Any = attrs.field(default=0, eq=False)
@@ -496,7 +511,7 @@ def test_fields_are_compared_whatever_the_class_calls_equal() -> None:
 
 
 class Awkward:
-    """An object whose ``==`` answers with an array, or raises."""
+    """An object whose ``==`` returns a value without a truth value, as an array does, or raises."""
 
     def __init__(self, answer: Any) -> None:
         self.answer = answer
@@ -515,18 +530,18 @@ class Array:
 
 
 @pytest.mark.parametrize("answer", [Array(), ZeroDivisionError, RecursionError, False])
-def test_an_object_that_cannot_be_compared_differs(answer: Any) -> None:
+def test_an_object_that_cannot_be_compared_counts_as_different(answer: Any) -> None:
     assert difference([Awkward(answer)], [Awkward(answer)], "state") is not None
     assert difference([Awkward(True)], [Awkward(True)], "state") is None
 
 
-def test_a_time_limit_in_a_comparison_is_a_time_limit() -> None:
+def test_a_time_limit_during_a_comparison_is_raised() -> None:
     with pytest.raises(SoftTimeLimitExceeded):
         difference(Awkward(SoftTimeLimitExceeded), Awkward(True), "state")
 
 
 @pytest.mark.parametrize("schema", [Untyped, Model])
-def test_a_state_that_holds_itself_is_refused(schema: Any) -> None:
+def test_a_circular_or_very_deep_state_is_refused(schema: Any) -> None:
     name = "value" if schema is Untyped else "any"
     circle: list[Any] = []
     circle.append(circle)
@@ -538,14 +553,14 @@ def test_a_state_that_holds_itself_is_refused(schema: Any) -> None:
             saved(schema(**{name: value}))
 
 
-def test_a_lenient_codec_stores_what_fits() -> None:
+def test_without_round_trip_a_state_that_fits_is_stored() -> None:
     codec = Codec(Untyped, round_trip=False)
     assert codec.decode(codec.encode(Untyped({42: (1,)})), 1) == Untyped({"42": [1]})
     with pytest.raises(StateError, match="does not fit Typed"):
         Codec(Typed, round_trip=False).encode(Typed(number="many"))  # type: ignore[arg-type]
 
 
-def test_a_default_that_does_not_come_back_is_a_state_that_does_not() -> None:
+def test_a_default_that_would_be_lost_is_refused() -> None:
     @dataclass
     class Cursor:
         seen: list[int] = field(default_factory=tuple)  # type: ignore[assignment]
