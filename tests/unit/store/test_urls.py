@@ -1,4 +1,6 @@
-"""What the URLs of a store and of leases may say, and that no message shows their passwords."""
+"""URLs of the store and of the leases: which are accepted, and that no message shows their
+password.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ from celery_singleton_state.store.sql.engine import make_engine
 from celery_singleton_state.store.sql.url import parse_url
 from celery_singleton_state.text.urls import shown_url
 
-#: A part of each password here.
+#: Each password in these tests contains this text.
 SECRET = "hunter2"
 
-UNDERSTOOD = {
+ACCEPTED = {
     "postgres://u:hunter2@h/db": "postgresql+psycopg://u:***@h/db",
     "POSTGRESQL://u:hunter2@h/db": "postgresql+psycopg://u:***@h/db",
     "postgresql+psycopg2://u:hun%40ter2@h/db?sslmode=require": "postgresql+psycopg://u:***@h/db?…",
@@ -40,14 +42,14 @@ UNDERSTOOD = {
 }
 
 
-@pytest.mark.parametrize("url", UNDERSTOOD)
-def test_urls_of_other_drivers_are_understood(url: str) -> None:
+@pytest.mark.parametrize("url", ACCEPTED)
+def test_urls_of_other_drivers_are_accepted(url: str) -> None:
     engine = make_engine(parse_url(url), 2.0)
-    assert shown_url(engine.url) == UNDERSTOOD[url]
+    assert shown_url(engine.url) == ACCEPTED[url]
     engine.dispose()
 
 
-def test_asyncpgs_word_for_tls_is_psycopgs() -> None:
+def test_asyncpgs_option_for_tls_is_translated() -> None:
     engine = make_engine(parse_url("postgresql+asyncpg://h/db?ssl=verify-ca"), 2.0)
     assert engine.url.query == {"sslmode": "verify-ca"}
 
@@ -117,7 +119,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("url", REFUSED)
 @pytest.mark.filterwarnings("ignore:Query string argument")
-def test_a_stores_url_that_cannot_be_used_is_one_line_without_its_password(url: str) -> None:
+def test_a_wrong_store_url_is_one_line_without_its_password(url: str) -> None:
     with pytest.raises(ImproperlyConfigured, match=REFUSED[url]) as caught:
         make_engine(parse_url(url), 2.0)
     is_one_line_without_secret(caught.value)
@@ -132,7 +134,9 @@ def is_one_line_without_secret(error: BaseException) -> None:
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "pymysql"])
-def test_a_missing_driver_is_one_line(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_driver_is_named_in_one_line(
+    driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     extra, module = {
         "psycopg": ("postgresql", "on_postgresql"),
         "pymysql": ("mysql", "on_mysql"),
@@ -149,7 +153,7 @@ def test_a_missing_driver_is_one_line(driver: str, monkeypatch: pytest.MonkeyPat
 def pool_of(url: str) -> Any:
     client = client_for(url, socket_timeout=2.0, socket_connect_timeout=2.0)
     pool: Any = client.connection_pool
-    # The client library would find out now that it does not know an option.
+    # If redis-py does not know an option, it raises only when it makes a connection.
     pool.connection_class(**pool.connection_kwargs)
     return pool
 
@@ -177,7 +181,7 @@ LEASES: dict[str, dict[str, Any]] = {
         "retry_on_timeout": True,
         "socket_timeout": 1.0,
     },
-    # A longer one would let leases run out.
+    # With a longer timeout leases would expire while the client waits.
     "redis://h?socket_timeout=120": {"socket_timeout": 2.0},
     "redis://h?max_connections=3&visibility_timeout=7200": {"db": 0},
     "sentinel://:hunter2@h:1;sentinel://h2:2/0?master_name=leases": {"db": 0, "password": SECRET},
@@ -195,12 +199,12 @@ LEASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("url", LEASES)
-def test_celerys_urls_of_redis_are_understood(url: str) -> None:
+def test_celerys_redis_urls_are_accepted(url: str) -> None:
     found = pool_of(url).connection_kwargs
     assert {name: found.get(name) for name in LEASES[url]} == LEASES[url]
 
 
-def test_celerys_sentinels_are_all_asked() -> None:
+def test_all_sentinels_of_a_celery_url_are_asked() -> None:
     pool = pool_of("sentinel://h:1;sentinel://:hunter2@h2;sentinel://[::1]:3/0?master_name=leases")
     assert pool.service_name == "leases"
     asked = [each.connection_pool.connection_kwargs for each in pool.sentinel_manager.sentinels]
@@ -216,7 +220,7 @@ class Credentials(redis.CredentialProvider):
         return (SECRET,)
 
 
-def test_celerys_credential_providers_are_made() -> None:
+def test_a_credential_provider_in_the_url_is_created() -> None:
     pool = pool_of(f"redis://h?credential_provider={__name__}.Credentials")
     assert isinstance(pool.connection_kwargs["credential_provider"], Credentials)
 
@@ -293,7 +297,7 @@ REFUSED_LEASES = {
 
 
 @pytest.mark.parametrize("url", REFUSED_LEASES)
-def test_a_url_of_leases_that_cannot_be_used_is_one_line_without_its_password(url: str) -> None:
+def test_a_wrong_lease_url_is_one_line_without_its_password(url: str) -> None:
     with pytest.raises(ImproperlyConfigured, match=REFUSED_LEASES[url]) as caught:
         pool_of(url)
     assert str(caught.value).startswith("singleton_lease_url")
@@ -306,7 +310,7 @@ def settings(**conf: Any) -> Settings:
     return Settings.from_app(app)
 
 
-def test_a_url_object_is_a_setting() -> None:
+def test_a_sqlalchemy_url_object_is_accepted() -> None:
     url = make_url("postgresql://u:hunter2@h/db")
     found = settings(singleton_store_url=url, singleton_lease_url="redis://:hunter2@h")
     assert found.store_url == "postgresql://u:hunter2@h/db"
@@ -314,15 +318,15 @@ def test_a_url_object_is_a_setting() -> None:
 
 
 @pytest.mark.parametrize("value", [b"postgresql://u:hunter2@h/db", {"url": SECRET}, [SECRET + "@"]])
-def test_a_setting_that_is_no_text_is_not_shown(value: Any) -> None:
+def test_a_url_setting_of_another_type_is_not_shown(value: Any) -> None:
     with pytest.raises(ImproperlyConfigured, match="singleton_store_url='…'") as caught:
         settings(singleton_store_url=value)
     is_one_line_without_secret(caught.value)
 
 
 def test_celery_hides_the_urls() -> None:
-    """In ``app.conf.humanize()``, which `celery report` prints, and ``table()``, which `celery
-    inspect conf` sends; from a module and with a namespace, as Django has it, too.
+    """``celery report`` prints ``app.conf.humanize()``, and ``celery inspect conf`` sends
+    ``app.conf.table()``. Both hide the URLs, with and without a namespace such as Django's.
     """
 
     class DjangoSettings:
@@ -352,8 +356,10 @@ def test_celery_hides_the_urls() -> None:
         ("SINGLETON_STORE", "postgresql://u:hunter2@h/db"),
     ],
 )
-def test_celery_hides_what_is_wrongly_set(name: str, value: Any) -> None:
-    """A worker refuses it; `celery report` shows it before."""
+def test_celery_hides_wrong_settings_that_may_have_a_password(name: str, value: Any) -> None:
+    """A worker refuses such a setting at its start, but ``celery report`` shows it without a
+    worker.
+    """
     app = Celery("shop", set_as_current=False)
     app.conf.update({name: value, "singleton_lease_ttl": 7})
     text = app.conf.humanize() + repr(app.conf.table())
@@ -362,16 +368,19 @@ def test_celery_hides_what_is_wrongly_set(name: str, value: Any) -> None:
     assert "7" in text
 
 
-def test_psycopg_is_asked_for_the_options_that_it_knows() -> None:
-    """What the package checks is what the driver does."""
+def test_psycopg_refuses_an_unknown_option() -> None:
+    """The package refuses such an option before: this test shows that it refuses no more than the
+    driver.
+    """
     with pytest.raises(psycopg.ProgrammingError, match="invalid connection option"):
         psycopg.connect("", charset="utf8")
 
 
 @pytest.mark.parametrize("version", ["3.1.20", "3.2.13"])
-def test_a_psycopg_that_waits_for_a_silent_server_for_ever_is_refused(
+def test_a_psycopg_that_never_times_out_is_refused(
     version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before 3.3, psycopg waits for ever for a server that does not answer."""
     monkeypatch.setattr(psycopg, "__version__", version)
     with pytest.raises(ImproperlyConfigured, match=rf"psycopg {version} .*3\.3 or later"):
         make_engine(parse_url("postgresql://h/db"), 2.0)

@@ -1,4 +1,6 @@
-"""Texts that every database can hold."""
+"""``storable`` turns any text into a text that every database can hold, and ``restored`` turns it
+back.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,13 @@ from celery_singleton_state.text.storable import from_json, restored, storable, 
 from celery_singleton_state.ticks import task_id_of
 from tests.helpers.history import entry
 
-#: With half surrogate pairs, which hypothesis leaves out otherwise.
+#: Any text, with lone surrogates, which hypothesis leaves out by default.
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=20)
 ODD = "a\0b\udc80 Łódź\\x00 \U0001f389"
 
 
 @given(ANY_TEXT)
-def test_a_text_comes_back_as_it_was(text: str) -> None:
+def test_a_text_is_restored(text: str) -> None:
     stored = storable(text)
     assert stored.isascii()
     assert stored.isprintable()
@@ -29,16 +31,16 @@ def test_a_text_comes_back_as_it_was(text: str) -> None:
 
 
 @given(st.text(st.sampled_from("\\xud0n"), max_size=9))
-def test_a_text_that_looks_like_an_escaped_one_comes_back_too(text: str) -> None:
+def test_a_text_that_looks_like_an_escaped_text_is_restored(text: str) -> None:
     assert restored(storable(text)) == text
 
 
-def test_what_somebody_else_wrote_is_left_as_it_is() -> None:
+def test_a_text_that_was_not_escaped_is_left_unchanged() -> None:
     assert restored("Łódź \\d") == "Łódź \\d"
 
 
 @given(st.dictionaries(ANY_TEXT, st.lists(ANY_TEXT)))
-def test_json_comes_back_as_it_was(document: dict[str, list[str]]) -> None:
+def test_a_json_document_is_restored(document: dict[str, list[str]]) -> None:
     text = to_json(document)
     assert text.isascii()
     assert from_json(text, msgspec.json.Decoder(dict[str, list[str]])) == document
@@ -54,18 +56,18 @@ def test_different_names_have_different_keys_that_can_be_stored(one: str, other:
         assert len(key) <= MAX_KEY_LENGTH
 
 
-def test_a_history_holds_what_an_error_and_a_message_say() -> None:
+def test_a_history_restores_the_texts_of_errors_and_messages() -> None:
     one = msgspec.structs.replace(entry(1, task_id=ODD), error=ODD, sent=ODD)
     text = history.append((), one, 16)
     assert text.isascii()
     assert history.decode(text, "t") == (one,)
 
 
-def test_an_entry_may_have_any_name() -> None:
+def test_a_schedule_entry_may_have_any_name() -> None:
     due = datetime(2026, 11, 28, tzinfo=UTC)
     assert task_id_of("s", ODD, due) != task_id_of("s", "a", due)
 
 
 @pytest.mark.parametrize("text", ["plain", "with space", "", "celery@host:1:ab.1"])
-def test_a_plain_text_stays_as_it_is(text: str) -> None:
+def test_a_plain_text_is_stored_unchanged(text: str) -> None:
     assert storable(text) == text
