@@ -1,6 +1,8 @@
-"""What the package uses of other libraries' private parts: each is there, and does what is meant.
+"""The private parts of other libraries that the package uses: each exists and does what is
+expected.
 
-A test that fails at a release of Celery's, say, names the entry of ``compat`` that is to be mended.
+All of them are in the module ``compat``. If a test fails with a new release of a library, its entry
+in ``compat`` must be changed.
 """
 
 from __future__ import annotations
@@ -38,14 +40,14 @@ from tests.helpers.servers import Valkey
 
 ROOT = Path(__file__).parents[2]
 
-#: Statements that :class:`FakeMySQL` never answers, and answers twice.
+#: Two statements: :class:`FakeMySQL` never answers the first, and answers the second twice.
 SILENCE, TWO_RESULTS = "SILENCE", "TWO; RESULTS"
-#: What a client of MySQL's says at its end.
+#: The command by which a MySQL client announces that it closes the connection (COM_QUIT).
 QUIT = b"\x01"
 
 
 class FakeMySQL(threading.Thread):
-    """A server that lets one client log in, and answers OK to all it says."""
+    """A MySQL server that lets one client log in, and answers OK to each command."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -55,7 +57,7 @@ class FakeMySQL(threading.Thread):
 
     def run(self) -> None:
         with self._server, self._server.accept()[0] as client, client.makefile("rb") as stream:
-            # Protocol 4.1 with an authentication by plugin, of which nothing is checked.
+            # Greet in protocol 4.1. The server accepts any password.
             greeting = struct.pack(
                 *("<B6sI8sxHBHHB10x13s22s", 10, b"8.0.0", 1, b"a" * 8, 0x8200, 45, 2, 8, 21),
                 *(b"b" * 12, b"mysql_native_password"),
@@ -86,7 +88,7 @@ def mysql() -> Iterator[FakeMySQL]:
 
 @pytest.fixture
 def plain_app() -> Iterator[Celery]:
-    """An app of Celery's that no class of ours has changed."""
+    """An app of Celery that no class of this package has changed."""
     app = Celery("plain", broker="memory://", backend="cache+memory://", set_as_current=False)
     yield app
     app.close()
@@ -122,7 +124,7 @@ def test_a_request_on_the_tasks_stack_is_its_request(plain: Any) -> None:
     assert plain.request is not own
 
 
-def test_a_messages_headers_are_attributes_of_its_request(plain_app: Celery) -> None:
+def test_custom_headers_become_attributes_of_the_request(plain_app: Celery) -> None:
     seen: list[Any] = []
 
     @plain_app.task(name="looks", bind=True, shared=False)
@@ -135,7 +137,7 @@ def test_a_messages_headers_are_attributes_of_its_request(plain_app: Celery) -> 
     assert seen[0]["x-own"] == 2
 
 
-def test_chains_are_of_the_class_chain(plain: Any) -> None:
+def test_chains_have_the_class_chain(plain: Any) -> None:
     one, other = plain.si(), plain.si()
     for made in (chain(one, other), one | other):
         again: Any = Signature.from_dict(json.loads(json.dumps(made)))
@@ -145,13 +147,13 @@ def test_chains_are_of_the_class_chain(plain: Any) -> None:
     assert not isinstance(one, compat.Chain)
 
 
-def test_custom_attributes_are_those_that_celery_has_not_made() -> None:
+def test_custom_attributes_exclude_celerys_own() -> None:
     request: Any = Context({"id": "id", "task": "t", "retries": 1, "lang": "py", "x-own": 2})
     assert compat.custom_attributes(request) == {"x-own": 2}
     assert compat.custom_attributes(Context({"id": "id"})) == {}
 
 
-def test_sending_options_are_those_of_the_task(plain_app: Celery) -> None:
+def test_sending_options_are_read_from_the_task(plain_app: Celery) -> None:
     @plain_app.task(time_limit=3, serializer="yaml", expires=60, shared=False)
     def tuned() -> None: ...
 
@@ -159,7 +161,7 @@ def test_sending_options_are_those_of_the_task(plain_app: Celery) -> None:
     assert (found["time_limit"], found["serializer"], found["expires"]) == (3, "yaml", 60)
 
 
-def test_max_retries_of_one_retry_are_forgotten(plain: Any) -> None:
+def test_max_retries_of_an_earlier_retry_are_forgotten(plain: Any) -> None:
     plain.push_request(id="id", called_directly=False, args=(), kwargs={})
     try:
         plain.retry(max_retries=7, throw=False)
@@ -171,7 +173,7 @@ def test_max_retries_of_one_retry_are_forgotten(plain: Any) -> None:
     assert 7 not in vars(plain).values()
 
 
-def test_a_class_that_the_decorator_makes_is_told_from_one_that_is_written(
+def test_a_task_class_made_by_the_decorator_is_recognised(
     plain_app: Celery,
 ) -> None:
     found: dict[str, bool] = {}
@@ -192,7 +194,7 @@ def test_a_class_that_the_decorator_makes_is_told_from_one_that_is_written(
     assert found == {"Written": False, "decorated": True}
 
 
-def test_the_class_behind_an_apps_task_is_found(plain_app: Celery) -> None:
+def test_the_base_class_behind_an_apps_task_class_is_found(plain_app: Celery) -> None:
     assert compat.without_app(plain_app.Task, plain_app) is Task
     assert compat.without_app(Task, plain_app) is Task
 
@@ -204,7 +206,7 @@ def test_the_class_behind_an_apps_task_is_found(plain_app: Celery) -> None:
 
 
 @pytest.mark.skipif(celery.VERSION[:2] < (5, 5), reason="Celery 5.4 has no pydantic=True")
-def test_the_arguments_that_pydantic_makes_are_found(plain_app: Celery) -> None:
+def test_the_converter_of_pydantic_arguments_is_found(plain_app: Celery) -> None:
     pydantic = pytest.importorskip("pydantic")
 
     class Order(pydantic.BaseModel):  # type: ignore[name-defined, misc]
@@ -224,12 +226,12 @@ def test_the_arguments_that_pydantic_makes_are_found(plain_app: Celery) -> None:
         compat.converter_in(changed)
 
 
-def test_other_functions_are_no_converters() -> None:
-    assert compat.converter_in(test_other_functions_are_no_converters) is None
+def test_other_functions_have_no_converter() -> None:
+    assert compat.converter_in(test_other_functions_have_no_converter) is None
     assert compat.converter_in(len) is None
 
 
-def test_serializers_have_names_by_their_content_types() -> None:
+def test_serializer_names_are_found_by_content_type() -> None:
     names = compat.serializer_names()
     assert names["application/json"] == "json"
     assert names["application/x-python-serialize"] == "pickle"
@@ -238,7 +240,7 @@ def test_serializers_have_names_by_their_content_types() -> None:
 # -- Celery: workers and their pools
 
 
-def test_a_pool_that_cannot_end_a_job_is_known_by_its_error() -> None:
+def test_a_pool_that_cannot_end_jobs_is_recognised_by_its_error() -> None:
     from celery.concurrency.solo import TaskPool
 
     with pytest.raises(NotImplementedError) as raised:
@@ -254,7 +256,7 @@ def test_processes_of_a_real_pool_are_watched_and_replaced(kind: str) -> None:
     run_alone("compat_pool", kind)
 
 
-def test_an_event_loop_calls_back() -> None:
+def test_an_event_loop_calls_when_a_file_is_readable() -> None:
     from kombu.asynchronous import Hub
 
     hub: Any = Hub()
@@ -287,8 +289,8 @@ def test_a_worker_gives_its_event_loop_to_its_steps() -> None:
     assert given == [worker, "the hub"]
 
 
-def test_a_pool_of_greenlets_says_that_it_grows(plain_app: Celery) -> None:
-    """As a remote control has it grow."""
+def test_the_growth_of_a_gevent_pool_is_noticed_before(plain_app: Celery) -> None:
+    """The pool grows by Celery's remote control command ``pool_grow``."""
     pytest.importorskip("gevent")
     from celery.concurrency.gevent import TaskPool
     from celery.worker.control import pool_grow
@@ -344,7 +346,7 @@ def test_an_error_of_lazy_arguments_comes_from_known_code(scheduler: Any, where:
 
 
 @pytest.mark.parametrize("method", compat.CRONTAB_METHODS)
-def test_celery_asks_a_crontab_by_this_method(plain_app: Celery, method: str) -> None:
+def test_celery_calls_this_method_of_a_crontab(plain_app: Celery, method: str) -> None:
     asked: list[str] = []
 
     def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -357,7 +359,7 @@ def test_celery_asks_a_crontab_by_this_method(plain_app: Celery, method: str) ->
     assert asked
 
 
-def test_the_attributes_of_celerys_schedules_are_known(plain_app: Celery) -> None:
+def test_all_attributes_of_celerys_schedules_are_listed(plain_app: Celery) -> None:
     made: list[Any] = [
         schedules.crontab(minute="5", app=plain_app),
         schedules.schedule(3, app=plain_app),
@@ -375,7 +377,7 @@ def test_the_attributes_of_celerys_schedules_are_known(plain_app: Celery) -> Non
         assert attributes <= vars(each).keys()
 
 
-def test_an_entry_that_is_put_off_comes_later(scheduler: Any) -> None:
+def test_put_off_moves_an_entry_back_in_the_heap(scheduler: Any) -> None:
     scheduler.populate_heap()
     first = scheduler._heap[0].entry.name
     compat.put_off(scheduler, lambda name: 100 if name == first else 0)
@@ -383,7 +385,7 @@ def test_an_entry_that_is_put_off_comes_later(scheduler: Any) -> None:
     assert scheduler._heap[1].time - scheduler._heap[0].time >= 98
 
 
-def test_a_connection_that_was_taken_away_is_made_anew(scheduler: Any) -> None:
+def test_a_scheduler_reconnects_after_its_connection_was_taken(scheduler: Any) -> None:
     assert compat.take_connection(scheduler) is None
     connection, producer = scheduler.connection, scheduler.producer
     assert compat.take_connection(scheduler) is connection
@@ -392,12 +394,14 @@ def test_a_connection_that_was_taken_away_is_made_anew(scheduler: Any) -> None:
     connection.release()
 
 
-def test_a_schedule_of_djangos_is_read_anew_and_written() -> None:
+def test_a_django_schedule_is_reloaded_and_saved() -> None:
     pytest.importorskip("django_celery_beat")
     run_alone("compat_django")
 
 
-def test_celerys_scheduler_calls_what_a_subclass_overrides(plain_app: Celery, plain: Any) -> None:
+def test_celerys_scheduler_uses_the_names_that_a_subclass_overrides(
+    plain_app: Celery, plain: Any
+) -> None:
     called: list[str] = []
 
     class Own(beat.Scheduler):
@@ -431,7 +435,7 @@ def test_celerys_scheduler_calls_what_a_subclass_overrides(plain_app: Celery, pl
 
 
 @pytest.mark.skipif(compat.native_delays is None, reason="kombu before 5.5 has no such delays")
-def test_rabbitmqs_delays_have_these_names() -> None:
+def test_names_and_keys_of_kombus_native_delays_are_recognised() -> None:
     native: Any = compat.native_delays
     names = [native.level_name(0), native.level_name(native.MAX_LEVEL)]
     names.append(native.CELERY_DELAYED_DELIVERY_EXCHANGE)
@@ -443,7 +447,7 @@ def test_rabbitmqs_delays_have_these_names() -> None:
     assert compat.DELAY.sub("", key, count=1) == "orders"
 
 
-def test_an_apps_broker_is_known_without_a_connection(plain_app: Celery) -> None:
+def test_broker_of_needs_no_connection(plain_app: Celery) -> None:
     plain_app.conf.broker_transport_options = {"visibility_timeout": 5}
     found = compat.broker_of(plain_app)
     assert found.transport.driver_type == "memory"
@@ -451,7 +455,7 @@ def test_an_apps_broker_is_known_without_a_connection(plain_app: Celery) -> None
 
 
 @pytest.mark.parametrize("url", ["memory://", "filesystem://", "redis://localhost/0"])
-def test_a_connections_transport_is_that_of_its_url(url: str) -> None:
+def test_transport_of_is_the_scheme_of_the_url(url: str) -> None:
     app = Celery("app", broker=url, set_as_current=False)
     assert compat.transport_of(app.connection_for_read()) == url.partition(":")[0]
 
@@ -493,7 +497,7 @@ def test_a_pool_closes_connections_that_are_returned_after_it_was_told_to(tmp_pa
         drivers.cursor()
 
 
-def test_alembic_finds_the_steps_to_the_newest_revision() -> None:
+def test_upgrade_steps_lists_the_missing_migrations() -> None:
     from alembic.script import ScriptDirectory
 
     script = ScriptDirectory(str(ROOT / "celery_singleton_state" / "migrations"))
@@ -504,9 +508,11 @@ def test_alembic_finds_the_steps_to_the_newest_revision() -> None:
 
 
 class OwnMySQL(pymysql.connections.Connection):  # type: ignore[misc]  # it has no types
-    """Notes what PyMySQL asks it, as our own class does."""
+    """A connection that notes which of its methods PyMySQL calls. The package has a similar
+    class.
+    """
 
-    patience = compat.read_timeout
+    own_timeout = compat.read_timeout
 
     def __init__(self, server: FakeMySQL, **options: Any) -> None:
         self.asked: list[str] = []
@@ -521,15 +527,15 @@ class OwnMySQL(pymysql.connections.Connection):  # type: ignore[misc]  # it has 
         return super().next_result(*args, **kwargs)
 
 
-def test_pymysqls_patience_is_a_connections_own(mysql: FakeMySQL) -> None:
+def test_pymysqls_read_timeout_can_be_changed_for_one_connection(mysql: FakeMySQL) -> None:
     connection = OwnMySQL(mysql, read_timeout=30)
-    assert connection.patience == 30
-    connection.patience = 0.05
+    assert connection.own_timeout == 30
+    connection.own_timeout = 0.05
     with pytest.raises(pymysql.err.OperationalError, match="timed out"):
         connection.query(SILENCE)
 
 
-def test_pymysql_closes_without_a_word(mysql: FakeMySQL) -> None:
+def test_close_silently_sends_no_quit_command(mysql: FakeMySQL) -> None:
     connection = OwnMySQL(mysql)
     connection.query("DO 1")
     compat.close_silently(connection)
@@ -539,7 +545,7 @@ def test_pymysql_closes_without_a_word(mysql: FakeMySQL) -> None:
     assert QUIT not in mysql.heard
 
 
-def test_pymysqls_cursor_asks_by_the_connections_methods(mysql: FakeMySQL) -> None:
+def test_pymysqls_cursor_calls_the_connections_methods(mysql: FakeMySQL) -> None:
     connection = OwnMySQL(mysql)
     connection.asked.clear()
     cursor = connection.cursor()
@@ -549,7 +555,7 @@ def test_pymysqls_cursor_asks_by_the_connections_methods(mysql: FakeMySQL) -> No
     connection.close()
 
 
-def test_psycopg_waits_by_a_connections_method_and_says_when_it_hears_nothing(
+def test_psycopg_waits_in_a_connections_method_and_reports_silence(
     server_url: str,
 ) -> None:
     heard: list[Any] = []
@@ -571,7 +577,7 @@ def test_psycopg_waits_by_a_connections_method_and_says_when_it_hears_nothing(
     url = sa.make_url(server_url).set(drivername="postgresql")
     with Own.connect(url.render_as_string(hide_password=False)) as connection:
         connection.execute("SELECT pg_sleep(0.3)")
-        # Nothing at each of its looks, and an answer at last.
+        # While the server is silent, psycopg reports that nothing is ready; at last the answer is.
         assert not all(heard)
         assert heard[-1]
         connection.pgconn.finish()
@@ -584,12 +590,12 @@ def test_reports_hide_settings_by_their_names(monkeypatch: pytest.MonkeyPatch) -
     compat.hide_in_reports(re.compile("WHERE"))
     app = Celery("shop", set_as_current=False)
     app.conf.update(WHERE={"it": "secret"}, there={"it": "seen"})
-    told = app.conf.humanize()
-    assert "secret" not in told
-    assert "seen" in told
+    reported = app.conf.humanize()
+    assert "secret" not in reported
+    assert "seen" in reported
 
 
-def test_a_connection_of_redis_pys_works_outside_its_pool(valkey: Valkey) -> None:
+def test_a_redis_py_connection_works_outside_its_pool(valkey: Valkey) -> None:
     with redis.Redis.from_url(
         f"redis://127.0.0.1:{valkey.port}/3", decode_responses=True
     ) as client:

@@ -10,7 +10,7 @@ RETRYABLE = {"StateLoadFailed", "StatePersistFailed"}
 
 
 @pytest.mark.parametrize("reason", SingletonErrorReason)
-def test_each_reason_has_a_class_of_its_name(reason: SingletonErrorReason) -> None:
+def test_each_reason_has_an_error_class_of_the_same_name(reason: SingletonErrorReason) -> None:
     error = SingletonError.from_reason(reason.value, "shop.import", "gone")
     assert type(error).__name__ == reason.value
     assert (error.reason, error.singleton, error.detail) == (reason, "shop.import", "gone")
@@ -18,11 +18,11 @@ def test_each_reason_has_a_class_of_its_name(reason: SingletonErrorReason) -> No
     assert str(error) == "shop.import: gone"
 
 
-def test_a_name_may_come_alone() -> None:
+def test_an_error_without_a_detail_shows_the_singleton_only() -> None:
     assert str(SingletonError.from_reason("HeartbeatFailed", "shop.import")) == "shop.import"
 
 
-def test_an_unknown_reason_lists_the_five() -> None:
+def test_an_unknown_reason_is_refused_with_all_known_reasons() -> None:
     with pytest.raises(ValueError, match="unknown reason 'Tired'") as caught:
         SingletonError.from_reason("Tired", "shop.import", "")
     assert all(reason in str(caught.value) for reason in SingletonErrorReason)

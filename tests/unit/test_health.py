@@ -1,4 +1,4 @@
-"""Health: what the rows say of when each singleton ran."""
+"""``check_health``: whether each singleton finished in time, by its row in the store."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def health(app: Celery) -> dict[str, tuple[bool, str]]:
 
 
 def make_older(app: Celery, column: str, seconds: float) -> None:
-    """Move a column of all rows back, as if it had been written so much earlier."""
+    """Move a column's time back by some seconds in all rows."""
     store: Any = runtime_of(app).store
     with store.engine.connect() as connection:
         connection.exec_driver_sql(
@@ -38,10 +38,12 @@ def make_older(app: Celery, column: str, seconds: float) -> None:
         )
 
 
-def test_one_that_finished_in_time_is_healthy_and_one_that_did_not_is_not(
+def test_a_singleton_is_healthy_if_it_finished_in_time(
     memory_app: Celery,
 ) -> None:
-    """Within its interval times the threshold, which is 2."""
+    """The time limit is the task's ``expected_interval`` times the threshold, which is 2 by
+    default.
+    """
     task = singleton_task(
         memory_app, shared=False, name="t", expected_interval=timedelta(seconds=100)
     )(nothing)
@@ -56,7 +58,7 @@ def test_one_that_finished_in_time_is_healthy_and_one_that_did_not_is_not(
     )
 
 
-def test_each_key_is_judged(memory_app: Celery) -> None:
+def test_each_key_has_its_own_health(memory_app: Celery) -> None:
     task = singleton_task(
         memory_app, shared=False, name="t", unique_on=["x"], expected_interval=10
     )(with_x)
@@ -70,14 +72,14 @@ def test_each_key_is_judged(memory_app: Celery) -> None:
     }
 
 
-def test_without_an_interval_it_is_always_healthy(memory_app: Celery) -> None:
+def test_a_singleton_without_an_expected_interval_is_always_healthy(memory_app: Celery) -> None:
     singleton_task(memory_app, shared=False, name="t")(nothing)()
     make_older(memory_app, "last_finished_at", 10**6)
     assert health(memory_app)["t"][0]
 
 
-def test_one_that_never_ran_is_waited_for(memory_app: Celery) -> None:
-    """From the worker's start on, which has made its row."""
+def test_a_singleton_that_never_ran_has_a_grace_time(memory_app: Celery) -> None:
+    """The time counts from the start of the first worker, which writes the singleton's row."""
     singleton_task(memory_app, shared=False, name="quick", expected_interval=1)(nothing)
     singleton_task(memory_app, shared=False, name="daily", expected_interval=86400)(nothing)
     assert health(memory_app)["quick"][0], "in this process's first minute"
@@ -96,19 +98,21 @@ def test_one_that_never_ran_is_waited_for(memory_app: Celery) -> None:
     assert health(memory_app)["quick"] == found["quick"], "a second start is not the first"
 
 
-def test_a_store_out_of_reach_is_not_healthy(
+def test_an_unavailable_store_is_unhealthy(
     memory_app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def away(*_: Any) -> None:
-        raise StoreUnavailable("it is away")
+    def fail(*_: Any) -> None:
+        raise StoreUnavailable("it is fail")
 
-    monkeypatch.setattr(runtime_of(memory_app).store, "list", away)
+    monkeypatch.setattr(runtime_of(memory_app).store, "list", fail)
     found = check_health(memory_app)
-    assert (found.healthy, found.error) == (False, "it is away")
+    assert (found.healthy, found.error) == (False, "it is fail")
 
 
-def test_a_row_says_of_which_task_it_is(memory_app: Celery) -> None:
-    """Also if its name could be another task's: a callable chose the number 5 for ``shop.t``."""
+def test_the_task_of_a_singleton_is_read_from_its_row(memory_app: Celery) -> None:
+    """A name is ambiguous: ``shop.t5`` can be the task ``shop.t5``, or the task ``shop.t`` with a
+    callable that chose the number 5.
+    """
     for name in ("shop.t", "shop.t5"):
         singleton_task(
             memory_app, shared=False, name=name, unique_on=lambda: 5, expected_interval=60

@@ -22,7 +22,7 @@ from celery_singleton_state.keys import (
 
 
 def run(tenant: str, limit: int = 10, *rest: Any, **more: Any) -> None:
-    """The signature under test."""
+    """A task's body. The keys in these tests are made from its signature."""
 
 
 BINDER = Binder(inspect.signature(run))
@@ -32,21 +32,21 @@ def name(unique_on: Any, *args: Any, **kwargs: Any) -> str:
     return singleton_name("shop.run", unique_on, BINDER, args, kwargs)
 
 
-def test_one_for_the_task() -> None:
+def test_without_unique_on_a_task_is_one_singleton() -> None:
     assert name(None, "acme") == name(None, "other") == "shop.run"
 
 
-def test_positions_names_and_defaults_spell_the_same() -> None:
+def test_positional_named_and_default_arguments_make_the_same_key() -> None:
     spellings = [name(("tenant", "limit"), "a"), name(("tenant", "limit"), tenant="a", limit=10)]
     assert spellings == ['shop.run{"limit":10,"tenant":"a"}'] * 2
 
 
 def plain(tenant: str, limit: int = 10) -> None:
-    """Without anything that only binding can tell."""
+    """Has only arguments that the fast way of binding can handle."""
 
 
 def keyword_only(tenant: str, *, limit: int) -> None:
-    """With a name that no position has."""
+    """Has an argument that can only be given by name."""
 
 
 @pytest.mark.parametrize("function", [run, plain, keyword_only])
@@ -54,7 +54,7 @@ def keyword_only(tenant: str, *, limit: int) -> None:
     ("args", "kwargs"),
     [(("a", 1), {}), (("a",), {}), (("a",), {"limit": 1}), ((), {"limit": 1, "tenant": "a"})],
 )
-def test_the_short_way_binds_as_python_does(function: Any, args: Any, kwargs: Any) -> None:
+def test_the_fast_way_binds_arguments_as_python_does(function: Any, args: Any, kwargs: Any) -> None:
     signature = inspect.signature(function)
     try:
         expected = signature.bind(*args, **kwargs)
@@ -66,12 +66,12 @@ def test_the_short_way_binds_as_python_does(function: Any, args: Any, kwargs: An
     assert Binder(signature).bind(args, kwargs) == expected.arguments
 
 
-def test_all_arguments() -> None:
+def test_a_star_takes_all_arguments() -> None:
     assert name("*", "a") != name("*", "a", 11)
     assert name("*", "a", 10, 1, x=2) == name("*", "a", 10, 1, x=2)
 
 
-def test_a_callable_chooses() -> None:
+def test_a_callable_chooses_the_key() -> None:
     assert name(lambda tenant, **_: tenant.lower(), "ACME") == 'shop.run"acme"'
 
 
@@ -79,37 +79,37 @@ def test_a_callable_chooses() -> None:
     "value",
     [1, 1.5, True, None, "ä", [1], {"b": 1, "a": 2}, datetime(2026, 1, 1, tzinfo=UTC), UUID(int=1)],
 )
-def test_values_of_json(value: Any) -> None:
+def test_json_values_can_be_part_of_a_key(value: Any) -> None:
     assert name(("tenant",), value).startswith('shop.run{"tenant":')
 
 
-def test_values_of_different_types_differ() -> None:
+def test_values_of_different_types_make_different_keys() -> None:
     assert len({name(("tenant",), value) for value in (1, "1", 1.0, True)}) == 4
 
 
-def test_a_value_without_json_is_refused_by_name() -> None:
+def test_a_value_without_json_is_refused() -> None:
     with pytest.raises(TypeError, match=r"task shop\.run: unique_on chose .*object"):
         name(("tenant",), object())
 
 
-def test_arguments_that_do_not_fit_are_refused() -> None:
+def test_arguments_that_do_not_fit_the_signature_are_refused() -> None:
     with pytest.raises(TypeError, match="tenant"):
         name(("tenant",))
 
 
-def test_a_short_key_is_as_it_reads() -> None:
+def test_a_short_key_is_prefix_and_name() -> None:
     assert row_key("singleton-state:", "shop.run") == "singleton-state:shop.run"
 
 
 @given(st.text(min_size=240, max_size=400), st.text(min_size=240, max_size=400))
-def test_long_keys_fit_and_stay_apart(one: str, other: str) -> None:
+def test_long_names_make_different_keys_that_fit(one: str, other: str) -> None:
     keys = {row_key("singleton-state:", text) for text in (one, other)}
     assert all(len(key) <= MAX_KEY_LENGTH for key in keys)
     assert len(keys) == len({one, other})
 
 
 class Text(str):
-    """As Django's ``SafeString`` is."""
+    """A subclass of ``str`` as Django's ``SafeString``."""
 
 
 class Level(IntEnum):
@@ -120,7 +120,7 @@ class Colour(StrEnum):
     RED = "red"
 
 
-class Coloured(str, Enum):  # noqa: UP042  # its own text is not its value
+class Coloured(str, Enum):  # noqa: UP042  # unlike with StrEnum, str() is not its value
     RED = "red"
 
 
@@ -130,20 +130,20 @@ class Point(NamedTuple):
 
 
 class Money:
-    """Has a JSON of its own."""
+    """A class with its own conversion to JSON."""
 
     def __json__(self) -> Any:
         return {"amount": Decimal("1.50"), 7: "EUR"}
 
 
 class Promise:
-    """As Django's lazy texts are."""
+    """A text that is made when it is needed, as Django's lazy translations."""
 
     def __str__(self) -> str:
         return "lazy"
 
 
-#: What Celery sends as JSON, and what makes it so.
+#: Arguments that Celery can send as JSON, among them values that are not JSON by themselves.
 SENT = [
     Text("a"),
     {1: "a", 2.5: "b", None: "c", Text("t"): "d"},
@@ -179,7 +179,9 @@ SENT = [
 def test_the_sender_and_the_body_have_the_same_key(
     value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A value changes on its way; the key that the sender made of it must be that of the run."""
+    """JSON changes some values on their way. The key that the sender made of a value must be the
+    key that the worker makes of the changed value.
+    """
     monkeypatch.setattr("kombu.utils.json.textual_types", (Promise,))
     content_type, encoding, sent = dumps([value], "json")
     (received,) = loads(sent, content_type, encoding)
@@ -189,7 +191,7 @@ def test_the_sender_and_the_body_have_the_same_key(
 
 
 @pytest.mark.parametrize("value", [{1: (2, {3})}, frozenset({"a", 1}), Level.HIGH, Colour, 1.0])
-def test_so_have_they_with_pickle(value: Any) -> None:
+def test_the_sender_and_the_body_have_the_same_key_with_pickle(value: Any) -> None:
     if value is Colour:
         value = {"plain": PlainEnum.ONE, "made of parts": Made(Text("x"), {1: Decimal(1)})}
     content_type, encoding, sent = dumps(value, "pickle")

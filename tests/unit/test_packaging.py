@@ -1,4 +1,4 @@
-"""What a wheel of the package has."""
+"""The wheel of the package is complete."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_file_that_is_no_module_is_in_the_wheel() -> None:
-    """Templates, the style, the script and the like are read at run time."""
+def test_all_data_files_are_in_the_wheel() -> None:
+    """Templates, the style sheet, the script and other data files are read at run time."""
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
     patterns = {

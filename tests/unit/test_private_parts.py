@@ -1,4 +1,7 @@
-"""Only ``compat`` uses private parts of other libraries: at a release, one module is read."""
+"""Only the module ``compat`` uses private parts of other libraries.
+
+So at a library's new release, only this module must be checked.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ ROOT = Path(celery_singleton_state.__file__).parent
 COMPAT = ROOT / "compat.py"
 PRIVATE = re.compile(r"_[A-Za-z]\w*|__\w*[A-Za-z0-9]_?")
 
-#: Private names that modules use of objects which are not ``self``, and whose they are.
+#: This package's own private names that modules use of objects other than ``self``, with the owner.
 OURS = {
     "_CELERY_SINGLETON_STATE_PARENT": "a variable of the environment (lease.renewal_slots)",
     "_close": "KeyValueStore, while it is made (kv)",
@@ -45,15 +48,16 @@ PYTHONS = {
     "_current_exceptions": "sys (run.interrupt)",
     "_current_frames": "sys (run.interrupt)",
 }
-#: Functions that others may replace, says Python's documentation.
+#: Functions that any program may replace, by Python's documentation.
 REPLACEABLE = {"sys.unraisablehook"}
-#: What shows the inside of a function. Only ``run.interrupt`` uses it, of functions of Python's.
+#: Attributes of a function that show its code. Only ``run.interrupt`` reads them, of functions in
+#: Python's standard library.
 INSIDES = {"__code__", "__closure__", "__globals__", "co_freevars"}
 
 
-def test_private_parts_of_others_are_used_in_compat_alone() -> None:
-    """Names with an underscore, as attributes, imports and texts; the insides of functions; and
-    methods that are replaced on an object.
+def test_only_compat_uses_private_parts_of_other_libraries() -> None:
+    """Private parts are: names with an underscore, as attributes, in imports and in strings; the
+    code of a function; and methods that are replaced on an object.
     """
     found = {
         f"{path.relative_to(ROOT)}:{line}: {what}"
@@ -79,15 +83,15 @@ def test_private_parts_of_others_are_used_in_compat_alone() -> None:
         "pool.grow = lambda n: None",
     ],
 )
-def test_such_a_use_is_found(line: str) -> None:
+def test_the_check_finds_each_kind_of_use(line: str) -> None:
     assert list(private_uses(line, "any"))
 
 
 def private_uses(text: str, module: str) -> Iterator[tuple[int, str]]:
-    """The lines and names of what a module's source uses of other libraries' private parts."""
+    """Yield the line and the name of each private part that a module's source uses."""
     tree = ast.parse(text)
     known = OURS.keys() | PYTHONS.keys()
-    own = {"self", "cls", "super()", "celerys"}  # the last one is super() without its types
+    own = {"self", "cls", "super()", "celerys"}  # "celerys" is super() without its types
     own |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     formats = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
     parts = {id(part) for node in formats for part in node.values}
@@ -109,7 +113,7 @@ def private_uses(text: str, module: str) -> Iterator[tuple[int, str]]:
 
 
 def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
-    """The parts of all names that are imported, but for those from this package."""
+    """Return the parts of all imported names, but for imports from this package."""
     names = [each.name for each in node.names]
     if isinstance(node, ast.ImportFrom):
         if node.level or (node.module or "").startswith(ROOT.name):
@@ -119,7 +123,9 @@ def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
 
 
 def _replaced(node: ast.Assign, tree: ast.Module) -> Iterator[str]:
-    """The methods of other objects than ``self`` that an assignment replaces by a function."""
+    """Yield the methods of other objects than ``self`` that an assignment replaces by a
+    function.
+    """
     functions = {each.name for each in ast.walk(tree) if isinstance(each, ast.FunctionDef)}
     value = ast.unparse(node.value)
     if value in functions or isinstance(node.value, ast.Lambda):
@@ -131,9 +137,9 @@ def _replaced(node: ast.Assign, tree: ast.Module) -> Iterator[str]:
                 yield f"{name} = {value}"
 
 
-def test_private_names_that_our_classes_override_are_those_in_compat() -> None:
-    """Whatever private name a class of ours has in common with a library's class that it derives
-    from: meant, or one that would break both.
+def test_compat_lists_the_private_names_that_our_classes_override() -> None:
+    """A class of this package may share a private name with a library's class that it derives from,
+    on purpose or by accident. An accident would break both classes.
     """
     found: defaultdict[str, set[str]] = defaultdict(set)
     for module in _modules():
@@ -150,12 +156,14 @@ def test_private_names_that_our_classes_override_are_those_in_compat() -> None:
 
 def _modules() -> Iterator[ModuleType]:
     for each in pkgutil.walk_packages([str(ROOT)], f"{ROOT.name}."):
-        if ".versions." not in each.name:  # Alembic's own to import
+        if ".versions." not in each.name:  # only Alembic can import a migration
             yield importlib.import_module(each.name)
 
 
 def _shared(kind: type) -> Iterator[tuple[str, set[str]]]:
-    """The private names that the classes of ours among a class's ancestors share with others'."""
+    """Yield the library's classes among a class's ancestors, each with the private names that this
+    package's classes share with it.
+    """
     ours = {
         name
         for each in kind.__mro__
@@ -174,17 +182,17 @@ def _shared(kind: type) -> Iterator[tuple[str, set[str]]]:
 
 @cache
 def _names_in(kind: type) -> frozenset[str]:
-    """The names that a class's source defines, or uses of itself."""
+    """Return the names that a class's source defines or uses on itself."""
     try:
         source = inspect.getsource(kind)
-    except (OSError, TypeError):  # a class of C's
+    except (OSError, TypeError):  # a class that is written in C
         return frozenset(vars(kind))
     used = re.findall(r"(?:self|cls|celerys|super\(\))\.(\w+)", source)
     return frozenset({*used, *(name for name in vars(kind) if name in source)})
 
 
 def _public(kind: type) -> str:
-    """A class as ``compat`` names it."""
+    """Return the name by which ``compat`` lists a class."""
     for name in compat.OVERRIDDEN:
         module, _, own = name.partition(":")
         if getattr(sys.modules.get(module), own, None) is kind:

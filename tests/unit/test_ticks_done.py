@@ -1,4 +1,7 @@
-"""What a row knows of ticks: spans in which all are done, and the ticks that ended otherwise."""
+"""``EntryTicks``: the part of a row that knows which ticks are done, have failed, or are retried.
+
+Ticks that are done are kept as spans of time in which every tick is done.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,15 @@ from celery_singleton_state import ticks_done
 from celery_singleton_state.ticks import Tick
 from celery_singleton_state.ticks_done import MAX_ENTRIES, MAX_OTHERS, EntryTicks
 
-#: Due times a minute apart, with fractions as a grid has them.
+#: Due times, one each minute, with fractions of a second as those of intervals have.
 DUES = [1_764_000_012.345678 + 60 * number for number in range(2000)]
 
 
 def done(order: list[int], known: EntryTicks | None = None) -> EntryTicks:
-    """After these ticks of a chain are done, in this order."""
+    """Return what is known after these ticks were done, in this order.
+
+    Each tick but the first names the tick before it.
+    """
     known = known or EntryTicks()
     for number in order:
         known = known.with_done(DUES[number], DUES[number - 1] if number else None)
@@ -33,7 +39,7 @@ def test_ticks_that_end_in_order_leave_one_span() -> None:
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(5))))
-def test_in_whatever_order_ticks_end_exactly_those_are_done(order: tuple[int, ...]) -> None:
+def test_exactly_the_ticks_that_ended_are_done_in_any_order(order: tuple[int, ...]) -> None:
     for count in range(6):
         known = done(list(order[:count]))
         assert [n for n in range(5) if known.is_done(DUES[n])] == sorted(order[:count])
@@ -50,8 +56,10 @@ def test_many_ticks_in_any_order_are_exact() -> None:
     assert len(done(order[1000:], known).done) == 1
 
 
-def test_ticks_that_were_left_out_count_as_passed() -> None:
-    """``catch_up="latest"``: tick 9 was sent after tick 1."""
+def test_skipped_ticks_count_as_done() -> None:
+    """With ``catch_up="latest"`` tick 9 was sent after tick 1, and names tick 1 as the one before
+    it.
+    """
     known = done([0, 1]).with_done(DUES[9], DUES[1])
     assert known.is_done(DUES[5])
     assert len(known.done) == 1
@@ -81,7 +89,7 @@ def test_a_tick_that_failed_for_good_has_ended_and_is_not_done() -> None:
     assert known.has_ended(DUES[-1])
 
 
-def test_too_many_gaps_close_from_the_oldest() -> None:
+def test_if_there_are_too_many_gaps_the_oldest_are_closed() -> None:
     known = done(list(range(1, 40, 2)))
     kept = known.with_at_most(5)
     assert len(kept.done) == 5
@@ -90,7 +98,7 @@ def test_too_many_gaps_close_from_the_oldest() -> None:
     assert known.with_at_most(20) is known
 
 
-def test_it_comes_back_as_it_was() -> None:
+def test_encoded_ticks_are_decoded_unchanged() -> None:
     known = done([0, 3]).with_failed(DUES[7]).with_retried(DUES[8])
     raw = ticks_done.encode({}, Tick("shop:e", DUES[0]), known)
     assert ticks_done.decode(raw, "s") == {"shop:e": known}
@@ -109,7 +117,7 @@ def test_the_entry_that_ended_longest_ago_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("raw", [None, "", "not JSON", "[1]", '{"e":[1]}'])
-def test_what_cannot_be_read_counts_as_nothing_known(
+def test_ticks_that_cannot_be_read_count_as_unknown(
     raw: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):

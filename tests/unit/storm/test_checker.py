@@ -1,4 +1,4 @@
-"""The storm's checker: quiet about a good storm, and not about a single thing that is wrong."""
+"""The storm's checker accepts a correct log and finds each single fault."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from tests.storm.checker import Log, check
 
 
 def good() -> dict[str, Any]:
-    """Two runs of one singleton, one after the other; one of them after the storm."""
+    """Return the log of two correct runs of one singleton: one in the storm, the next one after
+    it.
+    """
     jobs = [("a-1", 1, 0.0, "1/x"), ("a-2", 2, 10.0, "2/y")]
     notes: dict[str, list[dict[str, Any]]] = {"calm": [{"at": 5.0}], "failed": []}
     for number, (job, fence, at, run) in enumerate(jobs):
@@ -37,7 +39,7 @@ def good() -> dict[str, Any]:
     }
 
 
-def test_a_good_storm() -> None:
+def test_a_correct_storm_has_no_finding() -> None:
     found = check(Log(**good()))
     assert found.wrong == {}
     assert (found.runs, found.lost_by_broker) == (2, 0)
@@ -81,7 +83,7 @@ def starts_from_an_older_state(log: dict[str, Any]) -> None:
 
 
 def fails(log: dict[str, Any]) -> None:
-    log["notes"]["failed"].append({"job": "a-1", "error": "LookupError: as told"})
+    log["notes"]["failed"].append({"job": "a-1", "error": "LookupError: made by the test"})
 
 
 def stands_still(log: dict[str, Any]) -> None:
@@ -104,13 +106,13 @@ def stands_still(log: dict[str, Any]) -> None:
         (stands_still, "standing_still"),
     ],
 )
-def test_what_is_wrong_is_found(fault: Any, finding: str) -> None:
+def test_each_fault_is_found(fault: Any, finding: str) -> None:
     log = deepcopy(good())
     fault(log)
     assert finding in check(Log(**log)).wrong
 
 
-def test_a_message_that_no_worker_began_is_the_brokers_loss() -> None:
+def test_a_message_that_no_worker_began_was_lost_by_the_broker() -> None:
     log = good()
     loses_a_message(log)
     del log["notes"]["begins"][1]

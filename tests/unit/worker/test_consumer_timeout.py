@@ -1,4 +1,6 @@
-"""What a worker says of RabbitMQ's time limit for acknowledgements."""
+"""The worker's warning about RabbitMQ's ``consumer_timeout``, the time limit for
+acknowledgements.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def app_on(broker: str, **settings: Any) -> Celery:
         ),
     ],
 )
-def test_how_long_a_message_may_take(broker: str, settings: dict[str, Any], seconds: float) -> None:
+def test_the_consumer_timeout_is_that_of_the_setting_or_the_queues(
+    broker: str, settings: dict[str, Any], seconds: float
+) -> None:
     assert timeout_of(app_on(broker, **settings)) == seconds
 
 
@@ -63,7 +67,7 @@ def test_how_long_a_message_may_take(broker: str, settings: dict[str, Any], seco
         ({"acks_late": False}, {}, None),
     ],
 )
-def test_it_warns_of_longer_time_limits_only(
+def test_only_a_task_that_may_run_longer_is_warned_of(
     caplog: pytest.LogCaptureFixture,
     options: dict[str, Any],
     worker: dict[str, Any],
@@ -73,7 +77,7 @@ def test_it_warns_of_longer_time_limits_only(
 
     @singleton_task(app, name="closes_the_year", shared=False, **options)
     def body(self: Any) -> None:
-        """It does not run."""
+        """A body that never runs in this test."""
 
     app.finalize()
     caplog.set_level(logging.INFO, "celery_singleton_state")

@@ -1,4 +1,4 @@
-"""A worker of eventlet says at start what does not work in it."""
+"""A worker with eventlet warns at its start that runs are not interrupted."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from celery_singleton_state.worker.steps import SingletonStep, watch_over
 
 
 class OfEventlet(BasePool):
-    """As that of ``celery.concurrency.eventlet``, which cannot be imported without eventlet."""
+    """Stands in for the pool in ``celery.concurrency.eventlet``, which needs eventlet to be
+    imported.
+    """
 
     __module__ = "celery.concurrency.eventlet"
 
 
 class OfUsers(OfEventlet):
-    """What ``CELERY_CUSTOM_WORKER_POOL`` may name."""
+    """A user's subclass of that pool, as ``CELERY_CUSTOM_WORKER_POOL`` may name it."""
 
 
 @pytest.mark.parametrize(
