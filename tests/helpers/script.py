@@ -69,6 +69,6 @@ def work_through_the_script(app: Celery, fleet: Fleet, store: SqlStore) -> Expec
 
 
 def counts(exporter: Exporter, name: str) -> dict[tuple[str, ...], float]:
-    """The series of a counter that have counted anything."""
+    """Return the series of a counter that are not 0, by their labels."""
     found = exporter.metrics().get(name, {})
     return {labels: count for labels, count in found.items() if count}

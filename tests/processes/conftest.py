@@ -1,4 +1,7 @@
-"""Real processes on one store: what is asked of a store is held by the tests of each."""
+"""Fixtures for tests with real worker and beat processes, which share one store.
+
+Whether a store itself does what it must is tested in ``tests/stores``.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ from tests.helpers.fleet import Fleet
 
 @pytest.fixture
 def store_url(tmp_path: Path) -> str:
-    """That of the fleet, where no marker says another."""
+    """The URL of the fleet's store, unless a marker names another store."""
     return f"sqlite:///{tmp_path}/store.db"
 
 
 @pytest.fixture
 def store(fleet: Fleet, store_url: str) -> Iterator[SqlStore]:
-    """The fleet's, opened by the test."""
+    """The fleet's store, opened by the test's own process."""
     opened = open_store(store_url, "kv_store", 5.0, auto_migrate=True)
     yield opened
     opened.close()

@@ -1,4 +1,4 @@
-"""``celery beat -S singleton`` and ``celery worker -B --scheduler singleton`` as processes."""
+"""Real processes of ``celery beat -S singleton`` and ``celery worker -B --scheduler singleton``."""
 
 from __future__ import annotations
 
@@ -20,26 +20,28 @@ EVERY = 0.4
 REMOTE = "--enable-remote-control"
 SCHEDULE = {"a": {"task": "ticked", "schedule": EVERY, "catch_up": "all"}}
 
-# A life of 2 s.
+# With this interval and the default threshold of 2 a lease lives for 2 s.
 pytestmark = pytest.mark.fleet(
     app=APP, TEST_SCHEDULE=json.dumps(SCHEDULE), CELERY_SINGLETON_HEARTBEAT_INTERVAL=1
 )
 
 
 def wait_for_ticks(fleet: Fleet, count: int) -> None:
-    """Wait until so many more have run, and see that each has run once and none was left out."""
+    """Wait until ``count`` more ticks have run. Check that no tick ran twice and none was left
+    out.
+    """
     fleet.wait_for_notes("tick", len(fleet.notes("tick")) + count)
     dues = [datetime.fromisoformat(note["due"]) for note in fleet.notes("tick")]
     steps = {later - earlier for earlier, later in pairwise(sorted(dues))}
     assert steps == {timedelta(seconds=EVERY)}
 
 
-def senders(fleet: Fleet, beats: list[Beat]) -> list[int]:
-    """How much each beat has sent."""
+def sent_by(fleet: Fleet, beats: list[Beat]) -> list[int]:
+    """Return the number of ticks that each beat has sent."""
     return [beat.output.count("Sending due task a (ticked)") for beat in beats]
 
 
-def test_one_of_two_sends(fleet: Fleet) -> None:
+def test_only_one_of_two_beats_sends(fleet: Fleet) -> None:
     fleet.start("-P", "solo")
     one = fleet.start_beat()
     one.wait_leads()
@@ -48,11 +50,11 @@ def test_one_of_two_sends(fleet: Fleet) -> None:
     wait_for_ticks(fleet, 3)
     assert "beat stands by: celerybeat@" in other.output
     assert f":{one.process.pid}:" in other.output
-    assert senders(fleet, [one, other])[1] == 0
+    assert sent_by(fleet, [one, other])[1] == 0
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_another_takes_over(fleet: Fleet, how: signal.Signals) -> None:
+def test_another_beat_takes_over(fleet: Fleet, how: signal.Signals) -> None:
     fleet.start("-P", "solo")
     one = fleet.start_beat()
     one.wait_leads()
@@ -69,16 +71,18 @@ def test_another_takes_over(fleet: Fleet, how: signal.Signals) -> None:
         assert "Traceback" not in one.output
 
 
-def test_beats_within_workers(fleet: Fleet) -> None:
-    """``-B`` on every node: one leads; its worker is stopped in order, then the next one killed."""
+def test_one_of_the_beats_in_workers_leads(fleet: Fleet) -> None:
+    """Two workers run with ``-B``. The worker whose beat leads is stopped: the other one's beat
+    leads.
+    """
     workers = [
         fleet.start("-c", "1", "-B", "--scheduler", "singleton", name=f"node{number}")
         for number in range(2)
     ]
 
     def leading() -> Any:
-        said = [worker for worker in workers if "beat leads" in worker.output]
-        return said[0] if said else None
+        found = [worker for worker in workers if "beat leads" in worker.output]
+        return found[0] if found else None
 
     first = wait_until(leading, "one of them leads")
     wait_for_ticks(fleet, 2)
@@ -90,9 +94,10 @@ def test_beats_within_workers(fleet: Fleet) -> None:
     assert "beat gave back the lead" in first.output
 
 
-def test_what_a_worker_leaves_to_its_beat_closes_no_file_of_it(fleet: Fleet) -> None:
-    """Celery closes the files that a worker's beat inherits, and the numbers are given to the
-    store's; then Python finds the objects of the old ones, and closes these numbers.
+def test_objects_inherited_from_the_worker_close_no_file_of_its_beat(fleet: Fleet) -> None:
+    """Celery closes the files that a beat inherits from its worker. The store's files get the
+    same numbers. Then Python collects the inherited file objects, which close these numbers once
+    more.
     """
     fleet.environment["TEST_GARBAGE"] = "1"
     worker = fleet.start("-c", "1", "-B", "--scheduler", "singleton")
@@ -101,8 +106,8 @@ def test_what_a_worker_leaves_to_its_beat_closes_no_file_of_it(fleet: Fleet) -> 
     assert "beat waits" not in worker.output
 
 
-def test_beat_within_a_worker_of_one_process(fleet: Fleet) -> None:
-    """A pool of none but itself, and beat beside it."""
+def test_beat_in_a_worker_with_a_solo_pool(fleet: Fleet) -> None:
+    """The worker has no child processes, except its beat."""
     worker = fleet.start("-P", "solo", "-B", "--scheduler", "singleton")
     worker.wait_for("beat leads")
     wait_for_ticks(fleet, 3)
@@ -111,10 +116,10 @@ def test_beat_within_a_worker_of_one_process(fleet: Fleet) -> None:
 
 
 @has_ping
-def test_who_leads_and_who_stands_by_are_healthy(
+def test_a_leading_beat_and_a_standby_beat_answer_ping(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """Celery's own ``inspect ping``."""
+    """The test asks as Celery's own ``inspect ping`` does."""
     app = client()
     names = ["celerybeat@one", "celerybeat@other"]
     beats = [fleet.start_beat(options=("-n", name, REMOTE)) for name in names]
@@ -128,13 +133,17 @@ def test_who_leads_and_who_stands_by_are_healthy(
 
 
 @has_ping
-def test_a_leader_that_stopped_ticking_is_not(fleet: Fleet, client: Callable[[], Celery]) -> None:
-    """A hook of the user's hangs as a message is sent: the leader answers no more, and as it does
-    not renew its lease any more, another beat leads.
+def test_a_leader_that_hangs_does_not_answer_ping(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
+    """A user's hook hangs while the leader sends a message. The leader answers no ping any more.
+
+    It does not renew its lease either, so another beat becomes the leader.
     """
     app = client()
     hang = fleet.directory / "hang"
-    # No worker is there to end a tick, for which the next one of a singleton would wait.
+    # There is no worker. A plain task is used, because the next tick of a singleton would wait for
+    # the end of the tick before.
     fleet.environment["TEST_SCHEDULE"] = json.dumps({"a": SCHEDULE["a"] | {"task": "plain"}})
     stuck = fleet.start_beat(
         APP, options=("-n", "celerybeat@stuck", REMOTE), TEST_HANG=str(hang), TEST_MAX_TICK_AGE="3"
@@ -150,13 +159,13 @@ def test_a_leader_that_stopped_ticking_is_not(fleet: Fleet, client: Callable[[],
     def answer() -> set[str]:
         return {name for reply in app.control.ping(timeout=1.0) for name in reply}
 
-    wait_until(lambda: answer() == {"celerybeat@other"}, "only the other one answers")
+    wait_until(lambda: answer() == {"celerybeat@other"}, "only the other beat answers")
     hang.unlink()
     stuck.wait_for("its lease was taken over")
     wait_until(lambda: len(answer()) == 2, "both answer")
 
 
-def test_a_configuration_that_cannot_work_ends_it(fleet: Fleet) -> None:
+def test_a_wrong_configuration_ends_the_beat(fleet: Fleet) -> None:
     bad = {"a": {"task": "ticked", "schedule": 1.0, "catch_up": "some"}}
     beat = fleet.start_beat(TEST_SCHEDULE=json.dumps(bad))
     assert beat.process.wait(timeout=30) != 0
@@ -164,9 +173,10 @@ def test_a_configuration_that_cannot_work_ends_it(fleet: Fleet) -> None:
     assert "Traceback" not in beat.output
 
 
-def test_schedules_that_are_never_due_again_keep_nobody_from_their_ticks(fleet: Fleet) -> None:
-    """A run-once schedule, two that cannot tell, one that wants to be asked at once, always; and
-    beside them a normal one, and one whose interval comes from a table.
+def test_odd_schedules_do_not_delay_the_ticks_of_other_entries(fleet: Fleet) -> None:
+    """The odd entries: a run-once schedule, two whose next tick cannot be calculated, and one that
+    always asks to be asked again at once. Beside them are a normal entry, and one whose interval is
+    read from a table.
     """
     fleet.environment["TEST_OWN_SCHEDULES"] = "1"
     fleet.start("-P", "solo")
@@ -186,5 +196,5 @@ def test_schedules_that_are_never_due_again_keep_nobody_from_their_ticks(fleet: 
 
 
 def entries(fleet: Fleet) -> list[str]:
-    """Those of the ticks that were run, in order."""
+    """Return the entry of each tick that was run, in order."""
     return [note["entry"] for note in fleet.notes("tick")]

@@ -1,4 +1,4 @@
-"""Singletons within Celery's own ways of composing tasks, run and skipped."""
+"""Singletons in Celery's chains, groups and chords, and with Celery's options."""
 
 from __future__ import annotations
 
@@ -18,36 +18,41 @@ def app(fleet: Fleet, client: Callable[[], Celery]) -> Celery:
     return client()
 
 
-def skipped(tmp_path: Any, app: Celery, fleet: Fleet) -> tuple[Any, Any]:
-    """Hold the lease; returns what ends that and the run's result."""
+def hold_lease(tmp_path: Any, app: Celery, fleet: Fleet) -> tuple[Any, Any]:
+    """Start a run that holds the lease, so that other deliveries are skipped.
+
+    Return the file that ends the run when it exists, and the run's result.
+    """
     go = tmp_path / "go"
     result = app.send_task("held_and_skipped", (str(go),))
     fleet.wait_for_notes("enter")
     return go, result
 
 
-def test_chain(app: Celery) -> None:
+def test_a_singleton_in_a_chain(app: Celery) -> None:
     steps = chain(app.signature("increment"), app.signature("plain_add", (10,)), app=app)
     assert outcome(steps.apply_async()) == 11
 
 
-def test_a_chain_goes_on_from_a_skipped_singleton(app: Celery, fleet: Fleet, tmp_path: Any) -> None:
-    """celery-singleton #19: a duplicate drops its chain."""
-    go, held = skipped(tmp_path, app, fleet)
+def test_a_chain_continues_after_a_skipped_singleton(
+    app: Celery, fleet: Fleet, tmp_path: Any
+) -> None:
+    """celery-singleton #19: there, a duplicate ended its chain."""
+    go, held = hold_lease(tmp_path, app, fleet)
     steps = chain(app.signature("held_and_skipped"), app.signature("plain_add", (10,)), app=app)
     assert outcome(steps.apply_async()) == 10
     go.touch()
     assert outcome(held) == "ran"
 
 
-def test_group(app: Celery) -> None:
+def test_singletons_in_a_group(app: Celery) -> None:
     members = [app.signature("keyed", (n,)) for n in range(3)]
     results = group(members, app=app).apply_async()
     assert [outcome(result) for result in results] == [1, 2, 3]
 
 
 def test_a_chord_with_a_skipped_member_completes(app: Celery, fleet: Fleet, tmp_path: Any) -> None:
-    go, held = skipped(tmp_path, app, fleet)
+    go, held = hold_lease(tmp_path, app, fleet)
     header = [app.signature("plain_add", (5,)), app.signature("held_and_skipped")]
     result = chord(header, app=app)(app.signature("plain_add"))
     assert outcome(result) == 5
@@ -55,37 +60,37 @@ def test_a_chord_with_a_skipped_member_completes(app: Celery, fleet: Fleet, tmp_
     assert outcome(held) == "ran"
 
 
-def test_countdown(app: Celery) -> None:
+def test_a_singleton_with_a_countdown(app: Celery) -> None:
     assert outcome(app.send_task("increment", countdown=0.1)) == 1
 
 
-def test_ignore_result(app: Celery, fleet: Fleet) -> None:
+def test_a_singleton_whose_result_is_ignored(app: Celery, fleet: Fleet) -> None:
     app.send_task("increment", ignore_result=True)
     fleet.wait_for_notes("leave")
     assert outcome(app.send_task("increment")) == 2
 
 
 @pytest.mark.skipif(VERSION < (5, 5), reason="came with Celery 5.5")
-def test_pydantic_arguments(app: Celery) -> None:
-    """Two values of a model are two singletons, each with a state of its own."""
+def test_a_singleton_with_pydantic_arguments(app: Celery) -> None:
+    """Two values of a model are two singletons, each with its own state."""
     answers = [outcome(app.send_task("modelled", ({"number": n},))) for n in (7, 7, 8)]
     assert [answer["number"] for answer in answers] == [8, 9, 9]
 
 
-def test_class_based_task(app: Celery) -> None:
+def test_a_class_based_singleton(app: Celery) -> None:
     assert [outcome(app.send_task("class_based", kwargs={"by": 2})) for _ in range(2)] == [2, 4]
 
 
 @pytest.mark.parametrize("pool", ["prefork", "solo"])
 @pytest.mark.parametrize("serializer", ["json", "pickle"])
-def test_errors_come_back_as_themselves(
+def test_an_error_reaches_the_caller_with_its_class_and_arguments(
     make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     tmp_path: Any,
     serializer: str,
     pool: str,
 ) -> None:
-    """celery-singleton #55: an error that does not unpickle kills the worker."""
+    """celery-singleton #55: there, an error that cannot be unpickled killed the worker."""
     fleet = make_fleet(TEST_SERIALIZER=serializer)
     app = client()
     fleet.start("-P", pool, "-c", "1")

@@ -1,4 +1,4 @@
-"""How many connections a process has at most, as the server counts them."""
+"""The most connections that a process opens to its store, as the database server counts them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from tests.helpers.worker_rows import connections
 
 PAGE = (ROOT / "docs" / "databases.md").read_text()
 BODIES = 2
-#: Rows of the page's table, and what they come to for so many bodies: at most, and where bodies
-#: use the store for nothing else while they have a transaction.
+#: By pool: a row of the table in docs/databases.md, and the number of connections that it means for
+#: this number of bodies. The second number is for bodies that, while they have a transaction open,
+#: use the store for nothing else.
 BUDGETS = {
     "prefork": ("each process of a prefork pool | 3 |", 3 * BODIES + 1, 2 * BODIES + 1),
     "threads": ("threads, gevent: a worker | concurrency + 2 |", BODIES + 2, BODIES + 1),
@@ -31,7 +32,7 @@ RENEWALS = 5
 
 @pytest.fixture
 def server(server_url: str) -> Iterator[psycopg.Connection[Any]]:
-    """Asks the server for what the workers do."""
+    """A connection to the database server, to count the workers' connections."""
     dsn = server_url.replace("+psycopg", "")
     with psycopg.connect(dsn, autocommit=True) as connection:
         yield connection
@@ -57,8 +58,11 @@ def test_a_worker_under_load_keeps_to_the_budget(
     pool: str,
     beside: bool,
 ) -> None:
-    """Each body has a transaction open, and changes values beside it or does not, while heartbeats
-    renew its lease. Nothing needs more at once, so the budget is used up, and kept to.
+    """Each body has a transaction open while heartbeats renew its lease. With ``beside``, it
+    changes other values in the store meanwhile.
+
+    No worker needs more connections at a time. So the documented number is reached, not
+    exceeded.
     """
     row, most, usual = BUDGETS[pool]
     assert row in PAGE
@@ -93,8 +97,10 @@ def test_one_process_of_a_prefork_worker_renews_for_all(
     server: psycopg.Connection[Any],
     tmp_path: Path,
 ) -> None:
-    """Eight children are in long bodies. Each has the connection of its run's first statement, and
-    sends nothing more; the worker's own process has one, and renews all leases by one statement.
+    """Eight children are in long bodies. Each keeps the connection of its run's first statement,
+    and sends nothing more.
+
+    The worker's main process has one connection, and renews all eight leases by one statement.
     """
     assert "each process of a prefork pool | 3 | 1, and 2 with `self.transaction()`" in PAGE
     assert "a prefork worker's own process | 3 | 1" in PAGE
@@ -125,7 +131,7 @@ def test_one_process_of_a_prefork_worker_renews_for_all(
     assert [outcome(result) for result in results] == [1] * children
 
 
-def test_a_prefork_workers_own_process_connects_when_a_child_dies(
+def test_a_prefork_workers_main_process_connects_when_a_child_dies(
     make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     server_url: str,
@@ -134,7 +140,7 @@ def test_a_prefork_workers_own_process_connects_when_a_child_dies(
 ) -> None:
     fleet = make_fleet(server_url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="30")
     worker = fleet.start("-c", "1")
-    wait_until(lambda: connections(server) == 0, "those of its start are closed")
+    wait_until(lambda: connections(server) == 0, "the connections of the worker's start are closed")
     client().send_task("finishes", (str(tmp_path / "never"),))
     (note,) = fleet.wait_for_notes("enter")
     assert connections(server) == 1

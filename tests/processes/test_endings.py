@@ -1,4 +1,4 @@
-"""How a body can end in a real worker: the lease is free afterwards, the state as promised."""
+"""The ways in which a body can end in a real worker, and the lease and state after each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.waiting import wait_until
 
 
 def free_row(app: Celery, name: str, runs: int) -> Row:
-    """The row after so many runs, when nobody holds its lease."""
+    """Wait until the lease is free after this number of runs, and return the row."""
 
     def found() -> Row | None:
         row = runtime_of(app).store.peek(f"singleton-state:{name}")
@@ -38,13 +38,13 @@ def test_a_body_that_raises_keeps_only_its_checkpoint(
 
 @pytest.mark.parametrize("pool", ["solo", "prefork"])
 def test_retries_are_sent_and_run(fleet: Fleet, client: Callable[[], Celery], pool: str) -> None:
-    """celery-singleton #20, retry swallowed: the retry's message must not meet its own lease.
+    """celery-singleton #20: a retry was lost, because its message met the lease of its own run.
 
-    With countdown 0 another process can have the retry before the run that sent it has given
-    its lease back; it then waits, and is neither skipped nor lost.
+    With a countdown of 0, another process can get the retry before the run that sent it has
+    released the lease. The retry then waits. It is neither skipped nor lost.
 
-    The row is asked, and not the result: Celery stores RETRY after it sent the retry, so a
-    quick retry's SUCCESS can be overwritten by it, with plain tasks as well.
+    The test reads the row, not the result: Celery stores RETRY after it has sent the retry, so that
+    it can overwrite the SUCCESS of a quick retry, with plain tasks, too.
     """
     app = client()
     fleet.start("-P", pool, "-c", "2")
@@ -66,7 +66,7 @@ def test_autoretry_for_goes_through_the_lease(fleet: Fleet, client: Callable[[],
 def test_a_retry_that_a_succeeded_run_asked_for_is_no_duplicate(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """celery-singleton #53: a run may ask for its own next one and succeed."""
+    """celery-singleton #53: a run may send its own next run and succeed."""
     app = client()
     fleet.start("-c", "2")
     app.send_task("asks_for_another_and_succeeds")
@@ -85,11 +85,11 @@ def test_ignore_and_reject_release_without_saving(
     assert len(fleet.notes("attempt")) == 1
 
 
-def test_own_base_class_with_celerys_hooks(fleet: Fleet, client: Callable[[], Celery]) -> None:
+def test_a_users_base_class_with_celerys_hooks(fleet: Fleet, client: Callable[[], Celery]) -> None:
     app = client()
     fleet.start("-P", "solo")
     assert outcome(app.send_task("of_own_base")) == 1
-    # Celery calls it after it has stored the result.
+    # Celery calls on_success only after it has stored the result.
     fleet.wait_for_notes("on_success")
     events = ["before_start", "call", "become_leader", "lose_leadership", "on_success"]
     assert [len(fleet.notes(event)) for event in events] == [1] * 5
@@ -130,11 +130,13 @@ def test_a_refused_delivery_names_the_holder(
     assert outcome(first) == "held"
 
 
-def test_a_message_that_comes_twice_while_it_runs_waits_and_ends_as_duplicate(
+def test_a_duplicate_that_comes_during_the_run_waits_and_is_dropped(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Any
 ) -> None:
-    """The second delivery finds its own task id in the lease, is put back until the first has
-    saved, and is then known as done: one body, one increment, and the result stays the first's.
+    """The second delivery finds its own task id in the lease. It is requeued until the first has
+    saved.
+
+    Then it is recognised as done: the body ran once, and the result stays that of the first.
     """
     app = client()
     worker = fleet.start("-c", "2")
@@ -153,7 +155,7 @@ def test_a_message_that_comes_twice_while_it_runs_waits_and_ends_as_duplicate(
     assert row.value == '{"n":1}'
 
 
-def test_a_message_that_comes_again_later_is_not_run_again(
+def test_a_duplicate_that_comes_after_the_run_is_dropped(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
     app = client()

@@ -1,4 +1,4 @@
-"""Singletons beside the base classes of other makers, in real workers."""
+"""Singletons with task base classes of other libraries, in real workers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ APP = "tests.apps.flask_app"
 pytestmark = pytest.mark.fleet(app=APP)
 
 
-def test_flasks_task_class_and_pages_that_replace_themselves(
+def test_flasks_task_class_and_a_task_that_replaces_itself(
     fleet: Fleet, client: Callable[[], Celery], store: SqlStore, tmp_path: Path
 ) -> None:
-    """Three bodies ran at once, without a row; four pages each saw n=0."""
+    """Flask's documentation gives a task class whose ``__call__`` wraps each body. Three tasks
+    combine it with ``SingletonTask``: before it, behind it, and as the app's task class.
+
+    Each is guarded: its other deliveries are skipped while it runs. Then a task replaces itself by
+    its next page three times, and each page sees the state that the page before has saved.
+    """
     app, go = client(), tmp_path / "go"
     fleet.start("-c", "4")
     fleet.start("-P", "solo")

@@ -1,4 +1,4 @@
-"""Workers whose stateless singletons have their leases in Redis."""
+"""Workers that keep the leases of singletons without a state in Redis."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.fleet import Fleet, outcome
 pytestmark = pytest.mark.fleet(store="postgresql", leases="lease_url")
 
 
-def test_one_runs_and_the_other_is_refused(
+def test_two_deliveries_do_not_run_at_the_same_time(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
     app, go = client(), tmp_path / "go"
@@ -40,7 +40,7 @@ def test_one_runs_and_the_other_is_refused(
 def test_a_killed_childs_lease_is_free_at_once(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """Its worker sees the death, and releases in its name, long before the lease runs out."""
+    """The worker notices the death and releases the lease, long before it would expire."""
     fleet.environment["CELERY_SINGLETON_HEARTBEAT_INTERVAL"] = "60"
     app = client()
     worker = fleet.start("-c", "1")
@@ -52,8 +52,8 @@ def test_a_killed_childs_lease_is_free_at_once(
     assert [run["outcome"] for run in shown["history"]] == ["lost"]
 
 
-def test_a_queued_copy_is_not_published(fleet: Fleet) -> None:
-    """``enqueue_once``, by a client that knows the task."""
+def test_a_queued_message_is_not_sent_again(fleet: Fleet) -> None:
+    """The task has ``enqueue_once``, and a client that knows the task's options sends it twice."""
     script = (
         "from tests.apps.tasks import sent_once;"
         "print(sent_once.delay(1).id, sent_once.delay(1).id, sent_once.delay(2).id)"

@@ -1,4 +1,4 @@
-"""What a worker says when it starts."""
+"""The output of a worker when it starts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.helpers.fleet import Fleet, outcome, refused
 from tests.helpers.servers import Valkey
 
 
-def test_with_nothing_configured_but_a_broker(
+def test_a_worker_with_only_a_broker_configured(
     make_fleet: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """The embedded default: a file in the worker's folder, made at first use."""
+    """The default store is an SQLite file in the worker's folder, made at first use."""
     fleet = make_fleet("unused")
     for name in ("STORE_URL", "AUTO_MIGRATE"):
         del fleet.environment[f"CELERY_SINGLETON_{name}"]
@@ -27,7 +27,7 @@ def test_with_nothing_configured_but_a_broker(
     assert "only among workers that open this same file" in worker.output
 
 
-def test_a_broker_elsewhere_makes_that_a_warning(
+def test_the_default_store_with_a_remote_broker_is_a_warning(
     make_fleet: Callable[..., Fleet], tmp_path: Path
 ) -> None:
     fleet = make_fleet(
@@ -39,7 +39,9 @@ def test_a_broker_elsewhere_makes_that_a_warning(
     assert "WARNING" in line
 
 
-def test_memory_does_not_guard_processes(make_fleet: Callable[..., Fleet]) -> None:
+def test_a_store_in_memory_is_refused_for_several_processes(
+    make_fleet: Callable[..., Fleet],
+) -> None:
     fleet = make_fleet("memory://")
     assert "guards the threads of one process only" in refused(fleet, "-c", "2")
     fleet.start("-P", "threads", "-c", "2")
@@ -54,7 +56,7 @@ def test_memory_does_not_guard_processes(make_fleet: Callable[..., Fleet]) -> No
         ("HISTORY", "0", "1 or more"),
     ],
 )
-def test_a_wrong_setting_ends_it_with_a_clear_error(
+def test_a_wrong_setting_ends_the_worker_with_a_clear_error(
     make_fleet: Callable[..., Fleet], name: str, value: str, allowed: str
 ) -> None:
     fleet = make_fleet("memory://", **{f"CELERY_SINGLETON_{name}": value})
@@ -78,10 +80,12 @@ CANNOT_START = {
 
 
 @pytest.mark.parametrize("why", CANNOT_START)
-def test_what_cannot_work_is_one_line_from_worker_beat_and_command(
+def test_a_wrong_store_is_one_line_from_worker_beat_and_command(
     make_fleet: Callable[..., Fleet], tmp_path: Path, why: str
 ) -> None:
-    """It says what to write, has no traceback and no password, and nothing is retried."""
+    """The line names the setting and what to write. No traceback and no password is printed, and
+    nothing is retried.
+    """
     url, advice = CANNOT_START[why]
     fleet = make_fleet(url, CELERY_SINGLETON_AUTO_MIGRATE="0")
     if "pip install" in advice:
@@ -109,7 +113,7 @@ def test_what_cannot_work_is_one_line_from_worker_beat_and_command(
         ("redis://127.0.0.1:{port}/99", "no database of this number"),
     ],
 )
-def test_leases_that_cannot_be_kept_are_one_line(
+def test_a_wrong_lease_url_is_one_line(
     make_fleet: Callable[..., Fleet], valkey: Valkey, url: str, advice: str
 ) -> None:
     fleet = make_fleet("memory://", CELERY_SINGLETON_LEASE_URL=url.format(port=valkey.port))
@@ -136,7 +140,9 @@ def run(self): ...
 def test_celerys_reports_show_no_password(
     make_fleet: Callable[..., Fleet], valkey: Valkey, tmp_path: Path
 ) -> None:
-    """`celery report`, `inspect report` and `inspect conf`, of a worker that runs."""
+    """The reports are ``celery report``, ``inspect report`` and ``inspect conf``, of a running
+    worker.
+    """
     (tmp_path / "shown_app.py").write_text(APP.format(folder=tmp_path, port=valkey.port))
     fleet = make_fleet("unused")
     for name in ("STORE_URL", "AUTO_MIGRATE"):

@@ -164,8 +164,9 @@ MINUTES = {
 
 @pytest.mark.fleet(app=APP)
 def test_after_a_pause_of_an_hour(make_fleet: Callable[..., Fleet], fleet_store: str) -> None:
-    """Everything stands still for an hour: what the store has is made an hour older. Then a beat
-    leads, and what is sent is what each entry asks for, in order.
+    """The test makes the stored schedule an hour older, as if nothing had run for an hour.
+
+    Then a beat leads. It sends the ticks that each entry's rules ask for, in order.
     """
     schedule = {
         name: {"task": "plain", "schedule": 60.0, **rules} for name, rules in MINUTES.items()
@@ -215,7 +216,7 @@ def led_since(store_url: str) -> datetime:
 
 
 def move_back(store_url: str, by: timedelta) -> dict[str, datetime]:
-    """Make the whole schedule older; returns the next tick of each entry."""
+    """Make the whole stored schedule older by some time. Return the next tick of each entry."""
     store = open_store(store_url, "kv_store", 5.0)
     lease = store.acquire(LEADER, "the test", 60, None)
     assert lease is not None

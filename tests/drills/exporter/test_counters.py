@@ -19,10 +19,10 @@ APP = "tests.apps.seen_app"
 pytestmark = pytest.mark.fleet(store="postgresql", app=APP)
 
 
-def test_the_counters_agree_with_what_500_runs_did(
+def test_the_counters_agree_with_500_runs(
     fleet: Fleet, client: Callable[[], Celery], fleet_store: str
 ) -> None:
-    """And its 500 keys are one series."""
+    """The runs have 500 keys, which are counted in one series."""
     app = client()
     fleet.start("-c", "2", "-E")
     exporter = fleet.start_exporter()
@@ -43,10 +43,10 @@ def test_the_counters_agree_with_what_500_runs_did(
     assert metrics["singleton_leases_held"] == {("hourly",): 0, ("counted",): 10}
 
 
-def test_ten_thousand_keys_are_no_series_and_one_statement(
+def test_ten_thousand_keys_are_read_by_one_statement(
     make_fleet: Callable[..., Fleet], postgres: Postgres, server_url: str
 ) -> None:
-    """But where they are asked for."""
+    """They add no series to the metrics, except with ``--per-key``, which has a limit."""
     url = f"{server_url}?application_name=scraped&options=-c%20log_statement%3Dall"
     fleet = make_fleet(url)
     exporter, per_key = fleet.start_exporter(), fleet.start_exporter("--per-key")
@@ -64,5 +64,5 @@ def test_ten_thousand_keys_are_no_series_and_one_statement(
     assert {name: set(each) for name, each in after.items()} == {
         name: set(each) for name, each in before.items()
     }
-    # The 1,000 first ones, one for all others, and one of the other task.
+    # 1,000 series for the first keys, one for all other keys, and one for the other task.
     assert len(per_key.metrics()["singleton_keys"]) == 1_002

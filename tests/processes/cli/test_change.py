@@ -1,4 +1,6 @@
-"""``celery singleton state``, ``release`` and ``health``, as an operator types them."""
+"""The commands ``celery singleton state``, ``release`` and ``health``, run as an operator runs
+them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ KEY = "singleton-state:increment"
 APP = "tests.apps.seen_app"
 
 
-def said(answer: subprocess.CompletedProcess[str], status: int = 0) -> str:
+def output_of(answer: subprocess.CompletedProcess[str], status: int = 0) -> str:
     assert answer.returncode == status, answer.stderr
     assert "Traceback" not in answer.stderr
     return answer.stdout if status == 0 else answer.stderr
@@ -30,21 +32,23 @@ def test_the_state_is_read_and_changed(
     app = client()
     fleet.start("-P", "solo")
     assert outcome(app.send_task("increment")) == 1
-    assert said(fleet.command("singleton", "state", "get", "increment")) == '{"n":1}\n'
+    assert output_of(fleet.command("singleton", "state", "get", "increment")) == '{"n":1}\n'
     answer = fleet.command("singleton", "state", "set", "increment", '{"n": 41}', "--yes")
-    assert said(answer) == "the state of increment is set\n"
+    assert output_of(answer) == "the state of increment is set\n"
     assert "singleton increment state set by " in answer.stderr
     assert outcome(app.send_task("increment")) == 42
-    said(fleet.command("singleton", "state", "reset", "increment", "--yes"))
-    assert said(fleet.command("singleton", "state", "get", "increment")) == "null\n"
+    output_of(fleet.command("singleton", "state", "reset", "increment", "--yes"))
+    assert output_of(fleet.command("singleton", "state", "get", "increment")) == "null\n"
     assert outcome(app.send_task("increment")) == 1
     row = store.peek(KEY)
     assert row is not None
     assert row.run_count == 3
 
 
-def test_before_its_first_run(fleet: Fleet, client: Callable[[], Celery]) -> None:
-    said(fleet.command("singleton", "state", "set", "increment", '{"n": 6}', "--yes"))
+def test_a_state_can_be_set_before_the_first_run(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
+    output_of(fleet.command("singleton", "state", "set", "increment", '{"n": 6}', "--yes"))
     fleet.start("-P", "solo")
     assert outcome(client().send_task("increment")) == 7
 
@@ -62,33 +66,37 @@ def test_before_its_first_run(fleet: Fleet, client: Callable[[], Celery]) -> Non
         (("get", "increment"), "singleton 'increment' has not run yet"),
     ],
 )
-def test_what_does_not_fit_changes_nothing(
+def test_a_wrong_state_or_name_changes_nothing(
     fleet: Fleet, store: SqlStore, arguments: tuple[str, ...], text: str
 ) -> None:
     yes = () if arguments[0] == "get" else ("--yes",)
-    assert text in said(fleet.command("singleton", "state", *arguments, *yes), 1)
+    assert text in output_of(fleet.command("singleton", "state", *arguments, *yes), 1)
     assert store.list("") == []
 
 
-def test_an_active_run_is_left_alone_unless_forced(fleet: Fleet, store: SqlStore) -> None:
-    """A run is active; then its lease is taken away, and what it saves later is refused."""
+def test_the_state_of_an_active_run_is_changed_only_with_force(
+    fleet: Fleet, store: SqlStore
+) -> None:
+    """With ``--force`` the command takes the run's lease away, so that the run's later writes are
+    refused.
+    """
     held = store.acquire(KEY, "host:1:a.1", 60, "its-task")
     assert held is not None
     change = ("singleton", "state", "set", "increment", '{"n": 5}', "--yes")
-    refused = said(fleet.command(*change), 1)
+    refused = output_of(fleet.command(*change), 1)
     assert "increment has an active run of host:1:a.1" in refused
-    said(fleet.command(*change, "--force"))
+    output_of(fleet.command(*change, "--force"))
     assert store.renew([held.lease]) == {}
     row = store.peek(KEY)
     assert row is not None
     assert (row.value, row.holder, row.fence) == ('{"n":5}', None, held.lease.fence)
-    shown = json.loads(said(fleet.command("singleton", "show", "increment", "--json")))
+    shown = json.loads(output_of(fleet.command("singleton", "show", "increment", "--json")))
     (run,) = shown["history"]
     assert (run["outcome"], run["fence"]) == ("lost", held.lease.fence)
     assert run["error"].startswith("released by ")
 
 
-def test_a_lease_is_released_in_its_holders_place(fleet: Fleet, store: SqlStore) -> None:
+def test_an_operator_releases_the_lease_of_a_holder(fleet: Fleet, store: SqlStore) -> None:
     held = store.acquire(KEY, "host:1:a.1", 60, "its-task")
     assert held is not None
     no = subprocess.run(
@@ -105,33 +113,33 @@ def test_a_lease_is_released_in_its_holders_place(fleet: Fleet, store: SqlStore)
     answer = fleet.command("singleton", "release", "increment", "--yes")
     fence = held.lease.fence
     had = f"increment is free; its lease was held by host:1:a.1, with fence {fence}\n"
-    assert said(answer) == had
+    assert output_of(answer) == had
     assert store.renew([held.lease]) == {}
-    assert said(fleet.command("singleton", "release", "increment")) == "increment is free\n"
+    assert output_of(fleet.command("singleton", "release", "increment")) == "increment is free\n"
 
 
-def test_a_lease_that_is_held_on_is_let_go(fleet: Fleet, store: SqlStore) -> None:
+def test_an_operator_ends_a_hold_period_early(fleet: Fleet, store: SqlStore) -> None:
     held = store.acquire(KEY, "host:1:a.1", 60, None)
     assert held is not None
     assert store.release(held.lease, Ended("succeeded", "[]", hold=60))
-    said(fleet.command("singleton", "release", "increment", "--yes"))
+    output_of(fleet.command("singleton", "release", "increment", "--yes"))
     row = store.peek(KEY)
     assert row is not None
     assert (row.holder, row.run_count, row.last_outcome) == (None, 1, "succeeded")
 
 
 def test_health(fleet: Fleet, client: Callable[[], Celery], store: SqlStore) -> None:
-    """``hourly`` should run once an hour, and has since the worker began to wait for it."""
+    """The singleton ``hourly`` should run once an hour. Its time counts from the worker's start."""
     fleet.start("-P", "solo", app=APP)
     rows: list[dict[str, Any]] = json.loads(
-        said(fleet.command("singleton", "ls", "--json", app=APP))
+        output_of(fleet.command("singleton", "ls", "--json", app=APP))
     )
     assert [(row["singleton"], row["run_count"], row["healthy"]) for row in rows] == [
         ("hourly", 0, True)
     ]
-    assert said(fleet.command("singleton", "health", app=APP)) == "healthy: 1 singletons\n"
+    assert output_of(fleet.command("singleton", "health", app=APP)) == "healthy: 1 singletons\n"
     outcome(client().send_task("hourly"))
-    found = json.loads(said(fleet.command("singleton", "health", "--json", app=APP)))
+    found = json.loads(output_of(fleet.command("singleton", "health", "--json", app=APP)))
     assert found["healthy"] is True
     (one,) = found["singletons"]
     assert one["reason"].startswith("it finished ")
@@ -145,6 +153,6 @@ def test_health(fleet: Fleet, client: Callable[[], Celery], store: SqlStore) -> 
     assert "and should have within 7200 s" in answer.stdout
 
 
-def test_health_without_a_store(make_fleet: Callable[..., Fleet]) -> None:
+def test_health_with_an_unavailable_store(make_fleet: Callable[..., Fleet]) -> None:
     fleet = make_fleet("postgresql://nobody@127.0.0.1:1/none", CELERY_SINGLETON_AUTO_MIGRATE="0")
-    assert "the store is unavailable" in said(fleet.command("singleton", "health"), 1)
+    assert "the store is unavailable" in output_of(fleet.command("singleton", "health"), 1)

@@ -1,4 +1,4 @@
-"""``celery singleton migrate``, and what a worker says that needs it."""
+"""``celery singleton migrate``, and the errors of workers that need it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.tables import execute, given_table
 pytestmark = pytest.mark.fleet(store="postgresql", CELERY_SINGLETON_AUTO_MIGRATE="0")
 
 
-def test_a_worker_without_its_table_names_the_command_that_mends_it(fleet: Fleet) -> None:
+def test_a_worker_without_its_table_names_the_command_that_makes_it(fleet: Fleet) -> None:
     worker = fleet.start("-P", "solo", ready=False)
     worker.process.wait(timeout=30)
     assert worker.process.returncode != 0
@@ -34,7 +34,9 @@ def test_a_worker_without_its_table_names_the_command_that_mends_it(fleet: Fleet
     fleet.start("-P", "solo")
 
 
-def test_a_worker_with_an_older_table_says_the_same(fleet: Fleet, postgres_url: str) -> None:
+def test_a_worker_with_an_older_table_names_the_command_that_upgrades_it(
+    fleet: Fleet, postgres_url: str
+) -> None:
     execute(postgres_url, given_table(postgres_url))
     worker = fleet.start("-P", "solo", ready=False)
     worker.process.wait(timeout=30)
@@ -43,10 +45,12 @@ def test_a_worker_with_an_older_table_says_the_same(fleet: Fleet, postgres_url: 
     fleet.start("-P", "solo")
 
 
-def test_a_table_that_is_there_already_under_another_name(
+def test_an_existing_table_with_another_name_is_upgraded(
     make_fleet: Callable[..., Fleet], client: Callable[[], Celery], postgres_url: str
 ) -> None:
-    """In another schema, by a name that has to be quoted; its value is the first state."""
+    """The table is in another schema, and its name must be quoted. A value in it is used as the
+    first state.
+    """
     table = '"Jobs"."we_ird Name-1"'
     execute(
         postgres_url,
@@ -71,7 +75,9 @@ def test_a_table_that_is_there_already_under_another_name(
 
 @pytest.fixture
 def restricted(make_fleet: Callable[..., Fleet], server_url: str) -> Iterator[Fleet]:
-    """A fleet whose role may use the table, and has none yet."""
+    """A fleet with a database role that may use the table but not make it. There is no table
+    yet.
+    """
     make_roles(server_url)
     yield make_fleet(
         of(WORKER, server_url),
@@ -82,7 +88,7 @@ def restricted(make_fleet: Callable[..., Fleet], server_url: str) -> Iterator[Fl
 
 
 def refused(program: Program) -> str:
-    """What it says that does not start."""
+    """Wait until a program that cannot start has ended, and return its output."""
     program.process.wait(timeout=30)
     assert program.process.returncode != 0
     return program.output
@@ -107,9 +113,9 @@ def test_a_role_that_may_only_use_the_table(
         fleet.start("-P", "solo", ready=False),
         fleet.start_beat("tests.apps.tasks"),
     ):
-        said = refused(program)
-        assert lacks in said
-        assert grants in said
+        output = refused(program)
+        assert lacks in output
+        assert grants in output
 
     grant(server_url)
     fleet.start("-c", "1")

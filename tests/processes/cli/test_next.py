@@ -1,4 +1,4 @@
-"""``celery singleton next``, as an operator types it."""
+"""The command ``celery singleton next``, run as an operator runs it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def overview(fleet: Fleet) -> dict[str, Any]:
     return found
 
 
-def test_before_a_beat_led(fleet: Fleet) -> None:
+def test_next_before_a_beat_led(fleet: Fleet) -> None:
     assert next_(fleet) == "no beat has led 'shop' yet\n"
     found = overview(fleet)
     assert (found["name"], found["leader"], found["entries"]) == ("shop", None, [])
 
 
-def test_who_leads_and_what_runs_when(fleet: Fleet) -> None:
-    """Then the leader is killed: what is due meanwhile is late."""
+def test_next_shows_the_leader_and_its_next_ticks(fleet: Fleet) -> None:
+    """Then the leader is killed: the ticks that are due meanwhile are shown as late."""
     beat = fleet.start_beat()
     beat.wait_for("Sending due task often")
     found = overview(fleet)
@@ -59,11 +59,11 @@ def test_who_leads_and_what_runs_when(fleet: Fleet) -> None:
     assert "every 0.5 s" in shown
     beat.close()
     wait_until(lambda: overview(fleet)["entries"][0]["late"] > 1, "a tick is late")
-    wait_until(lambda: overview(fleet)["leader"] is None, "its lease runs out")
+    wait_until(lambda: overview(fleet)["leader"] is None, "the leader's lease expires")
     assert "no beat leads 'shop'" in next_(fleet)
 
 
-def test_when_an_entry_is_due(fleet: Fleet) -> None:
+def test_next_shows_when_an_entry_is_due(fleet: Fleet) -> None:
     lines = next_(fleet, "nightly", "-n", "3").splitlines()
     assert [line[11:] for line in lines] == ["04:30:00 UTC"] * 3
     found = json.loads(next_(fleet, "often", "-n", "4", "--json"))
@@ -71,7 +71,7 @@ def test_when_an_entry_is_due(fleet: Fleet) -> None:
     assert [later - earlier for earlier, later in pairwise(times)] == [timedelta(seconds=0.5)] * 3
 
 
-def test_an_entry_that_is_not_there(fleet: Fleet) -> None:
+def test_an_unknown_entry_is_refused_with_a_suggestion(fleet: Fleet) -> None:
     result = fleet.command("singleton", "next", "nightl")
     assert result.returncode == 1
     assert result.stderr == ("Error: beat_schedule has no entry 'nightl'; did you mean nightly?\n")

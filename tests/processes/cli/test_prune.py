@@ -1,4 +1,4 @@
-"""``celery singleton prune``, as an operator types it."""
+"""The command ``celery singleton prune``, run as an operator runs it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def prune(fleet: Fleet, *options: str) -> subprocess.CompletedProcess[str]:
     return fleet.command("singleton", "prune", "--older-than", "30d", *options)
 
 
-def said(answer: subprocess.CompletedProcess[str], status: int = 0) -> str:
+def output_of(answer: subprocess.CompletedProcess[str], status: int = 0) -> str:
     assert answer.returncode == status, answer.stderr
     assert "Traceback" not in answer.stderr
     return answer.stdout if status == 0 else answer.stderr
 
 
 def old(store: SqlStore, *names: str) -> None:
-    """Singletons that have run, and that nobody has used for years."""
+    """Make singletons that ran once, years ago."""
     for name in names:
         task = re.match(r"[a-z_]+", name)[0]
         acquired = store.acquire(PREFIX + name, "host:1:a.1", 60, None, task=task)
@@ -43,10 +43,12 @@ def names(store: SqlStore) -> list[str]:
     return [row.key.removeprefix(PREFIX) for row in store.list(PREFIX)]
 
 
-def test_old_keys_go_and_all_else_stays(
+def test_only_old_unused_keys_are_removed(
     fleet: Fleet, client: Callable[[], Celery], store: SqlStore, store_url: str
 ) -> None:
-    """A worker has run a key just now; another key was held for years; the others are old."""
+    """All keys are years old, but one has just been run, and the lease of another has never been
+    released. Keys that ``prune`` does not know as keys of ``unique_on`` are kept, too.
+    """
     old(store, *(f'keyed{{"number":{n}}}' for n in range(1, 6)), 'raises{"reason":"x"}')
     old(store, "increment", 'gone{"a":1}', 'keyed_of_old{"number":1}', "keyed", "keyed7")
     assert store.acquire(PREFIX + 'keyed{"number":1}', "host:1:a.2", 0, None)
@@ -57,7 +59,7 @@ def test_old_keys_go_and_all_else_stays(
     fleet.start("-P", "solo")
     assert outcome(client().send_task("keyed", (2,))) == 3
     answer = prune(fleet, "--yes", "--batch", "2")
-    assert said(answer) == ("keyed: 4 unused keys\nraises: 1 unused key\n5 keys removed\n")
+    assert output_of(answer) == ("keyed: 4 unused keys\nraises: 1 unused key\n5 keys removed\n")
     assert "singleton keyed 4 keys pruned by " in answer.stderr
     assert "singleton raises 1 key pruned by " in answer.stderr
     assert answer.stderr.count("pruned by") == 2
@@ -67,23 +69,25 @@ def test_old_keys_go_and_all_else_stays(
     ]
     with KeyValueStore(store_url) as users:
         assert users.get(a_users) == "kept"
-    assert outcome(client().send_task("keyed", (3,))) == 4, "it begins anew"
+    assert outcome(client().send_task("keyed", (3,))) == 4, (
+        "a removed key begins with its initial state"
+    )
 
 
-def test_for_programs(fleet: Fleet, store: SqlStore) -> None:
+def test_prune_with_json_output(fleet: Fleet, store: SqlStore) -> None:
     old(store, 'keyed{"number":1}', 'keyed{"number":2}', 'raises{"reason":"x"}', 'gone{"a":1}')
     by_task = {"keyed": 2, "raises": 1}
-    dry = json.loads(said(prune(fleet, "--dry-run", "--json")))
+    dry = json.loads(output_of(prune(fleet, "--dry-run", "--json")))
     assert dry == {"removed": 0, "by_task": by_task}
     assert len(names(store)) == 4
-    done = json.loads(said(prune(fleet, "--yes", "--json")))
+    done = json.loads(output_of(prune(fleet, "--yes", "--json")))
     assert done == {"removed": 3, "by_task": by_task}
     assert names(store) == ['gone{"a":1}']
-    nothing = json.loads(said(prune(fleet, "--json")))
+    nothing = json.loads(output_of(prune(fleet, "--json")))
     assert nothing == {"removed": 0, "by_task": {}}
 
 
-def test_it_asks_first(fleet: Fleet, store: SqlStore) -> None:
+def test_prune_asks_first(fleet: Fleet, store: SqlStore) -> None:
     old(store, 'keyed{"number":1}')
     for more, question in (((), "stdout"), (("--json",), "stderr")):
         no = subprocess.run(
@@ -99,15 +103,15 @@ def test_it_asks_first(fleet: Fleet, store: SqlStore) -> None:
     assert names(store) == ['keyed{"number":1}']
 
 
-def test_a_dry_run_leaves_all(fleet: Fleet, store: SqlStore) -> None:
+def test_a_dry_run_removes_nothing(fleet: Fleet, store: SqlStore) -> None:
     old(store, 'keyed{"number":1}')
-    assert said(prune(fleet, "--dry-run")) == "keyed: 1 unused key\n"
+    assert output_of(prune(fleet, "--dry-run")) == "keyed: 1 unused key\n"
     assert names(store) == ['keyed{"number":1}']
 
 
-def test_one_task_only(fleet: Fleet, store: SqlStore) -> None:
+def test_prune_of_one_task_only(fleet: Fleet, store: SqlStore) -> None:
     old(store, 'keyed{"number":1}', 'raises{"reason":"x"}', "keyed7")
-    assert said(prune(fleet, "--task", "keyed", "--yes")) == (
+    assert output_of(prune(fleet, "--task", "keyed", "--yes")) == (
         "keyed: 2 unused keys\n2 keys removed\n"
     )
     assert names(store) == ['raises{"reason":"x"}']
@@ -116,7 +120,7 @@ def test_one_task_only(fleet: Fleet, store: SqlStore) -> None:
 def test_nothing_to_remove(fleet: Fleet, store: SqlStore) -> None:
     old(store, "increment")
     answer = prune(fleet)
-    assert said(answer) == "there is nothing to remove\n"
+    assert output_of(answer) == "there is nothing to remove\n"
     assert "pruned" not in answer.stderr
 
 
@@ -132,13 +136,13 @@ def test_nothing_to_remove(fleet: Fleet, store: SqlStore) -> None:
         (("--older-than", "1d", "--task", "increment"), 1, "task increment has no unique_on"),
     ],
 )
-def test_what_is_not_understood(
+def test_wrong_options_of_prune_are_refused(
     fleet: Fleet, store: SqlStore, options: tuple[str, ...], status: int, text: str
 ) -> None:
-    answer = said(fleet.command("singleton", "prune", *options, "--yes"), status)
+    answer = output_of(fleet.command("singleton", "prune", *options, "--yes"), status)
     assert text in " ".join(answer.split())
 
 
-def test_without_a_store(make_fleet: Callable[..., Fleet]) -> None:
+def test_prune_with_an_unavailable_store(make_fleet: Callable[..., Fleet]) -> None:
     fleet = make_fleet("postgresql://nobody@127.0.0.1:1/none", CELERY_SINGLETON_AUTO_MIGRATE="0")
-    assert said(prune(fleet, "--yes"), 1).startswith("Error: ")
+    assert output_of(prune(fleet, "--yes"), 1).startswith("Error: ")

@@ -1,4 +1,4 @@
-"""``celery singleton ls`` and ``show``, as an operator types them."""
+"""The commands ``celery singleton ls`` and ``show``, run as an operator runs them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LS_FIELDS = {
 }
 
 
-def test_before_anything_ran(fleet: Fleet) -> None:
+def test_ls_before_the_first_run(fleet: Fleet) -> None:
     assert fleet.command("singleton", "ls").stdout == "no singleton has run yet\n"
     assert json.loads(fleet.command("singleton", "ls", "--json").stdout) == []
 
@@ -68,8 +68,10 @@ def test_ls_and_show(fleet: Fleet, client: Callable[[], Celery], tmp_path: Path)
         ("celery -A nothing singleton show incr", set()),
     ],
 )
-def test_a_shell_completes(fleet: Fleet, typed: str, offered: set[str]) -> None:
-    """By click's protocol, as bash asks when ``_CELERY_COMPLETE=bash_source celery`` was read."""
+def test_a_shell_completes_commands_and_names(fleet: Fleet, typed: str, offered: set[str]) -> None:
+    """The test asks by click's protocol, as bash does after ``eval "$(_CELERY_COMPLETE=bash_source
+    celery)"``.
+    """
     (fleet.directory / "shop.py").write_text("from tests.apps.tasks import app\n")
     store = open_store(fleet.environment["CELERY_SINGLETON_STORE_URL"], "kv_store", 5.0, 2, True)
     for name in ("increment", "increment_or_raise", 'keyed{"key":"a"}'):
@@ -91,7 +93,9 @@ def test_a_shell_completes(fleet: Fleet, typed: str, offered: set[str]) -> None:
     assert offered <= found if words[-1] == "" else offered == found
 
 
-def test_show_of_an_unknown_name_suggests(fleet: Fleet, client: Callable[[], Celery]) -> None:
+def test_show_of_an_unknown_name_suggests_a_name(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
     app = client()
     fleet.start("-P", "solo")
     outcome(app.send_task("increment"))
@@ -100,14 +104,16 @@ def test_show_of_an_unknown_name_suggests(fleet: Fleet, client: Callable[[], Cel
     assert "'incremnt' has not run yet; did you mean increment?" in answer.stderr
 
 
-def test_a_key_that_a_terminal_would_obey_is_shown_in_an_encoding_without_it(fleet: Fleet) -> None:
-    """Python ends a program that prints what its standard output cannot have."""
+def test_characters_that_the_output_cannot_encode_are_escaped(fleet: Fleet) -> None:
+    """Python would end a program that prints such characters. Control characters, which a terminal
+    would obey, are escaped, too.
+    """
     store = open_store(fleet.environment["CELERY_SINGLETON_STORE_URL"], "kv_store", 5.0, 2, True)
     for name in ("innocent", 'keyed{"key":"[/acme] [red]Ł\u202e\x9b"}'):
         assert store.acquire(f"singleton-state:{name}", "ó\x1b]0;title\x07", 60, "漢")
     store.close()
 
-    def said(*arguments: str) -> str:
+    def output_of(*arguments: str) -> str:
         answer = subprocess.run(
             [sys.executable, "-m", "celery", "-A", "tests.apps.tasks", *arguments],
             env=fleet.environment | {"PYTHONIOENCODING": "ascii:strict"},
@@ -118,14 +124,14 @@ def test_a_key_that_a_terminal_would_obey_is_shown_in_an_encoding_without_it(fle
         return answer.stdout.decode("ascii")
 
     printed = r'keyed{"key":"[/acme] [red]\u0141\u202e\x9b"}'
-    listed = said("singleton", "ls")
+    listed = output_of("singleton", "ls")
     assert f" {printed} " in listed
     assert " innocent " in listed
     assert all(each == "\n" or each.isprintable() for each in listed)
-    assert r"\xf3\x1b]0;title\x07, " in said("singleton", "show", printed)
+    assert r"\xf3\x1b]0;title\x07, " in output_of("singleton", "show", printed)
 
 
-def test_a_store_out_of_reach_is_one_line(make_fleet: Callable[..., Fleet]) -> None:
+def test_an_unavailable_store_is_one_line(make_fleet: Callable[..., Fleet]) -> None:
     fleet = make_fleet("postgresql://nobody@127.0.0.1:1/none", CELERY_SINGLETON_AUTO_MIGRATE="0")
     answer = fleet.command("singleton", "ls")
     assert answer.returncode == 1

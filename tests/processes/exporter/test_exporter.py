@@ -1,4 +1,6 @@
-"""``celery singleton exporter``: what it counts, shows and says, with real workers and brokers."""
+"""``celery singleton exporter`` with real workers and brokers: its metrics, its page and its
+errors.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,12 @@ def executions(exporter: Exporter) -> dict[str, float]:
     return {labels[-1]: count for labels, count in found.items()}
 
 
-def test_events_follow_the_workers_switch(fleet: Fleet, client: Callable[[], Celery]) -> None:
-    """Off at the start, switched on from outside while it works, and off again."""
+def test_events_are_counted_while_a_worker_sends_them(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
+    """The worker starts without events. A remote control command turns them on while it works, and
+    off again.
+    """
     app = client()
     fleet.start("-c", "1")
     exporter = fleet.start_exporter()
@@ -63,10 +69,10 @@ def test_events_from_each_pool(fleet: Fleet, client: Callable[[], Celery], pool:
     assert found["singleton_keys"][("counted", 'counted{"key":"a"}')] == 1
 
 
-def test_what_waits_is_told_when_a_worker_stops(
+def test_a_stopping_worker_delivers_its_last_events(
     make_fleet: Callable[..., Fleet], postgres_url: str, client: Callable[[], Celery]
 ) -> None:
-    """A user's hook sees all of a run, though its process ends just after it."""
+    """A user's hook gets all events of a run, although the process ends just after the run."""
     fleet = make_fleet(postgres_url, TEST_HOOK="1")
     worker = fleet.start("-c", "1")
     outcome(client().send_task("counted", ("a",)))
@@ -91,7 +97,7 @@ def test_health_over_http(fleet: Fleet, store: SqlStore) -> None:
     assert exporter.metrics()["singleton_healthy"] == {("hourly",): 0}
 
 
-def test_it_is_read_only_and_hides_states(fleet: Fleet, store: SqlStore) -> None:
+def test_the_exporter_hides_states_unless_told_to_show_them(fleet: Fleet, store: SqlStore) -> None:
     taken = store.acquire('singleton-state:counted{"key":"a"}', "other", 60, None, task="counted")
     assert taken is not None
     assert store.save(taken.lease, Write(1, 0, NewValue('{"n":123454321}', 1)))
@@ -104,7 +110,7 @@ def test_it_is_read_only_and_hides_states(fleet: Fleet, store: SqlStore) -> None
     assert exporter.get("/nothing")[0] == 404
 
 
-def test_it_outlives_its_store_and_its_broker(
+def test_the_exporter_survives_an_outage_of_store_and_broker(
     make_fleet: Callable[..., Fleet],
     own_postgres: Any,
     own_valkey: Valkey,
@@ -132,10 +138,10 @@ def test_it_outlives_its_store_and_its_broker(
 
 
 @pytest.mark.parametrize("store", ["nonsense://", "{server}/not-there"])
-def test_a_misconfigured_store_is_one_line(
+def test_the_exporter_ends_if_its_store_is_misconfigured(
     make_fleet: Callable[..., Fleet], postgres_url: str, store: str
 ) -> None:
-    """Nobody would mend it by waiting."""
+    """Waiting would not help. It prints one line."""
     url = store.format(server=postgres_url.rpartition("/")[0])
     answer = make_fleet(url).command("singleton", "exporter", "--port", "0")
     assert answer.returncode == 1
@@ -144,7 +150,7 @@ def test_a_misconfigured_store_is_one_line(
     assert answer.stdout == ""
 
 
-def test_an_address_in_use_is_one_line(fleet: Fleet) -> None:
+def test_the_exporter_ends_if_its_address_is_in_use(fleet: Fleet) -> None:
     taken = fleet.start_exporter()
     port = taken.url.rsplit(":", 1)[1]
     answer = fleet.command("singleton", "exporter", "--port", port)

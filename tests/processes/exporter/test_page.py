@@ -1,4 +1,4 @@
-"""The page in a real browser: how it looks, and how it refreshes itself."""
+"""The exporter's page in a real browser: its layout, and how its script refreshes it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PHONE = 360
 
 
 class Site:
-    """Serves a page, as it is at the moment; or fails to.
+    """A web server with one page, which a test can change.
 
-    :param page: what is shown now, ``None`` for an answer that is no page.
+    :param page: the page that is served. If it is ``None``, the server answers 502.
     """
 
     def __init__(self, page: Page) -> None:
@@ -52,7 +52,7 @@ class Site:
         return f"http://127.0.0.1:{self._server.server_port}/"
 
     def wait_for_answers(self, count: int) -> None:
-        """So many more from now."""
+        """Wait until the server has answered as many more requests."""
         enough = self.answers + count
         wait_until(lambda: self.answers >= enough, "the page asks again")
 
@@ -71,7 +71,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    """Five singletons, looked at each second."""
+    """A server with a page of five singletons that refreshes itself each second."""
     served = Site(replace(five(), refresh=1))
     yield served
     served.close()
@@ -80,7 +80,7 @@ def site() -> Iterator[Site]:
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [PHONE, 800, 1280])
 @pytest.mark.parametrize(("made", "rows"), [(five(), 5), (many(), 200)], ids=["5", "2000"])
-def test_how_it_looks(
+def test_the_page_fits_and_is_styled_at_each_width(
     browser: Chromium, site: Site, tmp_path: Path, made: Page, rows: int, width: int, dark: bool
 ) -> None:
     site.page = made
@@ -93,7 +93,7 @@ def test_how_it_looks(
         assert tab.ask("document.querySelectorAll('.singletons tbody tr').length") == rows
         ground = tab.ask("getComputedStyle(document.body).backgroundColor")
         assert (ground == "rgb(15, 19, 23)") == dark
-        # A bar that no style reached would be black, and the drawing 150 pixels high.
+        # Without its style sheet a bar would be black, and the drawing 150 pixels high.
         assert tab.ask("document.querySelector('.line').getBoundingClientRect().height") == 24
         assert tab.ask("getComputedStyle(document.querySelector('.line .ok')).fill") != (
             "rgb(0, 0, 0)"
@@ -102,7 +102,7 @@ def test_how_it_looks(
         assert tab.ask(f"Math.min(...{bars}.map(bar => bar.getBoundingClientRect().width))") >= 2
 
 
-def test_long_names_and_errors_do_not_widen_it(browser: Chromium, site: Site) -> None:
+def test_long_names_and_errors_do_not_widen_the_page(browser: Chromium, site: Site) -> None:
     name = f't{{"key":"{"x" * 400}"}}'
     failed = row(name, last_outcome="failed")
     site.page = page(
@@ -118,7 +118,7 @@ def test_long_names_and_errors_do_not_widen_it(browser: Chromium, site: Site) ->
             assert tab.ask("document.documentElement.scrollWidth") <= width
 
 
-def test_what_users_wrote_does_nothing(browser: Chromium, site: Site) -> None:
+def test_hostile_text_runs_no_script(browser: Chromium, site: Site) -> None:
     bad = shown(HOSTILE, row(HOSTILE), run(9, 2, "failed", HOSTILE), value=HOSTILE, task=HOSTILE)
     site.page = page(bad, app=HOSTILE, query=HOSTILE, refresh=1)
     with browser.open(site.url) as tab:
@@ -128,7 +128,7 @@ def test_what_users_wrote_does_nothing(browser: Chromium, site: Site) -> None:
         assert tab.ask("[window.harmed === undefined, refused.length]") == [True, 0]
 
 
-def test_it_refreshes_itself_and_keeps_what_the_visitor_does(browser: Chromium, site: Site) -> None:
+def test_a_refresh_keeps_focus_input_and_scroll_position(browser: Chromium, site: Site) -> None:
     made = replace(many(), refresh=1)
     first = replace(made.shown[0], value='{"last_id":7}')
     site.page = replace(made, shown=(first, *made.shown[1:]))
@@ -156,8 +156,8 @@ def test_it_refreshes_itself_and_keeps_what_the_visitor_does(browser: Chromium, 
         assert tab.ask("[scrollY, refused.length]") == [12345, 0]
 
 
-def test_it_waits_while_text_in_it_is_selected(browser: Chromium, site: Site) -> None:
-    """Whoever copies a holder's name must not lose it."""
+def test_the_page_does_not_refresh_while_text_is_selected(browser: Chromium, site: Site) -> None:
+    """A refresh would remove the selection of an operator who copies a holder's name."""
     with browser.open(site.url) as tab:
         tab.ask("getSelection().selectAllChildren(document.querySelector('.lease .holder'))")
         selected = tab.ask("getSelection().toString()")
@@ -172,8 +172,12 @@ def test_it_waits_while_text_in_it_is_selected(browser: Chromium, site: Site) ->
         tab.wait_for("document.getElementById('stale').hidden")
 
 
-def test_it_says_when_it_is_old(browser: Chromium, site: Site, tmp_path: Path) -> None:
-    """The exporter answers something else, and then not at all; what was shown stays."""
+def test_the_page_says_when_it_cannot_refresh(
+    browser: Chromium, site: Site, tmp_path: Path
+) -> None:
+    """The exporter answers 502, and later does not answer at all. The page keeps its last
+    content.
+    """
     made = site.page
     with browser.open(site.url) as tab:
         notice = "document.getElementById('stale')"
@@ -190,7 +194,9 @@ def test_it_says_when_it_is_old(browser: Chromium, site: Site, tmp_path: Path) -
         assert "could not be refreshed" in tab.ask(f"{notice}.textContent")
 
 
-def test_a_store_out_of_reach_comes_and_goes(browser: Chromium, site: Site) -> None:
+def test_an_unavailable_store_is_shown_until_it_answers_again(
+    browser: Chromium, site: Site
+) -> None:
     made = site.page
     with browser.open(site.url) as tab:
         site.page = page(error="connection refused", refresh=1)
@@ -203,7 +209,7 @@ def test_a_store_out_of_reach_comes_and_goes(browser: Chromium, site: Site) -> N
         tab.wait_for("document.querySelectorAll('.singletons tbody tr').length === 5")
 
 
-def test_the_filter_asks_for_others(browser: Chromium, site: Site) -> None:
+def test_the_filter_is_kept_by_a_refresh(browser: Chromium, site: Site) -> None:
     with browser.open(site.url) as tab:
         tab.ask("document.getElementById('q').focus()")
         tab.type('a&b "c"')
@@ -214,7 +220,7 @@ def test_the_filter_asks_for_others(browser: Chromium, site: Site) -> None:
         assert tab.ask("location.search") == "?q=a%26b+%22c%22"
 
 
-def test_without_scripts_it_is_loaded_anew(browser: Chromium, site: Site) -> None:
+def test_without_scripts_the_page_is_loaded_again(browser: Chromium, site: Site) -> None:
     with browser.open("about:blank#") as tab:
         tab.call("Emulation.setScriptExecutionDisabled", value=True)
         tab.go(site.url)
