@@ -1,4 +1,4 @@
-"""Counters that are made from events, when the events are made up or damaged.
+"""Counters that are made from events which may be made up or damaged.
 
 Anyone who can reach the broker can send events. The number of series stays bounded, Prometheus can
 scrape each of them, and the exporter continues to receive.
@@ -40,7 +40,7 @@ Samples = dict[str, dict[tuple[str, ...], float]]
 
 
 class ReceiverWithoutBroker:
-    """The exporter's receiver of events and its counters. The test emits the events, without a
+    """The exporter's receiver of events, with its counters. The test hands it events without a
     broker.
     """
 
@@ -152,8 +152,8 @@ def test_all_unknown_label_values_are_one_series(stand_in: ReceiverWithoutBroker
     "seconds", [math.nan, math.inf, -math.inf, -0.1, "1", None, [], 10**400, 1e308, 1e17]
 )
 def test_an_impossible_duration_is_ignored(stand_in: ReceiverWithoutBroker, seconds: Any) -> None:
-    """A single NaN would make the sum of durations NaN until the exporter restarts. 1e308 would
-    make it so large that no later run changes it.
+    """A single NaN would make the sum of durations NaN until the exporter restarts. A duration of
+    1e308 would make the sum so large that no later run changes it.
     """
     for type in ("released", "lost"):
         stand_in.emit(event(type, seconds=seconds), event(type, seconds=2.0))
@@ -190,8 +190,8 @@ def test_keys_beyond_the_limit_are_one_series_and_one_warning(
 
 
 def test_the_keys_of_all_tasks_share_one_limit() -> None:
-    """But the first key of each task always has its own series: many keys of one task do not hide a
-    task that has only one key.
+    """Beyond the limit only the first key of each task has a series of its own. So many keys of one
+    task do not hide a task that has one key.
     """
     keys = Keys(limit=LIMIT)
     of_one = [keys.label("many", f"key {number}") for number in range(10 * LIMIT)]
@@ -203,9 +203,9 @@ def test_the_keys_of_all_tasks_share_one_limit() -> None:
 def test_rows_of_unknown_tasks_are_one_series(
     memory_app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The task of a row is unknown if it was renamed, belongs to another app, or was made up.
+    """A row's task is unknown if it was renamed, belongs to another app, or was made up.
 
-    With series by key, the first keys of a known task have series of their own, up to the limit.
+    With ``per_key``, keys of a known task have series of their own, up to the limit.
     """
 
     @singleton_task(memory_app, name="t", unique_on=["key"], shared=False)

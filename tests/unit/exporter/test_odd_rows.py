@@ -1,6 +1,6 @@
-"""Any value in any column of a row: commands, page and metrics still show this row and all others.
+"""Rows with odd values: the commands, the page and the metrics show them, and all other rows.
 
-Each test writes odd values into the row of the task ``odd``, and checks that ``innocent``, another
+Each test writes odd values into the row of the task ``odd``. It checks that ``innocent``, another
 singleton, is shown as if nothing had happened.
 """
 
@@ -104,7 +104,9 @@ def run(app: Celery, name: str, *args: Any) -> None:
 
 
 def change(app: Celery, statement: str, **parameters: Any) -> None:
-    """Run an SQL statement that writes values into rows which the package would never write."""
+    """Run an SQL statement, to write values into a row that the package itself would never
+    write.
+    """
     with runtime_of(app).store.engine.begin() as connection:
         connection.exec_driver_sql(statement, parameters)
 
@@ -208,7 +210,7 @@ def assert_innocent_is_shown(app: Celery) -> None:
 def test_any_text_in_a_key_a_state_or_an_error_is_shown(
     shop: Celery, key: str, state: str, error: str | None
 ) -> None:
-    """A run writes the texts into the row, as the runs of users do."""
+    """A run writes these texts into its row, as a user's run can."""
     empty(shop)
     run(shop, "odd", key, state, error)
     assert_innocent_is_shown(shop)
@@ -234,8 +236,7 @@ def test_any_text_in_a_key_a_state_or_an_error_is_shown(
     assert printed.replace(" ", "") in page(shop, printed).text.replace(" ", "")
 
 
-# An entry's name has no NUL. A name that begins with a dash must be typed after `--`, which another
-# test does.
+# Names of schedule entries cannot have a NUL. Names that begin with a dash have their own test.
 NAMES = texts(min_size=1).filter(lambda name: "\0" not in name and not name.startswith("-"))
 
 
@@ -244,7 +245,7 @@ NAMES = texts(min_size=1).filter(lambda name: "\0" not in name and not name.star
 def test_any_text_in_a_name_a_holder_or_a_task_id_is_shown(
     shop: Celery, name: str, holder: str, task_id: str
 ) -> None:
-    """The texts are in the row of a held singleton, in the leader's lease, and in a schedule
+    """The texts are in the row of a held singleton, in the leader's lease and in a schedule
     entry.
     """
     empty(shop)
@@ -450,10 +451,9 @@ OF_THE_STATE = ("value", "schema_version")
 
 @pytest.mark.parametrize("value", ODD_VALUES, ids=repr)
 def test_a_run_on_a_row_with_an_odd_value(shop: Celery, value: Any) -> None:
-    """If the odd value is not needed to read the state, the run succeeds.
+    """If the run does not need the odd value to read its state, it succeeds.
 
-    Otherwise the run fails with ``SchemaDecodeFailed`` and leaves the state in the row
-    unchanged.
+    Otherwise it fails with ``SchemaDecodeFailed`` and leaves the state in the row unchanged.
     """
     run(shop, "odd", "a")
     with runtime_of(shop).store.engine.connect() as connection:
@@ -501,9 +501,7 @@ def state_of(app: Celery) -> Any:
 
 
 def test_a_timestamp_of_infinity_spoils_no_other_row(make_app: Callable[..., Celery]) -> None:
-    """On each store, in the row of a singleton that is held and in the row of the leader's
-    lease.
-    """
+    """The timestamp is in the row of a held singleton and in the leader's row, on each store."""
     shop = add_tasks(make_app())
     empty(shop)
     store = runtime_of(shop).store

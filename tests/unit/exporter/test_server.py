@@ -1,6 +1,4 @@
-"""The exporter's HTTP server: unusual requests, refused hosts, and clients that stop in
-mid-request.
-"""
+"""The exporter's HTTP server: unusual requests, refused hosts, and clients that stop or hang."""
 
 from __future__ import annotations
 
@@ -31,8 +29,8 @@ from tests.helpers.waiting import wait_until
 
 
 class Pages:
-    """A stand-in for the exporter's pages. While ``go_on`` is cleared, a request waits for its
-    answer.
+    """A stand-in for the exporter's pages. Requests wait for their answer while ``go_on`` is
+    cleared.
     """
 
     def __init__(self) -> None:
@@ -100,8 +98,8 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 def ask(server: Server, sent: bytes) -> tuple[int, bytes]:
-    """Send these bytes; return the status and the body of the answer. Without an answer the status
-    is 0.
+    """Send these bytes, and return the answer's status and body. The status is 0 without an
+    answer.
     """
     answer = read_all(connect(server, sent))
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -137,8 +135,8 @@ def test_a_local_or_allowed_host_is_answered(serving: Serving, host: str) -> Non
 def test_a_host_name_that_an_attacker_can_register_is_refused(
     serving: Serving, host: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """DNS rebinding: an attacker's page lets its own domain name resolve to the exporter's address,
-    so that a browser lets the page read the exporter's answers.
+    """DNS rebinding: an attacker's domain name resolves to the exporter's address, so that a
+    browser lets the attacker's page read the exporter's answers.
     """
     server = serving("ok.example.com", "*.example.org")
     for _ in range(2):
@@ -168,8 +166,8 @@ def test_an_invalid_host_header_is_refused(serving: Serving, headers: list[bytes
 def test_hosts_that_come_from_other_places_than_the_header(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An HTTP/1.0 request needs no Host header. A request to a proxy has the host in its target.
-    The name of this machine is allowed.
+    """An HTTP/1.0 request needs no Host header. The target of a request can name a host, as in
+    requests to a proxy. The full name of this machine is allowed.
     """
     server = serving()
     assert get(server, version=b"HTTP/1.0")[0] == 200
@@ -273,8 +271,8 @@ def test_head_has_no_body(serving: Serving) -> None:
 
 
 def test_a_slow_client_has_one_deadline_for_its_whole_request(serving: Serving) -> None:
-    """A time limit for each read would start anew at each byte, and the client sends a byte now and
-    then.
+    """The client sends a byte now and then. With a time limit for each read, it could do so for
+    ever.
     """
     server = serving(request_time=0.3)
     with connect(server, b"GET / HTTP/1.1\r\nX: ") as connection:
@@ -304,8 +302,8 @@ def test_clients_that_do_not_read_have_a_deadline(
 
 
 def test_half_sent_requests_are_closed_to_serve_others(serving: Serving) -> None:
-    """Clients that send half a request hold all threads. Other clients are answered at once: the
-    server closes connections of the former.
+    """Clients that have sent half a request take all threads. The server closes their connections
+    when other clients come, and answers these at once.
     """
     server = serving(limit=4)
     idle = [connect(server, b"GET / HT") for _ in range(20)]
@@ -318,8 +316,9 @@ def test_half_sent_requests_are_closed_to_serve_others(serving: Serving) -> None
 
 
 def test_a_request_beyond_the_limit_is_refused_at_once(serving: Serving, pages: Pages) -> None:
-    """Two requests wait for the store, and the limit is 2. The third gets 503. When the store
-    answers, the two are answered, too.
+    """The limit is 2, and two requests wait for the store. The third one gets the status 503.
+
+    When the store answers, the two are answered.
     """
     server = serving(limit=2)
     pages.go_on.clear()
@@ -336,11 +335,11 @@ def test_a_request_beyond_the_limit_is_refused_at_once(serving: Serving, pages: 
 
 
 def test_300_requests_share_two_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first request takes a snapshot of the store. The other 299 arrive meanwhile and read the
+    """The first request begins a snapshot of the store. The other 299 requests arrive and read the
     clock.
 
-    The first snapshot is done. It began before the others arrived, so one of them takes the second
-    snapshot, and all 299 share it.
+    The first snapshot is done, but it began before the others arrived. So one of the others takes
+    the second snapshot, and all 299 share it.
     """
     snapshots: list[int] = []
     go_on, begun = threading.Event(), threading.Event()
@@ -402,7 +401,7 @@ class ObservedLock:
 
 
 def test_no_work_is_done_for_a_client_that_hung_up() -> None:
-    """Request A works. Request B waits for A; its client hangs up. A ends: B does not begin to
+    """Request A works. Request B waits for A, and its client hangs up. A ends. B does not begin to
     work.
     """
     shared: Shared[str] = Shared()

@@ -95,7 +95,7 @@ def flush(app: Celery) -> None:
     runtime_of(app).dispatcher.close()
 
 
-def test_each_kind_of_details_survives_the_way_as_an_event() -> None:
+def test_each_kind_of_details_can_be_rebuilt_from_its_event() -> None:
     assert {type(example) for example in EXAMPLES} == set(KINDS)
     for example in EXAMPLES:
         event = events.msgspec.to_builtins(example)
@@ -170,8 +170,8 @@ def test_a_slow_hook_delays_no_run_and_surplus_events_are_dropped(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A hook does not return, and more runs end meanwhile. When more events wait than the limit
-    allows, the newest ones are dropped. When the hook has returned, the drop is logged.
+    """A hook hangs while runs begin and end. When more events wait than the limit allows, the
+    newest are dropped. The log says so when the hook has returned.
     """
     monkeypatch.setattr(dispatcher, "LIMIT", 6)
     held, go = threading.Event(), threading.Event()
@@ -203,8 +203,8 @@ def emit(own: Dispatcher, details: Details) -> None:
 def test_an_event_that_comes_while_a_hook_works_is_delivered_at_close(
     memory_app: Celery, seen: Seen
 ) -> None:
-    """The hook gets event A and does not return. Event B is emitted, and the dispatcher is closed.
-    The hook returns: it gets B, too.
+    """The hook gets event A and hangs. Event B is emitted, and the dispatcher is closed. The hook
+    returns, and gets B, too.
     """
     held, go = threading.Event(), threading.Event()
 
@@ -282,8 +282,9 @@ def test_a_conflict_and_its_skip_are_emitted(memory_app: Celery, seen: Seen) -> 
 
 
 def test_a_lost_run_ends_once(memory_app: Celery, seen: Seen) -> None:
-    """Another holder takes the lease. The run's checkpoint is refused, and so is its release: only
-    one ``Lost`` event is emitted.
+    """Another holder takes the lease. The store refuses the run's checkpoint, and then its release.
+
+    Only one ``Lost`` event is emitted.
     """
     use(memory_app, seen)
 
@@ -341,7 +342,7 @@ def test_acquiring_and_ending_are_logged(
 
 
 def test_our_events_make_no_task_and_no_worker_in_celerys_event_state(memory_app: Celery) -> None:
-    """Flower and celery-exporter keep such a state."""
+    """Flower and celery-exporter read this state, and would show such a task or worker."""
     state = memory_app.events.State()
     for example in EXAMPLES:
         event = events.msgspec.to_builtins(example)

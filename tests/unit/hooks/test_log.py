@@ -45,8 +45,8 @@ def is_clean(text: str) -> bool:
 
 
 def test_all_loggers_are_made_by_one_function() -> None:
-    """A logger that a module makes by itself would not have the filter that escapes control
-    characters.
+    """This function adds the filter that escapes control characters. Other loggers would not have
+    it.
     """
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -58,8 +58,8 @@ def test_all_loggers_are_made_by_one_function() -> None:
 
 
 def test_a_run_cannot_forge_a_log_line(memory_app: Celery, lines: io.StringIO) -> None:
-    """Not by its task id, its key, its holder's name or its error, and not by an error of a
-    hook.
+    """Line breaks and control characters are in the run's task id, key, holder and error, and in an
+    error of a hook.
     """
 
     @singleton_task(memory_app, name="t", unique_on=["key"], on_conflict="skip", shared=False)

@@ -1,6 +1,4 @@
-"""The exporter's page: what it shows for given data, and that no data becomes part of its
-markup.
-"""
+"""The exporter's page: what it shows for given data. No data may become part of its markup."""
 
 from __future__ import annotations
 
@@ -85,8 +83,8 @@ def test_a_failing_singleton_shows_its_error() -> None:
 
 
 def test_the_error_of_an_earlier_run_is_not_shown() -> None:
-    """In the list of singletons, the history of a singleton whose last run succeeded may be missing
-    or old: the row, not the history, says how the last run ended.
+    """In the list of singletons, the history of a singleton may be missing or old, if its last run
+    succeeded. Then the history's last error belongs to an earlier run.
     """
     assert ERRORS[1] not in read(shown("t", row("t"), run(300, 2, "failed", ERRORS[1])))
 
@@ -182,8 +180,8 @@ def templates() -> Environment:
     ],
 )
 def test_each_text_that_a_template_prints_is_escaped(templates: Environment, printed: str) -> None:
-    """It is escaped and its control characters are made visible, in whatever way a template prints
-    it.
+    """In whatever way a template prints a text, it is escaped and its control characters are
+    replaced.
     """
     found = templates.from_string(printed).render(text=HOSTILE)
     assert "<script" not in found
@@ -217,8 +215,8 @@ def test_no_html_is_written_in_python() -> None:
 
 @pytest.mark.parametrize(("tag", "file"), [("style", "page.css"), ("script", "page.js")])
 def test_the_content_security_policy_allows_the_included_file(tag: str, file: str) -> None:
-    """The policy has the hash of the file's text. Jinja includes the file as a template, so the
-    file must not have any text that Jinja would interpret.
+    """The policy has a hash of the file. Jinja includes the file as a template, so the file must
+    not contain any text that Jinja would interpret.
     """
     (inside,) = re.findall(f"<{tag}>(.*?)</{tag}>", render(five()), re.DOTALL)
     assert inside == (EXPORTER / "page" / file).read_text("utf-8").rstrip("\n")
