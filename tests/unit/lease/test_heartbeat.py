@@ -55,8 +55,8 @@ def test_a_lost_lease_is_told_apart_from_the_next_lease_of_the_same_key(
     """Run A holds the lease, and the store loses it. Run B acquires it in the same process, or in
     another child of the same worker.
 
-    Both are due at the same time, and the store renews only B's lease. The store answers by key, so
-    the heartbeat must find out by the holder: A's lease is lost, and B's is not.
+    Both leases are due at the same time. The store renews only B's, and answers by key. The
+    heartbeat must find that A's lease is lost and B's is not.
     """
 
     def renewed(leases: Sequence[Lease]) -> set[str]:
@@ -84,8 +84,8 @@ def test_a_dropped_lease_is_not_renewed(heartbeat: Heartbeat, store: Answers) ->
 
 
 def test_a_short_run_costs_no_request(heartbeat: Heartbeat, store: Answers) -> None:
-    """The run ends before its renewal is due. A longer run beside it shows that the thread is
-    working.
+    """The run ends before its renewal is due. A longer run beside it shows that the thread
+    works.
     """
     short, long = held("short", ttl=60, interval=30), held("long")
     heartbeat.hold(short)
@@ -142,9 +142,7 @@ def test_a_refused_lease_is_lost(heartbeat: Heartbeat, store: Answers) -> None:
 def test_a_lease_that_a_batch_skipped_is_renewed_by_a_statement_of_its_own(
     heartbeat: Heartbeat, store: Answers
 ) -> None:
-    """A batch skips a row that another transaction has locked. The lease of that row is not
-    lost.
-    """
+    """A batch skips a row that another transaction has locked. The row's lease is not lost."""
     store.answer = lambda leases: (
         {lease.key for lease in leases if lease.key != "locked" or len(leases) == 1}
     )
@@ -197,8 +195,8 @@ def test_a_locked_row_does_not_delay_the_other_leases(heartbeat: Heartbeat, stor
 
 
 def test_a_refused_lease_among_locked_ones_is_lost(heartbeat: Heartbeat, store: Answers) -> None:
-    """A batch leaves out locked and refused leases alike. A statement for one lease tells them
-    apart.
+    """The answer to a batch lacks locked and refused leases alike. A statement for one lease alone
+    tells them apart.
     """
     store.answer = lambda leases: (
         {lease.key for lease in leases if lease.key != "refused"} if len(leases) > 1 else set()
@@ -214,7 +212,7 @@ def test_a_refused_lease_among_locked_ones_is_lost(heartbeat: Heartbeat, store: 
 def test_a_lease_that_is_due_more_often_is_renewed_in_a_batch_too(
     heartbeat: Heartbeat, store: Answers
 ) -> None:
-    """A statement for one lease waits for its row's lock, which would delay the other lease."""
+    """A statement for one lease alone would wait for its row's lock, and delay the other lease."""
     heartbeat.hold(held("rarely", ttl=60, interval=30))
     heartbeat.hold(held("often"))
     wait_until(lambda: len(store.asked) >= 3, "three renewals")
@@ -291,9 +289,7 @@ def test_a_late_answer_does_not_bring_an_expired_lease_back(
 def test_leases_that_are_due_soon_are_renewed_together(
     heartbeat: Heartbeat, store: Answers
 ) -> None:
-    """Leases that were acquired at different times fall into step, so that one statement renews
-    all.
-    """
+    """Leases that were acquired at different times soon share one statement."""
     asked_at = clock()
     for key, earlier in (("a", 0.3), ("b", 0.2), ("c", 0.1), ("new", 0.0)):
         heartbeat.hold(HeldLease(Lease(key, "holder", 1, 10.0), asked_at - earlier, 0.4))
@@ -358,7 +354,7 @@ def test_a_renewal_is_due_half_way_through_the_trusted_part_of_a_short_life() ->
 
 
 def test_an_error_of_one_owner_stops_no_other_renewal(heartbeat: Heartbeat, store: Answers) -> None:
-    """One holder is asked to hand over, and the thread that would interrupt its body cannot be
+    """One holder is asked to hand over, but the thread that would interrupt its body cannot be
     started.
 
     The other lease is renewed all the same.

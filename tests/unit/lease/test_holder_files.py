@@ -1,5 +1,4 @@
-"""Holder files: each process notes its leases in a file, and others read the files of dead
-processes.
+"""Holder files: a process notes its leases in a file, which other processes read when it is dead.
 
 The tests use real processes that die.
 """
@@ -95,9 +94,9 @@ def test_the_leases_of_a_dead_process_are_found(own: HolderFiles, tmp_path: Path
 
 
 def test_a_lease_that_is_held_at_an_orderly_exit_is_found(own: HolderFiles, tmp_path: Path) -> None:
-    """A process closes its file while a thread of it is in a run.
+    """The process closes its holder file while one of its threads is in a run.
 
-    The run is alive until the process has ended, and is found only then.
+    This run counts as alive until the process has ended. Then its lease is found.
     """
     with process(hold_and_close, tmp_path) as (running, _):
         assert found(own) == []
@@ -115,8 +114,8 @@ def test_a_stopped_process_does_not_count_as_dead(own: HolderFiles, tmp_path: Pa
 def test_a_dead_process_is_found_while_its_forked_child_lives(
     own: HolderFiles, tmp_path: Path
 ) -> None:
-    """The child inherits the open file, its lock and the mapped memory, but they do not count as
-    its own.
+    """The child inherits the open file, its lock and the mapped memory. They must not make its
+    parent look alive.
     """
     with process(fork_and_hold, tmp_path) as (running, child):
         assert found(own) == []
@@ -161,9 +160,7 @@ def test_leases_that_could_not_be_freed_are_found_again(own: HolderFiles, tmp_pa
 
 
 def test_two_processes_do_not_both_find_a_dead_process(own: HolderFiles, tmp_path: Path) -> None:
-    """A reads the file of a dead process. B searches at the same time, and leaves this file to
-    A.
-    """
+    """A reads the file of a dead process. B searches at the same time, and leaves the file to A."""
     with process(hold_two, tmp_path) as (running, _):
         running.kill()
         running.join(30)
@@ -198,8 +195,8 @@ def test_a_record_that_does_not_fit_into_a_slot_is_not_noted(own: HolderFiles) -
 def test_a_full_disk_costs_the_record_and_not_the_process(
     own: HolderFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """If mapped memory has no room on the disk, writing to it kills the process with SIGBUS. So
-    room is allocated first.
+    """A write to mapped memory without room on the disk would kill the process with SIGBUS. So the
+    process first allocates the room.
     """
     slot = own.note(holder_record(1))
 
@@ -218,8 +215,10 @@ def test_a_full_disk_costs_the_record_and_not_the_process(
 def test_a_file_that_was_removed_before_it_was_locked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process makes its file. Another one finds it unlocked, believes that its owner is dead, and
-    removes it. Only then does the first process lock it.
+    """Process A makes its file. Process B finds it unlocked, believes that A is dead, and removes
+    it.
+
+    Only then does A lock the file.
     """
     made = HolderFiles(tmp_path, f"{os.getpid()}-dddd")
     lock, removed = holder_files.fcntl.flock, []
@@ -267,8 +266,8 @@ def test_a_directory_that_another_user_could_have_made_is_not_used(
 def test_processes_of_two_kernels_use_different_directories(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They may share a disk: on another host, after another boot, or in a virtual machine that was
-    restored from the same snapshot.
+    """Two kernels may share a disk: two hosts, two boots, or two virtual machines from one
+    snapshot.
     """
     here = directory_of("store")
     assert here == directory_of("store") != directory_of("another store")

@@ -1,6 +1,4 @@
-"""``Pace``: the more messages wait for a lease, the longer is the pause before each is sent
-again.
-"""
+"""``Pace``: the more messages wait for a lease, the longer each pauses before it is sent again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Renewal by the parent: a child of a worker leaves the renewal of its leases to the main process.
+"""Renewal by the parent: a worker's child leaves the renewal of its leases to the main process.
 
 Child and parent exchange requests and answers through the child's holder file. Both sides are
 tested with a real file.
@@ -94,7 +94,7 @@ def test_a_renewal_is_requested_until_the_lease_is_dropped(child: Child) -> None
 
 
 def test_an_answer_extends_the_time_to_trust_the_lease_at_once(child: Child) -> None:
-    """Whichever code reads the lease's remaining time finds the answer: no thread need run
+    """Reading the lease's remaining time reads the answer. No thread of the child has to run
     before.
     """
     held = child.hold("a")
@@ -106,7 +106,7 @@ def test_an_answer_extends_the_time_to_trust_the_lease_at_once(child: Child) -> 
 
 
 def test_a_refusal_and_a_handoff_request_are_read_at_the_signal(child: Child) -> None:
-    """Without the signal the child's own thread would read them only half a minute later."""
+    """Without the signal, the child's own thread would read them only half a minute later."""
     lost, asked = child.hold("lost"), child.hold("asked")
     heard: list[str] = []
     asked.owner = Told(asked=heard.append)
@@ -124,8 +124,8 @@ def test_a_refusal_and_a_handoff_request_are_read_at_the_signal(child: Child) ->
 
 
 def test_an_answer_for_an_earlier_lease_of_the_slot_is_ignored(child: Child) -> None:
-    """Lease A is dropped. Lease B is noted in the same slot. Only then does the parent write that
-    A's renewal was refused. B is not lost.
+    """Lease A is dropped, and lease B is noted in the same slot. Only then does the parent write
+    that A's renewal was refused. B is not lost.
     """
     earlier = child.hold("earlier")
     start = child.slots["earlier"]
@@ -171,8 +171,8 @@ def test_a_process_renews_a_lease_whose_request_has_no_room(child: Child) -> Non
 
 
 def test_a_child_renews_by_itself_when_its_parent_does_not(child: Child) -> None:
-    """The child's own renewal is due at half of the lease's life. If the parent answers in time,
-    this time never comes.
+    """The child renews a lease at half of its life. If the parent answers in time, the child never
+    does.
     """
     silent = child.hold("silent", ttl=1.0, interval=0.5)
     wait_until(lambda: len(child.store.asked) >= 3, "the child renews by itself, again and again")
@@ -265,7 +265,7 @@ def hold(app: Celery, pipe: Any, key: str) -> None:
 
 @pytest.fixture
 def make_child(app: Celery) -> Iterator[Callable[[str], tuple[Any, Any, Any]]]:
-    """Return a function that forks a child which holds a lease. It returns process, pipe and
+    """Return a function that forks a child with a lease, and returns its process, pipe and
     lease.
     """
     made = []
@@ -326,7 +326,7 @@ def test_the_lease_of_a_dead_child_is_not_renewed(
 def test_the_lease_of_a_process_outside_the_pool_is_not_renewed(
     app: Celery, make_child: Callable[[str], tuple[Any, Any, Any]]
 ) -> None:
-    """The same holds for the lease of a former child, if a later child of the pool has the same
+    """The lease of a former child is not renewed either, if a later child of the pool has the same
     id.
     """
     process, _, lease = make_child("a")
@@ -362,9 +362,10 @@ def test_requests_to_another_parent_are_ignored(
 def test_a_child_is_told_of_a_refusal_until_its_run_ends(
     app: Celery, make_child: Callable[[str], tuple[Any, Any, Any]]
 ) -> None:
-    """The child is stopped. Its lease is released from outside. The parent's renewal is refused.
+    """The child is stopped. Its lease is released by another process. The parent's renewal is
+    refused.
 
-    The child continues, and learns of the refusal long before its own renewal would be due.
+    The child continues. It learns of the refusal long before its own renewal would be due.
     """
     process, pipe, lease = make_child("a")
     os.kill(process.pid, signal.SIGSTOP)

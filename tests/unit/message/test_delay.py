@@ -101,7 +101,7 @@ def sent(task: Any, request: Context, **options: Any) -> dict[str, Any]:
 def test_no_countdown_is_longer_than_the_broker_waits_for_an_acknowledgement(
     make_app: Callable[..., Celery], broker: str, options: dict[str, Any], longest: float | None
 ) -> None:
-    """The rest of the pause is in the message. When the message comes, it is sent again for the
+    """The message carries the rest of its pause. When it arrives, it is sent again for that
     rest.
     """
     task = task_of(make_app(broker, **options))
@@ -118,8 +118,8 @@ def test_no_countdown_is_longer_than_the_broker_waits_for_an_acknowledgement(
 def test_a_retry_counts_as_queued_for_its_whole_pause(
     make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch, broker: str, pause: float
 ) -> None:
-    """Its countdown may be only a part of the pause. If RabbitMQ delays the message, there is
-    none.
+    """The countdown may be only a part of the pause. There is none if RabbitMQ delays the
+    message.
     """
     monkeypatch.setattr(delay, "_is_bound", lambda *_: True)
     url, _, quorum = broker.partition(" ")
@@ -135,8 +135,9 @@ def test_a_retry_counts_as_queued_for_its_whole_pause(
 
 
 def test_a_retry_does_not_inherit_the_waiting_time(make_app: Callable[..., Celery]) -> None:
-    """How long a try has waited, and how often it was requeued, do not count for its retry. A
-    message that is only sent again keeps both.
+    """How long a try has waited, and how often it was requeued, does not count for its retry.
+
+    A message that is only sent again keeps both numbers.
     """
     of_try = {WAITED: 9.5, NEXT_SINCE: 3.0, REQUEUED: 4, UNRECORDED: 2}
     of_message = {RANK: 7, SENT: "value", SENT_AT: "host:1", ENTRY: "e", DUE: "2026-11-27"}
@@ -201,8 +202,8 @@ def test_rabbitmq_delays_messages_of_quorum_queues_by_whole_seconds(
 def test_a_wait_counts_with_the_delay_that_the_broker_really_makes(
     make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RabbitMQ makes 1 s of a delay of 0.1 s. If it counted as 0.1 s, a wait would exceed its time
-    limit.
+    """RabbitMQ delays by whole seconds. If a delay of 0.1 s counted as 0.1 s, and not as 1 s, a
+    wait would exceed its time limit.
     """
     pytest.importorskip("kombu.transport.native_delayed_delivery")
     monkeypatch.setattr(delay, "_is_bound", lambda *_: True)
@@ -217,8 +218,8 @@ def test_a_wait_counts_with_the_delay_that_the_broker_really_makes(
 def test_a_message_that_was_delayed_often_is_sent_to_its_own_queue(
     make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A delayed message arrives with the name of the delaying exchange, and its routing key begins
-    with the prefix of the delay.
+    """A delayed message arrives with the name of the delaying exchange, and with a prefix before
+    its routing key. Neither may be taken for its own.
     """
     pytest.importorskip("kombu.transport.native_delayed_delivery")
     monkeypatch.setattr(delay, "_is_bound", lambda *_: True)
@@ -280,7 +281,7 @@ def test_the_queue_that_a_message_came_from_is_found(
 def test_a_message_with_copies_in_two_queues_is_sent_to_one_queue(
     make_app: Callable[..., Celery], broker: str
 ) -> None:
-    """If a copy was sent to the exchange again, it would come back as two copies."""
+    """If one copy were sent to the exchange again, both queues would get a copy of it."""
     topic = Exchange("topic", type="topic")
     app = make_app(
         broker, Queue("a", topic, routing_key="x.#"), Queue("b", topic, routing_key="#.y")
@@ -304,7 +305,9 @@ def test_a_copy_of_a_fanout_exchange_never_goes_back_to_the_exchange(
 def test_rabbitmqs_notes_of_its_moves_are_not_sent_again(
     make_app: Callable[..., Celery],
 ) -> None:
-    """RabbitMQ drops a message if such a header says that it moves in a circle."""
+    """With such a header RabbitMQ would conclude that the message moves in a circle, and drop
+    it.
+    """
     moves = {"x-death": [{"queue": "celery_delayed_1"}], "x-first-death-queue": "celery_delayed_1"}
     made = sent(task_of(make_app("amqp://")), message(headers={**moves, "own": 1}), countdown=1)
     assert set(names_in(made["headers"])) == {"own", PAUSE}

@@ -65,7 +65,7 @@ def test_a_message_that_cannot_be_sent_again_stays_with_the_broker(
 
 
 def test_a_retry_that_cannot_be_sent_stays_with_the_broker(task: Any) -> None:
-    """Celery's own retry would reject the message for good."""
+    """Celery's own ``retry()`` would reject the message for good."""
     task.push_request(id="1", args=(), kwargs={}, called_directly=False)
     try:
         with pytest.raises(Reject) as caught:
@@ -76,7 +76,9 @@ def test_a_retry_that_cannot_be_sent_stays_with_the_broker(task: Any) -> None:
 
 
 def test_a_retry_that_no_serializer_takes_is_rejected_for_good(task: Any) -> None:
-    """It could never be sent, so requeueing the message would repeat the error for ever."""
+    """The retry could never be sent: if the message were requeued, the error would repeat for
+    ever.
+    """
     task.push_request(id="1", args=(object(),), kwargs={}, called_directly=False)
     try:
         with pytest.raises(Reject) as caught:
@@ -87,7 +89,7 @@ def test_a_retry_that_no_serializer_takes_is_rejected_for_good(task: Any) -> Non
 
 
 class GreenletExit(BaseException):
-    """Has the name of the exception that gevent and eventlet raise in a greenlet to end it."""
+    """An exception with the name of the one that gevent and eventlet raise to end a greenlet."""
 
 
 def kill_greenlet() -> None:
@@ -111,7 +113,7 @@ def test_the_message_of_a_body_that_celery_ends_stays_with_the_broker(
 def test_the_message_of_a_retry_that_celery_ends_stays_with_the_broker(
     task: Any, memory_app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The signal of a cold shutdown comes, in a solo pool, while the retry is being sent."""
+    """In a solo pool, the signal of a cold shutdown comes while the retry is being sent."""
 
     def send(*_: Any, **__: Any) -> None:
         kill_in_solo_pool()

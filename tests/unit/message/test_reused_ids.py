@@ -21,7 +21,7 @@ from celery_singleton_state.runtime import Runtime, runtime_of
 
 @pytest.fixture
 def sent(memory_app: Celery, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The values, one for each message that was sent; ``None`` for a message without a value."""
+    """The value of each message that was sent, in order. A message without a value has ``None``."""
     values: list[Any] = []
 
     def send(producer: Any, name: str, message: Any, headers: Any = None, **_: Any) -> None:
@@ -86,8 +86,8 @@ def test_messages_whose_ids_tell_them_apart_have_no_value(
 def test_after_an_error_the_next_send_is_the_same_message(
     memory_app: Celery, task: Any, sent: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sender does not know whether the broker got the first message, so the second must count
-    as a duplicate of it.
+    """The sender cannot know whether the broker has the first message. So the second one has the
+    same value, and counts as a duplicate if both arrive.
     """
     send = memory_app.amqp.send_task_message
 
@@ -107,7 +107,7 @@ def test_after_an_error_the_next_send_is_the_same_message(
 def test_a_task_that_runs_again_sends_the_same_messages(
     memory_app: Celery, task: Any, sent: list[Any]
 ) -> None:
-    """A process died in a task that sends messages. The task runs again and sends the messages
+    """A task sends messages, and its process dies. The task runs again, and sends the messages
     again.
     """
 
@@ -166,8 +166,9 @@ def test_the_number_of_deaths_that_are_allowed(
 
 
 def test_a_message_whose_workers_die_too_often_fails(memory_app: Celery, task: Any) -> None:
-    """The package counts deaths of whole workers, because Celery does not. When a message has
-    failed for this, and the operator sends it again, the count begins at 0.
+    """The package counts the deaths of whole workers, because Celery does not.
+
+    When the message has failed, and an operator sends it again, the count begins at 0.
     """
     runtime = runtime_of(memory_app)
     for number in range(deaths_allowed(task.max_retries) or 0):

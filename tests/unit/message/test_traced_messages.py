@@ -46,7 +46,9 @@ def into_inner(headers: dict[str, Any]) -> None:
 
 
 def into_both(headers: dict[str, Any]) -> None:
-    """Change headers as sentry-sdk did until 2.40. Its 1.45 appends its baggage at each sending."""
+    """Change headers as sentry-sdk did until 2.40. Its release 1.45 adds to the baggage at each
+    sending.
+    """
     before = [headers["baggage"]] if "baggage" in headers else []
     headers.update(TRACE | {"baggage": ",".join([*before, TRACE["baggage"]])})
     headers.setdefault("headers", {}).update(
@@ -57,7 +59,7 @@ def into_both(headers: dict[str, Any]) -> None:
 def copied_into_inner(headers: dict[str, Any]) -> None:
     """Change headers as sentry-sdk does since 2.40.
 
-    It also copies each custom header into the inner ``headers``, if they do not have it yet.
+    The tool also copies each custom header into the inner ``headers``, if it is not there yet.
     """
     into_both(headers)
     for name in [name for name in headers if name not in Context.__dict__ and name != "headers"]:
@@ -133,8 +135,8 @@ def hold(app: Celery) -> None:
 def test_a_waiting_message_counts_its_waiting_time(
     app: Celery, tool: object, on_conflict: str
 ) -> None:
-    """With ddtrace the header that counts the time was reset, so that a message was sent again for
-    ever, and quickly. The headers must not grow at each sending either.
+    """ddtrace once brought back an old value of the header that counts the time, so that the
+    message was sent again for ever. The headers must not grow at each sending either.
     """
     task = task_of(app, idle, on_conflict=on_conflict, conflict_timeout=60)
     hold(app)
@@ -151,9 +153,7 @@ def test_a_waiting_message_counts_its_waiting_time(
 
 
 def test_a_message_that_is_sent_again_keeps_its_headers(app: Celery, tool: object) -> None:
-    """However often it is sent again, the body finds the sender's headers in
-    ``request.headers``.
-    """
+    """However often that happens, the body finds the sender's headers in ``request.headers``."""
     task = task_of(app, idle)
     task.apply_async(headers={"tenant": "a", "nested": {"b": [1]}, "headers": {"shown": 1}})
     first = context_of(receive(app))
@@ -177,8 +177,8 @@ def users(request: Context) -> dict[str, Any]:
 
 @pytest.mark.parametrize("with_headers", [False, True])
 def test_a_retry_keeps_the_tick_of_its_run(app: Celery, tool: object, with_headers: bool) -> None:
-    """Celery gives a retry the headers in ``request.headers``, or those that the body passes to
-    ``retry()``. In both cases the package must add the tick.
+    """Celery gives a retry the headers in ``request.headers``, or the ones that the body passes to
+    ``retry()``. In both cases the retry must have the tick's headers.
     """
     seen: list[datetime | None] = []
 
@@ -221,7 +221,7 @@ def test_a_tick_that_is_sent_twice_runs_once(app: Celery, tool: object) -> None:
 
 
 def test_the_outer_of_two_copies_of_a_header_counts() -> None:
-    """The inner copy is older: a tool made it when the message was sent the time before."""
+    """The inner copy is older: a tool made it when the message was sent before."""
     request = Context({"id": "1", WAITED: 3.0, "headers": {WAITED: 1.0, "own": 1}})
     assert header(request, WAITED) == 3.0
     assert custom_headers(request) == {WAITED: 3.0, "headers": {"own": 1}}
@@ -241,7 +241,9 @@ def test_a_header_named_headers_that_is_no_dict_is_ignored(shown: object) -> Non
 
 
 def test_headers_that_rabbitmq_adds_to_a_delivery_are_not_sent_again() -> None:
-    """With them RabbitMQ would conclude that the message moves in a circle, and drop it."""
+    """With these headers RabbitMQ would conclude that the message moves in a circle, and drop
+    it.
+    """
     noted = {"x-death": [{"count": 1}], "x-delivery-count": 3, "x-first-death-reason": "expired"}
     request = Context({"id": "1", "own": 1} | noted)
     assert custom_headers(request) == {"own": 1}
@@ -300,8 +302,8 @@ def test_a_senders_own_headers_are_always_sent(app: Celery, headers: dict[str, A
 def test_arguments_are_passed_on_to_celery_by_name(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the given arguments are passed. Tools wrap Celery's ``apply_async``, and read and change
-    its arguments by name.
+    """Only arguments that the sender gave are passed. Tools that wrap Celery's ``apply_async`` read
+    and change its arguments by name.
     """
     seen: list[tuple[Any, ...]] = []
     celerys = Task.apply_async

@@ -108,7 +108,7 @@ def test_a_body_that_works_is_interrupted(here: Here) -> None:
 
 
 def test_a_body_that_sleeps_is_interrupted(main_thread: None) -> None:
-    """This holds in the main thread only. In another thread the body is interrupted after its
+    """This is so only in the main thread. In another thread a body is interrupted after its
     sleep.
     """
     body = Body("s")
@@ -153,7 +153,7 @@ def test_an_interruption_at_the_end_of_the_body_is_dropped(
 ) -> None:
     """The last line of the body is done. The body is interrupted. Only then is its section left.
 
-    In another thread, the exception arrives when the code of the body has already ended.
+    In another thread, the exception arrives when the body's code has already ended.
     """
     body = Body("s")
 
@@ -182,7 +182,7 @@ def test_an_interruption_at_the_end_of_the_body_is_dropped(
 def test_a_body_that_called_a_singleton_is_interrupted_after_the_call(here: Here) -> None:
     """The body of A calls singleton B. A's lease is lost while B releases its own lease.
 
-    The release is not interrupted. A's body is, when B has returned.
+    B's release is not interrupted. A's body is interrupted when B has returned.
     """
     went: list[str] = []
     outer, inner = Body("outer"), Body("inner")
@@ -205,7 +205,7 @@ def test_a_body_that_called_a_singleton_is_interrupted_after_the_call(here: Here
 def test_the_body_of_a_called_singleton_is_interrupted_with_its_caller(here: Here) -> None:
     """The body of A calls singleton B. A's lease is lost while B's body works.
 
-    B's body is interrupted. Its run releases B's lease and passes the exception on to A.
+    B's body is interrupted. B's run releases its lease and passes the exception on to A.
     """
     went: list[Any] = []
     outer, inner = Body("outer"), Body("inner")
@@ -235,7 +235,7 @@ def test_the_body_of_a_called_singleton_is_interrupted_with_its_caller(here: Her
 
 
 def test_a_caller_can_catch_the_lost_lease_of_a_called_singleton(here: Here) -> None:
-    """The body of A calls singleton B, whose lease is lost. A catches B's ``HeartbeatFailed`` and
+    """The body of A calls singleton B. B's lease is lost. A catches ``HeartbeatFailed`` and
     continues.
     """
     outer, inner = Body("outer"), Body("inner")
@@ -256,10 +256,10 @@ def test_a_caller_can_catch_the_lost_lease_of_a_called_singleton(here: Here) -> 
 def test_cleaning_up_in_a_called_singleton_is_not_interrupted(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The body of A calls singleton B, whose lease is lost. While B's body cleans up, A's lease is
+    """The body of A calls singleton B. B's lease is lost. While B's body cleans up, A's lease is
     lost.
 
-    The cleaning up is not interrupted. A's body is, after it.
+    B's cleaning up is not interrupted. A's body is interrupted after it.
     """
     went: list[str] = []
     outer, inner = Body("outer"), Body("inner")
@@ -301,8 +301,8 @@ def swallow_twice(lose: Callable[[], None]) -> None:
 
 
 def swallow_and_keep(lose: Callable[[], None]) -> None:
-    """Catch the exception and keep a reference to it, as a future does, or a frame in its
-    traceback.
+    """Catch the exception and keep a reference to it, as a future or a frame in its traceback
+    does.
     """
     kept = []
     try:
@@ -328,8 +328,8 @@ def swallow_in_destructor(lose: Callable[[], None]) -> None:
 
 
 def swallow_in_c(lose: Callable[[], None]) -> None:
-    """Be interrupted in a callback of C code, which prints the callback's exception and drops
-    it.
+    """Be interrupted in a callback of C code, which prints the callback's exception and
+    continues.
     """
 
     def called_back() -> int:
@@ -359,7 +359,7 @@ def swallow_in_sqlite(lose: Callable[[], None]) -> None:
 def swallow_in_event_loop(lose: Callable[[], None]) -> None:
     """Be interrupted in a timer's callback of an event loop, which drops the exception.
 
-    The callback was to resolve the future that the body waits for, and nothing else resolves it.
+    Only this callback could have resolved the future that the body waits for.
     """
 
     async def main() -> None:
@@ -435,9 +435,9 @@ def test_except_exception_does_not_catch_the_interruption(here: Here) -> None:
 def test_a_body_that_cleans_up_is_not_interrupted(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cleaning up is ``finally``, the end of a context manager, and all that these call.
+    """Code cleans up in ``finally`` or at the end of a context manager, and in all that these call.
 
-    The code that cleans up may raise and catch exceptions of its own.
+    Such code may raise and catch exceptions of its own.
     """
     body, tidied = Body("s"), list[str]()
 
@@ -534,8 +534,8 @@ def test_a_run_is_lost_whatever_its_body_does_with_the_interruption(
 
 @pytest.mark.parametrize("kind", [Retry, Ignore, Reject, SystemExit, KeyboardInterrupt])
 def test_exceptions_that_instruct_celery_pass(here: Here, kind: type[BaseException]) -> None:
-    """The message of a retry has been sent already, and ``SystemExit`` ends a worker: Celery must
-    get these exceptions, although the run is lost.
+    """``Retry`` means that the retry's message is sent, and ``SystemExit`` ends a worker. Celery
+    must get such exceptions, although the run is lost.
     """
     body = Body("s")
 
@@ -557,8 +557,8 @@ def test_an_interruption_leaves_no_lock_acquired(
 ) -> None:
     """The body is interrupted when a Python function has just acquired a lock for it.
 
-    The exception must not be raised in that function: the lock would stay acquired, and every other
-    thread that needs it would hang.
+    The exception must not be raised in this function. Otherwise the lock would stay acquired, and
+    every other thread that needs it would hang.
     """
     body, handler = Body("s"), logging.NullHandler()
     acquired, released = SimpleQueue[bool](), list[int]()
