@@ -1,8 +1,6 @@
-"""The private parts of other libraries that the package uses: each exists and does what is
-expected.
+"""Tests for ``compat``: the private parts of other libraries exist and do what is expected.
 
-All of them are in the module ``compat``. If a test fails with a new release of a library, its entry
-in ``compat`` must be changed.
+If a test fails with a new release of a library, its entry in ``compat`` must be changed.
 """
 
 from __future__ import annotations
@@ -289,8 +287,8 @@ def test_a_worker_gives_its_event_loop_to_its_steps() -> None:
     assert given == [worker, "the hub"]
 
 
-def test_the_growth_of_a_gevent_pool_is_noticed_before(plain_app: Celery) -> None:
-    """The pool grows by Celery's remote control command ``pool_grow``."""
+def test_before_growth_is_called_before_a_gevent_pool_grows(plain_app: Celery) -> None:
+    """The pool grows because of Celery's remote control command ``pool_grow``."""
     pytest.importorskip("gevent")
     from celery.concurrency.gevent import TaskPool
     from celery.worker.control import pool_grow
@@ -508,8 +506,8 @@ def test_upgrade_steps_lists_the_missing_migrations() -> None:
 
 
 class OwnMySQL(pymysql.connections.Connection):  # type: ignore[misc]  # it has no types
-    """A connection that notes which of its methods PyMySQL calls. The package has a similar
-    class.
+    """A connection that notes which of its methods PyMySQL calls, as the package's own class
+    does.
     """
 
     own_timeout = compat.read_timeout

@@ -41,9 +41,7 @@ def make_older(app: Celery, column: str, seconds: float) -> None:
 def test_a_singleton_is_healthy_if_it_finished_in_time(
     memory_app: Celery,
 ) -> None:
-    """The time limit is the task's ``expected_interval`` times the threshold, which is 2 by
-    default.
-    """
+    """The time limit is the task's ``expected_interval`` times the threshold (2 by default)."""
     task = singleton_task(
         memory_app, shared=False, name="t", expected_interval=timedelta(seconds=100)
     )(nothing)
@@ -79,7 +77,9 @@ def test_a_singleton_without_an_expected_interval_is_always_healthy(memory_app: 
 
 
 def test_a_singleton_that_never_ran_has_a_grace_time(memory_app: Celery) -> None:
-    """The time counts from the start of the first worker, which writes the singleton's row."""
+    """This time begins when the first worker starts, because the worker writes the singleton's
+    row.
+    """
     singleton_task(memory_app, shared=False, name="quick", expected_interval=1)(nothing)
     singleton_task(memory_app, shared=False, name="daily", expected_interval=86400)(nothing)
     assert health(memory_app)["quick"][0], "in this process's first minute"

@@ -30,9 +30,7 @@ def test_a_history_that_cannot_be_read_counts_as_empty(
 
 
 def test_a_succeeded_run_did_its_own_and_earlier_generations() -> None:
-    """The run asked for a retry and succeeded. Only this retry, the next generation, is new
-    work.
-    """
+    """The run asked for a retry and succeeded. Only its retry, the next generation, is new work."""
     entries = (entry(1, generation=1),)
     assert history.done_by(entries, "t", 0)
     assert history.done_by(entries, "t", 1)
@@ -57,7 +55,7 @@ def test_a_duplicate_in_the_history_counts_as_done() -> None:
 
 
 def test_a_run_has_ended_if_the_history_has_its_entry() -> None:
-    """This holds also if other runs have ended since."""
+    """Entries of later runs do not matter."""
     entries = (entry(2), entry(3), entry(4))
     assert history.has_ended(entries, entry(3), run_count=3) is True
 
@@ -72,8 +70,8 @@ def test_a_run_has_ended_if_the_history_has_its_entry() -> None:
     ids=["fence", "holder", "outcome"],
 )
 def test_a_run_is_recognised_by_fence_holder_and_outcome(others: Entry) -> None:
-    """If an operator releases a lease, its entry has the run's fence and holder, but the outcome
-    "lost".
+    """When an operator releases a run's lease, the entry has the run's fence and holder, but the
+    outcome "lost".
     """
     assert history.has_ended((entry(2), others), entry(3), run_count=2) is False
 
@@ -94,8 +92,8 @@ def test_whether_a_run_ended_is_unknown_if_its_entry_may_have_been_dropped() -> 
 
 
 def test_old_duplicates_are_dropped_separately_from_runs() -> None:
-    """The history keeps a fixed number of each. Whether duplicates were dropped does not tell
-    whether runs were.
+    """The history has a limit for runs and one for duplicates. If one of them was exceeded, this
+    says nothing about the other.
     """
     old_duplicate, old_run = entry(1, outcome="duplicate"), entry(1)
     later = (entry(4), entry(5, outcome="duplicate"))
@@ -111,7 +109,7 @@ def test_an_error_is_one_short_line() -> None:
 
 
 def test_an_error_with_a_lone_surrogate_can_be_stored() -> None:
-    """A lone surrogate, half of an emoji, cannot be encoded. The end of the run must be recorded
+    """A lone surrogate (half of an emoji) cannot be encoded. The end of the run must be recorded
     anyway.
     """
     described = history.describe(ValueError("half \ud83d"))

@@ -42,11 +42,11 @@ def test_positional_named_and_default_arguments_make_the_same_key() -> None:
 
 
 def plain(tenant: str, limit: int = 10) -> None:
-    """Has only arguments that the fast way of binding can handle."""
+    """Have only arguments that the fast way of binding can handle."""
 
 
 def keyword_only(tenant: str, *, limit: int) -> None:
-    """Has an argument that can only be given by name."""
+    """Have an argument that can only be given by name."""
 
 
 @pytest.mark.parametrize("function", [run, plain, keyword_only])
@@ -179,8 +179,9 @@ SENT = [
 def test_the_sender_and_the_body_have_the_same_key(
     value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """JSON changes some values on their way. The key that the sender made of a value must be the
-    key that the worker makes of the changed value.
+    """JSON changes some values. The sender makes the key of the value before, and the worker after.
+
+    Both keys must be the same.
     """
     monkeypatch.setattr("kombu.utils.json.textual_types", (Promise,))
     content_type, encoding, sent = dumps([value], "json")

@@ -1,6 +1,6 @@
 """Only the module ``compat`` uses private parts of other libraries.
 
-So at a library's new release, only this module must be checked.
+So at a new release of a library, a maintainer has to check this module only.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ INSIDES = {"__code__", "__closure__", "__globals__", "co_freevars"}
 
 
 def test_only_compat_uses_private_parts_of_other_libraries() -> None:
-    """Private parts are: names with an underscore, as attributes, in imports and in strings; the
-    code of a function; and methods that are replaced on an object.
+    """Private parts are names with an underscore (as attributes, in imports and in strings), a
+    function's code, and methods that are replaced on an object.
     """
     found = {
         f"{path.relative_to(ROOT)}:{line}: {what}"
@@ -123,8 +123,8 @@ def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
 
 
 def _replaced(node: ast.Assign, tree: ast.Module) -> Iterator[str]:
-    """Yield the methods of other objects than ``self`` that an assignment replaces by a
-    function.
+    """Yield the methods that an assignment replaces by a function, on other objects than
+    ``self``.
     """
     functions = {each.name for each in ast.walk(tree) if isinstance(each, ast.FunctionDef)}
     value = ast.unparse(node.value)
@@ -138,8 +138,8 @@ def _replaced(node: ast.Assign, tree: ast.Module) -> Iterator[str]:
 
 
 def test_compat_lists_the_private_names_that_our_classes_override() -> None:
-    """A class of this package may share a private name with a library's class that it derives from,
-    on purpose or by accident. An accident would break both classes.
+    """A class may override a private name of its library's class on purpose, or by accident. An
+    accident would break both classes.
     """
     found: defaultdict[str, set[str]] = defaultdict(set)
     for module in _modules():
@@ -161,8 +161,8 @@ def _modules() -> Iterator[ModuleType]:
 
 
 def _shared(kind: type) -> Iterator[tuple[str, set[str]]]:
-    """Yield the library's classes among a class's ancestors, each with the private names that this
-    package's classes share with it.
+    """Yield each class of a library among a class's ancestors, with the private names that it
+    shares with this package's classes.
     """
     ours = {
         name

@@ -1,6 +1,6 @@
-"""``EntryTicks``: the part of a row that knows which ticks are done, have failed, or are retried.
+"""``EntryTicks``: which ticks of an entry are done, have failed, or will be retried.
 
-Ticks that are done are kept as spans of time in which every tick is done.
+Done ticks are kept as spans of time. In a span, every tick that was sent is done.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_many_ticks_in_any_order_are_exact() -> None:
 
 
 def test_skipped_ticks_count_as_done() -> None:
-    """With ``catch_up="latest"`` tick 9 was sent after tick 1, and names tick 1 as the one before
+    """With ``catch_up="latest"``, tick 9 was sent after tick 1, and names tick 1 as the tick before
     it.
     """
     known = done([0, 1]).with_done(DUES[9], DUES[1])

@@ -174,9 +174,7 @@ def test_a_schedule_without_a_base_class_of_celery(app: Celery) -> None:
 
 
 def test_the_crontab_of_django_celery_beat_is_treated_as_celerys(app: Celery) -> None:
-    """Its ``is_due`` only converts its argument, so the package's own rules for crontabs apply to
-    it.
-    """
+    """The ``is_due`` of this class only converts its argument, so the package need not call it."""
     own = TzAwareCrontab(minute=30, hour=2, app=app)
     entry = made(app, own)
     entry.begin(NOON)
@@ -188,7 +186,7 @@ def test_the_crontab_of_django_celery_beat_is_treated_as_celerys(app: Celery) ->
 
 
 def behind(app: Celery, **rules: Any) -> SingletonEntry:
-    """Return an entry that was due every five minutes, and whose beat stood still for half an
+    """Return an entry that is due every five minutes, and that no leader has checked for half an
     hour.
     """
     entry = made(app, SaysDueEach5Minutes("*/5", app=app), **rules)
@@ -222,9 +220,9 @@ def test_the_rules_for_missed_ticks(
 
 
 def test_another_leader_finds_the_same_tick(app: Celery) -> None:
-    """A leader finds the due tick and dies before it records that it sent the tick.
+    """A leader finds a due tick, and dies before it records that it has sent the tick.
 
-    The next leader, whichever state it reads, finds the same tick.
+    The next leader finds the same tick, from the state before and from the state after that.
     """
     entry = behind(app)
     state = entry.state()
@@ -246,11 +244,11 @@ def test_a_tick_that_was_found_and_not_sent_becomes_too_old(app: Celery) -> None
 def test_no_tick_is_sent_at_the_next_time_to_ask_for_a_tick_that_became_too_old(
     app: Celery,
 ) -> None:
-    """The schedule asks to be asked again each few seconds, and says at 12:00:03 that it is due.
+    """The schedule asks to be asked again every five seconds. At 12:00:03 it says that it is due.
 
-    The leader cannot send this tick for 12 s, and skips it as too old. The next time to ask the
-    schedule has passed by then, too. It is no tick: the schedule does not say that it is due
-    then.
+    The leader cannot send this tick for 12 s, and then skips it as too old. The next time to ask
+    has passed meanwhile. No tick is sent for that time, because the schedule does not say that it
+    is due.
     """
     entry = made(app, OnceAnHour(app=app), catch_up="none")
     entry.begin(NOON - 2 * SECOND)
@@ -311,8 +309,8 @@ def test_a_schedule_that_is_slow_to_answer_is_asked_in_turns(
 def test_a_slow_schedule_that_is_a_year_behind_is_asked_about_the_present(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Asking about each time in the year would take hours, and the entry would send nothing until
-    then.
+    """It would take hours to ask the schedule about each time in the year, and no tick would be
+    sent.
     """
     turns = [0.0]
     monkeypatch.setattr(poll, "clock", lambda: turns.append(turns[-1] + 1) or turns[-1])
@@ -341,7 +339,7 @@ def logged(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
 def test_a_run_once_schedule_is_sent_once(
     app: Celery, caplog: pytest.LogCaptureFixture, own: Any
 ) -> None:
-    """Its end is normal: no warning is logged. Another leader does not send the tick again."""
+    """The end of such an entry logs no warning. Another leader does not send the tick again."""
     caplog.set_level(logging.INFO)
     entry = made(app, own(NOON + HOUR, app=app))
     entry.begin(NOON)
@@ -359,9 +357,9 @@ def test_a_run_once_schedule_is_sent_once(
 def test_a_run_once_schedule_whose_time_was_missed(
     app: Celery, caplog: pytest.LogCaptureFixture, own: Any
 ) -> None:
-    """Its tick is sent late, or skipped when it is too old, by the rules for missed ticks.
+    """By the rules for missed ticks, its tick is sent late, or skipped if it is too old.
 
-    A skipped tick is named in a warning.
+    If the tick is skipped, a warning names the entry.
     """
     entry = made(app, own(NOON, app=app))
     entry.begin(NOON + MINUTE)
@@ -382,8 +380,7 @@ def test_next_runs_and_matches_now_of_a_run_once_schedule(app: Celery, own: Any)
     assert not matches_now(once, NOON + HOUR)
     with pytest.raises(ValueError, match="due"):
         next_runs(once, 1, NOON)
-    # LeaderMixin calls this. After the only run it gets the time that it asked about, without a
-    # loop.
+    # LeaderMixin calls this function. After the only run the answer is the time it asked about.
     assert due_after(once, NOON + HOUR) == NOON + HOUR
 
 

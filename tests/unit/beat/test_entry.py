@@ -69,7 +69,7 @@ def test_catch_up_none_sends_no_missed_tick(utc_app: Celery, schedule: Any) -> N
     assert run_until(made, NOON + HOUR + 30 * SECOND) == []
     assert made.missed_count == 61
     assert made.next_tick == NOON + HOUR + MINUTE
-    # A tick counts as missed only if it is later than the takeover by another beat can make it.
+    # A takeover by another beat can delay a tick by some seconds. Such a tick is not a missed tick.
     assert run_until(made, made.next_tick + 9 * SECOND) == [NOON + HOUR + MINUTE]
 
 
@@ -162,10 +162,10 @@ def test_entries_with_equal_intervals_are_spread(utc_app: Celery) -> None:
 
 
 def test_an_entry_whose_stored_state_was_lost_keeps_its_tick_times(utc_app: Celery) -> None:
-    """The first tick depends on the entry's name and interval, not on when a beat first sees the
-    entry.
+    """The first tick depends on the entry's name and interval, not on the time of the beat's start.
 
-    So the ticks, and the message ids that are made of them, are the same after the loss.
+    So the ticks are the same after the loss, and so are the message ids, which are made from
+    them.
     """
     ticks = set()
     for later in (0, 1, 59, 60, 3600, 86400):
@@ -227,10 +227,10 @@ def test_another_leader_continues_from_the_stored_state(utc_app: Celery) -> None
 def test_after_a_takeover_that_skipped_ticks_the_next_names_no_tick_before_it(
     utc_app: Celery, catch_up: str
 ) -> None:
-    """The old leader may have sent some of the skipped ticks, recorded none of them, and died.
+    """A tick names the tick before it: when its run is done, all ticks up to it count as done.
 
-    A tick names the tick before it, so that its run can mark all until then as done. The new leader
-    sends the tick of minute 60 without such a name: the skipped ones may not be done.
+    The old leader may have sent some of the skipped ticks before it died, without recording them.
+    They may not be done, so the new leader's first tick names no tick before it.
     """
     old = entry(utc_app)
     assert run_until(old, NOON) == [NOON]
@@ -273,8 +273,8 @@ def test_after_a_takeover_that_skipped_no_tick_the_next_names_the_last(utc_app: 
 def test_an_entry_with_a_changed_schedule_is_not_due_at_once(
     utc_app: Celery, before: Any, after: Any, expected: datetime
 ) -> None:
-    """The entry's last tick was at noon. A beat with another schedule for it starts at five o'clock
-    (in one case, at one o'clock).
+    """The entry's last tick was at 12:00. A beat starts with another schedule for it at 17:00 (in
+    the first case, at 13:00).
     """
     old = entry(utc_app, before)
     assert run_until(old, NOON) == [NOON]

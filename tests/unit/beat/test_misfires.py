@@ -1,6 +1,4 @@
-"""``skip_ticks`` skips missed ticks: it counts them exactly, and takes many short turns for
-many.
-"""
+"""Skipping missed ticks with ``skip_ticks``: the count is exact, and no turn takes long."""
 
 from __future__ import annotations
 
@@ -79,8 +77,9 @@ def test_no_more_ticks_are_skipped_than_asked_for(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("schedule", [crontab(), at(BERLIN), 60.0, at(BERLIN, minute="7")])
 def test_41_years_of_ticks_are_skipped_in_short_turns(schedule: Any) -> None:
-    """Each turn takes a fraction of a second of CPU time. The bound is 20 times the aim, because
-    the machine may be busy: the test only shows that a turn does not take many seconds.
+    """Each turn takes a fraction of a second of CPU time.
+
+    The bound is 20 times the length that a turn should have, because the machine may be busy.
     """
     made = entry(Celery("shop", set_as_current=False), schedule)
     if not isinstance(schedule, float):

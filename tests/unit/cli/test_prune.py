@@ -93,7 +93,7 @@ LONG_TEXT = "x" * 300
 def test_an_old_key_of_a_task_with_unique_on_can_be_removed(
     app: Celery, name: str, task: str
 ) -> None:
-    """The row has the task's name, because the key alone is ambiguous: ``chosen2`` can be a key of
+    """The task is read from the row, because a key can be ambiguous: ``chosen2`` can be a key of
     the task ``chosen``, whose callable chose the number 2.
     """
     runtime = old(app, {name: task})
@@ -115,9 +115,7 @@ def test_an_old_key_of_a_task_with_unique_on_can_be_removed(
     ],
 )
 def test_a_row_that_is_no_key_of_unique_on_is_kept(app: Celery, name: str, task: str) -> None:
-    """Its task has no ``unique_on``, got or lost it since the row was written, or is not in the
-    app.
-    """
+    """The row's task has no ``unique_on``, or gained or lost it later, or is not in the app."""
     assert find_unused(old(app, {name: task}), DAY, None) == {}
 
 
@@ -164,8 +162,8 @@ def test_keys_removed_before_the_store_became_unavailable_are_reported(
 def test_a_key_that_is_in_use_again_is_reported(
     app: Celery, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run acquires one key's lease after ``prune`` has found the key, and before it removes
-    it.
+    """``prune`` finds two old keys. A run acquires the lease of one. ``prune`` removes only the
+    other.
     """
     runtime = old(app, {'by_name{"a":1}': "by_name", 'by_name{"a":2}': "by_name"})
     unused = find_unused(runtime, DAY, None)

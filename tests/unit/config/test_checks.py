@@ -93,7 +93,7 @@ def test_each_refusal_names_the_owner_the_value_and_what_is_allowed(
 
 
 class Conflicts(str, Enum):  # noqa: UP042 - projects older than StrEnum have such enums
-    """An enum of a user's project. Its members are strings, but ``str()`` does not give their
+    """An enum of a user's project. Its members are strings, but ``str()`` does not return their
     value.
     """
 
@@ -131,8 +131,8 @@ def test_each_option_that_is_checked_is_typed() -> None:
 
 
 def test_each_option_of_celery_is_typed() -> None:
-    """These are the arguments of ``app.task``, the attributes of a task, and its messages'
-    options.
+    """Options are the arguments of ``app.task``, a task's attributes and the options of its
+    messages.
     """
     found = set(inspect.signature(Celery._task_from_fun).parameters)
     found |= set(extract_exec_options(Task))

@@ -100,9 +100,7 @@ def test_unknown_settings_are_refused_with_did_you_mean(name: str, near: str) ->
 
 
 def test_unknown_settings_in_the_environment_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kubernetes sets variables for each service: its variables for a service whose name begins
-    with ``celery-singleton`` are no settings and are ignored.
-    """
+    """Variables that Kubernetes sets for a service called ``celery-singleton...`` are ignored."""
     for name in (
         "CELERY_SINGLETON_EXPORTER_SERVICE_HOST",
         "CELERY_SINGLETON_EXPORTER_SERVICE_PORT_HTTP",
@@ -122,9 +120,9 @@ def test_unknown_settings_in_the_environment_are_refused(monkeypatch: pytest.Mon
 def test_names_that_are_no_celery_settings_are_ignored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Three kinds are ignored: Django's settings outside of Celery's namespace; functions and tasks
-    of a module that is used as the configuration; and settings of the package celery-singleton
-    while it is installed, too.
+    """Three kinds of names are ignored: Django's settings outside of Celery's namespace; functions
+    and tasks of a configuration module; and settings of celery-singleton, if this package is
+    installed, too.
     """
 
     class DjangoSettings:

@@ -1,4 +1,4 @@
-"""Due times of schedules: as Celery calculates them, also when clocks change."""
+"""Due times of schedules: they are those of Celery, and right when clocks change."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ moments = st.datetimes(datetime(2020, 1, 1), datetime(2030, 1, 1)).map(
 @settings(max_examples=300, deadline=None)
 @given(cron=crontabs, after=moments)
 def test_a_crontab_is_due_when_celery_says_so(cron: crontab, after: datetime) -> None:
-    """Checked in UTC, which has no clock changes."""
+    """The test uses UTC, because in other time zones clocks change."""
     app = Celery("utc", set_as_current=False)
     cron.app, cron.nowfun = app, lambda: after
     assert next_due(cron, after) == after + cron.remaining_estimate(after)
@@ -94,9 +94,7 @@ def test_a_crontab_is_due_at_the_same_times_in_each_kind_of_time_zone(
 
 
 def changes(zone: ZoneInfo, year: int) -> list[datetime]:
-    """Return the hours of a year at which the clocks change; the year's first hour if there are
-    none.
-    """
+    """Return the hours of a year at which the clocks change, or its first hour if they never do."""
     start = datetime(year, 1, 1, tzinfo=UTC)
     hours = [start + timedelta(hours=number) for number in range(366 * 24)]
     offsets = [hour.astimezone(zone).utcoffset() for hour in hours]
@@ -118,8 +116,9 @@ def by_brute_force(cron: crontab, zone: ZoneInfo, start: datetime, end: datetime
 
 @pytest.mark.parametrize("name", ZONES)
 def test_a_crontab_in_a_pytz_time_zone_is_due_by_the_local_clock(name: str) -> None:
-    """Checked minute by minute around each clock change. Times that the change leaves out are due
-    near it; another test checks them exactly.
+    """The test compares minute by minute, around each clock change of a year.
+
+    A time that the change leaves out is due near the change. Another test checks when exactly.
     """
     zone = ZoneInfo(name)
     app = Celery("zoned", set_as_current=False)
@@ -137,8 +136,8 @@ def test_a_crontab_in_a_pytz_time_zone_is_due_by_the_local_clock(name: str) -> N
 
 @pytest.mark.parametrize("name", ZONES)
 def test_a_crontab_in_a_pytz_time_zone_is_due_when_celery_says_so(name: str) -> None:
-    """Checked at noon of each day of a year, but for the days of clock changes, when Celery before
-    5.7 is wrong.
+    """The test compares noon of each day of a year. It leaves out the days of clock changes,
+    because Celery before 5.7 is wrong there.
     """
     app = Celery("zoned", set_as_current=False)
     app.conf.timezone = name

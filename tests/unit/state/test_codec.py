@@ -109,7 +109,9 @@ class MoreData(Data):
 
 
 def test_defaults_of_nested_dataclasses_are_written() -> None:
-    """A document without a default would get the default of the next release when that reads it."""
+    """If a document lacked a default, it would get another value when a later release changes
+    it.
+    """
     state = codec(Whole).decode('{"part": {}, "parts": {"a": [{}]}}', 1)
     part = {"size": 7}
     assert plain(state) == {"part": part, "parts": {"a": [part]}, "number": 5}

@@ -220,8 +220,8 @@ class Node:
 
 
 def test_attributes_that_post_init_makes_may_be_other_objects() -> None:
-    """Such attributes are back references, and locks and events, which are never equal. Data in
-    them is compared all the same.
+    """Back references, locks and events are never equal to those of another object. Data in such
+    attributes is compared all the same.
     """
     assert saved(Node("a", [Node("b")])).kids[0].parent.name == "a"
     with pytest.raises(StateError, match=r"state\.kids\[0\]\.name: tuple comes back as list"):
@@ -313,11 +313,11 @@ def test_a_model_that_would_write_nan_is_refused() -> None:
 
 
 class Changing(Codec[Any]):
-    """A codec whose state is changed by a thread of the body, just after each of the first
-    writings.
+    """A codec whose state changes while it is saved, as if a thread of the body changed it.
 
-    :param live: the state that is changed. :param times: how many writings are followed by a
-    change.
+    :param live: the state that is changed.
+    :param times: the number of writings after which the state is changed.
+    :param change: changes the state.
     """
 
     def __init__(self, live: Any, times: float, change: Callable[[Any], None]) -> None:
@@ -341,12 +341,14 @@ def count(state: Any) -> None:
 
 @pytest.mark.parametrize("times", [1, 2, math.inf])
 def test_a_state_that_a_thread_changes_while_it_is_saved_is_saved(times: float) -> None:
-    """The body saves its state, while a thread of the body counts in it. The state is written; the
-    thread counts; the document is read back and compared with the changed state.
+    """The body saves its state while a thread of the body counts in it.
+
+    The state is written. The thread counts. The document is read back and compared with the
+    state.
     """
     state = Typed()
     codec = Changing(state, times, count)
-    # Both counts in the document are of the same time.
+    # The saved number and the saved keys are from the same time: neither is ahead of the other.
     again = codec.decode(codec.encode(state), 1)
     assert list(again.by_number) == list(range(1, again.number + 1))
 
@@ -376,7 +378,7 @@ def test_a_changing_state_is_refused_for_a_value_that_is_always_wrong() -> None:
 
 
 def test_a_state_whose_dict_grows_while_it_is_written_is_saved() -> None:
-    """A thread adds a key each time that the codec reads the dict, to write it or to compare it."""
+    """A thread adds a key each time that the codec reads the dict, to write or to compare it."""
 
     @dataclass
     class Growing:
@@ -511,7 +513,7 @@ def test_fields_are_compared_even_if_the_class_has_its_own_eq() -> None:
 
 
 class Awkward:
-    """An object whose ``==`` returns a value without a truth value, as an array does, or raises."""
+    """An object whose ``==`` raises, or returns an object that has no truth value, as arrays do."""
 
     def __init__(self, answer: Any) -> None:
         self.answer = answer

@@ -1,4 +1,4 @@
-"""How error codes of databases and drivers become errors of the store. No test needs a database."""
+"""How the error codes of databases and drivers become errors of the store, without a database."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_mysqls_error_numbers_become_store_errors(numbers: tuple[int, ...], kind
             for state in ("54000", "54001", "54023", "22023", "P0001")
         ),
         *((of_state(state), IS_SET_UP_WRONG) for state in ("23514", "44000")),
-        # The key, too, can be refused.
+        # Each statement has a key, and the database can refuse that.
         *((of_state(state), IS_REFUSED) for state in ("22021", "22P05", "22001", "22003")),
         *((pymysql.OperationalError(code, "a text"), IS_TEMPORARY) for code in (1180, 3100, 1644)),
         *(
@@ -133,7 +133,7 @@ def test_a_statement_without_a_state_is_not_refused_for_its_state(
 
 
 def test_a_server_that_must_be_vacuumed_is_unavailable() -> None:
-    """PostgreSQL accepts no writes until then. It uses the SQLSTATE of a value that is too
+    """PostgreSQL then accepts no writes. It reports this with the SQLSTATE of a value that is too
     large.
     """
     text = "database is not accepting commands that assign new XIDs to avoid wraparound data loss"

@@ -1,6 +1,4 @@
-"""URLs of the store and of the leases: which are accepted, and that no message shows their
-password.
-"""
+"""URLs of the store and of the leases: which are accepted. No message may show a password."""
 
 from __future__ import annotations
 
@@ -357,8 +355,8 @@ def test_celery_hides_the_urls() -> None:
     ],
 )
 def test_celery_hides_wrong_settings_that_may_have_a_password(name: str, value: Any) -> None:
-    """A worker refuses such a setting at its start, but ``celery report`` shows it without a
-    worker.
+    """``celery report`` needs no worker, so it shows settings that a worker would refuse at its
+    start.
     """
     app = Celery("shop", set_as_current=False)
     app.conf.update({name: value, "singleton_lease_ttl": 7})
@@ -369,8 +367,8 @@ def test_celery_hides_wrong_settings_that_may_have_a_password(name: str, value: 
 
 
 def test_psycopg_refuses_an_unknown_option() -> None:
-    """The package refuses such an option before: this test shows that it refuses no more than the
-    driver.
+    """The package refuses unknown options before it connects. This test shows that psycopg would,
+    too.
     """
     with pytest.raises(psycopg.ProgrammingError, match="invalid connection option"):
         psycopg.connect("", charset="utf8")

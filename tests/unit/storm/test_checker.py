@@ -11,7 +11,7 @@ from tests.storm.checker import Log, check
 
 
 def good() -> dict[str, Any]:
-    """Return the log of two correct runs of one singleton: one in the storm, the next one after
+    """Return the log of two correct runs of one singleton: the first in the storm, the second after
     it.
     """
     jobs = [("a-1", 1, 0.0, "1/x"), ("a-2", 2, 10.0, "2/y")]

@@ -1,6 +1,4 @@
-"""``storable`` turns any text into a text that every database can hold, and ``restored`` turns it
-back.
-"""
+"""``storable`` makes a text that every database can hold of any text. ``restored`` reverts it."""
 
 from __future__ import annotations
 
