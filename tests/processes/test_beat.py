@@ -27,9 +27,7 @@ pytestmark = pytest.mark.fleet(
 
 
 def wait_for_ticks(fleet: Fleet, count: int) -> None:
-    """Wait until ``count`` more ticks have run. Check that no tick ran twice and none was left
-    out.
-    """
+    """Wait until ``count`` more ticks have run, and check that each tick ran exactly once."""
     fleet.wait_for_notes("tick", len(fleet.notes("tick")) + count)
     dues = [datetime.fromisoformat(note["due"]) for note in fleet.notes("tick")]
     steps = {later - earlier for earlier, later in pairwise(sorted(dues))}
@@ -72,7 +70,7 @@ def test_another_beat_takes_over(fleet: Fleet, how: signal.Signals) -> None:
 
 
 def test_one_of_the_beats_in_workers_leads(fleet: Fleet) -> None:
-    """Two workers run with ``-B``. The worker whose beat leads is stopped: the other one's beat
+    """Two workers run with ``-B``. The worker with the leading beat is stopped. The other beat
     leads.
     """
     workers = [
@@ -95,9 +93,9 @@ def test_one_of_the_beats_in_workers_leads(fleet: Fleet) -> None:
 
 
 def test_objects_inherited_from_the_worker_close_no_file_of_its_beat(fleet: Fleet) -> None:
-    """Celery closes the files that a beat inherits from its worker. The store's files get the
-    same numbers. Then Python collects the inherited file objects, which close these numbers once
-    more.
+    """Celery closes the files that a beat inherits from its worker. The store's files then get the
+    same numbers. When Python collects the inherited file objects, these would close the numbers
+    again.
     """
     fleet.environment["TEST_GARBAGE"] = "1"
     worker = fleet.start("-c", "1", "-B", "--scheduler", "singleton")
@@ -107,7 +105,7 @@ def test_objects_inherited_from_the_worker_close_no_file_of_its_beat(fleet: Flee
 
 
 def test_beat_in_a_worker_with_a_solo_pool(fleet: Fleet) -> None:
-    """The worker has no child processes, except its beat."""
+    """The worker has no child process but its beat."""
     worker = fleet.start("-P", "solo", "-B", "--scheduler", "singleton")
     worker.wait_for("beat leads")
     wait_for_ticks(fleet, 3)
@@ -136,7 +134,8 @@ def test_a_leading_beat_and_a_standby_beat_answer_ping(
 def test_a_leader_that_hangs_does_not_answer_ping(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """A user's hook hangs while the leader sends a message. The leader answers no ping any more.
+    """A user's hook hangs while the leader sends a message. The leader does not answer ``ping`` any
+    more.
 
     It does not renew its lease either, so another beat becomes the leader.
     """
@@ -174,9 +173,9 @@ def test_a_wrong_configuration_ends_the_beat(fleet: Fleet) -> None:
 
 
 def test_odd_schedules_do_not_delay_the_ticks_of_other_entries(fleet: Fleet) -> None:
-    """The odd entries: a run-once schedule, two whose next tick cannot be calculated, and one that
-    always asks to be asked again at once. Beside them are a normal entry, and one whose interval is
-    read from a table.
+    """The odd schedules are: one that runs once, two whose next tick cannot be calculated, and one
+    that always wants to be asked again at once. The other entries have a normal interval, and an
+    interval that is read from a table.
     """
     fleet.environment["TEST_OWN_SCHEDULES"] = "1"
     fleet.start("-P", "solo")

@@ -21,7 +21,7 @@ def app(fleet: Fleet, client: Callable[[], Celery]) -> Celery:
 def hold_lease(tmp_path: Any, app: Celery, fleet: Fleet) -> tuple[Any, Any]:
     """Start a run that holds the lease, so that other deliveries are skipped.
 
-    Return the file that ends the run when it exists, and the run's result.
+    Return a path and the run's result. The run ends when a file is made at this path.
     """
     go = tmp_path / "go"
     result = app.send_task("held_and_skipped", (str(go),))
@@ -37,7 +37,7 @@ def test_a_singleton_in_a_chain(app: Celery) -> None:
 def test_a_chain_continues_after_a_skipped_singleton(
     app: Celery, fleet: Fleet, tmp_path: Any
 ) -> None:
-    """celery-singleton #19: there, a duplicate ended its chain."""
+    """With celery-singleton a duplicate ends its chain (its issue 19)."""
     go, held = hold_lease(tmp_path, app, fleet)
     steps = chain(app.signature("held_and_skipped"), app.signature("plain_add", (10,)), app=app)
     assert outcome(steps.apply_async()) == 10
@@ -90,7 +90,7 @@ def test_an_error_reaches_the_caller_with_its_class_and_arguments(
     serializer: str,
     pool: str,
 ) -> None:
-    """celery-singleton #55: there, an error that cannot be unpickled killed the worker."""
+    """With celery-singleton an error that cannot be unpickled kills the worker (its issue 55)."""
     fleet = make_fleet(TEST_SERIALIZER=serializer)
     app = client()
     fleet.start("-P", pool, "-c", "1")

@@ -1,4 +1,4 @@
-"""The most connections that a process opens to its store, as the database server counts them."""
+"""The largest number of connections that a process opens to its store, counted by the server."""
 
 from __future__ import annotations
 
@@ -59,10 +59,9 @@ def test_a_worker_under_load_keeps_to_the_budget(
     beside: bool,
 ) -> None:
     """Each body has a transaction open while heartbeats renew its lease. With ``beside``, it
-    changes other values in the store meanwhile.
+    changes other values in the store at the same time.
 
-    No worker needs more connections at a time. So the documented number is reached, not
-    exceeded.
+    This is the most that a worker can need, so it opens as many connections as documented.
     """
     row, most, usual = BUDGETS[pool]
     assert row in PAGE
@@ -98,7 +97,7 @@ def test_one_process_of_a_prefork_worker_renews_for_all(
     tmp_path: Path,
 ) -> None:
     """Eight children are in long bodies. Each keeps the connection of its run's first statement,
-    and sends nothing more.
+    and sends no other statement.
 
     The worker's main process has one connection, and renews all eight leases by one statement.
     """

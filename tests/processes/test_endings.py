@@ -38,13 +38,14 @@ def test_a_body_that_raises_keeps_only_its_checkpoint(
 
 @pytest.mark.parametrize("pool", ["solo", "prefork"])
 def test_retries_are_sent_and_run(fleet: Fleet, client: Callable[[], Celery], pool: str) -> None:
-    """celery-singleton #20: a retry was lost, because its message met the lease of its own run.
+    """In celery-singleton a retry was lost, because its message met its own run's lease (its issue
+    20).
 
     With a countdown of 0, another process can get the retry before the run that sent it has
     released the lease. The retry then waits. It is neither skipped nor lost.
 
-    The test reads the row, not the result: Celery stores RETRY after it has sent the retry, so that
-    it can overwrite the SUCCESS of a quick retry, with plain tasks, too.
+    The test reads the row, not the result. Celery stores RETRY after it has sent the retry, and can
+    overwrite the SUCCESS of a quick retry. This happens with plain tasks, too.
     """
     app = client()
     fleet.start("-P", pool, "-c", "2")
@@ -66,7 +67,7 @@ def test_autoretry_for_goes_through_the_lease(fleet: Fleet, client: Callable[[],
 def test_a_retry_that_a_succeeded_run_asked_for_is_no_duplicate(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """celery-singleton #53: a run may send its own next run and succeed."""
+    """A run may send its own next run and succeed (issue 53 of celery-singleton)."""
     app = client()
     fleet.start("-c", "2")
     app.send_task("asks_for_another_and_succeeds")
@@ -136,7 +137,8 @@ def test_a_duplicate_that_comes_during_the_run_waits_and_is_dropped(
     """The second delivery finds its own task id in the lease. It is requeued until the first has
     saved.
 
-    Then it is recognised as done: the body ran once, and the result stays that of the first.
+    Then it is recognised as a duplicate. The body runs once, and the result stays that of the
+    first.
     """
     app = client()
     worker = fleet.start("-c", "2")

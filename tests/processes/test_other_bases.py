@@ -20,11 +20,12 @@ pytestmark = pytest.mark.fleet(app=APP)
 def test_flasks_task_class_and_a_task_that_replaces_itself(
     fleet: Fleet, client: Callable[[], Celery], store: SqlStore, tmp_path: Path
 ) -> None:
-    """Flask's documentation gives a task class whose ``__call__`` wraps each body. Three tasks
-    combine it with ``SingletonTask``: before it, behind it, and as the app's task class.
+    """Flask's documentation has a task class whose ``__call__`` wraps each body. Three tasks
+    combine it with ``SingletonTask``. Each is guarded: while it runs, its other deliveries are
+    skipped.
 
-    Each is guarded: its other deliveries are skipped while it runs. Then a task replaces itself by
-    its next page three times, and each page sees the state that the page before has saved.
+    A fourth task replaces itself by its next page three times. Each page sees the state that the
+    page before has saved.
     """
     app, go = client(), tmp_path / "go"
     fleet.start("-c", "4")

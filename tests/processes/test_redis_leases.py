@@ -53,7 +53,7 @@ def test_a_killed_childs_lease_is_free_at_once(
 
 
 def test_a_queued_message_is_not_sent_again(fleet: Fleet) -> None:
-    """The task has ``enqueue_once``, and a client that knows the task's options sends it twice."""
+    """The task has ``enqueue_once``. A client that has imported the task sends it twice."""
     script = (
         "from tests.apps.tasks import sent_once;"
         "print(sent_once.delay(1).id, sent_once.delay(1).id, sent_once.delay(2).id)"

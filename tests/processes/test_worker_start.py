@@ -83,8 +83,8 @@ CANNOT_START = {
 def test_a_wrong_store_is_one_line_from_worker_beat_and_command(
     make_fleet: Callable[..., Fleet], tmp_path: Path, why: str
 ) -> None:
-    """The line names the setting and what to write. No traceback and no password is printed, and
-    nothing is retried.
+    """The line names the setting and what to write. It has no traceback and no password. Nothing is
+    retried.
     """
     url, advice = CANNOT_START[why]
     fleet = make_fleet(url, CELERY_SINGLETON_AUTO_MIGRATE="0")
@@ -140,7 +140,7 @@ def run(self): ...
 def test_celerys_reports_show_no_password(
     make_fleet: Callable[..., Fleet], valkey: Valkey, tmp_path: Path
 ) -> None:
-    """The reports are ``celery report``, ``inspect report`` and ``inspect conf``, of a running
+    """The reports are ``celery report``, ``inspect report`` and ``inspect conf`` of a running
     worker.
     """
     (tmp_path / "shown_app.py").write_text(APP.format(folder=tmp_path, port=valkey.port))

@@ -216,7 +216,7 @@ def led_since(store_url: str) -> datetime:
 
 
 def move_back(store_url: str, by: timedelta) -> dict[str, datetime]:
-    """Make the whole stored schedule older by some time. Return the next tick of each entry."""
+    """Make the whole stored schedule older by ``by``. Return the next tick of each entry."""
     store = open_store(store_url, "kv_store", 5.0)
     lease = store.acquire(LEADER, "the test", 60, None)
     assert lease is not None

@@ -1,6 +1,4 @@
-"""The commands ``celery singleton state``, ``release`` and ``health``, run as an operator runs
-them.
-"""
+"""The commands ``celery singleton state``, ``release`` and ``health``, as an operator runs them."""
 
 from __future__ import annotations
 
@@ -77,8 +75,8 @@ def test_a_wrong_state_or_name_changes_nothing(
 def test_the_state_of_an_active_run_is_changed_only_with_force(
     fleet: Fleet, store: SqlStore
 ) -> None:
-    """With ``--force`` the command takes the run's lease away, so that the run's later writes are
-    refused.
+    """``--force`` also takes the run's lease away, so that the store refuses the run's later
+    writes.
     """
     held = store.acquire(KEY, "host:1:a.1", 60, "its-task")
     assert held is not None
@@ -129,7 +127,9 @@ def test_an_operator_ends_a_hold_period_early(fleet: Fleet, store: SqlStore) -> 
 
 
 def test_health(fleet: Fleet, client: Callable[[], Celery], store: SqlStore) -> None:
-    """The singleton ``hourly`` should run once an hour. Its time counts from the worker's start."""
+    """The singleton ``hourly`` should run once an hour. Before its first run, the hour begins with
+    the start of the worker.
+    """
     fleet.start("-P", "solo", app=APP)
     rows: list[dict[str, Any]] = json.loads(
         output_of(fleet.command("singleton", "ls", "--json", app=APP))

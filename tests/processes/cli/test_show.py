@@ -69,8 +69,8 @@ def test_ls_and_show(fleet: Fleet, client: Callable[[], Celery], tmp_path: Path)
     ],
 )
 def test_a_shell_completes_commands_and_names(fleet: Fleet, typed: str, offered: set[str]) -> None:
-    """The test asks by click's protocol, as bash does after ``eval "$(_CELERY_COMPLETE=bash_source
-    celery)"``.
+    """The test asks by click's protocol, as bash does after `_CELERY_COMPLETE=bash_source
+    celery`.
     """
     (fleet.directory / "shop.py").write_text("from tests.apps.tasks import app\n")
     store = open_store(fleet.environment["CELERY_SINGLETON_STORE_URL"], "kv_store", 5.0, 2, True)
@@ -105,8 +105,8 @@ def test_show_of_an_unknown_name_suggests_a_name(
 
 
 def test_characters_that_the_output_cannot_encode_are_escaped(fleet: Fleet) -> None:
-    """Python would end a program that prints such characters. Control characters, which a terminal
-    would obey, are escaped, too.
+    """Python would end a program that prints such a character. Control characters, which a terminal
+    obeys, are escaped, too.
     """
     store = open_store(fleet.environment["CELERY_SINGLETON_STORE_URL"], "kv_store", 5.0, 2, True)
     for name in ("innocent", 'keyed{"key":"[/acme] [red]Ł\u202e\x9b"}'):

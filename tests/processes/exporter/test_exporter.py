@@ -1,6 +1,4 @@
-"""``celery singleton exporter`` with real workers and brokers: its metrics, its page and its
-errors.
-"""
+"""``celery singleton exporter`` with real workers and brokers: metrics, page and errors."""
 
 from __future__ import annotations
 
@@ -36,8 +34,8 @@ def executions(exporter: Exporter) -> dict[str, float]:
 def test_events_are_counted_while_a_worker_sends_them(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """The worker starts without events. A remote control command turns them on while it works, and
-    off again.
+    """The worker starts without events. While it works, a remote control command turns them on,
+    then off, then on again.
     """
     app = client()
     fleet.start("-c", "1")
@@ -141,7 +139,7 @@ def test_the_exporter_survives_an_outage_of_store_and_broker(
 def test_the_exporter_ends_if_its_store_is_misconfigured(
     make_fleet: Callable[..., Fleet], postgres_url: str, store: str
 ) -> None:
-    """Waiting would not help. It prints one line."""
+    """The exporter prints one line. It does not wait, because waiting cannot help."""
     url = store.format(server=postgres_url.rpartition("/")[0])
     answer = make_fleet(url).command("singleton", "exporter", "--port", "0")
     assert answer.returncode == 1

@@ -52,7 +52,7 @@ class Site:
         return f"http://127.0.0.1:{self._server.server_port}/"
 
     def wait_for_answers(self, count: int) -> None:
-        """Wait until the server has answered as many more requests."""
+        """Wait until the server has given ``count`` more answers."""
         enough = self.answers + count
         wait_until(lambda: self.answers >= enough, "the page asks again")
 
@@ -175,9 +175,7 @@ def test_the_page_does_not_refresh_while_text_is_selected(browser: Chromium, sit
 def test_the_page_says_when_it_cannot_refresh(
     browser: Chromium, site: Site, tmp_path: Path
 ) -> None:
-    """The exporter answers 502, and later does not answer at all. The page keeps its last
-    content.
-    """
+    """The exporter answers 502, and later it does not answer at all. The page keeps its content."""
     made = site.page
     with browser.open(site.url) as tab:
         notice = "document.getElementById('stale')"
