@@ -77,7 +77,7 @@ def test_a_singleton_without_an_expected_interval_is_always_healthy(memory_app: 
 
 
 def test_a_singleton_that_never_ran_has_a_grace_time(memory_app: Celery) -> None:
-    """This time begins when the first worker starts, because the worker writes the singleton's
+    """The grace time begins when the first worker starts, because the worker writes the singleton's
     row.
     """
     singleton_task(memory_app, shared=False, name="quick", expected_interval=1)(nothing)

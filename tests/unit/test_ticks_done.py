@@ -15,7 +15,7 @@ from celery_singleton_state import ticks_done
 from celery_singleton_state.ticks import Tick
 from celery_singleton_state.ticks_done import MAX_ENTRIES, MAX_OTHERS, EntryTicks
 
-#: Due times, one each minute, with fractions of a second as those of intervals have.
+#: Due times, one each minute. They have fractions of a second, as due times of intervals do.
 DUES = [1_764_000_012.345678 + 60 * number for number in range(2000)]
 
 

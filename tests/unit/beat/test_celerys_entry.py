@@ -309,8 +309,8 @@ def test_a_schedule_that_is_slow_to_answer_is_asked_in_turns(
 def test_a_slow_schedule_that_is_a_year_behind_is_asked_about_the_present(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would take hours to ask the schedule about each time in the year, and no tick would be
-    sent.
+    """The leader does not ask about each time in the year. This would take hours without any
+    tick.
     """
     turns = [0.0]
     monkeypatch.setattr(poll, "clock", lambda: turns.append(turns[-1] + 1) or turns[-1])

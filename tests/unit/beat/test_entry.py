@@ -261,9 +261,9 @@ def test_after_a_takeover_that_skipped_no_tick_the_next_names_the_last(utc_app: 
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
-        # If the last tick plus the new interval is still to come, this is the next tick.
+        # If the time of the last tick plus the new interval is still to come, it is the next tick.
         (HOUR, 2 * HOUR, NOON + 2 * HOUR),
-        # If it has passed, the next tick is one interval from now, not at once.
+        # If that time has passed, the next tick is one interval from now, not at once.
         (24 * HOUR, HOUR, NOON + 5 * HOUR + HOUR),
         (crontab(hour="12", minute="0"), crontab(hour="13", minute="0"), NOON + 25 * HOUR),
         (crontab(hour="12", minute="0"), crontab(hour="18", minute="0"), NOON + 6 * HOUR),

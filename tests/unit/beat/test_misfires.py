@@ -17,7 +17,7 @@ from celery_singleton_state.schedules.due import next_due
 from tests.helpers.entries import HOUR, MINUTE, NOON, SECOND, entry
 
 BERLIN, YEARS = "Europe/Berlin", timedelta(days=41 * 366)
-#: Five days before Europe's clocks go back (25 October 2026). They go forward on 28 March 2027.
+#: Five days before clocks in Europe go back (25 October 2026). They go forward on 28 March 2027.
 AUTUMN = datetime(2026, 10, 20, tzinfo=UTC)
 
 

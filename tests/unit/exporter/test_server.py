@@ -284,7 +284,7 @@ def test_a_slow_client_has_one_deadline_for_its_whole_request(serving: Serving) 
                 return True
             return False
 
-        wait_until(is_cut_off, "it is cut off")
+        wait_until(is_cut_off, "the client is cut off")
     assert get(server, b"Host: localhost")[0] == 200
 
 
@@ -295,8 +295,8 @@ def test_clients_that_do_not_read_have_a_deadline(
     server = serving(answer_time=0.3)
     threads = threading.active_count()
     with connect(server, b"GET / HTTP/1.0\r\n\r\n"):
-        wait_until(lambda: len(server.connections), "it is accepted")
-        wait_until(lambda: not len(server.connections), "it is cut off")
+        wait_until(lambda: len(server.connections), "the client is accepted")
+        wait_until(lambda: not len(server.connections), "the client is cut off")
         wait_until(lambda: threading.active_count() == threads, "its thread has ended")
     assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
 

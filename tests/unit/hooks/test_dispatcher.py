@@ -186,7 +186,7 @@ def test_a_slow_hook_delays_no_run_and_surplus_events_are_dropped(
     assert held.wait(30)
     assert [task() for _ in range(5)] == [2, 3, 4, 5, 6]
     go.set()
-    wait_until(lambda: "events were dropped" in caplog.text, "it says so")
+    wait_until(lambda: "events were dropped" in caplog.text, "the drop is logged")
     flush(memory_app)
     # The hook got the events that waited: those of the first run, and as many as the limit allows.
     assert "events were dropped" in caplog.text
@@ -221,7 +221,7 @@ def test_an_event_that_comes_while_a_hook_works_is_delivered_at_close(
     emit(own, second)
     closing = threading.Thread(target=own.close)
     closing.start()
-    wait_until(own._closed.is_set, "it is being closed")
+    wait_until(own._closed.is_set, "the dispatcher is being closed")
     go.set()
     closing.join(30)
     assert seen.details == [first, second]

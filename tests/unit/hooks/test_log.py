@@ -45,8 +45,8 @@ def is_clean(text: str) -> bool:
 
 
 def test_all_loggers_are_made_by_one_function() -> None:
-    """This function adds the filter that escapes control characters. Other loggers would not have
-    it.
+    """The function ``logger_of`` adds a filter that escapes control characters. A logger that a
+    module made by itself would lack the filter.
     """
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

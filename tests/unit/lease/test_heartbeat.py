@@ -104,7 +104,9 @@ def test_short_runs_do_not_wake_the_threads(
     heartbeat.hold(held("first", ttl=60, interval=30))
     timers = (heartbeat._renewal, heartbeat._expiry)
     for timer in timers:
-        wait_until(lambda it=timer: it._wakes_at < float("inf"), "it waits for the first")
+        wait_until(
+            lambda it=timer: it._wakes_at < float("inf"), "the thread waits for the first renewal"
+        )
     notified = []
     with monkeypatch.context() as patched:
         for timer in timers:
@@ -122,7 +124,9 @@ def test_without_runs_the_threads_sleep_until_the_next_run(heartbeat: Heartbeat)
     heartbeat.drop(lease)
     timers = (heartbeat._renewal, heartbeat._expiry)
     for timer in timers:
-        wait_until(lambda it=timer: it._wakes_at == float("inf"), "it sleeps for good")
+        wait_until(
+            lambda it=timer: it._wakes_at == float("inf"), "the thread sleeps without a time limit"
+        )
     later = held("b")
     heartbeat.hold(later)
     for timer in timers:
@@ -133,7 +137,7 @@ def test_a_refused_lease_is_lost(heartbeat: Heartbeat, store: Answers) -> None:
     store.answer = lambda leases: set()
     lease = held("a")
     heartbeat.hold(lease)
-    wait_until(lambda: lease.lost, "it is lost")
+    wait_until(lambda: lease.lost, "the lease is lost")
     assert lease.lost == "its renewal was refused"
     assert lease.remaining == 0
     assert heartbeat._held == set()
@@ -150,8 +154,8 @@ def test_a_lease_that_a_batch_skipped_is_renewed_by_a_statement_of_its_own(
     leases = [HeldLease(Lease(key, "holder", 1, 1.0), together, 0.1) for key in ("a", "locked")]
     for lease in leases:
         heartbeat.hold(lease)
-    wait_until(lambda: ["a", "locked"] in store.asked, "they are asked for together")
-    wait_until(lambda: ["locked"] in store.asked, "it is asked for alone")
+    wait_until(lambda: ["a", "locked"] in store.asked, "one statement for both leases")
+    wait_until(lambda: ["locked"] in store.asked, "one statement for the locked lease")
     assert [lease.lost for lease in leases] == [None, None]
 
 
@@ -204,7 +208,7 @@ def test_a_refused_lease_among_locked_ones_is_lost(heartbeat: Heartbeat, store: 
     refused, other = held("refused", ttl=60), held("other", ttl=60)
     heartbeat.hold(refused)
     heartbeat.hold(other)
-    wait_until(lambda: refused.lost, "it is lost")
+    wait_until(lambda: refused.lost, "the lease is lost")
     assert refused.lost == "its renewal was refused"
     assert other.lost is None
 
@@ -240,7 +244,7 @@ def test_a_failed_request_is_repeated(
     store.answer = fail_once
     lease = held("a")
     heartbeat.hold(lease)
-    wait_until(lambda: len(store.asked) >= 3, "it goes on")
+    wait_until(lambda: len(store.asked) >= 3, "the renewal is repeated")
     assert lease.lost is None
 
 
@@ -253,7 +257,7 @@ def test_a_lease_without_an_answer_is_lost_when_it_expires(
     store.answer = fail
     lease = held("a", ttl=0.3)
     heartbeat.hold(lease)
-    wait_until(lambda: lease.lost, "it is lost")
+    wait_until(lambda: lease.lost, "the lease is lost")
     assert lease.lost == "it was not renewed before it expired"
     assert clock() >= lease.trusted_until
 
@@ -261,9 +265,10 @@ def test_a_lease_without_an_answer_is_lost_when_it_expires(
 def test_a_late_answer_does_not_bring_an_expired_lease_back(
     heartbeat: Heartbeat, store: Answers
 ) -> None:
-    """A renewal is sent, and the store does not answer. The lease expires, and its run is told so.
+    """A renewal is sent, and the store does not answer. The lease expires, and the run learns of
+    it.
 
-    Only then does the store answer, and the lease stays lost.
+    Only then does the store answer. The lease stays lost.
     """
     answered = threading.Event()
 
@@ -293,7 +298,7 @@ def test_leases_that_are_due_soon_are_renewed_together(
     asked_at = clock()
     for key, earlier in (("a", 0.3), ("b", 0.2), ("c", 0.1), ("new", 0.0)):
         heartbeat.hold(HeldLease(Lease(key, "holder", 1, 10.0), asked_at - earlier, 0.4))
-    wait_until(lambda: ["a", "b", "c", "new"] in store.asked, "they are all in step")
+    wait_until(lambda: ["a", "b", "c", "new"] in store.asked, "one statement renews all four")
 
 
 def test_a_lease_that_is_released_during_its_renewal_is_not_lost(
@@ -332,7 +337,7 @@ def test_a_holder_learns_which_task_asks_for_a_handoff(
     asked.owner = other.owner = Told(asked=heard.append)
     heartbeat.hold(asked)
     heartbeat.hold(other)
-    wait_until(lambda: heard, "it is asked")
+    wait_until(lambda: heard, "the holder is asked")
     assert set(heard) == {"task 7"}
     assert asked.lost is None
 

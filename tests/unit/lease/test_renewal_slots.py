@@ -111,10 +111,10 @@ def test_a_refusal_and_a_handoff_request_are_read_at_the_signal(child: Child) ->
     heard: list[str] = []
     asked.owner = Told(asked=heard.append)
     child.answer(asked, RenewalAnswer("holder of asked", clock(), "task 7"))
-    wait_until(lambda: heard, "it is asked to hand over")
+    wait_until(lambda: heard, "the holder is asked to hand over")
     assert heard[0] == "task 7"
     child.answer(lost, RenewalAnswer("holder of lost", None))
-    wait_until(lambda: lost.lost, "it is lost")
+    wait_until(lambda: lost.lost, "the lease is lost")
     assert lost.lost == "its renewal was refused"
     assert asked.lost is None
     # The request stays until the run ends, so that the parent repeats the signal until then.
@@ -194,7 +194,7 @@ def test_a_child_renews_by_itself_when_its_parent_does_not(child: Child) -> None
 def test_a_lease_without_any_answer_is_lost_when_it_expires(child: Child) -> None:
     child.store.answer = lambda leases: (_ for _ in ()).throw(LookupError("silent"))
     held = child.hold("a", ttl=0.5, interval=0.2)
-    wait_until(lambda: held.lost, "it is lost")
+    wait_until(lambda: held.lost, "the lease is lost")
     assert held.lost == "it was not renewed before it expired"
     assert child.requests() == []
 
@@ -318,7 +318,7 @@ def test_the_lease_of_a_dead_child_is_not_renewed(
         renewal.check()
         return not renewal._leases
 
-    wait_until(dropped, "it is dropped")
+    wait_until(dropped, "the lease is dropped")
     own = runtime_of(app)
     assert own.heartbeat_of(own.store)._held == set()
 

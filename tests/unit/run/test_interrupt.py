@@ -108,8 +108,8 @@ def test_a_body_that_works_is_interrupted(here: Here) -> None:
 
 
 def test_a_body_that_sleeps_is_interrupted(main_thread: None) -> None:
-    """This is so only in the main thread. In another thread a body is interrupted after its
-    sleep.
+    """In the main thread, the sleep itself is interrupted. In another thread, the body is
+    interrupted after its sleep.
     """
     body = Body("s")
     started = time.monotonic()
@@ -465,7 +465,7 @@ def test_a_body_that_cleans_up_is_not_interrupted(
         finally:
             tidy_up(interruptions, "finally")
 
-    # KEPT limits how long code may keep the exception. It must not limit the cleaning up.
+    # KEPT limits how long code may keep the exception. This limit must not apply to cleaning up.
     monkeypatch.setattr(interrupt, "KEPT", 0.0)
     with pytest.raises(HeartbeatFailed):
         here(lambda: call(body, code))

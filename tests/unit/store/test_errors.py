@@ -128,7 +128,7 @@ def test_mysqls_error_numbers_become_store_errors(numbers: tuple[int, ...], kind
 def test_a_statement_without_a_state_is_not_refused_for_its_state(
     error: Exception, kind: type
 ) -> None:
-    """Such statements acquire or renew a lease, or release it without a new state."""
+    """Statements without a state acquire or renew a lease, or release it without a new state."""
     assert type(as_store_error(error, "t", carries_value=False)) is kind
 
 
