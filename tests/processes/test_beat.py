@@ -127,7 +127,7 @@ def test_a_leading_beat_and_a_standby_beat_answer_ping(
     def answer() -> set[str]:
         return {name for reply in app.control.ping(timeout=1.0) for name in reply}
 
-    wait_until(lambda: answer() == set(names), "both answer")
+    wait_until(lambda: answer() == set(names), "both beats answer")
 
 
 @has_ping
@@ -161,7 +161,7 @@ def test_a_leader_that_hangs_does_not_answer_ping(
     wait_until(lambda: answer() == {"celerybeat@other"}, "only the other beat answers")
     hang.unlink()
     stuck.wait_for("its lease was taken over")
-    wait_until(lambda: len(answer()) == 2, "both answer")
+    wait_until(lambda: len(answer()) == 2, "both beats answer")
 
 
 def test_a_wrong_configuration_ends_the_beat(fleet: Fleet) -> None:

@@ -149,7 +149,7 @@ def test_a_duplicate_that_comes_during_the_run_waits_and_is_dropped(
     wait_until(lambda: "requeued" in worker.output, "the second delivery is requeued")
     go.touch()
     assert outcome(first) == 1
-    wait_until(lambda: "was done before" in worker.output, "it ends as a duplicate")
+    wait_until(lambda: "was done before" in worker.output, "the duplicate ends")
     assert len(fleet.notes("enter")) == 1
     assert outcome(app.AsyncResult("the-same")) == 1
     row = runtime_of(app).store.peek("singleton-state:increment")
@@ -164,6 +164,6 @@ def test_a_duplicate_that_comes_after_the_run_is_dropped(
     worker = fleet.start("-P", "solo")
     assert outcome(app.send_task("increment", task_id="the-same")) == 1
     app.send_task("increment", task_id="the-same")
-    wait_until(lambda: "was done before" in worker.output, "it ends as a duplicate")
+    wait_until(lambda: "was done before" in worker.output, "the duplicate ends")
     assert outcome(app.AsyncResult("the-same")) == 1
     assert outcome(app.send_task("increment")) == 2

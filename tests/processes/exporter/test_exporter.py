@@ -58,7 +58,10 @@ def test_events_from_each_pool(fleet: Fleet, client: Callable[[], Celery], pool:
     app = client()
     outcome(app.send_task("counted", ("a",)))
     outcome(app.send_task("counted", ("b", "fail")))
-    wait_until(lambda: len(exporter.metrics().get("singleton_executions_total", {})) == 2, "both")
+    wait_until(
+        lambda: len(exporter.metrics().get("singleton_executions_total", {})) == 2,
+        "both runs are counted",
+    )
     found = exporter.metrics()
     assert found["singleton_executions_total"] == {
         ("counted", 'counted{"key":"a"}', "succeeded"): 1,
@@ -132,7 +135,7 @@ def test_the_exporter_survives_an_outage_of_store_and_broker(
     assert exporter.metrics()["singleton_store_up"] == {(): 1}
     fleet.start("-P", "solo", "-E")
     outcome(client().send_task("counted", ("a",)))
-    wait_until(lambda: executions(exporter) == {"succeeded": 1}, "it counts again")
+    wait_until(lambda: executions(exporter) == {"succeeded": 1}, "the exporter counts again")
 
 
 @pytest.mark.parametrize("store", ["nonsense://", "{server}/not-there"])
