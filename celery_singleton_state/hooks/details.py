@@ -46,7 +46,8 @@ class TookOver(Details, frozen=True, kw_only=True, tag="singleton-took-over"):
     :param holder: the holder of the new lease, as ``nodename:pid:nonce``.
     :param fence: the fence of the new lease.
     :param how: why the earlier run ended: ``"expired"`` if its lease expired, ``"died"`` if its
-        process died, ``"handoff"`` if it handed over because it was asked to.
+        process died, ``"handoff"`` if it handed over because it was asked to, or if an operator
+        released its lease.
     """
 
     holder: str
@@ -105,12 +106,13 @@ class Released(Details, frozen=True, kw_only=True, tag="singleton-released"):
 
     :param holder: the holder of the lease, as ``nodename:pid:nonce``.
     :param fence: the fence of the lease.
-    :param outcome: how the run ended, as the history records it: ``"succeeded"``, ``"failed"`` or
-        ``"retried"``.
+    :param outcome: how the run ended, as the history records it: ``"succeeded"``, ``"failed"``,
+        ``"retried"``, ``"skipped"`` if the body raised ``Ignore``, or ``"lost"`` if the run handed
+        over to a newer message.
     :param seconds: the seconds since the run began.
     :param error: the body's error in one line; ``None`` if the body raised none.
     :param given_back: whether the store has released the lease. False if the store was
-        unavailable; the lease then expires.
+        unavailable; the process then releases the lease when the store answers again.
     """
 
     holder: str

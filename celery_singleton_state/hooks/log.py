@@ -22,6 +22,8 @@ from .details import (
 
 logger = logger_of("celery_singleton_state")
 
+#: Maps each value of :attr:`TookOver.how` that is not a verb to the verb of its log line.
+_HOW_IT_ENDED = {"handoff": "handed over"}
 #: For each kind of event that is logged: the level, the text after the singleton's name, and a
 #: function that returns the text's arguments from the details.
 _LINES: Mapping[type[Details], tuple[int, str, Callable[[Any], tuple[Any, ...]]]] = {
@@ -29,7 +31,7 @@ _LINES: Mapping[type[Details], tuple[int, str, Callable[[Any], tuple[Any, ...]]]
     TookOver: (
         logging.INFO,
         "taken over with fence %d: the last run %s",
-        lambda d: (d.fence, d.how),
+        lambda d: (d.fence, _HOW_IT_ENDED.get(d.how, d.how)),
     ),
     StateSaved: (logging.DEBUG, "state saved by %s", lambda d: (d.operation,)),
     WriteRefused: (logging.WARNING, "a %s was refused", lambda d: (d.operation,)),

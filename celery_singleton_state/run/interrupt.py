@@ -133,8 +133,8 @@ class Body:
             self._is_repeated = True
         except RuntimeError as error:
             logger.warning(
-                "singleton %s: cannot start a thread to interrupt the body, so it is interrupted "
-                "once now and once at the next heartbeat: %s",
+                "singleton %s: cannot start a thread to interrupt the body again and again, so it "
+                "is interrupted once: %s",
                 self._singleton,
                 error,
             )

@@ -184,8 +184,8 @@ class Released:
 class Listed:
     """A singleton's row without its state, as a list of many singletons shows it.
 
-    :param task: the task's name; ``None`` if no run has written it, for example in a row that is
-        older than this column.
+    :param task: the task's name; ``None`` if the row does not name the task, for example because
+        the row is older than this column.
     :param updated_at, acquired_at, last_finished_at: seconds since the epoch by the store's clock.
     :param holder: ``None`` if no run holds the lease, and during a hold period.
     :param task_id: the task id of the run that holds the lease.

@@ -238,7 +238,7 @@ def test_a_run_learns_from_silence_that_it_is_lost(app: Celery, proxy: Proxy) ->
     def lost(task: Any) -> Any:
         return task._run_for("").held.lost
 
-    with pytest.raises(HeartbeatFailed, match="not renewed before its life ran out"):
+    with pytest.raises(HeartbeatFailed, match="not renewed before it expired"):
         make(app, act)()
 
 
@@ -325,7 +325,7 @@ def test_a_lost_run_does_not_wait_for_its_transactions_rollback(
             proxy.mode = "mute"
             wait_until(lambda: False, "the body is interrupted")
 
-    with pytest.raises(HeartbeatFailed, match="not renewed before its life ran out"):
+    with pytest.raises(HeartbeatFailed, match="not renewed before it expired"):
         make(app, act)()
     assert rollbacks == []
     proxy.mode = "pass"

@@ -53,9 +53,9 @@ Answer = Callable[[Any], Any]
 class GrowingPool(QueuePool):
     """A connection pool whose size can be raised while it is in use.
 
-    The pool is disposed of when its server has gone away. Connections that are in use at that time
-    are closed when they are returned. Otherwise they would stay open until the pool is collected as
-    garbage.
+    The pool is disposed of when its server has gone away, and when its store is closed. Connections
+    that are in use at that time are closed when they are returned. Otherwise they would stay open
+    until the pool is collected as garbage.
     """
 
     def dispose(self) -> None:

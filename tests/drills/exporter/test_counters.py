@@ -51,9 +51,9 @@ def test_ten_thousand_keys_are_read_by_one_statement(
     fleet = make_fleet(url)
     exporter, per_key = fleet.start_exporter(), fleet.start_exporter("--per-key")
     store = open_store(server_url, "kv_store", 5.0)
-    store.wishes.expect({'singleton-state:counted{"key":"0"}': "counted"})
+    store.requests.expect({'singleton-state:counted{"key":"0"}': "counted"})
     before = exporter.metrics()
-    store.wishes.expect(
+    store.requests.expect(
         {f'singleton-state:counted{{"key":"{n}"}}': "counted" for n in range(10_000)}
     )
     store.close()

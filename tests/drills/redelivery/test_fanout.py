@@ -13,7 +13,10 @@ from tests.helpers.fleet import Fleet, Worker
 from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.fleet(
-    broker=("valkey", "fanout"), CELERY_SINGLETON_HEARTBEAT_INTERVAL="60", TEST_QUEUE_KIND="fanout"
+    broker=("valkey", "fanout"),
+    CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
+    TEST_QUEUE_KIND="fanout",
+    TEST_QUEUE="heard",
 )
 
 

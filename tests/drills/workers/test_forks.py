@@ -15,9 +15,7 @@ from tests.helpers.worker_rows import row_of, wait_until_free
 
 SERVERS = ("sqlite", "postgresql", "mariadb")
 
-pytestmark = pytest.mark.fleet(
-    store=("sqlite", "postgresql", "mariadb"), CELERY_SINGLETON_HEARTBEAT_INTERVAL="60"
-)
+pytestmark = pytest.mark.fleet(store=SERVERS, CELERY_SINGLETON_HEARTBEAT_INTERVAL="60")
 
 
 def test_a_run_and_the_child_that_it_forked_both_go_on(

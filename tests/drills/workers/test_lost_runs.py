@@ -151,5 +151,5 @@ def test_a_run_whose_store_falls_silent_is_broken_off(
     fleet.wait_for_notes("leave")
     error = outcome(result)
     assert isinstance(error, HeartbeatFailed)
-    assert "not renewed before its life ran out" in error.detail
+    assert "not renewed before it expired" in error.detail
     wait_until(lambda: fleet.notes("leads no longer"), "it is told")
