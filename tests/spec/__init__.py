@@ -1,1 +1,4 @@
-"""The lease's protocol: its specification, PROTOCOL.md, and a model that is explored whole."""
+"""The specification of the lease's protocol (PROTOCOL.md), and models of it.
+
+The explorer visits all states of the models.
+"""

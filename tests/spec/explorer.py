@@ -11,13 +11,13 @@ Item = TypeVar("Item")
 
 
 class Model(Protocol):
-    """What can be explored. States are hashable values."""
+    """A model that :func:`explore` can explore. Its states are hashable values."""
 
     def start(self) -> Hashable:
-        """The first state."""
+        """Return the first state."""
 
     def steps(self, state: Any) -> Iterable[tuple[str, Any]]:
-        """All steps that can come next: each one's name and the state that follows.
+        """Return all steps that can come next: for each, its name and the state after it.
 
         The state ``None`` stands for a step that the model's bounds rule out.
 
@@ -25,7 +25,7 @@ class Model(Protocol):
         """
 
     def broken(self, state: Any) -> str | None:
-        """Which invariant a state breaks, if any."""
+        """Say which invariant a state breaks, and how; ``None`` if it breaks none."""
 
 
 class Broken(Exception):
@@ -33,11 +33,11 @@ class Broken(Exception):
 
 
 class Explored(NamedTuple):
-    """What an exploration found.
+    """The result of an exploration.
 
     :param states: the number of different states that were reached.
-    :param fault: the steps of a shortest way to a broken invariant, which is the last line; empty
-        if no reachable state breaks one.
+    :param fault: the steps of a shortest interleaving that breaks an invariant; the last line names
+        the invariant. Empty if no reachable state breaks an invariant.
     """
 
     states: int
@@ -49,10 +49,10 @@ class Explored(NamedTuple):
 
 
 def explore(model: Model) -> Explored:
-    """Visit all states that can be reached, or all up to the first broken invariant.
+    """Visit all states that can be reached; stop at the first broken invariant.
 
-    Visited states are told apart by their 64-bit hashes alone, which saves memory. A collision
-    would hide a state; with a million states it has a chance of about one in 30 million.
+    To save memory, only the 64-bit hash of each visited state is kept. A collision would hide a
+    state; with a million states the chance of one is about one in 30 million.
     """
     start = model.start()
     came_from: dict[int, tuple[int | None, str]] = {hash(start): (None, "")}
@@ -75,7 +75,7 @@ def explore(model: Model) -> Explored:
 
 
 def _way(came_from: dict[int, tuple[int | None, str]], last: int) -> list[str]:
-    """The names of the steps that lead to a state."""
+    """Return the names of the steps that lead from the first state to a state."""
     names: list[str] = []
     at: int | None = last
     while at is not None:
@@ -85,14 +85,14 @@ def _way(came_from: dict[int, tuple[int | None, str]], last: int) -> list[str]:
 
 
 def replaced(items: tuple[Item, ...], index: int, item: Item) -> tuple[Item, ...]:
-    """The tuple with another item at an index."""
+    """Return the tuple with the item at an index replaced."""
     return (*items[:index], item, *items[index + 1 :])
 
 
 def added(items: tuple[Item, ...], item: Item) -> tuple[Item, ...]:
-    """The tuple, which is in order, with one more item."""
+    """Return a sorted tuple with one more item, sorted again."""
     return tuple(sorted((*items, item), key=_text))
 
 
-#: Orders items of different types. There are few different ones, so that each is kept.
+#: The sort key: it orders items of different types. It is cached, because few items differ.
 _text = cache(repr)

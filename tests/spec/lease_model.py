@@ -1,14 +1,16 @@
 """A model of one singleton's row and of the clients that write to it.
 
-- Time is relative. ``Row.left`` is what is left of the lease's life by the store's clock,
-  ``Client.trusts`` what a run still counts on by its own. A tick lowers both; it can come at any
-  moment, so that pauses of any length are covered. An ordinary life is one tick.
-- ``State.net`` holds the requests that were sent and not carried out. The server can carry out each
-  at any later moment, or never: after its client gave it up, repeated it elsewhere, ended its run
-  or died. An answer reaches its client only if the client still waits for it; it can also be lost.
+- Time is relative. ``Row.left`` is the rest of the lease's life by the store's clock.
+  ``Client.trusts`` is the time for which a run still trusts its lease, by the run's own clock. A
+  tick lowers both. A tick can come between any two steps, so pauses of any length are covered. An
+  ordinary life is one tick.
+- ``State.net`` holds the requests that were sent and are not carried out yet. The server can carry
+  out each of them at any later time, or never: after its client gave it up, repeated it, ended its
+  run or died. An answer reaches a client only if the client still waits for it. An answer can be
+  lost.
 - A transaction's save locks the row until its COMMIT is carried out or the server rolls it back.
-- The clock of :attr:`.Protocol.fence` moves on by one with each acquisition. A real one moves on by
-  more, and the protocol only asks which of two fences is the larger.
+- The clock of :attr:`.Protocol.fence` advances by one with each acquisition. A real clock advances
+  by more. This makes no difference, because the protocol only asks which of two fences is larger.
 
 :class:`.Protocol` has a switch for each rule of PROTOCOL.md.
 """
@@ -37,64 +39,67 @@ from .lease_state import (
     State,
 )
 
-#: Client number of requests that no client waits for.
-NOBODY = -1
+#: The client number of requests for whose answer no client waits.
+NO_CLIENT = -1
 
 Steps = Iterator[tuple[str, State | None]]
 
 
 @dataclass
 class LeaseModel:
-    """A protocol and the bounds within which it is explored."""
+    """A protocol, and the bounds within which the explorer explores it."""
 
     protocol: Protocol
-    #: For each client, what its bodies do: ``checkpoint`` and ``transaction``.
+    #: For each client, the writes that its bodies make: ``checkpoint`` or ``transaction``.
     bodies: tuple[tuple[str, ...], ...]
-    #: How often each request is sent.
+    #: How often a client sends each request at most.
     tries: int = 2
     deliveries: int = 1
-    #: How many requests are under way at most.
-    under_way: int = 3
-    #: Of each run.
+    #: How many requests can be in flight at the same time.
+    in_flight: int = 3
+    #: How many heartbeats each run sends at most.
     heartbeats: int = 0
+    #: How many clients die at most.
     deaths: int = 0
-    #: A body can go on after a write that failed.
-    goes_on: bool = True
-    #: A body can raise.
+    #: Whether a body can continue after a write that failed.
+    continues: bool = True
+    #: Whether a body can raise an error.
     raises: bool = True
     persist_on_error: bool = False
-    #: The number of runs that the history holds.
+    #: How many runs the history holds.
     history: int = 1
-    #: Releases in another's name: an operator's, or those of the host of the dead.
+    #: How many releases in another's name are sent at most. The host of a dead process sends them
+    #: if ``by_host`` is true; otherwise an operator does.
     frees: int = 0
     by_host: bool = False
-    #: Fail-overs that lose the last commit.
+    #: How many fail-overs lose the last commit.
     fail_overs: int = 0
-    #: Renewals that a parent sends for a child whose run is over.
-    strays: int = 0
-    #: Requests to hand over.
-    asks: int = 0
+    #: How many renewals a parent sends for a child whose run has ended.
+    parent_renewals: int = 0
+    #: How many times another message asks the holder to hand over.
+    handoff_requests: int = 0
     prunes: int = 0
-    #: Times that the clock is put back.
+    #: How many times the clock is set back.
     clock_resets: int = 0
-    #: Leases are held after runs that succeeded.
+    #: Whether a hold period follows each run that succeeded.
     holds: bool = False
     lease_ttl: int = LONG
-    #: Ticks within which a body ends that trusts its lease no longer; ``None``: it ends at once.
-    tidies_for: int | None = None
-    #: The invariants that are looked at.
+    #: How many ticks a body may clean up after its run stopped trusting the lease; ``None``: the
+    #: body ends at once.
+    cleans_up_for: int | None = None
+    #: The names of the invariants that are checked.
     invariants: tuple[str, ...] = ALL
 
     def start(self) -> State:
         rest = Rest(
             deaths=self.deaths,
             frees=self.frees,
-            looked=False,
+            host_checked=False,
             fail_overs=self.fail_overs,
             largest=0,
-            asks=self.asks,
+            handoff_requests=self.handoff_requests,
             prunes=self.prunes,
-            strays=self.strays,
+            parent_renewals=self.parent_renewals,
             clock=0,
             clock_resets=self.clock_resets,
         )
@@ -107,10 +112,10 @@ class LeaseModel:
     # -- the server
 
     def carry_out(self, row: Row, request: Request, clock: int) -> tuple[Row, Answer] | None:
-        """The row after a request, and the answer; ``None`` if the request waits for a lock."""
+        """Return the row after a request, and the answer; ``None`` if it waits for a lock."""
         kind, holder = request.kind, request.holder
         mine = row.holder == holder and row.fence == request.fence
-        if kind == "look":
+        if kind == "read history":
             return row, Answer(True, history=row.history)
         if kind == "commit":
             return self.commit(row, request)
@@ -125,13 +130,15 @@ class LeaseModel:
             if row.holder == holder:
                 row = row._replace(holder=None, left=0, writer=None)
             return row, Answer(True)
-        if kind == "hand over":
-            return (row._replace(asked=True) if mine and row.left else row), Answer(True)
+        if kind == "request handoff":
+            return (row._replace(handoff_requested=True) if mine and row.left else row), Answer(
+                True
+            )
         if not mine:
             return row, Answer(False)
         if kind == "renew":
             row = row._replace(left=max(row.left, self.lease_ttl))
-            return row, Answer(True, asked=row.asked)
+            return row, Answer(True, handoff_requested=row.handoff_requested)
         if kind == "free":
             return self.end(row, request, "lost"), Answer(True)
         return self.write_held(row, request)
@@ -145,8 +152,8 @@ class LeaseModel:
                 resets = self.protocol.repeated == "expiry and number"
                 row = row._replace(
                     left=first,
-                    asked=False,
-                    forgot=row.forgot or row.asked,
+                    handoff_requested=False,
+                    handoff_dropped=row.handoff_dropped or row.handoff_requested,
                     write=0 if resets else row.write,
                 )
         elif row.left == 0:
@@ -156,7 +163,7 @@ class LeaseModel:
                 fence=max(row.fence + 1, clock),
                 left=first,
                 write=-1 if taken_over else 0,
-                asked=False,
+                handoff_requested=False,
                 writer=holder,
                 written=0,
             )
@@ -165,7 +172,7 @@ class LeaseModel:
         return row, Answer(True, row.fence, row.write, checkpoints=row.checkpoints, items=row.items)
 
     def write_held(self, row: Row, request: Request) -> tuple[Row, Answer]:
-        """What a holder writes: save, transaction's save or release."""
+        """Carry out a holder's save, transaction's save or release."""
         number, state = request.number, request.checkpoints
         in_order = {
             "any": True,
@@ -182,7 +189,7 @@ class LeaseModel:
         if state is not None:
             row = self.write(row, request.holder, number, state, request.items)
         if request.kind == "save":
-            return row, Answer(True, asked=row.asked)
+            return row, Answer(True, handoff_requested=row.handoff_requested)
         return self.release(row, request), Answer(True)
 
     def commit(self, row: Row, request: Request) -> tuple[Row, Answer]:
@@ -193,7 +200,7 @@ class LeaseModel:
         return self.write(row, *lock), Answer(True)
 
     def write(self, row: Row, holder: Holder, number: int, checkpoints: int, items: int) -> Row:
-        """Store a state. The invariants of writes are looked at here."""
+        """Store a state, and check the invariants of writes: I1, I2 and I3."""
         if "I1" in self.invariants and (row.writer != holder or number < row.written):
             after = f"write {row.written} of {row.writer}"
             raise Broken(f"I1: write {number} of {holder} takes effect after {after}")
@@ -216,12 +223,12 @@ class LeaseModel:
         row = self.end(row, request, "saved")
         row = row._replace(saved=tuple(sorted({*row.saved, request.holder})))
         if self.holds:
-            # Nobody is the holder in the hold period, and nobody can acquire.
+            # In the hold period the row has no holder, and no run can acquire the lease.
             row = row._replace(left=self.lease_ttl)
         return row
 
     def end(self, row: Row, request: Request, outcome: str) -> Row:
-        """Free the lease and note the run's end."""
+        """Free the lease, and record the run's end in the history."""
         end = End(request.holder, row.fence, outcome)
         history = (*row.history, end)[-self.history :]
         return row._replace(holder=None, left=0, writer=None, history=history)
@@ -231,8 +238,11 @@ class LeaseModel:
     def send(
         self, state: State, index: int, client: Client, phase: str, request: Request
     ) -> State | None:
-        """The client sends a request and waits for its answer; ``None`` if too many are sent."""
-        if len(state.net) >= self.under_way:
+        """Let a client send a request and wait for its answer.
+
+        :return: the new state; ``None`` if too many requests are in flight.
+        """
+        if len(state.net) >= self.in_flight:
             return None
         client = client._replace(phase=phase, waits_for=request, since=0)
         return state._replace(
@@ -243,12 +253,12 @@ class LeaseModel:
     def send_anew(
         self, state: State, index: int, phase: str, request: Request, tries: int, **more: int
     ) -> State | None:
-        """The same of a request that was not sent before."""
+        """Let a client send a request that it has not sent before, and wait for its answer."""
         client = state.clients[index]._replace(tries=tries, unsure=False, **more)
         return self.send(state, index, client, phase, request)
 
     def next_in_body(self, state: State, index: int) -> Steps:
-        """What the body does next, or the run's end."""
+        """Yield the body's next writes, or the releases that end the run."""
         client = state.clients[index]
         todo = self.bodies[index][client.at :]
         if client.succeeds and todo:
@@ -292,18 +302,19 @@ class LeaseModel:
             client.items if saves else 0,
             succeeded,
         )
-        # Its heartbeat has let go of the lease before.
+        # A run stops its heartbeat before it releases, so it ignores the answer to an open renewal.
         return self.send_anew(
             state, index, "release", request, self.tries,
             number=number, succeeds=succeeded, heartbeat=-1,
         )  # fmt: skip
 
-    # -- a client hears, or does not
+    # -- a client receives an answer, or gives up waiting
 
-    def over(self, state: State, index: int, report: str | None, unsure: bool) -> State:
-        """The delivery is over.
+    def end_delivery(self, state: State, index: int, report: str | None, unsure: bool) -> State:
+        """End a client's delivery.
 
-        :param unsure: it may hold the lease without knowing.
+        :param report: the outcome that the client reports; ``None``: none, because no body ran.
+        :param unsure: whether the client may hold the lease without knowing.
         """
         client = state.clients[index]
         holder = (index, client.delivery)
@@ -316,12 +327,15 @@ class LeaseModel:
             delivery=client.delivery + 1,
             to_give_back=waiting,
             reports=(*client.reports, (client.delivery, report)) if report else client.reports,
-            last=(holder, client.fence) if self.strays else None,
+            last=(holder, client.fence) if self.parent_renewals else None,
         )
         return change(state, index, after)
 
     def fails(self, state: State, index: int, undecided: bool = False) -> Steps:
-        """A write failed, or its outcome is unknown: the body ends, or goes on."""
+        """Yield what a body does after a write that failed or has an unknown outcome.
+
+        The body ends with the error, or continues.
+        """
         client = state.clients[index]._replace(
             phase="body", waits_for=None, undecided=undecided or state.clients[index].undecided
         )
@@ -329,56 +343,61 @@ class LeaseModel:
             "and its body ends with the error",
             change(state, index, client._replace(succeeds=False)),
         )
-        if self.goes_on and not client.undecided:
-            yield "and its body goes on", change(state, index, client._replace(at=client.at + 1))
+        if self.continues and not client.undecided:
+            yield "and its body continues", change(state, index, client._replace(at=client.at + 1))
 
     def trusted_after(self, client: Client, life: int) -> int:
         return max(client.trusts, life - client.since - self.protocol.margin)
 
-    def hears(self, state: State, index: int, answer: Answer) -> Steps:
-        """What a client does on an answer."""
+    def receive(self, state: State, index: int, answer: Answer) -> Steps:
+        """Yield what a client does when it receives an answer."""
         client = state.clients[index]._replace(waits_for=None)
         phase, holder = client.phase, (index, client.delivery)
         done = client._replace(phase="body", at=client.at + 1, seen=client.number)
         if phase == "acquire":
-            yield "", self.hears_of_acquire(state, index, answer)
+            yield "", self.receive_acquire(state, index, answer)
         elif phase == "confirm" and answer.yes:
             trusts = self.trusted_after(client, self.lease_ttl)
             yield "", self.begin(state, index, client._replace(trusts=trusts))
         elif phase == "confirm":
-            yield "", self.over(state, index, None, unsure=True)
+            yield "", self.end_delivery(state, index, None, unsure=True)
         elif phase == "save" and answer.yes:
             trusts = self.trusted_after(client, self.lease_ttl)
-            succeeds = client.succeeds and not answer.asked
+            succeeds = client.succeeds and not answer.handoff_requested
             yield "", change(state, index, done._replace(trusts=trusts, succeeds=succeeds))
         elif phase == "transaction" and answer.yes:
             request = Request("commit", holder, number=client.number)
             yield "and sends COMMIT", self.send_anew(state, index, "commit", request, tries=1)
         elif phase == "commit" and not answer.yes:
-            yield from self.fails(state, index)  # its connection broke: rolled back
+            # The connection broke before the COMMIT, so the server rolled back.
+            yield from self.fails(state, index)
         elif phase == "question" and not answer.yes:
-            yield "", self.over(state, index, "lost", unsure=True)
+            yield "", self.end_delivery(state, index, "lost", unsure=True)
         elif phase == "question" and answer.number < client.number:
             yield from self.fails(state, index)
         elif phase in ("commit", "question"):
             yield "", change(state, index, done._replace(items=client.items + 1))
         elif phase == "release" and answer.yes:
             report = "saved" if client.succeeds else "failed"
-            yield "", self.over(state, index, report, unsure=False)
+            yield "", self.end_delivery(state, index, report, unsure=False)
         elif phase == "release" and client.unsure:
-            request = Request("look", holder)
-            yield "and looks at the history", self.send_anew(state, index, "look", request, 1)
-        elif phase == "look":
+            request = Request("read history", holder)
+            read = self.send_anew(state, index, "read history", request, 1)
+            yield "and reads the history", read
+        elif phase == "read history":
             report = self.proved(client, holder, answer.history)
-            yield "", self.over(state, index, report, unsure=True)
+            yield "", self.end_delivery(state, index, report, unsure=True)
         else:
             self.check_refusal(state, index)
-            yield "and is lost", self.over(state, index, "lost", unsure=True)
+            yield (
+                "and learns that its lease is lost",
+                self.end_delivery(state, index, "lost", unsure=True),
+            )
 
-    def hears_of_acquire(self, state: State, index: int, answer: Answer) -> State | None:
+    def receive_acquire(self, state: State, index: int, answer: Answer) -> State | None:
         client = state.clients[index]
         if not answer.yes:
-            return self.over(state, index, None, client.unsure)
+            return self.end_delivery(state, index, None, client.unsure)
         holder = (index, client.delivery)
         client = client._replace(
             fence=answer.fence,
@@ -402,24 +421,24 @@ class LeaseModel:
         return state._replace(rest=rest._replace(largest=max(rest.largest, client.fence)))
 
     def proved(self, client: Client, holder: Holder, history: tuple[End, ...]) -> str:
-        """What a refused, repeated release learns from the history."""
-        wanted = "saved" if client.succeeds else "failed"
+        """Return the outcome that the history proves, after a repeated release was refused."""
+        expected = "saved" if client.succeeds else "failed"
         own = [end.outcome for end in history if end[:2] == (holder, client.fence)]
         if own and self.protocol.proof == "any":
-            return wanted
+            return expected
         if own or self.protocol.proof == "any":
-            return wanted if own == [wanted] else "lost"
-        # A full history may have dropped the run's end.
+            return expected if own == [expected] else "lost"
+        # A full history may have dropped the entry of the run's end.
         return "unknown" if len(history) >= self.history else "lost"
 
     def check_refusal(self, state: State, index: int) -> None:
         row, client = state.row, state.clients[index]
         mine = (row.holder, row.fence) == ((index, client.delivery), client.fence)
         if "refused" in self.invariants and mine:
-            raise Broken(f"refused: the {client.waits_for}, though nobody else has come")
+            raise Broken(f"refused: the {client.waits_for}, although no other run has acquired")
 
-    def gives_up(self, state: State, index: int) -> Steps:
-        """What a client does when it waits for an answer no longer."""
+    def give_up(self, state: State, index: int) -> Steps:
+        """Yield what a client does when it stops waiting for an answer."""
         client = state.clients[index]
         phase, request, holder = client.phase, client.waits_for, (index, client.delivery)
         unknown = self.protocol.unknown_commit
@@ -428,17 +447,17 @@ class LeaseModel:
             again = client._replace(tries=client.tries - 1, unsure=True)
             yield "repeats it", self.send(state, index, again, phase, request)
         elif phase in ("acquire", "confirm"):
-            yield "gives up", self.over(state, index, None, unsure=True)
+            yield "gives up", self.end_delivery(state, index, None, unsure=True)
         elif phase in ("save", "transaction") or (phase, unknown) == ("commit", "assumes"):
             # A transaction whose save was not answered never sent its COMMIT.
             yield from self.fails(state, index)
         elif phase == "commit":
             question = Request("question", holder, client.fence, number=client.number)
-            yield "asks", self.send_anew(state, index, "question", question, self.tries)
+            yield "asks the row", self.send_anew(state, index, "question", question, self.tries)
         elif phase == "question":
             yield from self.fails(state, index, undecided=True)
         else:
-            yield "gives up", self.over(state, index, "unknown", unsure=True)
+            yield "gives up", self.end_delivery(state, index, "unknown", unsure=True)
 
     # -- all that can happen next
 
@@ -446,14 +465,14 @@ class LeaseModel:
         yield from self.time(state)
         yield from self.requests(state)
         for index, client in enumerate(state.clients):
-            yield from self.client(state, index, client)
-        yield from self.others(state)
+            yield from self.client_steps(state, index, client)
+        yield from self.other_steps(state)
 
     def time(self, state: State) -> Steps:
-        """A tick. A body that tidies up ends in time, so it can be that none can come."""
+        """Yield a tick, unless a body has no tick left in which it may clean up."""
         for client in state.clients:
-            tidies = client.phase in IN_BODY and not client.trusts
-            if tidies and client.overdue + 1 == self.tidies_for:
+            cleans_up = client.phase in IN_BODY and not client.trusts
+            if cleans_up and client.cleaning_ticks + 1 == self.cleans_up_for:
                 return
         row, before = state.row, state.before
         yield (
@@ -468,20 +487,23 @@ class LeaseModel:
     def ticked(self, client: Client) -> Client:
         if client.phase in NO_RUN:
             return client
-        tidies = self.tidies_for is not None and client.phase in IN_BODY and not client.trusts
+        cleans_up = self.cleans_up_for is not None and client.phase in IN_BODY and not client.trusts
         beat = client.heartbeat
         return client._replace(
-            overdue=min(client.overdue + 1, 9) if tidies else 0,
+            cleaning_ticks=min(client.cleaning_ticks + 1, 9) if cleans_up else 0,
             trusts=max(0, client.trusts - 1),
             since=min(client.since + 1, LONG) if client.waits_for else 0,
             heartbeat=beat if beat < 0 else min(beat + 1, LONG),
         )
 
     def requests(self, state: State) -> Steps:
-        """Requests are carried out, or never arrive."""
+        """Yield the steps of the requests in flight: one is carried out, or one never arrives.
+
+        The server can also roll back a transaction, and a fail-over can lose the last commit.
+        """
         net, clients, rest = state.net, state.clients, state.rest
         for at, (index, request) in enumerate(net):
-            waited_for = index != NOBODY and clients[index].waits_for == request
+            waited_for = index != NO_CLIENT and clients[index].waits_for == request
             without = net[:at] + net[at + 1 :]
             if not (at and net[at - 1] == net[at]):
                 yield from self.arrival(state._replace(net=without), index, request, waited_for)
@@ -503,7 +525,7 @@ class LeaseModel:
             yield "a fail-over loses the last commit", after
 
     def arrival(self, state: State, index: int, request: Request, waited_for: bool) -> Steps:
-        """One request is carried out."""
+        """Yield the steps in which the server carries out one request."""
         row, rest = state.row, state.rest
         clock = rest.clock + 1 if self.protocol.fence == "clock" else 0
         try:
@@ -517,18 +539,18 @@ class LeaseModel:
         if clock and new.fence != row.fence:
             rest = rest._replace(clock=clock)
         if request.kind == "free" and self.by_host:
-            rest = rest._replace(looked=True)
+            rest = rest._replace(host_checked=True)
         before = row if new != row and self.fail_overs else state.before
         after = state._replace(row=new, before=before, rest=rest)
         name = f"{request}: {'yes' if answer.yes else 'no'}"
-        yield f"{name}, {'not heard' if waited_for else 'late'}", after
-        if index == NOBODY:
+        yield f"{name}, {'the answer is lost' if waited_for else 'late'}", after
+        if index == NO_CLIENT:
             return
         client = state.clients[index]
         if waited_for:
-            name = f"{name}, client {index} hears it"
+            name = f"{name}, client {index} receives the answer"
             try:
-                for what, following in self.hears(after, index, answer):
+                for what, following in self.receive(after, index, answer):
                     yield f"{name} {what}".rstrip(), following
             except Broken as broken:
                 raise Broken(f"{name}\n=> {broken}") from None
@@ -537,28 +559,28 @@ class LeaseModel:
                 yield from self.heartbeat_answered(after, index, name, answer)
         elif request.kind == "give back" and request.holder in client.to_give_back:
             left = tuple(each for each in client.to_give_back if each != request.holder)
-            heard = change(after, index, client._replace(to_give_back=left))
-            yield f"{name}, client {index} hears it", heard
+            received = change(after, index, client._replace(to_give_back=left))
+            yield f"{name}, client {index} receives the answer", received
 
     def heartbeat_answered(self, state: State, index: int, name: str, answer: Answer) -> Steps:
         client = state.clients[index]
         if answer.yes:
             trusts = self.lease_ttl - client.heartbeat - self.protocol.margin
-            heard = client._replace(
+            received = client._replace(
                 heartbeat=-1,
                 trusts=max(client.trusts, trusts),
-                succeeds=client.succeeds and not answer.asked,
+                succeeds=client.succeeds and not answer.handoff_requested,
             )
-            yield f"{name}, client {index} hears it", change(state, index, heard)
+            yield f"{name}, client {index} receives the answer", change(state, index, received)
         elif client.phase == "body":
-            lost = self.over(state, index, "lost", unsure=True)
-            yield f"{name}, client {index} is lost", lost
+            lost = self.end_delivery(state, index, "lost", unsure=True)
+            yield f"{name}, client {index} learns that its lease is lost", lost
 
-    def client(self, state: State, index: int, client: Client) -> Steps:
-        """What a client does by itself."""
+    def client_steps(self, state: State, index: int, client: Client) -> Steps:
+        """Yield what a client does without an answer: it begins, continues, gives up or dies."""
         name = f"client {index}"
         holder = (index, client.delivery)
-        room = len(state.net) < self.under_way
+        room = len(state.net) < self.in_flight
         if client.phase == "idle":
             request = Request("acquire", holder)
             sent = self.send_anew(state, index, "acquire", request, self.tries)
@@ -567,15 +589,18 @@ class LeaseModel:
             for what, following in self.next_in_body(state, index):
                 yield f"{name} sends {what}", following
             if not client.trusts:
-                yield from self.trusts_no_longer(state, index)
+                yield from self.stops_trusting(state, index)
             if client.heartbeat < 0 and client.heartbeats < self.heartbeats and room:
                 beating = client._replace(heartbeat=0, heartbeats=client.heartbeats + 1)
                 net = added(state.net, (index, Request("renew", holder, client.fence)))
                 yield f"{name} sends a heartbeat", change(state, index, beating)._replace(net=net)
-        if client.phase == "tidying":
-            yield f"the body of {name} has ended", self.over(state, index, "lost", unsure=True)
+        if client.phase == "cleaning up":
+            yield (
+                f"the body of {name} has ended",
+                self.end_delivery(state, index, "lost", unsure=True),
+            )
         if client.waits_for:
-            for what, following in self.gives_up(state, index):
+            for what, following in self.give_up(state, index):
                 yield f"{name}: no answer to the {client.waits_for}, {what}", following
         if client.phase != "dead" and room:
             for each in client.to_give_back:
@@ -586,80 +611,92 @@ class LeaseModel:
         if state.rest.deaths and client.phase not in NO_RUN:
             yield f"{name} dies", self.dies(state, index)
 
-    def trusts_no_longer(self, state: State, index: int) -> Steps:
+    def stops_trusting(self, state: State, index: int) -> Steps:
         client = state.clients[index]
-        if self.tidies_for is None:
-            lost = self.over(state, index, "lost", unsure=True)
-            yield f"client {index} trusts its lease no longer", lost
+        if self.cleans_up_for is None:
+            lost = self.end_delivery(state, index, "lost", unsure=True)
+            yield f"client {index} stops trusting its lease", lost
             return
         waiting = client.to_give_back
         if self.protocol.gives_back_at == "loss":
             waiting = (*waiting, (index, client.delivery))
-        tidying = client._replace(phase="tidying", to_give_back=waiting)
+        cleaning_up = client._replace(phase="cleaning up", to_give_back=waiting)
         yield (
-            f"client {index} trusts its lease no longer, its body tidies up",
-            change(state, index, tidying),
+            f"client {index} stops trusting its lease, its body cleans up",
+            change(state, index, cleaning_up),
         )
 
     def dies(self, state: State, index: int) -> State:
-        """It keeps its number and delivery, by which the invariants know what it held."""
+        """Let a client die. The invariants still find its lease by its number and delivery."""
         client = state.clients[index]
-        last = ((index, client.delivery), client.fence) if self.strays else None
+        last = ((index, client.delivery), client.fence) if self.parent_renewals else None
         dead = Client("dead", client.delivery, reports=client.reports, last=last)
         rest = state.rest._replace(deaths=state.rest.deaths - 1)
         return change(state, index, dead)._replace(rest=rest)
 
-    def others(self, state: State) -> Steps:
-        """Operators, hosts of the dead, parents, who asks for the lease, prune, clocks."""
+    def other_steps(self, state: State) -> Steps:
+        """Yield the steps that no client takes.
+
+        Operators, the hosts and parents of dead processes, messages that ask for a handoff,
+        ``prune`` and the clock take them.
+        """
         row, clients, rest = state.row, state.clients, state.rest
         runs = row.holder is not None
         of_dead = row.holder is not None and clients[row.holder[0]].phase == "dead"
 
         def sent(kind: str, holder: Holder, fence: int, **spent: int) -> State | None:
-            if len(state.net) >= self.under_way:
+            if len(state.net) >= self.in_flight:
                 return None
-            net = added(state.net, (NOBODY, Request(kind, holder, fence)))
+            net = added(state.net, (NO_CLIENT, Request(kind, holder, fence)))
             return state._replace(net=net, rest=rest._replace(**spent))
 
         if row.holder is not None and runs:
             if rest.frees and (of_dead or not self.by_host):
                 freed = sent("free", row.holder, row.fence, frees=rest.frees - 1)
-                yield f"somebody frees the lease of {row.holder}", freed
-            if rest.asks:
-                asked = sent("hand over", row.holder, row.fence, asks=rest.asks - 1)
-                yield f"somebody asks {row.holder} to hand over", asked
+                actor = "the host" if self.by_host else "an operator"
+                yield f"{actor} releases the lease of {row.holder}", freed
+            if rest.handoff_requests:
+                asked = sent(
+                    "request handoff",
+                    row.holder,
+                    row.fence,
+                    handoff_requests=rest.handoff_requests - 1,
+                )
+                yield f"another message asks {row.holder} to hand over", asked
         died = any(client.phase == "dead" for client in clients)
         if rest.frees and self.by_host and died and not of_dead:
-            looked = rest._replace(frees=0, looked=True)
-            yield "the host looks: the dead one holds nothing", state._replace(rest=looked)
-        if rest.strays:
+            host_checked = rest._replace(frees=0, host_checked=True)
+            yield "the host finds no lease of its dead process", state._replace(rest=host_checked)
+        if rest.parent_renewals:
             for client in clients:
                 if client.last:
-                    stray = sent("renew", *client.last, strays=rest.strays - 1)
-                    yield f"the parent of {client.last[0]} renews", stray
+                    renewal = sent("renew", *client.last, parent_renewals=rest.parent_renewals - 1)
+                    yield f"the parent of {client.last[0]} renews", renewal
         if rest.prunes and row.lock is None and (not runs and not (row.holder and row.left)):
             empty = Row(saved=row.saved)
             pruned = rest._replace(prunes=rest.prunes - 1)
             yield "the row is pruned", state._replace(row=empty, before=empty, rest=pruned)
         if rest.clock_resets:
             reset = rest._replace(clock=0, clock_resets=rest.clock_resets - 1)
-            yield "the clock is put back", state._replace(rest=reset)
+            yield "the clock is set back", state._replace(rest=reset)
 
     # -- invariants of a state
 
     def broken(self, state: State) -> str | None:
         row, clients = state.row, state.clients
         if "I5" in self.invariants:
-            tidies = self.tidies_for is not None
+            cleans_up = self.cleans_up_for is not None
             on = [
                 index
                 for index, client in enumerate(clients)
-                if client.phase in IN_BODY and (client.trusts or tidies)
+                if client.phase in IN_BODY and (client.trusts or cleans_up)
             ]
             if len(on) > 1:
-                return f"I5: the bodies of clients {on} {'are on' if tidies else 'trust leases'}"
+                do = "run" if cleans_up else "trust their leases"
+                return f"I5: the bodies of clients {on} {do} at the same time"
         if "I4" in self.invariants and row.left > ORDINARY and not self.known(state):
-            return f"I4: {row.holder} holds the lease for {row.left} ticks, and nobody knows"
+            held = f"{row.holder} holds the lease for {row.left} ticks"
+            return f"I4: {held}, and no process knows of it"
         if "I9" in self.invariants:
             for index, client in enumerate(clients):
                 for delivery, report in client.reports:
@@ -668,18 +705,18 @@ class LeaseModel:
                         return f"I9: {(index, delivery)} is reported as saved, and did not save"
                     if report in ("lost", "failed") and saved:
                         return f"I9: {(index, delivery)} saved, and is reported as {report}"
-        if "asked" in self.invariants and row.forgot:
-            return "asked: the row forgot who asked its holder to hand over"
+        if "handoff" in self.invariants and row.handoff_dropped:
+            return "handoff: the row dropped a handoff request"
         return None
 
     def known(self, state: State) -> bool:
-        """Whether somebody knows of the lease who will end it."""
+        """Return whether a process knows of the lease and will end it: its client or its host."""
         holder = state.row.holder
         if holder is None:
             return True
         client = state.clients[holder[0]]
         if client.phase == "dead":
-            return not state.rest.looked
+            return not state.rest.host_checked
         runs = holder[1] == client.delivery and client.phase not in NO_RUN
         return runs or holder in client.to_give_back
 
@@ -689,6 +726,6 @@ def change(state: State, index: int, client: Client) -> State:
 
 
 def commits(request: Request, lock: Lock) -> bool:
-    """Whether a request is the COMMIT of the transaction that has a lock."""
+    """Return whether a request is the COMMIT of the transaction that holds the lock."""
     same = (request.holder, request.number) == (lock.holder, lock.number)
     return request.kind == "commit" and same

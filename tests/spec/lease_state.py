@@ -1,47 +1,54 @@
-"""The parts of :mod:`.lease_model`: a protocol's switches, requests, the row and its clients."""
+"""The values that :mod:`.lease_model` works with: protocol switches, requests, row and clients."""
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-#: Lives, in ticks.
+#: The two lives of a lease in the model, in ticks: an ordinary life and a long one.
 ORDINARY, LONG = 1, 3
 
-ALL = ("I1", "I2", "I3", "I4", "I5", "I6", "I9", "asked", "refused")
+#: The names of all invariants of a lease; PROTOCOL.md, section 4, explains them.
+ALL = ("I1", "I2", "I3", "I4", "I5", "I6", "I9", "handoff", "refused")
 
 
 class Protocol(NamedTuple):
-    """The switches of a protocol. By default they stand as PROTOCOL.md describes it."""
+    """The rules of a protocol, one switch each. The defaults are the rules of PROTOCOL.md."""
 
-    #: Which writes are accepted within a lease: any; the one with the next number; one with a
-    #: number that is not smaller; or one whose ``seen`` and number the row's number lies between.
+    #: Which writes the store accepts within a lease: any; only the write with the next number; a
+    #: write whose number is not smaller than the row's; or a write for which
+    #: ``seen <= the row's number <= n`` holds.
     order: Literal["any", "next", "not smaller", "between"] = "between"
-    #: An acquire takes the lease for an ordinary life, and a confirmation makes it longer.
+    #: An acquire takes the lease for an ordinary life only; a renewal before the body begins
+    #: (the confirmation) extends it to ``lease_ttl``.
     short_first_life: bool = True
-    #: What a repeated acquire changes: nothing; the expiry and who asked for the lease; or these
+    #: What a repeated acquire changes: nothing; the expiry and the handoff request; or these two
     #: and the write number.
     repeated: Literal["nothing", "expiry", "expiry and number"] = "nothing"
-    #: A client gives back what it may hold without knowing.
+    #: A client gives back each lease that it may hold without knowing.
     gives_back: bool = True
-    #: After a COMMIT without an answer the client asks the row (under its lock), or assumes that
-    #: it was rolled back.
+    #: After a COMMIT without an answer the client asks the row (under its lock or without it), or
+    #: assumes that the transaction was rolled back.
     unknown_commit: Literal["asks", "asks without lock", "assumes"] = "asks"
-    #: A run that does not learn the outcome of its COMMIT sends no state any more.
+    #: A run that does not learn the outcome of its COMMIT sends no state any more. If false, its
+    #: release may send the state.
     careful: bool = True
-    #: Which entry in the history proves a refused, repeated release: one with this run's outcome,
-    #: or any with its name.
+    #: Which history entry proves that a repeated and then refused release was carried out before:
+    #: an entry with this run's holder, fence and outcome ("own"), or any entry with its holder and
+    #: fence.
     proof: Literal["own", "any"] = "own"
-    #: Ticks before the end of its life from which on a lease is not trusted.
+    #: How many ticks before its expiry a run stops trusting its lease.
     margin: int = 0
-    #: When a lost run gives back its lease: when its body has ended, or when it learns of the loss.
+    #: When a lost run gives back its lease: when its body has ended, or as soon as it learns of the
+    #: loss.
     gives_back_at: Literal["end", "loss"] = "end"
     #: The number that the first write of a run names as seen: what acquire answered, or 0.
     first_seen: Literal["answered", "zero"] = "answered"
-    #: An acquisition's fence: the larger of the row's + 1 and the clock, or the row's + 1.
+    #: How the store chooses the fence of an acquisition: the larger of the row's fence + 1 and the
+    #: clock, or always the row's fence + 1.
     fence: Literal["clock", "next"] = "clock"
 
 
-#: The protocol before it was made for late requests.
+#: The former protocol, which had no guards against late requests.
 FORMER = Protocol(
     order="any",
     short_first_life=False,
@@ -54,22 +61,23 @@ FORMER = Protocol(
     fence="next",
 )
 
-#: A client's number, and how many deliveries it had before: the name of a run's holder.
+#: The name of a run's holder: the number of its client, and how many deliveries that client had
+#: before this run.
 Holder = tuple[int, int]
 
 
 class Request(NamedTuple):
-    """A request to the server. Which parameters there are depends on its kind."""
+    """A request to the store's server. Which fields are used depends on its kind."""
 
     kind: str
     holder: Holder
     fence: int = 0
     seen: int = 0
     number: int = 0
-    #: The state that it writes; ``None``: it writes none.
+    #: The state that the request writes; ``checkpoints`` is ``None`` if it writes no state.
     checkpoints: int | None = None
     items: int = 0
-    #: Whether the run that it releases has succeeded.
+    #: For a release: whether the run has succeeded.
     succeeded: bool = False
 
     def __str__(self) -> str:
@@ -81,6 +89,7 @@ class Request(NamedTuple):
         return ", ".join(parts)
 
 
+#: The names of the kinds of requests, as INTERLEAVINGS.md shows them.
 NAMES = {
     "acquire": "acquire",
     "renew": "renewal",
@@ -89,27 +98,27 @@ NAMES = {
     "commit": "COMMIT",
     "question": "question",
     "release": "release",
-    "look": "look at the history",
+    "read history": "read of the history",
     "give back": "give back",
     "free": "release in another's name",
-    "hand over": "request to hand over",
+    "request handoff": "request for a handoff",
 }
 
 
 class Answer(NamedTuple):
-    """The server's answer. Which fields there are depends on the request."""
+    """The server's answer. Which fields are used depends on the request."""
 
     yes: bool
     fence: int = 0
     number: int = 0
     checkpoints: int = 0
     items: int = 0
-    asked: bool = False
+    handoff_requested: bool = False
     history: tuple[End, ...] = ()
 
 
 class End(NamedTuple):
-    """An entry in the history."""
+    """An entry in the row's history: how a run ended."""
 
     holder: Holder
     fence: int
@@ -117,7 +126,7 @@ class End(NamedTuple):
 
 
 class Lock(NamedTuple):
-    """An open transaction's save."""
+    """The lock on the row that a transaction's save holds until COMMIT, and what it will write."""
 
     holder: Holder
     number: int
@@ -126,45 +135,49 @@ class Lock(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The singleton's row, and the business rows that its transactions committed."""
+    """The singleton's row, and the business rows that its runs committed in transactions."""
 
-    #: The state: checkpoints made, and items done in transactions.
+    #: The state: how many checkpoints were made, and how many items were done in transactions.
     checkpoints: int = 0
     items: int = 0
-    #: The items of the business rows.
+    #: The item numbers in the business rows.
     business: tuple[int, ...] = ()
     fence: int = 0
     holder: Holder | None = None
+    #: Ticks until the lease expires.
     left: int = 0
+    #: The number of the last write within the lease.
     write: int = 0
-    #: The last runs, newest last.
+    #: The ends of the last runs, newest last.
     history: tuple[End, ...] = ()
-    #: Somebody asks the holder to hand over.
-    asked: bool = False
+    #: A handoff request is recorded: the holder is asked to hand over.
+    handoff_requested: bool = False
     lock: Lock | None = None
-    # What only the invariants know: the run that may write, the number of its last write, the
-    # runs whose saving release took effect, and whether somebody who asked was forgotten.
+    # Only the invariants use these: the run that may write, the number of its last write, the runs
+    # whose saving release took effect, and whether a handoff request was dropped.
     writer: Holder | None = None
     written: int = 0
     saved: tuple[Holder, ...] = ()
-    forgot: bool = False
+    handoff_dropped: bool = False
 
 
 class Client(NamedTuple):
-    """A client: a process that is delivered messages, one after the other."""
+    """A client: a worker process that receives messages, one after the other."""
 
-    #: idle, acquire, confirm, body, save, transaction, commit, question, tidying, release, look,
-    #: done or dead.
+    #: One of: idle, acquire, confirm, body, save, transaction, commit, question, cleaning up,
+    #: release, read history, done, dead.
     phase: str = "idle"
-    #: How many deliveries it had before this one.
+    #: How many deliveries the client had before this one.
     delivery: int = 0
-    #: The request whose answer it waits for, for how many ticks, and how often it sends it yet.
+    #: The request whose answer the client waits for, for how many ticks it has waited, and how
+    #: often it may still send this request.
     waits_for: Request | None = None
     since: int = 0
     tries: int = 0
-    #: An earlier copy of the request got no answer.
+    #: Whether an earlier copy of the request was not answered.
     unsure: bool = False
     fence: int = 0
+    #: For how many ticks the run still trusts its lease.
     trusts: int = 0
     checkpoints: int = 0
     items: int = 0
@@ -172,48 +185,51 @@ class Client(NamedTuple):
     seen: int = 0
     #: How many writes of its script the body has made.
     at: int = 0
-    #: It has not learned the outcome of a COMMIT.
+    #: Whether the outcome of a COMMIT is still unknown to the run.
     undecided: bool = False
     succeeds: bool = True
-    #: The holders that it gives back.
+    #: The holders whose leases the client gives back until the store answers.
     to_give_back: tuple[Holder, ...] = ()
-    #: Ticks since it sent the heartbeat that it waits for, or -1; and heartbeats sent.
+    #: Ticks since the heartbeat that is not answered yet, or -1 if there is none; and the number of
+    #: heartbeats sent.
     heartbeat: int = -1
     heartbeats: int = 0
-    #: What it reported of each of its deliveries.
+    #: The outcome that the client reported for each of its deliveries.
     reports: tuple[tuple[int, str], ...] = ()
-    #: Ticks since its body trusted its lease.
-    overdue: int = 0
-    #: The lease of its last delivery, which its parent may still renew.
+    #: For how many ticks the body has been cleaning up, after the run stopped trusting its lease.
+    cleaning_ticks: int = 0
+    #: Holder and fence of the last delivery's lease, which the parent process may still renew.
     last: tuple[Holder, int] | None = None
 
 
-#: The phases in which a body is on.
-IN_BODY = ("body", "save", "transaction", "commit", "question", "tidying")
-#: The phases in which no run is on.
+#: The phases in which a body is running.
+IN_BODY = ("body", "save", "transaction", "commit", "question", "cleaning up")
+#: The phases in which the client has no run.
 NO_RUN = ("idle", "done", "dead")
 
 
 class Rest(NamedTuple):
-    """How often each other thing can still happen, and what is remembered."""
+    """How often each event outside the clients can still happen, and facts for the invariants."""
 
     deaths: int
     #: Releases in another's name.
     frees: int
-    #: The host of the dead has looked for what they held.
-    looked: bool
+    #: Whether the host has looked for leases of its dead process.
+    host_checked: bool
     fail_overs: int
-    #: The largest fence that a body had.
+    #: The largest fence of all bodies that have begun.
     largest: int
-    asks: int
+    handoff_requests: int
     prunes: int
-    strays: int
+    parent_renewals: int
     clock: int
     clock_resets: int
 
 
 class State(NamedTuple):
-    """The row, the row before its last commit, the requests under way, the clients, the rest."""
+    """A state of the model: the row now and before its last commit, the requests in flight (with
+    the number of the client that sent each), the clients, and the other events' counters.
+    """
 
     row: Row
     before: Row

@@ -1,8 +1,8 @@
 """Models of ``enqueue_once`` and of the pending run that ``on_conflict="coalesce"`` notes.
 
-As in :mod:`.lease_model`, requests that were sent are carried out at any later moment or never,
-answers are lost, and a client gives up at any moment. Acquisitions and releases are carried out at
-once here: the other model is about late ones.
+As in :mod:`.lease_model`, the server carries out a request at any later time or never, answers can
+be lost, and a client can give up at any time. Unlike there, acquisitions and releases take effect
+at once.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from typing import Literal, NamedTuple
 
 from .explorer import Broken, added, replaced
 
-#: Ticks: an ordinary life, and how long a message counts as queued.
+#: In ticks: an ordinary life, and how long a message counts as queued.
 ORDINARY, LIFE = 1, 3
 
 
 class Queue(NamedTuple):
-    """The row, as far as it says which message is queued. A message's number is its sender's."""
+    """The columns of the row that say which message is queued.
+
+    A message has the number of its sender.
+    """
 
     running: int | None = None
     queued: int | None = None
-    #: For how many ticks the message counts as queued yet.
+    #: For how many more ticks the message counts as queued.
     left: int = 0
     #: The queue's number: each claim, acquisition and dequeue adds 1.
     number: int = 0
@@ -31,7 +34,7 @@ class Queue(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A request: look, claim, confirm or dequeue."""
+    """A request about a message: read (the row), claim, confirm or dequeue."""
 
     kind: str
     message: int
@@ -44,18 +47,19 @@ class Claim(NamedTuple):
 class Sender(NamedTuple):
     """A sender and its message."""
 
-    #: idle, look, claim, confirm, sent or none.
+    #: One of: idle, read, claim, confirm, sent, none.
     phase: str = "idle"
-    #: "", waits, runs, dropped, or settled: the row knows of its end, or should.
+    #: One of: "" (not published), waits, runs, dropped, and settled: the message has ended, and the
+    #: row must show it.
     message: str = ""
     seen: int = -1
     tries: int = 0
     waits_for: Claim | None = None
-    looks: int = 0
+    reads: int = 0
 
 
 class QueueState(NamedTuple):
-    """The row, the requests under way, the senders, how many messages can still be revoked."""
+    """The row, the requests in flight, the senders, and how many messages can still be revoked."""
 
     row: Queue
     net: tuple[Claim, ...]
@@ -68,16 +72,18 @@ QueueSteps = Iterator[tuple[str, QueueState | None]]
 
 @dataclass
 class QueueModel:
-    """``enqueue_once``.
+    """The model of ``enqueue_once``.
 
-    :param guard: what a claim names: nothing, as before; nothing, and it is refused if the history
-        has the message; nothing, and it counts for an ordinary life until it is confirmed by the
-        message's id, or by the claim's number; or the queue's number, as in PROTOCOL.md.
+    :param guard: how the store tells a late claim. "none": not at all, as in the former protocol.
+        "history": it refuses a claim if the history has the message. "confirmed": a claim counts
+        for an ordinary life until the sender confirms it, by the message's id. "confirmed by
+        number": the sender confirms it by the claim's number. "number": a claim names the queue's
+        number, as in PROTOCOL.md.
     """
 
     guard: Literal["none", "history", "confirmed", "confirmed by number", "number"]
     senders: int = 2
-    under_way: int = 3
+    in_flight: int = 3
     tries: int = 2
     revocations: int = 1
 
@@ -93,7 +99,7 @@ class QueueModel:
 
     def carry_out(self, row: Queue, request: Claim) -> tuple[Queue, bool, int]:
         message = request.message
-        if request.kind == "look":
+        if request.kind == "read":
             return row, row.left == 0 and row.running is None, row.number
         if request.kind == "claim":
             return self.claim(row, message, request.number)
@@ -123,8 +129,8 @@ class QueueModel:
     # -- senders
 
     def send(self, state: QueueState, phase: str, request: Claim) -> QueueState | None:
-        """A sender sends a request that it has not sent before, and waits for its answer."""
-        if len(state.net) >= self.under_way:
+        """Let a sender send a request that it has not sent before, and wait for its answer."""
+        if len(state.net) >= self.in_flight:
             return None
         sender = state.senders[request.message]._replace(
             phase=phase, waits_for=request, tries=self.tries
@@ -136,22 +142,25 @@ class QueueModel:
         sender = state.senders[index]._replace(phase="sent", waits_for=None, message="waits")
         return state._replace(senders=replaced(state.senders, index, sender))
 
-    def hears(self, state: QueueState, request: Claim, yes: bool, number: int) -> QueueState | None:
+    def receive(
+        self, state: QueueState, request: Claim, yes: bool, number: int
+    ) -> QueueState | None:
         index = request.message
         sender = state.senders[index]._replace(waits_for=None)
-        heard = state._replace(senders=replaced(state.senders, index, sender))
+        received = state._replace(senders=replaced(state.senders, index, sender))
         if request.kind == "dequeue":
-            return self.enter(heard, index, sender._replace(message="settled"))
+            return self.enter(received, index, sender._replace(message="settled"))
         if not yes:
-            # The row has changed since the look: it looks again. Else another message is queued.
+            # A refused claim with a number means that the row has changed since it was read: the
+            # sender reads it again. Any other "no" means that another message is queued.
             changed = request.kind == "claim" and self.guard == "number"
-            return self.enter(heard, index, sender._replace(phase="idle" if changed else "none"))
-        if request.kind == "look":
-            heard = self.enter(heard, index, sender._replace(seen=number))
-            return self.send(heard, "claim", Claim("claim", index, number))
+            return self.enter(received, index, sender._replace(phase="idle" if changed else "none"))
+        if request.kind == "read":
+            received = self.enter(received, index, sender._replace(seen=number))
+            return self.send(received, "claim", Claim("claim", index, number))
         if request.kind == "confirm":
-            return self.enter(heard, index, sender._replace(phase="sent"))
-        published = self.publish(heard, index)
+            return self.enter(received, index, sender._replace(phase="sent"))
+        published = self.publish(received, index)
         if not self.confirms:
             return published
         return self.send(published, "confirm", Claim("confirm", index, number))
@@ -169,9 +178,9 @@ class QueueModel:
             yield from self.arrival(without, request)
         for index, sender in enumerate(state.senders):
             if sender.phase == "idle":
-                yield from self.begins(state, index, sender)
+                yield from self.begin(state, index, sender)
             if sender.waits_for:
-                yield from self.gives_up(state, index, sender, sender.waits_for)
+                yield from self.give_up(state, index, sender, sender.waits_for)
             yield from self.message(state, index, sender)
 
     def arrival(self, without: QueueState, request: Claim) -> QueueSteps:
@@ -179,26 +188,26 @@ class QueueModel:
         after = without._replace(row=row)
         name = f"{request}: {'yes' if yes else 'no'}"
         if without.senders[request.message].waits_for == request:
-            yield f"{name}, not heard", after
-            yield f"{name}, heard", self.hears(after, request, yes, number)
+            yield f"{name}, the answer is lost", after
+            yield f"{name}, answer received", self.receive(after, request, yes, number)
         else:
             yield f"{name}, late", after
             yield f"{request}: never arrives", without
 
-    def begins(self, state: QueueState, index: int, sender: Sender) -> QueueSteps:
+    def begin(self, state: QueueState, index: int, sender: Sender) -> QueueSteps:
         if self.guard != "number":
             claim = Claim("claim", index)
             yield f"sender {index} claims", self.send(state, "claim", claim)
-        elif sender.looks == 2:
+        elif sender.reads == 2:
             yield f"sender {index} publishes without a claim", self.publish(state, index)
         else:
-            look = Claim("look", index)
-            looking = self.enter(state, index, sender._replace(looks=sender.looks + 1))
-            yield f"sender {index} looks", self.send(looking, "look", look)
+            read = Claim("read", index)
+            reading = self.enter(state, index, sender._replace(reads=sender.reads + 1))
+            yield f"sender {index} reads the row", self.send(reading, "read", read)
 
-    def gives_up(self, state: QueueState, index: int, sender: Sender, request: Claim) -> QueueSteps:
+    def give_up(self, state: QueueState, index: int, sender: Sender, request: Claim) -> QueueSteps:
         name = f"no answer to the {request}"
-        if sender.tries > 1 and len(state.net) < self.under_way:
+        if sender.tries > 1 and len(state.net) < self.in_flight:
             again = self.enter(state, index, sender._replace(tries=sender.tries - 1))
             yield f"{name}, repeated", again._replace(net=added(state.net, request))
         elif sender.tries == 1 and request.kind == "dequeue":
@@ -207,10 +216,10 @@ class QueueModel:
             given_up = sender._replace(waits_for=None, phase="sent")
             yield f"{name}, given up", self.enter(state, index, given_up)
         elif sender.tries == 1:
-            yield f"{name}, published without", self.publish(state, index)
+            yield f"{name}, published without a claim", self.publish(state, index)
 
     def message(self, state: QueueState, index: int, sender: Sender) -> QueueSteps:
-        """What happens to a sender's message."""
+        """Yield what can happen to a sender's message: it runs, it ends, or it is revoked."""
         row = state.row
         if sender.message == "waits" and row.running is None:
             left = 0 if row.queued == index else row.left
@@ -237,131 +246,143 @@ class QueueModel:
             return None
         if state.senders[row.queued].message != "settled":
             return None
-        return f"I8: message {row.queued} is over, and counts as queued for {row.left} ticks"
+        return f"I8: message {row.queued} has ended, and counts as queued for {row.left} ticks"
 
 
-class Want(NamedTuple):
-    """A request: note a pending run with the run that was seen, or strike out one that was sent."""
+class PendingRunRequest(NamedTuple):
+    """A request: record a pending run beside the run that was seen, or remove one that was sent."""
 
+    #: record or remove.
     kind: str
     pending: int
     fence: int = 0
     seen: int | None = None
 
 
-class Wisher(NamedTuple):
-    """A delivery that finds the lease taken; its number is its pending run's."""
+class Delivery(NamedTuple):
+    """A delivery that meets a conflict. The pending run that it asks for has its number."""
 
-    #: idle, waits, noted or retried.
+    #: One of: idle, waits, recorded, retried.
     phase: str = "idle"
-    waits_for: Want | None = None
-    #: It heard that its pending run is noted.
-    told: bool = False
+    waits_for: PendingRunRequest | None = None
+    #: Whether it has received the answer that its pending run is recorded.
+    confirmed: bool = False
 
 
-class WantState(NamedTuple):
-    """The present run's fence (odd: it runs), the pending run, those sent, requests, deliveries."""
+class PendingRunState(NamedTuple):
+    """The fence of the present run (odd while it runs, even after it), the pending run in the row,
+    the pending runs that were sent, the requests in flight, and the deliveries.
+    """
 
     fence: int
-    wanted: int | None
+    pending: int | None
     sent: tuple[int, ...]
-    net: tuple[Want, ...]
-    wishers: tuple[Wisher, ...]
+    net: tuple[PendingRunRequest, ...]
+    deliveries: tuple[Delivery, ...]
 
 
-WantSteps = Iterator[tuple[str, WantState]]
+PendingRunSteps = Iterator[tuple[str, PendingRunState]]
 
 
 @dataclass
-class WantModel:
-    """The pending run of ``on_conflict="coalesce"``. Runs follow each other; each sends what its
-    release finds wanted.
+class PendingRunModel:
+    """The model of the pending run of ``on_conflict="coalesce"``.
 
-    :param guard: what the request names: the run alone, or also the pending run that it replaces.
+    Runs follow each other. Each run sends the pending run that its release finds.
+
+    :param guard: what a request to record a pending run names: the run that was seen, or this run
+        and the pending run that it replaces.
     """
 
     guard: Literal["run", "run and pending"]
-    wishers: int = 3
+    deliveries: int = 3
     runs: int = 3
-    under_way: int = 3
+    in_flight: int = 3
 
-    def start(self) -> WantState:
-        return WantState(1, None, (), (), tuple(Wisher() for _ in range(self.wishers)))
+    def start(self) -> PendingRunState:
+        return PendingRunState(1, None, (), (), tuple(Delivery() for _ in range(self.deliveries)))
 
-    def steps(self, state: WantState) -> WantSteps:
+    def steps(self, state: PendingRunState) -> PendingRunSteps:
         for at, request in enumerate(state.net):
             without = state._replace(net=state.net[:at] + state.net[at + 1 :])
-            if request.kind == "strike":
-                struck = None if state.wanted == request.pending else state.wanted
-                yield f"strike out {request.pending}: done", without._replace(wanted=struck)
-                yield f"strike out {request.pending}: never arrives", without
+            if request.kind == "remove":
+                remaining = None if state.pending == request.pending else state.pending
+                yield (
+                    f"remove pending run {request.pending}: done",
+                    without._replace(pending=remaining),
+                )
+                yield f"remove pending run {request.pending}: never arrives", without
             else:
                 yield from self.arrival(without, request)
-        for index, wisher in enumerate(state.wishers):
-            yield from self.wisher(state, index, wisher)
+        for index, delivery in enumerate(state.deliveries):
+            yield from self.delivery(state, index, delivery)
         yield from self.run(state)
 
-    def arrival(self, state: WantState, request: Want) -> WantSteps:
-        index, wisher = request.pending, state.wishers[request.pending]
+    def arrival(self, state: PendingRunState, request: PendingRunRequest) -> PendingRunSteps:
+        index, delivery = request.pending, state.deliveries[request.pending]
         current = state.fence % 2 == 1 and request.fence == state.fence
-        yes = current and (self.guard == "run" or state.wanted == request.seen)
-        waited_for = wisher.waits_for == request
-        name = f"want {index}: {'yes' if yes else 'no'}"
+        yes = current and (self.guard == "run" or state.pending == request.seen)
+        waited_for = delivery.waits_for == request
+        name = f"record pending run {index}: {'yes' if yes else 'no'}"
         if yes and not waited_for:
             self.check_late(state, request)
-        after = state._replace(wanted=index if yes else state.wanted)
-        yield f"{name}, {'not heard' if waited_for else 'late'}", after
+        after = state._replace(pending=index if yes else state.pending)
+        yield f"{name}, {'the answer is lost' if waited_for else 'late'}", after
         if waited_for:
-            heard = Wisher("noted", told=True) if yes else Wisher("idle", told=wisher.told)
-            wishers = replaced(state.wishers, index, heard)
-            yield f"{name}, heard", after._replace(wishers=wishers)
+            received = (
+                Delivery("recorded", confirmed=True)
+                if yes
+                else Delivery("idle", confirmed=delivery.confirmed)
+            )
+            deliveries = replaced(state.deliveries, index, received)
+            yield f"{name}, answer received", after._replace(deliveries=deliveries)
 
-    def check_late(self, state: WantState, request: Want) -> None:
-        lost = state.wanted
+    def check_late(self, state: PendingRunState, request: PendingRunRequest) -> None:
+        lost = state.pending
         if lost in (None, request.pending, request.seen) or lost in state.sent:
             return
-        if state.wishers[lost].told:
-            name = f"want {request.pending}: carried out late"
-            raise Broken(f"{name}\n=> I7: pending run {lost} was noted later, and is lost")
+        if state.deliveries[lost].confirmed:
+            name = f"record pending run {request.pending}: carried out late"
+            raise Broken(f"{name}\n=> I7: pending run {lost} was recorded later, and is lost")
 
-    def wisher(self, state: WantState, index: int, wisher: Wisher) -> WantSteps:
-        if wisher.phase == "idle" and state.fence % 2 == 1 and len(state.net) < self.under_way:
-            request = Want("want", index, state.fence, state.wanted)
+    def delivery(self, state: PendingRunState, index: int, delivery: Delivery) -> PendingRunSteps:
+        if delivery.phase == "idle" and state.fence % 2 == 1 and len(state.net) < self.in_flight:
+            request = PendingRunRequest("record", index, state.fence, state.pending)
             asking = replaced(
-                state.wishers, index, wisher._replace(phase="waits", waits_for=request)
+                state.deliveries, index, delivery._replace(phase="waits", waits_for=request)
             )
             yield (
-                f"delivery {index} sees run {state.fence}, wants one more",
-                state._replace(net=added(state.net, request), wishers=asking),
+                f"delivery {index} sees run {state.fence}, asks for one more",
+                state._replace(net=added(state.net, request), deliveries=asking),
             )
-        if wisher.phase == "waits":
-            given_up = wisher._replace(phase="retried", waits_for=None)
+        if delivery.phase == "waits":
+            given_up = delivery._replace(phase="retried", waits_for=None)
             yield (
                 f"delivery {index} gets no answer, its message is retried",
-                state._replace(wishers=replaced(state.wishers, index, given_up)),
+                state._replace(deliveries=replaced(state.deliveries, index, given_up)),
             )
 
-    def run(self, state: WantState) -> WantSteps:
-        fence, wanted = state.fence, state.wanted
+    def run(self, state: PendingRunState) -> PendingRunSteps:
+        fence, pending = state.fence, state.pending
         following = state._replace(fence=fence + 1)
         if fence % 2 == 0:
             if fence < 2 * self.runs:
                 yield f"run {fence + 1} begins", following
             return
         yield f"run {fence} releases, and its process dies", following
-        if wanted is not None and len(state.net) < self.under_way:
+        if pending is not None and len(state.net) < self.in_flight:
             yield (
-                f"run {fence} releases, and sends pending run {wanted}",
+                f"run {fence} releases, and sends pending run {pending}",
                 following._replace(
-                    sent=tuple(sorted({*state.sent, wanted})),
-                    net=added(state.net, Want("strike", wanted)),
+                    sent=tuple(sorted({*state.sent, pending})),
+                    net=added(state.net, PendingRunRequest("remove", pending)),
                 ),
             )
-        elif wanted is None:
+        elif pending is None:
             yield f"run {fence} releases", following
 
-    def broken(self, state: WantState) -> str | None:
-        told = [index for index, wisher in enumerate(state.wishers) if wisher.told]
-        if told and state.wanted is None and not state.sent:
-            return f"I7: pending run {told} was noted, and is neither in the row nor sent"
+    def broken(self, state: PendingRunState) -> str | None:
+        confirmed = [index for index, delivery in enumerate(state.deliveries) if delivery.confirmed]
+        if confirmed and state.pending is None and not state.sent:
+            return f"I7: pending run {confirmed} was recorded, and is neither in the row nor sent"
         return None

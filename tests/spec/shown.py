@@ -1,4 +1,4 @@
-"""A fault and its interleaving, as INTERLEAVINGS.md shows them."""
+"""Format a fault and its interleaving for INTERLEAVINGS.md."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .scenarios import Fault
 
 
 def interleaving(name: str, fault: Fault) -> str:
-    """A section: the fault's name, the steps, and the invariant that breaks."""
+    """Return a section in Markdown: the fault's name, the steps, and the broken invariant."""
     *steps, broken = explore(fault.model).fault
     lines = [f"{number}. {step}" for number, step in enumerate(steps, 1)]
     return "\n".join([f"### {name}", "", *lines, "", f"**{broken.removeprefix('=> ')}**", ""])

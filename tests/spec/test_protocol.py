@@ -1,7 +1,7 @@
-"""PROTOCOL.md is explored: what it describes holds, and the model finds each fault that it names.
+"""Explore the models of PROTOCOL.md: its protocol holds, and each planted fault is found.
 
-By default the small scenarios are explored. ``SINGLETON_TEST_SPEC=whole`` asks for all of them, as
-``tox -e spec`` does.
+By default only the small scenarios are explored. ``SINGLETON_TEST_SPEC=whole`` explores all of
+them; ``tox -e spec`` sets it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .scenarios import FAULTS, HOLDS, Scenario
 from .shown import interleaving
 
 WHOLE = os.environ.get("SINGLETON_TEST_SPEC") == "whole"
-#: The largest scenario that is explored by default: two seconds.
+#: Scenarios with at most this many states are explored by default; the largest takes two seconds.
 SMALL = 50_000
 
 INTERLEAVINGS = Path(__file__).with_name("INTERLEAVINGS.md").read_text()
@@ -31,7 +31,7 @@ def is_explored(scenario: Scenario) -> bool:
 def test_the_protocol_holds(name: str) -> None:
     found = explore(HOLDS[name].model)
     assert not found.fault, found
-    assert found.states == HOLDS[name].states, "the model has other states than it had"
+    assert found.states == HOLDS[name].states, "the number of the model's states has changed"
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -39,7 +39,7 @@ def test_the_model_finds_the_fault(name: str) -> None:
     fault = FAULTS[name]
     shown = interleaving(name, fault)
     assert f"**{fault.invariant}: " in shown
-    assert shown in INTERLEAVINGS, "`python -m tests.spec` prints what is found now"
+    assert shown in INTERLEAVINGS, "`python -m tests.spec` prints the page as it must be now"
 
 
 @pytest.mark.parametrize("name", HOLDS)
