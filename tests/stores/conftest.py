@@ -1,4 +1,6 @@
-"""Stores, among them one behind a pooler."""
+"""Fixtures: one URL or one opened store for each kind of store, also PostgreSQL behind
+PgBouncer.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +17,21 @@ from tests.helpers.stores import STORES_AND_POOLED, url_on
 
 @pytest.fixture(params=STORES_AND_POOLED)
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty database: the test runs once for each store."""
+    """Return the URL of an empty database; the test runs once for each kind of store."""
     return url_on(request.param, request, tmp_path)
 
 
 @pytest.fixture(params=STORES_AND_POOLED[1:])
 def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The same, of the stores that several processes can share."""
+    """Return the URL of an empty database that several processes can share, one for each such
+    kind.
+    """
     return url_on(request.param, request, tmp_path)
 
 
 @pytest.fixture(params=[*STORES_AND_POOLED, "redis"])
 def leases(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Leases]:
-    """An opened store that has leases: also one that has no states."""
+    """Open a store of each kind, also Redis, which has leases but no states."""
     opened: Leases
     if request.param == "redis":
         opened = RedisStore(request.getfixturevalue("lease_url"), io_timeout=2.0)

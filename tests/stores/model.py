@@ -1,7 +1,7 @@
-"""The row of a singleton and the rules of the lease's protocol, in plain Python.
+"""A model of a singleton's row and of the lease's protocol, in plain Python.
 
 tests/spec/PROTOCOL.md has the rules. :class:`Model` has the verbs of a store and answers as every
-store must. It has no clock: a lease's life is one of two lengths, until it runs out.
+store must. It has no clock: a lease has one of two lives, and expires when a test says so.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from celery_singleton_state.store.base import (
     Write,
 )
 
-#: What an acquire takes a lease for, and what a confirmation or a renewal makes of it. Longer than
-#: any test: a lease runs out only when a test says so.
+#: The life in seconds that an acquire gives a lease, and the life that a confirmation or a renewal
+#: gives it. Both are longer than any test, so that a lease expires only when a test says so.
 FIRST, LONG = 10_000.0, 20_000.0
 
 
 @dataclass(frozen=True)
 class State:
-    """A state: checkpoints made, and items done in transactions."""
+    """A singleton's state: how many checkpoints were made, and how many items were done in
+    transactions.
+    """
 
     checkpoints: int = 0
     items: int = 0
@@ -48,18 +50,18 @@ def decoded(value: str) -> State:
 
 @dataclass
 class ModelRow:
-    """A singleton's row."""
+    """The columns of a singleton's row."""
 
     value: str = "null"
     schema_version: int | None = None
     fence: int = 0
     write: int = 0
-    #: ``None`` in a hold period, which has a life all the same.
+    #: ``None`` if the row is free, and also in a hold period. ``life`` is above 0 in a hold period.
     holder: str | None = None
     task_id: str | None = None
-    #: Seconds that the lease lives, about; 0 if it ran out.
+    #: About how many seconds the lease or the hold period lasts; 0 if it has expired.
     life: float = 0.0
-    #: The run has taken longer than any hold.
+    #: Whether the run has taken longer than any hold period, so that its release begins none.
     outlasted: bool = False
     run_count: int = 0
     last_outcome: str | None = None
@@ -69,12 +71,13 @@ class ModelRow:
     wanted: str | None = None
     queue: int = 0
     queued_task_id: str | None = None
-    #: The queued message still counts as queued.
+    #: Whether the queued message still counts as queued: its life has not ended.
     queued: bool = False
-    #: The largest rank of those who asked, and when the newest message was sent.
+    #: The largest rank of all messages that asked for a handoff, and the time at which the newest
+    #: message was sent.
     newest: int = 0
     newest_sent: str | None = None
-    #: The task's name, as the newest holder, or whoever made the row, has said.
+    #: The task's name. The newest holder has set it, or the caller that made the row.
     task: str | None = None
 
     @property
@@ -90,11 +93,15 @@ class ModelRow:
         return mine and self.fence == lease.fence
 
     def is_as_seen(self, row: Row) -> bool:
-        """Whether the same holder, or a hold period after the same run, goes on."""
+        """Return whether the row still has the holder, or the hold period, that a caller saw."""
         return (self.holder, self.fence) == (row.holder, row.fence) and self.life > 0
 
     def may_be_taken(self, rank: int, sent: str | None) -> bool:
-        """By a new holder, whose message has a rank, or 0, and was sent at a moment."""
+        """Return whether a new holder may acquire the lease.
+
+        :param rank: the rank of its message; 0 if it has none yet.
+        :param sent: the time at which its message was sent.
+        """
         newest = self.rank <= rank if rank else not is_before(sent, self.newest_sent)
         return newest and not self.life
 
@@ -103,7 +110,7 @@ class ModelRow:
         self.life = 0.0
 
     def run_out(self) -> None:
-        """Time passes, longer than any life."""
+        """Let more time pass than any life lasts."""
         self.life, self.outlasted, self.queued = 0.0, True, False
 
     def store(self, write: Write) -> None:
@@ -111,7 +118,7 @@ class ModelRow:
         self.write = write.number
 
     def seen(self) -> dict[str, Any]:
-        """What :meth:`Leases.peek` shows of it."""
+        """Return the values of the row that :meth:`Leases.peek` shows."""
         names = ("value", "schema_version", "fence", "write", "holder", "task_id", "wanted")
         more = ("task", "run_count", "last_outcome", "history", "ticks_done")
         more += ("handoff_to", "newest", "newest_sent")
@@ -121,7 +128,7 @@ class ModelRow:
         }
 
     def hidden(self) -> tuple[Any, ...]:
-        """What no verb shows."""
+        """Return the values of the row that no verb of the store shows."""
         return self.queue, self.queued_task_id if self.queued else None
 
     def unused(self) -> bool:
@@ -130,7 +137,7 @@ class ModelRow:
 
 
 class Model:
-    """All rows, and the entries of a schedule.
+    """The rows of all singletons, and the entries of a schedule.
 
     A verb that is refused answers ``None`` or ``False``, and changes nothing.
     """
@@ -140,11 +147,11 @@ class Model:
         self.entries: dict[str, str] = {}
 
     def row(self, key: str, task: str | None = None) -> ModelRow:
-        """A row to be changed, which is made if there is none."""
+        """Return the row of a key for changing it; make the row if there is none."""
         return self.rows.setdefault(key, ModelRow(task=task))
 
     def seen(self, key: str) -> ModelRow:
-        """A row to be read."""
+        """Return the row of a key for reading; an empty one if there is none."""
         return self.rows.get(key, ModelRow())
 
     def held(self, lease: Lease | Row) -> ModelRow | None:
@@ -156,7 +163,9 @@ class Model:
         return row if row and seen <= row.write <= number else None
 
     def refuses(self, request: Request) -> bool:
-        """Whether a request will be refused, so that it must not change anything."""
+        """Return whether the model will refuse a request. The store must refuse it, too, and change
+        nothing.
+        """
         if request.verb == "acquire":
             key, holder, _, _, rank, sent, _ = request.arguments
             row = self.seen(key)
@@ -180,8 +189,10 @@ class Model:
         task: str,
         found: Acquired | None,
     ) -> Acquired | None:
-        """:param found: the store's answer, which has the store's times and with them the fence;
-        :func:`fence_is_right` is about that.
+        """Acquire a lease.
+
+        :param found: the store's answer. The model takes the fence and the times from it, because
+            it has no clock; :func:`fence_is_right` checks the fence.
         """
         row = self.seen(key)
         if row.holder != holder and not row.may_be_taken(rank, sent):
@@ -351,12 +362,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Request:
-    """A verb of a store and its arguments; it can be carried out at any moment, and repeatedly."""
+    """A call of a store's verb, with its arguments. It can be carried out at any time, and
+    repeatedly.
+    """
 
     verb: str
     arguments: tuple[Any, ...]
-    #: Business rows that a transaction writes, whose last statement the save is; and whether it is
-    #: committed.
+    #: If the request is a transaction: the number of the business row that it writes before its
+    #: save, and whether it commits.
     item: int | None = None
     commits: bool = True
 
@@ -373,26 +386,26 @@ class Request:
 
 @dataclass(eq=False)
 class Run:
-    """What a process knows of its run."""
+    """All that a process knows of its own run."""
 
     key: str
     holder: str
     process: int
     task_id: str | None
-    #: Whether it confirms its first life before its body begins.
+    #: Whether the run confirms its lease (extends the first life) before its body begins.
     confirms: bool = False
-    #: "acquires", "confirms", "body", "commits" (and was not answered) or "releases".
+    #: One of: "acquires", "confirms", "body", "commits" (its COMMIT was not answered), "releases".
     phase: str = "acquires"
-    #: The request whose answer it waits for, and whether an earlier copy was not answered.
+    #: The request whose answer the run waits for, and whether an earlier copy was not answered.
     request: Request | None = None
     unsure: bool = False
     lease: Lease | None = None
-    #: In memory: the state, and the last write's number.
+    #: The state in memory, the state before the open transaction, and the last write's number.
     state: State = field(default_factory=State)
     before: State = field(default_factory=State)
     number: int = 0
     seen: int = 0
-    #: Its COMMIT's outcome will never be known.
+    #: Whether the outcome of a COMMIT will stay unknown.
     undecided: bool = False
     trusts: bool = False
     history: list[list[Any]] = field(default_factory=list)
@@ -400,9 +413,11 @@ class Run:
 
 
 def fence_is_right(fence: int, before: int, earliest: float, latest: float) -> bool:
-    """Whether an acquisition's fence is the larger of the rank before + 1 and the clock.
+    """Return whether an acquisition's fence is the larger of the clock and the rank before it + 1.
 
-    :param earliest, latest: between these moments the store read its clock, in seconds.
+    :param before: the largest fence or rank of the row before the acquisition.
+    :param earliest, latest: the store read its clock between these two times, in seconds since
+        1970.
     """
     low, high = int(earliest * 1000) - 2, int(latest * 1000) + 2
     return max(before + 1, low) <= fence <= max(before + 1, high)

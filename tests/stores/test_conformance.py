@@ -1,4 +1,6 @@
-"""What every store does: of leases, every store; of states, those that have any."""
+"""Tests that every store must pass. Tests of leases run on all stores; tests of states run on the
+stores that have states.
+"""
 
 from __future__ import annotations
 
@@ -70,15 +72,16 @@ def test_a_held_lease_is_not_acquired(leases: Leases) -> None:
     assert 0 < row.expires_in <= LONG + ROUNDING
 
 
-def test_the_same_holder_is_answered_with_what_it_holds(leases: Leases) -> None:
-    """A request whose answer was lost is repeated, and must not raise the fence again."""
+def test_a_repeated_acquisition_returns_the_same_lease(leases: Leases) -> None:
+    """A request whose answer was lost is repeated. The repetition must not raise the fence."""
     first = acquire(leases, "a")
     assert acquire(leases, "a") == first
 
 
-def test_a_repeated_acquisition_keeps_what_happened_since(leases: Leases) -> None:
-    """a acquires, and the request stays under way; its copy is answered; c asks a to hand over and
-    wants one more run; the first copy is carried out. a must still hear of both.
+def test_a_repeated_acquisition_keeps_a_handoff_request_and_a_pending_run(leases: Leases) -> None:
+    """a's first acquire request stalls; its copy is answered; c asks a to hand over, and records a
+    pending run; the first request is carried out. a must still learn of the handoff and of the
+    pending run.
     """
     first = acquire(leases, "a")
     assert leases.requests.request_handoff(peek(leases), "c")
@@ -88,9 +91,9 @@ def test_a_repeated_acquisition_keeps_what_happened_since(leases: Leases) -> Non
     assert leases.release(first.lease, DONE) == Released("w")
 
 
-def test_a_repeated_acquisition_never_brings_the_expiry_nearer(leases: Leases) -> None:
-    """a acquires for a first, brief life, and the request stays under way; its copy is answered,
-    and a confirms by a renewal for a long life; the first copy is carried out.
+def test_a_repeated_acquisition_never_shortens_the_lease(leases: Leases) -> None:
+    """a's acquire request for a brief first life stalls; its copy is answered; a confirms by a
+    renewal for a long life; the first request is carried out.
     """
     lease = acquire(leases, "a", BRIEF).lease
     assert leases.renew([replace(lease, ttl=LONG)])
@@ -101,8 +104,10 @@ def test_a_repeated_acquisition_never_brings_the_expiry_nearer(leases: Leases) -
     assert expires_at(leases) == pytest.approx(before + LONG, abs=LONG / 2)
 
 
-def test_a_repeated_acquisition_by_a_late_holder_prolongs_its_lease(leases: Leases) -> None:
-    """Nobody came in between, so that the holder's lease, fence included, goes on."""
+def test_a_repeated_acquisition_renews_an_expired_lease(leases: Leases) -> None:
+    """No other holder has acquired the lease since it expired, so the holder keeps it, with its
+    fence.
+    """
     first = acquire(leases, "a", BRIEF)
     let_run_out(leases)
     again = acquire(leases, "a")
@@ -111,9 +116,9 @@ def test_a_repeated_acquisition_by_a_late_holder_prolongs_its_lease(leases: Leas
 
 
 def test_a_repeated_acquisition_keeps_the_write_number(store: SqlStore) -> None:
-    """a acquires, and the request stays under way; its copy is answered; a's writes 1 and 2 are
-    answered, but the first copy of write 1 is still under way; the acquisition is carried out, and
-    then write 1. It must not pass because the acquisition has set the number back.
+    """a's first acquire request stalls; its copy is answered; a's writes 1 and 2 are answered, but
+    the first copy of write 1 stalls, too; the stalled acquisition is carried out, and then the
+    stalled write 1. If the acquisition had set the number back, the old write would be accepted.
     """
     lease = acquire(store, "a").lease
     assert store.save(lease, write(NEW, 1))
@@ -124,13 +129,15 @@ def test_a_repeated_acquisition_keeps_the_write_number(store: SqlStore) -> None:
 
 
 def test_a_fence_is_the_stores_time_in_milliseconds(leases: Leases) -> None:
-    """So no fence comes again after a row was removed, or the store has lost what it had."""
+    """Because of this no fence is given twice after a row was removed or the store lost its
+    data.
+    """
     acquired = acquire(leases)
     assert acquired.lease.fence / 1000 == pytest.approx(acquired.acquired_at, abs=ROUNDING)
 
 
-def test_a_fence_goes_on_by_one_while_the_stores_clock_is_behind_it(store: SqlStore) -> None:
-    """The clock was put back."""
+def test_a_fence_grows_by_one_while_the_stores_clock_is_behind_it(store: SqlStore) -> None:
+    """The store's clock was set back."""
     ahead = acquire(store, "a").lease.fence + 10**9
     store._change(f"UPDATE kv_store SET fence = {ahead}", {})
     assert store.give_back("k", "a")
@@ -138,7 +145,7 @@ def test_a_fence_goes_on_by_one_while_the_stores_clock_is_behind_it(store: SqlSt
 
 
 def test_fences_grow_within_a_millisecond(leases: Leases) -> None:
-    """Many runs may begin and end in one."""
+    """Many runs may begin and end within the same millisecond."""
     fences = []
     for n in range(50):
         lease = acquire(leases, f"h{n}").lease
@@ -156,7 +163,7 @@ def test_a_released_lease_is_acquired_with_a_larger_fence(leases: Leases) -> Non
 
 
 def test_an_expired_lease_is_taken_over(leases: Leases) -> None:
-    """The answer tells such a takeover from an orderly handoff."""
+    """The answer distinguishes such a takeover from an orderly handoff: its write number is -1."""
     first = acquire(leases, "a", BRIEF).lease
     let_run_out(leases)
     second = acquire(leases, "b")
@@ -168,7 +175,7 @@ def test_an_expired_lease_is_taken_over(leases: Leases) -> None:
 
 
 def test_a_lease_is_given_back_by_its_holders_name_alone(leases: Leases) -> None:
-    """a's acquisition took effect and its answer was lost: a does not know the fence."""
+    """a's acquisition took effect, but its answer was lost: a does not know the fence."""
     first = acquire(leases, "a").lease
     assert leases.give_back("k", "a") == FREED
     row = peek(leases)
@@ -179,7 +186,7 @@ def test_a_lease_is_given_back_by_its_holders_name_alone(leases: Leases) -> None
     assert second.write == 0
 
 
-def test_who_gives_back_is_told_what_is_wanted(leases: Leases) -> None:
+def test_giving_back_answers_with_the_pending_run(leases: Leases) -> None:
     acquire(leases, "a")
     assert leases.requests.request_run(peek(leases), "w")
     assert leases.give_back("k", "a") == Released("w")
@@ -193,7 +200,9 @@ def test_a_late_lease_without_a_successor_is_given_back(leases: Leases) -> None:
 
 
 def test_only_the_holder_gives_back(leases: Leases) -> None:
-    """a's lease runs out; b takes it over; a gives back, and repeats it as an answer was lost."""
+    """a's lease expires; b takes it over; a gives its lease back, gets no answer, and repeats the
+    request.
+    """
     acquire(leases, "a", BRIEF)
     let_run_out(leases)
     lease = acquire(leases, "b").lease
@@ -214,7 +223,7 @@ def test_a_lease_is_given_back_once(leases: Leases) -> None:
     assert leases.release(lease, DONE) is None
 
 
-def test_what_was_released_is_not_given_back(leases: Leases) -> None:
+def test_giving_back_does_not_end_a_hold_period(leases: Leases) -> None:
     """A lease that is held on after its run is its holder's no more."""
     lease = acquire(leases, "a").lease
     assert leases.release(lease, HELD_ON)
@@ -237,7 +246,9 @@ def test_giving_back_leaves_the_state(store: SqlStore) -> None:
 
 
 def test_a_row_names_its_task(leases: Leases) -> None:
-    """Whoever makes the row says it; a run says it anew, and who is refused says nothing."""
+    """The request that makes the row names the task. Each run names it again. A refused request
+    changes no name.
+    """
     leases.requests.expect({"expected": "t1"})
     assert leases.requests.claim("claimed", "id", LONG, 0, task="t1")
     leases.requests.dequeue("dequeued", "id", task="t1")
@@ -254,7 +265,7 @@ def test_a_row_names_its_task(leases: Leases) -> None:
         assert peek(leases, key).task == "t2"
 
 
-def test_a_row_keeps_its_task_if_nobody_says_another(leases: Leases) -> None:
+def test_a_row_keeps_its_task_if_a_request_names_none(leases: Leases) -> None:
     first = leases.acquire("k", "a", LONG, None, task="größe\0")
     assert first is not None
     leases.release(first.lease, DONE)
@@ -285,8 +296,10 @@ def test_release_with_a_value_stores_all_of_it(store: SqlStore) -> None:
     assert (loaded.value, loaded.schema_version, loaded.history) == ('{"n":1}', 3, '["h"]')
 
 
-def test_a_release_keeps_or_replaces_what_is_known_of_ticks(leases: Leases) -> None:
-    """Also where leases have no state. An operator who releases a lease knows nothing of ticks."""
+def test_a_release_keeps_or_replaces_the_finished_ticks(leases: Leases) -> None:
+    """A release that names no finished ticks, for example an operator's, keeps those in the row.
+    This also holds for leases without a state.
+    """
     leases.release(acquire(leases).lease, replace(DONE, ticks_done='{"e":[]}'))
     assert peek(leases).ticks_done == '{"e":[]}'
     second = acquire(leases, "b")
@@ -301,8 +314,10 @@ def test_a_release_keeps_or_replaces_what_is_known_of_ticks(leases: Leases) -> N
     assert peek(leases).ticks_done == "{}"
 
 
-def test_what_a_beat_asks_of_the_rows_of_ticks(leases: Leases) -> None:
-    """A lease that ran out, or is held on after its run, is for no task any more."""
+def test_a_beat_reads_lease_and_finished_ticks_of_rows(leases: Leases) -> None:
+    """A beat reads for each key: is the lease held, by which task, and which ticks are finished. An
+    expired lease is not held; a hold period has no task.
+    """
     leases.release(acquire(leases, "a", key="free").lease, replace(DONE, ticks_done='{"e":[]}'))
     acquire(leases, "b", key="held")
     acquire(leases, "c", BRIEF, key="late")
@@ -335,7 +350,7 @@ def test_save_stores_and_keeps_the_lease(store: SqlStore) -> None:
     assert row.updated_at == pytest.approx(row.read_at, abs=LONG)
 
 
-def test_save_prolongs_the_lease(store: SqlStore) -> None:
+def test_save_renews_the_lease(store: SqlStore) -> None:
     lease = acquire(store, "a", BRIEF).lease
     assert store.save(replace(lease, ttl=LONG), write(NEW)) is not None
     row = peek(store)
@@ -366,7 +381,7 @@ def release(store: SqlStore, lease: Lease, write: Write) -> bool:
     return store.release(lease, DONE, write) is not None
 
 
-def hold_on(store: SqlStore, lease: Lease, write: Write) -> bool:
+def release_with_hold_period(store: SqlStore, lease: Lease, write: Write) -> bool:
     return store.release(lease, HELD_ON, write) is not None
 
 
@@ -379,15 +394,15 @@ def forget(store: SqlStore, lease: Lease, write: Write) -> bool:
 
 
 EACH_WRITE = pytest.mark.parametrize(
-    "carry_out", [save, save_in_transaction, release, hold_on, record, forget]
+    "carry_out", [save, save_in_transaction, release, release_with_hold_period, record, forget]
 )
 CarryOut = Callable[[SqlStore, Lease, Write], bool]
 
 
 @EACH_WRITE
 def test_a_late_write_is_refused(store: SqlStore, carry_out: CarryOut) -> None:
-    """a's write 1 stays under way; its copy is answered, and so is write 2; the first copy of write
-    1 is carried out.
+    """a's write 1 stalls; its copy is answered, and then write 2; the first copy of write 1 is
+    carried out.
     """
     lease = acquire(store).lease
     assert store.save(lease, write(NEW, 1))
@@ -400,10 +415,10 @@ def test_a_late_write_is_refused(store: SqlStore, carry_out: CarryOut) -> None:
 
 
 @EACH_WRITE
-def test_a_write_after_some_whose_outcome_is_unknown_is_carried_out(
+def test_a_write_after_writes_with_an_unknown_outcome_is_carried_out(
     store: SqlStore, carry_out: CarryOut
 ) -> None:
-    """a's write 1 is answered; of its writes 2 and 3 one was carried out, and no answer came."""
+    """a's write 1 is answered. Its writes 2 and 3 are not answered; one of them was carried out."""
     lease = acquire(store).lease
     assert store.save(lease, write(NEW, 1))
     assert store.save(lease, write(NEW, 2))
@@ -412,10 +427,10 @@ def test_a_write_after_some_whose_outcome_is_unknown_is_carried_out(
 
 
 @EACH_WRITE
-def test_a_write_after_some_that_the_store_has_lost_is_refused(
+def test_a_write_after_a_write_that_the_store_lost_is_refused(
     store: SqlStore, carry_out: CarryOut
 ) -> None:
-    """a's writes 1 and 2 are answered; a fail-over loses write 2; a's write 3 counts on it."""
+    """a's writes 1 and 2 are answered; a fail-over loses write 2; a's write 3 relies on write 2."""
     lease = acquire(store).lease
     assert store.save(lease, write(NEW, 1))
     before = peek(store)
@@ -426,7 +441,7 @@ def test_a_write_after_some_that_the_store_has_lost_is_refused(
 
 @pytest.mark.parametrize("carry_out", [save, save_in_transaction, record, forget])
 def test_a_repeated_write_is_carried_out_again(store: SqlStore, carry_out: CarryOut) -> None:
-    """Its answer was lost."""
+    """A write is repeated because its answer was lost."""
     lease = acquire(store).lease
     assert carry_out(store, lease, write(NEW))
     assert carry_out(store, lease, write(NEW))
@@ -434,8 +449,10 @@ def test_a_repeated_write_is_carried_out_again(store: SqlStore, carry_out: Carry
 
 
 @EACH_WRITE
-def test_the_first_write_after_a_takeover(store: SqlStore, carry_out: CarryOut) -> None:
-    """By the number that the acquisition answered, which is smaller than after a handoff."""
+def test_the_first_write_after_a_takeover_is_accepted(store: SqlStore, carry_out: CarryOut) -> None:
+    """The first write names as ``seen`` the number that the acquisition answered: -1 after a
+    takeover.
+    """
     acquire(store, "a", BRIEF)
     let_run_out(store)
     acquired = acquire(store, "b")
@@ -443,7 +460,7 @@ def test_the_first_write_after_a_takeover(store: SqlStore, carry_out: CarryOut) 
 
 
 def test_a_release_without_a_value_names_no_write(store: SqlStore) -> None:
-    """It ends a run whose last transaction has an unknown outcome."""
+    """A run releases without a value if its last transaction has an unknown outcome."""
     lease = acquire(store).lease
     assert store.save(lease, write(NEW, 1))
     assert store.release(lease, DONE) == FREED
@@ -453,7 +470,7 @@ def test_a_release_without_a_value_names_no_write(store: SqlStore) -> None:
 # -- written
 
 
-def test_whether_a_write_took_effect(store: SqlStore) -> None:
+def test_written_tells_whether_a_write_took_effect(store: SqlStore) -> None:
     lease = acquire(store).lease
     assert store.written(lease, 1) is False
     assert store.save(lease, write(NEW, 1))
@@ -469,15 +486,15 @@ def test_after_a_takeover_nothing_is_written_yet(store: SqlStore) -> None:
     assert store.written(acquire(store, "b").lease, 1) is False
 
 
-def test_a_lease_that_ran_out_without_a_successor_is_asked_for_its_writes(store: SqlStore) -> None:
+def test_written_answers_for_an_expired_lease_without_a_successor(store: SqlStore) -> None:
     lease = acquire(store, "a", BRIEF).lease
     assert store.save(lease, write(NEW, 1))
     let_run_out(store)
     assert store.written(lease, 1) is True
 
 
-def test_who_is_not_the_holder_learns_nothing_of_writes(store: SqlStore) -> None:
-    """Neither after a's end, nor of what b has written since."""
+def test_written_answers_nothing_to_a_former_holder(store: SqlStore) -> None:
+    """a gets no answer after its run ended, and none about b's writes after it."""
     lease = acquire(store, "a").lease
     assert store.release(lease, DONE, write(NEW, 1))
     assert store.written(lease, 1) is None
@@ -487,11 +504,11 @@ def test_who_is_not_the_holder_learns_nothing_of_writes(store: SqlStore) -> None
 
 
 @pytest.mark.parametrize("server", ["postgresql", "mariadb", "pgbouncer"])
-def test_the_question_waits_for_a_commit_that_is_under_way(
+def test_written_waits_for_a_commit_in_progress(
     request: pytest.FixtureRequest, tmp_path: Path, server: str
 ) -> None:
-    """a's transaction has saved, and its COMMIT is not carried out yet; a asks; the COMMIT is
-    carried out. a must not be told that nothing was written.
+    """a's transaction has saved, but its COMMIT is not carried out yet; a asks whether the write
+    took effect; the COMMIT is carried out. a must not get "no" as the answer.
     """
     url = url_on(server, request, tmp_path)
     store = open_store(url, "kv_store", 10.0, pool_size=8, auto_migrate=True)
@@ -507,8 +524,8 @@ def test_the_question_waits_for_a_commit_that_is_under_way(
     store.close()
 
 
-def test_a_row_that_an_older_release_has_used(store: SqlStore) -> None:
-    """Its fence is a small number, and it has neither a write number nor a queue's."""
+def test_a_row_of_an_older_release_of_the_package_is_used(store: SqlStore) -> None:
+    """The fence of such a row is a small number. It has no write number and no queue number."""
     assert store.release(acquire(store, "a").lease, DONE, write(NEW))
     column = store._sql.write
     store._change(f"UPDATE kv_store SET fence = 3, {column} = NULL, queue = NULL", {})
@@ -531,7 +548,9 @@ def test_a_row_that_an_older_release_has_used(store: SqlStore) -> None:
 
 @pytest.mark.parametrize("with_value", [True, False])
 def test_a_stale_holder_changes_nothing(store: SqlStore, with_value: bool) -> None:
-    """a acquires, is paused past its lease's life; b acquires and saves; a wakes and writes."""
+    """a acquires, and is paused until its lease has expired; b acquires and saves; a resumes and
+    writes.
+    """
     stale = acquire(store, "a", BRIEF).lease
     let_run_out(store)
     current = acquire(store, "b").lease
@@ -577,7 +596,7 @@ def test_release_is_done_once(store: SqlStore) -> None:
 
 
 @pytest.mark.parametrize("new", [None, NEW], ids=["", "with a value"])
-def test_a_lease_that_is_held_on_is_not_acquired(store: SqlStore, new: NewValue | None) -> None:
+def test_a_lease_is_not_acquired_in_its_hold_period(store: SqlStore, new: NewValue | None) -> None:
     acquired = acquire(store, "a")
     assert store.release(acquired.lease, HELD_ON, write(new) if new else None) == FREED
     assert store.acquire("k", "b", LONG, None) is None
@@ -590,7 +609,7 @@ def test_a_lease_that_is_held_on_is_not_acquired(store: SqlStore, new: NewValue 
     assert ends_at == pytest.approx(acquired.acquired_at + LONG, abs=ROUNDING)
 
 
-def test_a_lease_that_is_held_on_is_free_when_the_hold_has_passed(leases: Leases) -> None:
+def test_a_lease_is_free_after_its_hold_period(leases: Leases) -> None:
     first = acquire(leases, "a")
     leases.release(first.lease, Ended("succeeded", "[]", hold=HOLD))
     second = wait_until(lambda: leases.acquire("k", "b", LONG, None), "the hold passes")
@@ -601,8 +620,10 @@ def test_a_lease_that_is_held_on_is_free_when_the_hold_has_passed(leases: Leases
     assert (row.held, row.in_hold_period, row.holder) == (True, False, "b")
 
 
-def test_a_hold_that_is_over_leaves_the_row_free(leases: Leases) -> None:
-    """It counts from the acquisition: a run that took longer has nothing to hold on to."""
+def test_a_run_longer_than_its_hold_period_leaves_the_row_free(leases: Leases) -> None:
+    """The hold period counts from the acquisition. It has ended already when a longer run
+    releases.
+    """
     acquired = acquire(leases, "a")
     wait_until(
         lambda: peek(leases).read_at - acquired.acquired_at > HOLD, "the run takes longer than HOLD"
@@ -613,8 +634,8 @@ def test_a_hold_that_is_over_leaves_the_row_free(leases: Leases) -> None:
     assert acquire(leases, "b").lease.fence > acquired.lease.fence
 
 
-def test_a_row_says_since_when_it_is_held_and_when_it_was_read(leases: Leases) -> None:
-    """Both by the leases's clock, which is this machine's in the tests."""
+def test_a_row_has_the_times_of_acquisition_and_of_reading(leases: Leases) -> None:
+    """Both times come from the store's clock. In the tests this is the test machine's clock."""
     asked_at = time.time()
     acquired = acquire(leases)
     row = peek(leases)
@@ -628,7 +649,7 @@ def test_a_row_says_since_when_it_is_held_and_when_it_was_read(leases: Leases) -
     assert peek(leases).acquired_at is None
 
 
-def test_renew_prolongs_many_by_their_own_lives(leases: Leases) -> None:
+def test_renew_extends_each_lease_by_its_own_life(leases: Leases) -> None:
     held = [acquire(leases, "a", BRIEF, key).lease for key in ("k1", "k2", "k3")]
     longer = [replace(each, ttl=LONG * n) for n, each in enumerate(held[:2], 1)]
     others = replace(held[2], holder="b", ttl=LONG)
@@ -682,7 +703,9 @@ def test_values_come_back_as_they_were(store: SqlStore, value: str) -> None:
 
 
 def test_one_of_many_threads_acquires(leases: Leases) -> None:
-    """All ask for a free lease at the same moment: one is answered, and then the next."""
+    """All threads ask for a free lease at once. One of them gets it; after its release, one gets it
+    again.
+    """
     barrier = threading.Barrier(8)
 
     def ask(n: int) -> Acquired | None:
@@ -729,7 +752,7 @@ def test_a_transaction_that_raises_leaves_neither(store: SqlStore) -> None:
     assert (count, row.value, row.write) == (0, "null", 0)
 
 
-def test_a_transaction_of_a_stale_holder_is_told_so(store: SqlStore) -> None:
+def test_a_stale_holders_save_in_a_transaction_is_refused(store: SqlStore) -> None:
     stale = acquire(store, "a", BRIEF).lease
     let_run_out(store)
     acquire(store, "b")
@@ -737,8 +760,8 @@ def test_a_transaction_of_a_stale_holder_is_told_so(store: SqlStore) -> None:
         assert transaction.save(stale, write(NEW)) is None
 
 
-def test_a_transactions_save_is_known_by_its_number(store: SqlStore) -> None:
-    """Also where an earlier one, of another number, was rolled back."""
+def test_written_finds_a_transactions_save_by_its_number(store: SqlStore) -> None:
+    """This also works after an earlier transaction, with another number, was rolled back."""
     lease = acquire(store).lease
 
     def save_and_fail() -> None:
@@ -759,9 +782,9 @@ def test_check_accepts_the_table(leases: Leases) -> None:
     leases.check()
 
 
-def test_a_lease_that_is_held_on_is_its_holders_no_more(store: SqlStore) -> None:
-    """a's release took effect and its answer was lost: the repeat must not end the hold, nor a
-    renewal that was under way prolong it.
+def test_a_former_holder_cannot_change_a_hold_period(store: SqlStore) -> None:
+    """a's release took effect, but its answer was lost. The repeated release must not end the hold
+    period, and a renewal that was in flight must not extend it.
     """
     lease = acquire(store, "a").lease
     store.release(lease, HELD_ON)

@@ -1,4 +1,4 @@
-"""The connection that is kept at hand, and the pool behind it."""
+"""The connection that a store keeps ready, and the connection pool behind it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ def connections(engine: Engine) -> Connections:
 
 
 def its_process(cursor: Any) -> int:
+    """Return the id of the server process behind a cursor."""
     return int(cursor.connection.info.backend_pid)
 
 
 def process(connections: Connections) -> int:
-    """The server's process that answers the next statement."""
+    """Return the id of the server process that answers the next statement."""
     return int(connections.execute("SELECT 1", {}, its_process))
 
 
@@ -46,7 +47,9 @@ def test_one_statement_after_another_uses_one_connection(connections: Connection
 def test_statements_at_the_same_time_have_connections_of_their_own(
     connections: Connections,
 ) -> None:
-    """A is not answered yet when B is sent; B does not wait, and A's is kept as before."""
+    """While statement A is not answered yet, B is sent. B does not wait: it gets another
+    connection. The store keeps A's connection ready, as before.
+    """
     kept = process(connections)
 
     def meanwhile(cursor: Any) -> tuple[int, int]:
@@ -57,10 +60,12 @@ def test_statements_at_the_same_time_have_connections_of_their_own(
     assert process(connections) == kept
 
 
-def test_a_connection_that_is_outdated_in_mid_statement_is_closed_after_it(
+def test_a_connection_in_use_is_closed_after_its_statement(
     engine: Engine, connections: Connections
 ) -> None:
-    """A is not answered yet when all connections are closed; it is answered, and then closed."""
+    """All connections are closed while statement A is not answered yet. A is answered; then its
+    connection is closed.
+    """
 
     def meanwhile(cursor: Any) -> tuple[Any, Any]:
         engine.dispose()
@@ -70,11 +75,11 @@ def test_a_connection_that_is_outdated_in_mid_statement_is_closed_after_it(
     assert (connection.closed, rows) == (True, [(1,)])
 
 
-def test_a_connection_that_is_outdated_just_before_it_is_let_go_is_closed(
+def test_a_connection_that_becomes_outdated_just_before_its_return_is_closed(
     engine: Engine, connections: Connections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A has seen that its connection is good; all are closed by B, who finds it in use; A lets it
-    go, and nobody uses it again.
+    """A finds its connection good; B closes all connections, but finds A's in use; A returns its
+    connection. No statement may use it again.
     """
     lock = connections._in_use
 
@@ -93,7 +98,7 @@ def test_a_connection_that_is_outdated_just_before_it_is_let_go_is_closed(
     assert kept.closed
 
 
-def test_closing_the_pool_closes_the_one_that_is_kept(
+def test_closing_the_pool_closes_the_kept_connection(
     engine: Engine, connections: Connections
 ) -> None:
     kept = connections.execute("SELECT 1", {}, lambda cursor: cursor.connection)
@@ -109,8 +114,12 @@ def test_a_connection_that_met_an_error_is_not_used_again(connections: Connectio
     assert process(connections)
 
 
-def test_one_broken_off_in_mid_statement_is_not_used_again(connections: Connections) -> None:
-    """A time limit strikes between a statement and its answer."""
+def test_a_connection_interrupted_in_mid_statement_is_not_used_again(
+    connections: Connections,
+) -> None:
+    """A time limit interrupts the caller after the statement was sent and before it was
+    answered.
+    """
     kept = connections.execute("SELECT 1", {}, lambda cursor: cursor.connection)
 
     def interrupt(cursor: Any) -> None:
@@ -122,10 +131,12 @@ def test_one_broken_off_in_mid_statement_is_not_used_again(connections: Connecti
     assert process(connections)
 
 
-def test_a_dead_connection_takes_its_like_with_it(
+def test_one_dead_connection_makes_the_pool_drop_all(
     engine: Engine, connections: Connections, postgres_url: str
 ) -> None:
-    """The server ends all sessions; the first error tells it of those in the pool as well."""
+    """The server ends all sessions. The error of the first connection makes the pool drop its
+    others.
+    """
     process(connections)
     with engine.connect() as pooled:
         before = pooled.exec_driver_sql("SELECT pg_backend_pid()").scalar()
@@ -140,8 +151,10 @@ def test_a_dead_connection_takes_its_like_with_it(
         assert pooled.exec_driver_sql("SELECT pg_backend_pid()").scalar() != before
 
 
-def test_a_pool_that_may_grow_makes_no_more_than_it_is_allowed(engine: Engine) -> None:
-    """It grows while all are in use; what it made it keeps, after a loss of all as well."""
+def test_a_pool_grows_up_to_its_limit_and_keeps_its_size(engine: Engine) -> None:
+    """The pool grows while all its connections are in use. It keeps its size, also after all
+    connections were closed.
+    """
     store = SqlStore(engine, "kv_store")
     held = [engine.connect(), engine.connect()]
     store.allow(4)
@@ -156,11 +169,11 @@ def test_a_pool_that_may_grow_makes_no_more_than_it_is_allowed(engine: Engine) -
     assert (pool_of(engine).size(), pool_of(engine).checkedin()) == (4, 0)
 
 
-def test_a_connection_in_use_is_closed_when_it_comes_back_to_a_pool_that_is_gone(
+def test_a_connection_in_use_is_closed_when_it_returns_to_a_closed_pool(
     engine: Engine,
 ) -> None:
-    """One statement waits for a lock; another finds the server gone and closes the pool; then the
-    first one's connection comes back.
+    """Statement A waits for a lock; statement B finds the server gone, and closes the pool; then
+    A's connection is returned.
     """
     connection = engine.raw_connection()
     drivers: Any = connection.dbapi_connection
@@ -173,7 +186,9 @@ def test_a_connection_in_use_is_closed_when_it_comes_back_to_a_pool_that_is_gone
 def test_a_connection_that_returns_while_its_pool_is_closed_is_closed(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A begins to return a connection to the open pool. B disposes of the pool. A goes on."""
+    """A returns a connection and finds the pool open; B closes the pool; A puts the connection into
+    the pool.
+    """
     connection = engine.raw_connection()
     drivers: Any = connection.dbapi_connection
     pool = pool_of(engine)
@@ -188,8 +203,10 @@ def test_a_connection_that_returns_while_its_pool_is_closed_is_closed(
     assert drivers.closed
 
 
-def test_a_connection_in_use_is_closed_when_its_database_in_memory_is_gone() -> None:
-    """A thread reads while another one closes the store: the connection is closed after that."""
+def test_a_connection_in_use_is_closed_after_its_memory_store_was_closed() -> None:
+    """One thread reads while another closes the store. The connection is closed when the reading
+    has ended.
+    """
     engine = make_engine(parse_url("memory://"), io_timeout=5.0)
     connection = engine.raw_connection()
     drivers: Any = connection.dbapi_connection
@@ -200,11 +217,11 @@ def test_a_connection_in_use_is_closed_when_its_database_in_memory_is_gone() -> 
 
 
 @pytest.mark.parametrize("content", [b"no database " * 100, b""], ids=["no database", "locked"])
-def test_a_file_that_cannot_be_used_is_closed(
+def test_a_sqlite_file_that_cannot_be_used_is_closed(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first statement on a new connection fails: the file is of another kind, or is locked by
-    another process while it is switched to WAL.
+    """The first statement on a new connection fails: the file is not a database, or another process
+    locks it while the connection switches it to WAL.
     """
     path = tmp_path / "store.db"
     path.write_bytes(content)
@@ -231,7 +248,7 @@ def is_open(connection: sqlite3.Connection) -> bool:
     return True
 
 
-def test_a_database_in_memory_has_one_connection_whatever_is_allowed() -> None:
+def test_a_database_in_memory_never_has_more_than_one_connection() -> None:
     engine = make_engine(parse_url("memory://"), io_timeout=5.0, pool_size=2)
     SqlStore(engine, "kv_store").allow(4)
     pool: Any = engine.pool

@@ -1,4 +1,4 @@
-"""The rows of a schedule's entries. A new store passes all of it."""
+"""The rows of a schedule's entries. Every store with states must pass these tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def lead(store: SqlStore, holder: str = "a", ttl: float = LONG) -> Lease:
     return acquire(store, holder, ttl, LEADER).lease
 
 
-def test_what_was_recorded_is_loaded(store: SqlStore) -> None:
+def test_recorded_entries_are_loaded(store: SqlStore) -> None:
     leader = lead(store)
     assert store.entries.load(ENTRIES) == {}
     store.entries.record(leader, {f"{ENTRIES}a": '{"n": 1}', f"{ENTRIES}b": "{}"}, 1, 0)
@@ -48,7 +48,7 @@ def test_only_rows_under_the_prefix_are_loaded(store: SqlStore) -> None:
 
 
 @pytest.mark.parametrize("name", ["a'b", 'a"b\\', "%s {0} :a", "ключ ☃", "a\nb", "*[?]_%"])
-def test_any_name_and_value(store: SqlStore, name: str) -> None:
+def test_entries_may_have_any_name_and_value(store: SqlStore, name: str) -> None:
     leader = lead(store)
     store.entries.record(leader, {ENTRIES + name: f"<{name}>"}, 1, 0)
     assert store.entries.load(ENTRIES) == {ENTRIES + name: f"<{name}>"}
@@ -56,7 +56,7 @@ def test_any_name_and_value(store: SqlStore, name: str) -> None:
     assert store.entries.load(ENTRIES) == {}
 
 
-def test_many(store: SqlStore) -> None:
+def test_many_entries_are_recorded_at_once(store: SqlStore) -> None:
     leader = lead(store)
     rows = {f"{ENTRIES}{number}": str(number) for number in range(5000)}
     store.entries.record(leader, rows, 1, 0)
@@ -65,7 +65,7 @@ def test_many(store: SqlStore) -> None:
 
 @pytest.mark.parametrize("rows", [{}, {f"{ENTRIES}a": "1"}])
 def test_recording_renews_the_lease(store: SqlStore, rows: dict[str, str]) -> None:
-    """By the life of the lease that is given, from the moment of the record."""
+    """The record extends the lease to the given life, counted from the time of the record."""
     leader = lead(store)
     short = Lease(leader.key, leader.holder, leader.fence, 5.0)
     now = store.entries.record(short, rows, 1, 0)
@@ -76,7 +76,7 @@ def test_recording_renews_the_lease(store: SqlStore, rows: dict[str, str]) -> No
     assert (row.fence, row.holder) == (leader.fence, leader.holder)
 
 
-def test_its_answer_is_the_stores_time(store: SqlStore) -> None:
+def test_a_record_answers_with_the_stores_time(store: SqlStore) -> None:
     leader = lead(store)
     before = peek(store, LEADER).read_at
     now = store.entries.record(leader, {}, 1, 0)
@@ -84,14 +84,14 @@ def test_its_answer_is_the_stores_time(store: SqlStore) -> None:
     assert before - ROUNDING <= now <= peek(store, LEADER).read_at + ROUNDING
 
 
-def test_late_and_without_a_successor_is_still_recorded(store: SqlStore) -> None:
+def test_an_expired_leader_without_a_successor_records(store: SqlStore) -> None:
     leader = lead(store, ttl=BRIEF)
     let_run_out(store, LEADER)
     assert store.entries.record(leader, {f"{ENTRIES}a": "1"}, 1, 0) is not None
     assert store.entries.load(ENTRIES) == {f"{ENTRIES}a": "1"}
 
 
-def test_whoever_was_succeeded_records_and_removes_nothing(store: SqlStore) -> None:
+def test_a_leader_with_a_successor_records_and_removes_nothing(store: SqlStore) -> None:
     first = lead(store, "a", BRIEF)
     let_run_out(store, LEADER)
     second = acquire(store, "b", LONG, LEADER)
@@ -104,7 +104,7 @@ def test_whoever_was_succeeded_records_and_removes_nothing(store: SqlStore) -> N
     assert peek(store, LEADER).holder == "b"
 
 
-def test_whoever_gave_back_records_nothing(store: SqlStore) -> None:
+def test_a_leader_that_has_released_records_nothing(store: SqlStore) -> None:
     leader = lead(store)
     store.release(leader, DONE)
     assert store.entries.record(leader, {f"{ENTRIES}a": "1"}, 1, 0) is None
@@ -112,15 +112,17 @@ def test_whoever_gave_back_records_nothing(store: SqlStore) -> None:
     assert peek(store, LEADER).holder is None
 
 
-def test_another_with_the_same_fence_records_nothing(store: SqlStore) -> None:
-    """As after a store was restored from a backup: the holder's name tells the two apart."""
+def test_another_holder_with_the_same_fence_records_nothing(store: SqlStore) -> None:
+    """Two holders can get the same fence after a store was restored from a backup. Their names
+    differ.
+    """
     leader = lead(store)
     other = Lease(leader.key, "other", leader.fence, leader.ttl)
     assert store.entries.record(other, {f"{ENTRIES}a": "1"}, 1, 0) is None
     assert store.entries.load(ENTRIES) == {}
 
 
-def test_only_what_is_named_is_forgotten(store: SqlStore) -> None:
+def test_only_the_named_entries_are_forgotten(store: SqlStore) -> None:
     leader = lead(store)
     store.entries.record(leader, {f"{ENTRIES}a": "1", f"{ENTRIES}b": "2", f"{ENTRIES}c": "3"}, 1, 0)
     gone = [f"{ENTRIES}a", f"{ENTRIES}c", f"{ENTRIES}unknown"]
@@ -128,9 +130,9 @@ def test_only_what_is_named_is_forgotten(store: SqlStore) -> None:
     assert store.entries.load(ENTRIES) == {f"{ENTRIES}b": "2"}
 
 
-def test_a_late_record_takes_no_entry_back(store: SqlStore) -> None:
-    """A's first record stays under way; its copy is answered, and so is the second record; the
-    first copy is carried out. The entry's last time must not go back.
+def test_a_late_record_overwrites_no_newer_entry(store: SqlStore) -> None:
+    """A's first record stalls; its copy is answered, and then the second record; the first copy is
+    carried out. The entry's last time must not go back.
     """
     leader = lead(store)
     assert store.entries.record(leader, {f"{ENTRIES}a": "1", f"{ENTRIES}b": "1"}, 1, 0)
@@ -139,9 +141,9 @@ def test_a_late_record_takes_no_entry_back(store: SqlStore) -> None:
     assert store.entries.load(ENTRIES) == {f"{ENTRIES}a": "2", f"{ENTRIES}b": "1"}
 
 
-def test_a_late_forgetting_removes_nothing(store: SqlStore) -> None:
-    """A removes an entry, and the request stays under way; its copy is answered; the entry comes
-    back into the schedule and is recorded; the first copy is carried out.
+def test_a_late_removal_removes_nothing(store: SqlStore) -> None:
+    """A's request to remove an entry stalls; its copy is answered; the entry returns to the
+    schedule, and is recorded; the first copy is carried out.
     """
     leader = lead(store)
     assert store.entries.forget(leader, [f"{ENTRIES}a"], 1, 0)
@@ -151,8 +153,8 @@ def test_a_late_forgetting_removes_nothing(store: SqlStore) -> None:
     assert peek(store, LEADER).write == 2
 
 
-def test_a_repeated_forgetting_succeeds(store: SqlStore) -> None:
-    """Its answer was lost."""
+def test_a_repeated_removal_succeeds(store: SqlStore) -> None:
+    """A removal is repeated because its answer was lost."""
     leader = lead(store)
     assert store.entries.record(leader, {f"{ENTRIES}a": "1"}, 1, 0)
     for _ in range(2):
@@ -160,19 +162,20 @@ def test_a_repeated_forgetting_succeeds(store: SqlStore) -> None:
     assert store.entries.load(ENTRIES) == {}
 
 
-def test_forgetting_nothing_is_a_write(store: SqlStore) -> None:
+def test_removing_no_entries_is_a_write(store: SqlStore) -> None:
     leader = lead(store)
     assert store.entries.forget(leader, [], 1, 0)
     assert peek(store, LEADER).write == 1
 
 
 @pytest.mark.parametrize("server", ["postgresql", "mariadb"])
-def test_a_forgetting_that_fails_half_way_leaves_all_as_it_was(
+def test_a_removal_that_fails_half_way_changes_nothing(
     request: pytest.FixtureRequest, tmp_path: Path, server: str
 ) -> None:
-    """A's request passes the leader's row and then waits for an entry's, which somebody has locked
-    for longer than A waits; the lock is given up. The leader's row must not say that the request
-    took effect, and no entry is gone. A repeats it.
+    """A's request changes the leader's row, and then waits for an entry's row. Another transaction
+    has locked that row for longer than A waits. After the failure the leader's row must not say
+    that the request took effect, and no entry may be missing. A repeats the request, and it
+    succeeds.
     """
     url = url_on(server, request, tmp_path)
     store = open_store(url, "kv_store", 1.0, 4, auto_migrate=True)
@@ -204,11 +207,12 @@ Change = Callable[[SqlStore, Lease], bool]
 
 
 def record(store: SqlStore, leader: Lease) -> bool:
-    """Both change the entry that an earlier record has left."""
+    """Change the entry that an earlier record has made."""
     return store.entries.record(leader, {f"{ENTRIES}a": "2"}, 2, 1) is not None
 
 
 def forget(store: SqlStore, leader: Lease) -> bool:
+    """Remove the entry that an earlier record has made."""
     return store.entries.forget(leader, [f"{ENTRIES}a"], 2, 1)
 
 
@@ -216,8 +220,8 @@ def forget(store: SqlStore, leader: Lease) -> bool:
 def test_a_record_that_waits_for_the_next_leader_is_refused(
     shared_store_url: str, change: Change
 ) -> None:
-    """A leads, its lease has run out; B's acquisition has taken the row and not committed; A's
-    record begins, and waits; B's commits. A must see what became of the row, and change nothing.
+    """A led, and its lease has expired; B's acquisition has changed the row and is not committed;
+    A's record begins, and waits for the row; B commits. A must see the new row, and change nothing.
     """
     store = open_store(shared_store_url, "kv_store", 5.0, 4, auto_migrate=True)
     first = lead(store, "a", BRIEF)
@@ -243,13 +247,13 @@ def test_a_record_that_waits_for_the_next_leader_is_refused(
 
 
 @pytest.mark.parametrize(("change", "left"), [(record, {f"{ENTRIES}a": "2"}), (forget, {})])
-def test_who_asks_for_the_lease_waits_for_a_record_on_its_way(
+def test_an_acquisition_waits_for_a_record_in_progress(
     postgres_url: str, change: Change, left: dict[str, str]
 ) -> None:
-    """A's lease has run out; its record has passed the leader's row, and waits for an entry's,
-    which a third one has locked; B asks for the lease, and must wait; the lock is given up. A's
-    record is stored, and its lease lives again where the record prolongs it. B is told what came of
-    it: that A leads, or that B does.
+    """A's lease has expired. A's record has changed the leader's row, and waits for an entry's row,
+    which a third transaction has locked. B asks for the lease, and must wait. The third transaction
+    ends. A's record takes effect. If it renewed A's lease, A still leads and B is refused; a
+    removal renews nothing, so B gets the lease.
     """
     store = open_store(postgres_url, "kv_store", 5.0, 4, auto_migrate=True)
     first = lead(store, "a", BRIEF)
@@ -278,14 +282,13 @@ def test_who_asks_for_the_lease_waits_for_a_record_on_its_way(
     store.close()
 
 
-def test_each_verb_is_one_statement_but_for_the_rare_one(
-    postgres: Postgres, postgres_url: str
-) -> None:
+def test_each_verb_is_one_statement_except_a_removal(postgres: Postgres, postgres_url: str) -> None:
     options = "?application_name=entries&options=-c%20log_statement%3Dall"
     migrate_url(postgres_url, "kv_store")
     store = open_store(postgres_url + options, "kv_store", 5.0)
     leader = lead(store)
-    assert store.entries.forget(leader, [], 1, 0)  # connects
+    # The first statement opens the connection.
+    assert store.entries.forget(leader, [], 1, 0)
     before = len(postgres.statements_of("entries"))
     entries = {f"{ENTRIES}{number}": "1" for number in range(100)}
     assert store.entries.record(leader, entries, 2, 1)

@@ -1,6 +1,6 @@
-"""A statement that its client gives up ends on the server as well, however it is given up.
+"""A statement that its client gives up must also end on the server, however the client gives up.
 
-Another session has locked the table all the time, so nothing else ends what waits for it.
+Another session locks the table all the time, so nothing else ends the waiting statement.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tests.helpers.pgbouncer import PgBouncer
 from tests.helpers.servers import Postgres
 from tests.helpers.waiting import wait_until
 
-#: Seconds of an answer that nobody waits for.
+#: A time limit for answers, in seconds, that no test reaches.
 PATIENT = 60.0
 
 
 class Server:
-    """A database, and how many of its sessions wait for a lock."""
+    """A database, and the number of its sessions that wait for a lock."""
 
     def __init__(self, postgres: Postgres, url: str) -> None:
         self._postgres, self._url = postgres, url
@@ -61,7 +61,7 @@ def server(postgres: Postgres, server_url: str) -> Server:
 def make_store(
     request: pytest.FixtureRequest, server: Server, server_url: str
 ) -> Iterator[Callable[[float], SqlStore]]:
-    """Makes a store by what an answer may take."""
+    """Return a function that opens a store with a given limit for answers, in seconds."""
     made: list[SqlStore] = []
     url = server_url
     if request.param == "pgbouncer":
@@ -78,29 +78,29 @@ def make_store(
 
 
 class TimeLimit(Exception):
-    """Struck by a signal, as Celery's own is."""
+    """The error that a signal handler raises, like Celery's own soft time limit."""
 
 
 @contextmanager
-def struck(server: Server) -> Iterator[None]:
-    """Raise in the main thread as soon as the server has its statement wait."""
-    before = signal.signal(signal.SIGUSR1, _strike)
+def interrupted(server: Server) -> Iterator[None]:
+    """Raise :class:`TimeLimit` in the main thread as soon as its statement waits on the server."""
+    before = signal.signal(signal.SIGUSR1, _raise_time_limit)
 
     def interrupt() -> None:
         server.wait_for_waiting(1)
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    striking = threading.Thread(target=interrupt)
-    striking.start()
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
     try:
         with pytest.raises(TimeLimit):
             yield
     finally:
-        striking.join()
+        interrupter.join()
         signal.signal(signal.SIGUSR1, before)
 
 
-def _strike(*_: object) -> None:
+def _raise_time_limit(*_: object) -> None:
     raise TimeLimit
 
 
@@ -109,17 +109,17 @@ def acquire(store: SqlStore) -> object:
 
 
 def acquire_beside_another(store: SqlStore) -> None:
-    """Over a connection of the pool's: the one at hand is in use."""
+    """Acquire over a connection from the pool, because the store's ready connection is in use."""
     store._connections.execute("SELECT 1", {}, lambda cursor: acquire(store))
 
 
 def use_a_transaction(store: SqlStore) -> None:
-    """A statement of a body's own, for whose answer nobody has a limit."""
+    """Send a statement of a task's body, whose answer has no time limit."""
     with store.transaction() as transaction:
         transaction.connection.exec_driver_sql("SELECT * FROM kv_store")
 
 
-def test_one_whose_answer_takes_too_long(
+def test_a_statement_that_takes_too_long_ends(
     server: Server, make_store: Callable[[float], SqlStore]
 ) -> None:
     store = make_store(0.5)
@@ -131,10 +131,12 @@ def test_one_whose_answer_takes_too_long(
     assert acquire(store)
 
 
-def test_with_an_older_libpq_nothing_is_cancelled_and_nobody_waits(
+def test_with_an_older_libpq_no_statement_is_cancelled(
     server: Server, server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its cancel request would hold up all threads and greenlets while the server is silent."""
+    """An older libpq's cancel request would block all threads and greenlets while the server is
+    silent.
+    """
     monkeypatch.setattr(psycopg.capabilities, "has_cancel_safe", lambda: False)
     store = open_store(server_url, "kv_store", 0.5)
     with server.locked():
@@ -146,10 +148,10 @@ def test_with_an_older_libpq_nothing_is_cancelled_and_nobody_waits(
 
 
 @pytest.mark.parametrize("setting", ["lock_timeout", "statement_timeout"])
-def test_one_that_the_server_gives_up_by_a_setting_of_the_users(
+def test_a_statement_ended_by_the_users_server_setting_ends(
     server: Server, server_url: str, setting: str
 ) -> None:
-    """It counts as a store that is unavailable for a while."""
+    """The time-out counts as a store that is unavailable for a while."""
     store = open_store(f"{server_url}?options=-c%20{setting}%3D100", "kv_store", PATIENT)
     with server.locked(), pytest.raises(StoreUnavailable, match="timeout"):
         acquire(store)
@@ -158,24 +160,24 @@ def test_one_that_the_server_gives_up_by_a_setting_of_the_users(
 
 
 @pytest.mark.parametrize("use", [acquire, acquire_beside_another, use_a_transaction])
-def test_one_that_a_time_limit_interrupts(
+def test_a_statement_that_a_time_limit_interrupts_ends(
     server: Server, make_store: Callable[[float], SqlStore], use: Callable[[SqlStore], object]
 ) -> None:
     store = make_store(PATIENT)
     with server.locked():
-        with struck(server):
+        with interrupted(server):
             use(store)
         server.wait_for_waiting(0)
     assert acquire(store)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_one_of_the_parents_is_not_given_up_by_a_forked_child(
+def test_a_forked_child_does_not_end_its_parents_statement(
     server: Server, make_store: Callable[[float], SqlStore]
 ) -> None:
     """A statement of one thread waits for the lock; another thread forks; the child closes all
-    connections that it has of its parent's, and ends; the table is unlocked, and the statement has
-    its answer.
+    connections that it inherited, and exits; the table is unlocked. The statement must get its
+    answer.
     """
     store = make_store(PATIENT)
     with ThreadPoolExecutor(1) as pool:

@@ -1,4 +1,4 @@
-"""The table as a plain key-value store, on every store."""
+"""The table as a plain key-value store: tests for every kind of store."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_bytes_come_back(kv: KeyValueStore) -> None:
     assert kv.get_bytes("other") is None
 
 
-def test_nothing_there(kv: KeyValueStore) -> None:
+def test_a_missing_key_has_no_value(kv: KeyValueStore) -> None:
     assert kv.get("k") is None
     assert kv.get("k", 7) == 7
     assert not kv.has("k")
@@ -72,7 +72,7 @@ def test_remove(kv: KeyValueStore) -> None:
     assert kv.is_empty()
 
 
-def test_a_prefix_sees_only_its_own(kv: KeyValueStore) -> None:
+def test_a_prefix_sees_only_its_own_keys(kv: KeyValueStore) -> None:
     a, b = kv.prefix("a%_:"), kv.prefix("b:")
     a.set("k", 1)
     b.set("k", 2)
@@ -96,7 +96,7 @@ def test_modify_of_a_null(kv: KeyValueStore) -> None:
     assert kv.modify("k", lambda value: [value], default=7) == [None]
 
 
-def test_what_modify_raises_comes_out_and_the_value_stays(kv: KeyValueStore) -> None:
+def test_modify_passes_an_error_on_and_keeps_the_value(kv: KeyValueStore) -> None:
     def fail(value: Any) -> Any:
         raise ArgumentError("the user's own")
 
@@ -110,7 +110,7 @@ def test_what_modify_raises_comes_out_and_the_value_stays(kv: KeyValueStore) -> 
 
 
 def test_modify_is_atomic_among_threads(kv: KeyValueStore) -> None:
-    """Each reads the value that no other reads: otherwise an increment would be lost."""
+    """No two threads may read the same value; otherwise an increment would be lost."""
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: kv.modify("k", lambda n: n + 1, default=0), range(100)))
     assert kv.get("k") == 100
@@ -135,8 +135,8 @@ def test_modify_is_atomic_among_processes(shared_store_url: str) -> None:
         assert kv.get("k") == 200
 
 
-def test_modify_beside_remove(kv: KeyValueStore) -> None:
-    """One places the row, another removes it, and only then the first wants to lock it."""
+def test_modify_while_another_removes_the_key(kv: KeyValueStore) -> None:
+    """A makes the row; B removes it; only then A tries to lock it."""
     with ThreadPoolExecutor(4) as pool:
         for done in [
             pool.submit(kv.modify, "k", lambda n: n + 1, 0)
@@ -196,21 +196,22 @@ def test_a_value_of_one_type_that_would_come_back_changed_is_refused(app: Celery
     assert typed.get("k") == {42: [1]}
 
 
-def test_a_type_without_a_name_is_named_all_the_same(app: Celery) -> None:
+def test_an_error_names_a_type_that_has_no_name(app: Celery) -> None:
     typed = KeyValueStore.from_app(app).for_schema(int | None)
     with pytest.raises(KeyValueStoreError, match=r"does not fit int \| None: TypeError"):
         typed.set("k", object())
 
 
-def test_a_key_that_no_text_can_hold(kv: KeyValueStore) -> None:
+def test_a_key_that_cannot_be_text_is_refused(kv: KeyValueStore) -> None:
     with pytest.raises(KeyValueStoreError):
         kv.set("\ud800", 1)
 
 
 def test_reading_within_a_transaction(app: Celery, kv: KeyValueStore, store_url: str) -> None:
-    """On SQLite a reader must not want the file's only write lock."""
+    """On SQLite a reader must not ask for the file's only write lock."""
     if store_url == "memory://":
-        return  # its one connection is the transaction's
+        # The store's only connection is the one of the transaction.
+        return
     kv.set("k", 1)
     with runtime_of(app).store.transaction():
         assert kv.get("k") == 1
@@ -242,7 +243,9 @@ def test_values_of_another_type_are_refused(kv: KeyValueStore) -> None:
 
 
 def test_leases_are_never_touched(app: Celery, kv: KeyValueStore) -> None:
-    """A singleton's row that is removed or overwritten loses its state, and keeps its fence."""
+    """If the key-value store removes or overwrites a singleton's row, the state changes, but the
+    fence stays.
+    """
     store = runtime_of(app).store
     acquired = store.acquire("singleton-state:s", "holder", 60, None)
     assert acquired is not None
@@ -270,7 +273,7 @@ def test_leases_are_never_touched(app: Celery, kv: KeyValueStore) -> None:
     assert (row.holder, row.held) == ("holder", True)
 
 
-def test_a_value_that_is_no_json_is_told(app: Celery, kv: KeyValueStore) -> None:
+def test_a_value_that_is_not_json_raises_an_error(app: Celery, kv: KeyValueStore) -> None:
     runtime_of(app).store.set_aside("k", "{broken")
     with pytest.raises(KeyValueStoreError, match="key 'k': its value cannot be read"):
         kv.get("k")
@@ -278,7 +281,7 @@ def test_a_value_that_is_no_json_is_told(app: Celery, kv: KeyValueStore) -> None
         kv.modify("k", lambda value: value)
 
 
-def test_a_database_out_of_reach_is_our_error(tmp_path: Any) -> None:
+def test_an_unavailable_database_raises_the_packages_error(tmp_path: Any) -> None:
     for url in (
         "postgresql://nobody@127.0.0.1:1/none",
         f"sqlite:///{tmp_path}/no/such/folder/store.db",
@@ -296,7 +299,7 @@ def test_a_missing_table_names_the_command(postgres_url: str) -> None:
 
 
 def test_a_forked_child_has_connections_of_its_own(shared_store_url: str) -> None:
-    """The parent's connection must still work after a child used the store and ended."""
+    """The parent's connection must still work after a child has used the store and exited."""
     migrate_url(shared_store_url, "kv_store")
     with KeyValueStore(shared_store_url) as kv:
         kv.set("k", 1)
@@ -317,10 +320,10 @@ def test_a_forked_child_has_connections_of_its_own(shared_store_url: str) -> Non
         ("mysql://u:hunter2@127.0.0.1:1/db?ssl_ca={gone}", KeyValueStoreError, "^the URL: no conn"),
     ],
 )
-def test_errors_of_a_url_name_the_argument_and_no_setting(
+def test_errors_about_a_url_name_the_argument_and_no_setting(
     url: str, error: type[Exception], told: str, tmp_path: Path
 ) -> None:
-    """Those of a URL that cannot be read, and of a connection that cannot be made."""
+    """This holds for a URL that cannot be parsed, and for a connection that cannot be made."""
     gone = tmp_path / "ca.pem"
     gone.write_text(Path(certificates()).read_text())
     with KeyValueStore(url.format(gone=gone)) as store:

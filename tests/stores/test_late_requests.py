@@ -1,7 +1,8 @@
 """Requests that are carried out late, on every store: the interleavings of the lease's protocol.
 
-A store carries a request out when the test sends it, so a late request is one that the test sends
-after the requests that overtook it. tests/spec/INTERLEAVINGS.md shows what each became before.
+A store carries out a request as soon as the test sends it. So the test sends a late request after
+the requests that overtook it. tests/spec/INTERLEAVINGS.md shows the harm that each interleaving did
+under the former protocol.
 """
 
 from __future__ import annotations
@@ -54,16 +55,19 @@ def peek(store: Leases) -> Row:
 
 
 def let_run_out(store: Leases) -> None:
-    """Wait until the store's own clock says that the lease ran out."""
+    """Wait until the lease has expired by the store's own clock."""
     wait_until(lambda: not peek(store).held, "the lease runs out")
 
 
 def write(number: int, seen: int) -> Write:
-    """The run's write with a number, whose content tells it from the others."""
+    """Return the run's write with a number, and with a content that differs from its other
+    writes.
+    """
     return Write(number, seen, NewValue(f'{{"write":{number}}}', 1))
 
 
 def value(number: int) -> str:
+    """Return the content of the run's write with a number."""
     return write(number, 0).new.value
 
 
@@ -96,8 +100,8 @@ def test_a_late_save_does_not_overwrite_a_transaction(store: SqlStore) -> None:
 
 
 def test_a_late_release_does_not_save_over_a_newer_write(store: SqlStore) -> None:
-    """A release with a state names what it has seen, like every write; one that is behind the row
-    is refused, and so the lease stays.
+    """A release with a state names the writes that it has seen, like every write. The store refuses
+    a release whose number is behind the row's, and the run keeps the lease.
     """
     lease = acquire(store).lease
     assert store.save(lease, write(2, seen=0))
@@ -107,8 +111,8 @@ def test_a_late_release_does_not_save_over_a_newer_write(store: SqlStore) -> Non
 
 
 def test_a_late_save_after_the_end_of_its_run_is_refused(store: SqlStore) -> None:
-    """Save 1 stalls and is given up; the run saves and releases; save 1 is carried out, on the free
-    row, and again when the next run has the lease.
+    """Save 1 stalls, and the run gives it up; the run saves and releases. Save 1 is carried out
+    while the row is free, and once more when the next run has the lease.
     """
     lease = acquire(store).lease
     assert store.release(lease, DONE, write(2, seen=0))
@@ -118,9 +122,9 @@ def test_a_late_save_after_the_end_of_its_run_is_refused(store: SqlStore) -> Non
     assert peek(store).value == value(2)
 
 
-def test_a_repeated_write_is_the_same_write(store: SqlStore) -> None:
-    """Each write is carried out and its answer lost; its repetition succeeds. A release's does not,
-    because the lease is free.
+def test_a_repeated_write_succeeds_and_counts_once(store: SqlStore) -> None:
+    """Each write is carried out, and its answer is lost. Its repetition succeeds. The repetition of
+    a release is refused, because the lease is free.
     """
     lease = acquire(store).lease
     for _ in range(2):
@@ -135,11 +139,11 @@ def test_a_repeated_write_is_the_same_write(store: SqlStore) -> None:
 
 
 @pytest.mark.parametrize("carried_out", [True, False])
-def test_a_write_follows_one_whose_outcome_is_unknown(store: SqlStore, carried_out: bool) -> None:
-    """Save 1 is carried out or not, and is given up; the run goes on, and save 2 succeeds either
-    way.
-
-    If save 2 needed save 1 to be there, a healthy run would be lost.
+def test_a_write_succeeds_after_a_write_with_an_unknown_outcome(
+    store: SqlStore, carried_out: bool
+) -> None:
+    """Save 1 is carried out or not; the run gets no answer, and continues. Save 2 must succeed in
+    both cases: if it needed save 1, a healthy run would be lost.
     """
     lease = acquire(store).lease
     if carried_out:
@@ -148,9 +152,9 @@ def test_a_write_follows_one_whose_outcome_is_unknown(store: SqlStore, carried_o
     assert peek(store).value == value(2)
 
 
-def test_a_write_is_refused_if_the_database_lost_what_the_run_has_seen(store: SqlStore) -> None:
-    """Write 2 is answered; a fail-over loses it, and the row says 1 again; write 3 would store a
-    state that counts the lost write as done.
+def test_a_write_is_refused_if_the_database_lost_the_write_before(store: SqlStore) -> None:
+    """Write 2 is answered; a fail-over loses it, and the row's number is 1 again. Write 3 would
+    store a state that counts the lost write as done.
     """
     lease = acquire(store).lease
     assert store.save(lease, write(1, seen=0))
@@ -162,13 +166,13 @@ def test_a_write_is_refused_if_the_database_lost_what_the_run_has_seen(store: Sq
     with store.transaction() as transaction:
         assert transaction.save(lease, write(3, seen=2)) is None
     assert peek(store).value == value(1)
-    # Without a state it may end.
+    # A release without a state is accepted: it overwrites nothing.
     assert store.release(lease, Ended("failed", "[]"))
 
 
 def test_the_first_number_tells_a_takeover_from_a_handoff(leases: Leases) -> None:
-    """A new row and an orderly handoff: 0; a holder that let its lease run out: -1; a lease that
-    was held after its run: 0, because its holder had released it.
+    """The number is 0 in a new row and after an orderly handoff. It is -1 if the last holder let
+    its lease expire. It is 0 after a hold period, because the last holder had released the lease.
     """
     first = acquire(leases, "a")
     assert (first.write, peek(leases).write) == (0, 0)
@@ -183,8 +187,8 @@ def test_the_first_number_tells_a_takeover_from_a_handoff(leases: Leases) -> Non
     assert fourth.write == 0
 
 
-def test_a_run_that_took_over_writes(store: SqlStore) -> None:
-    """Its first write names as seen what acquire answered, -1."""
+def test_a_run_that_took_over_an_expired_lease_can_write(store: SqlStore) -> None:
+    """The first write of such a run names -1 as seen: the number that acquire answered."""
     acquire(store, "a", BRIEF)
     let_run_out(store)
     second = acquire(store, "b")
@@ -196,7 +200,7 @@ def test_a_run_that_took_over_writes(store: SqlStore) -> None:
 # -- a COMMIT whose outcome is unknown
 
 
-def test_the_row_tells_whether_a_write_was_carried_out(store: SqlStore) -> None:
+def test_written_tells_whether_a_write_was_carried_out(store: SqlStore) -> None:
     lease = acquire(store).lease
     assert store.written(lease, 1) is False
     with store.transaction() as transaction:
@@ -212,7 +216,7 @@ def test_the_row_tells_whether_a_write_was_carried_out(store: SqlStore) -> None:
 
 @pytest.fixture(params=["postgresql", "pgbouncer", "mariadb"])
 def server_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqlStore]:
-    """A store whose database locks rows."""
+    """Open a store whose database has row locks."""
     url = url_on(request.param, request, tmp_path)
     opened = open_store(url, "kv_store", io_timeout=10.0, pool_size=4, auto_migrate=True)
     yield opened
@@ -220,9 +224,12 @@ def server_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sql
 
 
 @pytest.mark.parametrize("commits", [True, False])
-def test_the_question_waits_for_a_commit_under_way(server_store: SqlStore, commits: bool) -> None:
-    """The transaction's save was carried out, its COMMIT is still to come; the row, if it were
-    asked without its lock, would say no; the run would go on, and COMMIT would come after that.
+def test_written_waits_for_the_outcome_of_a_transaction(
+    server_store: SqlStore, commits: bool
+) -> None:
+    """The transaction's save was carried out; its COMMIT is not carried out yet; the run asks
+    whether the write took effect. Without the row's lock the answer would be no, the run would
+    continue, and the COMMIT would come after that.
     """
     store = server_store
     lease = acquire(store).lease
@@ -233,7 +240,7 @@ def test_the_question_waits_for_a_commit_under_way(server_store: SqlStore, commi
         return store.written(lease, 1)
 
     class RolledBack(Exception):
-        """What ends the transaction without a COMMIT."""
+        """An error that ends the transaction without a COMMIT."""
 
     with ThreadPoolExecutor(1) as pool:
         answer: Any = None
@@ -252,11 +259,11 @@ def test_the_question_waits_for_a_commit_under_way(server_store: SqlStore, commi
 
 
 def waiting_statements(store: SqlStore) -> int:
-    """How many statements wait for a lock, as the server tells."""
+    """Return how many statements wait for a lock, as the server reports it."""
     if store.engine.dialect.name == "postgresql":
         query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
     else:
-        # Refreshed by the server ten times a second.
+        # The server refreshes this table ten times a second.
         query = "SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
     return int(store._rows(query, {})[0][0])
 
@@ -264,9 +271,9 @@ def waiting_statements(store: SqlStore) -> int:
 # -- acquire, and what it takes for nobody
 
 
-def test_a_repeated_acquire_keeps_who_asked(leases: Leases) -> None:
-    """Acquire is carried out and its answer lost; somebody asks the holder to hand over; the
-    repetition of acquire must not forget that.
+def test_a_repeated_acquire_keeps_the_handoff_request(leases: Leases) -> None:
+    """Acquire is carried out, and its answer is lost; another message asks the holder to hand over;
+    the holder repeats acquire. The row must keep the handoff request.
     """
     lease = acquire(leases).lease
     assert leases.requests.request_handoff(peek(leases), "b")
@@ -274,10 +281,10 @@ def test_a_repeated_acquire_keeps_who_asked(leases: Leases) -> None:
     assert leases.renew([lease]) == {"k": "b"}
 
 
-def test_a_repeated_acquire_brings_no_expiry_nearer(leases: Leases) -> None:
-    """Acquire, for the first life, stalls and is repeated; the run confirms for its long life; the
-    first copy is carried out. If it set the first life again, a second body would begin beside the
-    first, which trusts its lease.
+def test_a_repeated_acquire_never_shortens_the_lease(leases: Leases) -> None:
+    """Acquire, for the first life, stalls; its copy is answered; the run confirms for its long
+    life; the first copy is carried out. If it set the first life again, the lease would expire
+    early, and a second body would begin while the first still trusts its lease.
     """
     lease = replace(acquire(leases, ttl=FIRST).lease, ttl=LONG)
     assert leases.renew([lease])
@@ -287,10 +294,10 @@ def test_a_repeated_acquire_brings_no_expiry_nearer(leases: Leases) -> None:
     assert expires_in > LONG / 2
 
 
-def test_a_repeated_acquire_keeps_number_and_moment(store: SqlStore) -> None:
-    """Acquire stalls and is repeated; saves 1 and 2 are answered; the first copy of acquire is
-    carried out, then that of save 1. If the number were 0 again, the late save would pass, and the
-    run's own next save would not.
+def test_a_repeated_acquire_keeps_number_and_time(store: SqlStore) -> None:
+    """Acquire stalls; its copy is answered; saves 1 and 2 are answered; the first copy of acquire
+    is carried out, and then a late copy of save 1. If the number were 0 again, the late save would
+    be accepted, and the run's next save would be refused.
     """
     first = acquire(store)
     store.save(first.lease, write(1, seen=0))
@@ -305,9 +312,9 @@ def test_a_repeated_acquire_keeps_number_and_moment(store: SqlStore) -> None:
 
 
 def test_a_late_acquire_holds_for_the_first_life_at_most(leases: Leases) -> None:
-    """Acquire stalls and is repeated; the run confirms, ends and releases; the first copy of
-    acquire is carried out, and takes the free lease for nobody. The late copy of the confirmation
-    names an older fence, and does not prolong that.
+    """Acquire stalls; its copy is answered; the run confirms, ends and releases; the first copy of
+    acquire is carried out. It takes the free lease for a run that has ended. The late copy of the
+    confirmation names an older fence, and must not extend this lease.
     """
     lease = replace(acquire(leases, ttl=FIRST).lease, ttl=LONG)
     assert leases.renew([lease])
@@ -321,8 +328,8 @@ def test_a_late_acquire_holds_for_the_first_life_at_most(leases: Leases) -> None
 
 
 def test_a_lease_is_given_back_by_the_holders_name_alone(leases: Leases) -> None:
-    """Both answers to acquire are lost, so its holder knows no fence. It gives back until that is
-    answered, and a late copy of it takes no lease from the next holder.
+    """Both answers to acquire are lost, so the holder knows no fence. It gives the lease back until
+    it is answered. A late copy of this request must not free the next holder's lease.
     """
     acquire(leases, "a")
     assert leases.requests.request_run(peek(leases), "{}")
@@ -331,7 +338,7 @@ def test_a_lease_is_given_back_by_the_holders_name_alone(leases: Leases) -> None
     assert leases.give_back("k", "a") == Released(wanted="{}")
     row = peek(leases)
     assert (row.holder, row.task_id, row.expires_in, row.acquired_at) == (None,) * 4
-    # It is no run's end.
+    # Giving back does not count as the end of a run.
     assert (row.run_count, row.history, row.fence) == (0, None, before.fence)
     assert leases.give_back("k", "a") is None
     acquire(leases, "b")
@@ -340,17 +347,19 @@ def test_a_lease_is_given_back_by_the_holders_name_alone(leases: Leases) -> None
     assert leases.give_back("nothing", "a") is None
 
 
-def test_give_back_does_not_end_a_hold(leases: Leases) -> None:
-    """The run's release, which keeps the lease for a while, is carried out and its answer lost; the
-    process gives back what it may hold.
+def test_give_back_does_not_end_a_hold_period(leases: Leases) -> None:
+    """A release with a hold period is carried out, and its answer is lost. The process then gives
+    back the lease that it may still hold.
     """
     leases.release(acquire(leases).lease, Ended("succeeded", "[]", hold=LONG))
     assert leases.give_back("k", "a") is None
     assert peek(leases).in_hold_period
 
 
-def test_a_late_renewal_does_not_prolong_anothers_lease(leases: Leases) -> None:
-    """A parent renews for a child whose run has ended: the lease is free, or another run's."""
+def test_a_late_renewal_does_not_extend_another_runs_lease(leases: Leases) -> None:
+    """A parent renews for a child whose run has ended. The lease is free, or another run holds
+    it.
+    """
     lease = acquire(leases, "a").lease
     leases.release(lease, DONE)
     assert leases.renew([lease]) == {}
@@ -361,10 +370,10 @@ def test_a_late_renewal_does_not_prolong_anothers_lease(leases: Leases) -> None:
     assert expires_in <= FIRST + 0.01
 
 
-def test_a_run_finds_another_end_than_its_own(leases: Leases) -> None:
-    """Release stalls; an operator releases the lease, which leaves an entry with the run's fence
-    and holder; the repetition is refused. The entry's outcome is not the run's, so the run must not
-    take it for its own end.
+def test_an_operators_release_is_not_taken_for_the_runs_own(leases: Leases) -> None:
+    """The run's release stalls; an operator releases the lease, which leaves a history entry with
+    the run's fence and holder; the run repeats its release, and is refused. The entry has another
+    outcome than the run's, so the run must not take it for its own end.
     """
     lease = acquire(leases).lease
     assert leases.release(lease, Ended("lost", '["lost"]'))
@@ -377,12 +386,14 @@ def test_a_run_finds_another_end_than_its_own(leases: Leases) -> None:
 
 
 def clock() -> int:
-    """Milliseconds since 1970; the tests' servers have this machine's clock."""
+    """Return the time in milliseconds since 1970, by this machine's clock, which the servers have,
+    too.
+    """
     return int(time.time() * 1000)
 
 
 def set_fence(store: Any, fence: int) -> None:
-    """As if the row had come from a moment when the clock was ahead, or behind."""
+    """Set the row's fence, as if the store's clock had been ahead or behind when it was given."""
     if isinstance(store, SqlStore):
         store._change(f"UPDATE {store.table.fullname} SET fence = {fence}", {})
     else:
@@ -397,8 +408,9 @@ def test_a_fence_is_the_stores_clock(leases: Leases) -> None:
 
 
 def test_a_fence_is_not_given_twice_after_the_row_was_removed(leases: Leases) -> None:
-    """A run writes elsewhere by its fence, ends, and its row is removed: pruned, or with a wiped
-    Redis. A late request of that run must not meet its fence in the new row either.
+    """A run writes elsewhere by its fence, and ends. Its row is removed: pruned, or lost with a
+    wiped Redis. The new row must get another fence, so that late requests of that run stay
+    harmless.
     """
     first = acquire(leases).lease
     leases.release(first, DONE)
@@ -411,7 +423,7 @@ def test_a_fence_is_not_given_twice_after_the_row_was_removed(leases: Leases) ->
 
 def test_a_fence_is_not_given_twice_after_an_older_row_came_back(leases: Leases) -> None:
     """A fail-over loses commits, or a backup is restored: the row has an older fence than was given
-    out, and the next acquisition must not count on from that.
+    last. The next acquisition must not count on from the older fence.
     """
     first = acquire(leases).lease
     leases.release(first, DONE)
@@ -420,7 +432,7 @@ def test_a_fence_is_not_given_twice_after_an_older_row_came_back(leases: Leases)
     assert acquire(leases, "b").lease.fence > first.fence
 
 
-def test_a_fence_goes_on_by_one_when_the_clock_was_put_back(leases: Leases) -> None:
+def test_a_fence_grows_by_one_after_the_clock_was_set_back(leases: Leases) -> None:
     """The row's fence is an hour ahead of the clock."""
     leases.release(acquire(leases).lease, DONE)
     ahead = clock() + HOUR
@@ -439,8 +451,8 @@ def claim(leases: Leases, task_id: str, number: int) -> bool:
 
 
 def test_a_late_claim_does_not_count_a_finished_message_as_queued(leases: Leases) -> None:
-    """A claim stalls; its repetition is answered, the message is sent, runs and ends; then the
-    first copy is carried out.
+    """A claim stalls; its copy is answered; the message is sent, runs and ends; the first copy of
+    the claim is carried out.
     """
     number = leases.requests.queued("k").number
     assert claim(leases, "m", number)
@@ -457,8 +469,9 @@ def test_a_late_claim_does_not_count_a_finished_message_as_queued(leases: Leases
 def test_a_late_claim_of_a_message_that_was_dequeued_is_refused(
     leases: Leases, known: bool
 ) -> None:
-    """A claim stalls and is given up, the message is sent without; it is revoked, and its worker
-    dequeues it; then the claim is carried out. The singleton may never have run.
+    """A claim stalls, and its sender gives it up; the message is sent without a claim; it is
+    revoked, and its worker dequeues it; the claim is carried out. Perhaps the singleton has never
+    run.
     """
     if known:
         leases.release(acquire(leases).lease, DONE)
@@ -469,7 +482,7 @@ def test_a_late_claim_of_a_message_that_was_dequeued_is_refused(
 
 
 def test_one_of_two_claims_is_accepted(leases: Leases) -> None:
-    """Two senders see that no message is queued."""
+    """Two senders see that no message is queued, and both claim."""
     number = leases.requests.queued("k").number
     assert claim(leases, "m1", number)
     assert not claim(leases, "m2", number)
@@ -484,16 +497,16 @@ def test_dequeue_leaves_another_message_queued(leases: Leases) -> None:
     assert leases.requests.queued("k").task_id is None
 
 
-def test_a_direct_call_leaves_what_is_queued(leases: Leases) -> None:
-    """An acquisition takes only its own message out of the queue."""
+def test_a_direct_call_leaves_the_queued_message(leases: Leases) -> None:
+    """An acquisition removes only its own message from the queue."""
     assert claim(leases, "m1", leases.requests.queued("k").number)
     leases.release(acquire(leases, task="direct").lease, DONE)
     assert leases.requests.queued("k").task_id == "m1"
 
 
 def test_a_late_pending_run_does_not_replace_a_newer_one(leases: Leases) -> None:
-    """A pending run stalls and is given up, because its message is retried; a newer one is noted;
-    then the first is carried out under the same holder.
+    """A's request for a pending run stalls, and A gives it up, because its message is retried; B's
+    pending run is recorded; then A's request is carried out while the same holder runs.
     """
     acquire(leases)
     row = peek(leases)
@@ -504,9 +517,9 @@ def test_a_late_pending_run_does_not_replace_a_newer_one(leases: Leases) -> None
     assert peek(leases).wanted == "newest"
 
 
-def test_a_pending_run_is_struck_out_by_its_own_name(leases: Leases) -> None:
-    """A run sends the pending run; its strike stalls, a newer one is noted; then the strike is
-    carried out.
+def test_only_the_pending_run_that_was_sent_is_removed(leases: Leases) -> None:
+    """A run sends the pending run; its request to remove it stalls; a newer pending run is
+    recorded; then the request is carried out.
     """
     acquire(leases)
     assert leases.requests.request_run(peek(leases), "older")
@@ -520,9 +533,9 @@ def test_a_pending_run_is_struck_out_by_its_own_name(leases: Leases) -> None:
 # -- the leader of a schedule, and operators
 
 
-def test_a_late_record_does_not_take_last_times_back(store: Store) -> None:
-    """The leader records, which stalls; it records again and is answered; then the first record is
-    carried out. The leader forgets an entry; then the second record is carried out again.
+def test_a_late_record_does_not_overwrite_newer_times(store: Store) -> None:
+    """The leader's first record stalls; its second record is answered; then the first record is
+    carried out. The leader removes an entry; then the second record is carried out again.
     """
     leader = acquire(store).lease
     entries = store.entries
@@ -537,7 +550,7 @@ def test_a_late_record_does_not_take_last_times_back(store: Store) -> None:
     assert peek(store).write == 3
 
 
-def test_a_record_is_refused_if_the_database_lost_what_the_leader_has_seen(store: Store) -> None:
+def test_a_record_is_refused_if_the_database_lost_the_record_before(store: Store) -> None:
     leader = acquire(store).lease
     assert store.entries.record(leader, {"e:a": "1"}, number=1, seen=0)
     assert store.entries.record(leader, {"e:a": "3"}, number=3, seen=2) is None
@@ -545,7 +558,7 @@ def test_a_record_is_refused_if_the_database_lost_what_the_leader_has_seen(store
     assert store.entries.load("e:") == {"e:a": "1"}
 
 
-def test_a_leader_that_took_over_records(store: Store) -> None:
+def test_a_leader_that_took_over_an_expired_lease_can_record(store: Store) -> None:
     acquire(store, "a", BRIEF)
     let_run_out(store)
     leader = acquire(store, "b")
@@ -556,8 +569,8 @@ NEW, NEWER = NewValue('{"put":1}', 1), NewValue('{"put":2}', 1)
 
 
 def test_a_late_put_does_not_overwrite_a_newer_state(store: Store) -> None:
-    """An operator puts a state, which stalls; a run saves, or another operator puts; then the first
-    put is carried out.
+    """An operator's put stalls; a run saves, or another operator puts a state; then the first put
+    is carried out.
     """
     store.release(acquire(store).lease, DONE)
     row = peek(store)
@@ -570,7 +583,7 @@ def test_a_late_put_does_not_overwrite_a_newer_state(store: Store) -> None:
 
 
 def test_a_late_put_of_a_new_singleton_is_refused(store: Store) -> None:
-    """There was no row; then a run has made one, or another operator."""
+    """The operator saw no row. Then a run, or another operator, has made one."""
     assert store.requests.put("k", None, NEWER)
     assert not store.requests.put("k", None, NEW)
     store.release(acquire(store).lease, DONE)
@@ -579,7 +592,7 @@ def test_a_late_put_of_a_new_singleton_is_refused(store: Store) -> None:
 
 
 def test_put_leaves_a_running_singleton_alone(store: Store) -> None:
-    """Also one whose lease has run out: its holder may still write."""
+    """A put is also refused if the run's lease has expired, because the run may still write."""
     acquire(store, "a", BRIEF)
     assert not store.requests.put("k", peek(store), NEW)
     let_run_out(store)
@@ -587,8 +600,10 @@ def test_put_leaves_a_running_singleton_alone(store: Store) -> None:
     assert peek(store).value == "null"
 
 
-def test_an_old_row_without_a_number_is_run(store: SqlStore) -> None:
-    """A row from before has no numbers: write and queue are null."""
+def test_a_row_of_an_older_release_can_be_acquired(store: SqlStore) -> None:
+    """A row from an older release of the package has no numbers: ``write`` and ``queue`` are
+    null.
+    """
     store.release(acquire(store).lease, DONE)
     store._change(f"UPDATE {store.table.fullname} SET {store._sql.write} = NULL, queue = NULL", {})
     assert peek(store).write == 0
@@ -598,7 +613,7 @@ def test_an_old_row_without_a_number_is_run(store: SqlStore) -> None:
     assert store.save(acquired.lease, write(1, acquired.write))
 
 
-def test_a_put_that_found_no_row_leaves_the_run_alone_that_has_made_it(mariadb_url: str) -> None:
+def test_a_put_that_found_no_row_does_not_overwrite_a_new_run(mariadb_url: str) -> None:
     """A put finds no row, and so locks none; a run acquires the lease, and so makes the row; the
     put writes.
     """

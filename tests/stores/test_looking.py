@@ -1,4 +1,6 @@
-"""What an operator and the exporter ask of a store, and what an operator changes; every store."""
+"""The requests of operators and of the exporter: list, read contents, put a state, end a hold
+period. All stores.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +18,19 @@ def run(store: SqlStore, key: str, outcome: str = "succeeded", value: str = '{"n
     return acquired.lease
 
 
-def test_a_list_is_of_a_prefix_and_one_more(store: SqlStore) -> None:
+def test_a_list_has_a_prefixs_keys_and_one_named_key(store: SqlStore) -> None:
     for key in ("a:1", "a:2", "b:1", "b:2"):
         run(store, key)
     assert [row.key for row in store.list("a:", also="b:2")] == ["a:1", "a:2", "b:2"]
 
 
-def test_a_list_has_the_history_of_what_did_not_succeed(store: SqlStore) -> None:
+def test_a_list_has_the_history_only_of_failed_singletons(store: SqlStore) -> None:
     run(store, "a:1")
     run(store, "a:2", "failed")
     assert [row.history for row in store.list("a:")] == [None, '["a:2"]']
 
 
-def test_contents(store: SqlStore) -> None:
+def test_contents_have_history_and_value(store: SqlStore) -> None:
     run(store, "a:1")
     run(store, "a:2")
     store.requests.expect({"a:3": "a"})
@@ -41,7 +43,7 @@ def test_contents(store: SqlStore) -> None:
     assert store.contents([], values=True) == {}
 
 
-def test_what_is_expected_has_a_row_and_what_ran_keeps_its_own(store: SqlStore) -> None:
+def test_an_expected_singleton_gets_a_row_and_an_old_row_stays(store: SqlStore) -> None:
     run(store, "a:1")
     before = store.peek("a:1")
     store.requests.expect({"a:1": "a", "a:2": "a"})
@@ -56,11 +58,11 @@ def test_what_is_expected_has_a_row_and_what_ran_keeps_its_own(store: SqlStore) 
 
 
 def put(store: SqlStore, key: str, value: str, version: int) -> bool:
-    """By the row as it is."""
+    """Put a state, by the row as it is now."""
     return store.requests.put(key, store.peek(key), NewValue(value, version))
 
 
-def test_a_state_is_put_where_nobody_has_the_lease(store: SqlStore) -> None:
+def test_a_state_is_put_if_the_lease_is_free(store: SqlStore) -> None:
     assert put(store, "new", "1", 3)
     free = run(store, "free")
     assert put(store, "free", "2", 4)
@@ -79,10 +81,10 @@ def test_a_state_is_put_where_nobody_has_the_lease(store: SqlStore) -> None:
     assert found["free"].history == '["free"]'
 
 
-def test_a_lease_that_ran_out_without_a_successor_keeps_others_from_putting(
+def test_a_put_is_refused_while_an_expired_lease_has_no_successor(
     store: SqlStore,
 ) -> None:
-    """Its holder may be late, and is still the only one who may write."""
+    """The late holder is still the only one that may write the state."""
     acquired = store.acquire("late", "h:1:a.1", 0, None)
     assert acquired is not None
     assert not put(store, "late", "3", 4)
@@ -95,9 +97,9 @@ def row_of(store: SqlStore, key: str) -> Row:
     return row
 
 
-def test_a_state_is_not_put_over_one_that_was_not_seen(store: SqlStore) -> None:
-    """Two operators see a row, or none, and put a state each, one of them late; and one sees a row
-    and puts a state when a run has been there meanwhile.
+def test_a_put_does_not_overwrite_a_state_that_was_not_seen(store: SqlStore) -> None:
+    """Two operators see the same row, or no row, and each puts a state: the second put is refused.
+    Then an operator sees a row, a run saves, and the operator's put is refused.
     """
     assert store.requests.put("new", None, NewValue("1", 1))
     assert not store.requests.put("new", None, NewValue("2", 1))
@@ -111,8 +113,8 @@ def test_a_state_is_not_put_over_one_that_was_not_seen(store: SqlStore) -> None:
     assert (row.value, row.schema_version) == ("4", 2)
 
 
-def test_a_state_is_not_put_after_a_run_that_saved_nothing(store: SqlStore) -> None:
-    """The row has changed since it was seen, whatever has changed."""
+def test_a_put_is_refused_after_a_run_that_saved_nothing(store: SqlStore) -> None:
+    """The row has changed since it was seen, although the state has not."""
     run(store, "k")
     seen = row_of(store, "k")
     acquired = store.acquire("k", "h:1:a.2", 60, None)
@@ -124,7 +126,7 @@ def test_a_state_is_not_put_after_a_run_that_saved_nothing(store: SqlStore) -> N
 
 @pytest.mark.parametrize("made", ["expected", "queued", "set aside"])
 def test_a_state_is_put_into_a_row_that_had_no_run(store: SqlStore, made: str) -> None:
-    """Whoever looks sees a row, or none where the row was not a singleton's yet."""
+    """The operator sees the row, or no row if it did not belong to a singleton yet."""
     if made == "expected":
         store.requests.expect({"k": "t"})
     elif made == "queued":
@@ -136,7 +138,7 @@ def test_a_state_is_put_into_a_row_that_had_no_run(store: SqlStore, made: str) -
     assert (row.value, row.write, row.run_count) == ("1", 1, 0)
 
 
-def test_a_lease_that_is_held_on_is_let_go(store: SqlStore) -> None:
+def test_a_hold_period_is_ended_early(store: SqlStore) -> None:
     acquired = store.acquire("kept", "h:1:a.1", 60, None)
     assert acquired is not None
     row = store.peek("kept")

@@ -1,4 +1,6 @@
-"""A database server behind a proxy that cuts, refuses or falls silent at the worst moment."""
+"""A database server behind a proxy that cuts or refuses connections, or falls silent, at the worst
+time.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ class Counter:
 
 @pytest.fixture(params=["postgresql", "mariadb"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Of an empty database on a server."""
+    """Return the URL of an empty database on a server."""
     return url_on(request.param, request, tmp_path)
 
 
@@ -68,7 +70,7 @@ def app(url: str, proxy: Proxy) -> Iterator[Celery]:
 
 @contextmanager
 def directly(url: str) -> Iterator[sa.Connection]:
-    """A transaction past the proxy."""
+    """Open a transaction on the server itself, not through the proxy."""
     engine = sa.create_engine(url)
     with engine.begin() as connection:
         yield connection
@@ -76,7 +78,10 @@ def directly(url: str) -> Iterator[sa.Connection]:
 
 
 def make(app: Celery, act: Callable[[Any], None] = lambda task: None, **options: Any) -> Any:
-    """A task that counts its runs in its state, and acts in between; its lease is warm."""
+    """Return a task that counts its runs in its state, and calls ``act`` in each run but the first.
+
+    The first run is done here, so that later runs find an open connection and a row.
+    """
     options = {"state_schema": Counter, "name": "count", "shared": False} | options
     acts = [lambda task: None]
 
@@ -98,7 +103,9 @@ def row(app: Celery) -> Row:
 
 
 def check_two_runs(app: Celery) -> None:
-    """Two runs, two fences, two increments: nothing lost and nothing doubled."""
+    """Check that there were two runs with two fences and two increments: nothing is lost or
+    doubled.
+    """
     found = row(app)
     assert (found.value, found.run_count) == ('{"n":2}', 2)
     assert found.holder is None
@@ -108,7 +115,9 @@ def check_two_runs(app: Celery) -> None:
 
 
 def test_the_answer_to_acquire_is_lost(app: Celery, proxy: Proxy) -> None:
-    """The lease is taken, the holder does not know; it asks again and is told the same fence."""
+    """The lease is acquired, but the holder does not know it. The holder repeats the request, and
+    gets the same fence.
+    """
     task = make(app)
     proxy.mode = "drop one answer"
     assert task() == 2
@@ -116,8 +125,8 @@ def test_the_answer_to_acquire_is_lost(app: Celery, proxy: Proxy) -> None:
 
 
 def test_the_answer_to_release_is_lost(app: Celery, proxy: Proxy) -> None:
-    """Saved and released, the run does not know; its repetition is refused, and it finds itself
-    in the history.
+    """The run has saved and released, but does not know it. Its repeated release is refused, and
+    the run finds its own end in the history.
     """
 
     def act(task: Any) -> None:
@@ -150,7 +159,9 @@ def written(url: str) -> list[int]:
 def test_the_answer_to_a_commit_is_lost(
     app: Celery, proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows and state are committed, the run does not know; the row's write number tells it."""
+    """Rows and state are committed, but the run does not know it. The row's write number tells
+    it.
+    """
     save = SqlTransaction.save
 
     def save_then_cut(self: SqlTransaction, *arguments: Any) -> Any:
@@ -166,7 +177,7 @@ def test_the_answer_to_a_commit_is_lost(
 
 
 def test_a_connection_lost_before_the_commit(app: Celery, proxy: Proxy, url: str) -> None:
-    """Neither rows nor state are there; the retry starts from the state before."""
+    """Neither the rows nor the state are stored. The retry starts from the state before."""
     attempts = []
 
     def act(task: Any) -> None:
@@ -183,7 +194,7 @@ def test_a_connection_lost_before_the_commit(app: Celery, proxy: Proxy, url: str
     assert row(app).value == '{"n":2}'
 
 
-def test_out_of_reach_before_the_run(app: Celery, proxy: Proxy) -> None:
+def test_a_server_unavailable_before_the_run(app: Celery, proxy: Proxy) -> None:
     task = make(app, max_retries=0)
     proxy.mode = "refuse"
     proxy.cut()
@@ -196,7 +207,7 @@ def test_out_of_reach_before_the_run(app: Celery, proxy: Proxy) -> None:
     check_two_runs(app)
 
 
-def test_out_of_reach_in_the_body(app: Celery, proxy: Proxy) -> None:
+def test_a_server_unavailable_in_the_body(app: Celery, proxy: Proxy) -> None:
     def act(task: Any) -> None:
         proxy.mode = "refuse"
         proxy.cut()
@@ -210,7 +221,7 @@ def test_out_of_reach_in_the_body(app: Celery, proxy: Proxy) -> None:
 
 @pytest.mark.parametrize("moment", ["before", "in the body"])
 def test_a_silent_server_becomes_an_error(app: Celery, proxy: Proxy, moment: str) -> None:
-    """It takes every byte and answers none, so that no time-out of TCP's sees it."""
+    """The server receives every byte and answers none, so no time-out of TCP notices it."""
 
     def act(task: Any) -> None:
         proxy.mode = "mute"
@@ -225,8 +236,10 @@ def test_a_silent_server_becomes_an_error(app: Celery, proxy: Proxy, moment: str
             task()
 
 
-def test_a_run_learns_from_silence_that_it_is_lost(app: Celery, proxy: Proxy) -> None:
-    """Its renewals meet no answer until its life runs out; it then does not ask the store."""
+def test_a_run_is_lost_if_the_server_stays_silent(app: Celery, proxy: Proxy) -> None:
+    """No renewal is answered until the lease's life has passed. The run then fails without asking
+    the store.
+    """
 
     def act(task: Any) -> None:
         proxy.mode = "mute"
@@ -242,11 +255,10 @@ def test_a_run_learns_from_silence_that_it_is_lost(app: Celery, proxy: Proxy) ->
         make(app, act)()
 
 
-def test_a_commit_unknown_to_the_end_is_recognised_by_its_own_retry(
-    app: Celery, proxy: Proxy
-) -> None:
-    """The save is committed and no try gets an answer: the run fails as ``StatePersistFailed``
-    and is retried. The retry finds the run in the history, and does not repeat it.
+def test_a_retry_finds_that_its_unanswered_save_was_committed(app: Celery, proxy: Proxy) -> None:
+    """The save is committed, but no attempt gets an answer: the run fails with
+    ``StatePersistFailed`` and is retried. The retry finds the run in the history, and does not
+    repeat it.
     """
     bodies = []
 
@@ -267,7 +279,9 @@ def test_a_commit_unknown_to_the_end_is_recognised_by_its_own_retry(
 
 
 def test_a_time_limit_in_mid_statement_leaves_the_pool_whole(app: Celery, url: str) -> None:
-    """The row is locked by somebody, acquire waits for it, and the soft time limit strikes."""
+    """Another transaction locks the row; acquire waits for it; the soft time limit interrupts
+    acquire.
+    """
     task = make(app)
 
     def interrupt(*_: Any) -> None:
@@ -278,15 +292,16 @@ def test_a_time_limit_in_mid_statement_leaves_the_pool_whole(app: Celery, url: s
         with directly(url) as other:
             other.exec_driver_sql("SELECT * FROM kv_store FOR UPDATE")
             for _ in range(3):
-                # A connection that it broke off while it was made would leave its socket open.
+                # Open the connection first: a time limit that interrupts connecting would leave a
+                # socket open.
                 row(app)
                 signal.setitimer(signal.ITIMER_REAL, 0.1)
                 with pytest.raises(SoftTimeLimitExceeded):
                     task()
     finally:
         signal.signal(signal.SIGALRM, before)
-    # What was broken off may still take the lease for nobody, for an ordinary life at most; until
-    # then a run is skipped.
+    # An interrupted acquire may still take the lease later, for one ordinary life at most. Runs are
+    # skipped until then.
     assert wait_until(task, "the lease is free") == 2
 
 
@@ -312,10 +327,12 @@ def test_a_time_limit_within_a_transaction(app: Celery, url: str) -> None:
     assert (found.value, found.holder, found.run_count) == ('{"n":1}', None, 5)
 
 
-def test_a_lost_run_does_not_wait_for_its_transactions_rollback(
+def test_a_lost_run_does_not_wait_for_its_rollback(
     app: Celery, proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store falls silent within the block, and the body is interrupted there."""
+    """The store falls silent while the body is in a transaction, and the body is interrupted
+    there.
+    """
     rollbacks: list[Any] = []
 
     def act(task: Any) -> None:

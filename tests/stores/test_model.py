@@ -1,14 +1,15 @@
-"""The lease's protocol against a model of it: any order of steps, on every store.
+"""A test of the lease's protocol on every store, in random orders of steps, against a model.
 
-Processes acquire, write, release, die, are paused past their lease's life, and give back what they
-may hold without knowing; others free leases, ask for them, queue messages and remove rows. Each
-request is answered, is carried out without an answer, is not carried out, or is parked: then it is
-carried out at any later step, after it was repeated and answered, after its run's end, after its
-process's death, after other runs. Clients follow section 3 of tests/spec/PROTOCOL.md.
+Processes acquire, write, release, die, are paused until their lease expires, and give back leases
+that they may hold without knowing. Others release leases in another's name, request handoffs, queue
+messages and remove rows. Each request is answered, is carried out without an answer, is not carried
+out, or is parked. A parked request is carried out at any later step: after it was repeated and
+answered, after its run ended, after its process died, or after other runs. Clients follow section 3
+of tests/spec/PROTOCOL.md.
 
 After every step the store must have answered as :class:`~tests.stores.model.Model` does, its rows
-must be the model's rows, and the invariants of section 4 must hold. Nobody waits for an expiry: the
-row's times are moved into the past instead.
+must equal the model's rows, and the invariants of PROTOCOL.md's section 4 must hold. No test waits
+for an expiry: the row's times are moved into the past instead.
 """
 
 from __future__ import annotations
@@ -52,24 +53,26 @@ from tests.stores.model import (
     fence_is_right,
 )
 
-#: All faults are planted.
+#: Whether all faults are planted, and not only a few.
 WHOLE = os.environ.get("SINGLETON_TEST_SPEC") == "whole"
 KEYS = ("k1", "k2")
 ANY_KEY = st.sampled_from(("k1", "k1", "k1", "k2"))
 PROCESSES = (1, 2, 3)
-#: What becomes of a request. If it is repeated, its first copy is parked and the second answered.
+#: The possible fates of a request. If a request is repeated, its first copy is parked, and its
+#: second copy is answered.
 FATES = st.sampled_from(
     ("answered", "answered", "repeated", "repeated", "unanswered", "never", "parked")
 )
 SELDOM = st.sampled_from([False, False, True])
 LONG_AGO = "2000-01-01 00:00:00.000"
-#: Milliseconds by which a fence is put ahead of the clock: an hour.
+#: By how many milliseconds a fence is moved ahead of the clock: an hour.
 AHEAD = 3_600_000
-#: How many runs the history holds.
+#: How many runs the history of a row holds.
 HISTORY = 2
-#: A fault that depends on the clock's milliseconds does not show itself each time.
+#: The errors that show that a fault was found. Hypothesis raises ``Flaky`` if a fault depends on
+#: the clock's milliseconds, because it does not show at each repetition.
 FOUND = (AssertionError, Flaky)
-#: A request was not answered.
+#: The answer to a request that was not answered.
 UNKNOWN = object()
 
 SETTINGS = settings(
@@ -80,31 +83,33 @@ SETTINGS = settings(
     stateful_step_count=40,
     report_multiple_bugs=False,
 )
-#: Where each step is a trip to a server, or several, and as many commits. ``tox -e spec`` takes
-#: PostgreSQL as far as the others.
+#: Settings for slow stores: MariaDB, where each step needs several statements and commits;
+#: PostgreSQL, which ``tox -e spec`` takes as far as the others; and PgBouncer, where the steps reach
+#: the same PostgreSQL as the direct tests.
 FEW = settings(SETTINGS, max_examples=20)
-#: For faults, which need not be told in the shortest way.
+#: Settings for finding planted faults: Hypothesis stops at the first failure, and does not shorten
+#: it.
 TO_THE_FIRST_FAILURE = settings(SETTINGS, max_examples=3000, phases=[Phase.generate])
 
 
 class Rollback(Exception):
-    """What a body raises within a transaction."""
+    """An error that a body raises within a transaction, so that it is rolled back."""
 
 
 @dataclass(eq=False)
 class Sender:
-    """A process that sends a message by ``enqueue_once``."""
+    """A process that sends a message with ``enqueue_once``."""
 
     key: str
     task_id: str
-    #: The queue's number as it was seen.
+    #: The queue's number that the sender has read.
     number: int
-    #: Its claim was sent and not answered.
+    #: The claim, if it was sent and not answered yet.
     claim: Request | None = None
 
 
 def one_of(name: str) -> st.SearchStrategy[Any]:
-    """One of a machine's runs, messages and the like, most often one of the last."""
+    """Choose one of the machine's runs, messages or the like; most often one of the last two."""
 
     def draw(machine: Leases) -> st.SearchStrategy[Any]:
         found = getattr(machine, name)
@@ -114,7 +119,7 @@ def one_of(name: str) -> st.SearchStrategy[Any]:
 
 
 def all_but_one_part(lease: Any) -> list[Any]:
-    """A lease, or a row, of which the key, the fence or the holder is another."""
+    """Return copies of a lease, or of a row, with the key, the fence or the holder changed."""
     return [
         replace(lease, key="another"),
         replace(lease, fence=lease.fence + 1),
@@ -123,11 +128,14 @@ def all_but_one_part(lease: Any) -> list[Any]:
 
 
 class Leases(RuleBasedStateMachine):
-    """:param open_: opens the store under test.
-    :param closes: each example opens and closes the store; otherwise all of them have one.
+    """A machine that takes random steps on a store and on the model, and compares them.
+
+    :param open_: opens the store under test.
+    :param closes: whether each example opens and closes a store of its own. If false, all examples
+        use the same store.
     """
 
-    #: Whether there are states, and entries of a schedule.
+    #: Whether the store has states and schedule entries.
     has_states = True
 
     def __init__(self, open_: Callable[[], Any], closes: bool = True) -> None:
@@ -138,26 +146,27 @@ class Leases(RuleBasedStateMachine):
         self.model = Model()
         self.nonce = 0
         self.parked: list[Request] = []
-        #: Runs of living processes whose deliveries are not over.
+        #: Runs of living processes whose deliveries have not ended.
         self.runs: list[Run] = []
-        #: What living processes give back until they are answered.
+        #: Runs whose leases their living processes give back until the store answers.
         self.to_give_back: list[Run] = []
-        #: Holders of dead processes; and those whose host has not looked yet.
+        #: Holders of dead processes; and the part of them for which the host has not checked yet.
         self.dead: set[str] = set()
-        self.unlooked: set[str] = set()
-        #: Releases in dead holders' names that were not answered.
+        self.unchecked: set[str] = set()
+        #: Releases in the names of dead holders that were not answered.
         self.recoveries: list[Request] = []
-        #: Every lease that a run knew.
+        #: All leases that a run has ever known.
         self.leases: list[Lease] = []
         self.senders: list[Sender] = []
-        #: Messages that were sent and did not run yet, by key and id.
+        #: Messages that were sent and have not run yet: key and id.
         self.messages: list[tuple[str, str]] = []
-        #: Messages that asked a holder to stop, by key, id and rank.
+        #: Messages that asked a holder to hand over: key, id and rank.
         self.ranked: list[tuple[str, str, int]] = []
-        #: Pending runs that were noted and may have been sent, by key.
-        self.noted: list[tuple[str, str]] = []
-        # What only the invariants know: messages that were acquired for or dequeued, holders whose
-        # succeeded release took effect, the largest fence that a body had, and all fences.
+        #: Pending runs that were recorded and may have been sent: key and pending run.
+        self.recorded: list[tuple[str, str]] = []
+        # Only the invariants use these: messages for which a lease was acquired or which were
+        # dequeued, holders whose successful release took effect, the largest fence of a body, and
+        # all fences.
         self.settled: set[str] = set()
         self.saved: set[str] = set()
         self.largest = dict.fromkeys(KEYS, 0)
@@ -181,7 +190,9 @@ class Leases(RuleBasedStateMachine):
         return self.store._rows(f"SELECT * FROM {self.store.table.fullname} ORDER BY {name}", {})
 
     def hidden(self) -> dict[str, tuple[Any, ...]]:
-        """What no verb shows, by key: the queue's number, and the message that counts as queued."""
+        """Return, by key, the values that no verb shows: the queue's number, and the message that
+        counts as queued.
+        """
         sql = self.store._sql
         rows = self.store._rows(
             f"SELECT {sql.key}, coalesce(queue, 0),"
@@ -195,7 +206,7 @@ class Leases(RuleBasedStateMachine):
         return [tuple(row) for row in self.store._rows("SELECT of_key, item FROM business", {})]
 
     def set_column(self, key: str, name: str, value: str) -> None:
-        """Set one that is not null."""
+        """Set a column of a key's row, if it is not null."""
         self.store._change(
             f"UPDATE {self.store.table.fullname} SET {name} = {value}"
             f" WHERE {self.store._sql.key} = '{key}' AND {name} IS NOT NULL",
@@ -203,7 +214,9 @@ class Leases(RuleBasedStateMachine):
         )
 
     def move_back(self, key: str) -> None:
-        """The row's times. UTC, which MariaDB need not be told, and does not understand."""
+        """Move the times of a key's row into the past. They are in UTC; MariaDB rejects a suffix
+        for it.
+        """
         zone = "" if self.store.engine.dialect.name == "mysql" else "+00:00"
         for name in ("acquired_at", "expires_at", "hold_until", "queued_until"):
             self.set_column(key, name, f"'{LONG_AGO}{zone}'")
@@ -218,7 +231,9 @@ class Leases(RuleBasedStateMachine):
     # -- requests are carried out
 
     def carry_out(self, request: Request) -> Any:
-        """The store's answer, which must be the model's."""
+        """Carry out a request on the store and on the model; compare their answers, and return the
+        answer.
+        """
         refused = self.model.refuses(request)
         before = self.table() if refused else None
         if request.verb == "acquire":
@@ -273,7 +288,7 @@ class Leases(RuleBasedStateMachine):
         return answer, expected
 
     def carry_out_transaction(self, request: Request) -> tuple[Any, Any]:
-        """A transaction with a business row, up to its COMMIT or its end without one."""
+        """Carry out a transaction that writes a business row, up to its COMMIT or its rollback."""
         lease, write = request.arguments
         answer = None
         with contextlib.suppress(Rollback), self.store.transaction() as transaction:
@@ -291,10 +306,10 @@ class Leases(RuleBasedStateMachine):
         return answer, expected
 
     def note(self, request: Request) -> None:
-        """What the invariants keep of a request that was carried out."""
+        """Record the facts about a carried-out request that the invariants need."""
         if request.verb == "request_run":
             row, pending = request.arguments
-            self.noted.append((row.key, pending))
+            self.recorded.append((row.key, pending))
         if request.verb == "dequeue":
             self.settled.add(request.arguments[1])
         if request.verb == "release":
@@ -302,11 +317,15 @@ class Leases(RuleBasedStateMachine):
             if ended.outcome == "succeeded":
                 self.saved.add(lease.holder)
             for run in self.runs:
-                # An operator may have released it: that two bodies are on is not held against it.
+                # An operator may have released the lease while its body runs. Then a second body is
+                # allowed.
                 run.trusts = run.trusts and run.holder != lease.holder
 
     def send(self, request: Request, fate: str) -> Any:
-        """Send a request. :returns: the answer, or :data:`UNKNOWN`."""
+        """Send a request.
+
+        :return: the answer, or :data:`UNKNOWN` if the client gets none.
+        """
         if fate in ("parked", "repeated"):
             self.parked.append(request)
         if fate in ("parked", "never"):
@@ -322,7 +341,7 @@ class Leases(RuleBasedStateMachine):
 
     @precondition(lambda self: self.parked)
     @rule()
-    def carry_out_what_is_late_for_longest(self) -> None:
+    def carry_out_oldest_late_request(self) -> None:
         self.carry_out(self.parked.pop(0))
 
     # -- a delivery
@@ -338,7 +357,9 @@ class Leases(RuleBasedStateMachine):
     def deliver(
         self, process: int, key: str, of_message: bool, ranked: bool, confirms: bool, fate: str
     ) -> None:
-        """A message comes; or a message that asked for the lease comes again."""
+        """Deliver a new message to a process, or deliver again a message that asked for the
+        lease.
+        """
         self.nonce += 1
         rank = 0
         holder = f"host:{process}:{self.nonce}"
@@ -349,19 +370,19 @@ class Leases(RuleBasedStateMachine):
             key, task_id, rank = self.ranked[self.nonce % len(self.ranked)]
         run = Run(key, holder, process, task_id, confirms=confirms)
         self.runs.append(run)
-        # Now and then it was overtaken, or was sent from another host.
+        # Sometimes the message was overtaken by newer ones, or was sent from another host.
         number = self.nonce - 4 * (ranked and not rank)
         sent = f"{'host' if process < 3 else 'another'}:{number:020d}"
         arguments = (key, holder, FIRST, task_id, rank, sent, f"task {process}")
         self.ask(run, Request("acquire", arguments), fate)
 
     def ask(self, run: Run, request: Request, fate: str) -> None:
-        """A run sends a request and hears the answer, or not."""
+        """Let a run send a request, and receive the answer if it is answered."""
         run.request = request
         answer = self.send(request, fate)
         run.unsure = run.unsure or fate != "answered"
         if answer is not UNKNOWN:
-            self.hear(run, request, answer)
+            self.receive(run, request, answer)
 
     @property
     def unanswered(self) -> list[Run]:
@@ -371,7 +392,7 @@ class Leases(RuleBasedStateMachine):
     @rule(run=one_of("unanswered"), fate=FATES)
     def ask_again(self, run: Run, fate: str) -> None:
         if run.phase == "commits":
-            return self.ask_for_commit(run, fate)
+            return self.ask_whether_committed(run, fate)
         assert run.request is not None
         return self.ask(run, run.request, fate)
 
@@ -386,8 +407,8 @@ class Leases(RuleBasedStateMachine):
         elif run.phase == "commits":
             run.phase, run.undecided = "body", True
 
-    def ask_for_commit(self, run: Run, fate: str) -> None:
-        """The question after a COMMIT without an answer."""
+    def ask_whether_committed(self, run: Run, fate: str) -> None:
+        """Ask the row whether a COMMIT without an answer took effect."""
         assert run.lease is not None
         committed = self.send(Request("written", (run.lease, run.number)), fate)
         if committed is UNKNOWN:
@@ -402,24 +423,24 @@ class Leases(RuleBasedStateMachine):
             else:
                 run.state = run.before
 
-    def hear(self, run: Run, request: Request, answer: Any) -> None:
+    def receive(self, run: Run, request: Request, answer: Any) -> None:
         unsure, run.request, run.unsure = run.unsure, None, False
         if run.phase == "acquires":
-            self.hear_of_acquire(run, answer, unsure)
+            self.receive_acquire(run, answer, unsure)
         elif run.phase == "confirms" and answer:
             self.begin(run)
         elif run.phase == "confirms":
             self.end(run, unsure=True)
         elif run.phase == "releases":
-            self.hear_of_release(run, answer, unsure)
+            self.receive_release(run, answer, unsure)
         elif answer in (None, False):
             self.refused(run)
         else:
             run.seen = run.number
-            # To forget entries does not prolong the lease.
+            # A removal of entries does not renew the lease, unlike all other writes.
             run.trusts = run.trusts or request.verb != "forget"
 
-    def hear_of_acquire(self, run: Run, answer: Any, unsure: bool) -> None:
+    def receive_acquire(self, run: Run, answer: Any, unsure: bool) -> None:
         if answer is None:
             self.end(run, unsure=unsure)
             return
@@ -446,7 +467,10 @@ class Leases(RuleBasedStateMachine):
         self.end(run, report="lost", unsure=True)
 
     def end(self, run: Run, report: str = "", unsure: bool = False) -> None:
-        """A delivery is over. :param unsure: it may hold the lease without knowing."""
+        """End a delivery.
+
+        :param unsure: whether the process may hold the lease without knowing.
+        """
         self.runs.remove(run)
         if unsure:
             self.to_give_back.append(run)
@@ -459,7 +483,7 @@ class Leases(RuleBasedStateMachine):
 
     @property
     def ready(self) -> list[Run]:
-        """Runs whose bodies are on and wait for nothing."""
+        """Return the runs whose bodies are running and wait for no answer."""
         return [run for run in self.runs if run.phase == "body" and run.request is None]
 
     @property
@@ -484,7 +508,9 @@ class Leases(RuleBasedStateMachine):
         asks=st.booleans(),
     )
     def transaction(self, run: Run, fate: str, asks: bool) -> None:
-        """The block raises, or its COMMIT is answered, is not, or was rolled back unheard."""
+        """Let a body use a transaction: its block raises, or its COMMIT is answered, is carried out
+        without an answer, or is rolled back without an answer.
+        """
         run.before = run.state
         run.state = replace(run.state, items=run.state.items + 1)
         write, commits = self.next_write(run), fate in ("answered", "unanswered")
@@ -494,13 +520,13 @@ class Leases(RuleBasedStateMachine):
         if answer is None:
             self.refused(run)
         elif fate == "answered":
-            self.hear(run, request, answer)
+            self.receive(run, request, answer)
         elif fate == "rolled back":
             run.state = run.before
         else:
             run.phase, run.request = "commits", request
             if asks:
-                self.ask_for_commit(run, "answered")
+                self.ask_whether_committed(run, "answered")
 
     @precondition(lambda self: self.ready)
     @rule(
@@ -523,13 +549,13 @@ class Leases(RuleBasedStateMachine):
             write = self.next_write(run)
         assert run.lease is not None
         history = [*run.history, [run.lease.fence, run.holder, run.outcome]][-HISTORY:]
-        # A run of a tick that is done raises the mark; any other leaves it.
+        # A successful run replaces the record of finished ticks; any other run leaves it.
         ticks_done = f'"{run.lease.fence}"' if succeeded else None
         ended = Ended(run.outcome, json.dumps(history), hold if succeeded else 0.0, ticks_done)
         run.phase = "releases"
         self.ask(run, Request("release", (run.lease, ended, write)), fate)
 
-    def hear_of_release(self, run: Run, answer: Any, unsure: bool) -> None:
+    def receive_release(self, run: Run, answer: Any, unsure: bool) -> None:
         report = {"succeeded": "saved", "failed": "failed"}[run.outcome]
         if answer is not None:
             self.end(run, report)
@@ -539,7 +565,9 @@ class Leases(RuleBasedStateMachine):
             self.refused(run)
 
     def found_in_history(self, run: Run, report: str) -> str:
-        """A repeated release was refused: had an earlier copy of it taken effect?"""
+        """Return the outcome of a run whose repeated release was refused, as the history shows
+        it.
+        """
         row = self.row(run.key)
         assert run.lease is not None
         ends = json.loads((row and row.history) or "[]")
@@ -568,13 +596,15 @@ class Leases(RuleBasedStateMachine):
     @precondition(lambda self: self.leases)
     @rule(fate=FATES)
     def renew_all(self, fate: str) -> None:
-        """Of parents, whose children's leases may be lost or released; nobody hears the answer."""
+        """Renew all leases, as parents do. Their children may have lost or released them, and no
+        run receives the answer.
+        """
         self.send(Request("renew", (list(self.leases),)), fate)
 
     @precondition(lambda self: self.writing)
     @rule(run=one_of("writing"), renews_only=SELDOM, fate=FATES)
     def record(self, run: Run, renews_only: bool, fate: str) -> None:
-        """As the leading beat does, of whose schedule the lease is."""
+        """Record schedule entries, as a leading beat does whose lease this is."""
         self.nonce += 1
         run.number += 1
         entries = {} if renews_only else {f"{run.key}:{name}": str(self.nonce) for name in "ab"}
@@ -597,22 +627,24 @@ class Leases(RuleBasedStateMachine):
 
     @rule(process=st.sampled_from(PROCESSES), recovers=st.booleans(), reopens=SELDOM)
     def crash(self, process: int, recovers: bool, reopens: bool) -> None:
-        """A process never sends again, and leaves the names of its holders behind."""
+        """Let a process die: it sends nothing more, and the names of its holders stay known."""
         died = [run for run in self.runs + self.to_give_back if run.process == process]
         self.runs = [run for run in self.runs if run.process != process]
         self.to_give_back = [run for run in self.to_give_back if run.process != process]
         self.dead |= {run.holder for run in died}
-        self.unlooked |= {run.holder for run in died}
+        self.unchecked |= {run.holder for run in died}
         if recovers:
-            self.look_for_the_dead()
-        # What is in memory dies with its process, and its store with it.
+            self.find_leases_of_the_dead()
+        # A store in memory would lose its rows here, so it is not opened again.
         if reopens and self.outlives_its_process():
             self.store.close()
             self.store = self.open()
 
-    def look_for_the_dead(self) -> None:
-        """The first half of a recovery; several can be on their way at once."""
-        self.unlooked.clear()
+    def find_leases_of_the_dead(self) -> None:
+        """Do the first half of a recovery: find leases of dead processes. Several recoveries can
+        overlap.
+        """
+        self.unchecked.clear()
         for key in KEYS:
             row = self.row(key)
             if row and row.holder in self.dead:
@@ -626,8 +658,10 @@ class Leases(RuleBasedStateMachine):
 
     @precondition(lambda self: self.recoveries)
     @rule(request=one_of("recoveries"), fate=FATES)
-    def free_what_the_dead_held(self, request: Request, fate: str) -> None:
-        """The other half: by now it can be free, or another's."""
+    def release_lease_of_the_dead(self, request: Request, fate: str) -> None:
+        """Do the second half of a recovery. By now the lease can be free, or have another
+        holder.
+        """
         if self.send(request, fate) is not UNKNOWN:
             self.recoveries.remove(request)
 
@@ -635,7 +669,9 @@ class Leases(RuleBasedStateMachine):
 
     @rule(key=ANY_KEY, fate=FATES, rivals=st.booleans())
     def request_handoff(self, key: str, fate: str, rivals: bool) -> None:
-        """A newer message asks the holder to stop; or two do, which saw the same row."""
+        """Let a newer message ask the holder to hand over, or let two messages do it that saw the
+        same row.
+        """
         row = self.row(key)
         if row is None or row.holder is None:
             return
@@ -649,7 +685,7 @@ class Leases(RuleBasedStateMachine):
     @precondition(lambda self: self.ranked)
     @rule(message=one_of("ranked"), fate=FATES)
     def ask_with_the_same_rank(self, message: tuple[str, str, int], fate: str) -> None:
-        """A message that waits asks once more, as its first request was not answered."""
+        """Let a waiting message ask once more, because its first request was not answered."""
         key, who, rank = message
         row = self.row(key)
         if row is not None and row.held:
@@ -657,7 +693,7 @@ class Leases(RuleBasedStateMachine):
 
     @rule(key=ANY_KEY, fate=FATES)
     def free_by_an_operator(self, key: str, fate: str) -> None:
-        """A run is released in its name; a hold period is ended."""
+        """Let an operator release a run's lease, or end a hold period."""
         row = self.row(key)
         if row is not None and (row.holder is not None or row.held):
             is_hold = row.in_hold_period
@@ -666,7 +702,7 @@ class Leases(RuleBasedStateMachine):
 
     @rule(key=ANY_KEY, fate=FATES, rivals=st.booleans())
     def request_run(self, key: str, fate: str, rivals: bool) -> None:
-        """A conflict wants one more run; or two conflicts do, which saw the same row."""
+        """Let a conflict record a pending run, or let two conflicts do it that saw the same row."""
         row = self.row(key)
         if row is None or not row.held:
             return
@@ -674,24 +710,26 @@ class Leases(RuleBasedStateMachine):
             self.nonce += 1
             self.send(Request("request_run", (row, f"pending {self.nonce}")), fate)
 
-    @precondition(lambda self: self.noted)
-    @rule(pending=one_of("noted"), fate=FATES)
-    def strike_out_what_was_sent(self, pending: tuple[str, str], fate: str) -> None:
+    @precondition(lambda self: self.recorded)
+    @rule(pending=one_of("recorded"), fate=FATES)
+    def remove_sent_pending_run(self, pending: tuple[str, str], fate: str) -> None:
         if self.send(Request("pending_run_sent", pending), fate) is not UNKNOWN:
-            self.noted.remove(pending)
+            self.recorded.remove(pending)
 
     @precondition(lambda self: self.has_states)
     @rule(key=ANY_KEY, fate=FATES)
     def put(self, key: str, fate: str) -> None:
-        """An operator changes a state from outside."""
+        """Let an operator change a state from outside a run."""
         row = self.row(key)
         state = decoded(row.value if row else "null")
         new = replace(state, checkpoints=state.checkpoints + 1).encoded()
         self.send(Request("put", (key, row, new)), fate)
 
     @rule(key=ANY_KEY)
-    def look_at_the_queue(self, key: str) -> None:
-        """A sender looks, to claim later; it claims only if nothing is queued or running."""
+    def read_queue(self, key: str) -> None:
+        """Let a sender read the queue, to claim later. It only claims if no message is queued or
+        running.
+        """
         queued = self.carry_out(Request("queued", (key,)))
         if queued.task_id is None:
             self.nonce += 1
@@ -728,7 +766,7 @@ class Leases(RuleBasedStateMachine):
         self.pass_time(key, True)
 
     def pass_time(self, key: str, longer_than_any_life: bool) -> None:
-        """Let all lives of a key run out; a holder that is paused meanwhile is in no way told."""
+        """Let all lives of a key expire. A holder that is paused meanwhile does not learn of it."""
         if longer_than_any_life and key in self.model.rows:
             self.move_back(key)
             self.model.rows[key].run_out()
@@ -736,8 +774,10 @@ class Leases(RuleBasedStateMachine):
                 run.trusts = run.trusts and run.key != key
 
     @rule(key=ANY_KEY)
-    def put_the_clock_back(self, key: str) -> None:
-        """Only the gap between the row's fence and the clock can be seen of that."""
+    def set_clock_back(self, key: str) -> None:
+        """Set the store's clock back. Only the gap between the row's fence and the clock shows
+        this.
+        """
         row = self.model.rows.get(key)
         if row and row.holder is None:
             row.fence += AHEAD
@@ -745,7 +785,9 @@ class Leases(RuleBasedStateMachine):
 
     @rule(key=ANY_KEY)
     def prune(self, key: str) -> None:
-        """What is late is younger than the rows that are removed, but for acquires and the like."""
+        """Prune a key. Late claims and puts for it are dropped, because PROTOCOL.md claims nothing
+        about requests that are later than the pruned row's age.
+        """
         row = self.model.rows.get(key)
         if row is None or row.fence > time.time() * 1000 + AHEAD / 2:
             return
@@ -764,7 +806,7 @@ class Leases(RuleBasedStateMachine):
     @precondition(lambda self: self.model.rows)
     @rule(key=ANY_KEY)
     def write_with_parts_of_a_lease(self, key: str) -> None:
-        """Two of key, fence and holder are right, and one is not."""
+        """Send requests in which two of key, fence and holder are right, and one is wrong."""
         row = self.model.seen(key)
         lease = Lease(key, row.holder or "nobody", row.fence, LONG)
         write = Write(row.write + 1, row.write, State(checkpoints=-1).encoded())
@@ -786,7 +828,7 @@ class Leases(RuleBasedStateMachine):
 
     @precondition(lambda self: self.model.rows)
     @rule(key=ANY_KEY)
-    def act_on_parts_of_what_was_seen(self, key: str) -> None:
+    def request_with_parts_of_a_seen_row(self, key: str) -> None:
         row = self.row(key)
         if row is None:
             return
@@ -810,7 +852,9 @@ class Leases(RuleBasedStateMachine):
     @precondition(lambda self: self.has_states)
     @rule(key=ANY_KEY)
     def write_after_commits_were_lost(self, key: str) -> None:
-        """The holder has seen a write that the row does not know any more."""
+        """Send writes of a holder that has seen a newer write than the row has: the database has
+        lost it.
+        """
         row = self.model.seen(key)
         if row.holder is None:
             return
@@ -848,15 +892,15 @@ class Leases(RuleBasedStateMachine):
             assert life - FIRST / 2 < row.expires_in < life + 1 or (not life and not row.held)
 
     def is_known(self, row: Row) -> None:
-        """I4: a lease that nobody will end is held for the first life at most."""
+        """Check I4: a lease that no process will end is held for one first life at most."""
         if row.in_hold_period or row.expires_in is None or row.expires_in <= FIRST + 1:
             return
-        known = {run.holder for run in self.runs + self.to_give_back} | self.unlooked
+        known = {run.holder for run in self.runs + self.to_give_back} | self.unchecked
         known |= {request.arguments[0].holder for request in self.recoveries}
         assert row.holder in known, "I4: nobody knows of this lease"
 
     def makes_progress(self, row: Row) -> None:
-        """I2: no state is older than the one before."""
+        """Check I2: no state is older than the state before it."""
         before, now = self.progress[row.key], decoded(row.value)
         assert now.checkpoints >= before.checkpoints
         assert now.items >= before.items
@@ -864,7 +908,7 @@ class Leases(RuleBasedStateMachine):
 
     @invariant()
     def rows_and_state_agree(self) -> None:
-        """I3."""
+        """Check I3: the business rows and the state agree."""
         if not self.has_states:
             return
         found = sorted(self.business())
@@ -877,13 +921,13 @@ class Leases(RuleBasedStateMachine):
 
     @invariant()
     def one_body_trusts(self) -> None:
-        """I5."""
+        """Check I5: at most one body of each key trusts its lease."""
         trusting = [run.key for run in self.runs if run.trusts]
         assert len(trusting) == len(set(trusting))
 
     @invariant()
     def no_finished_message_is_queued(self) -> None:
-        """I8."""
+        """Check I8: no finished message counts as queued."""
         for row in self.model.rows.values():
             assert not (row.queued and row.queued_task_id in self.settled)
 
@@ -896,7 +940,7 @@ class Leases(RuleBasedStateMachine):
 
 
 class RedisLeases(Leases):
-    """The same of leases whose singletons have no state."""
+    """The machine for leases in Redis, whose singletons have no state."""
 
     has_states = False
 
@@ -940,7 +984,7 @@ def opener(url: str) -> Callable[[], SqlStore]:
     return lambda: open_store(url, "kv_store", io_timeout=10.0, pool_size=2, auto_migrate=True)
 
 
-def test_any_order_of_steps(store_url: str, request: pytest.FixtureRequest) -> None:
+def test_a_store_behaves_like_the_model(store_url: str, request: pytest.FixtureRequest) -> None:
     open_ = opener(store_url)
     servers = ("mariadb", "pgbouncer") if WHOLE else ("postgresql", "mariadb", "pgbouncer")
     few = request.node.callspec.params["store_url"] in servers
@@ -952,12 +996,12 @@ def redis_leases(lease_url: str) -> RedisLeases:
     return RedisLeases(lambda: RedisStore(lease_url, io_timeout=10.0))
 
 
-def test_any_order_of_steps_in_redis(lease_url: str) -> None:
+def test_redis_behaves_like_the_model(lease_url: str) -> None:
     run_state_machine_as_test(lambda: redis_leases(lease_url), settings=SETTINGS)
 
 
 @pytest.mark.parametrize("fault", REDIS_FAULTS if WHOLE else REDIS_BRIEFLY)
-def test_the_steps_find_a_fault_in_redis(
+def test_random_steps_find_a_planted_fault_in_redis(
     fault: str, lease_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, right, wrong = REDIS_FAULTS[fault]
@@ -969,8 +1013,10 @@ def test_the_steps_find_a_fault_in_redis(
 
 
 @pytest.mark.parametrize("fault", FAULTS if WHOLE else BRIEFLY)
-def test_the_steps_find_a_fault(fault: str) -> None:
-    """What finds none in a store that has one says nothing about a store where it finds none."""
+def test_random_steps_find_a_planted_fault(fault: str) -> None:
+    """If the steps did not find planted faults, finding none in a real store would prove
+    nothing.
+    """
     store = plant(opener("memory://")(), *FAULTS[fault])
     with pytest.raises(FOUND):
         run_state_machine_as_test(

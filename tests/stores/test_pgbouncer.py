@@ -1,6 +1,7 @@
-"""What is different behind a pooler that gives each transaction any of its connections.
+"""The differences behind PgBouncer in transaction mode, where each transaction may get another
+connection.
 
-That the stores' other tests pass behind it, too, the fixtures see to.
+The other tests of stores run behind PgBouncer, too: see the fixtures.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ DONE = Ended("succeeded", "[]")
 
 @pytest.fixture
 def url(postgres: Postgres, pgbouncer: PgBouncer, postgres_url: str) -> str:
-    """A database of which the pooler has no connections yet, with its table."""
+    """Return the pooler's URL of a migrated database to which the pooler has no connections yet."""
     migrate_url(postgres_url, "kv_store")
     return postgres_url.replace(f":{postgres.port}/", f":{pgbouncer.port}/")
 
@@ -51,31 +52,31 @@ def opened(url: str) -> Iterator[SqlStore]:
 
 
 def prepares(store: SqlStore) -> bool:
-    """Whether it lets its driver prepare statements."""
+    """Return whether the store lets its driver prepare statements."""
     with store.engine.connect() as connection:
         driver: Any = connection.connection.dbapi_connection
         return driver.prepare_threshold is not None
 
 
-def test_statements_are_prepared_unless_a_pooler_is_in_between(postgres_url: str, url: str) -> None:
+def test_statements_are_prepared_unless_there_is_a_pooler(postgres_url: str, url: str) -> None:
     with opened(postgres_url) as direct, opened(url) as pooled:
         assert prepares(direct)
         assert not prepares(pooled)
 
 
-def test_what_the_url_says_is_done(postgres_url: str, url: str) -> None:
+def test_the_url_decides_about_prepared_statements(postgres_url: str, url: str) -> None:
     for each in (postgres_url, url):
         for said, prepared in {"none": False, "7": True}.items():
             with opened(f"{each}?prepare_threshold={said}") as store:
                 assert prepares(store) == prepared
 
 
-def test_what_the_url_cannot_say_is_refused() -> None:
+def test_a_wrong_prepare_threshold_is_refused() -> None:
     with pytest.raises(ImproperlyConfigured, match="prepare_threshold takes none, or how often"):
         open_store("postgresql://host/db?prepare_threshold=often", "kv_store", 5.0)
 
 
-def test_all_that_is_done_with_a_store(url: str) -> None:
+def test_all_verbs_of_a_store_work(url: str) -> None:
     with opened(url) as store:
         use_all(store)
     with KeyValueStore(url) as kv:
@@ -84,7 +85,7 @@ def test_all_that_is_done_with_a_store(url: str) -> None:
 
 @pytest.mark.parametrize("said", ["", "?prepare_threshold=none"])
 def test_many_clients_share_few_connections(url: str, said: str) -> None:
-    """Each takes, renews, saves and releases its own lease, in turns with all the others."""
+    """Many clients at once acquire, renew, save and release, each its own lease."""
 
     def count_up(number: int) -> list[int]:
         key, fences = f"k{number}", []
@@ -111,13 +112,15 @@ def test_many_clients_share_few_connections(url: str, said: str) -> None:
     assert used <= SERVER_CONNECTIONS < CLIENTS
 
 
-# -- told to prepare statements all the same
+# -- the URL asks for prepared statements although there is a pooler
 
 
 @pytest.fixture
-def misled(url: str) -> str:
-    """A URL that wants prepared statements, where another client of the pooler's has taken their
-    names on each of its connections.
+def url_with_prepared_statements(url: str) -> str:
+    """Return a URL that asks for prepared statements, although they cannot work.
+
+    Another client has already used the names of the prepared statements on each of the pooler's
+    connections.
     """
     with ExitStack() as stack:
 
@@ -131,35 +134,43 @@ def misled(url: str) -> str:
             client.autocommit = True
             for number in range(10):
                 client.execute(f"SELECT {number}")
-            # The next client gets another of the pooler's connections.
+            # This transaction makes the next client get another of the pooler's connections.
             connect(None).execute("SELECT 1")
     return f"{url}?prepare_threshold=0"
 
 
-def test_a_store_says_what_to_set(misled: str) -> None:
+def test_a_stores_error_names_the_setting(url_with_prepared_statements: str) -> None:
     verbs: tuple[Callable[[SqlStore], object], ...] = (
         lambda store: store.check(),
         lambda store: store.acquire("k", "h", 60, None),
         lambda store: store.list("k"),
     )
     for verb in verbs:
-        with opened(misled) as store, pytest.raises(StoreMisconfigured, match=ADVICE):
+        with (
+            opened(url_with_prepared_statements) as store,
+            pytest.raises(StoreMisconfigured, match=ADVICE),
+        ):
             verb(store)
 
 
-def test_a_store_that_makes_its_table_says_the_same(misled: str) -> None:
+def test_the_error_of_a_migrating_store_names_the_setting(
+    url_with_prepared_statements: str,
+) -> None:
     with pytest.raises(StoreMisconfigured, match=ADVICE):
-        open_store(misled, "kv_store", 5.0, auto_migrate=True)
+        open_store(url_with_prepared_statements, "kv_store", 5.0, auto_migrate=True)
 
 
-def test_a_key_value_store_says_the_same(misled: str) -> None:
+def test_a_key_value_stores_error_names_the_setting(url_with_prepared_statements: str) -> None:
     advice = ADVICE.replace("singleton_store_url", "the URL")
-    with KeyValueStore(misled) as kv, pytest.raises(KeyValueStoreError, match=advice):
+    with (
+        KeyValueStore(url_with_prepared_statements) as kv,
+        pytest.raises(KeyValueStoreError, match=advice),
+    ):
         kv.set("k", 1)
 
 
-@pytest.mark.usefixtures("misled")
-def test_a_transaction_says_the_same(url: str) -> None:
+@pytest.mark.usefixtures("url_with_prepared_statements")
+def test_a_transactions_error_names_the_setting(url: str) -> None:
     with opened(url) as store:
         acquired = store.acquire("k", "h", 60, None)
         assert acquired is not None
@@ -174,8 +185,10 @@ def test_a_transaction_says_the_same(url: str) -> None:
             save()
 
 
-def test_a_run_fails_at_once(misled: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What will not pass by itself is not tried again in place."""
+def test_a_run_fails_at_once(
+    url_with_prepared_statements: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong setting does not pass by itself, so acquire is not retried at once."""
     asked = []
     acquire = SqlStore.acquire
 
@@ -185,7 +198,7 @@ def test_a_run_fails_at_once(misled: str, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(SqlStore, "acquire", count)
     app = Celery("shop", broker="memory://", set_as_current=False)
-    app.conf.singleton_store_url = misled
+    app.conf.singleton_store_url = url_with_prepared_statements
 
     @singleton_task(app, name="count", shared=False)
     def task(self: Any) -> None: ...
@@ -196,6 +209,6 @@ def test_a_run_fails_at_once(misled: str, monkeypatch: pytest.MonkeyPatch) -> No
     close_runtime(app)
 
 
-def test_migrating_prepares_nothing(misled: str) -> None:
-    migrate_url(misled, "kv_store")
-    migrate_url(misled, "another")
+def test_a_migration_prepares_no_statements(url_with_prepared_statements: str) -> None:
+    migrate_url(url_with_prepared_statements, "kv_store")
+    migrate_url(url_with_prepared_statements, "another")

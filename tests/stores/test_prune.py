@@ -1,4 +1,4 @@
-"""What is removed of keys that nobody uses any more, and what never is. Every store."""
+"""Prune removes the rows of keys that are no longer used, and never a row in use. All stores."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ NEW = NewValue('{"n":1}', 1)
 
 
 def run(store: SqlStore, key: str = "k") -> None:
-    """One that has ended."""
+    """Let a run begin and end."""
     assert store.release(acquire(store, "a", LONG, key).lease, DONE, write(NEW))
 
 
 def age(store: SqlStore, *columns: str, key: str | None = None) -> None:
-    """Nothing has happened for years, as far as these times tell."""
-    # UTC, which MariaDB need not be told, and does not understand.
+    """Set these times of the rows (by default, those of the last use) to years ago."""
+    # The value is in UTC. MariaDB rejects the suffix for it, and does not need it.
     zone = "" if store.engine.dialect.name == "mysql" else "+00:00"
     for column in columns or ("updated_at", "last_finished_at"):
         which = f" AND {store._sql.key} = '{key}'" if key else ""
@@ -41,7 +41,7 @@ def age(store: SqlStore, *columns: str, key: str | None = None) -> None:
 
 
 def old(store: SqlStore, *keys: str) -> None:
-    """Keys that nobody uses."""
+    """Make rows of keys that have not been used for years."""
     for key in keys:
         run(store, key)
     age(store)
@@ -50,7 +50,7 @@ def old(store: SqlStore, *keys: str) -> None:
 # -- what is removed
 
 
-def test_what_nobody_has_used_for_so_long_is_removed(store: SqlStore) -> None:
+def test_keys_unused_for_longer_than_the_age_are_removed(store: SqlStore) -> None:
     old(store, "a:1", "a:2", "b:1")
     run(store, "a:3")
     assert list(store.unused("a:", DAY)) == ["a:1", "a:2"]
@@ -58,8 +58,8 @@ def test_what_nobody_has_used_for_so_long_is_removed(store: SqlStore) -> None:
     assert [row.key for row in store.list("")] == ["a:3", "b:1"]
 
 
-def test_only_what_is_named_is_removed(store: SqlStore) -> None:
-    """So that it can be done in batches, and by whoever is told which they are."""
+def test_only_named_keys_are_removed(store: SqlStore) -> None:
+    """So the caller can show the keys first, and can remove them in batches."""
     old(store, *(f"k{n}" for n in range(7)))
     assert sorted(store.prune(["k1", "k2"], DAY)) == ["k1", "k2"]
     assert store.prune([], DAY) == []
@@ -71,7 +71,7 @@ def test_a_prefix_is_no_pattern(store: SqlStore) -> None:
     assert list(store.unused("a%", DAY)) == ["a%"]
 
 
-def test_the_age_counts_by_the_stores_clock(store: SqlStore) -> None:
+def test_the_age_is_measured_by_the_stores_clock(store: SqlStore) -> None:
     run(store)
     assert list(store.unused("", LONG)) == []
     wait_until(lambda: list(store.unused("", BRIEF)) == ["k"], "it is unused for so long")
@@ -81,14 +81,14 @@ def test_the_age_counts_by_the_stores_clock(store: SqlStore) -> None:
 
 @pytest.mark.parametrize("column", ["updated_at", "last_finished_at"])
 def test_the_newer_of_both_times_counts(store: SqlStore, column: str) -> None:
-    """A run that saved nothing was a use, and so is a state that an operator has set."""
+    """A run that saved nothing counts as a use. A state that an operator has put counts, too."""
     run(store)
     age(store, column)
     assert list(store.unused("", DAY)) == []
     assert store.prune(["k"], DAY) == []
 
 
-def test_one_that_never_ended_a_run_is_as_old_as_its_row(store: SqlStore) -> None:
+def test_a_key_without_runs_is_as_old_as_its_row(store: SqlStore) -> None:
     store.requests.expect({"k": "t"})
     assert store.prune(["k"], DAY) == []
     age(store)
@@ -96,14 +96,14 @@ def test_one_that_never_ended_a_run_is_as_old_as_its_row(store: SqlStore) -> Non
     assert store.prune(["k"], DAY) == ["k"]
 
 
-def test_one_that_was_held_on_is_nobodys_when_the_hold_has_passed(store: SqlStore) -> None:
+def test_a_key_is_removed_after_its_hold_period(store: SqlStore) -> None:
     store.release(acquire(store).lease, Ended("succeeded", "[]", hold=LONG))
     age(store, "updated_at", "last_finished_at", "hold_until")
     assert list(store.unused("", DAY)) == ["k"]
     assert store.prune(["k"], DAY) == ["k"]
 
 
-def test_one_whose_queued_message_was_lost_is_nobodys(store: SqlStore) -> None:
+def test_a_key_whose_queued_message_was_lost_is_removed(store: SqlStore) -> None:
     run(store)
     enqueue(store.requests, "k", "t", LONG)
     age(store, "updated_at", "last_finished_at", "queued_until")
@@ -118,24 +118,24 @@ def held(store: SqlStore) -> None:
 
 
 def held_late(store: SqlStore) -> None:
-    """Without a successor it is still the one who may save."""
+    """Hold the lease past its expiry. Without a successor the holder may still save."""
     acquire(store, "b", BRIEF)
     let_run_out(store)
 
 
-def held_on(store: SqlStore) -> None:
+def in_hold_period(store: SqlStore) -> None:
     store.release(acquire(store, "b").lease, HELD_ON)
 
 
-def asked_for(store: SqlStore) -> None:
-    """Whoever asked is still to come."""
+def with_handoff_request(store: SqlStore) -> None:
+    """Leave a handoff request in the row; the message that asked will come later."""
     lease = acquire(store, "b").lease
     store.requests.request_handoff(peek(store), "c")
     store.release(lease, DONE)
 
 
-def wanted(store: SqlStore) -> None:
-    """The run that is wanted could not be sent."""
+def with_pending_run(store: SqlStore) -> None:
+    """Leave a pending run in the row that could not be sent."""
     lease = acquire(store, "b").lease
     store.requests.request_run(peek(store), "w")
     store.release(lease, DONE)
@@ -145,11 +145,11 @@ def queued(store: SqlStore) -> None:
     enqueue(store.requests, "k", "t", LONG)
 
 
-IN_USE = [held, held_late, held_on, asked_for, wanted, queued]
+IN_USE = [held, held_late, in_hold_period, with_handoff_request, with_pending_run, queued]
 
 
 @pytest.mark.parametrize("use", IN_USE)
-def test_what_is_in_use_is_never_removed(store: SqlStore, use: Callable[[SqlStore], None]) -> None:
+def test_a_key_in_use_is_never_removed(store: SqlStore, use: Callable[[SqlStore], None]) -> None:
     run(store)
     use(store)
     age(store)
@@ -159,8 +159,8 @@ def test_what_is_in_use_is_never_removed(store: SqlStore, use: Callable[[SqlStor
     assert store._rows("SELECT * FROM kv_store", {}) == before
 
 
-def test_what_is_no_singletons_is_never_removed(store: SqlStore) -> None:
-    """A value that was set aside, and those of the key-value store's users."""
+def test_rows_of_no_singleton_are_never_removed(store: SqlStore) -> None:
+    """Values that were set aside, and values of the key-value store's users, stay."""
     store.set_aside("k", "kept")
     age(store)
     assert list(store.unused("", DAY)) == []
@@ -180,9 +180,9 @@ def test_a_key_that_is_used_again_begins_anew(store: SqlStore) -> None:
     assert found == ("null", None, None, 0)
 
 
-def test_a_run_from_before_is_refused_and_its_fence_does_not_come_again(store: SqlStore) -> None:
-    """a acquires and is paused past its lease's life; b acquires and releases; years later the key
-    is removed; c acquires, with a fence that nobody had before; a wakes up and writes.
+def test_an_old_run_is_refused_after_its_row_was_removed(store: SqlStore) -> None:
+    """a acquires, and is paused until its lease has expired; b acquires and releases; years later
+    the key is removed; c acquires, and gets a new fence; a resumes and writes.
     """
     stale = acquire(store, "a", BRIEF).lease
     let_run_out(store)
@@ -208,9 +208,10 @@ def test_a_run_from_before_is_refused_and_its_fence_does_not_come_again(store: S
 # -- at the same time
 
 
-def test_runs_that_begin_meanwhile_keep_their_rows(store: SqlStore) -> None:
-    """Prune goes over many keys, a few at a time; runs acquire the same keys from the other end.
-    Whoever is first: each run is its row's holder until it ends, from the old state or from none.
+def test_runs_that_begin_during_prune_keep_their_rows(store: SqlStore) -> None:
+    """Prune goes through many keys, a few at a time. Meanwhile runs acquire the same keys, in the
+    opposite order. Each run must keep its row until it ends, and begin with the old state or with
+    none.
     """
     keys = [f"k{n:02}" for n in range(40)]
     old(store, *keys)
@@ -241,9 +242,9 @@ def shared_store(shared_store_url: str) -> Iterator[SqlStore]:
 
 
 @contextmanager
-def on_its_way(store: SqlStore, statement: str, named: dict[str, Any]) -> Iterator[Any]:
-    """The answer of a statement that has done its work, and is committed when the block ends."""
-    # MariaDB's bring their own transaction.
+def uncommitted(store: SqlStore, statement: str, named: dict[str, Any]) -> Iterator[Any]:
+    """Carry out a statement, yield its answer, and commit it when the block ends."""
+    # MariaDB's statements contain their own transaction; it is removed here.
     own = r"SET TRANSACTION.*;\s*|START TRANSACTION;\s*|;\s*COMMIT\s*$"
     with open_transaction(store.engine) as connection:
         cursor = connection.connection.cursor()
@@ -254,15 +255,16 @@ def on_its_way(store: SqlStore, statement: str, named: dict[str, Any]) -> Iterat
 
 def wait_until_blocked(store: SqlStore, statement: Future[object]) -> None:
     waiting = WAITING.get(store.engine.dialect.name)
-    if waiting:  # on SQLite whoever is second waits for the file
+    # On SQLite the second statement waits for the file's lock, which no query can see.
+    if waiting:
         wait_until(lambda: store._rows(waiting, {})[0][0] > 0, "the statement waits for a lock")
     assert not statement.done()
 
 
-def test_a_run_that_is_beginning_keeps_its_row(shared_store: SqlStore) -> None:
-    """A run's acquisition has changed the row and is not committed; prune comes, for this key and
-    another; the acquisition commits. On SQLite prune waits for the file, and then finds the row
-    held; elsewhere it passes over the row and waits for nobody.
+def test_prune_leaves_a_row_that_is_being_acquired(shared_store: SqlStore) -> None:
+    """A run's acquisition has changed the row, and is not committed; prune is called for this key
+    and another; the acquisition commits. On SQLite prune waits for the file, and then finds the row
+    held. Other databases let prune skip the locked row without waiting.
     """
     store = shared_store
     old(store, "k", "other")
@@ -270,7 +272,7 @@ def test_a_run_that_is_beginning_keeps_its_row(shared_store: SqlStore) -> None:
     named = {"key": "k", "holder": "b", "ttl": LONG, "task_id": None, "rank": 0}
     named |= {"sent": None, "of_clock": None, "task": "t"}
     with ThreadPoolExecutor(1) as pool:
-        with on_its_way(store, store._sql.acquire, named):
+        with uncommitted(store, store._sql.acquire, named):
             pruned = pool.submit(store.prune, ["k", "other"], DAY)
             if store.engine.dialect.name != "sqlite":
                 assert pruned.result() == ["other"]
@@ -281,18 +283,18 @@ def test_a_run_that_is_beginning_keeps_its_row(shared_store: SqlStore) -> None:
     assert row.fence > before
 
 
-def test_a_run_that_meets_prune_on_its_way_begins_anew(shared_store: SqlStore) -> None:
-    """Prune has removed the row and is not committed; a run asks for the key, and waits; prune
-    commits. The run must not take a row that is gone: it makes a new one, and holds it.
+def test_an_acquisition_that_waits_for_prune_makes_a_new_row(shared_store: SqlStore) -> None:
+    """Prune has removed the row, and is not committed; a run asks for the key, and waits; prune
+    commits. The run must not get the removed row: it makes a new row, and holds it.
     """
     store = shared_store
     old(store, "k")
-    # A fence is a moment in milliseconds, and this row's must have been a while ago, too.
+    # A fence is a time in milliseconds. Move this one back, because the row must look old.
     store._change("UPDATE kv_store SET fence = fence - 1000", {})
     before = peek(store).fence
     with ThreadPoolExecutor(1) as pool:
         named = {"keys": '["k"]', "older_than": DAY}
-        with on_its_way(store, store._sql.prune, named) as pruned:
+        with uncommitted(store, store._sql.prune, named) as pruned:
             assert list(pruned) == [("k",)]
             asked: Future[object] = pool.submit(acquire, store, "b")
             wait_until_blocked(store, asked)
@@ -304,13 +306,11 @@ def test_a_run_that_meets_prune_on_its_way_begins_anew(shared_store: SqlStore) -
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["", "and ends"])
-def test_a_run_that_begins_after_prune_has_looked_keeps_its_row(
-    postgres_url: str, ends: bool
-) -> None:
-    """PostgreSQL: prune has taken its snapshot, and has not locked a row yet; a run acquires the
-    key; prune goes on with what it sees, a row that nobody uses. It must look at it anew.
+def test_an_acquisition_after_prunes_snapshot_keeps_its_row(postgres_url: str, ends: bool) -> None:
+    """On PostgreSQL, prune has taken its snapshot, and has not locked a row yet; a run acquires the
+    key; prune continues with its snapshot, in which the row is unused. It must check the row again.
 
-    A lock of nobody's row, asked for by the statement itself, is what prune waits for in between.
+    To stop prune at this point, its statement is given an advisory lock to wait for.
     """
     store = open_store(postgres_url, "kv_store", 10.0, 8, auto_migrate=True)
     old(store, "k", "other")

@@ -1,4 +1,4 @@
-"""Leases in Redis: what is Redis's own, and which of two stores a singleton belongs to."""
+"""Leases in Redis: the properties of this store, and which of two stores a singleton belongs to."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def make_app(tmp_path: Path, lease_url: str) -> Iterator[Callable[..., Celery]]:
 
 
 def fence_of(self: Any) -> int:
-    """A body."""
+    """Return the run's fence; this is a task's body."""
     return int(self.fence)
 
 
@@ -63,12 +63,12 @@ def task_of(app: Celery, body: Callable[[Any], Any] = fence_of, **options: Any) 
 
 @pytest.fixture
 def both(make_app: Callable[..., Celery], tmp_path: Path) -> Celery:
-    """An app with a database and a server for leases."""
+    """Return an app with a database for states and a Redis server for leases."""
     return make_app(singleton_store_url=f"sqlite:///{tmp_path}/store.db")
 
 
 def test_a_run_is_two_calls(lease_url: str, make_app: Callable[..., Celery]) -> None:
-    """Counted by the server, which is told none of the scripts again."""
+    """The server counts the calls. No call sends a script's text again."""
     task = task_of(make_app())
     task()
     with redis.Redis.from_url(lease_url, decode_responses=True) as client:
@@ -82,7 +82,7 @@ def test_a_run_is_two_calls(lease_url: str, make_app: Callable[..., Celery]) -> 
     assert "cmdstat_script|load" not in calls
 
 
-def test_scripts_that_were_flushed_are_told_again(
+def test_scripts_that_the_server_flushed_are_loaded_again(
     lease_url: str, make_app: Callable[..., Celery]
 ) -> None:
     def body(self: Any) -> int:
@@ -94,19 +94,19 @@ def test_scripts_that_were_flushed_are_told_again(
     assert task() < task()
 
 
-def test_a_state_is_in_sql_and_its_lease_as_well(both: Celery, lease_url: str) -> None:
+def test_a_singleton_with_a_state_has_its_lease_in_sql(both: Celery, lease_url: str) -> None:
     stateful = task_of(both, name="stateful", state_schema=Counter)
     without = task_of(both, name="without")
     before = stateful(), without()
     with redis.Redis.from_url(lease_url, decode_responses=True) as client:
         assert client.keys("singleton-state:*") == ["singleton-state:without"]
         client.flushdb()
-    # Redis lost all that it had: the fence that guards a state goes on, and so does the other.
+    # Redis has lost all its data. Both fences still grow: the one in SQL, and the one in Redis.
     assert stateful() > before[0]
     assert without() > before[1]
 
 
-def test_both_are_listed(both: Celery) -> None:
+def test_singletons_of_both_stores_are_listed(both: Celery) -> None:
     for name, options in {"b": {"state_schema": Counter}, "a": {}, "c": {}}.items():
         task_of(both, name=name, **options)()
     runtime = runtime_of(both)
@@ -118,7 +118,7 @@ def test_both_are_listed(both: Celery) -> None:
     assert sorted(map(len, contents)) == [1, 2]
 
 
-def test_where_there_is_no_database_a_state_is_refused(make_app: Callable[..., Celery]) -> None:
+def test_a_state_without_a_database_is_refused(make_app: Callable[..., Celery]) -> None:
     app = make_app()
     task_of(app)()
     stateful = task_of(app, name="stateful", state_schema=Counter)
@@ -149,19 +149,19 @@ def test_a_server_that_evicts_leases_is_refused(lease_url: str) -> None:
     "url",
     ["http://host/0", "redis://host:port/0", "sentinel://host:26379", "sentinel://host:x/name"],
 )
-def test_a_url_that_is_none_is_refused(make_app: Callable[..., Celery], url: str) -> None:
+def test_a_malformed_url_is_refused(make_app: Callable[..., Celery], url: str) -> None:
     app = make_app(singleton_lease_url=url)
     with pytest.raises(ImproperlyConfigured, match="singleton_lease_url"):
         _ = runtime_of(app).store
 
 
-def test_redis_is_no_place_for_states(make_app: Callable[..., Celery], lease_url: str) -> None:
+def test_redis_is_refused_for_states(make_app: Callable[..., Celery], lease_url: str) -> None:
     app = make_app(singleton_store_url=lease_url)
     with pytest.raises(ImproperlyConfigured, match="singleton_lease_url takes it"):
         _ = runtime_of(app).store
 
 
-def test_over_a_socket(tmp_path: Path) -> None:
+def test_a_unix_socket_works(tmp_path: Path) -> None:
     server = Valkey()
     path = server.directory / "socket"
     server.stop()
@@ -175,13 +175,13 @@ def test_over_a_socket(tmp_path: Path) -> None:
     server.close()
 
 
-def test_with_tls_it_is_asked_for() -> None:
+def test_a_tls_url_makes_a_tls_connection() -> None:
     client = client_for("rediss://:secret@host:6380/2?ssl_cert_reqs=none")
     assert client.connection_pool.connection_class is redis.SSLConnection
     client.close()
 
 
-def test_out_of_reach(make_app: Callable[..., Celery]) -> None:
+def test_an_unavailable_server_raises_errors(make_app: Callable[..., Celery]) -> None:
     task = task_of(make_app(singleton_lease_url="redis://127.0.0.1:1/0"), max_retries=0)
     with pytest.raises(StateLoadFailed, match="ConnectionError"):
         task()
@@ -201,7 +201,7 @@ def proxied(
 
 
 def test_a_silent_server_becomes_an_error(proxied: tuple[Celery, Proxy]) -> None:
-    """It takes every byte and answers none, for longer than a lease lives."""
+    """The server receives every byte and answers none, for longer than a lease lives."""
     app, proxy = proxied
     task = task_of(app, max_retries=0)
     task()
@@ -211,7 +211,9 @@ def test_a_silent_server_becomes_an_error(proxied: tuple[Celery, Proxy]) -> None
 
 
 def test_the_answer_to_acquire_is_lost(proxied: tuple[Celery, Proxy]) -> None:
-    """The lease is taken, the holder does not know; it asks again and is told the same fence."""
+    """The lease is acquired, but the holder does not know it. The holder repeats the request, and
+    gets the same fence.
+    """
     app, proxy = proxied
     task = task_of(app)
     first = task()
@@ -223,7 +225,7 @@ def test_the_answer_to_acquire_is_lost(proxied: tuple[Celery, Proxy]) -> None:
 
 
 def test_the_answer_to_release_is_lost(proxied: tuple[Celery, Proxy]) -> None:
-    """Its repetition is refused, and it finds itself in the history."""
+    """The repeated release is refused, and the run finds its own end in the history."""
     app, proxy = proxied
 
     def body(self: Any) -> None:
@@ -235,8 +237,8 @@ def test_the_answer_to_release_is_lost(proxied: tuple[Celery, Proxy]) -> None:
     assert (row.holder, row.run_count, row.last_outcome) == (None, 1, "succeeded")
 
 
-def test_a_silent_server_costs_a_state_nothing(proxied: tuple[Celery, Proxy]) -> None:
-    """The heartbeat of the leases in SQL goes on while that of those in Redis gets no answer."""
+def test_a_silent_redis_costs_no_lease_in_sql(proxied: tuple[Celery, Proxy]) -> None:
+    """Leases in SQL are renewed even while the renewals of leases in Redis get no answer."""
     app, proxy = proxied
 
     def inner(self: Any) -> None:
@@ -280,7 +282,7 @@ def test_a_time_limit_in_mid_call_leaves_no_answer_behind(
 
 @pytest.fixture
 def kept(lease_url: str) -> Iterator[RedisStore]:
-    """A store that has a connection."""
+    """Open a store that has a connection already."""
     store = RedisStore(lease_url, io_timeout=5.0)
     store.requests.expect({"first": "t"})
     yield store
@@ -296,11 +298,11 @@ def test_a_connection_that_the_server_has_closed_is_not_used(
 
 
 @pytest.mark.parametrize("moment", ["first", "again"])
-def test_a_time_limit_while_it_connects_leaves_no_half_made_connection(
+def test_a_time_limit_while_connecting_leaves_no_half_made_connection(
     lease_url: str, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """It strikes before the connection was told its database: who asks next asks that database, and
-    not the first one.
+    """The time limit interrupts the client before it has selected its database. The next call must
+    use that database, and not database 0.
     """
     store = RedisStore(lease_url, io_timeout=5.0)
     if moment == "again":
@@ -325,23 +327,27 @@ def test_a_time_limit_while_it_connects_leaves_no_half_made_connection(
 
 
 def test_a_forked_process_has_a_connection_of_its_own(kept: RedisStore) -> None:
-    """Both take leases by turns of the scheduler's; none is given another's answer."""
-    child = multiprocessing.get_context("fork").Process(target=take_and_give, args=(kept, "child"))
+    """Parent and child acquire leases at the same time. Neither may get the other's answer."""
+    child = multiprocessing.get_context("fork").Process(
+        target=acquire_and_release, args=(kept, "child")
+    )
     child.start()
-    take_and_give(kept, "parent")
+    acquire_and_release(kept, "parent")
     child.join(30)
     assert child.exitcode == 0
-    take_and_give(kept, "afterwards")
+    acquire_and_release(kept, "afterwards")
 
 
-def test_threads_share_it(kept: RedisStore) -> None:
-    """One has the connection, the others go to the pool; none is given another's answer."""
+def test_threads_share_a_store(kept: RedisStore) -> None:
+    """One thread uses the ready connection, and the others use the pool. None may get another's
+    answer.
+    """
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda name: take_and_give(kept, name), "abcd"))
+        list(pool.map(lambda name: acquire_and_release(kept, name), "abcd"))
 
 
-def take_and_give(store: RedisStore, name: str) -> None:
-    """Take each of some leases twice, by one's own name, and give it back."""
+def acquire_and_release(store: RedisStore, name: str) -> None:
+    """Acquire and release some leases twice each, and check that each answer is for this caller."""
     for number in range(100):
         key, fence = f"{name}-{number}", 0
         for holder in ("first", "second"):
@@ -356,8 +362,10 @@ def take_and_give(store: RedisStore, name: str) -> None:
         assert (row.key, row.fence, row.history) == (key, fence, f"[{number}]")
 
 
-def test_sentinel_knows_where_the_master_is() -> None:
-    """The master is killed; the replica takes its place, and what it has heard of goes on."""
+def test_a_store_finds_the_new_master_by_sentinel() -> None:
+    """The master is killed; the replica becomes the master. Leases that it has copied are
+    renewed.
+    """
     master = Valkey()
     replica = Replica(master.port)
     sentinel = Sentinel(master)
@@ -384,8 +392,10 @@ def test_sentinel_knows_where_the_master_is() -> None:
             server.close()
 
 
-def test_prune(lease_url: str) -> None:
-    """What nobody has used for so long; nothing that is held, late even, wanted or queued."""
+def test_prune_removes_unused_keys_only(lease_url: str) -> None:
+    """Keys unused for longer than the age are removed. A key with a lease (even an expired one), a
+    pending run or a queued message is not.
+    """
     store = RedisStore(lease_url, io_timeout=2.0)
     for key in ("t:old", "t:held", "t:wanted", "t:queued", "t:new", "u:old"):
         taken = store.acquire(key, "h", 60, None)
@@ -411,15 +421,17 @@ def test_prune(lease_url: str) -> None:
     store.close()
 
 
-def test_where_there_is_no_database_none_is_made(make_app: Callable[..., Celery]) -> None:
+def test_migrate_without_a_database_is_refused(make_app: Callable[..., Celery]) -> None:
     with pytest.raises(ImproperlyConfigured, match="set singleton_store_url as well"):
         migrate(runtime_of(make_app()).settings)
 
 
-def test_what_a_dead_process_held_is_freed_though_its_task_is_gone(
+def test_the_lease_of_a_dead_process_and_unknown_task_is_freed(
     make_app: Callable[..., Celery],
 ) -> None:
-    """Its file names a task that this app has renamed or removed: no task says in which store."""
+    """The dead process's file names a task that this app has renamed or removed. So no task says in
+    which store the lease is.
+    """
     app = make_app()
     task_of(app)()
     runtime = runtime_of(app)
@@ -428,7 +440,8 @@ def test_what_a_dead_process_held_is_freed_though_its_task_is_gone(
     assert store.acquire(key, holder, 600, None)
     dead = HolderFiles(runtime.holder_files.directory, "1-abcdef")
     dead.note(HolderRecord(key, holder, 0))
-    dead.leave_to_parent()  # gives up the lock, as a death does
+    # Releases the file's lock, like the death of a process.
+    dead.leave_to_parent()
     assert free_dead(runtime) == 1
     row = store.peek(key)
     assert row is not None

@@ -1,4 +1,4 @@
-"""Leases in Redis when a request is carried out late, was repeated, or its answer was lost."""
+"""Leases in Redis when a request is carried out late or repeated, or when its answer was lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.waiting import wait_until
 
 LONG, BRIEF = 60.0, 0.2
 DONE = Ended("succeeded", "[]")
-#: Redis' largest integer, less some acquisitions.
+#: The largest integer of Redis, less a few, so that some acquisitions still fit.
 NEAR_THE_END = 2**63 - 10
 
 
@@ -48,7 +48,7 @@ def claim(store: RedisStore, task_id: str, number: int) -> bool:
 
 
 def milliseconds(server: redis.Redis) -> int:
-    """The server's clock."""
+    """Return the server's time in milliseconds since 1970."""
     seconds, micros = server.time()
     return int(seconds) * 1000 + int(micros) // 1000
 
@@ -57,7 +57,7 @@ def milliseconds(server: redis.Redis) -> int:
 
 
 def test_a_repeated_acquire_changes_nothing(store: RedisStore) -> None:
-    """a acquires; b asks a to hand over; a's lease is renewed for long; the second copy of a's
+    """a acquires; b asks a to hand over; a's lease is renewed for a long life; a second copy of a's
     acquire, for a brief life, is carried out.
     """
     first = acquire(store, "a")
@@ -74,7 +74,7 @@ def test_a_repeated_acquire_changes_nothing(store: RedisStore) -> None:
     assert store.requests.queued("k").number == queue
 
 
-def test_a_repeated_acquire_prolongs_a_life_that_ends_sooner(store: RedisStore) -> None:
+def test_a_repeated_acquire_extends_a_shorter_life(store: RedisStore) -> None:
     acquire(store, "a", BRIEF)
     acquire(store, "a", LONG)
     left = peek(store).expires_in
@@ -82,8 +82,10 @@ def test_a_repeated_acquire_prolongs_a_life_that_ends_sooner(store: RedisStore) 
     assert left > BRIEF
 
 
-def test_the_row_says_how_a_lease_was_acquired(store: RedisStore) -> None:
-    """0 of a free one, and of one whose hold after its run is over; -1 of one that had run out."""
+def test_the_write_number_says_how_a_lease_was_acquired(store: RedisStore) -> None:
+    """The write number is 0 if the lease was free or its hold period has ended. It is -1 if the
+    lease had expired.
+    """
     first = acquire(store, "a", BRIEF)
     wait_until(lambda: not peek(store).held, "a's lease runs out")
     second = acquire(store, "b")
@@ -118,8 +120,10 @@ def test_a_fence_is_the_servers_time(store: RedisStore, server: redis.Redis) -> 
 
 
 @pytest.mark.parametrize("fence", [2**53 + 1, NEAR_THE_END])
-def test_a_clock_that_was_put_back(store: RedisStore, server: redis.Redis, fence: int) -> None:
-    """The fence goes on by one; each digit of it, though Lua's numbers have 53 bits."""
+def test_a_fence_grows_by_one_after_the_clock_was_set_back(
+    store: RedisStore, server: redis.Redis, fence: int
+) -> None:
+    """The fence is exact to its last digit, although Lua's numbers have only 53 bits."""
     store.release(acquire(store, "a").lease, DONE)
     server.hset("k", "fence", str(fence))
     lease = acquire(store, "b").lease
@@ -142,8 +146,8 @@ def test_runs_within_a_millisecond_have_growing_fences(store: RedisStore) -> Non
 # -- give back
 
 
-def test_a_lease_that_was_taken_for_nobody_is_given_back(store: RedisStore) -> None:
-    """a's acquire is carried out and never answered: a does not know its fence."""
+def test_a_lease_is_given_back_if_acquire_was_never_answered(store: RedisStore) -> None:
+    """a's acquire is carried out and never answered, so a does not know its fence."""
     acquire(store, "a", LONG)
     assert store.requests.request_run(peek(store), "w")
     assert store.give_back("k", "a") == Released("w")
@@ -163,7 +167,7 @@ def test_a_late_give_back_ends_no_other_lease(store: RedisStore) -> None:
     assert store.renew([lease]) == {"k": None}
 
 
-def test_a_give_back_does_not_end_the_hold_after_its_run(store: RedisStore) -> None:
+def test_a_give_back_does_not_end_a_hold_period(store: RedisStore) -> None:
     store.release(acquire(store, "a").lease, Ended("succeeded", "[]", hold=LONG))
     assert store.give_back("k", "a") is None
     assert peek(store).in_hold_period
@@ -172,8 +176,10 @@ def test_a_give_back_does_not_end_the_hold_after_its_run(store: RedisStore) -> N
 # -- the pending run
 
 
-def test_a_late_older_wish_replaces_no_newer_one(store: RedisStore) -> None:
-    """w1 is sent and given up; w2, which saw the same row, is noted; w1 is carried out."""
+def test_a_late_pending_run_does_not_replace_a_newer_one(store: RedisStore) -> None:
+    """A's request for a pending run stalls, and A gives it up; B, which saw the same row, records
+    another pending run; then A's request is carried out.
+    """
     acquire(store, "a")
     seen = peek(store)
     assert store.requests.request_run(seen, "w2")
@@ -196,7 +202,9 @@ def test_a_late_claim_does_not_queue_a_message_that_has_ended(store: RedisStore)
 
 
 def test_a_late_claim_does_not_queue_a_message_that_was_dropped(store: RedisStore) -> None:
-    """The same, of a message that was revoked: it ended without a run."""
+    """t's claim stalls; its copy is answered; t is revoked, and so ends without a run; the first
+    copy is carried out.
+    """
     claim(store, "before", 0)
     store.requests.dequeue("k", "before")
     number = store.requests.queued("k").number
@@ -214,8 +222,10 @@ def test_a_repeated_claim_is_answered_like_the_first(store: RedisStore) -> None:
     assert (queued.number, queued.task_id) == (number + 1, "t")
 
 
-def test_a_claim_names_the_queue_that_was_seen(store: RedisStore) -> None:
-    """Two senders see nobody queued; one claims; the other is refused, and sees the first."""
+def test_a_claim_is_refused_if_the_queue_has_changed(store: RedisStore) -> None:
+    """Two senders see that no message is queued. One claims; the other's claim is refused, and it
+    sees the first one's message.
+    """
     number = store.requests.queued("k").number
     assert claim(store, "first", number)
     assert not claim(store, "second", number)
@@ -230,7 +240,7 @@ def test_a_message_that_runs_is_answered_as_the_queued_one(store: RedisStore) ->
     assert store.requests.queued("k").task_id == "next"
 
 
-def test_looking_and_giving_back_make_no_row(store: RedisStore) -> None:
+def test_reading_and_giving_back_make_no_row(store: RedisStore) -> None:
     assert store.requests.queued("k").number == 0
     assert not claim(store, "t", 7)
     assert store.give_back("k", "a") is None

@@ -1,4 +1,6 @@
-"""What the servers of leases do: they are demoted, full, a cluster, or refuse; and connections."""
+"""Redis servers that are demoted, fail over, are full, run as a cluster or refuse, and the
+connections to them.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ CONNECTIONS = 8
 
 
 class Configured(Valkey):
-    """A server of a chosen program, with options."""
+    """A server of a chosen program (Redis or Valkey), with command-line options."""
 
     def __init__(self, program: str, *options: str) -> None:
         self._program, self._more = program, options
@@ -45,7 +47,7 @@ class Configured(Valkey):
         self._options = self._more
         super().start()
 
-    def _find(self) -> str:  # type: ignore[override]  # here each server has its own
+    def _find(self) -> str:  # type: ignore[override]  # each server has its own program
         return self._program
 
 
@@ -95,8 +97,9 @@ def acquire(store: RedisStore, key: str = "k", holder: str = "h") -> Lease:
 
 
 def connect(store: RedisStore, port: int, lease: Lease, number: int = CONNECTIONS) -> None:
-    """Have a store open so many connections, by as many calls at one time: the server answers none
-    before it has them all.
+    """Make a store open this many connections, by as many calls at once.
+
+    The server's writes are paused until all calls wait, so that no two calls share a connection.
     """
     with redis.Redis(port=port) as client, ThreadPoolExecutor(number) as pool:
         client.client_pause(60_000, all=False)
@@ -109,12 +112,14 @@ def connect(store: RedisStore, port: int, lease: Lease, number: int = CONNECTION
 
 
 def blocked(client: redis.Redis) -> int:
-    """How many clients wait until the pause of writes ends; scripts count as writes."""
+    """Return how many clients wait for the end of the pause of writes. Scripts count as writes."""
     return int(client.info("clients")["blocked_clients"])
 
 
 def renew_at_once(store: RedisStore, lease: Lease) -> list[Any]:
-    """Answers to as many renewals as there are connections, all sent at one time."""
+    """Send as many renewals at once as there are connections, and return their answers or
+    errors.
+    """
     barrier = threading.Barrier(CONNECTIONS)
 
     def renew() -> Any:
@@ -141,21 +146,21 @@ def replica(primary: Valkey) -> Iterator[Replica]:
     yield from running(lambda: Replica(primary.port))
 
 
-def test_after_a_demotion_one_call_is_refused_and_all_others_go_on(
+def test_after_a_demotion_one_call_is_refused_and_all_others_succeed(
     primary: Valkey,
     replica: Replica,
     make_proxy: Callable[[int], Proxy],
     make_store: Callable[[str], RedisStore],
 ) -> None:
-    """The name in the URL leads to the new primary, the old one stays reachable as a replica, and
-    closes none of the connections that it has. The first call over one of them is refused; no call
-    over the seven others is.
+    """The name in the URL leads to the new primary. The old primary is now a replica; it stays
+    reachable, and closes none of its eight connections. The first call over one of them is refused.
+    No call over the seven others may be.
     """
     proxy = make_proxy(primary.port)
     store = make_store(through(proxy, primary.url))
     lease = acquire(store)
     connect(store, primary.port, lease)
-    change_places(primary, replica, proxy)
+    swap_roles(primary, replica, proxy)
 
     with pytest.raises(StoreUnavailable, match="read only"):
         store.renew([lease])
@@ -163,21 +168,21 @@ def test_after_a_demotion_one_call_is_refused_and_all_others_go_on(
     assert store.release(lease, DONE) == Released(None)
 
 
-def test_a_demoted_server_answers_nothing(
+def test_a_demoted_server_refuses_all_calls(
     primary: Valkey,
     replica: Replica,
     make_proxy: Callable[[int], Proxy],
     make_store: Callable[[str], RedisStore],
 ) -> None:
-    """What it holds is old: it must not say that a lease is lost or held, or what is queued, though
-    no answer of these needs a write.
+    """The data of a demoted server is old. It must not say that a lease is lost or held, or which
+    message is queued, although these answers need no write.
     """
     proxy = make_proxy(primary.port)
     store = make_store(through(proxy, primary.url))
     lease = acquire(store)
     row = store.peek("k")
     assert row is not None
-    change_places(primary, replica, proxy)
+    swap_roles(primary, replica, proxy)
     proxy.target = primary.port
     another = Lease("k", "another", lease.fence, LONG)
     calls: list[Callable[[], Any]] = [
@@ -205,8 +210,10 @@ def test_a_demoted_server_answers_nothing(
             call()
 
 
-def change_places(primary: Valkey, replica: Replica, proxy: Proxy) -> None:
-    """New connections come to the new primary; those that there are stay where they are."""
+def swap_roles(primary: Valkey, replica: Replica, proxy: Proxy) -> None:
+    """Make the replica the primary, and send new connections to it. Open connections stay where
+    they are.
+    """
     with redis.Redis(port=primary.port) as old, redis.Redis(port=replica.port) as new:
         wait_until(lambda: new.exists("k"), "the replica has the lease")
         new.replicaof("NO", "ONE")
@@ -214,10 +221,10 @@ def change_places(primary: Valkey, replica: Replica, proxy: Proxy) -> None:
         old.replicaof("127.0.0.1", replica.port)
 
 
-def test_after_a_failover_by_sentinel_all_calls_go_on(
+def test_after_a_failover_by_sentinel_calls_succeed(
     primary: Valkey, replica: Replica, make_store: Callable[[str], RedisStore]
 ) -> None:
-    """An operator has Sentinel change the places of two servers that both live on."""
+    """An operator tells Sentinel to swap the roles of two servers. Both servers stay alive."""
     sentinel = Sentinel(primary)
     try:
         store = make_store(sentinel.url)
@@ -246,11 +253,11 @@ def is_told_to_fail_over(sentinel: Sentinel) -> bool:
 # -- many keys
 
 
-def test_ls_a_scrape_and_prune_never_stop_the_server_for_long(
+def test_ls_scrape_and_prune_read_page_by_page(
     lease_url: str, make_store: Callable[[str], RedisStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of several thousand singletons each script reads a page: all of them, in order, none twice,
-    and none of another prefix.
+    """There are several thousand singletons. Each script call reads one page, so that it blocks the
+    server only briefly. Together the pages have all keys of the prefix, in order, each once.
     """
     store = make_store(lease_url)
     keys = [f"t:{number:05}" for number in range(10 * PAGE + 7)]
@@ -280,12 +287,12 @@ def test_ls_a_scrape_and_prune_never_stop_the_server_for_long(
 
 
 def commands(client: redis.Redis) -> int:
-    """How many commands on hashes there were."""
+    """Return how many commands on hashes the server has carried out."""
     found = client.info("commandstats")
     return sum(each["calls"] for name, each in found.items() if name.startswith("cmdstat_h"))
 
 
-def test_a_page_that_is_just_full_is_not_the_end(
+def test_a_full_page_is_not_taken_for_the_last(
     lease_url: str, make_store: Callable[[str], RedisStore]
 ) -> None:
     store = make_store(lease_url)
@@ -297,7 +304,7 @@ def test_a_page_that_is_just_full_is_not_the_end(
     assert [row.key for row in store.list("")] == [*keys, "1"]
 
 
-def test_a_process_that_holds_very_many_leases_renews_them_all(
+def test_a_process_renews_very_many_leases(
     lease_url: str, make_store: Callable[[str], RedisStore]
 ) -> None:
     store = make_store(lease_url)
@@ -312,7 +319,7 @@ def test_a_process_that_holds_very_many_leases_renews_them_all(
 def test_redis_cluster_is_refused_at_start(
     make_server: Callable[..., Configured], make_store: Callable[[str], RedisStore]
 ) -> None:
-    """And by each call, should nobody have asked at the start."""
+    """Each call refuses a cluster, too, in case the check at start was not made."""
     server = make_server("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     with redis.Redis(port=server.port) as client:
         client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
@@ -327,12 +334,13 @@ def test_redis_cluster_is_refused_at_start(
 def test_a_full_server_renews_and_releases(
     make_server: Callable[..., Configured], make_store: Callable[[str], RedisStore]
 ) -> None:
-    """Its memory is full of others' keys. What runs goes on, and ends; what the server knows can
-    begin; only a singleton that is new to it is refused, until there is memory again.
+    """The server's memory is full of other programs' keys. Runs in progress continue and end.
+    Singletons that the server knows can begin runs. A new singleton is refused until there is
+    memory again.
     """
     server = make_server("--maxmemory-policy", "noeviction")
     store = make_store(server.url)
-    lease, taken_for_nobody = acquire(store), acquire(store, "k2")
+    lease, unknown_lease = acquire(store), acquire(store, "k2")
     with redis.Redis(port=server.port) as client:
         client.config_set("maxmemory", "1kb")
         with pytest.raises(redis.ResponseError, match="maxmemory"):
@@ -348,7 +356,7 @@ def test_a_full_server_renews_and_releases(
         assert store.release(lease, Ended("succeeded", '["a long history"]' * 100)) is not None
         store.requests.pending_run_sent("k", "w")
         store.requests.dequeue("k", "t")
-        assert store.give_back("k2", taken_for_nobody.holder) is not None
+        assert store.give_back("k2", unknown_lease.holder) is not None
         assert store.requests.claim("k", "t", LONG, store.requests.queued("k").number)
         assert store.release(acquire(store), DONE) is not None
         assert len(store.list("")) == 2
@@ -366,10 +374,12 @@ def test_a_full_server_renews_and_releases(
     acquire(store, "new")
 
 
-def test_a_server_that_needs_replicas_and_has_none(
+def test_a_server_without_its_required_replicas_is_unavailable(
     make_server: Callable[..., Configured], make_store: Callable[[str], RedisStore]
 ) -> None:
-    """Which passes. It may also be a primary that was cut off, so its connections are given up."""
+    """This error passes by itself. But the server may also be a primary that was cut off, so the
+    store closes its connections to it.
+    """
     server = make_server()
     store = make_store(server.url)
     lease = acquire(store)
@@ -383,17 +393,19 @@ def test_a_server_that_needs_replicas_and_has_none(
 
 
 @pytest.fixture
-def guarded(make_server: Callable[..., Configured]) -> Iterator[tuple[Configured, redis.Redis]]:
-    """A server that wants a password, and its operator."""
+def password_server(
+    make_server: Callable[..., Configured],
+) -> Iterator[tuple[Configured, redis.Redis]]:
+    """A server that requires a password, and an operator's client."""
     server = make_server("--requirepass", "secret")
     with redis.Redis(port=server.port, password="secret") as client:
         yield server, client
 
 
-def test_what_never_passes_says_what_is_to_be_done(
-    guarded: tuple[Configured, redis.Redis], make_store: Callable[[str], RedisStore]
+def test_errors_that_never_pass_say_what_to_do(
+    password_server: tuple[Configured, redis.Redis], make_store: Callable[[str], RedisStore]
 ) -> None:
-    server, operator = guarded
+    server, operator = password_server
     place = f"127.0.0.1:{server.port}"
     operator.execute_command("ACL", "SETUSER", "reader", "on", ">pw", "~*", "+@read", "+info")
     operator.execute_command("ACL", "SETUSER", "caller", "on", ">pw", "~*", "+@scripting", "+info")
@@ -418,10 +430,10 @@ def test_what_never_passes_says_what_is_to_be_done(
         store.acquire("k", "h", LONG, None)
 
 
-def test_the_privileges_of_the_advice_are_enough(
-    guarded: tuple[Configured, redis.Redis], make_store: Callable[[str], RedisStore]
+def test_the_privileges_that_the_error_advises_are_enough(
+    password_server: tuple[Configured, redis.Redis], make_store: Callable[[str], RedisStore]
 ) -> None:
-    server, operator = guarded
+    server, operator = password_server
     rules = ("~celery-singleton-keys", "~singleton-state:*")
     rules += ("+@read", "+@write", "+@scripting", "+@connection", "+time", "+info")
     operator.execute_command("ACL", "SETUSER", "worker", "on", ">pw", *rules)
@@ -443,8 +455,8 @@ def test_the_privileges_of_the_advice_are_enough(
 def test_a_forked_child_uses_none_of_its_parents_sockets(
     primary: Valkey, make_store: Callable[[str], RedisStore], tmp_path: Path
 ) -> None:
-    """The parent has several connections; the child's calls go over others, and the parent's go on
-    as if there were no child.
+    """The parent has several connections. The child's calls use new connections, and the parent's
+    calls still succeed.
     """
     store = make_store(primary.url)
     lease = acquire(store)
@@ -466,7 +478,7 @@ def test_a_forked_child_uses_none_of_its_parents_sockets(
 
 
 def ids_of(store: RedisStore) -> set[int]:
-    """What the server calls each of the connections of a store."""
+    """Return the server's ids of the store's idle connections."""
     taken = []
     for connection in store._scripts._mine.idle:
         connection.send_command("CLIENT", "ID")
@@ -474,27 +486,27 @@ def ids_of(store: RedisStore) -> set[int]:
     return set(taken)
 
 
-def test_more_calls_at_once_than_the_client_librarys_pool_has_connections(
+def test_more_calls_at_once_than_redis_pys_pool_allows(
     primary: Valkey, make_store: Callable[[str], RedisStore]
 ) -> None:
-    """A pool of the client library's has 100 at most, and fails the call after them."""
+    """A connection pool of redis-py has 100 connections at most, and fails the next call."""
     store = make_store(primary.url)
     connect(store, primary.port, acquire(store), 120)
 
 
-def test_a_time_limit_breaks_off_its_own_call_only(
+def test_a_time_limit_interrupts_its_own_call_only(
     primary: Valkey, make_store: Callable[[str], RedisStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The heartbeat's renewal is on its way, as a time limit strikes another call: the renewal is
-    answered.
+    """The heartbeat's renewal is in flight while a time limit interrupts another call. The renewal
+    must get its answer.
     """
     store = make_store(primary.url)
     lease = acquire(store)
 
-    read_response, struck = redis.Connection.read_response, threading.get_ident()
+    read_response, interrupted = redis.Connection.read_response, threading.get_ident()
 
     def interrupt(self: Any, *arguments: Any, **named: Any) -> Any:
-        if threading.get_ident() != struck:
+        if threading.get_ident() != interrupted:
             return read_response(self, *arguments, **named)
         monkeypatch.undo()
         raise SoftTimeLimitExceeded

@@ -1,4 +1,4 @@
-"""Connections that cannot be made: what somebody has to mend is told from what passes by itself."""
+"""Connections that cannot be made: errors that an operator has to fix are told from outages."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SECRET = "hunter2"
 
 @pytest.fixture
 def error_of() -> Iterator[Callable[[str], StoreError]]:
-    """What a look at the store behind a URL raises."""
+    """Return a function that returns the error of checking the store behind a URL."""
     opened: list[SqlStore | RedisStore] = []
 
-    def look(url: str) -> StoreError:
+    def check(url: str) -> StoreError:
         is_sql = url.startswith(("postgresql", "mysql"))
         opened.append(open_store(url, "kv_store", 2.0) if is_sql else RedisStore(url, 2.0))
         with pytest.raises(StoreError) as caught:
@@ -36,7 +36,7 @@ def error_of() -> Iterator[Callable[[str], StoreError]]:
         assert SECRET not in str(caught.value)
         return caught.value
 
-    yield look
+    yield check
     for store in opened:
         store.close()
 
@@ -53,7 +53,7 @@ ON_POSTGRESQL = {
 
 
 @pytest.mark.parametrize("option", ON_POSTGRESQL)
-def test_what_postgresql_never_grants_is_no_outage(
+def test_an_option_that_postgresql_refuses_is_no_outage(
     server_url: str, option: str, error_of: Callable[[str], StoreError]
 ) -> None:
     error = error_of(f"{server_url}?{option}")
@@ -70,7 +70,7 @@ ON_MARIADB = {
 
 
 @pytest.mark.parametrize("option", ON_MARIADB)
-def test_what_mariadb_never_grants_is_no_outage(
+def test_an_option_that_mariadb_refuses_is_no_outage(
     mariadb_url: str, option: str, error_of: Callable[[str], StoreError]
 ) -> None:
     error = error_of(f"{mariadb_url}{'&' if '?' in mariadb_url else '?'}{option}")
@@ -79,7 +79,7 @@ def test_what_mariadb_never_grants_is_no_outage(
 
 
 def test_a_port_in_the_options_is_understood(mariadb_url: str) -> None:
-    """PyMySQL takes no text for it."""
+    """PyMySQL does not accept the port as text, so the package converts it."""
     place, _, database = mariadb_url.rpartition("/")
     port = place.rpartition(":")[2]
     store = open_store(f"mysql://root@127.0.0.1:1/{database}?port={port}", "kv_store", 2.0, 2, True)
@@ -91,16 +91,14 @@ def test_a_port_in_the_options_is_understood(mariadb_url: str) -> None:
     "url",
     ["postgresql://u:hunter2@127.0.0.1:{port}/db", "mysql://u:hunter2@127.0.0.1:{port}/db"],
 )
-def test_a_server_that_is_not_there_is_an_outage(
-    url: str, error_of: Callable[[str], StoreError]
-) -> None:
+def test_a_missing_server_is_an_outage(url: str, error_of: Callable[[str], StoreError]) -> None:
     assert isinstance(error_of(url.format(port=free_port())), StoreUnavailable)
 
 
-def test_a_file_that_is_gone_when_a_connection_is_made_is_one_line(
+def test_a_certificate_that_was_removed_is_a_one_line_error(
     tmp_path: Path, error_of: Callable[[str], StoreError]
 ) -> None:
-    """PyMySQL reads it anew for each connection, and raises what Python raises."""
+    """PyMySQL reads the file again for each connection, and raises Python's own error."""
     authorities = ssl.get_default_verify_paths().cafile
     if authorities is None:
         pytest.skip("Python knows no file of certificates here")
@@ -114,10 +112,10 @@ def test_a_file_that_is_gone_when_a_connection_is_made_is_one_line(
     store.close()
 
 
-def test_a_host_that_cannot_be_asked_for_is_not_the_values_fault(
+def test_an_invalid_host_name_is_not_taken_for_a_refused_value(
     monkeypatch: pytest.MonkeyPatch, error_of: Callable[[str], StoreError]
 ) -> None:
-    """The name of a host that only its look-up refuses."""
+    """The host's name is invalid in a way that only looking it up reveals."""
 
     def refuse(*_args: Any, **_kwargs: Any) -> None:
         raise UnicodeError("label empty or too long")
@@ -132,8 +130,8 @@ def test_a_host_that_cannot_be_asked_for_is_not_the_values_fault(
 def test_sentinels_that_know_no_master_are_named_without_their_password(
     error_of: Callable[[str], StoreError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The client library's text has the representation of each client, and up to release 6.4 the
-    password in it.
+    """redis-py's error text contains the representation of each client; up to release 6.4 this
+    contains the password.
     """
     ports = free_port(), free_port()
     hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
@@ -153,7 +151,7 @@ def test_sentinels_that_know_no_master_are_named_without_their_password(
     assert "sentinel://host:26379/<name>" in str(error)
 
 
-def test_a_database_that_is_not_there_is_one_line(
+def test_a_missing_database_is_a_one_line_error(
     valkey: Valkey, error_of: Callable[[str], StoreError], caplog: pytest.LogCaptureFixture
 ) -> None:
     error = error_of(f"redis://127.0.0.1:{valkey.port}/99999")
@@ -169,7 +167,7 @@ def test_a_database_that_is_not_there_is_one_line(
         {"singleton_store_url": "memory://", "singleton_lease_url": "redis://h?protocol=4"},
     ],
 )
-def test_health_tells_of_a_url_that_cannot_be_used(conf: dict[str, str]) -> None:
+def test_health_reports_a_url_that_cannot_be_used(conf: dict[str, str]) -> None:
     app = Celery("shop", set_as_current=False)
     app.conf.update(conf)
     told = check_health(app)

@@ -1,4 +1,4 @@
-"""What a store cannot hold is told apart from an outage, on every store, and changes nothing."""
+"""Values that a store cannot hold are warning from outages, on every store, and change nothing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ POLISH = NewValue('{"city":"Łódź"}', 1)
 
 
 def with_small_sqlite(url: str) -> SqlStore:
-    """One whose connections take no text of more than 10,000 bytes."""
+    """Open an SQLite store whose connections accept no text longer than 10,000 bytes."""
     store = open_store(url, "kv_store", 2.0, auto_migrate=True)
     store.engine.dispose()
 
@@ -53,8 +53,10 @@ def of_size(size: int) -> NewValue:
 
 
 @pytest.fixture(params=["latin1", "check", "sqlite", "packet", "larger packet", "column"])
-def refusing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[SqlStore, NewValue]]:
-    """A store, and a value that it cannot hold."""
+def store_and_refused_value(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[tuple[SqlStore, NewValue]]:
+    """Yield a store, and a value that it cannot hold."""
     kind = request.param
     if kind == "sqlite":
         store = with_small_sqlite(url_on("sqlite", request, tmp_path))
@@ -64,7 +66,7 @@ def refusing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[S
         open_store(url, "kv_store", 2.0, auto_migrate=True).close()
         with with_small_packets(request.getfixturevalue("mariadb")):
             store = open_store(url, "kv_store", 2.0)
-            # The server reads no more of the larger one, and closes the connection.
+            # The server does not read the larger value: it closes the connection.
             yield store, of_size(PACKET if kind == "packet" else 200 * PACKET)
     elif kind == "column":
         url = url_on("mariadb", request, tmp_path)
@@ -83,9 +85,9 @@ def refusing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[S
 
 
 def test_a_value_that_the_store_cannot_hold_is_no_outage(
-    refusing: tuple[SqlStore, NewValue],
+    store_and_refused_value: tuple[SqlStore, NewValue],
 ) -> None:
-    store, refused = refusing
+    store, refused = store_and_refused_value
     lease = acquire(store).lease
     assert store.save(lease, write(NEW))
     before = peek(store)
@@ -104,14 +106,15 @@ def test_a_value_that_the_store_cannot_hold_is_no_outage(
     assert (after.value, after.fence, after.holder) == (NEW.value, before.fence, before.holder)
     assert after.write == before.write
     assert store.peek("other") is None
-    # The refused write took its number, and was not answered.
+    # The refused write has used number 2 and was not answered, so the release has number 3 and has
+    # seen 1.
     assert store.release(lease, DONE, Write(3, 1, NEW))
 
 
-def test_a_value_that_kv_cannot_hold_is_its_own_error(
-    refusing: tuple[SqlStore, NewValue], monkeypatch: pytest.MonkeyPatch
+def test_a_value_that_kv_cannot_hold_raises_its_own_error(
+    store_and_refused_value: tuple[SqlStore, NewValue], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, refused = refusing
+    store, refused = store_and_refused_value
     monkeypatch.setattr("celery_singleton_state.kv._OwnStore.open", lambda _: store)
     kv = KeyValueStore("memory://")
     kv.set("k", 1)
@@ -124,7 +127,7 @@ def test_a_value_that_kv_cannot_hold_is_its_own_error(
 
 @pytest.mark.parametrize("key", ["a\0b", "a\udc80b"])
 @pytest.mark.parametrize("name", ["postgresql", "latin1", "mariadb", "sqlite"])
-def test_a_key_that_kv_cannot_hold_is_its_own_error(
+def test_a_key_that_kv_cannot_hold_raises_its_own_error(
     name: str, key: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     url = url_on(name, request, tmp_path)
@@ -139,7 +142,7 @@ def test_a_key_that_kv_cannot_hold_is_its_own_error(
 
 
 @pytest.mark.parametrize("column", ["fence", "newest"])
-def test_a_fence_at_its_largest_is_said_with_what_to_do(
+def test_a_fence_at_its_largest_is_an_error_that_says_what_to_do(
     leases: Leases, column: str, request: pytest.FixtureRequest
 ) -> None:
     lease = acquire(leases).lease
@@ -194,13 +197,13 @@ def test_a_message_may_have_any_id(any_leases: Leases) -> None:
 
 
 @pytest.mark.parametrize("name", ["latin1", "sql_ascii"])
-def test_databases_of_other_encodings_do_all_that_others_do(
+def test_all_verbs_work_in_databases_of_other_encodings(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     url = url_on(name, request, tmp_path)
     store = open_store(url, "kv_store", 2.0, auto_migrate=True)
     use_all(store)
-    # What both can hold, in one way or another.
+    # Both encodings can hold these characters, each in its own way.
     lease = acquire(store, key="Köln").lease
     new = NewValue('{"city":"Köln"}', 1)
     assert store.save(lease, write(new))
@@ -226,7 +229,7 @@ def test_sql_ascii_holds_all_characters(sql_ascii_url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "warning"),
     [
         ("postgresql", None),
         ("sql_ascii", None),
@@ -237,7 +240,7 @@ def test_sql_ascii_holds_all_characters(sql_ascii_url: str) -> None:
 )
 def test_an_encoding_that_lacks_characters_is_named_at_start(
     name: str,
-    told: str | None,
+    warning: str | None,
     request: pytest.FixtureRequest,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -248,8 +251,8 @@ def test_an_encoding_that_lacks_characters_is_named_at_start(
         store.check()
         store.check()
     store.close()
-    assert told is None or told in caplog.text
-    assert len(caplog.records) == bool(told)
+    assert warning is None or warning in caplog.text
+    assert len(caplog.records) == bool(warning)
 
 
 def test_a_column_that_lacks_characters_is_named_at_start(
@@ -263,10 +266,12 @@ def test_a_column_that_lacks_characters_is_named_at_start(
     assert "value (latin1) of table kv_store" in caplog.text
 
 
-def test_a_way_to_log_in_that_needs_a_package_is_no_outage(
+def test_an_authentication_that_needs_a_package_is_no_outage(
     mariadb_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PyMySQL without cryptography, and a user of MySQL 8's own plugin."""
+    """PyMySQL is used without cryptography, and the user's authentication plugin is MySQL 8's
+    default.
+    """
     store = open_store(mariadb_url, "kv_store", 2.0, auto_migrate=True)
     store.engine.dispose()
 
@@ -284,7 +289,9 @@ def test_a_way_to_log_in_that_needs_a_package_is_no_outage(
 def test_a_text_that_is_not_utf_8_is_no_outage(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """Another program wrote it. If the lease was taken before that was found, it is given back."""
+    """Another program has written the text. If the lease was acquired before the error, it must be
+    given back.
+    """
     url = url_on(name, request, tmp_path)
     store = open_store(url, "kv_store", 2.0, auto_migrate=True)
     store.set_aside("k", "{}")
@@ -297,8 +304,8 @@ def test_a_text_that_is_not_utf_8_is_no_outage(
     store.close()
 
 
-def test_a_wish_that_redis_takes_not_is_no_outage(lease_url: str, valkey: Valkey) -> None:
-    """The server closes the connection over it, in mid-request."""
+def test_a_pending_run_too_large_for_redis_is_no_outage(lease_url: str, valkey: Valkey) -> None:
+    """The server closes the connection in the middle of the request."""
     store = RedisStore(lease_url, io_timeout=2.0)
     lease = acquire(store).lease
     with redis.Redis.from_url(lease_url) as client:

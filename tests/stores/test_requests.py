@@ -1,4 +1,4 @@
-"""What others than its holder ask of a row; every store."""
+"""Requests to a row that others than its holder send: handoff, pending run, queue. All stores."""
 
 from __future__ import annotations
 
@@ -29,17 +29,21 @@ NEW = NewValue('{"n":1}', 1)
 
 
 def peek_later(store: Leases) -> Row:
-    """The row as it is. The store's clock then moves on, so that no later write has its times."""
+    """Return the row as it is, and wait until the store's clock has advanced, so that no later
+    write gets the same times.
+    """
     before = peek(store)
     wait_until(lambda: peek(store).read_at - before.read_at > ROUNDING, "the store's clock goes on")
     return before
 
 
-# -- asked of a holder that is gone
+# -- requests to a holder that has ended
 
 
 def released(store: Leases) -> Row:
-    """A row as it was seen when a held it, which a does no more; so are the others."""
+    """Return the row as it was while a held it. a has released it since; in the functions below, a
+    has lost it in other ways.
+    """
     lease = acquire(store, "a").lease
     seen = peek(store)
     store.release(lease, DONE)
@@ -59,7 +63,7 @@ def taken_over(store: Leases) -> Row:
     return seen
 
 
-def held_on(store: Leases) -> Row:
+def in_hold_period(store: Leases) -> Row:
     lease = acquire(store, "a").lease
     seen = peek(store)
     store.release(lease, HELD_ON)
@@ -67,18 +71,20 @@ def held_on(store: Leases) -> Row:
 
 
 @pytest.mark.parametrize("verb", ["request_handoff", "request_run"])
-@pytest.mark.parametrize("gone", [released, expired, taken_over, held_on])
-def test_a_holder_that_is_gone_is_asked_nothing(
+@pytest.mark.parametrize("gone", [released, expired, taken_over, in_hold_period])
+def test_a_request_to_a_former_holder_is_refused(
     leases: Leases, gone: Callable[[SqlStore], Row], verb: str
 ) -> None:
-    """c finds a holding; a releases, or dies and is followed by b; c asks by what it saw, and
-    must learn that nobody heard it.
+    """c finds the lease held by a; a releases, or dies and b takes over; c sends its request by the
+    row that it saw, and must learn that the request was refused.
     """
     assert getattr(leases.requests, verb)(gone(leases), "c") is False
 
 
-def test_a_successor_hears_nothing_that_was_meant_for_its_predecessor(leases: Leases) -> None:
-    """c finds a holding; a releases; b acquires; c asks by what it saw; b goes on unharmed."""
+def test_a_request_to_the_predecessor_does_not_reach_the_successor(leases: Leases) -> None:
+    """c finds the lease held by a; a releases; b acquires; c sends its request by the row that it
+    saw. It must not affect b.
+    """
     seen = released(leases)
     successor = acquire(leases, "b").lease
     assert not leases.requests.request_handoff(seen, "c")
@@ -91,8 +97,9 @@ def test_a_successor_hears_nothing_that_was_meant_for_its_predecessor(leases: Le
 
 
 def test_the_newest_message_is_next_after_a_hold_period(leases: Leases) -> None:
-    """b and then c ask while the lease is kept after a's run: b, which is older now, must not get
-    the lease when it is free; nor does a late request of b's come before c's.
+    """In the hold period after a's run first b and then c ask for the lease. b is the older
+    message: it must not get the lease when it is free, and a late request of b's must not overtake
+    c's.
     """
     leases.release(acquire(leases, "a").lease, HELD_ON)
     seen = peek(leases)
@@ -111,7 +118,9 @@ def test_the_newest_message_is_next_after_a_hold_period(leases: Leases) -> None:
 
 
 def test_only_the_hold_period_that_was_seen_is_ended(leases: Leases) -> None:
-    """An operator sees the hold period after a's run; it ends, b runs, and another one begins."""
+    """An operator sees the hold period after a's run; it ends; b runs, and another hold period
+    begins; the operator's request must not end that one.
+    """
     leases.release(acquire(leases, "a").lease, HELD_ON)
     seen = peek(leases)
     assert leases.requests.release_early(seen)
@@ -125,8 +134,8 @@ def test_only_the_hold_period_that_was_seen_is_ended(leases: Leases) -> None:
 # -- ask_to_hand_over
 
 
-def test_the_holder_hears_who_asks_it_to_hand_over(store: SqlStore) -> None:
-    """By each request that it sends until it releases, as an answer may be lost."""
+def test_the_holder_learns_which_message_asks_for_a_handoff(store: SqlStore) -> None:
+    """Each answer until the release says it, because an answer may be lost."""
     lease = acquire(store, "a").lease
     assert store.requests.request_handoff(peek(store), "b") is True
     assert store.renew([lease]) == {"k": "b"}
@@ -139,13 +148,13 @@ def test_the_holder_hears_who_asks_it_to_hand_over(store: SqlStore) -> None:
     assert committed.handoff_to == "b"
 
 
-def test_one_of_many_leases_hears_who_asks_for_it(leases: Leases) -> None:
+def test_a_renewal_of_many_leases_answers_handoffs_of_each(leases: Leases) -> None:
     held = [acquire(leases, "a", LONG, key).lease for key in ("k1", "k2")]
     leases.requests.request_handoff(peek(leases, "k2"), "b")
     assert leases.renew(held) == {"k1": None, "k2": "b"}
 
 
-def test_asking_changes_nothing_else(leases: Leases) -> None:
+def test_a_handoff_request_changes_nothing_else(leases: Leases) -> None:
     acquire(leases, "a")
     before = peek_later(leases)
     leases.requests.request_handoff(before, "b", before.next_rank, "sent")
@@ -159,7 +168,7 @@ def test_asking_changes_nothing_else(leases: Leases) -> None:
 
 
 def test_the_next_holder_is_not_asked_to_hand_over(leases: Leases) -> None:
-    """a is asked and releases; who acquires next may be the one who asked."""
+    """a is asked to hand over, and releases. The next holder may be the message that asked."""
     lease = acquire(leases, "a").lease
     leases.requests.request_handoff(peek(leases), "b")
     leases.release(lease, DONE)
@@ -170,7 +179,9 @@ def test_the_next_holder_is_not_asked_to_hand_over(leases: Leases) -> None:
 
 
 def test_a_late_older_message_does_not_stop_the_holder(leases: Leases) -> None:
-    """b and c find a holding; c asks a to stop; b's request was on its way all the time."""
+    """b and c find the lease held by a; c's handoff request is answered; then b's request, which
+    stalled, is carried out.
+    """
     lease = acquire(leases, "a").lease
     seen_by_b = peek(leases)
     assert leases.requests.request_handoff(peek(leases), "c", seen_by_b.next_rank + 5, "sent c")
@@ -181,7 +192,9 @@ def test_a_late_older_message_does_not_stop_the_holder(leases: Leases) -> None:
 
 
 def test_two_messages_do_not_get_the_same_rank(leases: Leases) -> None:
-    """Both have seen the same row. The first may ask again, as its answer may have been lost."""
+    """Both messages saw the same row. The first may repeat its request, because its answer may have
+    been lost.
+    """
     acquire(leases, "a")
     seen = peek(leases)
     rank = seen.next_rank
@@ -191,8 +204,8 @@ def test_two_messages_do_not_get_the_same_rank(leases: Leases) -> None:
     assert peek(leases).handoff_to == "b"
 
 
-def test_of_two_that_asked_the_newer_gets_the_lease(leases: Leases) -> None:
-    """b and c ask a to stop, a ends, and b comes first."""
+def test_of_two_messages_that_asked_the_newer_gets_the_lease(leases: Leases) -> None:
+    """First b and then c ask a to hand over; a's run ends; b tries to acquire before c."""
     lease = acquire(leases, "a").lease
     ranks = []
     for who in ("b", "c"):
@@ -210,9 +223,9 @@ def test_of_two_that_asked_the_newer_gets_the_lease(leases: Leases) -> None:
     assert peek(leases).newest_sent == "sent c"
 
 
-def test_a_message_that_acquires_is_newer_than_all_that_asked(leases: Leases) -> None:
-    """b asks a to stop, a ends, c comes and finds the lease free, runs and ends; b comes again.
-    The store's clock is behind the ranks.
+def test_a_message_that_acquires_outranks_all_that_asked(leases: Leases) -> None:
+    """b asks a to hand over; a's run ends; c finds the lease free, runs and ends; b tries to
+    acquire. All this time the store's clock is behind the ranks.
     """
     lease = acquire(leases, "a").lease
     rank = peek(leases).next_rank + 3_600_000
@@ -229,8 +242,8 @@ def test_a_message_that_acquires_is_newer_than_all_that_asked(leases: Leases) ->
 
 @pytest.mark.parametrize("ends", [True, False], ids=["ran", "waits"])
 def test_a_message_that_was_overtaken_is_not_the_newest(leases: Leases, ends: bool) -> None:
-    """b is sent, and then c, from the same host. c comes first and runs, or asks a to stop; then
-    the lease is free, and b comes.
+    """First b and then c are sent, from the same host. c is delivered first and runs, or asks a to
+    hand over; then the lease is free, and b is delivered.
     """
     sent_by_b, sent_by_c = f"host:{9:020d}", f"host:{10:020d}"
     lease = acquire(leases, "a").lease
@@ -252,12 +265,12 @@ def test_a_message_that_was_overtaken_is_not_the_newest(leases: Leases, ends: bo
     assert elsewhere is not None, "clocks of two hosts are not compared"
 
 
-# -- want
+# -- pending runs
 
 
 @pytest.mark.parametrize("ended", [DONE, HELD_ON], ids=["freed", "held on"])
 @pytest.mark.parametrize("new", [None, NEW], ids=["", "with a value"])
-def test_the_release_returns_what_is_wanted(
+def test_the_release_returns_the_pending_run(
     store: SqlStore, ended: Ended, new: NewValue | None
 ) -> None:
     lease = acquire(store, "a").lease
@@ -266,16 +279,16 @@ def test_the_release_returns_what_is_wanted(
     assert store.release(lease, ended, write(new) if new else None) == Released('{"n":1}')
 
 
-def test_the_last_wish_counts(leases: Leases) -> None:
+def test_the_newest_pending_run_is_kept(leases: Leases) -> None:
     lease = acquire(leases, "a").lease
     for pending_run in ("w1", "w2"):
         assert leases.requests.request_run(peek(leases), pending_run)
     assert leases.release(lease, DONE) == Released("w2")
 
 
-def test_a_late_wish_does_not_replace_a_newer_one(leases: Leases) -> None:
-    """b wants w1, by a's row as it was seen, and the request stays under way; c sees the row and
-    wants w2; the request for w1 is carried out. The one more run must be c's.
+def test_a_late_pending_run_does_not_replace_a_newer_one(leases: Leases) -> None:
+    """b's request for pending run w1, by a's row as b saw it, stalls; c sees the row, and records
+    w2; the request for w1 is carried out. The pending run must be c's.
     """
     lease = acquire(leases, "a").lease
     seen_by_b = peek(leases)
@@ -284,8 +297,10 @@ def test_a_late_wish_does_not_replace_a_newer_one(leases: Leases) -> None:
     assert leases.release(lease, DONE) == Released("w2")
 
 
-def test_a_late_wish_does_not_come_back_after_it_was_replaced(leases: Leases) -> None:
-    """b wants w1; its copy is answered; c wants w2; the first copy is carried out."""
+def test_a_replaced_pending_run_does_not_come_back(leases: Leases) -> None:
+    """b's request for pending run w1 stalls; its copy is answered; c records w2; the first copy is
+    carried out.
+    """
     acquire(leases, "a")
     seen_by_b = peek(leases)
     assert leases.requests.request_run(seen_by_b, "w1")
@@ -294,8 +309,8 @@ def test_a_late_wish_does_not_come_back_after_it_was_replaced(leases: Leases) ->
     assert leases.requests.wanted("k") == "w2"
 
 
-def test_a_wish_replaces_the_one_that_was_seen(leases: Leases) -> None:
-    """Also where the run that it was meant for has not been sent yet."""
+def test_a_pending_run_replaces_only_the_one_that_was_seen(leases: Leases) -> None:
+    """A pending run that was seen can be replaced, unless it was sent since."""
     leases.release(acquire(leases, "a").lease, DONE)
     lease = acquire(leases, "b").lease
     assert leases.requests.request_run(peek(leases), "w1")
@@ -307,8 +322,10 @@ def test_a_wish_replaces_the_one_that_was_seen(leases: Leases) -> None:
     assert leases.release(lease, DONE) == Released("w2")
 
 
-def test_a_wish_stays_until_it_was_granted(leases: Leases) -> None:
-    """a dies between its release and the sending: the next release returns it again."""
+def test_a_pending_run_stays_until_it_was_sent(leases: Leases) -> None:
+    """a dies between its release and sending the pending run: the next release must return it
+    again.
+    """
     lease = acquire(leases, "a").lease
     leases.requests.request_run(peek(leases), "w")
     assert leases.release(lease, DONE) == Released("w")
@@ -317,9 +334,9 @@ def test_a_wish_stays_until_it_was_granted(leases: Leases) -> None:
     assert leases.release(acquire(leases, "c").lease, DONE) == FREED
 
 
-def test_a_newer_wish_survives_the_granting_of_an_older_one(leases: Leases) -> None:
-    """a releases and is told w1; b acquires; c wants w2; a has sent w1 and strikes it out; b
-    releases, and must be told w2.
+def test_a_newer_pending_run_survives_the_removal_of_an_older_one(leases: Leases) -> None:
+    """a releases and gets pending run w1; b acquires; c records w2; a has sent w1, and removes it;
+    b releases, and must get w2.
     """
     lease = acquire(leases, "a").lease
     leases.requests.request_run(peek(leases), "w1")
@@ -330,8 +347,10 @@ def test_a_newer_wish_survives_the_granting_of_an_older_one(leases: Leases) -> N
     assert leases.release(successor, DONE) == Released("w2")
 
 
-def test_a_wish_outlives_its_holder(leases: Leases) -> None:
-    """c wants one more run of a, which dies; b takes over, and sends it when it releases."""
+def test_a_pending_run_outlives_the_holder(leases: Leases) -> None:
+    """c records a pending run while a holds the lease; a dies; b takes over, and gets the pending
+    run when it releases.
+    """
     lease = acquire(leases, "a").lease
     leases.requests.request_run(peek(leases), "w")
     leases.renew([replace(lease, ttl=BRIEF)])
@@ -339,9 +358,10 @@ def test_a_wish_outlives_its_holder(leases: Leases) -> None:
     assert leases.release(acquire(leases, "b").lease, DONE) == Released("w")
 
 
-def test_a_wish_is_either_returned_or_refused(leases: Leases) -> None:
-    """c finds a holding; a releases while c wants one more run. Either c is first, and a is told;
-    or a is, and c is refused. A wish that is taken and not told is a run that is lost.
+def test_a_pending_run_is_either_returned_or_refused(leases: Leases) -> None:
+    """c finds the lease held by a, and records a pending run while a releases. If c is first, a's
+    release returns the pending run. If a is first, c is refused. A pending run that is accepted and
+    not returned would be a lost run.
     """
     barrier = threading.Barrier(2)
 
@@ -363,7 +383,7 @@ def test_a_wish_is_either_returned_or_refused(leases: Leases) -> None:
 
 
 def test_a_message_is_queued_once(leases: Leases) -> None:
-    """The first can ask again, as it does not know whether an answer that was lost said so."""
+    """A sender may repeat its claim, because it does not know which answer was lost."""
     assert enqueue(leases.requests, "k", "t1", LONG) == "t1"
     assert enqueue(leases.requests, "k", "t2", LONG) == "t1"
     assert enqueue(leases.requests, "k", "t1", LONG) == "t1"
@@ -379,13 +399,13 @@ def test_no_message_is_queued_beside_one_that_runs(leases: Leases) -> None:
     assert enqueue(leases.requests, "k", "t", LONG) == "task-a"
 
 
-def test_a_message_is_queued_beside_a_run_without_one(leases: Leases) -> None:
-    """A direct call has no id that could be the answer."""
+def test_a_message_is_queued_beside_a_direct_call(leases: Leases) -> None:
+    """A direct call has no message id that the sender could get as the answer."""
     assert leases.acquire("k", "a", LONG, None) is not None
     assert enqueue(leases.requests, "k", "t", LONG) == "t"
 
 
-def test_a_message_is_queued_while_the_lease_is_held_on(leases: Leases) -> None:
+def test_a_message_is_queued_in_a_hold_period(leases: Leases) -> None:
     leases.release(acquire(leases, "a").lease, HELD_ON)
     assert enqueue(leases.requests, "k", "t", LONG) == "t"
 
@@ -396,7 +416,7 @@ def test_a_message_is_queued_after_a_run_that_died(leases: Leases) -> None:
     assert enqueue(leases.requests, "k", "t", LONG) == "t"
 
 
-def test_a_message_that_runs_is_queued_no_more(leases: Leases) -> None:
+def test_a_message_that_runs_is_no_longer_queued(leases: Leases) -> None:
     enqueue(leases.requests, "k", "task-a", LONG)
     lease = acquire(leases, "a").lease
     assert enqueue(leases.requests, "k", "t", LONG) == "task-a"
@@ -405,7 +425,9 @@ def test_a_message_that_runs_is_queued_no_more(leases: Leases) -> None:
 
 
 def test_a_message_stays_queued_while_another_runs(leases: Leases) -> None:
-    """One that was sent before, or put back, comes between the sending and the run."""
+    """A message that was sent earlier, or requeued, can run between the sending of this message and
+    its run.
+    """
     enqueue(leases.requests, "k", "t1", LONG)
     lease = acquire(leases, "a").lease
     assert enqueue(leases.requests, "k", "t2", LONG) == "t1"
@@ -414,14 +436,14 @@ def test_a_message_stays_queued_while_another_runs(leases: Leases) -> None:
 
 
 def test_a_message_that_is_refused_the_lease_stays_queued(leases: Leases) -> None:
-    """It will be tried again."""
+    """The message will be delivered again."""
     enqueue(leases.requests, "k", "task-b", LONG)
     acquire(leases, "a")
     assert leases.acquire("k", "b", LONG, "task-b") is None
     assert enqueue(leases.requests, "k", "t", LONG) == "task-b"
 
 
-def test_dequeue_forgets_its_own_message_only(leases: Leases) -> None:
+def test_dequeue_removes_its_own_message_only(leases: Leases) -> None:
     enqueue(leases.requests, "k", "t1", LONG)
     leases.requests.dequeue("k", "t2")
     assert enqueue(leases.requests, "k", "t2", LONG) == "t1"
@@ -429,7 +451,7 @@ def test_dequeue_forgets_its_own_message_only(leases: Leases) -> None:
     assert enqueue(leases.requests, "k", "t2", LONG) == "t2"
 
 
-def test_a_message_that_was_lost_is_forgotten_after_its_life(leases: Leases) -> None:
+def test_a_lost_message_counts_as_queued_for_its_life_only(leases: Leases) -> None:
     enqueue(leases.requests, "k", "t1", BRIEF)
     wait_until(lambda: enqueue(leases.requests, "k", "t2", LONG) == "t2", "its life ends")
     assert enqueue(leases.requests, "k", "t1", LONG) == "t2"
@@ -439,8 +461,8 @@ def claim(store: Leases, task_id: str, number: int) -> bool:
     return store.requests.claim("k", task_id, LONG, number)
 
 
-def test_a_claim_names_the_queue_that_was_seen(leases: Leases) -> None:
-    """Both see nobody, and both claim."""
+def test_one_of_two_claims_for_the_same_queue_is_refused(leases: Leases) -> None:
+    """Both senders see that no message is queued, and both claim."""
     seen = leases.requests.queued("k")
     assert seen == Queued(0, None)
     assert claim(leases, "t1", seen.number)
@@ -449,22 +471,24 @@ def test_a_claim_names_the_queue_that_was_seen(leases: Leases) -> None:
 
 
 def test_a_repeated_claim_succeeds(leases: Leases) -> None:
-    """Its answer was lost; the number is not counted twice."""
+    """The claim is repeated because its answer was lost. The queue's number grows only once."""
     assert claim(leases, "t", 0)
     assert claim(leases, "t", 0)
     assert leases.requests.queued("k") == Queued(1, "t")
 
 
 def test_a_first_claim_is_no_repetition(leases: Leases) -> None:
-    """Two callers claim for the same task id: both see nobody; one claims; the other claims."""
+    """Two callers use the same task id. Both see that no message is queued; one claims; then the
+    other claims, and must be refused.
+    """
     assert leases.requests.claim("k", "t", LONG, 0, first=True)
     assert not leases.requests.claim("k", "t", LONG, 0, first=True)
     assert leases.requests.claim("k", "t", LONG, 0), "the first caller repeats it"
     assert leases.requests.queued("k") == Queued(1, "t")
 
 
-def test_a_claim_can_replace_what_was_seen_as_queued(leases: Leases) -> None:
-    """Its message is known to have ended; or it is the same message, which is sent again."""
+def test_a_claim_can_replace_the_queued_message_that_was_seen(leases: Leases) -> None:
+    """The sender knows that the queued message has ended, or it sends the same message again."""
     assert claim(leases, "t1", 0)
     assert leases.requests.claim("k", "t2", LONG, 1, first=True)
     assert leases.requests.queued("k") == Queued(2, "t2")
@@ -474,7 +498,7 @@ def test_a_claim_can_replace_what_was_seen_as_queued(leases: Leases) -> None:
     assert queued_in > LONG
 
 
-def test_whether_the_message_runs(leases: Leases) -> None:
+def test_queued_tells_whether_the_message_runs(leases: Leases) -> None:
     lease = acquire(leases, "a").lease
     seen = leases.requests.queued("k")
     assert (seen.task_id, seen.running) == ("task-a", True)
@@ -487,7 +511,7 @@ def test_whether_the_message_runs(leases: Leases) -> None:
     assert (seen.task_id, seen.running) == (None, False)
 
 
-def test_a_row_says_who_is_queued(leases: Leases) -> None:
+def test_a_row_names_the_queued_message(leases: Leases) -> None:
     assert claim(leases, "t", 0)
     row = peek(leases)
     assert (row.queue, row.queued_task_id) == (1, "t")
@@ -497,7 +521,7 @@ def test_a_row_says_who_is_queued(leases: Leases) -> None:
     assert (row.queue, row.queued_task_id) == (2, None)
 
 
-def test_a_row_says_who_was_queued_only_while_it_counts(leases: Leases) -> None:
+def test_a_row_names_a_queued_message_only_while_it_counts(leases: Leases) -> None:
     assert leases.requests.claim("k", "t", BRIEF, 0)
     wait_until(lambda: peek(leases).queued_task_id is None, "its life ends")
 
@@ -513,17 +537,17 @@ def runs(store: Leases, task_id: str) -> None:
 
 
 def dropped(store: Leases, task_id: str) -> None:
-    """By a worker, as it was revoked or has expired."""
+    """Let a worker drop the message, because it was revoked or has expired."""
     store.requests.dequeue("k", task_id)
 
 
 @pytest.mark.parametrize("ended", [ran, runs, dropped])
 @pytest.mark.parametrize("before", ["no row", "a row", "a queue"])
-def test_a_late_claim_for_a_message_that_is_queued_no_more_is_refused(
+def test_a_late_claim_for_a_message_that_ran_or_ended_is_refused(
     leases: Leases, before: str, ended: Callable[[Leases, str], None]
 ) -> None:
-    """t's claim stays under way; its copy is answered and the message is sent; it runs, or is
-    dropped; the first copy is carried out. A finished message must not keep others out.
+    """t's claim stalls; its copy is answered, and the message is sent; it runs, or is dropped; the
+    first copy is carried out. A finished message must not keep other messages out.
     """
     if before != "no row":
         ran(leases, "t0")
@@ -541,8 +565,8 @@ def test_a_late_claim_for_a_message_that_is_queued_no_more_is_refused(
 def test_a_claim_that_comes_after_its_message_was_dropped_is_refused(
     leases: Leases, row: bool
 ) -> None:
-    """t's claim, the only one, stays under way and is given up; the message is sent all the same,
-    and dropped; the claim is carried out.
+    """t's only claim stalls, and its sender gives it up; the message is sent without a claim, and
+    dropped; the claim is carried out.
     """
     if row:
         ran(leases, "t0")
@@ -553,8 +577,8 @@ def test_a_claim_that_comes_after_its_message_was_dropped_is_refused(
 
 
 def test_a_claim_that_comes_when_its_life_has_ended_is_refused(leases: Leases) -> None:
-    """t1's claim is carried out, and again when its life has ended; then t2 claims, and t1's comes
-    once more.
+    """t1's claim is carried out; its life ends; a copy of it is carried out. Then t2 claims, and
+    another copy of t1's claim is carried out.
     """
     assert leases.requests.claim("k", "t1", BRIEF, 0)
     wait_until(lambda: leases.requests.queued("k").task_id is None, "its life ends")
@@ -564,8 +588,10 @@ def test_a_claim_that_comes_when_its_life_has_ended_is_refused(leases: Leases) -
     assert leases.requests.queued("k") == Queued(2, "t2")
 
 
-def test_a_claim_after_the_queue_went_on_is_refused(leases: Leases) -> None:
-    """t2 sees that nobody is queued; t1 is claimed, sent, and runs; t2's claim comes."""
+def test_a_claim_after_the_queue_has_changed_is_refused(leases: Leases) -> None:
+    """t2's sender sees that no message is queued; t1 is claimed, sent, and runs; then t2 is
+    claimed.
+    """
     number = leases.requests.queued("k").number
     enqueue(leases.requests, "k", "t1", LONG)
     ran(leases, "t1")
@@ -574,8 +600,8 @@ def test_a_claim_after_the_queue_went_on_is_refused(leases: Leases) -> None:
 
 
 def test_a_repeated_acquisition_leaves_the_queue(leases: Leases) -> None:
-    """a acquires for task-a, and the request stays under way; its copy is answered; the body puts
-    its own message back and claims the queue for it; the first copy is carried out.
+    """a's acquire request for task-a stalls; its copy is answered; the body requeues its own
+    message, and claims the queue for it; the first copy is carried out.
     """
     lease = acquire(leases, "a").lease
     number = leases.requests.queued("k").number
@@ -585,7 +611,7 @@ def test_a_repeated_acquisition_leaves_the_queue(leases: Leases) -> None:
 
 
 def test_dequeue_before_the_first_run(store: SqlStore) -> None:
-    """It makes the row, and must not look like an acquisition."""
+    """Dequeue makes the row. The new row must not look as if a run had acquired it."""
     store.requests.dequeue("k", "t")
     row = peek(store)
     assert (row.value, row.schema_version, row.run_count, row.holder) == ("null", None, 0, None)
@@ -593,15 +619,15 @@ def test_dequeue_before_the_first_run(store: SqlStore) -> None:
     assert (acquired.value, acquired.write) == ("null", 0)
 
 
-def test_enqueue_changes_nothing_else(leases: Leases) -> None:
+def test_a_claim_changes_nothing_else(leases: Leases) -> None:
     leases.release(acquire(leases, "a").lease, DONE)
     before = peek_later(leases)
     enqueue(leases.requests, "k", "t", LONG)
     assert replace(peek(leases), read_at=before.read_at) == before
 
 
-def test_enqueue_before_the_first_run(store: SqlStore) -> None:
-    """It makes the row, and must not look like an acquisition."""
+def test_a_claim_before_the_first_run(store: SqlStore) -> None:
+    """A claim makes the row. The new row must not look as if a run had acquired it."""
     enqueue(store.requests, "k", "t", LONG)
     row = peek(store)
     assert (row.value, row.schema_version, row.run_count) == ("null", None, 0)
@@ -611,7 +637,7 @@ def test_enqueue_before_the_first_run(store: SqlStore) -> None:
     assert acquired.lease.fence / 1000 == pytest.approx(acquired.acquired_at, abs=ROUNDING)
 
 
-def test_enqueue_on_a_value_that_never_was_leased(store: SqlStore) -> None:
+def test_a_claim_on_a_value_that_never_was_leased(store: SqlStore) -> None:
     store.set_aside("k", "kept")
     assert enqueue(store.requests, "k", "t1", LONG) == "t1"
     assert enqueue(store.requests, "k", "t2", LONG) == "t1"
@@ -619,8 +645,8 @@ def test_enqueue_on_a_value_that_never_was_leased(store: SqlStore) -> None:
 
 
 def test_one_of_many_threads_enqueues(leases: Leases) -> None:
-    """All find nothing queued and write at the same moment: one is first; the others wait for its
-    row, look at it anew, and are told its id.
+    """All threads find no message queued, and claim at once. One claim is accepted. The other
+    threads wait for the row, read it again, and get the first one's id.
     """
     barrier = threading.Barrier(8)
 
@@ -638,9 +664,10 @@ def test_one_of_many_threads_enqueues(leases: Leases) -> None:
             leases.requests.dequeue("k", winner)
 
 
-def test_threads_that_enqueue_and_dequeue_are_alone_in_between(leases: Leases) -> None:
-    """t1 is queued; t2's writing is refused; t1 is dequeued; t2 looks who is queued and finds
-    nobody. It asks again, and is told its own id or that of another which came between.
+def test_threads_that_enqueue_and_dequeue_never_overlap(leases: Leases) -> None:
+    """t1 is queued; t2's claim is refused; t1 is dequeued; t2's sender reads the row, and finds no
+    message queued. It claims again, and gets its own id, or that of another message that was
+    claimed in between.
     """
     alone = threading.Lock()
     task_ids = ["t1", "t2", "t3"]

@@ -1,4 +1,4 @@
-"""P7: what a run costs, counted by the database itself and not by our own code."""
+"""The number of statements that a run costs, counted at the database or its driver (promise P7)."""
 
 from __future__ import annotations
 
@@ -51,8 +51,12 @@ def test_a_run_is_two_statements_on_postgresql(postgres: Postgres, postgres_url:
     close_runtime(app)
 
 
-def test_a_run_is_two_texts_on_mariadb(mariadb_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has several statements in it; what is counted is what is sent and waited for."""
+def test_a_run_is_two_round_trips_on_mariadb(
+    mariadb_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each text contains several statements. The test counts the texts that are sent, because each
+    costs one round trip.
+    """
     app = Celery("shop", set_as_current=False)
     app.conf.singleton_store_url = mariadb_url
     migrate(runtime_of(app).settings)

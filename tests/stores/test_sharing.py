@@ -1,4 +1,4 @@
-"""A store among threads, forks, and holders of its rows' locks."""
+"""A store that is shared by threads and forked processes, or whose rows other transactions lock."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def app_on(url: str) -> Celery:
 
 
 def run_once(app: Celery, key: str) -> int:
-    """Acquire and release; returns the fence."""
+    """Acquire and release a key; return the fence."""
     acquired = runtime_of(app).store.acquire(key, runtime_of(app).new_holder(), 60, None)
     assert acquired is not None
     assert runtime_of(app).store.release(acquired.lease, DONE)
@@ -56,8 +56,10 @@ def in_child(body: Callable[[], None]) -> int | None:
     return child.exitcode
 
 
-def test_a_forked_child_opens_its_own(shared_store_url: str) -> None:
-    """The child uses the store, drops what it inherited, and ends: the parent goes on."""
+def test_a_forked_child_opens_its_own_connections(shared_store_url: str) -> None:
+    """The child uses the store, drops the connections that it inherited, and exits. The parent's
+    connections must still work.
+    """
     app = app_on(shared_store_url)
     first = run_once(app, "k")
 
@@ -72,8 +74,8 @@ def test_a_forked_child_opens_its_own(shared_store_url: str) -> None:
 
 
 def test_a_childs_writes_outlive_its_parents_connection(shared_store_url: str) -> None:
-    """SQLite: a child that inherits its parent's idea of the file's locks would write into a log
-    which the parent deletes when it closes.
+    """On SQLite, a child that inherited its parent's record of file locks would write into a log
+    file that the parent deletes when it closes the store.
     """
     app = app_on(shared_store_url)
     run_once(app, "k")
@@ -132,13 +134,15 @@ def test_a_killed_childs_lease_is_taken_over(shared_store_url: str) -> None:
 
 @pytest.fixture(params=["postgresql", "mariadb"])
 def locking_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database whose rows can be locked one by one."""
+    """Return the URL of an empty database whose rows can be locked one by one."""
     return url_on(request.param, request, tmp_path)
 
 
 @contextmanager
 def leases_with_locked_rows(url: str) -> Iterator[tuple[list[HeldLease], list[HeldLease], Any]]:
-    """Leases whose rows another transaction has locked, others, and that transaction."""
+    """Hold leases; yield those whose rows another transaction has locked, the others, and that
+    transaction.
+    """
     app = app_on(url)
     app.conf.singleton_heartbeat_interval = 1.5
     runtime = runtime_of(app)
@@ -161,9 +165,9 @@ def leases_with_locked_rows(url: str) -> Iterator[tuple[list[HeldLease], list[He
         close_runtime(app)
 
 
-def test_locked_rows_cost_no_other_lease_its_life(locking_url: str) -> None:
-    """Somebody holds the locks of four rows for longer than a life. A statement waits for each of
-    them in turn, for a quarter of a life. Beside that, the other leases are renewed.
+def test_locked_rows_do_not_delay_the_renewal_of_other_leases(locking_url: str) -> None:
+    """Another transaction locks four rows for longer than a lease's life. One statement waits for
+    each of these rows in turn, for a quarter of a life. Meanwhile the other leases must be renewed.
     """
     with leases_with_locked_rows(locking_url) as (locked, others, _):
         wait_until(lambda: all(held.lost for held in locked), "the locked ones are lost")
@@ -172,10 +176,10 @@ def test_locked_rows_cost_no_other_lease_its_life(locking_url: str) -> None:
         assert [held.lost for held in others] == [None] * 4
 
 
-def test_leases_live_whose_locked_rows_are_free_in_time(locking_url: str) -> None:
-    """Somebody holds the locks of four rows until shortly before their leases' end, while a
-    statement waits for one of them. When the locks are given up, the next statement for all leases
-    renews these four, too.
+def test_leases_are_renewed_if_their_rows_are_unlocked_in_time(locking_url: str) -> None:
+    """Another transaction locks four rows until shortly before their leases expire, while a
+    statement waits for one of them. After the unlocking the next statement for all leases must
+    renew these four, too.
     """
     with leases_with_locked_rows(locking_url) as (locked, others, other):
         asked_at = [held.asked_at for held in locked]
@@ -188,9 +192,10 @@ def test_leases_live_whose_locked_rows_are_free_in_time(locking_url: str) -> Non
         assert [held.lost for held in (*locked, *others)] == [None] * 8
 
 
-def test_who_opens_a_file_that_is_locked_waits_for_it(tmp_path: Path) -> None:
-    """SQLite: B has the file to itself, as for a moment while its log is recovered; A opens it, and
-    asks for what a new connection asks first; B gives it up. A must not be told that it is locked.
+def test_opening_a_locked_sqlite_file_waits(tmp_path: Path) -> None:
+    """B locks the whole file, as SQLite does for a moment while it recovers a log; A opens the
+    file, and sends a new connection's first statements; B unlocks it. A must not fail with
+    "database is locked".
     """
     url = f"sqlite:///{tmp_path}/store.db"
     migrate_url(url, "kv_store")
@@ -206,9 +211,10 @@ def test_who_opens_a_file_that_is_locked_waits_for_it(tmp_path: Path) -> None:
             opening.result().close()
 
 
-def test_the_clock_goes_on_while_a_statement_waits_for_a_lock(shared_store_url: str) -> None:
-    """A acquires; B asks for the same row, whose lock a third one has; A's lease runs out in
-    the meantime; the lock is given up. B is answered by the time of then: it takes the lease.
+def test_a_statement_that_waits_for_a_lock_uses_the_time_after_it(shared_store_url: str) -> None:
+    """A acquires; B asks for the same row, which a third transaction has locked; A's lease expires;
+    the row is unlocked. The store must answer B by its clock after the wait: B takes the lease
+    over.
     """
     app = app_on(shared_store_url)
     store = runtime_of(app).store

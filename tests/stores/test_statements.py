@@ -1,4 +1,6 @@
-"""Each database's ``.sql`` file: what it must have, and that its database accepts it."""
+"""Each database's ``.sql`` file: which statements it must have, and that its database accepts
+them.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,13 @@ from celery_singleton_state.store.sql.schema import make_table
 from celery_singleton_state.store.sql.statements import Statements, statements_in
 from celery_singleton_state.store.sql.store import SqlStore
 
-#: Of no single database alone: what a class of statements says in Python.
+#: Attributes of ``Statements`` that its classes define in Python, not in a ``.sql`` file.
 IN_PYTHON = {"now", "level", "begin", "insert", "largest", "rows", "encoding_advice"}
 DECLARED = set(Statements.__annotations__) - IN_PYTHON
-#: What a database can do without.
+#: Statements that a database's file may leave out.
 OPTIONAL = {name for name in DECLARED if hasattr(Statements, name)}
 
-#: Some value for each parameter.
+#: A value for each parameter of a statement.
 PARAMETERS: dict[str, Any] = {
     "also": "b",
     "entries": '[{"key": "k", "value": "1"}]',
@@ -57,7 +59,7 @@ PARAMETERS: dict[str, Any] = {
     "pending_run": "{}",
     "write": 0,
 }
-#: What EXPLAIN takes.
+#: The first words of the statements that EXPLAIN accepts.
 EXPLAINED = ("SELECT", "INSERT", "UPDATE", "DELETE", "WITH")
 
 
@@ -67,14 +69,14 @@ def database(request: pytest.FixtureRequest) -> str:
 
 
 def sections(database: str) -> Iterator[tuple[str, str]]:
-    """The name and the text of each statement, with its comments."""
+    """Yield the name and the text of each statement, with its comments."""
     text = files(package).joinpath(f"{database}.sql").read_text(encoding="utf-8")
     for part in text.split("\n-- name: ")[1:]:
         name, _, rest = part.partition("\n")
         yield name, rest
 
 
-def test_each_name_is_there_and_no_other(database: str) -> None:
+def test_each_file_has_the_declared_statements(database: str) -> None:
     names = [name for name, _ in sections(database)]
     assert len(names) == len(set(names))
     assert DECLARED - OPTIONAL <= set(names) <= DECLARED
@@ -91,7 +93,7 @@ def test_each_statement_is_used() -> None:
     assert {name for database in DATABASES for name, _ in sections(database)} == DECLARED
 
 
-def test_each_statement_says_in_a_sentence_what_it_does(database: str) -> None:
+def test_each_statement_begins_with_a_one_sentence_comment(database: str) -> None:
     for name, text in sections(database):
         assert re.match(r"-- [A-Z][^.]+\.\n", text), name
         statement = statements_in(database)[name]
@@ -99,7 +101,7 @@ def test_each_statement_says_in_a_sentence_what_it_does(database: str) -> None:
         assert text.rstrip().endswith(";"), name
 
 
-def test_only_the_tables_name_is_filled_in(database: str) -> None:
+def test_the_tables_name_is_the_only_placeholder(database: str) -> None:
     for name, statement in statements_in(database).items():
         assert set(re.findall(r"{(\w*)}", statement)) <= {"table"}, name
 
@@ -115,7 +117,9 @@ def test_the_check_reads_all_columns(database: str) -> None:
 
 
 def test_the_database_explains_each_statement(store_url: str) -> None:
-    """So each is written as its database wants it, with types that fit, and can be pasted."""
+    """So each statement is valid for its database, its types fit, and an operator can paste it into
+    a client.
+    """
     store = open_store(store_url, "kv_store", 10.0, auto_migrate=True)
     assert isinstance(store, SqlStore)
     explained = set()
