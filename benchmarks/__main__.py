@@ -1,6 +1,4 @@
-"""``python -m benchmarks [--quick] [worker] [statements] [rows] [handoff] [heartbeat] [events]
-[stores] [layers] [contention] [renewals] [scrape] [beat] [takeover] [upgrade] [waiting]``;
-``--against CHECKOUT`` compares with another version of the package"""
+"""``python -m benchmarks [--quick] [--against CHECKOUT] [PART ...]``: run the benchmarks."""
 
 from __future__ import annotations
 
@@ -61,9 +59,16 @@ PARTS: dict[str, Part] = {
 
 
 def main() -> int:
-    """Run the parts that were asked for; a benchmark judges nothing, so the status is 0."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; or all")
+    """Run the parts that were asked for. The status is always 0: a missed target is not an
+    error.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Run the benchmarks of the package, and print their tables.",
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="part", help=f"one of {', '.join(PARTS)}; default: all"
+    )
     parser.add_argument(
         "--against",
         type=Path,
@@ -76,10 +81,10 @@ def main() -> int:
     parts = PARTS if checkout is None else _parts_against(checkout)
     unknown = set(arguments.parts) - set(parts)
     if unknown:
-        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; choose from {', '.join(parts)}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit)
-    # Tables keep their columns where the output is not a terminal.
+    # If the output is not a terminal, a fixed width keeps the columns of wide tables.
     console = Console(width=None if sys.stdout.isatty() else 110)
     with started_servers() as servers:
         for name in arguments.parts or parts:
@@ -96,7 +101,7 @@ def _parts_against(checkout: Path) -> dict[str, Part]:
 
 
 def facts(servers: Servers) -> str:
-    """One line on the machine and on what was measured."""
+    """Return one line about the machine and the versions of the software that was measured."""
     with psycopg.connect(servers.postgres) as connection:
         postgres = connection.info.server_version // 10000
         commit = connection.execute("SHOW synchronous_commit").fetchone()
@@ -114,7 +119,7 @@ def facts(servers: Servers) -> str:
 
 
 def _exit(number: int, _frame: FrameType | None) -> None:
-    """End as an exception does, so that the servers are stopped then, too."""
+    """Exit by an exception on a signal, so that the servers are stopped as on any other error."""
     sys.exit(128 + number)
 
 

@@ -1,7 +1,7 @@
-"""``--against CHECKOUT``: whether this package is slower than that of another checkout.
+"""``--against CHECKOUT``: compare this package's speed with that of another checkout's package.
 
-The two packages take turns. Each runs in processes of its own, with databases of its own. Measured:
-the rates of no-op tasks in a worker, as in ``worker``, and direct calls of a task, as in
+The two packages take turns. Each runs in processes of its own, with databases of its own. Measured
+are the rates of no-op tasks in a worker, as in ``worker``, and direct calls of a task, as in
 ``statements``. Both packages run the tasks of this checkout's benchmarks, so these tasks use only
 public names. For example::
 
@@ -35,7 +35,7 @@ PACKAGE = celery_singleton_state.__name__
 POOLS = (Pool("solo", 1), Pool("prefork", 2))
 Comparison = Callable[[Servers, Path, bool, Console], None]
 
-OWN, OTHER = "this", "the other"
+OWN, OTHER = "this package", "the other"
 VARIANTS: dict[str, Callable[[Servers, str], Variant]] = {
     "PostgreSQL": lambda servers, _: Variant("stateful", servers.postgres),
     "SQLite": lambda servers, name: Variant("stateful", servers.sqlite(name)),
@@ -45,18 +45,20 @@ VARIANTS: dict[str, Callable[[Servers, str], Variant]] = {
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two packages, with servers, or databases of them, of its own."""
+    """One of the two packages, and the databases that it uses alone."""
 
     servers: Servers
     variant: Variant
 
     def rate(self, pool: Pool, count: int) -> float:
-        """Tasks a second in a worker."""
+        """Return how many tasks a worker runs in a second."""
         return drain(self.servers, self.variant, pool, count).rate
 
     @contextlib.contextmanager
     def caller(self) -> Iterator[Callable[[], float]]:
-        """What measures a call, in a process that lives as long as the block."""
+        """Yield a function that measures direct calls, in another process. The process ends with
+        the block.
+        """
         with subprocess.Popen(
             [sys.executable, "-m", "benchmarks.against_calls", self.variant.task],
             cwd=self.variant.root,
@@ -65,18 +67,18 @@ class Side:
             stdout=subprocess.PIPE,
             text=True,
         ) as process:
-            # Its input is closed at the block's end, and then it ends.
+            # At the end of the block ``Popen`` closes the process's input, which ends the process.
             yield partial(_ask, process)
 
 
 def worker(servers: Servers, checkout: Path, quick: bool, console: Console) -> None:
-    """Print one table a pool: tasks a second."""
+    """Print one table for each pool: tasks per second."""
     seconds, turns = (1.0, 3) if quick else (1.5, 9)
     for pool in POOLS:
-        table = _table(f"worker, {pool}: tasks a second", turns)
+        table = _table(f"worker, {pool}: tasks per second", turns)
         for name, sides in _sides(servers, checkout).items():
             with console.status(f"against: {pool}, {name}"):
-                # The first drain is not counted; it tells how many messages are needed.
+                # The first drain is not counted. It shows how many messages are needed.
                 first = min(side.rate(pool, FIRST_COUNT) for side in sides.values())
                 count = max(int(first * seconds), 300)
                 cases = {name: partial(side.rate, pool, count) for name, side in sides.items()}
@@ -101,7 +103,7 @@ PARTS: dict[str, Comparison] = {"worker": worker, "statements": calls}
 
 
 def _sides(servers: Servers, checkout: Path) -> dict[str, dict[str, Side]]:
-    """Both packages, by store."""
+    """Return both packages for each kind of store."""
     own = replace(servers, postgres=_database(servers, "own"))
     other = replace(
         servers,
@@ -119,7 +121,9 @@ def _sides(servers: Servers, checkout: Path) -> dict[str, dict[str, Side]]:
 
 
 def _database(servers: Servers, name: str) -> str:
-    """A new database, because the two packages' tables may differ."""
+    """Make a new database and return its URL. The two packages' tables may differ, so they share
+    none.
+    """
     with psycopg.connect(servers.postgres, autocommit=True) as connection:
         connection.execute(f'DROP DATABASE IF EXISTS "{name}"')
         connection.execute(f'CREATE DATABASE "{name}"')
@@ -127,7 +131,7 @@ def _database(servers: Servers, name: str) -> str:
 
 
 def _with_package_of(servers: Servers, checkout: Path) -> Path:
-    """A folder that has these benchmarks and a checkout's package."""
+    """Make and return a folder that has these benchmarks and a checkout's package."""
     if not (package := checkout.resolve() / PACKAGE).is_dir():
         raise SystemExit(f"{checkout} has no {PACKAGE}")
     folder = servers.scratch / "against"
@@ -149,7 +153,7 @@ def _ask(process: subprocess.Popen[str]) -> float:
 def _table(title: str, turns: int) -> Table:
     table = Table(title=f"{title} (quartiles of {turns} turns)", title_justify="left")
     table.add_column("store")
-    for heading in (OWN, OTHER, f"{OWN} of {OTHER}"):
+    for heading in (OWN, OTHER, "ratio"):
         table.add_column(heading, justify="right")
     return table
 

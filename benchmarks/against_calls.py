@@ -1,5 +1,6 @@
-"""``python -m benchmarks.against_calls TASK``: measure direct calls, once for each line that it is
-sent; it prints the median of a call's seconds.
+"""``python -m benchmarks.against_calls TASK``: measure direct calls of a task.
+
+For each line of its input it measures some calls, and prints the median of their times in seconds.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ CALLS = 60
 
 
 def main(name: str) -> None:
-    """Serve until the input ends.
+    """Measure once for each input line, until the input ends.
 
-    :param name: of a task of :mod:`benchmarks.tasks`.
+    :param name: the name of a task in :mod:`benchmarks.tasks`.
     """
     package = Path(celery_singleton_state.__file__).parent.parent
     if not package.samefile(Path.cwd()):
@@ -30,7 +31,7 @@ def main(name: str) -> None:
         number = next(numbers)
         task(number % SLOTS, number)
 
-    # Until the histories are full.
+    # Fill the histories first, because calls with a full history take longest.
     median_time(call, SLOTS * 16)
     for _ in sys.stdin:
         print(median_time(call, CALLS), flush=True)

@@ -1,14 +1,16 @@
-"""``beat``: schedulers side by side: what they send of what is due, how late, and at which cost.
+"""``beat``: compare schedulers: how much of the due messages they send, how late, and at which
+cost.
 
-Real ``celery beat`` processes send to a real broker; nobody runs the tasks, and the benchmark
+Real ``celery beat`` processes send to a real broker. No worker runs the tasks, and the benchmark
 throws the messages away. Entry i is due every 1 + i % 60 seconds.
 
-- *late*: from when a message was due until the broker had it. Due is what its header says; of
-  Celery's and RedBeat's schedulers, which have none, an interval after the last run that they know.
-- *busy*: processor time of the beat process, for each message; what it waits for is not in it.
-- *saturated*: less was sent than was due, and late. RedBeat may send more while it catches up with
-  what became due during its start-up.
-- *statements*: round trips to this package's store; these and *messages* are counted for each call
+- *late*: from the time at which a message was due until the broker had it. This package's messages
+  have the due time in a header. For Celery's and RedBeat's schedulers it is the last run that they
+  know plus the interval.
+- *busy*: the beat process's processor time for each message, without the time in which it waits.
+- *saturated*: fewer messages were sent than were due, and late. RedBeat may send more than are due
+  while it catches up with the messages that became due during its start-up.
+- *statements*: round trips to this package's store. These and *messages* are counted for each call
   of the scheduler's ``tick()``.
 - *start-up*: from the start of the process to its first message, imports included.
 """
@@ -36,7 +38,7 @@ MIDDLE = 10_000
 
 
 class Part:
-    """One run of this part."""
+    """One run of the ``beat`` part."""
 
     def __init__(self, servers: Servers, quick: bool, console: Console) -> None:
         self._servers, self._quick, self._console = servers, quick, console
@@ -44,7 +46,7 @@ class Part:
         self._runs = 0
 
     def run(self) -> None:
-        """Print the tables."""
+        """Measure, and print all tables of this part."""
         sizes = (1_000, MIDDLE) if self._quick else (1_000, MIDDLE, 100_000)
         found = {size: self._side_by_side(size) for size in sizes}
         for size, figures in found.items():
@@ -62,10 +64,20 @@ class Part:
         return figures
 
     def _same_load(self, sizes: tuple[int, ...]) -> Table:
-        """Intervals so much longer that in each size as many are due in a second."""
+        """Measure more entries with proportionally longer intervals, so that equally many are due
+        per second.
+        """
         table = _columns(
-            "beat: the same number due in a second, as more entries have longer intervals",
-            *("entries", "due/s", "sent/s", "late p99 (s)", "busy (ms)", "of the first", "target"),
+            "beat: the same number due per second, from more entries with longer intervals",
+            *(
+                "entries",
+                "due/s",
+                "sent/s",
+                "late p99 (s)",
+                "busy (ms)",
+                "ratio to the first",
+                "target",
+            ),
         )
         first = None
         for size in sizes:
@@ -83,7 +95,9 @@ class Part:
         return table
 
     def _saturated(self) -> Table:
-        """More due than can be sent, in turns with a loop that does nothing but send."""
+        """Measure a beat with more due messages than it can send, in turns with a loop that only
+        sends.
+        """
         schedule = self._ours(40_000 if self._quick else 100_000)
         window = Window(1, 3) if self._quick else Window(3, 8)
         found: list[Figures] = []
@@ -96,7 +110,7 @@ class Part:
         samples = take_turns(cases, 1 if self._quick else 3)
         table = _columns(
             f"beat: {found[-1].due_rate:.0f} due/s, more than can be sent",
-            *("", "messages/s", "of the loop", "target", "busy (ms)", "messages"),
+            *("", "messages/s", "ratio to the loop", "target", "busy (ms)", "messages"),
         )
         loop, own = cases
         table.add_row(loop, f"{statistics.median(samples[loop]):.0f}", "1.00", "", "", "")
@@ -152,7 +166,9 @@ class Part:
 
 
 def run(servers: Servers, quick: bool, console: Console) -> None:
-    """Print a table for each size, and three on what this package costs."""
+    """Print a table for each number of entries, and three tables about the cost of this package
+    alone.
+    """
     Part(servers, quick, console).run()
 
 
@@ -160,7 +176,7 @@ def _table(size: int, figures: dict[str, Figures]) -> Table:
     due_rate = list(figures.values())[-1].due_rate
     table = _columns(
         f"beat: {size:,} entries, {due_rate:.0f} due/s",
-        *("scheduler", "sent/s", "of due", "late p50 (s)", "p99 (s)", "busy (ms)"),
+        *("scheduler", "sent/s", "ratio to due", "late p50 (s)", "p99 (s)", "busy (ms)"),
         *("statements", "messages"),
     )
     for name, each in figures.items():
@@ -173,7 +189,7 @@ def _table(size: int, figures: dict[str, Figures]) -> Table:
             f"{each.late(0.99):.3f}",
             f"{each.busy * 1e3:.2f}",
             f"{each.statements_a_tick:.2f}" if is_ours else "",
-            f"{each.messages_a_tick:.2f}" if each.ticks else "all in one",
+            f"{each.messages_a_tick:.2f}" if each.ticks else "all in one tick",
         )
     if size == MIDDLE:
         table.caption = "target of this package: all sent, p99 <= 0.25 s"

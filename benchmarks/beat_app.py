@@ -1,7 +1,8 @@
-"""The app of the parts ``beat`` and ``takeover``; its beats note each message that they send.
+"""The app of the parts ``beat`` and ``takeover``, whose beats note each message that they send.
 
-From the environment: ``BENCHMARK_ENTRIES``, how many there are; entry i is due every
-1 + i % 60 seconds, times ``BENCHMARK_STRETCH``; and ``BENCHMARK_NOTES``, the file for the notes.
+It reads from the environment: ``BENCHMARK_ENTRIES``, the number of entries; ``BENCHMARK_STRETCH``,
+a factor for the intervals: entry i is due every (1 + i % 60) times this factor seconds; and
+``BENCHMARK_NOTES``, the file for the notes.
 """
 
 from __future__ import annotations
@@ -24,20 +25,21 @@ LONGEST = 60
 
 
 def seconds_between(number: int, stretch: int = 1) -> float:
-    """The interval of an entry, in whole seconds."""
+    """Return the interval of an entry, in whole seconds."""
     return float((1 + number % LONGEST) * stretch)
 
 
 def entry_name(number: int) -> str:
-    """The name of an entry."""
+    """Return the name of an entry."""
     return f"entry-{number}"
 
 
 def _entry(number: int, now: datetime, stretch: int) -> dict[str, Any]:
-    """An entry, in mid-interval.
+    """Return an entry that is somewhere within its interval.
 
-    Celery and RedBeat would have all entries of one interval due at the same moment, and those of
-    all intervals each minute. This package does not, and ignores this last run.
+    Without a last run, Celery and RedBeat would find all entries of one interval due at the same
+    time, and all entries due together each minute. This package spreads entries itself, and ignores
+    this last run.
     """
     every = seconds_between(number, stretch)
     passed = number * 0.6180339887 % 1 * every
@@ -52,7 +54,7 @@ def _schedule(count: int, stretch: int) -> dict[str, Any]:
 app = Celery("beats", broker=os.environ.get("BENCHMARK_BROKER", "redis://localhost/0"))
 app.conf.update(
     task_ignore_result=True,
-    # Celery's own entry for old results stays away.
+    # Without this, Celery would add its own schedule entry, which removes old results.
     result_expires=None,
     singleton_store_url=os.environ.get("BENCHMARK_DATABASE", "memory://"),
     redbeat_redis_url=os.environ.get("BENCHMARK_REDBEAT", "redis://localhost/1"),
@@ -65,11 +67,11 @@ app.conf.update(
 
 @app.task(name="noop")
 def noop() -> None:
-    """Nobody runs it."""
+    """Do nothing. No worker runs this task."""
 
 
 def _due(entry: Any) -> float:
-    """When an entry that is about to be sent is due, in seconds since the epoch."""
+    """Return when an entry that is about to be sent is due, in seconds since the epoch."""
     header = (entry.options.get("headers") or {}).get(DUE)
     if header is not None:
         return datetime.fromisoformat(header).timestamp()
@@ -80,7 +82,7 @@ def _due(entry: Any) -> float:
 
 
 def _take_notes(notebook: Notebook) -> None:
-    """Have the scheduler of this process note what it sends."""
+    """Make the scheduler of this process note each message that it sends."""
     connections: Any = Connections
     apply_async, execute = Scheduler.apply_async, connections.execute
     statements = ticks = 0

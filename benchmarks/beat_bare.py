@@ -1,6 +1,7 @@
-"""``python -m benchmarks.beat_bare SECONDS``: how many messages a loop sends in a second.
+"""``python -m benchmarks.beat_bare SECONDS``: print how many messages a plain loop sends per
+second.
 
-One process, one producer like that of a beat, no schedule; prints the rate.
+The loop runs in one process, with one producer like a beat's, and has no schedule.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ WARM_UP = 200
 
 
 def rate(seconds: float) -> float:
-    """Messages a second."""
+    """Send for some seconds; return the messages per second."""
     with app.connection_for_write() as connection:
         producer = app.amqp.Producer(connection, auto_declare=False)
         for _ in range(WARM_UP):

@@ -1,4 +1,4 @@
-"""What a beat did in a window of time, from its notes."""
+"""Run a beat for a window of time, and compute figures from its notes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from .beat_notes import Note, read
 from .beat_process import OURS, Schedule, redbeat_url, started_beat
 from .servers import Servers
 
-#: A scheduler that sends less of what is due, half of it later by so many seconds, has fallen
-#: behind. One that counts from the last run sends a little less as it is.
+#: A scheduler is saturated if it sends less than this share of the due messages, and half of them
+#: later than this many seconds. The share is below 1, because a scheduler that counts from the last
+#: run always sends slightly less.
 SATURATED, BEHIND = 0.97, 0.25
 
 
 @dataclass(frozen=True)
 class Window:
-    """Seconds from the first message on that are not counted, and then those that are."""
+    """How many seconds after the first message are not counted, and how many after these are
+    counted.
+    """
 
     warm_up: float
     seconds: float
@@ -34,14 +37,14 @@ class Window:
 
 @dataclass(frozen=True)
 class Figures:
-    """One beat's.
+    """The figures of one beat.
 
-    :param due_rate: ticks due in a second: of this package in this very window, of the others,
-        which count from the last run, by the intervals alone.
+    :param due_rate: ticks due per second. For this package they are counted in this very window.
+        The other schedulers count from the last run, so for them the intervals alone give the rate.
     :param start: seconds from the process's start to its first message.
-    :param start_busy: of these, seconds of processor time; ``start_statements``: those sent to
-        the store until then.
-    :param notes: of the window's messages.
+    :param start_busy: the processor time of the process until then, in seconds.
+    :param start_statements: the statements that the process had sent to the store until then.
+    :param notes: the notes of the messages within the window.
     """
 
     due_rate: float
@@ -53,37 +56,37 @@ class Figures:
 
     @property
     def rate(self) -> float:
-        """Messages a second."""
+        """The messages sent per second."""
         return len(self.notes) / self.window.seconds
 
     @property
     def saturated(self) -> bool:
-        """Whether it could not send all that was due."""
+        """Whether the beat could not send all messages that were due."""
         return self.rate < SATURATED * self.due_rate and self.late(0.5) > BEHIND
 
     def late(self, share: float) -> float:
-        """The seconds by which this share of the messages was late at most."""
+        """Return the seconds by which this share of the messages was late at most."""
         late = sorted(note.late for note in self.notes)
         return late[min(len(late) - 1, round(share * len(late)))] if late else float("nan")
 
     @property
     def busy(self) -> float:
-        """Seconds of processor time a message."""
+        """The processor time per message, in seconds."""
         return self._each("busy", len(self.notes) - 1)
 
     @property
     def statements_a_tick(self) -> float:
-        """Round trips to the store for each call of ``tick()``."""
+        """The round trips to the store per call of ``tick()``."""
         return self._each("statements", self.ticks)
 
     @property
     def messages_a_tick(self) -> float:
-        """Messages for each call of ``tick()``."""
+        """The messages per call of ``tick()``."""
         return (len(self.notes) - 1) / self.ticks if self.ticks else float("nan")
 
     @property
     def ticks(self) -> float:
-        """Calls of ``tick()`` between the first and the last message."""
+        """The calls of ``tick()`` between the first and the last message."""
         return self.notes[-1].ticks - self.notes[0].ticks if self.notes else 0.0
 
     def _each(self, what: str, count: float) -> float:
@@ -94,7 +97,7 @@ class Figures:
 
 
 def prepare(servers: Servers, schedule: Schedule) -> None:
-    """Have the tables made, and nothing left of another's run."""
+    """Make the tables, and remove what another run has left in Redis."""
     with redis.Redis.from_url(redbeat_url(servers)) as client:
         client.flushdb()
     store = open_store(schedule.database, schedule.table, 10.0, auto_migrate=True)
@@ -105,7 +108,7 @@ def prepare(servers: Servers, schedule: Schedule) -> None:
 def measure(servers: Servers, schedule: Schedule, window: Window) -> Figures:
     """Run a beat until the end of its window.
 
-    :raises RuntimeError: it ended early, or what it noted is not what the broker got.
+    :raises RuntimeError: the beat ended early, or its notes do not match the messages that arrived.
     """
     with Drain(servers) as drain, started_beat(servers, schedule) as beat:
         beat.wait_until(lambda: bool(read(beat.notes)))
@@ -139,7 +142,7 @@ def _due_rate(schedule: Schedule, begin: float, seconds: float) -> float:
 
 
 class Drain:
-    """Throws away what arrives at the broker, and counts it."""
+    """Count the messages that arrive at the broker, and throw them away."""
 
     def __init__(self, servers: Servers) -> None:
         self.count = 0

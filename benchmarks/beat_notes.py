@@ -1,7 +1,7 @@
-"""What a beat notes of each message that it sends, in a file that it shares with the benchmark.
+"""A beat's notes about each message that it sends, in a file that it shares with the benchmark.
 
-A note is written to memory, and so costs a microsecond or two, the same for each scheduler; it is
-there when the process has been killed, too.
+The file is mapped into memory. So a note costs a microsecond or two with each scheduler, and stays
+readable after the process was killed.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
-#: Notes that a file has room for. What is not written takes no room on the disk.
+#: How many notes a file has room for. The unused room takes no space on the disk.
 ROOM = 400_000
 _FORM = struct.Struct("5d")
 
 
 class Note(NamedTuple):
-    """One message.
+    """A note about one message.
 
-    :param due: when it was due, in seconds since the epoch.
-    :param sent: when the broker had it, likewise.
-    :param busy: seconds of processor time that the process had taken until then.
-    :param statements: how many the process had sent to the store until then.
-    :param ticks: how many calls of the scheduler's ``tick()`` had ended until then.
+    :param due: when the message was due, in seconds since the epoch.
+    :param sent: when the broker had the message, in seconds since the epoch.
+    :param busy: the processor time of the process until then, in seconds.
+    :param statements: the statements that the process had sent to the store until then.
+    :param ticks: the calls of the scheduler's ``tick()`` that had ended until then.
     """
 
     due: float
@@ -34,12 +34,12 @@ class Note(NamedTuple):
 
     @property
     def late(self) -> float:
-        """Seconds between the two times."""
+        """The seconds between ``due`` and ``sent``."""
         return self.sent - self.due
 
 
 class Notebook:
-    """Notes to be written, by one process."""
+    """Write notes to a file; only one process may do so."""
 
     def __init__(self, path: Path) -> None:
         with path.open("wb") as file:
@@ -49,14 +49,14 @@ class Notebook:
         self._end = 0
 
     def add(self, note: Note) -> None:
-        """Write a note, if there is room."""
+        """Write a note, if the file has room for it."""
         if self._end < len(self._memory):
             _FORM.pack_into(self._memory, self._end, *note)
             self._end += _FORM.size
 
 
 def read(path: Path, skipped: int = 0) -> list[Note]:
-    """The notes that have been written, without the first ones."""
+    """Return all notes in a file, but not the first ``skipped`` ones."""
     notes: list[Note] = []
     if not path.exists():
         return notes

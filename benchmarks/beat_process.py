@@ -1,4 +1,4 @@
-"""A beat process of the parts ``beat`` and ``takeover``."""
+"""Start and stop a ``celery beat`` process for the parts ``beat`` and ``takeover``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .beat_notes import Note, read
 from .drain import ROOT
 from .servers import Servers
 
-#: Seconds that a beat is given for what it should do.
+#: How many seconds to wait for a beat before the benchmark fails.
 PATIENCE = 150.0
 OURS = "celery_singleton_state.beat:SingletonScheduler"
 _numbers = itertools.count(1)
@@ -25,10 +25,11 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a beat runs.
+    """A scheduler, its store, and the number of its entries.
 
-    :param database: the URL of this package's store; ``table``: that of this schedule alone.
-    :param stretch: by what the intervals of 1 to 60 seconds are multiplied.
+    :param database: the URL of this package's store.
+    :param table: the table for this schedule alone.
+    :param stretch: the factor for the intervals of 1 to 60 seconds.
     """
 
     scheduler: str
@@ -38,7 +39,7 @@ class Schedule:
     stretch: int = 1
 
     def environment(self, servers: Servers) -> dict[str, str]:
-        """What the app reads."""
+        """Return the environment that the app reads."""
         return os.environ | {
             "BENCHMARK_BROKER": servers.broker,
             "BENCHMARK_REDBEAT": redbeat_url(servers),
@@ -51,12 +52,12 @@ class Schedule:
 
 
 def redbeat_url(servers: Servers) -> str:
-    """A database beside that of the broker."""
+    """Return the URL of RedBeat's database: another one on the broker's server."""
     return servers.broker.removesuffix("/0") + "/1"
 
 
 class Beat:
-    """A process that was started. ``started`` is when, in seconds since the epoch."""
+    """A beat process. ``started`` is the time of its start, in seconds since the epoch."""
 
     def __init__(
         self,
@@ -86,23 +87,28 @@ class Beat:
 
     @property
     def log(self) -> str:
-        """What it has written so far."""
+        """The process's output until now."""
         return self._log.read_text()
 
     def first_note(self, since: float = 0.0) -> Note | None:
-        """The first message that it sent after a moment, as far as it has."""
+        """Return the first message that was sent after a time, or ``None`` if there is none yet."""
         return next((note for note in read(self.notes) if note.sent > since), None)
 
     def wait_until(self, condition: Callable[[], bool], pause: float = 0.01) -> None:
-        """:raises RuntimeError: it ended before that, or took too long."""
+        """Wait until a condition holds.
+
+        :raises RuntimeError: the process ended before that, or it took too long.
+        """
         deadline = time.monotonic() + PATIENCE
         while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"a beat did not do what it should:\n{self.log}")
+                raise RuntimeError(
+                    f"the beat exited or took longer than {PATIENCE:.0f} s:\n{self.log}"
+                )
             time.sleep(pause)
 
     def stop(self) -> None:
-        """Ask it to stop, and kill it if it does not soon."""
+        """Ask the process to stop, and kill it if it does not stop soon."""
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGTERM)
             self.process.send_signal(signal.SIGCONT)
@@ -115,7 +121,7 @@ class Beat:
 
 @contextlib.contextmanager
 def started_beat(servers: Servers, schedule: Schedule) -> Iterator[Beat]:
-    """A beat that is stopped at the end."""
+    """Start a beat, yield it, and stop it at the end."""
     beat = Beat(servers, schedule)
     try:
         yield beat

@@ -1,6 +1,6 @@
-"""Bodies that keep a counter from run to run without this package.
+"""Two ways to keep a counter from run to run without this package.
 
-Each has a place for the counter, one a slot, and a lock around it in Redis.
+Both have one counter per slot, and protect it with a lock in Redis.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ states = sa.Table(
 
 
 def make_engine(url: str) -> sa.Engine:
-    """An engine with SQLAlchemy's defaults."""
+    """Return an engine with SQLAlchemy's defaults."""
     return sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:", 1))
 
 
 def prepare(url: str) -> None:
-    """Make the table."""
+    """Make the table of the states."""
     engine = make_engine(url)
     metadata.create_all(engine)
     engine.dispose()
 
 
 class LockAndTable:
-    """redis-py's lock, SQLAlchemy Core and a table, put together as one does it in a project.
+    """redis-py's lock, SQLAlchemy Core and a table, combined as in a typical project.
 
-    The lock expires and is not renewed, and nothing hinders a late writer.
+    The lock expires and is not renewed. Nothing stops a late run from writing.
     """
 
     def __init__(self, database: str, broker: str) -> None:
@@ -51,7 +51,7 @@ class LockAndTable:
         self._insert: Any = dialect.insert
 
     def run(self, slot: int, body: Callable[[], None]) -> None:
-        """Run a body under the lock, and count it; a slot that is locked is skipped."""
+        """Run a body under the lock, and count the run. Skip it if the slot is locked."""
         key = f"counter-{slot}"
         lock = self._redis.lock(f"lock-{key}", timeout=8)
         if not lock.acquire(blocking=False):
@@ -77,10 +77,10 @@ class LockAndTable:
 
 
 class BareStatements:
-    """The least that a lock and a state can cost: two statements and two scripts.
+    """The least that a lock and a state can cost: two SQL statements and two scripts.
 
-    Prepared, in autocommit mode, on one connection that is never given back; no library
-    beyond the drivers, and no answer to any failure.
+    The statements are prepared and run in autocommit mode, on one connection that is kept. Only the
+    drivers are used, and no failure is handled.
     """
 
     TAKE = "return redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', 8000)"
@@ -102,7 +102,7 @@ class BareStatements:
         self._give = client.register_script(self.GIVE)
 
     def run(self, slot: int, body: Callable[[], None]) -> None:
-        """Run a body under the lock, and count it; a slot that is locked is skipped."""
+        """Run a body under the lock, and count the run. Skip it if the slot is locked."""
         key, holder = f"counter-{slot}", secrets.token_hex(8)
         if not self._take([f"lock-{key}"], [holder]):
             return

@@ -1,9 +1,9 @@
-"""``contention``: 64 processes that all want singletons, on PostgreSQL: one, 64, or 10,000 of them.
+"""``contention``: 64 processes compete for 1, 64 or 10,000 singletons on PostgreSQL.
 
-Each process takes singletons at random for some seconds: acquires, and if it got the lease releases
-it with a state; a delivery does no less. The rate of those that got it, the rate of those that were
-turned away, what an acquisition took, and what is left of dead rows some time after: PostgreSQL's
-autovacuum runs as it is set by default, but that it looks every second and not every minute.
+For some seconds each process tries to acquire singletons at random. If it gets a lease, it releases
+it with a state, as a delivery does. Measured are the rates of acquired leases and of conflicts, the
+time of an acquisition, and the dead rows that remain some time later. PostgreSQL's autovacuum has
+its default settings, except that it checks the tables every second instead of every minute.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .servers import Servers
 PROCESSES = 64
 SINGLETONS = (1, 64, 10_000)
 TTL = 60.0
-#: Seconds that autovacuum is given at most.
+#: How many seconds to wait for autovacuum at most.
 PATIENCE = 30.0
 PAST = '["0123456789abcdef",0,"h:1:a",1,null,"succeeded",null,1.0,2.0]'
 HISTORY = f"[{','.join([PAST] * 16)}]"
@@ -37,7 +37,7 @@ def run(servers: Servers, quick: bool, console: Console) -> None:
     seconds = 3.0 if quick else 15.0
     table = Table(title=f"contention: {PROCESSES} processes, PostgreSQL", title_justify="left")
     for heading in (
-        *("singletons", "acquired/s", "turned away/s", "acquire ms (p50)", "ms (p99)"),
+        *("singletons", "acquired/s", "refused/s", "acquire ms (p50)", "ms (p99)"),
         *("rows", "dead rows", "size MB"),
     ):
         table.add_column(heading, justify="right")
@@ -64,16 +64,17 @@ def _measure(
     for worker in workers:
         worker.start()
     for _ in workers:
-        results.get()  # it is connected
+        # Each process reports that it has connected.
+        results.get()
     start.set()
     found = [results.get() for _ in workers]
     for worker in workers:
         worker.join()
     taken = sorted(each for acquired, _ in found for each in acquired)
-    turned_away = sum(away for _, away in found)
+    refused = sum(away for _, away in found)
     return [
         f"{len(taken) / seconds:.0f}",
-        f"{turned_away / seconds:.0f}",
+        f"{refused / seconds:.0f}",
         f"{taken[len(taken) // 2] * 1e3:.2f}",
         f"{taken[int(len(taken) * 0.99)] * 1e3:.1f}",
         *_rows(connection, name),
@@ -106,7 +107,7 @@ def _work(url: str, table: str, count: int, seconds: float, start: Any, results:
 
 
 def _rows(connection: psycopg.Connection, table: str) -> tuple[str, str, str]:
-    """How many there are, how many of them dead, after autovacuum has had its time."""
+    """Wait for autovacuum; return the numbers of rows and dead rows, and the size in megabytes."""
     query = (
         "SELECT n_live_tup, n_dead_tup, pg_total_relation_size(relid) FROM pg_stat_user_tables"
         " WHERE relname = %s"
@@ -117,7 +118,7 @@ def _rows(connection: psycopg.Connection, table: str) -> tuple[str, str, str]:
         row = connection.execute(query, [table]).fetchone()
         assert row is not None
         live, dead, size = row
-        # What autovacuum leaves alone: its threshold, 50 rows and a fifth of the table.
+        # Autovacuum does not act below its threshold: 50 rows and a fifth of the table.
         if dead <= 50 + 0.2 * live or time.monotonic() > end:
             return f"{live:,}", f"{dead:,}", f"{size / 1e6:.1f}"
         time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""Draining a queue with a real worker."""
+"""Fill a queue, drain it with a real worker, and measure the rate."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import redis
 
 from .servers import Servers, stop_process
 
-#: The first bodies are not counted: they open connections, and fill caches.
+#: How many bodies at the beginning are not counted: they open connections and fill caches.
 WARM_UP = 100
 TIMEOUT = 120.0
-#: Where ``benchmarks`` can be imported from.
+#: The folder from which ``benchmarks`` can be imported.
 ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A task and the database that it uses.
+    """A task, and the database that it uses.
 
     :param leases: whether the leases of singletons without a state are in Redis.
-    :param app: the module of this package that has the app and the task.
-    :param root: the folder that the package and its benchmarks are imported from.
+    :param app: the module in ``benchmarks`` that has the app and the task.
+    :param root: the folder from which the package and its benchmarks are imported.
     """
 
     task: str
@@ -39,7 +39,7 @@ class Variant:
     root: Path = ROOT
 
     def environment(self, servers: Servers) -> dict[str, str]:
-        """Of each process that uses the task."""
+        """Return the environment of each process that uses the task."""
         return os.environ | {
             "BENCHMARK_BROKER": servers.broker,
             "BENCHMARK_DATABASE": self.database,
@@ -50,7 +50,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Pool:
-    """A worker's pool, and more options of the worker's."""
+    """A worker's pool, and more command-line options of the worker."""
 
     name: str
     concurrency: int
@@ -62,10 +62,10 @@ class Pool:
 
 @dataclass(frozen=True)
 class Drain:
-    """What came of one drain.
+    """The result of one drain.
 
-    :param rate: bodies a second.
-    :param skipped: messages whose body did not run.
+    :param rate: bodies per second.
+    :param skipped: how many messages' bodies did not run.
     """
 
     rate: float
@@ -73,12 +73,12 @@ class Drain:
 
 
 def drain(servers: Servers, variant: Variant, pool: Pool, count: int) -> Drain:
-    """Send messages, then start a worker, and see how fast it runs their bodies.
+    """Send messages, start a worker, and measure how fast it runs their bodies.
 
-    :raises RuntimeError: the worker ended, or did not empty the queue in time.
+    :raises RuntimeError: the worker ended, did not empty the queue in time, or ran too few bodies.
     """
     with drained(servers, variant, pool, count) as marks:
-        # Read only now, so that importing this module needs no servers.
+        # Import the app only now, so that importing this module needs no servers.
         from .tasks import read_marks
 
         times = read_marks(marks)
@@ -90,7 +90,7 @@ def drain(servers: Servers, variant: Variant, pool: Pool, count: int) -> Drain:
 
 @contextlib.contextmanager
 def drained(servers: Servers, variant: Variant, pool: Pool, count: int) -> Iterator[Path]:
-    """The folder that the worker's processes wrote their notes to, after it ran all messages.
+    """Yield the folder with the notes of a worker's processes, after the worker ran all messages.
 
     :raises RuntimeError: the worker ended, or did not empty the queue in time.
     """
@@ -112,13 +112,13 @@ def drained(servers: Servers, variant: Variant, pool: Pool, count: int) -> Itera
         try:
             _wait_until_empty(servers, process, log)
         finally:
-            # A warm shutdown: bodies that are running end, and the marks are written.
+            # This is a warm shutdown: running bodies end, and the processes write their notes.
             stop_process(process)
         yield marks
 
 
 def _send(servers: Servers, variant: Variant, count: int) -> None:
-    """Send from a process of its own, whose app is configured as the worker's."""
+    """Send the messages from another process, whose app is configured like the worker's."""
     subprocess.run(
         [sys.executable, "-m", "benchmarks.send", variant.app, variant.task, str(count)],
         cwd=variant.root,
@@ -136,7 +136,7 @@ def _options(pool: Pool) -> list[str]:
         f"--pool={pool.name}",
         f"--concurrency={pool.concurrency}",
         "--loglevel=WARNING",
-        # It has no neighbours to wait for.
+        # There are no other workers, so waiting for them would only cost time.
         "--without-mingle",
         "--without-gossip",
         *pool.options,
@@ -144,10 +144,10 @@ def _options(pool: Pool) -> list[str]:
 
 
 def _wait_until_empty(servers: Servers, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until each message was taken from the queue and acknowledged."""
+    """Wait until all messages were taken from the queue and acknowledged."""
     deadline = time.monotonic() + TIMEOUT
     with redis.Redis.from_url(servers.broker) as client:
-        # Twice, as a message is in neither place on its way from one to the other.
+        # Check twice, because a message that is just being fetched is in neither place.
         for _ in range(2):
             while client.llen("celery") or client.hlen("unacked"):
                 if process.poll() is not None or time.monotonic() > deadline:

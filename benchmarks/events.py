@@ -1,7 +1,7 @@
-"""``events``: what it costs that a worker sends events (``-E``): Celery's own, and this package's.
+"""``events``: measure what a worker's events (``-E``) cost: Celery's own, and this package's.
 
-The same drains as ``worker``, in a solo pool: the worst case, as there the thread that hands the
-events on shares its process with the bodies. Nobody receives the events.
+The drains are those of ``worker``, in a solo pool. This is the worst case, because there the thread
+that forwards the events shares its process with the bodies. No program receives the events.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def run(servers: Servers, quick: bool, console: Console) -> None:
         for word, pool in (("off", OFF), ("on", ON))
     }
     samples = take_turns(cases, turns)
-    table = Table(title="events: tasks a second, solo", title_justify="left")
+    table = Table(title="events: tasks per second, solo", title_justify="left")
     table.add_column("variant")
-    for heading in ("events off", "events on", "on of off (least-most)", "target"):
+    for heading in ("events off", "events on", "ratio on/off (least-most)", "target"):
         table.add_column(heading, justify="right")
     for name in variants:
         off, on = f"{name}, off", f"{name}, on"

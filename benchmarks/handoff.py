@@ -1,10 +1,11 @@
-"""``handoff``: how long after a run's death, or after it was asked, the next run begins.
+"""``handoff``: measure how long the next run takes to begin after a run's death or a handoff
+request.
 
-Measured from just before the signal, or the message, is sent to the first line of the next body;
-the next message's way through the broker, and its tries while the lease is still held, are in it.
-Each case runs against PostgreSQL, with the default settings: a lease lives for 8 s and is renewed
-every 4 s. "Another host" is another directory for temporary files: what the workers of a host
-know of each other's processes stands there.
+The time counts from just before the signal or the message is sent until the first line of the next
+body. It includes the next message's way through the broker, and its attempts while the lease is
+still held. Each case runs on PostgreSQL with the default settings: a lease lives for 8 s, and is
+renewed every 4 s. "Another host" is simulated by another directory for temporary files, because the
+workers of one host find each other's processes there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ _numbers = itertools.count(1)
 
 
 class Host:
-    """A worker's host: what its processes share, and where the bodies leave their marks."""
+    """A worker's host: the directory that its processes share, and the directory for the bodies'
+    marks.
+    """
 
     def __init__(self, servers: Servers, name: str) -> None:
         self._folder = servers.scratch / f"host-{name}"
@@ -50,7 +53,7 @@ class Host:
 
     @contextlib.contextmanager
     def worker(self, queue: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-        """A worker that is ready; what is left of it at the end is killed."""
+        """Start a worker, yield it when it is ready, and kill what is left of it at the end."""
         log = self._folder / f"log-{next(_numbers)}"
         command = [sys.executable, "-m", "celery", "-A", "benchmarks.handoff_tasks", "worker"]
         command += ["-Q", queue, "-n", f"w{next(_numbers)}@%h", "-l", "INFO", *options]
@@ -72,13 +75,13 @@ class Host:
             process.wait()
 
     def send(self, queue: str, ends: bool, task: str = "wait") -> Path:
-        """Send a message; returns the file in which its body will leave its mark."""
+        """Send a message; return the file that its body will write."""
         mark = f"mark-{next(_numbers)}"
         self._app.send_task(task, (mark, ends), queue=queue)
         return self._marks / mark
 
     def hold(self, queue: str, task: str = "wait") -> int:
-        """Send a message whose body does not end; returns the process that runs it."""
+        """Send a message whose body does not end; return the id of the process that runs it."""
         return int(_read(self.send(queue, ends=False, task=task))[0])
 
 
@@ -86,14 +89,14 @@ def _wait_until(condition: Callable[[], bool], what: Callable[[], str]) -> None:
     deadline = time.monotonic() + TIMEOUT
     while not condition():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"not within {TIMEOUT:g} s: {what()}")
+            raise RuntimeError(f"still waiting after {TIMEOUT:g} s: {what()}")
         time.sleep(0.01)
 
 
 def _read(mark: Path) -> tuple[str, float]:
-    _wait_until(mark.exists, lambda: f"{mark} is left")
-    pid, moment = mark.read_text().split()
-    return pid, float(moment)
+    _wait_until(mark.exists, lambda: f"{mark} is not written")
+    pid, began_at = mark.read_text().split()
+    return pid, float(began_at)
 
 
 def _child_killed(host: Host, other: Host) -> float:

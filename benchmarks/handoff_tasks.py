@@ -1,4 +1,4 @@
-"""The app of the ``handoff`` part: bodies that note when they begin, and some that never end."""
+"""The app of the ``handoff`` part. Its bodies note when they begin, and some never end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app.conf.singleton_store_url = os.environ.get("BENCHMARK_DATABASE", "memory://")
 
 
 def body(self: Any, mark: str, ends: bool) -> None:
-    """Note who began and when, in a file of its own."""
+    """Write this process's id and the time to the file ``mark``; then end, or sleep for ever."""
     path = Path(os.environ["BENCHMARK_MARKS"], mark)
     path.with_suffix(".new").write_text(f"{os.getpid()} {time.monotonic()}")
     path.with_suffix(".new").rename(path)

@@ -1,4 +1,4 @@
-"""``heartbeat``: one renewal of all leases that a process holds, one statement each time."""
+"""``heartbeat``: measure one renewal of all leases that a process holds, which is one statement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from celery_singleton_state.store.sql.store import SqlStore
 from .servers import Servers
 
 COUNTS = (1, 100, 10_000)
-#: Where it lies is nothing to a renewal; that it is there makes the rows as large as in use.
+#: The content of the history does not matter for a renewal. It makes the rows as large as in real
+#: use.
 HISTORY = "x" * 2000
 
 
@@ -35,7 +36,7 @@ def run(servers: Servers, quick: bool, console: Console) -> None:
 
 
 def _hold(store: SqlStore, count: int) -> list[Lease]:
-    """Leases that are held, by rows that are written at once."""
+    """Insert rows with held leases, all at once, and return the leases."""
     leases = [Lease(f"key-{n}", f"host:1:abc.{n:x}", 1, 3600.0) for n in range(count)]
     insert = (
         "INSERT INTO heartbeats (key, value, updated_at, fence, holder, history)"

@@ -1,19 +1,19 @@
-"""``layers``: what the package's own connection layers save beside those of the client libraries.
+"""``layers``: measure what the package's own connection layers save against the client libraries'.
 
-A store reaches its server by a layer of its own: ``store/sql/connections.py`` in place of
-SQLAlchemy's pool, ``store/redis/calls.py`` in place of redis-py's client. Measured in a real worker
-with one process that runs no-op singletons: the layers take turns within that process, some runs
-each, and each is compared with its library's own in the same turn.
+A store reaches its server by a layer of the package: ``store/sql/connections.py`` instead of
+SQLAlchemy's pool, ``store/redis/calls.py`` instead of redis-py's client. They are measured in a
+real worker with one process that runs no-op singletons. The layers take turns within that process,
+some runs each, and each layer is compared with the library's own layer in the same turn.
 
 - a run: the time from one body to the next, with all that a worker does between them;
 - the store: the time of a run's two calls to the server, network and server included;
-- CPU: what the process used, however long its server and its neighbours took.
+- CPU: the processor time of the process, which does not depend on its server and other programs.
 
-PostgreSQL is measured twice, once without waiting for the disk (``synchronous_commit = off``): the
-layers weigh most where the server is quick.
+PostgreSQL is measured twice, once without waiting for the disk (``synchronous_commit = off``),
+because the layers matter most if the server is quick.
 
-The library's own are set as a careful user sets them: autocommit, no ping, no reset, prepared
-statements; scripts by their digest, the same timeouts, no retries.
+The library's own layers are configured as a careful user would do it: autocommit, no ping, no
+reset, prepared statements; for Redis scripts by their digest, the same timeouts, no retries.
 
 Not measured: many threads that call at once.
 """
@@ -31,14 +31,14 @@ from .measure import Samples, relate
 from .servers import Servers
 
 POOLS = (Pool("prefork", 1), Pool("solo", 1))
-#: What is measured of a block, and what it is called.
+#: The figures of a block, and their headings.
 FIGURES = {"run": "run", "store": "store", "cpu": "CPU"}
-#: Has PostgreSQL answer before the disk has the commit, whose time differs most.
+#: Makes PostgreSQL answer before a commit is on the disk, because the disk's time varies most.
 NO_WAIT = "?options=-csynchronous_commit%3Doff"
 
 
 def run(servers: Servers, quick: bool, console: Console) -> None:
-    """Print one table a store and pool."""
+    """Print one table for each store and pool."""
     app = "layers_tasks"
     variants = {
         "PostgreSQL": Variant("stateful", servers.postgres, app=app),
@@ -56,8 +56,8 @@ def run(servers: Servers, quick: bool, console: Console) -> None:
 def _measure(
     servers: Servers, variant: Variant, pool: Pool, turns: int
 ) -> Iterator[dict[str, dict[str, float]]]:
-    """Microseconds a run, by layer and figure; one item a turn."""
-    # Read only now, so that importing this module needs no servers.
+    """Yield for each turn the microseconds of a run, by layer and figure."""
+    # Import the app only now, so that importing this module needs no servers.
     from .layers_tasks import BLOCK, WARM_UP, WAYS, read_blocks
 
     count = WARM_UP + turns * WAYS * BLOCK + 1
@@ -72,7 +72,7 @@ def _measure(
 
 def _table(title: str, turns: list[dict[str, dict[str, float]]]) -> Table:
     table = Table(
-        title=f"{title} (ratio to the library's own; quartiles of {len(turns)} turns)",
+        title=f"{title} (ratio to the library's own layer; quartiles of {len(turns)} turns)",
         title_justify="left",
     )
     table.add_column("layer", no_wrap=True)

@@ -1,10 +1,10 @@
 """The app of the ``layers`` part: singletons whose process reaches the store in several ways.
 
-The ways take turns, :data:`BLOCK` runs each, in one process. A way is changed within a body, so the
-time from one body to the next belongs to one way: it contains the end of one run and the beginning
-of the next.
+The ways take turns in one process, :data:`BLOCK` runs each. The way is changed within a body, so
+the time from one body to the next belongs to one way: it contains the end of one run and the
+beginning of the next.
 
-The environment is as in :mod:`benchmarks.tasks`.
+The environment is the same as in :mod:`benchmarks.tasks`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from celery_singleton_state.store.sql.connections import Connections
 from .tasks import BROKER, DATABASE, SLOTS, Counter
 
 BLOCK = 50
-#: Runs that are not counted: they open connections, prepare statements, and fill histories.
+#: How many runs at the beginning are not counted: they open connections, prepare statements, and
+#: fill histories.
 WARM_UP = SLOTS * 16
 
-#: The layers that are compared for each store.
+#: How many layers are compared for each store.
 WAYS = 3
 OURS = "this package"
 
@@ -41,16 +42,16 @@ app = Celery("layers", broker=BROKER)
 app.conf.task_ignore_result = True
 app.conf.singleton_store_url = DATABASE
 
-#: Calls the store once: with what its layer is called with.
+#: A function that calls the store once, with the arguments that its layer gets.
 Way = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Block:
-    """What :data:`BLOCK` runs took, in seconds.
+    """The time that :data:`BLOCK` runs took, in seconds.
 
-    :param store: in calls of the store's connection layer.
-    :param cpu: of this process, by all its threads.
+    :param store: the part of it in calls of the store's connection layer.
+    :param cpu: the processor time of all threads of this process.
     """
 
     way: str
@@ -60,7 +61,7 @@ class Block:
 
 
 class Turns:
-    """Stands where the store's layer stands, and has the ways take turns."""
+    """Replace a store's connection layer, and let the ways take turns."""
 
     def __init__(self, ways: Mapping[str, Way]) -> None:
         self._ways = itertools.cycle(ways.items())
@@ -70,7 +71,7 @@ class Turns:
         self._begin()
 
     def call(self, *arguments: Any) -> Any:
-        """Make one call in the way whose turn it is."""
+        """Make one call, by the way whose turn it is."""
         started = time.perf_counter()
         try:
             return self._way(*arguments)
@@ -80,7 +81,7 @@ class Turns:
     execute = call
 
     def note(self) -> None:
-        """Called by each body."""
+        """Count a run, and change to the next way at the end of a block. Each body calls this."""
         self._count += 1
         if self._count % BLOCK:
             return
@@ -96,8 +97,10 @@ class Turns:
 
 
 def sql_ways(engine: Engine, own: Connections) -> dict[str, Way]:
-    """The ways to run a statement: all on one engine, whose connections are in autocommit mode,
-    without a ping and without a reset.
+    """Return the ways to run a statement.
+
+    All use one engine, whose connections are in autocommit mode, without a ping and without a
+    reset.
     """
 
     def by_core(statement: str, parameters: Mapping[str, Any], answer: Callable[[Any], Any]) -> Any:
@@ -112,7 +115,7 @@ def sql_ways(engine: Engine, own: Connections) -> dict[str, Way]:
 
 
 def redis_ways(own: ScriptCalls) -> dict[str, Way]:
-    """The ways to call a script: all with the same options, of the same URL."""
+    """Return the ways to call a script. All use the same options and the same URL."""
     pool = own._make_client().connection_pool
     return {
         "client": _by_scripts(Redis(connection_pool=pool)),
@@ -135,7 +138,7 @@ def _by_scripts(client: Any) -> Way:
     return call
 
 
-#: By the attribute of a store that holds its layer.
+#: By the name of the store's attribute that holds its layer.
 _turns: dict[str, Turns] = {}
 
 
@@ -149,7 +152,7 @@ def _note(store: Any, attribute: str, ways: Callable[[], Mapping[str, Way]]) -> 
 
 @singleton_task(app, state_schema=Counter, unique_on=["slot"])
 def stateful(self: SingletonTask[Counter], slot: int, number: int) -> None:
-    """A singleton whose lease and state are in SQL."""
+    """Run a singleton whose lease and state are in SQL."""
     store = runtime_of(app).sql
     _note(store, "_connections", lambda: sql_ways(store.engine, store._connections))
     self.state.count += 1
@@ -157,7 +160,7 @@ def stateful(self: SingletonTask[Counter], slot: int, number: int) -> None:
 
 @singleton_task(app, unique_on=["slot"])
 def stateless(self: SingletonTask, slot: int, number: int) -> None:
-    """A singleton whose lease is in Redis."""
+    """Run a singleton whose lease is in Redis."""
     store: Any = runtime_of(app).leases
     _note(store, "_scripts", lambda: redis_ways(store._scripts))
 
@@ -172,6 +175,6 @@ def _write_blocks(**_: Any) -> None:
 
 
 def read_blocks(folder: Path) -> Iterator[Block]:
-    """The blocks that a worker's processes have written, in order."""
+    """Yield the blocks that a worker's processes have written, in order."""
     for path in folder.iterdir():
         yield from msgspec.json.decode(path.read_bytes(), type=list[Block])

@@ -1,8 +1,8 @@
-"""Taking turns, and what is concluded from it.
+"""Let cases take turns, and compute ratios between them.
 
-On a machine that does other things as well, two figures can be compared only when they were
-taken close to each other. So the cases take turns (A B C A B C ...), each is related to the
-base case of its own turn, and the median of these ratios is what counts.
+On a machine that does other work as well, two figures are comparable only if they were measured
+close to each other. So the cases take turns (A B C A B C ...). Each figure is divided by the base
+case's figure of the same turn, and the median of these ratios is the result.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-#: The figures of each case, one a turn.
+#: For each case, its figures, one for each turn.
 Samples = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A case against the base case of the same turn, over all turns."""
+    """The ratios of a case to the base case of the same turn, over all turns."""
 
     median: float
     least: float
@@ -30,13 +30,13 @@ class Ratio:
 
     @property
     def with_quartiles(self) -> str:
-        """For many turns, of which the machine spoils some."""
+        """The median with the quartiles. They fit many turns, of which the machine spoils some."""
         first, third = self.quartiles
         return f"{self.median:.2f} ({first:.2f}-{third:.2f})"
 
 
 def take_turns(cases: Mapping[str, Callable[[], float]], turns: int) -> Samples:
-    """Measure each case once a turn."""
+    """Measure each case once in each turn."""
     samples: Samples = {name: [] for name in cases}
     for _ in range(turns):
         for name, measure in cases.items():
@@ -45,14 +45,14 @@ def take_turns(cases: Mapping[str, Callable[[], float]], turns: int) -> Samples:
 
 
 def relate(samples: Samples, name: str, base: str) -> Ratio:
-    """One case against another, turn by turn."""
+    """Return the ratios of one case to another, turn by turn."""
     ratios = [own / other for own, other in zip(samples[name], samples[base], strict=True)]
     first, _, third = statistics.quantiles(ratios) if len(ratios) > 1 else ratios * 3
     return Ratio(statistics.median(ratios), min(ratios), max(ratios), (first, third))
 
 
 def median_time(call: Callable[[], object], times: int) -> float:
-    """The median of the seconds that a call takes."""
+    """Call a function some times; return the median of the seconds that a call takes."""
     taken = []
     for _ in range(times):
         started = time.perf_counter()
@@ -62,5 +62,5 @@ def median_time(call: Callable[[], object], times: int) -> float:
 
 
 def microseconds(samples: list[float]) -> str:
-    """The median of some seconds, for a table."""
+    """Format the median of some seconds in microseconds, for a table."""
     return f"{statistics.median(samples) * 1e6:.0f}"

@@ -1,12 +1,12 @@
-"""``renewals``: what the room that ``migrate`` leaves in the table's pages saves the server.
+"""``renewals``: measure what the free space that ``migrate`` leaves in the table's pages saves.
 
-Measured: the bytes of write-ahead log of one renewed lease in two tables of one PostgreSQL
-database, the second without ``fillfactor``; the size of each table with its indexes at the end;
-and the median of the time in which all leases are renewed once. All rows are held: by one process,
-whose one statement renews them all, or by 50 processes in turns.
+Measured are: the bytes of write-ahead log for one renewed lease, in two tables of one PostgreSQL
+database, the second without ``fillfactor``; the size of each table with its indexes at the end; and
+the median time to renew all leases once. All rows are held, either by one process, whose one
+statement renews them all, or by 50 processes in turns.
 
-The server logs a page as a whole when the page is changed for the first time after a checkpoint.
-There is one before the first renewal, and then when the server has one.
+The server logs a whole page when the page is changed for the first time after a checkpoint. The
+benchmark makes one checkpoint before the first renewal; later ones are up to the server.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .servers import Servers
 
 LEASES = 1_000
 PROCESSES = (1, 50)
-#: Bytes of a history: of a run or two, and of sixteen. They do not compress.
+#: The sizes of the histories in bytes: of one or two runs, and of sixteen. They do not compress.
 HISTORIES = (200, 1500)
 OURS, FULL = "renewals_ours", "renewals_full"
-HEADINGS = ("processes", "history", "fillfactor", "log, bytes", "of ours")
-HEADINGS_OF_ALL = ("size, MB", "all, ms", "of ours")
+HEADINGS = ("processes", "history", "fillfactor", "log, bytes", "ratio to ours")
+HEADINGS_OF_ALL = ("size, MB", "all, ms", "ratio to ours")
 
 _INSERT = """
 INSERT INTO {table} (key, value, updated_at, schema_version, fence, write, holder, task_id,
@@ -50,7 +50,8 @@ FROM pg_class WHERE relname = '{table}'
 def run(servers: Servers, quick: bool, console: Console) -> None:
     """Print one table."""
     table = Table(
-        title="renewals: log of one of 1,000 renewed leases, PostgreSQL", title_justify="left"
+        title="renewals: write-ahead log per renewed lease (of 1,000), PostgreSQL",
+        title_justify="left",
     )
     for heading in (*HEADINGS, *HEADINGS_OF_ALL):
         table.add_column(heading, justify="right")
@@ -81,7 +82,7 @@ def _measure(url: str, case: tuple[int, int], quick: bool, table: Table) -> None
 class _Renewals:
     """One table, whose leases are all held.
 
-    :param log: the bytes of log for each lease, each time that all were renewed.
+    :param log: the bytes of log per lease, one figure for each renewal of all leases.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class _Renewals:
         random.shuffle(self._leases)
 
     def renew_all(self) -> float:
-        """Have each process renew its leases; returns the seconds that this takes."""
+        """Let each process renew its leases; return the seconds that this takes."""
         before, started = self._position(), time.perf_counter()
         for process in range(self._processes):
             held = self._leases[process :: self._processes]

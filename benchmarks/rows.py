@@ -1,8 +1,8 @@
-"""``rows``: whether taking a lease and loading its state gets slower as the table grows.
+"""``rows``: measure whether acquiring a lease and loading its state gets slower as the table grows.
 
-Measured: the median of ``store.acquire`` on singletons chosen at random, in three tables of one
-PostgreSQL database that differ in nothing but their number of rows. Each lease is released
-before the next is taken, outside the measured time.
+Measured is the median time of ``store.acquire`` on singletons chosen at random, in three tables of
+one PostgreSQL database that differ only in their number of rows. Each lease is released before the
+next is acquired, outside the measured time.
 
 Not measured: a table whose pages are not in memory.
 """
@@ -81,7 +81,7 @@ def _median(store: SqlStore, size: int, times: int) -> float:
 
 def _table(samples: Samples, base: str) -> Table:
     table = Table(title="rows: acquire and load, PostgreSQL", title_justify="left")
-    for heading in ("rows", "us (p50)", f"of {base} rows (least-most)", "target"):
+    for heading in ("rows", "us (p50)", f"ratio to {base} rows (least-most)", "target"):
         table.add_column(heading, justify="right")
     for name, seconds in samples.items():
         target = "" if name == base else TARGET

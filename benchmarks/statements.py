@@ -1,14 +1,14 @@
-"""``statements``: what a run costs beside the two SQL statements that it cannot do without.
+"""``statements``: measure what a run costs beyond the two SQL statements that it needs.
 
-Measured, in one process and one thread: the same two statements, take-and-load and
-save-and-release, with the same values
+Measured in one process and one thread are the same two statements (acquire and load, save and
+release) with the same values:
 
-- on a bare driver connection: prepared, autocommit, no pool, nothing around them;
+- on a bare driver connection: prepared, in autocommit mode, without a pool;
 - as the store's ``acquire`` and ``release``;
-- as a direct call of a stateful task, which adds keys, history, state and heartbeat, and what
-  Celery does for a call.
+- as a direct call of a stateful task, which adds keys, history, state and heartbeat, and Celery's
+  own work for a call.
 
-Not measured: a worker, a broker, a wait for a row that someone else has locked.
+Not measured: a worker, a broker, waiting for a row that another transaction has locked.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ _counter = itertools.count(1)
 
 
 def _histories() -> Iterator[str]:
-    """Histories as a singleton's runs leave them, one after the other."""
+    """Return histories as a singleton's runs would write them one after the other, in an endless
+    cycle.
+    """
     entries = [
         Entry(None, 0, f"host:12345:0123abcd{n:x}", n, None, "succeeded", None, 1e9 + n / 7, 1e9)
         for n in range(1000, 1064)
@@ -54,7 +56,7 @@ def _histories() -> Iterator[str]:
 
 
 def run(servers: Servers, quick: bool, console: Console) -> None:
-    """Print one table a database."""
+    """Print one table for each database."""
     for title, url in (("PostgreSQL", servers.postgres), ("SQLite", servers.sqlite("statements"))):
         app = make_app(url)
         with console.status(f"statements: {title}"):
@@ -64,7 +66,7 @@ def run(servers: Servers, quick: bool, console: Console) -> None:
 
 
 def make_app(url: str) -> Celery:
-    """An app without a broker, with one stateful singleton, ``count``."""
+    """Return an app without a broker, with one stateful singleton, ``count``."""
     app = Celery("statements", broker="memory://", set_as_current=False)
     app.conf.update(singleton_store_url=url, singleton_auto_migrate=True)
     app.conf.update(singleton_table="statements")
@@ -142,14 +144,16 @@ def _store_round(store: SqlStore) -> Callable[[], None]:
 
 
 def _new_value() -> str:
-    """A value that differs from the last one, as a run that changed nothing does not save."""
+    """Return a value that differs from the last one, because a run does not save an unchanged
+    value.
+    """
     return f'{{"count":{next(_counter)}}}'
 
 
 def _table(title: str, samples: Samples) -> Table:
     table = Table(title=f"statements: a whole run, {title}", title_justify="left")
-    table.add_column("what")
-    for heading in ("us", "of bare (least-most)", "target"):
+    table.add_column("measured")
+    for heading in ("us", "ratio to bare (least-most)", "target"):
         table.add_column(heading, justify="right")
     for name, seconds in samples.items():
         target = TARGET if title == "PostgreSQL" and name != BARE else ""

@@ -1,10 +1,10 @@
-"""``stores``: what each verb takes on each store, and what the bare driver takes for the same.
+"""``stores``: measure each verb of each store, and the bare driver with the same statement.
 
-Measured: a call of the store's, and the same text with the same parameters sent over a connection
-of the driver's own, its answer fetched. Both take turns, in blocks. Server and client share a
-machine, so what a network adds is once its round trip: each verb here is one.
+Measured are a call of the store, and the same text with the same parameters, sent over a connection
+of the driver itself, with its answer fetched. Both take turns, in blocks. Server and client share a
+machine. A network would add one round trip, because each verb here is one round trip.
 
-MariaDB takes part where it is installed.
+MariaDB is measured if it is installed.
 """
 
 from __future__ import annotations
@@ -43,19 +43,20 @@ MANY = 100
 PAST = '["0123456789abcdef",0,"h:1:a",1,null,"succeeded",null,1.0,2.0]'
 HISTORY = f"[{','.join([PAST] * 16)}]"
 ENDED = Ended("succeeded", HISTORY)
-#: It is the first write of its lease each time, or that one repeated.
+#: Each time this is the first write of its lease, or a repetition of it.
 WRITE = Write(1, 0, NewValue('{"count":1}', 1))
 
-#: Sends a text with named parameters; or a script with keys and arguments.
+#: A function that sends a text with named parameters, or a script with keys and arguments.
 Send = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb.
+    """One verb of a store.
 
-    :param call: of the store's; ``bare``: what it sends, sent without it.
-    :param before: what makes the next call possible, and is not measured.
+    :param call: calls the store's verb.
+    :param bare: sends the same statement without the store.
+    :param before: makes the next call possible; its time is not measured.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Verb:
 
 
 def run(servers: Servers, quick: bool, console: Console) -> None:
-    """Print one table a store."""
+    """Print one table for each store."""
     blocks = 5 if quick else 25
     urls = {"PostgreSQL": servers.postgres, "SQLite": servers.sqlite("stores")}
     if servers.mariadb:
@@ -110,7 +111,7 @@ def _sql(store: SqlStore, send: Send) -> Iterator[Verb]:
         lambda: send(sql.save, named(lease, ttl=TTL, **new)),
     )
     ended = {"outcome": "succeeded", "history": HISTORY, "hold": 0.0, "ticks_done": None}
-    # The fence that each release needs is that of the acquisition just before it.
+    # Each release needs the fence of the acquisition just before it.
     held: list[Lease] = [lease]
     yield Verb(
         "release, with a state",
@@ -171,7 +172,9 @@ def _redis(store: RedisStore, client: Any) -> Iterator[Verb]:
 
 @contextmanager
 def _bare_sql(url: str) -> Iterator[Send]:
-    """A connection of the driver's, with what it has for the purpose: prepared, autocommit."""
+    """Yield a function that sends over the driver's own connection: prepared if it can,
+    autocommit.
+    """
     parts = make_url(url)
     connection: Any
     if parts.get_backend_name() == "sqlite":
@@ -204,7 +207,7 @@ def _bare_sql(url: str) -> Iterator[Send]:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one verb took, in seconds; by block the median."""
+    """The times of one verb in seconds: each call of the store, and the medians of the blocks."""
 
     name: str
     own: list[float]
@@ -234,7 +237,7 @@ def _time(before: Callable[[], Any], call: Callable[[], Any]) -> float:
 def _table(name: str, found: list[Figures]) -> Table:
     table = Table(title=f"stores: {name}", title_justify="left")
     table.add_column("verb")
-    for heading in ("us (p50)", "us (p99)", "of the bare driver (least-most)"):
+    for heading in ("us (p50)", "us (p99)", "ratio to the bare driver (least-most)"):
         table.add_column(heading, justify="right")
     for each in found:
         ordered = sorted(each.own)

@@ -1,10 +1,10 @@
-"""``takeover``: how long after a leading beat's end another one leads, and sends.
+"""``takeover``: measure how long after a leading beat's end another beat leads, and sends.
 
-Measured from just before the signal is sent to the time in the beats' lease at which the other
-acquired it, and to when the broker had the other's first message. Two beats stand ready with the
-default settings, state in PostgreSQL, and one entry that is due every second; what is due may
-have to be waited for. "Another host" is another directory for temporary files: what the beats
-of a host know of each other's processes stands there.
+The time counts from just before the signal is sent until two events: the other beat acquires the
+beats' lease (by the time in its row), and the broker has the other beat's first message. Two beats
+run with the default settings, their state in PostgreSQL, and one entry that is due every second;
+the second figure includes waiting until the entry is due. "Another host" is simulated by another
+directory for temporary files, because the beats of one host find each other's processes there.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ STANDS_BY = "beat stands by: celerybeat"
 
 @dataclass(frozen=True)
 class Case:
-    """What ends a leader, and where the next one is.
+    """The signal that ends the leader, and the place of the next one.
 
-    :param target: seconds until another sends.
+    :param target: the seconds until another beat must send.
     """
 
     name: str
@@ -46,12 +46,12 @@ CASES = (
     Case("orderly stop (SIGTERM), other host", signal.SIGTERM, False, "<= 1"),
     Case("killed, same host", signal.SIGKILL, True, "<= 10"),
     Case("killed, other host", signal.SIGKILL, False, "<= 10"),
-    Case("stands still (SIGSTOP), other host", signal.SIGSTOP, False, "<= 10"),
+    Case("paused (SIGSTOP), other host", signal.SIGSTOP, False, "<= 10"),
 )
 
 
 class Pair:
-    """Two beats of one schedule. The first is made to lead, the other stands by."""
+    """Two beats of one schedule. The first leads, and the other stands by."""
 
     def __init__(self, servers: Servers, case: Case) -> None:
         self._servers, self._case = servers, case
@@ -70,8 +70,8 @@ class Pair:
         self._other.wait_until(lambda: STANDS_BY in self._other.log)
 
     def take_over(self) -> tuple[float, float]:
-        """End the leader; returns the seconds until the other leads, and until it sends."""
-        # At any moment between two ticks.
+        """End the leader; return the seconds until the other leads, and until it sends."""
+        # End it at a random time between two ticks.
         time.sleep(random.random())
         old, new = self._leader, self._other
         ended_at = time.time()
@@ -84,7 +84,7 @@ class Pair:
         return taken
 
     def close(self) -> None:
-        """Kill what is left."""
+        """Kill all processes that still run."""
         self._database.close()
         for beat in (self._leader, self._other):
             with contextlib.suppress(ProcessLookupError):
@@ -92,7 +92,7 @@ class Pair:
             beat.process.wait()
 
     def _stand_by_again(self, old: Beat) -> Beat:
-        """The old one again, or another in its place."""
+        """Return a beat that stands by: the old leader, resumed, or a new process in its place."""
         before = 0
         if self._case.signal is signal.SIGSTOP:
             before = old.log.count(STANDS_BY)
@@ -121,7 +121,7 @@ def run(servers: Servers, quick: bool, console: Console) -> None:
     """Print one table."""
     repeats = 3 if quick else 20
     with console.status("takeover"), ThreadPoolExecutor(2) as pool:
-        # Two pairs at a time: mostly they wait.
+        # Two pairs run at a time, because they mostly wait.
         found = list(pool.map(lambda case: _measure(servers, case, repeats), CASES))
     table = Table(title=f"takeover: seconds until another beat leads, {repeats} times each")
     for number, heading in enumerate(

@@ -1,12 +1,12 @@
 """The app of the ``worker`` part: one task for each variant, all with the same no-op body.
 
-A message has a slot, of which there are :data:`SLOTS`, and a number of its own. A slot is
-what is run once at a time and has a state, a counter; messages that are near each other in the
-queue have different slots, so that no run ever meets another. The packages that drop
-duplicates when a message is sent see the number and find none.
+Each message has a slot, of which there are :data:`SLOTS`, and a unique number. A slot is one
+singleton, or one lock, with a counter as its state. Neighbouring messages in the queue have
+different slots, so no run ever meets a conflict. Because of the unique number, packages that drop
+duplicates when a message is sent find none.
 
-The servers come from the environment: ``BENCHMARK_BROKER``, ``BENCHMARK_DATABASE``; and
-``BENCHMARK_MARKS``, the directory that the times of the bodies are written to.
+The app reads from the environment: ``BENCHMARK_BROKER`` and ``BENCHMARK_DATABASE``, the servers;
+and ``BENCHMARK_MARKS``, the directory to which the times of the bodies are written.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ app.conf.task_ignore_result = True
 app.conf.ONCE = {"backend": "celery_once.backends.Redis", "settings": {"url": BROKER}}
 app.conf.singleton_store_url = DATABASE
 
-#: When the bodies of this process ran.
+#: The times at which the bodies of this process ran.
 marks = array("d")
 
 
 def body() -> None:
-    """Does nothing but note the time, on a clock that all processes share."""
+    """Note the time, on a clock that all processes share, and do nothing else."""
     marks.append(time.monotonic())
 
 
@@ -55,7 +55,7 @@ def _write_marks(**_: Any) -> None:
 
 
 def read_marks(folder: Path) -> list[float]:
-    """The times of all bodies that ran, in order."""
+    """Return the times of all bodies that ran, in order."""
     found = array("d")
     for path in folder.iterdir():
         found.frombytes(path.read_bytes())
@@ -69,49 +69,50 @@ class Counter:
     count: int = 0
 
 
-# Made in the process that runs them: connections do not survive a fork.
+# These are made at the first use, in the process that runs the bodies, because connections do not
+# survive a fork.
 _lock_and_table = cache(lambda: LockAndTable(DATABASE, BROKER))
 _bare = cache(lambda: BareStatements(DATABASE, BROKER))
 
 
 @app.task
 def plain(slot: int, number: int) -> None:
-    """No lock, no state."""
+    """Run without a lock and without a state."""
     body()
 
 
 @app.task(base=Singleton)
 def with_celery_singleton(slot: int, number: int) -> None:
-    """A lock from sending to success; no state."""
+    """Run with a lock from sending to success, and without a state."""
     body()
 
 
 @app.task(base=QueueOnce)
 def with_celery_once(slot: int, number: int) -> None:
-    """A lock from sending to return; no state."""
+    """Run with a lock from sending to return, and without a state."""
     body()
 
 
 @app.task
 def with_lock_and_table(slot: int, number: int) -> None:
-    """A lock around the run, and a state, by hand."""
+    """Run with a hand-written lock around the run, and a hand-written state."""
     _lock_and_table().run(slot, body)
 
 
 @app.task
 def with_bare_statements(slot: int, number: int) -> None:
-    """The same with as little as can be."""
+    """Run with a lock and a state that take the fewest possible statements."""
     _bare().run(slot, body)
 
 
 @singleton_task(app, state_schema=Counter, unique_on=["slot"])
 def stateful(self: SingletonTask[Counter], slot: int, number: int) -> None:
-    """A stateful singleton of this package."""
+    """Run as a stateful singleton of this package."""
     body()
     self.state.count += 1
 
 
 @singleton_task(app, unique_on=["slot"])
 def stateless(self: SingletonTask, slot: int, number: int) -> None:
-    """A singleton of this package without a state."""
+    """Run as a singleton of this package without a state."""
     body()

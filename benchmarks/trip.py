@@ -1,10 +1,10 @@
-"""``python -m benchmarks.trip``: how long the way through the code is, for whoever reads it.
+"""``python -m benchmarks.trip``: measure how long the path through the code is for a reader.
 
-It traces one run that does nothing, with a state, on the store in memory, from the call of the task
-to the release of its lease: how many calls of this package's functions it makes, in how many files,
-and how often a call is in another file than the one before. It also traces what the heartbeat does
-when a lease is lost, up to the interruption of the body; counts the modules at the package's root;
-and the package's files that name one option, ``hold_at_least``.
+It traces one run with a state that does nothing, on the store in memory, from the call of the task
+to the release of its lease. It counts the calls of this package's functions, their files, and how
+often a call is in another file than the call before. It also traces how a lost lease is reported,
+from the heartbeat to the interruption of the body. Finally it counts the modules at the package's
+root, and the files that name the option ``hold_at_least``.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from celery_singleton_state.store.base import Ended, Lease
 
 PACKAGE = Path(celery_singleton_state.__file__).parent
 
-#: What each number is to be at most.
+#: The largest value that each number may have.
 LIMITS = {
     "calls of a run that does nothing": 80,
     "files of these calls": 16,
     "changes of file between them": 45,
-    "files that the news of a lost lease passes": 6,
+    "files that the report of a lost lease passes": 6,
     "files that name hold_at_least": 9,
     "modules at the root": 16,
 }
@@ -41,13 +41,13 @@ LIMITS = {
 
 @dataclass
 class Count:
-    """A state."""
+    """The state of the traced singleton."""
 
     n: int = 0
 
 
 def measured() -> dict[str, int]:
-    """Each number, by its name."""
+    """Return each number, by its name."""
     files = calls_of_a_run()
     return dict(
         zip(
@@ -66,10 +66,11 @@ def measured() -> dict[str, int]:
 
 
 def calls_of_a_run() -> list[str]:
-    """The file of each call of a run that does nothing."""
+    """Return the file of each call of a run that does nothing."""
     app, task = _made(lambda self: None)
     for _ in range(3):
-        task()  # what is made once is made
+        # The first runs make the objects that are made only once.
+        task()
     seen: list[str] = []
     sys.setprofile(lambda frame, event, _: _note(frame, event, seen.append))
     try:
@@ -81,7 +82,9 @@ def calls_of_a_run() -> list[str]:
 
 
 def files_of_a_loss() -> list[str]:
-    """The files that the news of a lost lease passes, from the heartbeat to the body."""
+    """Return the files through which the report of a lost lease passes, from the heartbeat to the
+    body.
+    """
     seen: dict[str, None] = {}
     tracing = threading.Event()
 
@@ -140,7 +143,7 @@ def _note(frame: FrameType, event: str, note: Callable[[str], object]) -> None:
 
 
 def main() -> int:
-    """Print each number with its limit; fail if one is over it."""
+    """Print each number with its limit; return 1 if a number is above its limit."""
     numbers = measured()
     for name, number in numbers.items():
         print(f"{name}: {number} (at most {LIMITS[name]})")

@@ -1,11 +1,13 @@
-"""``upgrade``: how long others wait while a table of three columns is upgraded in use.
+"""``upgrade``: measure how long other clients wait while a table of three columns is upgraded in
+use.
 
-Measured: the longest of the reads and writes that one connection does without a pause while
-``migrate`` runs in a process of its own on a PostgreSQL table of three columns: with its index, so
-that columns are added, and without, so that the index is built as well. Beside it stand the median
-of its reads and the longest of all when nobody migrates.
+Measured is the longest of the reads and writes that one connection sends without a pause while
+``migrate`` runs in another process on a PostgreSQL table of three columns. The table either has its
+index, so that only columns are added, or not, so that the index is built as well. For comparison
+there are the median of the reads, and the longest read or write, while no upgrade runs.
 
-Not measured: how long the upgrade waits for others' transactions, which is theirs to say.
+Not measured: how long the upgrade waits for the transactions of others, because that depends on
+them.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from .measure import Samples, median_time, relate, take_turns
 from .servers import Servers
 
 SIZES = (1_000, 1_000_000)
-#: Seconds of reading and writing while nobody migrates.
+#: How many seconds to read and write while no upgrade runs.
 ALONE = 1.0
 
 _MAKE = """
@@ -48,7 +50,15 @@ _READ = "SELECT value, updated_at FROM {table} WHERE key = %s"
 _WRITE = "UPDATE {table} SET value = %s, updated_at = clock_timestamp() WHERE key = %s"
 
 MEDIAN, ALONE_LONGEST, COLUMNS, INDEX = "median", "longest", "columns", "index"
-HEADINGS = ("rows", "read (p50)", "longest", "columns", "of a read", "and index", "of a read")
+HEADINGS = (
+    "rows",
+    "read (p50)",
+    "longest",
+    "columns",
+    "ratio to a read",
+    "and index",
+    "ratio to a read",
+)
 
 
 def run(servers: Servers, quick: bool, console: Console) -> None:
@@ -137,7 +147,7 @@ class _Used:
         return f"row-{random.randint(1, self._size)}"
 
     def _strip(self) -> None:
-        """Three columns and no index, as before the first upgrade."""
+        """Leave three columns and no index, as before the first upgrade."""
         for (column,) in self._connection.execute(_COLUMNS, (self._name,)).fetchall():
             self._do("ALTER TABLE {table} DROP COLUMN {column}", column=sql.Identifier(column))
         self._do("DROP TABLE IF EXISTS {versions}")

@@ -1,11 +1,12 @@
-"""``waiting``: what a plain task waits for while many messages wait for one singleton.
+"""``waiting``: measure how long a plain task waits while many messages wait for one singleton.
 
-A worker with two processes has plain tasks, 20 a second, and messages with ``on_conflict="wait"``
-whose lease another worker holds. Measured: the time from sending a plain task to its body, from
-when all messages are sent; and, when the holder ends, the time to the first of those that waited,
-and how many of them have run after ten seconds. Side by side with none that waits.
+A worker with two processes gets 20 plain tasks a second, and messages with ``on_conflict="wait"``
+for a lease that another worker holds. Measured are: the time from sending a plain task to its body,
+after all messages were sent; after the holder's end, the time until the first waiting message runs;
+and how many of them have run after ten seconds. For comparison the same is measured without waiting
+messages.
 
-Not measured: sending the messages, and their first tries, which are 2 s for 1,000.
+Not measured: sending the messages, and their first attempts, which take 2 s for 1,000 messages.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from celery_singleton_state.migrations.open_store import open_store
 
 from .servers import Servers
 
-#: How many wait, and for how many seconds at most.
+#: How many messages wait, and for how many seconds at most.
 CASES = ((0, 600), (300, 600), (1000, 600), (300, 10), (1000, 10))
 PLAIN_A_SECOND = 20
-#: Seconds after the end of the holder.
+#: For how many seconds after the holder's end the served messages are counted.
 SERVED_WITHIN = 10.0
 START_TIMEOUT = 60.0
 
@@ -42,8 +43,8 @@ def run(servers: Servers, quick: bool, console: Console) -> None:
     seconds = 5.0 if quick else 20.0
     table = Table(title="waiting: plain tasks on two processes", title_justify="left")
     for heading in (
-        *("wait", "for at most s", "plain ms (p50)", "ms (p95)", "ms (most)"),
-        *("first served after s", f"served in {SERVED_WITHIN:.0f} s"),
+        *("waiting", "timeout (s)", "plain ms (p50)", "ms (p95)", "ms (most)"),
+        *("first served (s)", f"served in {SERVED_WITHIN:.0f} s"),
     ):
         table.add_column(heading, justify="right")
     for count, timeout in CASES:
@@ -94,7 +95,7 @@ def _measure(servers: Servers, count: int, timeout: int, seconds: float) -> list
 
 
 def _wait_for_first_tries(broker: str) -> None:
-    """Wait until the queue is empty: those that wait are with the worker then."""
+    """Wait until the queue is empty: then the worker has all messages that wait."""
     until = time.monotonic() + START_TIMEOUT
     with redis.Redis.from_url(broker) as client:
         while client.llen("celery") and time.monotonic() < until:
@@ -102,7 +103,7 @@ def _wait_for_first_tries(broker: str) -> None:
 
 
 def _plain(app: Celery, notes: Path, seconds: float) -> list[float]:
-    """Send plain tasks evenly; seconds from the sending of each to its body."""
+    """Send plain tasks evenly; return the seconds from the sending of each to its body."""
     sent, begin = [], time.monotonic()
     for number in range(int(seconds * PLAIN_A_SECOND)):
         time.sleep(max(0.0, begin + number / PLAIN_A_SECOND - time.monotonic()))
@@ -115,7 +116,7 @@ def _plain(app: Celery, notes: Path, seconds: float) -> list[float]:
 
 
 def _read(notes: Path, what: str) -> list[tuple[float, float]]:
-    """The numbers and times of one kind."""
+    """Return the numbers and times of the notes of one kind."""
     lines = (line.split() for line in notes.read_text().rpartition("\n")[0].splitlines())
     return [(float(number), float(at)) for kind, number, at in lines if kind == what]
 
@@ -124,7 +125,7 @@ def _wait_for(notes: Path, what: str) -> None:
     until = time.monotonic() + START_TIMEOUT
     while not _read(notes, what):
         if time.monotonic() > until:
-            raise TimeoutError(f"nothing {what} within {START_TIMEOUT:.0f} s")
+            raise TimeoutError(f"no task noted {what!r} within {START_TIMEOUT:.0f} s")
         time.sleep(0.05)
 
 

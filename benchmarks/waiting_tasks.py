@@ -1,8 +1,8 @@
 """The app of the ``waiting`` part: a singleton that many messages wait for, and a plain task.
 
-The servers come from the environment: ``BENCHMARK_BROKER``, ``BENCHMARK_DATABASE``; and
-``BENCHMARK_NOTES``, the file that the bodies write to, ``BENCHMARK_TIMEOUT``, how long a message
-waits.
+It reads from the environment: ``BENCHMARK_BROKER`` and ``BENCHMARK_DATABASE``, the servers;
+``BENCHMARK_NOTES``, the file that the bodies write to; and ``BENCHMARK_TIMEOUT``, the seconds for
+which a message waits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ app.conf.singleton_store_url = os.environ.get("BENCHMARK_DATABASE", "sqlite:///b
 
 
 def note(what: str, number: float) -> None:
-    """Append a line at once, so that no two are mixed up; all processes share this clock."""
+    """Append a line with one write, so that lines do not mix. All processes share the clock."""
     with open(os.environ["BENCHMARK_NOTES"], "a") as notes:
         notes.write(f"{what} {number} {time.monotonic()}\n")
 
@@ -33,7 +33,9 @@ def note(what: str, number: float) -> None:
     conflict_timeout=float(os.environ.get("BENCHMARK_TIMEOUT", "600")),
 )
 def waits(self: SingletonTask, number: int, until: str = "") -> None:
-    """Hold the lease until a file is there, or be served."""
+    """Hold the lease until a file exists. Without a file's name, only note that the message was
+    served.
+    """
     note("served" if not until else "holds", number)
     while until and not Path(until).exists():
         time.sleep(0.01)
@@ -41,5 +43,5 @@ def waits(self: SingletonTask, number: int, until: str = "") -> None:
 
 @app.task(name="plain")
 def plain(number: int) -> None:
-    """Note when it ran."""
+    """Note when the task ran."""
     note("plain", number)

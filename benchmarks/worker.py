@@ -1,14 +1,14 @@
-"""``worker``: how many no-op tasks a worker runs in a second, with and without a state.
+"""``worker``: measure how many no-op tasks a worker runs per second, with and without a state.
 
-Measured: a queue is filled, then a worker started, and the bodies note the time; the rate is
-taken from the first body (after a few that warm up) to the last. It contains all that a worker
-does for a message between two bodies: fetching, decoding, tracing, acknowledging, and what the
-variant adds.
+First a queue is filled, then a worker is started, and the bodies note the time. The rate is
+measured from the first body (after some that warm up) to the last. It contains everything that a
+worker does for a message between two bodies: fetching, decoding, tracing, acknowledging, and the
+work of the variant.
 
-Not measured: sending (where celery-singleton and celery-once do most of their work), starting
-the worker, and any conflict: each body runs, or is shown as skipped. A body that does anything
-makes all variants more alike; this is the worst case. The rows of the stateful variants have
-been run often, so that their histories are full.
+Not measured: sending (in which celery-singleton and celery-once do most of their work), starting
+the worker, and conflicts: each body runs, or is counted as skipped. This is the worst case: a body
+that does work makes all variants more alike. The singletons of the stateful variants have run
+often, so that their histories are full.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .measure import Samples, relate, take_turns
 from .servers import Servers
 
 POOLS = (Pool("solo", 1), Pool("prefork", 2))
-#: Enough for each of the slots' histories to be full.
+#: Enough messages to fill the history of each slot.
 FIRST_COUNT = 64 * 20
 BASE = "plain Celery task"
 TARGETS = {
@@ -38,7 +38,7 @@ TARGETS = {
 
 
 def run(servers: Servers, quick: bool, console: Console) -> None:
-    """Print one table a pool."""
+    """Print one table for each pool."""
     variants = _variants(servers)
     for pool in POOLS:
         with console.status(f"worker: {pool}"):
@@ -66,7 +66,7 @@ def _variants(servers: Servers) -> dict[str, Variant]:
 def _measure(
     servers: Servers, pool: Pool, variants: dict[str, Variant], quick: bool
 ) -> tuple[Samples, dict[str, int]]:
-    """The rates of each variant, and how many bodies were skipped in all."""
+    """Return the rates of each variant, and how many bodies were skipped in all."""
     seconds, turns = (1.0, 3) if quick else (2.5, 7)
     skipped: dict[str, int] = defaultdict(int)
 
@@ -75,7 +75,7 @@ def _measure(
         skipped[name] += result.skipped
         return result.rate
 
-    # The first drain is not counted; it tells how many messages a variant needs.
+    # The first drain is not counted. It shows how many messages a variant needs.
     first = {name: measure(name, FIRST_COUNT) for name in variants}
     cases = {
         name: partial(measure, name, max(int(rate * seconds), 300)) for name, rate in first.items()
@@ -84,9 +84,9 @@ def _measure(
 
 
 def _table(pool: Pool, samples: Samples, skipped: dict[str, int]) -> Table:
-    table = Table(title=f"worker: tasks a second, {pool}", title_justify="left")
+    table = Table(title=f"worker: tasks per second, {pool}", title_justify="left")
     table.add_column("variant")
-    for heading in ("tasks/s", "of plain (least-most)", "target", "skipped bodies"):
+    for heading in ("tasks/s", "ratio to plain (least-most)", "target", "skipped bodies"):
         table.add_column(heading, justify="right")
     for name, rates in samples.items():
         table.add_row(
