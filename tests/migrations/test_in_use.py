@@ -1,4 +1,4 @@
-"""Upgrading a table of PostgreSQL's that others use meanwhile."""
+"""Upgrading a table of PostgreSQL while other connections use it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BUILDS = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'CREATE INDEX CONCUR
 
 @pytest.fixture
 def connect(postgres_url: str) -> Iterator[Connect]:
-    """Opens connections of others, which give up where nobody answers."""
+    """Return a function that opens connections. Their statements time out after 20 s."""
     with ExitStack() as stack:
 
         def open_one(name: str, **options: Any) -> psycopg.Connection[Any]:
@@ -58,38 +58,41 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 @pytest.fixture
 def table(postgres_url: str) -> str:
-    """A table of three columns, with its index and a row."""
+    """Make a table of three columns, with its index and a row; return its name."""
     make_table(postgres_url, "kv_store")
     execute(postgres_url, "CREATE INDEX idx_kv_store_updated_at ON kv_store (updated_at)")
     return "kv_store"
 
 
 def make_table(url: str, name: str) -> None:
+    """Make a table of three columns, without an index, and insert a row."""
     execute(url, given_table(url, name), f"INSERT INTO {name} (key, value) VALUES ('old', '1')")
 
 
 def is_valid(watch: psycopg.Connection[Any], table: str = "kv_store") -> list[bool]:
-    """Of each index on the table but its key's."""
+    """Return for each index of the table, except that of its key, whether it is valid."""
     return [valid for (valid,) in watch.execute(VALID.format(table=table))]
 
 
 @pytest.fixture
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_lock_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the upgrade's lock timeouts and pauses."""
     monkeypatch.setattr(unobtrusive, "LOCK_TIMEOUT", 0.1)
     monkeypatch.setattr(concurrent_index, "LOCK_TIMEOUT", 0.1)
     monkeypatch.setattr(unobtrusive, "PAUSE", 0.1)
 
 
-@pytest.mark.usefixtures("table", "soon")
-def test_nobody_waits_long_behind_a_change_that_waits_for_a_reader(
+@pytest.mark.usefixtures("table", "short_lock_timeouts")
+def test_others_use_the_table_while_the_upgrade_waits_for_a_reader(
     postgres_url: str,
     connect: Connect,
     watch: psycopg.Connection[Any],
     pool: ThreadPoolExecutor,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A reads and does not end its transaction; the upgrade asks for the table, gives up, and asks
-    again; B reads and writes all the while; A's ends. The table is upgraded.
+    """A reads, and does not end its transaction; the upgrade asks for the table's lock, gives up,
+    and asks again; B reads and writes all the while; A's transaction ends. The table must be
+    upgraded.
     """
     reader = connect("slow reader")
     reader.execute("SELECT * FROM kv_store")
@@ -109,8 +112,8 @@ def test_nobody_waits_long_behind_a_change_that_waits_for_a_reader(
     assert columns_and_indexes(postgres_url)[0] == ALL_COLUMNS
 
 
-@pytest.mark.usefixtures("table", "soon")
-def test_in_the_end_it_says_who_holds_the_lock(
+@pytest.mark.usefixtures("table", "short_lock_timeouts")
+def test_a_failed_upgrade_says_which_process_holds_the_lock(
     postgres_url: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(unobtrusive, "PATIENCE", 0.0)
@@ -127,8 +130,8 @@ def test_in_the_end_it_says_who_holds_the_lock(
 
 @pytest.fixture
 def writer(postgres_url: str, connect: Connect) -> psycopg.Connection[Any]:
-    """One that has written to a table without an index, and not ended its transaction: who builds
-    an index waits for it.
+    """Return a connection that has written to a table without an index, and has not ended its
+    transaction. Building the index has to wait for it.
     """
     make_table(postgres_url, "kv_store")
     connection = connect("slow writer")
@@ -156,7 +159,7 @@ def test_others_write_while_the_index_is_built(
 
 
 @pytest.mark.parametrize("name", ["kv_store", '"Jobs-2"."kv Store"'])
-def test_an_index_whose_build_broke_off_is_built_anew(
+def test_an_index_is_built_again_after_a_cancelled_build(
     postgres_url: str,
     connect: Connect,
     watch: psycopg.Connection[Any],
@@ -183,17 +186,18 @@ def test_an_index_whose_build_broke_off_is_built_anew(
     assert count == 2
 
 
-@pytest.mark.usefixtures("soon")
-def test_a_build_whose_client_died_is_waited_for(
+@pytest.mark.usefixtures("short_lock_timeouts")
+def test_an_upgrade_waits_for_an_index_build_whose_client_died(
     postgres_url: str,
     writer: psycopg.Connection[Any],
     watch: psycopg.Connection[Any],
     pool: ThreadPoolExecutor,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A builds the index, and waits for a transaction; A's process is killed, while the database
-    goes on; B wants to migrate, and waits for that, others beside it; the transaction ends, and so
-    does A's build, which waits for whoever has a snapshot. B has found its work done.
+    """A builds the index, and waits for a writer's transaction; A's process is killed, but its
+    build continues in the database; B starts an upgrade, and waits for this build, while others
+    write; the writer's transaction ends. A's build ends, because B holds no snapshot for which it
+    would have to wait. B must keep A's index.
     """
     spawn = multiprocessing.get_context("spawn")
     process = spawn.Process(target=migrate_url, args=(postgres_url, "kv_store"), daemon=True)
@@ -217,7 +221,7 @@ def test_a_build_whose_client_died_is_waited_for(
 
 
 @pytest.mark.usefixtures("table")
-def test_an_index_of_another_name_will_do(
+def test_an_index_of_another_name_is_kept(
     postgres_url: str, watch: psycopg.Connection[Any]
 ) -> None:
     watch.execute("ALTER INDEX idx_kv_store_updated_at RENAME TO by_time")
@@ -225,15 +229,16 @@ def test_an_index_of_another_name_will_do(
     assert columns_and_indexes(postgres_url)[1] == [("by_time", ["updated_at"])]
 
 
-def test_who_waits_for_a_migration_is_not_waited_for(
+def test_an_index_build_does_not_wait_for_waiting_upgrades(
     postgres: Postgres,
     pgbouncer: PgBouncer,
     postgres_url: str,
     writer: psycopg.Connection[Any],
     watch: psycopg.Connection[Any],
 ) -> None:
-    """A builds the index, and waits for a transaction; more want to migrate than their pooler has
-    connections; the transaction ends. All get done: A waits for none of those who wait for it.
+    """A builds the index, and waits for a writer's transaction; more upgrades are started than the
+    pooler has connections; the writer's transaction ends. All upgrades must succeed: A does not
+    wait for the upgrades that wait for A.
     """
     url = postgres_url.replace(f":{postgres.port}/", f":{pgbouncer.port}/")
     spawn = multiprocessing.get_context("spawn")
@@ -247,7 +252,7 @@ def test_who_waits_for_a_migration_is_not_waited_for(
     database = url.rpartition("/")[2]
 
     def connected() -> bool:
-        # The first one has two.
+        # The first upgrade has two connections.
         return pgbouncer.log.read_text().count(f"login attempt: db={database}") > len(processes)
 
     wait_until(connected, "the others have connected")

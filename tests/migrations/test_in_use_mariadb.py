@@ -1,4 +1,4 @@
-"""Upgrading a table of MariaDB's that others use meanwhile."""
+"""Upgrading a table of MariaDB while other connections use it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Connect = Callable[..., pymysql.cursors.Cursor]
 
 @pytest.fixture
 def connect(mariadb: MariaDB, mariadb_url: str) -> Iterator[Connect]:
-    """Opens connections of others, which give up where nobody answers."""
+    """Return a function that opens connections. Their waits for locks time out after 20 s."""
     with ExitStack() as stack:
 
         def open_one(autocommit: bool) -> pymysql.cursors.Cursor:
@@ -40,7 +40,9 @@ def connect(mariadb: MariaDB, mariadb_url: str) -> Iterator[Connect]:
 def reader(
     mariadb_url: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> pymysql.cursors.Cursor:
-    """One that has read a table of three columns, and not ended its transaction."""
+    """Return a connection that has read a table of three columns, and has not ended its
+    transaction.
+    """
     monkeypatch.setattr(unobtrusive, "PAUSE", 0.1)
     execute(
         mariadb_url,
@@ -52,14 +54,15 @@ def reader(
     return cursor
 
 
-def test_nobody_waits_long_behind_a_change_that_waits_for_a_reader(
+def test_others_use_the_table_while_the_upgrade_waits_for_a_reader(
     mariadb_url: str,
     connect: Connect,
     reader: pymysql.cursors.Cursor,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A reads and does not end its transaction; the upgrade asks for the table, gives up, and asks
-    again; B reads and writes all the while; A's ends. The table is upgraded.
+    """A reads, and does not end its transaction; the upgrade asks for the table's lock, gives up,
+    and asks again; B reads and writes all the while; A's transaction ends. The table must be
+    upgraded.
     """
     other = connect(autocommit=True)
     with ThreadPoolExecutor(1) as pool, caplog.at_level(logging.WARNING):
@@ -77,7 +80,7 @@ def test_nobody_waits_long_behind_a_change_that_waits_for_a_reader(
     assert columns_and_indexes(mariadb_url)[0] == ALL_COLUMNS
 
 
-def test_in_the_end_it_says_how_to_find_who_holds_the_lock(
+def test_a_failed_upgrade_says_how_to_find_the_locks_holder(
     mariadb_url: str, reader: pymysql.cursors.Cursor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(unobtrusive, "PATIENCE", 0.0)
@@ -90,7 +93,7 @@ def test_in_the_end_it_says_how_to_find_who_holds_the_lock(
 
 
 @pytest.mark.parametrize(
-    ("moment", "becomes"),
+    ("column", "becomes"),
     [
         (
             "DATETIME NOT NULL DEFAULT CURRENT_TIMESTAMP",
@@ -103,14 +106,16 @@ def test_in_the_end_it_says_how_to_find_who_holds_the_lock(
         ("DATETIME(3) NOT NULL", "datetime(6) NOT NULL"),
     ],
 )
-def test_moments_are_kept_to_the_microsecond(
-    mariadb_url: str, connect: Connect, moment: str, becomes: str
+def test_an_upgrade_makes_times_precise_to_the_microsecond(
+    mariadb_url: str, connect: Connect, column: str, becomes: str
 ) -> None:
-    """By its moment a commit is known again whose answer was lost: two within a second are two."""
+    """A commit whose answer was lost is recognised by its time, so two commits within a second need
+    different times.
+    """
     cursor = connect(autocommit=True)
     cursor.execute(
         "CREATE TABLE kv_store (`key` VARCHAR(100) PRIMARY KEY,"
-        f" value TEXT NOT NULL DEFAULT 'null', updated_at {moment})"
+        f" value TEXT NOT NULL DEFAULT 'null', updated_at {column})"
     )
     cursor.execute("INSERT INTO kv_store (`key`, updated_at) VALUES ('k', '2026-01-02 03:04:05')")
     migrate_url(mariadb_url, "kv_store")

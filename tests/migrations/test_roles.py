@@ -1,4 +1,4 @@
-"""PostgreSQL's roles: one that makes the table, and one that may do no more than use it."""
+"""PostgreSQL's roles: one that may make the table, and one that may only use it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRIVILEGES = ("SELECT", "INSERT", "UPDATE", "DELETE")
 
 @pytest.fixture
 def roles(postgres_url: str) -> Iterator[None]:
-    """The roles of the page, as they are before the table is made."""
+    """Make the roles of docs/databases.md, as they are before the table is made."""
     make_roles(postgres_url)
     yield
     drop_roles(postgres_url)
@@ -37,14 +37,14 @@ def worker_url(roles: None, postgres_url: str) -> str:
 
 
 @pytest.fixture
-def ready(postgres_url: str, owner_url: str) -> None:
-    """The table, and the worker's rights to it, as on the page."""
+def table_and_grants(postgres_url: str, owner_url: str) -> None:
+    """Make the table, and grant the worker's rights, as docs/databases.md says."""
     migrate_url(owner_url, TABLE)
     grant(postgres_url)
 
 
-@pytest.mark.usefixtures("ready")
-def test_what_the_page_grants_is_enough(worker_url: str) -> None:
+@pytest.mark.usefixtures("table_and_grants")
+def test_the_documented_grants_are_enough(worker_url: str) -> None:
     store = open_store(worker_url, TABLE, 5.0)
     use_all(store)
     store.close()
@@ -52,8 +52,8 @@ def test_what_the_page_grants_is_enough(worker_url: str) -> None:
         use_all_values(kv)
 
 
-@pytest.mark.usefixtures("ready")
-def test_it_is_no_more_than_that(worker_url: str) -> None:
+@pytest.mark.usefixtures("table_and_grants")
+def test_the_documented_grants_allow_nothing_more(worker_url: str) -> None:
     with psycopg.connect(worker_url.replace("+psycopg", ""), autocommit=True) as connection:
         for forbidden in (
             f"ALTER TABLE {TABLE} ADD COLUMN more text",
@@ -65,11 +65,9 @@ def test_it_is_no_more_than_that(worker_url: str) -> None:
                 connection.execute(forbidden)
 
 
-@pytest.mark.usefixtures("ready")
+@pytest.mark.usefixtures("table_and_grants")
 @pytest.mark.parametrize("privilege", PRIVILEGES)
-def test_a_privilege_that_is_missing_is_named(
-    owner_url: str, worker_url: str, privilege: str
-) -> None:
+def test_a_missing_privilege_is_named(owner_url: str, worker_url: str, privilege: str) -> None:
     execute(owner_url, f"REVOKE {privilege} ON {TABLE} FROM shop_worker")
     store = open_store(worker_url, TABLE, 5.0)
     with pytest.raises(StoreMisconfigured) as raised:
@@ -83,8 +81,8 @@ def test_a_privilege_that_is_missing_is_named(
     store.close()
 
 
-@pytest.mark.usefixtures("ready")
-def test_where_nothing_is_granted_all_of_it_is_named(owner_url: str, worker_url: str) -> None:
+@pytest.mark.usefixtures("table_and_grants")
+def test_all_missing_privileges_are_named(owner_url: str, worker_url: str) -> None:
     execute(owner_url, f"REVOKE ALL ON {TABLE} FROM shop_worker")
     store = open_store(worker_url, TABLE, 5.0)
     with pytest.raises(StoreMisconfigured, match="lacks SELECT, INSERT, UPDATE, DELETE on table"):
@@ -99,8 +97,8 @@ def test_where_nothing_is_granted_all_of_it_is_named(owner_url: str, worker_url:
         kv.set("k", 1)
 
 
-@pytest.mark.usefixtures("ready")
-def test_a_schema_that_may_not_be_used_is_named(owner_url: str, worker_url: str) -> None:
+@pytest.mark.usefixtures("table_and_grants")
+def test_a_missing_right_to_use_the_schema_is_named(owner_url: str, worker_url: str) -> None:
     execute(owner_url, "REVOKE USAGE ON SCHEMA jobs FROM shop_worker")
     store = open_store(worker_url, TABLE, 5.0)
     with pytest.raises(StoreMisconfigured, match=r"for schema jobs; .* GRANT USAGE ON SCHEM"):
@@ -108,8 +106,8 @@ def test_a_schema_that_may_not_be_used_is_named(owner_url: str, worker_url: str)
     store.close()
 
 
-@pytest.mark.usefixtures("ready")
-def test_rights_on_single_columns_count(owner_url: str, worker_url: str) -> None:
+@pytest.mark.usefixtures("table_and_grants")
+def test_grants_on_single_columns_are_enough_for_the_check(owner_url: str, worker_url: str) -> None:
     execute(
         owner_url,
         f"REVOKE UPDATE ON {TABLE} FROM shop_worker",
@@ -120,9 +118,9 @@ def test_rights_on_single_columns_count(owner_url: str, worker_url: str) -> None
     store.close()
 
 
-@pytest.mark.usefixtures("ready")
+@pytest.mark.usefixtures("table_and_grants")
 @pytest.mark.parametrize("revoked", PRIVILEGES)
-def test_a_table_that_may_not_be_used_is_not_made_anew(
+def test_a_table_without_grants_is_not_made_again(
     owner_url: str, worker_url: str, revoked: str
 ) -> None:
     execute(owner_url, f"REVOKE {revoked} ON {TABLE} FROM shop_worker")
@@ -130,31 +128,34 @@ def test_a_table_that_may_not_be_used_is_not_made_anew(
         open_store(worker_url, TABLE, 5.0, auto_migrate=True)
 
 
-def test_a_role_that_may_not_make_the_table_is_told(worker_url: str) -> None:
-    """As a worker with singleton_auto_migrate, and as the command."""
-    told = (
+def test_a_role_that_may_not_make_the_table_gets_an_error(worker_url: str) -> None:
+    """Both ways raise it: a worker with singleton_auto_migrate, and the command."""
+    error = (
         "shop_worker may not create or upgrade table jobs.kv_store .*permission denied for schema"
     )
-    with pytest.raises(StoreError, match=told):
+    with pytest.raises(StoreError, match=error):
         open_store(worker_url, TABLE, 5.0, auto_migrate=True)
-    with pytest.raises(StoreError, match=told):
+    with pytest.raises(StoreError, match=error):
         migrate_url(worker_url, TABLE)
 
 
-def test_a_role_that_does_not_own_the_table_is_told(postgres_url: str, owner_url: str) -> None:
+def test_a_role_that_does_not_own_the_table_gets_an_error(
+    postgres_url: str, owner_url: str
+) -> None:
     execute(postgres_url, given_table(postgres_url, TABLE))
-    told = "shop_migrate may not create or upgrade table jobs.kv_store "
-    with pytest.raises(StoreError, match=rf"{told}\(permission denied for table"):
+    error = "shop_migrate may not create or upgrade table jobs.kv_store "
+    with pytest.raises(StoreError, match=rf"{error}\(permission denied for table"):
         migrate_url(owner_url, TABLE)
     execute(postgres_url, f"GRANT ALL ON {TABLE} TO shop_migrate")
-    with pytest.raises(StoreError, match=rf"{told}\(must be owner of"):
+    with pytest.raises(StoreError, match=rf"{error}\(must be owner of"):
         migrate_url(owner_url, TABLE)
     execute(postgres_url, f"ALTER TABLE {TABLE} OWNER TO shop_migrate")
     migrate_url(owner_url, TABLE)
 
 
-#: Policies, and what the worker finds: that it sees and may write all rows, that a row of its own
-#: can be written and read, or what is refused.
+#: Row-level security policies, and the result of the worker's check: "all": it may read and write
+#: all rows; "its own": it could write and read a row of its own; otherwise the statement that the
+#: policies refuse.
 POLICIES = [
     ((), "insert"),
     (("CREATE POLICY p ON {table} USING (true)",), "all"),
@@ -207,7 +208,7 @@ POLICIES = [
 ]
 
 
-@pytest.mark.usefixtures("ready")
+@pytest.mark.usefixtures("table_and_grants")
 @pytest.mark.parametrize(("policies", "found"), POLICIES)
 def test_row_level_security_that_can_hide_a_lease_is_found_at_start(
     owner_url: str,
@@ -216,7 +217,7 @@ def test_row_level_security_that_can_hide_a_lease_is_found_at_start(
     found: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """What is tried leaves no trace."""
+    """The check writes rows of its own, and must leave none behind."""
     enable = f"ALTER TABLE {TABLE} ENABLE ROW LEVEL SECURITY"
     execute(owner_url, enable, *(policy.format(table=TABLE) for policy in policies))
     store = open_store(worker_url, TABLE, 5.0)
@@ -237,15 +238,15 @@ def test_row_level_security_that_can_hide_a_lease_is_found_at_start(
         )
         assert "GRANT" not in str(raised.value)
     store.close()
-    told = [record.message for record in caplog.records if "row-level security" in record.message]
-    assert len(told) == (found == "its own")
+    warnings = [each.message for each in caplog.records if "row-level security" in each.message]
+    assert len(warnings) == (found == "its own")
     owner = open_store(owner_url, TABLE, 5.0)
     owner.check()
     assert not owner.list("singleton-")
     owner.close()
 
 
-@pytest.mark.usefixtures("ready")
+@pytest.mark.usefixtures("table_and_grants")
 def test_a_policy_that_refuses_a_row_is_no_missing_grant(owner_url: str, worker_url: str) -> None:
     execute(owner_url, f"ALTER TABLE {TABLE} ENABLE ROW LEVEL SECURITY")
     store = open_store(worker_url, TABLE, 5.0)

@@ -1,4 +1,4 @@
-"""MariaDB's roles: one that makes the table, and one that may do no more than use it."""
+"""MariaDB's roles: one that may make the table, and one that may only use it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ TABLE = "kv_store"
 
 @pytest.fixture
 def url(mariadb: MariaDB, mariadb_url: str) -> Iterator[str]:
-    """The page's database, as root, with the roles as they are before the table is made."""
+    """Make the database and the roles of docs/databases.md, as they are before the table is made;
+    return root's URL.
+    """
     make_roles_on_mariadb(mariadb_url)
     yield mariadb.url("jobs")
     drop_roles_on_mariadb(mariadb_url)
@@ -41,14 +43,14 @@ def worker_url(url: str) -> str:
 
 
 @pytest.fixture
-def ready(url: str) -> None:
-    """The table, and the worker's rights to it, as on the page."""
+def table_and_grants(url: str) -> None:
+    """Make the table, and grant the worker's rights, as docs/databases.md says."""
     migrate_url(of(OWNER, url), TABLE)
     grant_on_mariadb(url)
 
 
-@pytest.mark.usefixtures("ready")
-def test_what_the_page_grants_is_enough(worker_url: str) -> None:
+@pytest.mark.usefixtures("table_and_grants")
+def test_the_documented_grants_are_enough(worker_url: str) -> None:
     store = open_store(worker_url, TABLE, 5.0)
     use_all(store)
     store.close()
@@ -56,8 +58,8 @@ def test_what_the_page_grants_is_enough(worker_url: str) -> None:
         use_all_values(kv)
 
 
-@pytest.mark.usefixtures("ready")
-def test_it_is_no_more_than_that(mariadb: MariaDB) -> None:
+@pytest.mark.usefixtures("table_and_grants")
+def test_the_documented_grants_allow_nothing_more(mariadb: MariaDB) -> None:
     with (
         pymysql.connect(
             host="127.0.0.1", port=mariadb.port, user=WORKER, database="jobs"
@@ -74,9 +76,9 @@ def test_it_is_no_more_than_that(mariadb: MariaDB) -> None:
                 cursor.execute(forbidden)
 
 
-@pytest.mark.usefixtures("ready")
+@pytest.mark.usefixtures("table_and_grants")
 @pytest.mark.parametrize("privilege", PRIVILEGES)
-def test_a_privilege_that_is_missing_is_named(url: str, worker_url: str, privilege: str) -> None:
+def test_a_missing_privilege_is_named(url: str, worker_url: str, privilege: str) -> None:
     execute(url, f"REVOKE {privilege} ON {TABLE} FROM {WORKER}")
     store = open_store(worker_url, TABLE, 5.0)
     with pytest.raises(StoreMisconfigured, match=f"{privilege} command denied") as raised:
@@ -89,24 +91,22 @@ def test_a_privilege_that_is_missing_is_named(url: str, worker_url: str, privile
     store.close()
 
 
-@pytest.mark.usefixtures("ready")
+@pytest.mark.usefixtures("table_and_grants")
 @pytest.mark.parametrize("revoked", PRIVILEGES)
-def test_a_table_that_may_not_be_used_is_not_made_anew(
-    url: str, worker_url: str, revoked: str
-) -> None:
+def test_a_table_without_grants_is_not_made_again(url: str, worker_url: str, revoked: str) -> None:
     execute(url, f"REVOKE {revoked} ON {TABLE} FROM {WORKER}")
     with pytest.raises(StoreMisconfigured, match=f"{revoked} command denied"):
         open_store(worker_url, TABLE, 5.0, auto_migrate=True)
 
 
-def test_a_role_that_may_not_make_the_table_is_told(url: str, worker_url: str) -> None:
+def test_a_role_that_may_not_make_the_table_gets_an_error(url: str, worker_url: str) -> None:
     execute(url, f"GRANT SELECT ON jobs.* TO {WORKER}")
     told = f"{WORKER} may not create or upgrade table {TABLE} .*CREATE command denied"
     with pytest.raises(StoreError, match=told):
         migrate_url(worker_url, TABLE)
 
 
-def test_a_table_that_is_there_is_upgraded_by_the_pages_role(url: str, worker_url: str) -> None:
+def test_the_documented_role_upgrades_an_existing_table(url: str, worker_url: str) -> None:
     execute(url, given_table(url), f"INSERT INTO {TABLE} (`key`, value) VALUES ('k', '1')")
     migrate_url(of(OWNER, url), TABLE)
     grant_on_mariadb(url)

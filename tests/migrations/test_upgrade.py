@@ -1,4 +1,4 @@
-"""Making and upgrading the table."""
+"""Making the table, and upgrading an older table."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.helpers.tables import (
 from tests.helpers.waiting import wait_until
 
 
-def test_from_nothing(shared_store_url: str) -> None:
+def test_the_table_is_made(shared_store_url: str) -> None:
     migrate_url(shared_store_url, "kv_store")
     columns, indexes = columns_and_indexes(shared_store_url)
     assert columns == ALL_COLUMNS
     assert indexes == [("idx_kv_store_updated_at", ["updated_at"])]
 
 
-def test_twice_in_a_row(shared_store_url: str) -> None:
+def test_a_second_upgrade_changes_nothing(shared_store_url: str) -> None:
     with KeyValueStore(shared_store_url) as kv:
         migrate_url(shared_store_url, "kv_store")
         kv.set("k", 1)
@@ -39,7 +39,9 @@ def test_twice_in_a_row(shared_store_url: str) -> None:
 
 
 @pytest.mark.parametrize("with_index", [True, False])
-def test_from_three_columns_with_rows(shared_store_url: str, with_index: bool) -> None:
+def test_a_table_of_three_columns_is_upgraded_with_its_rows(
+    shared_store_url: str, with_index: bool
+) -> None:
     key = key_of(shared_store_url)
     execute(shared_store_url, given_table(shared_store_url))
     if with_index:
@@ -57,7 +59,7 @@ def test_from_three_columns_with_rows(shared_store_url: str, with_index: bool) -
     columns, indexes = columns_and_indexes(shared_store_url)
     assert columns == ALL_COLUMNS
     assert [names for _, names in indexes] == [["updated_at"]]
-    # A writer that knows only the three columns goes on.
+    # A writer that knows only the three columns can still write.
     execute(shared_store_url, f"INSERT INTO kv_store ({key}, value) VALUES ('later', '1')")
 
 
@@ -76,8 +78,8 @@ def test_a_value_that_was_there_before_is_the_first_state(shared_store_url: str)
     assert (acquired.value, acquired.write) == ('{"n":4}', 0)
 
 
-def test_keys_are_told_apart_by_their_bytes(mariadb_url: str) -> None:
-    """A table that was there compares without regard to case, as MariaDB does by default."""
+def test_keys_are_compared_by_their_bytes(mariadb_url: str) -> None:
+    """The old table compares keys without regard to case, which is MariaDB's default."""
     execute(mariadb_url, given_table(mariadb_url))
     migrate_url(mariadb_url, "kv_store")
     store = open_store(mariadb_url, "kv_store", 2)
@@ -88,7 +90,7 @@ def test_keys_are_told_apart_by_their_bytes(mariadb_url: str) -> None:
     store.close()
 
 
-def test_another_name(shared_store_url: str) -> None:
+def test_the_table_may_have_another_name(shared_store_url: str) -> None:
     migrate_url(shared_store_url, "we_ird-Name")
     migrate_url(shared_store_url, "kv_store")
     assert columns_and_indexes(shared_store_url, "we_ird-Name")[0] == ALL_COLUMNS
@@ -104,7 +106,7 @@ def test_another_name(shared_store_url: str) -> None:
     store.close()
 
 
-def test_another_schema(postgres_url: str) -> None:
+def test_the_table_may_be_in_another_schema(postgres_url: str) -> None:
     execute(postgres_url, "CREATE SCHEMA jobs")
     for _ in range(2):
         migrate_url(postgres_url, "jobs.kv_store")
@@ -128,8 +130,10 @@ def fill_factor(url: str, name: str = "kv_store") -> list[str] | None:
 
 
 @pytest.mark.parametrize("before", ["nothing", "a full table"])
-def test_renewals_change_no_index_and_leave_no_row_behind(postgres_url: str, before: str) -> None:
-    """A renewal finds room for the row's next version beside the row, however long that is."""
+def test_most_renewals_are_heap_only_updates(postgres_url: str, before: str) -> None:
+    """A renewal finds space for the row's new version in the same page, however long the row is. So
+    PostgreSQL changes no index, and can reuse the space of the old version without a vacuum.
+    """
     if before == "a full table":
         fill = (
             "INSERT INTO kv_store (key, value)"
@@ -157,13 +161,13 @@ def test_renewals_change_no_index_and_leave_no_row_behind(postgres_url: str, bef
     for _ in range(4):
         for part in range(5):
             assert len(store.renew(leases[part::5])) == 10
-    # The server's process counts as it ends.
+    # The server's process reports its counts when the connection is closed.
     store.close()
     _, after_renewals = wait_until(updates_once(first + 200), "the renewals are counted")
     assert after_renewals - before_renewals > 170
 
 
-def test_a_fill_factor_of_the_owners_is_kept(postgres_url: str) -> None:
+def test_the_owners_fill_factor_is_kept(postgres_url: str) -> None:
     execute(
         postgres_url,
         given_table(postgres_url),
@@ -173,7 +177,7 @@ def test_a_fill_factor_of_the_owners_is_kept(postgres_url: str) -> None:
     assert fill_factor(postgres_url) == ["fillfactor=55", "autovacuum_enabled=on"]
 
 
-def test_other_storage_parameters_of_the_owners_are_kept(postgres_url: str) -> None:
+def test_the_owners_other_storage_parameters_are_kept(postgres_url: str) -> None:
     execute(
         postgres_url,
         given_table(postgres_url, '"we ird"'),
@@ -183,7 +187,7 @@ def test_other_storage_parameters_of_the_owners_are_kept(postgres_url: str) -> N
     assert fill_factor(postgres_url, "we ird") == ["autovacuum_enabled=on", "fillfactor=80"]
 
 
-def test_a_partitioned_table_has_no_room_of_its_own(postgres_url: str) -> None:
+def test_a_partitioned_table_is_upgraded_without_a_fill_factor(postgres_url: str) -> None:
     execute(
         postgres_url,
         f"{given_table(postgres_url)} PARTITION BY HASH (key)",
@@ -194,7 +198,7 @@ def test_a_partitioned_table_has_no_room_of_its_own(postgres_url: str) -> None:
     assert columns_and_indexes(postgres_url)[0] == ALL_COLUMNS
 
 
-def test_several_processes_at_once(shared_store_url: str) -> None:
+def test_several_processes_upgrade_one_table_at_once(shared_store_url: str) -> None:
     spawn = multiprocessing.get_context("spawn")
     processes = [
         spawn.Process(target=migrate_url, args=(shared_store_url, "kv_store")) for _ in range(4)
@@ -207,8 +211,8 @@ def test_several_processes_at_once(shared_store_url: str) -> None:
     assert columns_and_indexes(shared_store_url)[0] == ALL_COLUMNS
 
 
-def test_several_threads_at_once(tmp_path: Any) -> None:
-    """Alembic's helpers belong to the process: two tables at once must not meet in them."""
+def test_several_threads_upgrade_tables_at_once(tmp_path: Any) -> None:
+    """Alembic's helpers are global in the process, so two upgrades at once must not mix them."""
     urls = [f"sqlite:///{tmp_path}/{n}.db" for n in range(4)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda url: migrate_url(url, "kv_store"), urls))
