@@ -59,9 +59,7 @@ PARTS: dict[str, Part] = {
 
 
 def main() -> int:
-    """Run the parts that were asked for. The status is always 0: a missed target is not an
-    error.
-    """
+    """Run the parts that were asked for. The status is 0 even if a target is missed."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Run the benchmarks of the package, and print their tables.",

@@ -56,8 +56,8 @@ class Side:
 
     @contextlib.contextmanager
     def caller(self) -> Iterator[Callable[[], float]]:
-        """Yield a function that measures direct calls, in another process. The process ends with
-        the block.
+        """Yield a function that measures direct calls in another process, which ends with the
+        block.
         """
         with subprocess.Popen(
             [sys.executable, "-m", "benchmarks.against_calls", self.variant.task],
@@ -121,9 +121,7 @@ def _sides(servers: Servers, checkout: Path) -> dict[str, dict[str, Side]]:
 
 
 def _database(servers: Servers, name: str) -> str:
-    """Make a new database and return its URL. The two packages' tables may differ, so they share
-    none.
-    """
+    """Make a new database, because the two packages' tables may differ; return its URL."""
     with psycopg.connect(servers.postgres, autocommit=True) as connection:
         connection.execute(f'DROP DATABASE IF EXISTS "{name}"')
         connection.execute(f'CREATE DATABASE "{name}"')

@@ -1,5 +1,4 @@
-"""``beat``: compare schedulers: how much of the due messages they send, how late, and at which
-cost.
+"""``beat``: compare schedulers: how many due messages they send, how late, and at which cost.
 
 Real ``celery beat`` processes send to a real broker. No worker runs the tasks, and the benchmark
 throws the messages away. Entry i is due every 1 + i % 60 seconds.
@@ -64,9 +63,7 @@ class Part:
         return figures
 
     def _same_load(self, sizes: tuple[int, ...]) -> Table:
-        """Measure more entries with proportionally longer intervals, so that equally many are due
-        per second.
-        """
+        """Measure more entries with longer intervals, so that equally many are due per second."""
         table = _columns(
             "beat: the same number due per second, from more entries with longer intervals",
             *(
@@ -95,9 +92,7 @@ class Part:
         return table
 
     def _saturated(self) -> Table:
-        """Measure a beat with more due messages than it can send, in turns with a loop that only
-        sends.
-        """
+        """Measure a beat with more due messages than it can send, beside a loop that only sends."""
         schedule = self._ours(40_000 if self._quick else 100_000)
         window = Window(1, 3) if self._quick else Window(3, 8)
         found: list[Figures] = []
@@ -166,9 +161,7 @@ class Part:
 
 
 def run(servers: Servers, quick: bool, console: Console) -> None:
-    """Print a table for each number of entries, and three tables about the cost of this package
-    alone.
-    """
+    """Print a table for each number of entries, and three tables about this package alone."""
     Part(servers, quick, console).run()
 
 

@@ -1,5 +1,4 @@
-"""``python -m benchmarks.beat_bare SECONDS``: print how many messages a plain loop sends per
-second.
+"""``python -m benchmarks.beat_bare SECONDS``: print how many messages a loop sends per second.
 
 The loop runs in one process, with one producer like a beat's, and has no schedule.
 """

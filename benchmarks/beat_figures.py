@@ -27,9 +27,7 @@ SATURATED, BEHIND = 0.97, 0.25
 
 @dataclass(frozen=True)
 class Window:
-    """How many seconds after the first message are not counted, and how many after these are
-    counted.
-    """
+    """The seconds after the first message: first those not counted, then those counted."""
 
     warm_up: float
     seconds: float

@@ -1,5 +1,4 @@
-"""``handoff``: measure how long the next run takes to begin after a run's death or a handoff
-request.
+"""``handoff``: measure the time from a run's death or a handoff request to the next run.
 
 The time counts from just before the signal or the message is sent until the first line of the next
 body. It includes the next message's way through the broker, and its attempts while the lease is
@@ -33,9 +32,7 @@ _numbers = itertools.count(1)
 
 
 class Host:
-    """A worker's host: the directory that its processes share, and the directory for the bodies'
-    marks.
-    """
+    """A worker's host: its directory for temporary files, and a directory for the bodies' marks."""
 
     def __init__(self, servers: Servers, name: str) -> None:
         self._folder = servers.scratch / f"host-{name}"

@@ -155,9 +155,7 @@ def _temporary_directory() -> Iterator[str]:
 
 
 def _owner_of(directory: str) -> dict[str, Any]:
-    """Return the user that runs PostgreSQL, which refuses to run as root; give them the
-    directory.
-    """
+    """Return a user for PostgreSQL, which refuses to run as root, and make it own the directory."""
     if os.geteuid() != 0:
         return {}
     nobody = pwd.getpwnam("nobody")

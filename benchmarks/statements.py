@@ -44,9 +44,7 @@ _counter = itertools.count(1)
 
 
 def _histories() -> Iterator[str]:
-    """Return histories as a singleton's runs would write them one after the other, in an endless
-    cycle.
-    """
+    """Return an endless cycle of histories, as a singleton's runs would write them."""
     entries = [
         Entry(None, 0, f"host:12345:0123abcd{n:x}", n, None, "succeeded", None, 1e9 + n / 7, 1e9)
         for n in range(1000, 1064)
@@ -144,9 +142,7 @@ def _store_round(store: SqlStore) -> Callable[[], None]:
 
 
 def _new_value() -> str:
-    """Return a value that differs from the last one, because a run does not save an unchanged
-    value.
-    """
+    """Return a new value each time, because a run does not save an unchanged value."""
     return f'{{"count":{next(_counter)}}}'
 
 

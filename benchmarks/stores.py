@@ -172,9 +172,7 @@ def _redis(store: RedisStore, client: Any) -> Iterator[Verb]:
 
 @contextmanager
 def _bare_sql(url: str) -> Iterator[Send]:
-    """Yield a function that sends over the driver's own connection: prepared if it can,
-    autocommit.
-    """
+    """Yield a function that sends over the driver's connection, in autocommit mode."""
     parts = make_url(url)
     connection: Any
     if parts.get_backend_name() == "sqlite":

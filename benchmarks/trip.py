@@ -82,9 +82,7 @@ def calls_of_a_run() -> list[str]:
 
 
 def files_of_a_loss() -> list[str]:
-    """Return the files through which the report of a lost lease passes, from the heartbeat to the
-    body.
-    """
+    """Return the files that a lost lease's report passes, from the heartbeat to the body."""
     seen: dict[str, None] = {}
     tracing = threading.Event()
 

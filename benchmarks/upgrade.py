@@ -1,13 +1,11 @@
-"""``upgrade``: measure how long other clients wait while a table of three columns is upgraded in
-use.
+"""``upgrade``: measure how long clients wait while a table of three columns is upgraded.
 
 Measured is the longest of the reads and writes that one connection sends without a pause while
 ``migrate`` runs in another process on a PostgreSQL table of three columns. The table either has its
 index, so that only columns are added, or not, so that the index is built as well. For comparison
 there are the median of the reads, and the longest read or write, while no upgrade runs.
 
-Not measured: how long the upgrade waits for the transactions of others, because that depends on
-them.
+Not measured: how long the upgrade waits for other clients' transactions, because they decide it.
 """
 
 from __future__ import annotations

@@ -33,9 +33,7 @@ def note(what: str, number: float) -> None:
     conflict_timeout=float(os.environ.get("BENCHMARK_TIMEOUT", "600")),
 )
 def waits(self: SingletonTask, number: int, until: str = "") -> None:
-    """Hold the lease until a file exists. Without a file's name, only note that the message was
-    served.
-    """
+    """Hold the lease until a file exists. Without a file's name, only note the run."""
     note("served" if not until else "holds", number)
     while until and not Path(until).exists():
         time.sleep(0.01)

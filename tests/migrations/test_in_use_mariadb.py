@@ -40,9 +40,7 @@ def connect(mariadb: MariaDB, mariadb_url: str) -> Iterator[Connect]:
 def reader(
     mariadb_url: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> pymysql.cursors.Cursor:
-    """Return a connection that has read a table of three columns, and has not ended its
-    transaction.
-    """
+    """Return a connection that has read a table of three columns in an open transaction."""
     monkeypatch.setattr(unobtrusive, "PAUSE", 0.1)
     execute(
         mariadb_url,

@@ -129,7 +129,7 @@ def test_a_table_without_grants_is_not_made_again(
 
 
 def test_a_role_that_may_not_make_the_table_gets_an_error(worker_url: str) -> None:
-    """Both ways raise it: a worker with singleton_auto_migrate, and the command."""
+    """Both raise this error: a worker with singleton_auto_migrate, and the command ``migrate``."""
     error = (
         "shop_worker may not create or upgrade table jobs.kv_store .*permission denied for schema"
     )

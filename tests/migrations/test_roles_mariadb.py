@@ -101,8 +101,8 @@ def test_a_table_without_grants_is_not_made_again(url: str, worker_url: str, rev
 
 def test_a_role_that_may_not_make_the_table_gets_an_error(url: str, worker_url: str) -> None:
     execute(url, f"GRANT SELECT ON jobs.* TO {WORKER}")
-    told = f"{WORKER} may not create or upgrade table {TABLE} .*CREATE command denied"
-    with pytest.raises(StoreError, match=told):
+    error = f"{WORKER} may not create or upgrade table {TABLE} .*CREATE command denied"
+    with pytest.raises(StoreError, match=error):
         migrate_url(worker_url, TABLE)
 
 

@@ -161,7 +161,7 @@ def test_most_renewals_are_heap_only_updates(postgres_url: str, before: str) -> 
     for _ in range(4):
         for part in range(5):
             assert len(store.renew(leases[part::5])) == 10
-    # The server's process reports its counts when the connection is closed.
+    # The server's process reports its counts only when its connection is closed.
     store.close()
     _, after_renewals = wait_until(updates_once(first + 200), "the renewals are counted")
     assert after_renewals - before_renewals > 170

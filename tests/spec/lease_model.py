@@ -76,7 +76,7 @@ class LeaseModel:
     fail_overs: int = 0
     #: How many renewals a parent sends for a child whose run has ended.
     parent_renewals: int = 0
-    #: How many times another message asks the holder to hand over.
+    #: How many times another message asks the holder to hand over at most.
     handoff_requests: int = 0
     prunes: int = 0
     #: How many times the clock is set back.

@@ -18,19 +18,19 @@ class Protocol(NamedTuple):
     #: write whose number is not smaller than the row's; or a write for which
     #: ``seen <= the row's number <= n`` holds.
     order: Literal["any", "next", "not smaller", "between"] = "between"
-    #: An acquire takes the lease for an ordinary life only; a renewal before the body begins
-    #: (the confirmation) extends it to ``lease_ttl``.
+    #: Whether an acquire takes the lease for an ordinary life only, so that a renewal before the
+    #: body begins (the confirmation) extends it to ``lease_ttl``.
     short_first_life: bool = True
     #: What a repeated acquire changes: nothing; the expiry and the handoff request; or these two
     #: and the write number.
     repeated: Literal["nothing", "expiry", "expiry and number"] = "nothing"
-    #: A client gives back each lease that it may hold without knowing.
+    #: Whether a client gives back each lease that it may hold without knowing.
     gives_back: bool = True
-    #: After a COMMIT without an answer the client asks the row (under its lock or without it), or
-    #: assumes that the transaction was rolled back.
+    #: What a client does after a COMMIT without an answer: it asks the row (under its lock or
+    #: without it), or assumes that the transaction was rolled back.
     unknown_commit: Literal["asks", "asks without lock", "assumes"] = "asks"
-    #: A run that does not learn the outcome of its COMMIT sends no state any more. If false, its
-    #: release may send the state.
+    #: Whether a run that does not learn the outcome of its COMMIT sends no state any more. If
+    #: false, its release may send the state.
     careful: bool = True
     #: Which history entry proves that a repeated and then refused release was carried out before:
     #: an entry with this run's holder, fence and outcome ("own"), or any entry with its holder and
@@ -150,7 +150,7 @@ class Row(NamedTuple):
     write: int = 0
     #: The ends of the last runs, newest last.
     history: tuple[End, ...] = ()
-    #: A handoff request is recorded: the holder is asked to hand over.
+    #: Whether a handoff request is recorded: the holder is asked to hand over.
     handoff_requested: bool = False
     lock: Lock | None = None
     # Only the invariants use these: the run that may write, the number of its last write, the runs

@@ -1,4 +1,4 @@
-"""Models of ``enqueue_once`` and of the pending run that ``on_conflict="coalesce"`` notes.
+"""Models of ``enqueue_once`` and of the pending run that ``on_conflict="coalesce"`` records.
 
 As in :mod:`.lease_model`, the server carries out a request at any later time or never, answers can
 be lost, and a client can give up at any time. Unlike there, acquisitions and releases take effect
@@ -74,9 +74,9 @@ QueueSteps = Iterator[tuple[str, QueueState | None]]
 class QueueModel:
     """The model of ``enqueue_once``.
 
-    :param guard: how the store tells a late claim. "none": not at all, as in the former protocol.
-        "history": it refuses a claim if the history has the message. "confirmed": a claim counts
-        for an ordinary life until the sender confirms it, by the message's id. "confirmed by
+    :param guard: how the store recognises a late claim. "none": not at all, as in the former
+        protocol. "history": it refuses a claim if the history has the message. "confirmed": a claim
+        counts for an ordinary life until the sender confirms it, by the message's id. "confirmed by
         number": the sender confirms it by the claim's number. "number": a claim names the queue's
         number, as in PROTOCOL.md.
     """
@@ -115,7 +115,8 @@ class QueueModel:
         mine = row.queued == message and row.left > 0
         if self.guard == "number":
             if row.number == number + 1 and mine:
-                return row, True, row.number  # repeated
+                # This is a repetition of the claim in the row.
+                return row, True, row.number
             free = row.number == number
         else:
             past = self.guard == "history" and message in row.history
@@ -265,7 +266,7 @@ class Delivery(NamedTuple):
     #: One of: idle, waits, recorded, retried.
     phase: str = "idle"
     waits_for: PendingRunRequest | None = None
-    #: Whether it has received the answer that its pending run is recorded.
+    #: Whether the delivery has received the answer that its pending run is recorded.
     confirmed: bool = False
 
 

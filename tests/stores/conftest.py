@@ -1,6 +1,4 @@
-"""Fixtures: one URL or one opened store for each kind of store, also PostgreSQL behind
-PgBouncer.
-"""
+"""Fixtures that run a test once for each kind of store, PostgreSQL behind PgBouncer included."""
 
 from __future__ import annotations
 
@@ -23,8 +21,8 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(params=STORES_AND_POOLED[1:])
 def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Return the URL of an empty database that several processes can share, one for each such
-    kind.
+    """Return the URL of an empty database; the test runs for each store that processes can
+    share.
     """
     return url_on(request.param, request, tmp_path)
 

@@ -157,7 +157,9 @@ SEVERAL = {"release": ("release", "save_and_release")}
 
 
 def plant(store: SqlStore, statement: str, right: str, wrong: str) -> SqlStore:
-    """Replace a right text by a wrong one in a store's statement, and return the store."""
+    """Plant a fault: replace the right text of a store's statement by the wrong one. Return the
+    store.
+    """
     texts = vars(store._sql)
     names = [name for name in SEVERAL.get(statement, (statement,)) if right in texts[name]]
     assert names

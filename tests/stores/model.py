@@ -33,9 +33,7 @@ FIRST, LONG = 10_000.0, 20_000.0
 
 @dataclass(frozen=True)
 class State:
-    """A singleton's state: how many checkpoints were made, and how many items were done in
-    transactions.
-    """
+    """A singleton's state: the number of checkpoints, and of items done in transactions."""
 
     checkpoints: int = 0
     items: int = 0
@@ -362,9 +360,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Request:
-    """A call of a store's verb, with its arguments. It can be carried out at any time, and
-    repeatedly.
-    """
+    """A call of a store's verb. It can be carried out at any time, and repeatedly."""
 
     verb: str
     arguments: tuple[Any, ...]

@@ -1,5 +1,6 @@
-"""Tests that every store must pass. Tests of leases run on all stores; tests of states run on the
-stores that have states.
+"""Tests that every store must pass.
+
+Tests of leases run on all stores. Tests of states run on the stores that have states.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def test_a_repeated_acquisition_returns_the_same_lease(leases: Leases) -> None:
 
 
 def test_a_repeated_acquisition_keeps_a_handoff_request_and_a_pending_run(leases: Leases) -> None:
-    """a's first acquire request stalls; its copy is answered; c asks a to hand over, and records a
-    pending run; the first request is carried out. a must still learn of the handoff and of the
+    """A's first acquire request stalls; its copy is answered; C asks A to hand over, and records a
+    pending run; the first request is carried out. A must still learn of the handoff and of the
     pending run.
     """
     first = acquire(leases, "a")
@@ -92,7 +93,7 @@ def test_a_repeated_acquisition_keeps_a_handoff_request_and_a_pending_run(leases
 
 
 def test_a_repeated_acquisition_never_shortens_the_lease(leases: Leases) -> None:
-    """a's acquire request for a brief first life stalls; its copy is answered; a confirms by a
+    """A's acquire request for a brief first life stalls; its copy is answered; A confirms by a
     renewal for a long life; the first request is carried out.
     """
     lease = acquire(leases, "a", BRIEF).lease
@@ -116,7 +117,7 @@ def test_a_repeated_acquisition_renews_an_expired_lease(leases: Leases) -> None:
 
 
 def test_a_repeated_acquisition_keeps_the_write_number(store: SqlStore) -> None:
-    """a's first acquire request stalls; its copy is answered; a's writes 1 and 2 are answered, but
+    """A's first acquire request stalls; its copy is answered; A's writes 1 and 2 are answered, but
     the first copy of write 1 stalls, too; the stalled acquisition is carried out, and then the
     stalled write 1. If the acquisition had set the number back, the old write would be accepted.
     """
@@ -175,7 +176,7 @@ def test_an_expired_lease_is_taken_over(leases: Leases) -> None:
 
 
 def test_a_lease_is_given_back_by_its_holders_name_alone(leases: Leases) -> None:
-    """a's acquisition took effect, but its answer was lost: a does not know the fence."""
+    """A's acquisition took effect, but its answer was lost: A does not know the fence."""
     first = acquire(leases, "a").lease
     assert leases.give_back("k", "a") == FREED
     row = peek(leases)
@@ -200,7 +201,7 @@ def test_a_late_lease_without_a_successor_is_given_back(leases: Leases) -> None:
 
 
 def test_only_the_holder_gives_back(leases: Leases) -> None:
-    """a's lease expires; b takes it over; a gives its lease back, gets no answer, and repeats the
+    """A's lease expires; B takes it over; A gives its lease back, gets no answer, and repeats the
     request.
     """
     acquire(leases, "a", BRIEF)
@@ -224,7 +225,7 @@ def test_a_lease_is_given_back_once(leases: Leases) -> None:
 
 
 def test_giving_back_does_not_end_a_hold_period(leases: Leases) -> None:
-    """A lease that is held on after its run is its holder's no more."""
+    """In a hold period the former holder has no rights to the lease any more."""
     lease = acquire(leases, "a").lease
     assert leases.release(lease, HELD_ON)
     assert leases.give_back("k", "a") is None
@@ -280,7 +281,7 @@ def test_a_state_from_outside_names_the_task_of_a_new_row(store: SqlStore) -> No
     assert peek(store).task == "t"
 
 
-# -- a state
+# -- the state
 
 
 def test_release_with_a_value_stores_all_of_it(store: SqlStore) -> None:
@@ -401,7 +402,7 @@ CarryOut = Callable[[SqlStore, Lease, Write], bool]
 
 @EACH_WRITE
 def test_a_late_write_is_refused(store: SqlStore, carry_out: CarryOut) -> None:
-    """a's write 1 stalls; its copy is answered, and then write 2; the first copy of write 1 is
+    """A's write 1 stalls; its copy is answered, and then write 2; the first copy of write 1 is
     carried out.
     """
     lease = acquire(store).lease
@@ -418,7 +419,7 @@ def test_a_late_write_is_refused(store: SqlStore, carry_out: CarryOut) -> None:
 def test_a_write_after_writes_with_an_unknown_outcome_is_carried_out(
     store: SqlStore, carry_out: CarryOut
 ) -> None:
-    """a's write 1 is answered. Its writes 2 and 3 are not answered; one of them was carried out."""
+    """A's write 1 is answered. Its writes 2 and 3 are not answered; one of them was carried out."""
     lease = acquire(store).lease
     assert store.save(lease, write(NEW, 1))
     assert store.save(lease, write(NEW, 2))
@@ -430,7 +431,7 @@ def test_a_write_after_writes_with_an_unknown_outcome_is_carried_out(
 def test_a_write_after_a_write_that_the_store_lost_is_refused(
     store: SqlStore, carry_out: CarryOut
 ) -> None:
-    """a's writes 1 and 2 are answered; a fail-over loses write 2; a's write 3 relies on write 2."""
+    """A's writes 1 and 2 are answered; a fail-over loses write 2; A's write 3 relies on write 2."""
     lease = acquire(store).lease
     assert store.save(lease, write(NEW, 1))
     before = peek(store)
@@ -477,7 +478,7 @@ def test_written_tells_whether_a_write_took_effect(store: SqlStore) -> None:
     assert store.written(lease, 1) is True
     assert store.written(lease, 2) is False
     assert store.save(lease, write(NEW, 3, seen=1))
-    assert store.written(lease, 2) is True, "a newer one did, so that it was not refused"
+    assert store.written(lease, 2) is True, "a newer write did, so this one was not refused"
 
 
 def test_after_a_takeover_nothing_is_written_yet(store: SqlStore) -> None:
@@ -494,7 +495,7 @@ def test_written_answers_for_an_expired_lease_without_a_successor(store: SqlStor
 
 
 def test_written_answers_nothing_to_a_former_holder(store: SqlStore) -> None:
-    """a gets no answer after its run ended, and none about b's writes after it."""
+    """A gets no answer after its run ended, and none about B's writes after it."""
     lease = acquire(store, "a").lease
     assert store.release(lease, DONE, write(NEW, 1))
     assert store.written(lease, 1) is None
@@ -507,8 +508,8 @@ def test_written_answers_nothing_to_a_former_holder(store: SqlStore) -> None:
 def test_written_waits_for_a_commit_in_progress(
     request: pytest.FixtureRequest, tmp_path: Path, server: str
 ) -> None:
-    """a's transaction has saved, but its COMMIT is not carried out yet; a asks whether the write
-    took effect; the COMMIT is carried out. a must not get "no" as the answer.
+    """A's transaction has saved, but its COMMIT is not carried out yet; A asks whether the write
+    took effect; the COMMIT is carried out. A must not get "no" as the answer.
     """
     url = url_on(server, request, tmp_path)
     store = open_store(url, "kv_store", 10.0, pool_size=8, auto_migrate=True)
@@ -543,12 +544,12 @@ def test_a_row_of_an_older_release_of_the_package_is_used(store: SqlStore) -> No
     assert store.save(acquired.lease, Write(1, acquired.write, NEW))
 
 
-# -- who may not write
+# -- writes that must be refused
 
 
 @pytest.mark.parametrize("with_value", [True, False])
 def test_a_stale_holder_changes_nothing(store: SqlStore, with_value: bool) -> None:
-    """a acquires, and is paused until its lease has expired; b acquires and saves; a resumes and
+    """A acquires, and is paused until its lease has expired; B acquires and saves; A resumes and
     writes.
     """
     stale = acquire(store, "a", BRIEF).lease
@@ -612,9 +613,9 @@ def test_a_lease_is_not_acquired_in_its_hold_period(store: SqlStore, new: NewVal
 def test_a_lease_is_free_after_its_hold_period(leases: Leases) -> None:
     first = acquire(leases, "a")
     leases.release(first.lease, Ended("succeeded", "[]", hold=HOLD))
-    second = wait_until(lambda: leases.acquire("k", "b", LONG, None), "the hold passes")
+    second = wait_until(lambda: leases.acquire("k", "b", LONG, None), "the hold period ends")
     assert second.lease.fence > first.lease.fence
-    assert second.write == 0, "the run has ended in order"
+    assert second.write == 0, "the run released its lease"
     assert second.acquired_at - first.acquired_at >= HOLD - ROUNDING
     row = peek(leases)
     assert (row.held, row.in_hold_period, row.holder) == (True, False, "b")
@@ -783,7 +784,7 @@ def test_check_accepts_the_table(leases: Leases) -> None:
 
 
 def test_a_former_holder_cannot_change_a_hold_period(store: SqlStore) -> None:
-    """a's release took effect, but its answer was lost. The repeated release must not end the hold
+    """A's release took effect, but its answer was lost. The repeated release must not end the hold
     period, and a renewal that was in flight must not extend it.
     """
     lease = acquire(store, "a").lease

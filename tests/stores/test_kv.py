@@ -1,4 +1,4 @@
-"""The table as a plain key-value store: tests for every kind of store."""
+"""Tests of the table as a plain key-value store, on all kinds of stores."""
 
 from __future__ import annotations
 
@@ -312,7 +312,7 @@ def test_a_forked_child_has_connections_of_its_own(shared_store_url: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("url", "error", "told"),
+    ("url", "error", "message"),
     [
         ("no url", ImproperlyConfigured, "^the URL 'no url' is not a URL"),
         ("postgresql://u:hunter2@h/db?sslmode=maybe", ImproperlyConfigured, "^the URL: .*sslmode"),
@@ -321,7 +321,7 @@ def test_a_forked_child_has_connections_of_its_own(shared_store_url: str) -> Non
     ],
 )
 def test_errors_about_a_url_name_the_argument_and_no_setting(
-    url: str, error: type[Exception], told: str, tmp_path: Path
+    url: str, error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     """This holds for a URL that cannot be parsed, and for a connection that cannot be made."""
     gone = tmp_path / "ca.pem"
@@ -330,7 +330,7 @@ def test_errors_about_a_url_name_the_argument_and_no_setting(
         with contextlib.suppress(ImproperlyConfigured, KeyValueStoreError):
             store.get("k")
         gone.unlink()
-        with pytest.raises(error, match=told) as caught:
+        with pytest.raises(error, match=message) as caught:
             store.get("k")
     assert "singleton_store_url" not in str(caught.value)
     assert "hunter2" not in str(caught.value)

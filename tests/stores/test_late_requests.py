@@ -56,13 +56,11 @@ def peek(store: Leases) -> Row:
 
 def let_run_out(store: Leases) -> None:
     """Wait until the lease has expired by the store's own clock."""
-    wait_until(lambda: not peek(store).held, "the lease runs out")
+    wait_until(lambda: not peek(store).held, "the lease expires")
 
 
 def write(number: int, seen: int) -> Write:
-    """Return the run's write with a number, and with a content that differs from its other
-    writes.
-    """
+    """Return the run's write with a number, with a content of its own."""
     return Write(number, seen, NewValue(f'{{"write":{number}}}', 1))
 
 
@@ -183,7 +181,7 @@ def test_the_first_number_tells_a_takeover_from_a_handoff(leases: Leases) -> Non
     third = acquire(leases, "c")
     assert (third.write, peek(leases).write) == (TAKEN_OVER, TAKEN_OVER)
     leases.release(third.lease, Ended("succeeded", "[]", hold=BRIEF))
-    fourth = wait_until(lambda: leases.acquire("k", "d", LONG, None), "the hold passes")
+    fourth = wait_until(lambda: leases.acquire("k", "d", LONG, None), "the hold period ends")
     assert fourth.write == 0
 
 
@@ -268,7 +266,7 @@ def waiting_statements(store: SqlStore) -> int:
     return int(store._rows(query, {})[0][0])
 
 
-# -- acquire, and what it takes for nobody
+# -- acquire, and leases that no process knows of
 
 
 def test_a_repeated_acquire_keeps_the_handoff_request(leases: Leases) -> None:
@@ -386,9 +384,7 @@ def test_an_operators_release_is_not_taken_for_the_runs_own(leases: Leases) -> N
 
 
 def clock() -> int:
-    """Return the time in milliseconds since 1970, by this machine's clock, which the servers have,
-    too.
-    """
+    """Return this machine's time, which the servers have, too, in milliseconds since 1970."""
     return int(time.time() * 1000)
 
 
@@ -631,7 +627,7 @@ def test_a_put_that_found_no_row_does_not_overwrite_a_new_run(mariadb_url: str) 
             cursor.execute(waiting)
             return cursor.fetchone() == (1,)
 
-        wait_until(is_at_the_gate, "the put has looked")
+        wait_until(is_at_the_gate, "the put has read the row")
         acquired = store.acquire("k", "a", 60.0, None)
         cursor.execute("SELECT RELEASE_LOCK('gate')")
         assert not putting.result(30)

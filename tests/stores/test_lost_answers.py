@@ -1,5 +1,6 @@
-"""A database server behind a proxy that cuts or refuses connections, or falls silent, at the worst
-time.
+"""A database server behind a proxy that cuts or refuses connections, or falls silent.
+
+Each test lets the proxy do this at the worst time for a run.
 """
 
 from __future__ import annotations
@@ -243,8 +244,8 @@ def test_a_run_is_lost_if_the_server_stays_silent(app: Celery, proxy: Proxy) -> 
 
     def act(task: Any) -> None:
         proxy.mode = "mute"
-        wait_until(lambda: not task.lease_remaining, "the lease is not trusted any more")
-        wait_until(lambda: lost(task), "the run is told that it is lost")
+        wait_until(lambda: not task.lease_remaining, "the run no longer trusts its lease")
+        wait_until(lambda: lost(task), "the run learns that it is lost")
         proxy.mode = "pass"
         task.checkpoint()
 

@@ -190,9 +190,7 @@ class Leases(RuleBasedStateMachine):
         return self.store._rows(f"SELECT * FROM {self.store.table.fullname} ORDER BY {name}", {})
 
     def hidden(self) -> dict[str, tuple[Any, ...]]:
-        """Return, by key, the values that no verb shows: the queue's number, and the message that
-        counts as queued.
-        """
+        """Return by key the values that no verb shows: the queue's number and queued message."""
         sql = self.store._sql
         rows = self.store._rows(
             f"SELECT {sql.key}, coalesce(queue, 0),"
@@ -247,7 +245,7 @@ class Leases(RuleBasedStateMachine):
                 answer = answer and True
         assert answer == expected, f"{request}: {answer} is not {expected}"
         if refused:
-            assert self.table() == before, f"{request} was refused, and changed something"
+            assert self.table() == before, f"{request} was refused, but changed the table"
         else:
             self.note(request)
         return answer
@@ -463,7 +461,7 @@ class Leases(RuleBasedStateMachine):
     def refused(self, run: Run) -> None:
         assert run.lease is not None
         held = self.model.held(run.lease)
-        assert held is None, "refused, though nobody else has come"
+        assert held is None, "refused, although no other run has acquired"
         self.end(run, report="lost", unsure=True)
 
     def end(self, run: Run, report: str = "", unsure: bool = False) -> None:
@@ -808,7 +806,7 @@ class Leases(RuleBasedStateMachine):
     def write_with_parts_of_a_lease(self, key: str) -> None:
         """Send requests in which two of key, fence and holder are right, and one is wrong."""
         row = self.model.seen(key)
-        lease = Lease(key, row.holder or "nobody", row.fence, LONG)
+        lease = Lease(key, row.holder or "no holder", row.fence, LONG)
         write = Write(row.write + 1, row.write, State(checkpoints=-1).encoded())
         for wrong in all_but_one_part(lease):
             self.refuse(
@@ -897,7 +895,7 @@ class Leases(RuleBasedStateMachine):
             return
         known = {run.holder for run in self.runs + self.to_give_back} | self.unchecked
         known |= {request.arguments[0].holder for request in self.recoveries}
-        assert row.holder in known, "I4: nobody knows of this lease"
+        assert row.holder in known, "I4: no process knows of this lease"
 
     def makes_progress(self, row: Row) -> None:
         """Check I2: no state is older than the state before it."""
@@ -912,12 +910,12 @@ class Leases(RuleBasedStateMachine):
         if not self.has_states:
             return
         found = sorted(self.business())
-        wanted = [
+        expected = [
             (key, item)
             for key in KEYS
             for item in range(1, decoded(self.model.seen(key).value).items + 1)
         ]
-        assert found == wanted
+        assert found == expected
 
     @invariant()
     def one_body_trusts(self) -> None:

@@ -1,5 +1,4 @@
-"""The differences behind PgBouncer in transaction mode, where each transaction may get another
-connection.
+"""Stores behind PgBouncer in transaction mode, where each transaction may get another connection.
 
 The other tests of stores run behind PgBouncer, too: see the fixtures.
 """

@@ -47,7 +47,7 @@ def old(store: SqlStore, *keys: str) -> None:
     age(store)
 
 
-# -- what is removed
+# -- keys that are removed
 
 
 def test_keys_unused_for_longer_than_the_age_are_removed(store: SqlStore) -> None:
@@ -59,7 +59,7 @@ def test_keys_unused_for_longer_than_the_age_are_removed(store: SqlStore) -> Non
 
 
 def test_only_named_keys_are_removed(store: SqlStore) -> None:
-    """So the caller can show the keys first, and can remove them in batches."""
+    """The caller can show the keys first, and can remove them in batches."""
     old(store, *(f"k{n}" for n in range(7)))
     assert sorted(store.prune(["k1", "k2"], DAY)) == ["k1", "k2"]
     assert store.prune([], DAY) == []
@@ -74,7 +74,7 @@ def test_a_prefix_is_no_pattern(store: SqlStore) -> None:
 def test_the_age_is_measured_by_the_stores_clock(store: SqlStore) -> None:
     run(store)
     assert list(store.unused("", LONG)) == []
-    wait_until(lambda: list(store.unused("", BRIEF)) == ["k"], "it is unused for so long")
+    wait_until(lambda: list(store.unused("", BRIEF)) == ["k"], "the key is unused for long enough")
     assert store.prune(["k"], LONG) == []
     assert store.prune(["k"], BRIEF) == ["k"]
 
@@ -110,7 +110,7 @@ def test_a_key_whose_queued_message_was_lost_is_removed(store: SqlStore) -> None
     assert store.prune(["k"], DAY) == ["k"]
 
 
-# -- what never is
+# -- keys that are never removed
 
 
 def held(store: SqlStore) -> None:
@@ -168,7 +168,7 @@ def test_rows_of_no_singleton_are_never_removed(store: SqlStore) -> None:
     assert acquire(store).value == "kept"
 
 
-# -- what comes after
+# -- after a removal
 
 
 def test_a_key_that_is_used_again_begins_anew(store: SqlStore) -> None:
@@ -181,14 +181,14 @@ def test_a_key_that_is_used_again_begins_anew(store: SqlStore) -> None:
 
 
 def test_an_old_run_is_refused_after_its_row_was_removed(store: SqlStore) -> None:
-    """a acquires, and is paused until its lease has expired; b acquires and releases; years later
-    the key is removed; c acquires, and gets a new fence; a resumes and writes.
+    """A acquires, and is paused until its lease has expired; B acquires and releases; years later
+    the key is removed; C acquires, and gets a new fence; A resumes and writes.
     """
     stale = acquire(store, "a", BRIEF).lease
     let_run_out(store)
     between = acquire(store, "b").lease
     store.release(between, DONE)
-    wait_until(lambda: peek(store).read_at * 1000 > between.fence + 1, "the store's clock goes on")
+    wait_until(lambda: peek(store).read_at * 1000 > between.fence + 1, "the store's clock advances")
     age(store)
     assert store.prune(["k"], DAY) == ["k"]
     assert store.save(stale, write(NEW)) is None
@@ -205,7 +205,7 @@ def test_an_old_run_is_refused_after_its_row_was_removed(store: SqlStore) -> Non
     assert store.release(current, DONE, write(NEW))
 
 
-# -- at the same time
+# -- prune while runs begin
 
 
 def test_runs_that_begin_during_prune_keep_their_rows(store: SqlStore) -> None:

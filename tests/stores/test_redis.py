@@ -211,8 +211,8 @@ def test_a_silent_server_becomes_an_error(proxied: tuple[Celery, Proxy]) -> None
 
 
 def test_the_answer_to_acquire_is_lost(proxied: tuple[Celery, Proxy]) -> None:
-    """The lease is acquired, but the holder does not know it. The holder repeats the request, and
-    gets the same fence.
+    """The lease is acquired, but the holder does not know it. It repeats acquire, and gets the same
+    fence.
     """
     app, proxy = proxied
     task = task_of(app)
@@ -374,7 +374,7 @@ def test_a_store_finds_the_new_master_by_sentinel() -> None:
         acquired = store.acquire("k", "h", 60, None)
         assert acquired is not None
         with redis.Redis(port=replica.port) as client:
-            wait_until(lambda: client.exists("k"), "the replica has heard of it")
+            wait_until(lambda: client.exists("k"), "the replica has the lease")
         master.stop(signal.SIGKILL)
         wait_until(lambda: sentinel.master_port() == replica.port, "the replica is the master")
 
@@ -397,10 +397,10 @@ def test_prune_removes_unused_keys_only(lease_url: str) -> None:
     pending run or a queued message is not.
     """
     store = RedisStore(lease_url, io_timeout=2.0)
-    for key in ("t:old", "t:held", "t:wanted", "t:queued", "t:new", "u:old"):
+    for key in ("t:old", "t:held", "t:pending", "t:queued", "t:new", "u:old"):
         taken = store.acquire(key, "h", 60, None)
         assert taken is not None
-        if key == "t:wanted":
+        if key == "t:pending":
             row = store.peek(key)
             assert row is not None
             assert store.requests.request_run(row, "w")
@@ -408,14 +408,14 @@ def test_prune_removes_unused_keys_only(lease_url: str) -> None:
             store.release(taken.lease, Ended("succeeded", "[]"))
     assert store.requests.claim("t:queued", "id", 60, store.requests.queued("t:queued").number)
     with redis.Redis.from_url(lease_url) as client:
-        for key in ("t:old", "t:held", "t:wanted", "t:queued", "u:old"):
-            for moment in ("updated_at", "last_finished_at", "expires_at"):
-                if client.hexists(key, moment):
-                    client.hset(key, moment, "946684800")
+        for key in ("t:old", "t:held", "t:pending", "t:queued", "u:old"):
+            for column in ("updated_at", "last_finished_at", "expires_at"):
+                if client.hexists(key, column):
+                    client.hset(key, column, "946684800")
     assert list(store.unused("t:", 3600)) == ["t:old"]
-    assert store.prune(["t:old", "t:held", "t:wanted", "t:queued", "t:new"], 3600) == ["t:old"]
+    assert store.prune(["t:old", "t:held", "t:pending", "t:queued", "t:new"], 3600) == ["t:old"]
     assert [row.key for row in store.list("")] == [
-        *("t:held", "t:new", "t:queued", "t:wanted", "u:old"),
+        *("t:held", "t:new", "t:queued", "t:pending", "u:old"),
     ]
     assert store.prune([], 3600) == []
     store.close()

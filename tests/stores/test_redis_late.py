@@ -57,7 +57,7 @@ def milliseconds(server: redis.Redis) -> int:
 
 
 def test_a_repeated_acquire_changes_nothing(store: RedisStore) -> None:
-    """a acquires; b asks a to hand over; a's lease is renewed for a long life; a second copy of a's
+    """A acquires; B asks A to hand over; A's lease is renewed for a long life; a second copy of A's
     acquire, for a brief life, is carried out.
     """
     first = acquire(store, "a")
@@ -87,10 +87,10 @@ def test_the_write_number_says_how_a_lease_was_acquired(store: RedisStore) -> No
     lease had expired.
     """
     first = acquire(store, "a", BRIEF)
-    wait_until(lambda: not peek(store).held, "a's lease runs out")
+    wait_until(lambda: not peek(store).held, "a's lease expires")
     second = acquire(store, "b")
     store.release(second.lease, Ended("succeeded", "[]", hold=BRIEF))
-    wait_until(lambda: not peek(store).held, "the hold is over")
+    wait_until(lambda: not peek(store).held, "the hold period ends")
     third = acquire(store, "c")
     assert [first.write, second.write, third.write, peek(store).write] == [0, -1, 0, 0]
 
@@ -100,7 +100,7 @@ def test_the_write_number_says_how_a_lease_was_acquired(store: RedisStore) -> No
 
 def test_a_wiped_server_gives_no_fence_twice(store: RedisStore, server: redis.Redis) -> None:
     before = acquire(store, "a").lease.fence
-    wait_until(lambda: milliseconds(server) > before, "the clock goes on")
+    wait_until(lambda: milliseconds(server) > before, "the clock advances")
     server.flushdb()
     assert acquire(store, "b").lease.fence > before
 
@@ -108,7 +108,7 @@ def test_a_wiped_server_gives_no_fence_twice(store: RedisStore, server: redis.Re
 def test_a_pruned_key_gives_no_fence_twice(store: RedisStore, server: redis.Redis) -> None:
     lease = acquire(store, "a").lease
     store.release(lease, DONE)
-    wait_until(lambda: milliseconds(server) > lease.fence, "the clock goes on")
+    wait_until(lambda: milliseconds(server) > lease.fence, "the clock advances")
     assert store.prune(["k"], -1) == ["k"]
     assert acquire(store, "b").lease.fence > lease.fence
 
@@ -147,7 +147,7 @@ def test_runs_within_a_millisecond_have_growing_fences(store: RedisStore) -> Non
 
 
 def test_a_lease_is_given_back_if_acquire_was_never_answered(store: RedisStore) -> None:
-    """a's acquire is carried out and never answered, so a does not know its fence."""
+    """A's acquire is carried out and never answered, so A does not know its fence."""
     acquire(store, "a", LONG)
     assert store.requests.request_run(peek(store), "w")
     assert store.give_back("k", "a") == Released("w")
@@ -160,7 +160,7 @@ def test_a_lease_is_given_back_if_acquire_was_never_answered(store: RedisStore) 
 
 def test_a_late_give_back_ends_no_other_lease(store: RedisStore) -> None:
     acquire(store, "a", BRIEF)
-    wait_until(lambda: not peek(store).held, "a's lease runs out")
+    wait_until(lambda: not peek(store).held, "a's lease expires")
     lease = acquire(store, "b").lease
     assert store.give_back("k", "a") is None
     assert store.give_back("none", "a") is None

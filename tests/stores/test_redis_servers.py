@@ -1,5 +1,6 @@
-"""Redis servers that are demoted, fail over, are full, run as a cluster or refuse, and the
-connections to them.
+"""Redis servers that are demoted, fail over, are full, run as a cluster, or refuse.
+
+Some tests are about the connections to such servers.
 """
 
 from __future__ import annotations
@@ -117,9 +118,7 @@ def blocked(client: redis.Redis) -> int:
 
 
 def renew_at_once(store: RedisStore, lease: Lease) -> list[Any]:
-    """Send as many renewals at once as there are connections, and return their answers or
-    errors.
-    """
+    """Send as many renewals at once as there are connections; return their answers or errors."""
     barrier = threading.Barrier(CONNECTIONS)
 
     def renew() -> Any:
@@ -211,9 +210,7 @@ def test_a_demoted_server_refuses_all_calls(
 
 
 def swap_roles(primary: Valkey, replica: Replica, proxy: Proxy) -> None:
-    """Make the replica the primary, and send new connections to it. Open connections stay where
-    they are.
-    """
+    """Make the replica the primary for new connections. Open connections stay where they are."""
     with redis.Redis(port=primary.port) as old, redis.Redis(port=replica.port) as new:
         wait_until(lambda: new.exists("k"), "the replica has the lease")
         new.replicaof("NO", "ONE")
@@ -313,7 +310,7 @@ def test_a_process_renews_very_many_leases(
     assert store.renew([]) == {}
 
 
-# -- servers that cannot do it
+# -- servers that refuse
 
 
 def test_redis_cluster_is_refused_at_start(
@@ -323,7 +320,7 @@ def test_redis_cluster_is_refused_at_start(
     server = make_server("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     with redis.Redis(port=server.port) as client:
         client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
-        wait_until(lambda: client.cluster("INFO")["cluster_state"] == "ok", "up")
+        wait_until(lambda: client.cluster("INFO")["cluster_state"] == "ok", "the cluster is up")
     store = make_store(server.url)
     with pytest.raises(StoreMisconfigured, match=r"Redis Cluster.*leave singleton_lease_url out"):
         store.check()

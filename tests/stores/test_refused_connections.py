@@ -1,4 +1,4 @@
-"""Connections that cannot be made: errors that an operator has to fix are told from outages."""
+"""Connections that cannot be made: errors that an operator must fix are not taken for outages."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_a_missing_database_is_a_one_line_error(
 def test_health_reports_a_url_that_cannot_be_used(conf: dict[str, str]) -> None:
     app = Celery("shop", set_as_current=False)
     app.conf.update(conf)
-    told = check_health(app)
-    assert not told.healthy
-    assert told.error is not None
-    assert told.error.startswith(("singleton_store_url", "singleton_lease_url"))
+    report = check_health(app)
+    assert not report.healthy
+    assert report.error is not None
+    assert report.error.startswith(("singleton_store_url", "singleton_lease_url"))

@@ -1,4 +1,4 @@
-"""Values that a store cannot hold are warning from outages, on every store, and change nothing."""
+"""Values that a store cannot hold: the error is no outage, and nothing changes. All stores."""
 
 from __future__ import annotations
 

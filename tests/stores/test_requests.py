@@ -1,4 +1,7 @@
-"""Requests to a row that others than its holder send: handoff, pending run, queue. All stores."""
+"""Requests to a row that do not come from its holder, on all stores.
+
+They are handoff requests, pending runs, and claims of the queue.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,9 @@ def peek_later(store: Leases) -> Row:
     write gets the same times.
     """
     before = peek(store)
-    wait_until(lambda: peek(store).read_at - before.read_at > ROUNDING, "the store's clock goes on")
+    wait_until(
+        lambda: peek(store).read_at - before.read_at > ROUNDING, "the store's clock advances"
+    )
     return before
 
 
@@ -41,7 +46,7 @@ def peek_later(store: Leases) -> Row:
 
 
 def released(store: Leases) -> Row:
-    """Return the row as it was while a held it. a has released it since; in the functions below, a
+    """Return the row as it was while A held it. A has released it since; in the functions below, A
     has lost it in other ways.
     """
     lease = acquire(store, "a").lease
@@ -75,15 +80,15 @@ def in_hold_period(store: Leases) -> Row:
 def test_a_request_to_a_former_holder_is_refused(
     leases: Leases, gone: Callable[[SqlStore], Row], verb: str
 ) -> None:
-    """c finds the lease held by a; a releases, or dies and b takes over; c sends its request by the
+    """C finds the lease held by A; A releases, or dies and B takes over; C sends its request by the
     row that it saw, and must learn that the request was refused.
     """
     assert getattr(leases.requests, verb)(gone(leases), "c") is False
 
 
 def test_a_request_to_the_predecessor_does_not_reach_the_successor(leases: Leases) -> None:
-    """c finds the lease held by a; a releases; b acquires; c sends its request by the row that it
-    saw. It must not affect b.
+    """C finds the lease held by A; A releases; B acquires; C sends its request by the row that it
+    saw. It must not affect B.
     """
     seen = released(leases)
     successor = acquire(leases, "b").lease
@@ -93,13 +98,13 @@ def test_a_request_to_the_predecessor_does_not_reach_the_successor(leases: Lease
     assert leases.release(successor, DONE) == FREED
 
 
-# -- asked of nobody: a hold period after a run
+# -- requests in a hold period, when there is no holder
 
 
 def test_the_newest_message_is_next_after_a_hold_period(leases: Leases) -> None:
-    """In the hold period after a's run first b and then c ask for the lease. b is the older
-    message: it must not get the lease when it is free, and a late request of b's must not overtake
-    c's.
+    """In the hold period after A's run first B and then C ask for the lease. B is the older
+    message: it must not get the lease when it is free, and a late request of B's must not overtake
+    C's.
     """
     leases.release(acquire(leases, "a").lease, HELD_ON)
     seen = peek(leases)
@@ -118,7 +123,7 @@ def test_the_newest_message_is_next_after_a_hold_period(leases: Leases) -> None:
 
 
 def test_only_the_hold_period_that_was_seen_is_ended(leases: Leases) -> None:
-    """An operator sees the hold period after a's run; it ends; b runs, and another hold period
+    """An operator sees the hold period after A's run; it ends; B runs, and another hold period
     begins; the operator's request must not end that one.
     """
     leases.release(acquire(leases, "a").lease, HELD_ON)
@@ -131,11 +136,13 @@ def test_only_the_hold_period_that_was_seen_is_ended(leases: Leases) -> None:
     assert peek(leases).in_hold_period
 
 
-# -- ask_to_hand_over
+# -- request_handoff
 
 
 def test_the_holder_learns_which_message_asks_for_a_handoff(store: SqlStore) -> None:
-    """Each answer until the release says it, because an answer may be lost."""
+    """Each answer to the holder names the message, until the release, because an answer may be
+    lost.
+    """
     lease = acquire(store, "a").lease
     assert store.requests.request_handoff(peek(store), "b") is True
     assert store.renew([lease]) == {"k": "b"}
@@ -168,7 +175,7 @@ def test_a_handoff_request_changes_nothing_else(leases: Leases) -> None:
 
 
 def test_the_next_holder_is_not_asked_to_hand_over(leases: Leases) -> None:
-    """a is asked to hand over, and releases. The next holder may be the message that asked."""
+    """A is asked to hand over, and releases. The next holder may be the message that asked."""
     lease = acquire(leases, "a").lease
     leases.requests.request_handoff(peek(leases), "b")
     leases.release(lease, DONE)
@@ -179,7 +186,7 @@ def test_the_next_holder_is_not_asked_to_hand_over(leases: Leases) -> None:
 
 
 def test_a_late_older_message_does_not_stop_the_holder(leases: Leases) -> None:
-    """b and c find the lease held by a; c's handoff request is answered; then b's request, which
+    """B and C find the lease held by A; C's handoff request is answered; then B's request, which
     stalled, is carried out.
     """
     lease = acquire(leases, "a").lease
@@ -205,7 +212,7 @@ def test_two_messages_do_not_get_the_same_rank(leases: Leases) -> None:
 
 
 def test_of_two_messages_that_asked_the_newer_gets_the_lease(leases: Leases) -> None:
-    """First b and then c ask a to hand over; a's run ends; b tries to acquire before c."""
+    """First B and then C ask A to hand over; A's run ends; B tries to acquire before C."""
     lease = acquire(leases, "a").lease
     ranks = []
     for who in ("b", "c"):
@@ -224,7 +231,7 @@ def test_of_two_messages_that_asked_the_newer_gets_the_lease(leases: Leases) -> 
 
 
 def test_a_message_that_acquires_outranks_all_that_asked(leases: Leases) -> None:
-    """b asks a to hand over; a's run ends; c finds the lease free, runs and ends; b tries to
+    """B asks A to hand over; A's run ends; C finds the lease free, runs and ends; B tries to
     acquire. All this time the store's clock is behind the ranks.
     """
     lease = acquire(leases, "a").lease
@@ -237,13 +244,13 @@ def test_a_message_that_acquires_outranks_all_that_asked(leases: Leases) -> None
     leases.release(newer, DONE)
     assert leases.acquire("k", "b", LONG, "task-b", rank, "sent b") is None
     again = leases.acquire("k", "c2", LONG, "task-c", newer.fence, None)
-    assert again is not None, "a retry of the newest"
+    assert again is not None, "a retry of the newest message"
 
 
 @pytest.mark.parametrize("ends", [True, False], ids=["ran", "waits"])
 def test_a_message_that_was_overtaken_is_not_the_newest(leases: Leases, ends: bool) -> None:
-    """First b and then c are sent, from the same host. c is delivered first and runs, or asks a to
-    hand over; then the lease is free, and b is delivered.
+    """First B and then C are sent, from the same host. C is delivered first and runs, or asks A to
+    hand over; then the lease is free, and B is delivered.
     """
     sent_by_b, sent_by_c = f"host:{9:020d}", f"host:{10:020d}"
     lease = acquire(leases, "a").lease
@@ -259,7 +266,7 @@ def test_a_message_that_was_overtaken_is_not_the_newest(leases: Leases, ends: bo
     assert leases.acquire("k", "b", LONG, "task-b", 0, sent_by_b) is None
     assert peek(leases).holder is None
     again = leases.acquire("k", "c2", LONG, "task-c", 0, sent_by_c)
-    assert again is not None, "a copy of the newest"
+    assert again is not None, "a copy of the newest message"
     leases.release(again.lease, DONE)
     elsewhere = leases.acquire("k", "d", LONG, "task-d", 0, f"another-host:{1:020d}")
     assert elsewhere is not None, "clocks of two hosts are not compared"
@@ -268,7 +275,7 @@ def test_a_message_that_was_overtaken_is_not_the_newest(leases: Leases, ends: bo
 # -- pending runs
 
 
-@pytest.mark.parametrize("ended", [DONE, HELD_ON], ids=["freed", "held on"])
+@pytest.mark.parametrize("ended", [DONE, HELD_ON], ids=["freed", "hold period"])
 @pytest.mark.parametrize("new", [None, NEW], ids=["", "with a value"])
 def test_the_release_returns_the_pending_run(
     store: SqlStore, ended: Ended, new: NewValue | None
@@ -287,8 +294,8 @@ def test_the_newest_pending_run_is_kept(leases: Leases) -> None:
 
 
 def test_a_late_pending_run_does_not_replace_a_newer_one(leases: Leases) -> None:
-    """b's request for pending run w1, by a's row as b saw it, stalls; c sees the row, and records
-    w2; the request for w1 is carried out. The pending run must be c's.
+    """B's request for pending run w1, by A's row as B saw it, stalls; C sees the row, and records
+    w2; the request for w1 is carried out. The pending run must be C's.
     """
     lease = acquire(leases, "a").lease
     seen_by_b = peek(leases)
@@ -298,7 +305,7 @@ def test_a_late_pending_run_does_not_replace_a_newer_one(leases: Leases) -> None
 
 
 def test_a_replaced_pending_run_does_not_come_back(leases: Leases) -> None:
-    """b's request for pending run w1 stalls; its copy is answered; c records w2; the first copy is
+    """B's request for pending run w1 stalls; its copy is answered; C records w2; the first copy is
     carried out.
     """
     acquire(leases, "a")
@@ -323,7 +330,7 @@ def test_a_pending_run_replaces_only_the_one_that_was_seen(leases: Leases) -> No
 
 
 def test_a_pending_run_stays_until_it_was_sent(leases: Leases) -> None:
-    """a dies between its release and sending the pending run: the next release must return it
+    """A dies between its release and sending the pending run: the next release must return it
     again.
     """
     lease = acquire(leases, "a").lease
@@ -335,8 +342,8 @@ def test_a_pending_run_stays_until_it_was_sent(leases: Leases) -> None:
 
 
 def test_a_newer_pending_run_survives_the_removal_of_an_older_one(leases: Leases) -> None:
-    """a releases and gets pending run w1; b acquires; c records w2; a has sent w1, and removes it;
-    b releases, and must get w2.
+    """A releases and gets pending run w1; B acquires; C records w2; A has sent w1, and removes it;
+    B releases, and must get w2.
     """
     lease = acquire(leases, "a").lease
     leases.requests.request_run(peek(leases), "w1")
@@ -348,7 +355,7 @@ def test_a_newer_pending_run_survives_the_removal_of_an_older_one(leases: Leases
 
 
 def test_a_pending_run_outlives_the_holder(leases: Leases) -> None:
-    """c records a pending run while a holds the lease; a dies; b takes over, and gets the pending
+    """C records a pending run while A holds the lease; A dies; B takes over, and gets the pending
     run when it releases.
     """
     lease = acquire(leases, "a").lease
@@ -359,8 +366,8 @@ def test_a_pending_run_outlives_the_holder(leases: Leases) -> None:
 
 
 def test_a_pending_run_is_either_returned_or_refused(leases: Leases) -> None:
-    """c finds the lease held by a, and records a pending run while a releases. If c is first, a's
-    release returns the pending run. If a is first, c is refused. A pending run that is accepted and
+    """C finds the lease held by A, and records a pending run while A releases. If C is first, A's
+    release returns the pending run. If A is first, C is refused. A pending run that is accepted and
     not returned would be a lost run.
     """
     barrier = threading.Barrier(2)
@@ -371,11 +378,11 @@ def test_a_pending_run_is_either_returned_or_refused(leases: Leases) -> None:
 
     with ThreadPoolExecutor(1) as pool:
         for n in range(10):
-            told = pool.submit(release, acquire(leases, f"h{n}").lease)
+            answer = pool.submit(release, acquire(leases, f"h{n}").lease)
             seen, pending_run = peek(leases), f"w{n}"
             barrier.wait()
             taken = leases.requests.request_run(seen, pending_run)
-            assert told.result() == Released(pending_run if taken else None)
+            assert answer.result() == Released(pending_run if taken else None)
             leases.requests.pending_run_sent("k", pending_run)
 
 
@@ -600,7 +607,7 @@ def test_a_claim_after_the_queue_has_changed_is_refused(leases: Leases) -> None:
 
 
 def test_a_repeated_acquisition_leaves_the_queue(leases: Leases) -> None:
-    """a's acquire request for task-a stalls; its copy is answered; the body requeues its own
+    """A's acquire request for task-a stalls; its copy is answered; the body requeues its own
     message, and claims the queue for it; the first copy is carried out.
     """
     lease = acquire(leases, "a").lease

@@ -140,8 +140,8 @@ def locking_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @contextmanager
 def leases_with_locked_rows(url: str) -> Iterator[tuple[list[HeldLease], list[HeldLease], Any]]:
-    """Hold leases; yield those whose rows another transaction has locked, the others, and that
-    transaction.
+    """Hold leases; yield the leases whose rows another transaction has locked, the other leases,
+    and this transaction.
     """
     app = app_on(url)
     app.conf.singleton_heartbeat_interval = 1.5
@@ -170,9 +170,11 @@ def test_locked_rows_do_not_delay_the_renewal_of_other_leases(locking_url: str) 
     each of these rows in turn, for a quarter of a life. Meanwhile the other leases must be renewed.
     """
     with leases_with_locked_rows(locking_url) as (locked, others, _):
-        wait_until(lambda: all(held.lost for held in locked), "the locked ones are lost")
+        wait_until(lambda: all(held.lost for held in locked), "the locked leases are lost")
         lost_at = clock()
-        wait_until(lambda: all(held.asked_at > lost_at for held in others), "the others go on")
+        wait_until(
+            lambda: all(held.asked_at > lost_at for held in others), "the others are renewed"
+        )
         assert [held.lost for held in others] == [None] * 4
 
 
@@ -187,7 +189,9 @@ def test_leases_are_renewed_if_their_rows_are_unlocked_in_time(locking_url: str)
         wait_until(lambda: clock() > end, "the locks are held until shortly before the end")
         assert [held.asked_at for held in locked] == asked_at
         other.rollback()
-        wait_until(lambda: all(held.asked_at > end for held in locked), "the locked are renewed")
+        wait_until(
+            lambda: all(held.asked_at > end for held in locked), "the locked leases are renewed"
+        )
         wait_until(lambda: all(held.asked_at > end for held in others), "and the others")
         assert [held.lost for held in (*locked, *others)] == [None] * 8
 
@@ -205,7 +209,7 @@ def test_opening_a_locked_sqlite_file_waits(tmp_path: Path) -> None:
         with ThreadPoolExecutor(1) as pool:
             opening = pool.submit(open_store, url, "kv_store", 10.0)
             end = clock() + 0.3
-            wait_until(lambda: clock() > end or opening.done(), "it has begun and waits")
+            wait_until(lambda: clock() > end or opening.done(), "the opening has begun and waits")
             assert not opening.done()
             other.close()
             opening.result().close()
@@ -229,7 +233,7 @@ def test_a_statement_that_waits_for_a_lock_uses_the_time_after_it(shared_store_u
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(store.acquire, "k", "b", 60, None)
             end = clock() + 0.8
-            wait_until(lambda: clock() > end, "a's lease has run out")
+            wait_until(lambda: clock() > end, "a's lease has expired")
             connection.rollback()
             taken = answer.result()
     blocker.dispose()

@@ -1,6 +1,4 @@
-"""Each database's ``.sql`` file: which statements it must have, and that its database accepts
-them.
-"""
+"""Each database's ``.sql`` file must have all statements, and its database must accept them."""
 
 from __future__ import annotations
 
@@ -117,8 +115,8 @@ def test_the_check_reads_all_columns(database: str) -> None:
 
 
 def test_the_database_explains_each_statement(store_url: str) -> None:
-    """So each statement is valid for its database, its types fit, and an operator can paste it into
-    a client.
+    """EXPLAIN shows that each statement is valid for its database and that its types fit. It also
+    shows that an operator can paste it into a client.
     """
     store = open_store(store_url, "kv_store", 10.0, auto_migrate=True)
     assert isinstance(store, SqlStore)

@@ -1,5 +1,6 @@
-"""The requests of operators and of the exporter: list, read contents, put a state, end a hold
-period. All stores.
+"""The requests of operators and of the exporter, on all stores.
+
+They list and read rows, put a state, and end a hold period.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def test_a_hold_period_is_ended_early(store: SqlStore) -> None:
     assert acquired is not None
     row = store.peek("kept")
     assert row is not None
-    assert not store.requests.release_early(row), "a run's lease is not"
+    assert not store.requests.release_early(row), "a run's own lease cannot be released early"
     assert store.release(acquired.lease, Ended("succeeded", "[]", hold=60))
     kept = store.peek("kept")
     assert kept is not None
