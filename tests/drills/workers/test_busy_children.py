@@ -1,4 +1,4 @@
-"""Leases of prefork children that keep the GIL, that are stopped, or whose parent is stopped."""
+"""Leases of prefork children that keep the GIL or are stopped, or whose parent is stopped."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.helpers.waiting import wait_until
 from tests.helpers.worker_rows import steal
 
 INTERVAL = 0.5
-#: By default a lease lives for two intervals.
+#: The life of a lease, in seconds: by default it is two intervals.
 LIFE = 2 * INTERVAL
-#: Of lives, after which a lease would be free if nobody had renewed it.
+#: How many lives to wait: without renewals the lease would have expired long before.
 LIVES = 3
 
 pytestmark = pytest.mark.fleet(
@@ -36,7 +36,9 @@ def row_of(app: Celery, name: str) -> Row:
 
 
 def wait_for_lives(app: Celery, name: str) -> None:
-    """Wait until a lease has been held for some lives by the store's clock, without a break."""
+    """Wait until a lease has been held for ``LIVES`` lives, by the store's clock, without
+    a break.
+    """
     start = row_of(app, name).read_at
 
     def long_held() -> bool:
@@ -51,8 +53,8 @@ def wait_for_lives(app: Celery, name: str) -> None:
 def test_a_body_that_keeps_the_gil_keeps_its_lease(
     fleet: Fleet, client: Callable[[], Celery], how: str
 ) -> None:
-    """A's body keeps the GIL for more than two lives, so no thread of its process runs; B waits for
-    the lease; A's body ends. B begins after that, and A's state is saved.
+    """A's body keeps the GIL for more than two lives, so no other thread of its process runs. B
+    waits for the lease. A's body ends. B begins after that, and A's state is saved.
     """
     app = client()
     fleet.start("-c", "2")
@@ -73,8 +75,8 @@ def test_a_body_that_keeps_the_gil_keeps_its_lease(
 def test_a_lost_run_that_keeps_the_gil_is_interrupted(
     fleet: Fleet, client: Callable[[], Celery], postgres_url: str
 ) -> None:
-    """Another holder takes the lease while the body is in a regular expression, which takes minutes
-    and lets no thread of the process run, but looks for signals.
+    """A body is in a regular expression that takes minutes. It lets no other thread of its process
+    run, but it checks for signals. Another holder takes the lease: the body is interrupted.
     """
     app = client()
     fleet.start("-c", "1")
@@ -93,7 +95,9 @@ def test_a_lost_run_that_keeps_the_gil_is_interrupted(
 def test_the_parent_of_a_busy_child_is_stopped(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """The worker's own process stands still; its child goes on, renews by itself, and saves."""
+    """The worker's parent process is stopped. Its child goes on, renews the lease by itself, and
+    saves.
+    """
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "1")
     result = app.send_task("increment", (str(go),))
@@ -109,7 +113,9 @@ def test_the_parent_of_a_busy_child_is_stopped(
 def test_a_stopped_child_is_renewed_until_a_time_limit_ends_it(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """A debugger stops the child: it lives, and can go on at any moment."""
+    """A child is stopped, as by a debugger. It is not dead and can go on at any time, so its parent
+    renews its lease, until the hard time limit kills it.
+    """
     app = client()
     fleet.start("-c", "1")
     app.send_task("increment", (str(tmp_path / "never"),), time_limit=LIVES * LIFE + 3)
@@ -118,5 +124,5 @@ def test_a_stopped_child_is_renewed_until_a_time_limit_ends_it(
     wait_for_lives(app, "increment")
     wait_until(lambda: row_of(app, "increment").last_outcome == "lost", "the limit ends it")
     assert not row_of(app, "increment").held
-    # Its parent collects it a moment after its death.
+    # The parent reaps the child a little after the child's death.
     wait_until(lambda: not psutil.pid_exists(child["pid"]), "the child is gone")

@@ -1,6 +1,7 @@
-"""How a process can die in mid-run: its lease is free at once, on the word of the kernel.
+"""The ways in which a process can die in mid-run: the kernel reports the death, and the lease is
+free at once.
 
-Leases live for two minutes here, so that none becomes free by running out.
+Leases live for two minutes here, so that no lease becomes free by expiring.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ def outcomes(row: Row) -> list[str]:
 
 
 def expiry(row: Row) -> float:
-    """When its lease runs out, by the store's clock."""
+    """Return when the row's lease expires, by the store's clock."""
     assert row.expires_in is not None
     return row.read_at + row.expires_in
 
 
 def messages_kept(app: Celery) -> int:
-    """How many messages the broker has, those included that it gave out."""
+    """Return how many messages the broker has: queued, or delivered and not acknowledged."""
     with app.connection_for_read() as connection:
         channel = connection.default_channel
         queued, given_out = app.conf.task_default_queue, channel.unacked_key
@@ -52,7 +53,7 @@ def terminate(app: Celery, fleet: Fleet, task_id: str) -> None:
 
 
 def nothing(app: Celery, fleet: Fleet, task_id: str) -> None:
-    """It dies by itself, or by a limit."""
+    """Do nothing: the body ends its own process, or a time limit does."""
 
 
 @pytest.mark.parametrize(
@@ -72,9 +73,11 @@ def test_a_child_that_dies(
     kill: Callable[[Celery, Fleet, str], None],
     options: tuple[str, ...],
 ) -> None:
-    """celery-singleton #40, hard time limit leaves the lock; #21, dead worker's lock; #29.
+    """A child dies in mid-run: its lease is free at once, and no state is saved.
 
-    The next message runs in the other child or in the one that replaces it.
+    The next message runs in the other child or in the dead child's successor. Users know the fault
+    from celery-singleton #40 (a hard time limit leaves the lock), #21 (a dead worker leaves it) and
+    #29.
     """
     fleet = make_fleet(shared_store_url)
     app = client()
@@ -83,7 +86,8 @@ def test_a_child_that_dies(
     fleet.wait_for_notes("enter")
     kill(app, fleet, sent.id)
     row = wait_until_free(app, "dies")
-    # At a hard time limit a child is asked to go before it is killed, and may get to release.
+    # At a hard time limit Celery first asks the child to exit, so that it may release the lease
+    # itself.
     expected = {"lost", "failed"} if how == "hard time limit" else {"lost"}
     assert outcomes(row)[0] in expected
     assert row.value == "null"
@@ -98,7 +102,7 @@ def test_a_child_that_dies(
         ("soft time limit", ("--soft-time-limit", "1")),
     ],
 )
-def test_a_body_that_is_ended_releases_by_itself(
+def test_a_body_that_fails_releases_its_lease_itself(
     fleet: Fleet, client: Callable[[], Celery], how: str, options: tuple[str, ...]
 ) -> None:
     app = client()
@@ -110,7 +114,7 @@ def test_a_body_that_is_ended_releases_by_itself(
 
 
 def is_dead(pid: int) -> bool:
-    """Whether a process has ended, though nobody may have collected it yet."""
+    """Return whether a process is dead, reaped by its parent or not."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -118,17 +122,19 @@ def is_dead(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("pool", ["solo", "prefork"])
-def test_a_worker_that_is_killed_whole_is_succeeded_by_the_next_delivery(
+def test_the_next_delivery_takes_over_from_a_worker_killed_with_its_children(
     fleet: Fleet, client: Callable[[], Celery], pool: str
 ) -> None:
-    """Another worker of this host meets the lease and finds its holder dead."""
+    """A worker and all its processes are killed. Another worker of this host finds the lease taken
+    and its holder dead, and takes over.
+    """
     app = client()
     killed = fleet.start("-P", pool, "-c", "1", "-Q", "a", name="a")
     fleet.start("-P", "solo", "-Q", "b", name="b")
     app.send_task("waits", queue="a")
     (note,) = fleet.wait_for_notes("enter")
     killed.close()
-    # A delivery that comes while a child of the worker still dies is skipped.
+    # Wait, because a delivery that arrives while the worker's child is still dying is skipped.
     wait_until(lambda: is_dead(note["pid"]), "the child is dead, too")
     app.send_task("waits", queue="b")
     entered = fleet.wait_for_notes("enter", 2)
@@ -136,10 +142,12 @@ def test_a_worker_that_is_killed_whole_is_succeeded_by_the_next_delivery(
     assert outcomes(row_of(app, "waits")) == ["lost"]
 
 
-def test_a_worker_frees_what_its_dead_predecessor_left(
+def test_a_worker_frees_the_leases_of_its_dead_predecessor(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """It does so when it starts, and leaves alone what a living one holds."""
+    """When a worker starts, it frees the leases of its dead predecessor, and no lease of a living
+    worker.
+    """
     app = client()
     killed = fleet.start("-c", "1", "-Q", "a", name="a")
     fleet.start("-c", "1", "-Q", "b", name="b")
@@ -188,8 +196,10 @@ def test_a_cold_shutdown_leaves_the_message_to_another_worker(
     tmp_path: Path,
     pool: str,
 ) -> None:
-    """Celery takes a greenlet that it killed for one that succeeded, and a body in a solo pool,
-    into which it raises that it cannot be killed, for one that failed.
+    """A cold shutdown ends a body; its message is redelivered to another worker.
+
+    Celery reports a killed greenlet as a success. It reports a body in a solo pool as a failure,
+    because it raises there that the pool cannot kill it. Neither may acknowledge the message.
     """
     fleet = make_fleet()
     app, go = client(), tmp_path / "go"
@@ -214,9 +224,10 @@ def test_a_cold_shutdown_leaves_the_message_to_another_worker(
 def test_a_cold_shutdown_of_threads_lets_the_run_end(
     make_fleet: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path, soft: str
 ) -> None:
-    """A thread cannot be ended: Celery breaks its shutdown off over that, and Python waits.
+    """A cold shutdown cannot end a thread: Celery's shutdown raises an error, and Python waits for
+    the thread.
 
-    The lease is renewed until the run has ended, and its message is acknowledged then.
+    The lease is renewed until the run has ended, and only then is its message acknowledged.
     """
     fleet = make_fleet(
         CELERY_SINGLETON_HEARTBEAT_INTERVAL="1",
@@ -275,14 +286,16 @@ def test_a_soft_shutdown_lets_the_run_end(
 @pytest.mark.fleet(TEST_VISIBILITY_TIMEOUT="1")
 @needs_soft_shutdown
 @pytest.mark.parametrize("pool", [in_solo])
-def test_a_soft_shutdown_of_a_solo_worker_breaks_off_even_a_body_that_could_end(
+def test_a_soft_shutdown_of_a_solo_worker_interrupts_even_a_body_that_could_end(
     make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     tmp_path: Path,
     pool: str,
 ) -> None:
-    """Celery waits in the signal's handler, in the body's own thread: the body, told to end
-    while it waits, stands still, is broken off after the wait, and its message comes again.
+    """A soft shutdown of a solo worker stops a body that could have ended in time.
+
+    Celery waits in the signal handler, which runs in the body's own thread. So the body cannot go
+    on during the wait. It is interrupted after the wait, and its message is redelivered.
     """
     fleet = make_fleet(TEST_SOFT_SHUTDOWN="2")
     app, go = client(), tmp_path / "go"

@@ -1,4 +1,4 @@
-"""A body that forks a child which outlives it. Leases live for two minutes here."""
+"""A body forks a child that outlives it. Leases live for two minutes here."""
 
 from __future__ import annotations
 
@@ -40,10 +40,12 @@ def test_a_run_and_the_child_that_it_forked_both_go_on(
     assert outcome(again) > count
 
 
-def test_a_killed_childs_lease_is_free_though_what_it_forked_lives(
+def test_a_killed_childs_lease_is_free_though_its_forked_child_lives(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """The process of the pool is killed; the child of its body has copies of all that it had."""
+    """The pool's process is killed. The child that its body forked has copies of its open files,
+    and lives on.
+    """
     app = client()
     fleet.start("-c", "1")
     app.send_task("forks", (str(tmp_path / "never"), str(tmp_path / "childs end")))

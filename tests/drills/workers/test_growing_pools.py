@@ -1,4 +1,4 @@
-"""A pool that grows: each body that it can run has a connection."""
+"""A worker's pool grows: each body that it can run has a connection to the store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.worker_rows import connections
 
 @pytest.fixture
 def server(postgres_url: str) -> Iterator[psycopg.Connection[Any]]:
-    """Asks the server for what the workers do."""
+    """A connection of the test to the server, to see the workers' transactions."""
     with psycopg.connect(postgres_url.replace("+psycopg", ""), autocommit=True) as connection:
         yield connection
 
@@ -39,7 +39,9 @@ def test_a_worker_that_grows_has_a_connection_for_each_body(
     tmp_path: Path,
     how: str,
 ) -> None:
-    """All bodies have a transaction open at one time, though the pool was made for two."""
+    """20 bodies have a transaction open at the same time, although the pool was started
+    with two.
+    """
     bodies = 20
     fleet = make_fleet(postgres_url, TEST_PREFETCH="10")
     app, until = client(), tmp_path / "until"
@@ -47,7 +49,7 @@ def test_a_worker_that_grows_has_a_connection_for_each_body(
         fleet.start("-P", "gevent", f"--autoscale={bodies},2")
     else:
         fleet.start("-P", "gevent", "-c", "2")
-        # Its connections are open before it grows.
+        # The worker opens its connections with this run, before its pool grows.
         assert outcome(app.send_task("increment")) == 1
         (reply,) = app.control.pool_grow(bodies - 2, reply=True, timeout=10, limit=1)
         assert "pool will grow" in str(reply)

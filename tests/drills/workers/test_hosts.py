@@ -1,6 +1,6 @@
-"""Hosts that share a directory for temporary files, or have none.
+"""Hosts that share a directory for temporary files, and hosts without one.
 
-Leases live for two minutes here, so that none becomes free by running out.
+Leases live for two minutes here, so that no lease becomes free by expiring.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ pytestmark = pytest.mark.fleet(CELERY_SINGLETON_HEARTBEAT_INTERVAL="60")
 def test_a_live_run_is_left_alone_by_a_host_that_shares_its_files_and_not_its_locks(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """A's body runs. B, which sees A's files, and whose locks are no locks for A (NFS with
-    ``local_lock``, CIFS with ``nobrl``, Lustre with ``localflock``), starts and meets A's lease.
+    """A's body runs. B is another host that sees A's holder files, but not A's locks on them (NFS
+    with ``local_lock``, CIFS with ``nobrl``, Lustre with ``localflock``). B starts, and a delivery
+    on B finds A's lease taken. B does not take A for dead.
     """
     app, until = client(), tmp_path / "until"
     fleet.start("-P", "solo")
@@ -42,7 +43,9 @@ def test_a_live_run_is_left_alone_by_a_host_that_shares_its_files_and_not_its_lo
 def test_a_worker_runs_without_a_directory_for_temporary_files(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """A container whose files can only be read, without a ``tmpfs``: a prefork pool needs one."""
+    """A container with a read-only file system and no ``tmpfs``. The test uses threads, because a
+    prefork pool cannot start without temporary files.
+    """
     fleet.environment["TEST_NO_TEMPDIR"] = "1"
     worker = fleet.start("-P", "threads", app="tests.apps.kernel_app")
     assert outcome(client().send_task("increment")) == 1

@@ -1,4 +1,6 @@
-"""A run that loses its lease, in every pool: what becomes of its body, and of what follows it."""
+"""A run loses its lease: its body is interrupted, in every pool, and the next run is not
+disturbed.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,11 @@ def store_url(tmp_path: Path) -> str:
         ("gevent", "socket"),
     ],
 )
-def test_the_body_of_a_lost_run_is_broken_off(
+def test_the_body_of_a_lost_run_is_interrupted(
     fleet: Fleet, client: Callable[[], Celery], store_url: str, pool: str, how: str
 ) -> None:
-    """Whatever it waits for; its task fails, and the worker goes on with the next run, which
-    starts from the checkpoint and is hit by nothing.
+    """The body is interrupted wherever it waits, and its task fails. The worker goes on: its next
+    run is not interrupted.
     """
     app = client()
     fleet.start(*POOLS[pool])
@@ -66,13 +68,16 @@ def test_the_body_of_a_lost_run_is_broken_off(
 def test_an_interruption_that_is_swallowed_comes_again(
     fleet: Fleet, client: Callable[[], Celery], store_url: str, pool: str
 ) -> None:
-    """By logging, a destructor, a callback of C code, an event loop, or the body itself, whose task
-    is retried over every ``Exception``: each ends as lost, once, and its worker goes on.
+    """An interruption is swallowed, and the next one arrives. Each run ends as lost, once.
+
+    It is swallowed by logging, a destructor, a callback of C code, an event loop, or the body
+    itself, which catches ``Exception``. The task retries over every ``Exception``, but is not
+    retried.
     """
     app = client()
     worker = fleet.start(*POOLS[pool])
     ways = ["logging", "except Exception", "destructor", "callback"]
-    if pool != "gevent":  # whose greenlets cannot have an event loop each
+    if pool != "gevent":  # gevent's greenlets cannot run an event loop each
         ways.append("asyncio")
     for number, way in enumerate(ways, 1):
         lost = app.send_task("swallows", (way,))
@@ -88,7 +93,10 @@ def test_an_interruption_that_is_swallowed_comes_again(
 def test_bodies_that_log_in_a_loop_all_end(
     fleet: Fleet, client: Callable[[], Celery], store_url: str
 ) -> None:
-    """With the default ``on_lease_lost``; 17 of 24 ran to their end."""
+    """Eight bodies that log in a tight loop lose their leases, and all are interrupted. Before
+    logging could no longer swallow the interruption for good, 17 of 24 such bodies ran to their
+    end.
+    """
     app = client()
     worker = fleet.start("-P", "prefork", "-c", "8")
     lost = [app.send_task("swallows", ("logging", number)) for number in range(8)]
@@ -102,7 +110,9 @@ def test_bodies_that_log_in_a_loop_all_end(
 def test_a_lost_run_tidies_up_undisturbed(
     fleet: Fleet, client: Callable[[], Celery], store_url: str, pool: str
 ) -> None:
-    """For longer than the pause before the next interruption; ``except Exception`` sees nothing."""
+    """A lost run tidies up for longer than the pause between two interruptions, and is not
+    interrupted again. Its ``except Exception`` catches nothing.
+    """
     app = client()
     fleet.start(*POOLS[pool])
     lost = app.send_task("tidies_up")
@@ -117,7 +127,9 @@ def test_a_lost_run_tidies_up_undisturbed(
 def test_a_lost_run_that_finishes(
     fleet: Fleet, client: Callable[[], Celery], store_url: str, tmp_path: Path, pool: str
 ) -> None:
-    """Its body goes on and ends; it is told, once, when it loses the lease; its save is refused."""
+    """``on_lease_lost="finish"``: the body goes on to its end. ``on_lose_leadership()`` is called
+    once, when the lease is lost. The save is refused.
+    """
     app = client()
     fleet.start(*POOLS[pool])
     go = tmp_path / "go"
@@ -132,14 +144,16 @@ def test_a_lost_run_that_finishes(
     assert len(fleet.notes("leads no longer")) == 1
 
 
-def test_a_run_whose_store_falls_silent_is_broken_off(
+def test_a_run_whose_store_falls_silent_is_interrupted(
     make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     make_proxy: Callable[[int], Any],
     postgres: Any,
     postgres_url: str,
 ) -> None:
-    """The network is cut in mid-run; nobody answers and nobody refuses; the body sleeps."""
+    """The network is cut in mid-run, so the store neither answers nor refuses. The sleeping body is
+    interrupted before the lease expires.
+    """
     proxy = make_proxy(postgres.port)
     through = postgres_url.replace(f":{postgres.port}/", f":{proxy.port}/")
     fleet = make_fleet(through)

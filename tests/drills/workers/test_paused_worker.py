@@ -1,4 +1,4 @@
-"""P2: a worker that was stopped for longer than its lease's life cannot write."""
+"""P2: a worker that was paused for longer than its lease's life cannot write."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def test_a_stale_save_is_refused(
     shared_store_url: str,
     tmp_path: Path,
 ) -> None:
-    """A is in its body; SIGSTOP; its lease runs out; B runs and saves; SIGCONT; A ends its body.
+    """A is in its body. SIGSTOP. A's lease expires. B runs and saves. SIGCONT. A ends its body.
 
-    A's state follows from before B's run. Its save is refused, B's stands, and A's task ends as
-    ``HeartbeatFailed``.
+    A's state is computed from the state before B's run. A's save is refused, B's state stays, and
+    A's task ends as ``HeartbeatFailed``.
     """
     fleet = make_fleet(shared_store_url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.5")
     app = client()
@@ -60,7 +60,9 @@ def test_a_long_body_keeps_its_lease(
     shared_store_url: str,
     tmp_path: Path,
 ) -> None:
-    """The lease of a body that outlives its life is renewed, and never free in between."""
+    """A body runs for longer than its lease's life. The lease is renewed, and never free in
+    between.
+    """
     fleet = make_fleet(shared_store_url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="1")
     app = client()
     go = tmp_path / "go"
@@ -77,7 +79,7 @@ def test_a_long_body_keeps_its_lease(
         assert row is not None
         assert row.held
         remaining.append(row.expires_in or 0)
-        # The remaining life only ever shrinks, but for a renewal.
+        # Only a renewal can make the remaining life grow.
         renewals += remaining[-1] > remaining[-2] + 0.5
         return renewals > 3
 

@@ -1,6 +1,6 @@
-"""Pools and kernels that are not the usual ones.
+"""Custom pools, kernels that refuse a ``pidfd``, and gevent beside a locked SQLite file.
 
-Leases live for two minutes here, so that none becomes free by running out.
+Leases live for two minutes here, so that no lease becomes free by expiring.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ def store_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/store.db"
 
 
-def kill_its_body(fleet: Fleet, app: Celery) -> None:
-    """Run a body in a child, and kill the child: the lease is free, and the next runs."""
+def kill_a_body(fleet: Fleet, app: Celery) -> None:
+    """Run a body in a child and kill the child: its lease becomes free, and the next
+    message runs.
+    """
     app.send_task("dies", ("killed",))
     (entered,) = fleet.wait_for_notes("enter")
     os.kill(entered["pid"], signal.SIGKILL)
@@ -40,12 +42,12 @@ def kill_its_body(fleet: Fleet, app: Celery) -> None:
 def test_a_worker_starts_where_the_kernel_refuses_a_pidfd(
     make_fleet: Callable[..., Fleet], client: Callable[[], Celery], store_url: str, how: str
 ) -> None:
-    """An older kernel, gVisor, a seccomp filter; a process with too many files open refuses one of
-    several.
+    """A kernel refuses every ``pidfd`` if it is old, is gVisor or has a seccomp filter. It refuses
+    one of several if the process has too many files open.
     """
     fleet = make_fleet(TEST_PIDFD=how)
     worker = fleet.start("-c", "1", app="tests.apps.kernel_app")
-    kill_its_body(fleet, client())
+    kill_a_body(fleet, client())
     worker.stop()
 
 
@@ -54,7 +56,7 @@ def test_a_subclass_of_the_prefork_pool_is_one_of_processes(
 ) -> None:
     fleet = make_fleet(CELERY_CUSTOM_WORKER_POOL="tests.apps.pools:Prefork")
     fleet.start("--pool=custom", "-c", "1")
-    kill_its_body(fleet, client())
+    kill_a_body(fleet, client())
 
 
 @pytest.mark.parametrize("pool", ["Prefork", "Solo", "Gevent"])
@@ -70,14 +72,18 @@ def test_memory_guards_the_threads_of_one_process_of_any_pool(
 
 @pytest.fixture
 def green_fleet(make_fleet: Callable[..., Fleet], store_url: str) -> Fleet:
-    """A worker of gevent, which waits for half a minute for the file's lock."""
+    """A worker of gevent, whose statements wait for half a minute for the lock of the
+    SQLite file.
+    """
     fleet = make_fleet(TEST_PREFETCH="10")
     fleet.start("-P", "gevent", "-c", "8")
     return fleet
 
 
 def continues(app: Celery) -> None:
-    """Tasks without a lease run, one after the other, while those with one wait."""
+    """Check that tasks without a lease run, one after the other, while a singleton waits for the
+    file.
+    """
     for number in range(10):
         assert outcome(app.send_task("plain_add", (number,)), deadline=15) == number
 
@@ -85,7 +91,9 @@ def continues(app: Celery) -> None:
 def test_gevent_goes_on_while_another_process_has_the_files_lock(
     green_fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """Another process has SQLite's write lock; a delivery waits for it to take its lease."""
+    """Another process has SQLite's write lock. A delivery waits for that lock to acquire its lease.
+    Other greenlets go on.
+    """
     app = client()
     assert outcome(app.send_task("increment")) == 1
     with closing(sqlite3.connect(tmp_path / "store.db", isolation_level=None)) as other:
@@ -101,8 +109,8 @@ def test_gevent_goes_on_while_another_process_has_the_files_lock(
 def test_gevent_goes_on_while_one_of_its_own_bodies_has_the_files_lock(
     green_fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """A body is in its transaction; a delivery waits for the lock of that; the body, which must run
-    for the lock to become free, ends its transaction.
+    """A body is in a transaction, and so has the file's lock. A delivery waits for that lock. The
+    body ends its transaction: it must be able to run, or the lock would never become free.
     """
     app, until = client(), tmp_path / "until"
     has_it = app.send_task("uses_the_store", (1, str(until), False))
