@@ -1,4 +1,6 @@
-"""The exporter, with clients that do not go on, a store that hangs, and made-up events."""
+"""The exporter survives clients that stop in mid-request, a store that hangs, and made-up
+events.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ from tests.helpers.waiting import wait_until
 
 APP = "tests.apps.seen_app"
 PATHS = ("/health", "/metrics", "/")
-#: Of what 300 clients send, each kind as often as the others. The last ones go on, byte by byte.
+#: What 300 clients send first, a third of them each. The clients that send the last part go on
+#: sending, byte by byte, and never end the request.
 HALVES = (b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nX: ")
 
 pytestmark = pytest.mark.fleet(store="postgresql", app=APP)
@@ -34,7 +37,9 @@ pytestmark = pytest.mark.fleet(store="postgresql", app=APP)
 
 @pytest.fixture
 def clients() -> Iterator[Callable[[Exporter], list[socket.socket]]]:
-    """Has 300 clients send half a request each; a third of them never stops sending."""
+    """A function that has 300 clients send half a request each; a third of them never stops
+    sending.
+    """
     stop = threading.Event()
     with contextlib.ExitStack() as stack:
 
@@ -43,7 +48,8 @@ def clients() -> Iterator[Callable[[Exporter], list[socket.socket]]]:
             found = []
             for number in range(300):
                 found.append(stack.enter_context(socket.create_connection(address, timeout=30)))
-                # It may have had to make room for a later one.
+                # The exporter may have closed this connection already, to make room for a later
+                # one.
                 with contextlib.suppress(OSError):
                     found[-1].sendall(HALVES[number % len(HALVES)])
             dripping = threading.Thread(target=drip, args=(found[2::3],))
@@ -63,7 +69,9 @@ def clients() -> Iterator[Callable[[Exporter], list[socket.socket]]]:
 
 @pytest.fixture
 def hang(own_postgres: Postgres) -> Iterator[Callable[[signal.Signals], None]]:
-    """Signals the whole database server: SIGSTOP has it hang, SIGCONT go on."""
+    """A function that sends a signal to the whole database server: SIGSTOP makes it hang, SIGCONT
+    go on.
+    """
 
     def send(number: signal.Signals) -> None:
         server = psutil.Process(own_postgres.process.pid)
@@ -80,8 +88,8 @@ def test_300_half_sent_requests_hold_nothing_for_good(
     postgres_url: str,
     clients: Callable[[Exporter], list[socket.socket]],
 ) -> None:
-    """Others are answered meanwhile. Then the threads and descriptors are as many as before, though
-    a third of the clients goes on sending.
+    """300 clients send half a request. Meanwhile the exporter answers others. Then it has as many
+    threads and descriptors as before, although a third of the clients goes on sending.
     """
     exporter = make_fleet().start_exporter()
     assert [exporter.get(path)[0] for path in PATHS] == [200] * 3
@@ -102,8 +110,8 @@ def test_300_scrapes_of_a_store_that_hangs(
     own_postgres: Postgres,
     hang: Callable[[signal.Signals], None],
 ) -> None:
-    """They share their looks at it: one after the other would take the better part of an hour.
-    Requests beyond the limit are refused at once.
+    """The scrapes share their queries of a store that hangs: one query after the other would take
+    most of an hour. Requests beyond the limit are refused at once.
     """
     exporter = make_fleet(own_postgres.create_database("shop")).start_exporter()
     process = psutil.Process(exporter.process.pid)
@@ -124,9 +132,10 @@ def test_300_scrapes_of_a_store_that_hangs(
 def test_60_scrapes_of_a_large_exposition(
     make_fleet: Callable[..., Fleet], postgres_url: str, client: Callable[[], Celery]
 ) -> None:
-    """10,000 keys in rows and events, and 60 clients that ask for the metrics all the time: the
-    memory is that of few expositions, each probe of health is answered within its 10 seconds, and a
-    signal ends the exporter though they ask.
+    """The store and the events have 10,000 keys, and 60 clients ask for the metrics all the time.
+
+    The exporter's memory grows by that of a few expositions only. It answers each health probe
+    within 10 seconds. SIGTERM ends it although the clients go on.
     """
     exporter = make_fleet().start_exporter("--per-key")
     app = client()
@@ -156,7 +165,7 @@ def test_60_scrapes_of_a_large_exposition(
     def ask() -> list[int]:
         found = []
         while not stop.is_set():
-            # Some are cut off when the exporter ends, and later ones find nobody.
+            # The exporter cuts some requests off when it ends, and later ones find no server.
             with (
                 contextlib.suppress(OSError, HTTPException),
                 urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer,
@@ -203,7 +212,8 @@ def test_a_signal_ends_it_while_requests_hang(
         clients(exporter)
         wait_until(lambda: process.num_threads() >= threads + 10, "they wait")
         exporter.process.send_signal(number)
-        # Sooner than the store's own time limits would end them.
+        # The limit of 6 s is shorter than the store's own time limits, which would end the requests
+        # too.
         assert exporter.process.wait(timeout=6) == 0
     assert "Traceback" not in exporter.output
 
@@ -211,7 +221,9 @@ def test_a_signal_ends_it_while_requests_hang(
 def test_made_up_events_through_a_broker(
     make_fleet: Callable[..., Fleet], postgres_url: str, client: Callable[[], Celery]
 ) -> None:
-    """They end neither the connection nor the counting, and make no series of their own."""
+    """Made-up events in the broker end neither the exporter's connection nor its counting. They
+    make no series of their own.
+    """
     exporter = make_fleet().start_exporter()
     app = client()
     before = {name: len(series) for name, series in exporter.metrics().items()}
@@ -239,7 +251,7 @@ def test_made_up_events_through_a_broker(
     wait_until(lambda: counted("retried") == 1, "the last one is counted")
     after = exporter.metrics()
     assert after["singleton_broker_up"] == {(): 1}
-    # Those with an odd key, and with a duration that is none.
+    # These 400 are the events with an odd key, and the events whose duration is not a number.
     assert counted("succeeded") == 400
     assert counted("(others)") == 200
     assert after["singleton_executions_total"][("(unknown)", "succeeded")] == 200
@@ -253,7 +265,7 @@ def test_made_up_events_through_a_broker(
 
 
 def send(connection: Connection, body: str, content_type: str) -> None:
-    """Send bytes where workers send their events."""
+    """Publish a body, unchanged, to the exchange of the workers' events."""
     connection.Producer(exchange=get_exchange(connection)).publish(
         body, content_type=content_type, content_encoding="utf-8", routing_key="made.up"
     )

@@ -1,6 +1,6 @@
-"""Our events beside Celery's own, as Flower sees them.
+"""Flower handles Celery's events as before when this package's events are among them.
 
-Here, as its package is loaded by each command of Celery's where it is installed.
+This is a drill, not a test, because every ``celery`` command loads Flower if it is installed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ pytestmark = pytest.mark.fleet(store="postgresql", app=APP)
 
 @pytest.fixture
 def flower(fleet: Fleet) -> Iterator[int]:
-    """The port of a Flower."""
+    """The port of a running Flower."""
     port = free_port()
-    # Reading its tasks is for those who are told who they are.
+    # Without this setting Flower's API needs a login.
     environment = fleet.environment | {"FLOWER_UNAUTHENTICATED_API": "1"}
     command = ["flower", f"--port={port}", "--address=127.0.0.1"]
     program = Program(command, environment, fleet.directory / "flower.log", APP)
@@ -34,10 +34,12 @@ def flower(fleet: Fleet) -> Iterator[int]:
     program.close()
 
 
-def test_flower_counts_tasks_as_if_they_were_not_there(
+def test_flower_does_not_count_our_events_as_tasks(
     fleet: Fleet, client: Callable[[], Celery], flower: int
 ) -> None:
-    """It is sent ours as well, and neither makes tasks nor counts of them."""
+    """Flower receives our events as well. It does not take them for tasks and does not count them
+    as tasks.
+    """
     fleet.start("-P", "solo", "-E")
 
     def get(path: str) -> str:

@@ -1,4 +1,4 @@
-"""The exporter as a real Prometheus sees it, and the rules and the dashboard that ask for it."""
+"""The exporter, the alert rules and the dashboard, checked with a real Prometheus."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def promtool(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str
 
 
 def expressions() -> list[str]:
-    """What the dashboard asks for, with its variables filled in."""
+    """Return the dashboard's queries, with its variables filled in."""
     board = json.loads((EXAMPLE / "dashboard.json").read_text())
     found = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     return [
@@ -56,13 +56,15 @@ def expressions() -> list[str]:
 
 
 @pytest.mark.fleet(store="postgresql")
-def test_what_prometheus_has_is_what_happened(
+def test_prometheus_has_the_exact_numbers(
     make_fleet: Callable[..., Fleet],
     postgres_url: str,
     client: Callable[[], Celery],
     make_prometheus: Callable[[str], Prometheus],
 ) -> None:
-    """500 runs, through worker, broker and exporter; then all that the rules and dashboard ask."""
+    """The runs of a script go through worker, broker and exporter. Prometheus has their exact
+    numbers, and can evaluate all queries of the rules and the dashboard.
+    """
     find("prometheus")
     fleet = make_fleet()
     fleet.start("-c", "2", "-E")
@@ -76,12 +78,12 @@ def test_what_prometheus_has_is_what_happened(
     ask = prometheus.query
 
     def found(name: str) -> dict[frozenset[str], float]:
-        """Series of the scripted task: ``hourly`` has some, too."""
+        """Return the series of the scripted task ``counted``, without those of ``hourly``."""
         return {frozenset(each): n for each, n in ask(f"{name}{{singleton='counted'}} > 0").items()}
 
     for name, counted in expected.items():
         wait_until(lambda n=name, c=counted: found(n) == c, f"Prometheus has {name}: {counted}")
-    # The first of each is an increase, as the series were there before.
+    # The first error is an increase for Prometheus, because the series existed before, as zero.
     increase = "increase(singleton_state_errors_total{reason='SchemaDecodeFailed'}[1m]) > 0"
     wait_until(lambda: ask(increase).keys() == {("SchemaDecodeFailed", "counted")}, "it increased")
     assert ask("singleton_expected_interval_seconds") == {("hourly",): 3600}
@@ -98,11 +100,13 @@ def test_what_prometheus_has_is_what_happened(
 def test_the_dashboard_asks_for_metrics_that_there_are(
     make_fleet: Callable[..., Fleet], tmp_path: Path
 ) -> None:
-    """Also where there is no Prometheus."""
+    """Check the names of the metrics without a Prometheus, so that the test runs on every
+    machine.
+    """
     fleet = make_fleet()
     text = fleet.start_exporter("--per-key").get("/metrics")[1]
     there = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
-    # No beat has led yet.
+    # No beat has led yet, so that the exporter does not show these two.
     there |= {"singleton_beat_leading", "singleton_beat_fence"}
     asked = " ".join([*expressions(), (EXAMPLE / "alerts.yml").read_text()])
     named = {word for word in _words(asked) if word.startswith("singleton_")}
@@ -114,7 +118,7 @@ def _words(text: str) -> list[str]:
     return "".join(each if each.isalnum() or each == "_" else " " for each in text).split()
 
 
-def test_the_alerts_fire_for_what_they_are_there_for(tmp_path: Path) -> None:
+def test_the_alerts_fire_in_their_cases(tmp_path: Path) -> None:
     for file in (EXAMPLE / "alerts.yml", Path(__file__).with_name("alerts_test.yml")):
         shutil.copy(file, tmp_path)
     checked = promtool("check", "rules", "alerts.yml", cwd=tmp_path)
