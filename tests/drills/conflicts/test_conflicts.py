@@ -1,4 +1,6 @@
-"""Deliveries that find the lease taken, with real workers: each policy, and deaths within it."""
+"""Deliveries that find the lease taken, with real workers: each policy, also when a
+process dies.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,10 @@ from tests.helpers.fleet import Fleet, Worker, outcome
 from tests.helpers.queues import QUORUM
 from tests.helpers.waiting import wait_until
 
-#: Seconds after which the broker takes a message that is not acknowledged for lost.
+#: Seconds after which the broker delivers a message again that was not acknowledged.
 VISIBILITY_TIMEOUT = 2.0
 
-# Leases beat twice a second, so that a holder hears soon what it is asked.
+# A short heartbeat interval, so that a holder soon learns of a request to hand over.
 pytestmark = pytest.mark.fleet(
     broker=("valkey", *QUORUM),
     CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.5",
@@ -52,12 +54,14 @@ def send(app: Celery, name: str, what: str, until: Any = "", **options: Any) -> 
     return app.send_task(name, (what, str(until)), **options)
 
 
-def test_one_that_waits_runs_when_the_lease_is_free(
+def test_a_delivery_waits_and_runs_when_the_lease_is_free(
     fleet: Fleet, client: Callable[[], Celery], go: Path
 ) -> None:
-    """It costs none of the task's own retries, and its chain goes on.
+    """A delivery finds the lease taken, waits, and runs when the lease is free. It uses up none of
+    the task's own retries, and its chain goes on.
 
-    celery-singleton #19, a duplicate drops its chain; celery-once #110, one by hand is ignored.
+    Users know the faults from celery-singleton #19 (a duplicate drops its chain) and celery-once
+    #110 (a task sent by hand is ignored silently).
     """
     app = client()
     worker = fleet.start("-c", "2")
@@ -76,7 +80,7 @@ def test_one_that_waits_runs_when_the_lease_is_free(
     ]
 
 
-def test_one_that_waited_for_too_long_fails(
+def test_a_delivery_that_waited_for_too_long_fails(
     fleet: Fleet, client: Callable[[], Celery], go: Path
 ) -> None:
     app = client()
@@ -105,7 +109,9 @@ def test_the_holder_dies_while_another_waits(
 
 
 def is_stopped_with(worker: Worker, app: Celery, task_id: str) -> bool:
-    """Stop a worker; it goes on if the broker does not know by then that it has the message."""
+    """Stop a worker if it holds this message unacknowledged; return whether it does. Otherwise let
+    the worker go on.
+    """
     worker.signal_all(signal.SIGSTOP)
     with app.connection() as connection:
         waiting = connection.default_channel.client.hvals("unacked")
@@ -116,9 +122,11 @@ def is_stopped_with(worker: Worker, app: Celery, task_id: str) -> bool:
 
 
 @pytest.mark.fleet(broker="valkey")
-def test_who_waits_dies(fleet: Fleet, client: Callable[[], Celery], go: Path) -> None:
-    """Its worker is killed; the broker gives its message to another one, in its own time: Redis
-    looks for such messages when a worker starts, and then rarely.
+def test_the_worker_of_a_waiting_delivery_dies(
+    fleet: Fleet, client: Callable[[], Celery], go: Path
+) -> None:
+    """A waiting delivery's worker is killed. The broker redelivers the message when it next checks:
+    Redis checks when a worker starts, and then only every ten seconds.
     """
     app = client()
     fleet.start("-c", "1", "-Q", "a", name="a")
@@ -127,7 +135,7 @@ def test_who_waits_dies(fleet: Fleet, client: Callable[[], Celery], go: Path) ->
     killed = fleet.start("-c", "1", "-Q", "b", name="b")
     second = send(app, "waits_its_turn", "second", queue="b")
     fleet.wait_for_output(killed, f"Task waits_its_turn[{second.id}] ignored")
-    # Redis forgets a message that is on its way to a worker when that is killed.
+    # Wait, because Redis loses a message that is on its way to a worker when that worker is killed.
     wait_until(lambda: is_stopped_with(killed, app, second.id), "it is stopped with its message")
     killed.close()
     restored_from = time.monotonic() + VISIBILITY_TIMEOUT
@@ -137,9 +145,11 @@ def test_who_waits_dies(fleet: Fleet, client: Callable[[], Celery], go: Path) ->
     assert outcome(second) == "second"
 
 
-def test_one_that_replaces_stops_the_holder(fleet: Fleet, client: Callable[[], Celery]) -> None:
-    """The holder hears of it at its next heartbeat, ends with the state of its last checkpoint,
-    and the other goes on from there.
+def test_a_delivery_that_replaces_stops_the_holder(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
+    """The holder learns of the handoff request at its next heartbeat and ends with the state of its
+    last checkpoint. The replacing run goes on from that state.
     """
     app = client()
     fleet.start("-c", "2")
@@ -159,7 +169,9 @@ def test_one_that_replaces_stops_the_holder(fleet: Fleet, client: Callable[[], C
 def test_of_four_messages_that_replace_within_a_second_the_last_completes(
     fleet: Fleet, client: Callable[[], Celery], go: Path
 ) -> None:
-    """All of them would run for long. The children ask the store in any order."""
+    """Each of the four runs would go on for ever if it was not replaced. Their first statements
+    reach the store in any order.
+    """
     app = client()
     worker = fleet.start("-c", "4")
     whats = ["first", "second", "third", "last"]
@@ -176,7 +188,9 @@ def test_of_four_messages_that_replace_within_a_second_the_last_completes(
 def test_a_replaced_message_that_is_retried_does_not_replace_its_replacer(
     fleet: Fleet, client: Callable[[], Celery], go: Path
 ) -> None:
-    """The first one is to be retried over any error, also over that it was asked to stop."""
+    """The first task retries over every error, also over its own replacement. Its retry does not
+    ask the replacing run to hand over.
+    """
     app = client()
     fleet.start("-c", "2")
     first = send(app, "replaces_and_retries", "first", "for ever")
@@ -201,7 +215,7 @@ def test_a_holder_that_does_not_stop_is_not_replaced(
     assert outcome(first) == "first"
 
 
-def test_many_wishes_are_one_run_with_the_newest_arguments(
+def test_many_coalesced_messages_are_one_run_with_the_newest_arguments(
     fleet: Fleet, client: Callable[[], Celery], go: Path
 ) -> None:
     app = client()
@@ -227,7 +241,10 @@ def test_the_run_after_many_coalesced_messages_has_the_arguments_that_the_newest
     go: Path,
     serializer: str,
 ) -> None:
-    """Of the same types, and with the tenant's, which a base class takes off."""
+    """Messages with typed arguments are coalesced. The run after them has arguments of the same
+    types. It also has the tenant's argument, which a base class of the task removes before the body
+    sees it.
+    """
     fleet = make_fleet(TEST_SERIALIZER=serializer)
     values: list[Any] = [datetime(2026, 11, 27, tzinfo=UTC), Decimal("0.10"), UUID(int=7)]
     if serializer == "pickle":
@@ -246,7 +263,7 @@ def test_the_run_after_many_coalesced_messages_has_the_arguments_that_the_newest
     assert fleet.notes("enter")[-1]["values"] == [repr(value) for value in values]
 
 
-def test_a_holder_that_dies_does_not_take_the_wish_with_it(
+def test_a_pending_run_survives_the_death_of_the_holder(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
     app = client()
@@ -258,10 +275,12 @@ def test_a_holder_that_dies_does_not_take_the_wish_with_it(
     wait_until(lambda: "wish" in entered(fleet), "the wish is granted")
 
 
-def test_what_is_wanted_while_a_lease_is_held_on_runs_after_it(
+def test_messages_in_the_hold_period_are_one_run_after_it(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """The first of them waits for the end, and the others rely on it."""
+    """Messages arrive in the hold period after a run. The first one waits for its end and runs. The
+    others are coalesced into that run.
+    """
     app = client()
     fleet.start("-c", "1")
     assert outcome(send(app, "held_on_coalesced", "first")) == "first"

@@ -16,13 +16,16 @@ from tests.helpers.waiting import wait_until
 
 PROCESSES = 8
 DELIVERIES = 200
-#: Behind a pooler, whose server and statements are another store's.
+#: Fewer deliveries for each process behind the pooler, whose server and statements are tested as
+#: another store's.
 FEWER = 50
 
 
 @pytest.fixture(params=STORES_AND_POOLED[1:])
 def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Of an empty database on each store."""
+    """The URL of an empty database, on each store that processes can share, and behind
+    PgBouncer.
+    """
     return url_on(request.param, request, tmp_path)
 
 
@@ -34,8 +37,8 @@ def test_bodies_never_overlap_and_no_increment_is_lost(
 ) -> None:
     """Eight processes are given 200 deliveries each of one singleton that counts its runs.
 
-    Whatever the interleaving of acquire, body and release: every body that entered left before
-    the next one entered, and the count is that of the runs that succeeded.
+    Whatever the interleaving of acquire, body and release: each body leaves before the next body
+    enters, and the count equals the number of runs that succeeded.
     """
     fleet = make_fleet(shared_store_url)
     app = client()
@@ -63,6 +66,6 @@ def test_bodies_never_overlap_and_no_increment_is_lost(
     for _, step in moments:
         inside += step
         assert inside in (0, 1)
-    # The test shows something only if there was something to contend for.
+    # Without conflicts between several processes this test would prove nothing.
     assert len(runs) < deliveries
     assert len(Counter(note["pid"] for note in enters)) > 1

@@ -1,4 +1,4 @@
-"""Many messages wait for one singleton, and the fleet has other work to do."""
+"""Many messages wait for one singleton, while other tasks need the same workers."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ pytestmark = pytest.mark.fleet(
 
 @pytest.fixture
 def queue(tmp_path: Path) -> str:
-    """RabbitMQ is one for all tests."""
+    """The name of a queue of this test's own, because all tests share one RabbitMQ."""
     return tmp_path.name
 
 
 def start(make_fleet: Callable[..., Fleet], queue: str, timeout: float) -> Fleet:
-    """A fleet of two processes, and a third one for the holder."""
+    """Start a worker for the lease's holder, and another worker with two processes."""
     fleet = make_fleet(TEST_QUEUE=queue, TEST_CONFLICT_TIMEOUT=timeout)
     fleet.start("-c", "1", "-Q", f"{queue}-holder", name="holder")
     fleet.start("-c", "2")
@@ -42,24 +42,27 @@ def messages_in(app: Celery, queue: str) -> int:
         try:
             found: int = connection.default_channel.queue_declare(queue, passive=True).message_count
         except ChannelError:
-            return 0  # an empty list is not there on Redis
+            return 0  # Redis has no list for an empty queue
     return found
 
 
-def test_plain_tasks_go_on_and_the_next_in_line_is_served_soon(
+def test_plain_tasks_are_not_delayed_by_many_waiting_messages(
     make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     queue: str,
     tmp_path: Path,
 ) -> None:
-    """They were all behind those that wait: each of these came again every four seconds at most."""
+    """Plain tasks are not delayed by 300 waiting messages, and one of these runs soon after the
+    lease is free. They were delayed when each waiting message came again after four seconds at
+    most.
+    """
     fleet = start(make_fleet, queue, 600)
     app, go = client(), tmp_path / "go"
     app.send_task("patient", (0, str(go)), queue=f"{queue}-holder")
     fleet.wait_for_notes("holds")
     for number in range(1, WAITING + 1):
         app.send_task("patient", (number,), queue=queue)
-    # Those that were sent first have tried, and the worker has all of them.
+    # This plain task runs after the first of the waiting messages have tried.
     app.send_task("plain", (0, time.monotonic()), queue=queue)
     fleet.wait_for_notes("plain")
     wait_until(lambda: messages_in(app, queue) == 0, "the worker has all messages")
@@ -78,13 +81,15 @@ def test_plain_tasks_go_on_and_the_next_in_line_is_served_soon(
     assert len({note["number"] for note in served}) == len(served)
 
 
-def test_those_that_wait_for_too_long_fail_in_time(
+def test_messages_that_wait_for_too_long_fail_in_time(
     make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     queue: str,
     tmp_path: Path,
 ) -> None:
-    """However many there are: each tries for the last time when its time is over."""
+    """Fifty messages wait for too long, and each of them fails when its ``conflict_timeout`` is
+    over.
+    """
     fleet = start(make_fleet, queue, 3)
     app, go = client(), tmp_path / "go"
     app.send_task("patient", (0, str(go)), queue=f"{queue}-holder")

@@ -1,4 +1,4 @@
-"""What others ask of a lease's holder is neither forgotten nor replaced by what is late."""
+"""Requests to a lease's holder are not forgotten, and late requests do not replace newer ones."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def test_a_late_older_message_does_not_replace_the_arguments_of_a_newer_one(
     make_gate: Callable[[str], Gate],
     client: Callable[[], Celery],
 ) -> None:
-    """While a run goes on, a message asks for one more: what it notes stalls, and it fails. A newer
-    message asks for one more, with other arguments. Then the older note is carried out. The one
-    more run has the newer arguments.
+    """A run is in progress. An older message records a pending run, but its statement stalls, and
+    the message fails. A newer message records a pending run with other arguments. Then the older
+    statement is carried out. The pending run has the newer arguments.
     """
     shop = make_shop(own_server, CELERY_SINGLETON_HEARTBEAT_INTERVAL=2)
     app, name, end = client(), "coalesced steps", make_gate("end")
@@ -44,13 +44,13 @@ def test_a_late_older_message_does_not_replace_the_arguments_of_a_newer_one(
     assert "newer" in row.value
 
 
-def test_a_repeated_acquisition_does_not_forget_who_asked_the_holder_to_hand_over(
+def test_a_repeated_acquisition_keeps_a_handoff_request(
     own_server: Postgres | MariaDB,
     make_shop: Callable[..., Shop],
     client: Callable[[], Celery],
 ) -> None:
-    """A lease is taken and the answer is lost. Before the request is repeated, somebody asks the
-    holder to hand over, once. The body hears of it at its first checkpoint.
+    """A lease is acquired, and the answer is lost. Before the acquisition is repeated, another
+    process requests a handoff, once. The body learns of the request at its first checkpoint.
     """
     shop = make_shop(own_server)
     app, name = client(), "steps"
