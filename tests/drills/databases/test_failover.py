@@ -1,5 +1,7 @@
-"""Failovers of the server of leases: to a replica that had not heard of a lease (what that does to
-P1, and not to P2), and a demotion of a server that lives on.
+"""Failovers of the Redis server that has the leases.
+
+One is to a replica that has not received a lease: it breaks P1, but not P2. The other is a demotion
+of a server that stays alive.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def master() -> Iterator[Valkey]:
 
 @pytest.fixture
 def link(master: Valkey, make_proxy: Callable[[int], Proxy]) -> Proxy:
-    """Between the two."""
+    """A proxy between the master and its replica."""
     return make_proxy(master.port)
 
 
@@ -50,12 +52,13 @@ def test_a_failover_that_loses_leases(
     replica: Replica,
     sentinel: Sentinel,
 ) -> None:
-    """A's lease is acquired while the replica hears nothing. The master dies, and the replica takes
-    its place: without the lease. B acquires it: two run, until A's next renewal is refused, and its
-    body is broken off. A singleton with a state, whose lease was acquired at the same time, runs
-    through all of it alone, and saves.
+    """A's lease is acquired while the replica receives nothing. The master dies, and the replica
+    takes its place, without the lease. B acquires it. Now two bodies run, until A's next renewal is
+    refused and A's body is interrupted. A singleton with a state, whose lease was acquired at the
+    same time, runs through all of this alone, and saves.
 
-    The renewal is so far away that B, whose first try may find no master yet, is there before it.
+    A's next renewal is far away, because B's first attempt may find no master yet, and B must begin
+    before that renewal.
     """
     fleet = make_fleet(
         postgres_url,
@@ -99,9 +102,11 @@ def test_a_demotion_costs_no_run_its_lease(
     master: Valkey,
     replica: Replica,
 ) -> None:
-    """Eight runs hold leases in a worker whose threads have connections to a server that becomes a
-    replica, lives on and closes none of them; its name leads to the new primary from then on. All
-    leases are renewed there, all runs end well, and the next runs begin, in each thread.
+    """Eight runs hold leases, and the worker's threads have connections to the primary. The primary
+    becomes a replica, stays alive and closes no connection. Its name then leads to the new primary.
+
+    All leases are renewed at the new primary, all runs succeed, and the next runs begin in each
+    thread.
     """
     name = make_proxy(master.port)
     fleet = make_fleet(postgres_url, CELERY_SINGLETON_LEASE_URL=f"redis://127.0.0.1:{name.port}/0")
@@ -111,7 +116,8 @@ def test_a_demotion_costs_no_run_its_lease(
         redis.Redis(port=master.port, decode_responses=True) as old,
         redis.Redis(port=replica.port, decode_responses=True) as new,
     ):
-        # Each thread's call waits, so that each thread's connection is made.
+        # Pause the server until each thread waits for an answer, so that each has made its
+        # connection.
         old.client_pause(60_000, all=False)
         runs = [app.send_task("sent_once", (number, str(go))) for number in range(8)]
         wait_until(lambda: old.info("clients")["blocked_clients"] >= 8, "all acquire at once")

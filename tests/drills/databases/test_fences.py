@@ -1,4 +1,6 @@
-"""P2: no fence is given twice, whatever becomes of the database that counted them."""
+"""P2: no fence is given twice, even if the database that counts them loses data or its clock is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,15 @@ from tests.helpers.waiting import wait_until
 
 
 def run(app: Celery, times: int, name: str = "stateless steps") -> None:
-    """So many runs, each of which tells its fence."""
+    """Run a task so many times, one run after the other. Each run notes its fence."""
     for _ in range(times):
         outcome(app.send_task(name, (["tell"],)))
 
 
 def copy(source: Path, target: Path) -> None:
-    """By SQLite's own backup, which may be done under processes that use both."""
+    """Copy a database with SQLite's own backup, which is safe while other processes use
+    both files.
+    """
     with closing(sqlite3.connect(source)) as read, closing(sqlite3.connect(target)) as written:
         read.backup(written)
 
@@ -39,7 +43,7 @@ def fences(fleet: Fleet) -> list[int]:
 def test_a_sqlite_file_that_is_restored_from_a_backup(
     make_fleet: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """A run; a backup; two runs; the backup is put back; two runs."""
+    """One run. A backup. Two runs. The backup is restored. Two runs."""
     store, backup = tmp_path / "store.db", tmp_path / "backup.db"
     fleet = make_fleet(f"sqlite:///{store}")
     app = client()
@@ -55,7 +59,9 @@ def test_a_sqlite_file_that_is_restored_from_a_backup(
 def test_a_database_that_is_restored_from_a_backup(
     own_postgres: Postgres, make_shop: Callable[..., Shop], client: Callable[[], Celery]
 ) -> None:
-    """The same on PostgreSQL, under a worker that goes on: its connections end, no more."""
+    """One run. A dump. Two runs. The dump is restored on PostgreSQL while the worker goes on. Two
+    runs.
+    """
     shop = make_shop(own_postgres)
     app = client()
     shop.start()
@@ -71,7 +77,7 @@ def test_a_database_that_is_restored_from_a_backup(
 def test_a_row_that_was_removed(
     own_server: Postgres | MariaDB, make_shop: Callable[..., Shop], client: Callable[[], Celery]
 ) -> None:
-    """By a prune, or by hand."""
+    """The row is deleted between runs, as by ``prune`` or by hand."""
     shop = make_shop(own_server)
     app = client()
     shop.start()
@@ -88,7 +94,7 @@ def test_a_redis_that_was_wiped(
     own_valkey: Valkey,
     tmp_path: Path,
 ) -> None:
-    """FLUSHALL between two runs of a singleton without a state, whose lease is there."""
+    """FLUSHALL between two runs of a singleton without a state, whose lease is in Redis."""
     fleet = make_fleet(f"sqlite:///{tmp_path}/store.db", CELERY_SINGLETON_LEASE_URL=own_valkey.url)
     app = client()
     fleet.start("-c", "1", app=APP)
@@ -100,11 +106,11 @@ def test_a_redis_that_was_wiped(
     assert are_growing(fences(fleet), 4)
 
 
-def test_a_clock_that_was_put_back(
+def test_a_clock_that_was_set_back(
     own_server: Postgres | MariaDB, make_shop: Callable[..., Shop], client: Callable[[], Celery]
 ) -> None:
-    """The last fence was given an hour ahead of the server's clock: they go on by one from there,
-    and do not wait for it.
+    """The server's clock is an hour behind the newest fence. The next fences grow by one from
+    there, and no run waits for the clock.
     """
     shop = make_shop(own_server)
     app = client()
@@ -124,8 +130,8 @@ def test_a_failover_that_lost_commits(
     link: Proxy,
     client: Callable[[], Celery],
 ) -> None:
-    """An asynchronous standby hears nothing of two runs. The primary is cut off, and the standby
-    takes its place. The two runs and their rows are lost together; their fences are not given
+    """An asynchronous standby does not receive two runs. The primary is cut off, and the standby
+    takes its place. The two runs and their rows are lost together, but their fences are not given
     again.
     """
     shop = make_shop(own_postgres)

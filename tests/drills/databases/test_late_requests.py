@@ -1,4 +1,4 @@
-"""P2, P3: a request that the server carries out late, after it was given up, changes nothing."""
+"""P2, P3: a request that the server carries out after its client gave it up changes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from tests.helpers.shop import Gate, Shop, StoppedBackends
 
 @contextmanager
 def stalled(shop: Shop, how: str, pattern: bytes) -> Iterator[None]:
-    """A request with such a text stalls, and is carried out at the end."""
+    """Stall a request that contains ``pattern``, and have it carried out at the end of the block.
+
+    ``how`` says where it stalls: in a stopped process of the server, or on its way to the server.
+    """
     if how == "by a stopped backend":
         if not isinstance(shop.server, Postgres):
             pytest.skip("MariaDB has threads, which cannot be stopped one by one")
@@ -35,7 +38,7 @@ def stalled(shop: Shop, how: str, pattern: bytes) -> Iterator[None]:
 
 @pytest.mark.parametrize("later", ["transaction", "checkpoint"])
 @pytest.mark.parametrize("how", ["by a stopped backend", "on its way"])
-def test_a_late_checkpoint_does_not_undo_what_was_saved_after_it(
+def test_a_late_checkpoint_does_not_undo_later_saves(
     own_server: Postgres | MariaDB,
     make_shop: Callable[..., Shop],
     make_gate: Callable[[str], Gate],
@@ -43,9 +46,11 @@ def test_a_late_checkpoint_does_not_undo_what_was_saved_after_it(
     how: str,
     later: str,
 ) -> None:
-    """A checkpoint stalls, is repeated over another connection, and answered; the body saves
-    newer states, which bring rows with them; then the first copy is carried out. The release finds
-    nothing to save. The next run goes on after the newest state, and no row comes twice.
+    """A checkpoint stalls. It is repeated over another connection, and answered. The body saves
+    newer states, together with rows. Then the first copy of the checkpoint is carried out.
+
+    The release does not save the late state. The next run goes on after the newest state, and no
+    row is doubled.
     """
     shop = make_shop(own_server)
     shop.start()
@@ -68,8 +73,8 @@ def test_a_late_checkpoint_does_not_undo_what_was_saved_after_it(
 def test_a_late_save_at_the_end_does_not_undo_the_next_run(
     own_server: Postgres | MariaDB, make_shop: Callable[..., Shop], client: Callable[[], Celery]
 ) -> None:
-    """The save that gives the lease back stalls, is repeated, and answered; another run saves;
-    then the first copy is carried out.
+    """The save that also releases the lease stalls. It is repeated, and answered. Another run
+    saves. Then the first copy is carried out, and changes nothing.
     """
     shop = make_shop(own_server)
     shop.start()
@@ -81,12 +86,12 @@ def test_a_late_save_at_the_end_does_not_undo_the_next_run(
     assert shop.rows() == [1, 2, 3]
 
 
-def test_a_late_acquisition_holds_nobody_out(
+def test_a_late_acquisition_delays_the_next_run_by_one_life_at_most(
     own_server: Postgres | MariaDB, make_shop: Callable[..., Shop], client: Callable[[], Celery]
 ) -> None:
-    """A request for a lease of ten minutes stalls and is repeated; the run ends and gives the lease
-    back; then the first copy takes the lease, for nobody. The next run gets it after an ordinary
-    life at the latest: here 4 s.
+    """A request for a lease of ten minutes stalls and is repeated. The run ends and releases the
+    lease. Then the first copy is carried out: a lease is held, but no run has it. The next run gets
+    the lease after an ordinary life at the latest, which is 4 s here.
     """
     shop = make_shop(own_server, CELERY_SINGLETON_HEARTBEAT_INTERVAL=2)
     shop.start()
@@ -102,14 +107,15 @@ def test_a_late_acquisition_holds_nobody_out(
 def test_a_message_that_is_done_is_not_queued_again_by_a_late_request(
     own_server: Postgres | MariaDB, make_shop: Callable[..., Shop], client: Callable[[], Celery]
 ) -> None:
-    """The note that a message is queued stalls and is given up; the message is sent, runs and ends;
-    then the note is carried out. The next message is sent all the same, at once.
+    """The statement that records a queued message stalls and is given up. The message is sent, runs
+    and ends. Then the statement is carried out. The next message is published all the same, at
+    once.
     """
     shop = make_shop(own_server, CELERY_SINGLETON_HEARTBEAT_INTERVAL=2)
     shop.start()
 
     def body(self: Any) -> None:
-        """It runs in the worker."""
+        """Do nothing: the body that counts runs in the worker."""
 
     task: Any = singleton_task(client(), shared=False, name="sent once", enqueue_once=True)(body)
     assert outcome(task.delay()) == "ran"

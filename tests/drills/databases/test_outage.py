@@ -1,4 +1,4 @@
-"""PostgreSQL stopped under a real worker: the right reason, a real retry, nothing lost."""
+"""PostgreSQL is stopped under a real worker: the right reason, a real retry, nothing lost."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def test_stopped_before_the_run(
 def test_stopped_in_the_body(
     fleet: Fleet, client: Callable[[], Celery], own_postgres: Postgres, tmp_path: Path
 ) -> None:
-    """The save finds no server: the run is repeated from the state before it."""
+    """The server is stopped during the body, so the save fails. The run is repeated from the state
+    before it.
+    """
     app = client()
     worker = fleet.start("-c", "1")
     go = tmp_path / "go"
@@ -58,10 +60,12 @@ def test_stopped_in_the_body(
     assert [note["n"] for note in fleet.notes("enter")] == [0, 0]
 
 
-def test_restarted_between_runs_is_not_even_noticed(
+def test_a_server_restarted_between_runs_causes_no_retry(
     fleet: Fleet, client: Callable[[], Celery], own_postgres: Postgres
 ) -> None:
-    """A connection that died in the pool is replaced in place."""
+    """PostgreSQL is restarted between two runs. The pool's broken connection is replaced without a
+    retry of the message.
+    """
     app = client()
     worker = fleet.start("-c", "1")
     assert outcome(app.send_task("increment")) == 1

@@ -1,4 +1,6 @@
-"""P6: a server that is read-only for a while, as after a failover, is away: no work is failed."""
+"""P6: a server that is read-only for a while, as after a failover, counts as unavailable: no work
+fails.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def test_a_server_that_is_read_only_for_a_while(
     when: str,
     reason: str,
 ) -> None:
-    """A body's own statement in a ``transaction()`` meets it first, where it begins in mid-run."""
+    """The server becomes read-only before the run or in mid-run, and the message is retried. In
+    mid-run, the body's own statement in ``transaction()`` is the first to be refused.
+    """
     shop = make_shop(own_server)
     app, start = client(), make_gate("start")
     worker = shop.start()
@@ -50,9 +54,10 @@ def test_no_connection_stays_with_the_server_that_is_read_only(
     make_standby: Callable[[], Standby],
     client: Callable[[], Celery],
 ) -> None:
-    """A standby is promoted, and the old primary is read-only and goes on to answer: new
-    connections lead to the new one, and none that is there ends by itself. The first refusal has
-    the worker leave all that it has, and no message is sent again for it.
+    """A standby is promoted. The old primary is read-only and goes on answering. New connections
+    lead to the new primary, but no existing connection ends by itself.
+
+    At the first refusal the worker closes all its connections, and no message has to be retried.
     """
     shop = make_shop(own_postgres)
     app = client()

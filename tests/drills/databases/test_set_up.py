@@ -1,4 +1,4 @@
-"""What is wrong with a database's set-up, or its encoding, under a real worker."""
+"""Errors in a database's set-up, or an encoding that lacks characters, under a real worker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROLE = "drill_worker"
 
 @pytest.fixture
 def role_url(postgres: Postgres, server_url: str) -> Iterator[str]:
-    """A database that is a role's own."""
+    """The URL of a database whose owner is a role of the test's own."""
     database = server_url.rpartition("/")[2]
     postgres._admin(f"CREATE ROLE {ROLE} LOGIN")
     postgres._admin(f"ALTER DATABASE {database} OWNER TO {ROLE}")
@@ -38,7 +38,7 @@ def role_url(postgres: Postgres, server_url: str) -> Iterator[str]:
     ],
     ids=["login", "database"],
 )
-def test_what_somebody_mends_meanwhile_fails_no_work(
+def test_a_set_up_that_an_administrator_repairs_fails_no_work(
     make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     postgres: Postgres,
@@ -70,7 +70,7 @@ def test_what_somebody_mends_meanwhile_fails_no_work(
 def _did(postgres: Postgres, statement: str, ended: str) -> bool:
     try:
         postgres._admin(statement)
-    except Exception:  # somebody is connected again
+    except Exception:  # another session has connected again
         postgres._admin(ended)
         return False
     return True

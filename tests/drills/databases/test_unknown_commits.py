@@ -1,4 +1,4 @@
-"""P3: rows and state agree after a commit whose outcome the run could not know."""
+"""P3: the outcome of a commit is unknown to the run. Rows and state agree all the same."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.helpers.shop import Gate, Shop
 from tests.helpers.waiting import wait_until
 
 NAME = "persistent steps"
-#: A message of a client's to PostgreSQL or MariaDB that is nothing but this.
+#: A client's message to PostgreSQL or MariaDB that contains nothing but COMMIT.
 COMMIT = rb"(^Q.{4}|\x03)COMMIT\0?$"
 
 
 def check_rows_and_state_agree(shop: Shop, app: Celery) -> None:
-    """The next run copies the next number: none comes twice, none is left out."""
+    """Check, with one more run, that no number is copied twice and none is left out."""
     copied = outcome(app.send_task(NAME, (["copy"],)))
     assert shop.rows() == list(range(1, copied + 1))
 
@@ -33,7 +33,9 @@ def check_rows_and_state_agree(shop: Shop, app: Celery) -> None:
 def hold_commit(
     shop: Shop, app: Celery, start: Gate, *more: list[str]
 ) -> tuple[AsyncResult[Any], Held]:
-    """The result of a run, and its first COMMIT, which stalls on its way."""
+    """Send a task whose body begins after ``start`` opens. Return its result, and its first COMMIT,
+    which stalls on its way to the server.
+    """
     result = app.send_task(NAME, (start.step, ["copy"], *more))
     shop.wait_reached("start")
     commit = shop.proxy.hold(COMMIT)
@@ -42,7 +44,7 @@ def hold_commit(
 
 
 def wait_failed(worker: Worker) -> None:
-    """Until the run has failed over the store, whether it is retried or not."""
+    """Wait until the run has failed because of the store, whether it is then retried or not."""
     errors = ("HeartbeatFailed", "StatePersistFailed")
     wait_until(lambda: any(error in worker.output for error in errors), "the run fails")
 
@@ -55,8 +57,8 @@ def shop(own_server: Postgres | MariaDB, make_shop: Callable[..., Shop]) -> Shop
 def test_a_commit_that_is_carried_out_after_its_client_has_given_up(
     shop: Shop, client: Callable[[], Celery], make_gate: Callable[[str], Gate]
 ) -> None:
-    """COMMIT stalls on its way; the client gives up and asks the row, which its transaction has
-    locked; then COMMIT is carried out. The run goes on as if it had been answered.
+    """COMMIT stalls on its way. The client gives up and asks the row, which its own transaction has
+    locked. Then COMMIT is carried out. The run goes on as if COMMIT had been answered.
     """
     app, start = client(), make_gate("start")
     shop.start()
@@ -71,8 +73,9 @@ def test_a_commit_that_is_carried_out_after_its_client_has_given_up(
 def test_a_commit_that_is_carried_out_after_its_run_has_ended(
     shop: Shop, client: Callable[[], Celery], make_gate: Callable[[str], Gate]
 ) -> None:
-    """The same, when the run has failed, for its lease was not trusted for so long: what it sent
-    at its end must not put the state back that was there before the transaction.
+    """COMMIT stalls on its way for so long that the run no longer trusts its lease and fails. Then
+    COMMIT is carried out. The release that the run sent at its end must not restore the state from
+    before the transaction.
     """
     app, start = client(), make_gate("start")
     worker = shop.start()
@@ -86,7 +89,7 @@ def test_a_commit_that_is_carried_out_after_its_run_has_ended(
 def test_a_commit_that_is_never_carried_out(
     shop: Shop, client: Callable[[], Celery], make_gate: Callable[[str], Gate]
 ) -> None:
-    """The connection breaks while COMMIT is on its way: neither rows nor state are there."""
+    """The connection breaks while COMMIT is on its way. Neither rows nor state are stored."""
     app, start = client(), make_gate("start")
     shop.start()
     result, commit = hold_commit(shop, app, start)
@@ -99,7 +102,9 @@ def test_a_commit_that_is_never_carried_out(
 def test_the_answer_to_a_commit_is_lost_and_the_store_is_away_for_a_moment(
     shop: Shop, client: Callable[[], Celery], make_gate: Callable[[str], Gate]
 ) -> None:
-    """It is committed; for 0.2 s nobody answers the question whether it is."""
+    """COMMIT is carried out, but its answer is lost. For the next 0.2 s the store refuses to say
+    whether it was committed.
+    """
     app, start = client(), make_gate("start")
     shop.start()
     result = app.send_task(NAME, (start.step, ["copy"], ["copy"]))
@@ -114,14 +119,16 @@ def test_the_answer_to_a_commit_is_lost_and_the_store_is_away_for_a_moment(
 
 
 @pytest.mark.parametrize("committed", [True, False])
-def test_a_soft_time_limit_that_strikes_in_a_commit(
+def test_a_soft_time_limit_during_a_commit(
     shop: Shop,
     client: Callable[[], Celery],
     make_gate: Callable[[str], Gate],
     committed: bool,
 ) -> None:
-    """COMMIT is on its way, the pool's process is told of the time limit, and gives up; then
-    COMMIT is carried out, or is not. The body fails by its time limit either way.
+    """The soft time limit ends a body while its COMMIT is on its way.
+
+    The signal reaches the pool's process, which gives COMMIT up. Then COMMIT is carried out, or it
+    is lost. The body fails with its time limit in both cases.
     """
     app, start = client(), make_gate("start")
     shop.start()
@@ -144,9 +151,9 @@ def test_a_commit_that_waits_for_a_standby_that_never_comes(
     client: Callable[[], Celery],
     make_gate: Callable[[str], Gate],
 ) -> None:
-    """PostgreSQL has committed, and waits for a synchronous standby before it says so, as every
-    write does from then on. The client gives up, and the run fails. An operator takes the setting
-    back, and all that was left in the server is carried out.
+    """PostgreSQL has committed, but does not answer before a synchronous standby has confirmed,
+    which never happens. Every later write waits in the same way. The client gives up, and the run
+    fails. An operator resets the setting, and the server carries out all waiting statements.
     """
     shop = make_shop(own_postgres, CELERY_SINGLETON_HEARTBEAT_INTERVAL=2)
     app, start = client(), make_gate("start")

@@ -1,4 +1,4 @@
-"""A table of a million rows is upgraded while programs that know its three columns use it."""
+"""A table of a million rows is upgraded while programs that know only its three columns use it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.tables import ALL_COLUMNS, columns_and_indexes, execute, give
 from tests.helpers.waiting import wait_until
 
 ROWS = 1_000_000
-#: Of these, counters that are changed all the while.
+#: Rows that the programs change during the upgrade: counters.
 COUNTERS = 1_000
 
 FILL = f"""
@@ -31,7 +31,7 @@ SELECT CASE WHEN n <= {COUNTERS} THEN 'counter-' ELSE 'old-' END || n,
   now() - n * interval '1 second'
 FROM generate_series(1, {ROWS}) AS n
 """
-#: Of all that nobody is to change.
+#: A checksum of the rows that must not change.
 FINGERPRINT = """
 SELECT count(*), sum(hashtextextended(concat(key, '|', value, '|', updated_at), 0))
 FROM kv_store WHERE key LIKE 'old-%%'
@@ -42,18 +42,18 @@ SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('idx_kv_store_upd
 
 
 class Users:
-    """Two programs that read and write, and know three columns.
+    """Two programs that read and write, and know only three columns.
 
-    A statement that waits for longer than any upgrade may make it wait fails.
+    A statement that waits for 20 s fails: an upgrade may not make it wait for so long.
     """
 
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn
         self._stop = threading.Event()
-        #: Seconds of the slowest statement.
+        #: How long the slowest statement took, in seconds.
         self.longest = 0.0
         self.reads = self.counted = 0
-        #: Keys of the rows that are there in the end.
+        #: Keys that the writer inserted and did not delete again.
         self.kept: list[str] = []
 
     def run(self) -> list[Callable[[], None]]:
@@ -106,14 +106,14 @@ def watch(postgres_url: str) -> Iterator[psycopg.Connection[Any]]:
 
 
 @pytest.mark.parametrize("is_killed", [False, True], ids=["in one go", "killed in mid-build"])
-def test_an_upgrade_loses_nothing_and_stops_nobody(
+def test_an_upgrade_loses_no_row_and_stops_no_program(
     make_fleet: Callable[..., Fleet],
     postgres_url: str,
     watch: psycopg.Connection[Any],
     is_killed: bool,
 ) -> None:
-    """A reads and B writes all the while; the table, which has no index, is upgraded, or its
-    upgrade is killed while it builds the index, and started again.
+    """A reads and B writes during the whole test. The table, which has no index, is upgraded at
+    once, or the upgrade is killed while it builds the index and then started again.
     """
     execute(postgres_url, given_table(postgres_url), FILL.replace("%", "%%"))
     watch.execute("VACUUM ANALYZE kv_store")
@@ -134,7 +134,7 @@ def test_an_upgrade_loses_nothing_and_stops_nobody(
             users.stop()
         for each in running:
             each.result()
-    # Seen with pytest's -s; what it may be depends on the machine.
+    # A figure for ``pytest -s``; it depends on the machine, so the test does not check it.
     print(f"of {users.reads + users.counted} reads and changes the longest took", end=" ")
     print(f"{users.longest * 1000:.1f} ms")
 
@@ -162,7 +162,9 @@ def test_an_upgrade_loses_nothing_and_stops_nobody(
 
 
 def kill_in_mid_build(fleet: Fleet, url: str, watch: psycopg.Connection[Any]) -> None:
-    """A transaction that has changed the table, and goes on, keeps the build from its end."""
+    """Kill an upgrade while it builds the index. An open transaction that has changed the table
+    keeps the build from finishing before.
+    """
     with psycopg.connect(url.replace("+psycopg", "")) as writer:
         writer.execute("INSERT INTO kv_store (key, value) VALUES ('slow', '1')")
         process = subprocess.Popen(

@@ -1,5 +1,5 @@
-"""A table of a million rows on MariaDB is upgraded while programs that know its three columns use
-it.
+"""A table of a million rows on MariaDB is upgraded while programs that know only its three columns
+use it.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ WHERE `key` LIKE 'old-%'
 
 
 class Users:
-    """Two programs that read and write, and know three columns."""
+    """Two programs that read and write, and know only three columns."""
 
     def __init__(self, connect: Callable[[], pymysql.Connection]) -> None:
         self._connect = connect
         self._stop = threading.Event()
         self.reads = self.counted = 0
-        #: Seconds of the slowest statement of each.
+        #: How long the slowest statement of each program took, in seconds.
         self.longest_read = self.longest_write = 0.0
 
     def stop(self) -> None:
@@ -77,8 +77,9 @@ class Users:
 def test_an_upgrade_loses_nothing(
     make_fleet: Callable[..., Fleet], mariadb: MariaDB, mariadb_url: str, collation: str
 ) -> None:
-    """A reads and B writes all the while. Where keys are compared by their bytes already, columns
-    are added at once; else the whole table is rewritten, and writers wait for that.
+    """A reads and B writes during the whole test. If the collation already compares keys by their
+    bytes, the upgrade only adds columns, at once. Otherwise MariaDB rewrites the whole table, and
+    writers wait for that.
     """
     execute(mariadb_url, MAKE.format(collation=collation), FILL)
     fleet = make_fleet(mariadb_url, CELERY_SINGLETON_AUTO_MIGRATE="0")
@@ -99,7 +100,7 @@ def test_an_upgrade_loses_nothing(
                 users.stop()
             for each in running:
                 each.result()
-        # Seen with pytest's -s; what it may be depends on the machine.
+        # A figure for ``pytest -s``; it depends on the machine, so the test does not check it.
         print(f"{collation}: longest read {users.longest_read * 1000:.1f} ms,", end=" ")
         print(f"longest write {users.longest_write * 1000:.1f} ms")
         assert (upgraded.returncode, upgraded.stdout) == (0, "table kv_store is ready\n")

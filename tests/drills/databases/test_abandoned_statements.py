@@ -1,4 +1,4 @@
-"""Statements that workers give up end on the server, too, and leave connections for others."""
+"""Statements that workers gave up on also end on the server, and leave connections for others."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from tests.helpers.servers import Postgres
 from tests.helpers.waiting import wait_until
 
 PROCESSES = 8
-#: As docs/databases.md has it: of each process, and of the worker's own.
+#: The most connections that docs/databases.md allows: those of each process and of the parent.
 MOST = 3 * (PROCESSES + 1)
-#: Times that deliveries are put off while the store hangs: each time after several statements.
+#: How many failed deliveries to wait for while the store hangs. Each delivery fails after several
+#: statements.
 GIVEN_UP = 3 * PROCESSES
 
 
 @pytest.fixture(params=["direct", "pgbouncer"])
 def url(request: pytest.FixtureRequest, postgres: Postgres, server_url: str) -> str:
-    """A database with its table, as workers reach it."""
+    """The URL at which workers reach a migrated database: directly, and through PgBouncer."""
     migrate_url(server_url, "kv_store")
     if request.param == "direct":
         return server_url
@@ -34,7 +35,7 @@ def url(request: pytest.FixtureRequest, postgres: Postgres, server_url: str) -> 
 
 @contextmanager
 def locked(url: str) -> Iterator[None]:
-    """Another session has the table for itself."""
+    """Lock the whole table from another session."""
     with psycopg.connect(url.replace("+psycopg", "")) as connection:
         connection.execute("LOCK TABLE kv_store IN ACCESS EXCLUSIVE MODE")
         yield
@@ -42,7 +43,7 @@ def locked(url: str) -> Iterator[None]:
 
 @contextmanager
 def standby_gone(server: Postgres) -> Iterator[None]:
-    """Commits wait for a standby that does not come."""
+    """Make commits wait for a synchronous standby that does not exist."""
     server.configure("synchronous_standby_names", "gone")
     try:
         yield
@@ -51,8 +52,10 @@ def standby_gone(server: Postgres) -> Iterator[None]:
 
 
 def most_connections(server: Postgres, url: str, worker: Worker) -> int:
-    """The most server processes of a database that are seen while a worker gives up again and
-    again; whoever looks is another application that connects.
+    """Return the largest number of server processes of a database, seen while a worker gives up
+    statement after statement.
+
+    Each check connects anew, like another application. So it fails if no connection is left.
     """
     name = url.rpartition("/")[2]
     seen = 0
@@ -75,9 +78,11 @@ def test_a_locked_table_does_not_take_all_connections_from_others(
     server_url: str,
     url: str,
 ) -> None:
-    """Eight processes ask for leases in a table that another session has locked: each gives its
-    statement up after two seconds, and asks again over a new connection. Without an end to those
-    the server had 55 processes after 11 seconds, and 47 behind PgBouncer after 24.
+    """Eight processes ask for leases in a table that another session has locked. Each process gives
+    its statement up after two seconds, and asks again over a new connection.
+
+    When nothing ended the abandoned statements, the server had 55 processes after 11 seconds, and
+    47 behind PgBouncer after 24.
     """
     fleet, app = make_fleet(url), client()
     worker = fleet.start("-c", str(PROCESSES))
@@ -85,15 +90,16 @@ def test_a_locked_table_does_not_take_all_connections_from_others(
         results = [app.send_task("keyed", (number,)) for number in range(2 * PROCESSES)]
         most = most_connections(postgres, url, worker)
     assert [outcome(result) for result in results] == list(range(1, len(results) + 1))
-    # The session that has the table is one more.
+    # The session that locks the table has one more connection.
     assert most <= MOST + 1
 
 
 def test_a_standby_that_is_gone_does_not_take_all_connections_from_others(
     make_fleet: Callable[..., Fleet], client: Callable[[], Celery], own_postgres: Postgres
 ) -> None:
-    """Eight processes ask for leases, whose commits wait for a synchronous standby: the server
-    commits what is given up, and tells nobody; it had 56 processes for that after 11 seconds.
+    """Eight processes ask for leases, and the commits wait for a synchronous standby that is gone.
+    Each process gives up, but its commit would go on waiting on the server. When nothing ended
+    such commits, the server had 56 processes after 11 seconds.
     """
     url = own_postgres.create_database("shop")
     fleet, app = make_fleet(url), client()

@@ -1,4 +1,4 @@
-"""P1: a body is told of its lost lease early enough to tidy up before the next one begins."""
+"""P1: a lost run is interrupted early enough to tidy up before the next run begins."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.shop import Shop
         (("-P", "threads", "-c", "1"), 0.05),
     ],
 )
-def test_a_body_that_tidies_up_does_not_meet_the_next_one(
+def test_a_body_that_tidies_up_has_left_before_the_next_one_begins(
     own_postgres: Postgres,
     make_shop: Callable[..., Shop],
     client: Callable[[], Celery],
@@ -31,9 +31,10 @@ def test_a_body_that_tidies_up_does_not_meet_the_next_one(
     pool: tuple[str, ...],
     tidies: float,
 ) -> None:
-    """A worker's way to the store falls silent, and its lease, with the life of the default
-    settings, runs out. Its body is interrupted, and tidies up in its ``finally``. Another process,
-    with another way to the store, asks for the lease all the time, and begins as soon as it can.
+    """A worker's connection to the store falls silent, and its lease, which has the default life,
+    expires. Its body is interrupted and tidies up in its ``finally``. Another process, with a
+    working connection, asks for the lease all the time. It begins only after the first body has
+    left.
     """
     shop = make_shop(own_postgres)
     shop.start(*pool)
@@ -57,7 +58,7 @@ def test_a_body_that_tidies_up_does_not_meet_the_next_one(
 
 
 def first_result(task: Any) -> Any:
-    """What the first run returns that gets the lease."""
+    """Run the task until it gets the lease; return what it returns."""
     while True:
         try:
             return task()

@@ -1,7 +1,7 @@
-"""A lease that a live process holds without knowing is given back by this process, and soon.
+"""A live process can hold a lease without knowing it. It soon releases such a lease.
 
-An ordinary life is 20 s here, and the tasks' leases live for ten minutes: what is free before was
-given back, and did not run out.
+An ordinary life is 20 s here, and the tasks' leases live for ten minutes. A lease that is free
+before that was released and has not expired.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.helpers.mariadb import MariaDB
 from tests.helpers.servers import Postgres
 from tests.helpers.shop import Shop
 
-#: Seconds; less than an ordinary life.
+#: Seconds within which the lease must be released: less than an ordinary life.
 SOON = 15
 
 
@@ -34,7 +34,9 @@ def shop(own_server: Postgres | MariaDB, make_shop: Callable[..., Shop]) -> Shop
 
 
 def test_all_answers_to_an_acquisition_are_lost(shop: Shop, client: Callable[[], Celery]) -> None:
-    """The lease is taken, and whoever took it only knows that it was not answered."""
+    """The lease is acquired, but all answers are lost, so its process does not know that it holds
+    it.
+    """
     app, name = client(), "long steps, not retried"
     for _ in range(3):
         shop.proxy.lose_answer_to(b"unanswered-message")
@@ -45,8 +47,8 @@ def test_all_answers_to_an_acquisition_are_lost(shop: Shop, client: Callable[[],
 
 
 def test_the_last_answer_to_a_release_is_lost(shop: Shop, client: Callable[[], Celery]) -> None:
-    """No copy of the release reaches the store, and its connections are cut; what was saved is not
-    known. The lease is given back as soon as the store is there again.
+    """Every copy of the release is lost and its connections are cut, so the outcome of the save is
+    unknown. The lease is released as soon as the store answers again.
     """
     app, name = client(), "long steps, not retried"
     shop.proxy.lose_answer_to(b"unsaved", then="refuse")
@@ -77,7 +79,9 @@ def test_the_last_answer_to_a_release_is_lost(shop: Shop, client: Callable[[], C
 def test_a_message_with_a_malformed_header(
     shop: Shop, client: Callable[[], Celery], headers: dict[str, str]
 ) -> None:
-    """Whatever becomes of the message, an error between the acquisition and the body included."""
+    """A message has a malformed header. Its lease is released even if the header causes an error
+    between acquisition and body.
+    """
     app, name = client(), "long steps, not retried"
     outcome(app.send_task(name, (["copy"],), headers=headers))
     shop.wait_given_back(name, SOON)
@@ -88,10 +92,12 @@ def test_a_message_with_a_malformed_header(
 @pytest.mark.parametrize(
     "text", ["half an emoji: \ud83d", "a zero: \0", "long: " + "\ud83d" * 1000]
 )
-def test_a_body_that_raises_an_error_of_which_the_text_cannot_be_stored(
+def test_a_body_raises_an_error_whose_text_cannot_be_stored(
     shop: Shop, client: Callable[[], Celery], text: str
 ) -> None:
-    """Its failure is in the row's history, and the next run gets its lease at once."""
+    """A failure is recorded in the row's history although its text cannot be stored as it is. The
+    next run gets the lease at once.
+    """
     app, name = client(), "long steps, not retried"
     assert isinstance(outcome(app.send_task(name, (["copy"], ["fail", text]))), ValueError)
     shop.wait_given_back(name, SOON)
