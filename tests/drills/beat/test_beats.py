@@ -1,4 +1,6 @@
-"""What else beats come through: crashes at the worst moment, wrong clocks, servers that restart."""
+"""Beats survive crashes between sending and recording, wrong clocks, lost leases and restarted
+servers.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from tests.helpers.fleet import Beat, Fleet
 from tests.helpers.servers import Postgres, Proxy, Valkey
 from tests.helpers.waiting import wait_until
 
-#: A lease that lives for 2 s.
+#: An interval that gives the beat's lease a life of 2 s.
 SHORT = {"CELERY_SINGLETON_HEARTBEAT_INTERVAL": "1"}
 HOUR = timedelta(hours=1)
 
@@ -35,8 +37,8 @@ def often(task: str = "ticked", entries: int = 5, catch_up: str = "all") -> Sche
 def test_a_crash_between_sending_and_recording(
     make_hosts: Callable[..., Hosts], task: str, runs: int
 ) -> None:
-    """The leader has sent a tick and dies before it is recorded; the next leader sends it again. A
-    singleton refuses the second copy; another task runs it, with the same id.
+    """The leader has sent a tick and dies before it records the tick. The next leader sends it
+    again, with the same id. A singleton refuses the second copy; a plain task runs it twice.
     """
     hosts = make_hosts(often(task), **SHORT)
     hosts.fleet.start("-P", "solo", app=APP)
@@ -55,21 +57,22 @@ def test_a_crash_between_sending_and_recording(
 
 @pytest.fixture
 def faketime() -> Iterator[str]:
-    """The library that shows a process another time."""
+    """The path of libfaketime, which shows a process another time."""
     found = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
     if not found:
         assert os.environ.get("SINGLETON_TEST_FAKETIME") != "required", "no libfaketime"
         pytest.skip("no libfaketime")
     yield str(found[0])
-    # What those that were killed left in memory.
+    # Remove the shared memory that killed processes left behind.
     for left in Path("/dev/shm").glob("*faketime_s*_*"):
         if not Path("/proc", left.name.rpartition("_")[2]).exists():
             left.unlink()
 
 
 def test_a_wrong_clock_does_no_harm(make_hosts: Callable[..., Hosts], faketime: str) -> None:
-    """One host's clock is an hour ahead, another's an hour behind, a third one's right; each leads
-    in its turn. Ticks are judged by the store's clock, so all send the same ones at the same times.
+    """One host's clock is an hour ahead, another host's an hour behind, and a third host's is
+    right. Each leads in its turn. A tick is due by the store's clock, so all of them send the same
+    ticks at the same times.
     """
     began = datetime.now(UTC)
     hosts = make_hosts(often(), **SHORT)
@@ -95,15 +98,15 @@ def test_a_wrong_clock_does_no_harm(make_hosts: Callable[..., Hosts], faketime: 
 
 
 def logged_at(host: Host) -> datetime:
-    """What the host's clock showed when its beat said that it leads."""
+    """Return what time the host's clock showed when its beat logged that it leads."""
     (line,) = (line for line in host.beat.output.splitlines() if "beat leads" in line)
     return datetime.strptime(line[1:20], "%Y-%m-%d %H:%M:%S").astimezone(UTC)
 
 
 @pytest.mark.parametrize("issue", ["redbeat 230", "redbeat 306"])
 def test_a_lease_lost_in_mid_run(make_hosts: Callable[..., Hosts], issue: str) -> None:
-    """The leader's lease is another's all of a sudden: RedBeat's beat ends over that, or is never
-    elected again. Ours stands by, and leads again when it is free.
+    """Another holder suddenly has the leader's lease. RedBeat's beat exits over that, or is never
+    elected again. Our beat stands by, and leads again when the lease is free.
     """
     hosts = make_hosts(often(), **SHORT)
     hosts.fleet.start("-P", "solo", app=APP)
@@ -121,12 +124,14 @@ def test_a_lease_lost_in_mid_run(make_hosts: Callable[..., Hosts], issue: str) -
     assert hosts.complaints() == []
 
 
-def test_redbeat_163_a_store_that_lost_all_goes_on_where_it_was(
+def test_redbeat_163_an_emptied_store_repeats_no_tick(
     make_hosts: Callable[..., Hosts],
 ) -> None:
-    """The table is emptied under the leader, as by a failover to an empty server: RedBeat's leader
-    ends, and its stand-by leads an empty schedule. Here the schedule is the app's, and its
-    intervals lie where they lay: no tick is run twice, though nobody remembers the first.
+    """The table is emptied under the leader, as by a failover to an empty server. RedBeat's leader
+    exits then, and its stand-by leads an empty schedule.
+
+    Here the schedule comes from the app, and its intervals are aligned as before. No tick runs
+    twice, although all records of the first ticks are lost.
     """
     hosts = make_hosts(often(), **SHORT)
     hosts.fleet.start("-P", "solo", app=APP)
@@ -146,7 +151,9 @@ def test_redbeat_163_a_store_that_lost_all_goes_on_where_it_was(
 def test_redbeat_92_a_dead_leader_is_succeeded_in_seconds(
     make_hosts: Callable[..., Hosts],
 ) -> None:
-    """With default settings; how many seconds is measured by ``benchmarks takeover``."""
+    """The leader is killed, and the other beat leads, with default settings. The benchmark
+    ``takeover`` measures how many seconds that takes.
+    """
     hosts = make_hosts(often())
     hosts.fleet.start("-P", "solo", app=APP)
     first = hosts.start()
@@ -170,10 +177,11 @@ def test_servers_are_killed_under_all_beats(
     own_postgres: Postgres,
     own_valkey: Valkey,
 ) -> None:
-    """The store is killed, and then the broker, and each comes back; workers come after that, so
-    that what kombu's Redis transport loses when its server dies is not counted here.
+    """The store is killed, then the broker, and each is started again under the running beats. The
+    workers start only after that, so that the test does not count messages which kombu's Redis
+    transport loses when its server dies.
     """
-    # With "all" the next tick of an entry would wait for a worker that ends the one before.
+    # With "all", the next tick of an entry would wait until a worker has ended the previous one.
     schedule = often(catch_up="latest")
     fleet = make_fleet(
         own_postgres.create_database("shop"), TEST_SCHEDULE=json.dumps(schedule), **SHORT

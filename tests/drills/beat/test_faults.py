@@ -1,4 +1,4 @@
-"""Three beats, and what can happen to the one that leads; each on a host of its own."""
+"""Three beats, each on a host of its own, and faults of the leader one after the other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.xdist_group("storm")
 logger = logging.getLogger(__name__)
 
 ENTRIES = 200
-#: Seconds that the leaders have a bad time.
+#: How long the leaders have faults, in seconds.
 STORM = 120.0
 SEED = 1
 
@@ -39,14 +39,14 @@ def killed(hosts: Hosts, host: Host) -> Iterator[None]:
 
 @contextmanager
 def stopped(_hosts: Hosts, host: Host) -> Iterator[None]:
-    """Paused in the midst of whatever it does, and woken up when another one leads."""
+    """Pause the leader wherever it is, and resume it when another beat leads."""
     host.beat.process.send_signal(signal.SIGSTOP)
     before = len(host.beat.output)
     yield
     host.beat.process.send_signal(signal.SIGCONT)
     wait_until(lambda: "beat stands by" in host.beat.output[before:], "it stands by")
     after = host.beat.output[before:].split("beat stands by")[0]
-    # That which it was about to send when it was stopped.
+    # The leader may have been paused just before it sent this one tick.
     assert after.count("Sending due task") <= 1, after
 
 
@@ -73,7 +73,7 @@ def refused_by_the_broker(_hosts: Hosts, host: Host) -> Iterator[None]:
 
 
 def _heal(proxy: Proxy) -> None:
-    """What was on its way is lost, as the connections are."""
+    """Let new connections through, and cut the old ones with the data on them."""
     proxy.mode = "pass"
     proxy.cut()
 
@@ -91,8 +91,8 @@ FAULTS: tuple[Fault, ...] = (
 def test_every_tick_is_run_once_whatever_happens_to_the_leader(
     make_hosts: Callable[..., Hosts],
 ) -> None:
-    """200 entries due every 1 to 3 s, half of which make up for all that they missed, and half for
-    the latest; for two minutes the leader has one fault after the other.
+    """200 entries are due every 1 to 3 s. Half of them catch up on all missed ticks, half only on
+    the latest. For two minutes the leader has one fault after the other.
     """
     hosts = make_hosts(
         {
@@ -130,7 +130,9 @@ def test_every_tick_is_run_once_whatever_happens_to_the_leader(
 
 
 def storm(hosts: Hosts, chance: random.Random) -> Iterator[str]:
-    """One fault after the other; yields what each was, and the seconds until another beat led."""
+    """Cause one fault after the other. For each, yield its name and the seconds until another beat
+    led.
+    """
     end = time.monotonic() + STORM
     faults: list[Fault] = []
     while time.monotonic() < end:

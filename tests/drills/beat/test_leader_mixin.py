@@ -41,13 +41,13 @@ def task(name, interval, **fields):
 
 
 class Project:
-    """A fleet whose schedule is in a database of Django's."""
+    """A fleet whose schedule is in a Django database."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
 
     def run(self, code: str) -> str:
-        """Run code as in ``manage.py shell``; returns what it printed."""
+        """Run code as in ``manage.py shell``; return its output."""
         ran = subprocess.run(
             [sys.executable, "-c", SETUP + code],
             env=self.fleet.environment,
@@ -62,7 +62,7 @@ class Project:
         return self.fleet.start_beat(DJANGO, scheduler=f"{DJANGO}:LeadingScheduler", host=host)
 
     def beats(self) -> tuple[Beat, Beat]:
-        """One that leads, and one that stands by."""
+        """Start two beats; return the leader, and the stand-by."""
         one = self.beat("1")
         one.wait_leads()
         other = self.beat("2")
@@ -73,7 +73,7 @@ class Project:
         return counts(self.fleet)[name]
 
     def wait_for(self, name: str, more: int = 1) -> None:
-        """Wait until an entry has run so many times more."""
+        """Wait until an entry has run ``more`` times more."""
         before = self.count(name)
         wait_until(lambda: self.count(name) >= before + more, f"{name} runs")
 
@@ -83,7 +83,7 @@ def counts(fleet: Fleet) -> Counter[str]:
 
 
 def doubled(fleet: Fleet) -> list[str]:
-    """The ids of what was run more than once."""
+    """Return the ids of the messages that ran more than once."""
     ids = Counter(note["id"] for note in fleet.notes("tick"))
     return [task_id for task_id, n in ids.items() if n > 1]
 
@@ -92,7 +92,9 @@ def doubled(fleet: Fleet) -> list[str]:
 def make_project(
     request: pytest.FixtureRequest, make_fleet: Callable[..., Fleet], tmp_path: Path
 ) -> Callable[[str], Project]:
-    """Makes one with its tables, and the store on the same kind of database."""
+    """A function that makes a project with its tables. The store is on the same kind of
+    database.
+    """
 
     def make(kind: str) -> Project:
         if kind == "sqlite":
@@ -100,7 +102,7 @@ def make_project(
             database: dict[str, Any] = {
                 "ENGINE": "django.db.backends.sqlite3",
                 "NAME": f"{tmp_path}/django.db",
-                # One that reads first and writes later cannot wait for a writer.
+                # A transaction that reads before it writes could not wait for another writer.
                 "OPTIONS": {"timeout": 10, "transaction_mode": "IMMEDIATE"},
             }
         else:
@@ -134,10 +136,10 @@ def project(make_project: Callable[[str], Project]) -> Project:
     return make_project("sqlite")
 
 
-def test_what_a_dead_leader_has_sent_is_not_sent_again(any_project: Project) -> None:
-    """The leader sends an entry that is due once an hour, and is killed long before its scheduler
-    writes that to its database, which it does every three minutes; another beat leads.
-    (django-celery-beat #337, #576, celery #1495, #1876)
+def test_a_tick_that_a_dead_leader_sent_is_not_sent_again(any_project: Project) -> None:
+    """The leader sends an entry that is due once an hour. It is killed before its scheduler writes
+    that to the database, which happens only every three minutes. Another beat leads, and does not
+    send the entry again. (django-celery-beat #337, #576, celery #1495, #1876)
     """
     project = any_project
     project.run("""
@@ -157,12 +159,12 @@ task("clock", None, clocked=clock, one_off=True)
     assert "Sending due task often" in other.output
     found = counts(project.fleet)
     assert (found["hourly"], found["once"], found["clock"]) == (1, 1, 1)
-    # But for what the dead one sent in its last moment.
+    # The dead leader may have sent one tick that it could not record any more.
     assert len(doubled(project.fleet)) <= 1
 
 
 def test_an_orderly_stop(project: Project) -> None:
-    """What the class keeps itself is written then, and the other beat leads at once."""
+    """The leader stops: its scheduler writes its own data, and the other beat leads at once."""
     project.run("task('often', every(1))")
     one, other = project.beats()
     project.wait_for("often", 2)
@@ -177,7 +179,9 @@ def test_an_orderly_stop(project: Project) -> None:
 
 
 def test_entries_are_edited_while_it_runs(any_project: Project) -> None:
-    """Added, made quicker, disabled and removed; then another beat leads, and has it so too."""
+    """Entries are added, made quicker, disabled and removed. The leading beat follows, and so does
+    the beat that leads after it.
+    """
     project = any_project
     project.run("""
 task("kept", every(1))
@@ -210,7 +214,7 @@ PeriodicTask.objects.get(name="removed").delete()
 
 
 def test_a_leader_that_was_stopped_sends_and_writes_nothing_more(project: Project) -> None:
-    """It is paused until another one leads, and woken up: it stands by."""
+    """The leader is paused until another beat leads, and then resumed. It stands by."""
     project.run("task('often', every(1))")
     one, other = project.beats()
     project.wait_for("often", 2)
@@ -220,7 +224,7 @@ def test_a_leader_that_was_stopped_sends_and_writes_nothing_more(project: Projec
     project.wait_for("often", 2)
     one.process.send_signal(signal.SIGCONT)
     wait_until(lambda: "beat stands by" in one.output[before:], "it stands by")
-    # That which it was about to send when it was stopped.
+    # The leader may have been paused just before it sent this one tick.
     assert one.output[before:].count("Sending due task") <= 1
     project.wait_for("often", 2)
     one.stop()
@@ -231,8 +235,8 @@ def test_a_leader_that_was_stopped_sends_and_writes_nothing_more(project: Projec
 
 
 def test_a_crash_between_sending_and_recording(project: Project) -> None:
-    """The leader dies after it has sent and before it, or its scheduler, has recorded it: the next
-    one sends the same message again, with the same id.
+    """The leader sends a message and dies before it, or its scheduler, has recorded that. The next
+    leader sends the message again, with the same id.
     """
     project.run("""
 task("first", every(3600), last_run_at=now - timedelta(hours=2))
@@ -250,11 +254,12 @@ task("slow", every(3600), last_run_at=now - timedelta(seconds=3597))
     assert first["due"] == second["due"]
 
 
-def test_each_of_two_with_files_of_their_own(
+def test_two_beats_with_schedule_files_of_their_own(
     make_fleet: Callable[..., Fleet], tmp_path: Path
 ) -> None:
-    """Celery's own scheduler keeps last runs in a file, and the other beat's file knows nothing of
-    this one's: an entry that is due once an hour, sent by the one, is not sent by the other.
+    """Celery's own scheduler keeps last runs in a file, and each of the two beats has a file of its
+    own. One beat sends an entry that is due once an hour. Then the other beat leads, and does not
+    send it again.
     """
     schedule = {
         "often": {"task": "plain", "schedule": 1.0},
@@ -272,7 +277,7 @@ def test_each_of_two_with_files_of_their_own(
             PERSISTENT, scheduler=f"{PERSISTENT}:LeadingScheduler", host=host, **environment
         )
 
-    # Hourly, due now, as a file from before says.
+    # By the beats' files, which are older, the hourly entry is due now.
     one = beat("1", TEST_AGE_FILE="7200")
     one.wait_leads()
     other = beat("2", TEST_AGE_FILE="7200")

@@ -1,4 +1,4 @@
-"""What a beat owes after a pause, with real beats, brokers and workers."""
+"""A beat owes many ticks after a pause, with real beats, brokers and workers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tests.helpers.fleet import Fleet
 from tests.helpers.waiting import wait_until
 
 MINUTE, DAY = timedelta(minutes=1), timedelta(days=1)
-#: Of which no tick is due while tests run.
+#: An hour of the day in which no test runs, so that no new tick becomes due.
 FAR_HOUR = (datetime.now(UTC).hour + 12) % 24
-#: Each day is closed, however long beat was down and however late that is.
+#: An entry of which each day's tick is sent, however long no beat ran and however late it is.
 CLOSE_DAY = {
     "task": "close_day",
     "schedule": ["5", str(FAR_HOUR)],
@@ -36,7 +36,8 @@ EVERY_MINUTE = CLOSE_DAY | {"schedule": 60.0}
 
 
 def owe(hosts: Hosts, name: str, count: int, every: timedelta) -> list[datetime]:
-    """Let a beat make its rows, and have so many ticks of an entry be owed when the next one leads.
+    """Run a beat until it has stored its rows, then change an entry's row so that the next leader
+    owes ``count`` ticks.
 
     :returns: the ticks.
     """
@@ -63,7 +64,7 @@ def closed(hosts: Hosts, name: str) -> list[datetime]:
 
 @pytest.mark.parametrize("task", ["close_day", "close_day_waiting"])
 def test_each_owed_day_is_closed(make_hosts: Callable[..., Hosts], task: str) -> None:
-    """The docs' own example, with default settings and four workers at once."""
+    """The example of docs/beat.md, with default settings and four workers at once."""
     hosts = make_hosts({"close-day": CLOSE_DAY | {"task": task}})
     hosts.fleet.start("-P", "threads", "-c", "4", app=APP)
     owed = owe(hosts, "close-day", 4, DAY)
@@ -80,7 +81,9 @@ def test_each_owed_day_is_closed(make_hosts: Callable[..., Hosts], task: str) ->
 
 
 def test_300_owed_ticks_with_on_conflict_wait(make_hosts: Callable[..., Hosts]) -> None:
-    """All of them run in order, though the row's history holds 16. The leader is killed twice."""
+    """All 300 owed ticks run in order, although the row's history holds only 16 runs. The leader is
+    killed twice.
+    """
     hosts = make_hosts(
         {"all": EVERY_MINUTE | {"task": "close_day_waiting"}}, CELERY_SINGLETON_HEARTBEAT_INTERVAL=1
     )
@@ -122,7 +125,9 @@ def test_a_beat_that_owes_1000_ticks_of_one_entry_and_has_1000_others(
 
 
 def test_20000_owed_ticks_of_a_task_that_is_no_singleton(make_hosts: Callable[..., Hosts]) -> None:
-    """Another entry is sent as if nothing was owed, and no tick of it is dropped as too old."""
+    """The other entry's ticks are sent in time, as if no tick was owed, and none of them is dropped
+    as too old.
+    """
     every = timedelta(seconds=3)
     other = {"task": "plain", "schedule": every.total_seconds()}
     backlog = EVERY_MINUTE | {"task": "plain", "args": ["all"]}
@@ -134,7 +139,7 @@ def test_20000_owed_ticks_of_a_task_that_is_no_singleton(make_hosts: Callable[..
 
     def all_sent() -> bool:
         states = hosts.states()
-        # After the one that makes up for the pause.
+        # The first tick after the pause catches up and is late; later ticks must not be late.
         if states["other"].total_run_count > before + 1:
             seen.append(states["other"])
         return states["all"].total_run_count >= 20_000 and len(seen) > 0
@@ -146,7 +151,7 @@ def test_20000_owed_ticks_of_a_task_that_is_no_singleton(make_hosts: Callable[..
 
 
 def late(state: EntryState) -> timedelta:
-    """How late the newest tick of an entry was sent."""
+    """Return how late the newest tick of an entry was sent."""
     assert state.last_run_at
     assert state.last_tick
     return state.last_run_at - state.last_tick
