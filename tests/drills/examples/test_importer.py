@@ -1,4 +1,6 @@
-"""The importer demo: it keeps its promise, leaves nothing behind, and its proof can fail."""
+"""The importer demo imports each line exactly once, leaves nothing behind, and its proof
+can fail.
+"""
 
 import importlib
 import os
@@ -19,13 +21,13 @@ import pytest
 DEMO = Path(__file__).parents[3] / "examples" / "importer"
 PATIENCE = 150
 
-# They look at one demo, which takes half a minute.
+# Run these tests in one process, because they share one run of the demo, which takes half a minute.
 pytestmark = pytest.mark.xdist_group("importer")
 
 
 @contextmanager
 def started_demo(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """The demo in a process of its own, with a temporary folder of its own."""
+    """Run the demo in a process of its own, with a temporary folder of its own."""
     command = [sys.executable, "-X", "dev", "-W", "error", str(DEMO)]
     environment = os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
@@ -38,7 +40,7 @@ def started_demo(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def leftovers(folder: Path) -> list[Any]:
-    """Files and processes of a demo that are still there."""
+    """Return the files and processes of a demo that still exist."""
 
     def is_ours(process: psutil.Process) -> bool:
         try:
@@ -49,7 +51,7 @@ def leftovers(folder: Path) -> list[Any]:
     return [*folder.iterdir(), *filter(is_ours, psutil.process_iter())]
 
 
-# -- the whole of it
+# -- a whole run of the demo
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_deliveries_are_skipped_while_a_run_is_active(performance: SimpleNamespa
 
 
 def found(pattern: str, text: str) -> Any:
-    """The groups of the one match."""
+    """Return the groups of the pattern's one match."""
     (match,) = re.findall(pattern, text)
     return match
 
@@ -119,7 +121,7 @@ def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path, number: int) 
 
 @pytest.fixture
 def demo() -> Iterator[SimpleNamespace]:
-    """The demo's modules."""
+    """The demo's modules, as attributes."""
     names = ("orders", "proof", "watch")
     sys.path.insert(0, str(DEMO))
     try:
@@ -137,7 +139,7 @@ def lines(demo: SimpleNamespace) -> list[Any]:
 
 @pytest.fixture
 def prove(demo: SimpleNamespace, lines: list[Any], tmp_path: Path) -> Callable[[list[Any]], Any]:
-    """Puts rows into the demo's table and proves them against the data set."""
+    """A function that puts rows into the demo's table and compares them with the data set."""
 
     def prove_rows(rows: list[Any]) -> Any:
         database = tmp_path / "shop.db"

@@ -1,4 +1,4 @@
-"""The example for Kubernetes: its commands are run as they stand, and its probes are asked."""
+"""The Kubernetes example: its commands are run unchanged, and its probes are called."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.fleet(store="postgresql")
 
 
 class Container:
-    """One of the example's containers as a process, and its probes."""
+    """One of the example's containers, run as a process, and its probes."""
 
     def __init__(self, spec: dict[str, Any], fleet: Fleet, pod: str) -> None:
         self.spec = spec
@@ -43,7 +43,7 @@ class Container:
         self.program = Program(words, self._environment, fleet.directory / f"{pod}.log", app)
 
     def passes(self, probe: str) -> bool:
-        """Whether a probe of its passes now."""
+        """Return whether one of the container's probes passes now."""
         asked = self.spec[probe]
         if "exec" in asked:
             answer = subprocess.run(
@@ -84,7 +84,7 @@ def start(fleet: Fleet) -> Iterator[Callable[[str], Container]]:
 
 @has_ping
 def test_workers_and_beats_answer_for_themselves(start: Callable[[str], Container]) -> None:
-    """A worker that is dead is not taken for healthy, as another one answers."""
+    """One of two workers is dead. Its probe fails although the other worker answers."""
     containers = [start(name) for name in ("shop-worker", "shop-worker", "shop-beat", "shop-beat")]
     for container in containers:
         wait_until(lambda each=container: each.passes("livenessProbe"), "it is alive")
