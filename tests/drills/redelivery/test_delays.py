@@ -1,4 +1,4 @@
-"""Pauses that are longer than Redis keeps a message that is not acknowledged."""
+"""Delays that are longer than Redis waits for the acknowledgement of a message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers.waiting import wait_until
 
 
 def messages(app: Celery) -> int:
-    """How many messages are in the queue, or with workers."""
+    """Return how many messages are in the queue, or delivered and not acknowledged."""
     with app.connection() as connection:
         client = connection.default_channel.client
         return int(client.llen("celery") + client.hlen("unacked"))
@@ -21,9 +21,11 @@ def messages(app: Celery) -> int:
 def test_a_coalesced_message_that_waits_for_long_runs_once(
     make_fleet: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """The lease is held on for 12 s, and Redis keeps a message for 1 s: it looks for messages that
-    were kept for longer every 10 s. One that waits for 12 s at once is given out again, and each
-    copy then asks for another run, for ever.
+    """A coalesced message waits for the end of a hold period of 12 s, and runs once.
+
+    Redis checks every 10 s for messages that were not acknowledged within 1 s. It would redeliver a
+    message that waits for 12 s at once, and each copy would then record another pending run, for
+    ever. So the message waits in short steps.
     """
     fleet = make_fleet(
         f"sqlite:///{tmp_path}/store.db",

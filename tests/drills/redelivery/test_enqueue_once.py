@@ -1,4 +1,4 @@
-"""``enqueue_once`` with real workers: what keeps a second message back, and what does not."""
+"""``enqueue_once`` with real workers: which messages keep a second one from being published."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ pytestmark = pytest.mark.fleet(app=APP)
 
 @pytest.fixture
 def make_task(fleet: Fleet, client: Callable[[], Celery]) -> Iterator[Callable[..., Any]]:
-    """Makes tasks in the app that sends: whether one is sent is decided there."""
+    """A function that makes tasks in the sending app, which decides whether to publish a
+    message.
+    """
     made: list[Celery] = []
 
     def make(name: str, **options: Any) -> Any:
         made.append(client())
 
         def body(self: Any, what: Any = "", until: str = "") -> None:
-            """It runs in the workers."""
+            """Do nothing: the body that counts runs in the workers."""
 
         return singleton_task(made[-1], name=name, shared=False, enqueue_once=True, **options)(body)
 
@@ -38,7 +40,7 @@ def make_task(fleet: Fleet, client: Callable[[], Celery]) -> Iterator[Callable[.
 
 
 def sent_after(task: Any, last: Any, *args: Any, **options: Any) -> Any:
-    """The first message that is sent and not the last one's."""
+    """Send the task until a new message is published instead of ``last``; return its result."""
 
     def sent() -> Any:
         result = task.apply_async(args, **options)
@@ -53,10 +55,12 @@ def is_queued(task: Any) -> bool:
 
 
 @pytest.mark.parametrize("how", ["raises", "hangs"])
-def test_a_message_that_fails_before_its_delivery_keeps_nobody_out(
+def test_a_message_that_fails_before_its_delivery_does_not_block_the_next(
     fleet: Fleet, make_task: Callable[..., Any], how: str
 ) -> None:
-    """``before_start`` raises, or its process is killed by the hard time limit."""
+    """``before_start`` raises, or the hard time limit kills the process in it. The next message is
+    published.
+    """
     fleet.start("-c", "1")
     task = make_task("ends_early")
     first = task.delay(how)
@@ -64,20 +68,22 @@ def test_a_message_that_fails_before_its_delivery_keeps_nobody_out(
     assert outcome(sent_after(task, first, "runs")) == "runs"
 
 
-def test_a_message_that_a_worker_cannot_read_keeps_nobody_out(
+def test_a_message_that_a_worker_cannot_read_does_not_block_the_next(
     fleet: Fleet, make_task: Callable[..., Any]
 ) -> None:
-    """The sender has another serializer than workers accept."""
+    """The sender uses a serializer that workers do not accept. The next message is published."""
     fleet.start("-c", "1")
     task = make_task("ends_early")
     first = task.apply_async(("runs",), serializer="pickle")
     assert outcome(sent_after(task, first, "runs")) == "runs"
 
 
-def test_a_message_for_a_task_that_no_worker_knows_keeps_nobody_out(
+def test_a_message_for_an_unknown_task_does_not_block_the_next(
     fleet: Fleet, make_task: Callable[..., Any]
 ) -> None:
-    """During a deployment. Nor is its failed result handed out."""
+    """During a deployment no worker knows the task yet, so the first message fails. The sender does
+    not get that failed result for its next message: that message is published.
+    """
     fleet.start("-c", "1")
     task = make_task("known_tomorrow")
     first = task.delay("a")
@@ -88,7 +94,9 @@ def test_a_message_for_a_task_that_no_worker_knows_keeps_nobody_out(
 def test_a_change_during_a_run_is_not_lost(
     fleet: Fleet, make_task: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Versions 1, 2, 3 are sent while 1 runs: only 1 ran. 2 is queued, and stands for 3."""
+    """Versions 2 and 3 are sent while version 1 runs. The running message cannot stand for them, so
+    2 is published. It is queued, so the sender of 3 gets the result of 2.
+    """
     go = tmp_path / "go"
     fleet.start("-c", "2")
     task = make_task("versioned", on_conflict="wait")

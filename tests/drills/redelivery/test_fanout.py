@@ -1,4 +1,4 @@
-"""A singleton's message that came through a fanout exchange (kombu's ``Broadcast``): one run."""
+"""A singleton's message is sent through a fanout exchange (kombu's ``Broadcast``): it runs once."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.fleet(
 
 @pytest.fixture
 def workers(fleet: Fleet, client: Callable[[], Celery]) -> list[Worker]:
-    """Three workers that listen to the fanout exchange, which on Redis is a little later than they
-    are ready.
+    """Three workers that listen to the fanout exchange. On Redis they do so a little after they are
+    ready.
     """
     started = [fleet.start("-c", "2", ready=False, name=name) for name in "abc"]
     for worker in started:
@@ -41,7 +41,8 @@ def workers(fleet: Fleet, client: Callable[[], Celery]) -> list[Worker]:
 def send_to_all(app: Celery, task: str, *args: Any, **options: Any) -> Any:
     """Send a message through the fanout exchange.
 
-    A process of kombu's on Redis takes an exchange for direct that it has not declared.
+    The exchange is declared first, because on Redis kombu takes an exchange that its process has
+    not declared for a direct one.
     """
     queue = app.amqp.queues[f"{app.conf.task_default_queue}-all"]
     declare = [queue.exchange]
@@ -49,7 +50,7 @@ def send_to_all(app: Celery, task: str, *args: Any, **options: Any) -> Any:
 
 
 def ended(workers: list[Worker], task: str, task_id: str) -> int:
-    """How many deliveries of a message have ended."""
+    """Return how many deliveries of a message have ended."""
     of_it = f"Task {task}[{task_id}] "
     ends = ("succeeded", "ignored", "raised", "retry")
     return sum(worker.output.count(of_it + end) for worker in workers for end in ends)
@@ -71,8 +72,8 @@ def test_a_message_to_all_workers_runs_once(
     policy: str,
     deduplicate: bool,
 ) -> None:
-    """Three workers get a copy each: one runs while the others meet it, and no copy comes again;
-    a copy that comes after the run has ended meets its history.
+    """Three workers get a copy each. One copy runs while the others find the lease taken, and no
+    copy is redelivered. Copies that arrive after the run find it in the row's history.
     """
     app, go = client(), tmp_path / "go"
     task = f"broadcast_{policy}_{deduplicate}"
@@ -92,7 +93,9 @@ def test_a_message_to_all_workers_runs_once(
 def test_a_message_to_all_workers_waits_for_another_run(
     workers: list[Worker], fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """The three copies meet the run of another message; one of them runs after it."""
+    """The three copies find the lease taken by the run of another message. One of them runs after
+    it.
+    """
     app, go = client(), tmp_path / "go"
     task = "broadcast_wait_False"
     first = app.send_task(task, ("first", str(go)))
@@ -113,7 +116,9 @@ def test_a_message_to_all_workers_waits_for_another_run(
 def test_a_retry_that_the_body_of_one_copy_asks_for_runs_once(
     workers: list[Worker], fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """On Redis the retry goes to all workers, and on RabbitMQ into the queue of one worker."""
+    """The body of a fanout message calls ``self.retry()``. On Redis the retry goes to all workers,
+    on RabbitMQ into the queue of one worker. It runs once on both.
+    """
     result = send_to_all(client(), "retries_later", 1, 0.2, 3)
     wait_until(lambda: ended(workers, "retries_later", result.id) >= 6, "all retries have run")
     wait_until(lambda: len(fleet.notes("leave")) == 4, "the last retry has run")

@@ -1,4 +1,4 @@
-"""RabbitMQ's quorum queues, with real workers: messages wait in RabbitMQ, for any time."""
+"""RabbitMQ's quorum queues, with real workers: delayed messages wait in RabbitMQ, for any time."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ pytestmark = [
 
 
 def test_a_retry_after_less_than_a_second_comes(fleet: Fleet, client: Callable[[], Celery]) -> None:
-    """Celery's own delay refuses it (``countdown must be a positive number``), and drops it. It
-    comes after a second.
+    """A retry with a countdown of 0.3 s arrives after a second. Celery's own delay would refuse and
+    drop it (``countdown must be a positive number``).
     """
     app = client()
     fleet.start("-c", "2")
@@ -34,7 +34,9 @@ def test_a_retry_after_less_than_a_second_comes(fleet: Fleet, client: Callable[[
 def test_a_message_that_is_retried_again_and_again_stays_in_its_queue(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """Each of Celery's delays puts 56 characters before the routing key, which holds 255."""
+    """Each of Celery's delays adds 56 characters to the routing key, which holds 255. A message
+    that was retried 20 times must still reach its queue.
+    """
     app = client()
     worker = fleet.start("-c", "2")
     assert outcome(app.send_task("retries_later", (1, 0.1, 20))) == 20
@@ -42,8 +44,10 @@ def test_a_message_that_is_retried_again_and_again_stays_in_its_queue(
     assert "is sent again" not in worker.output
 
 
-def test_messages_that_wait_keep_no_others_out(fleet: Fleet, client: Callable[[], Celery]) -> None:
-    """As many as a worker takes at once ask for a retry in an hour; then a plain task runs."""
+def test_messages_that_wait_do_not_block_others(fleet: Fleet, client: Callable[[], Celery]) -> None:
+    """As many messages as a worker prefetches ask for a retry in an hour. Then a plain
+    task runs.
+    """
     app = client()
     worker = fleet.start("-c", "2")
     waiting = [app.send_task("retries_later", (number, 3600)) for number in range(4)]
@@ -59,8 +63,8 @@ def test_a_message_waits_through_the_deaths_of_its_worker_and_of_rabbitmq(
     client: Callable[[], Celery],
     tmp_path: Path,
 ) -> None:
-    """A's run asks for a retry in 5 s; A is killed, then RabbitMQ, which is started again; B runs
-    the retry.
+    """A's run asks for a retry in 5 s. A is killed. Then RabbitMQ is killed and started again. B
+    runs the retry.
     """
     fleet = make_fleet(CELERY_BROKER_URL=own_rabbitmq.url)
     app = client()
@@ -74,21 +78,21 @@ def test_a_message_waits_through_the_deaths_of_its_worker_and_of_rabbitmq(
     own_rabbitmq.start()
     fleet.start("-c", "1", name="b")
     assert outcome(result) == 1
-    # RabbitMQ may not have had the first message's acknowledgement yet.
+    # The first message may run again, because RabbitMQ may not have received its acknowledgement.
     last = fleet.notes("enter")[-1]
     assert (last["number"], last["retries"]) == (1, 1)
 
 
 def take_the_exchange_away(app: Celery) -> None:
-    """As where no worker has declared the exchanges for delays, or may."""
+    """Delete an exchange for delays, as if no worker had declared it or was allowed to."""
     with app.connection_for_write() as connection, connection.channel() as channel:
         channel.exchange_delete("celery_delayed_27")
 
 
-def test_where_rabbitmq_cannot_delay_a_message_it_waits_in_the_worker(
+def test_a_message_that_rabbitmq_cannot_delay_waits_in_the_worker(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """Published to an exchange that is not there it would be lost."""
+    """RabbitMQ would lose a message that is published to an exchange which does not exist."""
     app = client()
     worker = fleet.start("-c", "2")
     take_the_exchange_away(app)

@@ -1,4 +1,4 @@
-"""Messages that the broker gives out a second time, to real workers."""
+"""Messages that the broker delivers a second time, to real workers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def test_the_same_message_published_twice_runs_once(
 def test_a_message_whose_runs_die_comes_again_and_not_for_ever(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """Each run ends its process; Celery sends the message again as often as it may."""
+    """Each run kills its process. Celery delivers the message again as often as it may, and no
+    more.
+    """
     app = client()
     fleet.start("-c", "1")
     result = app.send_task("dies_twice")
@@ -66,14 +68,16 @@ def test_a_message_whose_runs_die_comes_again_and_not_for_ever(
 
 
 def send_and_enter(fleet: Fleet, app: Celery, go: Path) -> AsyncResult[int]:
-    """Send a message, and come back when its body has begun."""
+    """Send a message; return its result when its body has begun."""
     result: AsyncResult[int] = app.send_task("increment", (str(go),))
     fleet.wait_for_notes("enter")
     return result
 
 
-def wait_until_put_back(fleet: Fleet, worker: Worker) -> None:
-    """Before Celery 5.5 a worker that has connected again starts nothing while a body runs."""
+def wait_until_requeued(fleet: Fleet, worker: Worker) -> None:
+    """Wait until the copy is requeued. Before Celery 5.5 there is nothing to wait for, because a
+    worker that has reconnected starts no message while a body runs.
+    """
     if celery.VERSION >= (5, 5):
         fleet.wait_for_output(worker, "its message is requeued")
 
@@ -85,10 +89,10 @@ def test_the_connection_of_a_worker_breaks_in_mid_body(
     client: Callable[[], Celery],
     tmp_path: Path,
 ) -> None:
-    """A's body runs; its connection breaks; RabbitMQ gives its message out again; A connects
-    again and takes it while the run goes on.
+    """A's body runs. A's connection breaks. RabbitMQ delivers the message again. A reconnects and
+    receives it while the run goes on.
 
-    The copy is put back, and ends as a duplicate when the run has saved.
+    The copy is requeued, and ends as a duplicate after the run has saved.
     """
     proxy = make_proxy(rabbitmq.port)
     fleet = make_fleet(CELERY_BROKER_URL=rabbitmq.url_at(proxy.port))
@@ -96,7 +100,7 @@ def test_the_connection_of_a_worker_breaks_in_mid_body(
     worker = fleet.start("-c", "2")
     result = send_and_enter(fleet, app, go)
     proxy.cut()
-    wait_until_put_back(fleet, worker)
+    wait_until_requeued(fleet, worker)
     go.touch()
     assert outcome(result) == 1
     fleet.wait_for_output(worker, f"task {result.id} was done before")
@@ -110,9 +114,9 @@ def test_another_worker_gets_the_message_of_a_run_that_goes_on(
     client: Callable[[], Celery],
     tmp_path: Path,
 ) -> None:
-    """A's body runs; A is cut off from RabbitMQ for good; B gets its message.
+    """A's body runs. A is cut off from RabbitMQ for good. B receives A's message.
 
-    B puts it back while A's run goes on, and ends it as a duplicate when it has saved.
+    B requeues it while A's run goes on, and ends it as a duplicate after the run has saved.
     """
     proxy = make_proxy(rabbitmq.port)
     fleet = make_fleet()
@@ -131,15 +135,15 @@ def test_another_worker_gets_the_message_of_a_run_that_goes_on(
     assert len(fleet.notes("enter")) == 1
 
 
-def test_a_run_that_is_ended_with_its_connection_is_run_again(
+def test_a_run_that_celery_kills_over_a_lost_connection_is_repeated(
     rabbitmq: RabbitMQ,
     make_fleet: Callable[..., Fleet],
     make_proxy: Callable[[int], Proxy],
     client: Callable[[], Celery],
     tmp_path: Path,
 ) -> None:
-    """``worker_cancel_long_running_tasks_on_connection_loss``: A's connection breaks; Celery
-    ends the body's process; the lease is free at once; the message comes again and runs.
+    """``worker_cancel_long_running_tasks_on_connection_loss``: A's connection breaks. Celery kills
+    the body's process. The lease is free at once. The message is redelivered and runs.
     """
     proxy = make_proxy(rabbitmq.port)
     fleet = make_fleet(CELERY_BROKER_URL=rabbitmq.url_at(proxy.port), TEST_CANCEL="1")
@@ -158,8 +162,8 @@ def test_a_worker_that_dies_leaves_its_message_to_another(
     client: Callable[[], Celery],
     tmp_path: Path,
 ) -> None:
-    """A is killed whole in mid-body, with three messages in hand that wait for its one child; B,
-    on its host, gets all four, and the lease.
+    """A and all its processes are killed in mid-body. A also has three messages that wait for its
+    one child. B, on the same host, receives all four messages and takes over the lease.
     """
     fleet = make_fleet(TEST_PREFETCH="4")
     app, go = client(), tmp_path / "go"
@@ -184,11 +188,12 @@ def test_a_worker_that_falls_silent_to_rabbitmq_in_mid_body(
     tmp_path: Path,
     pool: str,
 ) -> None:
-    """A's main thread, which sends RabbitMQ its heartbeats, is gone in a cold shutdown of
-    threads, and in the body in a solo pool; RabbitMQ takes A for dead while its run goes on, and
-    gives its message to B.
+    """A stops sending heartbeats to RabbitMQ, which its main thread sends. With threads, a cold
+    shutdown has ended that thread; in a solo pool it runs the body. RabbitMQ takes A for dead while
+    A's run goes on, and delivers its message to B.
 
-    A cannot acknowledge it. B puts it back, and ends it as a duplicate when the run has saved.
+    A cannot acknowledge the message. B requeues it, and ends it as a duplicate after the run has
+    saved.
     """
     fleet = make_fleet(TEST_BROKER_HEARTBEAT="1")
     app, go = client(), tmp_path / "go"
@@ -212,8 +217,8 @@ def test_a_soft_shutdown_of_gevent_in_mid_body(
     client: Callable[[], Celery],
     tmp_path: Path,
 ) -> None:
-    """Celery 5.7 cannot wait in a signal's handler under gevent: A ends at once, and its lease
-    stays behind. B, on its host, gets the message and the lease.
+    """Celery 5.7 cannot wait in a signal handler under gevent, so A exits at once and leaves its
+    lease behind. B, on the same host, receives the message and takes over the lease.
     """
     fleet = make_fleet(TEST_SOFT_SHUTDOWN="0.5")
     app, go = client(), tmp_path / "go"
@@ -233,8 +238,8 @@ def test_rabbitmq_dies_in_mid_body(
     client: Callable[[], Celery],
     tmp_path: Path,
 ) -> None:
-    """It is killed while a body runs, and started again: it kept the message, and gives it out
-    again. The run is not repeated, and the next message runs.
+    """RabbitMQ is killed while a body runs, and started again. It has kept the message and
+    redelivers it. The run is not repeated, and the next message runs.
     """
     fleet = make_fleet(CELERY_BROKER_URL=own_rabbitmq.url)
     app, go = client(), tmp_path / "go"
@@ -246,7 +251,7 @@ def test_rabbitmq_dies_in_mid_body(
     own_rabbitmq.stop()
     fleet.wait_for_output(worker, "Connection to broker lost")
     own_rabbitmq.start()
-    wait_until_put_back(fleet, worker)
+    wait_until_requeued(fleet, worker)
     go.touch()
     assert outcome(result) == 1
     fleet.wait_for_output(worker, f"task {result.id} was done before")

@@ -1,4 +1,4 @@
-"""What comes after a run: its result, its callbacks, its message when its process died."""
+"""What follows a run: its result and callbacks, and its message if its process dies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.waiting import wait_until
 
 CELERY_COUNTS = celery.VERSION >= (5, 7)
 
-# Leases become free only by being given back.
+# A long interval, so that a lease becomes free only by being released, not by expiring.
 pytestmark = pytest.mark.fleet(
     CELERY_SINGLETON_HEARTBEAT_INTERVAL="60",
     TEST_WORKER_LOST_WAIT="0.1",
@@ -45,8 +45,8 @@ def test_a_chain_goes_on_with_the_result_of_a_run_whose_process_died_before_it_w
     tmp_path: Path,
     backend: bool,
 ) -> None:
-    """The run saves; its child is killed before Celery sends the chain's next message; the
-    message comes again and is known as done.
+    """The run saves. Its child is killed before Celery sends the chain's next message. The message
+    is redelivered, and recognised as done: the chain goes on with its result.
     """
     fleet = make_fleet()
     if not backend:
@@ -81,8 +81,8 @@ def test_a_result_that_was_too_large_to_keep_is_none_and_a_warning(
 def test_a_copy_that_comes_just_as_a_run_ends_sends_no_second_callback(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """The run saves; a copy of its message arrives and finds it done; only then does Celery send
-    the callback and record the result.
+    """The run saves. A copy of its message arrives and finds it done. Only then does Celery send
+    the callback and record the result of the first delivery.
     """
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "2")
@@ -102,7 +102,7 @@ def test_a_copy_that_comes_just_as_a_run_ends_sends_no_second_callback(
 def test_copies_of_short_runs_send_each_callback_once(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """Each message is sent twice, and its copy arrives before, while or after its run ends."""
+    """Each message is sent twice. The copy arrives before, during or after the end of the run."""
     app = client()
     fleet.start("-c", "4")
     for number in range(40):
@@ -126,15 +126,16 @@ def unreachable(task_id: str) -> None:
 def test_an_id_that_was_used_before_runs_each_day(
     fleet: Fleet, client: Callable[[], Celery], backend: bool
 ) -> None:
-    """Each day's message has the id of the day before, whose result is still in the backend.
+    """Each day's message has the id of the previous day's, whose result is still in the backend.
 
-    A sender without a result backend cannot forget that result: the worker does, before it runs.
+    A sender without a result backend cannot delete that result, so the worker does it before the
+    run.
     """
     app = client()
     fleet.start("-c", "1")
 
     def body(self: Any, until: str = "") -> None:
-        """The worker has its own."""
+        """Do nothing: the body that counts runs in the worker."""
 
     sender = client()
     if not backend:
@@ -150,13 +151,13 @@ def test_an_id_that_was_used_before_runs_each_day(
 def test_a_new_message_with_the_id_of_a_run_that_goes_on_runs_after_it(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """Also when the first one was retried meanwhile: a retry is the same message."""
+    """This holds even if the first message was retried meanwhile: a retry is the same message."""
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "2")
     made: dict[str, Any] = {"state_schema": Counter, "shared": False}
 
     def body(self: Any, *_: Any) -> None:
-        """The worker has its own."""
+        """Do nothing: the body that counts runs in the worker."""
 
     increment = singleton_task(app, name="increment", **made)(body)
     increment.apply_async((str(go),), task_id="nightly-import")
@@ -171,7 +172,8 @@ def test_a_new_message_with_the_id_of_a_run_that_goes_on_runs_after_it(
         twice.apply_async(task_id="nightly-report")
         fleet.wait_for_notes("attempt", 3 * day)
 
-        # The state, because Celery can store a retry's state after the retry's success.
+        # Check the state, not the result: Celery can store the retry's state after the retry's
+        # success.
         def is_saved(expected: str = f'{{"n":{day}}}') -> bool:
             row = store.peek("singleton-state:retry_twice")
             return row is not None and not row.held and row.value == expected
@@ -207,7 +209,7 @@ def test_the_message_of_a_killed_child_runs_again(
 def test_a_task_that_always_kills_its_process_ends(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """After ``max_retries`` it is not run again."""
+    """A task kills its process in every run. After ``max_retries`` it is not run again."""
     app = client()
     fleet.start("-c", "1")
     error = outcome(app.send_task("dies_until", (100,)))

@@ -1,7 +1,7 @@
-"""Messages that have to be sent again while their broker cannot be reached, with real workers.
+"""Messages that must be sent again while their broker is unavailable, with real workers.
 
-Workers publish through a proxy that refuses, and read from the broker itself: an acknowledgement
-arrives, and a message that is thrown away is lost.
+Workers publish through a proxy that refuses, and read from the broker itself. So an acknowledgement
+arrives, and a message that is discarded would be lost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.fleet(
 
 @pytest.fixture(params=["valkey", "rabbitmq"])
 def broker(request: pytest.FixtureRequest) -> tuple[UrlAt, int]:
-    """The broker's URL at a port, and its own port."""
+    """A function from a port to the broker's URL, and the broker's own port."""
     if request.param == "rabbitmq":
         rabbitmq: RabbitMQ = request.getfixturevalue("rabbitmq")
         return rabbitmq.url_at, rabbitmq.port
@@ -51,7 +51,9 @@ def fleet_broker(broker: tuple[UrlAt, int], proxy: Proxy, tmp_path: Path) -> dic
 
 
 def start(fleet: Fleet) -> Worker:
-    """A worker that publishes nothing of its own: that would break its other connection too."""
+    """Start a worker that publishes nothing of its own, because a failure of that would also break
+    the connection that it reads from.
+    """
     return fleet.start("-c", "2", "--without-heartbeat")
 
 
@@ -65,9 +67,10 @@ def wait_until_unsent(fleet: Fleet, worker: Worker, task: str, task_id: str) -> 
 
 
 def test_a_retry(fleet: Fleet, client: Callable[[], Celery], proxy: Proxy, tmp_path: Path) -> None:
-    """The body runs; nothing can be published; it asks for its retry; publishing works again.
+    """The body runs. Publishing fails from now on. The body asks for a retry. Publishing works
+    again.
 
-    The message comes again as it was, and the retry is sent then.
+    The message is redelivered as it was, and its retry is sent then.
     """
     app, go = client(), tmp_path / "go"
     worker = start(fleet)
@@ -77,8 +80,8 @@ def test_a_retry(fleet: Fleet, client: Callable[[], Celery], proxy: Proxy, tmp_p
     go.touch()
     wait_until_unsent(fleet, worker, "retries_once", result.id)
     proxy.mode = "pass"
-    # Not by its result: that of a run which asked for a retry is stored after the retry was sent,
-    # and so, now and then, after the retry's own.
+    # Do not wait for the result: Celery stores the result of the run that asked for the retry after
+    # it has sent the retry, and so sometimes after the retry's own result.
     wait_until(
         lambda: any(note["retries"] == 1 for note in fleet.notes("leave")), "the retry has run"
     )
@@ -90,8 +93,9 @@ def test_a_retry(fleet: Fleet, client: Callable[[], Celery], proxy: Proxy, tmp_p
 def test_a_delivery_that_waits_for_its_turn(
     fleet: Fleet, client: Callable[[], Celery], proxy: Proxy, tmp_path: Path
 ) -> None:
-    """A's body runs; B stands before the lease; nothing can be published; B finds the lease
-    taken and would wait as a message; publishing works again, and B runs after A.
+    """A's body runs. B is about to acquire the lease. Publishing fails from now on. B finds the
+    lease taken and cannot publish its message for later. Publishing works again, and B runs after
+    A.
     """
     app, go = client(), tmp_path / "go"
     open_gate, gate = tmp_path / "open gate", tmp_path / "gate"
