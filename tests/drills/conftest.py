@@ -1,4 +1,4 @@
-"""What drills have beside their fleets: hosts, shops, servers that a test may stop."""
+"""Fixtures of the drills: hosts, shops, standbys and servers that a test may stop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_hosts(
     postgres_url: str,
     make_proxy: Callable[[int], Proxy],
 ) -> Iterator[Callable[..., Hosts]]:
-    """Makes hosts for beats, on a schedule."""
+    """A function that makes hosts for the beats of a schedule."""
     made: list[Hosts] = []
 
     def make(schedule: Schedule, **settings: object) -> Hosts:
@@ -37,7 +37,7 @@ def make_hosts(
 
 @pytest.fixture(params=["postgresql", "mariadb"])
 def own_server(request: pytest.FixtureRequest) -> Postgres | MariaDB:
-    """A server that the test may stop, or stall: the test runs once for each."""
+    """A database server that the test may stop or stall: the test runs once for each kind."""
     name = {"postgresql": "own_postgres", "mariadb": "own_mariadb"}[request.param]
     server: Postgres | MariaDB = request.getfixturevalue(name)
     return server
@@ -47,7 +47,7 @@ def own_server(request: pytest.FixtureRequest) -> Postgres | MariaDB:
 def make_shop(
     make_fleet: Callable[..., Fleet], make_proxy: Callable[[int], Proxy]
 ) -> Iterator[Callable[..., Shop]]:
-    """Makes a shop on a server."""
+    """A function that makes a shop on a database server."""
     made: list[Shop] = []
 
     def make(server: Postgres | MariaDB, **settings: object) -> Shop:
@@ -61,19 +61,21 @@ def make_shop(
 
 @pytest.fixture
 def make_gate(tmp_path: Path) -> Callable[[str], Gate]:
-    """Makes a place where bodies wait."""
+    """A function that makes gates, at which bodies wait until the test opens them."""
     return lambda name: Gate(tmp_path, name)
 
 
 @pytest.fixture
 def link(own_postgres: Postgres, make_proxy: Callable[[int], Proxy]) -> Proxy:
-    """From a standby to its primary."""
+    """A proxy between a standby and its primary."""
     return make_proxy(own_postgres.port)
 
 
 @pytest.fixture
 def make_standby(link: Proxy) -> Iterator[Callable[[], Standby]]:
-    """Makes standbys of the test's own server, as it is at this moment."""
+    """A function that makes standbys of the test's own server, with the data that it has
+    by then.
+    """
     made: list[Standby] = []
 
     def make() -> Standby:

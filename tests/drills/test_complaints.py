@@ -1,7 +1,7 @@
-"""What users of other packages complain of, each by the number of its issue, and true here never.
+"""Complaints by users of other packages, each by its issue number, which must not hold here.
 
-Leases live for two minutes here, so that none becomes free by running out. What is said of beats
-that stand in for each other belongs to the tests of beat.
+Leases live for two minutes here, so that no lease becomes free by expiring. Complaints about beats
+that take over from one another are tested in the drills of beat.
 """
 
 from __future__ import annotations
@@ -42,26 +42,28 @@ def outcomes(app: Celery, name: str) -> list[str]:
 
 
 def known_to(app: Celery) -> Any:
-    """The task ``sent_once`` in the app that sends it: whether it is published is decided there."""
+    """Return the task ``sent_once`` for the sending app, which decides whether to publish it."""
 
     def body(self: Any, number: int, until: str = "") -> None:
-        """It runs in the workers."""
+        """Do nothing: the body that counts runs in the workers."""
 
     options: Any = {"name": "sent_once", "enqueue_once": True, "unique_on": ["number"]}
     return singleton_task(app, shared=False, **options)(body)
 
 
 def deaf_known_to(app: Celery) -> Any:
-    """The task ``deaf`` in an app that sends it only if none is there."""
+    """Return the task ``deaf`` for the sending app, which publishes it only if no copy is queued or
+    running.
+    """
 
     def body(self: Any, how: str = "") -> None:
-        """It runs in the workers."""
+        """Do nothing: the body that counts runs in the workers."""
 
     return singleton_task(app, shared=False, name="deaf", enqueue_once=True)(body)
 
 
 def sent_after(task: Any, last_id: str, *args: Any) -> Any:
-    """The result of the first message that is sent and is not the last one's."""
+    """Send the task until a new message is published instead of ``last_id``; return its result."""
 
     def sent() -> Any:
         result = task.delay(*args)
@@ -76,7 +78,9 @@ def sent_after(task: Any, last_id: str, *args: Any) -> Any:
 def test_celery_singleton_40_a_hard_time_limit_leaves_no_lock(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """A run that only SIGKILL can end, and that a hard time limit ends, keeps nobody out."""
+    """A run ignores every signal but SIGKILL, and a hard time limit kills it. The next message
+    runs.
+    """
     app = client()
     worker = fleet.start("-c", "1", "--time-limit", "1")
     app.send_task("deaf", ("for ever",))
@@ -85,10 +89,12 @@ def test_celery_singleton_40_a_hard_time_limit_leaves_no_lock(
     assert outcomes(app, "deaf") == ["lost", "succeeded"]
 
 
-def test_celery_singleton_40_nor_does_it_keep_the_next_message_back(
+def test_celery_singleton_40_a_run_killed_by_a_time_limit_does_not_block_the_next_message(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """Nor does it count as running any more for who sends the task only if none is there."""
+    """A hard time limit kills a run. For ``enqueue_once``, the killed run no longer counts as
+    running: the next message is published.
+    """
     task = deaf_known_to(client())
     worker = fleet.start("-c", "1", "--time-limit", "1")
     killed = task.delay("for ever")
@@ -99,7 +105,7 @@ def test_celery_singleton_40_nor_does_it_keep_the_next_message_back(
 def test_celery_singleton_20_a_retry_is_sent_and_runs(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """``raise self.retry()`` does not meet the lock of the run that it is in."""
+    """``raise self.retry()`` is not refused because of the lease of the run that calls it."""
     app = client()
     fleet.start("-c", "2")
     app.send_task("retry_twice")
@@ -108,10 +114,12 @@ def test_celery_singleton_20_a_retry_is_sent_and_runs(
     assert [note["retries"] for note in fleet.notes("attempt")] == [0, 1, 2]
 
 
-def test_celery_singleton_20_nor_is_it_taken_for_a_second_copy(
+def test_celery_singleton_20_a_retry_is_not_taken_for_a_second_copy(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """``self.retry()`` sends its message although a task that is sent once is running: itself."""
+    """``self.retry()`` publishes its message although the ``enqueue_once`` task is running: the
+    running copy is the caller itself.
+    """
     app = client()
     fleet.start("-c", "1")
     app.send_task("sent_once_and_retried")
@@ -124,10 +132,11 @@ def test_celery_singleton_20_nor_is_it_taken_for_a_second_copy(
 def test_celery_singleton_55_an_error_in_a_retry_does_not_kill_the_worker(
     make_fleet: Callable[..., Fleet], client: Callable[[], Celery], serializer: str
 ) -> None:
-    """A task that is retried for whatever it raises ends as the error of ours that it raised.
+    """A task with ``autoretry_for`` raises one of our errors: its result is that error, unchanged.
 
-    The error goes from the pool's process to the worker, in a retry and as a failure, and on to the
-    results; it is rebuilt in each of these places, and the process and its worker go on.
+    The error goes from the pool's process to the worker, once for the retry and once for the
+    failure, and then to the result backend. Each of them rebuilds the error. The pool's process and
+    the worker survive it.
     """
     fleet = make_fleet(TEST_SERIALIZER=serializer)
     app = client()
@@ -143,13 +152,13 @@ def test_celery_singleton_55_an_error_in_a_retry_does_not_kill_the_worker(
     assert "Unrecoverable" not in worker.output
 
 
-def test_celery_singleton_38_what_beats_send_is_guarded(
+def test_celery_singleton_38_messages_of_two_beats_are_guarded(
     make_fleet: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path
 ) -> None:
     """Two beats send the same task to two workers, and no two runs of it overlap.
 
-    One of the beats knows the schedule and not the task, so that it sends it by its name. The first
-    run goes on until a message of each beat has found its lease taken, and has ended with success.
+    One of the beats knows the schedule but not the task, so it sends the task by name. The first
+    run goes on until a message of each beat has found the lease taken and has ended with success.
     """
     go = tmp_path / "go"
     schedule = {"often": {"task": "held_and_skipped", "schedule": 0.2, "args": [str(go)]}}
@@ -172,7 +181,7 @@ def test_celery_singleton_38_what_beats_send_is_guarded(
 
 
 def skipped_of(beat_log: Path, workers: list[Worker]) -> str | None:
-    """The id of a message of this beat that ended without a run."""
+    """Return the id of a message of this beat that succeeded without a run, or None."""
     ended = "".join(worker.output for worker in workers)
     for task_id in re.findall(r" sent\. id->(\S+)", beat_log.read_text()):
         if re.search(rf"\[{task_id}\] succeeded in \S+ None", ended):
@@ -182,7 +191,9 @@ def skipped_of(beat_log: Path, workers: list[Worker]) -> str | None:
 
 @contextmanager
 def beat(fleet: Fleet, app: str) -> Iterator[Path]:
-    """A beat with Celery's own scheduler, and a schedule file of its own; its log."""
+    """Run a beat with Celery's own scheduler and a schedule file of its own; yield the path of its
+    log.
+    """
     command = [sys.executable, "-m", "celery", "-A", app, "beat", "-l", "DEBUG", "--pidfile="]
     path = fleet.directory / f"beat-{app}.log"
     with path.open("ab") as log:
@@ -200,12 +211,13 @@ def beat(fleet: Fleet, app: str) -> Iterator[Path]:
         process.wait()
 
 
-def test_celery_singleton_29_a_revoked_task_keeps_nobody_out(
+def test_celery_singleton_29_a_revoked_message_does_not_block_the_next(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """One that is revoked before it runs has taken nothing: what is sent next is sent, and runs.
+    """A message that is revoked before it runs holds no lease: the next message is published and
+    runs.
 
-    Its only process is busy when the worker hears that the message behind is revoked.
+    The only pool process is busy while the worker receives the revocation of the queued message.
     """
     app, go = client(), tmp_path / "go"
     task = known_to(app)
@@ -221,10 +233,12 @@ def test_celery_singleton_29_a_revoked_task_keeps_nobody_out(
     assert outcome(sent_after(task, revoked.id, 1)) == 1
 
 
-def test_celery_singleton_29_nor_does_one_that_is_revoked_in_mid_run(
+def test_celery_singleton_29_a_terminated_run_does_not_block_the_next_message(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """One that is terminated while it runs is over for who sends the next one, too."""
+    """A run is terminated by ``revoke(terminate=True)``. For ``enqueue_once`` it no longer counts
+    as running: the next message is published.
+    """
     app = client()
     task = known_to(app)
     fleet.start("-c", "1")
@@ -239,9 +253,11 @@ def test_celery_singleton_29_nor_does_one_that_is_revoked_in_mid_run(
 def test_celery_singleton_21_a_dead_worker_leaves_no_lock(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """A worker is killed whole in mid-run; who meets its lease next finds that its holder is dead.
+    """A worker and all its processes are killed in mid-run. The next delivery finds that the
+    lease's holder is dead, and takes over.
 
-    The other worker is there before, so that nobody has looked after the dead one's leases.
+    The other worker starts before the kill, so that no worker's start frees the dead worker's
+    lease.
     """
     app = client()
     killed = fleet.start("-c", "1", "-Q", "a")
@@ -257,10 +273,10 @@ def test_celery_singleton_21_a_dead_worker_leaves_no_lock(
 def test_celery_singleton_19_a_duplicate_does_not_drop_its_chain(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """Two chains begin with the same task: it runs once, and what follows it runs in both.
+    """Two chains begin with the same task: it runs once, and the second task runs in both chains.
 
-    The second chain is sent while the first one's run is held; neither its message is held back,
-    nor what follows the delivery that is skipped.
+    The second chain is sent while the first chain's run goes on. Its first message is published,
+    and the rest of its chain runs although that first delivery is skipped.
     """
     app, go = client(), tmp_path / "go"
     first, add = known_to(app), app.signature("plain_add")
@@ -277,7 +293,9 @@ def test_celery_singleton_19_a_duplicate_does_not_drop_its_chain(
 def test_celery_singleton_53_a_task_that_sends_itself_does_not_collide(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """A run may send its next one: that the message is there keeps nobody out, only a run does."""
+    """A run sends its own next message: a queued message does not keep the run's lease taken or
+    raise a conflict.
+    """
     app = client()
     fleet.start("-c", "1")
     app.send_task("sends_next_or_raises", (2,))
@@ -287,12 +305,13 @@ def test_celery_singleton_53_a_task_that_sends_itself_does_not_collide(
     )
 
 
-def test_celery_singleton_53_its_next_run_waits_for_its_end(
+def test_celery_singleton_53_a_message_that_a_run_sends_itself_waits_for_its_end(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """The next message is received while the run that sent it goes on: it waits, if it is told to.
+    """A run sends its own next message. With ``on_conflict="wait"`` that message waits for the end
+    of the run.
 
-    The run ends when the other process has met its lease.
+    The run ends only after another process has received the message and found the lease taken.
     """
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "2")
@@ -309,9 +328,10 @@ def test_celery_singleton_53_its_next_run_waits_for_its_end(
 def test_celery_singleton_48_no_redis_is_needed(
     make_fleet: Callable[..., Fleet], tmp_path: Path
 ) -> None:
-    """Files are the broker, the store and the results, and nobody so much as asks for a client of
-    Redis: one that is asked for leaves a mark and cannot be had. (Flower, where it is installed, is
-    loaded by Celery's command line, and asks.)
+    """Broker, store and results are files, and no process imports a Redis client.
+
+    A fake package ``redis`` leaves a mark when it is imported, and raises ``ImportError``. An
+    import by Flower does not count: Celery's command line loads Flower if it is installed.
     """
     asked = tmp_path / "redis was asked for"
     none = tmp_path / "none" / "redis"
@@ -344,8 +364,8 @@ def test_celery_singleton_48_no_redis_is_needed(
 def test_celery_once_147_a_crash_leaves_no_lock(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """A worker is killed whole in mid-run; when it is started again the next message is sent, and
-    runs.
+    """A worker and all its processes are killed in mid-run. After it is started again, the next
+    message is published and runs.
     """
     task = known_to(client())
     killed = fleet.start("-c", "1", name="again")
@@ -359,10 +379,10 @@ def test_celery_once_147_a_crash_leaves_no_lock(
     assert outcome(following) == 147
 
 
-def test_celery_once_147_nor_does_that_of_one_process(
+def test_celery_once_147_a_killed_pool_process_leaves_no_lock(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """A process of the pool is killed; its worker, which goes on, frees the lease."""
+    """A process of the pool is killed. Its worker survives and frees the lease."""
     app = client()
     fleet.start("-c", "1")
     app.send_task("waits")
@@ -376,10 +396,12 @@ def test_celery_once_147_nor_does_that_of_one_process(
 def test_celery_once_110_a_run_by_hand_is_not_ignored_silently(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """Who sends a task that is running hears of it, by the task's policy.
+    """A user who sends a task while it runs can see from the outcome that no second run was
+    started.
 
-    The worker's log says who holds the lease and the result is ``None``; or the error names the
-    holder; or the result is that of the run that is there.
+    With "skip" the result is ``None`` and the worker's log names the lease's holder. With "raise"
+    the error names the holder. With ``enqueue_once`` the user gets the result of the run in
+    progress.
     """
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "4")
@@ -401,10 +423,10 @@ def test_celery_once_110_a_run_by_hand_is_not_ignored_silently(
     assert [outcome(each) for each in (*running, same)] == ["ran", "held", 3, 3]
 
 
-def test_celery_once_110_a_failure_is_not_in_the_way(
+def test_celery_once_110_a_failed_task_runs_again(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """A task that has failed is run by hand, and runs."""
+    """A task that failed can be sent by hand again, and runs."""
     app = client()
     fleet.start("-c", "1")
     for _ in range(2):
@@ -415,9 +437,9 @@ def test_celery_once_110_a_failure_is_not_in_the_way(
 def test_celery_once_136_send_task_is_guarded(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """A task that is sent by its name, by one that does not know it, meets the lease all the same.
+    """A task is sent by name, from an app that does not know it. The lease guards it all the same.
 
-    Celery's own beat does that where it does not import the tasks.
+    Celery's own beat sends by name when it does not import the tasks.
     """
     app, go = client(), tmp_path / "go"
     assert "held_and_skipped" not in app.tasks
@@ -433,9 +455,11 @@ def test_celery_once_136_send_task_is_guarded(
 def test_celery_once_104_a_lock_can_be_kept_for_a_while(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """``hold_at_least``: what comes soon after a run is kept out, and what comes later is not.
+    """``hold_at_least``: a message within the hold period after a run is skipped, and a later one
+    runs.
 
-    One task is kept for an hour, so that the second message is soon enough on any machine.
+    One task has a hold period of an hour, so that its second message falls within it on any
+    machine.
     """
     app = client()
     worker = fleet.start("-c", "1")
@@ -460,16 +484,17 @@ def test_celery_once_104_a_lock_can_be_kept_for_a_while(
 def test_celery_5935_a_body_longer_than_the_visibility_timeout_runs_once(
     make_fleet: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """Redis gives a message out again whose run still goes on.
+    """Redis redelivers a message although its run is still in progress.
 
-    The second copy is put back while it does, and ends as a duplicate when it has saved.
+    The second copy is requeued while the run goes on, and ends as a duplicate after the run has
+    saved.
     """
     fleet = make_fleet(TEST_VISIBILITY_TIMEOUT="1")
     app, go = client(), tmp_path / "go"
     workers = [fleet.start("-c", "2", name="a")]
     result = app.send_task("increment", (str(go),))
     fleet.wait_for_notes("enter")
-    # A worker looks for messages that were taken for too long when it starts, and then rarely.
+    # A worker checks for unacknowledged messages when it starts, and then only every ten seconds.
     wait_until(lambda: is_overdue(app), "the broker takes the message for lost")
     workers.append(fleet.start("-c", "2", name="b"))
 
@@ -484,7 +509,9 @@ def test_celery_5935_a_body_longer_than_the_visibility_timeout_runs_once(
 
 
 def is_overdue(app: Celery) -> bool:
-    """Whether a message was taken longer ago than the visibility timeout."""
+    """Return whether the broker delivered a message longer ago than the visibility
+    timeout of 1 s.
+    """
     with app.connection_for_read() as connection:
         client = connection.default_channel.client
         ((_, taken),) = client.zrange("unacked_index", 0, -1, withscores=True)
@@ -495,10 +522,10 @@ def is_overdue(app: Celery) -> bool:
 def test_celery_1876_the_last_run_is_known_after_a_crash(
     make_fleet: Callable[..., Fleet], client: Callable[[], Celery]
 ) -> None:
-    """A run is noted with its end, and not some minutes later.
+    """A run is recorded when it ends, not minutes later.
 
-    Beat and worker are killed right after it, so that Celery's scheduler knows of no run; those
-    that are started in their place do not repeat one that is to be held for an hour.
+    Beat and worker are killed right after the run, so that Celery's scheduler has not stored it.
+    Their successors do not repeat the run, because its hold period is an hour.
     """
     schedule = {"often": {"task": "kept", "schedule": 0.2}}
     fleet = make_fleet(TEST_SCHEDULE=json.dumps(schedule))

@@ -1,8 +1,8 @@
-"""Tools that trace a project wrap Celery's methods and add to its messages: workers and beats of
-such a project do all that they do elsewhere.
+"""Tracing tools wrap Celery's methods and add to its messages. With each of them, workers and beats
+still do all that they do without it.
 
-A tool that is not installed is skipped, unless ``SINGLETON_TEST_SDKS=required`` is in the
-environment, as in the environment ``sdks`` of tox.
+A tool that is not installed is skipped. With ``SINGLETON_TEST_SDKS=required`` in the environment,
+as in tox's environment ``sdks``, a missing tool is a failure.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.helpers.fleet import ROOT, Fleet, outcome
 from tests.helpers.waiting import wait_until
 
 APP = "tests.apps.sdk_app"
-#: By name, the package, and whether its folder ``bootstrap`` switches it on.
+#: For each tool: its package, and whether a folder ``bootstrap`` in it switches the tool on.
 SDKS = {
     "sentry-sdk": ("sentry_sdk", False),
     "ddtrace": ("ddtrace", True),
@@ -36,9 +36,9 @@ SDKS = {
     "elastic-apm": ("elasticapm", False),
     "opentelemetry-instrumentation-celery": ("opentelemetry.instrumentation.celery", False),
 }
-#: Those that send what they collect.
+#: The tools that send data to a collector in this test.
 SENDING = ("sentry-sdk", "ddtrace", "elastic-apm")
-#: Nothing leaves this host, and nobody asks a cloud what it is.
+#: Settings that keep the tools from sending data off this host and from asking for cloud metadata.
 SETTINGS = {
     "DD_CELERY_DISTRIBUTED_TRACING": "true",
     "DD_CRASHTRACKING_ENABLED": "false",
@@ -48,20 +48,20 @@ SETTINGS = {
     "NEW_RELIC_DEVELOPER_MODE": "true",
     "NEW_RELIC_LICENSE_KEY": "0" * 40,
     "NEW_RELIC_LOG_LEVEL": "warning",
-    # As its own command says which Python it is for.
+    # New Relic's own command sets these two, to say which Python it is for.
     "NEW_RELIC_PYTHON_PREFIX": os.path.realpath(sys.prefix),
     "NEW_RELIC_PYTHON_VERSION": "{}.{}".format(*sys.version_info),
 }
 
 pytestmark = pytest.mark.fleet(store="postgresql", app=APP, **SETTINGS)
-#: Beats by their schedulers.
+#: The two beats by name, and the scheduler of each.
 SCHEDULERS = {"own": "singleton", "persistent": f"{APP}:LeadingScheduler"}
-#: Ticks of an entry that is due each second.
+#: How many ticks of the entry that is due each second the test waits for.
 TICKS = int(os.environ.get("SINGLETON_TEST_SDK_SECONDS", "60"))
 
 
 class Collector(BaseHTTPRequestHandler):
-    """Takes what tools send, and knows nothing better."""
+    """Answer every request of a tool with an empty JSON object, and note its path."""
 
     seen: set[str]
 
@@ -86,13 +86,13 @@ class Collector(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def seen() -> set[str]:
-    """The paths that tools have asked for."""
+    """The URL paths that the tools have requested."""
     return set()
 
 
 @pytest.fixture
 def collector(seen: set[str]) -> Iterator[str]:
-    """A URL at which tools are answered."""
+    """The URL of a collector that answers the tools."""
     handler = type("Handler", (Collector,), {"seen": seen})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
@@ -105,7 +105,7 @@ def collector(seen: set[str]) -> Iterator[str]:
 
 @pytest.fixture(params=SDKS)
 def sdk(request: pytest.FixtureRequest) -> str:
-    """The name of a tool that is installed."""
+    """The name of an installed tool: the test runs once for each."""
     name: str = request.param
     try:
         found = importlib.util.find_spec(SDKS[name][0])
@@ -138,9 +138,11 @@ def traced(make_fleet: Callable[..., Fleet], sdk: str, collector: str) -> Fleet:
 def test_a_traced_project(
     traced: Fleet, client: Callable[[], Celery], sdk: str, postgres_url: str, seen: set[str]
 ) -> None:
-    """A worker and two beats, ours and Celery's own with leadership, run for a minute: every tick
-    is sent once and runs once, messages that wait for one another do so, and one that waits in vain
-    ends; none of our lines is an error, and nobody's has a traceback.
+    """A worker and two beats run for a minute: our scheduler, and Celery's own with
+    ``LeaderMixin``.
+
+    Every tick is sent once and runs once. Of the messages that wait for a lease, each gets it or
+    fails in time. Our log has no error, and no log has a traceback.
     """
     worker = traced.start("-c", "4")
     beats = {
@@ -155,7 +157,8 @@ def test_a_traced_project(
         f"{TICKS} ticks",
         2 * TICKS + 60,
     )
-    # A beat that is stopped while it sends has Celery log what its broker's client makes of that.
+    # Read the logs before the stop: if a beat is stopped while it publishes, Celery logs a
+    # traceback of the broker's client.
     said = [log.output for log in beats.values()]
     for beat in beats.values():
         beat.stop()
@@ -183,7 +186,9 @@ def test_a_traced_project(
 
 
 def meet_each_other(fleet: Fleet, app: Celery) -> None:
-    """Messages that wait: four for one another, one in vain, and one that is not sent twice."""
+    """Send messages that conflict: four that wait for one another, two of which one waits in vain,
+    and an ``enqueue_once`` task sent twice.
+    """
     met = [app.send_task("meets") for _ in range(4)]
     in_vain = [app.send_task("waits_in_vain", ("a", 8.0)) for _ in range(2)]
     app.send_task("sends_twice")
@@ -203,12 +208,12 @@ def meet_each_other(fleet: Fleet, app: Celery) -> None:
 
 
 def ticks_of(fleet: Fleet, beat: str, entry: str) -> list[dict[str, Any]]:
-    """What an entry's bodies wrote down, in order."""
+    """Return the notes that an entry's bodies wrote, in order."""
     return [note for note in fleet.notes("tick") if (note["beat"], note["entry"]) == (beat, entry)]
 
 
 def states_of(store_url: str, beat: str) -> dict[str, EntryState]:
-    """What the store has of a beat's entries."""
+    """Return the stored state of each of a beat's entries."""
     store = open_store(store_url, "kv_store", 5.0)
     try:
         return decode_rows(store.entries.load(f"singleton-beat:{beat}:"))
@@ -217,15 +222,15 @@ def states_of(store_url: str, beat: str) -> dict[str, EntryState]:
 
 
 def complaints(fleet: Fleet, beat: str, entry: str, state: EntryState) -> list[str]:
-    """What is wrong with the ticks of an entry that have run."""
+    """Return a line for each thing that is wrong with the ticks of an entry that have run."""
     ran = ticks_of(fleet, beat, entry)
     dues = [note["due"] for note in ran]
     found = [f"{beat} {entry}: {due} ran {n} times" for due, n in Counter(dues).items() if n > 1]
     found += [f"{beat} {entry}: {due} had no tick" for due in dues if due is None]
     if entry == "once":
-        # A tick is not sent while the one before is queued.
+        # An ``enqueue_once`` tick is not sent while the previous tick is queued.
         return found if 0 < len(ran) <= state.total_run_count + 1 else [*found, "once: not sent"]
-    # The last one can have been on its way when the beat was told to stop.
+    # The beat may have sent its last tick, without recording it, when it was stopped.
     if len(ran) - state.total_run_count not in (0, 1):
         found.append(f"{beat} {entry}: {state.total_run_count} were sent, and {len(ran)} ran")
     if entry != "retried" and any(a > b for a, b in pairwise(dues)):
@@ -234,7 +239,7 @@ def complaints(fleet: Fleet, beat: str, entry: str, state: EntryState) -> list[s
 
 
 def errors(output: str) -> list[str]:
-    """Our lines that are errors."""
+    """Return the lines in which this package logged an error."""
     return [
         line
         for line in output.splitlines()
@@ -243,5 +248,5 @@ def errors(output: str) -> list[str]:
 
 
 def tracebacks(output: str) -> list[str]:
-    """Everybody's tracebacks."""
+    """Return the first line of each traceback, from whichever package."""
     return [line for line in output.splitlines() if line.startswith("Traceback")]

@@ -1,4 +1,4 @@
-"""P1, P2, P3: a fleet works through a storm, and nothing is overlapped, lost or doubled."""
+"""P1, P2, P3: a fleet works through a storm; no runs overlap, and nothing is lost or doubled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from tests.storm.drill import Drill, Storm
 
 pytestmark = pytest.mark.xdist_group("storm")
 
-#: ``SINGLETON_TEST_STORM=<seed>:<seconds>`` asks for another storm.
+#: The seed and the length in seconds; ``SINGLETON_TEST_STORM=<seed>:<seconds>`` asks for another
+#: storm.
 SEED, SECONDS = map(int, os.environ.get("SINGLETON_TEST_STORM", "1:40").split(":"))
 
 
@@ -42,7 +43,8 @@ def test_a_storm_on_valkey(durable_valkey: Valkey, own_postgres: Postgres, tmp_p
     assert found.runs > SECONDS
 
 
-#: ``SINGLETON_TEST_STORM_QUEUES`` asks for other kinds of RabbitMQ's queues, as ``direct,topic``.
+#: The kinds of RabbitMQ queues; ``SINGLETON_TEST_STORM_QUEUES`` asks for others, as
+#: ``direct,topic``.
 QUEUES = os.environ.get("SINGLETON_TEST_STORM_QUEUES", "classic,topic").split(",")
 
 
@@ -63,7 +65,7 @@ def test_a_storm_on_mariadb(durable_valkey: Valkey, own_mariadb: MariaDB, tmp_pa
     assert found.runs > SECONDS
 
 
-#: Storms that a fault is given: whether a short one hits it is a matter of chance.
+#: How many short storms a fault gets to show itself: each storm provokes it only by chance.
 STORMS_FOR_A_FAULT = 5
 
 
@@ -82,7 +84,9 @@ def test_a_fault_is_found(
     own_postgres: Postgres,
     tmp_path: Path,
 ) -> None:
-    """The package broken on purpose: stale writers are believed, leases run out under bodies."""
+    """The package is broken on purpose, and the checker finds it: without the fence, stale writes
+    are accepted; without renewal, leases expire during bodies.
+    """
     broken = {"STORM_FAULT": fault}
 
     def finds(seed: int) -> bool:
