@@ -1,4 +1,4 @@
-"""Servers, stores and apps for the tests."""
+"""Fixtures for all tests: servers, databases, stores and apps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import celery._state
-import celery.app.builtins  # which shares Celery's own
+import celery.app.builtins  # registers Celery's built-in shared tasks before the first test
 import pytest
 import redis
 from celery import Celery
@@ -29,7 +29,7 @@ from tests.helpers.stores import STORES, apps_on, url_on
 
 pytest_plugins = ["tests.helpers.fleets"]
 
-# What hypothesis notes for itself is a file too, and no test leaves one in the checkout.
+# Keep hypothesis's own files out of the checkout.
 _hypothesis_home = tempfile.mkdtemp(prefix="test-hypothesis-")
 atexit.register(shutil.rmtree, _hypothesis_home)
 set_hypothesis_home_dir(_hypothesis_home)
@@ -40,7 +40,9 @@ _numbers = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def _only_the_tasks_of_the_test() -> Iterator[None]:
-    """Celery gives the tasks that one app shares to every app that is made later."""
+    """Remove the shared tasks that a test made: Celery adds them to every app that is
+    made later.
+    """
     shared = celery._state._on_app_finalizers
     before = set(shared)
     yield
@@ -49,7 +51,7 @@ def _only_the_tasks_of_the_test() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _only_the_settings_of_the_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No setting comes in from the environment, and no file is left in the checkout."""
+    """Hide Celery's environment variables from the test, and keep its files out of the checkout."""
     for name in list(os.environ):
         if name.startswith("CELERY_"):
             monkeypatch.delenv(name)
@@ -64,7 +66,7 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture
 def own_postgres() -> Iterator[Postgres]:
-    """A server that the test may stop."""
+    """A server of this test's own, which it may stop."""
     yield from running(Postgres)
 
 
@@ -90,7 +92,7 @@ def valkey() -> Iterator[Valkey]:
 
 @pytest.fixture
 def lease_url(valkey: Valkey) -> str:
-    """An empty database for leases."""
+    """The URL of an empty Redis database for leases."""
     url = f"redis://127.0.0.1:{valkey.port}/15"
     with redis.Redis.from_url(url) as client:
         client.flushdb()
@@ -99,13 +101,15 @@ def lease_url(valkey: Valkey) -> str:
 
 @pytest.fixture
 def own_valkey() -> Iterator[Valkey]:
-    """A server that the test may stop, and that keeps what it took."""
+    """A server of this test's own, which it may stop, and which keeps its data then."""
     yield from running(lambda: Valkey(durable=True))
 
 
 @pytest.fixture
 def server_url(postgres: Postgres) -> Iterator[str]:
-    """A new, empty database, past any pooler: its connections, roles and log can be seen."""
+    """The URL of a new, empty database without a pooler, so that its connections, roles and log can
+    be seen.
+    """
     name = f"test_{os.getpid()}_{next(_numbers)}"
     yield postgres.create_database(name)
     postgres.drop_database(name)
@@ -119,19 +123,19 @@ def _encoded(postgres: Postgres, encoding: str) -> Iterator[str]:
 
 @pytest.fixture
 def latin1_url(postgres: Postgres) -> Iterator[str]:
-    """A new, empty database that has no letters but those of western Europe."""
+    """The URL of a new, empty database in LATIN1, which has only the letters of western Europe."""
     yield from _encoded(postgres, "LATIN1")
 
 
 @pytest.fixture
 def sql_ascii_url(postgres: Postgres) -> Iterator[str]:
-    """A new, empty database that takes every byte for what it is."""
+    """The URL of a new, empty database in SQL_ASCII, which accepts any bytes without a check."""
     yield from _encoded(postgres, "SQL_ASCII")
 
 
 @pytest.fixture
 def postgres_url(server_url: str, request: pytest.FixtureRequest) -> str:
-    """A new, empty database; behind a pooler, where the environment says so."""
+    """The URL of a new, empty database; behind PgBouncer if ``SINGLETON_TEST_POOLED`` is set."""
     if not os.environ.get("SINGLETON_TEST_POOLED"):
         return server_url
     pgbouncer: PgBouncer = request.getfixturevalue("pgbouncer")
@@ -148,8 +152,9 @@ def _pooled_database(postgres: Postgres, pgbouncer: PgBouncer) -> str:
 
 @pytest.fixture
 def pgbouncer_url(postgres: Postgres, pgbouncer: PgBouncer, _pooled_database: str) -> str:
-    """A database behind the pooler, with its table, which is emptied: the pooler's connections
-    are those of the tests before.
+    """The URL of a database behind PgBouncer, with its table and no rows.
+
+    All tests share the database, so that a test gets the pooler's connections from earlier tests.
     """
     postgres.empty_database(_pooled_database, but_for="kv_store")
     return pgbouncer.url(_pooled_database)
@@ -157,13 +162,13 @@ def pgbouncer_url(postgres: Postgres, pgbouncer: PgBouncer, _pooled_database: st
 
 @pytest.fixture
 def own_mariadb() -> Iterator[MariaDB]:
-    """A server that the test may stop."""
+    """A server of this test's own, which it may stop."""
     yield from running(MariaDB)
 
 
 @pytest.fixture
 def mariadb_url(mariadb: MariaDB) -> Iterator[str]:
-    """A new, empty database."""
+    """The URL of a new, empty database on MariaDB."""
     name = f"test_{os.getpid()}_{next(_numbers)}"
     yield mariadb.create_database(name)
     mariadb.drop_database(name)
@@ -171,13 +176,13 @@ def mariadb_url(mariadb: MariaDB) -> Iterator[str]:
 
 @pytest.fixture
 def own_rabbitmq() -> Iterator[RabbitMQ]:
-    """A server that the test may stop."""
+    """A server of this test's own, which it may stop."""
     yield from running(RabbitMQ)
 
 
 @pytest.fixture
 def make_proxy() -> Iterator[Callable[[int], Proxy]]:
-    """Makes a proxy in front of a port."""
+    """A function that makes a proxy in front of a port."""
     made: list[Proxy] = []
 
     def make(port: int) -> Proxy:
@@ -191,19 +196,19 @@ def make_proxy() -> Iterator[Callable[[int], Proxy]]:
 
 @pytest.fixture(params=STORES)
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty database: the test runs once for each store."""
+    """The URL of an empty database: the test runs once for each kind of store."""
     return url_on(request.param, request, tmp_path)
 
 
 @pytest.fixture(params=STORES[1:])
 def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The same, of the stores that several processes can share."""
+    """The URL of an empty database: the test runs once for each store that processes can share."""
     return url_on(request.param, request, tmp_path)
 
 
 @pytest.fixture
 def store(store_url: str) -> Iterator[SqlStore]:
-    """An opened store with its table."""
+    """An open store with its table."""
     opened = open_store(store_url, "kv_store", io_timeout=2.0, pool_size=8, auto_migrate=True)
     yield opened
     opened.close()
@@ -211,7 +216,7 @@ def store(store_url: str) -> Iterator[SqlStore]:
 
 @pytest.fixture
 def make_app(store_url: str) -> Iterator[Callable[..., Celery]]:
-    """Makes apps on the test's store, with a short lease where nothing else is said."""
+    """A function that makes apps on the test's store."""
     yield from apps_on(store_url)
 
 
@@ -222,6 +227,6 @@ def app(make_app: Callable[..., Celery]) -> Celery:
 
 @pytest.fixture
 def memory_app() -> Iterator[Celery]:
-    """An app for what does not depend on the store."""
+    """An app with a store in memory, for tests that do not depend on the kind of store."""
     for make in apps_on("memory://"):
         yield make()

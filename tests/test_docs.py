@@ -1,4 +1,4 @@
-"""Every code block of the documents is run."""
+"""Run every Python block of README and docs, and check their links and commands."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_readme_is_short() -> None:
 
 
 def test_the_readmes_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks share one namespace, as a reader takes them; the store is in memory."""
+    """Run the README's blocks in one namespace, as a reader would, with the store in memory."""
     monkeypatch.setenv("CELERY_SINGLETON_STORE_URL", "memory://")
     orders = sa.Table("orders", sa.MetaData(), sa.Column("id", sa.Integer))
     stock = [{"id": n} for n in range(1, 11)]
@@ -69,7 +69,7 @@ PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if python_blocks(pa
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_pages_python(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a page share one namespace; in a process of its own, for what they set up."""
+    """Run a page's blocks in one namespace, in a process of its own, because they set up apps."""
     monkeypatch.setenv("CELERY_SINGLETON_STORE_URL", "memory://")
     code = "\n".join(python_blocks(page.read_text()))
     ran = subprocess.run(
@@ -78,8 +78,8 @@ def test_a_pages_python(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran.returncode == 0, ran.stderr
 
 
-def test_the_pages_on_beat_say_what_is_so() -> None:
-    """The first page's schedule is one that a beat takes, and its task is due as it says."""
+def test_the_beat_pages_first_example_is_right() -> None:
+    """A beat accepts the first page's schedule, and its task returns the day that the page says."""
     names: dict[str, Any] = {"__name__": "shop"}
     exec(python_blocks((ROOT / "docs" / "beat.md").read_text())[0], names)
     app: Celery = names["app"]
@@ -100,13 +100,13 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_the_readmes_commands_are_known() -> None:
-    """What CI itself runs is left to it; the others are commands that exist."""
+    """The README's commands exist: CI runs the first two itself, and the others are ours."""
     commands = indented_commands(README)
     by_ci = [command for command in commands if command.startswith("python3 -m venv")]
     assert len(by_ci) == 2
     ci = (ROOT / ".ci" / "run").read_text()
     assert "README.md" in ci
-    # The second are this Python's tests; CI runs everything after them.
+    # The second command is tox for this Python only; CI runs tox with all environments.
     assert by_ci[1].endswith(" .venv/bin/tox -e py")
     assert re.search(r"^TOX_SKIP_ENV=\S+ \.venv/bin/tox\b(?! -e)", ci, re.MULTILINE)
     ours = [command.split()[4] for command in commands if command.startswith("celery ")]

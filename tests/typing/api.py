@@ -1,4 +1,4 @@
-"""Not run but type-checked: what the decorator and the base class promise about types."""
+"""Type checks of the decorator and the base class. mypy reads this file; no test runs it."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -43,7 +43,7 @@ without_state.delay("x")
 without_state.delay()  # type: ignore[call-arg]
 
 
-# Celery's options and ours are known by their names and types ...
+# mypy knows the options of Celery and of this package by their names and types ...
 def body(self: SingletonTask[Cursor], tenant: str) -> int:
     return len(tenant)
 
@@ -71,7 +71,7 @@ assert_type(both.state, Cursor)
 both.delay("acme")
 both.delay(3)  # type: ignore[arg-type]
 
-# ... so that a misspelt name or value is an error, and so is a state of another type.
+# ... so a misspelt name or value, or a state of another type, is an error.
 singleton_task(app, on_conflit="wait")(body)  # type: ignore[call-arg]
 singleton_task(app, ack_late=True)(body)  # type: ignore[call-arg]
 singleton_task(app, on_conflict="wiat")(body)  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ singleton_task(app, hold_at_least="1 min")(body)  # type: ignore[arg-type]
 singleton_task(app, state_schema=Cursor, initial_state=3)(body)  # type: ignore[arg-type]
 
 
-# A decorator of one's own takes the same options.
+# A user's own decorator accepts the same options.
 def nightly(**options: Unpack[TaskOptions[Cursor]]) -> SingletonTask[Cursor, [str], int]:
     options.setdefault("expected_interval", 86400)
     return singleton_task(app, **options)(body)
@@ -88,7 +88,7 @@ def nightly(**options: Unpack[TaskOptions[Cursor]]) -> SingletonTask[Cursor, [st
 assert_type(nightly(on_conflict="raise").state, Cursor)
 nightly(on_conflit="raise")  # type: ignore[call-arg]
 
-# Options that are only known when the program runs are checked then.
+# mypy cannot check options that are known only at run time; the decorator does.
 anything: dict[str, Any] = {"on_conflict": "raise"}
 singleton_task(app, **anything)(body)
 
