@@ -1,6 +1,7 @@
-"""A storm: a fleet of real workers, bad weather by a seed, and a checker of what they wrote down.
+"""A storm: a fleet of real workers, faults that follow from a seed, and a checker of the result.
 
-``tasks`` is what the workers run, ``weather`` what is done to them, ``fleet`` does it, ``drill``
-puts it together and ``checker`` judges. ``faults`` breaks the package on purpose, to show that
-the checker sees it.
+- ``tasks`` is the app of the workers, and ``peers`` does the same with other packages.
+- ``fault_plan`` decides which faults happen, and when. ``fleet`` carries them out.
+- ``drill`` runs a whole storm, and ``checker`` finds broken promises in the notes it left.
+- ``planted_faults`` breaks the package on purpose, to show that the checker notices it.
 """

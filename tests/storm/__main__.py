@@ -1,6 +1,7 @@
-"""``python -m tests.storm [--seed N] [--seconds N] [contestant ...]``: the same storm for each.
+"""Run the same storm for each contestant: ``python -m tests.storm [--seed N] [--seconds N]
+[contestant ...]``.
 
-On Valkey and PostgreSQL, as the peers keep their locks in Redis.
+The servers are Valkey and PostgreSQL, because the other packages keep their locks in Redis.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ COLUMNS = {
 
 
 def work_through(contestant: str, seed: int, seconds: float) -> Findings:
-    """One contestant's storm, on servers of its own."""
+    """Run one contestant's storm, on servers of its own; return what the checker found."""
     storm = Storm(seed, seconds)
     if contestant != OURS:
         peer = {"STORM_PEER": contestant}

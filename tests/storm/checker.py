@@ -1,4 +1,4 @@
-"""What a storm did to the promises: read from the notes of all processes and from the database."""
+"""Find the promises that a storm broke, in the notes of all processes and in the database."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Note = dict[str, Any]
 
 @dataclass
 class Log:
-    """What is left of a storm.
+    """The records that a storm left.
 
-    :param notes: by event, in the order in which they were written.
-    :param trails: the lines of each singleton's state, by its name.
+    :param notes: the notes of each event, in the order in which they were written.
+    :param trails: the lines of each singleton's state, by the singleton's name.
     :param effects: singleton, event, job and fence of each row that a ``transaction()`` wrote.
     """
 
@@ -42,24 +42,27 @@ class Log:
 
     @cached_property
     def done(self) -> Counter[str]:
-        """How often each job is in a state."""
+        """How many times each job is in a state."""
         return Counter(line["job"] for lines in self.trails.values() for line in lines)
 
     @cached_property
     def open_jobs(self) -> set[str]:
-        """Those that were sent, and neither done nor reported as ended."""
+        """The jobs that were sent, are in no state, and were not reported as succeeded or
+        failed.
+        """
         ended = self.jobs("succeeded") | self.jobs("failed")
         return self.jobs("sent") - set(self.done) - ended
 
     def jobs(self, event: str) -> set[str]:
-        """The jobs with a note of this kind."""
+        """Return the jobs with a note of this event."""
         return {note["job"] for note in self.notes[event]}
 
     @cached_property
     def lost_by_broker(self) -> set[str]:
-        """Open jobs that were sent, or sent again, and that no worker has begun since then.
+        """The open jobs that were sent, or sent again, and that no worker has begun since then.
 
-        kombu's Redis transport takes a message from the server before it notes that it has it.
+        kombu's Redis transport can lose them: it takes a message from the server before it records
+        that it has the message.
         """
         ends: dict[str, str] = {}
         for note in sorted(self.notes["sends"] + self.notes["begins"], key=itemgetter("at")):
@@ -68,16 +71,17 @@ class Log:
 
     @property
     def quiet_since(self) -> float:
-        """When a worker last noted anything."""
+        """When a process last wrote a note, as ``time.monotonic()``."""
         return max(note["at"] for notes in self.notes.values() for note in notes[-1:])
 
 
 @dataclass
 class Findings:
-    """What is wrong, a line of text for each.
+    """The promises that a storm broke: a line of text for each case.
 
-    :param runs: how many there were.
-    :param lost_by_broker: how many messages no worker began, which is not ours to mend.
+    :param runs: how many runs there were.
+    :param lost_by_broker: how many messages no worker began. The broker lost them, not this
+        package.
     """
 
     runs: int
@@ -92,7 +96,7 @@ class Findings:
 
     @property
     def wrong(self) -> dict[str, list[str]]:
-        """What is not empty, by name."""
+        """The lists of broken promises that are not empty, by name."""
         return {name: found for name, found in vars(self).items() if found and name in PROMISED}
 
 
@@ -100,7 +104,7 @@ PROMISED = tuple(each.name for each in fields(Findings) if each.default_factory 
 
 
 def check(log: Log) -> Findings:
-    """Judge a storm."""
+    """Return what is wrong with the records of a storm."""
     return Findings(
         runs=len(log.notes["enter"]),
         overlaps=_overlaps(log),
@@ -117,9 +121,10 @@ def check(log: Log) -> Findings:
 
 
 def _overlaps(log: Log) -> list[str]:
-    """Runs of one singleton that both trusted their lease at the same time.
+    """Return the runs of one singleton that trusted their leases at the same time.
 
-    A run trusts it from its first note to its last, each with the time from before it looked.
+    A run trusts its lease from its first note to its last. Each note carries the time from before
+    the run checked its lease.
     """
     spans: dict[tuple[str, str], list[float]] = {}
     for note in log.notes["trusts"]:
@@ -139,7 +144,9 @@ def _overlaps(log: Log) -> list[str]:
 
 
 def _lost_updates(log: Log) -> list[str]:
-    """Jobs that succeeded and are not in the state; and states that do not follow."""
+    """Return jobs that succeeded and are not in the state, and states that do not continue their
+    predecessor.
+    """
     found = [
         f"{job} succeeded and is not in the state"
         for job in sorted(log.jobs("succeeded") - set(log.done))
@@ -150,7 +157,8 @@ def _lost_updates(log: Log) -> list[str]:
             for before, after in pairwise(lines)
             if after["position"] <= before["position"]
         ]
-    # A run continues the state of the one before it: with its line, at the place it entered with.
+    # A run must continue the state of the previous run: if it entered with n lines, its line is the
+    # n-th, counted from 0.
     places = {
         (singleton, line["job"], line["fence"]): place
         for singleton, lines in log.trails.items()
@@ -164,7 +172,7 @@ def _lost_updates(log: Log) -> list[str]:
 
 
 def _doubled(log: Log) -> list[str]:
-    """Jobs that are in the state twice, and events that were copied twice or left out."""
+    """Return jobs that are in the state twice, and events that were copied twice or left out."""
     found = [f"{job} is in the state {count} times" for job, count in log.done.items() if count > 1]
     copied: dict[str, Counter[int]] = defaultdict(Counter)
     for singleton, event, _, _ in log.effects:
@@ -179,9 +187,10 @@ def _doubled(log: Log) -> list[str]:
 
 
 def _fences(log: Log) -> list[str]:
-    """Fences that do not grow: from line to line and from event to event; or that two runs have.
+    """Return fences that do not grow from line to line or from event to event, or that two runs
+    share.
 
-    What has no fences has zeros.
+    Contestants without fences note zeros, which are ignored.
     """
     sequences: list[tuple[str, Sequence[int]]] = [
         (f"{singleton}'s state", [line["fence"] for line in lines])
@@ -194,7 +203,8 @@ def _fences(log: Log) -> list[str]:
         (f"{singleton}'s events", [fence for _, fence in sorted(rows)])
         for singleton, rows in events.items()
     ]
-    # A run can be held up before its first note, so of runs only that no two have the same.
+    # Runs are not compared in the order of their notes, because a run can be delayed before its
+    # first note: no two runs may share a fence.
     runs: dict[str, list[int]] = defaultdict(list)
     for note in log.notes["enter"]:
         runs[note["singleton"]].append(note["fence"])
@@ -208,7 +218,7 @@ def _fences(log: Log) -> list[str]:
 
 
 def _standing_still(log: Log) -> list[str]:
-    """Singletons that did none of the jobs sent after the storm."""
+    """Return the singletons that ran none of the jobs sent after the storm."""
     calm = log.notes["calm"][-1]["at"]
     wanted = {note["singleton"] for note in log.notes["sent"] if note["at"] > calm}
     ran = {note["singleton"] for note in log.notes["enter"] if note["at"] > calm}

@@ -1,4 +1,4 @@
-"""The drill: a fleet works through a storm, and through the calm after it."""
+"""Run a storm: a fleet works while faults happen, and then in a calm without them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tests.helpers.fleet import ROOT
 from tests.helpers.mariadb import MariaDB
 from tests.helpers.servers import Postgres, Server
 from tests.helpers.waiting import wait_until
-from tests.storm import notes, weather
+from tests.storm import fault_plan, notes
 from tests.storm.checker import Log
-from tests.storm.fleet import Berth, Later
-from tests.storm.weather import Blow
+from tests.storm.fault_plan import Fault
+from tests.storm.fleet import Later, Slot
 
 INTERVAL = 1.0
 LEASE_TTL = 2 * INTERVAL
@@ -38,22 +38,23 @@ POOLS = (
     ("-P", "solo"),
     ("-P", "gevent", "-c", "2"),
 )
-#: Seconds of silence after which a message is not on its way any more: the Redis transport looks
-#: every ten seconds for those that a worker left behind.
+#: Seconds without notes after which a message counts as lost: the Redis transport checks only every
+#: ten seconds for messages that a dead worker left unacknowledged.
 QUIET = 15.0
 
 
 @dataclass(frozen=True)
 class Storm:
-    """What a storm is like.
+    """The settings of a storm.
 
     :param seconds: how long it lasts.
     :param rate: jobs a second, on average.
-    :param slow: how many of a hundred bodies take about as long as a lease lives, or longer.
-    :param calm: seconds that its jobs are given to be done in the calm after it.
-    :param kinds: of blows.
+    :param slow: how many of a hundred bodies take about as long as a lease's life, or longer.
+    :param calm: seconds in the calm after it within which its jobs must end.
+    :param kinds: the kinds of faults that happen.
+    :param pools: the command-line options of each worker.
     :param app: the module of the workers' app.
-    :param environment: more for the workers.
+    :param environment: additional environment variables of the workers.
     """
 
     seed: int
@@ -61,16 +62,16 @@ class Storm:
     rate: float = 8.0
     slow: int = 5
     calm: float = 60.0
-    kinds: Sequence[str] = (*weather.TO_A_WORKER, *weather.TO_A_SERVER)
+    kinds: Sequence[str] = (*fault_plan.TO_A_WORKER, *fault_plan.TO_A_SERVER)
     pools: Sequence[Sequence[str]] = POOLS
     app: str = "tests.storm.tasks"
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Drill:
-    """A storm on two servers.
+    """One run of a storm, on two servers.
 
-    :param broker: its server, and ``broker_url`` its URL.
+    :param broker: the broker's server; ``broker_url`` is its URL.
     :param database: the URL of an empty database on ``store``.
     """
 
@@ -92,7 +93,7 @@ class Drill:
         self._chance = random.Random(storm.seed)
         self._later = Later()
         self._restarting = threading.Lock()
-        self._berths: list[Berth] = []
+        self._slots: list[Slot] = []
         self._environment = {
             name: value for name, value in os.environ.items() if not name.startswith("CELERY_")
         } | {
@@ -105,18 +106,18 @@ class Drill:
         }
 
     def run(self) -> Log:
-        """Work through it, and return what was written down and what is in the database."""
+        """Run the storm and the calm; return the notes and the database's contents."""
         os.environ[notes.FILE] = str(self._notes)
         self._make_tables()
         with ExitStack() as stack:
             stack.callback(self._later.wait)
             for number, options in enumerate(self.storm.pools):
-                self._berths.append(self._berth(number, list(options)))
-                stack.callback(self._berths[-1].close)
-            for berth in self._berths:
-                berth.worker.wait_ready()
+                self._slots.append(self._slot(number, list(options)))
+                stack.callback(self._slots[-1].close)
+            for slot in self._slots:
+                slot.worker.wait_ready()
             with self._sending(self.storm.seconds, self.storm.rate, 0):
-                self._blow()
+                self._cause_faults()
             self._clear()
             self._wait_for_jobs()
             with self._sending(0, 1, 100_000):
@@ -137,12 +138,13 @@ class Drill:
                 "CREATE TABLE effects (singleton text, event int, job text, fence bigint)"
             )
 
-    def _berth(self, number: int, options: list[str]) -> Berth:
-        # Each has the temporary files, in which a worker finds its dead, to itself, like a
-        # container: those of the others it knows by the clock alone.
+    def _slot(self, number: int, options: list[str]) -> Slot:
+        # Give each worker a temporary directory of its own, as in a container. A worker frees
+        # leases of dead workers by the files in it, so that here it must wait until the others'
+        # leases expire.
         host = self._directory / f"host{number}"
         host.mkdir(exist_ok=True)
-        return Berth(
+        return Slot(
             f"w{number}",
             options,
             self._environment | {"TMPDIR": str(host)},
@@ -175,54 +177,54 @@ class Drill:
 
     # -- the storm
 
-    def _blow(self) -> None:
+    def _cause_faults(self) -> None:
         start = time.monotonic()
         storm = self.storm
-        for blow in weather.forecast(
-            storm.seed, storm.seconds, len(self._berths), LEASE_TTL, storm.kinds
+        for fault in fault_plan.plan(
+            storm.seed, storm.seconds, len(self._slots), LEASE_TTL, storm.kinds
         ):
-            while time.monotonic() < start + blow.at:
-                self._keep()
+            while time.monotonic() < start + fault.at:
+                self._restart_ended()
                 time.sleep(0.05)
-            notes.note("blow", kind=blow.kind, target=blow.target, lasts=blow.lasts)
-            self._strike(blow)
+            notes.note("fault", kind=fault.kind, target=fault.target, lasts=fault.lasts)
+            self._cause(fault)
 
-    def _keep(self) -> None:
-        for berth in self._berths:
-            berth.keep()
+    def _restart_ended(self) -> None:
+        for slot in self._slots:
+            slot.restart_if_ended()
 
-    def _strike(self, blow: Blow) -> None:
-        berth = self._berths[blow.target]
-        match blow.kind:
+    def _cause(self, fault: Fault) -> None:
+        slot = self._slots[fault.target]
+        match fault.kind:
             case "kill child":
-                berth.kill_child(self._chance)
+                slot.kill_child(self._chance)
             case "kill worker":
-                berth.signal_all(signal.SIGKILL)
+                slot.signal_all(signal.SIGKILL)
             case "stop worker":
-                berth.signal_all(signal.SIGSTOP)
-                self._later.do(blow.lasts, lambda: berth.signal_all(signal.SIGCONT))
+                slot.signal_all(signal.SIGSTOP)
+                self._later.do(fault.lasts, lambda: slot.signal_all(signal.SIGCONT))
             case "warm shutdown":
-                berth.shut_down(signal.SIGTERM)
+                slot.shut_down(signal.SIGTERM)
             case "cold shutdown":
-                berth.shut_down(signal.SIGQUIT)
+                slot.shut_down(signal.SIGQUIT)
             case "store mute":
-                berth.store.mode = "mute"
-                self._later.do(blow.lasts, berth.mend_store)
+                slot.store.mode = "mute"
+                self._later.do(fault.lasts, slot.mend_store)
             case "store answers lost":
-                berth.store.mode = "drop answers"
-                self._later.do(blow.lasts, berth.mend_store)
+                slot.store.mode = "drop answers"
+                self._later.do(fault.lasts, slot.mend_store)
             case "store cut":
-                berth.store.cut()
+                slot.store.cut()
             case "broker cut":
-                berth.broker.cut()
+                slot.broker.cut()
             case "restart store" | "restart broker":
-                self._later.do(0, lambda: self._restart(self._servers[blow.kind], blow.lasts))
+                self._later.do(0, lambda: self._restart(self._servers[fault.kind], fault.lasts))
             case "stop backends":
-                self._stop_backends(blow.lasts)
+                self._stop_backends(fault.lasts)
             case "read-only store":
-                self._later.do(0, lambda: self._make_read_only(blow.lasts))
+                self._later.do(0, lambda: self._make_read_only(fault.lasts))
             case _:
-                raise ValueError(blow.kind)
+                raise ValueError(fault.kind)
 
     def _restart(self, server: Any, seconds: float) -> None:
         with self._restarting:
@@ -231,10 +233,12 @@ class Drill:
             server.start()
 
     def _stop_backends(self, seconds: float) -> None:
-        """Half of the server's processes that serve the workers; a server of threads has none."""
+        """Stop half of the server's processes that serve the workers. MariaDB has threads instead,
+        and so none.
+        """
         if not isinstance(self._store, Postgres):
             return
-        # The server may be down at this moment, and have none either.
+        # The server may be down now, and then has no such processes either.
         with contextlib.suppress(psycopg.OperationalError):
             backends = self._store.backends()
             stopped = self._chance.sample(backends, (len(backends) + 1) // 2)
@@ -242,7 +246,7 @@ class Drill:
             self._later.do(seconds, lambda: _signal_each(stopped, signal.SIGCONT))
 
     def _make_read_only(self, seconds: float) -> None:
-        """As if all ways led to a standby for a while."""
+        """Make the store read-only for a while, as if all connections led to a standby."""
         with self._restarting:
             self._store.make_read_only(True)
             time.sleep(seconds)
@@ -252,16 +256,16 @@ class Drill:
 
     def _clear(self) -> None:
         self._later.wait()
-        for berth in self._berths:
-            berth.clear()
+        for slot in self._slots:
+            slot.clear()
         notes.note("calm")
 
     def _wait_for_jobs(self) -> None:
-        """Until all jobs are done, or as long as they are given; the checker judges the rest."""
+        """Wait until all jobs have ended, or their time is over. The checker finds the rest."""
         end = time.monotonic() + self.storm.calm
 
         def over() -> bool:
-            self._keep()
+            self._restart_ended()
             log = self._log()
             if log.open_jobs - log.lost_by_broker:
                 return time.monotonic() > end

@@ -1,4 +1,6 @@
-"""Workers that are always started again, each with a way of its own to the store and the broker."""
+"""Workers that are restarted whenever they end, each with proxies of its own to store and
+broker.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,15 @@ def port_of(url: str) -> int:
 
 
 def through(proxy: Proxy, url: str) -> str:
-    """The URL, as it is reached through a proxy."""
+    """Return the URL with the proxy's port."""
     return url.replace(f":{port_of(url)}", f":{proxy.port}", 1)
 
 
-class Berth:
-    """The place of one worker: it is started here again whenever it has ended.
+class Slot:
+    """The place of one worker, which is started again whenever it has ended.
 
-    Its ways to the store and the broker are its own, and so can be cut for it alone.
+    Its connections to the store and the broker go through proxies of its own, so that a fault can
+    cut this worker off alone.
 
     :param app: the module of the worker's app.
     """
@@ -64,7 +67,7 @@ class Berth:
         note("start", worker=self.name, number=next(self._starts))
         return Worker(self.name, self._environment, self.log, self._options, self._app)
 
-    def keep(self) -> None:
+    def restart_if_ended(self) -> None:
         """Start the worker again if it has ended."""
         with self._lock:
             if self.worker.process.poll() is not None:
@@ -76,23 +79,23 @@ class Berth:
             self.worker.signal_all(number)
 
     def kill_child(self, chance: random.Random) -> None:
-        """One of the pool's processes, or the worker where it has none."""
+        """Kill one of the pool's processes, or the worker itself if its pool has none."""
         with self._lock, contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
             pids = self.worker.pids()
             os.kill(chance.choice(pids[1:] or pids), signal.SIGKILL)
 
     def shut_down(self, number: signal.Signals) -> None:
-        """Ask the worker to end."""
+        """Ask the worker to shut down, warm (SIGTERM) or cold (SIGQUIT)."""
         with self._lock, contextlib.suppress(ProcessLookupError):
             os.kill(self.worker.process.pid, number)
 
     def mend_store(self) -> None:
-        """Let it through to the store again, over new connections."""
+        """Let the worker reach the store again, over new connections."""
         self.store.mode = "pass"
         self.store.cut()
 
     def clear(self) -> None:
-        """Give it good weather."""
+        """End all lasting faults of this worker."""
         self.store.mode = "pass"
         self.signal_all(signal.SIGCONT)
 
@@ -103,7 +106,7 @@ class Berth:
 
 
 class Later:
-    """Things to be made good again, each at its time, in threads of their own."""
+    """Actions that end faults, each at its time and in a thread of its own."""
 
     def __init__(self) -> None:
         self._timers: list[threading.Timer] = []
@@ -114,7 +117,7 @@ class Later:
         timer.start()
 
     def wait(self) -> None:
-        """Until all of it is done."""
+        """Wait until all actions are done."""
         for timer in self._timers:
             timer.join()
         self._timers.clear()

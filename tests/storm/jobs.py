@@ -1,4 +1,4 @@
-"""What a job does, whoever runs it: one event copied, one line in the state."""
+"""The data of a storm's jobs: each job copies one event and adds one line to a state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 
-#: Seconds between two notes of a run that still trusts its lease.
+#: Seconds between two notes in which a run says that it still trusts its lease.
 TICK = 0.01
 
 effects = sa.Table(

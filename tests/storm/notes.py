@@ -1,4 +1,4 @@
-"""What the processes of a storm write down, one line of JSON each, in one file for all."""
+"""The notes of a storm's processes: one JSON line each, in one file for all processes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def _open(path: str, pid: int) -> int:
 
 
 def note(event: str, at: float | None = None, **facts: Any) -> None:
-    """Append a line, whole: one short write to a file that is open for appending.
+    """Append a note in one write, so that the lines of different processes do not mix.
 
-    :param at: ``time.monotonic()``, which the processes of a machine share. None: now.
+    :param at: ``time.monotonic()``, which all processes of a machine share. None: now.
     """
     line = json.dumps({"event": event, "at": time.monotonic() if at is None else at} | facts)
     os.write(_open(os.environ[FILE], os.getpid()), line.encode() + b"\n")
 
 
 def read_notes(path: Path) -> Iterator[dict[str, Any]]:
-    """All notes, in the order in which they were written, but for one that is being written."""
+    """Yield all complete notes, in the order in which they were written."""
     whole, _, _ = path.read_text().rpartition("\n")
     for line in whole.splitlines():
         yield json.loads(line)

@@ -1,7 +1,7 @@
-"""The same jobs with what is used today: ``STORM_PEER`` says which.
+"""The jobs of a storm with other packages, or without one: ``STORM_PEER`` says which.
 
-Each has the state in a table, read before the body and written with and after it, as our tasks
-have; the options that let Celery repeat what died; and a lock in Redis that outlives every body.
+Each contestant keeps the state in a table, and reads and writes it where our tasks do. Each has the
+options with which Celery repeats a dead task, and a Redis lock that outlives every body.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from celery_once import QueueOnce
 from celery_singleton import Singleton
 from sqlalchemy.dialects.postgresql import insert
 
+from tests.storm.bodies import checks_of
 from tests.storm.jobs import Line, Trail, effects
-from tests.storm.manners import moments
 from tests.storm.notes import note
 from tests.storm.signals import observe
 
-#: Seconds until a lock expires: the longest body takes 5.5.
+#: Seconds until a lock expires. The longest body takes 5.5 s.
 EXPIRY = 8
 
 BROKER = os.environ.get("CELERY_BROKER_URL", "")
@@ -70,13 +70,15 @@ def save(connection: sa.Connection, trail: Trail) -> None:
 
 
 def work(run: str, name: str, job: str, seconds: float) -> None:
-    """Note again and again that it runs: it cannot know better."""
-    for _ in moments(job, 0, seconds):
+    """Note again and again that the body runs. Without a lease it cannot check whether it still
+    may.
+    """
+    for _ in checks_of(job, 0, seconds):
         note("trusts", run=run, singleton=name)
 
 
 def body(name: str, job: str, seconds: float) -> None:
-    """What ``tests.storm.tasks.step`` does."""
+    """Do the same as ``tests.storm.tasks.step``, without a lease."""
     run = uuid.uuid4().hex[:8]
     trail = load(name)
     note("enter", singleton=name, run=run, job=job, fence=0, lines=len(trail.lines))
@@ -93,7 +95,7 @@ def body(name: str, job: str, seconds: float) -> None:
 
 
 def locked(self: Any, name: str, job: str, seconds: float) -> None:
-    """With a lock around it, by hand; one that finds it taken comes again."""
+    """Run the body under a hand-made Redis lock. If the lock is taken, retry."""
     lock = redis.Redis.from_url(BROKER).lock(f"lock-{name}", timeout=EXPIRY)
     if not lock.acquire(blocking=False):
         raise self.retry(countdown=0.5)

@@ -1,6 +1,8 @@
-"""``python -m tests.storm.sender <app> <seed> <seconds> <jobs a second> <slow> <first number>``
+"""Send jobs: ``python -m tests.storm.sender <app> <seed> <seconds> <jobs a second> <slow> <first
+number>``.
 
-Sends jobs, and tries each until the broker has it. With 0 seconds, one for each singleton.
+Each job is tried until the broker has accepted it. With 0 seconds, one job is sent for each
+singleton.
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ from typing import Any
 
 from tests.storm.notes import note
 
-#: How long bodies take, in seconds. Many a slow one has a half that outlives the lease's 2 s.
+#: How long bodies take, in seconds. Each half of a body is one stretch of work, and half of a slow
+#: body can outlast the lease's life of 2 s.
 QUICK, MEDIUM, SLOW = (0.02, 0.1), (0.3, 1.0), (1.5, 5.5)
 
 
 def send(task: Any, name: str, job: str, seconds: float) -> None:
-    """Send a job until the broker has it. Another job's result says that it was not wanted.
+    """Send a job until the broker has accepted it, or the task says that another copy is queued.
 
-    A quorum queue that was sent a message while RabbitMQ started may never confirm it.
+    Waiting for the confirmation has a time limit, because RabbitMQ may never confirm a message that
+    was published to a quorum queue during its start.
     """
     options = {}
     if "confirm_timeout" in inspect.signature(task.app.amqp.send_task_message).parameters:
@@ -30,7 +34,8 @@ def send(task: Any, name: str, job: str, seconds: float) -> None:
     while True:
         try:
             result = task.apply_async((name, job, seconds), task_id=job, **options)
-        except Exception as error:  # the broker is away, in one of its clients' words
+        # the broker is unavailable; each client library has its own error for that
+        except Exception as error:
             if type(error).__name__ == "AlreadyQueued":
                 return
             time.sleep(0.2)
@@ -41,7 +46,7 @@ def send(task: Any, name: str, job: str, seconds: float) -> None:
 
 
 def storm(chance: random.Random, names: list[str], seconds: float, rate: float) -> Iterator[str]:
-    """The names of a storm's jobs, each at its time."""
+    """Yield the singleton's name of each job, when the job is to be sent."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         yield chance.choice(names)

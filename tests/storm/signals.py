@@ -1,4 +1,4 @@
-"""What Celery says of a storm's jobs, written down."""
+"""Note what Celery's signals say about a storm's jobs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ def _failed(sender: Any, task_id: str, exception: BaseException, **_: Any) -> No
 
 
 def _is_of_cold_shutdown(error: BaseException) -> bool:
-    """Whether Celery broke off its own bookkeeping, after the body: in a solo pool the signal that
-    ends it cold raises this wherever it comes. Whether the job is lost is for the checker to see.
+    """Return whether the error comes from a cold shutdown of a solo pool, after the body.
+
+    The signal handler of such a shutdown raises ``NotImplementedError`` wherever the process is.
+    That is not a failure of the job. The checker sees if the job is lost.
     """
     if not isinstance(error, NotImplementedError):
         return False
@@ -40,7 +42,7 @@ def _begins(task_id: str, **_: Any) -> None:
 
 
 def observe() -> None:
-    """Write down what this process sends, and what becomes of what it begins."""
+    """Note every message that this process sends, and how each job that it begins ends."""
     signals.before_task_publish.connect(_sends)
     signals.task_prerun.connect(_begins)
     signals.task_success.connect(_succeeded)

@@ -1,8 +1,8 @@
-"""The app of a storm's workers. A job is a message; each adds a line to its singleton's state.
+"""The app of a storm's workers. Each message is a job, which adds a line to its singleton's state.
 
-A run does what a careful user's would: it makes a checkpoint, copies one event in a
-``transaction()`` that moves its position, and writes its job into the state that is saved at the
-end. So the database shows what happened: each event has one row, and each job one line.
+A run does what a careful user's run would do. It makes a checkpoint. It copies one event in a
+``transaction()``, which also moves its position. It adds its job to the state, which is saved at
+the end. So the database shows what happened: each event has one row, and each job one line.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from celery import Celery
 
 from celery_singleton_state import RetryPolicy, SingletonTask, singleton_task
 from tests.helpers.queues import use_queues
-from tests.storm import faults
+from tests.storm import planted_faults
+from tests.storm.bodies import checks_of
 from tests.storm.jobs import Line, Trail, effects
-from tests.storm.manners import moments
 from tests.storm.notes import note
 from tests.storm.signals import observe
 
-#: Retries outlast the storm.
+#: Retries that go on for longer than any storm.
 PATIENT = RetryPolicy(max_retries=10_000, backoff=0.3, backoff_max=2.0)
 RETRIED = ("StateLoadFailed", "StatePersistFailed", "HeartbeatFailed", "LeaderHandoffFailed")
 
@@ -32,15 +32,16 @@ app = Celery("storm")
 app.conf.update(
     worker_prefetch_multiplier=1,
     worker_lost_wait=0.5,
-    # With it a worker of threads was seen to hang, once in ten storms: it had lost RabbitMQ, and
-    # asked for its prefetch count back as soon as it was connected again.
+    # With this count on, a worker with threads hung in one of ten storms: it had lost RabbitMQ, and
+    # set its prefetch count back as soon as it was connected again.
     worker_enable_prefetch_count_reduction=False,
     broker_connection_max_retries=None,
     broker_connection_retry_on_startup=True,
     broker_transport_options=(
         {"confirm_publish": True}
         if os.environ.get("CELERY_BROKER_URL", "").startswith("amqp")
-        # The mutex of a worker that died while it looked for lost messages.
+        # A short expiry of kombu's mutex, which a worker that dies while it restores messages
+        # leaves behind.
         else {"visibility_timeout": 5.0, "unacked_mutex_expire": 2}
     ),
     task_ignore_result=True,
@@ -78,8 +79,11 @@ class Working(SingletonTask[Any]):
     retry_kwargs = MappingProxyType({"max_retries": None, "countdown": 0.5})
 
     def work(self, run: str, name: str, job: str, seconds: float) -> None:
-        """Note again and again, with the time from before, that the lease is trusted."""
-        for _ in moments(job, self.request.retries, seconds):
+        """Work for so long, and note again and again that the lease is trusted.
+
+        Each note carries the time from before the check of the lease.
+        """
+        for _ in checks_of(job, self.request.retries, seconds):
             at = time.monotonic()
             if self.lease_remaining > 0:
                 note("trusts", at, run=run, singleton=name)
@@ -96,11 +100,11 @@ for task, on_lease_lost in {"step": "interrupt", "step_to_the_end": "finish"}.it
         conflict_timeout=600,
         on_lease_lost=on_lease_lost,
         max_retries=10_000,
-        # What Celery waits for before it repeats a task whose process died.
+        # Seconds for which Celery waits before it repeats a task whose process died.
         default_retry_delay=0.5,
         retry_reasons=RETRIED,
         retry_policy=dict.fromkeys(RETRIED, PATIENT),
     )(step)
 
 observe()
-faults.plant(os.environ.get("STORM_FAULT", ""))
+planted_faults.plant(os.environ.get("STORM_FAULT", ""))

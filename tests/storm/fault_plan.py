@@ -1,4 +1,4 @@
-"""What is done to a fleet, and when: all of it follows from a seed."""
+"""Which faults happen to a fleet, and when: all of it follows from a seed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: What is done to one worker, and what to a server that all of them use.
+#: The kinds of faults of one worker, and of a server that all workers use.
 TO_A_WORKER = (
     "kill child",
     "kill worker",
@@ -23,12 +23,12 @@ TO_A_SERVER = ("restart store", "restart broker", "stop backends", "read-only st
 
 
 @dataclass(frozen=True, slots=True)
-class Blow:
-    """One thing that goes wrong.
+class Fault:
+    """One fault.
 
     :param at: seconds from the start of the storm.
-    :param target: the number of a worker; ignored where a server is meant.
-    :param lasts: seconds until it is made good again, where that is not at once.
+    :param target: the number of a worker; ignored if the fault is a server's.
+    :param lasts: seconds until the fault ends, for a kind that does not end at once.
     """
 
     at: float
@@ -37,25 +37,25 @@ class Blow:
     lasts: float
 
 
-def forecast(
+def plan(
     seed: int,
     seconds: float,
     workers: int,
     lease_ttl: float,
     kinds: Sequence[str] = (*TO_A_WORKER, *TO_A_SERVER),
-) -> list[Blow]:
-    """The blows of a storm, in order: about one a second, each kind as often as the others.
+) -> list[Fault]:
+    """Return the faults of a storm, in order: about one a second, each kind as often as the others.
 
-    They last from a part of a lease's life to more than two of them, and so overlap.
+    They last from a fraction of a lease's life to more than two lives, and so overlap.
     """
     chance = random.Random(seed)
-    blows: list[Blow] = []
+    faults: list[Fault] = []
     at = 1.0
     while kinds and at < seconds:
-        if len(blows) % len(kinds) == 0:
+        if len(faults) % len(kinds) == 0:
             order = chance.sample(list(kinds), len(kinds))
-        kind = order[len(blows) % len(kinds)]
+        kind = order[len(faults) % len(kinds)]
         lasts = lease_ttl * chance.choice((0.2, 0.6, 1.0, 1.5, 2.5))
-        blows.append(Blow(at, kind, chance.randrange(workers), lasts))
+        faults.append(Fault(at, kind, chance.randrange(workers), lasts))
         at += chance.uniform(0.4, 1.6)
-    return blows
+    return faults

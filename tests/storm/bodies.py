@@ -1,4 +1,4 @@
-"""How a body passes its time: most sleep, some log in a tight loop, some keep the GIL."""
+"""How a body spends its time: most bodies sleep, some log in a tight loop, some keep the GIL."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from functools import cache
 
 from tests.storm.jobs import TICK
 
-#: Of a hundred bodies.
+#: How many of a hundred bodies do so.
 LOGGING, KEEPING_THE_GIL = 4, 2
-#: Seconds that the GIL is kept: longer than a lease lives.
+#: Seconds for which the GIL is kept: longer than a lease's life.
 LONG = 2.5
 
-#: A pattern that backtracks through all ways to part a text into ones and twos: with each further
-#: letter it takes 1.6 times as long.
+#: A pattern that backtracks through all ways to split a text into ones and twos. Each further
+#: letter makes it take 1.6 times as long.
 _SLOW = re.compile("(?:a|aa)+$")
 _FEW, _GROWTH, _MOST = 22, (1 + math.sqrt(5)) / 2, 36
 
 
-def moments(job: str, attempt: int, seconds: float) -> Iterator[None]:
-    """The moments of a body at which it can look around, by the job and how often it was tried."""
+def checks_of(job: str, attempt: int, seconds: float) -> Iterator[None]:
+    """Yield each time the body can check its lease, for about ``seconds``.
+
+    The job and the attempt's number decide how the body spends the time in between.
+    """
     chance = random.Random(f"{job} {attempt}").uniform(0, 100)
     if chance < KEEPING_THE_GIL:
         return _keep_the_gil()
@@ -53,7 +56,7 @@ def _log(seconds: float) -> Iterator[None]:
 
 @cache
 def _logger() -> logging.Logger:
-    """One whose handler does what handlers do, and keeps nothing."""
+    """A logger whose handler formats and writes, to the null device."""
     logger = logging.getLogger("storm.body")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -64,7 +67,7 @@ def _logger() -> logging.Logger:
 
 
 def _keep_the_gil() -> Iterator[None]:
-    """A regular expression of which nobody thought that it could take so long."""
+    """Be in a regular expression that takes unexpectedly long: 2.5 s."""
     yield
     more = math.log(LONG / _seconds_for_few()) / math.log(_GROWTH)
     _match(min(_FEW + max(round(more), 0), _MOST))

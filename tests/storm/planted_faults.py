@@ -1,4 +1,4 @@
-"""The package, broken on purpose: what a storm must find."""
+"""Faults planted in the package on purpose, which the checker of a storm must find."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from celery_singleton_state.store.sql.store import SqlStore
 
 
 def without_fence() -> None:
-    """Every writer is believed: the row is not asked for its fence, nor the run for its lease."""
+    """Accept every write: do not compare fences in the row, and do not check the run's lease."""
     make = PostgresqlStatements.__init__
 
     def break_open(statement: str, *, writes: bool = True) -> str:
@@ -34,7 +34,7 @@ def without_fence() -> None:
 
 
 def without_renewal() -> None:
-    """Every lease counts as renewed, and none is."""
+    """Report every lease as renewed, and renew none."""
 
     def renew(self: SqlStore, leases: Sequence[Lease]) -> dict[str, str | None]:
         return {lease.key: None for lease in leases}
