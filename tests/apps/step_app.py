@@ -37,8 +37,8 @@ class Stepping(SingletonTask[Any]):
         note("reached", place=place, fence=self.fence)
         wait_for(gate)
 
-    def tell(self) -> None:
-        note("told", fence=self.fence)
+    def note_fence(self) -> None:
+        note("fence", fence=self.fence)
 
     def mark(self, text: str) -> None:
         self.state.mark = text

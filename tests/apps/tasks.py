@@ -506,9 +506,9 @@ def coalesces_typed(self: SingletonTask, until: str, *values: Any) -> list[str]:
     return [type(value).__name__ for value in values]
 
 
-singleton_task(app, state_schema=Counter, hold_at_least=2, name="held_on")(run_until)
+singleton_task(app, state_schema=Counter, hold_at_least=2, name="skips_with_hold")(run_until)
 singleton_task(
-    app, state_schema=Counter, hold_at_least=2, on_conflict="coalesce", name="held_on_coalesced"
+    app, state_schema=Counter, hold_at_least=2, on_conflict="coalesce", name="coalesces_with_hold"
 )(run_until)
 
 
@@ -533,7 +533,11 @@ for policy in ("skip", "wait", "replace", "coalesce"):
         )(run_until_stateless)
 
 singleton_task(
-    app, state_schema=Counter, hold_at_least=12, on_conflict="coalesce", name="held_on_for_long"
+    app,
+    state_schema=Counter,
+    hold_at_least=12,
+    on_conflict="coalesce",
+    name="coalesces_with_long_hold",
 )(run_until)
 
 

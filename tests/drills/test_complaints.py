@@ -467,15 +467,15 @@ def test_celery_once_104_a_lock_can_be_kept_for_a_while(
     assert "singleton kept skipped: in the hold period after its last run" in worker.output
     assert len(fleet.notes("enter")) == 1
 
-    assert outcome(app.send_task("held_on", ("first", ""))) == "first"
+    assert outcome(app.send_task("skips_with_hold", ("first", ""))) == "first"
     store = runtime_of(app).store
 
     def free() -> bool:
-        row = store.peek("singleton-state:held_on")
+        row = store.peek("singleton-state:skips_with_hold")
         return row is not None and not row.held
 
     wait_until(free, "the lease is free")
-    assert outcome(app.send_task("held_on", ("later", ""))) == "later"
+    assert outcome(app.send_task("skips_with_hold", ("later", ""))) == "later"
 
 
 # -- celery

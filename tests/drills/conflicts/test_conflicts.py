@@ -222,14 +222,14 @@ def test_many_coalesced_messages_are_one_run_with_the_newest_arguments(
     fleet.start("-c", "2")
     first = send(app, "coalesces", "first", go)
     fleet.wait_for_notes("enter")
-    assert [outcome(send(app, "coalesces", f"wish {n}")) for n in range(5)] == [None] * 5
+    assert [outcome(send(app, "coalesces", f"message {n}")) for n in range(5)] == [None] * 5
     go.touch()
     assert outcome(first) == "first"
     fleet.wait_for_notes("leave", 2)
-    wait_until(lambda: row_of(app, "coalesces").run_count == 2, "the wish is granted")
-    assert entered(fleet) == ["first", "wish 4"]
+    wait_until(lambda: row_of(app, "coalesces").run_count == 2, "the pending run has run")
+    assert entered(fleet) == ["first", "message 4"]
     assert outcome(send(app, "coalesces", "later")) == "later"
-    assert entered(fleet) == ["first", "wish 4", "later"]
+    assert entered(fleet) == ["first", "message 4", "later"]
 
 
 @pytest.mark.parametrize("serializer", ["json", "pickle"])
@@ -270,9 +270,9 @@ def test_a_pending_run_survives_the_death_of_the_holder(
     fleet.start("-c", "2")
     send(app, "coalesces", "first", "for ever")
     child = fleet.wait_for_notes("enter")[0]["pid"]
-    assert outcome(send(app, "coalesces", "wish")) is None
+    assert outcome(send(app, "coalesces", "second")) is None
     os.kill(child, signal.SIGKILL)
-    wait_until(lambda: "wish" in entered(fleet), "the wish is granted")
+    wait_until(lambda: "second" in entered(fleet), "the pending run has run")
 
 
 def test_messages_in_the_hold_period_are_one_run_after_it(
@@ -283,8 +283,8 @@ def test_messages_in_the_hold_period_are_one_run_after_it(
     """
     app = client()
     fleet.start("-c", "1")
-    assert outcome(send(app, "held_on_coalesced", "first")) == "first"
-    second, third = (send(app, "held_on_coalesced", what) for what in ("second", "third"))
+    assert outcome(send(app, "coalesces_with_hold", "first")) == "first"
+    second, third = (send(app, "coalesces_with_hold", what) for what in ("second", "third"))
     assert outcome(third) is None
     assert outcome(second) == "second"
     assert entered(fleet) == ["first", "second"]

@@ -25,7 +25,7 @@ from tests.helpers.waiting import wait_until
 def run(app: Celery, times: int, name: str = "stateless steps") -> None:
     """Run a task so many times, one run after the other. Each run notes its fence."""
     for _ in range(times):
-        outcome(app.send_task(name, (["tell"],)))
+        outcome(app.send_task(name, (["note_fence"],)))
 
 
 def copy(source: Path, target: Path) -> None:
@@ -37,7 +37,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def fences(fleet: Fleet) -> list[int]:
-    return [note["fence"] for note in fleet.notes("told")]
+    return [note["fence"] for note in fleet.notes("fence")]
 
 
 def test_a_sqlite_file_that_is_restored_from_a_backup(
@@ -137,7 +137,7 @@ def test_a_failover_that_lost_commits(
     shop = make_shop(own_postgres)
     app = client()
     shop.start()
-    steps: Any = (["copy"], ["tell"])
+    steps: Any = (["copy"], ["note_fence"])
     copied = "SELECT n FROM copied ORDER BY n"
     assert outcome(app.send_task("steps", steps)) == 1
     standby = make_standby()

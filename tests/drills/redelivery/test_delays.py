@@ -34,9 +34,9 @@ def test_a_coalesced_message_that_waits_for_long_runs_once(
     )
     app = client()
     workers = [fleet.start("-c", "1", name=name) for name in "ab"]
-    first = app.send_task("held_on_for_long", ("first", ""))
+    first = app.send_task("coalesces_with_long_hold", ("first", ""))
     assert outcome(first) == "first"
-    second = app.send_task("held_on_for_long", ("second", ""))
+    second = app.send_task("coalesces_with_long_hold", ("second", ""))
     assert outcome(second) == "second"
     wait_until(lambda: messages(app) == 0, "no copy is left")
     assert [note["what"] for note in fleet.notes("enter")] == ["first", "second"]
