@@ -1,4 +1,4 @@
-"""Everything that is done with a store, once: for tests of who may, and where."""
+"""Call every function of a store once, for tests of what a role, a server or a process may do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ NEW = NewValue('{"n":1}', 1)
 
 
 def use_all(store: SqlStore) -> None:
-    """The five verbs, and what is asked of others' rows and of a schedule's."""
+    """Call the store's five verbs, its requests about other holders' rows, and its entries'
+    functions.
+    """
     store.check()
     lease = acquire(store, "a").lease
     other = acquire(store, "a", key="k2").lease
@@ -60,7 +62,7 @@ def acquire(store: SqlStore, holder: str, key: str = "k") -> Acquired:
 
 
 def use_all_values(kv: KeyValueStore) -> None:
-    """What a key-value store can do."""
+    """Call every function of a key-value store."""
     kv = kv.prefix("values:")
     kv.set("k", 1)
     kv.set_bytes("b", b"2")

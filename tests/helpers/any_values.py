@@ -1,4 +1,6 @@
-"""Values of all kinds that a state can hold, and what they are, for tests of what comes back."""
+"""Values of all kinds that a state can hold, and a comparison for them, for tests of
+round trips.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ class Level(enum.IntEnum):
 
 
 class Text(str):
-    """A text of a class of its own, as a template's markup is."""
+    """A subclass of str, like the markup class of a template engine."""
 
 
 class Pair(NamedTuple):
@@ -40,7 +42,7 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Part:
-    """A dataclass whose ``==`` tells nothing."""
+    """A dataclass without ``==``, so that comparing two of them says nothing about their fields."""
 
     size: int = 7
     hidden: Any = dataclasses.field(default=None, compare=False)
@@ -179,7 +181,7 @@ def _holding(parts: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 ANYTHING = st.recursive(_LEAVES, _holding, max_leaves=8)
-#: What is the same in every schema, so that examples are not refused for their first part.
+#: Values that are the same in every schema, so that hypothesis does not reject examples early.
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -192,7 +194,7 @@ JSON = st.recursive(
 _ONE = st.integers(-5, 5) | st.integers()
 _TIMES = st.datetimes() | st.datetimes(timezones=st.timezones())
 
-#: For each field what fits it.
+#: For each field, values that fit its type.
 FITTING: dict[str, st.SearchStrategy[Any]] = {
     "number": _ONE,
     "my_number": _ONE,
@@ -236,13 +238,13 @@ FIELDS: dict[Any, tuple[str, ...]] = {
 
 @st.composite
 def states(draw: st.DrawFn, schema: Any) -> Any:
-    """A state of a schema: few fields are set, to what fits them or, one time in three, not."""
+    """Draw a state of a schema. Few fields are set, two times in three to a value that fits."""
     state = {} if schema is Dict else schema()
     names = draw(st.lists(st.sampled_from(FIELDS[schema]), unique=True, max_size=3))
     for name in names:
         fits = draw(st.integers(0, 2)) > 0
         _put(state, name, draw(FITTING[name] if fits else ANYTHING))
-    if draw(st.integers(0, 9)) == 0 and schema is not Attrs:  # it has slots
+    if draw(st.integers(0, 9)) == 0 and schema is not Attrs:  # because attrs classes have slots
         _put(state, "no_field", draw(JSON))
     return state
 
@@ -255,7 +257,10 @@ def _put(state: Any, name: str, value: Any) -> None:
 
 
 def told(value: Any) -> Any:
-    """What a value is, its types told, so that ``==`` can be trusted: an oracle of its own."""
+    """Return what a value is, with the types of all its parts, so that ``==`` can be trusted.
+
+    It shares no code with the package, which it checks.
+    """
     kind = type(value)
     name = f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(value, enum.Enum):
@@ -274,7 +279,7 @@ def told(value: Any) -> Any:
     return (name, repr(value)) if held is None else (name, *held)
 
 
-#: Ten half years, whose offsets tell a time zone.
+#: Ten dates, half a year apart each; a time zone's offsets on them identify it well enough.
 _HALF_YEARS = [datetime(year, month, 15) for year in range(2000, 2050, 10) for month in (1, 7)]
 
 
@@ -288,7 +293,7 @@ def _zone(at: datetime | time) -> Any:
 
 
 def _held(value: Any) -> list[Any] | None:
-    """The attributes of an object; ``None`` if it is none of ours."""
+    """Return the attributes of a schema or part of this module; None for any other value."""
     names = FIELDS.get(type(value))
     if names is None and isinstance(value, Part | Piece):
         names = ("size", "hidden") if isinstance(value, Part) else ("own_size", "content")
@@ -300,7 +305,8 @@ def _held(value: Any) -> list[Any] | None:
     }
     found = {name: told(getattr(value, name)) for name in {*names, *others}}
     if isinstance(found.get("ratio"), tuple) and type(value.ratio) is int:
-        # An annotated float: an int is one to the type checker.
+        # For a type checker an int is a float, so an int in a float's field may come back as a
+        # float.
         found["ratio"] = told(float(value.ratio)), int(float(value.ratio)) - value.ratio
     elif "ratio" in found:
         found["ratio"] = found["ratio"], 0

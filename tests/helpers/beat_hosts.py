@@ -1,4 +1,4 @@
-"""Beats on hosts of their own: no two know of each other but by the store."""
+"""Beats on hosts of their own, which learn of one another only through the store."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Schedule = dict[str, dict[str, object]]
 
 @dataclass
 class Host:
-    """A beat, its ways to the store and to the broker, and what else its environment has."""
+    """A host: a beat, its proxies to store and broker, and its extra environment variables."""
 
     number: int
     store: Proxy
@@ -33,7 +33,9 @@ class Host:
 
 
 class Hosts:
-    """Several of them, and one look at it all from outside."""
+    """Several hosts on one schedule, and what the store and the workers' notes say about all of
+    them.
+    """
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class Hosts:
         self.store.close()
 
     def start(self, **environment: str) -> Host:
-        """A new host with a beat."""
+        """Start a beat on a new host."""
         number = len(self.hosts)
         store = self._make_proxy(_port(self._store_url))
         broker = self._make_proxy(_port(self._broker_url))
@@ -64,7 +66,7 @@ class Hosts:
         return self.hosts[-1]
 
     def restart(self, host: Host) -> None:
-        """A new beat on a host whose beat is dead."""
+        """Start a new beat on a host whose beat is dead."""
         host.beat = self._beat(host.number, host.store, host.broker, host.environment)
 
     def _beat(self, number: int, store: Proxy, broker: Proxy, environment: dict[str, str]) -> Beat:
@@ -77,7 +79,10 @@ class Hosts:
         )
 
     def leader(self, other_than: Host | None = None) -> Host:
-        """The host that leads, as soon as one does."""
+        """Wait until a host leads, and return it.
+
+        :param other_than: a host that does not count.
+        """
 
         def found() -> Host | None:
             row = self.store.peek(LEADER)
@@ -93,7 +98,7 @@ class Hosts:
         return decode_rows(self.store.entries.load(f"{LEADER}:"))
 
     def executed(self) -> dict[str, list[datetime]]:
-        """The ticks that have run, by entry."""
+        """Return the due times of the ticks that have run, by entry."""
         found: dict[str, list[datetime]] = {}
         for note in self.fleet.notes("tick"):
             found.setdefault(note["entry"], []).append(datetime.fromisoformat(note["due"]))
@@ -103,7 +108,7 @@ class Hosts:
         self.fleet.wait_for_notes("tick", len(self.fleet.notes("tick")) + more)
 
     def sent(self) -> int:
-        """How many ticks the store knows as sent."""
+        """Return how many ticks are recorded in the store as sent."""
         return sum(state.total_run_count for state in self.states().values())
 
     def wait_for_sent(self, more: int) -> None:
@@ -111,7 +116,7 @@ class Hosts:
         wait_until(lambda: self.sent() >= before + more, f"{more} more ticks are sent")
 
     def wait_until_caught_up(self) -> None:
-        """Until the leader has sent again what others sent and could not record."""
+        """Wait until the leader has sent again the ticks that others sent and could not record."""
 
         def caught_up() -> bool:
             row = self.store.peek(LEADER)
@@ -124,7 +129,7 @@ class Hosts:
         wait_until(caught_up, "the leader is not behind", 90)
 
     def stop(self) -> None:
-        """Stop all beats in order, and wait until all that was sent has run."""
+        """Stop all beats in order, and wait until every tick that they sent has run."""
         for host in self.hosts:
             if host.beat.process.poll() is None:
                 host.beat.stop()
@@ -139,7 +144,7 @@ class Hosts:
             wait_until(lambda: not broker.llen("celery"), "the queue is empty")
 
     def complaints(self) -> list[str]:
-        """What is wrong with the ticks that have run; the beats are stopped."""
+        """Return what is wrong with the ticks that have run. Call it after ``stop``."""
         intervals = {
             name: timedelta(seconds=float(str(fields["schedule"])))
             for name, fields in self._schedule.items()

@@ -1,4 +1,4 @@
-"""What must be true of the ticks that were run, read afterwards from the log and the store."""
+"""Check the ticks that ran against the entries' stored states, after the beats have stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def complaints(
     intervals: Mapping[str, timedelta],
     executed: Mapping[str, Sequence[datetime]],
 ) -> list[str]:
-    """What is wrong, a line each; nothing where each tick was run once or counted as missed."""
+    """Return a line for each fault; nothing if each tick ran once or was counted as missed."""
     found: list[str] = []
     unrecorded = 0
     for name, every in intervals.items():
@@ -22,14 +22,17 @@ def complaints(
         ticks = [tick for tick in executed.get(name, ()) if last and tick <= last]
         unrecorded += len(executed.get(name, ())) - len(ticks)
         found += (f"{name}: {what}" for what in _of(states[name], every, ticks))
-    # The one that was on its way when the last beat was told to stop.
+    # The last beat may have sent one tick that it could not record before it stopped.
     if unrecorded > 1:
         found.append(f"{unrecorded} ticks were run that nobody recorded")
     return found
 
 
 def _of(state: EntryState, every: timedelta, executed: Sequence[datetime]) -> list[str]:
-    """:param executed: up to the last one that was recorded."""
+    """Return the faults of one entry.
+
+    :param executed: the ticks that ran, up to the last recorded one.
+    """
     ticks = sorted(set(executed))
     if not ticks:
         return ["no tick was run"]
@@ -37,12 +40,12 @@ def _of(state: EntryState, every: timedelta, executed: Sequence[datetime]) -> li
     found += [f"{tick} was never due" for tick in ticks if (tick - ticks[0]) % every]
     due = (ticks[-1] - ticks[0]) // every + 1
     assert state.next_tick is not None
-    # Since the last one was sent some may have been missed.
+    # Ticks may have been missed after the last sent tick, so count up to the next tick.
     passed = (state.next_tick - ticks[0]) // every
     counted = state.total_run_count + state.missed_count
     if passed != counted:
         found.append(f"{passed} ticks were due, and {counted} counted as sent or missed")
-    # What a leader sent and could not record, another one may have passed over.
+    # Another leader may have skipped a tick that one leader sent and could not record.
     if due - len(ticks) > state.missed_count:
         found.append(f"{due - len(ticks)} ticks were not run, and {state.missed_count} missed")
     if ticks[-1] != state.last_tick:

@@ -1,4 +1,4 @@
-"""Beats within this process."""
+"""Beats that run within the test's own process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVERY_MINUTE = {"task": "t", "schedule": 60.0}
 
 
 class Beats:
-    """Makes beats as if each were a process of its own: with an app and a runtime each."""
+    """Make beats, each with an app and a runtime of its own, as if it were a process of its own."""
 
     def __init__(self, store_url: str) -> None:
         self._store_url = store_url
@@ -44,14 +44,14 @@ class Beats:
     def close(self) -> None:
         for beat in self._made:
             beat.close()
-        # Also of those that did not come to be a beat.
+        # Also close the apps whose scheduler could not be made.
         for app in self._apps:
             close_runtime(app)
             app.close()
 
 
 def due_now(beat: SingletonScheduler, name: str = "e", ago: timedelta = SECOND) -> datetime:
-    """Have a leader's entry be due, a little while ago, as the store has it too."""
+    """Make a leader's entry due a little while ago, also in the store; return when it is due."""
     moment = beat._leader.now() - ago
     heap: list[Any] = beat._heap
     for index, (_, number, entry) in enumerate(heap):
@@ -65,7 +65,7 @@ def due_now(beat: SingletonScheduler, name: str = "e", ago: timedelta = SECOND) 
 
 
 def row(beat: SingletonScheduler) -> Row:
-    """The leader's lease."""
+    """Return the row of the leader's lease."""
     found = beat._leader.runtime.store.peek("singleton-beat:shop")
     assert found is not None
     return found
@@ -76,7 +76,7 @@ def stored(beat: SingletonScheduler) -> dict[str, EntryState]:
 
 
 def take_over(beat: SingletonScheduler) -> None:
-    """Another holder takes the lease, as if this beat's had run out."""
+    """Give the leader's lease to another holder, as if this beat's lease had expired."""
     store: Any = beat._leader.runtime.store
     with store.engine.connect() as connection:
         connection.exec_driver_sql(

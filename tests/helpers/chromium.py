@@ -1,8 +1,8 @@
-"""A real, headless Chromium for the tests, from the system's packages.
+"""A real, headless Chromium for the tests, from the system's packages: no wheel contains it.
 
-There is no wheel of it. Where it is not installed its tests are skipped, unless
-``SINGLETON_TEST_CHROMIUM=required`` is in the environment, as in CI. It is spoken to through two
-pipes, by its own DevTools protocol: JSON texts that end in a NUL.
+If it is not installed, its tests are skipped; with ``SINGLETON_TEST_CHROMIUM=required`` in the
+environment, as in CI, they fail. The tests control it through two pipes with its DevTools protocol:
+JSON texts that end in a NUL.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import pytest
 from tests.helpers.waiting import DEADLINE, wait_until
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-#: The browser takes its orders from descriptor 3 and answers on 4, whatever these were before.
+#: A program that makes two pipes descriptors 3 and 4, where the browser reads and writes, and then
+#: becomes the browser.
 LAUNCH = """
 import os, sys
 orders, answers = int(sys.argv[1]), int(sys.argv[2])
@@ -39,7 +40,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 def find_chromium() -> str:
-    """The path of the browser; skips the test where there is none."""
+    """Return the path of the browser; skip the test if it is not installed."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
     if found:
         return found
@@ -48,13 +49,13 @@ def find_chromium() -> str:
 
 
 class Chromium:
-    """A browser with a home of its own, and all its processes in one group."""
+    """A browser with a home directory of its own, and all its processes in one process group."""
 
     def __init__(self, home: Path) -> None:
         path = find_chromium()
         self._answers, theirs_out = os.pipe()
         theirs_in, self._orders = os.pipe()
-        # Above 4, so that none is in the other's way.
+        # Move the ends above 4, so that neither is overwritten when the other becomes 3 or 4.
         ends = [_above(theirs_in), _above(theirs_out)]
         environment = os.environ | {"HOME": str(home), "TMPDIR": str(home)}
         for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_RUNTIME_DIR"):
@@ -84,7 +85,7 @@ class Chromium:
         self._buffer = b""
 
     def call(self, method: str, session: str | None = None, **parameters: Any) -> Any:
-        """What the browser answers to one request."""
+        """Send one request, and return the browser's answer."""
         number = self._send(method, session, parameters)
         end = time.monotonic() + DEADLINE
         while True:
@@ -97,7 +98,9 @@ class Chromium:
         return Tab(self, url, width, height, dark)
 
     def close(self) -> None:
-        """In order, so that it buries its own children; by force where it does not obey."""
+        """Close the browser in order, so that it reaps its own children; kill it if it does not
+        end.
+        """
         self._send("Browser.close", None, {})
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=10)
@@ -110,17 +113,17 @@ class Chromium:
         shutil.rmtree(self._home)
 
     def _send(self, method: str, session: str | None, parameters: dict[str, Any]) -> int:
-        """Send a request; returns its number."""
+        """Send a request; return its number."""
         number = next(self._numbers)
         request: dict[str, Any] = {"id": number, "method": method, "params": parameters}
         if session:
             request["sessionId"] = session
-        with contextlib.suppress(BrokenPipeError):  # the answer that does not come says it
+        with contextlib.suppress(BrokenPipeError):  # the missing answer will be reported
             os.write(self._orders, json.dumps(request).encode() + b"\0")
         return number
 
     def _next(self, end: float) -> bytes:
-        """The next message."""
+        """Return the browser's next message."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._answers, selectors.EVENT_READ)
             while b"\0" not in self._buffer:
@@ -132,7 +135,7 @@ class Chromium:
         return message
 
     def _is_gone(self) -> bool:
-        """Whether none of its group is alive; what nobody has buried yet is not."""
+        """Return whether no process of the browser's group is alive; zombies count as dead."""
         for each in psutil.process_iter():
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
                 is_of_it = os.getpgid(each.pid) == self.process.pid
@@ -142,7 +145,7 @@ class Chromium:
 
 
 class Tab:
-    """One page in the browser, as wide and as dark as one likes."""
+    """One page in the browser, with its own width and colour scheme."""
 
     def __init__(self, browser: Chromium, url: str, width: int, height: int, dark: bool) -> None:
         self._browser = browser
@@ -180,7 +183,7 @@ class Tab:
         wait_until(lambda: self.ask(ready), f"{url} is loaded")
 
     def ask(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page."""
+        """Return the value of a JavaScript expression in the page."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
@@ -196,7 +199,7 @@ class Tab:
         path.write_bytes(base64.b64decode(answer["data"]))
 
 
-#: What the page's policy refuses is an event of the document.
+#: A script that collects the page's errors, and whatever its security policy refuses.
 WATCH_FOR_ERRORS = """
 globalThis.refused = [];
 addEventListener("securitypolicyviolation", event => refused.push(event.violatedDirective));

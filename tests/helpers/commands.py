@@ -1,7 +1,8 @@
-"""Celery's commands, each in a process of its own that is forked from one that has loaded Celery.
+"""Run Celery's commands, each in a process forked from one that has already loaded Celery.
 
-To load it takes four times as long as what is asked of it, and a tenth of the time of all tests.
-Nothing of an app is loaded before, and a command that goes on, a worker's say, is not run so.
+Loading Celery takes four times as long as an average command, and took a tenth of the tests' whole
+time. The first process loads no app. Commands that go on, such as a worker, are not run in this
+way.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run ``celery <arguments>``.
 
-    :param root: where the app's module is found.
+    :param root: the directory in which the app's module is found.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
@@ -51,7 +52,9 @@ def run(
 def _main(
     arguments: list[str], environment: dict[str, str], folder: str, root: Path, outputs: list[Path]
 ) -> None:
-    """Become what the shell would have started."""
+    """Be the process that a shell would have started: with its environment, folder and output
+    files.
+    """
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -66,5 +69,5 @@ def _main(
     try:
         main()
     finally:
-        # A process of multiprocessing's does so by itself from Python 3.13 on.
+        # From Python 3.13 on, a process of multiprocessing calls these itself.
         atexit._run_exitfuncs()

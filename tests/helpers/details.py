@@ -1,4 +1,4 @@
-"""An example of each kind of details."""
+"""One example of each class of details that hooks receive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entries of a schedule, at noon of a day."""
+"""Schedule entries whose times lie around noon of one day."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hou
 
 
 def entry(app: Celery, schedule: Any = 60.0, due: datetime = NOON, **fields: Any) -> SingletonEntry:
-    """An entry whose next tick is the one given."""
+    """Return an entry whose next tick is at ``due``."""
     made = SingletonEntry(name="e", task="t", schedule=schedule, app=app, **fields)
     made.begin(due - MINUTE)
     made.next_tick = due
@@ -23,7 +23,7 @@ def entry(app: Celery, schedule: Any = 60.0, due: datetime = NOON, **fields: Any
 
 
 def on_the_30th_of_february(hour: Any) -> crontab:
-    """As Celery before 5.7 lets one make it."""
+    """Return a crontab of a day that never comes, which Celery before 5.7 lets a user make."""
     made = crontab(0, hour)
     made.day_of_month, made.month_of_year = {30}, {2}
     return made

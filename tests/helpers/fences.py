@@ -1,4 +1,4 @@
-"""Fences as tests see them: how many there are, and that they grow."""
+"""Check fences: their number, and that they grow."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from itertools import pairwise
 
 
 def are_growing(fences: Iterable[int], count: int) -> bool:
-    """Whether there are so many fences, each larger than the one before."""
+    """Return whether there are exactly ``count`` fences, each larger than the previous one."""
     found = list(fences)
     return len(found) == count and all(before < after for before, after in pairwise(found))

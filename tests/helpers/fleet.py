@@ -1,4 +1,4 @@
-"""Real worker processes for the tests, and what their bodies wrote down."""
+"""Real worker, beat and exporter processes for the tests, and the notes that task bodies write."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.helpers import commands
 from tests.helpers.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
-#: The app of workers for which nothing else is said.
+#: The app of workers that name no other one.
 TASKS = "tests.apps.tasks"
 
 
 class Program:
-    """A ``celery <command>`` with a session of its own."""
+    """A ``celery <command>`` process in a session of its own."""
 
     def __init__(
         self, command: list[str], environment: dict[str, str], log: Path, app: str
@@ -50,7 +50,7 @@ class Program:
         return self.log.read_text(errors="replace")
 
     def wait_for(self, text: str) -> None:
-        """Wait until it has said something."""
+        """Wait until the program's output contains a text."""
 
         def said() -> bool:
             assert self.process.poll() is None, self.output
@@ -59,7 +59,7 @@ class Program:
         wait_until(said, f"{self.log.stem} says {text!r}")
 
     def pids(self) -> list[int]:
-        """Of the program and of all its children."""
+        """Return the pids of the program and of all its children."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         return [self.process.pid, *(child.pid for child in children)]
 
@@ -69,19 +69,19 @@ class Program:
                 os.kill(pid, number)
 
     def stop(self) -> None:
-        """An orderly stop."""
+        """Stop the program in order, with SIGTERM."""
         self.process.terminate()
         self.process.wait(timeout=30)
 
     def close(self) -> None:
-        """End it and all its children at once, whatever state they are in."""
+        """Kill the program and all its children at once, in whatever state they are."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(timeout=10)
 
 
 class Worker(Program):
-    """A ``celery worker``."""
+    """A ``celery worker`` process."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Worker(Program):
 
 
 class Beat(Program):
-    """A ``celery beat``."""
+    """A ``celery beat`` process."""
 
     def __init__(
         self,
@@ -125,12 +125,12 @@ has_ping = pytest.mark.skipif(
     reason="Celery's beat answers to nothing before 5.7",
 )
 
-#: Labels that come first.
+#: Labels that come first in the keys of ``Exporter.metrics``.
 LEADING = ("key", "singleton")
 
 
 class Exporter(Program):
-    """A ``celery singleton exporter``."""
+    """A ``celery singleton exporter`` process."""
 
     def __init__(
         self, environment: dict[str, str], log: Path, app: str, options: tuple[str, ...]
@@ -139,13 +139,13 @@ class Exporter(Program):
 
     @property
     def url(self) -> str:
-        """Where it listens, as soon as it does."""
+        """The URL at which it listens; waits until it does."""
         self.wait_for("listening at ")
         port = int(self.output.split("listening at ")[1].split("/\n")[0].rsplit(":", 1)[1])
         return f"http://127.0.0.1:{port}"
 
     def get(self, path: str) -> tuple[int, str]:
-        """Status and body of an answer."""
+        """Return the status and the body of an answer."""
         try:
             with urllib.request.urlopen(self.url + path, timeout=30) as answer:
                 return int(answer.status), answer.read().decode()
@@ -154,7 +154,9 @@ class Exporter(Program):
                 return error.code, error.read().decode()
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], float]]:
-        """The samples of a scrape: by name, and by the labels' values, singleton first."""
+        """Return the samples of a scrape: by name, and then by the labels' values,
+        singleton first.
+        """
         found: dict[str, dict[tuple[str, ...], float]] = {}
         for family in text_string_to_metric_families(self.get("/metrics")[1]):
             for sample in family.samples:
@@ -167,7 +169,7 @@ class Exporter(Program):
 
 
 class Fleet:
-    """Workers on one broker and one store, and the log that their bodies write."""
+    """Workers on one broker and one store, and the notes that their bodies write."""
 
     def __init__(
         self, directory: Path, broker: str, store: str, app: str = TASKS, **settings: Any
@@ -225,7 +227,8 @@ class Fleet:
     ) -> Beat:
         """Start a beat.
 
-        :param host: beats of different ones do not see each other's processes.
+        :param host: a beat of another host has another temporary directory, so that neither of them
+            sees the other's process.
         """
         folder = self.directory / f"host{host}"
         folder.mkdir(exist_ok=True)
@@ -243,8 +246,8 @@ class Fleet:
         return started
 
     def notes(self, event: str) -> list[dict[str, Any]]:
-        """What the bodies wrote down of one kind, in order."""
-        # Of a line that is being written a first part can be there already.
+        """Return the notes of one event, in order."""
+        # Drop the last line if it is only partly written.
         lines = self.notes_file.read_text().rpartition("\n")[0].splitlines()
         return [note for note in map(json.loads, lines) if note["event"] == event]
 
@@ -259,15 +262,15 @@ class Fleet:
         wait_until(lambda: text in worker.output, f"the worker says {text!r}")
 
     def celery(self, *arguments: str) -> list[str]:
-        """The words of ``celery -A … <arguments>``."""
+        """Return the command line of ``celery -A … <arguments>``."""
         return [sys.executable, "-m", "celery", "-A", self.app, *arguments]
 
     def command(self, *arguments: str, app: str | None = None) -> subprocess.CompletedProcess[str]:
-        """Run ``celery -A … <arguments>``."""
+        """Run ``celery -A … <arguments>``; return its output and exit code."""
         return commands.run(["-A", app or self.app, *arguments], self.environment, ROOT)
 
     def outputs(self) -> list[tuple[str, str]]:
-        """A title and a text for each worker, and for what the bodies wrote down."""
+        """Return a title and a text for each program's log, and for the notes."""
         programs = (*self._workers, *self._beats, *self._exporters)
         said = [(program.log.stem, program.output) for program in programs]
         return [*said, ("notes", self.notes_file.read_text())]
@@ -278,13 +281,13 @@ class Fleet:
 
 
 def outcome(result: AsyncResult[Any], deadline: float = 60.0) -> Any:
-    """The task's result, or its error, asked of the backend until it is there."""
+    """Wait until a task has ended; return its result or its error."""
     wait_until(result.ready, f"task {result.id} ends", deadline)
     return result.result
 
 
 def refused(fleet: Fleet, *options: str) -> str:
-    """The output of a worker that does not start."""
+    """Start a worker that must refuse to start; return its output."""
     worker = fleet.start(*options, ready=False)
     worker.process.wait(timeout=30)
     assert worker.process.returncode != 0

@@ -1,14 +1,14 @@
-"""Fixtures: the fleet of a test, as its markers describe it, and a client of it.
+"""Fixtures: the fleet of a test, as its markers describe it, and a client app.
 
-``@pytest.mark.fleet(…)`` says what ``fleet`` is and what ``make_fleet`` makes. What a test's own
-marker says is added to what its module's says, and counts first.
+``@pytest.mark.fleet(…)`` describes the fleet of ``fleet`` and ``make_fleet``. A test's own marker
+adds to its module's marker, and overrides it.
 
-:param store: a store's name, or a fixture's that gives its URL; an SQLite file without it.
-:param broker: ``valkey``, or the kind of its queue on RabbitMQ.
-:param leases: the name of a fixture that gives the URL of a server of leases.
-:param app: the app of its workers, beats and commands.
+:param store: the name of a store, or of a fixture that returns its URL. Default: an SQLite file.
+:param broker: ``valkey``, or the kind of the queue on RabbitMQ.
+:param leases: the name of a fixture that returns the URL of a Redis server for leases.
+:param app: the app of the fleet's workers, beats and commands.
 
-A tuple of stores or brokers has the test run once on each of them. All other settings are
+With a tuple of stores or brokers the test runs once on each of them. All other parameters are
 environment variables.
 """
 
@@ -38,7 +38,9 @@ _fleets = pytest.StashKey[list[Fleet]]()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
-    """A failure shows what its workers said: it may not come again for whoever looks into it."""
+    """Show the output of the test's programs with a failure, because the failure may not occur
+    again.
+    """
     report = yield
     if report.failed:
         for fleet in item.stash.get(_fleets, []):
@@ -47,7 +49,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 def _marked(node: pytest.Item) -> dict[str, Any]:
-    """What the markers of a test say together."""
+    """Return all settings of a test's markers."""
     found: dict[str, Any] = {}
     for marker in node.iter_markers("fleet"):
         found = marker.kwargs | found
@@ -71,7 +73,7 @@ def fleet_store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def fleet_broker(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
-    """The settings of the test's fleet that say which broker it has."""
+    """The environment variables that choose the broker of the test's fleet."""
     marked = _marked(request.node).get("broker", "valkey")
     kind: str = getattr(request, "param", marked)
     if kind == "valkey":
@@ -82,7 +84,7 @@ def fleet_broker(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, st
 
 @pytest.fixture
 def broker_url(valkey: Valkey) -> str:
-    """An empty database of Valkey, for messages and for results."""
+    """The URL of an empty database on Valkey, for messages and results."""
     url = f"redis://127.0.0.1:{valkey.port}/{next(_databases) % 15}"
     with redis.Redis.from_url(url) as client:
         client.flushdb()
@@ -93,7 +95,7 @@ def broker_url(valkey: Valkey) -> str:
 def fleet_settings(
     request: pytest.FixtureRequest, fleet_broker: dict[str, str]
 ) -> dict[str, object]:
-    """All settings that the test's markers say, but for the store."""
+    """All settings in the test's markers except the store."""
     marked = _marked(request.node)
     leases = marked.pop("leases", None)
     settings = {name: marked[name] for name in marked.keys() - {"store", "broker"}} | fleet_broker
@@ -111,8 +113,8 @@ def make_fleet(
     fleet_settings: dict[str, object],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[..., Fleet]]:
-    """Makes a fleet as the test's markers say, or on another store and with more settings; and
-    lets this process talk to it as a client.
+    """A function that makes a fleet as the test's markers describe it, or on another store, or with
+    more settings. The test's process gets the fleet's settings too, so that it can be a client.
     """
     made = request.node.stash[_fleets] = []
 
@@ -131,13 +133,15 @@ def make_fleet(
 
 @pytest.fixture
 def fleet(make_fleet: Callable[..., Fleet]) -> Fleet:
-    """The fleet of the test; no program of it runs yet."""
+    """The test's fleet; none of its programs runs yet."""
     return make_fleet()
 
 
 @pytest.fixture
 def client(make_fleet: Callable[..., Fleet]) -> Iterator[Callable[[], Celery]]:
-    """An app without tasks, with the fleet's settings: what sends by name, as a web server may."""
+    """A function that makes client apps: they know no tasks and send by name, as a web
+    server may.
+    """
     made: list[Celery] = []
 
     def make() -> Celery:
@@ -149,9 +153,9 @@ def client(make_fleet: Callable[..., Fleet]) -> Iterator[Callable[[], Celery]]:
         )
         use_queues(made[-1], os.environ.get("TEST_QUEUE", "celery"))
         if os.environ.get("CELERY_BROKER_URL", "").startswith("amqp"):
-            # What RabbitMQ did not confirm it loses when it is killed.
+            # RabbitMQ may lose a message that it has not confirmed when it is killed.
             made[-1].conf.broker_transport_options = {"confirm_publish": True}
-        # Results are asked for; listening for them holds a socket that outlives the test.
+        # Poll for results instead of listening: a listening socket would outlive the test.
         made[-1].backend.on_task_call = lambda *_: None
         made[-1].backend.remove_pending_result = lambda *_: None
         return made[-1]

@@ -1,4 +1,4 @@
-"""Entries of a history."""
+"""Entries of a row's history."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages without a broker: what is sent is kept, and delivered when a test says so."""
+"""Messages without a broker: they are kept when sent, and delivered when a test says so."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Message:
         return str(self.headers["id"])
 
     def deliver(self, redelivered: bool = False, **request: Any) -> Any:
-        """Have Celery run the task, as a worker's child does; returns its state and its result."""
+        """Have Celery run the task, as a worker's child does; return its state and its result."""
         task = self.app.tasks[self.headers["task"]]
         info = {"exchange": "", "routing_key": "celery", "redelivered": redelivered}
         request = {**self.headers, "delivery_info": info, "properties": {}} | request
@@ -38,7 +38,7 @@ class Message:
 
 @dataclass
 class Broker:
-    """Keeps what an app sends."""
+    """A broker that keeps the messages which an app sends."""
 
     app: Celery
     sent: list[Message] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Broker:
         self.sent.append(Message(self.app, headers, list(args), kwargs, options))
 
     def pop(self) -> Message:
-        """The only message that was sent since the last one was taken."""
+        """Return the only message that was sent since the last call, and forget it."""
         (message,) = self.sent
         self.sent.clear()
         return message

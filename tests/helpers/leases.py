@@ -1,4 +1,4 @@
-"""A store's leases that answer as a test says."""
+"""A store whose answers to renewals are made up by the test."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from celery_singleton_state.store.base import Lease
 
 
 class Answers:
-    """A store that only renews, and writes down what it was asked."""
+    """A store that can only renew. It notes which leases it was asked to renew."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
         self.answer: Callable[[Sequence[Lease]], set[str]] = lambda leases: {
             lease.key for lease in leases
         }
-        #: Who asks the holders of which keys to hand over.
+        #: By key: the message that requests a handoff.
         self.handoffs: dict[str, str] = {}
 
     def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:

@@ -1,7 +1,7 @@
-"""A real MariaDB server for the tests, from the system's packages.
+"""A real MariaDB server for the tests, from the system's packages: no wheel contains it.
 
-There is no wheel of it. Where it is not installed its tests are skipped, unless
-``SINGLETON_TEST_MARIADB=required`` is in the environment, as in CI.
+If it is not installed, its tests are skipped; with ``SINGLETON_TEST_MARIADB=required`` in the
+environment, as in CI, they fail.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
 
 
 def find(*names: str) -> str:
-    """The path of a program, by one of its names; skips the test where there is none."""
+    """Return the path of a program, by any of its names; skip the test if it is not installed."""
     for name in names:
         if found := shutil.which(name, path=PATH):
             return found
@@ -29,17 +29,18 @@ def find(*names: str) -> str:
 
 
 class MariaDB(Server):
-    """A server with its defaults, but that a commit waits for the system, and not for the disk."""
+    """A server with default settings, except that a commit does not wait for the disk."""
 
     def __init__(self) -> None:
         program = find("mariadbd", "mysqld")
         install = find("mariadb-install-db", "mysql_install_db")
         super().__init__("mariadb")
         self._program = program
-        # The kernel has only so many places for asynchronous writes, and each server takes many.
+        # Do without asynchronous writes: the kernel has a limited number, and each server takes
+        # many.
         self._options = ["--no-defaults", f"--datadir={self.directory}/data"]
         self._options += ["--innodb-use-native-aio=0"]
-        # Servers that share one while they are made crash now and then.
+        # Servers that are set up at the same time in one temporary directory crash now and then.
         (self.directory / "tmp").mkdir()
         self._options.append(f"--tmpdir={self.directory}/tmp")
         if os.geteuid() == 0:
@@ -78,14 +79,16 @@ class MariaDB(Server):
         self._admin(f"DROP DATABASE {name}")
 
     def create_database_for_shop(self, name: str) -> str:
-        """One whose user may not write where :meth:`make_read_only` has said so."""
+        """Create a database whose user :meth:`make_read_only` keeps from writing, unlike root."""
         url = self.create_database(name)
         self._admin("CREATE USER shop@'%'")
         self._admin(f"GRANT ALL ON {name}.* TO shop@'%'")
         return url.replace("root@", "shop@")
 
     def make_read_only(self, whether: bool) -> None:
-        """Refuse all that writes, as a standby does, or no longer; but not what root writes."""
+        """Have the server refuse writes, as a standby does, or accept them again. Root may always
+        write.
+        """
         self._admin(f"SET GLOBAL read_only = {int(whether)}")
 
     def connect(self, database: str | None = None) -> pymysql.Connection:

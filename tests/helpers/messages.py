@@ -1,4 +1,4 @@
-"""Messages, taken from a broker in memory and delivered as a worker does, in this process."""
+"""Take messages from a broker in memory, and deliver them in this process, as a worker does."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from celery.app.trace import build_tracer
 
 
 def use_own_queue(app: Celery) -> None:
-    """The broker in memory is one for the whole process."""
+    """Give the app a queue of its own, because all apps of a process share the broker in memory."""
     app.conf.task_default_queue = f"queue-{uuid.uuid4()}"
 
 
 def received(app: Celery) -> list[Any]:
-    """Take all messages that wait."""
+    """Take all waiting messages from the app's queue."""
     found = []
     with app.connection_for_read() as connection:
         queue = connection.SimpleQueue(app.conf.task_default_queue)
@@ -30,7 +30,7 @@ def received(app: Celery) -> list[Any]:
 
 
 def deliver(app: Celery, message: Any) -> Any:
-    """Deliver a message; returns Celery's account: ``retval`` and ``info.state``."""
+    """Deliver a message; return Celery's account of it, with ``retval`` and ``info.state``."""
     args, kwargs, embedded = message.payload
     request = {
         **embedded,
@@ -44,10 +44,10 @@ def deliver(app: Celery, message: Any) -> Any:
 
 
 def deliver_all(app: Celery, limit: int = 50) -> list[Any]:
-    """Deliver what waits, and what that sends, until nothing waits."""
+    """Deliver all waiting messages, and those that they send, until none waits."""
     accounts: list[Any] = []
     while messages := received(app):
         for message in messages:
-            accounts.append(deliver(app, message))  # noqa: PERF401  # it sends others
+            accounts.append(deliver(app, message))  # noqa: PERF401  # it may send others
         assert len(accounts) < limit
     return accounts

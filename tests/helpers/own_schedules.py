@@ -1,4 +1,4 @@
-"""Schedules as users write them, with rules of their own."""
+"""Schedule classes as users write them, with rules of their own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ SECOND = timedelta(seconds=1)
 
 
 class LastDayOfMonth(crontab):
-    """By its estimate: the first time of the crontab on a last day of a month."""
+    """A crontab that is due only on the last day of a month; it overrides
+    ``remaining_estimate``.
+    """
 
     def remaining_estimate(self, last_run_at: datetime) -> timedelta:
         moment, now = last_run_at, self.now()
@@ -28,7 +30,7 @@ class LastDayOfMonth(crontab):
 
 
 class BusinessDays(crontab):
-    """By its ``is_due``: no run at the weekend."""
+    """A crontab that is not due at the weekend; it overrides ``is_due``."""
 
     def is_due(self, last_run_at: datetime) -> Any:
         if self.now().isoweekday() > 5:
@@ -37,7 +39,7 @@ class BusinessDays(crontab):
 
 
 class EveryFromTable(schedule):
-    """An interval that is read from a table each time; there is no ``run_every``."""
+    """An interval that ``is_due`` reads from a table each time; there is no ``run_every``."""
 
     def __init__(self, **options: Any) -> None:
         self.table = {"seconds": 30.0}
@@ -50,7 +52,7 @@ class EveryFromTable(schedule):
 
 
 class FromTableAsProperty(schedule):
-    """An interval that is read from a table by a property."""
+    """An interval that the property ``run_every`` reads from a table."""
 
     def __init__(self, **options: Any) -> None:
         self.table = {"seconds": 30.0}
@@ -77,14 +79,14 @@ class Later(crontab):
 
 
 class LaterClock(crontab):
-    """A crontab with an offset, whose clock goes after."""
+    """A crontab whose clock is seven minutes slow."""
 
     def now(self) -> datetime:
         return super().now() - 7 * MINUTE
 
 
 class Once(BaseSchedule):
-    """Due at one time, whatever the last run was."""
+    """A schedule that is due at one fixed time, whatever the last run was."""
 
     def __init__(self, at: datetime, **options: Any) -> None:
         self.at = at
@@ -95,7 +97,7 @@ class Once(BaseSchedule):
 
 
 class Answers(BaseSchedule):
-    """Answers always the same, as an estimate."""
+    """A schedule whose ``remaining_estimate`` always returns the same."""
 
     def __init__(self, answer: Any, **options: Any) -> None:
         self.answer = answer
@@ -106,7 +108,7 @@ class Answers(BaseSchedule):
 
 
 class SaysDue(BaseSchedule):
-    """Answers always the same, as ``is_due``."""
+    """A schedule whose ``is_due`` always returns the same."""
 
     def __init__(self, *answer: Any, **options: Any) -> None:
         self.answer = answer
@@ -117,7 +119,9 @@ class SaysDue(BaseSchedule):
 
 
 class OnceAnHour(schedule):
-    """Due in the first minute of an hour; wants to be asked each five seconds."""
+    """A schedule that is due in the first minute of an hour, and asks to be checked every five
+    seconds.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(5.0, **options)
@@ -128,7 +132,7 @@ class OnceAnHour(schedule):
 
 
 class HostClock(schedule):
-    """Every 30 s, by the host's clock."""
+    """An interval of 30 s that reads the host's clock instead of its ``now()``."""
 
     def is_due(self, last_run_at: datetime) -> Any:
         left = (last_run_at + 30 * SECOND - datetime.now(UTC)).total_seconds()
@@ -136,7 +140,7 @@ class HostClock(schedule):
 
 
 class HostClockEstimate(schedule):
-    """The next full minute, by the host's clock."""
+    """A schedule that is due at each full minute, by the host's clock instead of its ``now()``."""
 
     def remaining_estimate(self, last_run_at: datetime) -> timedelta:
         minute = last_run_at.replace(second=0, microsecond=0) + MINUTE
@@ -144,7 +148,7 @@ class HostClockEstimate(schedule):
 
 
 class OnlyOnce(BaseSchedule):
-    """Notes in itself that it was due."""
+    """A schedule that is due once, and keeps that in itself."""
 
     fired = False
 
@@ -156,7 +160,7 @@ class OnlyOnce(BaseSchedule):
 
 
 class Broken(BaseSchedule):
-    """Cannot reach its table for a while."""
+    """A schedule whose first two checks fail, because its table is unavailable."""
 
     def __init__(self, **options: Any) -> None:
         self.errors = 2
@@ -170,7 +174,7 @@ class Broken(BaseSchedule):
 
 
 class ChangesItself(schedule):
-    """Sets its interval when it is asked."""
+    """A schedule that changes its interval when it is checked."""
 
     def is_due(self, last_run_at: datetime) -> Any:
         self.run_every = 30 * SECOND
@@ -178,7 +182,7 @@ class ChangesItself(schedule):
 
 
 class Duck:
-    """No schedule of Celery's at all."""
+    """A schedule that is not a subclass of Celery's."""
 
     __slots__ = ("app",)
 
@@ -198,7 +202,9 @@ OPTIONS = {"country": "DE", "days": {"a", "b", "c", "d"}, "when": lambda: 1, "by
 
 
 def own_texts() -> list[str]:
-    """Texts of schedules that hold what has no text, or another one in each process."""
+    """Return the texts of schedules whose attributes have no text, or another one in each
+    process.
+    """
     loop: list[Any] = []
     loop.append(loop)
     return [

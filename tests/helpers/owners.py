@@ -1,4 +1,4 @@
-"""Owners of leases, for tests of what tells them."""
+"""Owners of leases, for tests of what notifies them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 
 class Told:
-    """Told what becomes of a lease.
+    """An owner that passes on what happens to its lease.
 
-    :param lost: called with why it is lost.
-    :param asked: called with whoever asks for it.
+    :param lost: called with the reason when the lease is lost.
+    :param asked: called with the requester when a handoff is requested.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Singletons and a beat as the page is given them, for its tests."""
+"""Singletons and a beat for tests of the exporter's page, as the page receives them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ERRORS = (
 
 
 def row(name: str, **changes: Any) -> Listed:
-    """The row of a singleton that is free, and whose last run succeeded a minute ago."""
+    """Return the row of a free singleton whose last run succeeded a minute ago."""
     usual = Listed(
         key=f"singleton-state:{name}",
         task=None,
@@ -45,7 +45,7 @@ def row(name: str, **changes: Any) -> Listed:
 
 
 def held(name: str, since: float = 30.0, **changes: Any) -> Listed:
-    """The row of one that runs for so long."""
+    """Return the row of a singleton whose run began ``since`` seconds ago."""
     usual: dict[str, Any] = {
         "holder": HOLDER.format(3, 4711),
         "task_id": "0b2f",
@@ -58,7 +58,7 @@ def held(name: str, since: float = 30.0, **changes: Any) -> Listed:
 def run(
     age: float, took: float = 2.0, outcome: str = "succeeded", error: str | None = None
 ) -> Entry:
-    """A run that ended so many seconds ago."""
+    """Return a history entry of a run that ended ``age`` seconds ago."""
     holder = HOLDER.format(1, 99)
     return Entry("t", 0, holder, 11, None, outcome, error, NOW - age - took, NOW - age, True)
 
@@ -91,7 +91,7 @@ def page(*singletons: ShownSingleton, **changes: Any) -> Page:
 
 
 def entry(name: str, seconds: float | None, **changes: Any) -> EntryState:
-    """An entry that is due in so many seconds."""
+    """Return an entry that is due in so many seconds; None: never."""
     now = datetime.fromtimestamp(NOW, UTC)
     usual: dict[str, Any] = {
         "entry": name,
@@ -123,7 +123,7 @@ def beat(**changes: Any) -> ShownBeat:
 
 
 def five() -> Page:
-    """One of each sort."""
+    """Return a page with five singletons: late, failing, running, lost once, and never run."""
     orders = 'shop.tasks.import_orders{"tenant":"acme"}'
     mails = 'shop.tasks.send_mails{"list":"newsletter","tenant":"globex"}'
     late = "it finished 4512 s ago, and should have within 600 s"
@@ -168,7 +168,7 @@ def five() -> Page:
 
 
 def many(drawn: int = 200, total: int = 2_000) -> Page:
-    """Of two thousand, as many as are drawn: the worst first, as in a fleet at work."""
+    """Return a page of 2,000 singletons with the first ``drawn`` of them, the worst first."""
     dice = random.Random(7)
     names = [
         f'shop.tasks.{task}{{"tenant":"{tenant}-{number:04d}"}}'
@@ -220,7 +220,7 @@ def _one_of_many(dice: random.Random, number: int, name: str) -> ShownSingleton:
 
 
 def replace_times(entry: Entry, earlier: float) -> Entry:
-    """The same run, so many seconds earlier."""
+    """Return the same run, so many seconds earlier."""
     return run(
         NOW - entry.finished + earlier, entry.finished - entry.started, entry.outcome, entry.error
     )

@@ -1,4 +1,4 @@
-"""The page as a browser reads it."""
+"""Read the exporter's page as a browser shows it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ VOID = frozenset({"meta", "link", "input", "wbr"})
 
 
 class Reader(HTMLParser):
-    """Reads a document: its elements, and its text as it is seen, tooltips aside."""
+    """The elements of an HTML document, and its visible text without tooltips."""
 
     def __init__(self, document: str) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""A real PgBouncer for the tests, from the system's packages.
+"""A real PgBouncer for the tests, from the system's packages: no wheel contains it.
 
-There is no wheel of it. Where it is not installed its tests are skipped, unless
-``SINGLETON_TEST_PGBOUNCER=required`` is in the environment, as in CI.
+If it is not installed, its tests are skipped; with ``SINGLETON_TEST_PGBOUNCER=required`` in the
+environment, as in CI, they fail.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import pytest
 from tests.helpers.servers import Server
 from tests.helpers.waiting import wait_until
 
-#: Where Debian and Ubuntu keep it, which is on root's path only.
+#: Where Debian and Ubuntu install it. Only root's path contains this folder.
 SBIN = "/usr/sbin"
-#: Fewer than the clients of a test, so that they share them, and change them in mid-session.
+#: Fewer connections than a test has clients, so that clients share them and change them in
+#: mid-session.
 SERVER_CONNECTIONS = 3
 
 
 def find_pgbouncer() -> str:
-    """The program's path; skips the test where there is none."""
+    """Return the program's path; skip the test if it is not installed."""
     found = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:{SBIN}")
     if found:
         return found
@@ -35,10 +36,10 @@ def find_pgbouncer() -> str:
 class PgBouncer(Server):
     """A pooler in transaction mode in front of all databases of a server on this host.
 
-    Its settings are the defaults but for what a test needs. It refuses to run as root, so root
-    runs it as nobody.
+    Its settings are the defaults except where a test needs others. It refuses to run as root, so
+    the tests of root run it as nobody.
 
-    :param port: the server's.
+    :param port: the port of the server behind it.
     """
 
     def __init__(self, port: int) -> None:
@@ -51,7 +52,8 @@ class PgBouncer(Server):
             "auth_type": "any",
             "pool_mode": "transaction",
             "default_pool_size": SERVER_CONNECTIONS,
-            # Tests leave more databases behind than it has connections for.
+            # End idle connections soon: tests leave more databases behind than the server allows
+            # connections.
             "server_idle_timeout": 5,
         }
         config = self.directory / "pgbouncer.ini"

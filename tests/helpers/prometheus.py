@@ -1,7 +1,7 @@
-"""A real Prometheus for the tests, from the system's packages.
+"""A real Prometheus for the tests, from the system's packages: no wheel contains it.
 
-There is no wheel of it. Where it is not installed its tests are skipped, unless
-``SINGLETON_TEST_PROMETHEUS=required`` is in the environment, as in CI.
+If it is not installed, its tests are skipped; with ``SINGLETON_TEST_PROMETHEUS=required`` in the
+environment, as in CI, they fail.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.helpers.waiting import wait_until
 
 
 def find(name: str) -> str:
-    """The path of one of its programs; skips the test where there is none."""
+    """Return the path of one of Prometheus's programs; skip the test if it is not installed."""
     found = shutil.which(name)
     if found:
         return found
@@ -31,10 +31,10 @@ def find(name: str) -> str:
 
 
 class Prometheus(Server):
-    """A server that scrapes each second.
+    """A server that scrapes one exporter every second.
 
-    :param target: the host and port of an exporter.
-    :param rules: a file of rules.
+    :param target: the host and port of the exporter.
+    :param rules: the path of a file of rules.
     """
 
     def __init__(self, target: str, rules: Path) -> None:
@@ -52,7 +52,7 @@ class Prometheus(Server):
             ],
             "rule_files": [str(rules)],
         }
-        # JSON is YAML as well.
+        # JSON is valid YAML.
         (self.directory / "prometheus.yml").write_text(json.dumps(config))
         self.spawn(
             program,
@@ -63,9 +63,10 @@ class Prometheus(Server):
         wait_until(self._is_ready, "Prometheus is ready")
 
     def query(self, expression: str) -> dict[tuple[str, ...], float]:
-        """What an expression is now, by the values of its labels in the order of their names.
+        """Return the present values of an expression, by the values of its labels in the order of
+        their names.
 
-        :raises AssertionError: it is not one that Prometheus takes.
+        :raises AssertionError: Prometheus refuses the expression.
         """
         answer = self._get("/api/v1/query?" + urllib.parse.urlencode({"query": expression}))
         assert answer["status"] == "success", answer
@@ -78,7 +79,7 @@ class Prometheus(Server):
         }
 
     def rules(self) -> dict[str, str]:
-        """The health of each rule, by its name."""
+        """Return the health of each rule, by its name."""
         groups = self._get("/api/v1/rules")["data"]["groups"]
         return {rule["name"]: rule["health"] for group in groups for rule in group["rules"]}
 

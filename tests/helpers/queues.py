@@ -1,4 +1,6 @@
-"""The queues of the tests' apps on RabbitMQ: classic ones, or quorum queues on each exchange."""
+"""Queues of the tests' apps on RabbitMQ: classic queues, or quorum queues on each kind of
+exchange.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,18 @@ from celery import Celery, bootsteps
 from kombu import Exchange, Queue
 from kombu.common import Broadcast, QoS
 
-#: Says which kind of queues an app has; classic ones without it.
+#: The environment variable for the kind of an app's queues. Default: classic.
 KIND = "TEST_QUEUE_KIND"
-#: Kinds of queues: quorum queues by the type of the exchange to which they are bound.
+#: Kinds of quorum queues, named after the type of the exchange to which they are bound.
 QUORUM = ("direct", "topic")
 KINDS = ("classic", *QUORUM)
 
 
 class PrefetchForEach(bootsteps.StartStopStep):
-    """What quorum queues need before Celery 5.5: they refuse a prefetch count of a whole channel.
+    """A step of Celery's consumer that lets it use quorum queues before Celery 5.5.
 
-    Celery sets one before this step, which takes it back.
+    Quorum queues refuse a prefetch count for a whole channel, which Celery sets in an earlier step.
+    This step removes it and sets one for each consumer.
     """
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
@@ -35,9 +38,9 @@ class PrefetchForEach(bootsteps.StartStopStep):
 
 
 def use_queues(app: Celery, name: str) -> None:
-    """Give an app the queue of this name, of the kind that the environment says.
+    """Give an app the queue of this name, of the kind in the environment.
 
-    With ``fanout`` it has a second one, ``<name>-all``, from which each worker gets a copy.
+    With ``fanout`` the app gets a second queue, ``<name>-all``, of which each worker has a copy.
     """
     app.conf.task_default_queue = name
     kind = os.environ.get(KIND, "classic")

@@ -1,7 +1,7 @@
-"""A real RabbitMQ server for the tests, from the system's packages.
+"""A real RabbitMQ server for the tests, from the system's packages: no wheel contains it.
 
-There is no wheel of it. Where it is not installed its tests are skipped, unless
-``SINGLETON_TEST_RABBITMQ=required`` is in the environment, as in CI.
+If it is not installed, its tests are skipped; with ``SINGLETON_TEST_RABBITMQ=required`` in the
+environment, as in CI, they fail.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import pytest
 from tests.helpers.servers import Server, free_port
 from tests.helpers.waiting import wait_until
 
-#: Where Debian, Ubuntu and Fedora keep the script that does not change the user.
+#: Where Debian, Ubuntu and Fedora install the start script that does not switch to another user.
 SCRIPTS = "/usr/lib/rabbitmq/bin"
 
 
 def find_rabbitmq() -> str:
-    """The path of the server's script; skips the test where there is none."""
+    """Return the path of the start script; skip the test if it is not installed."""
     found = shutil.which("rabbitmq-server", path=f"{SCRIPTS}:{os.environ.get('PATH', '')}")
     if found:
         return found
@@ -32,7 +32,7 @@ def find_rabbitmq() -> str:
 
 
 class RabbitMQ(Server):
-    """A server with an Erlang port mapper of its own, so that nothing is left behind."""
+    """A server with an Erlang port mapper (epmd) of its own, so that no process is left behind."""
 
     def __init__(self) -> None:
         script = find_rabbitmq()
@@ -69,7 +69,7 @@ class RabbitMQ(Server):
         return self.url_at(self.port)
 
     def url_at(self, port: int) -> str:
-        """Its URL at another port, where a proxy is."""
+        """Return the broker's URL with the port of a proxy."""
         return f"amqp://guest:guest@127.0.0.1:{port}//"
 
     def start(self) -> None:
@@ -77,7 +77,7 @@ class RabbitMQ(Server):
         wait_until(self._answers, f"RabbitMQ on port {self.port}", deadline=90.0)
 
     def stop(self, how: signal.Signals = signal.SIGKILL) -> None:
-        """Kill it with all its helpers: what it confirmed it keeps."""
+        """Kill the server and all its helpers. It keeps the messages that it has confirmed."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, how)

@@ -1,4 +1,4 @@
-"""Values that a store cannot hold."""
+"""Values that some store cannot hold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from tests.helpers.mariadb import MariaDB
 
-#: No task would be called so; but an id is its sender's to choose.
+#: No task is named like this, but a sender may choose such a task id.
 ODD = "a\0b\udc80 Łódź\\x00 \U0001f389"
 LARGEST = 2**63 - 1
 PACKET = 1 << 17

@@ -1,4 +1,6 @@
-"""Roles as ``docs/databases.md`` makes them, of PostgreSQL where nothing else is said."""
+"""Database roles, made with the SQL of ``docs/databases.md``; on PostgreSQL unless the name says
+otherwise.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from sqlalchemy import make_url
 from tests.helpers.tables import execute
 
 _PAGE = Path(__file__).parents[2] / "docs" / "databases.md"
-#: What an administrator does before the table is made, and its owner after that.
+#: The page's SQL: for each database, first what an administrator runs before the table is made,
+#: then what the table's owner runs after that.
 _BEFORE, _AFTER, _BEFORE_ON_MARIADB, _AFTER_ON_MARIADB = re.findall(
     r"^```sql\n(.*?)^```", _PAGE.read_text(), re.MULTILINE | re.DOTALL
 )
@@ -20,22 +23,22 @@ TABLE = "jobs.kv_store"
 
 
 def of(role: str, url: str) -> str:
-    """A database's URL for another role."""
+    """Return a database's URL with another role."""
     return make_url(url).set(username=role).render_as_string()
 
 
 def make_roles(url: str) -> None:
-    """The roles and the schema, without the table."""
+    """Create the roles and the schema, without the table."""
     execute(url, _BEFORE)
 
 
 def grant(url: str) -> None:
-    """The worker's rights to the table."""
+    """Grant the worker's role its rights on the table."""
     execute(of(OWNER, url), _AFTER)
 
 
 def drop_roles(url: str) -> None:
-    """With all that they have; a server has them once for all its databases."""
+    """Drop the roles with all that they own, because a server's databases share its roles."""
     both = f"{OWNER}, {WORKER}"
     execute(url, f"DROP OWNED BY {both} CASCADE", f"DROP ROLE {both}")
 
@@ -49,7 +52,7 @@ def grant_on_mariadb(url: str) -> None:
 
 
 def drop_roles_on_mariadb(url: str) -> None:
-    """With the database that the page makes."""
+    """Drop the roles, and the database that the page creates."""
     execute(url, f"DROP USER {OWNER}, {WORKER}", "DROP DATABASE jobs")
 
 

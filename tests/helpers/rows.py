@@ -1,4 +1,4 @@
-"""A singleton's row, and steps with its lease."""
+"""A singleton's row, and shorthands for what tests do with its lease."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from tests.helpers.waiting import wait_until
 
 LONG = 60.0
 BRIEF = 0.2
-#: Clocks are floating-point seconds here.
+#: Tolerance in seconds, because clocks are floating-point numbers here.
 ROUNDING = 0.01
 NEW, NEWER = NewValue('{"n":1}', 1), NewValue('{"n":2}', 1)
 DONE = Ended("succeeded", "[]")
 HELD_ON = Ended("succeeded", "[]", hold=LONG)
 FREED = Released(wanted=None)
-#: How many statements wait for a lock.
+#: For each server, a query for how many statements wait for a lock.
 WAITING = {
     "postgresql": "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'",
     "mysql": "SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'",
@@ -33,7 +33,7 @@ def peek(store: Leases, key: str = "k") -> Row:
 
 
 def let_run_out(store: Leases, key: str = "k") -> None:
-    """Wait until the store's own clock says that the lease ran out."""
+    """Wait until the lease has expired by the store's own clock."""
 
     def ran_out() -> bool:
         row = peek(store, key)

@@ -1,4 +1,4 @@
-"""Tasks for runs in this process, and what is in their rows."""
+"""Singleton tasks that run in the test's own process, and their rows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def row(app: Celery, name: str = "count") -> Row:
 
 
 def write(app: Celery, value: str, version: int | None = None, name: str = "count") -> None:
-    """Put a value into the singleton's row by hand."""
+    """Store a value in the singleton's row, as a run would."""
     store = runtime_of(app).store
     acquired = store.acquire(f"singleton-state:{name}", "by hand", 60, None)
     assert acquired is not None
@@ -44,13 +44,13 @@ def write(app: Celery, value: str, version: int | None = None, name: str = "coun
 
 
 def make_table(app: Celery) -> None:
-    """One of the user's, for numbers."""
+    """Create a user's table for numbers, in the store's database."""
     with runtime_of(app).sql.engine.connect() as connection:
         connection.exec_driver_sql("CREATE TABLE written (n integer)")
 
 
 def written(app: Celery) -> list[int]:
-    """The numbers in the user's table."""
+    """Return the numbers in the user's table."""
     with runtime_of(app).sql.engine.connect() as connection:
         found = connection.exec_driver_sql("SELECT n FROM written ORDER BY n").all()
     return [n for (n,) in found]

@@ -1,4 +1,4 @@
-"""Work for the exporter to count."""
+"""A script of runs, and the metrics that the exporter must show after it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers.fleet import Exporter, Fleet, outcome
 
 RUNS = 500
 DOES = ("save", "idle", "checkpoint", "transaction", "fail", "misfit", "sleep")
-#: What each kind of run does to the state, the state being new to each.
+#: For each kind of run, the operations on its state, which is new for each run.
 OPERATIONS = {
     "save": ("load", "save"),
     "idle": ("load", "save"),
@@ -24,13 +24,14 @@ OPERATIONS = {
 }
 
 
-#: By a counter's name: what it is for the values of its labels, where that is not 0.
+#: By metric: the expected value for each set of label values, where it is not 0.
 Expected = dict[str, dict[frozenset[str], float]]
 
 
 def work_through_the_script(app: Celery, fleet: Fleet, store: SqlStore) -> Expected:
-    """Have 500 runs, each of a key of its own, some duplicates and some conflicts; returns what is
-    to be counted, which may be a moment later.
+    """Run 500 tasks, each with a key of its own, and then some duplicates and conflicts.
+
+    :returns: the expected metrics, which the exporter may show a little later.
     """
     chance = random.Random(5)
     script = [chance.choices(DOES, weights=(40, 20, 15, 15, 5, 3, 2))[0] for _ in range(RUNS)]

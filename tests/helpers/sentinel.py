@@ -1,4 +1,6 @@
-"""A master, its replica and a Sentinel that watches over them."""
+"""Servers for failovers of Redis leases: a replica of a master, and a Sentinel that
+watches both.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ NAME = "leases"
 
 
 class Replica(Valkey):
-    """A server that follows another, which it reaches at a port."""
+    """A server that replicates another server, which it reaches at a port."""
 
     def __init__(self, port: int) -> None:
         self._followed = port
@@ -20,7 +22,7 @@ class Replica(Valkey):
     def start(self) -> None:
         super().start()
         with redis.Redis(port=self._followed) as client:
-            # Otherwise it waits for five seconds for more replicas.
+            # Without this the master waits for five seconds for further replicas.
             client.config_set("repl-diskless-sync-delay", 0)
         with redis.Redis(port=self.port) as client:
             client.replicaof("127.0.0.1", self._followed)
@@ -28,7 +30,7 @@ class Replica(Valkey):
 
 
 class Sentinel(Server):
-    """One that decides alone, and soon."""
+    """A Sentinel that decides on a failover alone, after half a second."""
 
     def __init__(self, master: Valkey) -> None:
         super().__init__("sentinel")
@@ -48,7 +50,7 @@ class Sentinel(Server):
         return f"sentinel://127.0.0.1:{self.port}/{NAME}/0"
 
     def master_port(self) -> int:
-        """Where it says that the master is."""
+        """Return the port of the server that is the master according to the Sentinel."""
         with redis.Redis(port=self.port, decode_responses=True) as client:
             _, port = client.sentinel_get_master_addr_by_name(NAME)
         return int(port)

@@ -1,6 +1,7 @@
-"""Real servers for the tests, started on free ports and stopped by pid.
+"""Real servers for the tests, started on free ports and stopped by pid; and a proxy in front of
+them.
 
-A URL in the environment comes first, then a server on the path, then the one in a wheel.
+The programs come from the path, or else from a wheel.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ import psycopg
 
 from tests.helpers.waiting import DEADLINE, wait_until
 
-#: Bytes.
+#: Bytes that a file system in memory must have free to be used for servers.
 ROOM = 4 * 2**30
-#: Below those that a system gives to clients (from 32768 on Linux, 49152 elsewhere): none of them
-#: takes the port of a server which is yet to start, or is down for a moment.
+#: Ports below those that a system assigns to clients (from 32768 on Linux, from 49152 elsewhere).
+#: So no client takes the port of a server that has not started yet or is down for a while.
 PORTS = range(20_000, 32_000)
-#: Of a process of the tests' own, unless there are very many.
+#: How many ports each test process has to itself, unless there are very many such processes.
 SHARE = 100
 
 
@@ -45,7 +46,8 @@ def _ports() -> Iterator[int]:
 def free_port() -> int:
     for port in _ports():
         with socket.socket() as probe, contextlib.suppress(OSError):
-            # What a server sets too: connections that have ended are no hindrance.
+            # Bind as servers do, so that a port whose old connections are still closing counts as
+            # free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
             return port
@@ -53,8 +55,9 @@ def free_port() -> int:
 
 
 def in_memory() -> str | None:
-    """A folder on a file system in memory, where there is one with room: a database that is made
-    for a minute would have the disk do half of the work.
+    """Return a folder on a file system in memory, or None without one that has room.
+
+    On a disk, a database that lives for a minute would spend half of its time on writing.
     """
     folder = "/dev/shm"
     with contextlib.suppress(OSError):
@@ -64,7 +67,7 @@ def in_memory() -> str | None:
 
 
 class Server:
-    """A process of its own with a directory of its own."""
+    """A server process with a directory of its own."""
 
     def __init__(self, name: str) -> None:
         self.port = free_port()
@@ -90,7 +93,7 @@ class Server:
 
 
 class Postgres(Server):
-    """A PostgreSQL server; it refuses to run as root, so root runs it as nobody."""
+    """A PostgreSQL server. It refuses to run as root, so the tests of root run it as nobody."""
 
     def __init__(self) -> None:
         super().__init__("postgres")
@@ -106,7 +109,7 @@ class Postgres(Server):
         self.start()
 
     def _how_to_make(self) -> list[str]:
-        """The command that makes its directory of data."""
+        """Return the command that creates its data directory."""
         make = [str(self._bin / "initdb"), "-D", str(self.data), "-U", "postgres", "-A", "trust"]
         return [*make, "--no-sync", "-E", "UTF8", "--locale=C"]
 
@@ -135,7 +138,9 @@ class Postgres(Server):
         wait_until(self._answers, f"PostgreSQL on port {self.port}")
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """Stop it: at once and in order (SIGINT), or by a kill, which its children follow."""
+        """Stop the server in order but at once (SIGINT), or kill it. Its children exit with it in
+        both cases.
+        """
         super().stop(signal.SIGQUIT if how is signal.SIGKILL else how)
 
     def url(self, database: str, port: int | None = None) -> str:
@@ -150,15 +155,16 @@ class Postgres(Server):
         return self.url(name)
 
     def create_database_for_shop(self, name: str) -> str:
-        """One whose user may not write where :meth:`make_read_only` has said so."""
+        """Create a database whose user :meth:`make_read_only` keeps from writing."""
         return self.create_database(name)
 
     def drop_database(self, name: str) -> None:
         self._admin(f"DROP DATABASE {name} WITH (FORCE)")
 
     def empty_database(self, name: str, but_for: str) -> None:
-        """Have a database with one table and its version, and no row in it; which takes a tenth
-        of the time that making both takes.
+        """Empty a database but for one table and its version table, and delete that table's rows.
+
+        This takes a tenth of the time for creating a database with its table.
         """
         others = (
             "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
@@ -170,18 +176,18 @@ class Postgres(Server):
             connection.execute(f"TRUNCATE {but_for}")
 
     def configure(self, name: str, value: str) -> None:
-        """Have a setting of the server's from now on, in all sessions."""
+        """Change a setting of the server, in all sessions, from now on."""
         self._admin(f"ALTER SYSTEM SET {name} = '{value}'")
         self._admin("SELECT pg_reload_conf()")
 
     def make_read_only(self, whether: bool) -> None:
-        """Refuse all that writes, as a standby does, or no longer."""
+        """Have the server refuse writes, as a standby does, or accept them again."""
         self.configure("default_transaction_read_only", "on" if whether else "off")
 
     def backends(self, where: str = "true") -> list[int]:
-        """The processes that serve the package's connections.
+        """Return the pids of the server's processes that serve the package's connections.
 
-        :param where: which of them, by the columns of ``pg_stat_activity``.
+        :param where: which of them, as a condition on ``pg_stat_activity``.
         """
         return self.column(
             "postgres",
@@ -190,7 +196,7 @@ class Postgres(Server):
         )
 
     def column(self, database: str, query: str) -> list[Any]:
-        """What a query of one column finds."""
+        """Return the values of a query of one column."""
         with psycopg.connect(f"{self._dsn} dbname={database}", autocommit=True) as connection:
             return [value for (value,) in connection.execute(query).fetchall()]
 
@@ -206,7 +212,9 @@ class Postgres(Server):
         )
 
     def statements_of(self, application: str) -> list[str]:
-        """The verbs of an application's statements, where it set ``log_statement=all``."""
+        """Return the verbs of an application's statements. It must have set
+        ``log_statement=all``.
+        """
         logged = rf"^{application}\|LOG:\s+(?:execute [^:]*|statement):\s+(\w+)"
         return re.findall(logged, self.log.read_text(), re.MULTILINE)
 
@@ -237,15 +245,15 @@ class Postgres(Server):
         installed = Path(spec.origin).parent / "pginstall"
         if os.geteuid() != 0:
             return installed / "bin"
-        # The wheel can lie where nobody may not look.
+        # The user nobody may have no access to the wheel's folder.
         copy = shutil.copytree(installed, self.directory / "server", symlinks=True)
         return copy / "bin"
 
 
 class Standby(Postgres):
-    """A server that follows another one, asynchronously, until it is promoted.
+    """A server that replicates another one, asynchronously, until it is promoted.
 
-    :param port: where it reaches the other one.
+    :param port: the port at which it reaches the other server.
     """
 
     def __init__(self, port: int) -> None:
@@ -263,7 +271,7 @@ class Standby(Postgres):
 class Valkey(Server):
     """A Valkey or Redis server.
 
-    :param durable: whether what it took outlives its death.
+    :param durable: whether its data survives its death.
     """
 
     def __init__(self, durable: bool = False) -> None:
@@ -299,20 +307,20 @@ class Valkey(Server):
 
 
 class Proxy:
-    """A TCP proxy that can refuse, fall silent, or cut what a server answers.
+    """A TCP proxy that can refuse connections, fall silent, or lose the server's answers.
 
-    ``mode`` is what it does with bytes and new connections from now on:
+    ``mode`` says what it does with data and new connections from now on:
 
-    - ``pass``: hand everything on.
-    - ``mute``: take everything and hand nothing on, as a dead network does.
-    - ``drop one answer``: hand requests on, close the connection when the next answer comes,
-      and ``pass`` from then on.
+    - ``pass``: forward everything.
+    - ``mute``: accept everything and forward nothing, as a dead network does.
+    - ``drop one answer``: forward requests, close the connection when the next answer arrives, and
+      ``pass`` from then on.
     - ``drop answers``: the same, for every answer.
     - ``refuse``: close connections at once.
 
-    Two things are done to one request, known by its text: :meth:`hold` and :meth:`lose_answer_to`.
+    :meth:`hold` and :meth:`lose_answer_to` affect a single request, recognised by its text.
 
-    :param port: of the server; ``target`` may be set to another one's later.
+    :param port: the server's port; ``target`` can be set to another server's port later.
     """
 
     def __init__(self, port: int) -> None:
@@ -329,22 +337,23 @@ class Proxy:
         self._threads[0].start()
 
     def cut(self) -> None:
-        """Close all connections that there are."""
+        """Close all open connections."""
         for each in list(self._sockets):
             _shut(each)
 
     def hold(self, pattern: bytes, skip: int = 0) -> Held:
-        """Keep the next request with such a text, acknowledged, until it is delivered.
+        """Keep back the next request that contains a text, until the test delivers it.
 
-        :param pattern: a regular expression.
-        :param skip: how many such requests to hand on before.
+        :param pattern: a regular expression for the text.
+        :param skip: how many such requests to forward first.
         """
         self._held.append(Held(pattern, skip))
         return self._held[-1]
 
     def lose_answer_to(self, pattern: bytes, then: str = "pass") -> None:
-        """Close the connection when the answer to the next request with such a text comes.
+        """Close the connection when the answer to the next request that contains a text arrives.
 
+        :param pattern: a regular expression for the text.
         :param then: the mode from then on.
         """
         self._answers_to_lose.append((re.compile(pattern, re.DOTALL), then))
@@ -392,7 +401,8 @@ class Proxy:
                 if self.mode != "mute":
                     sink.sendall(data)
                 if not is_answer and (answered := self._awaited.get(sink)):
-                    # Even the client's good-bye waits until the request is carried out.
+                    # Hold back even the message that ends the client's session until the server has
+                    # answered.
                     answered.wait(timeout=DEADLINE)
         except OSError:
             pass
@@ -407,7 +417,9 @@ class Proxy:
     def _look_at(
         self, data: bytes, source: socket.socket, sink: socket.socket, is_answer: bool
     ) -> bool:
-        """Whether the connection goes on."""
+        """Apply the held requests and lost answers to some data; return whether the connection
+        stays open.
+        """
         if is_answer:
             self._note_answer(source)
             then = self._losing.pop(source, None)
@@ -431,7 +443,7 @@ class Proxy:
 
 
 class Held:
-    """A request that a proxy is to keep, or keeps, and delivers later."""
+    """A request that a proxy holds back, or will hold back, and delivers later."""
 
     def __init__(self, pattern: bytes, skip: int) -> None:
         self._pattern = re.compile(pattern, re.DOTALL)
@@ -442,7 +454,7 @@ class Held:
         self._client: socket.socket | None = None
 
     def takes(self, data: bytes, client: socket.socket) -> bool:
-        """Whether this is the request."""
+        """Return whether this is the request, and if so take it."""
         if not self._pattern.search(data):
             return False
         with self._lock:
@@ -454,23 +466,25 @@ class Held:
             return True
 
     def wait_until_it_goes_on(self) -> bool:
-        """Keep it; returns whether it is to be delivered."""
+        """Wait for the test's decision; return whether to deliver the request."""
         self._go.wait()
         return not self._forgotten
 
     def wait(self) -> None:
-        """Until the request is there."""
+        """Wait until the request has arrived at the proxy."""
         wait_until(self._taken.is_set, f"a request with {self._pattern.pattern!r} comes")
 
     def wait_given_up(self) -> None:
-        """Until its client waits no longer: it says good-bye, or closes."""
+        """Wait until the client waits no longer for an answer: it ends its session, or closes."""
         self.wait()
         assert self._client is not None
         client = [self._client]
         wait_until(lambda: select.select(client, [], [], 0)[0], "the client gives up")
 
     def deliver(self) -> None:
-        """Hand the request on, whether its client still waits or not, until it is carried out."""
+        """Forward the request, even if its client has given it up, and wait for the server's
+        answer.
+        """
         self.wait()
         self._go.set()
         wait_until(self.answered.is_set, "the server answers")
@@ -489,7 +503,7 @@ S = TypeVar("S", bound=Server)
 
 
 def running(start: Callable[[], S]) -> Iterator[S]:
-    """A server for as long as a fixture lives."""
+    """Yield a running server to a fixture, and close it afterwards."""
     server = start()
     yield server
     server.close()

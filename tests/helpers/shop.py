@@ -1,4 +1,4 @@
-"""A store on a server, a way to it that can stall a request, and a worker that takes this way."""
+"""A shop: a store on a server, a proxy that can stall a request, and workers behind the proxy."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ APP = "tests.apps.step_app"
 
 
 class Shop:
-    """A database, and workers of :mod:`tests.apps.step_app` behind a proxy.
+    """A database, and workers of :mod:`tests.apps.step_app` that reach it through a proxy.
 
-    :param database: its URL past the proxy.
+    :param database: the database's URL without the proxy.
     """
 
     def __init__(
@@ -41,7 +41,8 @@ class Shop:
         migrate_url(self.database, "kv_store")
         self.engine = sa.create_engine(self.database, poolclass=sa.NullPool)
         copied.metadata.create_all(self.engine)
-        # Each request is one message to the server, whether it was prepared before or not.
+        # Without prepared statements each request is one message, whose text the proxy can
+        # recognise.
         more = "?prepare_threshold=none" if isinstance(server, Postgres) else ""
         self.fleet = make_fleet(through(proxy, self.database) + more, **settings)
         self._store = open_store(self.database, "kv_store", io_timeout=5.0, pool_size=1)
@@ -54,7 +55,7 @@ class Shop:
         return self.fleet.start(*(options or ("-c", "1")), app=APP)
 
     def wait_reached(self, place: str) -> dict[str, Any]:
-        """The note of the first body that is there."""
+        """Wait until a body has reached a place; return its note."""
 
         def reached() -> dict[str, Any] | None:
             notes = (note for note in self.fleet.notes("reached") if note["place"] == place)
@@ -68,12 +69,14 @@ class Shop:
         return self._store.peek(f"singleton-state:{name}")
 
     def rows(self) -> list[int]:
-        """What the bodies have copied."""
+        """Return the numbers that the bodies have copied."""
         with self.engine.begin() as connection:
             return list(connection.scalars(sa.select(copied.c.n).order_by(copied.c.n)))
 
     def wait_given_back(self, name: str, deadline: float) -> None:
-        """Until nobody is in the row as its holder; a lease that ran out has its holder there."""
+        """Wait until the lease is released. An expired lease does not count: its row still has a
+        holder.
+        """
 
         def is_free() -> bool:
             row = self.row(name)
@@ -90,7 +93,7 @@ class Gate:
 
     @property
     def step(self) -> list[str]:
-        """The step that waits here."""
+        """The step of a body that waits for this gate."""
         return ["reach", self.name, str(self._file)]
 
     def open(self) -> None:
@@ -98,7 +101,9 @@ class Gate:
 
 
 class StoppedBackends:
-    """The server's processes for the workers' connections, stopped: they read nothing."""
+    """The server's processes for the workers' connections, stopped, so that they read no
+    request.
+    """
 
     def __init__(self, server: Postgres) -> None:
         self._server = server
@@ -108,7 +113,7 @@ class StoppedBackends:
             os.kill(pid, signal.SIGSTOP)
 
     def deliver(self) -> None:
-        """Let them go on, until each has done what it was sent and met its connection's end."""
+        """Resume the processes, and wait until each has carried out its request and exited."""
         for pid in self._pids:
             os.kill(pid, signal.SIGCONT)
         wait_until(

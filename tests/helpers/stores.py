@@ -1,4 +1,4 @@
-"""The stores that tests run on, and apps on them."""
+"""The stores on which tests run, and apps on them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ SERVERS = {
     "sql_ascii": "sql_ascii_url",
 }
 
-#: What a store does by itself is tested through a pooler, too; what is built upon it is not again.
+#: A store's own tests run through a pooler, too; tests of code that uses a store do not.
 STORES_AND_POOLED = (*STORES, "pgbouncer")
 
 
 def url_on(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty database on the store of this name, or that of the fixture of it."""
+    """Return the URL of an empty database on the store of this name, or the value of that
+    fixture.
+    """
     if name == "memory":
         return "memory://"
     if name == "sqlite":
@@ -47,7 +49,8 @@ def apps_on(store_url: str) -> Iterator[Callable[..., Celery]]:
         return app
 
     yield make
-    # All apps of a process share Celery's results in memory, and ticks have the same ids again.
+    # All apps of a process share Celery's results in memory, and ticks of different tests have the
+    # same ids, so remove the results.
     cache._DUMMY_CLIENT_CACHE.clear()
     for app in made:
         close_runtime(app)

@@ -1,4 +1,4 @@
-"""Tables as somebody else has made them, and what they have."""
+"""Tables that users made without this package, and the columns and indexes of tables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def given_table(url: str, name: str = "kv_store") -> str:
 
 
 def key_of(url: str) -> str:
-    """The column's name, quoted where it is a word of the database's own."""
+    """Return the column's name, quoted if it is a keyword of the database."""
     return "`key`" if url.startswith("mysql") else "key"
 
 

@@ -1,4 +1,4 @@
-"""Waiting for a condition, never for a time."""
+"""Wait for conditions, never for a fixed time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-#: Generous, as it is only ever reached by a test that fails.
+#: The default time limit in seconds. It is long, because only a failing test reaches it.
 DEADLINE = 30.0
 
 
 def wait_until(condition: Callable[[], T], what: str, deadline: float = DEADLINE) -> T:
-    """The condition's first true answer."""
+    """Wait until a condition is true; return its value.
+
+    :param what: what is waited for, in the words of the error.
+    :param deadline: after how many seconds to raise an ``AssertionError``.
+    """
     end = time.monotonic() + deadline
     while True:
         answer = condition()

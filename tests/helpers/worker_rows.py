@@ -1,4 +1,4 @@
-"""What a database has of workers: their singletons' rows, and connections."""
+"""The rows of workers' singletons, and the workers' connections to the database."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def wait_until_free(app: Celery, name: str) -> Row:
 
 
 def steal(store_url: str, name: str) -> None:
-    """Another holder takes the leases of a task as if they had run out, and gives them back."""
+    """Take the leases of a task away, as if another holder had taken over and released them."""
     engine = create_engine(store_url)
     with engine.begin() as connection:
         connection.exec_driver_sql(

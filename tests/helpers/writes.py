@@ -1,4 +1,4 @@
-"""What a run and a client send to a store, as they number it."""
+"""Numbered writes and claims, as runs and clients send them to a store."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from celery_singleton_state.store.base import TAKEN_OVER, NewValue, RowRequests,
 
 
 def write(new: NewValue, number: int = 1, seen: int | None = None) -> Write:
-    """A write of a run, all of whose earlier writes were answered if nothing else is said."""
+    """Return a run's write.
+
+    :param seen: the newest earlier write that the run knows was answered. None: all were answered.
+    """
     if seen is None:
         seen = number - 1 if number > 1 else TAKEN_OVER
     return Write(number, seen, new)
 
 
 def enqueue(requests: RowRequests, key: str, task_id: str, life: float) -> str:
-    """Look who is queued and claim the queue if nobody is, as a client does.
+    """Read which message is queued, and claim the queue if none is, as a client does.
 
     :returns: the id of the message that is queued or running.
     """
