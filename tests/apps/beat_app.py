@@ -1,7 +1,7 @@
-"""The app that the tests' beats and their workers run. All settings come from the environment.
+"""The app of the tests' beats and of their workers. All settings come from the environment.
 
-The schedule is ``TEST_SCHEDULE``, as JSON: by name what ``beat_schedule`` has, an interval in
-seconds or a crontab as a list of its fields.
+``TEST_SCHEDULE`` is the schedule, as JSON. It has the entries of ``beat_schedule``, and each
+``schedule`` is an interval in seconds, or a list of a crontab's fields.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ if "TEST_OWN_SCHEDULES" in os.environ:
 
 @signals.before_task_publish.connect
 def hang(**_: Any) -> None:
-    """Hang while a file is there."""
+    """Hang before publishing, for as long as a file exists."""
     path = Path(os.environ.get("TEST_HANG", "/nowhere"))
     while path.exists():
         time.sleep(0.05)
@@ -114,7 +114,7 @@ def _note(task: Any, entry: str) -> None:
     retry_policy=PATIENT,
 )
 def ticked(self: SingletonTask, entry: str) -> None:
-    """A singleton for each entry."""
+    """A task that is a singleton for each entry."""
     _note(self, entry)
 
 
@@ -122,12 +122,12 @@ def _close(self: SingletonTask) -> None:
     _note(self, str(header(self.request, ENTRY)).partition(":")[2])
 
 
-#: One singleton, whose ticks must not meet: as the docs have it, and with conflicts that wait.
+#: One singleton for all entries, so that its ticks conflict: as in the docs, and with waiting.
 singleton_task(app, name="close_day")(_close)
 singleton_task(app, name="close_day_waiting", on_conflict="wait")(_close)
 
 
 @app.task(name="plain", bind=True)
 def plain(self: Any, entry: str) -> None:
-    """No singleton."""
+    """A task that is no singleton."""
     _note(self, entry)

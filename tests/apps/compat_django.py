@@ -1,4 +1,6 @@
-"""Run by test_compat in a process of its own: what compat does with django-celery-beat."""
+"""Check ``compat`` with django-celery-beat. ``test_compat`` runs this file in a process
+of its own.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def main() -> None:
     PeriodicTask.objects.create(name="one", task="plain", interval=every)
     scheduler: Any = DatabaseScheduler(app=Celery("compat", broker="memory://", beat_schedule={}))
     assert "one" in scheduler.schedule
-    # Not by the model's save(), which notes the change that the scheduler looks for.
+    # Use ``update``, because the model's ``save()`` records the change, and the scheduler would see
+    # it.
     PeriodicTask.objects.filter(name="one").update(name="two")
     assert "one" in scheduler.schedule
     compat.read_schedule_anew(scheduler)

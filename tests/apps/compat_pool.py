@@ -1,6 +1,6 @@
-"""Run by test_compat in a process of its own: what compat does with real pools of processes.
+"""Check ``compat`` with real process pools. ``test_compat`` runs this file in a process of its own.
 
-The argument says which of Celery's two pools: ``events`` or ``threads``.
+The argument chooses one of Celery's two kinds of pool: ``events`` or ``threads``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(kind: str) -> None:
         compat.watch_processes(billiards, seen.append)
         assert seen == [first]
         if is_threads:
-            # One that is killed can take the lock of the queue with it that all of them share.
+            # Do not kill a process here: it may hold the lock of the queue that all of them share.
             pool.grow(1)
             wait_until(lambda: len(seen) == 2, "a thread of the pool makes one more process")
         else:

@@ -1,4 +1,4 @@
-"""What the bodies of ``step_app`` write: each number once, if nothing goes wrong."""
+"""The table into which the bodies of ``step_app`` copy numbers: each number must be there once."""
 
 from __future__ import annotations
 

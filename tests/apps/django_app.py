@@ -1,6 +1,6 @@
-"""The app of beats whose schedule is in a database of Django's.
+"""The app of beats whose schedule is in a Django database.
 
-It is ``TEST_DJANGO_DATABASE``, as JSON.
+``TEST_DJANGO_DATABASE`` is that database, as JSON.
 """
 
 from __future__ import annotations
@@ -29,4 +29,4 @@ __all__ = ["LeadingScheduler", "app"]
 
 
 class LeadingScheduler(LeaderMixin, DatabaseScheduler):  # type: ignore[misc]
-    """As a project of Django's has it."""
+    """The scheduler as a Django project defines it."""

@@ -1,4 +1,4 @@
-"""Singletons in a web application whose Celery is made as Flask's documentation makes it."""
+"""Singletons in a web application that makes its Celery app as Flask's documentation says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["app"]
 
 
 class WebApp:
-    """Stands for Flask's: what a body asks of it is there in its context only."""
+    """A stand-in for a Flask application: a body may use it only within its context."""
 
     def __init__(self) -> None:
         self._contexts: ContextVar[int] = ContextVar("contexts", default=0)
@@ -31,7 +31,7 @@ class WebApp:
 
     @property
     def contexts(self) -> int:
-        """How many of its contexts the calling code is in."""
+        """How many contexts of this application the calling code is in."""
         return self._contexts.get()
 
 
@@ -48,7 +48,7 @@ def init_celery(celery: Celery) -> type:
     return FlaskTask
 
 
-# The app is made already; a new one is given `task_cls`.
+# Set the class of the app that exists already; a new app would get it as ``task_cls``.
 FlaskTask: Any = init_celery(app)
 
 

@@ -1,7 +1,7 @@
 """A program whose task's body forks: ``python -m tests.apps.forking <url> <how> <notes>``.
 
-The child comes back out of the body, as told, and ends as programs do, with all destructors. Its
-parent waits for that, and goes on.
+The child does what ``how`` says, returns from the body, and exits like any program, with all
+destructors. The parent waits for that and then goes on.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Leading(SingletonTask[Any]):
 
 
 def use(self: Any, connection: Any) -> None:
-    """All that it could do with what it has of its parent's."""
+    """Try everything that the child could do with the run that it has from its parent; note what is
+    refused.
+    """
 
     def checkpoint() -> None:
         self.checkpoint()
@@ -68,9 +70,9 @@ def use(self: Any, connection: Any) -> None:
 
 
 def use_its_own(self: Any, connection: Any) -> None:
-    """What a program may do in any process."""
+    """Use a key-value store of the child's own, as a program may in any process."""
     kv = KeyValueStore.from_app(app)
-    if not (connection and URL.startswith("sqlite")):  # which its parent has locked
+    if not (connection and URL.startswith("sqlite")):  # not while the parent has SQLite's lock
         kv.set("of the child", 1)
     note("has its own")
 

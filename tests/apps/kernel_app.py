@@ -1,4 +1,4 @@
-"""The app of the other workers, on a host that is not the usual one, as the environment says."""
+"""The workers' app on an unusual host; the environment says what the host lacks."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ elif PIDFD is not None:
 if "TEST_NO_TEMPDIR" in os.environ:
     tempfile.gettempdir = no_temporary_directory
 if "TEST_BOOT_ID" in os.environ:
-    # Another host: it has another boot, and on some file systems sees nobody else's locks.
+    # Pretend to be another host: it has another boot id, and its locks do not conflict with others.
     holder_files.BOOT_ID = Path(os.environ["TEST_BOOT_ID"])
     fcntl.flock = lambda *_: None

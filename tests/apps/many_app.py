@@ -1,4 +1,4 @@
-"""The app of the drill with many messages that wait: a singleton, and a plain task."""
+"""The app of the drill with many waiting messages: a singleton, and a plain task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from tests.apps.tasks import app, note, wait_for
     conflict_timeout=float(os.environ.get("TEST_CONFLICT_TIMEOUT", "600")),
 )
 def patient(self: SingletonTask, number: int, until: str = "") -> int:
-    """Hold the lease until a file is there, or be served."""
+    """Hold the lease until a file exists; without a file, note only that it was this message's
+    turn.
+    """
     note("served" if not until else "holds", number=number)
     if until:
         wait_for(until)
@@ -25,5 +27,5 @@ def patient(self: SingletonTask, number: int, until: str = "") -> int:
 
 @app.task(name="plain")
 def plain(number: int, sent: float) -> None:
-    """Note for how long its message was under way."""
+    """Note how long the message was on its way, in seconds."""
     note("plain", number=number, took=time.monotonic() - sent)

@@ -1,4 +1,4 @@
-"""The app of beats that keep their schedule in files of their own."""
+"""The app of beats whose scheduler keeps its schedule in a file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["LeadingScheduler", "app"]
 
 
 class LeadingScheduler(LeaderMixin, PersistentScheduler):
-    """Celery's own, of which one leads.
+    """Celery's own scheduler with leadership.
 
-    ``TEST_AGE_FILE`` makes what its file has older, by seconds.
+    ``TEST_AGE_FILE`` moves the last runs in its file back, by seconds.
     """
 
     def setup_schedule(self) -> None:

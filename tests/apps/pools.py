@@ -1,4 +1,4 @@
-"""Pools of users' own, as ``CELERY_CUSTOM_WORKER_POOL`` names them."""
+"""A user's own subclasses of Celery's pools, which ``CELERY_CUSTOM_WORKER_POOL`` can name."""
 
 from __future__ import annotations
 

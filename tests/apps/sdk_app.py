@@ -1,7 +1,7 @@
-"""The app of the drill on tools that trace a project: ``TEST_SDK`` says which one is switched on.
+"""The app of the drill on tracing tools: ``TEST_SDK`` says which tool is switched on.
 
-Each is switched on as its own documentation says; ddtrace and newrelic by their ``sitecustomize``,
-which the drill puts on the path. What they collect they send to ``TEST_COLLECTOR``, if anywhere.
+Each tool is switched on as its documentation says: ddtrace and newrelic by their ``sitecustomize``,
+which the drill puts on the path. Tools that send data send it to ``TEST_COLLECTOR``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from celery_singleton_state.beat import LeaderMixin
 from celery_singleton_state.headers import DUE, header
 from tests.apps.tasks import note, transport_options
 
-#: Every line with the name of who logs it.
+#: A log format that begins each line with the logger's name.
 FORMAT = "[%(asctime)s: %(levelname)s/%(processName)s] %(name)s: %(message)s"
-#: The beat that this process is, if it is one.
+#: The name of the beat in this process; empty in a worker.
 BEAT = os.environ.get("TEST_BEAT", "")
 
 
@@ -74,7 +74,8 @@ def opentelemetry() -> Callable[[], object]:
     return lambda: trace.get_current_span().get_span_context().is_valid
 
 
-#: By name, what switches a tool on, and then tells whether the body that asks is traced.
+#: For each tool, a function that switches it on, and returns a function that tells whether the
+#: calling body is traced.
 SDKS = {
     "sentry-sdk": sentry,
     "ddtrace": datadog,
@@ -87,7 +88,7 @@ is_traced = SDKS[os.environ["TEST_SDK"]]()
 
 
 class LeadingScheduler(LeaderMixin, PersistentScheduler):
-    """Celery's own, of which one leads."""
+    """Celery's own scheduler with leadership."""
 
 
 app = Celery("shop")
@@ -147,7 +148,7 @@ def ticked(self: SingletonTask[Counter], beat: str, entry: str) -> None:
     app, name="retried", unique_on=["beat", "entry"], on_conflict="wait", conflict_timeout=60
 )
 def retried(self: SingletonTask, beat: str, entry: str) -> None:
-    """A singleton that asks for a retry of each tick, and does it then."""
+    """A singleton that retries each tick once, and notes it then."""
     if not self.request.retries:
         raise self.retry(countdown=0.1)
     assert self.tick is not None
@@ -156,26 +157,26 @@ def retried(self: SingletonTask, beat: str, entry: str) -> None:
 
 @singleton_task(app, name="once", unique_on=["beat", "entry"], enqueue_once=True)
 def once(self: SingletonTask, beat: str, entry: str) -> None:
-    """A singleton whose ticks are not queued twice."""
+    """A singleton of which at most one tick is queued."""
     note_tick(self, beat, entry)
 
 
 @app.task(name="plain", bind=True)
 def plain(self: Any, beat: str, entry: str) -> None:
-    """No singleton."""
+    """A task that is no singleton."""
     note_tick(self, beat, entry)
 
 
 @app.task(name="sends_twice")
 def sends_twice() -> None:
-    """Send a message of which one may be queued."""
+    """Send a task twice; only the first message may be queued."""
     ids = {once.apply_async(("", "sent"), countdown=3).id for _ in range(2)}
     note("queued", ids=sorted(ids))
 
 
 @singleton_task(app, name="meets", on_conflict="wait", conflict_timeout=60)
 def meets(self: SingletonTask) -> None:
-    """A body during which others come."""
+    """A body that lasts long enough for other messages to find its lease taken."""
     note("enter", id=self.request.id)
     time.sleep(1.0)
     note("leave", id=self.request.id)
@@ -190,6 +191,6 @@ def meets(self: SingletonTask) -> None:
     throws=(LeaderHandoffFailed,),
 )
 def waits_in_vain(self: SingletonTask, key: str, seconds: float) -> str:
-    """A body that lasts longer than the next one waits."""
+    """A body that lasts longer than a second message waits."""
     time.sleep(seconds)
     return key

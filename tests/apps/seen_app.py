@@ -1,4 +1,6 @@
-"""The app of workers that are looked at. All settings come from the environment."""
+"""The app of workers whose events, metrics and pages are tested. All settings come from the
+environment.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ class Counter:
 
 
 def write_down(details: Details) -> None:
-    """A hook of a user's."""
+    """A user's own hook."""
     note("told", kind=type(details).__name__, singleton=details.singleton)
 
 
@@ -41,7 +43,7 @@ def hourly(self: SingletonTask[Any]) -> None:
 
 @singleton_task(app, name="counted", state_schema=Counter, unique_on=["key"], max_retries=0)
 def counted(self: SingletonTask[Counter], key: str, does: str = "save") -> int:
-    """Does what it is told, for the counts of what it does."""
+    """Do to the state what the message says, for tests that count it."""
     note("runs", key=key, does=does)
     if does == "idle":
         return self.state.n

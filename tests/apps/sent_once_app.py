@@ -1,4 +1,4 @@
-"""The app of the drill about messages that are sent once: tasks that end in many ways."""
+"""The app of the drill on ``enqueue_once``: tasks whose messages end in many ways."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.apps.tasks import app, note, wait_for
 
 
 class BeforeStart(SingletonTask[Any, Any, Any]):
-    """A message ends before its delivery."""
+    """A base class whose ``before_start`` ends the delivery before the body."""
 
     abstract = True
 
@@ -23,7 +23,7 @@ class BeforeStart(SingletonTask[Any, Any, Any]):
 
 @app.task(bind=True, base=BeforeStart, enqueue_once=True, time_limit=1, name="ends_early")
 def ends_early(self: Any, how: str) -> str:
-    """It does not come here, but for "runs"."""
+    """Return the argument. Only with "runs" does a delivery reach the body."""
     return how
 
 

@@ -23,7 +23,7 @@ app.conf.update(
 
 @dataclass
 class Progress:
-    """How far the bodies have copied, and a mark by which a proxy knows a state."""
+    """How many numbers the bodies have copied, and a mark by which a proxy recognises a state."""
 
     n: int = 0
     mark: str = ""
@@ -33,7 +33,7 @@ class Stepping(SingletonTask[Any]):
     abstract = True
 
     def reach(self, place: str, gate: str) -> None:
-        """Note that the body is here, and wait until the gate is open."""
+        """Note that the body has reached a place, and wait until the gate is open."""
         note("reached", place=place, fence=self.fence)
         wait_for(gate)
 
@@ -44,7 +44,7 @@ class Stepping(SingletonTask[Any]):
         self.state.mark = text
 
     def copy(self) -> None:
-        """The next number, and how far the copying is, in one commit."""
+        """Copy the next number, and record it in the state, in one commit."""
         with self.transaction() as connection:
             self.state.n += 1
             connection.execute(copied.insert(), {"n": self.state.n})
@@ -72,7 +72,7 @@ def take_steps(self: Stepping, *steps: Sequence[Any]) -> int:
 
 
 COMMON = {"state_schema": Progress, "on_conflict": "wait", "conflict_timeout": 20}
-#: The other options of each task.
+#: The options of each task, in addition to ``COMMON``.
 TASKS: dict[str, dict[str, Any]] = {
     "steps": {},
     "persistent steps": {"persist_on_error": True},

@@ -1,4 +1,4 @@
-"""The app that the tests' worker processes run. All settings come from the environment."""
+"""The app of the tests' worker processes. All settings come from the environment."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PATIENT = {"StateLoadFailed": SOON, "StatePersistFailed": SOON}
 
 
 def transport_options() -> dict[str, Any]:
-    """What the tests need of each broker."""
+    """Return the transport options that the tests need on the environment's broker."""
     broker = os.environ.get("CELERY_BROKER_URL", "")
     if broker.startswith("amqp"):
         return {"confirm_publish": True}
@@ -80,7 +80,7 @@ class Counter:
 
 
 def note(event: str, **facts: Any) -> None:
-    """Append a line to the test's log: at once, so that no two are mixed up."""
+    """Append a line to the test's notes in one write, so that no two lines mix."""
     line = json.dumps({"event": event, "pid": os.getpid(), "at": time.monotonic()} | facts)
     with open(os.environ["TEST_LOG"], "a") as log:
         log.write(line + "\n")
@@ -228,7 +228,7 @@ def modelled(self: SingletonTask[Counter], order: Order) -> Order:
 
 
 class CountingBase(SingletonTask[Counter]):
-    """A base of the user's own, with Celery's hooks."""
+    """A user's own base class, with Celery's hooks."""
 
     abstract = True
 
@@ -282,7 +282,7 @@ def dies_twice(self: SingletonTask[Counter]) -> None:
 
 
 class Leading(SingletonTask[Any]):
-    """Writes down when it leads and when no longer."""
+    """A base class that notes when its runs gain and lose leadership."""
 
     abstract = True
 
@@ -294,7 +294,7 @@ class Leading(SingletonTask[Any]):
 
 
 def wait_in(how: str) -> None:
-    """Something that takes longer than any test waits."""
+    """Wait for longer than any test does, in one of several ways."""
     if how == "sleep":
         time.sleep(300)
     elif how == "socket":
@@ -312,14 +312,15 @@ def wait_in(how: str) -> None:
 def waits(self: SingletonTask[Counter], how: str = "sleep") -> None:
     self.state.n += 1
     self.checkpoint()
-    # A test that takes the lease away from here on does not meet the checkpoint.
+    # The checkpoint is done before the note, so that a test that takes the lease away after it does
+    # not make the checkpoint fail.
     with inside("waits", fence=self.fence):
         self.state.n += 100
         wait_in(how)
 
 
 class Destroyed:
-    """Works in its destructor, whose exceptions Python ignores."""
+    """A class that works in its destructor, where Python ignores exceptions."""
 
     def __del__(self) -> None:
         sum(range(20_000))
@@ -345,7 +346,7 @@ def destroy_in_a_loop() -> None:
 
 
 def call_back_in_a_loop() -> None:
-    """SQLite makes an error of its own of what the function raises."""
+    """Work in a callback of SQLite, which replaces the exceptions that the callback raises."""
     with contextlib.closing(sqlite3.connect(":memory:")) as connection:
         connection.create_function("work", 0, lambda: sum(range(20_000)))
         while True:
@@ -355,7 +356,7 @@ def call_back_in_a_loop() -> None:
 
 
 def wait_for_timers() -> None:
-    """An event loop logs and drops what a timer's callback raises; the body waits for the last."""
+    """Work in timers of an event loop, which logs and drops what their callbacks raise."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -393,7 +394,7 @@ WAYS = {
     default_retry_delay=0,
 )
 def swallows(self: SingletonTask[Counter], way: str, number: int = 0) -> None:
-    """Works where other code than its own can swallow an exception."""
+    """Work in code in which an exception can be swallowed."""
     with inside("swallows", way=way, retries=self.request.retries):
         WAYS[way]()
 
@@ -489,7 +490,7 @@ singleton_task(
 
 
 class OfTenant(SingletonTask[Any]):
-    """Takes the tenant's argument off before the task is called."""
+    """A base class that removes the tenant's argument before the task is called."""
 
     abstract = True
 
@@ -514,7 +515,7 @@ singleton_task(
 
 @singleton_task(app, state_schema=Counter, name="retries_later", unique_on=["number"])
 def retries_later(self: SingletonTask[Counter], number: int, seconds: float, times: int = 1) -> int:
-    """Asks for its own retry, so many times, after so many seconds."""
+    """Retry ``times`` times, each time after so many seconds."""
     with inside("retries_later", number=number, retries=self.request.retries):
         self.state.n += 1
         if self.request.retries < times:
@@ -559,7 +560,7 @@ def kept(self: SingletonTask) -> None:
 
 @singleton_task(app, state_schema=Counter, name="deaf")
 def deaf(self: SingletonTask[Counter], how: str = "") -> str:
-    """One that hears no signal but the last, as in a library that never comes back."""
+    """A body that ignores SIGTERM, like a library call that never returns; only SIGKILL ends it."""
     note("enter", task="deaf")
     if how == "for ever":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -602,7 +603,7 @@ singleton_task(app, state_schema=Counter, on_conflict="raise", name="sends_next_
     app, state_schema=Counter, on_conflict="wait", conflict_timeout=60, name="keeps_the_gil"
 )
 def keeps_the_gil(self: SingletonTask[Counter], how: str, seconds: float) -> int:
-    """Keeps the GIL without a break for at least so long."""
+    """Keep the GIL, without a break, for at least so many seconds."""
     with inside("keeps_the_gil", n=self.state.n):
         kept, length = 0.0, 20
         while kept < seconds:
@@ -627,7 +628,7 @@ def long_body(self: SingletonTask[Counter], number: int, until: str) -> int:
 
 
 class Gated(SingletonTask[Any]):
-    """Waits for a file before it asks for its lease."""
+    """A base class that waits for a file before it acquires the lease."""
 
     abstract = True
 
@@ -669,7 +670,9 @@ def sent_once_and_retried(self: SingletonTask[Counter]) -> None:
 
 @singleton_task(app, state_schema=Counter, name="uses_the_store", unique_on=["number"])
 def uses_the_store(self: SingletonTask[Counter], number: int, until: str, beside: bool) -> int:
-    """Uses it at once in a transaction, beside that if it is told to, and by the heartbeat."""
+    """Use the store in a transaction, while the heartbeat uses it; with ``beside``, also outside
+    the transaction.
+    """
     kv = KeyValueStore.from_app(app).prefix("beside:")
     with inside("uses_the_store", number=number), self.transaction() as connection:
         while not Path(until).exists():
@@ -683,7 +686,7 @@ def uses_the_store(self: SingletonTask[Counter], number: int, until: str, beside
 
 @singleton_task(app, state_schema=Counter, name="forks", max_retries=0)
 def forks(self: SingletonTask[Counter], until: str, childs_end: str) -> int:
-    """Leaves a child behind, which reads the state, and saves while that lives."""
+    """Fork a child that reads the state and outlives the body, which goes on and saves."""
     with self.transaction() as connection:
         connection.exec_driver_sql("SELECT 1")
         child = os.fork()
@@ -701,7 +704,9 @@ def forks(self: SingletonTask[Counter], until: str, childs_end: str) -> int:
 
 
 class Recorded(SingletonTask[Counter]):
-    """Meets something when a run is saved, and Celery has not recorded its result yet."""
+    """A base class that kills its process, or waits, after the save and before Celery records the
+    result.
+    """
 
     abstract = True
 
@@ -740,7 +745,7 @@ def reports(result: Any) -> Any:
 
 @singleton_task(app, state_schema=Counter, name="dies_until", max_retries=2, default_retry_delay=0)
 def dies_until(self: SingletonTask[Counter], deaths: int) -> int:
-    """Kills its process so many times."""
+    """Kill the process in the first ``deaths`` runs."""
     note("enter", task="dies_until", fence=self.fence)
     self.state.n += 1
     self.checkpoint()
