@@ -43,7 +43,7 @@ def hourly(self: SingletonTask[Any]) -> None:
 
 @singleton_task(app, name="counted", state_schema=Counter, unique_on=["key"], max_retries=0)
 def counted(self: SingletonTask[Counter], key: str, does: str = "save") -> int:
-    """Do to the state what the message says, for tests that count it."""
+    """Do to the state what the message says, so that tests know what must be counted."""
     note("runs", key=key, does=does)
     if does == "idle":
         return self.state.n

@@ -41,7 +41,7 @@ def outcomes(app: Celery, name: str) -> list[str]:
     return [entry.outcome for entry in decode(row.history, row.key)] if row else []
 
 
-def known_to(app: Celery) -> Any:
+def sent_once_of(app: Celery) -> Any:
     """Return the task ``sent_once`` for the sending app, which decides whether to publish it."""
 
     def body(self: Any, number: int, until: str = "") -> None:
@@ -51,7 +51,7 @@ def known_to(app: Celery) -> Any:
     return singleton_task(app, shared=False, **options)(body)
 
 
-def deaf_known_to(app: Celery) -> Any:
+def deaf_of(app: Celery) -> Any:
     """Return the task ``deaf`` for the sending app, which publishes it only if no copy is queued or
     running.
     """
@@ -95,7 +95,7 @@ def test_celery_singleton_40_a_run_killed_by_a_time_limit_does_not_block_the_nex
     """A hard time limit kills a run. For ``enqueue_once``, the killed run no longer counts as
     running: the next message is published.
     """
-    task = deaf_known_to(client())
+    task = deaf_of(client())
     worker = fleet.start("-c", "1", "--time-limit", "1")
     killed = task.delay("for ever")
     fleet.wait_for_output(worker, "Hard time limit (1.0s) exceeded")
@@ -220,7 +220,7 @@ def test_celery_singleton_29_a_revoked_message_does_not_block_the_next(
     The only pool process is busy while the worker receives the revocation of the queued message.
     """
     app, go = client(), tmp_path / "go"
-    task = known_to(app)
+    task = sent_once_of(app)
     worker = fleet.start("-c", "1")
     app.send_task("held", (str(go),))
     fleet.wait_for_notes("enter")
@@ -240,7 +240,7 @@ def test_celery_singleton_29_a_terminated_run_does_not_block_the_next_message(
     as running: the next message is published.
     """
     app = client()
-    task = known_to(app)
+    task = sent_once_of(app)
     fleet.start("-c", "1")
     revoked = task.delay(1, str(tmp_path / "never"))
     fleet.wait_for_notes("enter")
@@ -279,7 +279,7 @@ def test_celery_singleton_19_a_duplicate_does_not_drop_its_chain(
     and the rest of its chain runs although that first delivery is skipped.
     """
     app, go = client(), tmp_path / "go"
-    first, add = known_to(app), app.signature("plain_add")
+    first, add = sent_once_of(app), app.signature("plain_add")
     fleet.start("-c", "2")
     held = chain(first.si(42, str(go)), add.clone((1,)), app=app).apply_async()
     fleet.wait_for_notes("enter")
@@ -367,7 +367,7 @@ def test_celery_once_147_a_crash_leaves_no_lock(
     """A worker and all its processes are killed in mid-run. After it is started again, the next
     message is published and runs.
     """
-    task = known_to(client())
+    task = sent_once_of(client())
     killed = fleet.start("-c", "1", name="again")
     lost = task.delay(147, str(tmp_path / "never"))
     fleet.wait_for_notes("enter")
@@ -406,7 +406,7 @@ def test_celery_once_110_a_run_by_hand_is_not_ignored_silently(
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "4")
     running = [app.send_task(name, (str(go),)) for name in ("held_and_skipped", "held")]
-    once = known_to(app)
+    once = sent_once_of(app)
     running.append(once.delay(3, str(go)))
     fleet.wait_for_notes("enter", 3)
 

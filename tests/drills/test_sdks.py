@@ -151,7 +151,7 @@ def test_a_traced_project(
         )
         for name, scheduler in SCHEDULERS.items()
     }
-    meet_each_other(traced, client())
+    send_conflicting_messages(traced, client())
     wait_until(
         lambda: all(len(ticks_of(traced, beat, "ticked")) >= TICKS for beat in beats),
         f"{TICKS} ticks",
@@ -185,7 +185,7 @@ def test_a_traced_project(
     assert [line for log in (worker, *beats.values()) for line in errors(log.output)] == []
 
 
-def meet_each_other(fleet: Fleet, app: Celery) -> None:
+def send_conflicting_messages(fleet: Fleet, app: Celery) -> None:
     """Send messages that conflict: four that wait for one another, two of which one waits in vain,
     and an ``enqueue_once`` task sent twice.
     """

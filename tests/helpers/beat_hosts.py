@@ -129,7 +129,7 @@ class Hosts:
         wait_until(caught_up, "the leader is not behind", 90)
 
     def stop(self) -> None:
-        """Stop all beats in order, and wait until every tick that they sent has run."""
+        """Stop all beats cleanly, and wait until every tick that they sent has run."""
         for host in self.hosts:
             if host.beat.process.poll() is None:
                 host.beat.stop()

@@ -98,9 +98,7 @@ class Chromium:
         return Tab(self, url, width, height, dark)
 
     def close(self) -> None:
-        """Close the browser in order, so that it reaps its own children; kill it if it does not
-        end.
-        """
+        """Have the browser close itself, so that it reaps its children; kill it if it goes on."""
         self._send("Browser.close", None, {})
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=10)

@@ -69,7 +69,7 @@ class Program:
                 os.kill(pid, number)
 
     def stop(self) -> None:
-        """Stop the program in order, with SIGTERM."""
+        """Stop the program cleanly with SIGTERM, and wait for its end."""
         self.process.terminate()
         self.process.wait(timeout=30)
 
@@ -139,7 +139,7 @@ class Exporter(Program):
 
     @property
     def url(self) -> str:
-        """The URL at which it listens; waits until it does."""
+        """The URL at which the exporter listens; reading it waits until it listens."""
         self.wait_for("listening at ")
         port = int(self.output.split("listening at ")[1].split("/\n")[0].rsplit(":", 1)[1])
         return f"http://127.0.0.1:{port}"

@@ -148,7 +148,7 @@ class HostClockEstimate(schedule):
 
 
 class OnlyOnce(BaseSchedule):
-    """A schedule that is due once, and keeps that in itself."""
+    """A schedule that is due once, which it remembers in an attribute of its own."""
 
     fired = False
 

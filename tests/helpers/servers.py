@@ -138,8 +138,9 @@ class Postgres(Server):
         wait_until(self._answers, f"PostgreSQL on port {self.port}")
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """Stop the server in order but at once (SIGINT), or kill it. Its children exit with it in
-        both cases.
+        """Stop the server cleanly without waiting for its clients (SIGINT), or kill it.
+
+        Its children exit with it in both cases.
         """
         super().stop(signal.SIGQUIT if how is signal.SIGKILL else how)
 

@@ -56,7 +56,7 @@ def _log(seconds: float) -> Iterator[None]:
 
 @cache
 def _logger() -> logging.Logger:
-    """A logger whose handler formats and writes, to the null device."""
+    """Return a logger that formats each line and writes it to the null device."""
     logger = logging.getLogger("storm.body")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -67,7 +67,7 @@ def _logger() -> logging.Logger:
 
 
 def _keep_the_gil() -> Iterator[None]:
-    """Be in a regular expression that takes unexpectedly long: 2.5 s."""
+    """Match a careless regular expression, which keeps the GIL for about 2.5 s."""
     yield
     more = math.log(LONG / _seconds_for_few()) / math.log(_GROWTH)
     _match(min(_FEW + max(round(more), 0), _MOST))

@@ -206,7 +206,8 @@ def kill_both(hosts: Hosts, own_postgres: Postgres, own_valkey: Valkey) -> None:
     hosts.wait_for_sent(10)
     own_valkey.stop(signal.SIGKILL)
     wait_until(
-        lambda: any("beat waits for the broker" in beat.output for beat in beats), "it is missed"
+        lambda: any("beat waits for the broker" in beat.output for beat in beats),
+        "the broker is missed",
     )
     own_valkey.start()
     hosts.wait_for_sent(20)

@@ -178,7 +178,7 @@ def test_an_orderly_stop(project: Project) -> None:
     assert doubled(project.fleet) == []
 
 
-def test_entries_are_edited_while_it_runs(any_project: Project) -> None:
+def test_entries_are_edited_while_the_beat_runs(any_project: Project) -> None:
     """Entries are added, made quicker, disabled and removed. The leading beat follows, and so does
     the beat that leads after it.
     """
@@ -294,7 +294,7 @@ def test_two_beats_with_schedule_files_of_their_own(
     assert "Traceback" not in other.output
 
 
-def test_a_missing_table_ends_it_with_a_message(project: Project) -> None:
+def test_a_missing_table_ends_the_beat_with_a_message(project: Project) -> None:
     beat: Any = project.fleet.start_beat(
         DJANGO,
         scheduler=f"{DJANGO}:LeadingScheduler",

@@ -22,9 +22,9 @@ from tests.helpers.fleet import Fleet
 from tests.helpers.waiting import wait_until
 
 MINUTE, DAY = timedelta(minutes=1), timedelta(days=1)
-#: An hour of the day in which no test runs, so that no new tick becomes due.
+#: An hour of the day half a day from now, so that no daily tick becomes due during the tests.
 FAR_HOUR = (datetime.now(UTC).hour + 12) % 24
-#: An entry of which each day's tick is sent, however long no beat ran and however late it is.
+#: An entry whose tick of each day is sent, however long no beat ran, and however late that is.
 CLOSE_DAY = {
     "task": "close_day",
     "schedule": ["5", str(FAR_HOUR)],

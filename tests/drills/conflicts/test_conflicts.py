@@ -108,7 +108,7 @@ def test_the_holder_dies_while_another_waits(
     assert outcome(second) == "second"
 
 
-def is_stopped_with(worker: Worker, app: Celery, task_id: str) -> bool:
+def stop_with_message(worker: Worker, app: Celery, task_id: str) -> bool:
     """Stop a worker if it holds this message unacknowledged; return whether it does. Otherwise let
     the worker go on.
     """
@@ -136,7 +136,7 @@ def test_the_worker_of_a_waiting_delivery_dies(
     second = send(app, "waits_its_turn", "second", queue="b")
     fleet.wait_for_output(killed, f"Task waits_its_turn[{second.id}] ignored")
     # Wait, because Redis loses a message that is on its way to a worker when that worker is killed.
-    wait_until(lambda: is_stopped_with(killed, app, second.id), "it is stopped with its message")
+    wait_until(lambda: stop_with_message(killed, app, second.id), "it is stopped with its message")
     killed.close()
     restored_from = time.monotonic() + VISIBILITY_TIMEOUT
     wait_until(lambda: time.monotonic() > restored_from, "the broker may restore the message")
@@ -234,7 +234,7 @@ def test_many_coalesced_messages_are_one_run_with_the_newest_arguments(
 
 @pytest.mark.parametrize("serializer", ["json", "pickle"])
 @pytest.mark.fleet(broker="valkey")
-def test_the_run_after_many_coalesced_messages_has_the_arguments_that_the_newest_was_sent_with(
+def test_the_run_after_coalesced_messages_has_the_newest_typed_arguments(
     make_fleet: Callable[..., Fleet],
     client: Callable[[], Celery],
     tmp_path: Path,

@@ -53,8 +53,10 @@ def test_plain_tasks_are_not_delayed_by_many_waiting_messages(
     tmp_path: Path,
 ) -> None:
     """Plain tasks are not delayed by 300 waiting messages, and one of these runs soon after the
-    lease is free. They were delayed when each waiting message came again after four seconds at
-    most.
+    lease is free.
+
+    They were delayed when each waiting message came again within four seconds, because they
+    queued behind all of these messages.
     """
     fleet = start(make_fleet, queue, 600)
     app, go = client(), tmp_path / "go"

@@ -24,7 +24,7 @@ def shop_url(own_postgres: Postgres) -> str:
     return own_postgres.create_database("shop")
 
 
-def test_stopped_before_the_run(
+def test_the_server_is_stopped_before_the_run(
     fleet: Fleet, client: Callable[[], Celery], own_postgres: Postgres
 ) -> None:
     app = client()
@@ -38,7 +38,7 @@ def test_stopped_before_the_run(
     assert len(fleet.notes("enter")) == 2
 
 
-def test_stopped_in_the_body(
+def test_the_server_is_stopped_in_the_body(
     fleet: Fleet, client: Callable[[], Celery], own_postgres: Postgres, tmp_path: Path
 ) -> None:
     """The server is stopped during the body, so the save fails. The run is repeated from the state

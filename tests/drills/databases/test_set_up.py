@@ -31,7 +31,7 @@ def role_url(postgres: Postgres, server_url: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("away", "back", "told"),
+    ("away", "back", "message"),
     [
         (f"ALTER ROLE {ROLE} NOLOGIN", f"ALTER ROLE {ROLE} LOGIN", "is not permitted to log in"),
         ("ALTER DATABASE {0} RENAME TO {0}_old", "ALTER DATABASE {0}_old RENAME TO {0}", "exist"),
@@ -45,7 +45,7 @@ def test_a_set_up_that_an_administrator_repairs_fails_no_work(
     role_url: str,
     away: str,
     back: str,
-    told: str,
+    message: str,
 ) -> None:
     database = role_url.rpartition("/")[2]
     fleet = make_fleet(role_url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="2")
@@ -60,7 +60,7 @@ def test_a_set_up_that_an_administrator_repairs_fails_no_work(
         postgres._admin(ended)
     result = app.send_task("increment")
     wait_until(
-        lambda: "StateLoadFailed" in worker.output and told in worker.output, "the retry is sent"
+        lambda: "StateLoadFailed" in worker.output and message in worker.output, "the retry is sent"
     )
     postgres._admin(back.format(database))
     assert outcome(result) == 2
@@ -103,9 +103,9 @@ def test_a_worker_whose_rows_are_hidden_does_not_start(
         execute(server_url, hide)
         fleet = make_fleet(of(ROLE, server_url), CELERY_SINGLETON_AUTO_MIGRATE="0")
         assert "row-level security is active" in refused(fleet, "-P", "solo")
-        code, told = _health(fleet)
+        code, message = _health(fleet)
         assert code == 1
-        assert "row-level security is active" in told
+        assert "row-level security is active" in message
     finally:
         execute(server_url, f"DROP OWNED BY {ROLE}")
         postgres._admin(f"DROP ROLE {ROLE}")

@@ -62,14 +62,16 @@ def performance(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(output=output, status=process.returncode, left=leftovers(folder))
 
 
-def test_it_proves_that_every_line_is_there_exactly_once(performance: SimpleNamespace) -> None:
+def test_the_demo_proves_that_every_line_is_there_exactly_once(
+    performance: SimpleNamespace,
+) -> None:
     assert performance.status == 0, performance.output
     assert "every line is there exactly once" in performance.output
     assert re.search(r"data set +24,000 lines, sha256 (\S+)", performance.output)
     assert re.search(r"database +24,000 rows, 24,000 distinct, sha256", performance.output)
 
 
-def test_it_leaves_no_file_and_no_process_behind(performance: SimpleNamespace) -> None:
+def test_the_demo_leaves_no_file_and_no_process_behind(performance: SimpleNamespace) -> None:
     assert performance.left == []
 
 

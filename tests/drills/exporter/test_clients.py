@@ -83,7 +83,7 @@ def hang(own_postgres: Postgres) -> Iterator[Callable[[signal.Signals], None]]:
     send(signal.SIGCONT)
 
 
-def test_300_half_sent_requests_hold_nothing_for_good(
+def test_300_half_sent_requests_are_closed_after_a_while(
     make_fleet: Callable[..., Fleet],
     postgres_url: str,
     clients: Callable[[Exporter], list[socket.socket]],
@@ -135,7 +135,8 @@ def test_60_scrapes_of_a_large_exposition(
     """The store and the events have 10,000 keys, and 60 clients ask for the metrics all the time.
 
     The exporter's memory grows by that of a few expositions only. It answers each health probe
-    within 10 seconds. SIGTERM ends it although the clients go on.
+    within 10 seconds. SIGTERM ends it although the
+    clients go on asking.
     """
     exporter = make_fleet().start_exporter("--per-key")
     app = client()
@@ -192,7 +193,7 @@ def test_60_scrapes_of_a_large_exposition(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_while_requests_hang(
+def test_a_signal_ends_the_exporter_while_requests_hang(
     make_fleet: Callable[..., Fleet],
     own_postgres: Postgres,
     hang: Callable[[signal.Signals], None],

@@ -97,7 +97,7 @@ def test_prometheus_has_the_exact_numbers(
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
 
 
-def test_the_dashboard_asks_for_metrics_that_there_are(
+def test_the_dashboard_asks_for_metrics_that_exist(
     make_fleet: Callable[..., Fleet], tmp_path: Path
 ) -> None:
     """Check the names of the metrics without a Prometheus, so that the test runs on every

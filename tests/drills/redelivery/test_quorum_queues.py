@@ -22,7 +22,9 @@ pytestmark = [
 ]
 
 
-def test_a_retry_after_less_than_a_second_comes(fleet: Fleet, client: Callable[[], Celery]) -> None:
+def test_a_retry_after_less_than_a_second_arrives(
+    fleet: Fleet, client: Callable[[], Celery]
+) -> None:
     """A retry with a countdown of 0.3 s arrives after a second. Celery's own delay would refuse and
     drop it (``countdown must be a positive number``).
     """
@@ -83,7 +85,7 @@ def test_a_message_waits_through_the_deaths_of_its_worker_and_of_rabbitmq(
     assert (last["number"], last["retries"]) == (1, 1)
 
 
-def take_the_exchange_away(app: Celery) -> None:
+def delete_delay_exchange(app: Celery) -> None:
     """Delete an exchange for delays, as if no worker had declared it or was allowed to."""
     with app.connection_for_write() as connection, connection.channel() as channel:
         channel.exchange_delete("celery_delayed_27")
@@ -95,6 +97,6 @@ def test_a_message_that_rabbitmq_cannot_delay_waits_in_the_worker(
     """RabbitMQ would lose a message that is published to an exchange which does not exist."""
     app = client()
     worker = fleet.start("-c", "2")
-    take_the_exchange_away(app)
+    delete_delay_exchange(app)
     assert outcome(app.send_task("retries_later", (1, 0.3))) == 1
     wait_until(lambda: "RabbitMQ does not delay messages" in worker.output, "it says so")

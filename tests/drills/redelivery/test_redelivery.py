@@ -50,7 +50,7 @@ def test_the_same_message_published_twice_runs_once(
 
 @EACH_BROKER
 @pytest.mark.skipif(celery.VERSION < (5, 7), reason="Celery bounds this from 5.7 on")
-def test_a_message_whose_runs_die_comes_again_and_not_for_ever(
+def test_a_message_whose_runs_die_is_redelivered_a_limited_number_of_times(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
     """Each run kills its process. Celery delivers the message again as often as it may, and no
@@ -188,8 +188,8 @@ def test_a_worker_that_falls_silent_to_rabbitmq_in_mid_body(
     tmp_path: Path,
     pool: str,
 ) -> None:
-    """A stops sending heartbeats to RabbitMQ, which its main thread sends. With threads, a cold
-    shutdown has ended that thread; in a solo pool it runs the body. RabbitMQ takes A for dead while
+    """A's main thread stops sending heartbeats to RabbitMQ: with threads, a cold shutdown has ended
+    it; in a solo pool, it runs the body. RabbitMQ takes A for dead while
     A's run goes on, and delivers its message to B.
 
     A cannot acknowledge the message. B requeues it, and ends it as a duplicate after the run has

@@ -151,7 +151,9 @@ def test_an_id_that_was_used_before_runs_each_day(
 def test_a_new_message_with_the_id_of_a_run_that_goes_on_runs_after_it(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """This holds even if the first message was retried meanwhile: a retry is the same message."""
+    """A second message with the id of a running message runs after it, even if the first message
+    was retried meanwhile: a retry is the same message.
+    """
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "2")
     made: dict[str, Any] = {"state_schema": Counter, "shared": False}

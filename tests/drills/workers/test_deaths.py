@@ -199,7 +199,8 @@ def test_a_cold_shutdown_leaves_the_message_to_another_worker(
     """A cold shutdown ends a body; its message is redelivered to another worker.
 
     Celery reports a killed greenlet as a success. It reports a body in a solo pool as a failure,
-    because it raises there that the pool cannot kill it. Neither may acknowledge the message.
+    because it raises an error there: that pool cannot kill a body. Neither may acknowledge the
+    message.
     """
     fleet = make_fleet()
     app, go = client(), tmp_path / "go"

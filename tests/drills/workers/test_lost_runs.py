@@ -65,7 +65,7 @@ def test_the_body_of_a_lost_run_is_interrupted(
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_an_interruption_that_is_swallowed_comes_again(
+def test_an_interruption_that_is_swallowed_is_repeated(
     fleet: Fleet, client: Callable[[], Celery], store_url: str, pool: str
 ) -> None:
     """An interruption is swallowed, and the next one arrives. Each run ends as lost, once.
@@ -166,4 +166,4 @@ def test_a_run_whose_store_falls_silent_is_interrupted(
     error = outcome(result)
     assert isinstance(error, HeartbeatFailed)
     assert "not renewed before it expired" in error.detail
-    wait_until(lambda: fleet.notes("leads no longer"), "it is told")
+    wait_until(lambda: fleet.notes("leads no longer"), "it loses leadership")

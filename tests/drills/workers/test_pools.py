@@ -80,7 +80,7 @@ def green_fleet(make_fleet: Callable[..., Fleet], store_url: str) -> Fleet:
     return fleet
 
 
-def continues(app: Celery) -> None:
+def check_plain_tasks_run(app: Celery) -> None:
     """Check that tasks without a lease run, one after the other, while a singleton waits for the
     file.
     """
@@ -100,7 +100,7 @@ def test_gevent_goes_on_while_another_process_has_the_files_lock(
         other.execute("BEGIN IMMEDIATE")
         waiting = app.send_task("waits_at_gate", (str(tmp_path), str(tmp_path)))
         green_fleet.wait_for_notes("starts")
-        continues(app)
+        check_plain_tasks_run(app)
         assert green_fleet.notes("enter")[1:] == []
         other.execute("ROLLBACK")
     assert outcome(waiting) == 1
@@ -129,6 +129,6 @@ def test_gevent_goes_on_while_one_of_its_own_bodies_has_the_files_lock(
         app.send_task("increment"),
     ]
     green_fleet.wait_for_notes("starts")
-    continues(app)
+    check_plain_tasks_run(app)
     until.touch()
     assert [outcome(result) for result in (has_it, *waiting)] == [1, 1, 1]
