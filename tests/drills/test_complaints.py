@@ -170,7 +170,9 @@ def test_celery_singleton_38_messages_of_two_beats_are_guarded(
     workers = [fleet.start("-c", "3") for _ in "ab"]
     with beat(fleet, "tests.apps.tasks") as one, beat(fleet, "without_tasks") as two:
         for log in (one, two):
-            skipped = wait_until(lambda log=log: skipped_of(log, workers), "one of its is skipped")
+            skipped = wait_until(
+                lambda log=log: skipped_of(log, workers), "a message of the beat is skipped"
+            )
             assert app.AsyncResult(skipped).state == "SUCCESS"
         assert len(fleet.notes("enter")) == 1
         go.touch()
@@ -229,7 +231,7 @@ def test_celery_singleton_29_a_revoked_message_does_not_block_the_next(
     app.control.revoke(revoked.id)
     fleet.wait_for_output(worker, "flagged as revoked")
     go.touch()
-    wait_until(lambda: revoked.state == "REVOKED", "it is dropped")
+    wait_until(lambda: revoked.state == "REVOKED", "the revoked message is dropped")
     assert outcome(sent_after(task, revoked.id, 1)) == 1
 
 
@@ -247,7 +249,7 @@ def test_celery_singleton_29_a_terminated_run_does_not_block_the_next_message(
     assert task.delay(1).id == revoked.id
     app.control.revoke(revoked.id, terminate=True, signal="SIGKILL")
     assert outcome(sent_after(task, revoked.id, 1)) == 1
-    wait_until(lambda: revoked.state == "REVOKED", "Celery knows it as revoked")
+    wait_until(lambda: revoked.state == "REVOKED", "the message is revoked")
 
 
 def test_celery_singleton_21_a_dead_worker_leaves_no_lock(
@@ -495,7 +497,7 @@ def test_celery_5935_a_body_longer_than_the_visibility_timeout_runs_once(
     result = app.send_task("increment", (str(go),))
     fleet.wait_for_notes("enter")
     # A worker checks for unacknowledged messages when it starts, and then only every ten seconds.
-    wait_until(lambda: is_overdue(app), "the broker takes the message for lost")
+    wait_until(lambda: is_overdue(app), "the message is overdue")
     workers.append(fleet.start("-c", "2", name="b"))
 
     def say(text: str) -> bool:
@@ -504,7 +506,7 @@ def test_celery_5935_a_body_longer_than_the_visibility_timeout_runs_once(
     wait_until(lambda: say("its message is requeued"), "the second copy is requeued")
     go.touch()
     assert outcome(result) == 1
-    wait_until(lambda: say(f"{result.id} was done before"), "it ends as a duplicate")
+    wait_until(lambda: say(f"{result.id} was done before"), "the second copy ends as a duplicate")
     assert len(fleet.notes("enter")) == 1
 
 
@@ -532,7 +534,7 @@ def test_celery_1876_the_last_run_is_known_after_a_crash(
     app = client()
     killed = fleet.start("-c", "1")
     with beat(fleet, "tests.apps.tasks"):
-        wait_until(lambda: outcomes(app, "kept"), "it has run")
+        wait_until(lambda: outcomes(app, "kept"), "the task has run")
     killed.close()
     row = runtime_of(app).store.peek("singleton-state:kept")
     assert row is not None

@@ -170,7 +170,7 @@ def test_a_traced_project(
             for name, state in entries.items()
             if name != "once"
         ),
-        "all that was sent has run",
+        "every tick that was sent has run",
     )
     worker.stop()
     for beat, entries in states.items():
@@ -203,7 +203,7 @@ def send_conflicting_messages(fleet: Fleet, app: Celery) -> None:
     assert len(queued["ids"]) == 1
     wait_until(
         lambda: [note["id"] for note in ticks_of(fleet, "", "sent")] == queued["ids"],
-        "the one that was queued has run",
+        "the queued message has run",
     )
 
 

@@ -42,9 +42,9 @@ def use_all(store: SqlStore) -> None:
     assert requests.put("k", store.peek("k"), NEW)
     requests.expect({"k": "t", "k3": "t"})
     assert store.release(other, Ended("succeeded", "[]", hold=60))
-    held_on = store.peek("k2")
-    assert held_on is not None
-    assert requests.release_early(held_on)
+    in_hold_period = store.peek("k2")
+    assert in_hold_period is not None
+    assert requests.release_early(in_hold_period)
     store.set_aside("k4", "broken")
     assert acquire(store, "b").lease.fence > lease.fence
     assert store.give_back("k", "b")

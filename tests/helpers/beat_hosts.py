@@ -139,7 +139,7 @@ class Hosts:
             executed = self.executed()
             return all(len(set(executed.get(name, ()))) >= n for name, n in sent.items())
 
-        wait_until(all_ran, "all that was sent has run", 60)
+        wait_until(all_ran, "every tick that was sent has run", 60)
         with redis.Redis.from_url(self._broker_url) as broker:
             wait_until(lambda: not broker.llen("celery"), "the queue is empty")
 

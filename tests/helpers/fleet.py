@@ -242,7 +242,9 @@ class Fleet:
         log = self.directory / f"exporter{len(self._exporters)}.log"
         started = Exporter(self.environment, log, self.app, options)
         self._exporters.append(started)
-        wait_until(lambda: started.metrics()["singleton_broker_up"][()], "it receives events")
+        wait_until(
+            lambda: started.metrics()["singleton_broker_up"][()], "the exporter receives events"
+        )
         return started
 
     def notes(self, event: str) -> list[dict[str, Any]]:

@@ -35,8 +35,8 @@ def peek(store: Leases, key: str = "k") -> Row:
 def let_run_out(store: Leases, key: str = "k") -> None:
     """Wait until the lease has expired by the store's own clock."""
 
-    def ran_out() -> bool:
+    def has_expired() -> bool:
         row = peek(store, key)
         return row.expires_in is not None and not row.held
 
-    wait_until(ran_out, "the lease runs out")
+    wait_until(has_expired, "the lease expires")

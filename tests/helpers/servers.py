@@ -435,7 +435,7 @@ class Proxy:
         for held in self._held:
             if held.takes(data, source):
                 self._awaited[sink] = held.answered
-                return held.wait_until_it_goes_on()
+                return held.wait_for_decision()
         return True
 
     def _note_answer(self, server: socket.socket) -> None:
@@ -466,7 +466,7 @@ class Held:
             self._taken.set()
             return True
 
-    def wait_until_it_goes_on(self) -> bool:
+    def wait_for_decision(self) -> bool:
         """Wait for the test's decision; return whether to deliver the request."""
         self._go.wait()
         return not self._forgotten
@@ -475,7 +475,7 @@ class Held:
         """Wait until the request has arrived at the proxy."""
         wait_until(self._taken.is_set, f"a request with {self._pattern.pattern!r} comes")
 
-    def wait_given_up(self) -> None:
+    def wait_abandoned(self) -> None:
         """Wait until the client waits no longer for an answer: it ends its session, or closes."""
         self.wait()
         assert self._client is not None

@@ -73,7 +73,7 @@ class Shop:
         with self.engine.begin() as connection:
             return list(connection.scalars(sa.select(copied.c.n).order_by(copied.c.n)))
 
-    def wait_given_back(self, name: str, deadline: float) -> None:
+    def wait_released(self, name: str, deadline: float) -> None:
         """Wait until the lease is released. An expired lease does not count: its row still has a
         holder.
         """
@@ -82,7 +82,7 @@ class Shop:
             row = self.row(name)
             return row is None or row.holder is None
 
-        wait_until(is_free, f"the lease of {name} is given back", deadline)
+        wait_until(is_free, f"the lease of {name} is released", deadline)
 
 
 class Gate:

@@ -26,4 +26,4 @@ def enqueue(requests: RowRequests, key: str, task_id: str, life: float) -> str:
             return seen.task_id
         if requests.claim(key, task_id, life, seen.number):
             return task_id
-    raise AssertionError(f"{key} changed at each look")
+    raise AssertionError(f"{key} changed at each poll")

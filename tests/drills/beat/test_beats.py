@@ -117,7 +117,7 @@ def test_a_lease_lost_in_mid_run(make_hosts: Callable[..., Hosts], issue: str) -
         f"UPDATE kv_store SET holder = 'another', fence = fence + 1,"
         f" expires_at = clock_timestamp() + interval '2 seconds' WHERE key = '{LEADER}'",
     )
-    wait_until(lambda: "lost the lead" in host.beat.output, "it has lost the lead")
+    wait_until(lambda: "lost the lead" in host.beat.output, "the beat has lost the lead")
     assert hosts.leader() is host
     hosts.wait_for_ticks(10)
     hosts.stop()
@@ -139,7 +139,7 @@ def test_redbeat_163_an_emptied_store_repeats_no_tick(
     hosts.wait_for_ticks(5)
     hosts.start().beat.wait_stands_by()
     execute(hosts, "DELETE FROM kv_store")
-    wait_until(lambda: "lost the lead" in host.beat.output, "it has lost the lead")
+    wait_until(lambda: "lost the lead" in host.beat.output, "the beat has lost the lead")
     hosts.leader()
     hosts.wait_for_ticks(20)
     hosts.stop()

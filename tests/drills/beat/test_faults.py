@@ -44,7 +44,7 @@ def stopped(_hosts: Hosts, host: Host) -> Iterator[None]:
     before = len(host.beat.output)
     yield
     host.beat.process.send_signal(signal.SIGCONT)
-    wait_until(lambda: "beat stands by" in host.beat.output[before:], "it stands by")
+    wait_until(lambda: "beat stands by" in host.beat.output[before:], "the beat stands by")
     after = host.beat.output[before:].split("beat stands by")[0]
     # The leader may have been paused just before it sent this one tick.
     assert after.count("Sending due task") <= 1, after
@@ -138,8 +138,8 @@ def storm(hosts: Hosts, chance: random.Random) -> Iterator[str]:
     while time.monotonic() < end:
         faults = faults or chance.sample(FAULTS, len(FAULTS))
         fault, host = faults.pop(), hosts.leader()
-        struck = time.monotonic()
+        began = time.monotonic()
         with fault(hosts, host):
             hosts.leader(other_than=host)
-            yield f"{fault.__name__} {time.monotonic() - struck:.1f}"
+            yield f"{fault.__name__} {time.monotonic() - began:.1f}"
             hosts.wait_for_ticks(ENTRIES)

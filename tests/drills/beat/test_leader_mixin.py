@@ -223,7 +223,7 @@ def test_a_leader_that_was_stopped_sends_and_writes_nothing_more(project: Projec
     other.wait_leads()
     project.wait_for("often", 2)
     one.process.send_signal(signal.SIGCONT)
-    wait_until(lambda: "beat stands by" in one.output[before:], "it stands by")
+    wait_until(lambda: "beat stands by" in one.output[before:], "the beat stands by")
     # The leader may have been paused just before it sent this one tick.
     assert one.output[before:].count("Sending due task") <= 1
     project.wait_for("often", 2)
@@ -282,12 +282,14 @@ def test_two_beats_with_schedule_files_of_their_own(
     one.wait_leads()
     other = beat("2", TEST_AGE_FILE="7200")
     other.wait_stands_by()
-    wait_until(lambda: counts(fleet)["hourly"] and counts(fleet)["often"] >= 2, "both have run")
+    wait_until(
+        lambda: counts(fleet)["hourly"] and counts(fleet)["often"] >= 2, "both entries have run"
+    )
     os.kill(one.process.pid, signal.SIGKILL)
     one.process.wait(timeout=30)
     other.wait_leads()
     before = counts(fleet)["often"]
-    wait_until(lambda: counts(fleet)["often"] >= before + 3, "the other one sends")
+    wait_until(lambda: counts(fleet)["often"] >= before + 3, "the other beat sends")
     assert counts(fleet)["hourly"] == 1
     assert len(doubled(fleet)) <= 1
     other.stop()

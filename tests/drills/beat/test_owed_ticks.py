@@ -91,10 +91,10 @@ def test_300_owed_ticks_with_on_conflict_wait(make_hosts: Callable[..., Hosts]) 
     owed = owe(hosts, "all", 300, MINUTE)
     for count in (80, 160):
         host = hosts.start()
-        wait_until(lambda: len(closed(hosts, "all")) >= count, "some are closed", 60)  # noqa: B023
+        wait_until(lambda: len(closed(hosts, "all")) >= count, "some ticks are closed", 60)  # noqa: B023
         host.beat.close()
     hosts.start()
-    wait_until(lambda: len(closed(hosts, "all")) >= 300, "all are closed", 60)
+    wait_until(lambda: len(closed(hosts, "all")) >= 300, "all ticks are closed", 60)
     hosts.stop()
     assert closed(hosts, "all")[:300] == owed
 
@@ -113,7 +113,7 @@ def test_a_beat_that_owes_1000_ticks_of_one_entry_and_has_1000_others(
     owed = owe(hosts, "all", 1000, MINUTE)
     began = datetime.now(UTC)
     hosts.start()
-    wait_until(lambda: len(closed(hosts, "all")) >= 1000, "all are closed", 120)
+    wait_until(lambda: len(closed(hosts, "all")) >= 1000, "all ticks are closed", 120)
     wait_until(lambda: datetime.now(UTC) > began + every, "all others were due", 60)
     wait_until(lambda: len(hosts.executed()) == 1001, "all others have run", 60)
     hosts.stop()
@@ -144,7 +144,7 @@ def test_20000_owed_ticks_of_a_task_that_is_no_singleton(make_hosts: Callable[..
             seen.append(states["other"])
         return states["all"].total_run_count >= 20_000 and len(seen) > 0
 
-    wait_until(all_sent, "all are sent", 120)
+    wait_until(all_sent, "all ticks are sent", 120)
     host.beat.stop()
     assert {state.missed_count for state in seen} == {seen[0].missed_count}
     assert all(late(state) < every for state in seen)

@@ -136,7 +136,9 @@ def test_the_worker_of_a_waiting_delivery_dies(
     second = send(app, "waits_its_turn", "second", queue="b")
     fleet.wait_for_output(killed, f"Task waits_its_turn[{second.id}] ignored")
     # Wait, because Redis loses a message that is on its way to a worker when that worker is killed.
-    wait_until(lambda: stop_with_message(killed, app, second.id), "it is stopped with its message")
+    wait_until(
+        lambda: stop_with_message(killed, app, second.id), "the worker is stopped with its message"
+    )
     killed.close()
     restored_from = time.monotonic() + VISIBILITY_TIMEOUT
     wait_until(lambda: time.monotonic() > restored_from, "the broker may restore the message")

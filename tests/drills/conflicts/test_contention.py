@@ -53,7 +53,7 @@ def test_bodies_never_overlap_and_no_increment_is_lost(
     assert {result.state for result in results} == {"SUCCESS"}
 
     row = wait_until(
-        lambda: runtime_of(app).store.peek("singleton-state:increment"), "the row is there"
+        lambda: runtime_of(app).store.peek("singleton-state:increment"), "the row exists"
     )
     assert row.value == f'{{"n":{len(runs)}}}'
     assert row.run_count == len(runs)

@@ -37,8 +37,8 @@ def test_a_late_older_message_does_not_replace_the_arguments_of_a_newer_one(
     late.deliver()
     end.open()
     assert outcome(running) == 1
-    wait_until(lambda: shop.rows() == [1, 2], "one more run has copied")
-    shop.wait_given_back(name, 30)
+    wait_until(lambda: shop.rows() == [1, 2], "the pending run has copied")
+    shop.wait_released(name, 30)
     row = shop.row(name)
     assert row is not None
     assert "newer" in row.value

@@ -74,7 +74,9 @@ def test_plain_tasks_are_not_delayed_by_many_waiting_messages(
         wait_until(lambda due=due: time.monotonic() >= due, "the next plain task is due")
         app.send_task("plain", (number, time.monotonic()), queue=queue)
     took = [note["took"] for note in fleet.wait_for_notes("plain", 201)[1:]]
-    assert statistics.median(took) < 0.5, "a hundred times what it is on an idle machine"
+    assert statistics.median(took) < 0.5, (
+        "the limit is a hundred times the figure of an idle machine"
+    )
     go.touch()
     freed = time.monotonic()
     first = fleet.wait_for_notes("served")[0]

@@ -86,8 +86,10 @@ def test_a_failover_that_loses_leases(
     left = [note for note in fleet.notes("leave") if note["task"] == "held"]
     assert len(entered) == 2
     assert len(left) == 1
-    assert entered[1]["at"] < left[0]["at"], "for a moment there were two"
-    assert outcome(app.send_task("increment")) is None, "of the other there is one all the time"
+    assert entered[1]["at"] < left[0]["at"], "the two bodies must overlap for a while"
+    assert outcome(app.send_task("increment")) is None, (
+        "the singleton with a state always has one run"
+    )
     go.touch()
     assert outcome(second) == "held"
     assert outcome(stateful) == 1
@@ -125,7 +127,7 @@ def test_a_demotion_costs_no_run_its_lease(
         fleet.wait_for_notes("enter", 8)
         keys = list(old.scan_iter("singleton-state:*"))
         assert len(keys) == 8
-        wait_until(lambda: new.exists(*keys) == 8, "the replica has heard of all leases")
+        wait_until(lambda: new.exists(*keys) == 8, "the replica has all leases")
         new.replicaof("NO", "ONE")
         name.target = replica.port
         old.replicaof("127.0.0.1", replica.port)
@@ -138,4 +140,6 @@ def test_a_demotion_costs_no_run_its_lease(
     assert [outcome(run) for run in runs] == list(range(8))
     runs = [app.send_task("sent_once", (number,)) for number in range(64)]
     assert [outcome(run) for run in runs] == list(range(64))
-    assert worker.output.count("read only replica") <= 1, "one call was refused, the heartbeat's"
+    assert worker.output.count("read only replica") <= 1, (
+        "only one call of the heartbeat may be refused"
+    )

@@ -54,7 +54,7 @@ def test_a_set_up_that_an_administrator_repairs_fails_no_work(
     ended = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"
     if "RENAME" in away:
         postgres._admin(ended)
-        wait_until(lambda: _did(postgres, away.format(database), ended), "the database is away")
+        wait_until(lambda: _did(postgres, away.format(database), ended), "the database is renamed")
     else:
         postgres._admin(away)
         postgres._admin(ended)

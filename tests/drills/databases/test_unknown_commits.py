@@ -63,7 +63,7 @@ def test_a_commit_that_is_carried_out_after_its_client_has_given_up(
     app, start = client(), make_gate("start")
     shop.start()
     result, commit = hold_commit(shop, app, start, ["copy"])
-    commit.wait_given_up()
+    commit.wait_abandoned()
     commit.deliver()
     assert outcome(result) == 2
     assert shop.rows() == [1, 2]
@@ -111,7 +111,7 @@ def test_the_answer_to_a_commit_is_lost_and_the_store_is_away_for_a_moment(
     shop.wait_reached("start")
     shop.proxy.lose_answer_to(COMMIT, then="refuse")
     start.open()
-    wait_until(lambda: shop.proxy.mode == "refuse", "the answer is lost")
+    wait_until(lambda: shop.proxy.mode == "refuse", "the answer to COMMIT is lost")
     threading.Timer(0.2, setattr, (shop.proxy, "mode", "pass")).start()
     assert outcome(result) == 2
     assert shop.rows() == [1, 2]
@@ -135,7 +135,7 @@ def test_a_soft_time_limit_during_a_commit(
     result, commit = hold_commit(shop, app, start)
     commit.wait()
     os.kill(shop.wait_reached("start")["pid"], signal.SIGUSR1)
-    commit.wait_given_up()
+    commit.wait_abandoned()
     if committed:
         commit.deliver()
     else:

@@ -42,7 +42,7 @@ def test_all_answers_to_an_acquisition_are_lost(shop: Shop, client: Callable[[],
         shop.proxy.lose_answer_to(b"unanswered-message")
     error = outcome(app.send_task(name, (["copy"],), task_id="unanswered-message"))
     assert isinstance(error, StateLoadFailed)
-    shop.wait_given_back(name, SOON)
+    shop.wait_released(name, SOON)
     assert outcome(app.send_task(name, (["copy"],))) == 1
 
 
@@ -60,7 +60,7 @@ def test_the_last_answer_to_a_release_is_lost(shop: Shop, client: Callable[[], C
     held.forget()
     assert isinstance(outcome(result), Exception)
     shop.proxy.mode = "pass"
-    shop.wait_given_back(name, SOON)
+    shop.wait_released(name, SOON)
     assert outcome(app.send_task(name, (["copy"],))) == 2
     assert shop.rows() == [1, 2]
 
@@ -84,7 +84,7 @@ def test_a_message_with_a_malformed_header(
     """
     app, name = client(), "long steps, not retried"
     outcome(app.send_task(name, (["copy"],), headers=headers))
-    shop.wait_given_back(name, SOON)
+    shop.wait_released(name, SOON)
     copied = len(shop.rows())
     assert outcome(app.send_task(name, (["copy"],))) == copied + 1
 
@@ -100,7 +100,7 @@ def test_a_body_raises_an_error_whose_text_cannot_be_stored(
     """
     app, name = client(), "long steps, not retried"
     assert isinstance(outcome(app.send_task(name, (["copy"], ["fail", text]))), ValueError)
-    shop.wait_given_back(name, SOON)
+    shop.wait_released(name, SOON)
     row = shop.row(name)
     assert row is not None
     (failed,) = decode(row.history, name)

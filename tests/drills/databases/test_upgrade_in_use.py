@@ -124,12 +124,14 @@ def test_an_upgrade_loses_no_row_and_stops_no_program(
     with ThreadPoolExecutor(2) as pool:
         running = [pool.submit(use) for use in users.run()]
         try:
-            wait_until(lambda: users.reads > 100 and users.counted > 100, "both use the table")
+            wait_until(
+                lambda: users.reads > 100 and users.counted > 100, "both programs use the table"
+            )
             if is_killed:
                 kill_in_mid_build(fleet, postgres_url, watch)
             upgraded = fleet.command("singleton", "migrate")
             seen = users.counted
-            wait_until(lambda: users.counted > seen + 100, "they go on afterwards")
+            wait_until(lambda: users.counted > seen + 100, "both programs go on afterwards")
         finally:
             users.stop()
         for each in running:

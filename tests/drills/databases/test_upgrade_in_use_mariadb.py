@@ -92,10 +92,10 @@ def test_an_upgrade_loses_nothing(
         with ThreadPoolExecutor(2) as pool:
             running = [pool.submit(users.read), pool.submit(users.write)]
             try:
-                wait_until(lambda: users.reads > 100 < users.counted, "both use the table")
+                wait_until(lambda: users.reads > 100 < users.counted, "both programs use the table")
                 upgraded = fleet.command("singleton", "migrate")
                 seen = users.counted
-                wait_until(lambda: users.counted > seen + 100, "they go on afterwards")
+                wait_until(lambda: users.counted > seen + 100, "both programs go on afterwards")
             finally:
                 users.stop()
             for each in running:

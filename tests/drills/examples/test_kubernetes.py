@@ -90,14 +90,14 @@ def test_workers_and_beats_answer_for_themselves(start: Callable[[str], Containe
         wait_until(lambda each=container: each.passes("livenessProbe"), "it is alive")
     containers[0].program.close()
     assert not containers[0].passes("livenessProbe")
-    wait_until(lambda: containers[1].passes("livenessProbe"), "the other one is alive")
+    wait_until(lambda: containers[1].passes("livenessProbe"), "the other worker is alive")
 
 
 def test_the_exporter_is_ready_while_all_are_healthy(
     start: Callable[[str], Container], postgres_url: str
 ) -> None:
     exporter = start("shop-exporter")
-    wait_until(lambda: exporter.passes("readinessProbe"), "it is ready")
+    wait_until(lambda: exporter.passes("readinessProbe"), "the exporter is ready")
     store = open_store(postgres_url, "kv_store", 5.0)
     taken = store.acquire("singleton-state:hourly", "other", 60, None)
     assert taken is not None

@@ -101,7 +101,7 @@ def test_300_half_sent_requests_are_closed_after_a_while(
         assert process.num_threads() <= threads + 65
     wait_until(lambda: process.num_threads() <= threads, "the threads have ended")
     wait_until(lambda: process.num_fds() <= descriptors, "the connections are closed")
-    assert all(each.fileno() != -1 for each in connections), "it was the exporter that closed them"
+    assert all(each.fileno() != -1 for each in connections), "the clients must not have closed them"
     assert "Traceback" not in exporter.output
 
 
@@ -125,7 +125,10 @@ def test_300_scrapes_of_a_store_that_hangs(
     assert answered
     assert len(refused) >= 200
     hang(signal.SIGCONT)
-    wait_until(lambda: exporter.metrics()["singleton_store_up"][()] == 1, "the store is seen again")
+    wait_until(
+        lambda: exporter.metrics()["singleton_store_up"][()] == 1,
+        "the exporter reads the store again",
+    )
     wait_until(lambda: process.num_threads() <= threads, "the threads have ended")
 
 
@@ -156,7 +159,7 @@ def test_60_scrapes_of_a_large_exposition(
             send(connection, json.dumps(some), "application/json")
     wait_until(
         lambda: sum(exporter.metrics()["singleton_executions_total"].values()) == 10_000,
-        "all are counted",
+        "all events are counted",
     )
     process = psutil.Process(exporter.process.pid)
     assert len(exporter.get("/metrics")[1]) < 3_000_000
@@ -211,7 +214,7 @@ def test_a_signal_ends_the_exporter_while_requests_hang(
             one = stack.enter_context(socket.create_connection(address))
             one.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         clients(exporter)
-        wait_until(lambda: process.num_threads() >= threads + 10, "they wait")
+        wait_until(lambda: process.num_threads() >= threads + 10, "the requests wait")
         exporter.process.send_signal(number)
         # The limit of 6 s is shorter than the store's own time limits, which would end the requests
         # too.
@@ -249,7 +252,7 @@ def test_made_up_events_through_a_broker(
         found = exporter.metrics()["singleton_executions_total"]
         return found.get(("counted", outcome), 0.0)
 
-    wait_until(lambda: counted("retried") == 1, "the last one is counted")
+    wait_until(lambda: counted("retried") == 1, "the last event is counted")
     after = exporter.metrics()
     assert after["singleton_broker_up"] == {(): 1}
     # These 400 are the events with an odd key, and the events whose duration is not a number.

@@ -64,7 +64,9 @@ def test_flower_does_not_count_our_events_as_tasks(
         )
         return round(sum(map(float, found)))
 
-    wait_until(lambda: counted("task-succeeded") + counted("task-failed") == 12, "all have ended")
+    wait_until(
+        lambda: counted("task-succeeded") + counted("task-failed") == 12, "all tasks have ended"
+    )
     assert (counted("task-succeeded"), counted("task-failed")) == (9, 3)
     tasks = json.loads(get("/api/tasks"))
     assert {task: each["state"] for task, each in tasks.items()} == {

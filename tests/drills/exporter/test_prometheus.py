@@ -71,7 +71,7 @@ def test_prometheus_has_the_exact_numbers(
     exporter = fleet.start_exporter()
     store = open_store(postgres_url, "kv_store", 5.0)
     prometheus = make_prometheus(exporter.url.removeprefix("http://"))
-    wait_until(lambda: prometheus.query("singleton_state_errors_total"), "it has the zeros")
+    wait_until(lambda: prometheus.query("singleton_state_errors_total"), "Prometheus has the zeros")
     app = client()
     expected = work_through_the_script(app, fleet, store)
     outcome(app.send_task("hourly"))
@@ -85,7 +85,10 @@ def test_prometheus_has_the_exact_numbers(
         wait_until(lambda n=name, c=counted: found(n) == c, f"Prometheus has {name}: {counted}")
     # The first error is an increase for Prometheus, because the series existed before, as zero.
     increase = "increase(singleton_state_errors_total{reason='SchemaDecodeFailed'}[1m]) > 0"
-    wait_until(lambda: ask(increase).keys() == {("SchemaDecodeFailed", "counted")}, "it increased")
+    wait_until(
+        lambda: ask(increase).keys() == {("SchemaDecodeFailed", "counted")},
+        "Prometheus sees an increase",
+    )
     assert ask("singleton_expected_interval_seconds") == {("hourly",): 3600}
     store.close()
     for expression in expressions():

@@ -64,7 +64,7 @@ def test_a_message_that_fails_before_its_delivery_does_not_block_the_next(
     fleet.start("-c", "1")
     task = make_task("ends_early")
     first = task.delay(how)
-    wait_until(lambda: not is_queued(task), "it is queued no more")
+    wait_until(lambda: not is_queued(task), "no message is recorded as queued")
     assert outcome(sent_after(task, first, "runs")) == "runs"
 
 

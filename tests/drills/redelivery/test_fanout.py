@@ -34,7 +34,7 @@ def workers(fleet: Fleet, client: Callable[[], Celery]) -> list[Worker]:
         send_to_all(app, "joined", "listen")
         return all("Task joined[" in worker.output for worker in started)
 
-    wait_until(listen, "they listen")
+    wait_until(listen, "all workers listen")
     return started
 
 

@@ -99,4 +99,4 @@ def test_a_message_that_rabbitmq_cannot_delay_waits_in_the_worker(
     worker = fleet.start("-c", "2")
     delete_delay_exchange(app)
     assert outcome(app.send_task("retries_later", (1, 0.3))) == 1
-    wait_until(lambda: "RabbitMQ does not delay messages" in worker.output, "it says so")
+    wait_until(lambda: "RabbitMQ does not delay messages" in worker.output, "the worker says so")

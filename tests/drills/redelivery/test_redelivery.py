@@ -44,7 +44,7 @@ def test_the_same_message_published_twice_runs_once(
         row = store.peek("singleton-state:increment")
         return row is not None and row.holder is None
 
-    wait_until(ended, "the run is over")
+    wait_until(ended, "the run has ended")
     assert len(fleet.notes("enter")) == 1
 
 

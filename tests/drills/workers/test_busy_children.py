@@ -122,7 +122,9 @@ def test_a_stopped_child_is_renewed_until_a_time_limit_ends_it(
     (child,) = fleet.wait_for_notes("enter")
     os.kill(child["pid"], signal.SIGSTOP)
     wait_for_lives(app, "increment")
-    wait_until(lambda: row_of(app, "increment").last_outcome == "lost", "the limit ends it")
+    wait_until(
+        lambda: row_of(app, "increment").last_outcome == "lost", "the time limit ends the run"
+    )
     assert not row_of(app, "increment").held
     # The parent reaps the child a little after the child's death.
-    wait_until(lambda: not psutil.pid_exists(child["pid"]), "the child is gone")
+    wait_until(lambda: not psutil.pid_exists(child["pid"]), "the child is reaped")

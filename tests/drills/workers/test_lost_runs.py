@@ -166,4 +166,4 @@ def test_a_run_whose_store_falls_silent_is_interrupted(
     error = outcome(result)
     assert isinstance(error, HeartbeatFailed)
     assert "not renewed before it expired" in error.detail
-    wait_until(lambda: fleet.notes("leads no longer"), "it loses leadership")
+    wait_until(lambda: fleet.notes("leads no longer"), "the run loses leadership")

@@ -36,11 +36,11 @@ def test_a_stale_save_is_refused(
 
     store = runtime_of(app).store
 
-    def ran_out() -> bool:
+    def has_expired() -> bool:
         row = store.peek("singleton-state:increment")
         return row is not None and row.holder is not None and not row.held
 
-    wait_until(ran_out, "the stopped worker's lease runs out")
+    wait_until(has_expired, "the stopped worker's lease expires")
     fleet.start("-P", "solo", "-Q", "b", name="b")
     assert outcome(app.send_task("increment", queue="b")) == 1
     after_b = store.peek("singleton-state:increment")
