@@ -16,7 +16,7 @@ Two guards, of different strength
 ---------------------------------
 *The expiry* keeps two bodies from running at the same time. It is as good as clocks and
 schedulers are: a process that is stopped for longer than its lease's life wakes up while the next
-run is in progress, and does not know it.
+run is in progress, and does not know of that run.
 
 *The fence* keeps such a process from doing harm. Every write to the row names the fence and
 the holder, and changes nothing if the row has another fence or holder by then. This guard needs no
@@ -26,22 +26,22 @@ still the only process that may write, until another holder acquires the lease.
 Late requests
 -------------
 The server can carry out a request after its client gave it up: a moment or a day later, after the
-client repeated it, after the run has ended, after the process has died. Or never. An answer can be
-lost. Five rules make all of that harmless:
+client repeated it, after the run has ended, after the process has died. Or the server never carries
+it out. An answer can be lost. Five rules make all of that harmless:
 
 1. *Writes are numbered.* A run numbers its writes of the state 1, 2, 3 …, and each write names the
-   newest number whose answer has come. The store refuses a write if it has carried out a newer one
-   (the refused write is late), or if a write that it answered is missing (the store lost commits).
-   A number always belongs to the same content, so a write can be repeated.
+   newest number that the store has answered. The store refuses a write if it has carried out a
+   newer one (the refused write is late), or if a write that it answered is missing (it lost
+   commits). A run never gives one number to two contents, so a write can be repeated.
 2. *A repeated acquisition changes nothing*, except that it can move the expiry further away.
 3. *The first life is short*: at most the heartbeat's interval times its threshold. A run whose
    ``lease_ttl`` is longer renews the lease once before its body begins, to get the whole life. So
    an acquisition that is carried out late blocks the singleton for a short time only.
-4. *A process releases each lease that it may hold without knowing it*
+4. *A process releases each lease that it may have been given without an answer*
    (:mod:`celery_singleton_state.lease.unreleased`), but not before the body has ended.
 5. *An outcome is known or unknown, and nothing is assumed.* After a COMMIT without an answer, the
-   run reads the row under the row's lock. If the store does not answer that either, the run writes
-   nothing more.
+   run reads the row under the row's lock. If the store does not answer this request either, the run
+   writes nothing more.
 
 How long a holder may trust its lease
 -------------------------------------
@@ -52,7 +52,7 @@ How long a holder may trust its lease
 The store starts to count when the request arrives, which is later. So the holder stops trusting
 its lease before the store can give it to another holder. The last tenth is for the body: it is told
 of the loss with 0.8 s left by default. Two bodies do not overlap if the first one ends within that
-time (less twice the difference between the rates of the two clocks over a life). The holder's clock
+time (less twice the error that the two clocks build up over a lease's life). The holder's clock
 keeps counting while the machine is suspended. A renewal that succeeds moves the end of the trust,
 counted from before *that* request. A lease is renewed every interval, and never later than half-way
 through the time for which it is trusted, so that one renewal can fail and be repeated.
@@ -72,8 +72,8 @@ through the time for which it is trusted, so that one renewal can fail and be re
               |                      .  the row still names the lost holder ...
               +----------------------+  ... until its expiry: then acquire takes it, fence + 1
 
-What happens when
------------------
+What happens in each case
+-------------------------
 - *The body raises*: the run releases the lease without saving; the last checkpoint stays.
 - *The holder dies*: a process on its host that learns of the death releases the lease in the
   holder's name. The store refuses this if another holder has the lease by then.

@@ -7,10 +7,10 @@ lease starts both threads. A run that is shorter than an interval wakes neither.
 Locked rows
 -----------
 A statement for several leases skips the rows that another transaction has locked. Otherwise one
-locked row would delay the renewal of all leases, and they could expire. If a lease was skipped,
+locked row would delay the renewal of all leases, and these could expire. If a lease was skipped,
 either its row is locked or the lease is lost. Only a statement for this lease alone, which waits
 for the lock, can tell which. A third thread, started by the first skipped lease, sends these
-statements: one at a time, the most urgent lease first. Each ends after the store's time-out.
+statements: one at a time, the most urgent lease first. Each ends by the store's time-out.
 Meanwhile the first thread keeps sending its statements for all leases, in time. So a skipped lease
 is renewed as soon as its row is free, even while the third thread waits for another row. The first
 thread sends a statement for one lease alone only if the process holds no other lease.
@@ -42,10 +42,10 @@ T = TypeVar("T")
 
 logger = logger_of(__name__)
 
-#: A renewal that the store did not answer is repeated after this part of the interval.
+#: The part of a lease's renewal interval after which a renewal without an answer is repeated.
 RETRY_PART = 0.125
-#: When a lease is due, all leases that will be due within this part of their interval are renewed
-#: by the same statement.
+#: The part of its renewal interval by which a lease may be renewed early, so that one statement
+#: renews it together with a lease that is due.
 TOGETHER_PART = 0.5
 
 #: Seconds that a thread waits after an error before it continues.
@@ -68,7 +68,7 @@ class Heartbeat:
         self._parent = parent
         self._lock = threading.Lock()
         self._held: set[HeldLease] = set()
-        #: Leases that a statement for several leases skipped. Each still needs a statement alone.
+        #: Leases that a statement for several leases skipped. Each needs a statement of its own.
         self._skipped: set[HeldLease] = set()
         self._renewal = TimerThread(
             "singleton-heartbeat", self._lock, self._held, attrgetter("renew_at"), self._renew
@@ -85,8 +85,8 @@ class Heartbeat:
     def hold(self, held: HeldLease) -> None:
         """Renew a lease from now on."""
         if self._parent is not None:
-            # Only the main thread can install the signal's handler, and the heartbeat may have been
-            # made in another thread.
+            # Only the main thread can install the handler of the parent's signal, and the heartbeat
+            # may have been made in another thread.
             hear_signals()
             self._parent.add(held)
         with self._lock:
@@ -226,8 +226,8 @@ class Heartbeat:
             self._held.discard(held)
             self._skipped.discard(held)
         if self._parent is not None and why is not REFUSED:
-            # After a refusal the request stays: the parent renews no more, but it sends signals for
-            # this request until the run ends.
+            # After a refusal the child's request stays in its slot: the parent does not renew the
+            # lease any more, but sends signals for the request until the run ends.
             self._parent.remove(held)
         # From here on the run does not trust the lease, even if no other holder has it yet.
         held.lost = why
@@ -311,8 +311,8 @@ class TimerThread(Generic[T]):
                     return due
                 self._wakes_at = self._next_wake()
                 forever = self._wakes_at == float("inf")
-                # The wait is limited because its clock stops while the host is suspended, and an
-                # item may be due when the host wakes up.
+                # The wait is limited because the clock of a wait stops while the host is suspended,
+                # and an item may be due when the host wakes up.
                 left = min(self._wakes_at - clock(), LINGER)
                 self._changed.wait(None if forever else left)
             return []

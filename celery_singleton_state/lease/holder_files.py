@@ -53,7 +53,8 @@ class HolderRecord(msgspec.Struct, frozen=True, array_like=True):
 
     :param key: the row's key.
     :param holder: the name under which the process holds the lease.
-    :param generation: how often bodies asked for the message again, by a retry or a replacement.
+    :param generation: a number that grows with each retry and replacement of the message that a
+        body or Celery asks for.
     :param sent: the value that distinguishes the message from others with the same task id;
         ``None`` if the message has none.
     """
@@ -143,7 +144,7 @@ class HolderFiles:
             return b""
         try:
             return memory[start + at : start + at + size]
-        except ValueError:  # another thread has closed the memory since
+        except ValueError:  # another thread has closed the memory in between
             return b""
 
     def _slot_of(self, holder: str) -> int | None:
@@ -183,15 +184,16 @@ class HolderFiles:
             self._unlock(self._memory)
 
     def leave_to_parent(self) -> None:
-        """In a forked child: give up the lock of the parent's file, and note no leases."""
-        # A new lock, because another thread of the parent may have held the old one at the fork.
+        """In a forked child: give up the lock of the parent's file, and stop noting leases."""
+        # Make a new lock, because another thread of the parent may have held the old one at the
+        # fork.
         self._lock = threading.Lock()
         self._directory = None
         if self._memory is not None:
             self._unlock(self._memory)
 
     def _unlock(self, memory: mmap.mmap) -> None:
-        """Close the file and its mapped memory: both keep the file's lock."""
+        """Close both the file and its mapped memory: while either is open, the file is locked."""
         self._memory = None
         memory.close()
         os.close(self._descriptor)
@@ -334,7 +336,7 @@ def directory_of(store: str | None) -> Path | None:
     Directories of earlier boots stay, because they may belong to another host that is running now.
     They are small; the system's cleaning of temporary files removes them.
 
-    :param store: what identifies the store; ``None`` if no other process can use it.
+    :param store: a text that identifies the store; ``None`` if no other process can use the store.
     :returns: ``None`` if ``store`` is ``None``, or if the directory cannot be made or belongs to
         another user.
     """
@@ -354,7 +356,7 @@ def directory_of(store: str | None) -> Path | None:
     return directory
 
 
-#: The file in which Linux shows a random number that it draws at each boot.
+#: The file in which Linux shows the boot id, a random text that is new at each boot.
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -363,16 +365,16 @@ def _kernel() -> str:
 
     The text has the boot id and the host's name. The boot id alone is not enough: virtual machines
     that resumed from one snapshot have the same id without sharing locks, and so do some sandboxes
-    with kernels of their own. The name has a price: containers of one host share the boot id and
-    the locks, but with different names they do not find each other's files. Their leases must
-    expire then. That costs seconds, while a live process that is taken for dead would break the
-    guard.
+    with kernels of their own. The host's name has a price: containers of one host share the boot id
+    and the locks, but with different names they do not find each other's files. After a death,
+    their leases must expire. That costs seconds, while a live process that is taken for dead would
+    break the guard.
     """
     try:
         boot = BOOT_ID.read_text().strip()
     except OSError:
-        # The address of the network card. If there is none, the number is random in each process,
-        # so that processes do not find each other's files.
+        # Without a boot id, use the address of the network card. Without a network card, the number
+        # is random in each process, so that processes do not find each other's files.
         boot = f"{uuid.getnode():x}"
     return f"{boot} {os.uname().nodename}"
 

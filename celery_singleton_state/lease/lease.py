@@ -16,8 +16,8 @@ T = TypeVar("T")
 # then, and CLOCK_MONOTONIC does not.
 CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
-#: The part of a lease's life for which its holder trusts it. The body of a run that lost its lease
-#: has the rest to end in.
+#: The part of a lease's life for which its holder trusts the lease. In the rest of the life, the
+#: body of a run that lost its lease has to end.
 TRUSTED_PART = 0.9
 
 
@@ -33,26 +33,26 @@ LONGEST_PAUSE = 1.0
 
 
 class Owner(Protocol):
-    """The run that a lease is held for. The heartbeat's threads call it, so it must not block."""
+    """The run that holds a lease, as the heartbeat's threads call it. No method may block."""
 
     def lost(self, why: str) -> None:
-        """Hear that the lease is lost.
+        """Called when the lease is lost.
 
         :param why: the reason, for people.
         """
 
     def handoff_requested(self, handoff_to: str) -> None:
-        """Hear that a message asks for the lease.
+        """Called when a message asks the holder to hand over the lease.
 
         :param handoff_to: the task id of that message.
         """
 
 
 class HeldLease:
-    """A lease as its holder sees it.
+    """A lease as its holder sees it: how long it can be trusted, and when its renewal is due.
 
-    :param asked_at: :data:`clock` just before the request that acquired it was sent.
-    :param interval: seconds between renewals; they are more frequent if the life is short.
+    :param asked_at: :data:`clock` just before the request that acquired the lease was sent.
+    :param interval: seconds between renewals; renewals are more frequent if the life is short.
     :param owner: the run to tell when the lease is lost or asked for; ``None`` before the run
         begins and after its end.
     """
@@ -67,7 +67,8 @@ class HeldLease:
         #: The task id of the message that asked this holder to hand over; ``None`` if the holder
         #: has heard of no such request.
         self.handoff_to: str | None = None
-        #: Called before ``remaining`` is computed: it takes in renewals by the parent process.
+        #: A function that is called before ``remaining`` is computed, and that applies the renewals
+        #: made by the parent process.
         self.refresh: Callable[[], None] | None = None
         self.renew_every = min(interval, TRUSTED_PART * lease.ttl / 2)
         self.asked_at = asked_at
@@ -77,8 +78,8 @@ class HeldLease:
     def renewed(self, asked_at: float) -> None:
         """Extend the trust in the lease after a renewal.
 
-        :param asked_at: :data:`clock` just before the renewal was sent. If it is earlier than that
-            of an answered renewal, nothing changes.
+        :param asked_at: :data:`clock` just before the renewal was sent. If an answered renewal was
+            sent later, nothing changes.
         """
         if asked_at < self.asked_at:
             return

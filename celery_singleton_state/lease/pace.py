@@ -15,9 +15,10 @@ COST_OF_MESSAGE = 0.005
 
 
 class Pace:
-    """Computes the pauses of waiting messages from those that this process has sent again.
+    """Computes how long a waiting message pauses, from how many messages wait as well.
 
-    Per key, it keeps the times at which these messages will try again.
+    It counts the messages that this process has sent again: for each key, it keeps the times at
+    which these messages will try again.
     """
 
     def __init__(self) -> None:
@@ -26,7 +27,7 @@ class Pace:
         self._lock = threading.Lock()
 
     def pause(self, key: str, at_least: float, cost: float) -> float:
-        """Return the seconds until a message should try again, and note that it waits.
+        """Return the seconds until a message should try again, and note that the message waits.
 
         :param key: the row's key of the message's singleton.
         :param at_least: seconds to pause if no other message waits.
@@ -34,8 +35,8 @@ class Pace:
         """
         now = clock()
         with self._lock:
-            # The growth is limited because the first request also makes a connection, and so takes
-            # much longer than the next ones.
+            # One try may raise the average cost by a limited amount only, because the first request
+            # also makes a connection, and so takes much longer than the next ones.
             cost = min(cost + COST_OF_MESSAGE, 4 * self._cost)
             self._cost += (cost - self._cost) / 8
             for each in list(self._due):

@@ -64,10 +64,11 @@ logger = logger_of(__name__)
 
 REQUEST_AT = RECORD
 ANSWER_AT = 3072
-#: The parent renews a lease after this part of the usual interval. That is well before half of the
-#: lease's life, when the child would renew the lease itself.
+#: The part of the usual renewal interval after which the parent renews a lease. This is well before
+#: half of the lease's life, when the child would renew the lease itself.
 PARENTS_PART = 0.75
-#: Size in bytes to which an answer cuts the name of the message that asks for a handoff.
+#: The largest size, in bytes, of the task id of the message that asks for a handoff, in a
+#: :class:`RenewalAnswer`. A longer task id is cut.
 _LONGEST_NAME = 400
 _DIGEST = 8
 _HEAD = _DIGEST + 2
@@ -198,11 +199,10 @@ def write_answer(path: Path, start: int, answer: RenewalAnswer) -> None:
 
     :param path: the child's holder file.
     :param start: the start of the slot, from :func:`requests_in`.
-    :raises OSError: the answer cannot be written, or the file is gone because its process is.
+    :raises OSError: the answer cannot be written, or the file is gone because its process ended.
     """
     if answer.handoff_to is not None:
-        # This name is only shown to people, so it may be cut. It is a task id, which can be any
-        # text.
+        # This task id can be any text. It is only shown to people, so it may be cut.
         name = answer.handoff_to.encode(errors="replace")[:_LONGEST_NAME].decode(errors="ignore")
         answer = msgspec.structs.replace(answer, handoff_to=name)
     descriptor = os.open(path, os.O_WRONLY)
@@ -218,7 +218,7 @@ def _seal(what: msgspec.Struct) -> bytes:
 
 
 def _unseal(area: bytes) -> bytes:
-    """Return the JSON text that a slot's area has; empty if its digest does not match the text."""
+    """Return the JSON text in an area of a slot; empty if the digest does not match the text."""
     text = area[_HEAD : _HEAD + int.from_bytes(area[_DIGEST:_HEAD], "big")]
     return text if text and area[:_DIGEST] == _digest(text) else b""
 
@@ -230,12 +230,13 @@ def _digest(text: bytes) -> bytes:
 # -- which process is the parent
 
 #: The environment variable with the parent's process id and mark. Forked and spawned children
-#: inherit it. So do programs that they start: the process id tells that those are no children.
+#: inherit the variable. Programs that the children start inherit it, too: the process id shows that
+#: such a program is no child of the parent.
 _MARK = "_CELERY_SINGLETON_STATE_PARENT"
 
 
 def mark_as_parent() -> str:
-    """Set the mark by which this process's future children leave renewals to it; return the mark.
+    """Mark this process as the parent that renews its future children's leases; return the mark.
 
     The mark is a random text, the same at each call in a process.
     """
@@ -263,8 +264,9 @@ def _mark_by(pid: int) -> str | None:
 ANSWERED = getattr(signal, "SIGURG", None)
 
 _listening: list[weakref.WeakMethod[Callable[[], None]]] = []
-#: One item for each signal. The signal's handler only puts an item here: it must not take a lock,
-#: because the code that it interrupts can hold any lock, and another handler can raise within it.
+#: A queue with one item for each signal from the parent. The signal's handler only puts an item
+#: here. It must not take a lock, because the interrupted code can hold any lock, and because the
+#: handler of another signal can raise an error within this one.
 _signals: SimpleQueue[None] = SimpleQueue()
 _installed = False
 _previous: Any = None
@@ -273,8 +275,8 @@ _previous: Any = None
 def listen(callback: Callable[[], None]) -> None:
     """Call a method, in a thread of its own, whenever the parent sends its signal.
 
-    This also works while C code keeps the GIL, if that code checks for signals, as ``re`` does. It
-    then calls the signal's handler, which is Python code, and other threads get the GIL meanwhile.
+    This also works while C code keeps the GIL, if that code checks for signals, as ``re`` does.
+    Such code calls the signal's handler, which is Python code. Other threads get the GIL meanwhile.
 
     :param callback: a bound method; it is not called any more when its object is gone.
     """
@@ -283,7 +285,7 @@ def listen(callback: Callable[[], None]) -> None:
 
 
 def hear_signals() -> None:
-    """Install the signal's handler once; does nothing except in the main thread."""
+    """Install the handler of the parent's signal, once; do nothing outside the main thread."""
     global _installed, _previous
     if _installed or ANSWERED is None:
         return

@@ -3,12 +3,12 @@
 If the answer to an acquisition was lost, the store may have given the lease. A release may have
 failed, too. No other process frees such a lease, because its holder's process lives: other runs
 would have to wait until the lease expires. So this process keeps the holder's name and asks the
-store to release the lease: at once, and again after each interval until the store answers. Until
-then the lease stays in the process's holder file, so that another process on the host frees it if
-this process dies.
+store to release the lease: at once, and again after each interval until the store answers.
+Until then the lease stays in the process's holder file, so that another process on the host frees
+the lease if this process dies.
 
-A delivery adds its holder's name here only after its body has ended. If it did so earlier, the next
-run could begin while the body of a lost run still tidies up.
+A delivery adds its holder's name here only after its body has ended. Otherwise the next run could
+begin while the body of a lost run still tidies up.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from celery_singleton_state.store.base import (
 )
 from celery_singleton_state.text.visible import logger_of
 
-#: Called with the store's answer after a lease was released.
+#: A function that is called with the store's answer after a lease was released.
 AfterRelease = Callable[[Released | None], None]
 
 logger = logger_of(__name__)
@@ -61,7 +61,7 @@ class UnreleasedLeases:
         self._lock = threading.Lock()
         self._leases: list[_UnreleasedLease] = []
         self._closed = False
-        #: Set when a lease was added, or the thread should end.
+        #: An event that is set when a lease was added, or when the thread should end.
         self._called = threading.Event()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -78,8 +78,8 @@ class UnreleasedLeases:
 
         :param slot: the lease's slot in the holder file, which is freed when the store has
             answered; ``None`` if the lease has none.
-        :param then: called after a request released the lease, or an earlier request without an
-            answer may have released it; left out: nothing is called.
+        :param then: called after a request has released the lease, or if an earlier request, whose
+            answer was lost, may have released it; left out: nothing is called.
         """
         if os.getpid() != self._pid:
             return  # in a child that the body forked: only its parent may release the lease
@@ -125,7 +125,7 @@ class UnreleasedLeases:
     def _is_released(self, lease: _UnreleasedLease) -> bool:
         """Ask the store to release a lease; return whether to stop asking.
 
-        That is so when the store has answered, or has raised an error that it would raise again.
+        Asking stops when the store has answered, or has raised an error that it would raise again.
         """
         try:
             released = lease.store.give_back(lease.key, lease.holder)
@@ -134,7 +134,7 @@ class UnreleasedLeases:
                 logger.warning("%s: not released yet, will try again: %s", lease.key, error)
                 lease.is_unsure = True
                 return False
-            # The store cannot hold such a key, so it holds no such lease.
+            # The store cannot hold this key, so it holds no lease of this key.
             released = None
         except Exception as error:  # the other leases need this thread, whatever the error is
             logger.warning("%s: not released, its lease must expire: %s", lease.key, error)
