@@ -27,9 +27,9 @@ def moment(epoch: float) -> str:
 
 
 def short_moment(epoch: float, now: float) -> str:
-    """Format a timestamp for people in a short form: only the time if it is today.
+    """Format a timestamp for people in a short form: today's timestamps as a time alone.
 
-    On other days it is the date and the time without seconds.
+    Timestamps of other days become a date and a time without seconds.
 
     :param now: the present time, in seconds since 1970.
     """
@@ -81,7 +81,7 @@ def span(length: float) -> str:
 
 
 def took(length: float) -> str:
-    """Format a run's duration for people; it is often less than a second, so it has two digits."""
+    """Format a run's duration for people, with two digits even below one second: ``0.25 s``."""
     return f"{max(0.0, length):.2g} s" if length < 9.5 else span(length)
 
 

@@ -13,8 +13,8 @@ from celery_singleton_state.compat import hide_in_reports
 #: A pattern for the names of settings whose values Celery must hide, because they may be URLs with
 #: passwords. It also matches misspelled names of such settings.
 _HIDDEN = r"SINGLETON_\w*(URL|URI|DSN|STORE|LEASE(?!_TTL))"
-#: Each URL and each connection string has one of these characters. A text without them cannot be
-#: one, and so has no password in it.
+#: Each URL and each connection string has one of these characters. So a text without any of them
+#: has no password in it.
 _MAY_BE_SECRET = re.compile("[@:=]")
 _SCHEME = re.compile(r"\w[\w+.-]*://")
 
@@ -29,8 +29,8 @@ def hide_settings() -> None:
     """Make `celery report`, `celery inspect conf` and `app.conf.humanize()` hide our URLs.
 
     Celery hides the values of settings whose names match a pattern. Celery offers no way to add
-    names, so this replaces the pattern by a longer one. The settings' values stay plain texts,
-    because users read them.
+    names, so this function replaces the pattern by a longer one. The values themselves stay plain
+    texts, because users' code reads them.
     """
     hidden = getattr(utils, "HIDDEN_SETTINGS", None)
     if isinstance(hidden, re.Pattern) and _HIDDEN not in hidden.pattern:

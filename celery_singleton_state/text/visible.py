@@ -63,13 +63,14 @@ def as_printed(name: str) -> str:
 
 
 def names_meant(typed: str) -> list[str]:
-    """Return the names that a user may mean who types this text, the likeliest first.
+    """Return the names that a user may mean by a typed text, the likeliest first.
 
     The first is the name that :func:`as_printed` prints as this text. The second is the text
     itself.
     """
     meant = _ESCAPE.sub(lambda found: chr(int(found[1][1:], 16)), typed)
-    # Python reads typed bytes that are no valid text as surrogates. A key has escapes instead.
+    # Python reads typed bytes that are no valid text as surrogates. A key has escapes in place of
+    # surrogates.
     return list(dict.fromkeys(encodable(each) for each in (meant, typed)))
 
 
@@ -82,10 +83,10 @@ def encodable(text: str, encoding: str = "utf-8") -> str:
 
 
 def as_json(document: str, encoding: str = "utf-8") -> str:
-    """Escape, by JSON's own escapes, characters of a JSON document that cannot be shown.
+    """Replace characters of a JSON document that cannot be shown by JSON's escapes for them.
 
-    These are the invisible characters, and those that the encoding does not have. The result is an
-    equal JSON document.
+    These are the invisible characters, and the characters that the encoding does not have. The
+    result is an equal JSON document.
     """
     hidden = (
         each for each in set(document) if not _is_seen(each) or encodable(each, encoding) != each
@@ -106,7 +107,7 @@ def _escape(character: str) -> str:
 
 def _json_escape(character: str) -> str:
     if character in "\t\n\r":
-        return " "  # valid JSON has these characters between values only
+        return " "  # valid JSON has line breaks and tabs between values only
     units = character.encode("utf-16-be", "surrogatepass").hex()
     return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))
 
@@ -129,7 +130,7 @@ def _make_visible(record: logging.LogRecord) -> bool:
     elif record.args:
         record.args = {name: _shown(each) for name, each in record.args.items()}
     if record.exc_info and record.exc_info[1] is not None:
-        # Formatters use this text instead of formatting the traceback themselves.
+        # If a record has this text, formatters do not format the traceback themselves.
         record.exc_text = _traceback(record.exc_info[1])
     return True
 
@@ -144,8 +145,8 @@ def _shown(argument: Any) -> Any:
     try:
         shown = _Shown(argument)
     except Exception:
-        # The argument has no text, because its `__str__` or `__repr__` raised. The handlers report
-        # that, as for every logger.
+        # The argument has no text, because its `__str__` or `__repr__` raised. The log's handlers
+        # report this error themselves.
         return argument
     if type(argument) is str and shown.text == argument and shown.in_quotes == repr(argument):
         return argument
@@ -175,7 +176,7 @@ def _traceback(error: BaseException) -> str:
 
 
 def _show_in(found: TracebackException) -> None:
-    """Make a traceback show the text of its error, and of each cause and member, as one line."""
+    """Make a traceback show its error's text as one line, and so for causes and grouped errors."""
     found.__class__ = _OfOneLine
     if found.__notes__:
         found.__notes__ = [visible(str(note)) for note in found.__notes__]
