@@ -1,9 +1,9 @@
 """Observe singletons: hooks, Celery signals, Celery events and log lines.
 
-Whatever happens to a singleton is one frozen :class:`Details` object, and one :class:`Dispatcher`
-of each app delivers it. The dispatcher writes log lines at once. It calls the hooks of
-``app.conf.singleton_hooks``, sends Celery's signals and sends Celery's events in a thread of its
-own. So a slow or failing hook neither delays nor fails a run.
+Each event of a singleton is one frozen :class:`Details` object, which the app's
+:class:`Dispatcher` delivers. The dispatcher writes log lines at once. In a thread of its own, it
+calls the hooks of ``app.conf.singleton_hooks`` and sends Celery's signals and Celery's events. So a
+slow or failing hook neither delays nor fails a run.
 """
 
 from .details import (

@@ -66,9 +66,9 @@ class Dispatcher:
         self._hooks: list[Hook] | None = None
         self._waiting: deque[Details] = deque()
         self._dropped = 0
-        #: Whether the thread has been woken and has not read the queue since. ``SimpleQueue`` wakes
-        #: it, because its ``put`` is C code: an interruption of the emitting run cannot stop it
-        #: half-way and leave a lock held.
+        #: Whether the thread has been woken and has not read the queue since. A ``SimpleQueue``
+        #: wakes the thread, because ``put`` is C code: an interruption of the emitting run cannot
+        #: stop ``put`` half-way and leave a lock held.
         self._is_called = False
         self._calls: SimpleQueue[None] = SimpleQueue()
         self._starting = threading.Lock()
@@ -147,7 +147,7 @@ class Dispatcher:
             self._closed.wait(GATHER)
             self._is_called = False
             self._call_hooks()
-        # Events can have been queued while the loop handled its last ones.
+        # Empty the queue once more: events can have come while the loop handled its last ones.
         self._call_hooks()
         self._events.close()
 
@@ -184,7 +184,7 @@ def check_hook(value: Any) -> Any:
     """Check one item of the setting ``singleton_hooks``, and return it unchanged.
 
     :param value: a callable, or the dotted name of one.
-    :raises ValueError: the value is neither of them, or the name cannot be imported.
+    :raises ValueError: the value is not callable, or the name cannot be imported.
     """
     try:
         found = symbol_by_name(value)
@@ -218,6 +218,7 @@ def _close_all(**_: Any) -> None:
 # After a fork, the child's copy of a dispatcher has no thread, and its locks may be held for ever.
 # So the child must not close the dispatchers of its parent.
 os.register_at_fork(after_in_child=_open.clear)
-# Python calls no ``atexit`` functions in the processes of a prefork pool, so use Celery's signal.
+# Python calls no ``atexit`` functions in the processes of a prefork pool, so Celery's signal closes
+# the dispatchers there.
 celery_signals.worker_process_shutdown.connect(_close_all)
 atexit.register(_close_all)

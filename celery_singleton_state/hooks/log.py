@@ -45,8 +45,8 @@ _LINES: Mapping[type[Details], tuple[int, str, Callable[[Any], tuple[Any, ...]]]
     Changed: (logging.WARNING, "%s by %s", lambda d: (d.what, d.by)),
 }
 
-#: For each kind of event, the highest level at which it is logged. A delivery that ended without a
-#: run is logged as a warning if it is a duplicate of a tick, and otherwise for information.
+#: For each kind of event that is logged, the highest level of its log lines. A delivery that ended
+#: without a run is logged at WARNING if it is a duplicate of a tick, and at INFO otherwise.
 LEVELS = {kind: level for kind, (level, _, _) in _LINES.items()} | {Skipped: logging.WARNING}
 
 
