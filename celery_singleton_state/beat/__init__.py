@@ -1,4 +1,4 @@
-"""Schedulers for Celery beat of which any number can run: one leads and sends, the others stand by.
+"""Schedulers for any number of Celery beats: one beat leads and sends, the others stand by.
 
 Run ``celery beat -S singleton``, or combine :class:`LeaderMixin` with another scheduler class.
 """

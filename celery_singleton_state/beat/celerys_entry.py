@@ -11,8 +11,7 @@ from celery_singleton_state.schedules.due import next_due, spelled
 
 from .entry_state import EntryState
 
-#: How many times a schedule whose class overrides ``is_due`` is asked at most to find its next
-#: tick.
+#: How often, at most, a schedule whose class overrides ``is_due`` is asked to find its next tick.
 QUESTIONS = 500
 
 
@@ -21,7 +20,7 @@ def state_of(entry: Any, due: datetime | None, after: Any) -> EntryState:
 
     :param entry: the entry.
     :param due: the tick for which the entry was sent; ``None`` if it was not sent.
-    :param after: the entry as it is after the sending.
+    :param after: the entry object after the sending; the same object if the entry was not sent.
     """
     return EntryState(
         entry=entry.name,
@@ -35,7 +34,7 @@ def state_of(entry: Any, due: datetime | None, after: Any) -> EntryState:
 
 
 def due_after(schedule: Any, moment: datetime) -> datetime:
-    """Return the first tick after a time; the time itself if the schedule cannot tell its ticks."""
+    """Return the first tick after a time; the time itself if no such tick is known."""
     moment = maybe_make_aware(moment)
     return _next_tick(schedule, moment) or moment
 

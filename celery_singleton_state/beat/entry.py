@@ -38,11 +38,11 @@ logger = logger_of(__name__)
 
 #: The default of ``skip_if_older_than`` in seconds.
 SKIP_IF_OLDER_THAN = 300.0
-#: Seconds after which a tick counts as missed with ``catch_up="none"``. It is the time within which
-#: another beat takes over at the latest after a leader has died.
+#: Seconds after which a tick counts as missed with ``catch_up="none"``. After a leader has died,
+#: another beat takes over within this time.
 ON_TIME = 10.0
-#: The time until the owed ticks of a crontab are counted again, after a count found that there are
-#: not too many. A count costs time, so it is not made at each tick.
+#: The time until a beat counts the owed ticks of a crontab again, if a count has found that they
+#: are not too many. A count costs time, so beats do not count at each tick.
 COUNT_AGAIN = timedelta(hours=1)
 #: The origin of the grid on which the ticks of intervals lie.
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -107,8 +107,9 @@ class SingletonEntry(ScheduleEntry):
         #: them, so that no entry delays the others for long. ``next_tick`` must not be sent then.
         self.is_passing = False
         self._count_again_at = EPOCH
-        #: Whether this beat has sent no tick of the entry since it resumed it from the store, where
-        #: the last ticks of another beat may be missing; and whether it has skipped a tick since.
+        #: ``_is_resumed`` tells whether this beat has resumed the entry from the store and has sent
+        #: no tick of the entry since. The store may lack the last ticks of the beat before.
+        #: ``_has_skipped`` tells whether this beat has skipped a tick in this time.
         self._is_resumed = self._has_skipped = False
         #: The error with which the schedule refused to name a next tick, if it did.
         self._end: Exception | None = None
@@ -118,12 +119,12 @@ class SingletonEntry(ScheduleEntry):
     def _take_schedule(self) -> None:
         is_asked = has_own_is_due(self.schedule)
         self._poll = Poll(str(self.name), self.schedule) if is_asked else None
-        #: The schedule as a text. It is made once, because a schedule of a user's class may change
-        #: when it is asked.
+        #: The schedule as a text. The text is made once, because a schedule of a user's class may
+        #: change when it is asked whether it is due.
         self.spelled = spelled(self.schedule)
 
     def update(self, other: Any) -> None:
-        """Copy the fields that a user can edit, and the rules for missed ticks, from an entry."""
+        """Copy the fields that a user can edit, and the rules for missed ticks, from ``other``."""
         super().update(other)
         self.__dict__.update({rule: vars(other)[rule] for rule in RULES if rule in vars(other)})
         self._take_schedule()
@@ -297,7 +298,7 @@ class SingletonEntry(ScheduleEntry):
     def next_check(self, now: datetime) -> datetime:
         """Return when a beat has to check the entry again.
 
-        An entry that is due returns ``now``, so that it comes after all others that are due.
+        For an entry that is due, the result is ``now``, so that all other due entries come first.
         """
         if self.under_way:
             return self.under_way.next_check(self.next_tick, now)
@@ -332,10 +333,10 @@ class SingletonEntry(ScheduleEntry):
     def _skip_ticks(
         self, until: datetime, and_the_last: Callable[[], bool], at_most: float = inf
     ) -> int:
-        """Set ``next_tick`` to the last tick up to a time, and skip that tick too if asked.
+        """Set ``next_tick`` to the last tick up to a time, or to the tick after that one.
 
         :param until: the time.
-        :param and_the_last: tells whether the last tick is to be skipped, too.
+        :param and_the_last: returns whether that last tick, now in ``next_tick``, is skipped, too.
         :param at_most: how many ticks to skip at most before the last one.
         :returns: how many ticks were skipped.
         """
@@ -356,7 +357,7 @@ class SingletonEntry(ScheduleEntry):
             estimated(self.schedule, now)
         except NeverDue as error:
             return error.due
-        except Exception:  # reported later, when the schedule is asked for its next tick
+        except Exception:  # the beat logs this error when it asks for the schedule's next tick
             return None
         return None
 
@@ -375,8 +376,8 @@ class SingletonEntry(ScheduleEntry):
     def _log_if_ended(self) -> None:
         """Log once that the entry is never due again.
 
-        The line is an error if the schedule has failed, a warning if the entry has never been sent,
-        and otherwise only for information.
+        The level of the log line is ERROR if the schedule has failed, WARNING if the entry has
+        never been sent, and INFO otherwise.
         """
         if self.next_tick is not NEVER or self._has_logged_end:
             self._has_logged_end = self.next_tick is NEVER

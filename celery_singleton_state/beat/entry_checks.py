@@ -150,7 +150,7 @@ def check(name: Any, task: Any, options: Any, fields: Mapping[str, Any]) -> None
 
 
 def checked_rule(name: Any, option: str, value: Any) -> Any:
-    """Check the value of an entry's rule for missed ticks, and return it; a time as seconds.
+    """Return the checked value of an entry's rule for missed ticks; a time becomes seconds.
 
     :param name: the name of the entry.
     :param option: the name of the rule.
@@ -161,7 +161,7 @@ def checked_rule(name: Any, option: str, value: Any) -> Any:
 
 
 def warn_of_another_clock(name: str, schedule: Schedule) -> None:
-    """Warn if a schedule has a ``nowfun`` that differs from the clock, because beats ignore it.
+    """Warn if the ``nowfun`` of a schedule differs from the clock, because beats ignore ``nowfun``.
 
     :param name: the name of the entry.
     :raises TypeError: the schedule's ``now()`` does not return a ``datetime``.

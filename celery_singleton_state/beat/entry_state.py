@@ -13,11 +13,11 @@ from celery_singleton_state.text.visible import logger_of, visible
 
 logger = logger_of(__name__)
 
-#: Stands for the last run time of an entry that has never run, in comparisons.
+#: The time that stands for the last run time of an entry that has never run, in comparisons.
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-#: Stands for the next tick of a schedule that is never due again.
+#: The time that stands for the next tick of a schedule that is never due again.
 NEVER = datetime.max.replace(tzinfo=UTC)
-#: A datetime with a time zone. Python cannot compare one without a time zone with the others.
+#: A datetime with a time zone. Python cannot compare it with a datetime without a time zone.
 Moment = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
@@ -53,7 +53,7 @@ class EntryState(msgspec.Struct, frozen=True, omit_defaults=True):
     since: Moment | None = None
 
     def is_before(self, other: EntryState) -> bool:
-        """Whether another state of the same entry is a later one. False if the schedules differ."""
+        """Whether this state is earlier than another one; false if the schedules differ."""
         if self.schedule != other.schedule:
             return False
         if self.next_tick is None or other.next_tick is None:

@@ -50,7 +50,7 @@ def key_of(name: str) -> str:
 
 
 class NotLeading(Exception):
-    """This beat must not send: it does not lead, or has to renew its lease first."""
+    """This beat must not send now: it does not lead, or it has to renew its lease first."""
 
 
 class Leader:
@@ -79,7 +79,7 @@ class Leader:
     def check(self) -> None:
         """Check the store, and warn if only the beats of one host can share it.
 
-        A store that is unavailable is only logged, because the beat stands by until it answers.
+        If the store is unavailable, this is logged, and the beat stands by until the store answers.
 
         :raises ImproperlyConfigured: the store cannot be used. The error names what is missing.
         """
@@ -109,7 +109,7 @@ class Leader:
         return self._held.renew_at - clock() if self._held else 0.0
 
     def now(self) -> datetime:
-        """Return the current time by the store's clock. It is known only while this beat leads."""
+        """Return the store's current time, which is known only while this beat leads."""
         return datetime.fromtimestamp(clock() + self._offset, UTC)
 
     def may_campaign(self) -> bool:
@@ -148,7 +148,7 @@ class Leader:
         self._number, self._seen = 0, acquired.write
         self._entries = history.decode(acquired.history, self.key)
         # The store read its clock before the answer came, so this offset is too small by at most
-        # the time of the answer. Ticks can be late by that time, but never early. The first
+        # the time that the answer took. Ticks can be late by that time, but never early. The first
         # ``record`` corrects the offset.
         self._offset = acquired.acquired_at - clock()
         self._started = acquired.acquired_at
@@ -187,8 +187,8 @@ class Leader:
             self._lose()
         self._seen = self._number
         self._held.renewed(asked_at)
-        # The store read its clock at some time between the request and the answer, so the offset
-        # lies between these two bounds. An offset within the bounds is kept as it is.
+        # The store read its clock after the request was sent and before the answer came. These two
+        # times bound the offset. The old offset is kept if it lies within the bounds.
         self._offset = min(max(self._offset, now - clock()), now - asked_at)
 
     def forget(self, names: Sequence[str]) -> None:

@@ -1,9 +1,9 @@
 """Lead or stand by: what every scheduler of several beats does, whatever entries it has.
 
 The leader sends a tick first and records it afterwards. One statement records all ticks that were
-sent since the last one, and renews the lease. So a tick is never lost. If a leader dies between the
-two steps, the next leader sends the tick again with the same task id, and the singleton ends the
-second message as a duplicate.
+sent since the last record, and renews the lease. So a tick is never lost. If a leader dies between
+the two steps, the next leader sends the tick again with the same task id, and the singleton ends
+the second message as a duplicate.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class Leading(BrokerConnection):
     def tick(self, *args: Any, **kwargs: Any) -> float:
         """Lead or stand by; return the seconds until Celery has to call this method again.
 
-        :raises SystemExit: the scheduler was closed. Celery's signal handler closes it and raises
-            ``SystemExit`` itself, but Python drops that error if the signal arrives during a
-            destructor. So this method raises it again.
+        :raises SystemExit: the scheduler was closed. Celery's signal handler closes the scheduler
+            and raises ``SystemExit`` itself, but Python drops this error if the signal arrives
+            during a destructor. So this method raises the error again.
         """
         if self._closed:
             raise SystemExit
@@ -147,7 +147,7 @@ class Leading(BrokerConnection):
             self._disconnect()
 
     def _end_if_closed(self, error: Exception) -> None:
-        """End the beat if it was closed, because the closing may have caused this error.
+        """End a closed beat after an error, because the closing may have caused the error.
 
         Celery's signal handler closes the beat and raises ``SystemExit``. The code that the handler
         interrupts can turn that into another error.
@@ -183,13 +183,13 @@ class Leading(BrokerConnection):
             self._take_over()
         except KNOWN:
             raise
-        except Exception as error:  # a scheduler class can read its schedule from any source
+        except Exception as error:  # the source of a class's schedule can raise anything
             return self._fail("the schedule could not be taken over, this is tried again", error)
         self._fence = self._leader.fence
         return 0.0
 
     def _fail(self, what: str, error: Exception) -> float:
-        """Log an error of the scheduler class; return the seconds until it is tried again.
+        """Log an error of the scheduler class; return the seconds until the next try.
 
         :param what: the beginning of the log line, to which the seconds are added.
         """
@@ -217,8 +217,8 @@ class Leading(BrokerConnection):
         return float(pause or 0.0)
 
     def _load(self) -> dict[str, EntryState]:
-        """Return the states of all entries: the store's, and the newer ones of this beat that it
-        could not record.
+        """Return the states of all entries: the stored states, or newer states that this beat could
+        not record.
         """
         stored = decode_rows(self._leader.load())
         self._unrecorded = unknown_to(stored, self._unrecorded)

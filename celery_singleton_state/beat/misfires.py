@@ -39,7 +39,7 @@ def skip_ticks(
     :param due_after: returns the schedule's first tick after a time.
     :param at_most: how many ticks to skip at most. Left out: no limit.
     :returns: how many ticks were skipped; the tick that was reached; and whether the search is
-        finished. It is not finished if :data:`TURN` seconds were over before.
+        finished. The search stops unfinished after :data:`TURN` seconds.
     """
     if is_plain_interval(asked):
         steps = int(min((until - due) // asked.run_every, at_most))

@@ -46,7 +46,7 @@ class LeaderMixin(Leading):
         The log has the message of the error.
     """
 
-    #: The entry that Celery has made to follow the entry that is being sent.
+    #: The new entry object that Celery has put in place of the entry that is being sent.
     _reserved: Any = None
     #: The error of the sending of the current message; ``None`` if there was none.
     _failure: BaseException | None = None
@@ -56,9 +56,9 @@ class LeaderMixin(Leading):
     def apply_entry(self, entry: Any, producer: Any = None) -> None:
         """Send an entry for its due tick.
 
-        An error of the entry's own message is logged, as Celery does, and the tick counts as sent.
-        After any other error, for example of a tool that wraps Celery's methods, the entry stays
-        due and is sent later.
+        If the entry's own message causes an error, the error is logged, as Celery does, and the
+        tick counts as sent. After any other error, for example of a tool that wraps Celery's
+        methods, the entry stays due and is sent later.
 
         :raises NotLeading: the lease has to be renewed first. Nothing was sent.
         :raises BrokerUnavailable: the broker has probably not accepted the message.
@@ -113,7 +113,7 @@ class LeaderMixin(Leading):
         celerys: Any = super()
         try:
             celerys._do_sync()
-        except Exception as error:  # must not end the tick: its messages have been sent
+        except Exception as error:  # does not end the tick, whose messages have been sent
             self._end_if_closed(error)
             logger.exception("beat: the scheduler could not store its schedule")
 
@@ -124,7 +124,7 @@ class LeaderMixin(Leading):
         self._heap: Any = None
         for entry in self.schedule.values():
             # An entry with a model comes from a database that all beats share, so a later last run
-            # time in it is right. The file of this beat alone is not trusted.
+            # time in the model is right. A last run time in this beat's own file is not trusted.
             self._adopt(entry, trusts_class=hasattr(entry, "model"))
 
     def _send(self, message: Any, producer: Any) -> Exception | None:
@@ -187,7 +187,7 @@ class LeaderMixin(Leading):
     def _adopt(self, entry: Any, trusts_class: bool = True) -> None:
         """Set the last run time of an entry to the one in the store.
 
-        The scheduler class may have an older time, because it may not have stored its newest one.
+        The scheduler class may have an older time, because it may not have stored its newest time.
 
         :param trusts_class: whether a later time of the class is right, because a user has edited
             or created the entry. The store then gets the time of the class, so that the next leader

@@ -20,9 +20,10 @@ from .misfires import TURN
 
 logger = logger_of(__name__)
 
-#: How many times a schedule is asked about the past. After that it is asked about the present.
+#: The largest number of past times about which a schedule is asked whether it is due. After these,
+#: the schedule is asked about the present time.
 QUESTIONS = 1000
-#: The time until a schedule that raised an error is asked again.
+#: The pause after which a schedule that raised an error is asked again.
 AGAIN = timedelta(seconds=60)
 
 
@@ -31,8 +32,8 @@ class Found(NamedTuple):
 
     :param tick: a tick to be sent, or the next time to ask, which lies ahead.
     :param missed: how many ticks were skipped.
-    :param is_through: whether the schedule was asked about all times up to now. If not, the rest
-        follows in a later turn.
+    :param is_through: whether the schedule was asked about all times up to now. If not, later turns
+        ask about the other times.
     """
 
     tick: datetime
@@ -51,17 +52,18 @@ class Poll:
         self._schedule = schedule
         #: The time from which the schedule counts: its last due time, or when a beat first saw it.
         self.since: datetime | None = None
-        #: A due tick that was found and not sent yet, and the time to ask the schedule after it.
+        #: A due tick that was found and not sent yet, and the time at which to ask the schedule for
+        #: the tick after that one.
         self._found: datetime | None = None
         self._following = NEVER
-        #: Whether times up to now are left to ask about in later turns, and how many times the
-        #: schedule was asked in all these turns.
+        #: Whether past times are left about which to ask in later turns, and how often the schedule
+        #: was asked in all these turns.
         self._is_skipping = False
         self._asked = 0
         self._has_failed = False
 
     def begin(self, since: datetime) -> None:
-        """Start to count from a time, and forget a tick that was found."""
+        """Start to count from a time, and forget a tick that was found before."""
         self.since, self._found = since, None
         self._is_skipping, self._asked = False, 0
 

@@ -12,9 +12,10 @@ from celery_singleton_state.compat import LAZY_ARGUMENTS
 from celery_singleton_state.lease.lease import clock
 from celery_singleton_state.message.resend import UNSENDABLE
 
-#: Seconds before the second try. Each further pause is doubled.
+#: The pause, in seconds, before a postponed entry is tried for the second time. Each further pause
+#: is twice the one before.
 FIRST_PAUSE = 1.0
-#: The longest pause in seconds.
+#: The longest pause, in seconds, before a postponed entry is tried again.
 LONGEST_PAUSE = 30.0
 #: The name under which the scheduler as a whole is postponed, instead of one entry.
 ALL = None

@@ -62,7 +62,7 @@ class SingletonScheduler(LeaderMixin, Scheduler):
 
     def add(self, **fields: Any) -> Any:
         entry = super().add(**fields)
-        # Taking over the schedule again loads the entry's state, which the store may have.
+        # Take over the schedule again, to load the state that the store may have for the new entry.
         self._fence = None
         return entry
 
@@ -108,8 +108,8 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         missed: list[str] = []
         self._sent_now = 0
         try:
-            # The rounds end when the lease has to be renewed. The caller then renews it, and
-            # records what was sent.
+            # The rounds end when the lease has to be renewed. The caller then renews the lease, and
+            # records the sent ticks.
             while self._may_go_on() and self._round(missed):
                 pass
         finally:
@@ -177,8 +177,8 @@ class SingletonScheduler(LeaderMixin, Scheduler):
             # The schedule overrides ``is_due``. The time to ask it next is recorded, so that
             # another leader asks about the same time.
             self._unrecorded[str(entry.name)] = entry.state()
-        # Send the tick at once, and not in the order of due times. If the beat is behind, the tick
-        # would be too late when its turn comes.
+        # Send the tick at once, and not in the order of due times: if the beat is behind, the tick
+        # could be too late when its turn in that order comes.
         if entry.next_tick <= now and not entry.is_passing:
             return self._send_tick(entry)
         return entry.next_check(now)
@@ -209,8 +209,8 @@ class SingletonScheduler(LeaderMixin, Scheduler):
             for store, keys in self._leader.runtime.by_store(tasks):
                 rows |= _ticks(store, keys)
         except StoreError as error:
-            # Only these entries wait. The others go on, because the leases of singletons can be in
-            # another store than the schedule.
+            # Only entries with a tick in progress wait for the store. Other entries go on, because
+            # the leases of singletons can be in another store than the schedule.
             if not self._cannot_ask:
                 logger.warning("beat: the store cannot be asked which ticks have ended: %s", error)
             self._cannot_ask = True

@@ -23,23 +23,24 @@ from celery_singleton_state.ticks import entry_name, task_id_of
 
 logger = logger_of(__name__)
 
-#: The origin of the times at which rows are checked: each is a multiple of a pause after it.
+#: The origin of the times at which rows are checked: a row is checked a whole number of pauses
+#: after this origin.
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: The shortest and the longest pause between two checks of the row, while the next tick waits. Each
-#: possible pause is twice the one before. A check is made at a multiple of its pause, so that one
-#: statement can check the rows of many entries.
+#: possible pause is twice the one before. Checks with the same pause are made at the same times,
+#: so that one statement can check the rows of many entries.
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=0.02), timedelta(seconds=1.28)
 #: A pause is at most the time since the tick was sent, divided by this number.
 PART = 4
-#: The time after which a tick that the row shows nothing of is sent again; its longest value; and
-#: the factor by which it grows each time.
+#: How long a beat waits before it sends a tick again if the row shows nothing of the tick: the
+#: first wait, the longest wait, and the factor by which each further wait is longer.
 PATIENCE, LONGEST_PATIENCE, GROWTH = timedelta(minutes=1), timedelta(minutes=30), 4
-#: The time after which a tick is sent again if other runs hold the lease. It is longer than
-#: ``PATIENCE``, because the tick may be waiting for the lease.
+#: How long a beat waits before it sends a tick again if other runs hold the lease. This wait is
+#: longer than ``PATIENCE``, because the tick's message may be waiting for the lease.
 PATIENCE_WITH_OTHERS = timedelta(minutes=10)
-#: The time after which a tick is sent again if its run has asked for a retry or has replaced
-#: itself. It is the longest of these times, because the beat does not know the countdown of that
-#: message.
+#: How long a beat waits before it sends a tick again if the tick's run has asked for a retry or has
+#: replaced itself. This is the longest wait, because the beat does not know the countdown of the
+#: message that continues the tick.
 PATIENCE_WITH_RETRY = timedelta(days=1)
 
 
@@ -49,7 +50,7 @@ class UnderWay:
     :param due: the due time of the tick.
     :param key: the key of the singleton's row.
     :param sent: the time when the tick's message was last sent.
-    :param delay: the ``countdown`` of the message. Left out: none.
+    :param delay: the ``countdown`` of the message. Left out: no countdown.
     """
 
     def __init__(
@@ -63,11 +64,13 @@ class UnderWay:
         #: The last time at which the row showed a run of the tick, and whether that run has sent a
         #: message that continues the tick: a retry or a replacement.
         self._seen, self.is_continued = sent, False
-        #: The time at which the tick is sent again, unless the row shows something of it before.
+        #: The time at which the tick is sent again if the row shows nothing of the tick until then.
         self.overdue_at = sent + delay + PATIENCE
 
     def has_ended(self, row: SeenTicks | None, schedule: str, entry: str, now: datetime) -> bool:
-        """Return whether the singleton's row shows that the tick has ended; set ``is_overdue``.
+        """Return whether the singleton's row shows that the tick has ended.
+
+        If not, the method sets ``is_overdue`` to whether the tick has to be sent again.
 
         :param row: what the row shows of ticks; ``None`` if there is no row.
         :param schedule: the name of the beats.
@@ -102,7 +105,7 @@ class UnderWay:
     def next_check(self, next_tick: datetime, now: datetime) -> datetime:
         """Return when to check the row again.
 
-        The row is checked often only while the next tick is due and waits for the end of this one.
+        The row is checked often only while the next tick is due and waits for this tick's end.
 
         :param next_tick: the due time of the next tick.
         :param now: the time by the store's clock.
