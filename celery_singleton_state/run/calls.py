@@ -43,8 +43,8 @@ class _Call:
 
 
 _current: ContextVar[_Call | None] = ContextVar("celery_singleton_state_call", default=None)
-#: All such calls of this process. A thread that a ``__call__`` started does not have the context in
-#: :data:`_current`, and finds its call here.
+#: All calls of this process that :class:`_Call` describes. A thread that a ``__call__`` started
+#: does not have the context of :data:`_current`, and finds its call here.
 _calls: list[_Call] = []
 
 
@@ -83,8 +83,8 @@ def guard_calls(task: Any, guard: type) -> bool:
 
     :param guard: the class whose ``__call__`` is the guard.
     :returns: whether another class's ``__call__`` runs before the guard.
-    :raises ImproperlyConfigured: another class's ``__call__`` runs before the guard, in a way that
-        the guard could not surround the body.
+    :raises ImproperlyConfigured: another class's ``__call__`` runs before the guard, in a way in
+        which the guard cannot surround the body.
     """
     first = next(each for each in task.__mro__ if "__call__" in vars(each))
     if first is guard:

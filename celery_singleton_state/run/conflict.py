@@ -42,8 +42,8 @@ LONGEST_WAIT = 4.0
 #: Seconds between two tries of a delivery that has asked the holder to hand over.
 HANDOFF_WAIT = 0.2
 #: A message that waits for the end of a hold period counts as queued until this many seconds after
-#: that end. A message that is next in line counts as queued for a shorter time: this distinguishes
-#: the two.
+#: that end. A message that is next in line counts as queued for a shorter time: the
+#: difference tells the two kinds of messages apart.
 LIFE_AFTER_HOLD = NEXT_PAUSE + LONGEST_GRACE + LONGEST_WAIT
 
 
@@ -127,7 +127,7 @@ def wait(conflict: Conflict) -> float | None:
 
 
 def replace(conflict: Conflict) -> float | None:
-    """Policy ``"replace"``: the delivery asks the holder to hand over, and is tried until it has.
+    """Policy ``"replace"``: the delivery asks the holder to hand over, and waits for the lease.
 
     The holder is asked once. If a newer message of the singleton has come, the delivery gives up.
     """
@@ -139,7 +139,8 @@ def replace(conflict: Conflict) -> float | None:
         _give_up(conflict, newest_in(row))
         return None
     if place.is_below(row):
-        # The row's rank has grown, but not by a newer run. So this message is still the newest.
+        # The row's rank has grown, but not because of a newer message. So this message is still
+        # the newest.
         place.rank = row.rank
         return 0.0
     if row.held and row.newest < (place.rank or row.next_rank):
@@ -182,7 +183,7 @@ def coalesce(conflict: Conflict) -> float | None:
         if not can_be_sent_again(delivery.task, delivery.request):
             return _try_again(conflict, left)
         task_id, life = str(delivery.request.id), left + LIFE_AFTER_HOLD
-        # A run that has begun since does not count, because its arguments may be other ones.
+        # Claim even if a run has begun since the row was read: its arguments may be different.
         found = claim(delivery.task, row.key, task_id, life, beside_run=True)
         if found in (None, task_id) or is_behind_another(row, task_id):
             send_again(delivery.task, delivery.request, delivery.name, left)
@@ -208,7 +209,7 @@ def _try_again(conflict: Conflict, pause: float) -> float:
     left = conflict.time_left()
     pause *= random.uniform(0.75, 1.25)
     if conflict.row is not None and conflict.row.held:
-        # If the holder has died, its lease is free when it expires. The pause must not be longer.
+        # If the holder has died, its lease is free at its expiry. Do not pause for longer.
         pause = min(pause, (conflict.row.expires_in or 0.0) + AFTER_EXPIRY)
     pause = min(pause, left)
     if can_be_sent_again(delivery.task, delivery.request):

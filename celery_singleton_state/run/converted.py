@@ -1,4 +1,4 @@
-"""Argument conversion: what Celery's ``pydantic=True`` makes of a message's arguments."""
+"""Argument conversion: how Celery's ``pydantic=True`` converts a message's arguments."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Converter = Callable[[Any, Any], Arguments]
 def converter_of(task: Any) -> Converter | None:
     """Return a function that converts a message's arguments as Celery does for the task's body.
 
-    It is Celery's own wrapper around the body, with another function in place of the body. So the
-    conversion is that of the installed Celery, with the task's ``pydantic_strict`` and
-    ``pydantic_context``, and raises the same errors.
+    The function is Celery's own wrapper around the body, with another function in place of the
+    body. So the installed Celery converts the arguments, with the task's ``pydantic_strict`` and
+    ``pydantic_context``, and raises its own errors.
 
     :returns: ``None`` if Celery does not convert the task's arguments.
     :raises ImproperlyConfigured: this version of Celery converts them in an unknown way.

@@ -44,7 +44,7 @@ def is_of_lease(error: BaseException, delivery: Delivery) -> bool:
 
 
 def is_for_good(error: BaseException, delivery: Delivery) -> bool:
-    """Return whether the message does not come again after this error."""
+    """Return whether this error ends the message, so that the message does not come again."""
     if isinstance(error, Reject):
         return not getattr(error, "requeue", False)
     if isinstance(error, Retry) or not isinstance(error, Exception) or means_to_kill(error):

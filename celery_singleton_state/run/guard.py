@@ -54,8 +54,8 @@ class Claim:
 
     :param body: the task's body.
     :param holder: the name under which the delivery asks for the lease.
-    :param may_hold: whether this holder may have the lease: because it has, or because the answer
-        to a request was lost.
+    :param may_hold: whether this holder may have the lease: it has acquired the lease, or the
+        answer to a request for the lease was lost.
     """
 
     delivery: Delivery
@@ -105,7 +105,7 @@ def deliver(delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any
 def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any]:
     """Try once to run the delivery.
 
-    :param waited: seconds that it has waited between the tries before this one.
+    :param waited: seconds that the delivery has waited between the tries before this one.
     :returns: true and the delivery's result; or false and the seconds until the next try.
     """
     delivery = claim.delivery
@@ -168,7 +168,7 @@ def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: A
             if run.entries and delivery.request.id:
                 run.refuse_poison()
             return run.execute(claim.body, args, kwargs)
-        # If this requeues the message, the run is not recorded: only its lease is released.
+        # If the next call requeues the message, only the lease is released, and no run is recorded.
         wait_for_record(delivery, done, acquired.acquired_at)
         run.end_as_duplicate(done)
     finally:
@@ -179,7 +179,7 @@ def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: A
 def _not_loaded(delivery: Delivery, error: StoreError) -> SingletonError:
     """Make the error of a delivery whose request the store did not carry out.
 
-    It is ``SchemaDecodeFailed`` if the store cannot hold a value, else ``StateLoadFailed``, over
+    It is ``SchemaDecodeFailed`` if the store cannot hold a value, else ``StateLoadFailed``, after
     which the message is retried.
     """
     is_of_value = isinstance(error, StoreRefusesValue)
@@ -301,10 +301,10 @@ def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
 
 
 def _still_taken(claim: Claim) -> Row | None:
-    """Return the row if a message that has waited must keep waiting; ``None`` if it should ask.
+    """Return the row if a message must keep waiting; ``None`` if it may try to get the lease.
 
-    This only reads the row, because most tries of waiting messages find the lease taken. A free
-    lease is left to the message that is next in line, except in the last try.
+    The function only reads the row, because most tries of waiting messages find the lease taken. A
+    free lease is left to the message that is next in line, except in the last try.
     """
     delivery = claim.delivery
     if not delivery.waited or claim.may_hold:
@@ -321,7 +321,7 @@ def _still_taken(claim: Claim) -> Row | None:
 def _is_freed(delivery: Delivery, row: Row) -> bool:
     """Free a lease whose run has ended without a release; return whether it may be free now.
 
-    The holder's process has died, or it is this process, and its release has failed.
+    Either the holder's process has died, or the holder is this process and its release has failed.
     """
     runtime = delivery.runtime
     return free_holder(runtime, row.holder) or free_own(runtime, row, delivery.store)
@@ -347,7 +347,7 @@ def _ask(claim: Claim) -> tuple[float, Acquired | None]:
         delivery.task.name,
     )
     if acquired is None:
-        # An earlier request, whose answer was lost, may still take it.
+        # An earlier request, whose answer was lost, may still acquire the lease.
         claim.may_hold = may_have_held
         return asked_at, None
     if delivery.ttl <= delivery.first_ttl:

@@ -87,7 +87,7 @@ class RunInterrupted(BaseException):
         super().__init__(*args)
         if not args:
             # PyThreadState_SetAsyncExc takes a class, and CPython instantiates it without arguments
-            # in the interrupted thread. So the body, and its reason to end, are found here.
+            # in the interrupted thread. So this method finds the body and its reason to end.
             body = _stack_here().lost()
             if body is not None:
                 self.args = body.interrupted_by(self)
@@ -225,7 +225,7 @@ class Body:
 
 
 def _passes(error: BaseException | None) -> bool:
-    """Return whether an interrupted body raises this error itself, not as ``HeartbeatFailed``."""
+    """Return whether this error of an interrupted body passes, and not a ``HeartbeatFailed``."""
     return (
         isinstance(error, TaskPredicate | SystemExit | KeyboardInterrupt)
         or type(error).__name__ == "GreenletExit"
@@ -245,8 +245,8 @@ class Unbreakable:
     def __enter__(self) -> None:
         stack = _stack_here()
         self._depth = len(stack.sections)
-        # Without a body around it, the section needs no protection. This saves time, because few
-        # runs are called from another run's body.
+        # A section without a body around it cannot be interrupted, so nothing is done for it. This
+        # saves time, because few runs are called from another run's body.
         if self._depth:
             stack.enter(None)
 
@@ -258,7 +258,7 @@ class Unbreakable:
 
 
 class _Stack:
-    """The sections of one thread or greenlet, innermost last; subclasses can interrupt it.
+    """The sections of one thread or greenlet, innermost last. Subclasses know how to interrupt.
 
     An item is a body, or ``None`` for a section that must not be interrupted.
     """
@@ -288,13 +288,13 @@ class _Stack:
         return None if not lost or any(body.is_leaving() for body in lost) else lost[0]
 
     def raise_if_due(self) -> None:
-        """Interrupt the body that is due, if one is. Called in the stack's own thread."""
+        """Interrupt the body that :meth:`due` returns, if any. Called in the stack's own thread."""
         body = self.due()
         if body is not None:
             raise body.interruption()
 
     def interrupt(self) -> None:
-        """Interrupt the body that is due, if one is. Called in another thread."""
+        """Interrupt the body that :meth:`due` returns, if any. Called in another thread."""
         raise NotImplementedError
 
     def handles(self, interruption: RunInterrupted) -> bool:
@@ -338,7 +338,7 @@ class _Thread(_Stack):
 
 
 class _MainThread(_Thread):
-    """The main thread's sections; a signal interrupts them, because its handler runs here."""
+    """The main thread's sections; a signal interrupts them: its handler runs in this thread."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -372,8 +372,8 @@ class _OtherThread(_Thread):
 
     def interrupt(self) -> None:
         with self._lock:
-            # An earlier exception is withdrawn first, so that none can arrive between the check
-            # below and the new exception.
+            # Withdraw an earlier exception first, so that it cannot arrive between the check below
+            # and the new exception.
             self._take_back()
             frame = sys._current_frames().get(self._ident)
             if self.due() is not None and not _is_locking(frame):
@@ -382,7 +382,7 @@ class _OtherThread(_Thread):
 
     def enter(self, section: Body | None) -> None:
         with self._lock:
-            # This comes first: if the exception arrives here, the section has not begun yet.
+            # Withdraw first: if the exception arrives now, the section has not begun yet.
             self._take_back()
             super().enter(section)
 
@@ -414,8 +414,8 @@ class _Greenlet(_Stack):
         self._greenlet = gevent.getcurrent()
 
     def handles(self, interruption: RunInterrupted) -> bool:
-        # The exception that a waiting greenlet handles cannot be read. It may be tidying up, so it
-        # counts as doing so.
+        # Python cannot tell which exception a waiting greenlet handles. The greenlet may be tidying
+        # up after this one, so assume that it is.
         return True
 
     def interrupt(self) -> None:
@@ -435,7 +435,7 @@ def _make_stack() -> _Stack:
     monkey = sys.modules.get("gevent.monkey")
     if monkey is not None and monkey.is_module_patched("threading"):
         return _Greenlet()
-    # Windows has no such signal, so its main thread is interrupted as other threads are.
+    # Windows has no SIGURG, so its main thread is interrupted as other threads are.
     if hasattr(signal, "SIGURG") and threading.current_thread() is threading.main_thread():
         return _MainThread()
     return _OtherThread()

@@ -99,18 +99,18 @@ class Run:
         self._took_over = acquired.write == TAKEN_OVER
         self._asked_at = asked_at
         self._in_transaction = False
-        #: Held while the state is written. A write must be answered before the next one gets its
-        #: number, and a body can have several threads that write.
+        #: A lock that is held while the state is written. A write must be answered before the next
+        #: one gets its number, and a body can have several threads that write.
         self._writing = threading.RLock()
-        #: Whether the body has ended, and whether the whole run has: it still saves and releases
-        #: after the body.
+        #: Whether the body has ended, and whether the whole run has ended. After its body, a run
+        #: still saves the state and releases the lease.
         self._is_ending = self.is_over = False
         self._pid = os.getpid()
         self._leads = False
-        #: Held while ``on_lose_leadership()`` runs.
+        #: A lock that is held while ``on_lose_leadership()`` runs.
         self._stopping = threading.Lock()
-        #: Acquired, and never released, by the first thread that emits the run's end: the end is
-        #: emitted once, as lost or as released.
+        #: A lock that makes sure that the run's end is emitted once, as lost or as released. The
+        #: first thread that emits the end acquires the lock, and no thread releases it.
         self._end_emitted = threading.Lock()
 
     def execute(self, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -136,14 +136,14 @@ class Run:
             finally:
                 CURRENT.reset(token)
                 ACTIVE.discard(self)
-                # A thread that the body started can have a copy of the context and outlive the run.
+                # Mark the run as over: a thread with a copy of the context can outlive the run.
                 self.is_over = True
                 self._delivery.place.handoff_to = self.held.handoff_to
-                # The owner is this run: the cycle of references would keep the run in memory until
-                # the garbage collector runs.
+                # Clear the lease's owner, which is this run: the cycle of references would keep the
+                # run in memory until the garbage collector runs.
                 self.held.owner = None
-                # Code that keeps an error of the body keeps its traceback, and so this run. The
-                # state, which can be large, is freed at once.
+                # Free the state, which can be large. Code that keeps an error of the body keeps the
+                # error's traceback, and with it this run.
                 self.state.value = self.state.stored = None
 
     def _body(
@@ -348,12 +348,12 @@ class Run:
                         yield transaction.connection
                     except BaseException:
                         if self.held.lost:
-                            # A lost run must end soon, so it does not wait for a rollback.
+                            # A run without its lease must end soon, so do not wait for a rollback.
                             transaction.abandon()
                         raise
                     self._refuse_elsewhere("transaction()")
-                    # This is checked before the lock is taken, too. A run that is ending holds the
-                    # lock while its release waits for the row that this transaction has locked.
+                    # Check before the lock is taken, too. A run that is ending holds the lock while
+                    # its release waits for the row, which this transaction may have locked.
                     self._refuse_ended("transaction()")
                     writing.enter_context(self._writing)
                     self._refuse_ended("transaction()")
@@ -366,7 +366,8 @@ class Run:
                         raise self._writer.refused("transaction")
                 self._writer.answered(write)
             except BaseException as error:
-                # COMMIT was sent only if the save was answered. Then it may have been carried out.
+                # If the save was not answered, COMMIT was never sent. If the save was answered, the
+                # COMMIT may have been carried out.
                 if write is None or saved is None or not self._writer.was_committed(write):
                     self.state.roll_back(before)
                     if isinstance(error, StoreError):
@@ -405,7 +406,7 @@ class Run:
     def refuse_if_handoff_requested(self) -> None:
         """End the run if a message has asked for its lease.
 
-        :raises HeartbeatFailed: a message has.
+        :raises HeartbeatFailed: a message has asked for the lease.
         """
         if self.held.handoff_to is not None:
             raise HeartbeatFailed(self.name, _handoff_detail(self.held.handoff_to))
@@ -507,8 +508,8 @@ class Run:
             try:
                 self.end(Outcome.FAILED, refused)
             except SingletonError as failure:
-                # This failure is not raised, because it would retry the message: the body would run
-                # again and leave the same state.
+                # Do not raise this failure, because it would retry the message: the body would run
+                # again, and end with the state that the store cannot hold.
                 _warn_not_released(self.name, failure)
             raise refused
         _warn_not_saved(self.name, refused)

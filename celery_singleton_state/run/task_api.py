@@ -21,7 +21,7 @@ class InRun(Generic[S]):
     """The part of :class:`SingletonTask` that works only while the task's body runs.
 
     Several threads share one task object, so a run is found through its context variables. Code
-    that a body starts in another thread or greenlet has them only if it is started by
+    that a body starts in another thread or greenlet has these variables only if it is started by
     ``contextvars.copy_context().run``.
     """
 
@@ -67,7 +67,7 @@ class InRun(Generic[S]):
     def lease_remaining(self) -> float:
         """Seconds for which this run may still trust its lease; 0 when the lease is lost.
 
-        Each renewal, by the heartbeat or by a save, makes them more again.
+        Each renewal of the lease, by the heartbeat or by a save, increases this time again.
 
         :raises RuntimeError: outside a run.
         """

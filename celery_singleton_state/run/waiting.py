@@ -4,9 +4,9 @@ Each try of a message costs a process some milliseconds. A thousand messages tha
 seconds would take all the time of a fleet of workers. Therefore:
 
 - One message of a singleton is *next in line*. It tries about once a second, and other messages
-  that have waited leave a free lease to it. It holds the claim in the row that a message of
-  ``enqueue_once`` holds, until it acquires the lease. The claim is short, so that another message
-  becomes the next one if this message is lost.
+  that have waited leave a free lease to it. Until it acquires the lease, it
+  holds a claim in the row, as a queued message of ``enqueue_once`` does. The claim is short, so
+  that another message becomes the next one if this message is lost.
 - The more other messages wait, the less often they try. A process spaces the messages of one
   singleton so that their tries take a few percent of the process's time.
 """
@@ -35,9 +35,9 @@ LONGEST_PAUSE = 30.0
 #: The longest pause of a message that is not next in line, as a part of its ``conflict_timeout``.
 #: The smaller of this pause and LONGEST_PAUSE counts, but never less than NEXT_PAUSE.
 PART_OF_TIMEOUT = 0.01
-#: The message that is next in line keeps its claim beyond its next try, because it may have to wait
-#: in a queue then: for the part GRACE_OF_TIMEOUT of its ``conflict_timeout``, but for GRACE seconds
-#: at least and LONGEST_GRACE seconds at most.
+#: How long the message that is next in line keeps its claim after the time of its next try, because
+#: the message may still wait in a queue then: the part GRACE_OF_TIMEOUT of its
+#: ``conflict_timeout``, but at least GRACE seconds and at most LONGEST_GRACE seconds.
 GRACE = 3.0
 LONGEST_GRACE = 10.0
 GRACE_OF_TIMEOUT = 0.02
@@ -99,7 +99,7 @@ def _pause_of_next(conflict: Conflict, waited: float) -> float:
     row = conflict.row
     pause = min(max(waited, FIRST_PAUSE), NEXT_PAUSE)
     if row is not None and row.held:
-        # If the holder has died, its lease is free when it expires. The pause must not be longer.
+        # If the holder has died, its lease is free at its expiry. Do not pause for longer.
         pause = min(pause, (row.expires_in or 0.0) + AFTER_EXPIRY)
     return pause
 

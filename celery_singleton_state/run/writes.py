@@ -79,7 +79,7 @@ class FencedWriter:
         return Write(self._number, self._seen, new)
 
     def answered(self, write: Write) -> None:
-        """Note that a write was carried out."""
+        """Note that the store has answered that it carried out a write."""
         self._seen = write.number
 
     def write(
@@ -94,8 +94,8 @@ class FencedWriter:
         :param request: sends the write and returns the store's answer, which is false if the store
             refused the write.
         :param recognised: called if a repeated write is refused. It returns true if the refusal
-            only means that an earlier try, whose answer was lost, took effect. Left out: it never
-            does.
+            only means that an earlier try, whose answer was lost, took effect. Left out: a
+            refusal never means that.
         :returns: the store's answer; a false value if an earlier try took effect.
         :raises HeartbeatFailed: the lease was lost before, or the store's refusal shows that it is.
         :raises SchemaDecodeFailed: the store cannot hold the value; nothing was written.
@@ -142,7 +142,7 @@ class FencedWriter:
         """Return whether a transaction was committed whose COMMIT was interrupted or unanswered.
 
         If the store answers that the lease is not held any more, the lease is lost. If the store
-        does not answer while the lease may be trusted, the outcome stays unknown: this returns
+        does not answer while the lease may be trusted, the outcome stays unknown: the result is
         false, and the run writes no state from then on.
         """
         self.may_write = False
@@ -163,8 +163,8 @@ class FencedWriter:
     def _is_written(self, write: Write) -> bool | None:
         """Ask the store whether it carried out a write; ``None`` if the lease is not held any more.
 
-        :raises StoreUnavailable: the store did not answer. Any of its errors counts as that, to be
-            retried, because the store has just served this process.
+        :raises StoreUnavailable: the store did not answer. Every other error of the store becomes
+            a ``StoreUnavailable``, too, and is retried: the store has just served this process.
         """
         try:
             return self._store.written(self._held.lease, write.number)
@@ -185,7 +185,7 @@ class FencedWriter:
             )
 
     def refuse_if_lost(self) -> None:
-        """Refuse to continue with a lost lease. This does not ask the store.
+        """Refuse to continue with a lost lease, without a request to the store.
 
         :raises HeartbeatFailed: the lease is known to be lost.
         """
@@ -207,7 +207,7 @@ class FencedWriter:
 
 
 class RunState:
-    """A run's state, and what the row is known to hold of it.
+    """A run's state, and the last state that the row is known to hold.
 
     :param name: the singleton's name, for errors.
     :param codec: encodes and decodes the state; ``None`` without a schema: the state is ``None``.
@@ -297,7 +297,7 @@ class RunState:
         :param before: the state when the transaction began.
         """
         codec = self.need("state")
-        # The state is None first, because a time limit may interrupt the decoding: then no wrong
+        # Set the state to None first. A time limit may interrupt the decoding, and then no wrong
         # state can be saved.
         self.value = None
         self.value = codec.decode(before.value, before.schema_version)
