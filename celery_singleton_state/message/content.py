@@ -42,7 +42,7 @@ class Content:
 
         :param args: the positional arguments of a direct call. They are ignored for a message: its
             request has the arguments that were sent, and a base class may have changed ``args``.
-        :param kwargs: the keyword arguments of a direct call, likewise.
+        :param kwargs: the keyword arguments of a direct call. They are ignored for a message, too.
         :raises TypeError: an argument cannot be encoded.
         """
         if not request.called_directly:
@@ -71,7 +71,7 @@ class Content:
 
 
 def note_content(sender: Any, request: Any, **_: Any) -> None:
-    """Note in a message's properties how it is encoded, as a receiver of ``task_received``.
+    """Note in a message's properties how it is encoded; a receiver of signal ``task_received``.
 
     Celery shows a task the encoding of its message only if the broker is RabbitMQ.
     """

@@ -86,7 +86,7 @@ def prepare(task: Any, request: Context, signature: Any, chosen: Collection[str]
 def possible(app: Celery, pause: float) -> float:
     """Return the delay that a message will really have, in seconds.
 
-    RabbitMQ's delaying queues round it up to whole seconds. Other delays are exact.
+    RabbitMQ's delaying queues round a delay up to whole seconds. Other delays are exact.
     """
     if pause <= 0 or not waits_in_broker(app):
         return max(pause, 0.0)

@@ -45,7 +45,7 @@ ONE_BY_ONE_TIMEOUT = 3600.0
 #: retries, so that a replacement has a later generation than all retries of the replaced message.
 REPLACEMENT = 1 << 32
 
-#: Seconds that a run has for ending, after it has seen that it is asked to hand over.
+#: Seconds in which a run has to end after it has learned that it is asked to hand over.
 TIME_TO_STOP = 1.0
 
 #: How often an eager run is repeated at most when the store fails, whatever its retry policy
@@ -60,7 +60,7 @@ class Earlier:
     :param tries: the number of failed tries.
     :param error: the error of the newest try whose body ran. If no body has run: the error of the
         first try.
-    :param result: the result of a body whose save the store did not answer.
+    :param result: the result of a body that ended, but whose save the store did not answer.
     """
 
     tries: int = 0
@@ -85,7 +85,7 @@ class Delivery:
     :param key: the key of the singleton's row.
     :param options: the singleton's options.
     :param codec: encodes and decodes the state; ``None`` for a singleton without a state.
-    :param runtime: what the process shares among its singletons.
+    :param runtime: the objects that all singletons of this process share.
     """
 
     #: How often this package retried the message because the store had failed.
@@ -94,7 +94,7 @@ class Delivery:
     sent: str | None = None
     #: The tick that the message is for; ``None`` if no beat of this package sent the message.
     tick: Tick | None = None
-    #: Whether beat sends the next tick of the schedule entry only after this tick has ended.
+    #: Whether beat waits for the end of this tick before it sends the schedule entry's next tick.
     is_one_by_one = False
     #: Seconds for which the message had waited for the lease before this delivery.
     waited = 0.0
@@ -245,11 +245,10 @@ class Delivery:
         return known, known.get(self.tick.entry if self.tick else "", EntryTicks())
 
     def passed(self, entries: tuple[history.Entry, ...], raw: str | None) -> str | None:
-        """Return why the message's tick is refused, for a tick that the history does not show as
-        done.
+        """Return why the message's tick is refused, although the history does not show it as done.
 
         The record of ticks may show that the tick is done or has failed for good. A tick that is
-        older than all that the row records is refused, too, because its run may have been
+        older than all ticks that the row records is refused, too, because its run may have been
         forgotten. The last rule does not apply to a retry, nor to a message that names the tick
         before its own.
 

@@ -1,4 +1,4 @@
-"""Find messages that end without a run by Celery's signals, and record that they left the queue.
+"""Use Celery's signals to record that messages which end without a run have left the queue.
 
 With ``enqueue_once`` the singleton's row names the message that is queued.
 :meth:`SingletonTask.__call__ <celery_singleton_state.SingletonTask>` updates the row for every

@@ -81,7 +81,7 @@ def _requeue(delivery: Delivery, left: float) -> NoReturn:
 
 
 def end_duplicate(delivery: Delivery, done: Entry | None) -> Any:
-    """Return the result with which a duplicate ends: the first run's, if the history has kept it.
+    """Return the result with which a duplicate ends: the first run's result, if it is known.
 
     :param done: the run that did the message's work; ``None`` if it is not known.
     :raises Ignore: the first delivery has stored its result or sent its callbacks itself. The
@@ -102,7 +102,8 @@ def end_duplicate(delivery: Delivery, done: Entry | None) -> Any:
 def _has_gone_on(delivery: Delivery, done: Entry | None) -> bool:
     """Whether the first delivery's process is alive, and so has sent the callbacks by now.
 
-    :func:`wait_for_record` has given it the time to do so. True only if no result backend can tell.
+    :func:`wait_for_record` has given that process the time for it. False for a task with a result
+    backend, because the backend itself shows whether the callbacks were sent.
     """
     request = delivery.request
     if done is None or not continues(request) or is_recorded(delivery.task, request):

@@ -35,14 +35,14 @@ logger = logger_of(__name__)
 #: How often a sender tries at most to note its message as queued, if other senders change the row
 #: between its read and its write. After that it sends the message in any case.
 ATTEMPTS = 5
-#: How often a request is sent at most when its answer is lost. One repetition, because a pooled
-#: connection may have been closed while it was idle.
+#: How often a request is sent at most when its answer is lost. One repetition is useful, because a
+#: pooled connection may have been closed while it was idle.
 TRIES = 2
 #: Seconds for which a message counts as queued after the time at which it may run. A message that
 #: expires sooner counts as queued until it expires.
 LIFE = 300.0
-#: Ten years, in seconds: no message counts as queued for longer. A database column holds no
-#: infinite time.
+#: The longest time, in seconds, for which a message counts as queued: ten years. There is a limit
+#: because a database column holds no infinite time.
 LONGEST_LIFE = 315_360_000.0
 #: Options that show that a message belongs to other work: it is a retry, a part of a chain, a chord
 #: or a group, or it has a callback. Such a message is always published.
@@ -221,7 +221,7 @@ def life_of(options: Mapping[str, Any]) -> float | None:
         if expires is not None:
             ends.append(_seconds_until(expires))
         if expiration is not None:
-            # The broker drops a message that it has not delivered after so many seconds.
+            # The option ``expiration``: after so many seconds, the broker drops the message.
             ends.append(begins + float(expiration))
     except (TypeError, ValueError, AttributeError, OverflowError):
         return None
@@ -250,15 +250,15 @@ def _claim(task: Any, key: str, task_id: str, life: float, number: int, until: f
     A message that has already expired is not noted.
 
     :param number: the count of the queue's changes that was read.
-    :param until: the time on this process's clock after which nothing is repeated.
+    :param until: the time, by this process's clock, after which no request is repeated.
     :returns: whether the message may be sent now.
     """
     if life <= 0:
         return True
     requests, tries = _requests(task), itertools.count()
     return retry_immediately(
-        # A repetition may find that the first try has noted the message, and accepts that. At the
-        # first try, a note with this task id belongs to another sender, who used the same id.
+        # A repeated request accepts that the first request has noted the message. If the first
+        # request finds this task id noted, another sender has used the same id.
         lambda: requests.claim(key, task_id, life, number, next(tries) == 0, task.name),
         TRIES,
         until,
@@ -274,7 +274,7 @@ def _claim_again(task: Any, key: str, task_id: str, life: float) -> None:
 
 @contextmanager
 def _counted(task: Any, key: str, task_id: str) -> Iterator[None]:
-    """A ``with`` block that publishes a message; after an error, the message is not queued.
+    """Surround the publishing of a message: after an error, it does not count as queued.
 
     The message may have been noted as queued even if that step itself failed, because the store's
     answer was lost or a time limit interrupted it. So the note is removed after any error.

@@ -116,7 +116,7 @@ def note_sending(options: dict[str, Any]) -> dict[str, Any]:
 def note_arrival(sender: Any, request: Any, **_: Any) -> None:
     """Note when a worker received a message that carries no time of sending.
 
-    It is a receiver of Celery's signal ``task_received``.
+    Celery's signal ``task_received`` calls this function.
     """
     options = options_of(request.task)
     message: dict[str, Any] = request.request_dict
@@ -129,8 +129,8 @@ def note_arrival(sender: Any, request: Any, **_: Any) -> None:
 def find_place(delivery: Delivery) -> None:
     """Set the position of a delivery's message, from its headers.
 
-    A message that may have been delivered before can have lost its rank with its worker. Its rank
-    is then read from the row.
+    If a message may have been delivered before, its rank can be lost with the earlier worker. Then
+    the rank is read from the row.
 
     :raises StoreError: the row cannot be read.
     """

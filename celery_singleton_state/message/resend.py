@@ -34,7 +34,7 @@ MAX_DELAY = 8.0
 
 
 def can_be_sent_again(task: Any, request: Context) -> bool:
-    """Whether a request belongs to a message that can be sent again into its own queue only.
+    """Whether a request's message can be sent again, into the queue that it came from and no other.
 
     A message from a fanout exchange can be sent again only if the broker can address a single
     queue.
@@ -86,9 +86,9 @@ def send_again(
 def send_as_it_is(task: Any, args: Any, kwargs: Any, options: Mapping[str, Any]) -> None:
     """Send a message with exactly these arguments, without the task's ``apply_async``.
 
-    A base class can override ``apply_async`` to add arguments, which this message already has. It
-    can also need a context that does not exist here. And the arguments of a sent message need not
-    fit the body's signature, which ``apply_async`` checks.
+    A base class can override ``apply_async`` to add arguments, which this message already has. The
+    override can also need a context that does not exist here. And ``apply_async`` checks that the
+    arguments fit the body's signature, which is not necessary for a message that was sent before.
 
     :param options: the options of the message. Options that are ``None`` are left out.
     """
@@ -117,20 +117,21 @@ def leave_with_broker(request: Context, singleton: str, error: Exception) -> NoR
         error,
     )
     # The broker redelivers the message at once, and the next try to send it is likely to fail, too.
-    # Without a pause the message would go round in a tight loop.
+    # Without a pause, rejecting and redelivering the message would be a tight loop.
     time.sleep(random.uniform(0.5, 1.0) * UNSENT_PAUSE)
     raise Reject(error, requeue=True) from error
 
 
 def reject_if_killed(error: BaseException, request: Context) -> None:
-    """Requeue the message of a run that Celery kills, if an error is that kill.
+    """Requeue a run's message if the run ends because Celery kills it.
 
     Celery kills greenlets in a cold shutdown, when it revokes a task, and when it has lost its
-    connection to the broker. It then counts the task as successful and acknowledges its message. So
-    the message is rejected instead. If the task was revoked, Celery drops the redelivered message.
+    connection to the broker. Celery then counts the task as successful and acknowledges the
+    message. So this function rejects the message first. If the task was revoked, Celery drops the
+    redelivered message.
 
-    A solo pool cannot kill its task. In a cold shutdown it raises an error in the body that says
-    so, and Celery would count that error as the body's own. If the error comes while a retry is
+    A solo pool cannot kill its task. In a cold shutdown the pool raises an error in the body to say
+    this, and Celery would count that error as the body's own. If the error comes while a retry is
     being sent, Celery would count the retry as not sent and drop the message.
 
     :param error: the error that ends the delivery.
@@ -141,7 +142,7 @@ def reject_if_killed(error: BaseException, request: Context) -> None:
 
 
 def means_to_kill(error: BaseException) -> bool:
-    """Whether an error is how Celery kills a greenlet, or how it fails to kill a solo task."""
+    """Whether this error kills a greenlet, or says that a solo pool cannot kill its task."""
     if isinstance(error, Reject) and isinstance(error.args[0], BaseException):
         error = error.args[0]
     if type(error).__name__ == "GreenletExit":
@@ -152,20 +153,21 @@ def means_to_kill(error: BaseException) -> bool:
 def wait_on(task: Any, request: Context, singleton: str, left: float) -> None:
     """Send a message again that has arrived before the end of its delay.
 
-    The function returns if the message cannot be sent again. The run then comes early.
+    A message for which :func:`can_be_sent_again` is false is not sent: the function returns, and
+    the run comes early.
 
     :param left: the rest of the delay in seconds.
     :raises Ignore: the message was sent again.
-    :raises Reject: the message could not be sent again. The broker then redelivers it.
+    :raises Reject: the sending failed. The broker then redelivers the message.
     """
     if can_be_sent_again(task, request):
         send_again(task, request, singleton, left)
 
 
 def end_copy(request: Context, singleton: str) -> NoReturn:
-    """End one of the copies that a fanout exchange made of a message, if another copy has the run.
+    """End a fanout exchange's copy of a message, because another copy runs or has run.
 
-    The result of that run is the result of all copies, so this copy stores none.
+    The result of the other copy's run is the result of all copies, so this copy stores no result.
 
     :raises Ignore: always.
     """

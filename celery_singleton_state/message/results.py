@@ -21,9 +21,9 @@ from .delivery import Delivery
 
 logger = logger_of(__name__)
 
-#: The number of characters that a serialized result may have to be kept in the history.
+#: The largest number of characters of a serialized result that is kept in the history.
 MAX_RESULT_LENGTH = 1024
-#: The encoding that a kept result names if its serializer returned bytes.
+#: The name of the encoding of a kept result whose serializer returned bytes.
 BASE64 = "base64"
 
 
@@ -40,7 +40,7 @@ def keep(delivery: Delivery, result: Any) -> Kept | None:
         return None
     try:
         if hasattr(result, "__len__") and len(result) > MAX_RESULT_LENGTH:
-            return None  # the serialized result would be at least as long
+            return None  # the serialized result is at least as long as the result
         return _serialize(result, delivery.task.app.conf.result_serializer)
     except Exception as error:  # a serializer can raise anything, and the run has succeeded
         logger.debug(

@@ -2,9 +2,9 @@
 
 ``apply_async(task_id="nightly-import")`` sends a new message each day, always with the same task
 id. Redelivered and retried messages have the same task id, too. So a message whose sender chose the
-id also carries a *value* in a header. The value stays with the message when it is redelivered, sent
-again or retried, and the history stores it with the run. A message with a known id and another
-value is new work.
+id also carries a *value* in a header, which marks the message. The value stays with the message
+when the message is redelivered, sent again or retried, and the history stores the value with the
+run. A message with a known id and another value is new work.
 
 If a task sends the message, the value is derived from the task's own message. So if that task runs
 a second time because its process died, it sends a duplicate, and not new work.
@@ -32,28 +32,30 @@ from .results import is_recorded
 logger = logger_of(__name__)
 
 #: Options that show that a message belongs to other work: it is a retry, or a part of a chain, a
-#: chord or a group. Such a message gets no value: Celery made its id, or an earlier message has it.
+#: chord or a group. Such a message gets no value of its own: either Celery has made its task id, or
+#: it takes over the value of the message that it continues.
 _CONTINUES = ("retries", "chain", "chord", "group_id", "root_id", "parent_id")
-#: Values of messages whose sending raised an error, by task name and task id. The broker may have
-#: such a message nevertheless, so a second try to send it takes the same value.
+#: The values that mark messages whose sending raised an error, by task name and task id. The broker
+#: may have such a message nevertheless, so a second try to send the message takes the same value.
 _unsure: dict[tuple[str, str], str] = {}
-#: How many values of messages whose sending raised an error this process keeps at most. The limit
-#: bounds the memory; when it is reached, all of them are forgotten.
+#: The largest number of messages whose sending raised an error and whose values this process keeps.
+#: The limit bounds the memory; when it is reached, the process forgets all these values.
 MAX_UNSURE = 10_000
 #: Names of the tasks for which this process has logged the warning of :func:`warn_if_id_reused`.
 _warned: set[str] = set()
 
 
 def marking(task: Any, task_id: str | None, send: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Celery's ``apply_async`` so that the message carries a value, if it needs one.
+    """Wrap Celery's ``apply_async``, to tell a message from earlier ones with the same task id.
 
-    A sender that gets an error cannot know whether the broker has the message, and may send it
-    again. The second message then carries the value of the first one.
+    The wrapper adds a header with a value that marks the message. A sender that gets an error
+    cannot know whether the broker has the message, and may send it again. The second message then
+    carries the value of the first one.
 
     :param task_id: the task id that the sender chose. With ``None`` no value is needed, because
         Celery makes a new id.
     :param send: Celery's own ``apply_async``.
-    :returns: ``send`` itself if no value is needed; otherwise a function that wraps it.
+    :returns: ``send`` itself if no value is needed; otherwise a function that wraps ``send``.
     """
     if not task_id:
         return send
@@ -81,9 +83,9 @@ def marking(task: Any, task_id: str | None, send: Callable[..., Any]) -> Callabl
 
 
 def _value_of_replaced(task: Any, task_id: str) -> dict[str, str]:
-    """Return the header with the value of the running task's message, for a message with its id.
+    """Return the header with which a retry or a replacement takes over the running task's value.
 
-    A task sends a message with its own id when it retries or replaces itself.
+    Such a message has the task id of the running task's message, and the same value marks it.
 
     :returns: an empty dict if no task with this id is running here, or if its message has no value.
     """
@@ -95,7 +97,7 @@ def _value_of_replaced(task: Any, task_id: str) -> dict[str, str]:
 
 
 def mark_replacement(signature: Any, request: Context) -> None:
-    """Copy the value of a task's message to the message that replaces the task.
+    """Copy the value that marks a task's message to the message that replaces the task.
 
     If a chain or a chord replaces the task, its last message has the task's id and gets the value.
     That message is sent by another task, which does not know the value.
@@ -114,7 +116,7 @@ def mark_replacement(signature: Any, request: Context) -> None:
 
 
 def _value_from_sender(task: Any) -> str | None:
-    """Return a value that is derived from the message of the running task.
+    """Return the value for a message that a task sends, derived from the task's own message.
 
     :returns: ``None`` if no task is running here.
     """
@@ -143,8 +145,8 @@ def _forget(task: Any, task_id: str, ignore_result: bool | None) -> None:
 def forget_result(delivery: Delivery) -> None:
     """Delete the result of an earlier message with the delivery's task id, before the body runs.
 
-    The sender of the message deletes it, too, but may have no access to the result backend. From
-    here on, a result under this id belongs to this message.
+    The sender of the message also deletes the earlier result, but may have no access to the result
+    backend. From here on, a result under this id belongs to this message.
     """
     task, request = delivery.task, delivery.request
     if header(request, SENT) is None or request.is_eager or not is_recorded(task, request):

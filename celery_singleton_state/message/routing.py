@@ -27,8 +27,8 @@ from celery_singleton_state.headers import COPY, count_in
 
 #: The prefix of the routing key with which RabbitMQ delays a message for one queue only.
 _FOR_QUEUE = "celery-singleton:"
-#: The number of characters that such a key may have. AMQP allows 255, and the delay takes up to 56
-#: characters in front of the key.
+#: The largest number of characters of that routing key. AMQP allows 255, and the delay takes up to
+#: 56 characters in front of the key.
 _LONGEST_KEY = 255 - 56
 
 
@@ -68,7 +68,7 @@ def copy_mark(app: Celery, request: Context) -> dict[str, int]:
 
 
 def can_be_addressed(app: Celery, request: Context) -> bool:
-    """Whether another message can be sent into the queue of this message, and into no other."""
+    """Whether another message can be sent into the queue of this message, and no other queue."""
     return broker_kind(app) == "amqp" or not came_through_fanout(app, request)
 
 
@@ -96,7 +96,7 @@ def address_of(app: Celery, request: Context) -> dict[str, Any]:
     """Return options that send another message into the queue of this message.
 
     The options can be stored as JSON. Pass them through :func:`resolved` before ``apply_async``. If
-    the broker cannot address a single queue of a fanout exchange, they address the exchange.
+    the broker cannot address a single queue of a fanout exchange, the result is the exchange.
     """
     info: Mapping[str, Any] = request.delivery_info or {}
     priority = info.get("priority")
@@ -152,7 +152,7 @@ def into(app: Celery, name: str) -> dict[str, Any]:
 
 
 def undeclared(name: str) -> Queue:
-    """Return a queue object for a name that sends to an existing queue and never declares it."""
+    """Return an object for an existing queue that Celery can send to, but does not declare."""
     return Queue(name, Exchange(""), no_declare=True)
 
 
@@ -186,8 +186,9 @@ def _leads(bound: tuple[Exchange, str], exchange: str | None, routing_key: str) 
     """
     found, key = bound
     if exchange is None:
+        # RabbitMQ has delayed the message, and delays no message for a direct exchange.
         if found.type == "direct":
-            return False  # an unknown exchange means a delayed message, and none is direct
+            return False
     elif found.name != exchange:
         return False
     if found.type == "topic":
