@@ -7,13 +7,14 @@ lease starts both threads. A run that is shorter than an interval wakes neither.
 Locked rows
 -----------
 A statement for several leases skips the rows that another transaction has locked. Otherwise one
-locked row would delay the renewal of all leases, and these could expire. If a lease was skipped,
+locked row would delay the renewal of all leases, and all could expire. If a lease was skipped,
 either its row is locked or the lease is lost. Only a statement for this lease alone, which waits
 for the lock, can tell which. A third thread, started by the first skipped lease, sends these
-statements: one at a time, the most urgent lease first. Each ends by the store's time-out.
-Meanwhile the first thread keeps sending its statements for all leases, in time. So a skipped lease
-is renewed as soon as its row is free, even while the third thread waits for another row. The first
-thread sends a statement for one lease alone only if the process holds no other lease.
+statements: one at a time, the most urgent lease first. Each statement ends within the store's
+time-out. Meanwhile the first thread keeps sending its statements for all leases, in time. So a
+skipped lease is renewed as soon as its row is free, even while the third thread waits for another
+row. The first thread sends a statement for one lease alone only if the process holds no other
+lease.
 
 In a child of a prefork worker
 ------------------------------
@@ -179,7 +180,7 @@ class Heartbeat:
     def _ask(self, due: list[HeldLease]) -> dict[str, str | None] | None:
         try:
             return self._store.renew([held.lease for held in due])
-        except Exception as error:  # the other leases need this thread, whatever the error is
+        except Exception as error:  # go on after any error: the other leases need this thread
             logger.warning(
                 "singletons: %d leases were not renewed, will try again: %s",
                 len(due),
@@ -295,7 +296,7 @@ class TimerThread(Generic[T]):
             while due := self._wait_until_due():
                 try:
                     self._callback(due)
-                except Exception:  # the other items need this thread, whatever the error is
+                except Exception:  # go on after any error: the other items need this thread
                     logger.exception("singletons: error in thread %s, which continues", self._name)
                     time.sleep(AFTER_ERROR)
         finally:

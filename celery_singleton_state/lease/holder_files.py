@@ -53,8 +53,8 @@ class HolderRecord(msgspec.Struct, frozen=True, array_like=True):
 
     :param key: the row's key.
     :param holder: the name under which the process holds the lease.
-    :param generation: a number that grows with each retry and replacement of the message that a
-        body or Celery asks for.
+    :param generation: a number that grows when a body or Celery retries the message, and when a
+        body replaces itself.
     :param sent: the value that distinguishes the message from others with the same task id;
         ``None`` if the message has none.
     """
@@ -185,8 +185,8 @@ class HolderFiles:
 
     def leave_to_parent(self) -> None:
         """In a forked child: give up the lock of the parent's file, and stop noting leases."""
-        # Make a new lock, because another thread of the parent may have held the old one at the
-        # fork.
+        # Make a new lock, because another thread of the parent may have held the old lock at
+        # the fork.
         self._lock = threading.Lock()
         self._directory = None
         if self._memory is not None:

@@ -33,7 +33,7 @@ LONGEST_PAUSE = 1.0
 
 
 class Owner(Protocol):
-    """The run that holds a lease, as the heartbeat's threads call it. No method may block."""
+    """The run that holds a lease. The heartbeat's threads call its methods: none may block."""
 
     def lost(self, why: str) -> None:
         """Called when the lease is lost.

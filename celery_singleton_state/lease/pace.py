@@ -15,7 +15,7 @@ COST_OF_MESSAGE = 0.005
 
 
 class Pace:
-    """Computes how long a waiting message pauses, from how many messages wait as well.
+    """Computes how long a waiting message pauses: the longer, the more messages wait.
 
     It counts the messages that this process has sent again: for each key, it keeps the times at
     which these messages will try again.

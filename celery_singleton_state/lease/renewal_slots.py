@@ -309,5 +309,5 @@ def _call_listeners() -> None:
             try:
                 if callback is not None:
                     callback()
-            except Exception:  # the next signal needs this thread, whatever the error is
+            except Exception:  # go on after any error: the next signal needs this thread
                 logger.exception("singletons: cannot read the answers of the parent process")

@@ -3,9 +3,9 @@
 If the answer to an acquisition was lost, the store may have given the lease. A release may have
 failed, too. No other process frees such a lease, because its holder's process lives: other runs
 would have to wait until the lease expires. So this process keeps the holder's name and asks the
-store to release the lease: at once, and again after each interval until the store answers.
-Until then the lease stays in the process's holder file, so that another process on the host frees
-the lease if this process dies.
+store to release the lease: at once, and again after each interval until the store answers. Until
+then the lease stays in the process's holder file, so that another process on the host frees the
+lease if this process dies.
 
 A delivery adds its holder's name here only after its body has ended. Otherwise the next run could
 begin while the body of a lost run still tidies up.
@@ -136,7 +136,7 @@ class UnreleasedLeases:
                 return False
             # The store cannot hold this key, so it holds no lease of this key.
             released = None
-        except Exception as error:  # the other leases need this thread, whatever the error is
+        except Exception as error:  # go on after any error: the other leases need this thread
             logger.warning("%s: not released, its lease must expire: %s", lease.key, error)
             released = None
         self._clear(lease.slot)
