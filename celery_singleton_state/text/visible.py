@@ -83,7 +83,7 @@ def encodable(text: str, encoding: str = "utf-8") -> str:
 
 
 def as_json(document: str, encoding: str = "utf-8") -> str:
-    """Replace characters of a JSON document that cannot be shown by JSON's escapes for them.
+    """Escape the characters of a JSON document that cannot be shown, with JSON's own escapes.
 
     These are the invisible characters, and the characters that the encoding does not have. The
     result is an equal JSON document.
@@ -176,7 +176,7 @@ def _traceback(error: BaseException) -> str:
 
 
 def _show_in(found: TracebackException) -> None:
-    """Make a traceback show its error's text as one line, and so for causes and grouped errors."""
+    """Make a traceback show the text of each error in it as one line, causes and members, too."""
     found.__class__ = _OfOneLine
     if found.__notes__:
         found.__notes__ = [visible(str(note)) for note in found.__notes__]
