@@ -34,8 +34,8 @@ from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 
-#: The longest time that an entry may name: 100 years, in seconds. Longer ones lead beyond the last
-#: date of Python's calendar.
+#: The longest time that an entry may name: 100 years, in seconds. Longer times lead beyond the
+#: last date of Python's calendar.
 LONGEST = timedelta(days=36525).total_seconds()
 #: Seconds by which two clocks may differ before a schedule is reported as using another clock.
 CLOCKS_DIFFER = 60

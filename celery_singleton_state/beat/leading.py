@@ -225,7 +225,7 @@ class Leading(BrokerConnection):
         return stored | self._unrecorded
 
     def _record(self) -> None:
-        """Record what was sent and renew the lease, if either is necessary.
+        """Record the sent ticks and renew the lease, if either is necessary.
 
         :raises NotLeading: another beat leads.
         :raises StoreError: the store is unavailable.
