@@ -183,7 +183,7 @@ def coalesce(conflict: Conflict) -> float | None:
         if not can_be_sent_again(delivery.task, delivery.request):
             return _try_again(conflict, left)
         task_id, life = str(delivery.request.id), left + LIFE_AFTER_HOLD
-        # Claim even if a run has begun since the row was read: its arguments may be different.
+        # Claim even if a run has begun since the row was read: that run may have other arguments.
         found = claim(delivery.task, row.key, task_id, life, beside_run=True)
         if found in (None, task_id) or is_behind_another(row, task_id):
             send_again(delivery.task, delivery.request, delivery.name, left)

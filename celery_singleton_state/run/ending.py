@@ -68,7 +68,7 @@ def ticks_after(
     was asked to hand over to a newer message, its tick has ended and does not come again.
 
     :param entry: the run's entry in the history.
-    :param raw: the record in the row before, as JSON.
+    :param raw: the record that the row has before the run ends, as JSON.
     :param was_replaced: whether the run was asked to hand over.
     :param is_replaced: whether the run's body has replaced itself.
     :param continues: whether the tick then continues in the message that replaces the run.

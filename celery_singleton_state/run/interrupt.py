@@ -225,7 +225,7 @@ class Body:
 
 
 def _passes(error: BaseException | None) -> bool:
-    """Return whether this error of an interrupted body passes, and not a ``HeartbeatFailed``."""
+    """Return whether an interrupted body's error is raised as it is, not as ``HeartbeatFailed``."""
     return (
         isinstance(error, TaskPredicate | SystemExit | KeyboardInterrupt)
         or type(error).__name__ == "GreenletExit"
@@ -338,7 +338,7 @@ class _Thread(_Stack):
 
 
 class _MainThread(_Thread):
-    """The main thread's sections; a signal interrupts them: its handler runs in this thread."""
+    """The main thread's sections. A signal interrupts them: its handler runs in this thread."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -414,8 +414,8 @@ class _Greenlet(_Stack):
         self._greenlet = gevent.getcurrent()
 
     def handles(self, interruption: RunInterrupted) -> bool:
-        # Python cannot tell which exception a waiting greenlet handles. The greenlet may be tidying
-        # up after this one, so assume that it is.
+        # Python cannot tell which exception a waiting greenlet handles. Assume that it handles this
+        # one, because the greenlet may be tidying up.
         return True
 
     def interrupt(self) -> None:

@@ -236,7 +236,7 @@ class Run:
         emit(BecameLeader, holder=lease.holder, fence=lease.fence)
 
     def _emit_saved(self, operation: str, new: NewValue | None) -> None:
-        """Emit that a state was saved; nothing if there was no new state."""
+        """Emit that a state was saved; emit nothing if there was no new state."""
         if new is not None:
             self._delivery.emit(StateSaved, operation=operation, size=len(new.value))
 
@@ -252,7 +252,7 @@ class Run:
             )
 
     def _emit_end(self, outcome: Outcome, error: str | None) -> None:
-        """Emit that the run has ended; nothing if its loss was emitted before."""
+        """Emit that the run has ended; emit nothing if the loss of its lease was emitted before."""
         if self._end_emitted.acquire(blocking=False):
             lease = self.held.lease
             self._delivery.emit(

@@ -3,10 +3,10 @@
 Each try of a message costs a process some milliseconds. A thousand messages that try every few
 seconds would take all the time of a fleet of workers. Therefore:
 
-- One message of a singleton is *next in line*. It tries about once a second, and other messages
-  that have waited leave a free lease to it. Until it acquires the lease, it
-  holds a claim in the row, as a queued message of ``enqueue_once`` does. The claim is short, so
-  that another message becomes the next one if this message is lost.
+- One message of a singleton is *next in line*. This message tries about once a second, and other
+  messages that have waited leave a free lease to it. Until it acquires the lease, it holds a claim
+  in the row, as a queued message of ``enqueue_once`` does. The claim is short, so that another
+  message becomes the next one if this message is lost.
 - The more other messages wait, the less often they try. A process spaces the messages of one
   singleton so that their tries take a few percent of the process's time.
 """

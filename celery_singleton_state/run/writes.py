@@ -74,7 +74,7 @@ class FencedWriter:
         self.may_write = True
 
     def next_write(self, new: NewValue) -> Write:
-        """Give a new state the next number."""
+        """Return the write of a new state, with the run's next write number."""
         self._number += 1
         return Write(self._number, self._seen, new)
 
