@@ -71,9 +71,10 @@ class Content:
 
 
 def note_content(sender: Any, request: Any, **_: Any) -> None:
-    """Note in a message's properties how it is encoded; a receiver of signal ``task_received``.
+    """Note in a message's properties how the message is encoded.
 
-    Celery shows a task the encoding of its message only if the broker is RabbitMQ.
+    Celery itself shows a task the encoding of its message only if the broker is RabbitMQ. Celery's
+    signal ``task_received`` calls this function.
     """
     if options_of(request.task) is None:
         return

@@ -102,7 +102,7 @@ def end_duplicate(delivery: Delivery, done: Entry | None) -> Any:
 def _has_gone_on(delivery: Delivery, done: Entry | None) -> bool:
     """Whether the first delivery's process is alive, and so has sent the callbacks by now.
 
-    :func:`wait_for_record` has given that process the time for it. False for a task with a result
+    :func:`wait_for_record` has given that process the time to do so. False for a task with a result
     backend, because the backend itself shows whether the callbacks were sent.
     """
     request = delivery.request

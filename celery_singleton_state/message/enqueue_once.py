@@ -214,14 +214,14 @@ def life_of(options: Mapping[str, Any]) -> float | None:
             begins = _seconds_until(countdown)
         elif eta:
             begins = _seconds_until(eta, may_be_number=False)
-        # This header has the whole delay of a retry. Its countdown can be shorter, or missing if
-        # the broker delays the message.
+        # The header ``PAUSE`` has the whole delay of a retry. The retry's countdown can be shorter,
+        # or missing if the broker delays the message.
         begins = max(begins, float((options.get("headers") or {}).get(PAUSE) or 0.0))
         ends = [begins + LIFE, LONGEST_LIFE]
         if expires is not None:
             ends.append(_seconds_until(expires))
         if expiration is not None:
-            # The option ``expiration``: after so many seconds, the broker drops the message.
+            # The broker drops a message that it has not delivered within ``expiration`` seconds.
             ends.append(begins + float(expiration))
     except (TypeError, ValueError, AttributeError, OverflowError):
         return None
@@ -274,7 +274,7 @@ def _claim_again(task: Any, key: str, task_id: str, life: float) -> None:
 
 @contextmanager
 def _counted(task: Any, key: str, task_id: str) -> Iterator[None]:
-    """Surround the publishing of a message: after an error, it does not count as queued.
+    """Surround the publishing of a message: after an error, the message is not noted as queued.
 
     The message may have been noted as queued even if that step itself failed, because the store's
     answer was lost or a time limit interrupted it. So the note is removed after any error.

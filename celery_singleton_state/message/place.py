@@ -3,8 +3,8 @@
 Messages get *ranks*. Ranks and the row's fences are numbers of the same scale. A message that
 conflicts takes a rank above all fences and ranks in the row, and the request for a handoff writes
 this rank to the row. The rank of a message that acquires the lease is its fence, which is also
-above all of them. So a message is older than another one if a larger fence or rank has come into
-the row since it got its own. The older message gives up: it requests no handoff, and the store
+above all these numbers. If a larger fence or rank has come into the row since a message got its
+rank, another message is newer. The older message gives up: it requests no handoff, and the store
 refuses it the lease. A message keeps its rank when it is sent again and when it is retried.
 
 A message that waits in a queue has no rank. Messages that arrive at the same time can overtake each
@@ -76,7 +76,7 @@ class Place:
         return {name: value for name, value in found.items() if value is not None}
 
     def is_below(self, row: Row) -> bool:
-        """Whether a newer message is in the row, so that the store refuses this one the lease.
+        """Whether a newer message is in the row, so that the store refuses this message the lease.
 
         The store refuses the lease even if it is free.
         """

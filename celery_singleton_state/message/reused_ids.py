@@ -85,7 +85,8 @@ def marking(task: Any, task_id: str | None, send: Callable[..., Any]) -> Callabl
 def _value_of_replaced(task: Any, task_id: str) -> dict[str, str]:
     """Return the header with which a retry or a replacement takes over the running task's value.
 
-    Such a message has the task id of the running task's message, and the same value marks it.
+    Such a message has the task id of the running task's message. The value tells these two messages
+    from other messages with that id.
 
     :returns: an empty dict if no task with this id is running here, or if its message has no value.
     """

@@ -96,7 +96,8 @@ def address_of(app: Celery, request: Context) -> dict[str, Any]:
     """Return options that send another message into the queue of this message.
 
     The options can be stored as JSON. Pass them through :func:`resolved` before ``apply_async``. If
-    the broker cannot address a single queue of a fanout exchange, the result is the exchange.
+    the broker cannot address a single queue of a fanout exchange, the options address the
+    exchange.
     """
     info: Mapping[str, Any] = request.delivery_info or {}
     priority = info.get("priority")
@@ -186,7 +187,7 @@ def _leads(bound: tuple[Exchange, str], exchange: str | None, routing_key: str) 
     """
     found, key = bound
     if exchange is None:
-        # RabbitMQ has delayed the message, and delays no message for a direct exchange.
+        # RabbitMQ has delayed the message, which it never does for a direct exchange.
         if found.type == "direct":
             return False
     elif found.name != exchange:
