@@ -52,7 +52,7 @@ def _next_tick(schedule: Any, moment: datetime) -> datetime | None:
 def count_from(entry: Any, last_run_at: datetime, total_run_count: int) -> None:
     """Set the last run time and the count of runs of an entry.
 
-    An entry of django-celery-beat also has a model of its database row, which is set, too.
+    An entry of django-celery-beat also has a model of its database row. The model is set, too.
     """
     for each in (entry, getattr(entry, "model", None)):
         if each is not None:

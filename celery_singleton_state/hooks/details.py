@@ -41,7 +41,7 @@ class Acquired(Details, frozen=True, kw_only=True, tag="singleton-acquired"):
 
 
 class TookOver(Details, frozen=True, kw_only=True, tag="singleton-took-over"):
-    """A run begins after a run that did not end by itself. Sent besides :class:`Acquired`.
+    """A run begins after a run that did not end by itself. Sent in addition to :class:`Acquired`.
 
     :param holder: the holder of the new lease, as ``nodename:pid:nonce``.
     :param fence: the fence of the new lease.

@@ -24,8 +24,8 @@ only until that lease is lost. So answers that earlier leases left in the slot a
 
 *No half-written answer is accepted.* An answer's time and holder belong together, so they are
 written as one text with a digest. A reader that finds a mix of several writes finds no matching
-digest, and reads again later. So no lock is needed, which a process that dies or is stopped could
-keep.
+digest, and reads again later. So no lock is needed. A process that dies or is stopped
+could keep a lock.
 
 *The child trusts its lease no longer than it should.* The answer has the time just before the
 parent sent the request, by a clock that all processes of a host share. The child counts the lease's

@@ -43,7 +43,7 @@ def watch_for_dropped() -> None:
 def settle(request: Context) -> None:
     """Have this module ignore a message, because it has reached ``SingletonTask.__call__``.
 
-    The task then records itself that the message is no longer queued.
+    The task itself then records that the message is no longer queued.
     """
     _settled.add(request)
 

@@ -243,8 +243,8 @@ def keep_class_of_app(task: Any) -> None:
     opens around all tasks, or Django's ``delay_on_commit``. The app's class comes after
     ``SingletonTask``, so that the guard calls its ``__call__`` as the body.
 
-    :param task: a class that is just being made. It stays as it is unless Celery's decorator makes
-        it.
+    :param task: a class that is just being made. The class is changed only if Celery's decorator
+        makes it.
     :raises ImproperlyConfigured: Python cannot combine the two classes.
     """
     app = vars(task).get("app")

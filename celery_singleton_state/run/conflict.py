@@ -171,8 +171,9 @@ def _give_up(conflict: Conflict, newer: str) -> None:
 def coalesce(conflict: Conflict) -> float | None:
     """Policy ``"coalesce"``: note a pending run in the row; the delivery succeeds with ``None``.
 
-    The holder sends that run when it releases the lease. In a hold period there is no holder. Then
-    the first message waits for the end of the period, and later messages rely on it.
+    The holder sends the pending run's message when it releases the lease. In a hold period there is
+    no holder. Then the first message waits for the end of the period, and later messages end,
+    because the first one brings the run that they ask for.
     """
     row, delivery = conflict.row, conflict.delivery
     if row is None:
