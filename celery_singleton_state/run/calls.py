@@ -239,8 +239,8 @@ def keep_class_of_app(task: Any) -> None:
     """Add the app's own task class to the bases of a singleton's class.
 
     The app's class is that of ``Celery(task_cls=...)`` or ``app.Task``. Celery's ``base=`` replaces
-    it. So with ``base=SingletonTask`` a task would lack what that class does: the context that it
-    opens around all tasks, or Django's ``delay_on_commit``. The app's class comes after
+    this class. So with ``base=SingletonTask`` a task would lack what the app's class adds: a
+    context around all tasks, or Django's ``delay_on_commit``. The app's class comes after
     ``SingletonTask``, so that the guard calls its ``__call__`` as the body.
 
     :param task: a class that is just being made. The class is changed only if Celery's decorator

@@ -13,8 +13,8 @@
 Other code than the body may swallow the exception: a destructor, a callback of C code, an event
 loop. Therefore a thread raises it again and again until the body ends. It pauses while an earlier
 exception is on its way out of the body, because the body's ``finally`` blocks run then. When the
-body has ended, :exc:`HeartbeatFailed` is raised in its place: Celery never sees the private
-exception.
+body has ended, :exc:`HeartbeatFailed` is raised in place of this exception, which Celery never
+sees.
 
 The code around a body must not be interrupted: the release of its lease, another task, the guard of
 a singleton that the body calls. Therefore each thread keeps a stack of sections. A section is a
