@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
+from celery import Celery
 from celery.schedules import BaseSchedule, crontab, schedstate, schedule
 
 from celery_singleton_state.schedules.due import spelled
@@ -207,6 +208,9 @@ def own_texts() -> list[str]:
     """
     loop: list[Any] = []
     loop.append(loop)
+    # The zone in a crontab's text is its app's. Without an app it would be that of whichever app is
+    # the current one.
+    app = Celery(set_as_current=False)
     return [
         spelled(SaysDue(True, 60)),
         spelled(Answers(OPTIONS)),
@@ -214,8 +218,8 @@ def own_texts() -> list[str]:
         spelled(Answers(partial(max, 1))),
         spelled(Answers(loop)),
         spelled(Answers([[]] * 1000)),
-        spelled(Later("*/5", offset=HOUR)),
+        spelled(Later("*/5", offset=HOUR, app=app)),
         spelled(EveryFromTable()),
         spelled(Duck()),
-        spelled(crontab(minute=[3, 1], day_of_month={5, 4})),
+        spelled(crontab(minute=[3, 1], day_of_month={5, 4}, app=app)),
     ]

@@ -84,8 +84,8 @@ SETTINGS = settings(
     report_multiple_bugs=False,
 )
 #: Settings for slow stores: MariaDB, where each step needs several statements and commits;
-#: PostgreSQL, which ``tox -e spec`` takes as far as the others; and PgBouncer, where the steps reach
-#: the same PostgreSQL as the direct tests.
+#: PostgreSQL, which ``tox -e spec`` takes as far as the others; and PgBouncer, where the steps
+#: reach the same PostgreSQL as the direct tests.
 FEW = settings(SETTINGS, max_examples=20)
 #: Settings for finding planted faults: Hypothesis stops at the first failure, and does not shorten
 #: it.

@@ -14,6 +14,7 @@ from celery import Celery
 
 from celery_singleton_state import check_health
 from celery_singleton_state.migrations.open_store import open_store
+from celery_singleton_state.runtime import close_runtime
 from celery_singleton_state.store.base import StoreError, StoreMisconfigured, StoreUnavailable
 from celery_singleton_state.store.redis.store import RedisStore
 from celery_singleton_state.store.sql.store import SqlStore
@@ -171,6 +172,7 @@ def test_health_reports_a_url_that_cannot_be_used(conf: dict[str, str]) -> None:
     app = Celery("shop", set_as_current=False)
     app.conf.update(conf)
     report = check_health(app)
+    close_runtime(app)
     assert not report.healthy
     assert report.error is not None
     assert report.error.startswith(("singleton_store_url", "singleton_lease_url"))
