@@ -1,6 +1,6 @@
 """The interface of a store: its methods, and the plain values that they take and return.
 
-:mod:`celery_singleton_state.lease.lease` explains the protocol of the lease.
+:mod:`celery_singleton_state.lease` explains the protocol of the lease.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .odd_values import odd_values
 
 
 class StoreError(Exception):
-    """A request to the store failed. The message tells people the reason."""
+    """A request to the store failed. The error's text says why."""
 
 
 class StoreUnavailable(StoreError):
@@ -44,25 +44,26 @@ class StoreRefusesValue(StoreError):
 class StoreNotReady(StoreError):
     """The store's table is missing or belongs to an older release of this package.
 
-    The message names the command that creates or upgrades the table.
+    The error's text names the command that creates or upgrades the table.
     """
 
 
 class StoreMisconfigured(StoreNotReady):
-    """The database has a wrong set-up that creating the table would not correct.
+    """The database is set up wrongly, and creating the table would not correct this.
 
-    A missing privilege is an example. The message says what the operator has to do.
+    A missing privilege is an example. The error's text says what the operator has to do.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A lease that was acquired. The holder names it in every later request to the store.
+    """A lease that was acquired. Every later request of its holder names this lease.
 
     :param key: the key of the singleton's row.
     :param holder: ``nodename:pid:nonce``, new for each acquisition.
-    :param fence: a number that only grows. Each acquisition gets the larger one of two numbers: the
-        row's last fence or rank + 1, and the store's clock in milliseconds since 1970.
+    :param fence: a number that only grows. Each acquisition gets the larger one of two numbers: 1
+        more than every fence and rank in the row so far, and the store's clock in milliseconds
+        since 1970.
     :param ttl: seconds after which the lease expires, unless the holder renews it.
     """
 
@@ -81,8 +82,9 @@ class Acquired:
     :param history: the record of the last runs, as JSON; ``None`` if no run has ended yet.
     :param acquired_at: the time of the acquisition, in seconds since the epoch by the store's
         clock.
-    :param write: the row's write number, which is the first :attr:`Write.seen` of the run. It is 0,
-        or :data:`TAKEN_OVER` if this acquisition took over another holder's expired lease.
+    :param write: the row's write number after the acquisition: 0, or :data:`TAKEN_OVER` if this
+        acquisition took over another holder's expired lease. The run's first write names this
+        number as :attr:`Write.seen`.
     :param ticks_done: the record of the ticks that are done, as JSON; see
         :mod:`~celery_singleton_state.ticks_done`.
     """
@@ -109,11 +111,12 @@ class Write:
     """A request to write a state under a lease.
 
     The store carries out the write only if the row's write number is at least ``seen`` and at most
-    ``number``. A larger write number in the row means that a newer write has taken effect, so this
-    request is late. A smaller one means that the database has lost writes that it had confirmed.
+    ``number``. If the row's write number is larger than ``number``, a newer write has taken effect,
+    so this request is late. If it is smaller than ``seen``, the database has lost writes that it
+    had confirmed.
 
-    :param number: 1 for the first write under a lease, and one more for each further write. A
-        number is never used again with another content, even if its write failed or was rolled
+    :param number: the number of this write: 1 for the first write under a lease, 2 for the second.
+        A number is never used again for another state, even if the write failed or was rolled
         back.
     :param seen: the number of the newest write that the store has confirmed to this run. Before the
         first confirmation: :attr:`Acquired.write`.
@@ -129,10 +132,10 @@ class Queued:
     """The queued or running message of a singleton, as ``enqueue_once`` reads it from the row.
 
     :param number: the row's queue number. Each claim, each acquisition and each dequeueing raises
-        it by one.
+        the queue number by one.
     :param task_id: the task id of the queued message. If no message is queued: the task id of the
         running message, or ``None``.
-    :param running: whether ``task_id`` is that of the running message.
+    :param running: whether ``task_id`` belongs to the running message.
     """
 
     number: int
@@ -146,8 +149,8 @@ class Ended:
 
     :param outcome: an :class:`~celery_singleton_state.history.Outcome`.
     :param history: the whole new history, as JSON.
-    :param hold: the hold period: seconds since the acquisition for which the lease is kept, even
-        after the run. 0: the lease is free at once.
+    :param hold: the hold period in seconds, counted from the acquisition. Until its end the lease
+        is kept, even after the run. 0: the lease is free at once.
     :param ticks_done: the new record of the ticks that are done, as JSON; ``None`` leaves the old
         record in the row.
     """
@@ -173,8 +176,8 @@ class Saved:
 class Released:
     """The store's answer to a release that took effect.
 
-    :param wanted: the pending run in the row, as JSON, which is to be sent now; ``None`` if there
-        is no pending run.
+    :param wanted: the pending run in the row, as JSON. The caller has to send it now. ``None`` if
+        there is no pending run.
     """
 
     wanted: str | None
@@ -182,17 +185,17 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A singleton's row without its state, as a list of many singletons shows it.
+    """A singleton's row without its state, for lists of many singletons.
 
-    :param task: the task's name; ``None`` if the row does not name the task, for example because
-        the row is older than this column.
+    :param task: the task's name; ``None`` if the row has none, for example because the row was
+        written before the table had this column.
     :param updated_at, acquired_at, last_finished_at: seconds since the epoch by the store's clock.
     :param holder: ``None`` if no run holds the lease, and during a hold period.
     :param task_id: the task id of the run that holds the lease.
     :param expires_in: seconds until the lease expires or the hold period ends; negative if the
         lease has expired; ``None`` if the singleton is free.
-    :param history: the record of the last runs, as JSON. A list leaves it out (``None``) if the
-        last run succeeded.
+    :param history: the record of the last runs, as JSON. :meth:`Leases.list` leaves the history
+        out (``None``) if the last run succeeded.
     :param read_at: the time at which the row was read, by the store's clock.
     """
 
@@ -232,8 +235,9 @@ class Row(Listed):
     :param handoff_to: the task id of the message that has asked the holder to hand over; ``None``
         if no message has.
     :param newest: the rank of the message that asked last for a handoff; 0 if no message has.
-    :param newest_sent: when the message was sent that last acquired the lease or asked for a
-        handoff; ``None`` if that is not known. See :mod:`celery_singleton_state.message.place`.
+    :param newest_sent: the time at which the newest message was sent; ``None`` if this time is not
+        known. The newest message is the last one that acquired the lease or asked for a handoff.
+        See :mod:`celery_singleton_state.message.place`.
     :param ticks_done: the record of the ticks that are done, as JSON.
     :param queue: the queue number, which the next claim has to name.
     :param queued_task_id: the task id of the message that counts as queued; ``None`` if no message
@@ -256,8 +260,8 @@ class Row(Listed):
     def rank(self) -> int:
         """The largest rank in the row. Ranks order the messages of a singleton from old to new.
 
-        A message that acquires the lease has its fence as its rank. A message that asks for a
-        handoff brings its rank along.
+        The rank of a message that acquires the lease is the lease's fence. A message that asks for
+        a handoff writes its own rank to the row.
         """
         return max(self.fence, self.newest)
 
@@ -294,8 +298,8 @@ Seen = TypeVar("Seen", bound=Listed)
 def seen(row: Seen) -> Seen:
     """Return a row that was read from the store, with its values in their usual form.
 
-    Values of a wrong type are converted. The names and ids of tasks are unescaped. A hold period
-    that has ended is left out.
+    Values of a wrong type are converted. The names and ids of tasks are unescaped. After the end of
+    a hold period ``expires_in`` becomes ``None``.
     """
     if odd := odd_values(row):
         row = replace(row, **odd)
@@ -317,8 +321,8 @@ def one_line(error: BaseException) -> str:
 class RowRequests(Protocol):
     """The requests that processes other than the lease's holder can make on a singleton's row.
 
-    Several methods take the :class:`Row` as the caller has read it. They change nothing if the row
-    has another fence or holder by now.
+    Several methods take the :class:`Row` that the caller has read. They change nothing if the row
+    has got another fence or holder since then.
     """
 
     def request_handoff(
@@ -326,37 +330,38 @@ class RowRequests(Protocol):
     ) -> bool:
         """Ask the lease's present holder to hand over.
 
-        :param row: the row as the caller has read it.
+        :param row: the row that the caller has read.
         :param handoff_to: the task id of the message that asks for the handoff.
-        :param rank: the rank of this message, larger than that of all earlier messages. ``None``:
-            :attr:`Row.next_rank`.
-        :param sent: when this message was sent; ``None`` if that is not known.
+        :param rank: the rank of this message, larger than the ranks of all earlier messages.
+            ``None``: :attr:`Row.next_rank`.
+        :param sent: the time at which this message was sent; ``None`` if this time is not known.
         :returns: false if the lease has another holder by now, or if another message of this rank
-            or a larger one has asked. Otherwise a late request would stop the holder in favour of
-            an older message. The same request succeeds again when it is repeated.
+            or a larger rank has asked. So a late request cannot stop the holder in favour of an
+            older message. A request that is repeated succeeds again.
         """
 
     def release_early(self, row: Row) -> bool:
-        """End a hold period before its time.
+        """End a hold period early.
 
-        :param row: the row as the caller has read it.
-        :returns: false if that hold period has ended, or if another one has begun since.
+        :param row: the row that the caller has read.
+        :returns: false if the hold period in ``row`` has ended already, or if another run has
+            acquired the lease since the row was read.
         """
 
     def request_run(self, row: Row, pending_run: str) -> bool:
-        """Note a pending run in the row, in place of an earlier one. The holder sends it when it
-        releases the lease.
+        """Note a pending run in the row, in place of an earlier one. The lease's holder sends the
+        pending run when it releases the lease.
 
-        :param row: the row as the caller has read it.
+        :param row: the row that the caller has read.
         :param pending_run: the pending run, as JSON.
-        :returns: false if the lease has another holder by now, or if the row has another pending
-            run than ``row``. Otherwise a late request would replace a newer pending run.
+        :returns: false if the lease has another holder by now, or if the stored pending run is not
+            the one in ``row``. So a late request cannot replace a newer pending run.
         """
 
     def wanted(self, key: str) -> str | None:
         """Return the pending run in the row, as JSON, or ``None``.
 
-        A holder calls this if the answer to its release was lost.
+        A holder calls this method if the answer to its release was lost.
         """
 
     def pending_run_sent(self, key: str, pending_run: str) -> None:
@@ -382,20 +387,21 @@ class RowRequests(Protocol):
             claim because its answer was lost.
         :param task: the task's name, for a new row.
         :returns: false if the row has another queue number by now. A repeated claim succeeds again
-            while it counts. A first attempt does not, because the equal claim in the row then comes
-            from another caller with the same task id.
+            while the row has this claim and its life has not ended. A first attempt never succeeds
+            in this way: if the row has an equal claim, another caller with the same task id made
+            it.
         """
 
     def expect(self, tasks: Mapping[str, str]) -> None:
         """Insert an empty row for each singleton that is expected to run and has no row yet.
 
-        :param tasks: the task's name by the singleton's key.
+        :param tasks: a mapping from each singleton's key to the name of its task.
         """
 
     def put(self, key: str, row: Row | None, new: NewValue, task: str | None = None) -> bool:
-        """Store a state while no run holds the lease, for example from the command line.
+        """Store a state while no run holds the lease, for example by an operator's command.
 
-        :param row: the row as the caller has read it; ``None`` if there was no row.
+        :param row: the row that the caller has read; ``None`` if there was no row.
         :param task: the task's name, for a new row.
         :returns: false if the lease is held, or if the row has changed since the caller read it.
         """
@@ -403,7 +409,7 @@ class RowRequests(Protocol):
     def dequeue(self, key: str, task_id: str, task: str | None = None) -> None:
         """Note that a message is no longer queued, and refuse claims that arrive late.
 
-        A message that acquires the lease is dequeued by that, so a run does not call this.
+        The acquisition of the lease dequeues its message, so a run does not call this method.
 
         :param task: the task's name, for a new row.
         """
@@ -413,16 +419,19 @@ class Entries(Protocol):
     """The rows of the entries of a beat schedule. Only the leading beat writes them."""
 
     def load(self, prefix: str) -> dict[str, str]:
-        """Return the values, by key, of all rows whose keys begin with a prefix and are longer."""
+        """Return the values of all entries whose keys begin with a prefix, as a dict by key.
+
+        A row whose key is the prefix itself is left out.
+        """
 
     def record(
         self, lease: Lease, entries: Mapping[str, str], number: int, seen: int
     ) -> float | None:
-        """Store the values of entries, and renew the leader's lease, both or neither.
+        """Store the values of entries and renew the leader's lease, in one transaction.
 
         An expired lease is renewed as well, unless another beat has acquired it.
 
-        :param entries: the values by key. There may be none.
+        :param entries: a mapping from each entry's key to its value. It may be empty.
         :param number, seen: the numbers of this write under the leader's lease, as in
             :class:`Write`.
         :returns: the store's time in seconds since the epoch; ``None`` if the write was refused.
@@ -458,11 +467,12 @@ class Leases(Protocol):
         :param ttl: the lease's life in seconds.
         :param task_id: the task id of the message that asks for the lease.
         :param rank: the rank of this message, by which the messages of a singleton are ordered from
-            old to new; 0 if it has none. A message with a rank does not get the lease if the row
-            has a larger :attr:`Row.rank`, because a newer message has come.
-        :param sent: when this message was sent, in the form that
-            :func:`~celery_singleton_state.message.place.moment` returns. A message without a rank
-            does not get the lease if the row's newest message was sent later by the same clock.
+            old to new; 0 if this message has no rank. A message with a rank does not get the lease
+            if the row has a larger :attr:`Row.rank`, because a newer message has come.
+        :param sent: the time at which this message was sent, as
+            :func:`~celery_singleton_state.message.place.moment` returns it. A message without a
+            rank does not get the lease if the row's newest message was sent later. The store
+            compares the two times only if both come from the same host's clock.
         :param task: the task's name, for the row.
         :returns: ``None`` if the lease is held, or if the message is not the newest one.
         """
@@ -470,28 +480,28 @@ class Leases(Protocol):
     def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
         """Renew leases: each expires ``ttl`` seconds from now.
 
-        A request for a single lease waits if another transaction has locked its row. A request for
-        several leases may skip locked rows. So a missing key means that the lease is no longer held
-        only if it was the only one.
+        A request for a single lease waits if another transaction has locked the row. If the answer
+        lacks its key, the lease is lost. A request for several leases may skip locked rows. So a
+        key that its answer lacks does not mean that the lease is lost.
 
         :param leases: leases with different keys, because the answer identifies a lease by its key.
-        :returns: the keys of the renewed leases, each with the task id of the message that asks the
-            lease's holder to hand over, or ``None``.
+        :returns: a dict from the key of each renewed lease to the task id of the message that asks
+            the holder to hand over, or to ``None``.
         """
 
     def release(self, lease: Lease, ended: Ended, write: Write | None = None) -> Released | None:
         """Release a lease, record how its run ended, and store a new state if one is given.
 
-        :returns: ``None`` if the store refused this, because the lease has another holder by now
-            or the write is late.
+        :returns: ``None`` if the store refused the release, because the lease has another holder by
+            now or the write is late.
         """
 
     def give_back(self, key: str, holder: str) -> Released | None:
-        """Release a lease by its holder's name alone, and record no run.
+        """Release a lease, identified by its holder's name alone, and record no run.
 
-        The caller needs this if the answer to an acquisition was lost: it does not know the fence,
-        nor whether it got the lease. A late request changes nothing, because the name of a holder
-        is never used again.
+        A caller whose acquisition was not answered needs this method, because the caller does not
+        know the fence, and does not know whether it got the lease. A late request changes nothing,
+        because the name of a holder is never used again.
 
         :returns: ``None`` if this holder does not hold the lease.
         """
@@ -508,28 +518,33 @@ class Leases(Protocol):
     def contents(
         self, keys: Sequence[str], values: bool
     ) -> dict[str, tuple[str | None, str | None]]:
-        """Return the histories and the states of some singletons, by key.
+        """Return the history and the state of each of some singletons, as a dict by key.
 
         :param values: whether to read the states. If false, each state is ``None``.
         """
 
     def ticks(self, keys: Sequence[str]) -> dict[str, SeenTicks]:
-        """Return the records of ticks of some singletons, by key, without keys that have no row."""
+        """Return which ticks of some singletons are done, as a dict by key. A key without a row is
+        left out.
+        """
 
     def unused(self, prefix: str, older_than: float) -> Mapping[str, str | None]:
-        """Return the keys, in order, of the unused singletons under a prefix, each with the name of
-        its task.
+        """Return the unused singletons under a prefix: a mapping from their keys, in order, to the
+        names of their tasks.
 
-        A singleton is unused if its lease has no holder (not even one whose lease has expired) and
-        is in no hold period, if the row has no request for a handoff, no pending run and no queued
-        message, and if for ``older_than`` seconds neither its state has changed nor a run has
-        ended, by the store's clock.
+        A singleton is unused if all of these conditions are true:
+
+        - Its lease has no holder, not even a holder whose lease has expired.
+        - It is in no hold period.
+        - Its row has no request for a handoff, no pending run and no queued message.
+        - For ``older_than`` seconds by the store's clock, its state has not changed and no run has
+          ended.
         """
 
     def prune(self, keys: Sequence[str], older_than: float) -> Sequence[str]:
         """Remove the rows of unused singletons, and return their keys.
 
-        The conditions of :meth:`unused` are evaluated again as each row is removed, so a singleton
+        The conditions of :meth:`unused` are evaluated again when a row is removed, so a singleton
         whose run has begun meanwhile keeps its row. Rows that another transaction has locked may be
         skipped. The next acquisition of a removed key inserts a new row, whose fence is the store's
         clock in milliseconds since 1970.
@@ -545,7 +560,7 @@ class Leases(Protocol):
         """Check that the store can be used.
 
         :param prefixes: the prefixes of the keys that will be used.
-        :raises StoreError: the store cannot be used. The message says what is missing.
+        :raises StoreError: the store cannot be used. The error's text says what is missing.
         """
 
     def close(self) -> None:
@@ -565,12 +580,13 @@ class Store(Leases, Protocol):
         """
 
     def written(self, lease: Lease, number: int) -> bool | None:
-        """Return whether a write took effect whose COMMIT was not answered.
+        """Return whether a write took effect, although its COMMIT was not answered.
 
-        The store reads the row under its lock, so it waits for a COMMIT that is still in progress.
+        The store locks the row to read it, so the answer waits for a COMMIT that is still in
+        progress.
 
         :param number: the number of the write.
-        :returns: ``None`` if the lease has another holder by now, or none.
+        :returns: ``None`` if ``lease`` is no longer held, so that the answer is not known.
         """
 
     def set_aside(self, key: str, value: str) -> None:
@@ -585,8 +601,8 @@ class Store(Leases, Protocol):
 
 
 class FencedTransaction(Protocol):
-    """An open transaction on the store's database: the caller's own statements, and then one save
-    of the state under the lease.
+    """An open transaction on the store's database, for the caller's own statements and then one
+    save of the state under the lease.
     """
 
     connection: Any

@@ -1,7 +1,7 @@
-"""Errors that happen while a connection to a store is being made.
+"""Mark the errors that happen while a connection to a store is being made.
 
-Such an error says nothing about a value that is to be stored, although some drivers raise the same
-class of error for both. So it is marked.
+Some drivers raise one class of error for two reasons: a connection cannot be made, or the database
+refuses a value. The mark says that the reason is the connection.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def connecting(setting: str, *driver_errors: type[Exception]) -> Iterator[None]:
 
     :param setting: the name of the setting that has the URL.
     :param driver_errors: the driver's own classes of errors.
-    :raises StoreMisconfigured: the block raised another error. Drivers raise their own errors for
-        networks and servers, so the reason is a value in the URL or a file that the URL names.
+    :raises StoreMisconfigured: the block raised an error of another class. For faults of networks
+        and servers drivers raise their own classes. So the reason is a value in the URL, or a file
+        that the URL names.
     """
     try:
         yield
@@ -50,8 +51,8 @@ def was_connecting(error: BaseException) -> bool:
 
 
 def _why(error: Exception) -> str:
-    """Return a reason that reveals neither parts of the URL nor contents of a file: both can have
-    passwords.
+    """Return the reason for an error, without parts of the URL or contents of a file, because both
+    can contain passwords.
     """
     if isinstance(error, UnicodeError):
         return "the name of the host, the user or the password cannot be encoded"

@@ -1,8 +1,7 @@
-"""Convert values in rows that have another type than their column, such as a text in place of a
-number.
+"""Convert values of a wrong type in a row, such as a text where a number belongs.
 
-SQLite stores any value in any column, and Redis stores only texts. A row that a user has edited by
-hand may have such values. They must not become an error for a process that reads all rows.
+SQLite stores any value in any column, and Redis stores only texts. So a row that a user has edited
+by hand may have values of a wrong type. A process that reads all rows must not fail on this row.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ def odd_values(row: Any) -> dict[str, Any]:
     """Return converted values for the fields of a row that have a wrong type.
 
     :param row: a dataclass of :mod:`celery_singleton_state.store.base`.
-    :returns: the new values by the fields' names. A field that is ``None`` stays so.
+    :returns: the converted values, as a dict by field name. A field that is ``None`` is left out.
     """
     found: dict[str, Any] = {}
     for kind, names, made in _KINDS:
@@ -50,11 +49,12 @@ def text(value: Any) -> str:
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
-#: For each type of a field: the type, the names of its fields, and the function that converts a
-#: value of another type.
+#: The types that fields of a row must have. Each item has a type, the names of the fields that must
+#: have this type, and the function that converts a value of another type.
 _KINDS: tuple[tuple[type, tuple[str, ...], Any], ...] = (
     (int, ("fence", "run_count", "write", "newest", "queue"), whole_number),
-    # A converted number could by chance be an existing version, and the state be decoded by it.
+    # Do not convert a version: the result could by chance be the version of another schema, and the
+    # state would be decoded with that schema.
     (int, ("schema_version",), lambda _: NO_VERSION),
     (
         float,

@@ -1,7 +1,7 @@
-"""Parse and check the options in a store's URL, the part behind the ``?``.
+"""Parse and check the options in a store's URL: the part behind the ``?``.
 
-An error names the option and what is allowed. It never shows a value, because the value can be a
-part of a password.
+An error names the option and says which values are allowed. The error never shows the given value,
+because that can be a part of a password.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 
 from celery.exceptions import ImproperlyConfigured
 
-#: How similar a known option must be to an unknown one to be suggested ("did you mean …"), from 0
-#: to 1. Less similar names often are options of other drivers, with another meaning.
+#: The least similarity, from 0 to 1, at which an error suggests a known option in place of an
+#: unknown one ("did you mean …"). Less similar options often belong to other drivers, and have
+#: another meaning.
 LIKE = 0.8
 STORE, LEASES = "singleton_store_url", "singleton_lease_url"
 LARGEST_PORT = 65535
@@ -28,11 +29,11 @@ _SWITCH |= {"0": False, "false": False, "f": False, "no": False, "n": False, "of
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """How an option of a URL is parsed.
+    """The parser of one option of a URL, and a description for errors.
 
     :param read: converts the option's text to its value, and raises :exc:`ValueError` if the text
         is not allowed.
-    :param allowed: what the option takes, as an error message says it.
+    :param allowed: the allowed values, in words for an error: "``name`` takes ``allowed``".
     """
 
     read: Callable[[str], Any]
@@ -45,7 +46,8 @@ def whole(least: int, most: int | None = None) -> Option:
     def read(text: str) -> int:
         if not (text.isascii() and text.isdecimal()):
             raise ValueError
-        # Python refuses to parse thousands of digits. 20 digits exceed every upper limit.
+        # Python refuses to parse thousands of digits. The first 20 digits are enough, because a
+        # number of 20 digits exceeds every upper limit.
         number = int(text[:20])
         if number < least or (most is not None and number > most):
             raise ValueError
@@ -70,7 +72,7 @@ def seconds(least: float = 0.001) -> Option:
 def choice(*words: str, why: str = "") -> Option:
     """An option that takes one of several words.
 
-    :param why: the reason for this choice, which is appended to the error message.
+    :param why: the reason why only these words are allowed. It ends the error's text.
     """
 
     def read(text: str) -> str:
@@ -82,12 +84,12 @@ def choice(*words: str, why: str = "") -> Option:
 
 
 def made_of(read: Callable[[str], Any], allowed: str) -> Option:
-    """An option whose ``read`` may raise any error to refuse a text."""
+    """An option whose ``read`` refuses a text by an error of any class."""
 
     def checked(text: str) -> Any:
         try:
             return read(text)
-        except Exception as error:  # for example an error of a class that the user names
+        except Exception as error:  # ``read`` may call code that the option's text names
             raise ValueError from error
 
     return Option(checked, allowed)
@@ -111,7 +113,7 @@ def read_option(setting: str, name: str, text: str, option: Option) -> Any:
     :param setting: the name of the setting that has the URL.
     :param name: the option's name.
     :param text: the option's text in the URL.
-    :raises ImproperlyConfigured: the text is not allowed. The message says what is.
+    :raises ImproperlyConfigured: the text is not allowed. The error says which texts are allowed.
     """
     try:
         return option.read(text)
@@ -122,7 +124,7 @@ def read_option(setting: str, name: str, text: str, option: Option) -> Any:
 def refused_value(setting: str, name: str, allowed: str | None) -> ImproperlyConfigured:
     """Return the error for an option whose value is not allowed.
 
-    :param allowed: what the option takes. ``None``: the message refers to the driver's
+    :param allowed: the allowed values, in words. ``None``: the error refers to the driver's
         documentation.
     """
     takes = f": {name} takes {allowed}" if allowed else "; see its driver's documentation"
@@ -150,9 +152,10 @@ def refuse_unknown_options(
 
     :param names: the names of the options in the URL.
     :param known: the names of the options that the driver knows.
-    :param driver: the driver's name, for the message.
-    :param instead: advice by the names of other drivers' options.
-    :raises ImproperlyConfigured: an option is not known. The message suggests a similar name.
+    :param driver: the driver's name, for the error.
+    :param instead: a mapping from options of other drivers to advice for the error, such as which
+        option to write instead.
+    :raises ImproperlyConfigured: an option is not known. The error suggests a similar name.
     """
     for name in names:
         if name not in known:
@@ -165,8 +168,9 @@ def refuse_unknown_options(
 
 
 def refuse_missing_files(setting: str, query: Mapping[str, object], names: Collection[str]) -> None:
-    """Refuse options of a URL that name a file which does not exist.
+    """Refuse options of a URL whose values name files that do not exist.
 
+    :param query: the options of the URL.
     :param names: the options whose values are names of files.
     :raises ImproperlyConfigured: a file does not exist.
     """
@@ -193,9 +197,10 @@ def refuse_repeated(setting: str, names: Iterable[str]) -> None:
 def refuse_nul(setting: str, parts: Mapping[str, Any]) -> None:
     """Refuse a URL that contains a NUL character (``%00``).
 
-    A driver that is written in C cuts a text at a NUL, and could so connect to another server.
+    A driver that is written in C cuts a text at a NUL, and could then connect to another server.
 
-    :param parts: the decoded parts of the URL, by their names.
+    :param parts: a mapping from the names of the URL's parts, as the error shows them, to the
+        decoded parts.
     :raises ImproperlyConfigured: a part contains a NUL.
     """
     for name, part in parts.items():
@@ -204,9 +209,9 @@ def refuse_nul(setting: str, parts: Mapping[str, Any]) -> None:
 
 
 def refuse_wrong_hosts(setting: str, hosts: Collection[str]) -> None:
-    """Refuse names of hosts that no DNS query could find. Paths of sockets are allowed.
+    """Refuse names of hosts that DNS does not allow. Paths of sockets are allowed.
 
-    :raises ImproperlyConfigured: a name is not a valid name of a host.
+    :raises ImproperlyConfigured: a host's name is not valid.
     """
     for host in hosts:
         try:
@@ -242,16 +247,16 @@ def refuse_what_fails(
     attempt: Callable[[Mapping[str, Any]], None],
     allowed: Mapping[str, str],
 ) -> None:
-    """Have a driver check options without connecting to a server, and refuse options that it does
-    not accept.
+    """Have a driver check options without connecting to a server, and refuse options that the
+    driver does not accept.
 
-    If the attempt fails, it is repeated without one option at a time. If it then succeeds, the
-    error names the option that was left out. The driver's own message is not shown, because it can
-    contain a line of a file.
+    If the attempt with all options fails, it is repeated several times, each time without one of
+    them. If the attempt without an option succeeds, the error names this option. The driver's own
+    message is not shown, because it can contain a line of a file.
 
     :param attempt: gives the options to the driver, and raises an error of any class if the driver
         does not accept them.
-    :param allowed: what an option takes, by its name, for the error message.
+    :param allowed: a mapping from options to their allowed values, in words for the error.
     :raises ImproperlyConfigured: the driver does not accept the options.
     """
     error = _failure(attempt, options)
@@ -277,6 +282,6 @@ def _failure(
 ) -> Exception | None:
     try:
         attempt(options)
-    except Exception as error:  # whatever the driver, its parser or Python's ssl raises
+    except Exception as error:  # the driver, its parser and Python's ssl have many classes of error
         return error
     return None
