@@ -1,28 +1,32 @@
 """An engine's connections: a small pool, and one more that is kept for single statements.
 
-The first caller gets the kept connection, which is outside of SQLAlchemy's pool. A caller that
-finds it in use gets one of the pool. Statements run on the driver's cursor.
+A caller gets the kept connection, which is outside of SQLAlchemy's pool. While another thread uses
+the kept connection, a caller gets a connection of the pool. Statements run on the driver's own
+cursor.
 
-The kept connection and the driver's cursor are for speed. ``python -m benchmarks layers`` prints
-what they save a no-op run in a worker. Medians on two busy cores:
+The kept connection and the driver's cursor save time. ``python -m benchmarks layers`` measures how
+much. The table shows the time of a no-op run in a worker as a fraction of the time that the run
+would take if each statement used SQLAlchemy's ``raw_connection()`` or ``connect()``. In brackets
+are the fractions for the run's statements alone, and for the CPU time of the worker's child. The
+fractions are medians on two busy cores:
 
 ============================  =====================  ============================
-time of a run (its            of that with           of that with
-statements; the child's CPU)  ``raw_connection()``   ``connect()``
+database                      ``raw_connection()``   ``connect()``
 ============================  =====================  ============================
 PostgreSQL, no wait for disk  0.97 (0.97; 0.92)      0.87 (0.75; 0.71)
 SQLite                        0.96 (0.74; 0.91)      0.86 (0.41; 0.71)
 ============================  =====================  ============================
 
-"No wait for disk" is ``synchronous_commit = off``. Where PostgreSQL waits for a slow disk, the wait
-hides the difference: 0.95 of a run, with quartiles of 0.73 and 1.25.
+"No wait for disk" is ``synchronous_commit = off``. If PostgreSQL waits for a slow disk, this wait
+hides the difference: the fraction for a run is 0.95, with quartiles of 0.73 and 1.25.
 
-All are in autocommit mode. Autocommit, no ping and no reset keep a statement at one round trip:
-BEGIN, COMMIT and ROLLBACK would double it.
+All connections are in autocommit mode, and SQLAlchemy neither pings nor resets them. So a statement
+takes one round trip. BEGIN, COMMIT or ROLLBACK would add further round trips.
 
-A connection belongs to the process that made it. A forked child must never use its copy, not even
-to close it: both share the socket, and the server would take the child's bytes for its parent's. So
-the child gives up its copies at once, and a later use of one is an error.
+A connection belongs to the process that made it. A forked child must never use its copy of the
+connection, not even to close it: parent and child share the socket, and the server would take the
+child's bytes for its parent's. So the child gives up its copies at once, and a later use of a copy
+is an error.
 """
 
 from __future__ import annotations
@@ -43,19 +47,20 @@ from celery_singleton_state.store.options import STORE
 from .errors import is_read_only
 
 APPLICATION_NAME = "celery-singleton-state"
-#: Seconds for which a fork waits at most until the process's statement on an SQLite file has ended.
+#: The longest time, in seconds, for which a fork waits until the process's statement on an SQLite
+#: file has ended.
 LONGEST_PAUSE = 5.0
 
-#: Reads the wanted result from a cursor whose statement was executed: its rows, or their number.
+#: A function that reads a statement's result from its cursor: the rows, or the number of rows.
 Answer = Callable[[Any], Any]
 
 
 class GrowingPool(QueuePool):
     """A connection pool whose size can be raised while it is in use.
 
-    The pool is disposed of when its server has gone away, and when its store is closed. Connections
-    that are in use at that time are closed when they are returned. Otherwise they would stay open
-    until the pool is collected as garbage.
+    The pool is disposed of when its server has gone away, and when its store is closed. A connection
+    that is in use at that time is closed when it is returned. Otherwise it would stay open
+    until Python collects the pool as garbage.
     """
 
     def dispose(self) -> None:
@@ -100,8 +105,8 @@ def pooled(
     return engine
 
 
-#: The drivers' connections that this process has opened. A forked child calls ``leave_to_parent()``
-#: of each.
+#: The drivers' connections that this process has opened. A forked child calls the method
+#: ``leave_to_parent()`` of each connection.
 _connections: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -111,7 +116,7 @@ def _remember(connection: Any, _record: Any) -> None:
 
 def _leave_to_parent() -> None:
     for connection in list(_connections):
-        # A closed connection raises an error, because it has no socket to give up.
+        # Ignore the error of a closed connection, which has no socket to give up.
         with contextlib.suppress(Exception):
             connection.leave_to_parent()
     _connections.clear()
@@ -121,7 +126,7 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class Connections:
-    """The connections of an engine: those of its pool, and one that is kept outside the pool.
+    """The connections of an engine: its pool, and one connection that is kept outside the pool.
 
     :param keeps_one: whether to keep a connection outside the pool. False for a database in memory,
         which exists only within the pool's single connection.
@@ -159,7 +164,7 @@ class Connections:
         except BaseException as error:
             # An error can leave a statement unfinished on the server, for example when a time limit
             # interrupted it. So a connection to a server is not used again. SQLite's calls end
-            # before the error arrives, so a connection to a file can be.
+            # before the error arrives, so a connection to an SQLite file is used again.
             self._outdated = not self._is_file
             if self._is_lost(error, self._kept):
                 self._engine.dispose()
@@ -168,8 +173,8 @@ class Connections:
             if self._outdated:
                 self._close_kept()
             self._in_use.release()
-            # Another thread may have outdated the connection before the release of the lock. It
-            # found the connection in use, and left the closing to this thread.
+            # Another thread may have tried to close the connection before this thread released the
+            # lock. The other thread found the connection in use, so this thread has to close it.
             self._close_outdated()
 
     def _execute_on_pools(
@@ -202,7 +207,9 @@ class Connections:
         )
 
     def _outdate(self, _engine: Engine) -> None:
-        """Close the kept connection when the pool is disposed of: now, or after its present use."""
+        """Close the kept connection because the pool was disposed of. If a thread uses the kept
+        connection, that thread closes it after its statement.
+        """
         self._outdated = True
         self._close_outdated()
 
@@ -217,9 +224,10 @@ class Connections:
         """Prepare for a fork: wait until the kept connection to an SQLite file is free, and close
         all connections.
 
-        A child that inherits a connection to a file assumes that it has the parent's locks, which
-        it has not. It then neither waits for other processes nor prevents that they delete its log
-        (https://sqlite.org/howtocorrupt.html, 2.6).
+        SQLite in a child that inherits a connection to a file assumes that the child has the file's
+        locks, although only the parent has them. The child then neither waits for other processes
+        nor prevents that they delete the log that it uses (https://sqlite.org/howtocorrupt.html,
+        2.6).
         """
         if not self._is_file:
             return
@@ -237,8 +245,8 @@ class Connections:
     def begin_anew(self) -> None:
         """After a fork, in the child: leave all connections to the parent, and begin with none."""
         self._kept, self._paused = None, False
-        # Another thread of the parent may have held the lock at the fork. It does not exist in the
-        # child, so nothing would release the lock.
+        # Another thread of the parent may have held the lock at the fork. That thread does not
+        # exist in the child, so nothing would release the lock.
         self._in_use = threading.Lock()
         self._engine.dispose(close=False)
 

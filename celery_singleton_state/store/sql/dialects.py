@@ -1,4 +1,5 @@
-"""The SQL databases that can be a store. Each has an entry here, a module, and a ``.sql`` file.
+"""The SQL databases that can be a store. Each database has an entry here, a module, and a ``.sql``
+file.
 
 The module and the file have the name that SQLAlchemy gives the database. The module must define:
 
@@ -24,10 +25,10 @@ from .statements import Statements
 class Database:
     """The names by which a URL may refer to a database and its drivers.
 
-    :param drivers: the drivers that a URL may name. The first is the one that this package uses,
-        whichever the URL names, because users copy URLs from Django, SQLAlchemy or Celery.
+    :param drivers: the drivers that a URL may name. This package always uses the first driver. The
+        other ones are accepted because users copy URLs from Django, SQLAlchemy or Celery.
     :param names: the names with which a URL may begin. Left out: SQLAlchemy's name of the database.
-    :param also: further names that are accepted, but that no message suggests.
+    :param also: further names with which a URL may begin, but which no error suggests.
     """
 
     drivers: tuple[str, ...]
@@ -35,7 +36,7 @@ class Database:
     also: tuple[str, ...] = ()
 
 
-#: The supported databases, by SQLAlchemy's names of them.
+#: The supported databases. The keys are SQLAlchemy's names of the databases.
 DATABASES: Mapping[str, Database] = {
     "postgresql": Database(
         drivers=("psycopg", "psycopg_async", "psycopg2", "psycopg2cffi", "asyncpg", "pg8000"),
@@ -56,7 +57,7 @@ DATABASES: Mapping[str, Database] = {
     ),
 }
 
-#: The names with which a URL may begin, for the message about a URL that is not supported.
+#: The names with which a URL may begin, for the error about a URL that is not supported.
 DIALECTS = tuple(each for name, database in DATABASES.items() for each in database.names or (name,))
 
 

@@ -1,4 +1,4 @@
-"""Make SQLAlchemy engines for a store's URL: few connections, each with time-outs.
+"""Make SQLAlchemy engines for a store's URL, with few connections and with time-outs.
 
 A process must make its own engine: connections do not survive a fork.
 """
@@ -25,9 +25,10 @@ def is_in_memory(url: URL) -> bool:
 
 
 def identity(url: URL, table_name: str) -> str | None:
-    """Return a text that identifies a table of a database, equal in all processes that use it.
+    """Return a text that identifies a table of a database. All processes that use the table get
+    the same text.
 
-    ``None`` for a database in memory, which no other process can use.
+    For a database in memory, which no other process can use, return ``None``.
     """
     if is_in_memory(url):
         return None
@@ -58,8 +59,8 @@ def make_engine(
             f"pip install celery-singleton-state[{url.get_backend_name()}]"
         ) from error
     except (ArgumentError, TypeError, ValueError) as error:
-        # SQLAlchemy could not use the URL. Its message may contain the whole URL with the password,
-        # so it is not shown.
+        # SQLAlchemy could not use the URL. SQLAlchemy's message is not shown, because it may
+        # contain the whole URL with the password.
         raise ImproperlyConfigured(
             f"singleton_store_url={shown_url(url)!r} cannot be used: {_why(url, error)}"
         ) from None

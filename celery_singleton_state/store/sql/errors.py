@@ -29,8 +29,8 @@ from celery_singleton_state.store.connecting import was_connecting
 
 from .refused_connections import advice_of_connecting
 
-# In the tables below a text is an SQLSTATE of PostgreSQL, and a number an error number of MySQL and
-# MariaDB, unless the comment says otherwise.
+# In the tables below a text is an SQLSTATE of PostgreSQL, and a number is an error number of MySQL
+# and MariaDB, unless the table's comment says otherwise.
 
 #: Codes of the error that a table, a column or a schema does not exist.
 _NOT_READY = frozenset({"42P01", "42703", "3F000", 1146, 1054})
@@ -41,16 +41,16 @@ _NOT_READY_TEXTS = ("no such table", "no such column", "has no column")
 _ROLLED_BACK = frozenset({"40001", "40P01", 1213})
 #: PostgreSQL's code of the error that a privilege is missing, on any object.
 _FORBIDDEN_ON_POSTGRESQL = "42501"
-#: Codes of the error that a privilege is missing. MySQL's are for the database, the table and a
-#: column.
+#: Codes of the error that a privilege is missing. MySQL has three codes: for a privilege on the
+#: database, on the table and on a column.
 _FORBIDDEN = frozenset({_FORBIDDEN_ON_POSTGRESQL, 1044, 1142, 1143})
 #: Codes of the error that the wait for a lock has timed out.
 _LOCKED = frozenset({"55P03", 1205})
 #: PostgreSQL's codes of the errors that the name of a prepared statement is already in use on a
 #: connection, or is unknown there.
 _UNPREPARED = frozenset({"42P05", "26000"})
-#: A code that PostgreSQL uses for several errors. One of them: the server has executed another
-#: client's prepared statement, which takes another number of parameters.
+#: A code that PostgreSQL uses for several errors. One of these errors is that the server was asked
+#: to execute another client's prepared statement, which takes another number of parameters.
 _PROTOCOL_VIOLATION = "08P01"
 
 #: Codes of the error that the server is read-only: a standby, or a primary that a failover has
@@ -77,17 +77,19 @@ _VALUE_NUMBERS = frozenset(
 #: SQLITE_CONSTRAINT_CHECK for a check of the table.
 _VALUE_CODES = frozenset({18, 20, 275})
 #: The first characters of SQLSTATEs that are about a value only if the statement carries a value
-#: from outside. Other statements fail with them for another reason, for example a wrong set-up.
+#: from outside this package. Other statements fail with these SQLSTATEs for another reason, for
+#: example a wrong set-up.
 _STATES_ONLY_OF_VALUES = ("22023", "23514", "44", "54")
-#: Numbers of MySQL and SQLite that are about a value only if the statement carries a value from
-#: outside.
+#: Error numbers of MySQL and SQLite that are about a value only if the statement carries a value
+#: from outside this package.
 _NUMBERS_ONLY_OF_VALUES = frozenset({275, 1180, 1267, 3100, 3819, 4025})
 #: Codes of the error that the database's encoding lacks a character of a text.
 _TEXTS = frozenset({"22021", "22P05", 1300, 1366, 3854, 3988})
-#: Functions of PostgreSQL that raise SQLSTATE 54000 for every write until the database is vacuumed
-#: (transaction id wraparound). So this error is not about a value.
+#: Functions in PostgreSQL's source that raise SQLSTATE 54000 for every write until the database is
+#: vacuumed (transaction id wraparound). So an error of these functions is not about a value.
 _WRAPAROUND = ("GetNewTransactionId", "GetNewMultiXactId")
 #: SQLite's code SQLITE_CONSTRAINT_TRIGGER: a trigger of the table has raised an error of its own.
+#: The advice for other broken constraints does not apply.
 _SQLITE_TRIGGER = 1811
 #: Parts of messages about a value that the database can never hold, from errors without a specific
 #: code: SQLite's overflow, PostgreSQL's limit of memory for one value, and a value whose type the
@@ -139,8 +141,8 @@ _SETUP_CODES = {
     19: _OTHER_TABLE,
     26: "set singleton_store_url to an SQLite file, or to a file that does not exist yet",
 }
-#: Errors of a wrong set-up: a pattern of the message, and what the operator has to do. Errors of a
-#: connection that PostgreSQL refuses have no SQLSTATE.
+#: Errors of a wrong set-up that are recognised by their text, because errors of a connection that
+#: PostgreSQL refuses have no SQLSTATE: a pattern of the text, and what the operator has to do.
 _SETUP_TEXTS = (
     ("password authentication failed|no pg_hba.conf entry|no password supplied", _LOGIN),
     ('FATAL: +role ".*" (does not exist|is not permitted to log in)', _LOGIN),
@@ -153,8 +155,9 @@ PRIVILEGES = "SELECT, INSERT, UPDATE, DELETE"
 #: A placeholder for the role's name in advice to the operator.
 ROLE = "<the worker's role>"
 
-#: PostgreSQL's function and message for a prepared statement whose columns an ``ALTER TABLE`` has
-#: changed. The statement works when it is prepared anew.
+#: The error about a prepared statement whose columns an ``ALTER TABLE`` has changed: the function
+#: in PostgreSQL's source that raises the error, and the error's text. The statement works when it
+#: is prepared anew.
 _OUTDATED_PLAN = ("RevalidateCachedQuery", "cached plan must not change result type")
 
 #: Errors that drivers raise for a value that they cannot send. They are not SQLAlchemy's errors.
@@ -165,8 +168,8 @@ def as_store_error(error: Exception, table: str, carries_value: bool = True) -> 
     """Turn an error of the driver or of SQLAlchemy into the :exc:`StoreError` that it means.
 
     :param table: the table's name, quoted if the database needs that.
-    :param carries_value: whether the statement carried a value from outside, such as a state. False
-        if its parameters were only this package's own.
+    :param carries_value: whether the statement carried a value from outside this package, such as
+        a state.
     """
     error = getattr(error, "orig", None) or error
     text = one_line(error)
@@ -234,9 +237,10 @@ def is_read_only(error: Exception) -> bool:
 
 
 def is_unprepared(error: Exception) -> bool:
-    """Return whether an error means that a pooler has confused connections' prepared statements.
+    """Return whether an error means that a pooler has mixed up prepared statements.
 
-    The pooler has sent a statement to a server's connection on which it was not prepared.
+    The pooler has sent a prepared statement on a connection to the server on which this statement
+    was not prepared.
     """
     code = _code(error)
     return code in _UNPREPARED or (
@@ -245,9 +249,11 @@ def is_unprepared(error: Exception) -> bool:
 
 
 def is_of_value(error: Exception, carries_value: bool) -> bool:
-    """Return whether an error means that the database or its driver can never accept the value.
+    """Return whether an error means that the database or its driver can never accept a value of the
+    statement.
 
-    :param carries_value: whether the statement carried a value from outside, such as a state.
+    :param carries_value: whether the statement carried a value from outside this package, such as
+        a state.
     """
     error = getattr(error, "orig", None) or error
     if was_connecting(error):
@@ -268,7 +274,7 @@ def is_of_value(error: Exception, carries_value: bool) -> bool:
         return code in _VALUE_NUMBERS
     return (
         number in _VALUE_CODES
-        # Errors that the driver itself raises have no code, for example for a NUL in a text.
+        # A DataError without a code comes from the driver itself, for example for a NUL in a text.
         or type(error).__name__ == "DataError"
         or any(text in str(error) for text in (*_VALUE_TEXTS, _UNREADABLE))
     )
@@ -312,7 +318,7 @@ def policy_advice(table: str, role: str) -> str:
 
 
 def _advice(error: Exception) -> str | None:
-    """Return what the operator has to do about an error; ``None`` if it may pass by itself."""
+    """Return what the operator has to do about an error, or ``None`` if it may pass by itself."""
     code = _code(error)
     if was_connecting(error) and (advice := advice_of_connecting(code, str(error))):
         return advice
@@ -326,17 +332,17 @@ def _advice(error: Exception) -> str | None:
     if own is not None:
         return None if own == _SQLITE_TRIGGER else _SETUP_CODES.get(own & 0xFF)
     text = str(error)
-    # The URL has several hosts. The host that lacks something has answered; another one, which may
-    # have it, may be unavailable only for a while.
+    # The URL has several hosts. One host has refused the connection, for example because it lacks
+    # the database. Another host may have the database, and be unavailable only for a while.
     if "Multiple connection attempts failed" in text:
         return None
     return next((advice for pattern, advice in _SETUP_TEXTS if re.search(pattern, text)), None)
 
 
 def _raised_by(error: Exception, function: str, text: str) -> bool:
-    """Return whether a function of PostgreSQL's source raised the error.
+    """Return whether a certain function in PostgreSQL's source raised an error.
 
-    The function's name is the first test, because PostgreSQL translates its messages.
+    The function's name is compared first, because PostgreSQL translates its messages.
 
     :param text: a part of the English message, for errors that do not name their function.
     """
@@ -345,7 +351,7 @@ def _raised_by(error: Exception, function: str, text: str) -> bool:
 
 
 def _code(error: Exception) -> str | int | None:
-    """Return the error's code: an SQLSTATE, or a number on MySQL; ``None`` if it has neither."""
+    """Return an error's code: an SQLSTATE, or a number of MySQL; ``None`` if it has neither."""
     error = getattr(error, "orig", None) or error
     number = error.args[0] if error.args else None
     state: str | None = getattr(error, "sqlstate", None)

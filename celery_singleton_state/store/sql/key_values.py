@@ -1,4 +1,6 @@
-"""Read and write the key-value store's rows: raw JSON by key, in the table of the singletons."""
+"""Read and write the rows of the key-value store: keys with raw JSON values, in the table of the
+singletons.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ class Rows:
     Every method raises :exc:`KeyValueStoreError` if the database fails.
 
     :param open_store: returns the store of this process.
-    :param told: changes the text of an error before it is raised.
+    :param told: returns the text for an error, given the original text.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class Rows:
         self._told = told
 
     def under(self, prefix: str) -> Rows:
-        """Return the rows whose keys begin with this prefix followed by another one."""
+        """Return the rows whose keys begin with the present prefix followed by another prefix."""
         return Rows(self._open_store, self._prefix + prefix, self._told)
 
     def get(self, key: str) -> str | None:
@@ -119,7 +121,7 @@ class Rows:
         existing row can be locked.
         """
         columns = store.table.c
-        # A placeholder that differs from every value, so that a row inserted here is recognised.
+        # A placeholder that differs from every stored value. A row with it was inserted here.
         placeholder = f"placed {uuid.uuid4()}"
         row = {"key": self._prefix + key, "value": placeholder, "updated_at": store.now}
         insert = store.upsert(row, None)
@@ -127,15 +129,16 @@ class Rows:
         while True:
             connection.execute(insert)
             found = connection.execute(question.with_for_update()).first()
-            # If another process removes an existing row between the two statements, neither finds
-            # a row. So both are repeated.
+            # The INSERT leaves an existing row as it is. If another process then removes the row,
+            # the SELECT finds none. So both statements are repeated.
             if found is not None:
                 value, is_present = found
                 return value if is_present and value != placeholder else None
 
     @contextmanager
     def _reading(self) -> Iterator[tuple[SqlStore, Connection]]:
-        # Not a transaction, because on SQLite it would wait for the file's present writer.
+        # Read without a transaction, because on SQLite a transaction would wait for a connection
+        # that is writing to the file.
         with self._says_what_failed() as store, store.engine.connect() as connection:
             yield store, connection
 
@@ -154,14 +157,16 @@ class Rows:
             raise KeyValueStoreError(self._told(str(error))) from error
         try:
             yield store
-        except StoreError as error:  # a connection could not be made
+        except StoreError as error:  # the engine could not make a connection
             raise KeyValueStoreError(self._told(str(error))) from error
         except (SQLAlchemyError, *REFUSED_BY_DRIVER) as error:
             raise KeyValueStoreError(self._told(str(store.as_store_error(error)))) from error
 
 
 def _is_present(store: SqlStore) -> sa.ColumnElement[bool]:
-    """A condition that a row has a value. The row of a singleton without a state has none."""
+    """Return the SQL condition that a row has a value. The row of a singleton without a state has
+    no value.
+    """
     columns = store.table.c
     return sa.or_(columns.fence.is_(None), columns.value != NO_STATE)
 
@@ -169,8 +174,8 @@ def _is_present(store: SqlStore) -> sa.ColumnElement[bool]:
 def _remove(store: SqlStore, connection: Connection, which: sa.ColumnElement[bool]) -> int:
     table, columns = store.table, store.table.c
     plain = sa.delete(table).where(which, columns.fence.is_(None))
-    # The row of a singleton is not deleted: it keeps the lease, and the fence, which must never be
-    # lost.
+    # The row of a singleton is not deleted, because it has the lease and the fence, which must
+    # never be lost.
     singletons = (
         sa.update(table)
         .where(which, columns.fence.is_not(None), columns.value != NO_STATE)

@@ -65,11 +65,11 @@ _OPTIONS: dict[str, Option] = {
     "sslmode": choice(*SSL_MODES),
     "sslnegotiation": choice("postgres", "direct"),
     "sslsni": _BIT,
-    # The other values lead to a server that refuses writes.
+    # The other values of target_session_attrs can lead to a server that refuses writes.
     "target_session_attrs": choice("any", "read-write", "primary", why=", as the store is written"),
     "tcp_user_timeout": _NUMBER,
 }
-#: Descriptions of the values that libpq itself checks before it connects, for error messages.
+#: The allowed values, in words for errors, of options that libpq itself checks before it connects.
 _ALLOWED = {
     "require_auth": "methods with commas between them: scram-sha-256, md5, password, gss, sspi, "
     "none, each with or without a !",
@@ -80,7 +80,8 @@ _ALLOWED = {
 _TLS = "sslmode=require (verify-full with sslrootcert=<file> checks who the server is)"
 _NO_PREPARED = "write prepare_threshold=none"
 _BOUNDED = "leave it out: singleton_heartbeat_interval bounds how long an answer may take"
-#: Advice by the names of other drivers' options, for the message that psycopg does not know them.
+#: A mapping from options of other drivers to advice. The advice is a part of the error that psycopg
+#: does not know the option.
 _INSTEAD = {
     "command_timeout": _BOUNDED,
     "direct_tls": "write sslnegotiation=direct",
@@ -91,7 +92,7 @@ _INSTEAD = {
     "statement_cache_size": _NO_PREPARED,
     "timeout": _BOUNDED,
 }
-#: Options of this package or of SQLAlchemy that libpq does not have.
+#: Options that a URL may have although libpq does not know them.
 _NOT_LIBPQS = frozenset({"prepare_threshold"})
 #: Options that name the server, the database and the user. :func:`_begin` has its own values for
 #: them, because it connects to this process instead of the server.
@@ -108,7 +109,7 @@ def read_options(url: URL) -> dict[str, Any]:
     query = read_query(url, _OPTIONS, may_repeat=("host", "port"))
     _read_each("port", query.get("port"), PORT)
     if query.get("ssl") in SSL_MODES and "sslmode" not in query:
-        query["sslmode"] = query.pop("ssl")  # asyncpg's name of the option
+        query["sslmode"] = query.pop("ssl")  # asyncpg calls this option ssl
     refuse_unknown_options(STORE, query, known | _NOT_LIBPQS, "psycopg", _INSTEAD)
     if str(query.get("sslmode")).startswith("verify") and query.get("sslrootcert") != "system":
         refuse_missing_files(STORE, query, ["sslrootcert"])
@@ -129,14 +130,14 @@ def refuse_wrong_values(query: Mapping[str, Any], given: Mapping[str, Any]) -> N
     own = {name: str(value) for name, value in query.items() if name not in _SERVER_AND_USER}
     if not own:
         return
-    # With "require" libpq refuses to begin without Kerberos credentials. They may be missing only
-    # now, so that is not an error of the URL.
+    # With gssencmode=require libpq refuses to begin a connection without Kerberos credentials. The
+    # URL is right all the same, because the credentials may be missing only at present.
     if own.get("gssencmode") == "require":
         own["gssencmode"] = "prefer"
     try:
         server = socket.create_server(("127.0.0.1", 0))
     except OSError:
-        return  # this host does not allow the attempt, so the first connection shows the errors
+        return  # no check is possible on this host, so the first connection shows the errors
     with server:
         port = str(server.getsockname()[1])
         refuse_what_fails(STORE, own, lambda options: _begin(options, port), _ALLOWED)
@@ -150,10 +151,10 @@ def _read_each(name: str, value: Any, option: Option) -> None:
 
 
 def _begin(options: Mapping[str, Any], port: str) -> None:
-    """Have libpq begin a connection to a socket of this process, because it checks all options
-    first.
+    """Have libpq check options, by beginning a connection to a socket of this process.
 
-    Its refusal shows in the connection's status. Its message may be in any language.
+    libpq checks all options before it connects. The connection's status says whether libpq refuses
+    an option. libpq's message is not used, because it may be in any language.
 
     :raises ImproperlyConfigured: libpq refuses the options.
     """

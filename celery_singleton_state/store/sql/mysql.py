@@ -1,4 +1,4 @@
-"""MariaDB and MySQL: connections by PyMySQL, and the class of their statements."""
+"""MariaDB and MySQL: connections that PyMySQL makes, and the class with the SQL statements."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ _NOT_IN_URLS = frozenset(
     {"auth_plugin_map", "autocommit", "client_flag", "compress", "conv", "cursorclass"}
     | {"defer_connect", "named_pipe", "self", "ssl"}
 )
-#: Advice by the names of other drivers' options, for the message that PyMySQL does not know them.
+#: A mapping from options of other drivers to advice. The advice is a part of the error that PyMySQL
+#: does not know the option.
 _INSTEAD = dict.fromkeys(
     ("ssl", "sslmode", "ssl_mode"), "write ssl_ca=<file of the certificate authority>"
 )
@@ -57,7 +58,8 @@ _OPTIONS: dict[str, Option] = {
     "use_unicode": SWITCH,
     "write_timeout": _SECONDS,
 }
-#: Descriptions of the values that PyMySQL checks when it makes a connection, for error messages.
+#: The allowed values, in words for errors, of options that PyMySQL checks when it makes a
+#: connection.
 _ALLOWED = {
     "read_default_file": "a file of MySQL's options, [client] and name=value",
     "ssl_ca": "a file with certificates in PEM",
@@ -66,12 +68,12 @@ _ALLOWED = {
     "ssl_key": "a file with the key of ssl_cert in PEM",
     "ssl_key_password": "the password of the key in ssl_key",
 }
-#: Options of a URL that SQLAlchemy reads, and PyMySQL does not.
+#: Options of a URL that SQLAlchemy understands, but which are not arguments of PyMySQL.
 _OF_SQLALCHEMY = frozenset({"ssl_capath", "ssl_cipher", "ssl_check_hostname"})
 
-#: The length in characters from which a statement's size is compared with the server's limit before
-#: it is sent. The server reads a shorter statement into its buffer whatever its limit is, and
-#: answers it with a clear error.
+#: The length, in characters, from which a statement's size is compared with the server's limit
+#: (``max_allowed_packet``) before the statement is sent. A shorter statement needs no check: the
+#: server can read it whatever the limit is, and answers with a clear error if it is too large.
 LARGE = 4096
 #: MySQL's error number for a packet that is larger than ``max_allowed_packet``.
 TOO_LARGE = 1153
@@ -80,12 +82,12 @@ PLUGIN_FAILED = 2061
 
 
 class Connection(pymysql.connections.Connection):  # type: ignore[misc]
-    """A connection with a read time-out that can be changed, which knows whether a statement is
+    """A connection whose read time-out can be changed, and which records whether a statement is
     unfinished.
     """
 
-    #: Whether a statement was sent and its answer not wholly read, for example because a time limit
-    #: interrupted it. The connection cannot be used again then.
+    #: Whether a statement was sent, but its answer was not read to the end, for example because a
+    #: time limit interrupted it. Such a connection cannot be used again.
     is_in_mid_statement = False
     _max_allowed_packet: int | None = None
 
@@ -98,7 +100,7 @@ class Connection(pymysql.connections.Connection):  # type: ignore[misc]
         """Return a large statement as bytes, if the server accepts a statement of this size.
 
         :raises pymysql.DataError: the statement is too large. The server would close the connection
-            without an answer, which looks as if it were unavailable.
+            without an answer, as if the server were unavailable.
         """
         data = sql.encode(self.encoding, "surrogateescape") if isinstance(sql, str) else sql
         if self._max_allowed_packet is None:
@@ -132,7 +134,7 @@ class Connection(pymysql.connections.Connection):  # type: ignore[misc]
         """
         close_silently(self)
 
-    #: The read time-out: seconds to wait for the server; ``None``: without limit.
+    #: The read time-out: seconds to wait for the server's answer; ``None``: without limit.
     patience = read_timeout
 
 
@@ -142,11 +144,12 @@ _OF_TRANSACTIONS = ("SET TRANSACTION", "START TRANSACTION", "COMMIT")
 
 
 class MySqlStatements(Statements):
-    """The statements for MariaDB and MySQL. Each is a text of one or more SQL statements."""
+    """The statements for MariaDB and MySQL. Each attribute has one or more SQL statements."""
 
     now = "SYSDATE(6)"
-    # SQLAlchemy would set the isolation level of the session, and later set it back: four more
-    # round trips. "begin" sets it for one transaction.
+    # With another level SQLAlchemy would set the session's isolation level before each transaction
+    # and reset it afterwards, in four more round trips. Instead, ``begin`` sets the level of one
+    # transaction.
     level = "AUTOCOMMIT"
     begin = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; START TRANSACTION"
     encoding_advice = "run ALTER TABLE … MODIFY … CHARACTER SET utf8mb4"
@@ -191,8 +194,8 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
         "read_timeout": io_timeout,
         "write_timeout": io_timeout,
         "program_name": APPLICATION_NAME,
-        # The session's times are UTC. In the TRADITIONAL mode a text that is too long is an error,
-        # and is not cut.
+        # Use UTC for the session's times. In the mode TRADITIONAL the server refuses a text that is
+        # too long. In other modes it can cut the text.
         "init_command": "SET time_zone = '+00:00', sql_mode = 'TRADITIONAL',"
         f" innodb_lock_wait_timeout = {math.ceil(io_timeout)}",
     }
@@ -244,9 +247,9 @@ def _refuse_missing_database(url: URL, query: Mapping[str, Any]) -> None:
 def _divided(query: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
     """Divide the options of a URL into texts for SQLAlchemy, and values for PyMySQL itself.
 
-    Switches and numbers go to PyMySQL as values, because it takes any text for true. If the options
-    say whether to verify certificates, the names of the certificate files go to PyMySQL as well: it
-    then does not read them from SQLAlchemy's argument.
+    Switches and numbers go to PyMySQL as values, because PyMySQL takes any text for true. If the
+    options say whether to verify certificates, the names of the certificate files go to PyMySQL as
+    well, because PyMySQL then ignores the names in SQLAlchemy's argument ``ssl``.
     """
     names = {name for name, value in query.items() if not isinstance(value, str)} - _OF_SQLALCHEMY
     if names & {"ssl_verify_cert", "ssl_verify_identity"}:

@@ -14,7 +14,8 @@
 -- - hold_until: the end of the hold period, for which a lease is kept after its run.
 -- - handoff_to, newest: the task id and the rank of the message that asks the holder to hand over.
 --   Ranks order the messages of a singleton from old to new.
--- - newest_sent: when the message was sent that last acquired the lease or asked for a handoff.
+-- - newest_sent: the time at which the newest message was sent, the last one that acquired the
+--   lease or asked for a handoff.
 -- - wanted: the pending run, one more run that the holder sends when it releases the lease.
 -- - queue, queued_task_id, queued_until: the message that is queued, and the queue number, which
 --   each acquisition and each change of the queued message raises.
@@ -28,32 +29,33 @@
 -- is out of date, the statement changes nothing.
 --
 -- These databases have no UPDATE … RETURNING. So a transaction reads a row back after it has
--- written it, while the row is still locked. ROW_COUNT() says whether the statement before found a
--- row. Five rules of these databases explain the texts:
+-- written it, while the row is still locked. ROW_COUNT() says whether the preceding statement found
+-- a row. Five rules of these databases explain the texts:
 --
 -- - Assignments are carried out from left to right, and each one sees the earlier ones. So a column
 --   that a condition reads is assigned last.
 -- - A statement also locks rows that it only reads on its way, and it reads small tables as a
 --   whole. So in a join the table comes last, and is read by its key.
--- - A condition that stands in several assignments is evaluated in each of them, and could differ.
---   So the present time is read only once, into a variable, after the row is locked.
+-- - A condition that stands in several assignments is evaluated in each of them, and its results
+--   could differ. So the present time is read only once, into a variable, after the row is locked.
 -- - NOW() is the time at which the statement began, so it is too old after a wait for a lock.
 --   SYSDATE() is the present time.
 -- - At the level REPEATABLE READ, the default, a statement that finds no row locks the gap in which
 --   the row would be. Two transactions that do so before they insert the row wait for each other.
 --   So the level is READ COMMITTED.
 --
--- Texts that are read from JSON get the collation of the columns, so that a comparison of both can
--- use the index.
+-- Texts that are read from JSON get the collation of the columns, so that comparing such a text
+-- with the key can use the index.
 
 -- name: acquire
 -- Acquire a lease that is free or has expired, and return the singleton's row.
--- The same holder may repeat the statement if its answer was lost. This only makes sure that the
--- lease does not expire earlier than ttl seconds from now.
--- A message that is older than the newest one of the row does not get the lease. If it has a rank,
--- that is compared with the row's rank (newest) and fence. So a new fence is larger than both. If
--- it has no rank, the times at which the messages were sent are compared (newest_sent). Each is the
--- name of a clock and a number of fixed length, so comparing texts compares times of one clock.
+-- The same holder may repeat the statement if its answer was lost. The repetition only makes sure
+-- that the lease does not expire earlier than ttl seconds from now.
+-- A message that is older than the row's newest message does not get the lease. If the message has
+-- a rank, this rank is compared with the row's rank (newest) and fence. For such comparisons each
+-- new fence is larger than both. If the message has no rank, the times at which the two messages
+-- were sent are compared (newest_sent). Such a time is a text: the name of a clock, and a number of
+-- fixed length. So comparing the texts compares two times of the same clock.
 -- The write number is -1 after a takeover of another holder's expired lease, otherwise 0.
 -- @singleton_takes: whether the lease is acquired. It is computed once, because the assignments
 -- change columns that its condition reads.
@@ -137,9 +139,10 @@ SET mine.expires_at = SYSDATE(6) + INTERVAL held_ttl SECOND;
 COMMIT;
 
 -- name: renew_unlocked
--- Renew those of several leases whose rows no other transaction has locked.
--- The second statement renews the rows that the first one has locked. If another transaction
--- unlocks a row between the two, its lease may be renewed without being in the answer.
+-- Renew several leases, except leases whose rows another transaction has locked.
+-- The SELECT locks rows and returns the answer, and the UPDATE renews the leases of these rows. If
+-- another transaction unlocks a row between the two, the row's lease may be renewed without being
+-- in the answer.
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 START TRANSACTION;
 SELECT seen.`key`, seen.handoff_to
@@ -169,8 +172,8 @@ COMMIT;
 
 -- name: save
 -- Store a state during a run, or as the last statement of a transaction, and renew the lease.
--- A write number above the parameter "number" means that a newer write has taken effect. One below
--- "seen" means that the database has lost writes that it had confirmed.
+-- If the row's write number is above the parameter "number", a newer write has taken effect. If it
+-- is below "seen", the database has lost writes that it had confirmed.
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 START TRANSACTION;
 UPDATE {table} SET
@@ -182,8 +185,8 @@ SELECT handoff_to FROM {table} WHERE `key` = %(key)s AND ROW_COUNT() = 1;
 COMMIT;
 
 -- name: written
--- Read whether a transaction took effect whose COMMIT was not answered.
--- The row is locked, so that the statement waits for a COMMIT that is still in progress.
+-- Read whether a transaction took effect, although its COMMIT was not answered.
+-- The statement locks the row, so that it waits for a COMMIT that is still in progress.
 SELECT fence = %(fence)s AND holder = %(holder)s, `write` >= %(number)s
 FROM {table} WHERE `key` = %(key)s
 FOR UPDATE;
@@ -226,7 +229,7 @@ COMMIT;
 
 -- name: give_back
 -- Release a lease by its holder's name alone, because the answer to the acquisition was lost.
--- The fence is not known then, and the lease may never have been acquired.
+-- In this case the fence is not known, and the lease may never have been acquired.
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 START TRANSACTION;
 UPDATE {table} SET holder = NULL, task_id = NULL, acquired_at = NULL, expires_at = NULL
@@ -278,7 +281,7 @@ FROM {table} WHERE `key` IN (
 
 -- name: ticks
 -- Read which ticks of some singletons are done, and whether their leases are held.
--- A hold period counts as held. The task id is NULL then, because no message is running.
+-- A hold period counts as held. Its task id is NULL, because no message is running.
 SELECT `key`, coalesce(coalesce(expires_at, hold_until) > SYSDATE(6), FALSE), task_id, ticks_done
 FROM {table} WHERE `key` IN (
   SELECT value FROM JSON_TABLE(%(keys)s, '$[*]' COLUMNS (
@@ -287,24 +290,24 @@ FROM {table} WHERE `key` IN (
 );
 
 -- name: request_handoff
--- Ask the holder of a lease to hand over, or name the message that is next after a hold period.
--- The rank of the message must be larger than that of all earlier messages. So a late request of an
--- older message is refused. A repeated request is not. In a hold period the holder is NULL, in the
--- row as well as in the parameter.
+-- Ask the holder of a lease to hand over, or record which message is next after a hold period.
+-- The rank of the message must be larger than the ranks of all earlier messages. So a late request
+-- of an older message is refused. A repeated request is not refused. In a hold period the holder is
+-- NULL, in the row as well as in the parameter.
 UPDATE {table} SET handoff_to = %(handoff_to)s, newest = %(rank)s, newest_sent = %(sent)s
 WHERE `key` = %(key)s AND fence = %(fence)s AND holder <=> %(holder)s
   AND coalesce(expires_at, hold_until) > SYSDATE(6)
   AND (coalesce(newest, 0) < %(rank)s OR (newest = %(rank)s AND handoff_to = %(handoff_to)s));
 
 -- name: release_early
--- End a hold period early, if it is still the one that the caller has read.
+-- End a hold period early, if the row still has the hold period that the caller has read.
 UPDATE {table} SET hold_until = NULL
 WHERE `key` = %(key)s AND fence = %(fence)s AND holder <=> %(holder)s
   AND holder IS NULL AND hold_until > SYSDATE(6);
 
 -- name: request_run
 -- Note a pending run, which the holder sends when it releases the lease.
--- If the row has another pending run than the caller has read, it is a newer one, and stays.
+-- If the row's pending run is not the one that the caller has read, the row's is newer, and stays.
 UPDATE {table} SET wanted = %(pending_run)s
 WHERE `key` = %(key)s AND fence = %(fence)s AND holder <=> %(holder)s
   AND coalesce(expires_at, hold_until) > SYSDATE(6)
@@ -329,6 +332,7 @@ FROM {table} WHERE `key` = %(key)s;
 -- name: claim
 -- Note a message as queued, if the row still has the queue number that the caller has read.
 -- If the answer to a claim was lost, the caller repeats the claim with 0 as the parameter "first".
+-- Only such a repetition succeeds if the row has an equal claim already.
 -- A missing row cannot be locked, so the condition is evaluated when the row is written.
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 START TRANSACTION;
@@ -356,8 +360,8 @@ COMMIT;
 
 -- name: dequeue
 -- Note that a message is no longer queued.
--- The queue number grows whichever message is queued, and a missing row is inserted. So a claim
--- that arrives later is refused, because it names the old number.
+-- The queue number grows even if another message is queued, and a missing row is inserted. So a
+-- claim that arrives later is refused, because it names the old number.
 INSERT INTO {table} (`key`, task, value, updated_at, fence, queue)
 VALUES (%(key)s, %(task)s, 'null', SYSDATE(6), 0, 1)
 ON DUPLICATE KEY UPDATE
@@ -421,7 +425,7 @@ WHERE substr(`key`, 1, CHAR_LENGTH(%(prefix)s)) = %(prefix)s
     OR last_finished_at <= (SELECT SYSDATE(6) - INTERVAL %(older_than)s SECOND));
 
 -- name: prune
--- Delete the rows of those of the given singletons that are still unused.
+-- Delete the rows of given singletons, if they are still unused.
 -- Rows that another transaction has locked are skipped.
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 START TRANSACTION;

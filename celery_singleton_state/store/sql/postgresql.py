@@ -1,4 +1,4 @@
-"""PostgreSQL: connections by psycopg, and the class of its statements."""
+"""PostgreSQL: connections that psycopg makes, and the class with the SQL statements."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from .statements import Statements
 #: The status of a connection on which a statement is running.
 ACTIVE = psycopg.pq.TransactionStatus.ACTIVE
 
-#: Seconds for which the closing of a connection waits at most for the server to accept the cancel
-#: request.
+#: The longest time, in seconds, for which the closing of a connection waits for the server to
+#: accept a cancel request.
 LONGEST_CANCEL = 0.5
-#: The same limit as a part of ``io_timeout``. The smaller limit counts.
+#: The longest time of this wait as a fraction of ``io_timeout``. The shorter limit of the two
+#: applies.
 CANCEL_PART = 0.25
 #: The first release of psycopg that reports, while it waits, that nothing has arrived. With an
-#: older one a statement waits for a silent server until TCP gives up.
+#: older release a statement waits for a silent server until TCP gives up.
 OLDEST = (3, 3)
 
 
@@ -40,13 +41,14 @@ class Connection(psycopg.Connection[Any]):
 
     With libpq 17 and later, the connection cancels a statement that has timed out. A server process
     that waits for a lock, or for a standby, does not notice that its client has closed the
-    connection. So without the cancelling each attempt would leave another server process behind,
-    until the server accepts no more connections.
+    connection. Without the cancelling each attempt would leave another server process behind, until
+    the server accepts no more connections.
     """
 
-    #: Seconds to wait for the server; ``None``: without limit.
+    #: Seconds to wait for the server's answer; ``None``: without limit.
     patience: float | None = None
-    #: Seconds for which closing waits at most for the server to accept a cancel request.
+    #: The longest time, in seconds, for which closing waits for the server to accept a cancel
+    #: request.
     cancel_timeout = LONGEST_CANCEL
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -61,8 +63,8 @@ class Connection(psycopg.Connection[Any]):
     def leave_to_parent(self) -> None:
         """Close a forked child's copy of the connection, without telling the server.
 
-        libpq always sends the end of the session when it closes a socket, and the parent still
-        needs the session. So the socket is replaced by ``/dev/null`` first.
+        When libpq closes a socket, it always tells the server that the session ends, but the parent
+        still needs the session. So the child replaces the socket by ``/dev/null`` first.
         """
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, self.fileno(), inheritable=False)
@@ -77,14 +79,15 @@ class Connection(psycopg.Connection[Any]):
             super().close()
 
     def _cancel_statement(self) -> None:
-        """Ask the server to cancel the running statement, and wait until it has the request, for
-        ``cancel_timeout`` seconds at most.
+        """Ask the server to cancel the running statement. Wait at most ``cancel_timeout`` seconds
+        until the server has accepted this request.
 
         The connection must still be open, because a pooler finds the statement by the connection.
         """
         if self.pgconn.transaction_status != ACTIVE or os.getpid() != self._owner:
             return
-        # Before libpq 17 a cancel request blocks the whole process while the server is silent.
+        # Send no cancel request with a libpq before 17, because it would block the whole process
+        # while the server is silent.
         if not psycopg.capabilities.has_cancel_safe():
             return
         # If the server cannot be reached, the statement cannot be cancelled. The closing must
@@ -119,8 +122,8 @@ class PostgresqlStatements(Statements):
     encoding_advice = "create a database with ENCODING 'UTF8', which can store all of them"
 
     def length_of(self, text: str) -> Any:
-        # The database counts the characters. With the encoding SQL_ASCII substr counts bytes, and
-        # length does the same.
+        # Let the database count instead of Python: with the encoding SQL_ASCII both substr and
+        # length count bytes, and Python counts characters.
         return sa.func.length(sa.literal(text))
 
 
@@ -132,8 +135,8 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
 
     :func:`~celery_singleton_state.store.sql.engine.make_engine` explains the arguments.
 
-    Each statement is prepared at its first use. It is not prepared if a pooler stands between this
-    process and the server, or if the URL says so by ``?prepare_threshold=none``.
+    Each statement is prepared at its first use. Statements are not prepared if a pooler stands
+    between this process and the server, or if the URL says ``?prepare_threshold=none``.
 
     :raises ImproperlyConfigured: psycopg is too old, or an option of the URL is not known or not
         allowed.
@@ -155,7 +158,7 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
             connection.prepare_threshold = 0
         return connection
 
-    # SQLAlchemy takes the names of several hosts as a tuple of texts.
+    # A tuple has the names of several hosts. SQLAlchemy needs it unchanged.
     texts = {name: own if isinstance(own, tuple) else str(own) for name, own in query.items()}
     engine = pooled(
         url.set(query=texts),
@@ -166,8 +169,8 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
         connect_args={
             "connect_timeout": math.ceil(connect_timeout),
             "tcp_user_timeout": math.ceil(io_timeout * 1000),
-            # Also if the database has another encoding: PostgreSQL then converts each text, or
-            # refuses it with an error.
+            # Send UTF-8 even if the database has another encoding. PostgreSQL then converts each
+            # text, or refuses the text with an error.
             "client_encoding": "UTF8",
             "application_name": query.get("application_name", APPLICATION_NAME),
             "prepare_threshold": threshold,
@@ -181,9 +184,9 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
 def _is_pooled(connection: Connection) -> bool:
     """Return whether a pooler stands between this process and the server.
 
-    A pooler announces another process id than the server's. Prepared statements are dangerous
-    behind it: a pooler may give each transaction another connection of its own, on which another
-    client may have prepared a different statement under the same name.
+    A pooler announces a process id that is not the id of the server's process. Prepared statements
+    are dangerous behind a pooler: it may run each transaction on another of its connections to the
+    server, and another client may have prepared a different statement under the same name there.
     """
     try:
         row = connection.execute("SELECT pg_backend_pid()").fetchone()

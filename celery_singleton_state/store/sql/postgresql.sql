@@ -13,7 +13,8 @@
 -- - hold_until: the end of the hold period, for which a lease is kept after its run.
 -- - handoff_to, newest: the task id and the rank of the message that asks the holder to hand over.
 --   Ranks order the messages of a singleton from old to new.
--- - newest_sent: when the message was sent that last acquired the lease or asked for a handoff.
+-- - newest_sent: the time at which the newest message was sent, the last one that acquired the
+--   lease or asked for a handoff.
 -- - wanted: the pending run, one more run that the holder sends when it releases the lease.
 -- - queue, queued_task_id, queued_until: the message that is queued, and the queue number, which
 --   each acquisition and each change of the queued message raises.
@@ -34,12 +35,13 @@
 
 -- name: acquire
 -- Acquire a lease that is free or has expired, and return the singleton's row.
--- The same holder may repeat the statement if its answer was lost. This only makes sure that the
--- lease does not expire earlier than ttl seconds from now.
--- A message that is older than the newest one of the row does not get the lease. If it has a rank,
--- that is compared with the row's rank (newest) and fence. So a new fence is larger than both. If
--- it has no rank, the times at which the messages were sent are compared (newest_sent). Each is the
--- name of a clock and a number of fixed length, so comparing texts compares times of one clock.
+-- The same holder may repeat the statement if its answer was lost. The repetition only makes sure
+-- that the lease does not expire earlier than ttl seconds from now.
+-- A message that is older than the row's newest message does not get the lease. If the message has
+-- a rank, this rank is compared with the row's rank (newest) and fence. For such comparisons each
+-- new fence is larger than both. If the message has no rank, the times at which the two messages
+-- were sent are compared (newest_sent). Such a time is a text: the name of a clock, and a number of
+-- fixed length. So comparing the texts compares two times of the same clock.
 -- The write number is -1 after a takeover of another holder's expired lease, otherwise 0.
 INSERT INTO {table} AS mine (
   key, task, value, updated_at, fence, write, queue, newest_sent, holder, task_id, acquired_at,
@@ -93,9 +95,9 @@ WHERE mine.key = held.key AND mine.fence = held.fence AND mine.holder = held.hol
 RETURNING mine.key, handoff_to;
 
 -- name: renew_unlocked
--- Renew those of several leases whose rows no other transaction has locked.
--- It is a join, because PostgreSQL executes key IN (SELECT …) as a loop over all leases for each
--- lease.
+-- Renew several leases, except leases whose rows another transaction has locked.
+-- The statement is a join, because PostgreSQL executes key IN (SELECT …) as a loop over all leases
+-- for each lease.
 UPDATE {table} AS mine SET expires_at = clock_timestamp() + unlocked.ttl * interval '1 second'
 FROM (
   SELECT held.*
@@ -110,8 +112,8 @@ RETURNING mine.key, handoff_to;
 
 -- name: save
 -- Store a state during a run, or as the last statement of a transaction, and renew the lease.
--- A write number above the parameter "number" means that a newer write has taken effect. One below
--- "seen" means that the database has lost writes that it had confirmed.
+-- If the row's write number is above the parameter "number", a newer write has taken effect. If it
+-- is below "seen", the database has lost writes that it had confirmed.
 UPDATE {table} SET
   value = %(value)s, schema_version = %(schema_version)s, updated_at = clock_timestamp(),
   write = %(number)s, expires_at = clock_timestamp() + %(ttl)s * interval '1 second'
@@ -120,8 +122,8 @@ WHERE key = %(key)s AND fence = %(fence)s AND holder = %(holder)s
 RETURNING handoff_to;
 
 -- name: written
--- Read whether a transaction took effect whose COMMIT was not answered.
--- The row is locked, so that the statement waits for a COMMIT that is still in progress.
+-- Read whether a transaction took effect, although its COMMIT was not answered.
+-- The statement locks the row, so that it waits for a COMMIT that is still in progress.
 SELECT fence = %(fence)s AND holder = %(holder)s, write >= %(number)s
 FROM {table} WHERE key = %(key)s
 FOR UPDATE;
@@ -158,7 +160,7 @@ RETURNING wanted;
 
 -- name: give_back
 -- Release a lease by its holder's name alone, because the answer to the acquisition was lost.
--- The fence is not known then, and the lease may never have been acquired.
+-- In this case the fence is not known, and the lease may never have been acquired.
 UPDATE {table} SET holder = NULL, task_id = NULL, acquired_at = NULL, expires_at = NULL
 WHERE key = %(key)s AND holder = %(holder)s
 RETURNING wanted;
@@ -202,30 +204,30 @@ FROM {table} WHERE key IN (SELECT value FROM json_array_elements_text(CAST(%(key
 
 -- name: ticks
 -- Read which ticks of some singletons are done, and whether their leases are held.
--- A hold period counts as held. The task id is NULL then, because no message is running.
+-- A hold period counts as held. Its task id is NULL, because no message is running.
 SELECT
   key, coalesce(coalesce(expires_at, hold_until) > clock_timestamp(), FALSE), task_id, ticks_done
 FROM {table} WHERE key IN (SELECT value FROM json_array_elements_text(CAST(%(keys)s AS json)));
 
 -- name: request_handoff
--- Ask the holder of a lease to hand over, or name the message that is next after a hold period.
--- The rank of the message must be larger than that of all earlier messages. So a late request of an
--- older message is refused. A repeated request is not. In a hold period the holder is NULL, in the
--- row as well as in the parameter.
+-- Ask the holder of a lease to hand over, or record which message is next after a hold period.
+-- The rank of the message must be larger than the ranks of all earlier messages. So a late request
+-- of an older message is refused. A repeated request is not refused. In a hold period the holder is
+-- NULL, in the row as well as in the parameter.
 UPDATE {table} SET handoff_to = %(handoff_to)s, newest = %(rank)s, newest_sent = %(sent)s
 WHERE key = %(key)s AND fence = %(fence)s AND holder IS NOT DISTINCT FROM %(holder)s
   AND coalesce(expires_at, hold_until) > clock_timestamp()
   AND (coalesce(newest, 0) < %(rank)s OR (newest = %(rank)s AND handoff_to = %(handoff_to)s));
 
 -- name: release_early
--- End a hold period early, if it is still the one that the caller has read.
+-- End a hold period early, if the row still has the hold period that the caller has read.
 UPDATE {table} SET hold_until = NULL
 WHERE key = %(key)s AND fence = %(fence)s AND holder IS NOT DISTINCT FROM %(holder)s
   AND holder IS NULL AND hold_until > clock_timestamp();
 
 -- name: request_run
 -- Note a pending run, which the holder sends when it releases the lease.
--- If the row has another pending run than the caller has read, it is a newer one, and stays.
+-- If the row's pending run is not the one that the caller has read, the row's is newer, and stays.
 UPDATE {table} SET wanted = %(pending_run)s
 WHERE key = %(key)s AND fence = %(fence)s AND holder IS NOT DISTINCT FROM %(holder)s
   AND coalesce(expires_at, hold_until) > clock_timestamp()
@@ -250,6 +252,7 @@ FROM {table} WHERE key = %(key)s;
 -- name: claim
 -- Note a message as queued, if the row still has the queue number that the caller has read.
 -- If the answer to a claim was lost, the caller repeats the claim with 0 as the parameter "first".
+-- Only such a repetition succeeds if the row has an equal claim already.
 INSERT INTO {table} AS mine (
   key, task, value, updated_at, fence, queue, queued_task_id, queued_until
 ) VALUES (
@@ -268,8 +271,8 @@ RETURNING queue;
 
 -- name: dequeue
 -- Note that a message is no longer queued.
--- The queue number grows whichever message is queued, and a missing row is inserted. So a claim
--- that arrives later is refused, because it names the old number.
+-- The queue number grows even if another message is queued, and a missing row is inserted. So a
+-- claim that arrives later is refused, because it names the old number.
 INSERT INTO {table} AS mine (key, task, value, updated_at, fence, queue)
 VALUES (%(key)s, %(task)s, 'null', clock_timestamp(), 0, 1)
 ON CONFLICT (key) DO UPDATE SET
@@ -314,10 +317,10 @@ WHERE substr(key, 1, length(%(prefix)s)) = %(prefix)s
     OR last_finished_at <= (SELECT clock_timestamp() - %(older_than)s * interval '1 second'));
 
 -- name: prune
--- Delete the rows of those of the given singletons that are still unused.
+-- Delete the rows of given singletons, if they are still unused.
 -- Each row is locked and then checked again, so a singleton whose run has begun meanwhile keeps its
 -- row. Rows that another transaction has locked are skipped. The subselect that locks stands in
--- WITH, because PostgreSQL may execute it many times elsewhere.
+-- WITH, because elsewhere PostgreSQL may execute the subselect many times.
 WITH chosen AS (
   SELECT key FROM {table}
   WHERE key IN (SELECT value FROM json_array_elements_text(CAST(%(keys)s AS json)))
@@ -341,7 +344,8 @@ WHERE substr(key, 1, length(%(prefix)s)) = %(prefix)s AND key <> %(prefix)s;
 -- name: record
 -- Store the entries of a beat schedule, and renew the lease of the leading beat.
 -- The leader's row is updated first. The UPDATE waits if another transaction has locked the row,
--- and then reads the row again. A condition of the INSERT would see the row from before the wait.
+-- and then reads the row again. A condition of the INSERT would see the row as it was before the
+-- wait.
 WITH leader AS (
   UPDATE {table} SET
     expires_at = clock_timestamp() + %(ttl)s * interval '1 second', write = %(number)s
@@ -383,9 +387,10 @@ WHERE NOT CASE privilege WHEN 'DELETE' THEN has_table_privilege(%(table)s, privi
 HAVING count(*) > 0;
 
 -- name: hiding
--- Return the role if row-level security can hide rows of the table from it.
+-- Return the role if row-level security can hide rows of the table from this role.
 -- For each kind of command one permissive policy that shows all rows is enough: r, a, w and d stand
--- for SELECT, INSERT, UPDATE and DELETE. A restrictive policy can hide rows in spite of that.
+-- for SELECT, INSERT, UPDATE and DELETE. A restrictive policy can hide rows in spite of such
+-- policies.
 WITH own AS (
   SELECT polcmd, polpermissive, coalesce(pg_get_expr(polqual, polrelid), 'true') = 'true'
     AND coalesce(pg_get_expr(polwithcheck, polrelid), 'true') = 'true' AS hides_nothing

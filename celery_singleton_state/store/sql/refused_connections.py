@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import re
 
-#: A part of psycopg's message if the URL has several hosts and none of them accepted the
-#: connection. A host may then be unavailable for a while, so the error may pass by itself.
+#: A part of psycopg's error when the URL has several hosts and none of them accepted the
+#: connection. A host may be unavailable only for a while, so the error may pass by itself.
 _SEVERAL_HOSTS = "Multiple connection attempts failed"
 
-#: Advice by MySQL's error numbers, for the settings of a new session and for TLS.
+#: Advice for errors about the settings of a new session and about TLS. The keys are MySQL's error
+#: numbers.
 _NUMBERS = {
     1115: "the server does not know the charset in singleton_store_url",
     1193: "the server does not know a variable that init_command in singleton_store_url sets",
@@ -23,7 +24,8 @@ _VERIFY = (
     "the server's certificate is not the one that singleton_store_url requires: check sslrootcert "
     "(ssl_ca on MySQL) and the name of the host"
 )
-#: Advice by patterns of the message, because errors of a refused connection have no SQLSTATE.
+#: Patterns of PostgreSQL's and the drivers' errors, each with advice. The patterns are needed
+#: because errors of a refused connection have no SQLSTATE.
 _TEXTS = (
     (
         "does not support SSL|SSL was required|SSL required, but",

@@ -1,5 +1,5 @@
-"""The requests that processes other than the lease's holder can make on a row of an SQL store: for
-a handoff, for a pending run, for a place in the queue.
+"""The requests that processes other than the lease's holder can make on a row of an SQL store, such
+as asking for a handoff, noting a pending run, or claiming the place of the queued message.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Rows = Callable[[str, Mapping[str, Any]], Sequence[tuple[Any, ...]]]
 #: A function that runs a statement with its parameters, and returns the number of changed rows.
 Change = Callable[[str, Mapping[str, Any]], int]
 
-#: Returns a task's name as it is stored. The results are cached, because the few tasks of an app
-#: have many runs.
+#: A function that returns a task's name in the form in which it is stored. The results are cached,
+#: because the few tasks of an app have many runs.
 stored_task = lru_cache(1000)(storable)
 
 

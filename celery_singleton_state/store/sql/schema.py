@@ -1,4 +1,4 @@
-"""The table of singletons and key-value pairs, as SQLAlchemy describes it."""
+"""SQLAlchemy's description of the table of singletons and key-value pairs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sqlalchemy import (
 
 
 def make_table(name: str) -> Table:
-    """Return the description of the ``kv_store`` table, under another name if that is wanted.
+    """Return SQLAlchemy's description of the table of singletons and key-value pairs.
 
-    A table that has only the columns ``key``, ``value`` and ``updated_at`` and the index can be
-    upgraded: all other columns can be added to it.
+    An existing table that has only the columns ``key``, ``value`` and ``updated_at`` and the index
+    can be upgraded: all other columns can be added to it.
 
-    :param name: the table's name, which may have a schema: ``schema.name``.
+    :param name: the table's name, for example ``kv_store``. It may have a schema: ``schema.name``.
     """
     schema, _, bare = name.rpartition(".")
     moment = DateTime(timezone=True)

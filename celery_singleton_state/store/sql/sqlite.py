@@ -1,4 +1,6 @@
-"""SQLite: connections that wait for locks in Python, and the class of its statements."""
+"""SQLite: connections that wait for the file's lock in Python code instead of in SQLite, and the
+class with the SQL statements.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,9 @@ from .engine import is_in_memory
 from .statements import Statements
 from .url import read_query
 
-#: The oldest release of SQLite that can be used. It is the first that has RETURNING.
+#: The oldest release of SQLite that can be used: the first release that has RETURNING.
 OLDEST = (3, 35)
-#: The options that a URL may have, unless it is one of SQLite's own URIs (``?uri=true``).
+#: The options that a URL may have. One of SQLite's own URIs (``?uri=true``) may have further ones.
 OPTIONS: dict[str, Option] = {
     "cached_statements": whole(0),
     "check_same_thread": SWITCH,
@@ -38,7 +40,8 @@ OPTIONS: dict[str, Option] = {
     "timeout": seconds(0),
     "uri": SWITCH,
 }
-#: Seconds between two attempts to get the file's lock: at first, and at most.
+#: The first and the longest pause, in seconds, between two attempts to get the file's lock. The
+#: pause doubles with each attempt.
 FIRST_POLL, LONGEST_POLL = 0.001, 0.02
 
 
@@ -48,11 +51,11 @@ _execute = sqlite3.Cursor.execute
 class Connection(sqlite3.Connection):
     """A connection that waits for the file's lock in Python instead of in SQLite.
 
-    SQLite would wait in C code. Under gevent such a wait blocks all greenlets, also the one that
-    holds the lock. Elsewhere it delays the signals of time limits.
+    SQLite would wait in C code. Under gevent such a wait blocks all greenlets, including the
+    greenlet that holds the lock. In other worker pools it delays the signals of time limits.
     """
 
-    #: Seconds for which a statement waits at most for the lock of another connection.
+    #: The longest time, in seconds, for which a statement waits for the lock of another connection.
     lock_timeout = 0.0
 
     _is_parents = False
@@ -65,7 +68,7 @@ class Connection(sqlite3.Connection):
     def execute(self, statement: str, parameters: Any = ()) -> Any:
         """Run a statement, and wait for the file's lock if necessary.
 
-        Python's own method would not wait, because it does not use this connection's cursor class.
+        The method of ``sqlite3`` would not wait, because it does not use the class :class:`Cursor`.
         """
         return self.cursor().execute(statement, parameters)
 
@@ -82,8 +85,8 @@ class Connection(sqlite3.Connection):
             super().close()
 
     def leave_to_parent(self) -> None:
-        """Make the connection unusable in a forked child, and never close it there: closing would
-        roll back in memory that the child shares with its parent.
+        """Make the connection unusable in a forked child, and keep it open there: closing it would
+        roll back a transaction in memory that the child shares with its parent.
         """
         self._is_parents = True
         # This extra reference is never released, so Python does not close the connection even when
@@ -124,8 +127,8 @@ class Cursor(sqlite3.Cursor):
     def _can_wait(self, error: sqlite3.OperationalError) -> bool:
         """Return whether a statement that failed may be tried again, because the file was locked.
 
-        Within a transaction it may not: the connection that holds the lock may wait for this
-        transaction's lock.
+        A statement within a transaction may not be tried again: the connection that holds the lock
+        may be waiting for this transaction's lock.
         """
         code: int = getattr(error, "sqlite_errorcode", 0)
         return code & 0xFF == sqlite3.SQLITE_BUSY and not self.connection.in_transaction
@@ -137,7 +140,7 @@ class SqliteStatements(Statements):
     now = "strftime('%Y-%m-%d %H:%M:%f+00:00', 'now')"
     level = "SERIALIZABLE"
     # BEGIN IMMEDIATE asks for the write lock at once, and can wait for it. A transaction that reads
-    # first and asks for the write lock later cannot: SQLite raises an error.
+    # first and asks for the write lock later cannot wait, because SQLite raises an error.
     begin = "BEGIN IMMEDIATE"
     insert = staticmethod(sqlite.insert)
 
@@ -179,7 +182,7 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
             _use_wal(connection, io_timeout)
             connection.execute("PRAGMA synchronous = NORMAL")
         except BaseException:
-            # SQLAlchemy drops a connection whose preparation failed, and leaves it open.
+            # Close the connection, because SQLAlchemy drops it after this error without closing it.
             connection.close()
             raise
 
@@ -187,10 +190,10 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
 
 
 def _use_wal(connection: sqlite3.Connection, io_timeout: float) -> None:
-    """Switch the file to the journal mode WAL, unless it has it already.
+    """Switch the file to the journal mode WAL, unless the file has this mode already.
 
-    The switch fails while another process uses the file, because SQLite does not wait for it. So it
-    is repeated for ``io_timeout`` seconds.
+    While another process uses the file, the switch fails at once, because SQLite does not wait for
+    that process. So the switch is repeated for ``io_timeout`` seconds.
     """
     deadline = time.monotonic() + io_timeout
     while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":

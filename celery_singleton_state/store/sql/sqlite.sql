@@ -13,7 +13,8 @@
 -- - hold_until: the end of the hold period, for which a lease is kept after its run.
 -- - handoff_to, newest: the task id and the rank of the message that asks the holder to hand over.
 --   Ranks order the messages of a singleton from old to new.
--- - newest_sent: when the message was sent that last acquired the lease or asked for a handoff.
+-- - newest_sent: the time at which the newest message was sent, the last one that acquired the
+--   lease or asked for a handoff.
 -- - wanted: the pending run, one more run that the holder sends when it releases the lease.
 -- - queue, queued_task_id, queued_until: the message that is queued, and the queue number, which
 --   each acquisition and each change of the queued message raises.
@@ -33,12 +34,13 @@
 
 -- name: acquire
 -- Acquire a lease that is free or has expired, and return the singleton's row.
--- The same holder may repeat the statement if its answer was lost. This only makes sure that the
--- lease does not expire earlier than ttl seconds from now.
--- A message that is older than the newest one of the row does not get the lease. If it has a rank,
--- that is compared with the row's rank (newest) and fence. So a new fence is larger than both. If
--- it has no rank, the times at which the messages were sent are compared (newest_sent). Each is the
--- name of a clock and a number of fixed length, so comparing texts compares times of one clock.
+-- The same holder may repeat the statement if its answer was lost. The repetition only makes sure
+-- that the lease does not expire earlier than ttl seconds from now.
+-- A message that is older than the row's newest message does not get the lease. If the message has
+-- a rank, this rank is compared with the row's rank (newest) and fence. For such comparisons each
+-- new fence is larger than both. If the message has no rank, the times at which the two messages
+-- were sent are compared (newest_sent). Such a time is a text: the name of a clock, and a number of
+-- fixed length. So comparing the texts compares two times of the same clock.
 -- The write number is -1 after a takeover of another holder's expired lease, otherwise 0.
 -- abs(-1 - x) is x + 1. SQLite turns a sum that is too large into a floating-point number, to which
 -- 1 could be added without effect. abs() raises an error instead.
@@ -101,8 +103,8 @@ RETURNING key, handoff_to;
 
 -- name: save
 -- Store a state during a run, or as the last statement of a transaction, and renew the lease.
--- A write number above the parameter "number" means that a newer write has taken effect. One below
--- "seen" means that the database has lost writes that it had confirmed.
+-- If the row's write number is above the parameter "number", a newer write has taken effect. If it
+-- is below "seen", the database has lost writes that it had confirmed.
 UPDATE {table} SET
   value = :value, schema_version = :schema_version,
   updated_at = strftime('%Y-%m-%d %H:%M:%f+00:00', 'now'),
@@ -112,7 +114,7 @@ WHERE key = :key AND fence = :fence AND holder = :holder
 RETURNING handoff_to;
 
 -- name: written
--- Read whether a transaction took effect whose COMMIT was not answered.
+-- Read whether a transaction took effect, although its COMMIT was not answered.
 SELECT fence = :fence AND holder = :holder, write >= :number
 FROM {table} WHERE key = :key;
 
@@ -151,7 +153,7 @@ RETURNING wanted;
 
 -- name: give_back
 -- Release a lease by its holder's name alone, because the answer to the acquisition was lost.
--- The fence is not known then, and the lease may never have been acquired.
+-- In this case the fence is not known, and the lease may never have been acquired.
 UPDATE {table} SET holder = NULL, task_id = NULL, acquired_at = NULL, expires_at = NULL
 WHERE key = :key AND holder = :holder
 RETURNING wanted;
@@ -196,7 +198,7 @@ FROM {table} WHERE key IN (SELECT value FROM json_each(:keys));
 
 -- name: ticks
 -- Read which ticks of some singletons are done, and whether their leases are held.
--- A hold period counts as held. The task id is NULL then, because no message is running.
+-- A hold period counts as held. Its task id is NULL, because no message is running.
 SELECT
   key,
   coalesce(coalesce(expires_at, hold_until) > strftime('%Y-%m-%d %H:%M:%f+00:00', 'now'), FALSE),
@@ -204,24 +206,24 @@ SELECT
 FROM {table} WHERE key IN (SELECT value FROM json_each(:keys));
 
 -- name: request_handoff
--- Ask the holder of a lease to hand over, or name the message that is next after a hold period.
--- The rank of the message must be larger than that of all earlier messages. So a late request of an
--- older message is refused. A repeated request is not. In a hold period the holder is NULL, in the
--- row as well as in the parameter.
+-- Ask the holder of a lease to hand over, or record which message is next after a hold period.
+-- The rank of the message must be larger than the ranks of all earlier messages. So a late request
+-- of an older message is refused. A repeated request is not refused. In a hold period the holder is
+-- NULL, in the row as well as in the parameter.
 UPDATE {table} SET handoff_to = :handoff_to, newest = :rank, newest_sent = :sent
 WHERE key = :key AND fence = :fence AND holder IS :holder
   AND coalesce(expires_at, hold_until) > strftime('%Y-%m-%d %H:%M:%f+00:00', 'now')
   AND (coalesce(newest, 0) < :rank OR (newest = :rank AND handoff_to = :handoff_to));
 
 -- name: release_early
--- End a hold period early, if it is still the one that the caller has read.
+-- End a hold period early, if the row still has the hold period that the caller has read.
 UPDATE {table} SET hold_until = NULL
 WHERE key = :key AND fence = :fence AND holder IS :holder
   AND holder IS NULL AND hold_until > strftime('%Y-%m-%d %H:%M:%f+00:00', 'now');
 
 -- name: request_run
 -- Note a pending run, which the holder sends when it releases the lease.
--- If the row has another pending run than the caller has read, it is a newer one, and stays.
+-- If the row's pending run is not the one that the caller has read, the row's is newer, and stays.
 UPDATE {table} SET wanted = :pending_run
 WHERE key = :key AND fence = :fence AND holder IS :holder
   AND coalesce(expires_at, hold_until) > strftime('%Y-%m-%d %H:%M:%f+00:00', 'now')
@@ -247,6 +249,7 @@ FROM {table} WHERE key = :key;
 -- name: claim
 -- Note a message as queued, if the row still has the queue number that the caller has read.
 -- If the answer to a claim was lost, the caller repeats the claim with 0 as the parameter "first".
+-- Only such a repetition succeeds if the row has an equal claim already.
 INSERT INTO {table} AS mine (
   key, task, value, updated_at, fence, queue, queued_task_id, queued_until
 ) VALUES (
@@ -265,8 +268,8 @@ RETURNING queue;
 
 -- name: dequeue
 -- Note that a message is no longer queued.
--- The queue number grows whichever message is queued, and a missing row is inserted. So a claim
--- that arrives later is refused, because it names the old number.
+-- The queue number grows even if another message is queued, and a missing row is inserted. So a
+-- claim that arrives later is refused, because it names the old number.
 INSERT INTO {table} AS mine (key, task, value, updated_at, fence, queue)
 VALUES (:key, :task, 'null', strftime('%Y-%m-%d %H:%M:%f+00:00', 'now'), 0, 1)
 ON CONFLICT (key) DO UPDATE SET
@@ -317,7 +320,7 @@ WHERE substr(key, 1, length(:prefix)) = :prefix
       <= (SELECT strftime('%Y-%m-%d %H:%M:%f+00:00', 'now', -:older_than || ' seconds')));
 
 -- name: prune
--- Delete the rows of those of the given singletons that are still unused.
+-- Delete the rows of given singletons, if they are still unused.
 DELETE FROM {table}
 WHERE key IN (SELECT value FROM json_each(:keys))
   AND fence IS NOT NULL AND holder IS NULL

@@ -1,5 +1,5 @@
-"""The base class of a database's statements. It reads them from the database's ``.sql`` file, and
-holds the few other things in which databases differ.
+"""The base class of a database's SQL statements. It reads the statements from the database's
+``.sql`` file, and has the few other attributes in which databases differ.
 
 ``docs/adding-a-database.md`` explains how to add a database.
 """
@@ -21,13 +21,14 @@ NAME = "\n-- name: "
 class Statements:
     """The statements for one table of one database, with parameters in the driver's style.
 
-    The attributes below are statements. The ``.sql`` file has each of them under the attribute's
-    name, with a sentence that says what it does.
+    Most attributes are statements. The ``.sql`` file has each statement under the attribute's name,
+    with a comment that says what the statement does.
     """
 
     # Statements of the lease's holder, and of a process that wants to become it.
     acquire: str
-    #: Waits if another transaction has locked a row; ``renew_unlocked`` skips such rows.
+    #: The statement that renews leases. It waits if another transaction has locked a row;
+    #: ``renew_unlocked`` skips such rows, or is ``None`` on a database without locks on rows.
     renew: str
     renew_unlocked: str | None = None
     save: str
@@ -60,20 +61,20 @@ class Statements:
     # Statements for the rows of the entries of a beat schedule.
     entries: str
     record: str
-    #: Several SQL statements for one transaction. If the first result set is empty, the write is
-    #: refused, and the statements after it are not run.
+    #: Several SQL statements, which run in one transaction. If the first result set is empty, the
+    #: write is refused, and the statements after this result set are not run.
     forget: str
 
     # Statements that check whether the database can be used.
     check: str
-    #: Returns the privileges on the table that the role lacks. ``None`` for a database whose errors
-    #: name the missing privilege.
+    #: The statement that returns the privileges on the table that the role lacks. ``None`` for a
+    #: database whose errors name the missing privilege.
     lacking: str | None = None
-    #: Returns the role if row-level security can hide rows from it. ``None`` for a database without
-    #: row-level security.
+    #: The statement that returns the role if row-level security can hide rows from this role.
+    #: ``None`` for a database without row-level security.
     hiding: str | None = None
-    #: Returns the columns, or the database, whose encoding lacks characters. ``None`` for a
-    #: database that can always store all characters.
+    #: The statement that returns the columns whose encoding lacks characters, or the encoding of
+    #: the whole database. ``None`` for a database that can always store all characters.
     encodings: str | None = None
     #: Advice for the operator of a database whose encoding lacks characters.
     encoding_advice = ""
@@ -88,22 +89,22 @@ class Statements:
     #: SQLAlchemy's INSERT construct for this database. A subclass that overrides :meth:`upsert`
     #: needs none.
     insert: ClassVar[Any]
-    #: The largest text in bytes, if the server may close the connection when it gets a larger one.
-    #: ``None`` if the server answers with an error.
+    #: The size, in bytes, of the largest text that the server accepts, if the server may close the
+    #: connection when it gets a larger text. ``None`` if the server then answers with an error.
     largest: ClassVar[int | None] = None
-    #: Returns the rows of an executed statement from its cursor.
+    #: A function that takes the cursor of an executed statement, and returns the statement's rows.
     rows: Callable[[Any], Sequence[tuple[Any, ...]]] = staticmethod(methodcaller("fetchall"))
 
     def __init__(self, table: Table, dialect: Dialect) -> None:
         preparer = dialect.identifier_preparer
-        #: The names of the table and of two columns, quoted if the database needs that.
+        #: The names of the table and of two of its columns, quoted if the database needs that.
         self.table = preparer.format_table(table)
         self.key, self.write = preparer.quote("key"), preparer.quote("write")
         for name, statement in statements_in(dialect.name).items():
             setattr(self, name, statement.replace("{table}", self.table))
 
     def parts(self, statement: str) -> Sequence[str]:
-        """Return the single SQL statements of a text, to be sent one by one within an open
+        """Split a text into its SQL statements, so that they can be sent one by one within an open
         transaction.
         """
         return [stripped for part in statement.split(";") if (stripped := part.strip())]
@@ -111,8 +112,9 @@ class Statements:
     def upsert(self, table: Table, row: dict[str, Any], change: dict[str, Any] | None) -> Any:
         """Return a statement that inserts a row, or changes the existing row with the same key.
 
-        :param row: the new row's values, by column.
-        :param change: the values that an existing row gets, by column. ``None`` leaves it as it is.
+        :param row: the values of a new row, by column.
+        :param change: the new values of an existing row, by column. ``None``: an existing row stays
+            as it is.
         """
         insert = self.insert(table).values(row)
         if change is None:
@@ -120,7 +122,9 @@ class Statements:
         return insert.on_conflict_do_update(index_elements=["key"], set_=change)
 
     def length_of(self, text: str) -> Any:
-        """Return the length of a text, in the unit in which the database's ``substr`` counts."""
+        """Return the length of a text as the database's ``substr`` counts it: in characters or in
+        bytes.
+        """
         return len(text)
 
     def is_too_large(self, parameters: Mapping[str, Any]) -> bool:
@@ -134,7 +138,7 @@ class Statements:
 
 @lru_cache
 def statements_in(file: str) -> Mapping[str, str]:
-    """Read the statements of a database's ``.sql`` file, by name and without comments.
+    """Read a database's ``.sql`` file. Return its statements, without comments, by their names.
 
     :param file: the file's name, without ``.sql``.
     """

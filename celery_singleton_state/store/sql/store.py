@@ -58,11 +58,11 @@ from .statements import Statements
 
 logger = logger_of(__name__)
 
-#: How often a statement is sent at most, if the database rolls it back because of a deadlock or a
-#: serialization failure.
+#: The largest number of times that a statement is sent, if the database rolls it back because of a
+#: deadlock or a serialization failure.
 TRIES = 5
-#: The parameters of statements whose values come from outside, so that the database may not be able
-#: to hold them.
+#: The names of the statements' parameters whose values come from outside this package. The database
+#: may be unable to hold such a value.
 VALUES = frozenset({"value", "entries", "pending_run"})
 
 
@@ -71,7 +71,7 @@ class _AllWorked(Exception):
 
 
 class _RowHidden(Exception):
-    """Raised in a trial transaction if it cannot see a row that it has just written."""
+    """Raised if a trial transaction cannot see a row that it has just written."""
 
 
 class SqlStore:
@@ -89,14 +89,15 @@ class SqlStore:
         self.table = make_table(table_name)
         self._sql = statements_for(self.table, engine.dialect)
         self._driver_error = engine.dialect.loaded_dbapi.Error
-        # A database in memory exists only within the single connection of its pool.
+        # No connection is kept outside the pool for a database in memory, because such a database
+        # exists only within the pool's single connection.
         self._connections = Connections(engine, keeps_one=not is_in_memory(engine.url))
-        #: Runs a statement and returns its rows.
+        #: A function that runs a statement and returns its rows.
         self._rows: Rows = partial(self._execute, self._sql.rows)
-        #: The combinations of types in the answers to acquisitions that were found to be right. An
-        #: answer with one of them needs no further check.
+        #: Tuples of types. If the values in the answer to an acquisition have such types, they are
+        #: right. :meth:`acquire` remembers the tuples in order to check each only once.
         self._right_types: set[tuple[type, ...]] = set()
-        #: The warnings that :meth:`check` has logged. It logs each of them once.
+        #: The warnings that :meth:`check` has logged, so that it logs each warning only once.
         self._warned: set[str] = set()
         self.requests = SqlRequests(self._sql, self._rows, self._change)
         self.entries = SqlEntries(self._sql, self._rows, self.run_within)
@@ -257,7 +258,7 @@ class SqlStore:
         """Return the first operation on a new row under a prefix that row-level security refuses:
         ``insert``, ``update``, ``read`` or ``delete``; ``None`` if all of them work.
 
-        They are tried in a transaction that is rolled back.
+        The operations are tried in a transaction that is rolled back.
         """
         tried: list[str] = []
         try:
@@ -281,7 +282,8 @@ class SqlStore:
         """
         named = {"key": key, "holder": "probe", "ttl": 1.0, "task_id": None}
         named |= {"task": None, "rank": 0, "sent": None, "of_clock": None}
-        # Both operations are an acquisition. The second acquisition finds the row and updates it.
+        # An acquisition tries each of the two operations: the first acquisition inserts the row,
+        # and the second one updates it.
         for what in ("insert", "update"):
             trying(what)
             if connection.exec_driver_sql(self._sql.acquire, named).first() is None:
@@ -294,8 +296,8 @@ class SqlStore:
             raise _RowHidden
 
     def _warn_of_encoding(self) -> None:
-        """Log a warning if the database's encoding lacks characters. That is not an error, because
-        most states do not contain them.
+        """Log a warning if the database's encoding lacks characters. A warning is enough, because
+        most states do not contain these characters.
         """
         if self._sql.encodings is None:
             return
@@ -326,7 +328,7 @@ class SqlStore:
 
     @contextmanager
     def transaction(self) -> Iterator[SqlTransaction]:
-        """Open a transaction that commits when the block ends, and rolls back when it raises.
+        """Open a transaction that commits when the block ends, and rolls back if the block raises.
 
         :raises StoreUnavailable: the database became unavailable. The commit may have taken effect
             or not.
@@ -342,7 +344,7 @@ class SqlStore:
                     transaction.end_of_callers_part()
         except (DBAPIError, PoolTimeoutError) as error:
             if opened and not went_away(error):
-                raise  # the caller's own statement failed, so the caller gets its error unchanged
+                raise  # the caller's own statement failed, so the caller gets the original error
             raise self.as_store_error(error) from error
 
     def _change(self, statement: str, parameters: Mapping[str, Any]) -> int:
@@ -385,7 +387,8 @@ class SqlStore:
     def as_store_error(self, error: Exception, carries_value: bool = True) -> StoreError:
         """Turn an error of the driver or of SQLAlchemy into the :exc:`StoreError` that it means.
 
-        :param carries_value: whether the statement carried a value from outside, such as a state.
+        :param carries_value: whether the statement carried a value from outside this package, such
+            as a state.
         """
         return as_store_error(error, self._sql.table, carries_value)
 
@@ -477,7 +480,7 @@ def open_transaction(engine: Engine) -> Iterator[Connection]:
         except BaseException as error:
             if os.getpid() != pid or _is_in_mid_statement(connection):
                 # This is a forked child, or a statement was interrupted, for example by a time
-                # limit. Then not even a ROLLBACK can be sent on the connection.
+                # limit. So not even a ROLLBACK can be sent on the connection.
                 connection.invalidate()
             if _is_of_read_only_server(error):
                 connection.invalidate()
@@ -502,8 +505,8 @@ def _abandon(connection: Connection) -> None:
     if connection.closed or connection.invalidated:
         return
     if is_in_memory(connection.engine.url):
-        # A database in memory would be lost with its connection. SQLite's COMMIT is a single call,
-        # which the interruption came before or after. So the connection can be used again.
+        # Keep the connection, because a database in memory is lost with it. SQLite's COMMIT is a
+        # single call in C, so the interruption came before or after the COMMIT, never during it.
         connection.connection.rollback()
     else:
         connection.invalidate()
@@ -528,8 +531,9 @@ def _is_in_mid_statement(connection: Connection) -> bool:
 
 
 def _status(driver_connection: Any) -> str:
-    """Return psycopg's own status of a connection's transaction, for example ``INERROR``, without a
-    request to the server. Other drivers: an empty text.
+    """Return the status of a connection's transaction that psycopg keeps, for example ``INERROR``.
+
+    No request is sent to the server. For other drivers the status is an empty text.
     """
     status = getattr(getattr(driver_connection, "info", None), "transaction_status", None)
     return getattr(status, "name", "")

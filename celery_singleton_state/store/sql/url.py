@@ -22,10 +22,10 @@ from celery_singleton_state.text.urls import ENCODED, shown, shown_url
 
 from .dialects import DATABASES, DIALECTS, backend_of
 
-#: The prefixes that Celery puts before a database's URL, for a result backend and for a broker.
+#: Matches the prefix that Celery puts before a database's URL, for a result backend or a broker.
 _CELERYS = re.compile(r"(db|sqla|sqlalchemy)\+")
-#: Matches a URL, with everything from the host on as its group. It finds the user and the password
-#: as SQLAlchemy does.
+#: Matches a URL. The group is everything from the host on. The pattern decides as SQLAlchemy does
+#: where the user and the password end.
 _AUTHORITY = re.compile(r"[^:/]+://(?:[^:/@]*(?::[^@]*)?@)?(.*)", re.DOTALL)
 _LEASES_ONLY = ("redis", "sentinel", "valkey")
 
@@ -40,8 +40,8 @@ def parse_url(given: str | URL) -> URL:
     try:
         url = make_url("sqlite://" if text == "memory://" else text)
     except (ArgumentError, ValueError):
-        # SQLAlchemy's message may contain a part of the password, which it takes for the port. So
-        # it is not shown.
+        # SQLAlchemy's message is not shown, because it may contain a part of the password that
+        # SQLAlchemy has taken for the port.
         raise ImproperlyConfigured(_unreadable(text)) from None
     if url.drivername.startswith(_LEASES_ONLY):
         raise ImproperlyConfigured(
@@ -69,7 +69,7 @@ def read_query(
 ) -> dict[str, Any]:
     """Parse the options of a URL.
 
-    :param options: the options whose values are parsed. All others stay texts.
+    :param options: the options whose values are parsed. The values of all other options stay texts.
     :param may_repeat: the names of options that a URL may have several times.
     :raises ImproperlyConfigured: a value is not allowed, or an option is given twice.
     """
@@ -115,8 +115,8 @@ def _unreadable(text: str) -> str:
 def _has_stray_at(text: str) -> bool:
     """Return whether a URL has an ``@`` behind its host.
 
-    The user or the password then contains an unescaped ``@`` or ``/``, and SQLAlchemy would take a
-    part of the password for the host or the database.
+    If it has, the user or the password contains an unescaped ``@`` or ``/``, and SQLAlchemy would
+    take a part of the password for the host or the database.
     """
     found = _AUTHORITY.match(text)
     rest, _, query = (found[1] if found else "").partition("?")
