@@ -3,13 +3,13 @@
 This module uses redis-py's client only to connect. It does not use the client's pool, for three
 reasons:
 
-- A time limit can interrupt a call after its request was sent. redis-py 8.1, as it is set by
-  default, gives the connection to the next call, which reads the interrupted call's answer as its
-  own.
+- A time limit can interrupt a call after its request was sent. By default, redis-py 8.1 gives the
+  connection to the next call, which takes the interrupted call's answer for its own.
 - After a failover each connection of the pool would fail once.
-- With this module a no-op run in a worker takes 0.95 of the time that it takes with the client's
-  pool, its two calls take 0.84 (prefork) or 0.77 (solo), and a prefork child uses 0.88 of the CPU
-  time (``python -m benchmarks layers``; medians of 60 turns, on two busy cores).
+- The pool is slower. With this module a no-op run in a worker takes 0.95 of the time that the run
+  takes with the client's pool. The run's two calls take 0.84 (prefork) or 0.77 (solo) of their
+  time, and a prefork child uses 0.88 of the CPU time (``python -m benchmarks layers``; medians of
+  60 turns, on two busy cores).
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ from celery_singleton_state.store.options import LEASES
 
 from .errors import is_elsewhere
 
-#: The largest text that a server accepts (its proto-max-bulk-len), in bytes: the default, and the
-#: least value that an operator can set.
+#: The size, in bytes, of the largest text that a server accepts (the setting proto-max-bulk-len):
+#: the setting's default, and the least value that an operator can set.
 DEFAULT_LARGEST, LEAST_LARGEST = 2**29, 2**20
 
 
 class ScriptCalls:
-    """Calls scripts for any number of threads. A call has a connection to itself.
+    """Calls scripts for any number of threads. Each call has a connection of its own.
 
-    :param make_client: makes a client that does not connect yet. It is called again in a forked
-        process, because that process must not use its parent's sockets, nor locks that another
-        thread of the parent may have held during the fork.
+    :param make_client: makes a client that does not connect yet. A forked process calls this
+        function again, because the process must use neither its parent's sockets nor locks that
+        another thread of the parent may have held during the fork.
     """
 
     def __init__(self, make_client: Callable[[], Redis]) -> None:
         self._make_client = make_client
         self._mine = _Connections(make_client())
-        #: The connections of the parent processes, which a forked process has inherited. It never
-        #: uses them. It keeps them from being freed, because a freed client asks for its pool's
-        #: lock, which may be locked for ever in the fork.
+        #: The connections that a forked process has inherited from its parents and never uses. This
+        #: list keeps Python from freeing them, because a freed client asks for its pool's lock,
+        #: which may be locked for ever in the forked process.
         self._inherited: list[_Connections] = []
 
     def call(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         """Run a script and return its answer.
 
-        One request is enough, except for a server that does not know the script yet: the first
-        request then fails, and a second one sends the script's text.
+        One request is enough if the server knows the script. Otherwise the first request fails, and
+        a second request sends the script's text.
 
-        :raises RedisError: whatever the client library raises.
+        :raises RedisError: any error of the client library.
         """
         parts = [len(keys), *keys, *arguments]
         try:
@@ -68,7 +68,7 @@ class ScriptCalls:
     def info(self) -> dict[str, str]:
         """Return the server's answer to INFO, as a dict from names to values.
 
-        :raises RedisError: whatever the client library raises.
+        :raises RedisError: any error of the client library.
         """
         lines = self._send("INFO").splitlines()
         return dict(line.split(":", 1) for line in lines if ":" in line)
@@ -76,7 +76,7 @@ class ScriptCalls:
     def largest(self) -> int:
         """Return the size of the largest text that the server accepts, in bytes.
 
-        A server that refuses the question counts as one with Redis's default.
+        If the server refuses to tell the size, return Redis's default.
 
         :raises RedisError: the client library's error, if the server does not answer.
         """
@@ -125,10 +125,10 @@ class ScriptCalls:
 class _Connections:
     """The connections of one process to one server.
 
-    A thread takes an idle connection out of the list, and returns it after the server has answered.
-    A connection whose call was interrupted never returns to the list. When another server may have
-    become the primary, the list is replaced. A connection from an older list is then closed
-    instead of returned, so that one refused call is enough to renew all connections.
+    A thread takes an idle connection out of a list, and returns the connection after the server has
+    answered. A connection whose call was interrupted never returns to the list. When another server
+    may have become the primary, a new list replaces the old one. A connection from the old list is
+    closed instead of returned, so that one refused call is enough to renew all connections.
     """
 
     def __init__(self, client: Redis) -> None:
@@ -149,13 +149,14 @@ class _Connections:
                     connection.disconnect()
                     connection.connect()
         except BaseException:
-            # Close it, because it may be half set up, for example without its database selected.
+            # Close the connection, because it may be half set up, for example without its database
+            # selected.
             connection.disconnect()
             raise
         return connection
 
     def give_back(self, connection: Any, idle: list[Any]) -> None:
-        """Return a connection to its list, or close it if that list has been replaced.
+        """Return a connection to its list, or close the connection if its list has been replaced.
 
         :param idle: the list that the connection was taken from.
         """
@@ -168,7 +169,7 @@ class _Connections:
         """Close the idle connections, so that later calls connect anew.
 
         :param idle: the list that was in use when the caller took its connection. If another thread
-            has replaced it meanwhile, the new list stays.
+            has replaced this list meanwhile, the connections in the new list stay open.
         """
         if idle is self.idle:
             self.idle = []
@@ -177,7 +178,9 @@ class _Connections:
 
 
 def _is_unusable(connection: Any) -> bool:
-    """Whether a connection cannot be used: the server closed it, or sent data nobody asked for."""
+    """Return whether a connection cannot be used, because the server has closed it or has sent data
+    without a request.
+    """
     try:
         return bool(connection.can_read())
     except (RedisError, OSError):

@@ -27,10 +27,11 @@ _GRANT = (
     "~celery-singleton-keys '~<key prefix>*' +@read +@write +@scripting +@connection +time +info"
 )
 
-# The patterns match an error's text and not its code, for two reasons: up to Redis 6 the code of an
-# error within a script stands in the middle of the text, and the client library removes the codes
-# that it knows.
-#: Errors that stay until the operator changes something: a pattern, and advice on what to change.
+# The patterns match an error's text instead of its code, for two reasons: up to Redis 6 the code of
+# an error within a script stands in the middle of the text, and the client library removes the
+# codes that it knows.
+#: Errors that stay until the operator changes something: a pattern of the error's text, and advice
+#: on what to change.
 _ADVICE = (
     ("AuthenticationError|NOAUTH|WRONGPASS", "set the user and the password in the URL"),
     ("NoPermissionError|has no permissions|user executing the script can't", _GRANT),
@@ -50,13 +51,14 @@ _ADVICE = (
     ("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE", "this port does not use TLS: write redis://"),
     ("AF_UNIX path too long", "give the socket a shorter path"),
 )
-#: Part of the error of HINCRBY when a number, such as a fence, is the largest that Redis can hold.
+#: A part of the error that HINCRBY answers when a number, such as a fence, is already the largest
+#: number that Redis can hold.
 _OVERFLOW = "would overflow"
-#: Errors of a value that the server or the client library can never hold.
+#: Matches errors about a value that the server or the client library can never hold.
 _VALUE = re.compile(
     f"{_OVERFLOW}|string exceeds maximum allowed size|is not an integer or out of range|DataError"
 )
-#: Errors of a server that is not, or may no longer be, the primary: a failover may have made
+#: Matches errors of a server that may no longer be the primary, because a failover may have made
 #: another server the primary.
 _DEMOTED = re.compile(
     "read only (replica|slave)|Link with MASTER is down|NOREPLICAS|CLUSTERDOWN|ClusterDownError"
@@ -84,10 +86,12 @@ def as_store_error(error: RedisError | UnicodeError) -> StoreError:
 
 
 def is_overflow(error: BaseException | None) -> bool:
-    """Whether Redis refused to increment a number because the result would be too large for it."""
+    """Return whether Redis refused to increment a number, because Redis cannot hold the result."""
     return _OVERFLOW in str(error)
 
 
 def is_elsewhere(error: RedisError) -> bool:
-    """Whether another server may have become the primary, so that connections must be made anew."""
+    """Return whether an error shows that another server may have become the primary, so that
+    connections must be made anew.
+    """
     return isinstance(error, ConnectionError | TimeoutError) or bool(_DEMOTED.search(str(error)))

@@ -1,6 +1,6 @@
 """The options that a Redis URL may have in its query, each with its check.
 
-Options of the client library that are not here are refused, because they would change what the
+All other options of the client library are refused, because they would change something that the
 store relies on.
 """
 
@@ -58,7 +58,7 @@ def _provider(text: str) -> Any:
 _WORD = Option(_word, "a text without blanks")
 _FLAGS = made_of(_verify_flags, "names of ssl.VerifyFlags with commas between them")
 
-#: Options of every connection.
+#: The options that a URL may have for any kind of connection.
 OF_CONNECTIONS: dict[str, Option] = {
     "client_name": _WORD,
     "health_check_interval": whole(0),
@@ -73,7 +73,7 @@ OF_CONNECTIONS: dict[str, Option] = {
     "socket_timeout": seconds(),
     "username": TEXT,
 }
-#: Options of TLS connections only.
+#: The options that a URL may have only for TLS connections.
 OF_TLS: dict[str, Option] = {
     "ssl_ca_certs": TEXT,
     "ssl_ca_data": TEXT,
@@ -93,6 +93,7 @@ CREDENTIAL_PROVIDER = made_of(
 )
 #: Options whose value is the name of a file or a folder.
 FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
-#: Options that are accepted and ignored: one of the client library's connection pool, which the
-#: store does not use, and two that Celery users write for a broker.
+#: Options that are accepted and ignored: ``max_connections`` belongs to the client library's
+#: connection pool, which the store does not use, and Celery's users write the other two for a
+#: broker.
 WITHOUT_EFFECT = frozenset({"max_connections", "timeout", "visibility_timeout"})

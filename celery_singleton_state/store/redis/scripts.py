@@ -1,8 +1,8 @@
-"""The Lua scripts that Redis and Valkey run: one for each verb of the store.
+"""The Lua scripts that Redis and Valkey run: one for each method of the store.
 
 A singleton is a hash under its key. The hash has the fields that the singleton's row in SQL would
 have. The hash itself never expires, because the fence must outlive the lease; the lease's expiry is
-a field. One sorted set holds the keys of all hashes, so that they can be listed.
+a field. One sorted set holds the keys of all hashes, so that the hashes can be listed.
 
 Redis runs a script atomically: no other command runs between its reads and its writes. All times
 come from the server's own clock.
@@ -12,15 +12,15 @@ exist). This write has two effects:
 
 - A replica refuses the script. Without this write, a primary that was demoted to a replica would
   answer from old data, for example that a lease is held, or that it is lost.
-- A server whose memory is full accepts the script's later writes. It refuses only a *first* write
-  that can need memory. So renewals, releases and runs of known singletons go on. Only a singleton
-  that the server does not know yet is refused.
+- A server whose memory is full accepts the script's later writes, because it refuses a write that
+  can need memory only if this is the script's *first* write. So renewals, releases and runs of
+  known singletons go on. Only a singleton that the server does not know yet is refused.
 """
 
 from __future__ import annotations
 
-#: The Lua functions that every script begins with. Redis gives a missing field to a script as
-#: ``false``. A script that refuses a request returns ``false``, or 0.
+#: The Lua functions with which every script begins. In Lua the value of a missing field is
+#: ``false``. A script that refuses a request returns ``false`` or 0.
 _HEAD = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
@@ -49,10 +49,11 @@ local function is_held_by(holder, fence)
 end
 """
 
-#: Acquire a lease; ``false`` if it is held, or if a newer message has acquired it or asked for it.
-#: A run waits for this script, so it reads all fields at once. Lua's numbers are exact only up to
-#: 2^53, and a fence can be larger. So Redis itself increments the fence (HINCRBY), the script
-#: returns the fence as text, and ``is_larger`` compares numbers as texts.
+#: Acquire a lease. The answer is ``false`` if the lease is held, or if a newer message has acquired
+#: it or asked for it. A run waits for this script, so the script is fast: it reads all fields at
+#: once. Lua's numbers are exact only up to 2^53, and a fence can be larger. So Redis itself
+#: increments the fence (HINCRBY), the script returns the fence as text, and ``is_larger`` compares
+#: numbers as texts.
 ACQUIRE = f"""
 {_HEAD}
 local holder, ttl, task_id, rank, sent, task = ARGV[1], tonumber(ARGV[2]), unpack(ARGV, 3)
@@ -97,8 +98,8 @@ return {{fence, history, timestamp(now), write, ticks_done}}
 """
 
 #: Renew several leases. The arguments are the holder, the fence and the life of each lease. The
-#: answer has one item for each lease: ``false`` if the lease is lost, else ``handoff_to``, which
-#: names the message that asks the holder to hand over, or an empty text.
+#: answer has one item for each lease: ``false`` if the lease is lost, otherwise the task id of the
+#: message that asks the holder to hand over, or an empty text if no message asks.
 RENEW = f"""
 {_HEAD}
 local found = {{}}
@@ -116,8 +117,9 @@ end
 return found
 """
 
-#: Release a lease and record the run's outcome; ``false`` if the lease is lost. A run waits for
-#: this script, so it reads all fields at once. The answer is the pending run, or an empty text.
+#: Release a lease and record the run's outcome. The answer is ``false`` if the lease is lost,
+#: otherwise the pending run, or an empty text if there is no pending run. A run waits for this
+#: script, so the script is fast: it reads all fields at once.
 RELEASE = f"""
 {_HEAD}
 touch()
@@ -135,9 +137,9 @@ if tonumber(hold) > 0 and hold_until > now then set('hold_until', timestamp(hold
 return wanted or ''
 """
 
-#: Release a lease without recording a run; ``false`` if this holder does not have it. The holder's
-#: name is enough to check: it is never used twice, and the caller may not know the fence, because
-#: the answer to its acquisition was lost.
+#: Release a lease without recording a run. The answer is ``false`` if this holder does not have the
+#: lease. The script checks only the holder's name, because the caller does not know the fence: the
+#: answer to its acquisition was lost. The name is enough, because it is never used twice.
 GIVE_BACK = f"""
 {_HEAD}
 touch()
@@ -147,17 +149,18 @@ drop('task_id', 'acquired_at', 'holder', 'expires_at')
 return wanted or ''
 """
 
-#: Read a singleton's hash, with the server's time.
+#: Read a singleton's hash and the server's time.
 PEEK = f"""
 {_HEAD}
 touch()
 return {{timestamp(now), redis.call('HGETALL', key)}}
 """
 
-#: The common beginning of scripts that read the keys with a prefix. Such a script reads one page of
-#: keys, because the server serves no other client while a script runs. Its arguments are the
-#: prefix, the last key of the page before (empty for the first page) and the page's size. The
-#: second item of its answer is the last key of this page, or ``false`` if there are no more keys.
+#: The common beginning of scripts that read the keys with a prefix. Such a script reads only one
+#: page of keys, because the server serves no other client while a script runs. The script's
+#: arguments are the prefix, the last key of the preceding page (empty for the first page) and the
+#: page's size. The second item of the script's answer is the last key of the page that was read, or
+#: ``false`` if there are no more keys.
 _PAGE = f"""
 {_HEAD}
 redis.call('ZREM', KEYS[1], '')
@@ -169,12 +172,12 @@ local found = {{}}
 """
 
 #: Read one page of the hashes of singletons. The script leaves out the history of a singleton whose
-#: last run succeeded: lists do not show it.
+#: last run succeeded, because lists do not show such a history.
 LIST = f"""
 {_PAGE}
 for _, each in ipairs(page) do
   key = each
-  -- Another program can have written a value that is not a hash under this key: list no fields.
+  -- If another program has written a value that is not a hash under this key, list no fields.
   local all, fields = redis.pcall('HGETALL', key), {{}}
   if all.err then all = {{}} end
   local brief = #all > 0 and get('last_outcome') == 'succeeded'
@@ -189,7 +192,7 @@ end
 return {{timestamp(now), next_after, found}}
 """
 
-#: Read the histories of several singletons; ``false`` for a key without a history.
+#: Read the histories of several singletons. The item for a key without a history is ``false``.
 HISTORIES = f"""
 {_HEAD}
 touch()
@@ -202,8 +205,8 @@ return found
 """
 
 #: Read which ticks of several singletons are done. The item for a key is ``false`` if the key does
-#: not exist, else three values: whether the lease is held, the run's task id, and the ticks that
-#: are done.
+#: not exist, otherwise three values: whether the lease is held, the run's task id, and the record
+#: of the ticks that are done.
 TICKS = f"""
 {_HEAD}
 local found = {{}}
@@ -216,15 +219,17 @@ end
 return found
 """
 
-#: The common beginning of requests about a lease, or a hold period, that the caller has read. They
-#: are refused if the singleton has another holder or fence by now, or if the time is over.
+#: The common beginning of requests about a lease, or about a hold period, that the caller has read.
+#: The request is refused if the singleton has another holder or fence by now, or if the lease has
+#: expired or the hold period has ended.
 _SAME_LEASE = f"""
 {_HEAD}
 touch()
 if (get('holder') or '') ~= ARGV[1] or get('fence') ~= ARGV[2] or not is_held() then return 0 end
 """
 
-#: Ask the holder to hand over; refused if a newer message has asked. A repeated request succeeds.
+#: Ask the holder to hand over. The request is refused if a newer message has asked. A repeated
+#: request succeeds again.
 REQUEST_HANDOFF = f"""
 {_SAME_LEASE}
 local requester, rank, sent = ARGV[3], ARGV[4], ARGV[5]
@@ -236,9 +241,9 @@ if sent == '' then drop('newest_sent') else set('newest_sent', sent) end
 return 1
 """
 
-#: Record a pending run: one more run, for which a coalesced message asks. It replaces only the
-#: pending run that the caller read together with the holder, so that a late request does not
-#: replace a newer pending run.
+#: Record a pending run: one more run, for which a coalesced message asks. The new pending run
+#: replaces only the pending run that the caller has read, so that a late request does not replace a
+#: newer pending run.
 REQUEST_RUN = f"""
 {_SAME_LEASE}
 if (get('wanted') or '') ~= ARGV[3] then return 0 end
@@ -254,7 +259,7 @@ drop('hold_until')
 return 1
 """
 
-#: Read the pending run.
+#: Read a singleton's pending run.
 WANTED = f"""
 {_HEAD}
 touch()
@@ -269,7 +274,7 @@ if get('wanted') == ARGV[1] then drop('wanted') end
 return 1
 """
 
-#: For ``enqueue_once``: read the queue's number, the task id of the queued message, and the task id
+#: For ``enqueue_once``: read the queue number, the task id of the queued message, and the task id
 #: of the run in progress.
 QUEUED = f"""
 {_HEAD}
@@ -279,10 +284,10 @@ local running = is_future('expires_at') and get('task_id')
 return {{tonumber(get('queue') or '0'), queued or false, running or false}}
 """
 
-#: For ``enqueue_once``: record a message as queued. The caller names the number that the queue had
-#: when the caller read it; the claim is refused if the number has changed. A repeated claim
-#: succeeds like the first. A first claim (``is_first``) never counts as a repetition, because
-#: another caller can have claimed with the same task id.
+#: For ``enqueue_once``: record a message as queued. The caller names the queue number that it has
+#: read. The claim is refused if the queue number has changed. A repeated claim succeeds again. A
+#: first claim (``is_first``) never counts as a repetition, because another caller can have made an
+#: equal claim with the same task id.
 CLAIM = f"""
 {_HEAD}
 local task_id, life, number = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -297,9 +302,9 @@ redis.call('HSET', key, 'queue', number + 1, 'queued_task_id', task_id,
 return 1
 """
 
-#: For ``enqueue_once``: remove a message from the queue. The queue's number grows even if another
-#: message is queued or the singleton is new, so that a claim of this message that is still in
-#: flight is refused.
+#: For ``enqueue_once``: note that a message is no longer queued. The queue number grows even if
+#: another message is queued or the singleton is new, so that a claim of this message that is still
+#: in flight is refused.
 DEQUEUE = f"""
 {_HEAD}
 make(ARGV[2])
@@ -308,9 +313,9 @@ if get('queued_task_id') == ARGV[1] then drop('queued_until') end
 return 1
 """
 
-#: The Lua function that tells whether a singleton is unused. It is unused if it has no holder, no
-#: hold period, no handoff request, no pending run and no queued message, and if its creation and
-#: its last run are at least ``older_than`` seconds ago.
+#: The Lua function that returns whether a singleton is unused. A singleton is unused if it has no
+#: holder, no hold period, no handoff request, no pending run and no queued message, and if it was
+#: created and its last run ended at least ``older_than`` seconds ago.
 _IS_UNUSED = """
 local function is_old(name)
   local at = tonumber(get(name) or '0')
@@ -324,7 +329,7 @@ local function is_unused()
 end
 """
 
-#: Read one page of the unused singletons: their keys and tasks.
+#: Read the keys and the names of the tasks of the unused singletons in one page of keys.
 UNUSED = f"""
 {_PAGE}
 local older_than = tonumber(ARGV[4])
@@ -336,7 +341,8 @@ end
 return {{timestamp(now), next_after, found}}
 """
 
-#: Remove several singletons, if they are still unused. The last of ``KEYS`` is the sorted set.
+#: Remove several singletons, if they are still unused. The last item of ``KEYS`` is the key of the
+#: sorted set.
 PRUNE = f"""
 {_HEAD}
 local older_than = tonumber(ARGV[1])

@@ -10,22 +10,25 @@ from redis.sentinel import MasterNotFoundError, Sentinel
 
 from celery_singleton_state.store.base import one_line
 
-#: The text for a master's name that a sentinel does not watch. ``errors`` recognises it.
+#: The answer of a sentinel that does not watch a master of the given name, in words for errors. The
+#: module ``errors`` recognises this text.
 UNKNOWN = "no sentinel knows a master of this name"
 
 
 class Sentinels(Sentinel):
-    """The client library's ``Sentinel`` with another error text when no primary is found.
+    """The client library's ``Sentinel``, with another error text for the case that no primary is
+    found.
 
-    The library's text contains the ``repr`` of each client. That is long, and in some releases it
-    shows the sentinels' password.
+    The library's own text contains the ``repr`` of each client. A ``repr`` is long, and in some
+    releases it shows the sentinels' password.
     """
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
         """Return the host and the port of the primary.
 
         :param service_name: the master's name, as the sentinels are configured.
-        :raises MasterNotFoundError: no sentinel names a primary. The text has each one's answer.
+        :raises MasterNotFoundError: no sentinel names a primary. The error's text has the answer of
+            each sentinel.
         """
         answers = {}
         for number, sentinel in enumerate(self.sentinels):

@@ -1,8 +1,9 @@
-"""Keep leases in Redis or Valkey, for singletons without state. Each verb is one script call.
+"""Keep leases in Redis or Valkey, for singletons without state. Most methods are one script call.
 
 Redis can lose a lease after it has acknowledged it: by a failover to a replica that had not
 received the lease yet, or by a restart from an old data file. Then the lease is free while its
-holder still runs, and two runs are active until the first run's next renewal is refused. Two active
+holder still runs, so that a second run can begin. Two runs are then active until the first run's
+next renewal is refused. Two active
 runs could overwrite each other's state, so states are never kept here. A fence is never given out
 twice, even then, because a new fence is never smaller than the server's clock in milliseconds.
 """
@@ -52,10 +53,11 @@ T = TypeVar("T")
 
 #: The key of the sorted set that holds the keys of all singletons.
 INDEX = "celery-singleton-keys"
-#: The most singletons that one script reads, because the server serves no other client meanwhile.
+#: The largest number of singletons that one script reads. It is limited because the server serves
+#: no other client while a script runs.
 PAGE = 200
-#: The beginning of each maxmemory-policy by which a server whose memory is full removes keys
-#: without an expiry, such as ours.
+#: The beginning of the name of each maxmemory-policy by which a server whose memory is full removes
+#: keys without an expiry, such as the keys of singletons.
 _EVICTING = "allkeys"
 
 
@@ -63,8 +65,9 @@ class RedisStore:
     """The leases on one Redis or Valkey server.
 
     :param url: the server's URL, see :func:`~celery_singleton_state.store.redis.url.client_for`.
-    :param io_timeout: seconds that connecting or an answer may take. A request is sent only once:
-        the caller knows for how long a repetition is useful.
+    :param io_timeout: seconds that connecting or an answer may take. After a time-out the store
+        does not repeat the request, because only the caller knows for how long a repetition is
+        useful.
     :raises ImproperlyConfigured: the URL cannot be used.
     """
 
@@ -73,8 +76,8 @@ class RedisStore:
             client_for,
             url,
             decode_responses=True,
-            # Another program can have written a key that is not UTF-8. It must not fail the
-            # listing.
+            # Another program can have written a key that is not UTF-8. Such a key must not make a
+            # list of singletons fail.
             encoding_errors="surrogateescape",
             socket_timeout=io_timeout,
             socket_connect_timeout=io_timeout,
@@ -216,7 +219,7 @@ class RedisStore:
     def _largest(self) -> int:
         """Return the size of the largest text that the server accepts, in bytes.
 
-        The server only closes the connection when a text is larger.
+        If a text is larger, the server may close the connection without naming this reason.
         """
         with _store_errors():
             return self._scripts.largest()
@@ -224,7 +227,8 @@ class RedisStore:
     def _pages(self, script: str, prefix: str, *more: Any) -> Iterator[tuple[str, Sequence[Any]]]:
         """Call a script for one page of keys after the other, in the order of the keys.
 
-        Yields each page's server time and items. Other clients can change keys between two pages.
+        Yields, for each page, the server's time and the page's items. Other clients can change keys
+        between two pages.
 
         :param more: further arguments of the script.
         """
@@ -235,7 +239,7 @@ class RedisStore:
 
 
 class RedisRequests:
-    """The requests about a lease that do not come from its holder. Each is one script call.
+    """The requests about a lease that do not come from its holder. Most are one script call.
 
     :param call: the method of :class:`RedisStore` that calls a script.
     """
@@ -331,7 +335,7 @@ def _row(key: str, fields: Sequence[str], now: str) -> Row:
 def _listed(key: str, found: Mapping[str, str], now: str) -> dict[str, Any]:
     """Return the arguments for a :class:`Listed`, from the fields of a singleton's hash.
 
-    :param now: the server's time of the reading, in seconds since 1970.
+    :param now: the server's time when the hash was read, in seconds since 1970.
     """
     free_at, read_at = number(found.get("expires_at") or found.get("hold_until")), float(now)
     return {
@@ -356,7 +360,7 @@ def _check_info(info: Mapping[str, str]) -> None:
     """Refuse a server that is a cluster, or that may remove leases when its memory is full.
 
     :param info: the server's answer to INFO.
-    :raises StoreMisconfigured: the server is one of these.
+    :raises StoreMisconfigured: the server is refused.
     """
     if info.get("cluster_enabled") == "1" or info.get("redis_mode") == "cluster":
         raise StoreMisconfigured(f"singleton_lease_url points to a Redis Cluster: {NO_CLUSTER}")
@@ -370,9 +374,9 @@ def _check_info(info: Mapping[str, str]) -> None:
 
 @contextmanager
 def _store_errors() -> Iterator[None]:
-    """Raise errors of the client library in the block as store errors.
+    """Turn an error that the client library raises in the block into a store error.
 
-    :raises StoreError: for any error of the client or the server.
+    :raises StoreError: an error of the client or of the server.
     """
     try:
         yield

@@ -13,10 +13,11 @@ from celery_singleton_state.store.options import refused_value
 def refuse_unusable_tls(setting: str, options: Mapping[str, Any]) -> None:
     """Refuse files without a certificate or key, and ciphers that do not exist.
 
-    The client library would fail at each connection, and report such a mistake as a network error.
+    Without this check the client library would fail at each connection, and report the mistake as a
+    network error.
 
     :param setting: the name of the setting that has the URL, for the error.
-    :param options: the URL's options, by the client library's names.
+    :param options: the URL's options, under the names that the client library gives them.
     :raises ImproperlyConfigured: a file or a cipher cannot be used.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -29,7 +30,8 @@ def refuse_unusable_tls(setting: str, options: Mapping[str, Any]) -> None:
 
 
 def _load_chain(context: ssl.SSLContext, options: Mapping[str, Any]) -> None:
-    # An empty password, because without one OpenSSL would ask for it on the terminal.
+    # Give at least an empty password, because otherwise OpenSSL would ask for the key's password on
+    # the terminal.
     context.load_cert_chain(
         options["ssl_certfile"], options.get("ssl_keyfile"), options.get("ssl_password", "")
     )

@@ -31,7 +31,7 @@ from .options import CREDENTIAL_PROVIDER, FILES, OF_CONNECTIONS, OF_TLS, WITHOUT
 from .sentinels import Sentinels
 from .tls import refuse_unusable_tls
 
-#: The schemes of URLs to one server, each with the class of its connections.
+#: The schemes of URLs that name a single server, each with the class of its connections.
 KINDS = {
     "redis": redis.Connection,
     "rediss": redis.SSLConnection,
@@ -46,13 +46,13 @@ SENTINEL = "sentinel"
 #: The schemes that the error for an unknown scheme lists; the other ones in ``KINDS`` are synonyms.
 SCHEMES = ("redis", "rediss", "redis+socket", "unix", SENTINEL)
 
-#: The end of the error "credential_provider takes ...". The client library refuses a credential
-#: provider together with a user or a password.
+#: The end of the error "credential_provider takes ...", for a URL that has a user or a password as
+#: well. The client library refuses this combination.
 _ALONE = "no user and no password beside it: leave them out"
 #: The largest database number that Redis's SELECT accepts.
 LARGEST_DATABASE = 2**31 - 1
-#: Options of a URL that may only shorten the store's own timeouts, because a lease would expire
-#: during a longer one.
+#: Options of a URL that can only shorten the store's own time-outs. A longer time-out is not used,
+#: because a lease would expire during it.
 _TIMEOUTS = ("socket_timeout", "socket_connect_timeout")
 
 
@@ -99,7 +99,7 @@ def client_for(url: str, **options: Any) -> Redis:
 
 
 def _path(parts: SplitResult) -> str:
-    """Return the path of a Unix socket. A URL with a host is refused, because a socket has none."""
+    """Return the path of a Unix socket. Refuse a URL with a host, because a socket has no host."""
     if parts.netloc.rpartition("@")[2] or not parts.path.strip("/"):
         raise _refused("the path of the socket is missing; write unix:///path/to/socket")
     return unquote(parts.path)
@@ -140,7 +140,8 @@ def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:
     uses_tls = read_option(LEASES, "ssl", query.pop("ssl", "false"), SWITCH)
     kind = redis.SSLConnection if uses_tls else redis.Connection
     more = _options(query, kind, advice="add ssl=true to the options")
-    # Without them the client library tries an unavailable sentinel four times, which takes seconds.
+    # The store's time-outs and retries hold for sentinels, too. By default the client library tries
+    # an unavailable sentinel four times, which takes seconds.
     asked = {name: options[name] for name in (*_TIMEOUTS, "retry") if name in options}
     sentinel = Sentinels(addresses, sentinel_kwargs=asked | own)  # type: ignore[no-untyped-call]
     given = _with_short_timeouts(options | found | more, options)
@@ -151,7 +152,7 @@ def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:
 
 
 def _chunks(text: str) -> list[str]:
-    """Split a URL at its semicolons: Celery separates the sentinels by them."""
+    """Split a URL at its semicolons, because Celery separates the sentinels by semicolons."""
     return [chunk for chunk in text.split(";") if chunk]
 
 
@@ -166,7 +167,8 @@ def _sentinels_part(url: str, chunk: str, number: int) -> SplitResult:
     is_address = separator == "://" and scheme.lower() == SENTINEL
     rest = rest if is_address else chunk
     before, at, _ = rest.partition("/")[0].rpartition("@")
-    # Celery repeats sentinel:// and the password for each sentinel. So an @ is right only there.
+    # Celery repeats sentinel:// and the password for each sentinel. So an @ is right only before
+    # the first host of a part that begins with sentinel://.
     if at and (not is_address or "," in before or "@" in before):
         raise _unreadable_sentinels(url)
     return _split(f"{SENTINEL}://{rest}")[0]
@@ -175,7 +177,7 @@ def _sentinels_part(url: str, chunk: str, number: int) -> SplitResult:
 def _master(query: dict[str, str], path: str) -> tuple[str, str]:
     """Return the name of the master, and the database as a text.
 
-    Celery's URLs have only the database in their path, and the name in the query.
+    Celery's URLs have only the database in their path. Their query has the master's name.
 
     :raises ImproperlyConfigured: the name is missing.
     """
@@ -203,11 +205,11 @@ def _addresses(url: str, parts: SplitResult) -> list[tuple[str, int]]:
 
 
 def _address(text: str) -> tuple[str, int]:
-    """Parse ``host`` or ``host:port``. The port defaults to 26379, the sentinels' own.
+    """Parse ``host`` or ``host:port``. The port defaults to 26379, the default of sentinels.
 
     :raises ValueError: the text is not such an address.
     """
-    # An IPv6 address has colons within its brackets: the last colon precedes a port only if the
+    # An IPv6 address has colons within its brackets. So the last colon precedes a port only if the
     # text does not end in a bracket.
     host, _, port = text.rpartition(":") if ":" in text and text[-1] != "]" else (text, "", "26379")
     is_ipv6 = host.startswith("[") and host.endswith("]")
@@ -256,7 +258,7 @@ def _credentials(parts: SplitResult) -> dict[str, Any]:
 def _database(query: dict[str, str], path: str) -> int:
     """Return the database's number, from the path or from the options ``db`` and ``virtual_host``.
 
-    :raises ImproperlyConfigured: the text is not a number, or the URL names several databases.
+    :raises ImproperlyConfigured: the database is not a number, or the URL names several databases.
     """
     found = {query.pop(name, "").strip("/") for name in ("db", "virtual_host")}
     found = (found | {unquote(path).strip("/")}) - {""}
@@ -272,7 +274,7 @@ def _options(query: Mapping[str, str], kind: type[Any], advice: str) -> dict[str
     """Convert the options of a URL to the values that the client library takes.
 
     :param kind: the class of the connections.
-    :param advice: for the error about a TLS option in a URL without TLS: what to do.
+    :param advice: what the user has to do about a TLS option in a URL without TLS, for the error.
     :raises ImproperlyConfigured: an option is not known, or its value is not allowed.
     """
     refuse_missing_files(LEASES, query, FILES)
@@ -294,7 +296,7 @@ def _options(query: Mapping[str, str], kind: type[Any], advice: str) -> dict[str
             raise _refused(
                 "ssl_check_hostname=true has no effect together with ssl_cert_reqs=none; remove one"
             )
-        # Python refuses to check the host's name without checking the certificate.
+        # Python cannot check the host's name if it does not check the certificate.
         found["ssl_check_hostname"] = False
     refuse_unusable_tls(LEASES, found)
     return found
