@@ -1,8 +1,8 @@
 """Build the index of an existing PostgreSQL table without blocking its readers and writers.
 
 ``CREATE INDEX CONCURRENTLY`` takes no lock that readers or writers wait for, but it cannot run in a
-transaction. If such a build fails, it leaves a broken (invalid) index, which must be dropped first.
-If only the client dies, the build does not fail: the database goes on building.
+transaction. A build that fails leaves a broken (invalid) index, which must be dropped before the
+next build. If only the client dies, the build does not fail: the database goes on building.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from sqlalchemy.schema import CreateIndex, DropIndex
 from celery_singleton_state.store.sql.schema import make_table
 from celery_singleton_state.store.sql.store import open_transaction
 
-#: Seconds to wait for another session that maintains the table, such as another index build, before
-#: an error names that session. Readers and writers do not queue behind this wait. It must be longer
-#: than PostgreSQL's ``deadlock_timeout`` (1 s): after that time a waiting session cancels an
-#: autovacuum that is in its way.
+#: Seconds to wait for the lock of another session that maintains the table, such as another index
+#: build. Readers and writers do not queue behind this wait. The wait must be longer than
+#: PostgreSQL's ``deadlock_timeout`` (1 s), after which a waiting session cancels an autovacuum that
+#: has the lock.
 LOCK_TIMEOUT = 5
 
 _BROKEN = """
@@ -29,7 +29,7 @@ WHERE indrelid = to_regclass(:table) AND NOT indisvalid
 
 
 def build_index(engine: Engine, table_name: str) -> None:
-    """Build the index on ``updated_at`` if the table exists without it, or with a broken one."""
+    """Build the index on ``updated_at`` if the table exists and has no working index on it."""
     table = make_table(table_name)
     (index,) = table.indexes
     index.dialect_options["postgresql"]["concurrently"] = True
@@ -50,9 +50,10 @@ def build_index(engine: Engine, table_name: str) -> None:
 
 
 def _found(connection: Connection, table: Table, quoted: str) -> tuple[bool, Sequence[str]]:
-    """Return whether the table has a working index, and the names of its broken indexes.
+    """Return whether the table has a working index on ``updated_at``, and the names of its broken
+    indexes.
 
-    The index may have any name: its columns decide.
+    The working index may have any name.
 
     :param quoted: the table's name, quoted for SQL.
     """
@@ -62,18 +63,18 @@ def _found(connection: Connection, table: Table, quoted: str) -> tuple[bool, Seq
         for found in sa.inspect(connection).get_indexes(table.name, schema=table.schema)
         if found["column_names"] == [column.name for column in index.columns]
     }
-    # Ask for the broken indexes last. A new index is broken until it is built, so one that appears
-    # between the two queries is not taken for a working one.
+    # Ask for the broken indexes last. A new index counts as broken until it is built. In the other
+    # order an index whose build begins between the two queries would be taken for a working one.
     broken = connection.scalars(sa.text(_BROKEN), {"table": quoted}).all()
     return bool(names.difference(broken)), broken
 
 
 def _wait_for_builds(engine: Engine, quoted: str) -> None:
-    """Wait until an index build has ended whose client died.
+    """Wait until other index builds on the table have ended, for example a build whose client died.
 
-    ``CREATE INDEX`` and ``DROP INDEX`` cannot wait for it: they hold a snapshot while they wait for
-    their lock, and the build waits for all snapshots, so each would wait for the other. ``LOCK
-    TABLE`` waits without a snapshot.
+    ``CREATE INDEX`` and ``DROP INDEX`` cannot wait for such a build: they hold a snapshot while
+    they wait for their lock, and the build waits for all snapshots, so each would wait for the
+    other. ``LOCK TABLE`` waits without a snapshot.
     """
     with open_transaction(engine) as connection:
         connection.execute(sa.text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'"))

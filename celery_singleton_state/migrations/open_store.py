@@ -24,15 +24,16 @@ def open_store(
     pool_size: int = 2,
     auto_migrate: bool | None = None,
 ) -> SqlStore:
-    """Open the store behind a URL. The store is for this process only.
+    """Open the store behind a URL. Only this process may use the store.
 
+    :param table_name: the table's name, which may have a schema: ``schema.name``.
     :param io_timeout: seconds without an answer after which the database counts as unavailable.
     :param pool_size: the largest number of connections.
-    :param auto_migrate: whether to create or upgrade the table if necessary. Left out: on SQLite
-        only.
+    :param auto_migrate: whether to create or upgrade the table if necessary. Left out: true on
+        SQLite, false on other databases.
     :raises ImproperlyConfigured: the URL, its driver or its database cannot be used.
     :raises StoreError: the table could not be created or upgraded, or the database has a fault that
-        a new table does not mend.
+        creating or upgrading the table does not correct.
     """
     parsed = parse_url(url)
     store = SqlStore(make_engine(parsed, io_timeout, pool_size), table_name)
@@ -49,7 +50,7 @@ def open_store(
 
 def _create_table_if_missing(store: SqlStore, url: str) -> None:
     try:
-        # Without prefixes, because the prefixes of the future keys are not known here.
+        # Check no prefixes of keys, because they are not known here.
         store.check(())
     except StoreMisconfigured:
         raise
@@ -60,7 +61,8 @@ def _create_table_if_missing(store: SqlStore, url: str) -> None:
 def _create_table(store: SqlStore, url: str) -> None:
     try:
         with _quiet_alembic():
-            # Import it only here, because Alembic takes long to import and is rarely needed.
+            # This module is imported only here, because it imports Alembic, which takes long and is
+            # rarely needed.
             from .upgrade import migrate_engine, migrate_url
 
             if is_in_memory(store.engine.url):
@@ -76,7 +78,7 @@ def _create_table(store: SqlStore, url: str) -> None:
 
 @contextmanager
 def _quiet_alembic() -> Iterator[None]:
-    """Silence Alembic's log lines, except for warnings: they would bury a worker's first lines."""
+    """Silence Alembic's log lines below WARNING, because they would bury a worker's first lines."""
     alembic = logging.getLogger("alembic")
     level = alembic.level
     alembic.setLevel(logging.WARNING)

@@ -1,11 +1,12 @@
 """Upgrade a table of a database server while other clients read and write it.
 
-``ALTER TABLE`` adds a nullable column quickly, but it takes an exclusive lock: it waits for the
-slowest open transaction, and all new queries on the table queue behind it. So an upgrade waits for
-a second only. Then it gives up, lets the queued queries run, and tries again.
+``ALTER TABLE`` adds a nullable column quickly, but needs an exclusive lock: it waits for the
+slowest open transaction on the table, and all new queries on the table queue behind it. So an
+upgrade waits for this lock for one second only. Then the upgrade gives up, lets the queued queries
+run, and tries again.
 
-On PostgreSQL no lock and no setting outlives a transaction, so that a pooler such as PgBouncer
-may stand in between.
+On PostgreSQL the upgrade uses no lock and no setting that outlives a transaction, so that a pooler
+such as PgBouncer may stand between this process and the server.
 """
 
 from __future__ import annotations
@@ -27,26 +28,29 @@ from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 
-#: Seconds (a whole number) that a change waits for its lock. Other queries on the table queue
-#: behind it for as long, so it is less than the time limit of a singleton's statement (a quarter of
-#: a lease's life, 2 s by default).
+#: The longest time, in whole seconds, for which an upgrade waits for its lock. Other queries on the
+#: table queue behind the upgrade for this time. So the time is shorter than the time limit of a
+#: singleton's statement, which is a quarter of a lease's life (2 s by default).
 LOCK_TIMEOUT = 1
-#: Seconds between two tries to get the lock.
+#: Seconds between two attempts of an upgrade to get the table's lock.
 PAUSE = 2.0
-#: Seconds for which an upgrade is tried again while the table is locked.
+#: Seconds for which an upgrade is tried again and again while the table is locked.
 PATIENCE = 300.0
-#: Seconds that a migration on MariaDB or MySQL waits for another migration.
+#: The longest time, in seconds, for which a migration on MariaDB or MySQL waits for the end of
+#: another migration.
 LONGEST_MIGRATION = 1800
 
-#: The statements that limit a transaction's wait for locks, by SQLAlchemy's name of the database.
+#: The statements that limit a transaction's wait for locks. The keys are SQLAlchemy's names of the
+#: databases.
 _GIVE_UP_SOON = {
     "postgresql": "SET LOCAL lock_timeout = '{seconds}s'",
-    # ALTER TABLE waits for a metadata lock, to which innodb_lock_wait_timeout does not apply.
+    # lock_wait_timeout, because innodb_lock_wait_timeout does not apply to the metadata lock that
+    # ALTER TABLE waits for.
     "mysql": "SET SESSION lock_wait_timeout = {seconds}",
 }
 
-#: PostgreSQL: the sessions that hold a lock on the table, the oldest three, described for a log
-#: line.
+#: A query of PostgreSQL for the sessions that hold a lock on the table: the three with the oldest
+#: transactions, each described in words for a log line.
 _HOLDERS = """
 SELECT CASE WHEN pid IS NULL THEN 'a prepared transaction' ELSE
   concat_ws(', ', 'pid ' || pid, nullif(application_name, ''), 'role ' || usename,
@@ -60,12 +64,14 @@ FROM (
 
 
 def migrate(engine: Engine, table_name: str, upgrade: Callable[[], None]) -> None:
-    """Run an upgrade of a table, one at a time, and repeat it while the table is locked.
+    """Run an upgrade of a table while no other process upgrades it, and repeat the upgrade while
+    the table is locked.
 
-    :param upgrade: upgrades the table in a transaction that begins with :func:`give_up_soon`. It
-        is called again if the transaction could not get a lock.
+    :param upgrade: upgrades the table in a transaction that begins with :func:`give_up_soon`. This
+        function is called again if the transaction could not get a lock.
     :raises StoreMisconfigured: the role lacks a privilege.
-    :raises StoreUnavailable: the table was locked for too long. The error names the sessions.
+    :raises StoreUnavailable: the table was locked for too long. The error says which sessions hold
+        a lock, or how to list them.
     """
     alone = _ALONE.get(engine.dialect.name)
     name = f"celery-singleton-state:{table_name}"
@@ -83,7 +89,7 @@ def migrate(engine: Engine, table_name: str, upgrade: Callable[[], None]) -> Non
 
 
 def give_up_soon(connection: Connection) -> None:
-    """Limit the time for which this transaction waits for a lock, to ``LOCK_TIMEOUT``."""
+    """Limit the time for which a connection's transaction waits for a lock to ``LOCK_TIMEOUT``."""
     setting = _GIVE_UP_SOON.get(connection.dialect.name)
     if setting is not None:
         connection.execute(sa.text(setting.format(seconds=LOCK_TIMEOUT)))
@@ -93,15 +99,16 @@ def give_up_soon(connection: Connection) -> None:
 def _alone_on_postgresql(engine: Engine, name: str) -> Iterator[None]:
     """Let only one migration run at a time, by an advisory lock of PostgreSQL.
 
-    A migration that waits asks again and again, and has no open transaction meanwhile: an index
-    build of the other migration would wait for that transaction.
+    A migration that waits for another one asks for the lock again and again, and has no open
+    transaction meanwhile, because an index build of the other migration would wait for the end of
+    such a transaction.
     """
     lock = zlib.crc32(name.encode())
     while True:
         with open_transaction(engine) as connection:
             if connection.scalar(sa.func.pg_try_advisory_xact_lock(lock).select()):
-                # This transaction only holds the lock and stays idle during the migration, so the
-                # server must not end it for idleness.
+                # This transaction only holds the lock, and stays idle during the migration. So the
+                # server must not end the transaction for its idleness.
                 connection.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
                 yield
                 return
@@ -120,12 +127,13 @@ def _alone_on_mysql(engine: Engine, name: str) -> Iterator[None]:
         try:
             yield
         finally:
-            # Close the connection, because the lock lasts as long as the connection does, and the
-            # pool would keep the connection open.
+            # Close the connection to release the lock, which lasts as long as the connection does.
+            # The pool would keep the connection open.
             connection.invalidate()
 
 
-#: The context managers that let one migration run at a time, by SQLAlchemy's name of the database.
+#: The context managers that let only one migration run at a time. The keys are SQLAlchemy's names
+#: of the databases.
 _ALONE = {"postgresql": _alone_on_postgresql, "mysql": _alone_on_mysql}
 
 

@@ -1,8 +1,8 @@
-"""Create or upgrade the table of the SQL store, by Alembic.
+"""Create or upgrade the table of the SQL store, with Alembic.
 
-A migration may run again, and in several processes at once: the second process waits for the first,
-and then finds nothing left to do. Alembic keeps the table's version in another table,
-``<table>_version``.
+A migration may run again, and in several processes at once: the second process waits for the first
+one, and then finds nothing left to do. Alembic keeps the version of the store's table in another
+table, ``<table>_version``.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from celery_singleton_state.store.sql.url import parse_url
 from . import unobtrusive
 from .concurrent_index import build_index
 
-#: Seconds that a statement of a migration may take. Other statements are limited by the life of a
-#: lease; a migration is not, because it waits for locks and may build an index.
+#: Seconds that a statement of a migration may take. This time is much longer than a lease's life,
+#: which limits other statements, because a migration waits for locks and may build an index.
 PATIENCE = 3600.0
 #: Seconds that connecting to the database may take.
 CONNECT_TIMEOUT = 10.0
 
-#: A lock, because Alembic keeps the current migration in global variables (``op``) of the process.
+#: A lock that lets only one thread of the process migrate at a time, because Alembic keeps the
+#: current migration in global variables (``op``).
 _one_at_a_time = threading.Lock()
 
 
 def migrate(settings: Settings) -> None:
-    """Create or upgrade the table that the settings name. Its rows are kept.
+    """Create or upgrade the table that the settings name. An existing table keeps its rows.
 
     :raises ImproperlyConfigured: the URL cannot be used, or the settings name no database.
     :raises StoreError: the role lacks a privilege, or other sessions have locked the table for
@@ -52,14 +53,14 @@ def migrate(settings: Settings) -> None:
 
 
 def migrate_url(url: str, table_name: str) -> None:
-    """Create or upgrade a table in the database behind a URL. Its rows are kept.
+    """Create or upgrade a table in the database behind a URL. An existing table keeps its rows.
 
     The errors are those of :func:`migrate`.
     """
     parsed = parse_url(url)
     if parsed.get_backend_name() == "postgresql":
-        # No prepared statements: each statement is sent only once, so preparing it only takes time,
-        # for which other sessions may have to wait.
+        # Do not prepare statements: each is sent only once, so preparing it only takes time, during
+        # which other sessions may have to wait for the migration's locks.
         parsed = parsed.update_query_dict({"prepare_threshold": "none"})
     engine = make_engine(parsed, PATIENCE, connect_timeout=CONNECT_TIMEOUT)
     try:
@@ -69,7 +70,7 @@ def migrate_url(url: str, table_name: str) -> None:
 
 
 def migrate_engine(engine: Engine, table_name: str) -> None:
-    """Create or upgrade a table in the database of an engine. Its rows are kept.
+    """Create or upgrade a table in the database of an engine. An existing table keeps its rows.
 
     The errors are those of :func:`migrate`.
     """

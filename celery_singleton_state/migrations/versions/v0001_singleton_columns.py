@@ -1,6 +1,7 @@
-"""Create the table, or add the singleton columns to a table of ``key``, ``value``, ``updated_at``.
+"""Create the store's table, or add the singletons' columns to an existing table that has only the
+columns ``key``, ``value`` and ``updated_at``.
 
-Every added column is nullable, so that the database rewrites no row, and programs that only know
+Every added column is nullable, so that the database rewrites no row, and programs that know only
 the three old columns can go on writing.
 """
 
@@ -17,21 +18,21 @@ from sqlalchemy.dialects import mysql
 revision = "0001"
 down_revision = None
 
-# On MariaDB and MySQL, texts are compared by their bytes, so that keys are case-sensitive. Only the
-# key has a length limit, because these databases need one in a primary key. Times have
-# microseconds.
+# The types of the columns. On MariaDB and MySQL texts are compared by their bytes, so that keys are
+# case-sensitive. Only the key has a length limit there, because these databases need a limit in a
+# primary key. Times have microseconds.
 BINARY = {"charset": "utf8mb4", "collation": "utf8mb4_bin"}
 KEY = sa.Text().with_variant(mysql.VARCHAR(255, **BINARY), "mysql")
 TEXT = sa.Text().with_variant(mysql.LONGTEXT(**BINARY), "mysql")
 MOMENT = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql")
 
-#: PostgreSQL's fillfactor: new rows fill this percentage of a page. An update, such as a renewal,
-#: puts the row's new version into the free rest of the page (a "HOT" update), so that no index
-#: changes. Such a renewal writes a ninth as much write-ahead log, and the table stays small.
+#: The table's fillfactor on PostgreSQL: new rows fill this percentage of a page. An update, such as
+#: a renewal, puts the row's new version into the free rest of the page (a "HOT" update), so that no
+#: index changes. A renewal then writes a ninth as much write-ahead log, and the table stays small.
 FILL = 80
 
-# Only ordinary tables (relkind r) are found, because other kinds, such as partitioned tables, have
-# no fillfactor.
+# A query for whether a table's fillfactor is PostgreSQL's default. It finds only ordinary tables
+# (relkind r), because other kinds of tables, such as partitioned tables, have no fillfactor.
 _IS_FILLED_AS_USUAL = """
 SELECT NOT EXISTS (
   SELECT FROM unnest(reloptions) AS option WHERE split_part(option, '=', 1) = 'fillfactor'
@@ -78,8 +79,8 @@ def added() -> list[sa.Column[object]]:
 def upgrade() -> None:
     """Create the table and its index, or upgrade them.
 
-    All queries about the table come before the first change, because from then on the table is
-    locked for other sessions.
+    All queries about the table come before the first change, because the first change locks the
+    table for other sessions.
     """
     schema, _, name = op.get_context().opts["singleton_table"].rpartition(".")
     schema = schema or None
@@ -97,7 +98,7 @@ def upgrade() -> None:
 
 
 def alter(table: sa.Table, found: dict[str, Any]) -> None:
-    """Add the missing columns and adapt the existing ones, if possible by one statement.
+    """Add the missing columns and adapt the existing ones, if possible in one statement.
 
     Each statement may have to wait for a lock, so one statement is better than several.
 
@@ -116,10 +117,11 @@ def alter(table: sa.Table, found: dict[str, Any]) -> None:
 
 
 def room_for_renewals(table: sa.Table) -> list[str]:
-    """Return the change that leaves room in each page for the new versions of its rows.
+    """Return the change to a table that leaves room in each page for new versions of the page's
+    rows, as a list for :func:`change`.
 
-    There is a change only on PostgreSQL, and only if the table's owner has not set a fillfactor. It
-    applies to pages that are written from now on; no row is rewritten.
+    The list is empty on other databases than PostgreSQL, and if the table's owner has set a
+    fillfactor. The change applies to pages that are written from now on; no row is rewritten.
     """
     bind = op.get_bind()
     if bind.dialect.name != "postgresql":
@@ -130,7 +132,9 @@ def room_for_renewals(table: sa.Table) -> list[str]:
 
 
 def change(table: sa.Table, changes: list[str]) -> None:
-    """Alter a table by one statement. SQLite accepts only one change in each statement."""
+    """Alter a table in one statement, or on SQLite in one statement for each change, because SQLite
+    accepts only one change in a statement.
+    """
     dialect = op.get_bind().dialect
     quoted = dialect.identifier_preparer.format_table(table)
     for each in changes if dialect.name == "sqlite" else [", ".join(changes)]:
@@ -146,8 +150,8 @@ def definition(column: sa.Column[object], dialect: sa.Dialect) -> str:
 def changed(found: dict[str, Any]) -> Iterator[sa.Column[object]]:
     """Yield the columns of a MariaDB or MySQL table whose types must change.
 
-    Texts must be compared by their bytes, so that two keys which differ only in case are different
-    keys. Times must have microseconds, so that two times within a second can be compared.
+    Texts must be compared by their bytes, so that two keys that differ only in case are different
+    keys. Times must have microseconds, so that two times within one second can be compared.
 
     :param found: the existing columns by name, as SQLAlchemy's inspector describes them.
     """
@@ -167,9 +171,9 @@ def changed(found: dict[str, Any]) -> Iterator[sa.Column[object]]:
 
 
 def to_the_microsecond(default: str) -> str:
-    """Give ``CURRENT_TIMESTAMP`` in a column's default the precision of the column.
+    """Return a column's default with ``CURRENT_TIMESTAMP`` in microseconds, because MySQL refuses a
+    default whose precision is not the column's.
 
-    The default may include MySQL's ``ON UPDATE CURRENT_TIMESTAMP``. MySQL refuses a default of
-    another precision than its column's.
+    The default may include MySQL's ``ON UPDATE CURRENT_TIMESTAMP``.
     """
     return re.sub(r"(?i)\bcurrent_timestamp\b(\(\d*\))?", "CURRENT_TIMESTAMP(6)", default)

@@ -2,10 +2,10 @@
 
 Redis can lose a lease after it has acknowledged it: by a failover to a replica that had not
 received the lease yet, or by a restart from an old data file. Then the lease is free while its
-holder still runs, so that a second run can begin. Two runs are then active until the first run's
-next renewal is refused. Two active
-runs could overwrite each other's state, so states are never kept here. A fence is never given out
-twice, even then, because a new fence is never smaller than the server's clock in milliseconds.
+holder still runs, so that a second run can begin. The two runs are active together until the first
+run's next renewal is refused, and could overwrite each other's state. So states are never kept in
+Redis. Even after such a loss no fence is given out twice, because a new fence is never smaller than
+the server's clock in milliseconds.
 """
 
 from __future__ import annotations
