@@ -31,7 +31,7 @@ class StoreRefusesValue(StoreError):
     """The store can never hold the value of a request. The request changed nothing.
 
     The value is too large or out of range, a check of the table refuses it, or the database's
-    encoding lacks one of its characters. The same request would fail again.
+    encoding lacks one of the value's characters. The same request would fail again.
 
     :param is_of_text: whether the reason is a character that the encoding lacks.
     """
@@ -61,9 +61,9 @@ class Lease:
 
     :param key: the key of the singleton's row.
     :param holder: ``nodename:pid:nonce``, new for each acquisition.
-    :param fence: a number that only grows. Each acquisition gets the larger one of two numbers: 1
-        more than every fence and rank in the row so far, and the store's clock in milliseconds
-        since 1970.
+    :param fence: a number that only grows. Each acquisition gets the larger one of two numbers: the
+        store's clock in milliseconds since 1970, and the larger one of the row's last fence and
+        last rank, plus 1.
     :param ttl: seconds after which the lease expires, unless the holder renews it.
     """
 
@@ -112,8 +112,8 @@ class Write:
 
     The store carries out the write only if the row's write number is at least ``seen`` and at most
     ``number``. If the row's write number is larger than ``number``, a newer write has taken effect,
-    so this request is late. If it is smaller than ``seen``, the database has lost writes that it
-    had confirmed.
+    so this request is late. If the row's write number is smaller than ``seen``, the database has
+    lost writes that it had confirmed.
 
     :param number: the number of this write: 1 for the first write under a lease, 2 for the second.
         A number is never used again for another state, even if the write failed or was rolled
@@ -216,7 +216,7 @@ class Listed:
 
     @property
     def held(self) -> bool:
-        """Whether the lease cannot be acquired now: a run holds it, or it is in a hold period."""
+        """Whether the lease is taken now, because a run holds it or because of a hold period."""
         return self.expires_in is not None and self.expires_in > 0
 
     @property
@@ -267,8 +267,8 @@ class Row(Listed):
 
     @property
     def next_rank(self) -> int:
-        """A rank for a new request: larger than the row's, and at least the store's clock in
-        milliseconds since 1970.
+        """A rank for a new request: larger than each rank in the row, and at least the store's
+        clock in milliseconds since 1970.
         """
         return max(self.rank + 1, int(self.read_at * 1000))
 
@@ -409,7 +409,7 @@ class RowRequests(Protocol):
     def dequeue(self, key: str, task_id: str, task: str | None = None) -> None:
         """Note that a message is no longer queued, and refuse claims that arrive late.
 
-        The acquisition of the lease dequeues its message, so a run does not call this method.
+        A message is dequeued when it acquires the lease, so a run does not call this method.
 
         :param task: the task's name, for a new row.
         """
@@ -480,9 +480,9 @@ class Leases(Protocol):
     def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:
         """Renew leases: each expires ``ttl`` seconds from now.
 
-        A request for a single lease waits if another transaction has locked the row. If the answer
-        lacks its key, the lease is lost. A request for several leases may skip locked rows. So a
-        key that its answer lacks does not mean that the lease is lost.
+        A request for a single lease waits if another transaction has locked the row. If its key is
+        missing in the answer, the lease is lost. A request for several leases may skip locked rows.
+        So if a key is missing in that answer, the lease may still be held.
 
         :param leases: leases with different keys, because the answer identifies a lease by its key.
         :returns: a dict from the key of each renewed lease to the task id of the message that asks
@@ -518,7 +518,7 @@ class Leases(Protocol):
     def contents(
         self, keys: Sequence[str], values: bool
     ) -> dict[str, tuple[str | None, str | None]]:
-        """Return the history and the state of each of some singletons, as a dict by key.
+        """Return the histories and the states of some singletons, as a dict from key to pair.
 
         :param values: whether to read the states. If false, each state is ``None``.
         """

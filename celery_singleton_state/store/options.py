@@ -72,7 +72,7 @@ def seconds(least: float = 0.001) -> Option:
 def choice(*words: str, why: str = "") -> Option:
     """An option that takes one of several words.
 
-    :param why: the reason why only these words are allowed. It ends the error's text.
+    :param why: the reason why only these words are allowed. The error's text ends with it.
     """
 
     def read(text: str) -> str:
@@ -84,7 +84,7 @@ def choice(*words: str, why: str = "") -> Option:
 
 
 def made_of(read: Callable[[str], Any], allowed: str) -> Option:
-    """An option whose ``read`` refuses a text by an error of any class."""
+    """An option whose parser ``read`` may raise an error of any class to refuse a text."""
 
     def checked(text: str) -> Any:
         try:

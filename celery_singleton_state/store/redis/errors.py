@@ -54,12 +54,12 @@ _ADVICE = (
 #: A part of the error that HINCRBY answers when a number, such as a fence, is already the largest
 #: number that Redis can hold.
 _OVERFLOW = "would overflow"
-#: Matches errors about a value that the server or the client library can never hold.
+#: A pattern that matches errors about a value that the server or the client library can never hold.
 _VALUE = re.compile(
     f"{_OVERFLOW}|string exceeds maximum allowed size|is not an integer or out of range|DataError"
 )
-#: Matches errors of a server that may no longer be the primary, because a failover may have made
-#: another server the primary.
+#: A pattern that matches errors of a server that may no longer be the primary, because a failover
+#: may have made another server the primary.
 _DEMOTED = re.compile(
     "read only (replica|slave)|Link with MASTER is down|NOREPLICAS|CLUSTERDOWN|ClusterDownError"
 )

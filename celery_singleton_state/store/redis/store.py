@@ -53,8 +53,8 @@ T = TypeVar("T")
 
 #: The key of the sorted set that holds the keys of all singletons.
 INDEX = "celery-singleton-keys"
-#: The largest number of singletons that one script reads. It is limited because the server serves
-#: no other client while a script runs.
+#: The largest number of singletons that one script reads. The number is limited because the server
+#: serves no other client while a script runs.
 PAGE = 200
 #: The beginning of the name of each maxmemory-policy by which a server whose memory is full removes
 #: keys without an expiry, such as the keys of singletons.
@@ -239,7 +239,8 @@ class RedisStore:
 
 
 class RedisRequests:
-    """The requests about a lease that do not come from its holder. Most are one script call.
+    """The requests about a lease that do not come from its holder. Most requests are one script
+    call.
 
     :param call: the method of :class:`RedisStore` that calls a script.
     """

@@ -226,8 +226,8 @@ class Connections:
 
         SQLite in a child that inherits a connection to a file assumes that the child has the file's
         locks, although only the parent has them. The child then neither waits for other processes
-        nor prevents that they delete the log that it uses (https://sqlite.org/howtocorrupt.html,
-        2.6).
+        nor keeps them from deleting the log that the child uses
+        (https://sqlite.org/howtocorrupt.html, 2.6).
         """
         if not self._is_file:
             return

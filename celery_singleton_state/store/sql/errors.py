@@ -239,8 +239,8 @@ def is_read_only(error: Exception) -> bool:
 def is_unprepared(error: Exception) -> bool:
     """Return whether an error means that a pooler has mixed up prepared statements.
 
-    The pooler has sent a prepared statement on a connection to the server on which this statement
-    was not prepared.
+    The pooler has sent a statement to the server on a connection on which the statement had not
+    been prepared.
     """
     code = _code(error)
     return code in _UNPREPARED or (

@@ -76,8 +76,8 @@ class Rows:
         """Read a key's value, change it and store it, while the row is locked.
 
         :param change: takes the old value (``None`` if there is none), and returns the new value
-            and the result of this method. If it raises an error, the old value stays, and the error
-            is raised here.
+            and the result of this method. If ``change`` raises an error, the old value stays, and
+            this method raises the error.
         """
         raised: list[Exception] = []
         try:
@@ -121,7 +121,7 @@ class Rows:
         existing row can be locked.
         """
         columns = store.table.c
-        # A placeholder that differs from every stored value. A row with it was inserted here.
+        # A placeholder that differs from every stored value, for a row that is inserted here.
         placeholder = f"placed {uuid.uuid4()}"
         row = {"key": self._prefix + key, "value": placeholder, "updated_at": store.now}
         insert = store.upsert(row, None)

@@ -156,7 +156,9 @@ class MySqlStatements(Statements):
 
     @staticmethod
     def rows(cursor: Any) -> Sequence[tuple[Any, ...]]:
-        """Return the rows of the last SQL statement in the text that returns a result set."""
+        """Return the rows of the last result set, because a text of SQL statements can have several
+        result sets.
+        """
         found: Sequence[tuple[Any, ...]] = ()
         while True:
             if cursor.description:

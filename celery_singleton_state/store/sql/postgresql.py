@@ -26,8 +26,8 @@ ACTIVE = psycopg.pq.TransactionStatus.ACTIVE
 #: The longest time, in seconds, for which the closing of a connection waits for the server to
 #: accept a cancel request.
 LONGEST_CANCEL = 0.5
-#: The longest time of this wait as a fraction of ``io_timeout``. The shorter limit of the two
-#: applies.
+#: The longest time for which the closing of a connection waits for the server to accept a cancel
+#: request, as a fraction of ``io_timeout``. If ``LONGEST_CANCEL`` is shorter, it applies instead.
 CANCEL_PART = 0.25
 #: The first release of psycopg that reports, while it waits, that nothing has arrived. With an
 #: older release a statement waits for a silent server until TCP gives up.
@@ -90,8 +90,8 @@ class Connection(psycopg.Connection[Any]):
         # while the server is silent.
         if not psycopg.capabilities.has_cancel_safe():
             return
-        # If the server cannot be reached, the statement cannot be cancelled. The closing must
-        # succeed all the same.
+        # If the server cannot be reached, the statement cannot be cancelled. The connection must be
+        # closed all the same.
         with contextlib.suppress(psycopg.Error, OSError, RuntimeError):
             self.cancel_safe(timeout=self.cancel_timeout)
 

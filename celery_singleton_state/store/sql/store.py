@@ -77,8 +77,8 @@ class _RowHidden(Exception):
 class SqlStore:
     """A store of leases and states in an SQL database.
 
-    Each method that :class:`~celery_singleton_state.store.base.Store` explains is one statement on
-    a connection in autocommit mode.
+    :class:`~celery_singleton_state.store.base.Store` explains the methods. Most methods are one
+    statement on a connection in autocommit mode.
 
     :param engine: an engine of :func:`~celery_singleton_state.store.sql.engine.make_engine`.
     :param table_name: the table's name, which may have a schema: ``schema.name``.
@@ -94,8 +94,8 @@ class SqlStore:
         self._connections = Connections(engine, keeps_one=not is_in_memory(engine.url))
         #: A function that runs a statement and returns its rows.
         self._rows: Rows = partial(self._execute, self._sql.rows)
-        #: Tuples of types. If the values in the answer to an acquisition have such types, they are
-        #: right. :meth:`acquire` remembers the tuples in order to check each only once.
+        #: The tuples of types that :meth:`acquire` has found right for the values of an answer. It
+        #: remembers them in order to check each tuple only once.
         self._right_types: set[tuple[type, ...]] = set()
         #: The warnings that :meth:`check` has logged, so that it logs each warning only once.
         self._warned: set[str] = set()

@@ -22,10 +22,11 @@ from celery_singleton_state.text.urls import ENCODED, shown, shown_url
 
 from .dialects import DATABASES, DIALECTS, backend_of
 
-#: Matches the prefix that Celery puts before a database's URL, for a result backend or a broker.
+#: A pattern that matches the prefix that Celery puts before a database's URL, for a result backend
+#: or a broker.
 _CELERYS = re.compile(r"(db|sqla|sqlalchemy)\+")
-#: Matches a URL. The group is everything from the host on. The pattern decides as SQLAlchemy does
-#: where the user and the password end.
+#: A pattern that matches a URL, and whose group is everything from the host on. The pattern decides
+#: as SQLAlchemy does where the user and the password end.
 _AUTHORITY = re.compile(r"[^:/]+://(?:[^:/@]*(?::[^@]*)?@)?(.*)", re.DOTALL)
 _LEASES_ONLY = ("redis", "sentinel", "valkey")
 
