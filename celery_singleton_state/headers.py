@@ -9,50 +9,54 @@ from celery.app.task import Context
 
 from .compat import custom_attributes
 
-#: Prefix of the names of all headers of this package.
+#: The prefix of the names of all headers of this package.
 PREFIX = "singleton_"
-#: How often the message was requeued because its run was still active in another process.
+#: Header: how often the message was requeued because its run was still active in another process.
 REQUEUED = "singleton_requeued"
-#: Marks a message that this package has sent again unchanged.
+#: Header: marks a message that this package has sent again unchanged.
 SENT_AGAIN = "singleton_sent_again"
-#: Seconds that the message has waited for the lease so far.
+#: Header: seconds that the message has waited for the lease so far.
 WAITED = "singleton_waited"
-#: The task id of the run that sent this message by ``self.replace()``.
+#: Header: the task id of the run that sent the message with ``self.replace()``.
 REPLACES = "singleton_replaces"
-#: The value of ``singleton_waited`` when the message became the next one in line for the lease.
+#: Header: seconds that the message had waited for the lease when it became the next one in line for
+#: the lease.
 NEXT_SINCE = "singleton_next_since"
-#: How often this package itself has retried the message, to repeat a run that failed.
+#: Header: how often this package itself has retried the message, to repeat a run that failed.
 RETRIES = "singleton_retries"
-#: How often the message was requeued because its run had ended and the result backend did not have
-#: the result yet.
+#: Header: how often the message was requeued because its run had ended, but the result backend did
+#: not have the result yet.
 UNRECORDED = "singleton_unrecorded"
-#: The message's rank for ``on_conflict="replace"``: the message with the larger rank is newer.
+#: Header: the message's rank for ``on_conflict="replace"``. Of two messages, the newer one has the
+#: larger rank.
 RANK = "singleton_rank"
-#: When the message was sent, and the host by whose clock.
+#: Header: the time when the message was sent, with a name for the clock of the sending host.
 SENT_AT = "singleton_sent_at"
-#: A value that tells the message from other messages that were sent with the same task id.
+#: Header: a value that tells the message from other messages that have the same task id.
 SENT = "singleton_sent"
-#: The whole delay, in seconds, with which the message was last retried or requeued.
+#: Header: the whole delay, in seconds, of the last retry or requeue of the message.
 PAUSE = "singleton_pause"
-#: Seconds that the message has still to wait when a worker receives it. Set when the whole delay is
-#: longer than the broker can delay a message at once.
+#: Header: the part of the delay, in seconds, that is still left when a worker receives the message.
+#: It is set if the whole delay is longer than a message can be delayed at once.
 PAUSE_LEFT = "singleton_pause_left"
-#: Marks a message that a fanout exchange has copied into several queues.
+#: Header: marks a message that a fanout exchange has copied into several queues.
 COPY = "singleton_copy"
-#: The schedule entry whose tick the message is for.
+#: Header: the name of the schedule entry whose tick the message is for.
 ENTRY = "singleton_entry"
-#: The due time of the tick that the message is for, in ISO format.
+#: Header: the due time, in ISO format, of the tick that the message is for.
 DUE = "singleton_due"
-#: The due time of the entry's previous tick that was sent, in ISO format.
+#: Header: the due time, in ISO format, of the tick that beat sent before this message's tick, for
+#: the same schedule entry.
 PREVIOUS = "singleton_previous"
-#: Marks a tick of an entry with ``catch_up="all"``: beat sends the entry's next tick when this one
-#: has ended. Such a tick waits for the lease and is never skipped.
+#: Header: marks a tick of a schedule entry with ``catch_up="all"``. Such a tick waits for the lease
+#: and is never skipped, and beat sends the entry's next tick only when this tick has ended.
 ONE_BY_ONE = "singleton_one_by_one"
 
-#: Headers that describe one try of a message. Its retries do not inherit them.
+#: The names of headers that describe a single try of a message. Retries of the message do not
+#: inherit them.
 OF_ONE_TRY = frozenset({WAITED, NEXT_SINCE, REQUEUED, UNRECORDED})
 
-#: All headers of this package.
+#: The names of all headers of this package.
 OWN = frozenset(
     {
         REQUEUED,
@@ -75,11 +79,11 @@ OWN = frozenset(
     }
 )
 
-#: The name of an inner header: some tracing tools put a dict with a copy of headers into a header
-#: of this name. Celery then shows only that dict as ``request.headers``.
+#: The name of the *inner header*: some tracing tools put a dict with copies of headers into a
+#: header of this name. Celery then shows that dict alone as ``request.headers``.
 INNER = "headers"
 
-#: Names, in lower case, of the headers that tracing tools add to messages; then prefixes of others.
+#: Names, in lower case, of headers that tracing tools add to messages.
 _TOOLS = frozenset(
     {
         "b3",
@@ -93,6 +97,7 @@ _TOOLS = frozenset(
         "x-cloud-trace-context",
     }
 )
+#: Prefixes, in lower case, of the names of further headers that tracing tools add to messages.
 _TOOLS_PREFIXES = (
     "dd-",
     "elastic-apm-",
@@ -104,9 +109,9 @@ _TOOLS_PREFIXES = (
     "x-instana-",
     "x-newrelic-",
 )
-#: Prefixes of the headers in which RabbitMQ records how it has moved a message. They are removed
-#: from a message that is sent again, because RabbitMQ would count its earlier moves and could drop
-#: it as a message that moves in a circle.
+#: Prefixes of the names of headers in which RabbitMQ records how it has moved a message. Such
+#: headers are removed from a message that is sent again. Otherwise RabbitMQ would count the earlier
+#: moves, and could drop the message because it seems to move in a circle.
 _BROKERS_PREFIXES = (
     "x-acquired-count",
     "x-death",
@@ -120,7 +125,8 @@ def header(request: Context, name: str, default: Any = None) -> Any:
     """Return the value of one of this package's headers.
 
     Celery makes each header of a message an attribute of its request. The attribute is preferred to
-    ``request.headers``, because that can be an inner header with values from an earlier sending.
+    ``request.headers``, because ``request.headers`` can be an inner header (:data:`INNER`), which
+    has values from an earlier sending.
 
     :param default: returned if the message does not have the header.
     """
@@ -136,7 +142,7 @@ def count_in(request: Context, name: str) -> int:
 
 
 def own_headers(request: Context) -> dict[str, Any]:
-    """Return this package's headers of a message by name, with the values of :func:`header`."""
+    """Return this package's headers of a message as a dict, with the values of :func:`header`."""
     shown: Any = request.headers
     found = {}
     if isinstance(shown, Mapping):
@@ -151,23 +157,24 @@ def own_headers(request: Context) -> dict[str, Any]:
 
 
 def custom_headers(request: Context) -> dict[str, Any]:
-    """Return all custom headers of a message, for the message that is sent in its place.
+    """Return all custom headers of a message, for the new message that is sent in its place.
 
-    The body finds the same ``request.headers`` in that message. Therefore a header that is only in
-    an inner header stays there. This package's headers are moved out of the inner header, because
-    later sendings do not update it.
+    The body must find the same ``request.headers`` in the new message. So if a tracing tool has put
+    a header into an inner header (:data:`INNER`) only, the header stays in the inner header. This
+    package's headers are moved out of the inner header, because a later sending does not update the
+    inner header.
     """
     shown = _kept(_shown(request))
     made = _on_top(request, shown) | own_headers(request)
     inner = {name: value for name, value in shown.items() if name not in OWN}
     if request.is_eager or inner.keys() <= made.keys():
-        # No inner header is needed: Celery shows all headers as `request.headers`.
+        # No inner header is needed: without one, Celery shows all headers as `request.headers`.
         return inner | made
     return made | {INNER: inner}
 
 
 def without_moves(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the headers without those in which RabbitMQ records how it has moved the message."""
+    """Return a message's headers, except those in which RabbitMQ records the message's moves."""
     return {
         name: value
         for name, value in headers.items()
@@ -176,13 +183,13 @@ def without_moves(headers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_of_tool(name: object) -> bool:
-    """Whether a header has the name of a header that tracing tools add to messages."""
+    """Whether a header's name is the name of a header that tracing tools add to messages."""
     lower = str(name).lower()
     return lower in _TOOLS or lower.startswith(_TOOLS_PREFIXES)
 
 
 def names_in(headers: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names of all headers, including those within an inner header."""
+    """Yield the names of all headers, and the names in an inner header (:data:`INNER`)."""
     for name, value in headers.items():
         if name == INNER and isinstance(value, Mapping):
             yield from names_in(value)
@@ -191,7 +198,7 @@ def names_in(headers: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _shown(request: Context) -> Mapping[str, Any]:
-    """Return ``request.headers``; an empty dict if it is not a dict."""
+    """Return ``request.headers``, the headers that Celery shows; without them an empty dict."""
     shown: Any = request.headers
     return shown if isinstance(shown, Mapping) else {}
 
@@ -199,11 +206,11 @@ def _shown(request: Context) -> Mapping[str, Any]:
 def _on_top(request: Context, shown: Mapping[str, Any]) -> dict[str, Any]:
     """Return the custom headers that are attributes of the request.
 
-    User code can have set attributes of its own on the request. If Celery shows all headers, an
-    attribute that it does not show is not a header. If an inner header hides some of them, such an
-    attribute counts as a header when a message can carry its value.
+    User code can have set other attributes on the request. If Celery shows all headers, an
+    attribute that is not among the shown headers is not a header. If Celery shows only an inner
+    header (:data:`INNER`), an attribute counts as a header if a message can carry its value.
 
-    :param shown: the headers that Celery shows.
+    :param shown: the headers that Celery shows as ``request.headers``.
     """
     found = _kept(custom_attributes(request))
     if any(name not in found or is_of_tool(name) for name in shown):
@@ -221,7 +228,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _kept(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return headers as they are sent again: without an inner header and without the broker's."""
+    """Return the headers to send again: without an inner header and without RabbitMQ's own."""
     return {
         name: _once_each(value) if name == "baggage" else value
         for name, value in without_moves(headers).items()
@@ -230,10 +237,10 @@ def _kept(headers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _once_each(baggage: Any) -> Any:
-    """Return the value of the W3C header ``baggage`` with the newest of each member only.
+    """Return the text of the W3C header ``baggage``, reduced to the last value of each member.
 
-    Some tracing tools append all of their members at each sending, so that the header would grow
-    with each retry.
+    Some tracing tools append all of their members each time the message is sent, so the header
+    would grow with each retry.
     """
     if not isinstance(baggage, str):
         return baggage

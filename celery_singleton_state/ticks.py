@@ -1,8 +1,8 @@
 """Ticks: a tick is one due time of one schedule entry.
 
 This module writes a tick into the headers of its message and reads it back. The message's task id
-is computed from the entry's name and the due time. So a tick has one id, whichever beat sends it
-and however often.
+is computed from the entry's name and the due time. So all messages of a tick have the same task id,
+whichever beat sends them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from celery.beat import ScheduleEntry
 from .headers import DUE, ENTRY, ONE_BY_ONE, PREVIOUS, SENT, header
 from .text.visible import encodable
 
-#: Headers of beat that do not keep ``enqueue_once`` from dropping a message while another one is
-#: queued. ``singleton_one_by_one`` is not among them, because a tick with that header must be sent
-#: in any case.
+#: The names of headers that beat adds. ``enqueue_once`` applies to a message with these headers,
+#: but not to a message with other headers of its sender. ``singleton_one_by_one`` is left out,
+#: because a tick with that header must be sent in any case.
 BEAT_HEADERS = frozenset({ENTRY, DUE, PREVIOUS, "celery_beat_task", "periodic_task_name"})
 
-#: Namespace of the version 5 UUIDs that are the task ids of ticks; a random constant.
+#: The namespace of the version 5 UUIDs that are the task ids of ticks. It is a random constant.
 _NAMESPACE = uuid.UUID("1d7c7bfb-7e5c-4f0e-9f0f-3c6c8f5b6f0a")
 
 
@@ -66,8 +66,9 @@ def message_of(
     :param entry: the entry; it is not changed.
     :param schedule: the schedule's name.
     :param due: the tick's due time.
-    :param previous: the due time of the entry's previous tick that was sent, if there was one.
-    :param one_by_one: whether beat sends the entry's next tick only when this one has ended.
+    :param previous: the due time of the tick that beat sent before this one; ``None`` if there was
+        none.
+    :param one_by_one: whether beat sends the entry's next tick only when this tick has ended.
     :param begins_anew: whether the tick's work starts from its beginning, because the message that
         was to continue it is lost. The message then gets a new value of ``singleton_sent``, so that
         it is not refused as a duplicate of the run that sent the lost message.
@@ -80,7 +81,7 @@ def message_of(
         headers[ONE_BY_ONE] = 1
     if begins_anew:
         headers[SENT] = str(uuid.uuid4())
-    # Not copy.copy(): Celery's entries lose their app when they are copied or pickled.
+    # copy.copy() cannot be used: Celery's entries lose their app when they are copied or pickled.
     made: ScheduleEntry = object.__new__(type(entry))
     made.__dict__.update(entry.__dict__)
     made.options = {
@@ -92,7 +93,7 @@ def message_of(
 
 
 def _headers_of(schedule: str, entry: str, due: datetime) -> dict[str, str]:
-    """Return the headers that identify a tick."""
+    """Return the headers that identify the tick of a message."""
     return {ENTRY: entry_name(schedule, entry), DUE: due.astimezone(UTC).isoformat()}
 
 
@@ -103,15 +104,18 @@ def due_of(request: Context) -> datetime | None:
 
 
 def previous_of(request: Context) -> float | None:
-    """Return the due time of the previous tick that was sent, in seconds since the epoch.
+    """Return the due time of the tick that beat sent before a message's tick.
 
-    :returns: ``None`` if the message does not name the previous tick.
+    :returns: seconds since the epoch; ``None`` if the message does not name the earlier tick.
     """
     text = header(request, PREVIOUS)
     return None if text is None else datetime.fromisoformat(text).timestamp()
 
 
 def tick_in(headers: Mapping[str, Any]) -> Tick | None:
-    """Return the tick in a message's headers of this package; ``None`` if there is none."""
+    """Return the tick that a message is for; ``None`` if it is for no tick.
+
+    :param headers: this package's headers of the message.
+    """
     due = headers.get(DUE)
     return None if due is None else Tick(headers[ENTRY], datetime.fromisoformat(due).timestamp())

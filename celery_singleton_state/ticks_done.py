@@ -19,14 +19,15 @@ from .ticks import Tick
 
 logger = logger_of(__name__)
 
-#: Most entries in one row. When there are more, the entry whose ticks ended longest ago is removed.
+#: The largest number of schedule entries in one row. If there are more, the schedule entry whose
+#: ticks ended longest ago is removed.
 MAX_ENTRIES = 1000
-#: Most failed ticks, and most retried ticks, that are kept for one entry.
+#: The largest number of failed ticks, and also of retried ticks, that a schedule entry keeps.
 MAX_OTHERS = 100
-#: Smallest difference between two due times, in seconds: that of a Python datetime.
+#: The smallest difference between two due times, in seconds: the resolution of a ``datetime``.
 RESOLUTION = 1e-6
 
-#: A span: the ticks after the first time and up to and including the second, both in seconds since
+#: A span of time, from a first time (excluded) to a second time (included), both in seconds since
 #: the epoch.
 Span = tuple[float, float]
 
@@ -34,8 +35,8 @@ Span = tuple[float, float]
 class EntryTicks(msgspec.Struct, array_like=True, frozen=True):
     """Which ticks of one schedule entry are done, have failed or are being retried.
 
-    :param done: the spans in which all ticks that were sent are done; in order and apart from each
-        other.
+    :param done: the spans in which all ticks that were sent are done, in order of time. There is a
+        gap between any two of them.
     :param failed: due times of ticks that failed and are not retried; the newest last.
     :param retried: due times of ticks whose run asked for a retry that has not ended yet.
     """
@@ -45,7 +46,7 @@ class EntryTicks(msgspec.Struct, array_like=True, frozen=True):
     retried: tuple[float, ...] = ()
 
     def is_done(self, due: float) -> bool:
-        """Whether a tick is done, or was skipped by beat before it sent a later tick."""
+        """Whether a tick is done, or beat has skipped the tick and sent a later one."""
         return due not in self.retried and any(start < due <= end for start, end in self.done)
 
     def has_ended(self, due: float) -> bool:
@@ -53,13 +54,13 @@ class EntryTicks(msgspec.Struct, array_like=True, frozen=True):
         return due in self.failed or self.is_done(due)
 
     def reaches_back_to(self, due: float) -> bool:
-        """Whether the record covers a tick's due time, so that the tick would be known if done."""
+        """Whether the record covers a tick's due time, and so would show that the tick is done."""
         return bool(self.done) and due > self.done[0][0]
 
     def with_done(self, due: float, previous: float | None) -> EntryTicks:
         """Return the record with one more tick done.
 
-        :param previous: the due time of the entry's previous tick that was sent; ``None`` if it is
+        :param previous: the due time of the tick that beat sent before this one; ``None`` if it is
             unknown.
         """
         if previous is None or previous >= due:
@@ -93,7 +94,7 @@ class EntryTicks(msgspec.Struct, array_like=True, frozen=True):
 
 
 def _merged(spans: tuple[Span, ...], new: Span) -> tuple[Span, ...]:
-    """Return the spans with a new span, joined with every span that it touches."""
+    """Return the spans with a new span, after joining the new span with every span it touches."""
     start, end = new
     before = [span for span in spans if span[1] < start]
     after = [span for span in spans if span[0] > end]
@@ -107,7 +108,8 @@ def _without(dues: tuple[float, ...], due: float) -> tuple[float, ...]:
     return tuple(other for other in dues if other != due)
 
 
-#: The record of a whole row: by ``schedule:entry``; the entry that changed last stands last.
+#: The record of a whole row. It maps the name of each schedule entry (``schedule:entry``) to which
+#: of the entry's ticks are done. The schedule entry that changed last comes last.
 TicksDone = dict[str, EntryTicks]
 
 _decoder = msgspec.json.Decoder(TicksDone)
@@ -135,8 +137,8 @@ def encode(known: TicksDone, tick: Tick, ticks: EntryTicks) -> str:
     """Return the record as JSON, with a new value for one schedule entry.
 
     :param known: the record that was loaded.
-    :param tick: a tick of the entry that has changed.
-    :param ticks: the entry's new value.
+    :param tick: a tick of the schedule entry, which names the entry.
+    :param ticks: the new value.
     """
     others = {entry: own for entry, own in known.items() if entry != tick.entry}
     for entry in list(others)[: max(0, len(others) + 1 - MAX_ENTRIES)]:
