@@ -23,16 +23,17 @@ def singleton_task(
 ) -> Callable[[Callable[Concatenate[Any, P], R]], SingletonTask[S, P, R]]:
     """Make a singleton task from a function whose first parameter is the task, as ``self``.
 
-    It does the same as ``app.task(bind=True, base=SingletonTask, …)`` and keeps the types for a
-    type checker: with the annotation ``self: SingletonTask[Cursor]``, ``self.state`` is a
-    ``Cursor``.
+    The decorator does the same as ``app.task(bind=True, base=SingletonTask, …)``, and also keeps
+    the types for a type checker: with the annotation ``self: SingletonTask[Cursor]``,
+    ``self.state`` is a ``Cursor``.
 
     :param app: the Celery app that the task belongs to.
     :param base: the task's base class. Default: :class:`SingletonTask`.
     :param options: the options of :class:`TaskOptions`, Celery's task options included. An option
         of this package that is left out, or ``None``, has the value of the base class.
     :returns: a decorator, which returns the task.
-    :raises ImproperlyConfigured: an option is not allowed. Raised when Celery makes the task.
+    :raises ImproperlyConfigured: an option is not allowed. The error is raised when Celery makes
+        the task.
     """
     chosen = {
         name: value for name, value in options.items() if value is not None or name not in NAMES

@@ -28,10 +28,10 @@ def free_holder(runtime: Runtime, holder: str | None) -> bool:
 def free_own(runtime: Runtime, row: Row, store: Leases) -> bool:
     """Release a lease that this process holds without a run.
 
-    This happens when a release has failed, or when the store has carried out an acquisition whose
-    answer was lost.
+    A process can hold a lease without a run if a release has failed, or if the store has carried
+    out an acquisition whose answer was lost.
 
-    :param row: the singleton's row. Nothing happens if its holder is another process or a run.
+    :param row: the singleton's row. Nothing happens if another process or a run holds the lease.
     :param store: the store that has the row.
     :returns: whether the lease may be free now.
     :raises StoreError: the store is unavailable.
@@ -49,7 +49,7 @@ def free_dead(runtime: Runtime, files: str = "*") -> int:
     """Release all leases of the dead processes of this host.
 
     If the store is unavailable, the holder files of the dead processes stay, and the next process
-    that calls this releases the leases.
+    that calls this function releases the leases.
 
     :param files: a glob pattern for the names of holder files. Default: all files.
     :returns: how many processes were found dead.
@@ -67,7 +67,8 @@ def free_dead(runtime: Runtime, files: str = "*") -> int:
 
 def _free(runtime: Runtime, holder_record: HolderRecord) -> None:
     """Release the lease of a dead holder, unless the lease has another holder by now."""
-    # The store depends on the task, which this app may not have any more. So ask all stores.
+    # The task decides which store has the lease, but this app may not have the task any more. So
+    # ask all stores.
     for store in runtime.stores:
         row = store.peek(holder_record.key)
         if row is None or row.holder != holder_record.holder:
@@ -88,22 +89,22 @@ def end_for(
 ) -> bool:
     """Release a lease in place of its holder, or end a hold period early.
 
-    The history gets an entry for the run that is lost in this way, and a pending run is sent.
+    The history gets an entry for the run that loses its lease, and a pending run is sent.
 
     :param row: the row as it was read. If the holder or the hold period has changed since, nothing
         happens.
     :param generation: the generation of the message that the holder runs; see
         :class:`~celery_singleton_state.history.Entry`.
     :param why: the error text of the run in the history.
-    :param store: the store that has the row. Default: the store of the states.
-    :param sent: the value that tells the message from others with the same id; ``None`` if the
-        message has none.
+    :param store: the store that has the row. Default: the app's main store.
+    :param sent: the value that tells the holder's message from others with the same task id;
+        ``None`` if the message has none.
     :returns: whether the lease was released or the hold period ended.
     :raises StoreError: the store is unavailable.
     """
     store = store or runtime.store
     if row.holder is None:
-        # A hold period follows a run that has ended, and whose entry the history has already.
+        # During a hold period the run has already ended, and its entry is in the history.
         return store.requests.release_early(row)
     lease = Lease(row.key, row.holder, row.fence, 0)
     document = _history_with_loss(row, lease, generation, why, sent, runtime.settings.history)
@@ -125,8 +126,8 @@ def _history_with_loss(
     """
     started = row.acquired_at
     if started is None or not math.isfinite(started):
-        # A time that the database has as infinity has no form in JSON, so that the whole history
-        # could not be read any more.
+        # The database can hold a time of infinity, which JSON cannot. One such time would make the
+        # whole history unreadable, so take the time of the read instead.
         started = row.read_at
     entries = history.decode(row.history, row.key)
     entry = history.Entry(

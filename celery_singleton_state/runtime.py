@@ -1,7 +1,7 @@
 """The runtime: what an app has once in each process, such as its settings, stores and heartbeats.
 
-Connections and threads do not survive a fork. A forked child leaves those of its parent alone and
-makes its own at first use.
+Connections and threads do not survive a fork. A forked child never uses its parent's connections
+and threads, and makes its own at first use.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from .text.storable import storable
 
 T = TypeVar("T")
 
-#: Size of the connection pool of a process that runs one body at a time: one connection for the
-#: body's ``transaction()``, and one for other requests meanwhile. The heartbeat has a further
-#: connection of its own.
+#: The number of connections in the pool of a process that runs one body at a time: one connection
+#: for the body's ``transaction()``, and one for other requests meanwhile. The heartbeat has a
+#: further connection of its own.
 SMALL_POOL = 2
 
 
-#: A node's name in ASCII. Cached, because each run asks for it and a process has few node names.
+#: Converts a node's name to ASCII. Cached: each run needs it, and a process has few node names.
 _as_ascii = lru_cache(16)(storable)
 
 
@@ -71,27 +71,29 @@ class Runtime:
         self._app = weakref.ref(app)
         self.settings = Settings.from_app(app)
         options = (getattr(task, "_options", None) for task in app.tasks.values())
-        #: Life of a lease in seconds, for tasks without the option ``lease_ttl``.
+        #: The life of a lease, in seconds, for tasks without the option ``lease_ttl``.
         self.lease_ttl = self.settings.lease_ttl
         self._lives = [self.lease_ttl]
         self._lives += [own.lease_ttl for own in options if own and own.lease_ttl]
-        #: When this runtime was made, on :data:`~celery_singleton_state.lease.lease.clock`.
+        #: When this runtime was made: a time of :data:`~celery_singleton_state.lease.lease.clock`.
         self.made_at = clock()
         self.dispatcher = Dispatcher(app, self.settings.hooks)
         self._nonce = secrets.token_hex(4)
         self._count = itertools.count(1)
-        #: The holders of this process whose deliveries are in progress.
+        #: The holder names of those deliveries of this process that are in progress.
         self.under_way: set[str] = set()
         self._opening = threading.Lock()
         self._sql: SqlStore | None = None
         self._leases: Leases | None = None
         self._heartbeats: dict[int, Heartbeat] = {}
-        #: The store and the heartbeat of tasks with a state (key ``True``) and without one.
+        #: Maps true (for tasks with a state) and false (for tasks without one) to the store and the
+        #: heartbeat of these tasks.
         self._homes: dict[bool, tuple[Store, Heartbeat]] = {}
         self._holder_files: HolderFiles | None = None
-        #: How often messages that wait for a lease are sent again.
+        #: Computes the pause after which a message that waits for a lease is sent again.
         self.pace = Pace()
-        #: Leases that this process may hold without a run, until the store has taken them back.
+        #: The leases that this process may hold without a run. The store is asked to release each
+        #: of them until the store has answered.
         self.unreleased = UnreleasedLeases(
             lambda slot: self.holder_files.clear(slot),
             self.settings.heartbeat_interval,
@@ -99,7 +101,7 @@ class Runtime:
 
     @property
     def app(self) -> Celery:
-        """The app. It is referenced weakly, and always lives longer than its runtime."""
+        """The app of this runtime. The reference is weak: the app outlives its runtime."""
         app = self._app()
         assert app is not None
         return app
@@ -108,9 +110,10 @@ class Runtime:
     def io_timeout(self) -> float:
         """Seconds without an answer after which the store counts as unavailable.
 
-        It is a quarter of the time for which a run trusts the shortest lease. A lease is renewed
-        half-way through that time. So two requests can time out, the first one and its repetition
-        over a new connection, before the lease is lost.
+        This timeout is a quarter of the time for which a run trusts a lease that is not renewed; of
+        all tasks, the shortest lease counts. A lease is renewed half-way through that time. So
+        before the lease is lost, two requests can time out: the first one, and its repetition over
+        a new connection.
         """
         return TRUSTED_PART * min(self._lives) / 4
 
@@ -142,8 +145,8 @@ class Runtime:
     def store(self) -> Store:
         """The app's main store, opened at first use.
 
-        It is the SQL store, which has all states. In an app without a SQL store it is the Redis
-        store, which has all leases then.
+        The main store is the SQL store, which has all states. In an app without a SQL store, the
+        main store is the Redis store, which then has all leases.
 
         :raises ImproperlyConfigured: the store's URL cannot be used.
         :raises StoreError: the store is unavailable.
@@ -156,7 +159,7 @@ class Runtime:
     def leases(self) -> Leases | None:
         """The Redis store for leases of singletons without a state; ``None`` if the app has none.
 
-        It is opened at first use.
+        The store is opened at first use.
         """
         url = self.settings.lease_url
         if url is None:
@@ -171,19 +174,21 @@ class Runtime:
     def store_of(self, options: Options | None) -> Store:
         """Return the store of a task's singletons, which depends on whether they have a state.
 
-        :param options: the task's options; ``None`` for a task that this app does not know.
+        :param options: the task's options; ``None`` for a task that this app does not know: the
+            main store is returned.
         :raises ImproperlyConfigured: the store's URL cannot be used.
         :raises StoreError: the store is unavailable.
         """
         if options is None or self.leases is None:
             return self.store
-        # The cast is safe: a task without a state uses no verb of Store that Leases lacks.
+        # The cast is safe: a task without a state calls no method of Store that Leases lacks.
         return self.sql if options.state_schema is not None else cast(Store, self.leases)
 
     def store_of_task(self, name: str | None) -> Store:
-        """Return the store of a task's singletons, by the task's name.
+        """Return the store of a task's singletons, given the task's name.
 
-        :param name: ``None``, or a name that this app does not know: the main store.
+        :param name: the task's name. If it is ``None``, or if this app does not know the task, the
+            main store is returned.
         """
         if not self.settings.has_store:
             return self.store
@@ -204,7 +209,7 @@ class Runtime:
 
     @property
     def stores(self) -> Sequence[Leases]:
-        """All stores of the app: the SQL store and the Redis store, as far as it has them."""
+        """All stores that the app has: the SQL store, the Redis store, or both."""
         sql = self.sql if self.settings.has_store else None
         return [store for store in (sql, self.leases) if store is not None]
 
@@ -213,8 +218,8 @@ class Runtime:
     ) -> Sequence[tuple[Store, Mapping[str, str | None]]]:
         """Group singletons by their store.
 
-        :param tasks: for each singleton's key the name of its task.
-        :returns: each store, with its part of ``tasks``.
+        :param tasks: maps the key of each singleton to the name of its task.
+        :returns: pairs of a store and the part of ``tasks`` whose singletons the store has.
         """
         found: dict[int, tuple[Store, dict[str, str | None]]] = {}
         for key, task in tasks.items():
@@ -223,7 +228,7 @@ class Runtime:
         return list(found.values())
 
     def rows(self, prefix: str, also: str = "") -> Sequence[Listed]:
-        """Return the rows of all stores whose keys begin with a prefix, sorted by key.
+        """Return the rows whose keys begin with a prefix, of all stores, sorted by key.
 
         :param also: the key of one more row that is returned if it exists. Default: none.
         :raises StoreError: a store is unavailable.
@@ -240,7 +245,7 @@ class Runtime:
             store.check((self.settings.key_prefix,))
 
     def key_of(self, name: str) -> str:
-        """Return the key of a singleton's row, by the singleton's name."""
+        """Return the key of a singleton's row, given the singleton's name."""
         key = self.settings.key_prefix + name
         return key if len(key) <= MAX_KEY_LENGTH else row_key(self.settings.key_prefix, name)
 
@@ -274,6 +279,8 @@ class Runtime:
     def _identity(self) -> str | None:
         """Return a text that is the same in all processes that use the same stores.
 
+        Such processes share a directory of holder files, which is named after the text.
+
         :returns: ``None`` if the store lives in this process only.
         """
         own = self.settings
@@ -296,7 +303,7 @@ class Runtime:
         return holder is not None and own in holder and holder not in self.under_way
 
     def close(self) -> None:
-        """Stop the threads, pass all events that wait to the hooks, and close the stores."""
+        """Stop the threads, pass all waiting events to the hooks, and close the stores."""
         self.unreleased.close()
         if self._holder_files is not None:
             self._holder_files.close()
@@ -308,7 +315,8 @@ class Runtime:
                 store.close()
 
 
-#: Most connections to each store of this process. A worker raises it to the size of its pool.
+#: The largest number of connections that this process may have to each store. A worker raises the
+#: number to fit the size of its pool.
 pool_size = SMALL_POOL
 
 _runtimes: weakref.WeakKeyDictionary[Celery, Runtime] = weakref.WeakKeyDictionary()
@@ -317,7 +325,7 @@ _inherited: list[Runtime] = []
 
 
 def runtime_of(app: Celery) -> Runtime:
-    """Return the app's runtime in this process, which is made at first use.
+    """Return the app's runtime in this process; make the runtime at first use.
 
     :raises ImproperlyConfigured: a setting of the app is not allowed.
     """
@@ -331,9 +339,10 @@ def runtime_of(app: Celery) -> Runtime:
 
 
 def allow_connections(number: int) -> None:
-    """Raise the most connections that each store of this process may have, now and later.
+    """Raise the number of connections that this process may have to each store.
 
-    A number that is not larger than the present one changes nothing.
+    The number is for open stores, and for stores that are opened later. A number that is not larger
+    than the present one changes nothing.
     """
     global pool_size
     with _lock:
@@ -352,10 +361,10 @@ def close_runtime(app: Celery) -> None:
 
 
 def _forget_parents() -> None:
-    """Drop the parent's runtimes in a forked child, so that the child makes its own.
+    """Make a forked child ignore its parent's runtimes, so that the child makes its own.
 
-    They are kept in memory but never used or closed, because closing could disturb the parent's
-    connections.
+    The parent's runtimes stay in the child's memory, but are never used or closed, because closing
+    them could disturb the parent's connections.
     """
     global _lock, pool_size
     _lock = threading.Lock()

@@ -17,14 +17,14 @@ from .text.visible import logger_of
 
 logger = logger_of(__name__)
 
-#: Names of this host in a broker's URL.
+#: Names in a broker's URL that stand for this host.
 LOCAL_HOSTS = ("", "localhost", "127.0.0.1", "::1")
-#: Transports without a broker server: messages are in this process or in files of this host.
+#: The transports without a broker server. Messages are in this process or in files of this host.
 LOCAL_TRANSPORTS = ("memory", "filesystem", "sqlalchemy", "sqla")
 
 
 def refuse_states_without_store(own: Runtime) -> None:
-    """Refuse an app whose tasks have states but no database to keep them in.
+    """Refuse an app whose tasks have states, but which has no database to keep the states in.
 
     :raises ImproperlyConfigured: a task has a ``state_schema``, and the app has no SQL store.
     """
@@ -39,7 +39,7 @@ def refuse_states_without_store(own: Runtime) -> None:
 def warn_of_single_host(app: Celery, url: str) -> None:
     """Log that SQLite guards the workers of one host only.
 
-    The line is a warning if the broker may serve several hosts, and otherwise an information.
+    The log level is WARNING if the broker may serve several hosts, and otherwise INFO.
 
     :param url: the URL of the app's store. Nothing is logged for other databases.
     """

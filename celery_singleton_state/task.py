@@ -85,12 +85,14 @@ else:
 class SingletonTask(_TypedTask[S, P, R]):
     """Base class of tasks that have at most one active run, which starts from the last saved state.
 
-    Pass it as ``base=SingletonTask`` to ``app.task``. :func:`singleton_task` does the same and
-    keeps the types for a type checker. Options can be arguments of the decorator or attributes of a
-    subclass: those of :class:`TaskOptions`, and all of Celery's own task options. By default a
-    delivery that finds the lease taken is skipped: it succeeds with the result ``None``.
+    Pass this class as ``base=SingletonTask`` to ``app.task``. :func:`singleton_task` does the same
+    and keeps the types for a type checker. An option is an argument of the decorator or an
+    attribute of a subclass. :class:`TaskOptions` explains the options; all of Celery's own task
+    options apply, too. By default a delivery that finds the lease taken is skipped: it succeeds
+    with the result ``None``.
 
-    :raises ImproperlyConfigured: an option is not allowed. Raised when Celery makes the task.
+    :raises ImproperlyConfigured: an option is not allowed. The error is raised when Celery makes
+        the task.
     """
 
     abstract = True
@@ -99,17 +101,18 @@ class SingletonTask(_TypedTask[S, P, R]):
     #: From Celery 5.7 on, the worker retries the message of a killed pool process, up to
     #: ``max_retries`` times.
     retry_on_worker_lost = True
-    #: Before Celery 5.7, and when the worker cannot send that retry, the broker redelivers the
-    #: message. ``message/poison.py`` ends a message that kills its process again and again.
+    #: Before Celery 5.7, and when the worker cannot send a retry, the broker redelivers the message
+    #: of a killed pool process. ``message/poison.py`` ends a message that kills its process again
+    #: and again.
     reject_on_worker_lost = True
 
-    # Set by bind(), when Celery binds the task to its app.
+    # bind() sets these attributes when Celery binds the task to its app.
     _options: ClassVar[Options]
     _codec: ClassVar[Codec[Any] | None]
     _binder: ClassVar[Binder]
     _convert: ClassVar[Converter | None]
-    #: Whether a class with its own ``__call__`` stands before this class, or behind it, in the
-    #: task's method resolution order.
+    #: Whether a class with its own ``__call__`` stands before SingletonTask in the task's method
+    #: resolution order, and whether one stands behind SingletonTask.
     _has_call_before: ClassVar[bool]
     _has_call_behind: ClassVar[bool]
 
@@ -137,7 +140,7 @@ class SingletonTask(_TypedTask[S, P, R]):
         return self._handle(body, args, kwargs)
 
     def _run_guarded(self, body: Callable[..., R | None], args: Any, kwargs: Any) -> R | None:
-        """Handle a call that comes from a user's ``__call__``, which stands before the guard's.
+        """Handle a call that a user's own ``__call__`` has passed on to this class.
 
         :param body: the user's function, which is called only when the lease is acquired.
         """
@@ -155,9 +158,9 @@ class SingletonTask(_TypedTask[S, P, R]):
                 result: R | None = self._deliver(request, body, args, kwargs)
                 return result
             except ReplacedEagerly as ended:
-                # The replacement is called here, because within the body it would find the lease
-                # taken. Celery waits for its result, but forbids that in a task that
-                # `task_always_eager` calls.
+                # An eager run's replacement is called here, after the run: within the body it would
+                # find the lease taken. Celery waits for the replacement's result. In a task, Celery
+                # forbids waiting unless it is allowed explicitly.
                 with allow_join_result():
                     return super().on_replace(ended.signature)
             except BaseException as error:
@@ -183,7 +186,7 @@ class SingletonTask(_TypedTask[S, P, R]):
 
         With the option ``enqueue_once``, nothing is sent while another message of this singleton
         is queued; the returned ``AsyncResult`` is that of the queued message. If ``on_conflict`` is
-        ``"skip"`` or ``"raise"``, a running message counts as well as a queued one.
+        ``"skip"`` or ``"raise"``, a message whose run is active counts like a queued one.
 
         These messages are sent in any case:
 
@@ -199,8 +202,9 @@ class SingletonTask(_TypedTask[S, P, R]):
             "link_error": link_error,
             "shadow": shadow,
         }
-        # Passed by name, and only if given: the next class's `apply_async` need not accept all of
-        # these parameters, and tracing tools that wrap it read them from its keyword arguments.
+        # These arguments are passed by name, because tracing tools that wrap `apply_async` read the
+        # keyword arguments; and only if given, because the next class's `apply_async` need not
+        # accept all of them.
         options |= {name: value for name, value in named.items() if value is not None}
         send = marking(self, task_id, super().apply_async)
 
@@ -226,15 +230,15 @@ class SingletonTask(_TypedTask[S, P, R]):
         :returns: the ``AsyncResult`` of the published message, or of the queued message.
         """
         known = {"expires": self.expires, **options}
-        # A run's own message asks for the next run, so the active run must not suppress it.
+        # A message that a run sends asks for the next run. The active run must not suppress it.
         is_own = current_run(self) is not None
         if not is_retry(known) and (is_own or not is_guarded(known)):
             return publish()
         try:
             name = self._name(tuple(args or ()), kwargs or {})
         except Exception as error:
-            # The arguments may still be right: the body, or a `__call__` around it, may accept
-            # them. If they are wrong, Celery refuses them itself.
+            # Send the message: its arguments may still be right, because the body, or a `__call__`
+            # around the body, may accept them. If they are wrong, Celery refuses them itself.
             logger.warning("task %s: sent without enqueue_once: %s", self.name, error)
             return publish()
         key = runtime_of(self.app).key_of(name)
@@ -252,8 +256,8 @@ class SingletonTask(_TypedTask[S, P, R]):
         """Retry the task. The arguments are those of Celery's ``Task.retry``.
 
         :raises Retry: the retry was sent.
-        :raises Reject: the retry could not be sent. The broker redelivers the message; Celery alone
-            would drop it.
+        :raises Reject: the retry could not be sent. The broker redelivers the message, which Celery
+            without this package would drop.
         :raises HeartbeatFailed: a newer message asked this run to hand over. A retry would compete
             with that newer message, so none is sent.
         """
@@ -284,7 +288,7 @@ class SingletonTask(_TypedTask[S, P, R]):
     ) -> Any:
         """Return the signature with which Celery or this package retries or requeues a message.
 
-        Unlike the signature that Celery makes, it
+        Unlike the signature that Celery itself makes, this signature
 
         - keeps this package's headers, even if a tracing tool hides them from Celery: without them
           the retry would lose its tick and could not be recognised as a retry,
@@ -305,7 +309,7 @@ class SingletonTask(_TypedTask[S, P, R]):
         if (options.get("retries") or 0) > (found.retries or 0):
             headers = {name: value for name, value in headers.items() if name not in OF_ONE_TRY}
         own: dict[str, Any] = {"headers": headers}
-        # Celery before 5.7 does not pass on the sender's `ignore_result`.
+        # Celery before 5.7 does not copy the `ignore_result` of the message's sender to a retry.
         if found.__dict__.get("ignore_result") is not None:
             own["ignore_result"] = options.get("ignore_result", found.ignore_result)
         signature = super().signature_from_request(found, args, kwargs, queue, **options | own)
@@ -314,7 +318,7 @@ class SingletonTask(_TypedTask[S, P, R]):
             try:
                 prepare(self, found, signature, said)
             except OperationalError as error:
-                # Celery's own retry() raises the same when it cannot send.
+                # Celery's own retry() also raises Reject when it cannot send the retry.
                 raise Reject(error, requeue=False) from error
             except Exception:
                 signature.options["headers"].pop(PAUSE_LEFT, None)
@@ -347,17 +351,17 @@ class SingletonTask(_TypedTask[S, P, R]):
     def on_become_leader(self) -> None:
         """Override to act at the start of each run.
 
-        It is called when the lease is acquired and the state is loaded, before the body. An error
-        that it raises ends the run like an error of the body.
+        The method is called when the lease is acquired and the state is loaded, before the body. An
+        error that the method raises ends the run like an error of the body.
         """
 
     def on_lose_leadership(self) -> None:
         """Override to act at the end of each run, however the run ends.
 
-        It is called exactly once for each call of :meth:`on_become_leader`, when the run ends.
-        With ``on_lease_lost="finish"`` it is called as soon as the lease is lost, in a separate
-        thread, while the body goes on. It is not called if the process dies. An error that it
-        raises is logged and does not fail the run.
+        The method is called exactly once for each call of :meth:`on_become_leader`, when the run
+        ends. With ``on_lease_lost="finish"`` it is called as soon as the lease is lost, in a
+        separate thread, while the body goes on. It is not called if the process dies. An error that
+        the method raises is logged and does not fail the run.
         """
 
     def _name(self, args: Any, kwargs: Any) -> str:
@@ -378,10 +382,10 @@ class SingletonTask(_TypedTask[S, P, R]):
         return Delivery(self, request, name, key, self._options, self._codec, runtime)
 
     def _deliver(self, request: Context, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Deliver a message or a call, and retry it if its error is to be retried.
+        """Handle a message or a direct call; retry it after an error if the task's options say so.
 
-        :raises SingletonError: the delivery failed. For an eager run that was repeated, it is the
-            error of the last try whose body ran.
+        :raises SingletonError: the delivery failed. For an eager run that was repeated, this is the
+            error of the last try in which the body ran.
         :raises Retry: the message was retried.
         """
         delivery = self._delivery(request, args, kwargs)
@@ -393,7 +397,8 @@ class SingletonTask(_TypedTask[S, P, R]):
                 try:
                     return deliver(delivery, body, args, kwargs)
                 except SingletonError as error:
-                    # Another singleton that the body called directly has handled its own error.
+                    # If the error is of another singleton, the body has called that singleton
+                    # directly, and the other singleton has handled its error already.
                     if error.singleton != delivery.name:
                         raise
                     delivery.emit(Failed, reason=error.reason, detail=error.detail)
@@ -413,14 +418,13 @@ class SingletonTask(_TypedTask[S, P, R]):
             earlier.error = earlier.result = None
 
     def _answer(self, error: SingletonError, delivery: Delivery) -> bool:
-        """Retry the message if the error's reason is to be retried.
+        """Retry the message after an error if the task's options say so for this reason.
 
-        An eager run is not retried by Celery, but repeated by the caller: Celery would raise
-        ``Retry`` to a caller that expects the error, and would recurse without end if
-        ``max_retries`` is ``None``.
+        An eager run is repeated by :meth:`_deliver`, and not retried by Celery. Celery would raise
+        ``Retry`` to the code that called the task and expects the error, and would recurse without
+        end if ``max_retries`` is ``None``.
 
-        :returns: true if the caller is to repeat the run, because it is eager; false if the error
-            is final.
+        :returns: true if the run is eager and must be repeated; false if the error is final.
         :raises Retry: the retry was sent.
         :raises Reject: the retry could not be sent; the broker redelivers the message.
         """
@@ -437,11 +441,12 @@ class SingletonTask(_TypedTask[S, P, R]):
                 request.id,
             )
             return False
-        # StateLoadFailed means that this copy has not run. Any other error means that it has run,
-        # so the other copies have not, and its retry no longer competes with them.
+        # A fanout exchange has copied the message. StateLoadFailed means that this copy has not
+        # run. Any other error means that this copy has run and the other copies have not, so the
+        # retry of this copy does not compete with the other copies.
         is_copy = delivery.is_copy and isinstance(error, StateLoadFailed)
         try:
-            # answer_to() has checked the number of retries, so Celery must not refuse this one.
+            # answer_to() has checked the number of retries. Celery must not refuse this retry.
             raise self.retry(
                 exc=error,
                 countdown=answer.seconds,
@@ -458,7 +463,7 @@ class SingletonTask(_TypedTask[S, P, R]):
                 raise
             leave_with_broker(request, delivery.name, cause)
         finally:
-            # Celery leaves max_retries on the task, where the body's next retry() would use it.
+            # Celery leaves max_retries on the task, and the body's next retry() would use it.
             forget_max_retries(self)
 
 
@@ -466,7 +471,7 @@ def _of_run(run: Run, options: dict[str, Any], args: Any, kwargs: Any) -> dict[s
     """Return the sending options of a message that a run sends for its own task.
 
     If the message has the run's task id, it continues the run's work, so the run is marked as not
-    final. If it replaces the run, it gets the run's headers and tick.
+    final. If the message replaces the run, it gets the run's headers and tick.
     """
     if run.request.id and options.get("task_id") == run.request.id:
         run.is_final = False
@@ -495,17 +500,17 @@ def _continued_tick(run: Run, args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 def _request_for(task: Any, args: Any, kwargs: Any) -> tuple[Context, bool]:
-    """Return the request of this call, and whether it was made here.
+    """Return the request of a call of the task, and whether this function has made the request.
 
-    A message has a request already. A direct call gets a new request, which the caller must pop
-    at its end. A direct call from within the task's own body would otherwise see the message's
-    request and be taken for a second delivery of that message. Celery's ``push_request`` does not
-    help: it copies the message's id to the new request.
+    A message has a request already. A direct call gets a new request, which must be popped at the
+    end of the call. Otherwise a direct call from within the task's own body would see the request
+    of the body's message, and would count as a second delivery of that message. Celery's
+    ``push_request`` does not help: it copies the message's id to the new request.
     """
     request = task.request
     if not request.called_directly:
         run = current_run(task)
-        # Compared by id, because a user's `__call__` can have pushed a copy of the request.
+        # Compare the ids, because a user's `__call__` can have pushed a copy of the request.
         if run is None or run.request.id != request.id:
             return request, False
     own = Context(args=args, kwargs=kwargs, hostname=request.hostname, headers={})
