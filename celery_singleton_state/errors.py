@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from celery.exceptions import SoftTimeLimitExceeded
 
-#: Errors that can interrupt the code at any point. While a value is read or written, they do not
-#: mean that the value is wrong.
+#: Errors that can interrupt code at any point. If one of them is raised while a value is read or
+#: written, this does not mean that the value is wrong.
 FROM_OUTSIDE = (SoftTimeLimitExceeded, MemoryError)
 
 
@@ -25,7 +25,8 @@ class SingletonErrorReason(StrEnum):
     LEADER_HANDOFF_FAILED = "LeaderHandoffFailed"
 
 
-#: The reasons whose cause passes without a change to code or data, so that a retry may succeed.
+#: The reasons after which a retry may succeed: their cause can pass without a change to code or
+#: data.
 RETRYABLE_REASONS = frozenset(
     {SingletonErrorReason.STATE_LOAD_FAILED, SingletonErrorReason.STATE_PERSIST_FAILED}
 )
@@ -38,13 +39,14 @@ class SingletonError(Exception):
     single reason.
 
     Both arguments are positional, and ``args`` keeps both, because Celery's result backends rebuild
-    an exception from its ``args`` and otherwise replace it by one of another type.
+    an exception from its ``args``. If the rebuilding failed, the result backends would replace the
+    exception by one of another type.
 
     :param singleton: the singleton's name, as ``celery singleton ls`` prints it.
     :param detail: a text that says what happened. Default: empty.
     """
 
-    #: The reason that the subclass stands for.
+    #: The reason that a subclass of this error stands for.
     reason: ClassVar[SingletonErrorReason]
 
     def __init__(self, singleton: str, detail: str = "", /) -> None:
@@ -70,7 +72,7 @@ class SingletonError(Exception):
 
     @staticmethod
     def from_reason(reason: str, singleton: str, detail: str = "") -> SingletonError:
-        """Return the error for a reason, given by its name.
+        """Make the error for a reason, given the name of the reason.
 
         :param reason: one of the values of :class:`SingletonErrorReason`.
         :param singleton: the singleton's name.
@@ -81,7 +83,9 @@ class SingletonError(Exception):
 
 
 class StateLoadFailed(SingletonError):
-    """The lease could not be acquired or the state not loaded, because the store is unavailable."""
+    """The lease could not be acquired, or the state could not be loaded, because the store is
+    unavailable.
+    """
 
     reason = SingletonErrorReason.STATE_LOAD_FAILED
 
@@ -152,6 +156,6 @@ def is_retryable(reason: str) -> bool:
 
 
 class KeyValueStoreError(Exception):
-    """The database of a :class:`KeyValueStore` is unavailable, it refuses the value, or the value
-    that it holds cannot be read.
+    """The database of a :class:`KeyValueStore` is unavailable or refuses a value, or a stored value
+    cannot be read.
     """

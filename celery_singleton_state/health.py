@@ -55,16 +55,17 @@ class Health:
 
 
 def check_health(app: Celery) -> Health:
-    """Check whether the app's singletons ran when they should have. Costs a few statements.
+    """Check whether the app's singletons ran when they should have, with a few SQL statements.
 
     - A singleton whose task has no ``expected_interval`` is healthy.
     - A singleton that has run is healthy if its last run finished no longer ago than
       ``expected_interval`` times ``singleton_heartbeat_threshold``.
-    - A singleton that has never run is healthy for that time, and for at least
-      ``singleton_startup_grace`` seconds. The time begins when a worker that knows the task first
-      starts. If none has started, it begins when this process first uses the app's singletons.
+    - A singleton that has never run is healthy until ``expected_interval`` times
+      ``singleton_heartbeat_threshold``, and at least ``singleton_startup_grace`` seconds, have
+      passed since a worker that knows the task first started. If no such worker has started, the
+      time is counted from the first use of the app's singletons in this process.
 
-    A store that is unavailable is not an error; :attr:`Health.error` reports it.
+    If the store is unavailable, no error is raised: :attr:`Health.error` says so.
 
     :param app: the Celery app. Its tasks must be imported.
     :returns: the health of every singleton.
@@ -89,21 +90,23 @@ def _check_stores(runtime: Runtime) -> None:
     try:
         runtime.check()
     except StoreUnavailable as error:
-        # The check fails on a read-only database, for example, whose rows can still be read.
+        # Go on: the check also fails if, for example, the database is read-only, and the rows of a
+        # read-only database can be read.
         logger.debug("singletons: health is evaluated without a check of the store: %s", error)
 
 
 def evaluate(runtime: Runtime, rows: Sequence[Listed]) -> Health:
-    """Return the health of all singletons that have a row, and of those that should have run.
+    """Return the health of all singletons of an app.
 
-    :param rows: the rows of all singletons of the app.
+    :param rows: the rows of all singletons of the app. A singleton without a row is included if its
+        task has an ``expected_interval``, because it should have run.
     """
     prefix = runtime.settings.key_prefix
     found = {}
     for row in rows:
         name = row.key.removeprefix(prefix)
-        # A row from before the column `task`: assume a task without unique_on, which has the
-        # singleton's name.
+        # A row that was made before the table had a column `task` does not name its task. Assume a
+        # task without unique_on, whose name is the singleton's name.
         task = row.task or name
         expected = _expected(runtime, task)
         healthy, reason = _evaluate_row(row, expected, runtime.settings)
@@ -116,7 +119,7 @@ def evaluate(runtime: Runtime, rows: Sequence[Listed]) -> Health:
 
 
 def _expected(runtime: Runtime, task: str) -> float | None:
-    """Return a task's ``expected_interval`` in seconds; ``None`` if it has none or is unknown."""
+    """Return a task's ``expected_interval`` in seconds; ``None`` if the task has none."""
     options = options_of(runtime.app.tasks.get(task))
     return options.expected_interval if options else None
 
@@ -133,7 +136,7 @@ def _evaluate_row(row: Listed, expected: float | None, settings: Settings) -> tu
     age = row.read_at - row.last_finished_at
     limit = expected * settings.heartbeat_threshold
     if not -limit <= age < math.inf:
-        # Clocks of servers differ by less than this: the time in the row is wrong.
+        # The clocks of servers differ by less than the limit, so the time in the row is wrong.
         at = moment(row.last_finished_at)
         return False, f"its row says that it finished at {at} UTC, which cannot be right"
     text = f"it finished {seconds(age)} ago"
@@ -143,7 +146,7 @@ def _evaluate_row(row: Listed, expected: float | None, settings: Settings) -> tu
 def _never_ran(since: float, expected: float, settings: Settings) -> tuple[bool, str]:
     """Return whether a singleton that has never run is healthy, and why.
 
-    :param since: seconds for which its first run has been expected.
+    :param since: seconds for which the first run has been expected.
     :param expected: the task's ``expected_interval``, in seconds.
     """
     limit = max(settings.startup_grace, expected * settings.heartbeat_threshold)

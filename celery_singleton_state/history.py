@@ -5,7 +5,7 @@ appends its own run when it releases the lease, so the history costs no round tr
 answers three questions:
 
 - Is this message a duplicate, because its work is already done?
-- Did a commit take effect whose answer was lost?
+- If the answer to a commit was lost: did the commit take effect?
 - What ran when?
 """
 
@@ -22,9 +22,10 @@ from .ticks import Tick
 
 logger = logger_of(__name__)
 
-#: Longest error text of a run, in characters.
+#: The longest error text of a run, in characters.
 MAX_ERROR_LENGTH = 200
-#: Number of runs, the newest ones, that keep their results. Few, so that the row stays small.
+#: The number of runs in a history that keep their results: the newest ones. It is small, so that
+#: the row stays small.
 RESULTS = 4
 #: The error text of a run whose process died.
 DIED = "its process died"
@@ -41,7 +42,7 @@ class Outcome(StrEnum):
     DUPLICATE = "duplicate"
 
 
-#: Outcomes that mean that the work of a message is done.
+#: The outcomes of an entry that mean that the work of the message is done.
 DONE = frozenset({Outcome.SUCCEEDED, Outcome.DUPLICATE})
 
 
@@ -66,13 +67,14 @@ class Entry(msgspec.Struct, array_like=True, frozen=True):
     the generation of that run.
 
     :param started: seconds since the epoch, by the store's clock. ``finished`` likewise.
-    :param sent: the value that tells messages with the same id apart, if the message has one.
-    :param result: what the body returned, if it was kept.
-    :param deaths: how many processes have died in runs of this message, one after the other; 0 if
-        this run's process did not die.
-    :param final: whether the body sent no message with its task id, neither a retry nor a
-        replacement. If such a run succeeded, a later message with its id is a duplicate, whatever
-        its generation.
+    :param sent: the value that tells the message from others with the same task id; ``None`` if the
+        message has none.
+    :param result: what the body returned, if the result was kept.
+    :param deaths: how many processes have died in runs of this message since the last run that
+        ended by itself; 0 if this run ended by itself.
+    :param final: true if the body sent no further message with the run's task id: no retry and no
+        replacement. If a final run succeeded, every later message with this task id is a duplicate,
+        whatever the generation of the later message.
     """
 
     task_id: str | None
@@ -107,7 +109,7 @@ def decode(raw: str | None, name: str) -> tuple[Entry, ...]:
     try:
         return _decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeError):
-        pass  # from_json() is slower and also reads texts that are not well-formed Unicode
+        pass  # try from_json(): it is slower, but also reads texts that are not well-formed Unicode
     try:
         return from_json(raw, _decoder)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -164,12 +166,12 @@ def done_by(
 ) -> Entry | None:
     """Return the entry of the run that did a message's work, or the work of a later generation.
 
-    If no such run is in the history any more, return the entry of a duplicate of the message, which
-    proves the same but has no result.
+    If no such run is in the history any more, return the entry of a duplicate of the message. A
+    duplicate also proves that the work is done, but it has no result.
 
-    :param sent: the value that tells messages with the same id apart. A run with the same id and
-        another value did other work. ``None``: the id alone is compared.
-    :returns: ``None`` if the history does not know the work as done.
+    :param sent: the value that tells messages with the same task id apart. A run with the same id
+        and another value did other work. ``None``: the id alone is compared.
+    :returns: ``None`` if the history does not show that the work is done.
     """
     done = [
         entry
@@ -180,13 +182,19 @@ def done_by(
 
 
 def deaths_of(entries: tuple[Entry, ...], task_id: str | None, sent: str | None) -> int:
-    """Return how many processes have died in runs of a message, one after the other."""
+    """Return how many processes have died in runs of a message.
+
+    Only runs after the message's last run that ended by itself count.
+    """
     own = _of_message(entries, task_id, sent)
     return own[-1].deaths if own else 0
 
 
 def _of_message(entries: tuple[Entry, ...], task_id: str | None, sent: str | None) -> list[Entry]:
-    """Return the entries of the message with this id and this value of ``Entry.sent``, in order."""
+    """Return the entries of a message, the oldest first.
+
+    :param sent: as in :func:`done_by`.
+    """
     return [
         entry
         for entry in entries
@@ -199,7 +207,7 @@ def begun_by(
 ) -> Entry | None:
     """Return the newest run of a message or of a later generation of it, however the run ended.
 
-    :param sent: the value that tells messages with the same id apart, as in :func:`done_by`.
+    :param sent: the value that tells messages with the same task id apart, as in :func:`done_by`.
     :returns: ``None`` if the history has no such run.
     """
     for entry in reversed(_of_message(entries, task_id, sent)):
@@ -209,10 +217,10 @@ def begun_by(
 
 
 def has_passed(entries: tuple[Entry, ...], tick: Tick, limit: int) -> bool:
-    """Whether a full history has ticks of a tick's schedule entry, and all of them are later.
+    """Whether a tick is older than all ticks of its schedule entry in a full history.
 
-    Such a tick may have been done and forgotten, so it must not run. This is asked only when the
-    row's ``ticks_done`` cannot tell whether the tick is done.
+    Such a tick may have been done, and the history may have dropped its run. So the tick must not
+    run. The caller asks only if the row's ``ticks_done`` cannot tell whether the tick is done.
 
     :param limit: the number of runs that the history keeps.
     """
@@ -222,15 +230,15 @@ def has_passed(entries: tuple[Entry, ...], tick: Tick, limit: int) -> bool:
 
 
 def has_ended(entries: tuple[Entry, ...], own: Entry, run_count: int) -> bool | None:
-    """Find out whether a release took effect whose answer was lost.
+    """Find out whether a release of the lease took effect if the store's answer was lost.
 
-    An entry with the run's fence but another outcome is not the run's own: an operator, for
+    An entry with the run's fence but another outcome does not come from the run: an operator, for
     example, has released the lease.
 
     :param entries: the row's present history.
-    :param own: the entry that the release would have added.
-    :param run_count: the row's number of entries that were ever added.
-    :returns: ``None`` if it is unknown, because the entry may have been added and dropped since.
+    :param own: the entry that the release would have added to the history.
+    :param run_count: how many entries were ever added to the row's history.
+    :returns: ``None`` if the outcome is unknown: the entry may have been added and dropped since.
     """
     ended = (own.fence, own.holder, own.outcome)
     if any((entry.fence, entry.holder, entry.outcome) == ended for entry in entries):
@@ -247,6 +255,6 @@ def describe(error: BaseException) -> str:
     except Exception:  # the error is of a user's class, whose __str__ can raise anything
         message = "(its text cannot be made)"
     text = " ".join(f"{type(error).__name__}: {message}".split())[:MAX_ERROR_LENGTH]
-    # The text can contain an unpaired surrogate, which no database accepts. The run's end must be
-    # recorded nevertheless.
+    # The text can contain an unpaired surrogate, which no database accepts. But the end of the run
+    # must be recorded, so the surrogate is escaped.
     return encodable(text)

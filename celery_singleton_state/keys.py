@@ -1,4 +1,4 @@
-"""How a singleton gets its name, and its row the key."""
+"""Compute the name of a singleton, and the key of its row."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from kombu.utils.json import JSONEncoder
 
 #: Default prefix of the keys of singletons.
 KEY_PREFIX = "singleton-state:"
-#: Longest key, in characters: the most that every supported database can index. A longer key is
-#: cut, and a digest is put at its end.
+#: The longest key, in characters: every supported database can index a text of this length. A key
+#: that would be longer is cut, and ends in a digest.
 MAX_KEY_LENGTH = 255
-#: Hexadecimal digits of that digest.
+#: The number of hexadecimal digits of the digest at the end of a key that was cut.
 _DIGEST_LENGTH = 32
-#: Characters that no database holds in a text: NUL and unpaired surrogates.
+#: Matches the characters that no database stores in a text: NUL and unpaired surrogates.
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
-#: The option ``unique_on``: argument names, ``"*"`` for all arguments, a callable that is given the
-#: arguments, or ``None`` for one singleton per task.
+#: The type of the option ``unique_on``: argument names, ``"*"`` for all arguments, a callable that
+#: is given the arguments, or ``None`` for one singleton per task.
 UniqueOn = tuple[str, ...] | str | Callable[..., Any] | None
 
 
@@ -46,12 +46,12 @@ class Binder:
         self._are_plain = all(each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)
 
     def bind(self, args: Any, kwargs: Any) -> Mapping[str, Any]:
-        """Return the arguments by parameter name.
+        """Return a dict that maps parameter names to the arguments of a call.
 
         :raises TypeError: the arguments do not fit the signature.
         """
         if self._are_plain and not kwargs and len(args) == len(self._names):
-            # The same result as signature.bind() at a tenth of its cost.
+            # This gives the same result as signature.bind(), at a tenth of the cost.
             return dict(zip(self._names, args, strict=True))
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
@@ -80,9 +80,10 @@ def singleton_name(
 def row_key(prefix: str, name: str) -> str:
     """Return the key of a singleton's row.
 
-    The key is the prefix and the name. If that is too long, or contains a character that no
-    database holds (a NUL or an unpaired surrogate), the key is a readable head and a digest of the
-    whole. So different names have different keys.
+    The key is the prefix followed by the name. If this text is too long for a key, or contains a
+    character that no database stores (a NUL or an unpaired surrogate), the key is the readable
+    beginning of the text, followed by a digest of the whole text. So different names have different
+    keys.
     """
     key = prefix + name
     head = _UNSTORABLE.sub("\ufffd", key)
@@ -95,9 +96,9 @@ def row_key(prefix: str, name: str) -> str:
 def _json(task_name: str, value: Any) -> str:
     """Return a value as canonical JSON.
 
-    A sender and a worker must compute the same name. But a message changes a value on its way: a
-    tuple becomes a list, and a number that is a dict's key becomes a string. The JSON is the same
-    before and after such a change.
+    The sender and the worker must compute the same name from the arguments of a message. But the
+    message changes arguments on its way: a tuple becomes a list, and a number that is a dict's key
+    becomes a string. The canonical JSON is the same before and after such a change.
     """
     try:
         text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -105,14 +106,15 @@ def _json(task_name: str, value: Any) -> str:
         raise TypeError(
             f"task {task_name}: unique_on chose {value!r}, which cannot be written as JSON: {error}"
         ) from error
-    # The value can contain an unpaired surrogate, as in the name of a file of unknown encoding.
+    # The value can contain an unpaired surrogate, for example in a file's name of unknown encoding.
+    # UTF-8 cannot encode a surrogate, so it becomes an escape.
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _plain(value: Any) -> Any:
     """Reduce a value to the types that JSON has.
 
-    :raises TypeError: the value's type has no form in JSON that tells its values apart.
+    :raises TypeError: JSON has no form for values of this type that tells them apart.
     """
     for types, made_plain in _PLAIN:
         if isinstance(value, types):
@@ -123,18 +125,20 @@ def _plain(value: Any) -> Any:
         hasattr(value, name) for name in ("__dataclass_fields__", "__attrs_attrs__")
     ):
         return _plain(msgspec.to_builtins(value, str_keys=True, enc_hook=_plain))
-    # Kombu knows further types: lazy texts, types with ``__json__``, and types that users register.
+    # Kombu can convert further types: lazy texts, types with ``__json__``, and types that users
+    # have registered.
     return _plain(JSONEncoder().default(value))
 
 
 def _plain_key(key: Any) -> str:
-    """Return a dict's key as the string that JSON has in its place."""
+    """Return the string that stands for a dict's key in JSON, where every key is a string."""
     plain = _plain(key)
     return plain if isinstance(plain, str) else json.dumps(plain, sort_keys=True)
 
 
-#: How values of each type are reduced. The first type that fits counts: ``bool`` comes before
-#: ``int``, its base class, and ``Enum`` late, because its members can also be of the types before.
+#: Pairs of types and the function that reduces a value of these types to a type of JSON. The first
+#: pair that fits is used. So ``bool`` comes before its base class ``int``, and ``Enum`` comes late,
+#: because a member of an enum can also be of one of the earlier types.
 _PLAIN: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
     ((bool, type(None)), lambda value: value),
     (str, str.__str__),

@@ -1,7 +1,7 @@
 """``KeyValueStore``: the singletons' table, used as a key-value store.
 
-It never changes the lease columns of a row. Removing the value of a singleton's row removes the
-singleton's state and keeps its fence.
+A ``KeyValueStore`` never changes the lease columns of a row. If it removes the value of a
+singleton's row, the singleton loses its state and keeps its fence.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _TOO_DEEP = "is nested too deeply, or holds itself"
 class KeyValueStore:
     """A key-value store of JSON values, in the singletons' table.
 
-    The store is also a context manager, which closes it at the end. Every method that accesses the
-    database raises
+    The store is also a context manager that closes the store at the end of the block. Every method
+    that accesses the database raises
 
     - :exc:`KeyValueStoreError` if the database is unavailable, refuses the value, or holds a value
       that cannot be read,
@@ -65,7 +65,7 @@ class KeyValueStore:
     def from_app(cls, app: Celery, *, round_trip: bool = True) -> Self:
         """Return a key-value store in the table of an app's singletons.
 
-        It uses the app's own connections. :meth:`close` leaves them open.
+        The store uses the app's own connections, and its :meth:`close` leaves them open.
 
         :param app: the Celery app, whose settings name the database and the table.
         :param round_trip: as in the constructor.
@@ -76,7 +76,7 @@ class KeyValueStore:
     def _over(cls, rows: Rows, close: Callable[[], None], round_trip: bool) -> Self:
         """Make a store that uses these rows.
 
-        :param close: closes their connections.
+        :param close: a function that closes the connections of the rows.
         """
         made = cls.__new__(cls)
         made._rows = rows
@@ -101,7 +101,7 @@ class KeyValueStore:
         """Return a view of this store that has only the keys with a prefix.
 
         The view adds the prefix to each key it is given: ``store.prefix("a:").get("b")`` is
-        ``store.get("a:b")``. Prefixes of views of views add up.
+        ``store.get("a:b")``. A view of a view adds both prefixes.
         """
         return self._over(self._rows.under(prefix), self._close, self._round_trip)
 
@@ -196,7 +196,7 @@ class SchemaStore(Generic[T]):
 
     Every method raises :exc:`KeyValueStoreError` if the database is unavailable, if a stored or a
     given value does not fit the type, or if the next :meth:`get` would return a given value
-    changed. The last check is off in a store with ``round_trip=False``.
+    changed. A store with ``round_trip=False`` does not make the last of these checks.
     """
 
     def __init__(self, rows: Rows, schema: type[T], round_trip: bool) -> None:
