@@ -3,7 +3,7 @@
 Exit statuses, as everywhere in Celery:
 
 - 0: the command has succeeded, or all singletons are healthy.
-- 1: it has failed, with one line that says why, or a singleton is unhealthy.
+- 1: the command has failed, with one line that says why, or a singleton is unhealthy.
 - 2: the command line is wrong.
 """
 
@@ -30,8 +30,8 @@ __all__ = ["singleton"]
 class Commands(click.Group):
     """A group of commands whose errors are safe to print.
 
-    An error can quote a name or an argument that contains control characters. They are printed as
-    escapes.
+    An error can quote a name or an argument that contains control characters. The control
+    characters are printed as escapes.
     """
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
@@ -50,7 +50,7 @@ class Commands(click.Group):
 
 
 def _make_visible(error: click.ClickException) -> None:
-    # Set by vars(), because click declares the attribute as final from 8.4 on.
+    # Use vars() to set the message, because click declares the attribute as final from 8.4 on.
     vars(error)["message"] = visible(error.message)
 
 
@@ -58,7 +58,7 @@ def _make_visible(error: click.ClickException) -> None:
 @click.pass_context
 @handle_preload_options
 def singleton(context: click.Context) -> None:
-    """Hold the commands. Celery's own options, such as ``-A``, come before ``singleton``."""
+    """Group the commands. Celery's own options, such as ``-A``, come before ``singleton``."""
 
 
 for command in (ls, show, state, release, prune, health, next_, migrate, exporter):

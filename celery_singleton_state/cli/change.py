@@ -1,7 +1,7 @@
 """The commands ``celery singleton state`` and ``celery singleton release``.
 
-A change by an operator is fenced like a write of a run. It emits a log line and an event, even if
-the workers' events are switched off.
+An operator's change is fenced, as a run's write is. The change emits a log line and an event, even
+if the workers' events are switched off.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ FORCE = click.option("--force", is_flag=True, help="First release the lease of a
 def release(context: click.Context, name: str, yes: bool) -> None:
     """Release the lease of singleton NAME in place of its holder.
 
-    Use it when the holder is dead or hangs. A holder that is alive is told at its next heartbeat
-    that its run is lost. The run's writes of the state are refused at once, but whatever else its
-    body does goes on until then, while another run may begin.
+    Use this command when the holder is dead or hangs. A holder that is alive learns at its next
+    heartbeat that its run is lost. Until then its body goes on, while another run may begin; only
+    its writes of the state are refused at once.
     """
     runtime = runtime_of(_app(context))
     row, store = find(runtime, name)
@@ -130,9 +130,10 @@ def _fitting(runtime: Runtime, name: str, task: str | None, text: str) -> NewVal
     """Return a JSON document as a new state of a singleton.
 
     :param name: the singleton's name.
-    :param task: the name of its task; ``None`` if no task has that name.
+    :param task: the name of the singleton's task; ``None`` if the task is not known.
     :param text: the JSON document.
-    :raises click.ClickException: the document does not fit the schema, or there is no such state.
+    :raises click.ClickException: the document does not fit the schema, there is no such singleton,
+        or the singleton has no state.
     """
     codec = _codec(runtime, name, task)
     try:
@@ -157,8 +158,8 @@ def _codec(runtime: Runtime, name: str, task: str | None) -> Codec[Any]:
     if options.unique_on is None and name != task:
         raise click.ClickException(f"task {task} has no unique_on, and so no singleton {name!r}")
     if options.unique_on is not None:
-        # The singleton must have a row: a name with arguments, typed by hand, could be spelled
-        # differently from the name that a run makes.
+        # The singleton must have a row already: an operator could spell a name with arguments in
+        # another way than a run does, and the new state would then never be used.
         find(runtime, name)
     codec = options.codec()
     if codec is None:
@@ -178,7 +179,7 @@ def _change(
 ) -> None:
     """Write a state into a singleton's row, after asking the operator.
 
-    :param what: the change, in the words of the log line.
+    :param what: the change, for the log line, such as ``"state set"``.
     :param force: whether to release the lease first, if it is held.
     :param yes: whether not to ask.
     :raises click.ClickException: the lease is held and ``force`` is false, or a run has just begun.
@@ -199,7 +200,8 @@ def _change(
         warning = _warning(runtime, row) if row is not None and row.held else ""
         ask(f"{warning}The state is {shown_json(row.value) if row else 'none'}. Replace it?")
     if row is not None and (row.holder is not None or row.held):
-        # An expired lease is released, too: as long as no run has followed, its run can still save.
+        # An expired lease is released, too: the run that had the lease can still save its state as
+        # long as no other run has begun.
         _release(runtime, row, store)
         row = store.peek(key)
     if not store.requests.put(key, row, new, task):
@@ -222,7 +224,7 @@ def _release(runtime: Runtime, row: Row, store: Store) -> None:
 
 
 def _warning(runtime: Runtime, row: Row) -> str:
-    """Return what the operator should know before a lease is released."""
+    """Return a text that an operator should read before a lease is released."""
     if not row.held:
         return f"The lease of {row.holder} has expired, and no run has begun since. "
     left = seconds(row.expires_in or 0.0)

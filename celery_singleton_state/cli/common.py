@@ -29,7 +29,7 @@ R = TypeVar("R")
 def report_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Decorate a command to print errors of the store or the configuration as one line.
 
-    The exit status is 1 then. Other errors are printed with a traceback.
+    After such an error the exit status is 1. Other errors are printed with a traceback.
     """
 
     @wraps(command)
@@ -64,7 +64,7 @@ def load_tasks(app: Celery, are_needed: bool = True) -> None:
 
 
 def complete_name(context: click.Context, _argument: click.Parameter, begun: str) -> list[str]:
-    """Return the singletons whose names begin with a text, for a shell's completion.
+    """Return the names of singletons that begin with a text, for a shell's completion.
 
     The names are spelled as ``celery singleton ls`` prints them. Bash inserts a completion without
     quoting it, so for bash the names are quoted if need be; other shells quote by themselves. If
@@ -86,10 +86,10 @@ def complete_name(context: click.Context, _argument: click.Parameter, begun: str
 
 
 def _is_bash() -> bool:
-    """Whether bash asks for completions.
+    """Whether the shell that asks for completions is bash.
 
-    Click's environment variable for completion says so. Its name begins with the program's name and
-    ends in ``COMPLETE``.
+    An environment variable that click uses names the shell. The variable's name begins with the
+    program's name and ends in ``COMPLETE``.
     """
     asked = (value for name, value in os.environ.items() if name.endswith("COMPLETE"))
     return any(value.startswith("bash_") for value in asked)
@@ -112,9 +112,9 @@ def find(runtime: Runtime, name: str) -> tuple[Row, Store]:
 def name_and_task(runtime: Runtime, typed: str) -> tuple[str, str | None]:
     """Return the name of a singleton and the name of its task.
 
-    :param typed: the singleton's name, as ``celery singleton ls`` prints it. A singleton that has
-        no row yet is known if it has the name of a task.
-    :returns: ``None`` as the task's name if neither a row nor a task is known.
+    :param typed: the singleton's name, as ``celery singleton ls`` prints it. If the singleton has
+        no row yet, a task with the singleton's name is looked for.
+    :returns: the two names. The task's name is ``None`` if there is neither a row nor a task.
     """
     found = _row(runtime, typed)
     if found is None:
@@ -125,9 +125,11 @@ def name_and_task(runtime: Runtime, typed: str) -> tuple[str, str | None]:
 
 
 def one_of(known: Collection[str], typed: str) -> str:
-    """Return the known name that an operator has typed as it is printed, with escapes.
+    """Return the known name that an operator means.
 
-    :returns: the typed text itself if no known name fits.
+    :param typed: the name as the operator typed it. It may contain the escapes with which
+        ``celery singleton`` prints a name.
+    :returns: ``typed`` itself if no known name fits.
     """
     return next((name for name in names_meant(typed) if name in known), typed)
 
@@ -138,7 +140,7 @@ def unknown(name: str, known: Iterable[str]) -> str:
 
 
 def like(name: str, known: Iterable[str]) -> str:
-    """Return a question that suggests known names similar to a name; empty if there are none."""
+    """Return a question that suggests similar known names; empty if no known name is similar."""
     near = difflib.get_close_matches(name, known, n=3)
     return f"; did you mean {' or '.join(map(as_printed, near))}?" if near else ""
 

@@ -17,7 +17,7 @@ from celery_singleton_state.runtime import runtime_of
 from .common import load_tasks, report_errors
 from .terminal import say
 
-#: The signals that stop the exporter.
+#: The numbers of the signals that stop the exporter.
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -80,8 +80,8 @@ def _until_signalled() -> Callable[[], object]:
 
     A second signal ends the process.
     """
-    # Not an Event: if a signal interrupts Event.wait() while that holds its lock, set() in the
-    # signal handler would wait for the lock forever.
+    # This is not an Event: if the signal interrupts Event.wait() while wait() holds the Event's
+    # lock, set() in the signal handler would wait for the lock forever.
     received: SimpleQueue[None] = SimpleQueue()
 
     def on_signal(*_: Any) -> None:

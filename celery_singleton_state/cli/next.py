@@ -21,11 +21,11 @@ from celery_singleton_state.text.visible import as_printed
 from .common import like, load_tasks, one_of, report_errors
 from .terminal import print_json, print_table, say, table
 
-#: Most entries that the table for people shows.
+#: The largest number of schedule entries that the table for people shows.
 SHOWN = 100
-#: Largest value of ``--count``.
+#: The largest value of the option ``--count``.
 MOST = 10_000
-#: Sort key of an entry that is never due again: it comes last.
+#: The sort key of a schedule entry that is never due again, so that it comes last.
 LAST = datetime.max.replace(tzinfo=UTC)
 
 
@@ -60,7 +60,7 @@ def next_(context: click.Context, entry: str | None, count: int, as_json: bool) 
 
 
 def overview(app: Celery) -> dict[str, Any]:
-    """Return what the store knows of the leading beat and of each schedule entry.
+    """Return what the store has recorded of the leading beat and of each schedule entry.
 
     :raises StoreError: the store is unavailable.
     """
@@ -109,12 +109,12 @@ def print_overview(found: dict[str, Any]) -> None:
 
 
 def times_of(app: Celery, name: str, count: int) -> dict[str, Any]:
-    """Return the next due times of a schedule entry, and whether it is due in this minute.
+    """Return the next due times of a schedule entry, and whether the entry is due in this minute.
 
-    The times of an interval are counted from the next tick that the store knows.
+    The due times of an interval schedule are counted from the next tick that is in the store.
 
     :param name: the entry's name in ``beat_schedule``.
-    :param count: how many times to return. There are fewer if the schedule ends before.
+    :param count: how many due times to return. There are fewer if the schedule ends earlier.
     :raises click.ClickException: there is no such entry, or it is never due.
     :raises ImproperlyConfigured: the entry is not allowed.
     :raises StoreError: the store is unavailable.
@@ -123,8 +123,8 @@ def times_of(app: Celery, name: str, count: int) -> dict[str, Any]:
     schedule = _schedule_of(app, name)
     state = decode_rows(Leader(app).load()).get(name)
     times = []
-    # The stored next_tick of a schedule with its own is_due() is no due time, but the time at which
-    # beat will ask it again.
+    # If the schedule's class has an is_due() of its own, the stored next_tick is not a due time. It
+    # is the time at which beat calls is_due() again.
     is_asked = has_own_is_due(schedule)
     if state and state.next_tick and not is_asked and not _has_own_times(schedule):
         times.append(state.next_tick)
@@ -133,8 +133,8 @@ def times_of(app: Celery, name: str, count: int) -> dict[str, Any]:
         if len(times) < count:
             times += next_runs(schedule, count - len(times), times[0] if times else after)
     except ValueError as error:
-        # The schedule may end with the stored tick, or its class cannot compute later ones. Then
-        # the stored tick is shown alone.
+        # The schedule ends with the stored tick, or the schedule's class cannot compute later
+        # ticks. In both cases show the stored tick alone.
         if not times:
             raise click.ClickException(str(error)) from error
     now = matches_now(schedule) if _has_own_times(schedule) else None

@@ -23,14 +23,14 @@ from .change import YES, emit
 from .common import load_tasks, one_of, report_errors
 from .terminal import ask, print_json, say
 
-#: Seconds in each unit of an age; a number without a unit is seconds.
+#: Maps each unit of an age to its length in seconds. A number without a unit counts seconds.
 UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1, "": 1}
-#: Longest age, in days: every database can subtract it from its present time.
+#: The longest age, in days. Every database can subtract this age from the present time.
 MAX_DAYS = 36_500
 
 
 def as_seconds(_context: click.Context, _option: click.Parameter, value: str) -> float:
-    """Return the seconds of an age such as ``30d``, ``12h``, ``90m``, ``45s`` or ``45``.
+    """Convert an age such as ``30d``, ``12h``, ``90m``, ``45s`` or ``45`` to seconds.
 
     :raises click.BadParameter: the text is not an age; the message says what is allowed.
     """
@@ -44,7 +44,7 @@ def as_seconds(_context: click.Context, _option: click.Parameter, value: str) ->
     return seconds
 
 
-#: The unused keys, by the name of their task.
+#: Maps the name of each task to the unused keys of the task.
 Unused = Mapping[str, Sequence[str]]
 
 
@@ -86,7 +86,7 @@ def prune(
     app does not know, stay.
 
     A key that is used again starts from its initial state and without a history, so a message that
-    was done before would run again. Its fence goes on growing, because a fence is never smaller
+    was done before would run again. The fence goes on growing, because a fence is never smaller
     than the database's clock in milliseconds. Choose an age that is longer than a message may run,
     be retried or be redelivered.
     """
@@ -109,9 +109,9 @@ def prune(
 
 
 def find_unused(runtime: Runtime, older_than: float, only: str | None) -> Unused:
-    """Return the keys that have been unused for a time, by the name of their task.
+    """Return the unused keys of each task, to show them before they are removed.
 
-    :param older_than: seconds.
+    :param older_than: seconds for which a key must have been unused.
     :param only: the name of the task whose keys to return; ``None``: all tasks with ``unique_on``.
     :raises click.ClickException: there is no such singleton task, or it has no ``unique_on``.
     :raises StoreError: the store is unavailable.
@@ -132,13 +132,14 @@ def find_unused(runtime: Runtime, older_than: float, only: str | None) -> Unused
 
 
 def remove(runtime: Runtime, unused: Unused, older_than: float, batch: int) -> Counter[str]:
-    """Remove the keys that are still unused, and emit how many.
+    """Remove the keys that are still unused, and emit a log line and an event for each task.
 
     :param unused: the keys to remove.
     :param older_than: seconds for which a key must have been unused.
     :param batch: how many keys one statement removes.
-    :returns: how many keys were removed, by task.
-    :raises StoreError: the store is unavailable. The keys removed until then have been emitted.
+    :returns: how many keys of each task were removed.
+    :raises StoreError: the store is unavailable. The log line and the event of the keys that were
+        removed before have been emitted.
     """
     removed: Counter[str] = Counter()
     for task, keys in unused.items():
@@ -186,15 +187,15 @@ def _tasks_with_unique_on(runtime: Runtime, only: str | None) -> set[str]:
 
 
 def _counts(unused: Unused) -> Counter[str]:
-    """Return how many keys are unused, by task."""
+    """Return how many keys of each task are unused."""
     return Counter({task: len(keys) for task, keys in unused.items()})
 
 
 def _as_object(unused: Unused, removed: Counter[str] | None) -> dict[str, Any]:
     """Return the result of the command for ``--json``.
 
-    :param removed: the keys that were removed, by task; ``None`` if none were to be removed, in a
-        dry run for example. Then the unused keys are counted instead.
+    :param removed: how many keys of each task were removed. ``None`` if no key was to be removed,
+        for example in a dry run: then the result has the numbers of unused keys.
     """
     return {
         "removed": 0 if removed is None else removed.total(),

@@ -25,7 +25,7 @@ from celery_singleton_state.text.visible import as_printed
 from .common import complete_name, find, load_tasks, report_errors
 from .terminal import plain_console, print_json, print_table, say, shown_json, table
 
-#: Seconds between two updates of ``ls --watch``.
+#: The seconds between two updates of the table of ``ls --watch``.
 WATCH = 2.0
 NONE = "no singleton has run yet"
 LISTED = ("singleton", "fence", "runs", "last", "at (UTC)", "healthy", "lease")
@@ -74,7 +74,7 @@ def show(context: click.Context, name: str, as_json: bool) -> None:
         runs = [_run_as_object(run) for run in entries]
         (found,) = _objects(runtime, [row])
         known = ticks_done.decode(row.ticks_done, name)
-        # Left out of the output for a singleton that no beat runs.
+        # The output has ticks_done only for a singleton that a beat runs.
         ticks = {"ticks_done": {entry: _ticks_as_object(own) for entry, own in known.items()}}
         print_json(found | {"value": _value(row), "history": runs} | (ticks if known else {}))
         return
@@ -196,7 +196,7 @@ def _name(row: Listed, prefix: str) -> str:
 
 def _lease(row: Listed) -> str:
     if row.expires_in is None:
-        # With a holder, the row's expiry is a value that is not a time.
+        # The row has a holder, but its expiry is a value that is not a time, such as infinity.
         return "free" if row.holder is None else f"{row.holder}, with an unreadable expiry"
     if row.held:
         return f"{row.holder or 'hold period'}, {seconds(row.expires_in)} left"
@@ -212,7 +212,7 @@ def _tenths(length: float) -> str:
 
 
 def _value(row: Row) -> Any:
-    """Return the state for ``--json``, parsed; or as a string if parsing it fails or changes it."""
+    """Return the state for ``--json``: parsed, or as text if parsing fails or would change it."""
     try:
         return json.loads(row.value, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):

@@ -1,8 +1,8 @@
 """All output of the commands goes through this module, which makes users' texts safe to print.
 
-A name or an error can contain control characters, which a terminal would obey. They are printed as
-escapes, see :mod:`celery_singleton_state.text.visible`. So are characters that the terminal's
-encoding does not have.
+A name or an error can contain control characters, which a terminal would obey. Control characters,
+and characters that the terminal's encoding does not have, are printed as escapes (see
+:mod:`celery_singleton_state.text.visible`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.text import Text
 
 from celery_singleton_state.text.visible import as_json, encodable, visible
 
-#: Smallest width, in characters, of a column whose texts may be folded.
+#: The smallest width, in characters, of a column whose texts may be folded.
 _NARROWEST = 16
 
 
@@ -40,7 +40,7 @@ def ask(question: str, err: bool = False) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON, unchanged by the escapes that texts for people get."""
+    """Print a value as JSON for programs, without the escapes that texts for people get."""
     text = json.dumps(_strict(value), indent=2, default=datetime.isoformat)
     click.echo(text.replace("\x7f", r"\u007f"))
 
@@ -48,8 +48,8 @@ def print_json(value: Any) -> None:
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]], folded: str = "") -> Table:
     """Make a table whose texts are never cut.
 
-    On a terminal, a text that is too long is folded into several lines. In a pipe it stays on one
-    line, so that programs can read it.
+    On a terminal, a text that is too long is folded into several lines. In a pipe, the text stays
+    on one line, so that programs can read the table.
 
     :param folded: the title of a column that is folded in a pipe, too. Default: none.
     """
@@ -92,7 +92,10 @@ def shown_json(document: str) -> str:
 
 
 def _shown(text: str, stream: Any) -> str:
-    """Return a text with escapes for control characters and those that the stream lacks."""
+    """Return a text with escapes for characters that must not or cannot go to a stream.
+
+    These are control characters, and characters that the stream's encoding does not have.
+    """
     return encodable(visible(text), _encoding(stream))
 
 
@@ -101,9 +104,9 @@ def _encoding(stream: Any) -> str:
 
 
 def _strict(value: Any) -> Any:
-    """Return a value without floats that JSON lacks.
+    """Return a value without the floats that JSON cannot represent.
 
-    NaN becomes ``None``. Infinity becomes the largest float.
+    NaN becomes ``None``. Infinity becomes the largest float of the same sign.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else math.copysign(sys.float_info.max, value)
