@@ -1,14 +1,15 @@
-"""A worker watches the processes of its pool, so that the leases of a dead process are released at
+"""Watch the processes of a worker's pool, so that the leases of a dead process are released at
 once.
 
 Celery's own report of a child's death comes at the wrong time: up to five seconds late for a killed
-child, and too early for a hard time limit, when the child still lives. Therefore the worker waits
-for the deaths itself. It has a ``pidfd`` for each child, which the kernel makes readable when the
-child is surely dead.
+child, and too early after a hard time limit, when the child still lives. Therefore the worker waits
+for the deaths itself. The worker opens a ``pidfd`` for each child; the kernel makes the ``pidfd``
+readable when the child is surely dead.
 
 If the kernel refuses a ``pidfd`` (Linux before 5.3, gVisor, a seccomp filter, too many open files),
 a thread waits for that child with ``waitid`` and leaves the zombie for Celery to reap. If the
-system has no ``waitid`` either (macOS before Python 3.13), the leases of a dead child expire.
+system has no ``waitid`` either (macOS before Python 3.13), the leases of a dead child are not
+released early, but expire.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 
-#: Seconds for which a worker that exits waits for the death of each child without a ``pidfd``.
+#: The longest time, in seconds, for which a worker at its exit waits for the death of each child
+#: that has no ``pidfd``.
 PATIENCE = 1.0
 
 
@@ -40,7 +42,7 @@ class ChildWatch:
         self._own_pid = os.getpid()
         self._pids: dict[int, int] = {}
         self._thread: threading.Thread | None = None
-        #: The threads that wait for one child each, because it has no pidfd.
+        #: The threads that wait for the death of a child without a pidfd, one thread for each.
         self._waiting: set[threading.Thread] = set()
 
     def watch(self, pid: int) -> None:
@@ -60,15 +62,17 @@ class ChildWatch:
         self._epoll.register(descriptor, select.EPOLLIN)
 
     def close(self) -> None:
-        """Stop the threads, after all deaths until now have been reported."""
-        # A forked child inherits this object and the exit handler, but not the threads.
+        """Report all deaths until now, then stop the threads."""
+        # A forked child inherits this object and the exit handler, but not the threads: it has
+        # nothing to stop.
         if os.getpid() != self._own_pid:
             return
         if self._thread is not None:
             os.write(self._wake_writer, b".")
             self._thread.join()
         for waiting in list(self._waiting):
-            # The pool has ended. Do not wait longer for a child that lives on nevertheless.
+            # The pool has ended, so its children should be dead. If a child still lives, do not
+            # wait longer.
             waiting.join(PATIENCE)
 
     def _start(self) -> None:
@@ -95,7 +99,7 @@ class ChildWatch:
             return
 
         def wait() -> None:
-            # Celery may have reaped the child already.
+            # If Celery has reaped the child already, waitid() does not find it.
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
             self._report(pid)

@@ -2,12 +2,12 @@
 
 A singleton's message is acknowledged when its run has ended. If a message stays unacknowledged for
 longer than RabbitMQ's ``consumer_timeout``, 30 minutes by default, RabbitMQ closes the consumer's
-channel, and Celery's worker stops. A worker cannot ask RabbitMQ for that value, so it assumes the
-setting ``singleton_consumer_timeout``. It logs
+channel, and Celery's worker stops. A worker cannot ask RabbitMQ for its ``consumer_timeout``, so
+the worker assumes the setting ``singleton_consumer_timeout``. The worker logs
 
-- the assumed value, when it starts,
-- a warning when it starts, if a task's own time limit is longer,
-- a warning when a message comes close to the limit.
+- the assumed value, when the worker starts,
+- a warning when the worker starts, if a task's own time limit is longer than this value,
+- a warning when a message has been unacknowledged for nearly as long as this value.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 
-#: Part of the time limit after which a message that is not acknowledged yet causes a warning.
+#: A message that is not acknowledged yet causes a warning when this part of RabbitMQ's time limit
+#: has passed.
 CLOSE = 5 / 6
-#: A queue's argument with a time limit of its own, in milliseconds.
+#: The argument with which a queue gets a time limit of its own, in milliseconds.
 ARGUMENT = "x-consumer-timeout"
-#: What the operator can do; part of every warning.
+#: Says what the operator can do against the time limit. It is a part of every warning.
 ADVICE = (
     "raise consumer_timeout in rabbitmq.conf (and singleton_consumer_timeout, which tells the "
     "worker) or the queue's argument x-consumer-timeout: docs/when-things-go-wrong.md, "
@@ -46,8 +47,9 @@ class ConsumerTimeoutStep(bootsteps.StartStopStep):
         super().__init__(parent, **kwargs)
         self._timeout: float = 0.0
         self._timer: Any = None
-        #: When each message was first seen, by the monotonic clock. Infinity after the warning, so
-        #: that there is only one for each message.
+        #: Maps the request of each message to the time when the message was first seen, in seconds
+        #: of the monotonic clock. The time is infinity after the warning, so that there is only one
+        #: warning for each message.
         self._seen: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
 
     def include_if(self, parent: Any) -> bool:
@@ -66,7 +68,7 @@ class ConsumerTimeoutStep(bootsteps.StartStopStep):
     terminate = stop
 
     def check(self) -> None:
-        """Warn about each message of a singleton that is close to the limit, once per message."""
+        """Warn once about each message of a singleton that is close to RabbitMQ's time limit."""
         now = time.monotonic()
         for request in list(state.requests.values()):
             if request.acknowledged or options_of(request.task) is None:
@@ -88,8 +90,8 @@ class ConsumerTimeoutStep(bootsteps.StartStopStep):
 def timeout_of(app: Celery) -> float:
     """Return the seconds for which RabbitMQ waits for an acknowledgement; 0 for other brokers.
 
-    If the worker's queues have different limits, it is the longest one, because the queue of a
-    task's messages is not known.
+    If the worker's queues have different limits, the longest limit is returned, because the queue
+    of a task's messages is not known.
     """
     broker: Any = app.connection_for_read()
     if broker.transport.driver_type != "amqp":
@@ -115,7 +117,7 @@ def late(app: Celery) -> list[Any]:
 def warn_at_start(worker: Any, timeout: float) -> None:
     """Log which time limit the worker assumes, or warn about tasks whose own limits are longer.
 
-    :param timeout: RabbitMQ's limit, in seconds.
+    :param timeout: RabbitMQ's time limit for an acknowledgement, in seconds.
     """
     limits = {task.name: _limit(worker, task) for task in late(worker.app)}
     longer = sorted(name for name, limit in limits.items() if limit is not None and limit > timeout)

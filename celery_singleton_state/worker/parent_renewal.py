@@ -41,7 +41,8 @@ logger = logger_of(__name__)
 
 
 class ChildsLease(HeldLease):
-    """A child's lease in the parent, which renews it and writes the answer to the child's file.
+    """The lease of a child process in its parent. The parent renews the lease for the child, and
+    writes the store's answer to the child's holder file.
 
     The parent's clock never declares this lease lost. The child itself checks how long it may trust
     the lease.
@@ -70,19 +71,23 @@ class ChildsLease(HeldLease):
         self.report_loss()
 
     def report_loss(self) -> None:
-        """Tell the child that a renewal was refused; called again until the child's run ends."""
+        """Tell the child that a renewal was refused.
+
+        Each check calls this method again until the child's run ends.
+        """
         self._answer(RenewalAnswer(self.lease.holder, None), urgent=True)
 
     def _answer(self, answer: RenewalAnswer, urgent: bool) -> None:
         try:
             write_answer(self._path, self._start, answer)
         except FileNotFoundError:
-            return  # the child is gone
+            return  # the child has exited, and its file is deleted
         except OSError as error:
             logger.warning("singletons: process %d renews its own leases: %s", self._pid, error)
             return
         if urgent and ANSWERED is not None:
-            # The process may have died just now. A new process with its id ignores this signal.
+            # The child may have died just now. If a new process has the child's process id, the new
+            # process ignores this signal by default.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(self._pid, ANSWERED)
 
@@ -97,14 +102,14 @@ class ParentRenewal:
         self._app = app
         self._processes = processes
         self._mark = mark_as_parent()
-        #: By holder: each lease that is renewed, and the heartbeat that renews it.
+        #: Maps the name of each holder to its lease and the heartbeat that renews the lease.
         self._leases: dict[str, tuple[ChildsLease, Heartbeat]] = {}
-        #: By file name: the process that the holder file belongs to. A later process with the same
-        #: process id has another file.
+        #: Maps the name of each holder file to the process that the file belongs to. A later
+        #: process with the same process id has a file with another name.
         self._owners: dict[str, Any] = {}
 
     def start(self) -> None:
-        """Start the thread, which renews until this process exits."""
+        """Start the thread that renews the leases until this process exits."""
         threading.Thread(target=self._run, name="singleton-parent", daemon=True).start()
 
     def _run(self) -> None:
@@ -165,7 +170,7 @@ class ParentRenewal:
 def _lives(pid: int) -> bool:
     """Whether a child of this process lives. A dead child is left for the pool to reap."""
     if not hasattr(os, "waitid"):
-        return True  # a dead child is noticed when the pool has removed it
+        return True  # without waitid(), a child counts as alive until the pool has removed it
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     except ChildProcessError:

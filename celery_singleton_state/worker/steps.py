@@ -35,10 +35,10 @@ logger = logger_of(__name__)
 
 
 class Refused(ImproperlyConfigured, click.ClickException):
-    """The worker refuses to start.
+    """The error with which a worker refuses to start.
 
-    The class is also an error of click's, because ``celery worker`` prints those as one line
-    instead of a traceback.
+    The class is also an error of click's, because ``celery worker`` prints click's errors as one
+    line instead of a traceback.
     """
 
     def __init__(self, message: str) -> None:
@@ -103,7 +103,7 @@ class SingletonStep(bootsteps.StartStopStep):
     def expect(own: runtime.Runtime) -> None:
         """Record in the store that singletons with an ``expected_interval`` are expected to run.
 
-        Health checks count the time until the first run from this record.
+        Health checks count the time until the first run from the time of this record.
         """
         names = expected_singletons(own.app)
         tasks = {row_key(own.settings.key_prefix, name): name for name in names}
@@ -121,8 +121,9 @@ class SingletonStep(bootsteps.StartStopStep):
 class ConnectionsStep(bootsteps.StartStopStep):
     """Sizes the connection pool of a worker whose bodies run in its own process.
 
-    There is a connection for each body that can run at once, and one more. The pool grows with the
-    worker's concurrency, by ``--autoscale`` or by the remote control command ``pool_grow``.
+    The connection pool has a connection for each body that can run at once, and one more. It grows
+    when ``--autoscale`` or the remote control command ``pool_grow`` raises the worker's
+    concurrency.
     """
 
     requires = ("celery.worker.components:Pool",)
@@ -149,10 +150,10 @@ class ChildrenStep(bootsteps.StartStopStep):
     def start(self, parent: Any) -> None:
         self._app: Celery = parent.app
         self._deaths, self._report = os.pipe()
-        # A full pipe must not block a writer: without an event loop nothing reads from the pipe,
-        # and one unread report does as well as many.
+        # A full pipe must not block a writer: without an event loop nothing reads from the pipe.
+        # No report is missed, because one unread report in the pipe is enough.
         os.set_blocking(self._report, False)
-        # At exit, because that is after the pool's end, however the worker ends.
+        # The watch ends at exit, because the pool has ended by then, however the worker ends.
         atexit.register(watch_pool(compat.process_pool(parent), self._on_death).close)
         ParentRenewal(parent.app, lambda: compat.processes_of(parent)).start()
 
@@ -162,8 +163,8 @@ class ChildrenStep(bootsteps.StartStopStep):
         compat.call_when_readable(hub, self._deaths, self._maintain, pool)
 
     def _on_death(self, pid: int) -> None:
-        # Make the pool check again now. Its own check may have come just before the death, and the
-        # next one comes five seconds later.
+        # Make the pool check for dead processes now. The pool's last own check may have come just
+        # before this death, and its next own check comes five seconds after that one.
         with contextlib.suppress(BlockingIOError):
             os.write(self._report, b".")
         free_dead(runtime.runtime_of(self._app), f"{pid}-*")
@@ -182,10 +183,10 @@ def is_prefork(worker: Any) -> bool:
 
 
 def bodies_at_once(worker: Any) -> int:
-    """Return how many bodies the worker's own process can run at once when its pool is made.
+    """Return how many bodies the worker's own process can run at once, by the worker's options.
 
-    It is 1 in a solo pool, for which ``worker.concurrency`` is wrong: its default is the number of
-    cores in every pool.
+    A solo pool runs one body. Its ``worker.concurrency`` is not used, because the default is the
+    number of cores for every kind of pool.
     """
     from celery.concurrency.solo import TaskPool
 
