@@ -49,7 +49,10 @@ def refused(owner: str, name: str, value: str, allowed: str) -> ImproperlyConfig
 
 
 def checks_of(cls: type) -> dict[str, Check[Any]]:
-    """Return the checks of a class's fields by name: those annotated ``Annotated[type, check]``."""
+    """Return a dict that maps the names of a class's fields to their checks.
+
+    A field has a check if it is annotated ``Annotated[type, check]``.
+    """
     hints = get_type_hints(cls, include_extras=True)
     return {
         name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated
@@ -98,7 +101,7 @@ def moment(value: Any) -> datetime:
 def named(what: str) -> Check[dict[str, Any]]:
     """Make a check that allows a dict whose keys are texts.
 
-    :param what: the kind of the values, for the error, such as ``arguments``.
+    :param what: the kind of the dict's values, for the error, such as ``arguments``.
     """
 
     def check(value: Any) -> dict[str, Any]:
@@ -142,9 +145,9 @@ def seconds(least: float = 0.0, most: float = FINITE, *, above: bool = False) ->
 
 
 def duration(check: Check[float]) -> Check[float]:
-    """Make a check that allows a number of seconds, or a timedelta of as many seconds.
+    """Make a check that allows seconds as a number or as a timedelta.
 
-    :param check: the check of the number.
+    :param check: the check of the number of seconds.
     """
 
     def check_either(value: Any) -> float:
@@ -183,7 +186,7 @@ def either(*checks: Check[Any]) -> Check[Any]:
 
 
 def parsed(parse: Callable[[str], Any], check: Check[T]) -> Check[T]:
-    """Make a check that allows a value, or a text of it as an environment variable has it.
+    """Make a check that allows a value, also in the form of a text from an environment variable.
 
     :param parse: converts the text to the value.
     :param check: the check of the value.

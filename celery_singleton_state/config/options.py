@@ -31,7 +31,7 @@ from .retry import RetryPolicy
 from .settings import MIN_INTERVAL
 from .task_options import OnConflict, OnDecodeError, OnLeaseLost
 
-#: The largest ``state_version``: the largest number in the column ``schema_version``.
+#: The largest ``state_version``: the largest number that the column ``schema_version`` can hold.
 MAX_VERSION = 2**31 - 1
 #: The longest ``lease_ttl``, ``hold_at_least`` and ``conflict_timeout``: a day, in seconds. A
 #: longer lease would block its singleton for longer than a day after its holder died.
@@ -91,7 +91,7 @@ class Options:
     """The checked options of a task. The class lists each option's check and default.
 
     An option has the same name here, as an attribute of the task, and in :class:`TaskOptions`,
-    which explains what it means.
+    which explains the option.
     """
 
     unique_on: Annotated[UniqueOn, _unique_on] = None

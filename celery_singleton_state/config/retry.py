@@ -17,15 +17,15 @@ from .checks import checked, checks_of, either, nothing, seconds, switch, whole
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How a message is retried after an error with one reason. The names are Celery's.
+    """How a message is retried after an error with one reason. The parameters have Celery's names.
 
     :param max_retries: how often a message is retried at most. All its retries count, whatever
         their reasons. ``None``: no limit. Default 3.
     :param backoff: seconds before the first retry; the delay doubles with each further retry.
         Default 1.
-    :param backoff_max: seconds: the longest delay. Default 600.
+    :param backoff_max: the longest delay, in seconds. Default 600.
     :param jitter: true (the default): the delay is random, from zero to the delay that the backoff
-        gives. False: it is exactly that delay.
+        gives. False: the delay is exactly what the backoff gives.
     :raises ImproperlyConfigured: a value is not allowed.
     """
 
@@ -73,9 +73,9 @@ def answer_to(
     """Decide whether a message is retried after an error.
 
     :param retries: how often the message has been retried.
-    :param reasons: the reasons of errors after which it may be retried.
-    :param policies: the policies of single reasons.
-    :param usual: the policy of all other reasons.
+    :param reasons: the names of the error reasons after which the message may be retried.
+    :param policies: maps reasons to retry policies of their own.
+    :param usual: the retry policy of all other reasons.
     """
     if error.reason not in reasons:
         return Fail()
@@ -88,7 +88,7 @@ def answer_to(
 def policy_of(task: Any) -> RetryPolicy:
     """Return the retry policy that follows from a task's Celery options.
 
-    A ``retry_backoff`` that is not set counts as true. If it is false, each delay is the task's
+    If ``retry_backoff`` is not set, it counts as true. If it is false, each delay is the task's
     ``default_retry_delay``, as in Celery.
     """
     backoff = getattr(task, "retry_backoff", True)

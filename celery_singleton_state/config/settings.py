@@ -26,7 +26,8 @@ NO_SQL = (
 )
 #: The largest ``singleton_heartbeat_threshold``; a larger value counts as this one.
 MAX_THRESHOLD = 5
-#: Seconds: the shortest ``singleton_heartbeat_interval``, and the shortest ``lease_ttl`` of a task.
+#: The shortest ``singleton_heartbeat_interval``, and the shortest ``lease_ttl`` of a task, in
+#: seconds.
 MIN_INTERVAL = 0.1
 
 
@@ -42,8 +43,8 @@ def _url(value: Any) -> str:
 
 
 def _beat_name(value: Any) -> str:
-    # Any characters but a colon, because the name becomes a part of a key. Characters that a
-    # database cannot store are encoded in the key.
+    # A colon is not allowed, because the name becomes a part of keys, and a colon separates their
+    # parts. Characters that a database cannot store are allowed, because keys encode them.
     if not isinstance(value, str) or not value or ":" in value:
         raise ValueError("a text that is not empty and has no colon")
     return value
@@ -68,7 +69,8 @@ def _switch(value: Any) -> bool:
 def _hooks(value: Any) -> tuple[Any, ...]:
     """Check the ``singleton_hooks`` setting.
 
-    It is a list of callables or names. In the environment it is a text of names and commas.
+    The setting is a list of callables or of names of callables. In an environment variable it is a
+    text: the names, separated by commas.
     """
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list | tuple):
@@ -78,7 +80,7 @@ def _hooks(value: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one app: ``app.conf.singleton_<name>`` for each field ``<name>``.
+    """The settings of one app. The field ``<name>`` is the setting ``app.conf.singleton_<name>``.
 
     The environment variable ``CELERY_SINGLETON_<NAME>`` takes precedence over ``app.conf``, as
     ``CELERY_BROKER_URL`` does.
@@ -103,7 +105,7 @@ class Settings:
 
     @property
     def lease_ttl(self) -> float:
-        """The life of a lease in seconds: it expires this long after its last renewal."""
+        """The default life of a lease: the seconds from its last renewal to its expiry."""
         return self.heartbeat_interval * self.heartbeat_threshold
 
     @classmethod

@@ -26,7 +26,7 @@ class CeleryOptions(TypedDict, total=False):
     ``bind`` is left out, because a singleton task is always bound.
     """
 
-    # Options of the task itself, and of its creation.
+    # Options of the task itself, and of the creation of the task.
     name: str
     shared: bool
     lazy: bool
@@ -40,7 +40,7 @@ class CeleryOptions(TypedDict, total=False):
     Strategy: str | Callable[..., Any]
     Request: str | type[Any]
 
-    # Options of its messages.
+    # Options of the task's messages.
     serializer: str | None
     compression: str | None
     queue: str | Queue | None
@@ -53,7 +53,7 @@ class CeleryOptions(TypedDict, total=False):
     priority: int | None
     expires: float | datetime | None
 
-    # Options of its runs.
+    # Options of the task's runs.
     rate_limit: str | float | None
     time_limit: float | None
     soft_time_limit: float | None
@@ -67,7 +67,7 @@ class CeleryOptions(TypedDict, total=False):
     send_events: bool
     trail: bool
 
-    # Options of its retries and failures.
+    # Options of the task's retries and failures.
     max_retries: int | None
     default_retry_delay: float
     autoretry_for: Collection[type[BaseException]]
@@ -78,14 +78,14 @@ class CeleryOptions(TypedDict, total=False):
     retry_jitter: bool
     throws: tuple[type[BaseException], ...]
 
-    # Options of its results.
+    # Options of the task's results.
     backend: Any
     ignore_result: bool | None
     store_eager_result: bool | None
     store_errors_even_if_ignored: bool | None
     resultrepr_maxsize: int
 
-    # Handlers, which Celery calls as methods of the task.
+    # Handlers that Celery calls as methods of the task.
     before_start: Callable[..., Any]
     after_return: Callable[..., Any]
     on_success: Callable[..., Any]
@@ -120,8 +120,8 @@ class TaskOptions(CeleryOptions, Generic[S], total=False):
 
     Conflicts:
 
-    - ``on_conflict``: what a delivery does if the lease is taken: by another run, or for a hold
-      period after it (``hold_at_least``).
+    - ``on_conflict``: what a delivery does if another run has the lease, or if the lease is kept
+      for a hold period after a run (``hold_at_least``).
 
       - ``"skip"`` (the default): it succeeds with ``None``.
       - ``"raise"``: it fails.
@@ -133,11 +133,11 @@ class TaskOptions(CeleryOptions, Generic[S], total=False):
 
     - ``conflict_timeout``: seconds that a delivery waits for the lease before it fails; time in a
       queue does not count. Left out: ``singleton_conflict_timeout``, 10 s by default. With
-      ``"replace"`` it is at least two heartbeat intervals and 1 s.
+      ``"replace"`` the timeout is at least two heartbeat intervals plus 1 s.
     - ``hold_at_least``: seconds, from the acquisition, for which the lease is kept when the run
       succeeds. Left out: the lease is released at the end of the run.
-    - ``enqueue_once``: true does not send a message while another one is queued. With
-      ``on_conflict`` ``"skip"`` or ``"raise"`` it does not send one during a run, either. A message
+    - ``enqueue_once``: if true, no message is sent while another message is queued. With
+      ``on_conflict`` ``"skip"`` or ``"raise"``, no message is sent during a run, either. A message
       counts as queued until it expires, and for at most 300 s from the time when it may run.
       Default: false.
 
@@ -152,16 +152,17 @@ class TaskOptions(CeleryOptions, Generic[S], total=False):
 
     Duplicates, retries and health:
 
-    - ``deduplicate``: true does not run a message again that is known as done. Left out: true for
-      ticks of beat, and for a task with state. A message that is sent anew with a task id that was
-      used before is not known as done.
-    - ``retry_reasons``: the reasons of errors after which a message is retried. Left out:
-      ``StateLoadFailed`` and ``StatePersistFailed``.
-    - ``retry_policy``: a dict from reasons to :class:`RetryPolicy`. Other reasons follow the task's
-      ``max_retries``, ``retry_backoff``, ``retry_backoff_max`` and ``retry_jitter``.
+    - ``deduplicate``: if true, a message whose work is already done does not run again. Left out:
+      true for ticks of beat, and for a task with state. A new message that ``apply_async`` sends
+      with an earlier message's task id is new work.
+    - ``retry_reasons``: the names of those reasons (:class:`SingletonErrorReason`) after which a
+      message is retried. Left out: ``StateLoadFailed`` and ``StatePersistFailed``.
+    - ``retry_policy``: a dict that maps the names of reasons to :class:`RetryPolicy`. For all
+      other reasons, the task's ``max_retries``, ``retry_backoff``, ``retry_backoff_max`` and
+      ``retry_jitter`` apply.
     - ``expected_interval``: the time between two runs, in seconds or as a timedelta. A singleton
       that has not finished a run within this time, multiplied by
-      ``singleton_heartbeat_threshold``, is unhealthy. Left out: it is always healthy.
+      ``singleton_heartbeat_threshold``, is unhealthy. Left out: the singleton is always healthy.
 
     All options of Celery itself (:class:`CeleryOptions`) apply, too. A type checker refuses other
     names. To use attributes of your own, put them into a base class of the task, or into a subclass
@@ -186,6 +187,6 @@ class TaskOptions(CeleryOptions, Generic[S], total=False):
     retry_reasons: Collection[str] | None
     retry_policy: Mapping[str, RetryPolicy] | None
     expected_interval: float | timedelta | None
-    #: Hooks that are called as methods of the task when a run acquires and gives up its lease.
+    #: Methods of the task that are called when a run acquires its lease, and when it ends.
     on_become_leader: Callable[..., Any]
     on_lose_leadership: Callable[..., Any]

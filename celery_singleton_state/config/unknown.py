@@ -14,11 +14,11 @@ from celery.exceptions import ImproperlyConfigured
 
 _PREFIX = "singleton_"
 _ENVIRONMENT = "CELERY_SINGLETON_"
-#: Environment variables that Kubernetes sets in each pod if a service's name begins with
-#: celery-singleton. They are not settings.
+#: Matches the names of environment variables that Kubernetes sets in each pod if the name of a
+#: service begins with celery-singleton. These variables are not settings.
 _OF_KUBERNETES = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_\w+)?$|_PORT(_\d+_[A-Z]+(_\w+)?)?$")
-#: Settings of the package celery-singleton, which may be in use while a project moves to this
-#: package.
+#: Settings of the package celery-singleton. They are not refused while that package is in use,
+#: because a project that moves to this package may use both for a time.
 _OF_CELERY_SINGLETON = frozenset(
     {
         "singleton_backend_class",
@@ -48,9 +48,10 @@ def refuse_unknown(app: Celery, known: Collection[str]) -> None:
 
 
 def _configured(app: Celery) -> Iterator[tuple[str, str]]:
-    """Yield the ``singleton_`` settings of an app: each name as written, and without the namespace.
+    """Yield each ``singleton_`` setting of an app as two names: as written, and without namespace.
 
-    The namespace is that of Celery's ``config_from_object``, such as ``CELERY_``.
+    The namespace is the prefix that was given to Celery's ``config_from_object``, such as
+    ``CELERY_``.
     """
     configured = app.conf.table(censored=False)
     namespace = (app.conf.prefix or "").lower()
