@@ -58,9 +58,9 @@ Answer = Callable[[Any], Any]
 class GrowingPool(QueuePool):
     """A connection pool whose size can be raised while it is in use.
 
-    The pool is disposed of when its server has gone away, and when its store is closed. A connection
-    that is in use at that time is closed when it is returned. Otherwise it would stay open
-    until Python collects the pool as garbage.
+    The pool is disposed of when its server has gone away, and when its store is closed. A
+    connection that is in use at that time is closed when it is returned. Otherwise it would stay
+    open until Python collects the pool as garbage.
     """
 
     def dispose(self) -> None:
