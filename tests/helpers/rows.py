@@ -11,7 +11,7 @@ BRIEF = 0.2
 ROUNDING = 0.01
 NEW, NEWER = NewValue('{"n":1}', 1), NewValue('{"n":2}', 1)
 DONE = Ended("succeeded", "[]")
-HELD_ON = Ended("succeeded", "[]", hold=LONG)
+WITH_HOLD_PERIOD = Ended("succeeded", "[]", hold=LONG)
 FREED = Released(wanted=None)
 #: For each server, a query for how many statements wait for a lock.
 WAITING = {
@@ -32,7 +32,7 @@ def peek(store: Leases, key: str = "k") -> Row:
     return row
 
 
-def let_run_out(store: Leases, key: str = "k") -> None:
+def let_expire(store: Leases, key: str = "k") -> None:
     """Wait until the lease has expired by the store's own clock."""
 
     def has_expired() -> bool:

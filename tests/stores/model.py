@@ -107,7 +107,7 @@ class ModelRow:
         self.holder = self.task_id = None
         self.life = 0.0
 
-    def run_out(self) -> None:
+    def expire(self) -> None:
         """Let more time pass than any life lasts."""
         self.life, self.outlasted, self.queued = 0.0, True, False
 
@@ -262,7 +262,7 @@ class Model:
         row.free()
         return Released(row.wanted)
 
-    # -- others' requests, by what they saw of the row
+    # -- requests by others, which name the row that they saw
 
     def request_handoff(self, row: Row, who: str, rank: int, sent: str | None) -> bool:
         mine = self.seen(row.key)
@@ -336,7 +336,7 @@ class Model:
             del self.rows[key]
         return found
 
-    # -- the leader's requests, of whose schedule the lease is
+    # -- the leading beat's requests
 
     def record(
         self, lease: Lease, entries: Mapping[str, str], number: int, seen: int

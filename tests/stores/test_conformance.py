@@ -33,14 +33,14 @@ from tests.helpers.rows import (
     BRIEF,
     DONE,
     FREED,
-    HELD_ON,
     LONG,
     NEW,
     NEWER,
     ROUNDING,
     WAITING,
+    WITH_HOLD_PERIOD,
     acquire,
-    let_run_out,
+    let_expire,
     peek,
 )
 from tests.helpers.stores import url_on
@@ -110,7 +110,7 @@ def test_a_repeated_acquisition_renews_an_expired_lease(leases: Leases) -> None:
     fence.
     """
     first = acquire(leases, "a", BRIEF)
-    let_run_out(leases)
+    let_expire(leases)
     again = acquire(leases, "a")
     assert (again.lease.fence, again.write) == (first.lease.fence, first.write)
     assert peek(leases).held
@@ -166,7 +166,7 @@ def test_a_released_lease_is_acquired_with_a_larger_fence(leases: Leases) -> Non
 def test_an_expired_lease_is_taken_over(leases: Leases) -> None:
     """The answer distinguishes such a takeover from an orderly handoff: its write number is -1."""
     first = acquire(leases, "a", BRIEF).lease
-    let_run_out(leases)
+    let_expire(leases)
     second = acquire(leases, "b")
     assert second.lease.fence > first.fence
     assert second.write == TAKEN_OVER
@@ -195,7 +195,7 @@ def test_giving_back_answers_with_the_pending_run(leases: Leases) -> None:
 
 def test_a_late_lease_without_a_successor_is_given_back(leases: Leases) -> None:
     acquire(leases, "a", BRIEF)
-    let_run_out(leases)
+    let_expire(leases)
     assert leases.give_back("k", "a") == FREED
     assert peek(leases).holder is None
 
@@ -205,7 +205,7 @@ def test_only_the_holder_gives_back(leases: Leases) -> None:
     request.
     """
     acquire(leases, "a", BRIEF)
-    let_run_out(leases)
+    let_expire(leases)
     lease = acquire(leases, "b").lease
     before = peek(leases)
     assert leases.give_back("k", "a") is None
@@ -227,7 +227,7 @@ def test_a_lease_is_given_back_once(leases: Leases) -> None:
 def test_giving_back_does_not_end_a_hold_period(leases: Leases) -> None:
     """In a hold period the former holder has no rights to the lease any more."""
     lease = acquire(leases, "a").lease
-    assert leases.release(lease, HELD_ON)
+    assert leases.release(lease, WITH_HOLD_PERIOD)
     assert leases.give_back("k", "a") is None
     assert peek(leases).in_hold_period
 
@@ -322,8 +322,8 @@ def test_a_beat_reads_lease_and_finished_ticks_of_rows(leases: Leases) -> None:
     leases.release(acquire(leases, "a", key="free").lease, replace(DONE, ticks_done='{"e":[]}'))
     acquire(leases, "b", key="held")
     acquire(leases, "c", BRIEF, key="late")
-    leases.release(acquire(leases, "d", key="kept").lease, HELD_ON)
-    let_run_out(leases, "late")
+    leases.release(acquire(leases, "d", key="kept").lease, WITH_HOLD_PERIOD)
+    let_expire(leases, "late")
     assert leases.ticks(["free", "held", "late", "kept", "none"]) == {
         "free": SeenTicks(False, None, '{"e":[]}'),
         "held": SeenTicks(True, "task-b", None),
@@ -361,7 +361,7 @@ def test_save_renews_the_lease(store: SqlStore) -> None:
 
 def test_a_late_save_without_a_successor_is_the_only_writer(store: SqlStore) -> None:
     lease = acquire(store, "a", BRIEF).lease
-    let_run_out(store)
+    let_expire(store)
     assert store.save(lease, write(NEW)) is not None
     assert store.release(lease, DONE) == FREED
 
@@ -383,7 +383,7 @@ def release(store: SqlStore, lease: Lease, write: Write) -> bool:
 
 
 def release_with_hold_period(store: SqlStore, lease: Lease, write: Write) -> bool:
-    return store.release(lease, HELD_ON, write) is not None
+    return store.release(lease, WITH_HOLD_PERIOD, write) is not None
 
 
 def record(store: SqlStore, lease: Lease, write: Write) -> bool:
@@ -455,7 +455,7 @@ def test_the_first_write_after_a_takeover_is_accepted(store: SqlStore, carry_out
     takeover.
     """
     acquire(store, "a", BRIEF)
-    let_run_out(store)
+    let_expire(store)
     acquired = acquire(store, "b")
     assert carry_out(store, acquired.lease, write(NEW, 1, seen=acquired.write))
 
@@ -483,14 +483,14 @@ def test_written_tells_whether_a_write_took_effect(store: SqlStore) -> None:
 
 def test_after_a_takeover_nothing_is_written_yet(store: SqlStore) -> None:
     acquire(store, "a", BRIEF)
-    let_run_out(store)
+    let_expire(store)
     assert store.written(acquire(store, "b").lease, 1) is False
 
 
 def test_written_answers_for_an_expired_lease_without_a_successor(store: SqlStore) -> None:
     lease = acquire(store, "a", BRIEF).lease
     assert store.save(lease, write(NEW, 1))
-    let_run_out(store)
+    let_expire(store)
     assert store.written(lease, 1) is True
 
 
@@ -553,7 +553,7 @@ def test_a_stale_holder_changes_nothing(store: SqlStore, with_value: bool) -> No
     writes.
     """
     stale = acquire(store, "a", BRIEF).lease
-    let_run_out(store)
+    let_expire(store)
     current = acquire(store, "b").lease
     store.save(current, write(NewValue('{"by":"b"}', 1)))
     before = peek(store)
@@ -599,7 +599,7 @@ def test_release_is_done_once(store: SqlStore) -> None:
 @pytest.mark.parametrize("new", [None, NEW], ids=["", "with a value"])
 def test_a_lease_is_not_acquired_in_its_hold_period(store: SqlStore, new: NewValue | None) -> None:
     acquired = acquire(store, "a")
-    assert store.release(acquired.lease, HELD_ON, write(new) if new else None) == FREED
+    assert store.release(acquired.lease, WITH_HOLD_PERIOD, write(new) if new else None) == FREED
     assert store.acquire("k", "b", LONG, None) is None
     row = peek(store)
     assert (row.held, row.in_hold_period, row.holder, row.task_id) == (True, True, None, None)
@@ -755,7 +755,7 @@ def test_a_transaction_that_raises_leaves_neither(store: SqlStore) -> None:
 
 def test_a_stale_holders_save_in_a_transaction_is_refused(store: SqlStore) -> None:
     stale = acquire(store, "a", BRIEF).lease
-    let_run_out(store)
+    let_expire(store)
     acquire(store, "b")
     with store.transaction() as transaction:
         assert transaction.save(stale, write(NEW)) is None
@@ -788,7 +788,7 @@ def test_a_former_holder_cannot_change_a_hold_period(store: SqlStore) -> None:
     period, and a renewal that was in flight must not extend it.
     """
     lease = acquire(store, "a").lease
-    store.release(lease, HELD_ON)
+    store.release(lease, WITH_HOLD_PERIOD)
     before = peek(store)
     assert store.release(lease, DONE) is None
     assert store.save(lease, write(NEW)) is None

@@ -15,7 +15,7 @@ from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.migrations.upgrade import migrate_url
 from celery_singleton_state.store.base import Lease, StoreUnavailable
 from celery_singleton_state.store.sql.store import SqlStore
-from tests.helpers.rows import BRIEF, DONE, LONG, ROUNDING, acquire, let_run_out, peek
+from tests.helpers.rows import BRIEF, DONE, LONG, ROUNDING, acquire, let_expire, peek
 from tests.helpers.servers import Postgres
 from tests.helpers.stores import url_on
 from tests.helpers.waiting import wait_until
@@ -86,14 +86,14 @@ def test_a_record_answers_with_the_stores_time(store: SqlStore) -> None:
 
 def test_an_expired_leader_without_a_successor_records(store: SqlStore) -> None:
     leader = lead(store, ttl=BRIEF)
-    let_run_out(store, LEADER)
+    let_expire(store, LEADER)
     assert store.entries.record(leader, {f"{ENTRIES}a": "1"}, 1, 0) is not None
     assert store.entries.load(ENTRIES) == {f"{ENTRIES}a": "1"}
 
 
 def test_a_leader_with_a_successor_records_and_removes_nothing(store: SqlStore) -> None:
     first = lead(store, "a", BRIEF)
-    let_run_out(store, LEADER)
+    let_expire(store, LEADER)
     second = acquire(store, "b", LONG, LEADER)
     order = 1, second.write
     assert store.entries.record(second.lease, {f"{ENTRIES}a": "b's"}, *order) is not None
@@ -226,7 +226,7 @@ def test_a_record_that_waits_for_the_next_leader_is_refused(
     store = open_store(shared_store_url, "kv_store", 5.0, 4, auto_migrate=True)
     first = lead(store, "a", BRIEF)
     assert store.entries.record(first, {f"{ENTRIES}a": "1"}, 1, 0)
-    let_run_out(store, LEADER)
+    let_expire(store, LEADER)
     other = create_engine(shared_store_url)
     with other.connect() as connection, ThreadPoolExecutor(1) as pool:
         if store.engine.dialect.name == "sqlite":
@@ -258,7 +258,7 @@ def test_an_acquisition_waits_for_a_record_in_progress(
     store = open_store(postgres_url, "kv_store", 5.0, 4, auto_migrate=True)
     first = lead(store, "a", BRIEF)
     store.entries.record(first, {f"{ENTRIES}a": "1"}, 1, 0)
-    let_run_out(store, LEADER)
+    let_expire(store, LEADER)
     with (
         psycopg.connect(postgres_url.replace("+psycopg", "")) as other,
         ThreadPoolExecutor(2) as pool,

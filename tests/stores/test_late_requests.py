@@ -54,7 +54,7 @@ def peek(store: Leases) -> Row:
     return row
 
 
-def let_run_out(store: Leases) -> None:
+def let_expire(store: Leases) -> None:
     """Wait until the lease has expired by the store's own clock."""
     wait_until(lambda: not peek(store).held, "the lease expires")
 
@@ -177,7 +177,7 @@ def test_the_first_number_tells_a_takeover_from_a_handoff(leases: Leases) -> Non
     leases.release(first.lease, DONE)
     second = acquire(leases, "b", BRIEF)
     assert (second.write, peek(leases).write) == (0, 0)
-    let_run_out(leases)
+    let_expire(leases)
     third = acquire(leases, "c")
     assert (third.write, peek(leases).write) == (TAKEN_OVER, TAKEN_OVER)
     leases.release(third.lease, Ended("succeeded", "[]", hold=BRIEF))
@@ -188,7 +188,7 @@ def test_the_first_number_tells_a_takeover_from_a_handoff(leases: Leases) -> Non
 def test_a_run_that_took_over_an_expired_lease_can_write(store: SqlStore) -> None:
     """The first write of such a run names -1 as seen: the number that acquire answered."""
     acquire(store, "a", BRIEF)
-    let_run_out(store)
+    let_expire(store)
     second = acquire(store, "b")
     assert store.save(second.lease, write(1, seen=0)) is None
     assert store.save(second.lease, write(1, seen=second.write))
@@ -556,7 +556,7 @@ def test_a_record_is_refused_if_the_database_lost_the_record_before(store: Store
 
 def test_a_leader_that_took_over_an_expired_lease_can_record(store: Store) -> None:
     acquire(store, "a", BRIEF)
-    let_run_out(store)
+    let_expire(store)
     leader = acquire(store, "b")
     assert store.entries.record(leader.lease, {}, number=1, seen=leader.write)
 
@@ -591,7 +591,7 @@ def test_put_leaves_a_running_singleton_alone(store: Store) -> None:
     """A put is also refused if the run's lease has expired, because the run may still write."""
     acquire(store, "a", BRIEF)
     assert not store.requests.put("k", peek(store), NEW)
-    let_run_out(store)
+    let_expire(store)
     assert not store.requests.put("k", peek(store), NEW)
     assert peek(store).value == "null"
 

@@ -226,7 +226,7 @@ class Leases(RuleBasedStateMachine):
         found: Row | None = self.store.peek(key)
         return found
 
-    # -- requests are carried out
+    # -- carrying requests out
 
     def carry_out(self, request: Request) -> Any:
         """Carry out a request on the store and on the model; compare their answers, and return the
@@ -615,7 +615,7 @@ class Leases(RuleBasedStateMachine):
         keys = [f"{run.key}:a"]
         self.ask(run, Request("forget", (run.lease, keys, run.number, run.seen)), fate)
 
-    # -- what a process may hold without knowing, or leaves behind
+    # -- leases that a process may hold without knowing, or leaves behind
 
     @precondition(lambda self: self.to_give_back)
     @rule(run=one_of("to_give_back"), fate=FATES)
@@ -760,14 +760,14 @@ class Leases(RuleBasedStateMachine):
     # -- time, clocks and rows
 
     @rule(key=ANY_KEY)
-    def let_run_out(self, key: str) -> None:
+    def let_expire(self, key: str) -> None:
         self.pass_time(key, True)
 
     def pass_time(self, key: str, longer_than_any_life: bool) -> None:
         """Let all lives of a key expire. A holder that is paused meanwhile does not learn of it."""
         if longer_than_any_life and key in self.model.rows:
             self.move_back(key)
-            self.model.rows[key].run_out()
+            self.model.rows[key].expire()
             for run in self.runs:
                 run.trusts = run.trusts and run.key != key
 
@@ -866,7 +866,7 @@ class Leases(RuleBasedStateMachine):
             Request("forget", (lease, [f"{key}:a"], write.number, write.seen)),
         )
 
-    # -- what always holds
+    # -- invariants
 
     @invariant()
     def the_rows_are_the_models(self) -> None:

@@ -14,7 +14,16 @@ import pytest
 from celery_singleton_state.migrations.open_store import open_store
 from celery_singleton_state.store.base import Ended, NewValue
 from celery_singleton_state.store.sql.store import SqlStore, open_transaction
-from tests.helpers.rows import BRIEF, DONE, HELD_ON, LONG, WAITING, acquire, let_run_out, peek
+from tests.helpers.rows import (
+    BRIEF,
+    DONE,
+    LONG,
+    WAITING,
+    WITH_HOLD_PERIOD,
+    acquire,
+    let_expire,
+    peek,
+)
 from tests.helpers.waiting import wait_until
 from tests.helpers.writes import enqueue, write
 
@@ -120,11 +129,11 @@ def held(store: SqlStore) -> None:
 def held_late(store: SqlStore) -> None:
     """Hold the lease past its expiry. Without a successor the holder may still save."""
     acquire(store, "b", BRIEF)
-    let_run_out(store)
+    let_expire(store)
 
 
 def in_hold_period(store: SqlStore) -> None:
-    store.release(acquire(store, "b").lease, HELD_ON)
+    store.release(acquire(store, "b").lease, WITH_HOLD_PERIOD)
 
 
 def with_handoff_request(store: SqlStore) -> None:
@@ -185,7 +194,7 @@ def test_an_old_run_is_refused_after_its_row_was_removed(store: SqlStore) -> Non
     the key is removed; C acquires, and gets a new fence; A resumes and writes.
     """
     stale = acquire(store, "a", BRIEF).lease
-    let_run_out(store)
+    let_expire(store)
     between = acquire(store, "b").lease
     store.release(between, DONE)
     wait_until(lambda: peek(store).read_at * 1000 > between.fence + 1, "the store's clock advances")

@@ -415,7 +415,7 @@ def test_prune_removes_unused_keys_only(lease_url: str) -> None:
     assert list(store.unused("t:", 3600)) == ["t:old"]
     assert store.prune(["t:old", "t:held", "t:pending", "t:queued", "t:new"], 3600) == ["t:old"]
     assert [row.key for row in store.list("")] == [
-        *("t:held", "t:new", "t:queued", "t:pending", "u:old"),
+        *("t:held", "t:new", "t:pending", "t:queued", "u:old"),
     ]
     assert store.prune([], 3600) == []
     store.close()

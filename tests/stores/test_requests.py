@@ -18,11 +18,11 @@ from tests.helpers.rows import (
     BRIEF,
     DONE,
     FREED,
-    HELD_ON,
     LONG,
     ROUNDING,
+    WITH_HOLD_PERIOD,
     acquire,
-    let_run_out,
+    let_expire,
     peek,
 )
 from tests.helpers.waiting import wait_until
@@ -58,7 +58,7 @@ def released(store: Leases) -> Row:
 def expired(store: Leases) -> Row:
     acquire(store, "a", BRIEF)
     seen = peek(store)
-    let_run_out(store)
+    let_expire(store)
     return seen
 
 
@@ -71,7 +71,7 @@ def taken_over(store: Leases) -> Row:
 def in_hold_period(store: Leases) -> Row:
     lease = acquire(store, "a").lease
     seen = peek(store)
-    store.release(lease, HELD_ON)
+    store.release(lease, WITH_HOLD_PERIOD)
     return seen
 
 
@@ -106,7 +106,7 @@ def test_the_newest_message_is_next_after_a_hold_period(leases: Leases) -> None:
     message: it must not get the lease when it is free, and a late request of B's must not overtake
     C's.
     """
-    leases.release(acquire(leases, "a").lease, HELD_ON)
+    leases.release(acquire(leases, "a").lease, WITH_HOLD_PERIOD)
     seen = peek(leases)
     assert seen.in_hold_period
     assert leases.requests.request_handoff(seen, "b", seen.next_rank)
@@ -126,12 +126,12 @@ def test_only_the_hold_period_that_was_seen_is_ended(leases: Leases) -> None:
     """An operator sees the hold period after A's run; it ends; B runs, and another hold period
     begins; the operator's request must not end that one.
     """
-    leases.release(acquire(leases, "a").lease, HELD_ON)
+    leases.release(acquire(leases, "a").lease, WITH_HOLD_PERIOD)
     seen = peek(leases)
     assert leases.requests.release_early(seen)
     running = acquire(leases, "b")
     assert not leases.requests.release_early(seen)
-    leases.release(running.lease, HELD_ON)
+    leases.release(running.lease, WITH_HOLD_PERIOD)
     assert not leases.requests.release_early(seen)
     assert peek(leases).in_hold_period
 
@@ -275,7 +275,7 @@ def test_a_message_that_was_overtaken_is_not_the_newest(leases: Leases, ends: bo
 # -- pending runs
 
 
-@pytest.mark.parametrize("ended", [DONE, HELD_ON], ids=["freed", "hold period"])
+@pytest.mark.parametrize("ended", [DONE, WITH_HOLD_PERIOD], ids=["freed", "hold period"])
 @pytest.mark.parametrize("new", [None, NEW], ids=["", "with a value"])
 def test_the_release_returns_the_pending_run(
     store: SqlStore, ended: Ended, new: NewValue | None
@@ -361,7 +361,7 @@ def test_a_pending_run_outlives_the_holder(leases: Leases) -> None:
     lease = acquire(leases, "a").lease
     leases.requests.request_run(peek(leases), "w")
     leases.renew([replace(lease, ttl=BRIEF)])
-    let_run_out(leases)
+    let_expire(leases)
     assert leases.release(acquire(leases, "b").lease, DONE) == Released("w")
 
 
@@ -413,13 +413,13 @@ def test_a_message_is_queued_beside_a_direct_call(leases: Leases) -> None:
 
 
 def test_a_message_is_queued_in_a_hold_period(leases: Leases) -> None:
-    leases.release(acquire(leases, "a").lease, HELD_ON)
+    leases.release(acquire(leases, "a").lease, WITH_HOLD_PERIOD)
     assert enqueue(leases.requests, "k", "t", LONG) == "t"
 
 
 def test_a_message_is_queued_after_a_run_that_died(leases: Leases) -> None:
     acquire(leases, "a", BRIEF)
-    let_run_out(leases)
+    let_expire(leases)
     assert enqueue(leases.requests, "k", "t", LONG) == "t"
 
 
@@ -513,7 +513,7 @@ def test_queued_tells_whether_the_message_runs(leases: Leases) -> None:
     seen = leases.requests.queued("k")
     assert (seen.task_id, seen.running) == ("t", False)
     leases.requests.dequeue("k", "t")
-    leases.release(lease, HELD_ON)
+    leases.release(lease, WITH_HOLD_PERIOD)
     seen = leases.requests.queued("k")
     assert (seen.task_id, seen.running) == (None, False)
 
