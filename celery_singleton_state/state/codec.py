@@ -28,7 +28,8 @@ S = TypeVar("S")
 #: The JSON that is stored when there is no state yet. No schema has a state whose JSON is ``null``.
 NO_STATE = "null"
 
-#: How often ``encode`` writes a state that other threads keep changing, before it writes a copy.
+#: How often ``encode`` tries to encode a state that other threads keep changing, before it encodes
+#: a copy.
 TRIES = 3
 
 #: A function that takes a raw value of version n and returns the raw value of version n + 1. A raw
@@ -41,7 +42,7 @@ class StateError(Exception):
 
 
 def is_schema(candidate: Any) -> bool:
-    """Whether a value is a class that ``state_schema`` may be, such as a dataclass."""
+    """Whether a value is a class that the option ``state_schema`` accepts, such as a dataclass."""
     return isinstance(candidate, type) and (
         dataclasses.is_dataclass(candidate)
         or issubclass(candidate, msgspec.Struct)
@@ -62,10 +63,10 @@ class Codec(Generic[S]):
     :param initial: the state of a singleton that has never saved one: a value, or a callable that
         makes one. Left out: ``schema()``.
     :param version: the schema's version, 1 or more.
-    :param migrations: a dict from versions to functions. The function for version n converts a raw
-        value of version n to version n + 1. A version without a function needs no conversion.
-    :param round_trip: whether ``encode`` refuses a state that would be different after it is
-        loaded.
+    :param migrations: maps version numbers to functions. The function for version n converts the
+        decoded JSON of version n to version n + 1. A version without a function needs no
+        conversion.
+    :param round_trip: whether ``encode`` refuses a state that would be loaded as a different state.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Codec(Generic[S]):
     def initial(self) -> S:
         """Make a new initial state, which shares no mutable part with another one.
 
-        :raises StateError: the schema or the callable raised an error.
+        :raises StateError: the schema, or the callable ``initial``, raised an error.
         """
         made = self._make_initial
         try:
@@ -110,8 +111,9 @@ class Codec(Generic[S]):
         """Read a stored value, and migrate it to this schema's version if it is older.
 
         :param raw: the stored value, as JSON.
-        :param version: the version that wrote it. ``None`` counts as 1.
-        :raises StateError: the value has a newer version than the schema, or does not fit it.
+        :param version: the version of the schema that wrote the value. ``None`` counts as 1.
+        :raises StateError: the value has a newer version than this schema, or does not fit the
+            schema.
         """
         stored = version or 1
         if stored < 1:
@@ -131,12 +133,12 @@ class Codec(Generic[S]):
             raise _misfit(f"the stored value of version {stored} cannot be read", error) from error
 
     def encode(self, state: S) -> str:
-        """Return the JSON of a state, after a check that it is read as the same state again.
+        """Return the JSON of a state, after a check that the JSON is read as the same state again.
 
-        Threads that the body has started can change the state between its encoding and the
+        Threads that the task's body has started can change the state between its encoding and the
         comparison. Such a change must not fail the check, so a failed check is repeated. If the
-        same JSON fails twice, the state itself is wrong. If the JSON differs each time, a copy is
-        checked.
+        same JSON fails twice, the state itself is wrong. If the JSON differs each time, a copy of
+        the state is checked.
 
         :raises StateError: the state does not fit the schema, or would be read as another state.
         """
@@ -154,13 +156,14 @@ class Codec(Generic[S]):
                 return document.decode()
             raise error
         finally:
-            # The error's traceback refers to this frame, and so would keep the state in memory.
+            # Drop the error: its traceback refers to this frame, and so the two would keep each
+            # other, and the state, in memory.
             del error
 
     def _checked(self, state: S) -> tuple[bytes, StateError | None]:
         """Encode a state, read the JSON back and compare.
 
-        Returns the JSON, and the error if the state must not be stored.
+        Return the JSON, and an error if the state must not be stored.
         """
         document = b""
         try:
@@ -181,7 +184,8 @@ class Codec(Generic[S]):
             return _caused("the state is nested too deeply, or holds itself", error)
         found = None
         if document:
-            # NaN was written as null. The schema's error only names the null: look for the NaN.
+            # A NaN in the state was written as null, and the schema's error only names the null.
+            # So look for a NaN.
             with contextlib.suppress(RuntimeError):
                 found = not_finite(state, "state")
         name = getattr(self.schema, "__name__", str(self.schema))
@@ -196,7 +200,7 @@ class Codec(Generic[S]):
             return copy.deepcopy(state)
         except FROM_OUTSIDE:
             raise
-        except Exception:  # the state contains a lock, for example, or a dict that grows meanwhile
+        except Exception:  # deepcopy() fails on a lock, or on a dict that grows meanwhile
             return self._copy_by_json(state)
 
     def _copy_by_json(self, state: S) -> S:
@@ -246,9 +250,9 @@ def _msgspec(schema: type[S]) -> tuple[Callable[[S], bytes], Callable[[bytes], S
     values = attrgetter(*names) if len(names) > 1 else None
 
     def dump(state: Any) -> bytes:
-        # If a stored value lacks a field, msgspec's decoder leaves the default on the class. The
-        # encoder would then leave the field out again, and the stored state would change whenever
-        # the code's default changes. So the fields are read one by one.
+        # If stored JSON lacks a field, msgspec's decoder does not set the field on the object, and
+        # msgspec's encoder would leave the field out again. Then the stored state would change
+        # whenever the code's default changes. So read the fields one by one.
         if values is not None and type(state) is schema:
             return encode(dict(zip(names, values(state), strict=True)))
         if names and type(state) is schema:
@@ -258,15 +262,16 @@ def _msgspec(schema: type[S]) -> tuple[Callable[[S], bytes], Callable[[bytes], S
     return dump, parse
 
 
-#: Types for which ``==`` between two values of the type means that the values are the same. (It
-#: does not for floats: ``0.0 == -0.0``.)
+#: Types for which ``==`` between two values of the type means that the values are the same. The
+#: type ``float`` is not among them, because ``0.0 == -0.0``.
 _ATOMS = frozenset({str, int, bool, type(None)})
 
 
 def _surely_same(state: Any, read: Any) -> bool:
-    """Whether a dataclass is surely read back the same, by a quick comparison that runs in C.
+    """Whether a dataclass was surely read back as the same value.
 
-    False means that the slow comparison must decide. Most states pass the quick one.
+    This comparison is quick, because it runs in C, and most states pass it. False means that the
+    slow comparison must decide.
     """
     if type(state) is not type(read) or not hasattr(state, "__dict__"):
         return False
@@ -299,7 +304,7 @@ def _with_defaults(value: Any) -> Any:
 def _flat_fields(schema: type) -> tuple[str, ...]:
     """Return the field names of a dataclass that surely has no dataclass inside it, else ``()``.
 
-    A state of such a class is encoded faster, without a search for inner dataclasses.
+    A state of such a class is encoded faster, because it is not searched for inner dataclasses.
     """
     if not dataclasses.is_dataclass(schema):
         return ()
@@ -333,7 +338,7 @@ def _pydantic(schema: Any) -> tuple[Callable[[S], bytes], Callable[[bytes], S]]:
 def _refuse_constants(document: bytes) -> None:
     """Refuse JSON that contains the constants NaN or Infinity, which are not valid JSON.
 
-    :raises ValueError: the JSON contains one.
+    :raises ValueError: the JSON contains one of these constants.
     """
     try:
         msgspec.json.decode(document)
@@ -344,9 +349,9 @@ def _refuse_constants(document: bytes) -> None:
 
 
 def _misfit(what: str, error: Exception) -> StateError:
-    """Make a :exc:`StateError` of an error that a schema, a migration or a serializer raised.
+    """Make a :exc:`StateError` from an error that a schema, a migration or a serializer raised.
 
-    :param what: what could not be done, for the message.
+    :param what: the beginning of the message: what could not be done.
     """
     return _caused(f"{what}: {type(error).__name__}: {error}", error)
 

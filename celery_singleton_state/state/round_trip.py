@@ -34,7 +34,7 @@ def difference(value: Any, read: Any, path: str) -> str | None:
 
 
 def not_finite(value: Any, path: str) -> str | None:
-    """Describe the first NaN or infinity in a value. JSON has neither and would store null.
+    """Describe the first NaN or infinity in a value, because JSON would store either as null.
 
     :param path: the name of the value in the description.
     :return: the description; ``None`` if the value contains neither.
@@ -52,7 +52,7 @@ _BY_SCHEMA = (
 
 
 def _described(one: Any, other: Any, path: str) -> str:
-    """Describe where two values first differ, what changes, and what to do about it."""
+    """Describe where two values first differ, what changes there, and what to write instead."""
     owner, step, is_same = None, "", same
     while (part := _changed_part(one, other, is_same)) is not None:
         owner = one
@@ -82,7 +82,7 @@ def _changed_part(
 ) -> tuple[str, Any, Any] | None:
     """Return the first part of a value that differs: its path, the part, and what it is read as.
 
-    ``None`` if no single part differs: then the values differ as a whole, or in their keys.
+    ``None`` if no single part differs. Then the two values differ as a whole, or in their keys.
     """
     if (
         isinstance(one, dict)
@@ -96,7 +96,8 @@ def _changed_part(
 def _parts(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
     """Yield the parts of a value: the path of each, the part, and what it is read as.
 
-    Parts are fields, items of a dict, and items of a list. There are none if the types differ.
+    Parts are fields, items of a dict, and items of a list. A value that is read as another type has
+    no parts.
     """
     kind = type(one)
     if kind is not type(other):
@@ -117,9 +118,9 @@ def _parts(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _changed_key(one: dict[Any, Any], other: dict[Any, Any]) -> tuple[Any, Any]:
-    """Return the first key of a dict that is not read back, and the key that is read instead.
+    """Find the first key in a dict that is not read back, and the key that is read instead.
 
-    ``LOST`` stands for a key that does not exist.
+    Return both keys. ``LOST`` takes the place of a key that does not exist.
     """
     known = {key: key for key in other}
     for n, key in enumerate(one):
@@ -177,9 +178,9 @@ def _change_of_time(one: datetime | time, other: datetime | time) -> str:
 
 
 def _shown(one: Any) -> str:
-    """Return the type of a value for an error, and the value only if it is a number.
+    """Return the name of a value's type for an error, with the value only if it is a number.
 
-    A text is not shown, because it can be a secret.
+    Any other value is left out, because a text can be a secret.
     """
     if one is None:
         return "None"

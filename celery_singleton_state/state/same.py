@@ -1,16 +1,17 @@
-"""Compare two values in depth: their types and values, and those of everything in them.
+"""Compare two values in depth: a state and the state that its JSON is read as.
 
-``==`` alone is not enough: it takes ``True`` for ``1`` and ``-0.0`` for ``0.0``, and a class can
-define it as it likes. Three cases need a rule:
+Two values are the same if they have the same type and value, and so have all their parts. ``==``
+alone is not enough: it takes ``True`` for ``1`` and ``-0.0`` for ``0.0``, and a class can define
+``==`` as it likes. Three cases need a rule:
 
-- An ``int`` in a field annotated ``float`` is read as a float. The annotation allows this (PEP
-  484). So the two values count as the same, if the float is exact.
+- An ``int`` in a field annotated ``float`` is read as a float. The annotation allows an ``int``
+  (PEP 484). So the two values count as the same, if the float is exact.
 - A time in a zone with daylight saving time is read with a fixed offset. The two times do not count
   as the same, because one day later they can be different hours.
-- An attribute that is not a field is not stored, but ``__post_init__`` may make it again. So data
-  must be equal, and any other object, such as a lock or the parent of a part, must have the same
-  type. An attribute that ``cached_property`` or another descriptor keeps is ignored, because it is
-  computed again.
+- An attribute that is not a field is not stored, but ``__post_init__`` may make it again. If its
+  value is data, the two values must be equal. If its value is any other object, such as a lock or a
+  reference to a parent, the two objects only need the same type. An attribute that
+  ``cached_property`` or another descriptor keeps is ignored, because it is computed again.
 """
 
 from __future__ import annotations
@@ -35,18 +36,19 @@ from celery_singleton_state.errors import FROM_OUTSIDE
 
 #: Types for which ``==`` between two values of the type means that the values are the same.
 _ATOMS = frozenset({str, int, bool, type(None), bytes})
-#: The same types and ``float``. Two floats need a closer comparison only for -0.0 and NaN.
+#: The types in ``_ATOMS``, and ``float``, for which ``==`` decides wrongly only at -0.0 and NaN.
 SCALARS = _ATOMS | {float}
-#: The least length of a list for which the quick comparison in C is tried first.
+#: The fewest items in a list for which the quick comparison in C is tried first.
 _MANY = 16
-#: The largest number up to which every int is exact as a float.
+#: The number up to which a float can hold every int exactly.
 _EXACT_AS_FLOAT = 2**53
-#: Types whose values must be equal in an attribute that is not a field. For a value of another type
-#: it is enough that the type is the same.
+#: Types of data. When the two values of an attribute that is not a field are compared, values of
+#: these types must be equal. Two values of any other type only need the same type.
 _DATA = (str, int, float, bytes, type(None), date, time, timedelta, Decimal, UUID, Enum)
-#: Containers, whose items are compared one by one in an attribute that is not a field.
+#: Types of containers. When the two values of an attribute that is not a field are compared, the
+#: items of these containers are compared one by one.
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
-#: A marker in place of a part that only one of the two values has.
+#: A marker in place of a part that only one of two compared values has.
 LOST = object()
 
 
@@ -67,7 +69,7 @@ def same(one: Any, other: Any) -> bool:
 
 @lru_cache(1024)
 def _comparer(kind: Any) -> Callable[[Any, Any], bool]:
-    """Return the function that compares two values of this type."""
+    """Return the function that compares two values of a type."""
     names = fields_of(kind)
     if names is not None:
         return _comparer_of_fields(kind, names)
@@ -98,9 +100,9 @@ def _is_pydantic(kind: type) -> bool:
 
 
 def _comparer_of_fields(kind: type, names: tuple[str, ...]) -> Callable[[Any, Any], bool]:
-    """Return a function that compares all fields of two objects of a class.
+    """Return a function that compares two objects of a class: their fields and other attributes.
 
-    The class's own ``==`` is not used, because it can leave fields out.
+    The class's own ``==`` is not used, because that can leave fields out.
     """
     known = frozenset(names)
     get = _getter(names)
@@ -126,7 +128,7 @@ def _has_more(model: Any) -> bool:
 
 
 def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
-    """Return a function that reads all these attributes of an object at once, as a tuple."""
+    """Return a function that reads the named attributes of an object at once, as a tuple."""
     if not names:
         return lambda _: ()
     get = attrgetter(*names)
@@ -156,7 +158,7 @@ def changed_attributes(
 
 
 def _attributes(one: Any) -> dict[str, Any]:
-    """Return the attributes in an object's dict and slots.
+    """Return the attributes in an object's dict and slots: a dict from names to values.
 
     The private attributes and the extra fields of a pydantic model are included.
     """
@@ -193,9 +195,12 @@ def _is_computed(kind: type, name: str) -> bool:
 
 
 def is_as_good(one: Any, other: Any) -> bool:
-    """Whether the value of an attribute that is not a field is good enough after it was read.
+    """Whether an attribute that is not a field has a good enough value after the state was read.
 
-    Data must be equal to the original. For any other object the same type is enough.
+    Data must be equal to the original. Any other object only needs the type of the original.
+
+    :param one: the original value of the attribute.
+    :param other: the value of the attribute after the state was read.
     """
     return _is_as_good(one, other, set())
 
@@ -248,9 +253,9 @@ def _same_items(one: Any, other: Any) -> bool:
 
 
 def _are_equal_scalars(one: Any, other: Any) -> bool:
-    """Whether two lists are surely the same, by a quick comparison of scalars that runs in C.
+    """Whether two lists of scalars are surely the same. False means that this is not sure.
 
-    It is ten times as fast as a loop, and decides for most long lists. False means: not sure.
+    This comparison decides for most long lists. It runs in C, ten times as fast as a loop.
     """
     kinds = list(map(type, one))
     found = set(kinds)
@@ -282,7 +287,7 @@ def _same_sets(one: Collection[Any], other: Collection[Any]) -> bool:
 def _same_floats(one: float, other: float) -> bool:
     if one == other:
         return copysign(1.0, one) == copysign(1.0, other)
-    return one != one and other != other  # both are NaN, which a serializer can write
+    return one != one and other != other  # both are NaN: a schema's serializer can write NaN
 
 
 def _same_decimals(one: Decimal, other: Decimal) -> bool:
@@ -314,7 +319,8 @@ def _same_members(one: Enum, other: Enum) -> bool:
 def _same_objects(one: Any, other: Any) -> bool:
     """Whether two objects of an unknown class are the same.
 
-    Their ``==`` decides if the class has one, else their pickled state (``__getstate__``).
+    If the class defines ``==``, that decides. Otherwise the objects' pickled states must be the
+    same (``__getstate__``).
     """
     if one is other:
         return True
@@ -324,7 +330,7 @@ def _same_objects(one: Any, other: Any) -> bool:
         return not _is_opaque(one) and same(object.__getstate__(one), object.__getstate__(other))
     except FROM_OUTSIDE:
         raise
-    except Exception:  # an array's == has no truth value, and a user's == can raise anything
+    except Exception:  # bool() of an array's == fails, and a user's == can raise anything
         return False
 
 
