@@ -1,7 +1,7 @@
 """Write a schedule as a text. Beats compare such texts to see whether a schedule was changed.
 
-The text must be the same in each process, so it has no addresses, and sets are sorted. Otherwise
-another process would take an unchanged schedule for a changed one.
+The text of a schedule must be the same in each process. Otherwise another process would take an
+unchanged schedule for a changed one. So the text has no memory addresses, and sets are sorted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from celery_singleton_state.compat import SCHEDULE_ATTRIBUTES, SCHEDULE_OF_APP
 
 from .own_rules import Schedule
 
-#: The most characters of a text before it is cut and ends in a digest.
+#: The number of characters after which a schedule's text is cut and a digest is appended.
 LONGEST = 400
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -25,14 +25,14 @@ def canonical_text(schedule: Schedule, suffix: str = "") -> str:
     """Return a text of a schedule's class and values, the same in each process.
 
     The values are the arguments of the Celery class that the schedule derives from, and the
-    attributes that its own class adds. The class's own ``__reduce__`` is not used, because most
-    classes inherit Celery's, which leaves their own arguments out.
+    attributes that the schedule's own class adds. These attributes are read from the object and not
+    by ``__reduce__``, because most classes inherit Celery's ``__reduce__``, which leaves them out.
 
-    :param suffix: a text that belongs to the schedule, such as its time zone.
+    :param suffix: a text to append, such as the schedule's time zone.
     """
     try:
         parts = _arguments(schedule)
-    except Exception:  # the class does not call Celery's __init__, or its repr() fails
+    except Exception:  # for example, a user's class does not call Celery's __init__
         parts = _attributes(schedule, SCHEDULE_OF_APP)
     text = _ADDRESS.sub("", f"{type(schedule).__name__}({', '.join(parts)}){suffix}")
     if len(text) <= LONGEST:

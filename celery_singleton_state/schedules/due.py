@@ -1,11 +1,11 @@
-"""Compute when a schedule is due after any given time. Celery only computes it for the present.
+"""Compute when a schedule is due after any given time. Celery computes that only for the present.
 
 - An interval is counted from the given time.
 - A crontab follows the local clocks of its time zone. When the clocks are put forward by an hour, a
-  time in the skipped hour is due an hour later. When they are put back, a time in the repeated hour
-  is due only the first time. A crontab of every hour is the exception: it follows the hours that
-  pass, so it skips none, and it is due in both of the repeated hours.
-- A schedule whose class overrides Celery's rules is asked itself, see ``own_rules``.
+  time in the skipped hour is due an hour later. When the clocks are put back, a time in the
+  repeated hour is due only the first time. A crontab of every hour is the exception: it is due in
+  every hour that passes. So it skips none, and it is due both times in the repeated hour.
+- If a schedule's class overrides Celery's rules, that class decides, see ``own_rules``.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from . import own_rules
 from .canonical_text import canonical_text
 from .own_rules import NeverDue, estimated, has_own_is_due, overrides, shown, simulated
 
-#: The types that :func:`as_schedule` accepts, besides classes with a schedule's methods.
+#: The types that :func:`as_schedule` accepts, besides any object that has a schedule's methods.
 KINDS = (schedules.BaseSchedule, timedelta, int, float)
 
 Schedule = own_rules.Schedule
 
 MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
-#: The largest step by which local clocks are put forward or back.
+#: The largest step by which local clocks are assumed to be put forward or back.
 CHANGE = 2 * HOUR
 #: How far ahead a crontab is searched before it counts as never due. A leap day that falls on one
 #: given day of the week can be forty years away.
 NEVER = own_rules.FOREVER
-#: The longest interval. A longer one is a mistake, and would lead past Python's last date.
+#: The longest interval that a schedule may have. A longer interval is a mistake, and would lead
+#: past Python's last date.
 LONGEST = timedelta(days=36525)
-#: How long before a given time :func:`_is_due_then` begins to count a schedule, and how many due
-#: times it counts at most. The length is not a multiple of any likely interval, so that an interval
-#: which is counted from there does not meet the same due time by chance.
+#: How much earlier :func:`_is_due_then` begins when it counts a schedule's due times once more, and
+#: how many due times it counts at most. The first length is not a multiple of any likely interval,
+#: so that a schedule with such an interval does not meet the same due time by chance.
 ODD, ODD_STEPS = timedelta(seconds=17.77), 200
 
 #: Whether Celery takes a crontab's time zone from the times that its ``nowfun`` returns. It did so
@@ -120,9 +121,10 @@ def _checked_due(schedule: Schedule, after: datetime) -> datetime:
 
 
 def _is_due_then(schedule: Schedule, due: datetime, before: datetime) -> bool:
-    """Whether a schedule is due at a time no matter from which last run it is counted.
+    """Whether a due time of a schedule does not depend on the time from which it was counted.
 
-    To see this, it is counted once more, from another time than ``before``.
+    To check this, the due times are counted once more, from a time earlier than ``before``. The
+    first of these due times that is later than ``before`` must be ``due`` again.
 
     :param due: the due time that was found.
     :param before: the time from which ``due`` was counted.
@@ -138,7 +140,7 @@ def _is_due_then(schedule: Schedule, due: datetime, before: datetime) -> bool:
 def next_due(schedule: Schedule, after: datetime, questions: int = own_rules.QUESTIONS) -> datetime:
     """Return the first time later than ``after`` at which a schedule is due, in UTC.
 
-    :param questions: how often ``is_due`` is called at most, if the schedule's class has its own.
+    :param questions: the most calls of ``is_due``, if the schedule's class has its own ``is_due``.
     :raises NeverDue: the schedule is not due after this time.
     :raises ValueError: the schedule's class cannot tell when the schedule is due.
     """
@@ -171,7 +173,7 @@ def _next_of_crontab(cron: Schedule, after: datetime) -> datetime:
 
 
 def spelled(schedule: Schedule) -> str:
-    """A canonical text of a schedule: equal if and only if the schedules are equal."""
+    """Return a canonical text: two texts are equal if and only if the two schedules are equal."""
     if is_plain_interval(schedule):
         return f"every {schedule.run_every.total_seconds():.15g} s"
     zone = f" {zone_of(schedule)}" if isinstance(schedule, schedules.crontab) else ""
@@ -179,7 +181,7 @@ def spelled(schedule: Schedule) -> str:
 
 
 def is_plain_interval(schedule: Schedule) -> bool:
-    """Whether a schedule is an ordinary interval, whose next due time is a simple sum."""
+    """Whether a schedule is an ordinary interval, so that an addition gives the next due time."""
     return (
         isinstance(schedule, schedules.schedule)
         and "run_every" in vars(schedule)
@@ -189,7 +191,7 @@ def is_plain_interval(schedule: Schedule) -> bool:
 
 
 def zone_of(schedule: Schedule) -> tzinfo:
-    """Return the time zone in which a schedule counts."""
+    """Return the time zone in which a schedule's due times are computed."""
     nowfun = getattr(schedule, "nowfun", None)
     if GOES_BY_NOWFUN and nowfun and "tz" not in vars(schedule) and nowfun().tzinfo:
         found: tzinfo = nowfun().tzinfo
@@ -201,8 +203,8 @@ def zone_of(schedule: Schedule) -> tzinfo:
 def _by_the_clock(schedule: Schedule, after: datetime) -> Iterator[datetime]:
     """Yield the due times of a crontab in UTC, in the order in which local clocks show them.
 
-    The first ones can be a little earlier than ``after``. When clocks are put forward, the times do
-    not ascend, because a skipped time is due among the times that follow it.
+    The first due times can be a little earlier than ``after``. When clocks are put forward, the due
+    times do not ascend in UTC: a skipped local time is due an hour later, among later local times.
     """
     zone = zone_of(schedule)
     wall = after.astimezone(zone).replace(tzinfo=None, fold=0, second=0, microsecond=0)
@@ -225,15 +227,15 @@ def _by_the_clock(schedule: Schedule, after: datetime) -> Iterator[datetime]:
 def _in_utc(wall: datetime, zone: tzinfo) -> datetime:
     """Convert a local time to UTC.
 
-    A local time that comes twice, because clocks are put back, is the first of the two. A local
-    time that is skipped is converted as if the clocks had not been put forward.
+    If a local time comes twice, because clocks are put back, the first of the two times is meant.
+    If a local time is skipped, it is converted as if the clocks had not been put forward.
 
     :param wall: the local time, without a time zone.
     """
     if not hasattr(zone, "localize"):
         return wall.replace(tzinfo=zone).astimezone(UTC)
-    # A pytz time zone only converts correctly from UTC: beside a local time it stands for the mean
-    # solar time of its city. So try the offsets of the day before and of the day after.
+    # A pytz time zone only converts correctly from UTC: if it is set on a local time, it stands for
+    # the mean solar time of its city. So try the offsets of the day before and of the day after.
     day = timedelta(days=1)
     offsets = [_offset(zone, wall.replace(tzinfo=UTC) + each) for each in (-day, day)]
     moments = [wall.replace(tzinfo=UTC) - offset for offset in offsets]
@@ -246,9 +248,10 @@ def _offset(zone: tzinfo, moment: datetime) -> timedelta:
 
 
 def _keeps_time(schedule: Schedule, start: datetime, end: datetime) -> bool:
-    """Whether local clocks are surely not changed between two times or close to them.
+    """Whether local clocks surely are neither put forward nor back from ``start`` to ``end``.
 
-    False for two times that are more than an hour apart.
+    The answer also covers some time before ``start`` and after ``end``. It is false if the two
+    times are more than an hour apart.
     """
     if end - start > HOUR:
         return False
@@ -264,8 +267,8 @@ def _every_hour(schedule: Schedule, after: datetime) -> Iterator[datetime]:
     while moment < end:
         wall = moment.astimezone(zone)
         if wall.month not in schedule.month_of_year or not _is_its_day(schedule, wall):
-            # Go to 21 o'clock in one step and from there hour by hour. A step to midnight could end
-            # within the next day, because clocks may be put forward meanwhile.
+            # Skip this day: go to 21 o'clock in one step, and from there hour by hour. One step to
+            # midnight could end within the next day, because clocks may be put forward meanwhile.
             moment += HOUR * (21 - wall.hour) if wall.hour < 21 else MINUTE * (60 - wall.minute)
             continue
         if wall.minute in schedule.minute:
@@ -311,8 +314,8 @@ def _looks_like_one(value: Any) -> bool:
 def _check(made: Schedule, value: Any) -> None:
     """Check that Celery's rules can tell when a schedule is due.
 
-    :param value: the value that the schedule was made of, for the error.
-    :raises ValueError: they cannot, for example because an interval is 0.
+    :param value: the value from which the schedule was made, for the error's text.
+    :raises ValueError: Celery's rules cannot tell, for example because an interval is 0.
     """
     if not isinstance(made, (schedules.schedule, *TIMED)):
         raise ValueError(
@@ -335,7 +338,7 @@ def _check(made: Schedule, value: Any) -> None:
         )
 
 
-#: Celery's schedules whose due times do not depend on their last run.
+#: Celery's classes of schedules whose due times do not depend on their last run.
 TIMED = (schedules.crontab, schedules.solar)
 
 

@@ -1,9 +1,9 @@
-"""Ask a schedule whose class overrides Celery's rules when it is due.
+"""Find out when a schedule is due if its class overrides Celery's rules.
 
-Celery asks a schedule only about the present, by ``is_due(last_run_at)``. This module asks about
-any time: it copies the schedule and replaces the copy's ``nowfun`` by a clock that stands still at
-that time. A class can read another clock instead, for example the host's. The answer of such a
-class is about the present, so it is counted from the present.
+Celery asks a schedule only about the present, by calling ``is_due(last_run_at)``. This module asks
+about any time: it copies the schedule and replaces the copy's ``nowfun`` by a clock that stands
+still at that time. A class can read another clock instead, for example the host's. The answer of
+such a class is about the present, so the due time is counted from the present.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from celery import schedules
 #: The type of a schedule. It is ``Any``, because the type stubs of Celery lack most attributes.
 Schedule = Any
 
-#: Celery's classes of schedules, whose methods do not count as a schedule's own rules.
+#: Celery's classes of schedules. Methods of these classes do not count as a schedule's own rules.
 CELERYS = (schedules.BaseSchedule, schedules.schedule, schedules.crontab, schedules.solar)
-#: Modules with a crontab whose ``is_due`` only converts its argument and then calls Celery's. So it
-#: does not count as an ``is_due`` of its own.
+#: Modules of other packages with a crontab class whose ``is_due`` only converts its argument and
+#: then calls Celery's ``is_due``. So the class does not count as having an ``is_due`` of its own.
 ONLY_CONVERT = ("django_celery_beat.tzcrontab", "sqlalchemy_celery_beat.tzcrontab")
 
-#: The step to which due times are rounded up if they come from the host's clock, because two calls
-#: for the same due time differ by how long a call takes.
+#: If a due time comes from the host's clock, it is rounded up to a multiple of this time. Otherwise
+#: two calls would return different times for one due time, because time passes between the calls.
 GRAIN = timedelta(seconds=0.1)
-#: The longest time that a call of a schedule's method is assumed to take. It is subtracted before a
-#: due time is rounded up.
+#: The longest time that a call of a schedule's method is assumed to take. This time is subtracted
+#: before a due time is rounded up. So the duration of a call does not move the due time.
 CALL = timedelta(seconds=0.01)
-#: The least time between two calls of ``is_due``.
+#: The shortest time until the next call of ``is_due`` if its answer is more than 0 seconds.
 LEAST = timedelta(seconds=0.01)
 #: The time until the next call of ``is_due`` if its answer is 0 seconds or less.
 AT_ONCE = timedelta(seconds=1)
-#: The number of seconds from which an answer of ``is_due`` means never. django-celery-beat returns
-#: this number for a schedule that is not to be asked again.
+#: If ``is_due`` answers this many seconds or more, the schedule is never asked again.
+#: django-celery-beat returns this number for that purpose.
 NEVER_CHECK = 100_000_000
-#: How far ahead of the given time a class is asked.
+#: How far ahead of the given time a due time is searched before a schedule counts as never due.
 FOREVER = timedelta(days=41 * 366)
-#: How often ``is_due`` is called at most to find one due time.
+#: The most calls of ``is_due`` to find one due time.
 QUESTIONS = 50_000
 
 
@@ -59,9 +59,9 @@ class Answer(NamedTuple):
     """The answer of a schedule's ``is_due``.
 
     :param due: whether the schedule is due.
-    :param pause: how long to wait before the next call; ``None``: never call again.
-    :param of_then: whether the class read the clock that it was given. If it did not, its answer is
-        about the present.
+    :param pause: how long to wait before the next call of ``is_due``; ``None`` if there is none.
+    :param of_then: whether the schedule's class read the clock that it was given. If not, the
+        answer is about the present.
     """
 
     due: bool
@@ -69,10 +69,11 @@ class Answer(NamedTuple):
     of_then: bool
 
     def again(self, at: datetime, now: datetime) -> datetime | None:
-        """Return the time of the next call of ``is_due``; ``None``: never.
+        """Return the time of the next call of ``is_due``; ``None`` if there is no next call.
 
         :param at: the time about which the schedule was asked.
-        :param now: the present time. A class that reads another clock counts from it.
+        :param now: the present time. If the class read another clock, its answer counts from this
+            time.
         """
         if self.pause is None:
             return None
@@ -92,18 +93,18 @@ def shown(schedule: Any) -> str:
 
 
 def overrides(schedule: Schedule, *methods: str) -> bool:
-    """Whether a schedule has one of these methods from another class than Celery's own."""
+    """Whether a schedule has its own version of one of these methods, and not Celery's."""
     return any(_is_own(schedule, method) for method in methods)
 
 
 def has_own_is_due(schedule: Schedule) -> bool:
-    """Whether a schedule's class has an ``is_due`` of its own, with its own rules."""
+    """Whether a schedule's class has an ``is_due`` with rules that are not Celery's."""
     module = getattr(getattr(type(schedule), "is_due", None), "__module__", None)
     return overrides(schedule, "is_due") and module not in ONLY_CONVERT
 
 
 def estimated(schedule: Schedule, after: datetime) -> datetime:
-    """Return the first due time after ``after``, in UTC, by the schedule's ``remaining_estimate``.
+    """Ask a schedule's ``remaining_estimate`` for the first due time after ``after``, in UTC.
 
     :raises NeverDue: the schedule is not due after this time.
     :raises ValueError: the schedule's class cannot tell when the schedule is due.
@@ -113,7 +114,8 @@ def estimated(schedule: Schedule, after: datetime) -> datetime:
         raise NeverDue(f"{shown(schedule)} is not due after {after}")
     if found > after:
         return found
-    # The due time has passed. A schedule with a single due time gives the same answer a day later.
+    # The due time has passed. If the schedule gives the same answer when it is asked about a time
+    # one day later, this is its only due time.
     if found == _estimate(schedule, after, after + timedelta(days=1)):
         raise NeverDue(f"{shown(schedule)} is due once, at {found}", found)
     raise ValueError(
@@ -122,9 +124,9 @@ def estimated(schedule: Schedule, after: datetime) -> datetime:
 
 
 def simulated(schedule: Schedule, after: datetime, questions: int = QUESTIONS) -> datetime:
-    """Return the first due time after ``after``, in UTC, by calling ``is_due`` as Celery would.
+    """Find the first due time after ``after``, in UTC, by calling ``is_due`` as Celery would.
 
-    :param questions: how often ``is_due`` is called at most.
+    :param questions: the most calls of ``is_due``.
     :raises NeverDue: the schedule is not due after this time.
     :raises ValueError: the schedule's class cannot tell when the schedule is due.
     """
@@ -148,7 +150,7 @@ def simulated(schedule: Schedule, after: datetime, questions: int = QUESTIONS) -
 def ask(schedule: Schedule, last: datetime, at: datetime) -> Answer:
     """Ask a schedule whether it is due at a time.
 
-    The schedule keeps what its ``is_due`` stores in its attributes.
+    A copy of the schedule is asked. The attributes that ``is_due`` sets on it are copied back.
 
     :param last: the time of the last run, from which the schedule counts.
     :param at: the time about which the schedule is asked.
@@ -167,7 +169,7 @@ def ask(schedule: Schedule, last: datetime, at: datetime) -> Answer:
 def _present(schedule: Schedule, after: datetime, answer: Answer) -> datetime:
     """Return the next due time of a schedule whose class reads another clock, such as the host's.
 
-    :param answer: the answer of its ``is_due``, which is about the present.
+    :param answer: the answer of the schedule's ``is_due``, which is about the present.
     :raises ValueError: the class cannot tell when the schedule is due: it answers with the same
         pause whatever its last run was.
     """
@@ -194,7 +196,8 @@ def _estimate(schedule: Schedule, after: datetime, at: datetime) -> datetime | N
     left, of_then = _left(schedule, after, at)
     if left is None:
         return None
-    # A class that reads a running clock gives another answer to a second call.
+    # If a second call gives the same answer, the class reads no running clock, and the answer is
+    # about ``at``.
     of_then = of_then or left == _left(schedule, after, at)[0]
     try:
         return at + left if of_then else _rounded_up(datetime.now(UTC) + left - CALL)
@@ -207,7 +210,7 @@ def _estimate(schedule: Schedule, after: datetime, at: datetime) -> datetime | N
 
 
 def _left(schedule: Schedule, after: datetime, at: datetime) -> tuple[timedelta | None, bool]:
-    """Return the answer of ``remaining_estimate``, and whether it read the clock it was given."""
+    """Return the answer of ``remaining_estimate``, and whether the method read the given clock."""
     made, clock = _at(schedule, at)
     left = made.remaining_estimate(_as_last_run(schedule, after))
     if left is not None and not isinstance(left, timedelta):
@@ -218,9 +221,9 @@ def _left(schedule: Schedule, after: datetime, at: datetime) -> tuple[timedelta 
 
 
 def _pause(schedule: Schedule, left: Any) -> timedelta | None:
-    """Convert the seconds that ``is_due`` answers to the time until its next call.
+    """Convert the seconds that ``is_due`` answers to the time until the next call of ``is_due``.
 
-    ``None``: it need never be called again.
+    ``None`` if ``is_due`` need not be called again.
     """
     if isinstance(left, timedelta):
         left = left.total_seconds()
@@ -261,7 +264,8 @@ def _at(schedule: Schedule, moment: datetime) -> tuple[Schedule, _Clock]:
     shown = moment.astimezone(zone) if zone else moment.astimezone(UTC).replace(tzinfo=None)
     clock = _Clock(shown)
     if not hasattr(schedule, "__dict__"):
-        # No clock can be set on an object without a __dict__, so its answer is about the present.
+        # No clock can be set on an object without a __dict__. So the object itself is asked, and
+        # its answer is about the present.
         return schedule, clock
     made = _copy(schedule)
     made.nowfun = clock
@@ -271,7 +275,7 @@ def _at(schedule: Schedule, moment: datetime) -> tuple[Schedule, _Clock]:
 def _zoneinfo_of(zone: tzinfo | None) -> tzinfo | None:
     """Replace a pytz time zone by the ``zoneinfo`` one, because Celery adds days to local times.
 
-    With pytz such a sum would keep the offset of the day before.
+    With a pytz time zone, such a sum would keep the UTC offset of the day before.
     """
     name = getattr(zone, "zone", None) if hasattr(zone, "localize") else None
     if not isinstance(name, str):
@@ -285,8 +289,8 @@ def _zoneinfo_of(zone: tzinfo | None) -> tzinfo | None:
 def _copy(schedule: Schedule) -> Schedule:
     """Copy a schedule with all its attributes.
 
-    ``copy.copy`` is not used, because it goes by ``__reduce__``. Most classes inherit that method
-    from Celery's schedules, and it leaves their own arguments out.
+    ``copy.copy`` is not used, because it calls ``__reduce__``. Most classes inherit that method
+    from Celery's schedules, and Celery's method leaves out the arguments that a class adds.
     """
     made = object.__new__(type(schedule))
     made.__dict__.update(vars(schedule))
@@ -302,7 +306,7 @@ def _keep(schedule: Schedule, made: Schedule) -> None:
 
 
 def _as_last_run(schedule: Schedule, moment: datetime) -> datetime:
-    """Return a time as the schedule's clock would show it: Celery stores a last run like this."""
+    """Return the time of a last run as Celery stores it: as the schedule's clock shows the time."""
     made, clock = _at(schedule, moment)
     shown: datetime = made.now()
     if clock.was_read:
