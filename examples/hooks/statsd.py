@@ -9,7 +9,10 @@ from celery_singleton_state.hooks import Details, Lost, Released, Skipped
 
 
 class StatsD:
-    """Sends to ``STATSD_HOST`` and ``STATSD_PORT``. The defaults are localhost and 8125."""
+    """A hook that sends to the StatsD server at ``STATSD_HOST`` and ``STATSD_PORT``.
+
+    These are environment variables. The defaults are localhost and 8125.
+    """
 
     def __init__(self) -> None:
         host = os.environ.get("STATSD_HOST", "localhost")

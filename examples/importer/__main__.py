@@ -31,7 +31,7 @@ def main() -> int:
 
 
 def narrator() -> Callable[[str], None]:
-    """Return a function that prints a line with the seconds that have passed since now."""
+    """Return a function that prints a line, preceded by the seconds since the demo's start."""
     began = time.monotonic()
 
     def say(line: str) -> None:

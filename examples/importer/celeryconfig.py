@@ -20,5 +20,6 @@ beat_scheduler = "singleton"
 beat_schedule = {"import-orders": {"task": "tasks.import_orders", "schedule": 1.0}}
 
 singleton_store_url = f"sqlite:///{FOLDER / 'shop.db'}"
-# A lease lives for two intervals. So the lease of a dead host is free after 2 s (default: 8 s).
+# Renew leases every second. A lease lives for two such intervals, so the lease of a dead host
+# expires after 2 s (default: 8 s).
 singleton_heartbeat_interval = 1

@@ -36,7 +36,8 @@ class Ending:
     """The result of the demo.
 
     :param killed_fence: the fence of the run that was killed.
-    :param resumed_fence, resumed_at: the fence and the starting place of the next run.
+    :param resumed_fence: the fence of the next run.
+    :param resumed_at: the file and line at which the next run started.
     """
 
     runs: int
@@ -99,7 +100,7 @@ class Drama:
         self._interrupted = True
 
     def _kill_in_mid_batch(self) -> Row:
-        """Kill the worker and its pool within a batch, and return the importer's row after that."""
+        """Kill the worker and its pool within a batch, and return the row that the worker left."""
         self._wait_until("half is imported", lambda: self._look().imported >= KILL_AFTER)
         self._wait_until("a batch is half way", self._is_frozen_in_mid_batch, pause=0.001)
         self._say(f"SIGKILL for worker {self._worker.pid} and its pool, in the middle of a batch")
@@ -110,9 +111,9 @@ class Drama:
         return dead
 
     def _is_frozen_in_mid_batch(self) -> bool:
-        """Stop all processes of the worker while a transaction is open.
+        """Stop all processes of the worker within a transaction, and return whether that succeeded.
 
-        If no transaction is open, the processes continue and the result is false.
+        If no transaction is open, the processes continue.
         """
         if not self._watch.sees_open_transaction():
             return False
@@ -123,7 +124,7 @@ class Drama:
         return False
 
     def _start_again(self, dead_fence: int) -> tuple[int, str]:
-        """Start the worker, and return the fence and the starting place of the next run."""
+        """Start the worker, and return the next run's fence and the file and line at its start."""
         self._say("starting the worker again")
         self._worker.start()
 
@@ -177,8 +178,8 @@ class Drama:
     def _revive(self) -> None:
         """Restart processes that ended by themselves, as a service manager would.
 
-        This happens because the filesystem broker reads messages without a lock against writing. A
-        worker that reads half a message ends.
+        A worker ends by itself if it reads half a message. That can happen because the filesystem
+        broker lets a process read a message while another process still writes the message.
         """
         for service in (self._worker, *self._beats):
             if not service.has_ended:

@@ -1,4 +1,4 @@
-"""The data set: order lines in files that arrive one by one. Every demo has equal data."""
+"""The data set: order lines in files that arrive one by one. The data are the same in each demo."""
 
 import csv
 import random
@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import NamedTuple
 
-#: How many lines each file has. Most files are small. Importing a large file takes several ticks.
+#: How many lines each file has. Importing a large file takes longer than the time between ticks.
 FILE_SIZES = (800, 800, 4800, 800, 800) * 3
 SECONDS_BETWEEN_FILES = 1.0
 
@@ -27,7 +27,7 @@ class OrderLine(NamedTuple):
 
 
 def data_set() -> dict[str, list[OrderLine]]:
-    """Return the lines of all files by file name, in the order in which the files arrive."""
+    """Return a dict from file names to the files' lines, in the order in which the files arrive."""
     lines = _lines(random.Random(2024))
     return {
         f"orders-{number:03}.csv": list(islice(lines, size))

@@ -39,8 +39,8 @@ class Service:
         self.kill()
 
     def start(self) -> None:
-        # All processes of the service inherit the pipe's write end. So the read end is at its end
-        # exactly when the last of these processes is gone.
+        # All processes of the service inherit the write end of a pipe. So the reader of the pipe
+        # meets an end of file exactly when the last of these processes is gone.
         lifeline, inherited = os.pipe()
         self._lifeline = os.fdopen(lifeline)
         with self._log.open("ab") as log:
@@ -82,9 +82,9 @@ class Service:
             self.kill()
 
     def kill(self) -> int:
-        """Kill all processes of the service and wait for them. Return the main one's exit status.
+        """Kill all processes of the service. Return the main process's exit status.
 
-        :raises TimeoutError: a process is still there.
+        :raises TimeoutError: a process has not died in time.
         """
         if not self._all_gone(0):
             self.signal(signal.SIGKILL)

@@ -19,10 +19,10 @@ class Proof:
 
     :param lines: how many lines the data set has.
     :param rows: how many rows the table has.
-    :param distinct: how many different rows the table has.
+    :param distinct: how many different pairs of order and line number the table has.
     :param digests: the checksums of the data set and of the table.
-    :param missing: lines of the data set that are not in the table, or not often enough.
-    :param surplus: rows of the table that are not in the data set, or too often in the table.
+    :param missing: lines of the data set that the table lacks.
+    :param surplus: rows of the table that the data set lacks, such as a second copy of a line.
     """
 
     lines: int

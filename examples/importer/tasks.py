@@ -1,4 +1,4 @@
-"""The part to copy: an importer that goes on where it stopped, even if it was killed."""
+"""The part of this demo to copy: an importer that goes on where it stopped, even if killed."""
 
 import csv
 import os
@@ -16,7 +16,7 @@ from celery_singleton_state import SingletonTask, singleton_task
 
 INBOX = Path(os.environ["IMPORTER_FOLDER"], "inbox")
 BATCH = 200
-#: Seconds of sleep for each batch. They stand for the other work of a real importer.
+#: Seconds that the importer sleeps before each batch, in place of a real importer's other work.
 SECONDS_PER_BATCH = 0.08
 INSERT = text("""
     INSERT INTO order_lines
@@ -53,7 +53,11 @@ def import_orders(self: SingletonTask[Cursor]) -> None:
 
 
 def unread(first: str, line: int) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """Yield the batches after a line of a file, each with the name of its file."""
+    """Yield the lines that are not imported yet, in batches, each with the name of its file.
+
+    :param first: the file of the last imported line.
+    :param line: how many lines of that file are imported.
+    """
     for path in sorted(path for path in INBOX.glob("*.csv") if path.name >= first):
         with path.open(newline="") as file:
             lines = islice(csv.DictReader(file), line if path.name == first else 0, None)

@@ -5,7 +5,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-#: The table has no unique constraint, which would hide that a line is imported twice.
+#: The table of imported lines. It has no unique constraint, because a constraint would hide that a
+#: line was imported twice.
 CREATE_TABLE = """
 CREATE TABLE order_lines (
     order_id TEXT, line_no INTEGER, customer TEXT, sku TEXT,
@@ -33,7 +34,7 @@ class Row(NamedTuple):
 
     @property
     def lease(self) -> str:
-        """A text that says who holds the lease and for how long."""
+        """A text about the lease: its holder, the seconds until it expires, and its fence."""
         if not self.fence:
             return "no run yet"
         if self.holder is None or self.expires_in is None:
