@@ -35,10 +35,11 @@ class Options:
     """The options of the command ``celery singleton exporter``.
 
     :param host, port: the address to listen at.
-    :param per_key: whether each singleton of a task has series of its own.
+    :param per_key: whether each singleton has metric series of its own. Default: the singletons of
+        a task share one set of series.
     :param shows_state: whether the page shows the singletons' states.
-    :param allowed_hosts: host names that requests may name, in addition to those that
-        :class:`.hosts.Hosts` always answers.
+    :param allowed_hosts: host names for which requests are answered, in addition to the names that
+        :class:`.hosts.Hosts` always allows.
     """
 
     host: str
@@ -91,10 +92,10 @@ def run(
 def _refuse_misconfigured_store(runtime: Runtime) -> None:
     """Check that scrapes will be able to read the store.
 
-    A store that is unavailable now, or has no table yet, is only logged: the metric
-    ``singleton_store_up`` reports it.
+    If the store is unavailable now, or has no table yet, only log a warning: scrapes report the
+    problem by the metric ``singleton_store_up``, and the store can recover.
 
-    :raises StoreMisconfigured: no scrape could ever read the store.
+    :raises StoreMisconfigured: no scrape can read the store until an operator repairs it.
     """
     try:
         runtime.store.list(runtime.settings.key_prefix)

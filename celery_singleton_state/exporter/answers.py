@@ -22,11 +22,14 @@ from .page.overview import Overview
 from .shared import Shared
 from .snapshot import Snapshot
 
-#: The gzip level, from 1 to 9: level 3 saves nearly as much as level 9, in a fraction of the time.
+#: The gzip level of answers, from 1 to 9. Level 3 saves nearly as much as level 9, in a fraction of
+#: the time.
 LEVEL = 3
-#: How many of all connections requests for metrics and the page leave free for /health.
+#: The number of connections that are reserved for /health: requests for metrics and the page may
+#: use only the other connections.
 FOR_HEALTH = 4
-#: Headers of every answer. They forbid pages of other sites to read, embed or frame it.
+#: Headers of every answer. They keep pages of other sites from reading, embedding or framing the
+#: answer, and browsers from storing it.
 HEADERS = (
     ("Content-Security-Policy", f"{POLICY}; frame-ancestors 'none'"),
     ("X-Frame-Options", "DENY"),
@@ -54,10 +57,10 @@ class Answer:
 class Pages:
     """Answers requests for ``/``, ``/health`` and ``/metrics``.
 
-    The exporter makes one exposition, one page and one health report at a time. All requests that
-    wait for one of them share it.
+    At any time the exporter makes at most one exposition of the metrics, one page and one health
+    report. Requests that wait for equal answers share one answer.
 
-    :param take_snapshot: reads the store; called for each answer that is made.
+    :param take_snapshot: reads the store; called for each page and each health report.
     :param shows_state: whether the page shows the singletons' states.
     """
 
@@ -88,14 +91,14 @@ class Pages:
 
         :param accept: the request's ``Accept`` header.
         :param zipped: whether the client accepts a body that is compressed with gzip.
-        :param is_wanted: tells whether the client still waits for the answer.
+        :param is_wanted: a function that returns whether the client still waits for the answer.
         :raises NotNow: too many requests wait, or this client no longer waits.
         """
         make: Callable[[], Answer]
         match path:
             case "/metrics":
-                # The answer's Content-Type repeats parts of this header. A folded header
-                # contains line breaks, which would split the answer's headers.
+                # The answer's Content-Type repeats parts of the Accept header. If the client
+                # folded that header, its line breaks would split the answer's headers.
                 encode, kind = _encoder(" ".join(accept.split()))
                 answers, make = self._expositions, partial(self._metrics, encode, kind)
             case "/health":
@@ -127,18 +130,19 @@ def _encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
     try:
         return choose_encoder(accept)
     except (TypeError, ValueError):
-        # prometheus_client fails on an Accept header with a version that is not a number.
+        # prometheus_client fails on an Accept header with a version that is not a number. Answer
+        # such a client as if it had sent no Accept header.
         return choose_encoder("")
 
 
 def text(status: HTTPStatus, line: str) -> Answer:
-    """Return an answer of one line of plain text."""
+    """Return an answer that is one line of plain text."""
     return Answer(status, "text/plain; charset=utf-8", f"{line}\n".encode())
 
 
 def compressed(answer: Answer) -> Answer:
     """Return the answer with its body compressed by gzip.
 
-    It saves traffic because an open page fetches the whole document every few seconds.
+    Compression saves traffic, because an open page fetches the whole document every few seconds.
     """
     return replace(answer, body=gzip.compress(answer.body, LEVEL), is_zipped=True)

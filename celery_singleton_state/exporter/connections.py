@@ -1,14 +1,15 @@
 """The open connections of the HTTP server: limited in number and in time.
 
 Each connection has a thread. A client that sends half a request, or does not read its answer, would
-keep that thread for ever. A time limit for each read would not help, because one byte every few
-seconds resets it. So the whole request has one deadline, and sending the answer has another. The
-server shuts down a connection that is past its deadline. That ends the call in which the thread
-waits.
+keep that thread for ever. A time limit for each read would not help, because a client can reset
+such a limit by one byte every few seconds. So the whole request has one deadline, and sending the
+answer has another. When a deadline has passed, the server shuts the connection down. The shutdown
+ends the call in which the thread waits.
 
-When the limit is reached, a new connection replaces the connection that has waited longest for its
-client. Each connection is first left alone for a moment, so that its thread can read the request.
-Therefore a client that sends its request at once is answered, however many other clients do not.
+When the limit of connections is reached, a new connection replaces the oldest connection that waits
+for its client. No connection is replaced in the first moment of its wait, so that its thread can
+read the request. Therefore a client that sends its request at once is answered, however many other
+clients send nothing.
 """
 
 from __future__ import annotations
@@ -21,23 +22,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-#: How many connections, and so threads, there may be at one time.
+#: The most connections, and so the most threads, that the server has at one time.
 LIMIT = 64
-#: Seconds within which a whole request must arrive, and seconds within which its answer must be
-#: read.
+#: Time limits in seconds: the first until the whole request has arrived, the second until the
+#: client has read the whole answer.
 REQUEST_TIME, ANSWER_TIME = 10.0, 30.0
-#: Seconds for which a connection is never replaced, because its thread may not have run yet.
+#: Seconds that a connection must have waited before a new connection may replace it. In a shorter
+#: time its thread may not have run at all.
 MOMENT = 0.25
 
 
 class Step(Enum):
     """The three things that a connection can wait for."""
 
-    #: The client has not sent the whole request.
+    #: Wait until the client has sent the whole request.
     REQUEST = "request"
-    #: The store has not answered. The store's own time limits apply.
+    #: Wait until the store has answered. Only the store's own time limits apply.
     STORE = "store"
-    #: The client has not read the whole answer.
+    #: Wait until the client has read the whole answer.
     ANSWER = "answer"
 
 
@@ -51,10 +53,10 @@ class _Open:
 class Connections:
     """The open connections of one server. Several threads may use this object.
 
-    :param limit: how many connections there may be.
+    :param limit: the most connections at one time.
     :param request_time: seconds within which a whole request must arrive.
-    :param answer_time: seconds within which an answer must be read.
-    :param clock: returns a time in seconds that never goes back.
+    :param answer_time: seconds within which the client must read the whole answer.
+    :param clock: a function that returns a number of seconds that never decreases.
     """
 
     def __init__(
@@ -67,20 +69,21 @@ class Connections:
         self._limit = limit
         self._times = {Step.REQUEST: request_time, Step.STORE: None, Step.ANSWER: answer_time}
         self._clock = clock
-        #: Notified when a connection begins another step or is closed.
+        #: Guards the connections. Notified when a connection begins another step or is removed.
         self._changed = threading.Condition()
-        #: The open connections, oldest first.
+        #: Maps each open connection to its step, oldest connection first.
         self._open: dict[socket.socket, _Open] = {}
 
     def __len__(self) -> int:
         return len(self._open)
 
     def admit(self, connection: socket.socket) -> bool:
-        """Add a connection. If the limit is reached, shut down another connection for it.
+        """Add a connection. If the limit is reached, first shut down another connection.
 
-        This can take up to :data:`MOMENT` seconds.
+        The call can take up to :data:`MOMENT` seconds.
 
-        :returns: whether the connection was added. It is not if all others wait for the store.
+        :returns: whether the connection was added. A connection is refused if the limit is reached
+            and all other connections wait for the store.
         """
         with self._changed:
             while len(self._open) >= self._limit:
@@ -104,8 +107,8 @@ class Connections:
     def remove(self, connection: socket.socket) -> None:
         """Forget a connection that is about to be closed.
 
-        From then on it is never shut down here, because after the close the system may give its
-        file descriptor to another connection.
+        This object must not shut down a closed connection, because the system may have given the
+        connection's file descriptor to another connection.
         """
         with self._changed:
             self._open.pop(connection, None)
@@ -124,9 +127,9 @@ class Connections:
         return _Open(step, now, None if seconds is None else now + seconds)
 
     def _oldest(self) -> socket.socket | None:
-        """Return the connection to replace: the one that has waited longest for its client.
+        """Return the connection to replace: the oldest that waits for its client.
 
-        Connections without a whole request come before connections whose client reads slowly.
+        Connections whose request is incomplete come before connections whose client reads slowly.
         ``None`` if all connections wait for the store.
         """
         for step in (Step.REQUEST, Step.ANSWER):

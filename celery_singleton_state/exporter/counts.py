@@ -1,7 +1,7 @@
 """The hook that counts events as Prometheus counters and a histogram, labelled by task.
 
 The exporter calls this hook with the workers' events, because Prometheus cannot scrape the
-processes of a prefork pool. A worker that is a single process can use it like any other hook.
+processes of a prefork pool. A worker that is a single process can use this hook like any other.
 """
 
 from __future__ import annotations
@@ -30,29 +30,31 @@ from celery_singleton_state.text.visible import as_printed
 
 from .labels import OTHERS, UNKNOWN, Keys, bounded
 
-#: The operations that write a state.
+#: The names of the operations that write a state.
 WRITES = ("save", "checkpoint", "transaction")
-#: The operations that the store can refuse as stale.
+#: The names of the operations that the store can refuse as stale.
 REFUSED = (*WRITES, "release")
-#: The ways in which a lease is taken over.
+#: The names of the ways in which a run takes over a lease.
 TAKEOVERS = ("expired", "died", "handoff")
 OUTCOMES = frozenset(Outcome)
 REASONS = frozenset(SingletonErrorReason)
 #: Upper bounds of the histogram's buckets, in seconds: runs take from milliseconds to hours.
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 14400.0)
-#: A year, in seconds. An event with a longer duration must be forged, so it is ignored.
+#: The longest duration that is counted, in seconds: a year. An event with a longer duration must be
+#: forged, so it is ignored.
 LONGEST = 366 * 86_400.0
 
 
 class Counts:
-    """The counters and the histogram of one registry, as a hook.
+    """A hook that counts events in the counters and the histogram of one registry.
 
     :param per_key: whether each singleton of a task has series of its own, labelled ``key``.
-        Default: the singletons of a task are counted together, because there may be any number.
+        Default: the singletons of a task are counted together, because a task may have any number
+        of singletons.
     :param tasks: the names of the tasks that have series of their own. These series begin at 0,
         so that ``increase()`` sees the first event. All other tasks are counted together.
         Default: every task has series of its own, which suits a hook in a worker's process.
-    :param keys: decides which keys have series of their own.
+    :param keys: decides which singletons' keys have series of their own, if ``per_key`` is true.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Counts:
         self._durations = Histogram(
             "singleton_duration_seconds",
             "How long runs took, in seconds.",
-            # Never labelled by key, because a histogram has 16 series for each label value.
+            # The histogram is never labelled by key, because it has 16 series for each label value.
             ("singleton",),
             registry=registry,
             buckets=BUCKETS,
@@ -133,7 +135,7 @@ class Counts:
             count(self, self._labels(details), details)
 
     def ignored(self) -> None:
-        """Count an event that was ignored: unreadable, or with an impossible duration."""
+        """Count an event that was ignored: it is unreadable or has an impossible duration."""
         self._ignored.inc()
 
     def _labels(self, details: Details) -> tuple[str, ...]:
@@ -144,9 +146,9 @@ class Counts:
         return (task, self._keys.label(task, details.key) if is_known else OTHERS)
 
     def _observe(self, labels: tuple[str, ...], seconds: float) -> None:
-        """Count a duration in seconds, unless it is impossible.
+        """Record a run's duration in seconds. If the duration is impossible, ignore the event.
 
-        A single NaN or 1e308 would make the histogram's sum useless for ever.
+        A single duration of NaN or 1e308 would make the histogram's sum useless for ever.
         """
         if 0 <= seconds <= LONGEST:
             self._durations.labels(labels[0]).observe(seconds)

@@ -25,9 +25,9 @@ from .snapshot import Snapshot
 
 @dataclass(slots=True)
 class Sums:
-    """The rows of one task, or of one key, summed up.
+    """The values of the gauges for all rows of one task, or for the row of one key.
 
-    Of times, the newest counts. Of ages, the largest counts.
+    Numbers of rows are added up. A time is the newest of all rows, and an age is the largest.
     """
 
     rows: int = 0
@@ -60,7 +60,8 @@ def _larger(one: float, other: float) -> float:
     return max(one, other) if math.isfinite(other) else one
 
 
-#: The name, the help text and the value of each gauge. A gauge whose value is ``None`` is left out.
+#: For each gauge its name, its help text, and a function that returns the gauge's value. If the
+#: value is ``None``, the gauge is left out of the exposition.
 GAUGES: tuple[tuple[str, str, Callable[[Sums], float | None]], ...] = (
     ("singleton_keys", "Singletons of the task, one for each key.", lambda s: s.rows),
     ("singleton_leases_held", "Leases that are held now.", lambda s: s.held),
@@ -85,7 +86,9 @@ class Gauges(Collector):
     """The collector of all gauges. It takes one snapshot of the store for each scrape.
 
     :param take_snapshot: reads the store; called at each scrape.
-    :param broker_is_up: tells whether events are received.
+    :param broker_is_up: a function that returns whether events are received.
+    :param per_key: whether each singleton has series of its own. Default: the singletons of a task
+        share one set of series.
     """
 
     def __init__(
@@ -99,11 +102,14 @@ class Gauges(Collector):
         self._take_snapshot = take_snapshot
         self._broker_is_up = broker_is_up
         self._per_key = per_key
-        #: Tasks for which the log has the warning of too many keys.
+        #: Tasks that the log has warned of because of too many keys. Each is logged only once.
         self._warned: set[str] = set()
 
     def describe(self) -> list[GaugeMetricFamily]:
-        """Return nothing. Otherwise the registry would call ``collect``, which reads the store."""
+        """Return nothing, so that no registry reads the store when this collector is registered.
+
+        A registry with ``auto_describe`` would call ``collect`` if this method were missing.
+        """
         return []
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
@@ -161,9 +167,9 @@ def _one(name: str, text: str, value: float) -> GaugeMetricFamily:
 
 
 def last_success(row: Listed) -> float:
-    """Return when the last successful run of the history ended, in seconds since the epoch.
+    """Return when a row's last successful run ended, in seconds since the epoch.
 
-    0 if the history has no successful run.
+    0 if neither the row's last run nor a run in its history was successful.
     """
     if row.last_outcome == Outcome.SUCCEEDED:
         return row.last_finished_at or 0.0

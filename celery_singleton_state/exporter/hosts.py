@@ -5,7 +5,7 @@ rebinding"). A visitor's browser then sends requests here, and the attacker's sc
 answers. Such a request names the attacker's host. So the exporter does not answer names that can be
 registered in public DNS, unless the operator allows them. It always answers these:
 
-- IP addresses, which scrapers of pods and probes send;
+- IP addresses, because Prometheus and probes send the address of a pod;
 - names that cannot be registered: ``localhost``, names without a dot, and names with a suffix that
   is reserved or kept out of public DNS for private use, or that belongs to a cluster;
 - the name of this machine, and the name at which the server listens.
@@ -19,16 +19,16 @@ import socket
 from collections.abc import Iterable
 from functools import cached_property
 
-#: Suffixes that public DNS does not have. Some are reserved for private use (RFC 6761, 6762, 8375,
-#: and ICANN's .internal). The others are kept out of public DNS because private networks use them
-#: (.corp and .home by ICANN's resolution of 2018; .intranet, .lan and .private by RFC 6762,
-#: appendix G).
+#: Suffixes of names that nobody can register in public DNS. Some are reserved for private use (RFC
+#: 6761, 6762, 8375, and ICANN's .internal). Others are kept out of public DNS because private
+#: networks use them (.corp and .home by ICANN's resolution of 2018; .intranet, .lan and .private by
+#: RFC 6762, appendix G). A name that ends in .svc belongs to a Kubernetes cluster.
 PRIVATE = (
     *(".local", ".localhost", ".home.arpa", ".internal", ".test"),
     *(".corp", ".home", ".intranet", ".lan", ".private", ".svc"),
 )
 
-#: The longest value of a header, in characters: a name has up to 253, and a port follows.
+#: The most characters of a ``Host`` header: a host name has up to 253, and a port can follow.
 LONGEST = 260
 
 _NAME = r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*"
@@ -41,11 +41,11 @@ class BadHost(ValueError):
 
 
 class Hosts:
-    """Decides whether a request's host is answered.
+    """Decides whether requests for a host are answered.
 
     :param listens_at: the value of ``--host``.
-    :param allowed: further names to answer. ``*.example.com`` stands for all names below it, and
-        ``*`` for every name.
+    :param allowed: further host names to answer. ``*.example.com`` stands for all names below
+        ``example.com``, and ``*`` for every name.
     :raises ValueError: an allowed name is not a host name.
     """
 
@@ -67,10 +67,10 @@ class Hosts:
 
     @cached_property
     def _own(self) -> frozenset[str]:
-        """The names of this machine.
+        """The names of this machine, resolved at the first use.
 
-        Resolving them can take long if DNS is broken. So it happens once, and only for a host that
-        would not be answered otherwise.
+        Resolving the names can take long if DNS is broken. So the names are resolved only once, and
+        only if no other rule allows a request's host.
         """
         return frozenset(name.lower().rstrip(".") for name in (socket.gethostname(), _full_name()))
 
@@ -93,7 +93,7 @@ def host_of(value: str) -> str:
 
 
 def check_pattern(text: str) -> str:
-    """Return a value of ``--allowed-host`` without its trailing dot.
+    """Check a value of ``--allowed-host``, and return it without a trailing dot.
 
     :raises ValueError: the value is neither a name, nor ``*.`` and a name, nor ``*``.
     """

@@ -2,9 +2,9 @@
 
 Each new value of a label costs memory in this process and series in Prometheus, for ever. Every
 client of the broker can send an event, and every client of the database can write a row. So a label
-takes only the names of this app's singleton tasks, known words, and a limited number of keys.
-Names and keys are written as `celery singleton ls` prints them, because a parser of the metrics
-format may reject control characters and lone surrogates.
+takes only the names of this app's singleton tasks, words that this release knows (such as
+outcomes), and a limited number of keys. Names and keys are written as `celery singleton ls` prints
+them, because a parser of the metrics format may reject control characters and lone surrogates.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from celery_singleton_state.text.visible import as_printed, logger_of
 
 logger = logger_of(__name__)
 
-#: The label of all tasks that the app does not have.
+#: The value of a label for any task that the app does not have.
 UNKNOWN = "(unknown)"
-#: The label of all words that this release does not know, and of all keys beyond :data:`KEYS`.
+#: The value of a label for any word that this release does not know, and for any key beyond the
+#: first :data:`KEYS`.
 OTHERS = "(others)"
-#: How many keys, of all tasks together, have series of their own. Each has about 20 series.
+#: The most keys, of all tasks together, that have series of their own: about 20 series each.
 KEYS = 1_000
 
 
@@ -33,18 +34,20 @@ def known_tasks(app: Celery) -> frozenset[str]:
 
 
 def bounded(value: str, known: Collection[str]) -> str:
-    """Return the value if it is one of the known words, and :data:`OTHERS` otherwise."""
+    """Return a label's value: ``value`` if it is a known word, and :data:`OTHERS` otherwise."""
     return value if value in known else OTHERS
 
 
 class Keys:
-    """Decides which keys have series of their own.
+    """Decides which singletons' keys have series of their own.
 
-    They are the first ``limit`` keys of all tasks together, and in any case the first key of each
-    task.
+    The first ``limit`` keys of all tasks together have series of their own, and in any case the
+    first key of each task.
 
-    :param prefix: the prefix of the rows' keys. A key is shortened in a label as it is in its row.
-    :param warned: tasks for which the log has the warning of too many keys. More are added here.
+    :param prefix: the prefix of the rows' keys. A long key is shortened in a label as in its row,
+        where the prefix counts for the length.
+    :param warned: tasks that the log has warned of because of too many keys. This object adds the
+        tasks that it logs.
     """
 
     def __init__(self, prefix: str = "", limit: int = KEYS, warned: set[str] | None = None) -> None:
@@ -55,7 +58,7 @@ class Keys:
         self._count = 0
 
     def label(self, task: str, key: str) -> str:
-        """Return the label of a key: its text, or :data:`OTHERS` if there are too many keys."""
+        """Return a key's label: the key as text, or :data:`OTHERS` if there are too many keys."""
         text = as_printed(row_key(self._prefix, key).removeprefix(self._prefix))
         known = self._of_task.setdefault(task, set())
         if text in known:

@@ -16,18 +16,18 @@ from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 
-#: Seconds between two attempts to connect, and between two checks whether to stop.
+#: Seconds between two attempts to connect to the broker, and between two checks whether to stop.
 PAUSE = 1.0
 
 
 class Receiver:
-    """A thread that receives events. It reconnects until it is closed.
+    """A thread that receives Celery events. It reconnects until it is closed.
 
-    An event that cannot be read is ignored. Every client of the broker can send such an event. It
-    must neither end the connection nor affect the other events of the same message.
+    An unreadable event is ignored, because every client of the broker can send one. An unreadable
+    event must neither end the connection nor affect the other events of the same message.
 
     :param hook: called with the details of each event of this package.
-    :param ignored: called for each event of this package, and each message, that cannot be read.
+    :param ignored: called for each unreadable message, and each unreadable event of this package.
     """
 
     def __init__(
@@ -41,7 +41,8 @@ class Receiver:
         self._ignored = ignored
         self._stop = threading.Event()
         self._logged = ""
-        #: The classes of errors that were logged as a warning.
+        #: Classes of errors that were logged once as a warning. Later errors of these classes are
+        #: logged at DEBUG.
         self._kinds: set[type[Exception]] = set()
         #: Whether the thread is connected to the broker.
         self.is_up = False
@@ -78,7 +79,7 @@ class Receiver:
                         consuming.heartbeat_check()
 
     def _on_body(self, body: Any) -> None:
-        """Call the hook with the events of a message, which has one event or a list of events."""
+        """Call the hook with each event of a message's body: one event, or a list of events."""
         for event in body if isinstance(body, list) else [body]:
             try:
                 if event["type"].startswith("singleton-"):
@@ -99,9 +100,9 @@ class Receiver:
 
 
 class _Events(EventReceiver):
-    """Celery's event receiver, but with a callback for each whole message.
+    """Celery's event receiver, changed to call ``on_body`` with the whole body of each message.
 
-    A message that cannot be decoded does not end it.
+    A message that cannot be decoded does not stop the receiver.
     """
 
     def __init__(
@@ -119,5 +120,6 @@ class _Events(EventReceiver):
         self._on_body(body)
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        # The message must not be acknowledged, because it is consumed without acknowledgements.
+        # Celery's own method acknowledges the message. That must not happen, because the consumer
+        # receives messages without acknowledgements (no_ack).
         self._on_error(exc)

@@ -1,8 +1,8 @@
 """The exporter's HTTP server: one thread and one request for each connection.
 
-To the server of Python's standard library it adds deadlines for whole requests, limits for the
-number of connections and the size of a request, and a check of the ``Host`` header. It closes each
-connection after the answer, and does not read the body of a request.
+This server extends the server of Python's standard library. It adds deadlines for whole requests,
+limits for the number of connections and the size of a request, and a check of the ``Host`` header.
+It closes each connection after the answer, and does not read the body of a request.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .shared import NotNow
 
 logger = logger_of(__name__)
 
-#: How many bytes a request may have: its first line and its headers.
+#: The most bytes of a request's first line and headers together.
 LONGEST = 32_768
 METHODS = "GET, HEAD, OPTIONS"
 #: How many refused hosts are logged. The limit keeps clients from filling the log and memory.
@@ -51,7 +51,7 @@ class Server(ThreadingMixIn, TCPServer):
 
     daemon_threads = True
     allow_reuse_address = True
-    #: How many connections the kernel queues until the server accepts them.
+    #: The most connections that the kernel queues until the server accepts them.
     request_queue_size = 128
 
     def __init__(
@@ -70,7 +70,7 @@ class Server(ThreadingMixIn, TCPServer):
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
-        # A server at "::" is to accept IPv4 as well.
+        # Let a server that listens at "::" accept IPv4 as well.
         if self.address_family == socket.AF_INET6:
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -79,7 +79,8 @@ class Server(ThreadingMixIn, TCPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the thread of a new connection, or refuse the connection if there are too many.
 
-        The server calls this in the thread that accepts all connections.
+        The thread that accepts all connections calls this method, so the refusal is sent without
+        waiting for the client.
         """
         if self.connections.admit(request):
             super().process_request(request, client_address)
@@ -94,22 +95,22 @@ class Server(ThreadingMixIn, TCPServer):
         self.connections.remove(request)
         with contextlib.suppress(OSError):
             request.shutdown(socket.SHUT_WR)
-            # If the client sent bytes that were not read, such as a body, the kernel would drop
-            # the answer at the close.
+            # Read the bytes that the client sent and the server left unread, such as a body. With
+            # unread bytes at the close, the kernel would drop the answer.
             request.setblocking(False)
             request.recv(LONGEST)
         self.close_request(request)
 
     def service_actions(self) -> None:
-        """Shut down late connections. ``serve_forever`` calls this twice a second."""
+        """Shut down connections past their deadline. Called twice a second by ``serve_forever``."""
         self.connections.shut_late()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log an error of a connection's thread: usually the client has closed the connection."""
+        """Log an error in a connection's thread. Usually the client has closed the connection."""
         logger.debug("a connection of %s ended", client_address, exc_info=True)
 
     def warn_of_host(self, host: str) -> None:
-        """Log a refused host, once for each host, for the first :data:`WARNINGS` hosts."""
+        """Log a refused host: each host only once, and only the first :data:`WARNINGS` hosts."""
         if host not in self._warned and len(self._warned) < WARNINGS:
             self._warned.add(host)
             logger.warning(
@@ -133,7 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
             logger.debug("a connection of %s ended: %s", self.client_address, error)
 
     def finish(self) -> None:
-        # After a failure of the connection this raises the error that handle() has logged already.
+        # If the connection has failed, Python's finish() raises the error again that handle() has
+        # already logged.
         with contextlib.suppress(OSError, ValueError):
             super().finish()
 
@@ -143,7 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.REQUEST_URI_TOO_LONG)
             return False
         if len(self.raw_requestline.split()) == 2:
-            # HTTP/0.9 has no headers: there is no host to check, and no way to send our headers.
+            # Refuse HTTP/0.9. It has no headers, so there is no host to check, and the answer could
+            # not have the headers that protect it.
             self.requestline = self.request_version = ""
             self.send_error(HTTPStatus.BAD_REQUEST, "HTTP/1.0 or 1.1 is needed")
             return False
@@ -193,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
 
     def _is_open(self) -> bool:
-        """Return whether the client still waits: it has not closed its side of the connection."""
+        """Return whether the client still waits and has not closed its side of the connection."""
         try:
             return bool(self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except BlockingIOError:
@@ -202,13 +205,14 @@ class _Handler(BaseHTTPRequestHandler):
             return False
 
     def _refused_host(self, in_target: str) -> Answer | None:
-        """Return the refusal of a request that names a wrong host; ``None`` if the host is allowed.
+        """Return the refusal of a request whose host is not allowed; ``None`` if it is allowed.
 
-        :param in_target: the host in the request line; empty unless the client sent a whole URL
-            there, as clients do to a proxy.
+        :param in_target: the host in the request line; empty unless the request line has a whole
+            URL, as a client of a proxy sends it.
         """
         named = self.headers.get_all("Host", [])
-        # A browser always sends one Host header. Simple probes that speak HTTP/1.0 send none.
+        # Require one Host header, because a browser always sends one. Only simple probes that speak
+        # HTTP/1.0 may send none.
         if len(named) > 1 or (not named and self.request_version != "HTTP/1.0"):
             return text(HTTPStatus.BAD_REQUEST, "one Host header is needed")
         for value in (*named, in_target):
@@ -247,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer a request that could not be read, in one line that repeats nothing of it."""
+        """Answer an unreadable request by one line that repeats nothing of the request."""
         self.server.connections.begin(self.connection, Step.ANSWER)
         status = HTTPStatus(code)
         self.log_error("code %d, message %s", code, message)
@@ -265,9 +269,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Bounded:
-    """A request's file, with a limit for its size and an error if it ends in the middle.
+    """The file from which a request is read, with a limit of bytes, and an error at half a request.
 
-    :param most: how many bytes may be read.
+    :param most: the most bytes of the request.
     """
 
     def __init__(self, file: BufferedIOBase, most: int) -> None:
@@ -276,10 +280,12 @@ class _Bounded:
         self._has_begun = False
 
     def readline(self, size: int) -> bytes:
-        """Return the next line, cut one byte beyond the limit; empty if there is no request at all.
+        """Return the next line of the request; empty if there is no request at all.
 
-        :raises LineTooLong: earlier lines were beyond the limit already.
-        :raises ConnectionAbortedError: the request ends in the middle. Without this error Python's
+        A line is cut one byte beyond the limit of bytes for the whole request.
+
+        :raises LineTooLong: earlier lines have exceeded the limit.
+        :raises ConnectionAbortedError: the request ends in the middle. Without this error, Python's
             server would answer the incomplete request.
         """
         if self._left < 0:
@@ -307,7 +313,7 @@ def make(pages: Pages, hosts: Hosts, host: str, port: int, connections: Connecti
         found = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        # IPv4 comes first, because "localhost" is IPv4 and IPv6, and not every client tries both.
+        # Prefer IPv4: "localhost" has an IPv4 and an IPv6 address, and not every client tries both.
         family, *_, address = min(found, key=lambda each: each[0] != socket.AF_INET)
         return Server(family, address, pages, hosts, connections)
     except (OSError, OverflowError, ValueError) as error:
@@ -325,7 +331,7 @@ def _joined(host: str, port: int) -> str:
 
 
 def serve_until(server: Server, wait: Callable[[], object]) -> None:
-    """Answer requests until the function returns. Unanswered requests are then cut off."""
+    """Answer requests until the function ``wait`` returns. Then cut off unanswered requests."""
     thread = threading.Thread(target=server.serve_forever, name="singleton-http", daemon=True)
     thread.start()
     wait()

@@ -1,9 +1,9 @@
-"""Sharing of one result among all requests that wait for it.
+"""Share one result among all requests that wait for it.
 
 A request that arrives while the work is in progress waits until the work has been done once more,
-and shares that result with all other waiting requests. So no request gets a result that was begun
-before it arrived. If the store hangs, 300 requests wait for two snapshots and not for 300; and 60
-scrapes of a large exposition take the memory and the processor time of two.
+and shares that result with all other waiting requests. So a request never gets a result whose work
+began before the request arrived. If the store hangs, 300 requests wait for two snapshots and not
+for 300. And 60 scrapes at once take the memory and the processor time of two scrapes.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from typing import Any, Generic, TypeVar
 
 from celery_singleton_state.lease.lease import clock
 
-#: Seconds for which a request waits for the work of others. The store's time limits are shorter.
+#: The longest time, in seconds, that a request waits while the work is done for other requests. The
+#: store's time limits are shorter.
 PATIENCE = 60.0
-#: How many results are kept: one for each of the kinds that were requested last.
+#: The most results that are kept: one for each of the kinds whose work was done last.
 KINDS = 8
 
 T = TypeVar("T")
 
 
 class NotNow(Exception):
-    """The work was not done for a request. The exception's text tells the client why."""
+    """A request gets no result now. The exception's text tells the client why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class _Done(Generic[T]):
 
 
 class Shared(Generic[T]):
-    """Does one piece of work at a time and shares each result among the requests that wait.
+    """Does one piece of work at a time, and shares each result among the requests that wait for it.
 
     :param room: a semaphore that limits how many requests may wait or work. Several objects may
         share it. Default: no limit.
@@ -44,7 +45,7 @@ class Shared(Generic[T]):
     def __init__(self, room: threading.Semaphore | None = None) -> None:
         self._room = room
         self._lock = threading.Lock()
-        #: The last result of each kind. Requests that wait may still use it.
+        #: Maps each kind to its last result, which waiting requests may still use.
         self._last: dict[Hashable, _Done[T]] = {}
 
     def get(
@@ -52,9 +53,9 @@ class Shared(Generic[T]):
     ) -> T:
         """Return the result of the work, or raise its error. Errors are shared like results.
 
-        :param kind: identifies the result: requests with equal kinds share one.
-        :param is_wanted: tells whether the client still waits. It is called after a wait and before
-            the work.
+        :param kind: identifies the result: requests with equal kinds share one result.
+        :param is_wanted: a function that returns whether the client still waits. It is called if
+            the request has waited, before the work is done for it.
         :raises NotNow: too many other requests wait, the wait takes too long, or the client no
             longer waits.
         """

@@ -12,9 +12,9 @@ from celery_singleton_state.store.base import Listed, StoreError
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The contents of the store at one time, read by one statement of each store.
+    """The contents of the store at one time, read by one statement for each store.
 
-    :param rows: the singletons' rows, by the singletons' names.
+    :param rows: maps each singleton's name to its row.
     :param leader: the row of the leader's lease; ``None`` if no beat has led yet.
     :param health: the singletons' health. Its ``error`` says why the store could not be read.
     """
@@ -25,7 +25,7 @@ class Snapshot:
 
 
 def take_snapshot(runtime: Runtime) -> Snapshot:
-    """Read the store now. If it is unavailable, return a snapshot with an error and no rows."""
+    """Read the store now. If that fails, return a snapshot with an error and no rows."""
     prefix = runtime.settings.key_prefix
     beat = key_of(runtime.settings.beat_name)
     try:

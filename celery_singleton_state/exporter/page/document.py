@@ -1,9 +1,11 @@
 """The status page: one HTML document, rendered from templates for each request.
 
-Keys, errors and states are texts of users. In every value that a template prints, invisible
-characters are shown as escapes, and HTML is escaped. A template cannot forget this, because it
-happens for all values. The page loads nothing from other hosts and sets no cookie. Its
-Content-Security-Policy allows only its own style and script, by their digests.
+Keys, errors and states contain text from users. In every value that a template prints, invisible
+characters are shown as escapes, and HTML is escaped. No template can forget to escape, because
+Jinja is set up to escape all values.
+
+The page loads nothing from other hosts and sets no cookie. Its Content-Security-Policy allows only
+its own style and script, by their digests.
 """
 
 from __future__ import annotations
@@ -36,13 +38,13 @@ def _read(name: str) -> str:
 def _seen(value: object) -> str:
     """Return a value as text, with invisible characters shown as escapes.
 
-    Jinja's autoescape comes after it and escapes HTML.
+    Jinja calls this function for each value that a template prints, and escapes HTML afterwards.
     """
     return visible(value if isinstance(value, str) else str(value), keep="\t\n")
 
 
 def _node_and_process(holder: str) -> tuple[str, str]:
-    """Split a holder's name into its node and the rest, which tells holders of one node apart."""
+    """Split a holder's name ``node:pid:nonce`` into ``node`` and ``:pid:nonce``."""
     node = holder.rsplit(":", 2)[0]
     return node, holder[len(node) :]
 
@@ -52,7 +54,7 @@ def _number(value: int) -> str:
 
 
 def load_templates() -> Environment:
-    """Return the environment of the templates. It compiles each template once in a process."""
+    """Return the templates' Jinja environment, which compiles each template only once."""
     found = Environment(
         loader=FunctionLoader(_read),
         autoescape=True,
@@ -62,7 +64,7 @@ def load_templates() -> Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    # This replaces Jinja's own filters, because some of them, such as "safe", skip the escaping.
+    # Replace all of Jinja's own filters, because some of them, such as "safe", skip the escaping.
     found.filters = {
         "ago": moments.ago,
         "length": len,
@@ -80,7 +82,7 @@ def load_templates() -> Environment:
 
 
 def _digest(name: str) -> str:
-    """Return the digest of an included file, as the browser computes it from the page."""
+    """Return the digest of the style or the script, as the browser computes it from the page."""
     included = _TEMPLATES.get_template(name).render().encode()
     return f"'sha256-{base64.b64encode(hashlib.sha256(included).digest()).decode()}'"
 

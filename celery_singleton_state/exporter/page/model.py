@@ -11,15 +11,15 @@ from celery_singleton_state.history import Outcome
 from celery_singleton_state.store.base import Listed
 from celery_singleton_state.text.visible import as_printed
 
-#: The outcomes after which a singleton counts as failing.
+#: The outcomes of a last run after which a singleton counts as failing.
 FAILING = frozenset({Outcome.FAILED, Outcome.LOST})
 
 
 @dataclass(frozen=True, slots=True)
 class ShownSingleton:
-    """One singleton of the page.
+    """One singleton that the page shows.
 
-    :param row: the singleton's row; ``None`` if it never ran and has no row.
+    :param row: the singleton's row; ``None`` if the singleton has never run and has no row.
     :param runs: the runs of the row's history, oldest first.
     :param value: the state as JSON; ``None`` unless the operator gave ``--show-state``.
     """
@@ -31,7 +31,7 @@ class ShownSingleton:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """The singleton's marks, each of one or two words, the worst first."""
+        """The words for the singleton's condition, such as ``late`` or ``running``, worst first."""
         row, marks = self.row, []
         if not self.health.healthy:
             marks.append("late")
@@ -45,7 +45,7 @@ class ShownSingleton:
 
     @property
     def printed_name(self) -> tuple[str, str]:
-        """The name as commands print and accept it, in two parts: the task and the arguments."""
+        """The singleton's name as commands print and accept it, split into task and arguments."""
         name, task = self.health.singleton, self.health.task
         printed, head = as_printed(name), as_printed(task if name.startswith(task) else name)
         if not printed.startswith(head):
@@ -59,7 +59,7 @@ class ShownSingleton:
 
     @property
     def last_run(self) -> history.Entry | None:
-        """The history's entry for the row's last outcome; ``None`` if the history has none."""
+        """The last run's entry in the history; ``None`` if the history does not have that run."""
         run = next((run for run in reversed(self.runs) if history.is_run(run)), None)
         if run is None or self.row is None or run.outcome != self.row.last_outcome:
             return None
@@ -72,7 +72,7 @@ class ShownBeat:
 
     :param name: the name that the beats of this app share.
     :param leader: the holder of the leader's lease; ``None`` if no beat leads.
-    :param fence: the last fence of the lease.
+    :param fence: the newest fence of the leader's lease.
     :param leads_since: when the leader took the lease, in seconds since the epoch.
     :param upcoming: the entries that are due next, soonest first.
     :param entries: how many entries the schedule has.
@@ -91,14 +91,16 @@ class Page:
     """The contents of one page.
 
     :param app: the name of the Celery app.
-    :param now: the time by the store's clock, in seconds since the epoch.
-    :param shown: the singletons that are drawn, worst first.
+    :param now: the time by the store's clock, in seconds since the epoch; by this host's clock if
+        the store has no rows.
+    :param shown: the singletons that the page shows, worst first.
     :param total: how many singletons match the query.
-    :param running, unhealthy: counts of all singletons, whether they match or not.
+    :param running, unhealthy: how many singletons are running or unhealthy, whether or not they
+        match the query.
     :param query: the text that the visitor typed into the filter.
-    :param beat: ``None`` if no beat has led yet.
+    :param beat: the part of the page about beat; ``None`` if no beat has led yet.
     :param error: why the store could not be read; ``None`` if it was read.
-    :param refresh: seconds between two requests of an open page.
+    :param refresh: seconds after which an open page fetches itself again.
     """
 
     app: str

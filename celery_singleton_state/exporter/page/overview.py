@@ -1,4 +1,4 @@
-"""Reads the page's contents from the store: the singletons, the worst first, and the schedule."""
+"""Read the status page's contents from the store: the singletons, worst first, and the schedule."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from celery_singleton_state.text.visible import as_printed
 
 from .model import FAILING, Page, ShownBeat, ShownSingleton
 
-#: How many singletons, and how many coming ticks, the page shows.
+#: The most singletons, and the most schedule entries, that the page shows.
 SHOWN, UPCOMING = 200, 8
 
 
 class Overview:
-    """Reads the page's contents with three statements.
+    """Reads the status page's contents from the store.
 
-    :param take_snapshot: reads the store; called for each page.
+    With one store, a page takes three statements: for the rows, for the histories and states of the
+    singletons that the page shows, and for the schedule.
+
+    :param take_snapshot: reads the rows; called for each page.
     :param shows_state: whether the page shows the singletons' states.
     """
 
@@ -36,7 +39,7 @@ class Overview:
         self._leader = Leader(runtime.app)
 
     def page(self, query: str) -> Page:
-        """Return the page of the singletons whose names contain the query."""
+        """Return the page's contents, with the singletons whose names contain the query."""
         seen = self._take_snapshot()
         try:
             return self._page(query, seen, self._shown(query, seen), self._beat(seen))
@@ -91,7 +94,10 @@ class Overview:
 
 
 def _matches(query: str, name: str) -> bool:
-    """Return whether a name contains the query, either as it is or as the page shows it."""
+    """Return whether a singleton's name contains the query, ignoring upper and lower case.
+
+    The query can match the name as it is, or the name as the page prints it, with escapes.
+    """
     return query.lower() in name.lower() or query.lower() in as_printed(name).lower()
 
 
@@ -105,9 +111,10 @@ def _show(
 
 
 def _rank(health: SingletonHealth, row: Listed | None) -> tuple[bool, bool, bool, str]:
-    """Return the sort key of a singleton: late ones first, then failing or expired, then running.
+    """Return the key by which singletons are sorted on the page.
 
-    Singletons of equal rank are sorted by name.
+    Late singletons come first, then singletons that are failing or whose lease has expired, then
+    running singletons, then all others. Singletons of equal rank are sorted by name.
     """
     has_expired = row is not None and row.holder is not None and not row.held
     failed = row is not None and row.last_outcome in FAILING

@@ -1,7 +1,7 @@
 """The geometry of a singleton's time line: its last runs as bars on one axis, which ends now.
 
 Each outcome has its own shape as well as its own colour. A bar's width is the run's duration, but
-never so small that the bar could not be seen.
+a bar is always wide enough to be seen.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from celery_singleton_state.history import Entry, Outcome
 from celery_singleton_state.store.base import Listed
 from celery_singleton_state.text import moments
 
-#: The size of the drawing in SVG units. The browser stretches them to the column's width.
+#: The size of the drawing in SVG units. The browser stretches the drawing to the column's width.
 LENGTH, HEIGHT = 100, 24
-#: The smallest width of a bar, in the same units.
+#: The smallest width of a bar, in SVG units.
 NARROWEST = 1.4
 
 RUNNING = "running"
-#: The CSS class of each outcome, and the upper and lower end of each part of its bar.
+#: Maps each outcome to its CSS class and to the parts of its bar: the upper and the lower end of
+#: each part, in SVG units.
 SHAPES: dict[str, tuple[str, tuple[tuple[int, int], ...]]] = {
     Outcome.SUCCEEDED: ("ok", ((11, 22),)),
     Outcome.FAILED: ("failed", ((2, 22),)),
@@ -47,11 +48,11 @@ class Shape(NamedTuple):
 class TimeLine(NamedTuple):
     """The drawing of one singleton's last runs.
 
-    :param label: the contents in words, for screen readers.
-    :param axis: the axis. Its second half is dashed if it stands for a long time without a run.
+    :param label: a description in words, for screen readers.
+    :param axis: the axis. Its right half is dashed if it stands for a long time without a run.
     :param bars: one bar for each run.
     :param start: when the axis begins, in seconds since the epoch.
-    :param end: when the axis ends, in words.
+    :param end: the text at the end of the axis, such as ``now``.
     """
 
     label: str
@@ -64,7 +65,7 @@ class TimeLine(NamedTuple):
 def timeline(row: Listed | None, runs: tuple[Entry, ...], now: float) -> TimeLine | None:
     """Return the time line of one singleton; ``None`` if there is no run to draw."""
     begun = _begun(row)
-    # A time that no calendar has, such as infinity, has no place on the axis.
+    # Leave out runs with a time that no calendar has, such as infinity: the axis cannot show it.
     runs = tuple(
         run for run in runs if moments.is_usual(run.started) and moments.is_usual(run.finished)
     )
@@ -96,10 +97,11 @@ def _axis(is_broken: bool) -> tuple[Shape, ...]:
 
 
 def _end(start: float, last: float, now: float) -> tuple[float, str]:
-    """Return the time at which the axis ends, and a text for its end if that is not now.
+    """Return the time at which the axis ends, and the text at that end.
 
-    Runs that ended long ago would shrink to a point. So they get the left half of the axis, and
-    the right half stands for all the time since the last run.
+    On an axis that is true to scale, runs that ended long ago would shrink to a point. So such runs
+    get the left half of the axis, and the right half stands for all the time since the last run.
+    The text is empty if the axis is true to scale.
     """
     busy = max(last - start, 1.0)
     if now - last <= busy:
@@ -108,7 +110,7 @@ def _end(start: float, last: float, now: float) -> tuple[float, str]:
 
 
 def _begun(row: Listed | None) -> float | None:
-    """Return when the run that has not ended began; ``None`` if there is no such run."""
+    """Return when the unfinished run began; ``None`` if there is no unfinished run."""
     if row is None or row.expires_in is None or row.acquired_at is None:
         return None
     return row.acquired_at if moments.is_usual(row.acquired_at) else None
@@ -149,7 +151,7 @@ def _label(runs: tuple[Entry, ...], begun: float | None, start: float) -> str:
     return f"Runs since {moments.moment(start)} UTC: {said}"
 
 
-#: The shape of each outcome, in the order of the legend.
+#: The legend of the time line: one shape for each outcome.
 LEGEND = tuple(
     _shape(outcome, 1, 7, outcome)
     for outcome in (
