@@ -49,13 +49,14 @@ How long a holder may trust its lease
 
     trusted until = its own clock just before the request was sent + 0.9 * the lease's life
 
-The store starts to count when the request arrives, which is later. So the holder stops trusting
-its lease before the store can give it to another holder. The last tenth is for the body: it is told
-of the loss with 0.8 s left by default. Two bodies do not overlap if the first one ends within that
-time (less twice the error that the two clocks build up over a lease's life). The holder's clock
-keeps counting while the machine is suspended. A renewal that succeeds moves the end of the trust,
-counted from before *that* request. A lease is renewed every interval, and never later than half-way
-through the time for which it is trusted, so that one renewal can fail and be repeated.
+The store starts to count when the request arrives, which is later. So the holder stops trusting its
+lease before the store can give it to another holder. The last tenth is for the body: by default,
+the body is told of the loss 0.8 s before the lease expires. Two bodies do not overlap if the first
+one ends within this tenth, minus twice the error that the two clocks build up over a lease's life.
+The holder's clock keeps counting while the machine is suspended. A renewal that succeeds moves the
+end of the trust: it is then counted from the time just before the renewal was sent. A lease is
+renewed every interval, and never later than half-way through the time for which it is trusted, so
+that one renewal can fail and be repeated.
 
 ::
 

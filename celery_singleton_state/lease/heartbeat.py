@@ -43,15 +43,17 @@ T = TypeVar("T")
 
 logger = logger_of(__name__)
 
-#: The part of a lease's renewal interval after which a renewal without an answer is repeated.
+#: The time after which a renewal without an answer is repeated, as a fraction of the lease's
+#: renewal interval.
 RETRY_PART = 0.125
-#: The part of its renewal interval by which a lease may be renewed early, so that one statement
-#: renews it together with a lease that is due.
+#: How early a lease may be renewed, as a fraction of its renewal interval. So one statement can
+#: renew it together with a lease that is due.
 TOGETHER_PART = 0.5
 
-#: Seconds that a thread waits after an error before it continues.
+#: Seconds that a timer thread waits after an error before it continues.
 AFTER_ERROR = 0.1
-#: Seconds between two checks of a timer thread that has nothing to wait for.
+#: The longest time, in seconds, for which a timer thread sleeps before it checks its items again.
+#: It sleeps without limit only if it has no items, and no item came since its last check.
 LINGER = 1.0
 
 REFUSED = "its renewal was refused"
@@ -128,7 +130,8 @@ class Heartbeat:
     def _expire(self, due: list[HeldLease]) -> None:
         self.take_answers()
         for held in due:
-            # The lease may have been renewed or released since it was found due.
+            # Check again, because the lease may have been renewed or released since it was found
+            # due.
             if not held.remaining:
                 self._lose(held, "it was not renewed before it expired")
 
@@ -144,8 +147,9 @@ class Heartbeat:
         """Return the leases to renew now: all that are due or nearly due, if at least one is due.
 
         The result has one lease of each key at most. Two runs of a process can hold leases of the
-        same key: the first lost its lease and does not know it yet, the second took it over. The
-        store answers by key, so the answer for the second lease would count for the first as well.
+        same key: the first run lost its lease and does not know it yet, and the second run took the
+        lease over. The store answers by key, so the answer for the second lease would count for the
+        first as well.
         """
         now = clock()
         by_key: dict[str, HeldLease] = {}
@@ -240,9 +244,9 @@ class Heartbeat:
 class TimerThread(Generic[T]):
     """A thread that waits until items are due, and calls a function with the due items.
 
-    A short run adds an item and removes it before the item is due. To wake the thread for each such
-    run would cost the run two switches between threads. So a thread without items checks again
-    every :data:`LINGER` seconds, and sleeps without limit only when no item came since its last
+    A short run adds an item and removes it before the item is due. If each such run woke the
+    thread, each run would cost two switches between threads. So a thread without items checks again
+    every :data:`LINGER` seconds, and sleeps without limit only if no item came since its last
     check.
 
     :param name: the thread's name.

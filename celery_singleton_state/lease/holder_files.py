@@ -1,4 +1,4 @@
-"""Holder files: the leases of this host's processes on disk, to free the leases of dead processes.
+"""Holder files note on disk which leases a process holds, to free the leases of dead processes.
 
 Each process that runs singletons keeps a file, in a directory for its user and store. It notes each
 lease in the file before it asks the store for the lease, and it holds a lock (``flock``) on the
@@ -9,9 +9,9 @@ names.
 
 This works only between processes of one kernel, because on many network file systems hosts share
 files but not locks. So each boot of each host has a directory of its own, and no process reads the
-directory of another host or boot (:func:`_kernel`). Process ids do not count, because they are
-reused, for instance in containers. A lease is released by the name of its holder, which is never
-given twice.
+directory of another host or boot (:func:`_kernel`). A process is never recognised by its process
+id, because ids are reused, for instance in containers. A lease is released by the name of its
+holder, and no name is ever given twice.
 
 A forked child inherits the lock, and gives its copy up at once: the leases belong to the process
 that runs the body, and not to its children (:func:`_leave_to_parent`).
@@ -49,12 +49,12 @@ RECORD = 1536
 
 
 class HolderRecord(msgspec.Struct, frozen=True, array_like=True):
-    """A lease that a process holds, or was about to ask the store for.
+    """One lease in a holder file: the process holds the lease, or is about to ask for it.
 
     :param key: the row's key.
     :param holder: the name under which the process holds the lease.
-    :param generation: a number that grows when a body or Celery retries the message, and when a
-        body replaces itself.
+    :param generation: the generation of the message that the process runs. It grows when a body or
+        Celery retries the message, and when a body replaces itself.
     :param sent: the value that distinguishes the message from others with the same task id;
         ``None`` if the message has none.
     """
@@ -73,7 +73,7 @@ class HolderFiles:
 
     :param directory: the result of :func:`directory_of`. With ``None`` no lease is noted, and no
         dead process is found.
-    :param name: the name of this process's file, which no other process ever has.
+    :param name: the name of this process's file, which no file of another process ever has.
     """
 
     def __init__(self, directory: Path | None, name: str) -> None:
@@ -82,7 +82,8 @@ class HolderFiles:
         self._lock = threading.Lock()
         self._memory: mmap.mmap | None = None
         self._free: list[int] = []
-        #: The holder's name of each slot in use, by the slot's start in the file.
+        #: Maps the start of each slot in use, a position in the file, to the name of the holder
+        #: whose lease the slot describes.
         self._holders: dict[int, str] = {}
         _all.add(self)
 
@@ -112,16 +113,16 @@ class HolderFiles:
                 memory = grown
             start = self._free.pop()
             memory[start + 1 : start + 2 + len(record)] = record + b"\0"
-            # The first byte marks the slot as used, and is written last. A process that dies before
-            # that has not asked for the lease yet.
+            # The first byte marks the slot as used, and is written last. If the process dies before
+            # that, it has not asked for the lease yet, so there is no lease to free.
             memory[start] = 1
             self._holders[start] = holder_record.holder
         return start
 
     def put(self, holder: str, at: int, data: bytes) -> bool:
-        """Write bytes into a holder's slot.
+        """Write bytes into the slot of a holder's lease.
 
-        :param at: the position in the slot.
+        :param at: how many bytes after the start of the slot.
         :returns: false if the holder has no slot.
         """
         with self._lock:
@@ -132,12 +133,12 @@ class HolderFiles:
             return True
 
     def get(self, holder: str, at: int, size: int) -> bytes:
-        """Read bytes from a holder's slot; empty if the holder has no slot.
+        """Read bytes from the slot of a holder's lease; empty if the holder has no slot.
 
         This takes no lock, because a body that calls it can be interrupted anywhere, and would
         leave the lock held.
 
-        :param at: the position in the slot.
+        :param at: how many bytes after the start of the slot.
         """
         start, memory = self._slot_of(holder), self._memory
         if start is None or memory is None:
@@ -148,8 +149,8 @@ class HolderFiles:
             return b""
 
     def _slot_of(self, holder: str) -> int | None:
-        # A search is quick enough, because only children of a prefork worker search here. They run
-        # one body at a time, so they use one slot or a few.
+        # A search through all slots is quick enough, because only children of a prefork worker
+        # search. They run one body at a time, so they use one slot or a few.
         for start, name in tuple(self._holders.items()):
             if name == holder:
                 return start
@@ -201,7 +202,8 @@ class HolderFiles:
     def of_dead_processes(self, name: str = "*") -> Iterator[list[HolderRecord]]:
         """Yield the leases of each dead process, and remove its file afterwards.
 
-        The file stays if the caller raises before it asks for the next process.
+        If the caller raises an error before it asks for the next process, the file stays, so that
+        the leases can still be freed later.
 
         :param name: a pattern (``glob``) for the names of the files; left out: all files.
         """
@@ -213,7 +215,7 @@ class HolderFiles:
                         path.unlink()
 
     def lives(self, holder: str) -> bool | None:
-        """Return whether a holder's process lives; ``None`` if this host cannot tell."""
+        """Return whether a holder's process lives; ``None`` if it has no holder file here."""
         name = file_of(holder)
         if name is None or self._directory is None:
             return None
@@ -284,7 +286,7 @@ def _make_room(descriptor: int, size: int) -> None:
 def _locked(path: Path) -> Iterator[int | None]:
     """Try to lock another process's file, which succeeds only if that process is dead.
 
-    The context's value is the file's descriptor; ``None`` if the file cannot be locked.
+    A context manager. It gives the file's descriptor, or ``None`` if the file cannot be locked.
     """
     try:
         descriptor = os.open(path, os.O_RDWR)
@@ -307,14 +309,14 @@ def _read(descriptor: int) -> list[HolderRecord]:
     for start in range(0, os.fstat(descriptor).st_size, SLOT):
         used, record = os.pread(descriptor, 1, start), os.pread(descriptor, RECORD - 1, start + 1)
         if used == b"\1":
-            # One broken record must not hide the other records.
+            # Leave out a record that cannot be decoded, so that it does not hide the others.
             with contextlib.suppress(msgspec.DecodeError):
                 found.append(_decoder.decode(record.split(b"\0", 1)[0]))
     return found
 
 
 def file_of(holder: str) -> str | None:
-    """Return the name of the file of a holder's process.
+    """Return the name of the holder file of the process that has this holder's name.
 
     :returns: ``None`` if the holder's name is not one that this package makes.
     """

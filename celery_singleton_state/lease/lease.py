@@ -12,17 +12,18 @@ from celery_singleton_state.store.base import Lease, StoreUnavailable
 
 T = TypeVar("T")
 
-# While this machine is suspended, leases expire by the store's clock. CLOCK_BOOTTIME keeps counting
-# then, and CLOCK_MONOTONIC does not.
+# The clock by which a holder trusts its lease. While this machine is suspended, the store's clock
+# goes on and leases expire. So the holder's clock must go on, too: CLOCK_BOOTTIME does, and
+# CLOCK_MONOTONIC does not.
 CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
-#: The part of a lease's life for which its holder trusts the lease. In the rest of the life, the
-#: body of a run that lost its lease has to end.
+#: The fraction of a lease's life for which its holder trusts the lease. In the rest of the life,
+#: the body of a run that lost its lease has to end.
 TRUSTED_PART = 0.9
 
 
-#: Return the time in seconds, on the clock by which a holder trusts its lease. Its zero has no
-#: meaning: only differences do.
+#: Return the time in seconds, on the clock by which a holder trusts its lease. Only the difference
+#: between two such times has a meaning.
 clock: Callable[[], float] = partial(time.clock_gettime, CLOCK)
 
 
@@ -33,7 +34,7 @@ LONGEST_PAUSE = 1.0
 
 
 class Owner(Protocol):
-    """The run that holds a lease. The heartbeat's threads call its methods: none may block."""
+    """The run that holds a lease. The heartbeat's threads call its methods, so none may block."""
 
     def lost(self, why: str) -> None:
         """Called when the lease is lost.
@@ -52,9 +53,9 @@ class HeldLease:
     """A lease as its holder sees it: how long it can be trusted, and when its renewal is due.
 
     :param asked_at: :data:`clock` just before the request that acquired the lease was sent.
-    :param interval: seconds between renewals; renewals are more frequent if the life is short.
-    :param owner: the run to tell when the lease is lost or asked for; ``None`` before the run
-        begins and after its end.
+    :param interval: seconds between renewals. A lease with a short life is renewed more often.
+    :param owner: the run that is told when the lease is lost, or when a message asks for it;
+        ``None`` before the run begins and after its end.
     """
 
     def __init__(
@@ -67,8 +68,8 @@ class HeldLease:
         #: The task id of the message that asked this holder to hand over; ``None`` if the holder
         #: has heard of no such request.
         self.handoff_to: str | None = None
-        #: A function that is called before ``remaining`` is computed, and that applies the renewals
-        #: made by the parent process.
+        #: A function that applies the renewals that the parent process has made. It is called
+        #: before ``remaining`` is computed. ``None`` if no parent renews the lease.
         self.refresh: Callable[[], None] | None = None
         self.renew_every = min(interval, TRUSTED_PART * lease.ttl / 2)
         self.asked_at = asked_at
@@ -115,6 +116,7 @@ def retry_immediately(request: Callable[[], T], tries: float, until: float) -> T
     :param tries: the largest number of tries; infinity for no limit.
     :param until: the time, on :data:`~celery_singleton_state.lease.lease.clock`, after which the
         request is not repeated.
+    :returns: the store's answer.
     :raises StoreUnavailable: the last try failed, too.
     """
     pause = FIRST_PAUSE

@@ -7,7 +7,7 @@ import threading
 
 from .lease import clock
 
-#: The part of a process's time that may be spent on the tries of messages that wait for a lease.
+#: The fraction of a process's time that messages which wait for a lease may take with their tries.
 SHARE = 0.05
 #: Seconds that one try of a message takes besides its requests to the store: the worker receives
 #: the message, passes it to the process, and sends it again.
@@ -17,8 +17,8 @@ COST_OF_MESSAGE = 0.005
 class Pace:
     """Computes how long a waiting message pauses: the longer, the more messages wait.
 
-    It counts the messages that this process has sent again: for each key, it keeps the times at
-    which these messages will try again.
+    For each key, a ``Pace`` keeps the times at which the messages that this process has sent again
+    will try again. So it knows how many messages wait.
     """
 
     def __init__(self) -> None:

@@ -24,8 +24,8 @@ only until that lease is lost. So answers that earlier leases left in the slot a
 
 *No half-written answer is accepted.* An answer's time and holder belong together, so they are
 written as one text with a digest. A reader that finds a mix of several writes finds no matching
-digest, and reads again later. So no lock is needed. A process that dies or is stopped
-could keep a lock.
+digest, and reads again later. So no lock is needed, which would be a danger: a process that is
+stopped or dies could keep the lock.
 
 *The child trusts its lease no longer than it should.* The answer has the time just before the
 parent sent the request, by a clock that all processes of a host share. The child counts the lease's
@@ -64,8 +64,8 @@ logger = logger_of(__name__)
 
 REQUEST_AT = RECORD
 ANSWER_AT = 3072
-#: The part of the usual renewal interval after which the parent renews a lease. This is well before
-#: half of the lease's life, when the child would renew the lease itself.
+#: The time after which the parent renews a lease, as a fraction of the usual renewal interval. This
+#: is well before half of the lease's life, when the child would renew the lease itself.
 PARENTS_PART = 0.75
 #: The largest size, in bytes, of the task id of the message that asks for a handoff, in a
 #: :class:`RenewalAnswer`. A longer task id is cut.
@@ -77,15 +77,16 @@ _HEAD = _DIGEST + 2
 class RenewalRequest(msgspec.Struct, frozen=True, array_like=True):
     """A child's request to its parent: renew this lease.
 
-    :param parent: the parent's mark, from :func:`parents_mark`. A process id is not enough: the
-        processes of another container can share the directory and have the same ids.
+    :param parent: the mark of the parent, a random text (:func:`parents_mark`). The parent's
+        process id would not be enough: the processes of another container can share the directory
+        and have the same ids.
     :param key, holder, fence: which lease to renew.
     :param ttl: the lease's life in seconds.
     :param asked_at: :data:`~celery_singleton_state.lease.lease.clock` just before the child asked
         for the lease or last renewed it.
-    :param every: seconds between renewals.
-    :param is_apart: whether the lease is in the store of ``singleton_lease_url``, apart from the
-        states.
+    :param every: seconds between renewals by the parent.
+    :param is_apart: true if the lease is in the store of ``singleton_lease_url``; false if it is in
+        the main store, which also has the states.
     """
 
     parent: str
@@ -120,10 +121,10 @@ _answer_decoder = msgspec.json.Decoder(RenewalAnswer)
 class LeftToParent:
     """In a child process: leaves the renewal of leases to the parent, and reads its answers.
 
-    :param holder_files: has the slots of this process's leases.
+    :param holder_files: the holder files, with the slots of this process's leases.
     :param parent: the parent's mark, from :func:`parents_mark`.
-    :param is_apart: whether the leases are in the store of ``singleton_lease_url``, apart from the
-        states.
+    :param is_apart: true if the leases are in the store of ``singleton_lease_url``; false if they
+        are in the main store, which also has the states.
     """
 
     def __init__(self, holder_files: HolderFiles, parent: str, is_apart: bool = False) -> None:
@@ -166,7 +167,7 @@ class LeftToParent:
         return answer if answer is not None and answer.holder == holder else None
 
     def _trust(self, held: HeldLease) -> None:
-        """Extend the trust in a lease by the parent's last renewal."""
+        """Extend this process's trust in a lease, counted from the parent's last renewal."""
         answer = self.answer_to(held)
         if answer is not None and answer.asked_at is not None:
             held.renewed(answer.asked_at)
@@ -229,16 +230,16 @@ def _digest(text: bytes) -> bytes:
 
 # -- which process is the parent
 
-#: The environment variable with the parent's process id and mark. Forked and spawned children
-#: inherit the variable. Programs that the children start inherit it, too: the process id shows that
-#: such a program is no child of the parent.
+#: The environment variable by which children find the mark of their parent: it has the parent's
+#: process id and mark. Forked and spawned children inherit the variable. Programs that the children
+#: start inherit it, too, but the process id shows that such a program is no child of the parent.
 _MARK = "_CELERY_SINGLETON_STATE_PARENT"
 
 
 def mark_as_parent() -> str:
     """Mark this process as the parent that renews its future children's leases; return the mark.
 
-    The mark is a random text, the same at each call in a process.
+    The mark is a random text. Every call in a process returns the same mark.
     """
     mark = _mark_by(os.getpid())
     if mark is None:
@@ -276,7 +277,8 @@ def listen(callback: Callable[[], None]) -> None:
     """Call a method, in a thread of its own, whenever the parent sends its signal.
 
     This also works while C code keeps the GIL, if that code checks for signals, as ``re`` does.
-    Such code calls the signal's handler, which is Python code. Other threads get the GIL meanwhile.
+    Such code calls the signal's handler. The handler is Python code, so other threads get the GIL
+    while it runs.
 
     :param callback: a bound method; it is not called any more when its object is gone.
     """

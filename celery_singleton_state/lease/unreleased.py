@@ -1,4 +1,4 @@
-"""Leases that this process may hold without a run: release them until the store has answered.
+"""Release the leases that this process may hold without a run, and try until the store answers.
 
 If the answer to an acquisition was lost, the store may have given the lease. A release may have
 failed, too. No other process frees such a lease, because its holder's process lives: other runs
@@ -134,7 +134,8 @@ class UnreleasedLeases:
                 logger.warning("%s: not released yet, will try again: %s", lease.key, error)
                 lease.is_unsure = True
                 return False
-            # The store cannot hold this key, so it holds no lease of this key.
+            # The store cannot hold this key. So it has no lease of this key, and there is nothing
+            # to release.
             released = None
         except Exception as error:  # go on after any error: the other leases need this thread
             logger.warning("%s: not released, its lease must expire: %s", lease.key, error)
