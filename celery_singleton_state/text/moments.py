@@ -1,4 +1,4 @@
-"""Timestamps and durations as texts, for any number that a row may contain.
+"""Format timestamps and durations as texts, whatever number a row may contain.
 
 A timestamp is a number of seconds since 1970, in UTC. PostgreSQL has infinite timestamps, and a
 ``datetime`` has no years after 9999. Such a timestamp gets an unusual text here, and never raises
@@ -45,8 +45,9 @@ def short_moment(epoch: float, now: float) -> str:
 def iso(epoch: float) -> str:
     """Format a timestamp for programs, by ISO 8601.
 
-    Years outside 1 to 9999 have a sign and at least six digits. Timestamps that no calendar has
-    become ``infinity``, ``-infinity``, ``nan`` or a number of seconds since 1970.
+    Years outside 1 to 9999 have a sign and at least six digits. A timestamp that is infinite, NaN
+    or farther away than :data:`FARTHEST` has no date: it becomes ``infinity``, ``-infinity``,
+    ``nan`` or a number of seconds since 1970.
     """
     found = _calendar(epoch)
     if isinstance(found, str):
@@ -69,7 +70,7 @@ def seconds(length: float) -> str:
 def span(length: float) -> str:
     """Format a duration for people, with one unit and about two digits.
 
-    With more digits, a page that refreshes would change too often to be read.
+    With more digits, the durations on a page that refreshes would change too often to be read.
     """
     if not abs(length) < FARTHEST:
         return seconds(length)
@@ -93,8 +94,8 @@ def ago(then: float, now: float) -> str:
 def _calendar(epoch: float) -> tuple[datetime, int] | str:
     """Convert a timestamp to a ``datetime`` and a number of 400-year cycles to add to it.
 
-    The cycles are 0 for the years 1 to 9999. A timestamp that no calendar has becomes a text
-    instead.
+    The cycles are 0 for the years 1 to 9999. A timestamp that is infinite, NaN or farther away than
+    :data:`FARTHEST` becomes a text instead.
     """
     try:
         return datetime.fromtimestamp(epoch, UTC), 0

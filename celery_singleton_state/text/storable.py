@@ -38,7 +38,7 @@ def restored(text: str) -> str: ...
 @overload
 def restored(text: None) -> None: ...
 def restored(text: str | None) -> str | None:
-    """Return the text from which :func:`storable` made this one; ``None`` stays ``None``."""
+    """Undo :func:`storable` and return the original text; ``None`` stays ``None``."""
     if text is None or "\\" not in text:
         return text
     return _ESCAPED.sub(lambda found: found[0].encode().decode("unicode_escape"), text)
@@ -66,5 +66,6 @@ def from_json(raw: str, decoder: msgspec.json.Decoder[T]) -> T:
     except msgspec.DecodeError as error:
         if isinstance(error, msgspec.ValidationError):
             raise
-        # msgspec refuses halves of surrogate pairs, and Python's own parser accepts them.
+        # Try again with Python's own parser: it accepts halves of surrogate pairs, and msgspec does
+        # not.
         return msgspec.convert(json.loads(raw), decoder.type)

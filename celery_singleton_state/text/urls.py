@@ -13,8 +13,8 @@ from celery_singleton_state.compat import hide_in_reports
 #: A pattern for the names of settings whose values Celery must hide, because they may be URLs with
 #: passwords. It also matches misspelled names of such settings.
 _HIDDEN = r"SINGLETON_\w*(URL|URI|DSN|STORE|LEASE(?!_TTL))"
-#: Each URL and each connection string has one of these characters. So a text without any of them
-#: has no password in it.
+#: Matches the characters of which each URL and each connection string has at least one. So a text
+#: without any of them has no password in it.
 _MAY_BE_SECRET = re.compile("[@:=]")
 _SCHEME = re.compile(r"\w[\w+.-]*://")
 
@@ -26,7 +26,7 @@ ENCODED = (
 
 
 def hide_settings() -> None:
-    """Make `celery report`, `celery inspect conf` and `app.conf.humanize()` hide our URLs.
+    """Make `celery report`, `celery inspect conf` and `app.conf.humanize()` hide store URLs.
 
     Celery hides the values of settings whose names match a pattern. Celery offers no way to add
     names, so this function replaces the pattern by a longer one. The values themselves stay plain

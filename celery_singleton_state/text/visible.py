@@ -21,11 +21,11 @@ _BLANK = re.compile(
     "["
     "\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2d7f\u3164\ufe00-\ufe0f\uffa0"  # joiners, fillers
     "\U00016fe4\U0001107f\U000e0100-\U000e01ef"
-    "\u2800\ufffc\U0001d159"  # symbols without ink: of Braille, of an object, of a note
+    "\u2800\ufffc\U0001d159"  # a Braille cell, an object's place and a note, all empty
     "]"
 )
-#: An escape that :func:`as_printed` can write. Escapes of surrogates are left out, because no row's
-#: name has a surrogate.
+#: Matches an escape that :func:`as_printed` can write. Escapes of surrogates are left out, because
+#: no row's name has a surrogate.
 _ESCAPE = re.compile(
     r"\\(x(?:[01][0-9a-f]|20|5c|7f|[89a-f][0-9a-f])"
     r"|u(?!00|d[89a-f])[0-9a-f]{4}|U(?:000[1-9a-f]|0010)[0-9a-f]{4})"
@@ -69,8 +69,8 @@ def names_meant(typed: str) -> list[str]:
     itself.
     """
     meant = _ESCAPE.sub(lambda found: chr(int(found[1][1:], 16)), typed)
-    # Python reads typed bytes that are no valid text as surrogates. A key has escapes in place of
-    # surrogates.
+    # If the bytes on a command line are no valid text, Python reads them as surrogates. The keys in
+    # the store have escapes instead, so escape the surrogates here, too.
     return list(dict.fromkeys(encodable(each) for each in (meant, typed)))
 
 
@@ -124,19 +124,22 @@ def logger_of(name: str) -> logging.Logger:
 
 
 def _make_visible(record: logging.LogRecord) -> bool:
-    """Escape the invisible characters in a log record's arguments and traceback; always true."""
+    """Escape the invisible characters in a log record's arguments and traceback.
+
+    This is a logging filter, so it returns true: otherwise the record would be dropped.
+    """
     if isinstance(record.args, tuple):
         record.args = tuple(map(_shown, record.args))
     elif record.args:
         record.args = {name: _shown(each) for name, each in record.args.items()}
     if record.exc_info and record.exc_info[1] is not None:
-        # If a record has this text, formatters do not format the traceback themselves.
+        # Formatters take this text, if it is set, and do not format the traceback themselves.
         record.exc_text = _traceback(record.exc_info[1])
     return True
 
 
 def _shown(argument: Any) -> Any:
-    """Wrap a log record's argument if its text has invisible characters.
+    """Wrap a log record's argument if its text has invisible characters, so that they are escaped.
 
     Other arguments are returned unchanged, so that handlers get numbers and plain texts.
     """
@@ -176,7 +179,7 @@ def _traceback(error: BaseException) -> str:
 
 
 def _show_in(found: TracebackException) -> None:
-    """Make a traceback show the text of each error in it as one line, causes and members, too."""
+    """Make a traceback show each error's text as one line, also for causes and grouped errors."""
     found.__class__ = _OfOneLine
     if found.__notes__:
         found.__notes__ = [visible(str(note)) for note in found.__notes__]
