@@ -1,4 +1,4 @@
-"""Task base classes with a ``__call__`` of their own, and how their calls reach the guard.
+"""Make calls reach the guard if a task's base class has a ``__call__`` of its own.
 
 The guard is :meth:`SingletonTask.__call__`. Flask's documentation, and Celery's, show a base class
 that opens a context around each task: its ``__call__`` ends with ``super().__call__(...)`` or with
@@ -38,18 +38,19 @@ class _Call:
 
     def __init__(self, task: Any) -> None:
         self.task = task
-        #: Whether the call is in the guard now, and whether it has ever been.
+        #: Whether the call is in the guard at present; and whether it has been in the guard at any
+        #: time.
         self.is_guarded = self.was_guarded = False
 
 
 _current: ContextVar[_Call | None] = ContextVar("celery_singleton_state_call", default=None)
 #: All calls of this process that :class:`_Call` describes. A thread that a ``__call__`` started
-#: does not have the context of :data:`_current`, and finds its call here.
+#: does not have the value of :data:`_current`, so it finds its call here.
 _calls: list[_Call] = []
 
 
 def _unguarded_call(task: Any) -> _Call | None:
-    """Return the call of this task that the calling code is in, unless it has reached the guard."""
+    """Return the present call of this task if the call is not in the guard; otherwise ``None``."""
     current = _current.get()
     candidates = [current] if current is not None else list(_calls)
     return next((call for call in candidates if call.task is task and not call.is_guarded), None)
@@ -57,7 +58,7 @@ def _unguarded_call(task: Any) -> _Call | None:
 
 @contextmanager
 def in_guard(task: Any) -> Iterator[None]:
-    """Mark the current call of a task, if there is one, as in the guard while the block runs."""
+    """A context manager that marks the present call of a task, if any, as in the guard."""
     call = _unguarded_call(task)
     if call is None:
         yield
@@ -124,7 +125,7 @@ def _refuse_unguardable(task: Any, first: type, guard: type) -> None:
 
 
 def _noting(task: Any) -> Callable[..., Any]:
-    """Make the task class's ``__call__``, which registers each call so that ``run`` can find it."""
+    """Make a task class's ``__call__`` that registers each call, so that ``run`` can find it."""
     own = vars(task).get("__call__")
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
@@ -149,7 +150,7 @@ def _noting(task: Any) -> Callable[..., Any]:
 
 @functools.cache
 def _warn_of_unguarded(name: str) -> None:
-    """Warn, once for each task, of a call that has not reached the guard.
+    """Warn, once for each task, of a call that has ended without reaching the guard.
 
     This is no error, because a ``__call__`` may choose not to run the body.
     """
@@ -243,8 +244,8 @@ def keep_class_of_app(task: Any) -> None:
     context around all tasks, or Django's ``delay_on_commit``. The app's class comes after
     ``SingletonTask``, so that the guard calls its ``__call__`` as the body.
 
-    :param task: a class that is just being made. The class is changed only if Celery's decorator
-        makes it.
+    :param task: a task class that Python is creating. The class is changed only if Celery's
+        decorator makes it.
     :raises ImproperlyConfigured: Python cannot combine the two classes.
     """
     app = vars(task).get("app")

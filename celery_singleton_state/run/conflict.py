@@ -1,4 +1,4 @@
-"""Conflicts: what to do when a delivery finds the lease taken, by one function for each policy.
+"""Resolve conflicts: each policy's function says what to do when a delivery finds the lease taken.
 
 A policy's function has three ways to resolve a conflict:
 
@@ -51,7 +51,7 @@ LIFE_AFTER_HOLD = NEXT_PAUSE + LONGEST_GRACE + LONGEST_WAIT
 class Conflict:
     """A delivery that found the lease of its singleton taken.
 
-    :param row: the row as it was read just after the refusal; ``None`` if there was none.
+    :param row: the row as it was read just after the refusal; ``None`` if there was no row.
     :param args, kwargs: the arguments of the body.
     :param waited: seconds that the delivery has waited in this process, without being requeued.
     :param asked_at: when the delivery asked for the lease, on
@@ -122,7 +122,7 @@ def wait(conflict: Conflict) -> float | None:
     if can_be_sent_again(conflict.delivery.task, conflict.delivery.request):
         send_to_wait(conflict)
     waited = conflict.delivery.waited + conflict.waited
-    # Each pause is about as long as all earlier pauses together.
+    # Each pause is about as long as all earlier pauses together, so that long waits need few tries.
     return _try_again(conflict, min(max(waited, FIRST_WAIT), LONGEST_WAIT))
 
 
@@ -139,8 +139,8 @@ def replace(conflict: Conflict) -> float | None:
         _give_up(conflict, newest_in(row))
         return None
     if place.is_below(row):
-        # The row's rank has grown, but not because of a newer message. So this message is still
-        # the newest.
+        # The row's rank has grown without a newer message: by the acquisition of a duplicate, for
+        # example. So this message is still the newest, and takes the row's rank.
         place.rank = row.rank
         return 0.0
     if row.held and row.newest < (place.rank or row.next_rank):
@@ -184,7 +184,8 @@ def coalesce(conflict: Conflict) -> float | None:
         if not can_be_sent_again(delivery.task, delivery.request):
             return _try_again(conflict, left)
         task_id, life = str(delivery.request.id), left + LIFE_AFTER_HOLD
-        # Claim even if a run has begun since the row was read: that run may have other arguments.
+        # Note this message as queued even if a run has begun since the row was read. That run may
+        # have other arguments, so it does not replace the run of this message.
         found = claim(delivery.task, row.key, task_id, life, beside_run=True)
         if found in (None, task_id) or is_behind_another(row, task_id):
             send_again(delivery.task, delivery.request, delivery.name, left)
@@ -210,7 +211,8 @@ def _try_again(conflict: Conflict, pause: float) -> float:
     left = conflict.time_left()
     pause *= random.uniform(0.75, 1.25)
     if conflict.row is not None and conflict.row.held:
-        # If the holder has died, its lease is free at its expiry. Do not pause for longer.
+        # Do not pause for longer than until the holder's lease expires: if the holder has died, the
+        # lease is free then.
         pause = min(pause, (conflict.row.expires_in or 0.0) + AFTER_EXPIRY)
     pause = min(pause, left)
     if can_be_sent_again(delivery.task, delivery.request):
@@ -224,8 +226,8 @@ def _try_again(conflict: Conflict, pause: float) -> float:
     return pause
 
 
-#: The function of each value of the option ``on_conflict``. It returns the seconds until the next
-#: try in this process; ``None`` if the delivery has ended.
+#: Maps each value of the option ``on_conflict`` to its function. The function returns the seconds
+#: until the next try in this process; ``None`` if the delivery has ended.
 POLICIES: Mapping[str, Callable[[Conflict], float | None]] = {
     "skip": skip,
     "wait": wait,

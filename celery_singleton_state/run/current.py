@@ -1,4 +1,4 @@
-"""The run that the calling code is in, found through its context variables."""
+"""Find the run that the calling code is in, through the code's context variables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 #: The innermost run that the calling code is in; ``None`` outside of runs.
 CURRENT: ContextVar[Run | None] = ContextVar("celery_singleton_state_run", default=None)
-#: The runs of this process. A forked child has its parent's runs here as well.
+#: The runs of this process. A forked child has its parent's runs here as well; ``Run.is_here`` is
+#: false for these.
 ACTIVE: set[Run] = set()
 
 
@@ -25,7 +26,8 @@ def current_run(task: Any) -> Run | None:
 def why_no_run(task: Any) -> str:
     """Explain why the calling code is in no run of this task, for an error's text.
 
-    :returns: an empty text if there is nothing to explain: the task does not run in this process.
+    :returns: why a run cannot be found. The text is empty if the task does not run in this process
+        at all, because then the error needs no further explanation.
     """
     if _innermost(task) is not None:
         return "this code has the context of a run that has ended"

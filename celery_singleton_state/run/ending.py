@@ -18,9 +18,10 @@ from celery_singleton_state.ticks_done import EntryTicks
 
 logger = logger_of(__name__)
 
-#: The largest number of spans of done ticks that a row keeps for one schedule entry. It is larger
-#: with the policies "wait" and "replace", because there messages of ticks can overtake each other
-#: and leave gaps. With other policies, a gap is nearly always a skipped tick.
+#: The largest number of spans of done ticks that a row keeps for one schedule entry. (In a span,
+#: all ticks that were sent are done.) The number is larger with the policies "wait" and "replace",
+#: because there messages of ticks can overtake each other and leave gaps. With other policies, a
+#: gap is nearly always a skipped tick.
 SPANS_OF_WAITING, SPANS = 1000, 300
 
 
@@ -39,7 +40,7 @@ def outcome_of(error: BaseException, delivery: Delivery, is_replaced: bool) -> O
 
 
 def is_of_lease(error: BaseException, delivery: Delivery) -> bool:
-    """Return whether the error says that this singleton lost its lease or hands it over."""
+    """Return whether the error says that this delivery's run lost its lease or hands it over."""
     return isinstance(error, HeartbeatFailed) and error.singleton == delivery.name
 
 
@@ -62,7 +63,7 @@ def ticks_after(
     is_replaced: bool,
     continues: bool,
 ) -> str | None:
-    """Return the row's new record of ended ticks; ``None`` if the run does not change it.
+    """Return the new record of ended ticks for the row; ``None`` if the run does not change it.
 
     If a run lost its lease, its tick has not ended, and the beat sends the tick again. If the run
     was asked to hand over to a newer message, its tick has ended and does not come again.

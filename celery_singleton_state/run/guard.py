@@ -40,8 +40,8 @@ from .conflict import POLICIES, Conflict
 from .run import Run
 from .waiting import is_behind_another
 
-#: Seconds between two tries of a fan-out copy that arrived too early: its message is a retry, and
-#: the run that sent the retry has not ended yet.
+#: Seconds between two tries of a message that arrived too early: the message is a fanout exchange's
+#: copy of a retry, and the run that sent the retry has not ended yet.
 COPY_PAUSE = 0.2
 #: The largest number of requests for a lease in one try. A request is repeated if the store refused
 #: it, but the row, read just after that, shows a free lease.
@@ -80,8 +80,8 @@ def deliver(delivery: Delivery, body: Callable[..., Any], args: Any, kwargs: Any
     except StoreError as error:
         raise _not_loaded(delivery, error) from error
     claim = Claim(delivery, body, runtime.new_holder(delivery.request.hostname))
-    # The lease is noted before it is asked for, because the process can die at any time after the
-    # request.
+    # Note the lease in the holder file before asking for it, because the process can die at any
+    # time after the request.
     holder_record = HolderRecord(delivery.key, claim.holder, delivery.generation, delivery.sent)
     slot = runtime.holder_files.note(holder_record)
     runtime.under_way.add(claim.holder)
@@ -111,8 +111,8 @@ def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any
     delivery = claim.delivery
     request, name = delivery.request, delivery.name
     if delivery.is_unrecorded:
-        # If the work was done, the row says so. To acquire the lease first would only delay another
-        # delivery that wants to run.
+        # Read the row before asking for the lease: if the work was done, the row says so, and the
+        # lease would only delay another delivery that wants to run.
         _wait_for_record(delivery, _peek(delivery))
     try:
         asked_at, acquired, row = _acquire(claim)
@@ -133,7 +133,8 @@ def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any
     if row is not None and row.held and row.task_id == request.id and delivery.is_copy:
         before = delivery.generation - 1
         if before >= 0 and not history.begun_by(entries, str(request.id), before, delivery.sent):
-            # This message is a copy of a retry. The run that sent the retry has not ended yet.
+            # This message is a copy of a retry, and the run that sent the retry has not ended yet.
+            # So wait for its end.
             return False, COPY_PAUSE
         return True, _end_duplicate(delivery, None)
     if row is not None and row.held and _is_of_holder(row, request):
@@ -145,7 +146,7 @@ def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any
 
 
 def _is_of_holder(row: Row, request: Context) -> bool:
-    """Return whether the lease is held for this message, or for a message that it replaces.
+    """Return whether the holder runs this same message, or a message that this one replaces.
 
     A replacement can arrive before the run that it replaces has released the lease.
     """
@@ -168,7 +169,8 @@ def _run(claim: Claim, acquired: Acquired, asked_at: float, args: Any, kwargs: A
             if run.entries and delivery.request.id:
                 run.refuse_poison()
             return run.execute(claim.body, args, kwargs)
-        # If the next call requeues the message, only the lease is released, and no run is recorded.
+        # If the next call requeues the message, the lease is released and no run is recorded,
+        # because the message has not ended.
         wait_for_record(delivery, done, acquired.acquired_at)
         run.end_as_duplicate(done)
     finally:
@@ -292,7 +294,8 @@ def _acquire(claim: Claim) -> tuple[float, Acquired | None, Row | None]:
         try:
             return ask()
         except StoreUnavailable:
-            # The pooled connection may have died, so the request is sent once more over a new one.
+            # The pooled connection may have died, so send the request once more over a new
+            # connection.
             if clock() >= until:
                 raise
             return ask()
@@ -319,7 +322,7 @@ def _still_taken(claim: Claim) -> Row | None:
 
 
 def _is_freed(delivery: Delivery, row: Row) -> bool:
-    """Free a lease whose run has ended without a release; return whether it may be free now.
+    """Free a lease whose run has ended without a release; return whether the lease may be free now.
 
     Either the holder's process has died, or the holder is this process and its release has failed.
     """
@@ -347,7 +350,8 @@ def _ask(claim: Claim) -> tuple[float, Acquired | None]:
         delivery.task.name,
     )
     if acquired is None:
-        # An earlier request, whose answer was lost, may still acquire the lease.
+        # The refused request took no lease. But an earlier request, whose answer was lost, may have
+        # taken the lease or may still take it.
         claim.may_hold = may_have_held
         return asked_at, None
     if delivery.ttl <= delivery.first_ttl:

@@ -68,7 +68,7 @@ _LOCKING = frozenset[CodeType](
         threading.Condition.__exit__,
         logging.Handler.acquire,
         logging.Handler.release,
-        # Before Python 3.13.
+        # The next two exist only before Python 3.13.
         getattr(logging, "_acquireLock", None),
         getattr(logging, "_releaseLock", None),
     )
@@ -188,7 +188,7 @@ class Body:
 
     def _failure(self, error: BaseException | None) -> HeartbeatFailed:
         failure = HeartbeatFailed(self._singleton, self._why or "")
-        # The traceback shows where the body was interrupted.
+        # Keep the traceback, because it shows where the body was interrupted.
         return failure.with_traceback(error.__traceback__ if error is not None else None)
 
     def _repeat(self) -> None:
@@ -258,7 +258,7 @@ class Unbreakable:
 
 
 class _Stack:
-    """The sections of one thread or greenlet, innermost last. Subclasses know how to interrupt.
+    """The sections of one thread or greenlet, innermost last. Subclasses interrupt them.
 
     An item is a body, or ``None`` for a section that must not be interrupted.
     """
@@ -319,7 +319,7 @@ class _Stack:
 
 
 class _Thread(_Stack):
-    """The sections of a thread, in which CPython can tell which exception is being handled."""
+    """The sections of a thread. CPython can tell which exception a thread is handling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -327,7 +327,7 @@ class _Thread(_Stack):
 
     def handles(self, interruption: RunInterrupted) -> bool:
         handled: Any = sys._current_exceptions().get(self._ident)
-        if isinstance(handled, tuple):  # before Python 3.12
+        if isinstance(handled, tuple):  # type, error and traceback, before Python 3.12
             handled = handled[1]
         # The loop is limited because users' code can set `__context__`, and may make a ring.
         for _ in range(100):
@@ -382,7 +382,8 @@ class _OtherThread(_Thread):
 
     def enter(self, section: Body | None) -> None:
         with self._lock:
-            # Withdraw first: if the exception arrives now, the section has not begun yet.
+            # Withdraw a sent exception before the section begins. If the exception arrives
+            # meanwhile, it still hits the body around the section, for which it was sent.
             self._take_back()
             super().enter(section)
 

@@ -80,7 +80,8 @@ class Run:
         self.is_final = True
         #: Whether this run's tick continues in the message that replaces the run.
         self.tick_continues = False
-        #: Whether the body has replaced itself, and whether it is just sending the replacement.
+        #: Whether the body has replaced itself; and whether the body is sending the replacement at
+        #: this moment.
         self.is_replaced = self.is_replacing = False
         runtime = delivery.runtime
         self.held = HeldLease(acquired.lease, asked_at, runtime.settings.heartbeat_interval)
@@ -102,7 +103,7 @@ class Run:
         #: A lock that is held while the state is written. A write must be answered before the next
         #: one gets its number, and a body can have several threads that write.
         self._writing = threading.RLock()
-        #: Whether the body has ended, and whether the whole run has ended. After its body, a run
+        #: Whether the body has ended; and whether the whole run has ended. After its body, a run
         #: still saves the state and releases the lease.
         self._is_ending = self.is_over = False
         self._pid = os.getpid()
@@ -136,7 +137,8 @@ class Run:
             finally:
                 CURRENT.reset(token)
                 ACTIVE.discard(self)
-                # Mark the run as over: a thread with a copy of the context can outlive the run.
+                # Mark the run as over, because a thread with a copy of the context can outlive the
+                # run.
                 self.is_over = True
                 self._delivery.place.handoff_to = self.held.handoff_to
                 # Clear the lease's owner, which is this run: the cycle of references would keep the
@@ -152,7 +154,8 @@ class Run:
         try:
             self._heartbeat.hold(self.held)
             if self._delivery.is_message:
-                # The result backend can be slow, and the lease can be lost meanwhile.
+                # Check the lease after this call: the result backend can be slow, and the lease can
+                # be lost meanwhile.
                 forget_result(self._delivery)
                 self._writer.refuse_if_lost()
             self._load()
@@ -340,7 +343,7 @@ class Run:
         self._writer.refuse_if_undecided()
         before = self.state.document()
         write = saved = None
-        # The stack holds the lock `_writing` from the save until the commit is answered.
+        # This ``ExitStack`` holds the lock `_writing` from the save until the commit is answered.
         with ExitStack() as writing:
             try:
                 with self._store.transaction() as transaction:

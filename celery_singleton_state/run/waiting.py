@@ -32,11 +32,12 @@ FIRST_PAUSE = 0.1
 NEXT_PAUSE = 1.0
 #: The longest pause in seconds of a message that is not next in line, if few messages wait.
 LONGEST_PAUSE = 30.0
-#: The longest pause of a message that is not next in line, as a part of its ``conflict_timeout``.
-#: The smaller of this pause and LONGEST_PAUSE counts, but never less than NEXT_PAUSE.
+#: The longest pause of a message that is not next in line, as a fraction of its
+#: ``conflict_timeout``. The smaller of this pause and LONGEST_PAUSE counts, but never less than
+#: NEXT_PAUSE.
 PART_OF_TIMEOUT = 0.01
 #: How long the message that is next in line keeps its claim after the time of its next try, because
-#: the message may still wait in a queue then: the part GRACE_OF_TIMEOUT of its
+#: the message may still wait in a queue then: the fraction GRACE_OF_TIMEOUT of its
 #: ``conflict_timeout``, but at least GRACE seconds and at most LONGEST_GRACE seconds.
 GRACE = 3.0
 LONGEST_GRACE = 10.0
@@ -49,7 +50,8 @@ AFTER_EXPIRY = 0.1
 def is_behind_another(row: Row, task_id: str | None) -> bool:
     """Return whether another message is next in line for the lease, even if the lease is free.
 
-    A message of ``enqueue_once`` that is only queued holds a claim, too, but a longer one.
+    A message of ``enqueue_once`` that is only queued holds a claim in the row, too, but a longer
+    claim. So the length tells the two kinds of messages apart.
 
     :param task_id: the task id of this message.
     """
@@ -99,13 +101,14 @@ def _pause_of_next(conflict: Conflict, waited: float) -> float:
     row = conflict.row
     pause = min(max(waited, FIRST_PAUSE), NEXT_PAUSE)
     if row is not None and row.held:
-        # If the holder has died, its lease is free at its expiry. Do not pause for longer.
+        # Do not pause for longer than until the holder's lease expires: if the holder has died, the
+        # lease is free then.
         pause = min(pause, (row.expires_in or 0.0) + AFTER_EXPIRY)
     return pause
 
 
 def _is_next(conflict: Conflict, pause: float) -> bool:
-    """Return whether the message is next in line; claim that place for it if it is free.
+    """Return whether the message is next in line; make it the next if no other message is.
 
     :param pause: seconds until the message's next try.
     """

@@ -70,7 +70,8 @@ class FencedWriter:
         self._emit = emit
         self._number = 0
         self._seen = seen
-        #: Whether the outcome of every transaction is known. If not, the run writes no state.
+        #: Whether the outcome of every transaction so far is known. If not, the run writes no
+        #: state.
         self.may_write = True
 
     def next_write(self, new: NewValue) -> Write:
@@ -93,10 +94,11 @@ class FencedWriter:
         :param operation: the name of the operation, for the event of a refusal.
         :param request: sends the write and returns the store's answer, which is false if the store
             refused the write.
-        :param recognised: called if a repeated write is refused. It returns true if the refusal
-            only means that an earlier try, whose answer was lost, took effect. Left out: a
-            refusal never means that.
-        :returns: the store's answer; a false value if an earlier try took effect.
+        :param recognised: called if a repeated write is refused. It returns whether the refusal
+            only means that an earlier try, whose answer was lost, took effect. Left out: every
+            refusal means that the lease is lost.
+        :returns: the store's answer. It is false only if the store refused a repeated write because
+            an earlier try had taken effect. Every other refusal raises an error.
         :raises HeartbeatFailed: the lease was lost before, or the store's refusal shows that it is.
         :raises SchemaDecodeFailed: the store cannot hold the value; nothing was written.
         :raises StatePersistFailed: the store is unavailable; a try may still have taken effect.
@@ -139,7 +141,7 @@ class FencedWriter:
         return ended
 
     def was_committed(self, write: Write) -> bool:
-        """Return whether a transaction was committed whose COMMIT was interrupted or unanswered.
+        """Return whether a COMMIT that was interrupted or not answered took effect.
 
         If the store answers that the lease is not held any more, the lease is lost. If the store
         does not answer while the lease may be trusted, the outcome stays unknown: the result is
