@@ -71,7 +71,7 @@ class Content:
 
 
 def note_content(sender: Any, request: Any, **_: Any) -> None:
-    """Note in a message's properties how the message is encoded.
+    """Note in a message's properties how the message is encoded, so that its task can see this.
 
     Celery itself shows a task the encoding of its message only if the broker is RabbitMQ. Celery's
     signal ``task_received`` calls this function.
@@ -105,11 +105,11 @@ def encoding_of(request: Context) -> dict[str, Any]:
 
 
 def options_for_new(task: Any, request: Context) -> dict[str, Any]:
-    """Return the options with which a new message is sent in place of a message.
+    """Return the options with which a new message is sent in place of an earlier message.
 
-    The new message takes over the options that the sender chose. It does not take over callbacks,
-    a chain, a group or a chord, because they end with the message. It does not take over ``eta``
-    or ``countdown`` either, because that time has passed.
+    The new message takes over the options that the sender chose. It does not take over callbacks, a
+    chain, a group or a chord, because they belong to the earlier message. It does not take over
+    ``eta`` or ``countdown`` either, because that time has passed.
     """
     if request.called_directly or request.is_eager or not request.id:
         return {}

@@ -6,7 +6,7 @@ until it is due. Two things go wrong with that:
 - A broker redelivers a message that stays unacknowledged for too long. So this package sends no
   countdown that is longer than half of that time. When such a message arrives with a part of its
   pause left, it is sent again for the rest.
-- A worker cannot raise its prefetch count for RabbitMQ's quorum queues, so waiting messages block
+- A worker cannot raise its prefetch count for RabbitMQ's quorum queues, so messages that wait block
   messages that could run. From Celery 5.5 on, RabbitMQ can delay messages itself, by whole seconds,
   in queues that Celery's workers declare. Celery uses these queues for topic exchanges only. This
   package uses them for every queue, with a binding of its own.
@@ -34,9 +34,9 @@ from .routing import address_of, broker_kind, delayed_key, into, queue_of, resol
 
 logger = logger_of(__name__)
 
-#: For each kind of broker: the transport option with the seconds after which the broker redelivers
-#: an unacknowledged message, and the option's default. RabbitMQ has no such transport option: the
-#: limit is in the server's configuration, and its default is 30 minutes.
+#: Maps each kind of broker to the transport option that sets after how many seconds the broker
+#: redelivers an unacknowledged message, and to the option's default. RabbitMQ has no such transport
+#: option: the limit is in the server's configuration, and its default is 30 minutes.
 _KEEPS = {
     "amqp": ("", 1800.0),
     "redis": ("visibility_timeout", 3600.0),
@@ -138,7 +138,7 @@ def _wait_in_broker(app: Celery, options: dict[str, Any], seconds: int, target: 
     """
     options["eta"], options["countdown"] = None, seconds
     if target is None:
-        return  # Celery itself delays a message for an unknown queue, by whole seconds
+        return  # the queue is not known here, so leave the delay to Celery's own rules
     if _is_bound(app, target):
         # RabbitMQ delays the message, so it needs no countdown. With one, a worker whose clock is
         # behind would delay the message a second time.

@@ -35,14 +35,15 @@ from celery_singleton_state.ticks_done import EntryTicks, TicksDone
 from .place import Place
 from .routing import is_copy
 
-#: The reason that logs and events give for a duplicate: an earlier run did the message's work.
+#: The reason that logs and events give for refusing a duplicate.
 DONE_BEFORE = "was done before"
 #: Seconds for which a tick of an entry with ``catch_up="all"`` waits for the lease. After that its
 #: task fails, and beat sends the tick again.
 ONE_BY_ONE_TIMEOUT = 3600.0
 
-#: What one ``self.replace()`` adds to a message's generation. It is larger than any count of
-#: retries, so that a replacement has a later generation than all retries of the replaced message.
+#: The number that one ``self.replace()`` adds to a message's generation. It is larger than any
+#: count of retries, so that a replacement has a later generation than all retries of the replaced
+#: message.
 REPLACEMENT = 1 << 32
 
 #: Seconds in which a run has to end after it has learned that it is asked to hand over.
@@ -148,15 +149,17 @@ class Delivery:
             (request.replaced_task_nesting or 0) * REPLACEMENT + self.retries - self.own_retries
         )
         if self.sent is None and request.root_id not in (None, request.id):
-            # A part of a chain or chord has no value of its own. A chain can be sent twice with the
-            # same task ids in it, and then only the root ids of its parts differ.
+            # A part of a chain or chord has no value of its own, so it gets its root id as its
+            # value. If a chain is sent twice with the same task ids, only the root ids of its parts
+            # differ.
             self.sent = encodable(str(request.root_id))
         #: The conflict policy. A tick that beat waits for must not be skipped, so it always waits.
         self.on_conflict = "wait" if self.is_one_by_one else options.on_conflict
         #: The lease's life: seconds until it expires if it is not renewed.
         self.ttl = options.lease_ttl or runtime.lease_ttl
-        #: Seconds for which the acquisition takes the lease. If the task's ``lease_ttl`` is longer,
-        #: the run then renews the lease for that life.
+        #: The lease's life, in seconds, that is asked for when the lease is acquired. If the task's
+        #: ``lease_ttl`` is longer, the run renews the lease once for ``lease_ttl`` before its body
+        #: begins.
         self.first_ttl = min(self.ttl, runtime.lease_ttl)
         #: Whether duplicates are dropped. Without the option ``deduplicate``: true for ticks, and
         #: for singletons with a state.
@@ -236,10 +239,11 @@ class Delivery:
         return previous_of(self.request)
 
     def ticks_of(self, raw: str | None) -> tuple[TicksDone, EntryTicks]:
-        """Return the ticks that a row records for all schedule entries, and for this message's
-        entry.
+        """Decode a row's record of ticks.
 
         :param raw: the column ``ticks_done`` of the row.
+        :returns: the whole record, which has the ticks of each schedule entry; and the ticks of
+            this message's entry alone, empty if the row has recorded none.
         """
         known = ticks_done.decode(raw, self.name)
         return known, known.get(self.tick.entry if self.tick else "", EntryTicks())
@@ -249,8 +253,8 @@ class Delivery:
 
         The record of ticks may show that the tick is done or has failed for good. A tick that is
         older than all ticks that the row records is refused, too, because its run may have been
-        forgotten. The last rule does not apply to a retry, nor to a message that names the tick
-        before its own.
+        forgotten. This last rule does not apply to a retry, nor to a message that also names the
+        tick that beat sent before the message's own.
 
         :param entries: the history of the singleton, as its row has it.
         :param raw: the column ``ticks_done`` of the row.

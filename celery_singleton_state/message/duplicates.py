@@ -138,8 +138,9 @@ def _lives(delivery: Delivery, holder: str) -> bool | None:
     lives = delivery.runtime.holder_files.lives(holder)
     if lives is not None:
         return lives
-    # There is no holder file, because a worker removes the file of a dead child. No two workers
-    # have the same node name, so a process id under this worker's name is one of its own processes.
+    # The process has no holder file: its worker may have removed the file after the process died.
+    # No two workers have the same node name. So a holder with this worker's node name was one of
+    # this worker's processes, and it is dead if the process id is not in use.
     node, _, rest = holder.rpartition(":")[0].rpartition(":")
     if node != storable(delivery.request.hostname) or not rest.isdecimal():
         return None

@@ -84,8 +84,9 @@ def enqueue(
     :param key: the key of the singleton's row.
     :param options: the options of ``apply_async``.
     :param publish: publishes the message, given its task id.
-    :param beside_run: whether the message is published although another message is running.
-    :param has_ended: tells from a task id whether that message is known to have ended.
+    :param beside_run: true to publish the message even if another message is running.
+    :param has_ended: a function that takes a task id and returns whether the message with this id
+        is known to have ended.
     :returns: the return value of ``publish``; or the task id of the message that is queued or
         running, if nothing was published.
     """
@@ -152,8 +153,9 @@ def claim(
     :param key: the key of the singleton's row.
     :param task_id: the task id of the message.
     :param life: the seconds for which the message counts as queued.
-    :param beside_run: whether a running message is ignored.
-    :param has_ended: tells from a task id whether that message is known to have ended.
+    :param beside_run: true to note the message even if another message is running.
+    :param has_ended: a function that takes a task id and returns whether the message with this id
+        is known to have ended.
     :returns: the task id of the other message; ``None`` if this message is to be sent. The result
         is also ``None`` if other senders changed the queue at each of :data:`ATTEMPTS` tries.
     :raises StoreError: the store is unavailable.
@@ -257,8 +259,9 @@ def _claim(task: Any, key: str, task_id: str, life: float, number: int, until: f
         return True
     requests, tries = _requests(task), itertools.count()
     return retry_immediately(
-        # A repeated request accepts that the first request has noted the message. If the first
-        # request finds this task id noted, another sender has used the same id.
+        # A repeated request succeeds if the message is noted already, because the first request may
+        # have noted it. The first request does not: if it finds this task id noted, another sender
+        # has used the same id.
         lambda: requests.claim(key, task_id, life, number, next(tries) == 0, task.name),
         TRIES,
         until,
@@ -274,10 +277,11 @@ def _claim_again(task: Any, key: str, task_id: str, life: float) -> None:
 
 @contextmanager
 def _counted(task: Any, key: str, task_id: str) -> Iterator[None]:
-    """Surround the publishing of a message: after an error, the message is not noted as queued.
+    """A context manager around noting a message as queued and publishing the message.
 
-    The message may have been noted as queued even if that step itself failed, because the store's
-    answer was lost or a time limit interrupted it. So the note is removed after any error.
+    After any error in it, the row no longer notes the message as queued. This is also done if the
+    noting failed, because the row may have the note nevertheless: the store's answer may have been
+    lost, or a time limit may have interrupted the noting.
     """
     try:
         yield

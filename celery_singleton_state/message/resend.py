@@ -1,4 +1,4 @@
-"""Send a message again under its own id: requeue it, forward it, or leave it to the broker."""
+"""Send a message again under its own task id: requeue it, forward it, or leave it to the broker."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ logger = logger_of(__name__)
 
 #: The largest number of characters of a serialized result that is kept in the history.
 MAX_RESULT_LENGTH = 1024
-#: The name of the encoding of a kept result whose serializer returned bytes.
+#: The encoding that a kept result names if its serializer returned bytes: the bytes are kept as
+#: base64 text.
 BASE64 = "base64"
 
 
@@ -40,7 +41,7 @@ def keep(delivery: Delivery, result: Any) -> Kept | None:
         return None
     try:
         if hasattr(result, "__len__") and len(result) > MAX_RESULT_LENGTH:
-            return None  # the serialized result is at least as long as the result
+            return None  # its serialized text is at least as long, so too long as well
         return _serialize(result, delivery.task.app.conf.result_serializer)
     except Exception as error:  # a serializer can raise anything, and the run has succeeded
         logger.debug(
@@ -55,7 +56,7 @@ def _serialize(result: Any, serializer: str) -> Kept | None:
         text, encoding = base64.b64encode(payload).decode(), BASE64
     else:
         text = str(payload)
-        text.encode()  # fails for a lone surrogate, which no database can store
+        text.encode()  # raises for a lone surrogate, which no database can store
     return Kept(content_type, encoding, text) if len(text) <= MAX_RESULT_LENGTH else None
 
 

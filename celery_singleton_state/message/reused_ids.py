@@ -2,9 +2,9 @@
 
 ``apply_async(task_id="nightly-import")`` sends a new message each day, always with the same task
 id. Redelivered and retried messages have the same task id, too. So a message whose sender chose the
-id also carries a *value* in a header, which marks the message. The value stays with the message
-when the message is redelivered, sent again or retried, and the history stores the value with the
-run. A message with a known id and another value is new work.
+id also carries a *value* in a header, which is normally different for each call of ``apply_async``.
+A message keeps its value when it is redelivered, requeued or retried, and the history stores the
+value with the run. A message with a known id and another value is new work.
 
 If a task sends the message, the value is derived from the task's own message. So if that task runs
 a second time because its process died, it sends a duplicate, and not new work.
@@ -48,9 +48,10 @@ _warned: set[str] = set()
 def marking(task: Any, task_id: str | None, send: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap Celery's ``apply_async``, to tell a message from earlier ones with the same task id.
 
-    The wrapper adds a header with a value that marks the message. A sender that gets an error
-    cannot know whether the broker has the message, and may send it again. The second message then
-    carries the value of the first one.
+    The wrapper adds a header with the value that marks the message. A sender that gets an error
+    cannot know whether the broker has the message, and may call ``apply_async`` again. The second
+    message then carries the value of the first one, so that the second message counts as a
+    duplicate.
 
     :param task_id: the task id that the sender chose. With ``None`` no value is needed, because
         Celery makes a new id.
