@@ -34,7 +34,7 @@ logger = logger_of(__name__)
 
 #: Seconds for which the thread sleeps after the first event, to handle a burst of events at once.
 GATHER = 0.05
-#: How many events the queue holds at most. Further ones are dropped.
+#: How many events the queue holds at most. Further events are dropped, with a warning.
 LIMIT = 10_000
 #: Seconds for which the end of the process waits for the queue to be emptied.
 PATIENCE = 5.0

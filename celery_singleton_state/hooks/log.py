@@ -22,10 +22,11 @@ from .details import (
 
 logger = logger_of("celery_singleton_state")
 
-#: Maps each value of :attr:`TookOver.how` that is not a verb to the verb of its log line.
+#: Maps a value of :attr:`TookOver.how` to the verb for it in the log line. The other values are
+#: themselves verbs, such as ``expired``.
 _HOW_IT_ENDED = {"handoff": "handed over"}
-#: For each kind of event that is logged: the level, the text after the singleton's name, and a
-#: function that returns the text's arguments from the details.
+#: Maps each kind of event that is logged to the level, to the text that follows the singleton's
+#: name in the log line, and to a function that returns the text's arguments from the details.
 _LINES: Mapping[type[Details], tuple[int, str, Callable[[Any], tuple[Any, ...]]]] = {
     Acquired: (logging.DEBUG, "acquired with fence %d", lambda d: (d.fence,)),
     TookOver: (
@@ -45,8 +46,8 @@ _LINES: Mapping[type[Details], tuple[int, str, Callable[[Any], tuple[Any, ...]]]
     Changed: (logging.WARNING, "%s by %s", lambda d: (d.what, d.by)),
 }
 
-#: For each kind of event that is logged, the highest level of its log lines. A delivery that ended
-#: without a run is logged at WARNING if it is a duplicate of a tick, and at INFO otherwise.
+#: Maps each kind of event that is logged to the highest level of its log lines. A delivery that
+#: ended without a run is logged at WARNING if it is a duplicate of a tick, and at INFO otherwise.
 LEVELS = {kind: level for kind, (level, _, _) in _LINES.items()} | {Skipped: logging.WARNING}
 
 

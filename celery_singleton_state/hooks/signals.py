@@ -10,7 +10,7 @@ from celery_singleton_state import signals
 
 from .details import Acquired, Details, Lost, Released, Skipped, StateLoaded, StateSaved, TookOver
 
-#: The Celery signal of each kind of event. Kinds that are not listed have no signal.
+#: Maps each kind of event to its Celery signal. Kinds that are not listed have no signal.
 SIGNALS: Mapping[type[Details], Signal] = {
     Acquired: signals.acquired,
     Released: signals.released,
