@@ -1,4 +1,4 @@
-"""Store and restore the entries of other scheduler classes: Celery's own and subclasses of them."""
+"""Store and restore the schedule entries of Celery's own scheduler classes and their subclasses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from celery_singleton_state.schedules.due import next_due, spelled
 
 from .entry_state import EntryState
 
-#: How often, at most, a schedule whose class overrides ``is_due`` is asked to find its next tick.
+#: The largest number of times that a schedule whose class overrides ``is_due`` is asked whether it
+#: is due, in the search for its next tick.
 QUESTIONS = 500
 
 
@@ -20,7 +21,8 @@ def state_of(entry: Any, due: datetime | None, after: Any) -> EntryState:
 
     :param entry: the entry.
     :param due: the tick for which the entry was sent; ``None`` if it was not sent.
-    :param after: the entry object after the sending; the same object if the entry was not sent.
+    :param after: the new entry object that Celery has made by sending the entry; ``entry`` itself
+        if the entry was not sent.
     """
     return EntryState(
         entry=entry.name,
@@ -45,14 +47,15 @@ def _next_tick(schedule: Any, moment: datetime) -> datetime | None:
     """
     try:
         return next_due(schedule, maybe_make_aware(moment), QUESTIONS)
-    except Exception:  # the scheduler class asks the schedule itself, and reports its errors
+    except Exception:  # not logged here: the scheduler class asks the schedule, too, and logs it
         return None
 
 
 def count_from(entry: Any, last_run_at: datetime, total_run_count: int) -> None:
     """Set the last run time and the count of runs of an entry.
 
-    An entry of django-celery-beat also has a model of its database row. The model is set, too.
+    An entry of django-celery-beat also has a model of its database row. The model gets both values,
+    too.
     """
     for each in (entry, getattr(entry, "model", None)):
         if each is not None:

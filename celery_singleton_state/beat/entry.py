@@ -41,10 +41,11 @@ SKIP_IF_OLDER_THAN = 300.0
 #: Seconds after which a tick counts as missed with ``catch_up="none"``. After a leader has died,
 #: another beat takes over within this time.
 ON_TIME = 10.0
-#: The time until a beat counts the owed ticks of a crontab again, if a count has found that they
-#: are not too many. A count costs time, so beats do not count at each tick.
+#: The time after which a beat counts the owed ticks of a crontab again, if the last count has found
+#: no more than :data:`~.misfires.MAX_OWED`. A count costs time, so a beat does not count at each
+#: tick.
 COUNT_AGAIN = timedelta(hours=1)
-#: The origin of the grid on which the ticks of intervals lie.
+#: The time at which the grid begins on which the ticks of intervals lie.
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -98,10 +99,11 @@ class SingletonEntry(ScheduleEntry):
         self.last_tick: datetime | None = None
         self.missed_count = 0
         self.previous_tick: datetime | None = None
-        #: The key of the singleton's row, if each tick is sent only after the one before has ended;
-        #: otherwise ``None``.
+        #: The key of the singleton's row that shows when a tick has ended. ``None`` if ticks are
+        #: sent without waiting for the end of the tick before.
         self.row_key: str | None = None
-        #: The tick that was sent last, until the singleton's row shows that it has ended.
+        #: The tick that was sent last, until the singleton's row shows that the tick has ended;
+        #: then ``None``.
         self.under_way: UnderWay | None = None
         #: Whether more missed ticks are left to skip. Each call of :meth:`miss` skips a part of
         #: them, so that no entry delays the others for long. ``next_tick`` must not be sent then.
@@ -111,7 +113,8 @@ class SingletonEntry(ScheduleEntry):
         #: no tick of the entry since. The store may lack the last ticks of the beat before.
         #: ``_has_skipped`` tells whether this beat has skipped a tick in this time.
         self._is_resumed = self._has_skipped = False
-        #: The error with which the schedule refused to name a next tick, if it did.
+        #: The error that the schedule raised when it was asked for its next tick; ``None`` if it
+        #: raised no error.
         self._end: Exception | None = None
         self._has_logged_end = False
         self._take_schedule()
@@ -298,7 +301,8 @@ class SingletonEntry(ScheduleEntry):
     def next_check(self, now: datetime) -> datetime:
         """Return when a beat has to check the entry again.
 
-        For an entry that is due, the result is ``now``, so that all other due entries come first.
+        For an entry that is due, the result is ``now`` and not its earlier due time. Other due
+        entries, with due times before ``now``, then get their turn first.
         """
         if self.under_way:
             return self.under_way.next_check(self.next_tick, now)
@@ -323,8 +327,9 @@ class SingletonEntry(ScheduleEntry):
             return 0
         more = surplus(self.schedule, self.next_tick, now)
         if not more:
-            # Counting the ticks of an interval costs nothing. Other schedules have at most one tick
-            # a minute, so they cannot owe too many before the next count.
+            # Counting the ticks of an interval costs nothing, so an interval's ticks are counted
+            # each time. Another schedule has at most one tick a minute. So until the next count,
+            # its owed ticks cannot exceed the limit by much.
             if not is_plain_interval(self.schedule):
                 self._count_again_at = now + COUNT_AGAIN
             return 0

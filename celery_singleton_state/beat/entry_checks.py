@@ -48,7 +48,8 @@ def _task(value: Any) -> str:
 
 
 def _args(value: Any) -> Collection[Any]:
-    # A text is a collection, too. Celery would send each of its letters as one argument.
+    # Refuse a text, although it is a collection: Celery would send each of its letters as one
+    # argument.
     if not isinstance(value, Collection) or isinstance(value, str | bytes | Mapping):
         raise ValueError("a list or a tuple, for example ('a',)")
     return value
@@ -63,13 +64,15 @@ def _iso_moment(value: Any) -> str:
 
 _any_seconds = seconds(-LONGEST, LONGEST)
 
-#: The allowed values of the rules for missed ticks, which this package adds to Celery's entries.
+#: Maps each rule for missed ticks, which this package adds to Celery's entries, to the check of its
+#: value.
 _RULES: dict[str, Check[Any]] = {
     "skip_if_older_than": either(duration(seconds(0, inf)), nothing),
     "catch_up": choice("latest", "all", "none"),
     "next_from": choice("schedule", "last_run"),
 }
-#: The allowed values of some of Celery's own fields. A field is checked only if it is set.
+#: Maps some of Celery's own fields to the checks of their values. A field is checked only if it is
+#: set.
 _FIELDS: dict[str, Check[Any]] = {
     "args": _args,
     "kwargs": named("arguments"),
@@ -77,7 +80,7 @@ _FIELDS: dict[str, Check[Any]] = {
     "last_run_at": moment,
     "total_run_count": whole(),
 }
-#: The allowed values of the message options that a beat or Celery reads itself.
+#: Maps the message options that a beat or Celery reads itself to the checks of their values.
 _OPTIONS: dict[str, Check[Any]] = {
     "expires": either(_any_seconds, moment, _iso_moment),
     "eta": either(moment, _iso_moment),
@@ -97,7 +100,7 @@ FIELDS = (
 
 
 def fields_of(entries: Any) -> dict[str, Any]:
-    """Return the fields of each entry of a ``beat_schedule``, by the entry's name.
+    """Return a dict that maps the name of each entry of a ``beat_schedule`` to the entry's fields.
 
     :raises ImproperlyConfigured: the schedule is not a dict, or one of its entries is neither a
         dict nor a ``ScheduleEntry``.

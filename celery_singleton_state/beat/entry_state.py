@@ -17,7 +17,8 @@ logger = logger_of(__name__)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: The time that stands for the next tick of a schedule that is never due again.
 NEVER = datetime.max.replace(tzinfo=UTC)
-#: A datetime with a time zone. Python cannot compare it with a datetime without a time zone.
+#: The type of all times here: a datetime with a time zone, because Python cannot compare it with a
+#: datetime without a time zone.
 Moment = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
@@ -57,7 +58,8 @@ class EntryState(msgspec.Struct, frozen=True, omit_defaults=True):
         if self.schedule != other.schedule:
             return False
         if self.next_tick is None or other.next_tick is None:
-            # A schedule without a next tick is never due again, or cannot tell its next tick.
+            # Compare the last run times, because there is no next tick to compare: a schedule
+            # without a next tick is never due again, or cannot tell its next tick.
             return (self.last_run_at or EPOCH) < (other.last_run_at or EPOCH)
         return self.next_tick < other.next_tick
 
@@ -68,8 +70,8 @@ _decoder = msgspec.json.Decoder(EntryState)
 def decode_rows(rows: Mapping[str, str]) -> dict[str, EntryState]:
     """Decode the rows of entries. A row that cannot be decoded is left out with a warning.
 
-    :param rows: the JSON of each row, by the row's key.
-    :returns: the states by the names of the entries.
+    :param rows: maps the key of each row to the row's JSON.
+    :returns: a dict that maps the name of each entry to the entry's state.
     """
     found = {}
     for key, value in rows.items():
@@ -91,8 +93,8 @@ def unknown_to(
 ) -> dict[str, EntryState]:
     """Return the unrecorded states of this beat that no later stored state supersedes.
 
-    :param stored: the states in the store, by the names of the entries.
-    :param own: the states that this beat could not record, by the names of the entries.
+    :param stored: maps the names of entries to their states in the store.
+    :param own: maps the names of entries to the states that this beat could not record.
     """
     return {
         name: state

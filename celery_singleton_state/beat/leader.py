@@ -54,7 +54,7 @@ class NotLeading(Exception):
 
 
 class Leader:
-    """The leadership of one beat: it campaigns, records, renews and resigns.
+    """One beat's access to the lease of the beats: acquire, renew and release it, and record ticks.
 
     :raises ImproperlyConfigured: a setting is not allowed, or the store's URL cannot be used.
     """
@@ -68,7 +68,8 @@ class Leader:
         self._prefix = f"{self.key}:"
         self._held: HeldLease | None = None
         self._slot: int | None = None
-        #: The number of the last write under this lease, and of the last write whose answer came.
+        #: The number of the last write under this lease; and the number of the last write that the
+        #: store has answered.
         self._number = self._seen = 0
         self._started = 0.0
         self._entries: tuple[history.Entry, ...] = ()
@@ -139,7 +140,8 @@ class Leader:
         try:
             acquired = store.acquire(self.key, holder, settings.lease_ttl, None)
         except BaseException:
-            # The store may have given the lease to this beat, and the answer was lost.
+            # Release the lease: the store may have given it to this beat, although the answer was
+            # lost.
             self._return(holder)
             raise
         if acquired is None:
@@ -164,7 +166,9 @@ class Leader:
         return self._store.peek(self.key)
 
     def load(self) -> dict[str, str]:
-        """Return the JSON of all entries' rows by the rows' keys. It takes one statement.
+        """Return a dict that maps the key of each entry's row to the row's JSON.
+
+        All rows are read in one statement.
 
         :raises StoreError: the store is unavailable.
         """
@@ -173,7 +177,7 @@ class Leader:
     def record(self, entries: Mapping[str, str]) -> None:
         """Store the states of entries and renew the lease, in one statement.
 
-        :param entries: the state of each entry as JSON, by the entry's name.
+        :param entries: maps the name of each entry to the entry's state as JSON.
         :raises NotLeading: another beat leads, or this beat has handed over. Nothing was stored.
         :raises StoreError: the store is unavailable.
         """

@@ -64,10 +64,10 @@ class Leading(BrokerConnection):
         #: The fence of the lease with which this beat took over the schedule; ``None`` if the
         #: schedule has to be taken over again.
         self._fence: int | None = None
-        #: The states that the store does not have yet, by the names of the entries.
+        #: Maps the names of entries to the states that the store does not have yet.
         self._unrecorded: dict[str, EntryState] = {}
-        #: The states that the store has or will have after the next record, by the names of the
-        #: entries.
+        #: Maps the names of entries to the states that the store has or will have after the next
+        #: record.
         self._states: dict[str, EntryState] = {}
         self._postponed = Postponed()
         self._closed = self._is_ticking = False

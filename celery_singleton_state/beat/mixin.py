@@ -50,7 +50,7 @@ class LeaderMixin(Leading):
     _reserved: Any = None
     #: The error of the sending of the current message; ``None`` if there was none.
     _failure: BaseException | None = None
-    #: Whether the current message was sent.
+    #: Whether the current message was sent, even if an error came after the sending.
     _was_sent = False
 
     def apply_entry(self, entry: Any, producer: Any = None) -> None:
@@ -113,7 +113,7 @@ class LeaderMixin(Leading):
         celerys: Any = super()
         try:
             celerys._do_sync()
-        except Exception as error:  # does not end the tick, whose messages have been sent
+        except Exception as error:  # only logged, because the tick's messages have been sent
             self._end_if_closed(error)
             logger.exception("beat: the scheduler could not store its schedule")
 
@@ -209,8 +209,9 @@ class LeaderMixin(Leading):
     def _count_back(self, entry: Any) -> None:
         """Reset the last run time and the count of an entry that the class has counted as sent."""
         count_from(entry, entry.last_run_at, entry.total_run_count)
-        # Reading ``schedule`` can load it again from the class's source. The entry may be missing
-        # there because a user has disabled it, or be a new object because a user has edited it.
+        # Take the entry from ``schedule``, whose reading can load it again from the class's source.
+        # The entry may be missing there because a user has disabled it, or be a new object because
+        # a user has edited it.
         found = self.schedule.get(entry.name)
         if found is None:
             return

@@ -2,8 +2,8 @@
 
 Such a schedule cannot tell in advance when it is due. It can only tell when to ask it again. So the
 entry's ``next_tick`` is the next time to ask. If the schedule answers that it is due, that time is
-the tick. The time is recorded before the schedule is asked, so that another leader asks about the
-same time and sends the same tick.
+the tick. The time is recorded before the schedule is asked, so that another leader asks whether the
+schedule was due at that same time, and sends the same tick.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from .misfires import TURN
 
 logger = logger_of(__name__)
 
-#: The largest number of past times about which a schedule is asked whether it is due. After these,
-#: the schedule is asked about the present time.
+#: The largest number of past times at each of which a schedule is asked whether it was due. After
+#: these, the schedule is asked about the present time, and the past times that are left are
+#: skipped.
 QUESTIONS = 1000
-#: The pause after which a schedule that raised an error is asked again.
+#: The pause before a schedule that raised an error is asked again whether it is due.
 AGAIN = timedelta(seconds=60)
 
 
@@ -32,8 +33,8 @@ class Found(NamedTuple):
 
     :param tick: a tick to be sent, or the next time to ask, which lies ahead.
     :param missed: how many ticks were skipped.
-    :param is_through: whether the schedule was asked about all times up to now. If not, later turns
-        ask about the other times.
+    :param is_through: whether the polling has reached the present time. If not, later turns
+        continue it.
     """
 
     tick: datetime
@@ -52,12 +53,12 @@ class Poll:
         self._schedule = schedule
         #: The time from which the schedule counts: its last due time, or when a beat first saw it.
         self.since: datetime | None = None
-        #: A due tick that was found and not sent yet, and the time at which to ask the schedule for
-        #: the tick after that one.
+        #: A due tick that was found and not sent yet; and the time at which to ask the schedule for
+        #: the next tick after it.
         self._found: datetime | None = None
         self._following = NEVER
-        #: Whether past times are left about which to ask in later turns, and how often the schedule
-        #: was asked in all these turns.
+        #: Whether the polling has not reached the present time yet, so that later turns continue
+        #: it; and how often the schedule was asked in all these turns.
         self._is_skipping = False
         self._asked = 0
         self._has_failed = False
@@ -68,9 +69,11 @@ class Poll:
         self._is_skipping, self._asked = False, 0
 
     def advance(self, tick: datetime, now: datetime, oldest: datetime, take_first: bool) -> Found:
-        """Ask the schedule about all times up to now, for no longer than one turn.
+        """Find the schedule's due ticks up to now, for no longer than one turn.
 
-        :param tick: the first time to ask about, or the tick that the last call found.
+        The schedule is asked, at one time after another, whether it was due then.
+
+        :param tick: the first time at which to ask, or the tick that the last call found.
         :param now: the time by the store's clock.
         :param oldest: the time before which ticks are too late to be sent.
         :param take_first: true to find the first tick that is not too late; false to find the last.
@@ -126,7 +129,7 @@ class Poll:
         A schedule that raises an error is asked again later, because the cause may be gone by then.
 
         :param last: the schedule's last due time.
-        :param at: the time to ask about.
+        :param at: the time at which the schedule may be due.
         :param now: the time by the store's clock.
         """
         try:

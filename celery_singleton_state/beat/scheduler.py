@@ -174,8 +174,8 @@ class SingletonScheduler(LeaderMixin, Scheduler):
             missed.append(f"{count} of {entry.name} from {first:%Y-%m-%d %H:%M:%S} on")
             self._unrecorded[str(entry.name)] = entry.state()
         elif entry.next_tick != first:
-            # The schedule overrides ``is_due``. The time to ask it next is recorded, so that
-            # another leader asks about the same time.
+            # The schedule overrides ``is_due``, and the next time to ask it has changed. Record
+            # this time, so that another leader asks whether the schedule is due at this same time.
             self._unrecorded[str(entry.name)] = entry.state()
         # Send the tick at once, and not in the order of due times: if the beat is behind, the tick
         # could be too late when its turn in that order comes.
@@ -189,7 +189,8 @@ class SingletonScheduler(LeaderMixin, Scheduler):
         self.apply_entry(entry, producer=self.producer)
         self._sent_now += 1
         if not self._counted and not self._postponed.wait(entry.name):
-            # A tool that wraps ``apply_entry`` has suppressed the sending without an error.
+            # A tool that wraps ``apply_entry`` has suppressed the sending without an error, so the
+            # entry is tried again later.
             self._postponed.add(entry.name)
         now = self._leader.now()
         pause = timedelta(seconds=self._postponed.wait(entry.name))
@@ -255,7 +256,7 @@ class SingletonScheduler(LeaderMixin, Scheduler):
 
 
 def _ticks(store: Store, keys: Collection[str]) -> dict[str, SeenTicks]:
-    """Return what a store's rows show of ticks, by the rows' keys.
+    """Return a dict that maps the keys of rows to what the rows show of ticks.
 
     The store refuses the whole request if it cannot store one of the keys. Then each key is asked
     for alone, and a refused key is left out, because it can have no row.

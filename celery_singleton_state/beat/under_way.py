@@ -23,14 +23,16 @@ from celery_singleton_state.ticks import entry_name, task_id_of
 
 logger = logger_of(__name__)
 
-#: The origin of the times at which rows are checked: a row is checked a whole number of pauses
-#: after this origin.
+#: The time from which the times of checks are counted: a row is checked a whole number of pauses
+#: after it.
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: The shortest and the longest pause between two checks of the row, while the next tick waits. Each
 #: possible pause is twice the one before. Checks with the same pause are made at the same times,
 #: so that one statement can check the rows of many entries.
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=0.02), timedelta(seconds=1.28)
-#: A pause is at most the time since the tick was sent, divided by this number.
+#: The longest pause between two checks of the row is also limited to the time since the tick was
+#: sent, divided by this number. So the row is checked often only if the tick was sent a short time
+#: ago.
 PART = 4
 #: How long a beat waits before it sends a tick again if the row shows nothing of the tick: the
 #: first wait, the longest wait, and the factor by which each further wait is longer.
