@@ -131,9 +131,9 @@ def converter_in(wrapper: Any) -> Callable[..., Any] | None:
     Celery wraps the body of such a task: the wrapper converts the arguments and calls ``task_fun``,
     a variable in its closure that holds the body. The returned function is a copy of the wrapper
     with another ``task_fun``, which returns the converted arguments. A wrapper is recognised by its
-    globals, which are those of ``celery.app.base``.
+    globals, which are the globals of ``celery.app.base``.
 
-    Celery 5.4 has no such wrapper. Celery 5.5.3 to 5.7.0 were read.
+    Celery 5.4 has no such wrapper. The wrapper was read in Celery 5.5.3 to 5.7.0.
 
     :param wrapper: the ``run`` of a task, which need not be a wrapper.
     :returns: ``None`` if ``wrapper`` is not such a wrapper.
@@ -175,7 +175,8 @@ def cannot_end_jobs(error: NotImplementedError) -> bool:
 def process_pool(worker: Any) -> Any:
     """Return billiard's pool of a prefork worker; ``None`` before Celery has made the pool.
 
-    If a Celery release lacks ``TaskPool._pool``: ``None``, and the worker ends at its start.
+    If a Celery release lacks ``TaskPool._pool``: the result is ``None``, and the worker cannot
+    start.
     """
     return getattr(worker.pool, "_pool", None)
 
@@ -183,7 +184,8 @@ def process_pool(worker: Any) -> Any:
 def processes_of(worker: Any) -> list[Any]:
     """Return the processes of a prefork worker's pool; none before its start and after its end.
 
-    If a billiard release lacks ``Pool._pool``: none, and the processes renew their own leases.
+    If a billiard release lacks ``Pool._pool``: the result is empty, and the processes renew their
+    own leases.
     """
     return list(getattr(process_pool(worker), "_pool", None) or ())
 
@@ -192,7 +194,7 @@ def watch_processes(pool: Any, watch: Callable[[Any], object]) -> None:
     """Call a function with each present and each future process of billiard's pool.
 
     The method ``Pool._create_worker_process`` is replaced in this pool, and ``Pool._pool`` is read.
-    If a billiard release lacks one of the two: the worker ends at its start.
+    If a billiard release lacks one of the two: the worker cannot start.
     """
     make = pool._create_worker_process
 
@@ -207,7 +209,7 @@ def watch_processes(pool: Any, watch: Callable[[Any], object]) -> None:
 
 
 def replace_dead(pool: Any) -> None:
-    """Make billiard's pool replace its dead processes now.
+    """Make billiard's pool replace its dead processes now, and not only at its next check.
 
     If a billiard release lacks ``Pool.maintain_pool``: the worker ends when a process of its pool
     has died.
@@ -219,8 +221,9 @@ def call_when_readable(hub: Any, descriptor: int, callback: Callable[..., Any], 
     """Make a worker's event loop call a function when a file descriptor is readable.
 
     Celery passes the event loop, kombu's ``Hub``, to the method ``register_with_event_loop`` of a
-    worker's step. If a Celery release does not call this method: Celery replaces dead processes
-    only at its own next check. If a kombu release lacks ``Hub.add_reader``: the worker ends at its
+    worker's step. The function is for a descriptor that becomes readable when a process of the pool
+    has died. If a Celery release does not call the step's method: a dead process is replaced only
+    at Celery's own next check. If a kombu release lacks ``Hub.add_reader``: the worker cannot
     start.
     """
     hub.add_reader(descriptor, callback, *args)
@@ -231,8 +234,8 @@ def before_growth(pool: Any, callback: Callable[[int], object]) -> None:
 
     Celery calls the pool's method ``grow`` for ``--autoscale`` and for the remote control command
     ``pool_grow``. The method is replaced in this pool; ``num_processes`` is the pool's present
-    size. If a Celery release lacks ``grow``: the function is never called. If it lacks
-    ``num_processes``: an error when the pool should grow.
+    size. If a Celery release lacks ``grow``: the function is never called. If the release lacks
+    ``num_processes``: an error is raised when the pool should grow.
     """
     grow = getattr(pool, "grow", None)
     if grow is None:
@@ -285,8 +288,8 @@ SCHEDULE_ATTRIBUTES: Mapping[Any, frozenset[str]] = {
 def put_off(scheduler: Any, wait_for: Callable[[str], float]) -> None:
     """Postpone entries in the heap of Celery's scheduler.
 
-    If a Celery release lacks ``Scheduler._heap`` or ``Scheduler._when``: an error each time the
-    scheduler looks for due entries.
+    If a Celery release lacks ``Scheduler._heap`` or ``Scheduler._when``: an error is raised each
+    time the scheduler looks for due entries.
 
     :param wait_for: a function that takes an entry's name and returns the seconds from now until
         the entry is checked again; 0 leaves the entry where it is.
@@ -360,7 +363,7 @@ def broker_of(app: Any) -> Any:
 def transport_of(connection: Any) -> str:
     """Return the name of a connection's transport, such as ``redis``.
 
-    If a kombu release lacks ``Connection.transport_cls``: an empty text.
+    If a kombu release lacks ``Connection.transport_cls``: the result is an empty text.
     """
     return str(getattr(connection, "transport_cls", ""))
 
@@ -394,7 +397,7 @@ def allow_connections(pool: Any, connections: int) -> None:
     """Raise the size of a connection pool of SQLAlchemy's (``QueuePool``).
 
     If an SQLAlchemy release lacks the pool's ``_overflow_lock``, ``_pool.maxsize`` or
-    ``_overflow``: an error when a worker starts.
+    ``_overflow``: an error is raised when a worker starts.
 
     :param connections: the new size; a size that is smaller than the present one changes nothing.
     """
@@ -426,7 +429,7 @@ def upgrade_steps(script: Any, revision: Any) -> Any:
 
     The steps are for Alembic's ``EnvironmentContext(fn=...)``. The method that returns them,
     ``ScriptDirectory._upgrade_revs``, is also used by ``alembic.command.upgrade``. If an Alembic
-    release lacks the method: an error from ``celery singleton migrate``.
+    release lacks the method: ``celery singleton migrate`` fails.
     """
     return script._upgrade_revs("head", revision)
 
@@ -455,8 +458,8 @@ def redis_connection(client: Any, left_out: Collection[str] = ()) -> Any:
 
     The function reads the pool's ``connection_class`` and ``connection_kwargs``. The callers use
     the connection's ``connect``, ``send_command``, ``read_response``, ``can_read`` and
-    ``disconnect``. If a redis-py release lacks one of these: an error, and no lease in Redis can be
-    acquired.
+    ``disconnect``. If a redis-py release lacks one of these: an error is raised, and no lease in
+    Redis can be acquired.
 
     :param left_out: names of the client's options that the connection is made without.
     """

@@ -189,7 +189,10 @@ def is_of_tool(name: object) -> bool:
 
 
 def names_in(headers: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names of all headers, and the names in an inner header (:data:`INNER`)."""
+    """Yield the names of a message's headers.
+
+    In place of the name of an inner header (:data:`INNER`), the names in it are yielded.
+    """
     for name, value in headers.items():
         if name == INNER and isinstance(value, Mapping):
             yield from names_in(value)
@@ -228,7 +231,10 @@ def _is_plain(value: Any) -> bool:
 
 
 def _kept(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the headers to send again: without an inner header and without RabbitMQ's own."""
+    """Return the headers of a message that are kept when the message is sent again.
+
+    An inner header (:data:`INNER`) and RabbitMQ's own headers are left out.
+    """
     return {
         name: _once_each(value) if name == "baggage" else value
         for name, value in without_moves(headers).items()

@@ -136,7 +136,8 @@ def _evaluate_row(row: Listed, expected: float | None, settings: Settings) -> tu
     age = row.read_at - row.last_finished_at
     limit = expected * settings.heartbeat_threshold
     if not -limit <= age < math.inf:
-        # The clocks of servers differ by less than the limit, so the time in the row is wrong.
+        # The clocks of servers differ by less than the limit. So a time that is further in the
+        # future, or infinite, is wrong.
         at = moment(row.last_finished_at)
         return False, f"its row says that it finished at {at} UTC, which cannot be right"
     text = f"it finished {seconds(age)} ago"

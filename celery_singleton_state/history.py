@@ -1,7 +1,7 @@
 """The history: the last runs of a singleton, kept in its row as compact JSON.
 
-The holder of the lease is the only writer. It loads the history together with the state and
-appends its own run when it releases the lease, so the history costs no round trip. The history
+The holder of the lease is the only writer. It loads the history together with the state and appends
+its own run when it releases the lease, so the history costs no request of its own. The history
 answers three questions:
 
 - Is this message a duplicate, because its work is already done?
@@ -24,15 +24,15 @@ logger = logger_of(__name__)
 
 #: The longest error text of a run, in characters.
 MAX_ERROR_LENGTH = 200
-#: The number of runs in a history that keep their results: the newest ones. It is small, so that
-#: the row stays small.
+#: How many runs in a history keep their results: the newest runs. The number is small, so that the
+#: row stays small.
 RESULTS = 4
 #: The error text of a run whose process died.
 DIED = "its process died"
 
 
 class Outcome(StrEnum):
-    """How a delivery to a singleton ended."""
+    """How a delivery of a singleton's message ended, as the history and the events name it."""
 
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -121,8 +121,9 @@ def decode(raw: str | None, name: str) -> tuple[Entry, ...]:
 def append(entries: tuple[Entry, ...], entry: Entry, limit: int) -> str:
     """Return a history with one more entry, as JSON.
 
-    The newest ``limit`` runs and the newest ``limit`` duplicates are kept. Duplicates are counted
-    separately, so that they never evict the run that identifies them. Only the newest
+    The newest ``limit`` runs and the newest ``limit`` duplicates are kept. The two kinds are
+    counted separately, so that duplicates never evict the entry of the run that did their work:
+    later duplicates are recognised by this entry. Only the newest
     :data:`RESULTS` results are kept.
 
     The JSON is ASCII, so that a database of any encoding can hold the text of an error.

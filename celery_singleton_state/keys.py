@@ -51,7 +51,7 @@ class Binder:
         :raises TypeError: the arguments do not fit the signature.
         """
         if self._are_plain and not kwargs and len(args) == len(self._names):
-            # This gives the same result as signature.bind(), at a tenth of the cost.
+            # Do what signature.bind() would do here, at a tenth of the cost.
             return dict(zip(self._names, args, strict=True))
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
@@ -125,8 +125,8 @@ def _plain(value: Any) -> Any:
         hasattr(value, name) for name in ("__dataclass_fields__", "__attrs_attrs__")
     ):
         return _plain(msgspec.to_builtins(value, str_keys=True, enc_hook=_plain))
-    # Kombu can convert further types: lazy texts, types with ``__json__``, and types that users
-    # have registered.
+    # Leave other types to kombu. It converts lazy texts, types with ``__json__``, and types that
+    # users have registered, and raises a ``TypeError`` for the rest.
     return _plain(JSONEncoder().default(value))
 
 

@@ -74,7 +74,7 @@ class KeyValueStore:
 
     @classmethod
     def _over(cls, rows: Rows, close: Callable[[], None], round_trip: bool) -> Self:
-        """Make a store that uses these rows.
+        """Make a key-value store over the rows of an opened table.
 
         :param close: a function that closes the connections of the rows.
         """

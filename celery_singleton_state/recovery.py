@@ -127,7 +127,7 @@ def _history_with_loss(
     started = row.acquired_at
     if started is None or not math.isfinite(started):
         # The database can hold a time of infinity, which JSON cannot. One such time would make the
-        # whole history unreadable, so take the time of the read instead.
+        # whole history unreadable, so take the time at which the row was read instead.
         started = row.read_at
     entries = history.decode(row.history, row.key)
     entry = history.Entry(

@@ -80,7 +80,7 @@ class Runtime:
         self.dispatcher = Dispatcher(app, self.settings.hooks)
         self._nonce = secrets.token_hex(4)
         self._count = itertools.count(1)
-        #: The holder names of those deliveries of this process that are in progress.
+        #: The holder names of this process's deliveries that are in progress.
         self.under_way: set[str] = set()
         self._opening = threading.Lock()
         self._sql: SqlStore | None = None

@@ -17,9 +17,11 @@ from .text.visible import logger_of
 
 logger = logger_of(__name__)
 
-#: Names in a broker's URL that stand for this host.
+#: Host names in a broker's URL that stand for this host. Such a broker usually serves no other
+#: host.
 LOCAL_HOSTS = ("", "localhost", "127.0.0.1", "::1")
-#: The transports without a broker server. Messages are in this process or in files of this host.
+#: Names of kombu's transports that need no broker server. Their messages are usually in this
+#: process or in files of this host, so all workers are on this host.
 LOCAL_TRANSPORTS = ("memory", "filesystem", "sqlalchemy", "sqla")
 
 
