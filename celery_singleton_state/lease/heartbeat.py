@@ -71,7 +71,8 @@ class Heartbeat:
         self._parent = parent
         self._lock = threading.Lock()
         self._held: set[HeldLease] = set()
-        #: Leases that a statement for several leases skipped. Each needs a statement of its own.
+        #: Leases that a statement for several leases skipped, because their rows are locked or the
+        #: leases are lost. A statement for each lease alone finds out which.
         self._skipped: set[HeldLease] = set()
         self._renewal = TimerThread(
             "singleton-heartbeat", self._lock, self._held, attrgetter("renew_at"), self._renew
@@ -88,8 +89,8 @@ class Heartbeat:
     def hold(self, held: HeldLease) -> None:
         """Renew a lease from now on."""
         if self._parent is not None:
-            # Only the main thread can install the handler of the parent's signal, and the heartbeat
-            # may have been made in another thread.
+            # Try to install the handler of the parent's signal here, too: only the main thread can
+            # do this, and the heartbeat may have been made in another thread.
             hear_signals()
             self._parent.add(held)
         with self._lock:
@@ -160,8 +161,8 @@ class Heartbeat:
         if not held or held[0].renew_at > now:
             return []
         together = [one for one in held if one.renew_at - one.renew_every * TOGETHER_PART <= now]
-        # A statement for one lease waits for its row's lock, and the other leases would wait, too.
-        # So a second lease is added, which makes the statement skip locked rows.
+        # A statement for one lease waits for its row's lock, and would delay the renewal of the
+        # other leases. So add a second lease: a statement for several leases skips locked rows.
         return together if len(together) > 1 else held[:2]
 
     def _renew_all(self, due: list[HeldLease]) -> None:

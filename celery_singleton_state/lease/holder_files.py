@@ -241,8 +241,8 @@ class HolderFiles:
             while True:
                 descriptor = os.open(directory / self._name, os.O_RDWR | os.O_CREAT, 0o600)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                # Another process may have deleted the file between open and flock, because it
-                # believed the owner dead. So check the link count, and retry.
+                # Another process may have deleted the file between open and flock, in the belief
+                # that the owner is dead. So check the file's link count, and retry.
                 if os.fstat(descriptor).st_nlink:
                     break
                 os.close(descriptor)
@@ -316,7 +316,7 @@ def _read(descriptor: int) -> list[HolderRecord]:
 
 
 def file_of(holder: str) -> str | None:
-    """Return the name of the holder file of the process that has this holder's name.
+    """Return the name of the holder file in which a holder's process notes its leases.
 
     :returns: ``None`` if the holder's name is not one that this package makes.
     """

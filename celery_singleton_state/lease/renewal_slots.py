@@ -219,7 +219,7 @@ def _seal(what: msgspec.Struct) -> bytes:
 
 
 def _unseal(area: bytes) -> bytes:
-    """Return the JSON text in an area of a slot; empty if the digest does not match the text."""
+    """Return the JSON text in an area of a slot; empty if the text does not match its digest."""
     text = area[_HEAD : _HEAD + int.from_bytes(area[_DIGEST:_HEAD], "big")]
     return text if text and area[:_DIGEST] == _digest(text) else b""
 
@@ -287,7 +287,10 @@ def listen(callback: Callable[[], None]) -> None:
 
 
 def hear_signals() -> None:
-    """Install the handler of the parent's signal, once; do nothing outside the main thread."""
+    """Install the handler of the parent's signal, once.
+
+    Only the main thread can install it. In other threads nothing happens.
+    """
     global _installed, _previous
     if _installed or ANSWERED is None:
         return
