@@ -58,7 +58,7 @@ def iso(epoch: float) -> str:
 
 
 def is_usual(epoch: float) -> bool:
-    """Return whether a timestamp is in the years 1 to 9999."""
+    """Return whether a timestamp is in the years 1 to 9999, which a ``datetime`` can hold."""
     return _FIRST <= epoch < _END
 
 

@@ -30,7 +30,8 @@ _ESCAPE = re.compile(
     r"\\(x(?:[01][0-9a-f]|20|5c|7f|[89a-f][0-9a-f])"
     r"|u(?!00|d[89a-f])[0-9a-f]{4}|U(?:000[1-9a-f]|0010)[0-9a-f]{4})"
 )
-#: Types of a log record's arguments whose texts have visible characters only.
+#: Types of a log record's arguments whose texts never have invisible characters, so that such
+#: arguments are not checked.
 _PLAIN = (bool, int, float, type(None))
 
 
@@ -133,7 +134,7 @@ def _make_visible(record: logging.LogRecord) -> bool:
     elif record.args:
         record.args = {name: _shown(each) for name, each in record.args.items()}
     if record.exc_info and record.exc_info[1] is not None:
-        # Formatters take this text, if it is set, and do not format the traceback themselves.
+        # Formatters use `exc_text`, if it is set, and do not format the traceback themselves.
         record.exc_text = _traceback(record.exc_info[1])
     return True
 
