@@ -111,8 +111,8 @@ def _try(claim: Claim, args: Any, kwargs: Any, waited: float) -> tuple[bool, Any
     delivery = claim.delivery
     request, name = delivery.request, delivery.name
     if delivery.is_unrecorded:
-        # Read the row before asking for the lease: if the work was done, the row says so, and the
-        # lease would only delay another delivery that wants to run.
+        # Read the row before asking for the lease: if the work was done, the row says so. In that
+        # case, acquiring the lease would only delay another delivery that wants to run.
         _wait_for_record(delivery, _peek(delivery))
     try:
         asked_at, acquired, row = _acquire(claim)

@@ -124,8 +124,8 @@ class Body:
         if not self.is_on or self._is_repeated or self._stack is None:
             return
         # The new thread also sends the first interruption. The caller may itself be the body's
-        # thread, in the handler of another signal: an interruption from here could hit it before it
-        # has started the new thread.
+        # thread, in the handler of another signal: an interruption from here could hit that thread
+        # before it has started the new one.
         repeating = threading.Thread(target=self._repeat, name="singleton-interruption")
         repeating.daemon = True
         try:
@@ -154,14 +154,15 @@ class Body:
         stack = self._stack = _stack_here()
         depth = len(stack.sections)
         result, error = None, None
-        # CPython raises an exception that another thread has sent when this thread calls a function
-        # or returns from one. So no call may stand between the function's return and
-        # `is_on = False`, nor before the second `try`.
+        # If another thread has sent an exception to this thread, CPython raises the exception when
+        # this thread calls a function or returns from one. So no call may stand between the
+        # function's return and `is_on = False`, nor before the second `try`.
         try:
             stack.enter(self)
             self.is_on = True
-            # An interruption before this call was only noted, in `_why`. There is no gap:
-            # `interrupt` sets `_why` before it reads `is_on`, and here the order is the opposite.
+            # If `interrupt` was called before this point, it has only set `_why`, so check `_why`
+            # here. No interruption is missed: `interrupt` sets `_why` before it reads `is_on`, and
+            # here the order is the opposite.
             if depth or self._why is not None:
                 stack.raise_if_due()
             result = function(*args, **kwargs)
@@ -182,8 +183,8 @@ class Body:
                 raise error
             return result
         finally:
-            # The error's traceback refers to this frame, which would refer back to the error: a
-            # reference cycle.
+            # Break a reference cycle: the error's traceback refers to this frame, which would refer
+            # back to the error.
             error = None
 
     def _failure(self, error: BaseException | None) -> HeartbeatFailed:

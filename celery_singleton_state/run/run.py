@@ -355,8 +355,9 @@ class Run:
                             transaction.abandon()
                         raise
                     self._refuse_elsewhere("transaction()")
-                    # Check before the lock is taken, too. A run that is ending holds the lock while
-                    # its release waits for the row, which this transaction may have locked.
+                    # Check for the body's end before the lock is taken, too. A run that is ending
+                    # holds the lock while its release waits for the row, which this transaction may
+                    # have locked.
                     self._refuse_ended("transaction()")
                     writing.enter_context(self._writing)
                     self._refuse_ended("transaction()")
@@ -611,7 +612,8 @@ class Run:
         try:
             self._release(self._entry(Outcome.DUPLICATE, None), None)
         except SingletonError as failure:
-            # The work is done, so the message must not fail. Another thread will release the lease.
+            # The work is done, so the message must not fail because the release failed. Another
+            # thread will release the lease.
             logger.warning(
                 "singleton %s: the lease of a duplicate was not released: %s", self.name, failure
             )

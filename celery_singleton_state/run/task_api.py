@@ -49,7 +49,7 @@ class InRun(Generic[S]):
 
     @property
     def fence(self) -> int:
-        """This run's fence: an integer larger than that of any earlier run of the same singleton.
+        """This run's fence: an integer larger than the fence of any earlier run of the singleton.
 
         If the body writes to another system, pass the fence along, and let that system refuse each
         write with a smaller fence than the largest that it has seen. Then a run that lost its lease

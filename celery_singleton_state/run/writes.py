@@ -218,7 +218,7 @@ class RunState:
 
     def __init__(self, name: str, codec: Codec[Any] | None, acquired: Acquired) -> None:
         self.value: Any = None
-        #: The state that the row is known to hold; ``None`` while a write is not answered.
+        #: The state that the row is known to hold; ``None`` while a write has no answer yet.
         self.stored: NewValue | None = NewValue(acquired.value, acquired.schema_version or 1)
         #: The length of the JSON that the row held at the acquisition; and its schema version,
         #: ``None`` if the row has none.
@@ -228,7 +228,7 @@ class RunState:
         self._key = acquired.lease.key
 
     def need(self, what: str) -> Codec[Any]:
-        """Return the codec, or refuse a call that needs a state.
+        """Return the codec for a call that needs a state; refuse the call if there is no state.
 
         :param what: the name of the call, for the error.
         :raises RuntimeError: the singleton has no state.
@@ -240,8 +240,9 @@ class RunState:
     def load(self, set_aside: Callable[[str, str], None] | None) -> None:
         """Decode the row's value, or make the initial state if the row has none.
 
-        :param set_aside: stores a value that cannot be decoded under the given key, so that the run
-            can start with the initial state. ``None``: such a value is an error.
+        :param set_aside: called with a key and a value that cannot be decoded. It stores the value
+            under the key, so that the run can start with the initial state. ``None``: such a value
+            is an error.
         :raises SchemaDecodeFailed: the value cannot be decoded, or there is no initial state.
         """
         found = self.stored
