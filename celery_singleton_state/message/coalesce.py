@@ -95,8 +95,9 @@ def send_pending_run(
             store.requests.pending_run_sent(key, written)
             return
         args, kwargs = pending_run.content.decode(app)
-        # The header SENT tells messages with one task id apart. Its value is always the id of the
-        # pending run. So if the message is sent twice, the second one is recognised as a duplicate.
+        # The header SENT tells messages with the same task id apart. Its value is always the id of
+        # the pending run. So if the message is sent twice, the second one is recognised as a
+        # duplicate.
         headers = {**(pending_run.options.get("headers") or {}), SENT: pending_run.id}
         options = resolved(app, pending_run.options) | {
             "task_id": pending_run.id,

@@ -45,8 +45,9 @@ _KEEPS = {
     "pgmq": ("visibility_timeout", 1800.0),
     "azureservicebus": ("peek_lock_seconds", 60.0),
 }
-#: The fraction of the redelivery time that a countdown may use. The rest is left for the run, which
-#: follows while the message is still unacknowledged.
+#: The longest countdown, as a fraction of the time after which the broker redelivers an
+#: unacknowledged message. The rest of this time is left for the run, which follows while the
+#: message is still unacknowledged.
 _WAITING_PART = 0.5
 #: Names of the options that choose the queue of a message.
 _PLACES = frozenset({"queue", "exchange", "routing_key"})
@@ -140,8 +141,8 @@ def _wait_in_broker(app: Celery, options: dict[str, Any], seconds: int, target: 
     if target is None:
         return  # the queue is not known here, so leave the delay to Celery's own rules
     if _is_bound(app, target):
-        # RabbitMQ delays the message, so it needs no countdown. With one, a worker whose clock is
-        # behind would delay the message a second time.
+        # RabbitMQ delays the message, so the message needs no countdown. With one, a worker whose
+        # clock is behind would delay the message a second time.
         options |= into(app, target) | {
             "countdown": None,
             "exchange": native.level_name(native.MAX_LEVEL),

@@ -153,7 +153,8 @@ class Delivery:
             # value. If a chain is sent twice with the same task ids, only the root ids of its parts
             # differ.
             self.sent = encodable(str(request.root_id))
-        #: The conflict policy. A tick that beat waits for must not be skipped, so it always waits.
+        #: The conflict policy. A tick whose end beat waits for must not be skipped, so its message
+        #: always waits for the lease.
         self.on_conflict = "wait" if self.is_one_by_one else options.on_conflict
         #: The lease's life: seconds until it expires if it is not renewed.
         self.ttl = options.lease_ttl or runtime.lease_ttl

@@ -26,8 +26,8 @@ from .enqueue_once import dequeue
 
 logger = logger_of(__name__)
 
-#: Requests that this module ignores: their delivery records that the message is no longer queued,
-#: or this module has done so.
+#: Requests that this module ignores, because the delivery itself records that the message is no
+#: longer queued, or because this module has recorded it already.
 _settled: weakref.WeakSet[Context] = weakref.WeakSet()
 
 

@@ -1,7 +1,7 @@
 """End a duplicate: a second delivery of a message whose run has already saved its state.
 
 The process of the first delivery may have died before Celery stored the result, and sent the
-callbacks and the rest of a chain. Only the result backend shows whether that happened:
+callbacks and the rest of a chain. Only the result backend shows whether Celery did so before:
 
 - The backend has a result. Celery stores it last, so everything has been sent. The duplicate ends
   silently.
@@ -57,7 +57,7 @@ def wait_for_record(delivery: Delivery, done: Entry | None, now: float) -> None:
     if not can_be_sent_again(delivery.task, request):
         return
     left = done.finished + GRACE - now
-    # More than twice the grace time means that the store's clock was set back. Do not wait then.
+    # If more than twice the grace time is left, the store's clock was set back. Do not wait then.
     if not 0 < left <= 2 * GRACE or not is_awaited(delivery.task, request):
         return
     if _lives(delivery, done.holder) is False or result_is_stored(delivery):

@@ -41,7 +41,7 @@ def keep(delivery: Delivery, result: Any) -> Kept | None:
         return None
     try:
         if hasattr(result, "__len__") and len(result) > MAX_RESULT_LENGTH:
-            return None  # its serialized text is at least as long, so too long as well
+            return None  # the serialized text would be at least as long, and so too long
         return _serialize(result, delivery.task.app.conf.result_serializer)
     except Exception as error:  # a serializer can raise anything, and the run has succeeded
         logger.debug(

@@ -27,8 +27,8 @@ from celery_singleton_state.headers import COPY, count_in
 
 #: The prefix of the routing key with which RabbitMQ delays a message for one queue only.
 _FOR_QUEUE = "celery-singleton:"
-#: The largest number of characters of that routing key. AMQP allows 255, and the delay takes up to
-#: 56 characters in front of the key.
+#: The largest number of characters of the routing key with which RabbitMQ delays a message for one
+#: queue. AMQP allows 255, and the delay takes up to 56 characters in front of the key.
 _LONGEST_KEY = 255 - 56
 
 
@@ -187,7 +187,8 @@ def _leads(bound: tuple[Exchange, str], exchange: str | None, routing_key: str) 
     """
     found, key = bound
     if exchange is None:
-        # RabbitMQ has delayed the message, which it never does for a direct exchange.
+        # An unknown exchange means that RabbitMQ has delayed the message. It never delays messages
+        # for a direct exchange.
         if found.type == "direct":
             return False
     elif found.name != exchange:
