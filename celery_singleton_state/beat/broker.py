@@ -1,6 +1,6 @@
-"""The connection from a beat to its broker, with few tries to connect.
+"""Connect a beat to its broker, with few tries.
 
-If this beat cannot connect, it hands over soon, because another beat may be able to connect.
+If a beat cannot connect, it soon hands over, because another beat may be able to connect.
 """
 
 from __future__ import annotations

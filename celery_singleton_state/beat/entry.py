@@ -248,10 +248,10 @@ class SingletonEntry(ScheduleEntry):
 
     @property
     def tick_before(self) -> datetime | None:
-        """The tick that was sent before ``next_tick``; ``None`` if that is not certain.
+        """The tick that was sent before ``next_tick``; ``None`` if this beat cannot be sure of it.
 
-        It is not certain if this beat has skipped ticks since it took over: the beat before may
-        have sent ticks that it did not record.
+        A beat that has skipped ticks since it took over cannot be sure: the leader before it may
+        have sent some of these ticks without recording them.
         """
         return None if self._has_skipped else self.last_tick
 
@@ -269,7 +269,8 @@ class SingletonEntry(ScheduleEntry):
     def sent(self, now: datetime) -> None:
         """Record that ``next_tick`` was sent, and calculate the one after it.
 
-        Call it also if the tick's own message can never be sent, so that it is not tried again.
+        Call it also if the tick's own message can never be sent, so that the tick is not tried
+        again.
 
         :param now: the time of the sending, by the store's clock.
         """

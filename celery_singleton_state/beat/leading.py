@@ -44,7 +44,7 @@ class Leading(BrokerConnection):
     """
 
     def __init__(self, app: Celery, *args: Any, **kwargs: Any) -> None:
-        # In a worker with ``-B``, this is a forked process in which Celery has closed all file
+        # In a worker with ``-B``, the beat is a forked process in which Celery has closed all file
         # descriptors of the worker. The worker's file objects do not know that. If one of them is
         # garbage, it would close its descriptor's number later, when the store's connection has
         # that number. So collect the garbage before the store is opened.

@@ -63,7 +63,7 @@ class UnderWay:
         self.is_overdue = False
         self._patience = PATIENCE
         self._sent, self._delay = sent, delay
-        #: The last time at which the row showed a run of the tick, and whether that run has sent a
+        #: The last time at which the row showed a run of the tick; and whether that run has sent a
         #: message that continues the tick: a retry or a replacement.
         self._seen, self.is_continued = sent, False
         #: The time at which the tick is sent again if the row shows nothing of the tick until then.
