@@ -20,18 +20,20 @@ from celery.exceptions import ImproperlyConfigured
 T = TypeVar("T")
 Check = Callable[[Any], T]
 
-#: The largest finite float.
+#: The largest number that a check allows if no other limit is given: the largest finite float.
 FINITE = sys.float_info.max
 
 
 def checked(
     owner: str, name: str, value: Any, check: Check[T], show: Callable[[Any], str] = repr
 ) -> T:
-    """Check a value that a user has set, and return it, converted if necessary.
+    """Check a value that a user has set, and return the value, converted if necessary.
 
-    :param owner: the owner of the value, for the error, such as ``task shop.run``.
-    :param name: the name of the value, for the error, such as ``option lease_ttl``.
-    :param show: makes the text that shows the value in the error. Left out: ``repr``.
+    :param owner: the words by which the error says where the value was set, such as
+        ``task shop.run``.
+    :param name: the words by which the error names the value, such as ``option lease_ttl``.
+    :param check: the check of the value.
+    :param show: converts the value to the text that the error shows. Left out: ``repr``.
     :raises ImproperlyConfigured: the check refuses the value.
     """
     try:
@@ -43,7 +45,9 @@ def checked(
 def refused(owner: str, name: str, value: str, allowed: str) -> ImproperlyConfigured:
     """Return the error for a value that is not allowed.
 
-    :param allowed: what is allowed instead; it follows the words "it takes".
+    :param owner, name: as in :func:`checked`.
+    :param value: the value, as the error shows it.
+    :param allowed: the allowed values, in words that follow "it takes" in the error.
     """
     return ImproperlyConfigured(f"{owner}: {name}={value} is not allowed; it takes {allowed}")
 
@@ -83,7 +87,7 @@ def switch(value: Any) -> bool:
 def text(value: Any) -> str:
     """Allow a text that is not empty and that every database can store.
 
-    A text with a NUL, or with half of a surrogate pair, cannot be stored.
+    Some databases cannot store a text with a NUL character or with half of a surrogate pair.
     """
     with suppress(UnicodeEncodeError):
         if isinstance(value, str) and value and b"\0" not in value.encode():
@@ -101,7 +105,7 @@ def moment(value: Any) -> datetime:
 def named(what: str) -> Check[dict[str, Any]]:
     """Make a check that allows a dict whose keys are texts.
 
-    :param what: the kind of the dict's values, for the error, such as ``arguments``.
+    :param what: the word by which the error names the dict's values, such as ``arguments``.
     """
 
     def check(value: Any) -> dict[str, Any]:
@@ -118,7 +122,8 @@ def choice(*allowed: str) -> Check[str]:
     def check(value: Any) -> str:
         if not isinstance(value, str) or value not in allowed:
             raise ValueError(", ".join(map(repr, allowed)))
-        # Return a plain text, because the value may be a member of a string enum.
+        # Do not return the value itself, because it may be a member of a string enum. Return the
+        # plain text that is equal to it.
         return allowed[allowed.index(value)]
 
     return check
@@ -127,6 +132,8 @@ def choice(*allowed: str) -> Check[str]:
 def seconds(least: float = 0.0, most: float = FINITE, *, above: bool = False) -> Check[float]:
     """Make a check that allows a number of seconds from ``least`` to ``most``.
 
+    :param least: the smallest allowed number. Left out: 0.
+    :param most: the largest allowed number. Left out: each finite number is allowed.
     :param above: true refuses ``least`` itself. Default: false.
     """
     limits = f", more than {least:.15g}" if above else _limits(least, most)
@@ -145,7 +152,9 @@ def seconds(least: float = 0.0, most: float = FINITE, *, above: bool = False) ->
 
 
 def duration(check: Check[float]) -> Check[float]:
-    """Make a check that allows seconds as a number or as a timedelta.
+    """Make a check that allows a duration, as a number of seconds or as a timedelta.
+
+    The check returns the number of seconds.
 
     :param check: the check of the number of seconds.
     """
@@ -160,7 +169,10 @@ def duration(check: Check[float]) -> Check[float]:
 
 
 def whole(least: float = -FINITE, most: float = FINITE) -> Check[int]:
-    """Make a check that allows a whole number from ``least`` to ``most``."""
+    """Make a check that allows a whole number from ``least`` to ``most``.
+
+    A limit that is left out does not apply.
+    """
 
     def check(value: Any) -> int:
         if not _is_a(numbers.Integral, value) or not least <= value <= most:
@@ -186,7 +198,7 @@ def either(*checks: Check[Any]) -> Check[Any]:
 
 
 def parsed(parse: Callable[[str], Any], check: Check[T]) -> Check[T]:
-    """Make a check that allows a value, also in the form of a text from an environment variable.
+    """Make a check that also allows a value in the form of a text, as in an environment variable.
 
     :param parse: converts the text to the value.
     :param check: the check of the value.
@@ -202,7 +214,7 @@ def parsed(parse: Callable[[str], Any], check: Check[T]) -> Check[T]:
 
 
 def _is_a(kind: type, value: Any) -> bool:
-    """Whether a value is a number of this kind; ``True`` and ``False`` do not count as numbers."""
+    """Whether a value is a number of the type ``kind``, but not ``True`` or ``False``."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 

@@ -31,13 +31,14 @@ from .retry import RetryPolicy
 from .settings import MIN_INTERVAL
 from .task_options import OnConflict, OnDecodeError, OnLeaseLost
 
-#: The largest ``state_version``: the largest number that the column ``schema_version`` can hold.
+#: The largest allowed ``state_version``. The column ``schema_version`` can hold no larger number.
 MAX_VERSION = 2**31 - 1
-#: The longest ``lease_ttl``, ``hold_at_least`` and ``conflict_timeout``: a day, in seconds. A
-#: longer lease would block its singleton for longer than a day after its holder died.
+#: The longest allowed ``lease_ttl``, ``hold_at_least`` and ``conflict_timeout``, in seconds: a day.
+#: A longer lease would block its singleton for longer than a day after the lease's holder died.
 MAX_SECONDS = 86400.0
 
-#: The values of ``on_conflict``: what a delivery does if the lease is taken.
+#: The allowed values of ``on_conflict``, the option that says what a delivery does if the lease is
+#: taken.
 POLICIES = get_args(OnConflict)
 
 
@@ -90,8 +91,8 @@ def _policies(value: Any) -> Mapping[str, RetryPolicy]:
 class Options:
     """The checked options of a task. The class lists each option's check and default.
 
-    An option has the same name here, as an attribute of the task, and in :class:`TaskOptions`,
-    which explains the option.
+    Each field has the name of an option. A user sets the option as an attribute of the task, or as
+    an argument of the decorator. :class:`TaskOptions` explains the options.
     """
 
     unique_on: Annotated[UniqueOn, _unique_on] = None
@@ -136,7 +137,8 @@ _OF_STATE = (
     "state_round_trip",
     "on_decode_error",
 )
-#: The attributes of Celery's own tasks, which never count as misspelled options.
+#: The names of the attributes of Celery's class ``Task``. An attribute with such a name never
+#: counts as a misspelled option.
 _OF_CELERY = frozenset(dir(Task))
 
 
@@ -163,9 +165,10 @@ def options_of(task: Any) -> Options | None:
 
 
 def expected_singletons(app: Celery) -> set[str]:
-    """Return the names of the singletons of an app whose tasks have an ``expected_interval``.
+    """Return the names of an app's singletons that are expected to run regularly.
 
-    Tasks with ``unique_on`` are left out, because their singletons are not known before their first
+    A singleton is expected to run regularly if its task has an ``expected_interval``. Tasks with
+    ``unique_on`` are left out, because the names of their singletons are not known before the first
     runs.
     """
     return {
@@ -176,11 +179,12 @@ def expected_singletons(app: Celery) -> set[str]:
 
 
 def find_misspelled(task_name: str, attributes: Mapping[str, Any]) -> None:
-    """Refuse an attribute of a task whose name resembles that of an option.
+    """Refuse attributes of a task that are probably misspelled options.
 
     Celery accepts any attribute of a task, so a misspelled option would silently have no effect.
 
-    :raises ImproperlyConfigured: an attribute is probably a misspelled option.
+    :param attributes: maps the names of the attributes to their values.
+    :raises ImproperlyConfigured: the name of an attribute is similar to the name of an option.
     """
     for name, value in attributes.items():
         if name in NAMES or name.startswith("_") or name in _OF_CELERY:
@@ -197,9 +201,10 @@ def _refused(task: type[Task[Any, Any]], name: str, value: Any, allowed: str) ->
 
 
 def _check_together(task: type[Task[Any, Any]], options: Options) -> None:
-    """Check the options that depend on each other or on the arguments of the task.
+    """Check options whose allowed values depend on other options or on the task's arguments.
 
-    :raises ImproperlyConfigured: options do not fit together.
+    :raises ImproperlyConfigured: a value is not allowed together with the other options, or an
+        argument that ``unique_on`` names does not exist.
     """
     if isinstance(options.unique_on, tuple):
         _check_names(task, options.unique_on)

@@ -17,10 +17,13 @@ from .checks import checked, checks_of, either, nothing, seconds, switch, whole
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How a message is retried after an error with one reason. The parameters have Celery's names.
+    """How often, and after which delays, a message is retried after a :exc:`SingletonError`.
 
-    :param max_retries: how often a message is retried at most. All its retries count, whatever
-        their reasons. ``None``: no limit. Default 3.
+    The parameters correspond to the options ``max_retries``, ``retry_backoff``,
+    ``retry_backoff_max`` and ``retry_jitter`` of Celery's tasks.
+
+    :param max_retries: how often a message is retried at most. All retries of the message count,
+        whatever their reasons. ``None``: no limit. Default 3.
     :param backoff: seconds before the first retry; the delay doubles with each further retry.
         Default 1.
     :param backoff_max: the longest delay, in seconds. Default 600.
@@ -40,9 +43,9 @@ class RetryPolicy:
             object.__setattr__(self, name, value)
 
     def delay(self, retries: int) -> float:
-        """Return the seconds before the next retry of a message.
+        """Return the delay before the next retry of a message, in seconds.
 
-        :param retries: how often the message has been retried.
+        :param retries: how often the message has been retried so far.
         """
         full = min(self.backoff * 2 ** min(retries, 64), self.backoff_max)
         return random.uniform(0, full) if self.jitter else full
@@ -72,9 +75,9 @@ def answer_to(
 ) -> RetryAfter | Fail:
     """Decide whether a message is retried after an error.
 
-    :param retries: how often the message has been retried.
+    :param retries: how often the message has been retried so far.
     :param reasons: the names of the error reasons after which the message may be retried.
-    :param policies: maps reasons to retry policies of their own.
+    :param policies: maps the names of some reasons to their retry policies.
     :param usual: the retry policy of all other reasons.
     """
     if error.reason not in reasons:
@@ -86,10 +89,10 @@ def answer_to(
 
 
 def policy_of(task: Any) -> RetryPolicy:
-    """Return the retry policy that follows from a task's Celery options.
+    """Return the retry policy that a task's Celery options, such as ``max_retries``, describe.
 
-    If ``retry_backoff`` is not set, it counts as true. If it is false, each delay is the task's
-    ``default_retry_delay``, as in Celery.
+    A ``retry_backoff`` that is not set counts as true. If ``retry_backoff`` is false, each delay is
+    the task's ``default_retry_delay``, as in Celery.
     """
     backoff = getattr(task, "retry_backoff", True)
     if not backoff:

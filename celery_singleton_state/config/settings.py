@@ -18,13 +18,14 @@ from .unknown import refuse_unknown
 
 hide_settings()
 
-#: The error for a task, a beat or a command that needs a database, when the app only has a
-#: ``singleton_lease_url``.
+#: The text of the error for a task, a beat or a command that needs a database, in an app that only
+#: has a ``singleton_lease_url``.
 NO_SQL = (
     "singleton_lease_url only keeps the leases of singletons without state; states, and the "
     "schedule of beat, need a database: set singleton_store_url as well"
 )
-#: The largest ``singleton_heartbeat_threshold``; a larger value counts as this one.
+#: The largest ``singleton_heartbeat_threshold``. A larger setting is not refused, but lowered to
+#: this number.
 MAX_THRESHOLD = 5
 #: The shortest ``singleton_heartbeat_interval``, and the shortest ``lease_ttl`` of a task, in
 #: seconds.
@@ -43,8 +44,8 @@ def _url(value: Any) -> str:
 
 
 def _beat_name(value: Any) -> str:
-    # A colon is not allowed, because the name becomes a part of keys, and a colon separates their
-    # parts. Characters that a database cannot store are allowed, because keys encode them.
+    # Refuse a colon, because the name becomes a part of keys, and colons separate the parts of a
+    # key. Allow characters that a database cannot store, because they are encoded in keys.
     if not isinstance(value, str) or not value or ":" in value:
         raise ValueError("a text that is not empty and has no colon")
     return value
@@ -83,7 +84,7 @@ class Settings:
     """The settings of one app. The field ``<name>`` is the setting ``app.conf.singleton_<name>``.
 
     The environment variable ``CELERY_SINGLETON_<NAME>`` takes precedence over ``app.conf``, as
-    ``CELERY_BROKER_URL`` does.
+    Celery's own ``CELERY_BROKER_URL`` does.
     """
 
     store_url: Annotated[str, _url] = field(default="sqlite:///celery-singletons.db", repr=False)
@@ -100,12 +101,12 @@ class Settings:
     beat_name: Annotated[str, _beat_name] = ""
     hooks: Annotated[tuple[Any, ...], _hooks] = ()
 
-    #: Whether the app has a database. It has none if ``lease_url`` is set and ``store_url`` is not.
+    #: Whether the app has a database. False only if ``lease_url`` is set and ``store_url`` is not.
     has_store: bool = field(default=True, repr=False)
 
     @property
     def lease_ttl(self) -> float:
-        """The default life of a lease: the seconds from its last renewal to its expiry."""
+        """The life of a lease, in seconds, if its task does not set ``lease_ttl``."""
         return self.heartbeat_interval * self.heartbeat_threshold
 
     @classmethod
@@ -124,7 +125,8 @@ class Settings:
                 show = shown if check is _url else repr
                 found[own] = checked(f"app {app.main!r}", f"setting {name}", value, check, show)
         found["has_store"] = "store_url" in found or "lease_url" not in found
-        # Default to the app's name, so that the beats of two apps can share a table.
+        # The default of beat_name is the app's name, so that the beats of two apps can share a
+        # table.
         found.setdefault("beat_name", (app.main or "celery").replace(":", "."))
         return cls(**found)
 

@@ -26,7 +26,7 @@ class CeleryOptions(TypedDict, total=False):
     ``bind`` is left out, because a singleton task is always bound.
     """
 
-    # Options of the task itself, and of the creation of the task.
+    # Options about the task itself, and about how Celery creates it.
     name: str
     shared: bool
     lazy: bool
@@ -134,20 +134,21 @@ class TaskOptions(CeleryOptions, Generic[S], total=False):
     - ``conflict_timeout``: seconds that a delivery waits for the lease before it fails; time in a
       queue does not count. Left out: ``singleton_conflict_timeout``, 10 s by default. With
       ``"replace"`` the timeout is at least two heartbeat intervals plus 1 s.
-    - ``hold_at_least``: seconds, from the acquisition, for which the lease is kept when the run
-      succeeds. Left out: the lease is released at the end of the run.
+    - ``hold_at_least``: if the run succeeds, the lease is kept for at least this many seconds,
+      counted from the acquisition. Left out: the lease is released at the end of the run.
     - ``enqueue_once``: if true, no message is sent while another message is queued. With
       ``on_conflict`` ``"skip"`` or ``"raise"``, no message is sent during a run, either. A message
-      counts as queued until it expires, and for at most 300 s from the time when it may run.
-      Default: false.
+      counts as queued until its run begins or it ends without a run, but not beyond its expiry, and
+      for at most 300 s from the time when it may run. Default: false.
 
     The lease:
 
-    - ``lease_ttl``: the life of the lease without a renewal, in seconds. Left out: heartbeat
-      interval times threshold, 8 s by default. A longer life costs one more statement before the
-      body.
-    - ``on_lease_lost``: ``"interrupt"`` (the default) interrupts the body of a run that has lost
-      its lease, ``"finish"`` lets the body go on. In both cases the run saves no state and ends as
+    - ``lease_ttl``: the life of the lease, in seconds: the lease expires after this time without a
+      renewal. Left out: heartbeat interval times threshold, 8 s by default. If ``lease_ttl`` is
+      longer than this product, each run needs one more statement before its body.
+    - ``on_lease_lost``: what happens to the body of a run that has lost its lease. ``"interrupt"``
+      (the default): the body is interrupted. ``"finish"``: the body goes on. In both cases the run
+      saves no state and ends as
       :exc:`HeartbeatFailed`.
 
     Duplicates, retries and health:
@@ -155,9 +156,9 @@ class TaskOptions(CeleryOptions, Generic[S], total=False):
     - ``deduplicate``: if true, a message whose work is already done does not run again. Left out:
       true for ticks of beat, and for a task with state. A new message that ``apply_async`` sends
       with an earlier message's task id is new work.
-    - ``retry_reasons``: the names of those reasons (:class:`SingletonErrorReason`) after which a
-      message is retried. Left out: ``StateLoadFailed`` and ``StatePersistFailed``.
-    - ``retry_policy``: a dict that maps the names of reasons to :class:`RetryPolicy`. For all
+    - ``retry_reasons``: the names of the error reasons (:class:`SingletonErrorReason`) after which
+      a message is retried. Left out: ``StateLoadFailed`` and ``StatePersistFailed``.
+    - ``retry_policy``: a dict that maps the names of error reasons to :class:`RetryPolicy`. For all
       other reasons, the task's ``max_retries``, ``retry_backoff``, ``retry_backoff_max`` and
       ``retry_jitter`` apply.
     - ``expected_interval``: the time between two runs, in seconds or as a timedelta. A singleton
@@ -166,7 +167,7 @@ class TaskOptions(CeleryOptions, Generic[S], total=False):
 
     All options of Celery itself (:class:`CeleryOptions`) apply, too. A type checker refuses other
     names. To use attributes of your own, put them into a base class of the task, or into a subclass
-    of this dictionary.
+    of this typed dictionary.
     """
 
     unique_on: Collection[str] | Callable[..., Any] | None
@@ -187,6 +188,7 @@ class TaskOptions(CeleryOptions, Generic[S], total=False):
     retry_reasons: Collection[str] | None
     retry_policy: Mapping[str, RetryPolicy] | None
     expected_interval: float | timedelta | None
-    #: Methods of the task that are called when a run acquires its lease, and when it ends.
+    #: A method of the task that is called when a run acquires its lease, and another one that is
+    #: called when the run ends.
     on_become_leader: Callable[..., Any]
     on_lose_leadership: Callable[..., Any]

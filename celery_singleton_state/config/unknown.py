@@ -17,8 +17,8 @@ _ENVIRONMENT = "CELERY_SINGLETON_"
 #: Matches the names of environment variables that Kubernetes sets in each pod if the name of a
 #: service begins with celery-singleton. These variables are not settings.
 _OF_KUBERNETES = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_\w+)?$|_PORT(_\d+_[A-Z]+(_\w+)?)?$")
-#: Settings of the package celery-singleton. They are not refused while that package is in use,
-#: because a project that moves to this package may use both for a time.
+#: Settings of another package, celery-singleton. They are not refused while that package is
+#: imported, because a project that moves to this package may use both packages for a time.
 _OF_CELERY_SINGLETON = frozenset(
     {
         "singleton_backend_class",
@@ -48,10 +48,10 @@ def refuse_unknown(app: Celery, known: Collection[str]) -> None:
 
 
 def _configured(app: Celery) -> Iterator[tuple[str, str]]:
-    """Yield each ``singleton_`` setting of an app as two names: as written, and without namespace.
+    """Yield two names of each ``singleton_`` setting in an app's configuration.
 
-    The namespace is the prefix that was given to Celery's ``config_from_object``, such as
-    ``CELERY_``.
+    The first name is the name as the user has written it. The second name lacks the namespace, the
+    prefix that was given to Celery's ``config_from_object``, such as ``CELERY_``.
     """
     configured = app.conf.table(censored=False)
     namespace = (app.conf.prefix or "").lower()
@@ -62,7 +62,8 @@ def _configured(app: Celery) -> Iterator[tuple[str, str]]:
             continue  # a setting of another package, such as Django
         else:
             name = key
-        # If the configuration is a module, it can contain functions, tasks and other modules.
+        # Leave out functions, tasks and modules. A module that is used as the configuration can
+        # contain them, and they are not settings.
         if name.lower().startswith(_PREFIX) and not (
             callable(value) or isinstance(value, ModuleType) or _is_of_celery_singleton(name)
         ):
