@@ -1,6 +1,6 @@
 """``celery -A proj singleton …``: commands with which an operator inspects and changes singletons.
 
-Exit statuses, as everywhere in Celery:
+The exit status of a command:
 
 - 0: the command has succeeded, or all singletons are healthy.
 - 1: the command has failed, with one line that says why, or a singleton is unhealthy.
@@ -50,7 +50,8 @@ class Commands(click.Group):
 
 
 def _make_visible(error: click.ClickException) -> None:
-    # Use vars() to set the message, because click declares the attribute as final from 8.4 on.
+    # Use vars() to set the message: from click 8.4 on the attribute is declared final, so mypy
+    # would refuse an assignment.
     vars(error)["message"] = visible(error.message)
 
 
@@ -58,7 +59,7 @@ def _make_visible(error: click.ClickException) -> None:
 @click.pass_context
 @handle_preload_options
 def singleton(context: click.Context) -> None:
-    """Group the commands. Celery's own options, such as ``-A``, come before ``singleton``."""
+    """The group of all commands. Celery's options, such as ``-A``, come before ``singleton``."""
 
 
 for command in (ls, show, state, release, prune, health, next_, migrate, exporter):

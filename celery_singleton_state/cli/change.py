@@ -1,6 +1,7 @@
 """The commands ``celery singleton state`` and ``celery singleton release``.
 
-An operator's change is fenced, as a run's write is. The change emits a log line and an event, even
+An operator's change is fenced like a run's write: the store refuses the change if a new run has
+begun since the command read the row. After a change the command emits a log line and an event, even
 if the workers' events are switched off.
 """
 
@@ -127,7 +128,7 @@ def _app(context: click.Context) -> Celery:
 
 
 def _fitting(runtime: Runtime, name: str, task: str | None, text: str) -> NewValue:
-    """Return a JSON document as a new state of a singleton.
+    """Check a JSON document, and return it as a new state of a singleton.
 
     :param name: the singleton's name.
     :param task: the name of the singleton's task; ``None`` if the task is not known.
@@ -143,7 +144,7 @@ def _fitting(runtime: Runtime, name: str, task: str | None, text: str) -> NewVal
 
 
 def _codec(runtime: Runtime, name: str, task: str | None) -> Codec[Any]:
-    """Return the codec of a singleton's state.
+    """Return the codec that checks and encodes a singleton's state.
 
     :raises click.ClickException: there is no such singleton, or it has no state.
     """
@@ -180,8 +181,8 @@ def _change(
     """Write a state into a singleton's row, after asking the operator.
 
     :param what: the change, for the log line, such as ``"state set"``.
-    :param force: whether to release the lease first, if it is held.
-    :param yes: whether not to ask.
+    :param force: true: if the lease is held, release it first.
+    :param yes: true: do not ask the operator.
     :raises click.ClickException: the lease is held and ``force`` is false, or a run has just begun.
     """
     key = row_key(runtime.settings.key_prefix, name)
@@ -224,7 +225,7 @@ def _release(runtime: Runtime, row: Row, store: Store) -> None:
 
 
 def _warning(runtime: Runtime, row: Row) -> str:
-    """Return a text that an operator should read before a lease is released."""
+    """Return a warning for the operator: what can still happen after the lease is released."""
     if not row.held:
         return f"The lease of {row.holder} has expired, and no run has begun since. "
     left = seconds(row.expires_in or 0.0)

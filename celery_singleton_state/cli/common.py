@@ -45,11 +45,11 @@ def report_errors(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def load_tasks(app: Celery, are_needed: bool = True) -> None:
-    """Import all task modules of an app as a worker does, and make the tasks.
+    """Import all task modules of an app, as a worker does, so that the app knows all its tasks.
 
-    :param are_needed: whether the command's output would be wrong without one of the tasks.
-        Default: true. False: a module that cannot be imported causes a warning, and the command
-        goes on.
+    :param are_needed: true (the default): a module that cannot be imported is an error, because the
+        command's output would be wrong without the module's tasks. False: a module that cannot be
+        imported only causes a warning.
     :raises ImproperlyConfigured: a module cannot be imported, and ``are_needed`` is true.
     """
     try:
@@ -64,7 +64,7 @@ def load_tasks(app: Celery, are_needed: bool = True) -> None:
 
 
 def complete_name(context: click.Context, _argument: click.Parameter, begun: str) -> list[str]:
-    """Return the names of singletons that begin with a text, for a shell's completion.
+    """Return the singletons' names that a shell offers to complete what the operator has typed.
 
     The names are spelled as ``celery singleton ls`` prints them. Bash inserts a completion without
     quoting it, so for bash the names are quoted if need be; other shells quote by themselves. If
@@ -113,8 +113,8 @@ def name_and_task(runtime: Runtime, typed: str) -> tuple[str, str | None]:
     """Return the name of a singleton and the name of its task.
 
     :param typed: the singleton's name, as ``celery singleton ls`` prints it. If the singleton has
-        no row yet, a task with the singleton's name is looked for.
-    :returns: the two names. The task's name is ``None`` if there is neither a row nor a task.
+        no row yet, it belongs to the task with the same name.
+    :returns: the two names. The task's name is ``None`` if there is neither a row nor such a task.
     """
     found = _row(runtime, typed)
     if found is None:
@@ -129,7 +129,7 @@ def one_of(known: Collection[str], typed: str) -> str:
 
     :param typed: the name as the operator typed it. It may contain the escapes with which
         ``celery singleton`` prints a name.
-    :returns: ``typed`` itself if no known name fits.
+    :returns: the known name; ``typed`` itself if no known name is meant.
     """
     return next((name for name in names_meant(typed) if name in known), typed)
 
@@ -149,8 +149,8 @@ def _row(runtime: Runtime, typed: str) -> tuple[Row, Store] | None:
     for name in names_meant(typed):
         key = row_key(runtime.settings.key_prefix, name)
         rows = [(row, store) for store in runtime.stores if (row := store.peek(key)) is not None]
-        # Prefer the store that the task uses now. The other store can have an old row, from before
-        # the task was given a state or its state was removed.
+        # Prefer the store that the task uses now. The other store can have an old row, from the
+        # time before the task was given a state or its state was removed.
         rows.sort(key=lambda found: runtime.store_of_task(found[0].task) is not found[1])
         if rows:
             row, store = rows[0]

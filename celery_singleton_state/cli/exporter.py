@@ -76,12 +76,12 @@ def exporter(
 
 
 def _until_signalled() -> Callable[[], object]:
-    """Return a function that waits for the first SIGINT or SIGTERM.
+    """Return a function that waits until the exporter gets SIGINT or SIGTERM, and then returns.
 
-    A second signal ends the process.
+    Another such signal ends the process at once.
     """
-    # This is not an Event: if the signal interrupts Event.wait() while wait() holds the Event's
-    # lock, set() in the signal handler would wait for the lock forever.
+    # Use a queue instead of an Event. If the signal interrupted Event.wait() while wait() holds the
+    # Event's lock, set() in the signal handler would wait for the lock forever.
     received: SimpleQueue[None] = SimpleQueue()
 
     def on_signal(*_: Any) -> None:

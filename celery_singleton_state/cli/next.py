@@ -21,7 +21,7 @@ from celery_singleton_state.text.visible import as_printed
 from .common import like, load_tasks, one_of, report_errors
 from .terminal import print_json, print_table, say, table
 
-#: The largest number of schedule entries that the table for people shows.
+#: The largest number of schedule entries that the table for people shows. ``--json`` prints all.
 SHOWN = 100
 #: The largest value of the option ``--count``.
 MOST = 10_000
@@ -60,7 +60,7 @@ def next_(context: click.Context, entry: str | None, count: int, as_json: bool) 
 
 
 def overview(app: Celery) -> dict[str, Any]:
-    """Return what the store has recorded of the leading beat and of each schedule entry.
+    """Return the records in the store about the leading beat and each schedule entry.
 
     :raises StoreError: the store is unavailable.
     """
@@ -123,8 +123,8 @@ def times_of(app: Celery, name: str, count: int) -> dict[str, Any]:
     schedule = _schedule_of(app, name)
     state = decode_rows(Leader(app).load()).get(name)
     times = []
-    # If the schedule's class has an is_due() of its own, the stored next_tick is not a due time. It
-    # is the time at which beat calls is_due() again.
+    # If the schedule's class has an is_due() of its own, do not show the stored next_tick: it is
+    # not a due time, but the time at which beat calls is_due() again.
     is_asked = has_own_is_due(schedule)
     if state and state.next_tick and not is_asked and not _has_own_times(schedule):
         times.append(state.next_tick)
@@ -133,8 +133,8 @@ def times_of(app: Celery, name: str, count: int) -> dict[str, Any]:
         if len(times) < count:
             times += next_runs(schedule, count - len(times), times[0] if times else after)
     except ValueError as error:
-        # The schedule ends with the stored tick, or the schedule's class cannot compute later
-        # ticks. In both cases show the stored tick alone.
+        # Show the stored tick alone, if there is one: the schedule ends with this tick, or the
+        # schedule's class cannot compute later ticks.
         if not times:
             raise click.ClickException(str(error)) from error
     now = matches_now(schedule) if _has_own_times(schedule) else None

@@ -23,9 +23,11 @@ from .change import YES, emit
 from .common import load_tasks, one_of, report_errors
 from .terminal import ask, print_json, say
 
-#: Maps each unit of an age to its length in seconds. A number without a unit counts seconds.
+#: Maps each unit in which an operator can write an age to the unit's length in seconds. The empty
+#: unit belongs to an age without a unit, which is in seconds.
 UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1, "": 1}
-#: The longest age, in days. Every database can subtract this age from the present time.
+#: The longest age that the option ``--older-than`` takes, in days. Every database can still
+#: subtract this age from the present time.
 MAX_DAYS = 36_500
 
 
@@ -123,9 +125,9 @@ def find_unused(runtime: Runtime, older_than: float, only: str | None) -> Unused
     }
     for store in runtime.stores:
         for key, task in store.unused(prefix, older_than).items():
-            # Two kinds of old rows are left alone: the row with the task's bare name, from before
-            # the task had unique_on; and rows in a store that the task no longer uses, from before
-            # it was given a state or its state was removed.
+            # Leave two kinds of old rows alone: the row whose key is the task's name alone, from
+            # the time before the task had unique_on; and rows in a store that the task no longer
+            # uses, from the time before the task was given a state or its state was removed.
             if task in own_stores and key != prefix + task and store is own_stores[task]:
                 by_task.setdefault(task, []).append(key)
     return dict(sorted(by_task.items()))
@@ -138,8 +140,8 @@ def remove(runtime: Runtime, unused: Unused, older_than: float, batch: int) -> C
     :param older_than: seconds for which a key must have been unused.
     :param batch: how many keys one statement removes.
     :returns: how many keys of each task were removed.
-    :raises StoreError: the store is unavailable. The log line and the event of the keys that were
-        removed before have been emitted.
+    :raises StoreError: the store is unavailable. If keys were removed before this error, the log
+        lines and events about them have been emitted.
     """
     removed: Counter[str] = Counter()
     for task, keys in unused.items():
@@ -195,7 +197,7 @@ def _as_object(unused: Unused, removed: Counter[str] | None) -> dict[str, Any]:
     """Return the result of the command for ``--json``.
 
     :param removed: how many keys of each task were removed. ``None`` if no key was to be removed,
-        for example in a dry run: then the result has the numbers of unused keys.
+        for example in a dry run. Then the result says how many keys of each task are unused.
     """
     return {
         "removed": 0 if removed is None else removed.total(),

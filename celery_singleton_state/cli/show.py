@@ -74,7 +74,7 @@ def show(context: click.Context, name: str, as_json: bool) -> None:
         runs = [_run_as_object(run) for run in entries]
         (found,) = _objects(runtime, [row])
         known = ticks_done.decode(row.ticks_done, name)
-        # The output has ticks_done only for a singleton that a beat runs.
+        # Leave ticks_done out of the output for a singleton that no beat sends.
         ticks = {"ticks_done": {entry: _ticks_as_object(own) for entry, own in known.items()}}
         print_json(found | {"value": _value(row), "history": runs} | (ticks if known else {}))
         return
@@ -196,7 +196,7 @@ def _name(row: Listed, prefix: str) -> str:
 
 def _lease(row: Listed) -> str:
     if row.expires_in is None:
-        # The row has a holder, but its expiry is a value that is not a time, such as infinity.
+        # If there is a holder, the row has an expiry that is not a time, for example infinity.
         return "free" if row.holder is None else f"{row.holder}, with an unreadable expiry"
     if row.held:
         return f"{row.holder or 'hold period'}, {seconds(row.expires_in)} left"

@@ -1,4 +1,4 @@
-"""All output of the commands goes through this module, which makes users' texts safe to print.
+"""Print the output of all commands, so that users' texts in it are safe for a terminal.
 
 A name or an error can contain control characters, which a terminal would obey. Control characters,
 and characters that the terminal's encoding does not have, are printed as escapes (see
@@ -26,14 +26,17 @@ _NARROWEST = 16
 
 
 def say(text: str, err: bool = False) -> None:
-    """Print one line, on standard output or, with ``err``, on standard error."""
+    """Print one line that may contain users' texts.
+
+    :param err: true: print on standard error. Default: on standard output.
+    """
     click.echo(_shown(text, sys.stderr if err else sys.stdout), err=err)
 
 
 def ask(question: str, err: bool = False) -> None:
     """Ask the operator a yes-or-no question.
 
-    :param err: whether to print the question on standard error. Default: false.
+    :param err: true: print the question on standard error. Default: on standard output.
     :raises click.Abort: the operator has answered no.
     """
     click.confirm(_shown(question, sys.stderr if err else sys.stdout), abort=True, err=err)
@@ -71,7 +74,7 @@ def print_table(made: Table) -> None:
 
 
 def _width(column: Column) -> int:
-    """Return the width that a column needs, in characters, with the space on each side."""
+    """Return the width that a table's column needs, in characters, with the space on each side."""
     if not column.no_wrap:
         return _NARROWEST
     texts = [Text(str(column.header)), *(cell for cell in column.cells if isinstance(cell, Text))]
@@ -92,9 +95,10 @@ def shown_json(document: str) -> str:
 
 
 def _shown(text: str, stream: Any) -> str:
-    """Return a text with escapes for characters that must not or cannot go to a stream.
+    """Return a text with escapes in place of characters that must not or cannot be printed.
 
-    These are control characters, and characters that the stream's encoding does not have.
+    Control characters must not be printed. Characters that the stream's encoding lacks cannot be
+    printed.
     """
     return encodable(visible(text), _encoding(stream))
 
