@@ -32,7 +32,7 @@ PATIENCE = 1.0
 
 
 class ChildWatch:
-    """Calls a function after each death of a child process, in a separate thread.
+    """Calls a function in a separate thread when a watched child process has died.
 
     :param on_death: called with the child's process id.
     """
@@ -62,17 +62,17 @@ class ChildWatch:
         self._epoll.register(descriptor, select.EPOLLIN)
 
     def close(self) -> None:
-        """Report all deaths until now, then stop the threads."""
-        # A forked child inherits this object and the exit handler, but not the threads: it has
-        # nothing to stop.
+        """Report the deaths that have not been reported yet, then stop the threads."""
+        # A forked child inherits this object and the exit handler, but not the threads. So the
+        # child has nothing to stop.
         if os.getpid() != self._own_pid:
             return
         if self._thread is not None:
             os.write(self._wake_writer, b".")
             self._thread.join()
         for waiting in list(self._waiting):
-            # The pool has ended, so its children should be dead. If a child still lives, do not
-            # wait longer.
+            # The pool has ended, so its children should be dead. If a child still lives after
+            # PATIENCE, do not wait for its death any longer.
             waiting.join(PATIENCE)
 
     def _start(self) -> None:
@@ -99,7 +99,8 @@ class ChildWatch:
             return
 
         def wait() -> None:
-            # If Celery has reaped the child already, waitid() does not find it.
+            # Ignore the error of waitid() for a child that Celery has reaped already: such a child
+            # is dead, and its death is reported all the same.
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
             self._report(pid)

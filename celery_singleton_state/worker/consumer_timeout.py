@@ -25,12 +25,12 @@ from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 
-#: A message that is not acknowledged yet causes a warning when this part of RabbitMQ's time limit
-#: has passed.
+#: The part of RabbitMQ's time limit after which the worker logs a warning about a message that has
+#: not been acknowledged yet.
 CLOSE = 5 / 6
-#: The argument with which a queue gets a time limit of its own, in milliseconds.
+#: The name of the argument that gives a queue in RabbitMQ a time limit of its own, in milliseconds.
 ARGUMENT = "x-consumer-timeout"
-#: Says what the operator can do against the time limit. It is a part of every warning.
+#: The end of each log line about the time limit: what the operator can do.
 ADVICE = (
     "raise consumer_timeout in rabbitmq.conf (and singleton_consumer_timeout, which tells the "
     "worker) or the queue's argument x-consumer-timeout: docs/when-things-go-wrong.md, "
@@ -47,9 +47,9 @@ class ConsumerTimeoutStep(bootsteps.StartStopStep):
         super().__init__(parent, **kwargs)
         self._timeout: float = 0.0
         self._timer: Any = None
-        #: Maps the request of each message to the time when the message was first seen, in seconds
-        #: of the monotonic clock. The time is infinity after the warning, so that there is only one
-        #: warning for each message.
+        #: Maps the request of each message to the time when :meth:`check` first found the message
+        #: in the worker, in seconds of the monotonic clock. After a warning the time is set to
+        #: infinity, so that there is only one warning for each message.
         self._seen: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
 
     def include_if(self, parent: Any) -> bool:

@@ -41,8 +41,8 @@ logger = logger_of(__name__)
 
 
 class ChildsLease(HeldLease):
-    """The lease of a child process in its parent. The parent renews the lease for the child, and
-    writes the store's answer to the child's holder file.
+    """A child process's lease, as the parent process keeps it. The parent renews the lease for the
+    child, and writes the store's answer to the child's holder file.
 
     The parent's clock never declares this lease lost. The child itself checks how long it may trust
     the lease.
@@ -71,9 +71,9 @@ class ChildsLease(HeldLease):
         self.report_loss()
 
     def report_loss(self) -> None:
-        """Tell the child that a renewal was refused.
+        """Tell the child that the store has refused a renewal of the lease.
 
-        Each check calls this method again until the child's run ends.
+        :meth:`ParentRenewal.check` repeats this report until the child's run ends.
         """
         self._answer(RenewalAnswer(self.lease.holder, None), urgent=True)
 
@@ -86,8 +86,8 @@ class ChildsLease(HeldLease):
             logger.warning("singletons: process %d renews its own leases: %s", self._pid, error)
             return
         if urgent and ANSWERED is not None:
-            # The child may have died just now. If a new process has the child's process id, the new
-            # process ignores this signal by default.
+            # If the child has just died, another process may have got the child's process id. The
+            # signal does no harm there, because a process ignores this signal by default.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(self._pid, ANSWERED)
 
@@ -128,7 +128,9 @@ class ParentRenewal:
                 self._drop(*self._leases)
 
     def check(self) -> None:
-        """Read the children's holder files; start new renewals and stop old ones."""
+        """Read the children's holder files, renew each new lease in them, and stop renewing the
+        leases that are no longer in them.
+        """
         own = runtime_of(self._app)
         found = dict(self._requests(own))
         self._drop(*self._leases.keys() - found.keys())
@@ -168,7 +170,7 @@ class ParentRenewal:
 
 
 def _lives(pid: int) -> bool:
-    """Whether a child of this process lives. A dead child is left for the pool to reap."""
+    """Whether a child of this process lives. If the child is dead, the pool can still reap it."""
     if not hasattr(os, "waitid"):
         return True  # without waitid(), a child counts as alive until the pool has removed it
     try:

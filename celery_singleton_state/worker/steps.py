@@ -1,4 +1,4 @@
-"""A worker's start-up steps: check that its singletons can run, and start what they need."""
+"""Steps of a worker's start: check that singletons can run, and set up their renewals."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SingletonStep(bootsteps.StartStopStep):
     """Checks settings, store and table before the worker makes the processes of its pool.
 
     A wrong configuration or table stops the worker, with a message that says what to do. A store
-    that is unavailable does not stop it, because runs are retried until the store answers.
+    that is unavailable does not stop the worker, because runs are retried until the store answers.
     """
 
     def __init__(self, parent: Any, **kwargs: Any) -> None:
@@ -66,8 +66,8 @@ class SingletonStep(bootsteps.StartStopStep):
         signals.task_received.connect(note_arrival)
         signals.task_received.connect(note_content)
         events.follow(parent.hostname)
-        # Close the connections that the checks have used: the pool's processes must not inherit
-        # them. A pool of threads opens new ones.
+        # Close the connections that the checks have used, because the pool's processes must not
+        # inherit them. A pool of threads opens new connections.
         free_dead(runtime.runtime_of(app))
         runtime.close_runtime(app)
         if is_prefork(parent):
@@ -119,11 +119,10 @@ class SingletonStep(bootsteps.StartStopStep):
 
 
 class ConnectionsStep(bootsteps.StartStopStep):
-    """Sizes the connection pool of a worker whose bodies run in its own process.
+    """Sets the size of the connection pool in a worker that runs bodies in its own process.
 
-    The connection pool has a connection for each body that can run at once, and one more. It grows
-    when ``--autoscale`` or the remote control command ``pool_grow`` raises the worker's
-    concurrency.
+    The pool has a connection for each body that can run at once, and one more. The pool grows when
+    ``--autoscale`` or the remote control command ``pool_grow`` raises the worker's concurrency.
     """
 
     requires = ("celery.worker.components:Pool",)
@@ -150,10 +149,12 @@ class ChildrenStep(bootsteps.StartStopStep):
     def start(self, parent: Any) -> None:
         self._app: Celery = parent.app
         self._deaths, self._report = os.pipe()
-        # A full pipe must not block a writer: without an event loop nothing reads from the pipe.
-        # No report is missed, because one unread report in the pipe is enough.
+        # Without an event loop nothing reads from the pipe. A full pipe must not block its writer.
+        # A report that finds the pipe full can be dropped: one unread report is enough to make the
+        # event loop check for dead processes.
         os.set_blocking(self._report, False)
-        # The watch ends at exit, because the pool has ended by then, however the worker ends.
+        # Close the watch at the exit of the process: the pool has ended by then, however the worker
+        # ends.
         atexit.register(watch_pool(compat.process_pool(parent), self._on_death).close)
         ParentRenewal(parent.app, lambda: compat.processes_of(parent)).start()
 
@@ -163,8 +164,8 @@ class ChildrenStep(bootsteps.StartStopStep):
         compat.call_when_readable(hub, self._deaths, self._maintain, pool)
 
     def _on_death(self, pid: int) -> None:
-        # Make the pool check for dead processes now. The pool's last own check may have come just
-        # before this death, and its next own check comes five seconds after that one.
+        # Make the pool check for dead processes now, because without this report it only checks
+        # once in five seconds.
         with contextlib.suppress(BlockingIOError):
             os.write(self._report, b".")
         free_dead(runtime.runtime_of(self._app), f"{pid}-*")
@@ -185,8 +186,8 @@ def is_prefork(worker: Any) -> bool:
 def bodies_at_once(worker: Any) -> int:
     """Return how many bodies the worker's own process can run at once, by the worker's options.
 
-    A solo pool runs one body. Its ``worker.concurrency`` is not used, because the default is the
-    number of cores for every kind of pool.
+    A solo pool runs one body at a time. Its ``worker.concurrency`` is not used: the default is the
+    number of cores, even for a solo pool.
     """
     from celery.concurrency.solo import TaskPool
 
