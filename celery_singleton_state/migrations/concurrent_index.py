@@ -16,10 +16,10 @@ from sqlalchemy.schema import CreateIndex, DropIndex
 from celery_singleton_state.store.sql.schema import make_table
 from celery_singleton_state.store.sql.store import open_transaction
 
-#: Seconds to wait for the lock of another session that maintains the table, such as another index
-#: build. Readers and writers do not queue behind this wait. The wait must be longer than
-#: PostgreSQL's ``deadlock_timeout`` (1 s), after which a waiting session cancels an autovacuum that
-#: has the lock.
+#: The longest time, in seconds, to wait for the lock of another session that maintains the table,
+#: for example builds another index. Readers and writers do not queue behind this wait. The time is
+#: longer than PostgreSQL's ``deadlock_timeout`` (1 s), because a waiting session cancels an
+#: autovacuum that holds the lock, but not before ``deadlock_timeout``.
 LOCK_TIMEOUT = 5
 
 _BROKEN = """
@@ -63,8 +63,8 @@ def _found(connection: Connection, table: Table, quoted: str) -> tuple[bool, Seq
         for found in sa.inspect(connection).get_indexes(table.name, schema=table.schema)
         if found["column_names"] == [column.name for column in index.columns]
     }
-    # Ask for the broken indexes last. A new index counts as broken until it is built. In the other
-    # order an index whose build begins between the two queries would be taken for a working one.
+    # Ask for the broken indexes last, because a new index counts as broken until it is built. In
+    # the other order an index whose build begins between the two queries would count as working.
     broken = connection.scalars(sa.text(_BROKEN), {"table": quoted}).all()
     return bool(names.difference(broken)), broken
 

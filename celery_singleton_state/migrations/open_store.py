@@ -24,7 +24,7 @@ def open_store(
     pool_size: int = 2,
     auto_migrate: bool | None = None,
 ) -> SqlStore:
-    """Open the store behind a URL. Only this process may use the store.
+    """Open the store behind a URL, for this process only: connections do not survive a fork.
 
     :param table_name: the table's name, which may have a schema: ``schema.name``.
     :param io_timeout: seconds without an answer after which the database counts as unavailable.
@@ -50,7 +50,7 @@ def open_store(
 
 def _create_table_if_missing(store: SqlStore, url: str) -> None:
     try:
-        # Check no prefixes of keys, because they are not known here.
+        # Pass no prefixes to the check, because the keys' prefixes are not known here.
         store.check(())
     except StoreMisconfigured:
         raise

@@ -28,9 +28,9 @@ from celery_singleton_state.text.visible import logger_of
 
 logger = logger_of(__name__)
 
-#: The longest time, in whole seconds, for which an upgrade waits for its lock. Other queries on the
-#: table queue behind the upgrade for this time. So the time is shorter than the time limit of a
-#: singleton's statement, which is a quarter of a lease's life (2 s by default).
+#: The longest time, in whole seconds, for which an upgrade waits for the table's lock. Meanwhile
+#: other queries on the table queue behind the upgrade. So the time is shorter than the time limit
+#: of a singleton's statement, which is a quarter of a lease's life (2 s by default).
 LOCK_TIMEOUT = 1
 #: Seconds between two attempts of an upgrade to get the table's lock.
 PAUSE = 2.0
@@ -40,17 +40,18 @@ PATIENCE = 300.0
 #: another migration.
 LONGEST_MIGRATION = 1800
 
-#: The statements that limit a transaction's wait for locks. The keys are SQLAlchemy's names of the
-#: databases.
+#: Maps SQLAlchemy's name of each database server to the statement that limits how long a
+#: transaction waits for a lock.
 _GIVE_UP_SOON = {
     "postgresql": "SET LOCAL lock_timeout = '{seconds}s'",
-    # lock_wait_timeout, because innodb_lock_wait_timeout does not apply to the metadata lock that
-    # ALTER TABLE waits for.
+    # Set lock_wait_timeout, because innodb_lock_wait_timeout does not apply to the metadata lock
+    # that ALTER TABLE waits for.
     "mysql": "SET SESSION lock_wait_timeout = {seconds}",
 }
 
-#: A query of PostgreSQL for the sessions that hold a lock on the table: the three with the oldest
-#: transactions, each described in words for a log line.
+#: A PostgreSQL query that describes, for a log line or an error, the sessions that hold a lock on
+#: the table. It returns one text for each session, for at most three sessions: the sessions with
+#: the oldest transactions.
 _HOLDERS = """
 SELECT CASE WHEN pid IS NULL THEN 'a prepared transaction' ELSE
   concat_ws(', ', 'pid ' || pid, nullif(application_name, ''), 'role ' || usename,
@@ -89,7 +90,7 @@ def migrate(engine: Engine, table_name: str, upgrade: Callable[[], None]) -> Non
 
 
 def give_up_soon(connection: Connection) -> None:
-    """Limit the time for which a connection's transaction waits for a lock to ``LOCK_TIMEOUT``."""
+    """Let a connection's transaction wait for a lock no longer than ``LOCK_TIMEOUT``."""
     setting = _GIVE_UP_SOON.get(connection.dialect.name)
     if setting is not None:
         connection.execute(sa.text(setting.format(seconds=LOCK_TIMEOUT)))
@@ -97,7 +98,7 @@ def give_up_soon(connection: Connection) -> None:
 
 @contextmanager
 def _alone_on_postgresql(engine: Engine, name: str) -> Iterator[None]:
-    """Let only one migration run at a time, by an advisory lock of PostgreSQL.
+    """Let only one migration run at a time: hold an advisory lock of PostgreSQL during the block.
 
     A migration that waits for another one asks for the lock again and again, and has no open
     transaction meanwhile, because an index build of the other migration would wait for the end of
@@ -117,7 +118,7 @@ def _alone_on_postgresql(engine: Engine, name: str) -> Iterator[None]:
 
 @contextmanager
 def _alone_on_mysql(engine: Engine, name: str) -> Iterator[None]:
-    """Let only one migration run at a time, by a named lock of a MariaDB or MySQL connection."""
+    """Let only one migration run at a time: hold a named lock of the server during the block."""
     with engine.connect() as connection:
         lock = sa.func.get_lock(name[-64:], LONGEST_MIGRATION).select()
         if connection.scalar(lock) != 1:
@@ -127,13 +128,13 @@ def _alone_on_mysql(engine: Engine, name: str) -> Iterator[None]:
         try:
             yield
         finally:
-            # Close the connection to release the lock, which lasts as long as the connection does.
-            # The pool would keep the connection open.
+            # The lock lasts as long as the connection. So close the connection instead of returning
+            # it to the pool, which would keep it open.
             connection.invalidate()
 
 
-#: The context managers that let only one migration run at a time. The keys are SQLAlchemy's names
-#: of the databases.
+#: Maps SQLAlchemy's name of each database server to the context manager that lets only one
+#: migration run at a time.
 _ALONE = {"postgresql": _alone_on_postgresql, "mysql": _alone_on_mysql}
 
 

@@ -28,10 +28,10 @@ from celery_singleton_state.store.sql.url import parse_url
 from . import unobtrusive
 from .concurrent_index import build_index
 
-#: Seconds that a statement of a migration may take. This time is much longer than a lease's life,
-#: which limits other statements, because a migration waits for locks and may build an index.
+#: The longest time, in seconds, that a statement of a migration may take. Other statements may
+#: take only a part of a lease's life, but a migration waits for locks and may build an index.
 PATIENCE = 3600.0
-#: Seconds that connecting to the database may take.
+#: The longest time, in seconds, that connecting to the database may take.
 CONNECT_TIMEOUT = 10.0
 
 #: A lock that lets only one thread of the process migrate at a time, because Alembic keeps the
@@ -59,8 +59,8 @@ def migrate_url(url: str, table_name: str) -> None:
     """
     parsed = parse_url(url)
     if parsed.get_backend_name() == "postgresql":
-        # Do not prepare statements: each is sent only once, so preparing it only takes time, during
-        # which other sessions may have to wait for the migration's locks.
+        # Do not prepare statements. Each statement is sent only once, so preparing it would only
+        # make other sessions wait longer for the migration's locks.
         parsed = parsed.update_query_dict({"prepare_threshold": "none"})
     engine = make_engine(parsed, PATIENCE, connect_timeout=CONNECT_TIMEOUT)
     try:

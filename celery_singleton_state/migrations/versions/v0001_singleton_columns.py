@@ -18,9 +18,9 @@ from sqlalchemy.dialects import mysql
 revision = "0001"
 down_revision = None
 
-# The types of the columns. On MariaDB and MySQL texts are compared by their bytes, so that keys are
-# case-sensitive. Only the key has a length limit there, because these databases need a limit in a
-# primary key. Times have microseconds.
+# The types of the columns: of the key, of other texts and of times. On MariaDB and MySQL texts are
+# compared by their bytes, so that keys are case-sensitive. There the key has a length limit,
+# because these databases need a limit in a primary key. Times have microseconds.
 BINARY = {"charset": "utf8mb4", "collation": "utf8mb4_bin"}
 KEY = sa.Text().with_variant(mysql.VARCHAR(255, **BINARY), "mysql")
 TEXT = sa.Text().with_variant(mysql.LONGTEXT(**BINARY), "mysql")
@@ -31,8 +31,9 @@ MOMENT = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql")
 #: index changes. A renewal then writes a ninth as much write-ahead log, and the table stays small.
 FILL = 80
 
-# A query for whether a table's fillfactor is PostgreSQL's default. It finds only ordinary tables
-# (relkind r), because other kinds of tables, such as partitioned tables, have no fillfactor.
+# A query that returns whether a table has PostgreSQL's default fillfactor. It returns no row for
+# other tables than ordinary ones (relkind r), because a partitioned table, for example, has no
+# fillfactor.
 _IS_FILLED_AS_USUAL = """
 SELECT NOT EXISTS (
   SELECT FROM unnest(reloptions) AS option WHERE split_part(option, '=', 1) = 'fillfactor'
@@ -117,8 +118,9 @@ def alter(table: sa.Table, found: dict[str, Any]) -> None:
 
 
 def room_for_renewals(table: sa.Table) -> list[str]:
-    """Return the change to a table that leaves room in each page for new versions of the page's
-    rows, as a list for :func:`change`.
+    """Return a change of a table's fillfactor, as a list for :func:`change`.
+
+    With the new fillfactor each page has room for new versions of its rows, which renewals write.
 
     The list is empty on other databases than PostgreSQL, and if the table's owner has set a
     fillfactor. The change applies to pages that are written from now on; no row is rewritten.
@@ -171,8 +173,8 @@ def changed(found: dict[str, Any]) -> Iterator[sa.Column[object]]:
 
 
 def to_the_microsecond(default: str) -> str:
-    """Return a column's default with ``CURRENT_TIMESTAMP`` in microseconds, because MySQL refuses a
-    default whose precision is not the column's.
+    """Return a column's default, with ``CURRENT_TIMESTAMP`` changed to microseconds: MySQL refuses
+    a default whose precision differs from the column's precision.
 
     The default may include MySQL's ``ON UPDATE CURRENT_TIMESTAMP``.
     """
