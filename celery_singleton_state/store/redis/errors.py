@@ -27,11 +27,12 @@ _GRANT = (
     "~celery-singleton-keys '~<key prefix>*' +@read +@write +@scripting +@connection +time +info"
 )
 
-# The patterns match an error's text instead of its code, for two reasons: up to Redis 6 the code of
-# an error within a script stands in the middle of the text, and the client library removes the
-# codes that it knows.
-#: Errors that stay until the operator changes something: a pattern of the error's text, and advice
-#: on what to change.
+# The patterns below match an error's text instead of its code, for two reasons: up to Redis 6 the
+# code of an error within a script stands in the middle of the text, and the client library removes
+# the codes that it knows.
+
+#: Advice about errors that stay until the operator changes something. Each item has a pattern that
+#: matches the error's text, and the advice.
 _ADVICE = (
     ("AuthenticationError|NOAUTH|WRONGPASS", "set the user and the password in the URL"),
     ("NoPermissionError|has no permissions|user executing the script can't", _GRANT),
@@ -51,8 +52,8 @@ _ADVICE = (
     ("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE", "this port does not use TLS: write redis://"),
     ("AF_UNIX path too long", "give the socket a shorter path"),
 )
-#: A part of the error that HINCRBY answers when a number, such as a fence, is already the largest
-#: number that Redis can hold.
+#: A part of Redis's error when it cannot increment a number (HINCRBY), such as a fence, because the
+#: number is already the largest one that Redis can hold.
 _OVERFLOW = "would overflow"
 #: A pattern that matches errors about a value that the server or the client library can never hold.
 _VALUE = re.compile(
@@ -68,7 +69,7 @@ _DEMOTED = re.compile(
 def as_store_error(error: RedisError | UnicodeError) -> StoreError:
     """Return the store error that corresponds to an error of the client library.
 
-    An error that no pattern matches becomes :exc:`StoreUnavailable`: the caller may try again.
+    An error that no pattern matches becomes :exc:`StoreUnavailable`, so the caller may try again.
     """
     text = one_line(error)
     if "invalid bulk length" in text:

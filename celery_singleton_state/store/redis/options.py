@@ -58,7 +58,7 @@ def _provider(text: str) -> Any:
 _WORD = Option(_word, "a text without blanks")
 _FLAGS = made_of(_verify_flags, "names of ssl.VerifyFlags with commas between them")
 
-#: The options that a URL may have for any kind of connection.
+#: Maps the name of each option that a URL may have for any kind of connection to its parser.
 OF_CONNECTIONS: dict[str, Option] = {
     "client_name": _WORD,
     "health_check_interval": whole(0),
@@ -73,7 +73,7 @@ OF_CONNECTIONS: dict[str, Option] = {
     "socket_timeout": seconds(),
     "username": TEXT,
 }
-#: The options that a URL may have only for TLS connections.
+#: Maps the name of each option that a URL may have only for TLS connections to its parser.
 OF_TLS: dict[str, Option] = {
     "ssl_ca_certs": TEXT,
     "ssl_ca_data": TEXT,
@@ -93,7 +93,7 @@ CREDENTIAL_PROVIDER = made_of(
 )
 #: Options whose value is the name of a file or a folder.
 FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
-#: Options that are accepted and ignored: ``max_connections`` belongs to the client library's
-#: connection pool, which the store does not use, and Celery's users write the other two for a
-#: broker.
+#: Options that a URL may have, but which have no effect. ``max_connections`` belongs to the client
+#: library's connection pool, which the store does not use. Celery's users write the other two in
+#: the URL of a broker, and use this URL for the store, too.
 WITHOUT_EFFECT = frozenset({"max_connections", "timeout", "visibility_timeout"})

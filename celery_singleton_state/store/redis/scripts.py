@@ -284,10 +284,11 @@ local running = is_future('expires_at') and get('task_id')
 return {{tonumber(get('queue') or '0'), queued or false, running or false}}
 """
 
-#: For ``enqueue_once``: record a message as queued. The caller names the queue number that it has
-#: read. The claim is refused if the queue number has changed. A repeated claim succeeds again. A
-#: first claim (``is_first``) never counts as a repetition, because another caller can have made an
-#: equal claim with the same task id.
+#: For ``enqueue_once``: note a message as queued (a claim). The caller names the queue number that
+#: it has read, and is refused if the queue number has changed. If the answer to a claim was lost,
+#: the caller repeats the claim, and the repetition succeeds if the claim had taken effect. In a
+#: caller's first attempt (``is_first``) an equal claim in the hash belongs to another caller with
+#: the same task id, so the attempt is refused.
 CLAIM = f"""
 {_HEAD}
 local task_id, life, number = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])

@@ -10,8 +10,8 @@ from redis.sentinel import MasterNotFoundError, Sentinel
 
 from celery_singleton_state.store.base import one_line
 
-#: The answer of a sentinel that does not watch a master of the given name, in words for errors. The
-#: module ``errors`` recognises this text.
+#: The words by which an error reports that a sentinel does not watch a master of the given name.
+#: The module ``errors`` recognises these words, in order to add advice.
 UNKNOWN = "no sentinel knows a master of this name"
 
 

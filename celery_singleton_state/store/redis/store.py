@@ -56,8 +56,8 @@ INDEX = "celery-singleton-keys"
 #: The largest number of singletons that one script reads. The number is limited because the server
 #: serves no other client while a script runs.
 PAGE = 200
-#: The beginning of the name of each maxmemory-policy by which a server whose memory is full removes
-#: keys without an expiry, such as the keys of singletons.
+#: The beginning of the names of some maxmemory-policies. With such a policy a server whose memory
+#: is full removes keys without an expiry, and so singletons. Such a server is refused.
 _EVICTING = "allkeys"
 
 
@@ -76,8 +76,8 @@ class RedisStore:
             client_for,
             url,
             decode_responses=True,
-            # Another program can have written a key that is not UTF-8. Such a key must not make a
-            # list of singletons fail.
+            # Read texts that are not UTF-8, too: another program can have written such a key, and
+            # it must not make a list of singletons fail.
             encoding_errors="surrogateescape",
             socket_timeout=io_timeout,
             socket_connect_timeout=io_timeout,
@@ -310,7 +310,7 @@ def _released(wanted: str | None) -> Released | None:
 
 
 def _by_name(fields: Sequence[str]) -> dict[str, str]:
-    """Make a dict of a list in which names and values alternate."""
+    """Make a dict from a list in which names and values alternate, as Redis returns a hash."""
     return dict(zip(fields[::2], fields[1::2], strict=True))
 
 

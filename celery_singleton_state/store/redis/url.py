@@ -31,7 +31,7 @@ from .options import CREDENTIAL_PROVIDER, FILES, OF_CONNECTIONS, OF_TLS, WITHOUT
 from .sentinels import Sentinels
 from .tls import refuse_unusable_tls
 
-#: The schemes of URLs that name a single server, each with the class of its connections.
+#: Maps each scheme of a URL that names a single server to redis-py's class of connections for it.
 KINDS = {
     "redis": redis.Connection,
     "rediss": redis.SSLConnection,
@@ -43,16 +43,17 @@ KINDS = {
     "socket": redis.UnixDomainSocketConnection,
 }
 SENTINEL = "sentinel"
-#: The schemes that the error for an unknown scheme lists; the other ones in ``KINDS`` are synonyms.
+#: The schemes that the error about an unknown scheme suggests. The other schemes in ``KINDS`` are
+#: left out, because they are synonyms.
 SCHEMES = ("redis", "rediss", "redis+socket", "unix", SENTINEL)
 
-#: The end of the error "credential_provider takes ...", for a URL that has a user or a password as
-#: well. The client library refuses this combination.
+#: The end of the error "credential_provider takes ..." about a URL that has a user or a password
+#: beside a credential provider, because the client library refuses this combination.
 _ALONE = "no user and no password beside it: leave them out"
 #: The largest database number that Redis's SELECT accepts.
 LARGEST_DATABASE = 2**31 - 1
-#: Options of a URL that can only shorten the store's own time-outs. A longer time-out is not used,
-#: because a lease would expire during it.
+#: The options by which a URL sets time-outs. They can only shorten the store's own time-outs. A
+#: longer time-out is not used, because a lease could expire while a request waits.
 _TIMEOUTS = ("socket_timeout", "socket_connect_timeout")
 
 
@@ -140,8 +141,8 @@ def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:
     uses_tls = read_option(LEASES, "ssl", query.pop("ssl", "false"), SWITCH)
     kind = redis.SSLConnection if uses_tls else redis.Connection
     more = _options(query, kind, advice="add ssl=true to the options")
-    # The store's time-outs and retries hold for sentinels, too. By default the client library tries
-    # an unavailable sentinel four times, which takes seconds.
+    # Use the store's time-outs and retries for sentinels, too, because by default the client
+    # library tries an unavailable sentinel four times, which takes seconds.
     asked = {name: options[name] for name in (*_TIMEOUTS, "retry") if name in options}
     sentinel = Sentinels(addresses, sentinel_kwargs=asked | own)  # type: ignore[no-untyped-call]
     given = _with_short_timeouts(options | found | more, options)
@@ -296,7 +297,8 @@ def _options(query: Mapping[str, str], kind: type[Any], advice: str) -> dict[str
             raise _refused(
                 "ssl_check_hostname=true has no effect together with ssl_cert_reqs=none; remove one"
             )
-        # Python cannot check the host's name if it does not check the certificate.
+        # Switch off the check of the host's name, too, because Python allows it only together with
+        # the check of the certificate.
         found["ssl_check_hostname"] = False
     refuse_unusable_tls(LEASES, found)
     return found
