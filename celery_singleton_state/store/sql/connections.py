@@ -47,8 +47,8 @@ from celery_singleton_state.store.options import STORE
 from .errors import is_read_only
 
 APPLICATION_NAME = "celery-singleton-state"
-#: The longest time, in seconds, for which a fork waits until the process's statement on an SQLite
-#: file has ended.
+#: The longest time, in seconds, for which a fork is delayed until the parent's running statement on
+#: an SQLite file has ended.
 LONGEST_PAUSE = 5.0
 
 #: A function that reads a statement's result from its cursor: the rows, or the number of rows.
@@ -68,8 +68,8 @@ class GrowingPool(QueuePool):
         super().dispose()
 
     def allow(self, connections: int) -> None:
-        """Raise the largest number of connections that the pool makes and keeps. A smaller number
-        than before changes nothing.
+        """Let the pool make and keep more connections than before. A smaller number than before
+        changes nothing.
         """
         allow_connections(self, connections)
 
@@ -106,7 +106,7 @@ def pooled(
 
 
 #: The drivers' connections that this process has opened. A forked child calls the method
-#: ``leave_to_parent()`` of each connection.
+#: ``leave_to_parent()`` of each connection, because it must not use them.
 _connections: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -136,8 +136,9 @@ class Connections:
         self._engine = engine
         self._is_file = engine.dialect.name == "sqlite"
         self._driver_error = engine.dialect.loaded_dbapi.Error
-        #: The thread that uses the kept connection holds this lock. If a signal handler's exception
-        #: prevents its release, all later callers use the pool, which costs time and nothing else.
+        #: The lock that a thread holds while it uses the kept connection. If a signal handler's
+        #: exception prevents the lock's release, all later callers use the pool, which only costs
+        #: time.
         self._in_use = threading.Lock()
         self._kept: Any = None
         self._outdated = False
@@ -188,7 +189,8 @@ class Connections:
             if not self._is_file:
                 connection.invalidate()
             if lost:
-                # The pool's other connections were made before the loss, so they are lost, too.
+                # Dispose of the pool's other connections, because they were made before the loss,
+                # and so are lost, too.
                 self._engine.dispose()
             raise
         finally:

@@ -36,7 +36,7 @@ class Database:
     also: tuple[str, ...] = ()
 
 
-#: The supported databases. The keys are SQLAlchemy's names of the databases.
+#: Maps SQLAlchemy's name of each supported database to the names that a URL may use for it.
 DATABASES: Mapping[str, Database] = {
     "postgresql": Database(
         drivers=("psycopg", "psycopg_async", "psycopg2", "psycopg2cffi", "asyncpg", "pg8000"),

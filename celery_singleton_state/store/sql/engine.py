@@ -40,7 +40,7 @@ def identity(url: URL, table_name: str) -> str | None:
 def make_engine(
     url: URL, io_timeout: float, pool_size: int = 2, connect_timeout: float | None = None
 ) -> Engine:
-    """Make an engine for this process.
+    """Make an engine for the database behind a URL, for this process only.
 
     :param io_timeout: seconds that the database may take to answer.
     :param pool_size: the largest number of connections.

@@ -1,4 +1,4 @@
-"""The rows of the entries of a beat schedule in an SQL store. Only the leading beat writes them."""
+"""Keep the entries of a beat schedule in an SQL store, each in a row of its own."""
 
 from __future__ import annotations
 

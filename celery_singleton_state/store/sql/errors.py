@@ -29,35 +29,35 @@ from celery_singleton_state.store.connecting import was_connecting
 
 from .refused_connections import advice_of_connecting
 
-# In the tables below a text is an SQLSTATE of PostgreSQL, and a number is an error number of MySQL
-# and MariaDB, unless the table's comment says otherwise.
+# In the constants below a text is an SQLSTATE of PostgreSQL, and a number is an error number of
+# MySQL and MariaDB, unless the constant's comment says otherwise.
 
-#: Codes of the error that a table, a column or a schema does not exist.
+#: Codes of errors that mean: a table, a column or a schema does not exist.
 _NOT_READY = frozenset({"42P01", "42703", "3F000", 1146, 1054})
-#: Parts of SQLite's messages about a table or a column that does not exist.
+#: Parts of SQLite's messages that mean: a table or a column does not exist.
 _NOT_READY_TEXTS = ("no such table", "no such column", "has no column")
-#: Codes of the error that the database has rolled a statement back because of a deadlock or a
-#: serialization failure.
+#: Codes of errors that mean: because of a deadlock or a serialization failure, the database has
+#: rolled a statement back.
 _ROLLED_BACK = frozenset({"40001", "40P01", 1213})
-#: PostgreSQL's code of the error that a privilege is missing, on any object.
+#: PostgreSQL's code of errors that mean: a privilege on an object of any kind is missing.
 _FORBIDDEN_ON_POSTGRESQL = "42501"
-#: Codes of the error that a privilege is missing. MySQL has three codes: for a privilege on the
+#: Codes of errors that mean: a privilege is missing. MySQL has three codes: for a privilege on the
 #: database, on the table and on a column.
 _FORBIDDEN = frozenset({_FORBIDDEN_ON_POSTGRESQL, 1044, 1142, 1143})
-#: Codes of the error that the wait for a lock has timed out.
+#: Codes of errors that mean: the wait for another transaction's lock has timed out.
 _LOCKED = frozenset({"55P03", 1205})
-#: PostgreSQL's codes of the errors that the name of a prepared statement is already in use on a
-#: connection, or is unknown there.
+#: PostgreSQL's codes of errors that mean: on this connection the name of a prepared statement is
+#: already in use, or is unknown.
 _UNPREPARED = frozenset({"42P05", "26000"})
-#: A code that PostgreSQL uses for several errors. One of these errors is that the server was asked
-#: to execute another client's prepared statement, which takes another number of parameters.
+#: PostgreSQL's code of several errors. One of them means: a pooler has mixed up prepared
+#: statements, so that the server executes a statement with another number of parameters.
 _PROTOCOL_VIOLATION = "08P01"
 
-#: Codes of the error that the server is read-only: a standby, or a primary that a failover has
-#: demoted.
+#: Codes of errors that mean: the server is read-only, because it is a standby, or a primary that a
+#: failover has demoted.
 _READ_ONLY = frozenset({"25006", 1792, 1836})
-#: MySQL's number of the error that an option of the server forbids a statement. ``--read-only`` is
-#: such an option.
+#: MySQL's number of an error that means: an option of the server, such as ``--read-only``, forbids
+#: the statement.
 _PREVENTED = 1290
 
 #: The first characters of PostgreSQL's SQLSTATEs for values that the database can never hold: data
@@ -83,13 +83,14 @@ _STATES_ONLY_OF_VALUES = ("22023", "23514", "44", "54")
 #: Error numbers of MySQL and SQLite that are about a value only if the statement carries a value
 #: from outside this package.
 _NUMBERS_ONLY_OF_VALUES = frozenset({275, 1180, 1267, 3100, 3819, 4025})
-#: Codes of the error that the database's encoding lacks a character of a text.
+#: Codes of errors that mean: the database's encoding lacks a character of a text.
 _TEXTS = frozenset({"22021", "22P05", 1300, 1366, 3854, 3988})
 #: Functions in PostgreSQL's source that raise SQLSTATE 54000 for every write until the database is
-#: vacuumed (transaction id wraparound). So an error of these functions is not about a value.
+#: vacuumed (transaction id wraparound). So an error of these functions is not about a value,
+#: although other errors with this SQLSTATE are.
 _WRAPAROUND = ("GetNewTransactionId", "GetNewMultiXactId")
 #: SQLite's code SQLITE_CONSTRAINT_TRIGGER: a trigger of the table has raised an error of its own.
-#: The advice for other broken constraints does not apply.
+#: So the advice about broken constraints does not apply.
 _SQLITE_TRIGGER = 1811
 #: Parts of messages about a value that the database can never hold, from errors without a specific
 #: code: SQLite's overflow, PostgreSQL's limit of memory for one value, and a value whose type the
@@ -100,7 +101,7 @@ _VALUE_TEXTS = ("integer overflow", "invalid memory alloc request size", "Error 
 _UNREADABLE = "Could not decode to UTF-8"
 _CANNOT_HOLD = "the database cannot hold the value"
 
-#: Codes of the error that a number is larger than its column can hold.
+#: Codes of errors that mean: a number is larger than its column can hold.
 _OUT_OF_RANGE = frozenset({"22003", 1264, 1690})
 
 _OTHER_TABLE = (
@@ -116,7 +117,8 @@ _PLUGIN = (
     "install the plugin or package that the message names (pip install 'pymysql[rsa]'), or let the "
     "user log in by another authentication method"
 )
-#: Errors of a wrong set-up: the first characters of the SQLSTATE, and what the operator has to do.
+#: Advice about PostgreSQL's errors of a wrong set-up. Each item has the first characters of an
+#: SQLSTATE, and what the operator has to do.
 _SETUP_STATES = (
     ("28", _LOGIN),
     ("3D", _NO_DATABASE),
@@ -125,7 +127,8 @@ _SETUP_STATES = (
     ("42", _OTHER_TABLE),
     ("0A", "this server, or the pooler in front of it, lacks a feature that this package needs"),
 )
-#: Errors of a wrong set-up: MySQL's number, and what the operator has to do.
+#: Advice about MySQL's errors of a wrong set-up: maps each error number to what the operator has to
+#: do.
 _SETUP_NUMBERS = {
     **dict.fromkeys((1045, 1130, 1251, 1698), _LOGIN),
     **dict.fromkeys((1046, 1049), _NO_DATABASE),
@@ -134,15 +137,16 @@ _SETUP_NUMBERS = {
     **dict.fromkeys((2059, 2061), _PLUGIN),
     **dict.fromkeys((1064, 1305), "MariaDB from 10.6 on, or MySQL 8, is needed"),
 }
-#: Errors of a wrong set-up: SQLite's primary result code (SQLITE_CORRUPT, SQLITE_CONSTRAINT,
-#: SQLITE_NOTADB), and what the operator has to do.
+#: Advice about SQLite's errors of a wrong set-up: maps each primary result code (SQLITE_CORRUPT,
+#: SQLITE_CONSTRAINT, SQLITE_NOTADB) to what the operator has to do.
 _SETUP_CODES = {
     11: "restore the file from a backup",
     19: _OTHER_TABLE,
     26: "set singleton_store_url to an SQLite file, or to a file that does not exist yet",
 }
-#: Errors of a wrong set-up that are recognised by their text, because errors of a connection that
-#: PostgreSQL refuses have no SQLSTATE: a pattern of the text, and what the operator has to do.
+#: Advice about connections that PostgreSQL refuses because of a wrong set-up. Each item has a
+#: pattern that matches the error's text, because these errors have no SQLSTATE, and what the
+#: operator has to do.
 _SETUP_TEXTS = (
     ("password authentication failed|no pg_hba.conf entry|no password supplied", _LOGIN),
     ('FATAL: +role ".*" (does not exist|is not permitted to log in)', _LOGIN),
@@ -155,12 +159,13 @@ PRIVILEGES = "SELECT, INSERT, UPDATE, DELETE"
 #: A placeholder for the role's name in advice to the operator.
 ROLE = "<the worker's role>"
 
-#: The error about a prepared statement whose columns an ``ALTER TABLE`` has changed: the function
-#: in PostgreSQL's source that raises the error, and the error's text. The statement works when it
-#: is prepared anew.
+#: The marks of PostgreSQL's error about a prepared statement whose columns an ``ALTER TABLE`` has
+#: changed: the function in PostgreSQL's source that raises the error, and the error's text. Such an
+#: error passes, because the statement works when it is prepared anew.
 _OUTDATED_PLAN = ("RevalidateCachedQuery", "cached plan must not change result type")
 
-#: Errors that drivers raise for a value that they cannot send. They are not SQLAlchemy's errors.
+#: Python's own errors that drivers raise for a value that they cannot send. SQLAlchemy does not
+#: wrap them into its errors.
 REFUSED_BY_DRIVER = (UnicodeError, OverflowError)
 
 
@@ -332,8 +337,9 @@ def _advice(error: Exception) -> str | None:
     if own is not None:
         return None if own == _SQLITE_TRIGGER else _SETUP_CODES.get(own & 0xFF)
     text = str(error)
-    # The URL has several hosts. One host has refused the connection, for example because it lacks
-    # the database. Another host may have the database, and be unavailable only for a while.
+    # Give no advice if the URL has several hosts. One host has refused the connection, for example
+    # because it lacks the database. But another host may have the database, and be unavailable only
+    # for a while.
     if "Multiple connection attempts failed" in text:
         return None
     return next((advice for pattern, advice in _SETUP_TEXTS if re.search(pattern, text)), None)

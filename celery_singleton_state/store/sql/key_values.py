@@ -30,7 +30,7 @@ class Rows:
     Every method raises :exc:`KeyValueStoreError` if the database fails.
 
     :param open_store: returns the store of this process.
-    :param told: returns the text for an error, given the original text.
+    :param told: converts the text of a store's error to the text of the error that is raised.
     """
 
     def __init__(
@@ -121,7 +121,8 @@ class Rows:
         existing row can be locked.
         """
         columns = store.table.c
-        # A placeholder that differs from every stored value, for a row that is inserted here.
+        # Insert a row with a placeholder that differs from every stored value. So the SELECT shows
+        # whether the row was inserted here.
         placeholder = f"placed {uuid.uuid4()}"
         row = {"key": self._prefix + key, "value": placeholder, "updated_at": store.now}
         insert = store.upsert(row, None)

@@ -80,8 +80,8 @@ _ALLOWED = {
 _TLS = "sslmode=require (verify-full with sslrootcert=<file> checks who the server is)"
 _NO_PREPARED = "write prepare_threshold=none"
 _BOUNDED = "leave it out: singleton_heartbeat_interval bounds how long an answer may take"
-#: A mapping from options of other drivers to advice. The advice is a part of the error that psycopg
-#: does not know the option.
+#: Maps options of other drivers, which psycopg does not know, to advice. The error about such an
+#: option ends with the advice.
 _INSTEAD = {
     "command_timeout": _BOUNDED,
     "direct_tls": "write sslnegotiation=direct",
@@ -92,7 +92,7 @@ _INSTEAD = {
     "statement_cache_size": _NO_PREPARED,
     "timeout": _BOUNDED,
 }
-#: Options that a URL may have although libpq does not know them.
+#: Options that a URL may have although libpq does not know them, because psycopg reads them itself.
 _NOT_LIBPQS = frozenset({"prepare_threshold"})
 #: Options that name the server, the database and the user. :func:`_begin` has its own values for
 #: them, because it connects to this process instead of the server.
@@ -130,8 +130,8 @@ def refuse_wrong_values(query: Mapping[str, Any], given: Mapping[str, Any]) -> N
     own = {name: str(value) for name, value in query.items() if name not in _SERVER_AND_USER}
     if not own:
         return
-    # With gssencmode=require libpq refuses to begin a connection without Kerberos credentials. The
-    # URL is right all the same, because the credentials may be missing only at present.
+    # Check gssencmode=prefer instead of require. With require libpq refuses to begin a connection
+    # without Kerberos credentials. These may be missing only at present, although the URL is right.
     if own.get("gssencmode") == "require":
         own["gssencmode"] = "prefer"
     try:

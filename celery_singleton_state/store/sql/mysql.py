@@ -32,14 +32,14 @@ from .connections import APPLICATION_NAME, pooled
 from .statements import Statements
 from .url import read_query
 
-#: PyMySQL's arguments that a URL cannot set: a text cannot express them, this package sets them, or
-#: PyMySQL refuses them.
+#: PyMySQL's arguments that a URL cannot set, because a text cannot express them, because this
+#: package sets them, or because PyMySQL refuses them.
 _NOT_IN_URLS = frozenset(
     {"auth_plugin_map", "autocommit", "client_flag", "compress", "conv", "cursorclass"}
     | {"defer_connect", "named_pipe", "self", "ssl"}
 )
-#: A mapping from options of other drivers to advice. The advice is a part of the error that PyMySQL
-#: does not know the option.
+#: Maps options of other drivers, which PyMySQL does not know, to advice. The error about such an
+#: option ends with the advice.
 _INSTEAD = dict.fromkeys(
     ("ssl", "sslmode", "ssl_mode"), "write ssl_ca=<file of the certificate authority>"
 )
@@ -196,8 +196,8 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
         "read_timeout": io_timeout,
         "write_timeout": io_timeout,
         "program_name": APPLICATION_NAME,
-        # Use UTC for the session's times. In the mode TRADITIONAL the server refuses a text that is
-        # too long. In other modes it can cut the text.
+        # Use UTC for the session's times. Use the mode TRADITIONAL, because in other modes the
+        # server can cut a text that is too long instead of refusing it.
         "init_command": "SET time_zone = '+00:00', sql_mode = 'TRADITIONAL',"
         f" innodb_lock_wait_timeout = {math.ceil(io_timeout)}",
     }

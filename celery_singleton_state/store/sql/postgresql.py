@@ -29,8 +29,9 @@ LONGEST_CANCEL = 0.5
 #: The longest time for which the closing of a connection waits for the server to accept a cancel
 #: request, as a fraction of ``io_timeout``. If ``LONGEST_CANCEL`` is shorter, it applies instead.
 CANCEL_PART = 0.25
-#: The first release of psycopg that reports, while it waits, that nothing has arrived. With an
-#: older release a statement waits for a silent server until TCP gives up.
+#: The oldest release of psycopg that can be used: the first one that reports, while it waits for an
+#: answer, that nothing has arrived. With an older release a statement would wait for a silent
+#: server until TCP gives up.
 OLDEST = (3, 3)
 
 
@@ -158,7 +159,7 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
             connection.prepare_threshold = 0
         return connection
 
-    # A tuple has the names of several hosts. SQLAlchemy needs it unchanged.
+    # Convert all values to texts except tuples: SQLAlchemy takes several hosts or ports as a tuple.
     texts = {name: own if isinstance(own, tuple) else str(own) for name, own in query.items()}
     engine = pooled(
         url.set(query=texts),

@@ -21,7 +21,7 @@
 -- - run_count, last_outcome, last_finished_at, history, ticks_done: the runs so far, and the due
 --   times (ticks) of a beat schedule that are done.
 --
--- Rows without a fence are other things: key-value pairs, and entries of a beat schedule.
+-- Rows without a fence are no singletons: they are key-value pairs, or entries of a beat schedule.
 --
 -- A statement may arrive late, after newer ones. So a statement that changes a row names the fence,
 -- the holder, the write number or the queue number that its sender knows. If the sender's knowledge
@@ -112,8 +112,9 @@ RETURNING mine.key, handoff_to;
 
 -- name: save
 -- Store a state during a run, or as the last statement of a transaction, and renew the lease.
--- If the row's write number is above the parameter "number", a newer write has taken effect. If it
--- is below "seen", the database has lost writes that it had confirmed.
+-- The statement changes nothing if the row's write number is above the parameter "number", because
+-- then a newer write has taken effect, or below the parameter "seen", because then the database has
+-- lost writes that it had confirmed.
 UPDATE {table} SET
   value = %(value)s, schema_version = %(schema_version)s, updated_at = clock_timestamp(),
   write = %(number)s, expires_at = clock_timestamp() + %(ttl)s * interval '1 second'
@@ -227,7 +228,7 @@ WHERE key = %(key)s AND fence = %(fence)s AND holder IS NOT DISTINCT FROM %(hold
 
 -- name: request_run
 -- Note a pending run, which the holder sends when it releases the lease.
--- If the row's pending run is not the one that the caller has read, the row's is newer, and stays.
+-- A pending run that the caller has not read yet is newer, and stays.
 UPDATE {table} SET wanted = %(pending_run)s
 WHERE key = %(key)s AND fence = %(fence)s AND holder IS NOT DISTINCT FROM %(holder)s
   AND coalesce(expires_at, hold_until) > clock_timestamp()

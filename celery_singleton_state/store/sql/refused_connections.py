@@ -10,8 +10,8 @@ import re
 #: connection. A host may be unavailable only for a while, so the error may pass by itself.
 _SEVERAL_HOSTS = "Multiple connection attempts failed"
 
-#: Advice for errors about the settings of a new session and about TLS. The keys are MySQL's error
-#: numbers.
+#: Advice about the settings of a new session and about TLS: maps MySQL's error numbers to what the
+#: operator has to do.
 _NUMBERS = {
     1115: "the server does not know the charset in singleton_store_url",
     1193: "the server does not know a variable that init_command in singleton_store_url sets",
@@ -24,8 +24,8 @@ _VERIFY = (
     "the server's certificate is not the one that singleton_store_url requires: check sslrootcert "
     "(ssl_ca on MySQL) and the name of the host"
 )
-#: Patterns of PostgreSQL's and the drivers' errors, each with advice. The patterns are needed
-#: because errors of a refused connection have no SQLSTATE.
+#: Advice about connections that PostgreSQL or a driver refuses. Each item has a pattern that
+#: matches the error's text, because these errors have no SQLSTATE, and the advice.
 _TEXTS = (
     (
         "does not support SSL|SSL was required|SSL required, but",

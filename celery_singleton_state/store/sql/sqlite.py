@@ -41,7 +41,7 @@ OPTIONS: dict[str, Option] = {
     "uri": SWITCH,
 }
 #: The first and the longest pause, in seconds, between two attempts to get the file's lock. The
-#: pause doubles with each attempt.
+#: pause doubles after each attempt until it is the longest pause.
 FIRST_POLL, LONGEST_POLL = 0.001, 0.02
 
 

@@ -61,8 +61,8 @@ class Statements:
     # Statements for the rows of the entries of a beat schedule.
     entries: str
     record: str
-    #: Several SQL statements, which run in one transaction. If the first result set is empty, the
-    #: write is refused, and the statements after this result set are not run.
+    #: The statements that remove entries. They run in one transaction. If the first result set is
+    #: empty, the write is refused, and the statements after this result set are not run.
     forget: str
 
     # Statements that check whether the database can be used.
@@ -86,8 +86,8 @@ class Statements:
     level: ClassVar[str]
     #: The statement that begins a transaction; ``None`` if the driver begins it by itself.
     begin: ClassVar[str | None] = None
-    #: SQLAlchemy's INSERT construct for this database. A subclass that overrides :meth:`upsert`
-    #: needs none.
+    #: SQLAlchemy's INSERT construct for this database, which :meth:`upsert` uses. A subclass that
+    #: overrides :meth:`upsert` needs none.
     insert: ClassVar[Any]
     #: The size, in bytes, of the largest text that the server accepts, if the server may close the
     #: connection when it gets a larger text. ``None`` if the server then answers with an error.

@@ -94,10 +94,10 @@ class SqlStore:
         self._connections = Connections(engine, keeps_one=not is_in_memory(engine.url))
         #: A function that runs a statement and returns its rows.
         self._rows: Rows = partial(self._execute, self._sql.rows)
-        #: The tuples of types that :meth:`acquire` has found right for the values of an answer. It
-        #: remembers them in order to check each tuple only once.
+        #: The tuples of types that :meth:`acquire` has found right for the values of an answer. The
+        #: tuples are kept so that each one is checked only once.
         self._right_types: set[tuple[type, ...]] = set()
-        #: The warnings that :meth:`check` has logged, so that it logs each warning only once.
+        #: The texts of the logged warnings. :meth:`check` logs each warning only once.
         self._warned: set[str] = set()
         self.requests = SqlRequests(self._sql, self._rows, self._change)
         self.entries = SqlEntries(self._sql, self._rows, self.run_within)
@@ -318,7 +318,7 @@ class SqlStore:
         self.engine.dispose()
 
     def allow(self, connections: int) -> None:
-        """Raise the largest number of connections in the pool. A smaller number than before changes
+        """Let the pool have more connections than before. A smaller number than before changes
         nothing.
         """
         pool = self.engine.pool
@@ -515,7 +515,7 @@ def _abandon(connection: Connection) -> None:
 def _is_of_read_only_server(error: BaseException) -> bool:
     """Return whether an error shows that the server is read-only, for example since a failover.
 
-    All connections of the pool may lead to this server.
+    Then the caller disposes of the whole pool, because all its connections may lead to this server.
     """
     cause = error.__cause__ if isinstance(error, StoreError) else error
     return isinstance(cause, DBAPIError) and is_read_only(cause)
@@ -531,9 +531,9 @@ def _is_in_mid_statement(connection: Connection) -> bool:
 
 
 def _status(driver_connection: Any) -> str:
-    """Return the status of a connection's transaction that psycopg keeps, for example ``INERROR``.
+    """Return the status that psycopg knows of a connection's transaction, such as ``INERROR``.
 
-    No request is sent to the server. For other drivers the status is an empty text.
+    No request is sent to the server. For connections of other drivers, return an empty text.
     """
     status = getattr(getattr(driver_connection, "info", None), "transaction_status", None)
     return getattr(status, "name", "")
