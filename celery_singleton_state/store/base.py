@@ -60,10 +60,10 @@ class Lease:
     """A lease that was acquired. Every later request of its holder names this lease.
 
     :param key: the key of the singleton's row.
-    :param holder: ``nodename:pid:nonce``, new for each acquisition.
-    :param fence: a number that only grows. Each acquisition gets the larger one of two numbers: the
-        store's clock in milliseconds since 1970, and the larger one of the row's last fence and
-        last rank, plus 1.
+    :param holder: the holder's name, ``nodename:pid:nonce``. Each acquisition has a new name.
+    :param fence: a number that grows with each acquisition of the key. The fence is the store's
+        clock in milliseconds since 1970. If the row's last fence or last rank is not smaller than
+        this number, the fence is 1 more than the larger one of the two.
     :param ttl: seconds after which the lease expires, unless the holder renews it.
     """
 
@@ -131,8 +131,8 @@ class Write:
 class Queued:
     """The queued or running message of a singleton, as ``enqueue_once`` reads it from the row.
 
-    :param number: the row's queue number. Each claim, each acquisition and each dequeueing raises
-        the queue number by one.
+    :param number: the row's queue number. Three requests raise it by one: a claim, which notes a
+        message as queued, an acquisition, and a dequeueing.
     :param task_id: the task id of the queued message. If no message is queued: the task id of the
         running message, or ``None``.
     :param running: whether ``task_id`` belongs to the running message.
@@ -193,7 +193,7 @@ class Listed:
     :param holder: ``None`` if no run holds the lease, and during a hold period.
     :param task_id: the task id of the run that holds the lease.
     :param expires_in: seconds until the lease expires or the hold period ends; negative if the
-        lease has expired; ``None`` if the singleton is free.
+        lease has expired; ``None`` if the lease is free.
     :param history: the record of the last runs, as JSON. :meth:`Leases.list` leaves the history
         out (``None``) if the last run succeeded.
     :param read_at: the time at which the row was read, by the store's clock.
@@ -235,6 +235,7 @@ class Row(Listed):
     :param handoff_to: the task id of the message that has asked the holder to hand over; ``None``
         if no message has.
     :param newest: the rank of the message that asked last for a handoff; 0 if no message has.
+        Ranks order the messages of a singleton from old to new.
     :param newest_sent: the time at which the newest message was sent; ``None`` if this time is not
         known. The newest message is the last one that acquired the lease or asked for a handoff.
         See :mod:`celery_singleton_state.message.place`.
@@ -288,8 +289,8 @@ class SeenTicks:
     ticks_done: str | None
 
 
-#: The write number after a takeover: an acquisition of an expired lease that its holder did not
-#: release. After a released lease the write number is 0.
+#: The row's write number directly after a takeover. A takeover acquires an expired lease that its
+#: holder did not release. After every other acquisition the write number is 0.
 TAKEN_OVER = -1
 
 Seen = TypeVar("Seen", bound=Listed)
@@ -349,8 +350,9 @@ class RowRequests(Protocol):
         """
 
     def request_run(self, row: Row, pending_run: str) -> bool:
-        """Note a pending run in the row, in place of an earlier one. The lease's holder sends the
-        pending run when it releases the lease.
+        """Note a pending run in the row, which the lease's holder sends when it releases the lease.
+
+        The pending run replaces an earlier one.
 
         :param row: the row that the caller has read.
         :param pending_run: the pending run, as JSON.
@@ -379,7 +381,9 @@ class RowRequests(Protocol):
         first: bool = False,
         task: str | None = None,
     ) -> bool:
-        """Note a message as the singleton's queued message, in place of any other.
+        """Note a message as queued, so that ``enqueue_once`` sends no other message.
+
+        The message replaces another message that the row has as queued.
 
         :param life: seconds for which the message counts as queued.
         :param number: the queue number that :meth:`queued` returned.
@@ -407,19 +411,23 @@ class RowRequests(Protocol):
         """
 
     def dequeue(self, key: str, task_id: str, task: str | None = None) -> None:
-        """Note that a message is no longer queued, and refuse claims that arrive late.
+        """Note that a message is no longer queued, so that claims that arrive late are refused.
 
-        A message is dequeued when it acquires the lease, so a run does not call this method.
+        An acquisition of the lease dequeues its message as well, so a run does not call this
+        method.
 
         :param task: the task's name, for a new row.
         """
 
 
 class Entries(Protocol):
-    """The rows of the entries of a beat schedule. Only the leading beat writes them."""
+    """The part of a store that keeps the entries of a beat schedule, each in a row of its own.
+
+    Only the leading beat writes these rows.
+    """
 
     def load(self, prefix: str) -> dict[str, str]:
-        """Return the values of all entries whose keys begin with a prefix, as a dict by key.
+        """Return a dict from key to value of all entries whose keys begin with a prefix.
 
         A row whose key is the prefix itself is left out.
         """
@@ -438,7 +446,7 @@ class Entries(Protocol):
         """
 
     def forget(self, lease: Lease, keys: Sequence[str], number: int, seen: int) -> bool:
-        """Remove the rows of entries, as a write under the leader's lease.
+        """Remove the rows of entries, if the leader still has its lease.
 
         :param number, seen: the numbers of this write under the leader's lease, as in
             :class:`Write`.
@@ -447,7 +455,7 @@ class Entries(Protocol):
 
 
 class Leases(Protocol):
-    """A store of leases. Every method may raise :exc:`StoreError`."""
+    """The interface of a store that keeps leases. Every method may raise :exc:`StoreError`."""
 
     def acquire(
         self,
@@ -518,19 +526,20 @@ class Leases(Protocol):
     def contents(
         self, keys: Sequence[str], values: bool
     ) -> dict[str, tuple[str | None, str | None]]:
-        """Return the histories and the states of some singletons, as a dict from key to pair.
+        """Return a dict that maps the keys of some singletons to pairs: the history and the state.
 
         :param values: whether to read the states. If false, each state is ``None``.
         """
 
     def ticks(self, keys: Sequence[str]) -> dict[str, SeenTicks]:
-        """Return which ticks of some singletons are done, as a dict by key. A key without a row is
-        left out.
+        """Return a dict that maps the keys of some singletons to :class:`SeenTicks`. A key without
+        a row is left out.
         """
 
     def unused(self, prefix: str, older_than: float) -> Mapping[str, str | None]:
-        """Return the unused singletons under a prefix: a mapping from their keys, in order, to the
-        names of their tasks.
+        """Return the unused singletons whose keys begin with a prefix.
+
+        The result maps the singletons' keys, in order, to the names of their tasks.
 
         A singleton is unused if all of these conditions are true:
 
@@ -568,7 +577,10 @@ class Leases(Protocol):
 
 
 class Store(Leases, Protocol):
-    """A store of leases and states. Every method may raise :exc:`StoreError`."""
+    """The interface of a store that keeps leases and states.
+
+    Every method may raise :exc:`StoreError`.
+    """
 
     def save(self, lease: Lease, write: Write) -> Saved | None:
         """Store a state during a run, and renew the lease.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-#: The schema version of a row whose own schema version is not a number. No schema has this version.
+#: The version that replaces a schema version that is not a number. No schema has this version, so
+#: the row's state is not decoded by a wrong schema.
 NO_VERSION = -1
 
 
@@ -50,11 +51,11 @@ def text(value: Any) -> str:
 
 
 #: The types that fields of a row must have. Each item has a type, the names of the fields that must
-#: have this type, and the function that converts a value of another type.
+#: have this type, and the function that converts a value of another type to this type.
 _KINDS: tuple[tuple[type, tuple[str, ...], Any], ...] = (
     (int, ("fence", "run_count", "write", "newest", "queue"), whole_number),
-    # Do not convert a version: the result could by chance be the version of another schema, and the
-    # state would be decoded with that schema.
+    # Do not convert a schema version. The result could by chance be the version of another schema,
+    # and the state would be decoded with that schema.
     (int, ("schema_version",), lambda _: NO_VERSION),
     (
         float,

@@ -41,7 +41,10 @@ class Option:
 
 
 def whole(least: int, most: int | None = None) -> Option:
-    """An option that takes a whole number from ``least`` to ``most``; ``None``: no upper limit."""
+    """Make an option that takes a whole number from ``least`` to ``most``.
+
+    If ``most`` is left out, there is no upper limit.
+    """
 
     def read(text: str) -> int:
         if not (text.isascii() and text.isdecimal()):
@@ -58,7 +61,7 @@ def whole(least: int, most: int | None = None) -> Option:
 
 
 def seconds(least: float = 0.001) -> Option:
-    """An option that takes a finite number of seconds, ``least`` or more."""
+    """Make an option that takes a finite number of seconds, ``least`` or more."""
 
     def read(text: str) -> float:
         number = float(text)
@@ -70,7 +73,7 @@ def seconds(least: float = 0.001) -> Option:
 
 
 def choice(*words: str, why: str = "") -> Option:
-    """An option that takes one of several words.
+    """Make an option that takes one of several words.
 
     :param why: the reason why only these words are allowed. The error's text ends with it.
     """
@@ -84,7 +87,7 @@ def choice(*words: str, why: str = "") -> Option:
 
 
 def made_of(read: Callable[[str], Any], allowed: str) -> Option:
-    """An option whose parser ``read`` may raise an error of any class to refuse a text."""
+    """Make an option with a parser ``read`` that may raise errors of any class to refuse a text."""
 
     def checked(text: str) -> Any:
         try:
@@ -108,7 +111,7 @@ PORT = whole(1, LARGEST_PORT)
 
 
 def read_option(setting: str, name: str, text: str, option: Option) -> Any:
-    """Return the value of an option.
+    """Parse the text of an option in a URL, and return the option's value.
 
     :param setting: the name of the setting that has the URL.
     :param name: the option's name.
@@ -250,8 +253,8 @@ def refuse_what_fails(
     """Have a driver check options without connecting to a server, and refuse options that the
     driver does not accept.
 
-    If the attempt with all options fails, it is repeated several times, each time without one of
-    them. If the attempt without an option succeeds, the error names this option. The driver's own
+    If the attempt with all options fails, it is repeated once for each option, without this option.
+    If such an attempt succeeds, the error names the option that was left out. The driver's own
     message is not shown, because it can contain a line of a file.
 
     :param attempt: gives the options to the driver, and raises an error of any class if the driver
