@@ -92,7 +92,8 @@ def made_of(read: Callable[[str], Any], allowed: str) -> Option:
     def checked(text: str) -> Any:
         try:
             return read(text)
-        except Exception as error:  # ``read`` may call code that the option's text names
+        except Exception as error:
+            # Catch every error, because ``read`` may call code that the option's text names.
             raise ValueError from error
 
     return Option(checked, allowed)
@@ -285,6 +286,7 @@ def _failure(
 ) -> Exception | None:
     try:
         attempt(options)
-    except Exception as error:  # the driver, its parser and Python's ssl have many classes of error
+    except Exception as error:
+        # Catch every error, because the driver, its parser and Python's ssl raise many classes.
         return error
     return None

@@ -25,7 +25,8 @@ def refuse_unusable_tls(setting: str, options: Mapping[str, Any]) -> None:
         if name in options:
             try:
                 check(context, options)
-            except (OSError, ValueError, TypeError):  # ssl.SSLError is an OSError
+            # ssl.SSLError is caught as well, because it is an OSError.
+            except (OSError, ValueError, TypeError):
                 raise refused_value(setting, name, allowed) from None
 
 

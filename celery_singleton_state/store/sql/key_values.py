@@ -121,8 +121,8 @@ class Rows:
         existing row can be locked.
         """
         columns = store.table.c
-        # Insert a row with a placeholder that differs from every stored value. So the SELECT shows
-        # whether the row was inserted here.
+        # Insert the row with a placeholder that differs from every stored value, so that the SELECT
+        # shows whether the row was inserted here.
         placeholder = f"placed {uuid.uuid4()}"
         row = {"key": self._prefix + key, "value": placeholder, "updated_at": store.now}
         insert = store.upsert(row, None)
@@ -158,7 +158,8 @@ class Rows:
             raise KeyValueStoreError(self._told(str(error))) from error
         try:
             yield store
-        except StoreError as error:  # the engine could not make a connection
+        except StoreError as error:
+            # The engine raises a StoreError if it cannot make a connection.
             raise KeyValueStoreError(self._told(str(error))) from error
         except (SQLAlchemyError, *REFUSED_BY_DRIVER) as error:
             raise KeyValueStoreError(self._told(str(store.as_store_error(error)))) from error

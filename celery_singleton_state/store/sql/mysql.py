@@ -144,7 +144,10 @@ _OF_TRANSACTIONS = ("SET TRANSACTION", "START TRANSACTION", "COMMIT")
 
 
 class MySqlStatements(Statements):
-    """The statements for MariaDB and MySQL. Each attribute has one or more SQL statements."""
+    """The SQL statements for MariaDB and MySQL, from ``mysql.sql``.
+
+    An attribute can have several SQL statements, because UPDATE has no RETURNING here.
+    """
 
     now = "SYSDATE(6)"
     # With another level SQLAlchemy would set the session's isolation level before each transaction
@@ -214,7 +217,8 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
 def _connect(*args: Any, **kwargs: Any) -> Connection:
     try:
         return Connection(*args, **kwargs)
-    except RuntimeError as error:  # PyMySQL lacks a package for the user's authentication method
+    except RuntimeError as error:
+        # PyMySQL raises this error if it lacks a package for the user's authentication method.
         raise pymysql.OperationalError(PLUGIN_FAILED, str(error)) from error
 
 

@@ -114,7 +114,7 @@ class Connection(psycopg.Connection[Any]):
 
 
 class PostgresqlStatements(Statements):
-    """The statements for PostgreSQL."""
+    """The SQL statements for PostgreSQL, from ``postgresql.sql``."""
 
     now = "clock_timestamp()"
     level = "READ COMMITTED"

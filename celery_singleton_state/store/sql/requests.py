@@ -1,5 +1,5 @@
 """The requests that processes other than the lease's holder can make on a row of an SQL store, such
-as asking for a handoff, noting a pending run, or claiming the place of the queued message.
+as asking for a handoff, noting a pending run, or noting a message as queued.
 """
 
 from __future__ import annotations

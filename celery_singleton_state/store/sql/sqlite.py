@@ -135,7 +135,7 @@ class Cursor(sqlite3.Cursor):
 
 
 class SqliteStatements(Statements):
-    """The statements for SQLite."""
+    """The SQL statements for SQLite, from ``sqlite.sql``."""
 
     now = "strftime('%Y-%m-%d %H:%M:%f+00:00', 'now')"
     level = "SERIALIZABLE"

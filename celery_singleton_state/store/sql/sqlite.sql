@@ -36,11 +36,12 @@
 -- Acquire a lease that is free or has expired, and return the singleton's row.
 -- The same holder may repeat the statement if its answer was lost. The repetition only makes sure
 -- that the lease does not expire earlier than ttl seconds from now.
--- A message that is older than the row's newest message does not get the lease. If the message has
--- a rank, this rank is compared with the row's rank (newest) and fence. For such comparisons each
--- new fence is larger than both. If the message has no rank, the times at which the two messages
--- were sent are compared (newest_sent). Such a time is a text: the name of a clock, and a number of
--- fixed length. So comparing the texts compares two times of the same clock.
+-- A message that is older than the row's newest message does not get the lease:
+-- - A message with a rank does not get the lease if the row's rank (newest) or fence is larger. The
+--   new fence exceeds both, because it is the rank of the message that acquires the lease.
+-- - A message without a rank (0) does not get the lease if the newest message was sent later by the
+--   same clock (newest_sent). The column has a text: the name of a clock, and a number of fixed
+--   length. So comparing two texts with the same name compares the times.
 -- The write number is -1 after a takeover of another holder's expired lease, otherwise 0.
 -- abs(-1 - x) is x + 1. SQLite turns a sum that is too large into a floating-point number, to which
 -- 1 could be added without effect. abs() raises an error instead.

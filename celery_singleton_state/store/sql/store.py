@@ -61,8 +61,8 @@ logger = logger_of(__name__)
 #: The largest number of times that a statement is sent, if the database rolls it back because of a
 #: deadlock or a serialization failure.
 TRIES = 5
-#: The names of the statements' parameters whose values come from outside this package. The database
-#: may be unable to hold such a value.
+#: The names of the parameters whose values come from outside this package. An error of a statement
+#: with such a parameter can mean that the database cannot hold the value.
 VALUES = frozenset({"value", "entries", "pending_run"})
 
 
