@@ -1,4 +1,4 @@
-"""The commands ``celery singleton state`` and ``celery singleton release``.
+"""The commands ``celery singleton state`` and ``release``: change a state, or release a lease.
 
 An operator's change is fenced like a run's write: the store refuses the change if a new run has
 begun since the command read the row. After a change the command emits a log line and an event, even

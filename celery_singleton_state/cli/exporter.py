@@ -1,4 +1,4 @@
-"""The command ``celery singleton exporter``."""
+"""The command ``celery singleton exporter``: serve metrics, health and a page by HTTP."""
 
 from __future__ import annotations
 

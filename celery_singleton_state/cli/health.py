@@ -1,4 +1,4 @@
-"""The command ``celery singleton health``."""
+"""The command ``celery singleton health``: list the singletons that did not run in time."""
 
 from __future__ import annotations
 

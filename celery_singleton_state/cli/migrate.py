@@ -1,4 +1,4 @@
-"""The command ``celery singleton migrate``."""
+"""The command ``celery singleton migrate``: create or upgrade the store's table."""
 
 from __future__ import annotations
 

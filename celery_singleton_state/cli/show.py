@@ -1,4 +1,4 @@
-"""The commands ``celery singleton ls`` and ``celery singleton show``."""
+"""The commands ``celery singleton ls`` and ``show``: print all singletons, or one in detail."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def _value(row: Row) -> Any:
 
 
 def _finite(number: str) -> float:
-    """Parse a JSON number.
+    """Parse a JSON number for ``--json``, which can print only finite numbers.
 
     :raises ValueError: the number is NaN, infinite, or too large for a float.
     """

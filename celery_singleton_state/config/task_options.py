@@ -148,8 +148,7 @@ class TaskOptions(CeleryOptions, Generic[S], total=False):
       longer than this product, each run needs one more statement before its body.
     - ``on_lease_lost``: what happens to the body of a run that has lost its lease. ``"interrupt"``
       (the default): the body is interrupted. ``"finish"``: the body goes on. In both cases the run
-      saves no state and ends as
-      :exc:`HeartbeatFailed`.
+      saves no state and ends as :exc:`HeartbeatFailed`.
 
     Duplicates, retries and health:
 

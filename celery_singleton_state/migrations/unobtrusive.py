@@ -34,7 +34,7 @@ logger = logger_of(__name__)
 LOCK_TIMEOUT = 1
 #: Seconds between two attempts of an upgrade to get the table's lock.
 PAUSE = 2.0
-#: Seconds for which an upgrade is tried again and again while the table is locked.
+#: Seconds for which an upgrade is tried again while the table is locked. Then the upgrade fails.
 PATIENCE = 300.0
 #: The longest time, in seconds, for which a migration on MariaDB or MySQL waits for the end of
 #: another migration.

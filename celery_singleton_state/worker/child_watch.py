@@ -113,7 +113,8 @@ class ChildWatch:
     def _report(self, pid: int) -> None:
         try:
             self._on_death(pid)
-        except Exception:  # this thread must go on to report the next death
+        except Exception:
+            # Catch every error, because this thread must go on to report the next death.
             logger.exception("singletons: the leases of process %d could not be released", pid)
 
 

@@ -117,7 +117,8 @@ class ParentRenewal:
         while not stopped.wait(runtime_of(self._app).io_timeout / 2):
             try:
                 self.check()
-            except Exception as error:  # this thread must go on to the next check
+            except Exception as error:
+                # Catch every error, because this thread must go on to the next check.
                 logger.warning(
                     "singletons: the processes of the pool renew their own leases, because their "
                     "parent cannot: %s",
