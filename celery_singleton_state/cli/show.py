@@ -196,7 +196,7 @@ def _name(row: Listed, prefix: str) -> str:
 
 def _lease(row: Listed) -> str:
     if row.expires_in is None:
-        # If there is a holder, the row has an expiry that is not a time, for example infinity.
+        # If the row has a holder, its stored expiry is not a time, but for example infinity.
         return "free" if row.holder is None else f"{row.holder}, with an unreadable expiry"
     if row.held:
         return f"{row.holder or 'hold period'}, {seconds(row.expires_in)} left"

@@ -68,7 +68,9 @@ class ConsumerTimeoutStep(bootsteps.StartStopStep):
     terminate = stop
 
     def check(self) -> None:
-        """Warn once about each message of a singleton that is close to RabbitMQ's time limit."""
+        """Log one warning about each message of a singleton that has not been acknowledged for
+        nearly as long as RabbitMQ's time limit.
+        """
         now = time.monotonic()
         for request in list(state.requests.values()):
             if request.acknowledged or options_of(request.task) is None:

@@ -229,7 +229,7 @@ if (get('holder') or '') ~= ARGV[1] or get('fence') ~= ARGV[2] or not is_held() 
 """
 
 #: Ask the holder to hand over. The request is refused if a newer message has asked. A repeated
-#: request succeeds again.
+#: request succeeds again, because the caller repeats a request whose answer was lost.
 REQUEST_HANDOFF = f"""
 {_SAME_LEASE}
 local requester, rank, sent = ARGV[3], ARGV[4], ARGV[5]

@@ -62,7 +62,7 @@ _EVICTING = "allkeys"
 
 
 class RedisStore:
-    """The leases on one Redis or Valkey server.
+    """A store that keeps leases on one Redis or Valkey server.
 
     :param url: the server's URL, see :func:`~celery_singleton_state.store.redis.url.client_for`.
     :param io_timeout: seconds that connecting or an answer may take. After a time-out the store

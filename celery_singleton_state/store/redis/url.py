@@ -176,9 +176,9 @@ def _sentinels_part(url: str, chunk: str, number: int) -> SplitResult:
 
 
 def _master(query: dict[str, str], path: str) -> tuple[str, str]:
-    """Return the name of the master, and the database as a text.
+    """Return the name of the master, and the database as a text, from a sentinel URL.
 
-    Celery's URLs have only the database in their path. Their query has the master's name.
+    Celery's URLs have only the database in their path, and the name of the master in their query.
 
     :raises ImproperlyConfigured: the name is missing.
     """

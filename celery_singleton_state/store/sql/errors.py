@@ -81,7 +81,7 @@ _VALUE_CODES = frozenset({18, 20, 275})
 #: example a wrong set-up.
 _STATES_ONLY_OF_VALUES = ("22023", "23514", "44", "54")
 #: Error numbers of MySQL and SQLite that are about a value only if the statement carries a value
-#: from outside this package.
+#: from outside this package. Other statements fail with these numbers for another reason.
 _NUMBERS_ONLY_OF_VALUES = frozenset({275, 1180, 1267, 3100, 3819, 4025})
 #: Codes of errors that mean: the database's encoding lacks a character of a text.
 _TEXTS = frozenset({"22021", "22P05", 1300, 1366, 3854, 3988})

@@ -91,8 +91,8 @@ class Connection(psycopg.Connection[Any]):
         # while the server is silent.
         if not psycopg.capabilities.has_cancel_safe():
             return
-        # If the server cannot be reached, the statement cannot be cancelled. The connection must be
-        # closed all the same.
+        # Ignore the error if the statement cannot be cancelled, for example because the server is
+        # unavailable: the connection must be closed all the same.
         with contextlib.suppress(psycopg.Error, OSError, RuntimeError):
             self.cancel_safe(timeout=self.cancel_timeout)
 

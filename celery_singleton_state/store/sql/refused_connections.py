@@ -10,8 +10,8 @@ import re
 #: connection. A host may be unavailable only for a while, so the error may pass by itself.
 _SEVERAL_HOSTS = "Multiple connection attempts failed"
 
-#: Advice about the settings of a new session and about TLS: maps MySQL's error numbers to what the
-#: operator has to do.
+#: Advice about connections that MySQL refuses because of TLS or of a session's settings: maps each
+#: error number to what the operator has to do.
 _NUMBERS = {
     1115: "the server does not know the charset in singleton_store_url",
     1193: "the server does not know a variable that init_command in singleton_store_url sets",

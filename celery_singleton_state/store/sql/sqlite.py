@@ -89,8 +89,8 @@ class Connection(sqlite3.Connection):
         roll back a transaction in memory that the child shares with its parent.
         """
         self._is_parents = True
-        # This extra reference is never released, so Python does not close the connection even when
-        # the process exits.
+        # Add a reference that is never released, so that Python does not close the connection, not
+        # even when the process exits.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     def _refuse_parents(self) -> None:
