@@ -98,11 +98,11 @@ class SingletonTask(_TypedTask[S, P, R]):
     abstract = True
     #: The broker keeps a message until its run has ended, so that a killed run is repeated.
     acks_late = True
-    #: From Celery 5.7 on, the worker retries the message of a killed pool process, up to
-    #: ``max_retries`` times.
+    #: Has the worker retry the message of a killed pool process, up to ``max_retries`` times. The
+    #: attribute is read by Celery 5.7 and later.
     retry_on_worker_lost = True
-    #: Before Celery 5.7, and when the worker cannot send a retry, the broker redelivers the message
-    #: of a killed pool process. ``message/poison.py`` ends a message that kills its process again
+    #: Has the broker redeliver the message of a killed pool process before Celery 5.7, and when the
+    #: worker cannot send a retry. ``message/poison.py`` ends a message that kills its process again
     #: and again.
     reject_on_worker_lost = True
 

@@ -328,9 +328,10 @@ class SingletonEntry(ScheduleEntry):
             return 0
         more = surplus(self.schedule, self.next_tick, now)
         if not more:
-            # Counting the ticks of an interval costs nothing, so an interval's ticks are counted
-            # each time. Another schedule has at most one tick a minute. So until the next count,
-            # its owed ticks cannot exceed the limit by much.
+            # The owed ticks of an interval are counted each time, because that costs nothing. The
+            # owed ticks of other kinds of schedules are counted only now and then. These schedules
+            # have at most one tick a minute, so that between two counts the owed ticks cannot
+            # exceed ``MAX_OWED`` by much.
             if not is_plain_interval(self.schedule):
                 self._count_again_at = now + COUNT_AGAIN
             return 0

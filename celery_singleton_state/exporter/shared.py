@@ -19,7 +19,8 @@ from celery_singleton_state.lease.lease import clock
 #: The longest time, in seconds, that a request waits while the work is done for other requests. The
 #: store's time limits are shorter.
 PATIENCE = 60.0
-#: The most results that are kept: one for each of the kinds whose work was done last.
+#: How many results are kept at most, one for each kind of request. When there are more, the result
+#: that was computed longest ago is dropped.
 KINDS = 8
 
 T = TypeVar("T")

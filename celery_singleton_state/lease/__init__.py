@@ -37,8 +37,9 @@ it out. An answer can be lost. Five rules make all of that harmless:
 3. *The first life is short*: at most the heartbeat's interval times its threshold. A run whose
    ``lease_ttl`` is longer renews the lease once before its body begins, to get the whole life. So
    an acquisition that is carried out late blocks the singleton for a short time only.
-4. *A process releases each lease that it may hold without a run*
-   (:mod:`celery_singleton_state.lease.unreleased`), but not before the body has ended.
+4. *A process releases each lease that it may still hold although no run uses it*, for example
+   because the answer to an acquisition was lost (:mod:`celery_singleton_state.lease.unreleased`). A
+   lease that a run has used is released only after the run's body has ended.
 5. *An outcome is known or unknown, and nothing is assumed.* After a COMMIT without an answer, the
    run reads the row under the row's lock. If the store does not answer this request either, the run
    writes nothing more.

@@ -142,7 +142,11 @@ def reject_if_killed(error: BaseException, request: Context) -> None:
 
 
 def means_to_kill(error: BaseException) -> bool:
-    """Whether this error kills a greenlet, or says that a solo pool cannot kill its task."""
+    """Return whether an error comes from a request to kill the task.
+
+    In a greenlet it is the error that kills the greenlet. In a solo pool, which cannot kill a task,
+    it is the error that says so.
+    """
     if isinstance(error, Reject) and isinstance(error.args[0], BaseException):
         error = error.args[0]
     if type(error).__name__ == "GreenletExit":

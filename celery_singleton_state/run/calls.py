@@ -58,7 +58,7 @@ def _unguarded_call(task: Any) -> _Call | None:
 
 @contextmanager
 def in_guard(task: Any) -> Iterator[None]:
-    """A context manager that marks the present call of a task, if any, as in the guard."""
+    """A context manager in which a task's present call, if any, counts as guarded by the lease."""
     call = _unguarded_call(task)
     if call is None:
         yield

@@ -25,12 +25,12 @@ logger = logger_of(__name__)
 SPANS_OF_WAITING, SPANS = 1000, 300
 
 
-def outcome_of(error: BaseException, delivery: Delivery, is_replaced: bool) -> Outcome:
+def outcome_of(error: BaseException, delivery: Delivery, replaced_itself: bool) -> Outcome:
     """Return the outcome of a run whose body raised an error.
 
-    :param is_replaced: whether the body has replaced itself.
+    :param replaced_itself: whether the body has replaced itself.
     """
-    if is_replaced and isinstance(error, Ignore):
+    if replaced_itself and isinstance(error, Ignore):
         return Outcome.SUCCEEDED
     if isinstance(error, Retry):
         return Outcome.RETRIED
@@ -59,8 +59,8 @@ def ticks_after(
     delivery: Delivery,
     entry: history.Entry,
     raw: str | None,
-    was_replaced: bool,
-    is_replaced: bool,
+    handed_over: bool,
+    replaced_itself: bool,
     continues: bool,
 ) -> str | None:
     """Return the new record of ended ticks for the row; ``None`` if the run does not change it.
@@ -70,21 +70,22 @@ def ticks_after(
 
     :param entry: the run's entry in the history.
     :param raw: the record that the row has before the run ends, as JSON.
-    :param was_replaced: whether the run was asked to hand over.
-    :param is_replaced: whether the run's body has replaced itself.
-    :param continues: whether the tick then continues in the message that replaces the run.
+    :param handed_over: whether the run was asked to hand over to a newer message.
+    :param replaced_itself: whether the run's body has replaced itself.
+    :param continues: for a run that has replaced itself: whether its tick continues in the new
+        message.
     """
     tick, outcome = entry.tick, entry.outcome
-    if tick is None or (outcome == Outcome.LOST and not was_replaced):
+    if tick is None or (outcome == Outcome.LOST and not handed_over):
         return None
     known, before = delivery.ticks_of(raw)
-    if is_replaced and continues and outcome in history.DONE:
+    if replaced_itself and continues and outcome in history.DONE:
         after = before.with_retried(tick.due)
-    elif outcome in history.DONE and (entry.final or is_replaced):
+    elif outcome in history.DONE and (entry.final or replaced_itself):
         after = _with_done(delivery, before, tick)
     elif outcome == Outcome.DUPLICATE:
         return None
-    elif entry.final or was_replaced:
+    elif entry.final or handed_over:
         after = before.with_failed(tick.due)
     else:
         after = before.with_retried(tick.due)

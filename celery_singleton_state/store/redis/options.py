@@ -73,7 +73,7 @@ OF_CONNECTIONS: dict[str, Option] = {
     "socket_timeout": seconds(),
     "username": TEXT,
 }
-#: Maps the name of each option that a URL may have only for TLS connections to its parser.
+#: The options that a URL may have only if the connection uses TLS: maps each name to its parser.
 OF_TLS: dict[str, Option] = {
     "ssl_ca_certs": TEXT,
     "ssl_ca_data": TEXT,
