@@ -17,7 +17,7 @@ class Model(Protocol):
         """Return the first state."""
 
     def steps(self, state: Any) -> Iterable[tuple[str, Any]]:
-        """Return all steps that can come next: for each, its name and the state after it.
+        """Return all steps that can come next: the name of each step, and the state after it.
 
         The state ``None`` stands for a step that the model's bounds rule out.
 
@@ -51,8 +51,9 @@ class Explored(NamedTuple):
 def explore(model: Model) -> Explored:
     """Visit all states that can be reached; stop at the first broken invariant.
 
-    To save memory, only the 64-bit hash of each visited state is kept. A collision would hide a
-    state; with a million states the chance of one is about one in 30 million.
+    To save memory, only the 64-bit hash of each visited state is kept. Two states with the same
+    hash would hide one of them; with a million states the chance of that is about one in 30
+    million.
     """
     start = model.start()
     came_from: dict[int, tuple[int | None, str]] = {hash(start): (None, "")}
@@ -75,7 +76,7 @@ def explore(model: Model) -> Explored:
 
 
 def _way(came_from: dict[int, tuple[int | None, str]], last: int) -> list[str]:
-    """Return the names of the steps that lead from the first state to a state."""
+    """Return the names of the steps from the first state to a state."""
     names: list[str] = []
     at: int | None = last
     while at is not None:
@@ -90,9 +91,10 @@ def replaced(items: tuple[Item, ...], index: int, item: Item) -> tuple[Item, ...
 
 
 def added(items: tuple[Item, ...], item: Item) -> tuple[Item, ...]:
-    """Return a sorted tuple with one more item, sorted again."""
+    """Return a sorted tuple with one more item, in its place."""
     return tuple(sorted((*items, item), key=_text))
 
 
-#: The sort key: it orders items of different types. It is cached, because few items differ.
+#: The sort key of a tuple's items: their text, because items can have different types. It is
+#: cached, because few items differ.
 _text = cache(repr)

@@ -1,13 +1,13 @@
 """A model of one singleton's row and of the clients that write to it.
 
-- Time is relative. ``Row.left`` is the rest of the lease's life by the store's clock.
-  ``Client.trusts`` is the time for which a run still trusts its lease, by the run's own clock. A
-  tick lowers both. A tick can come between any two steps, so pauses of any length are covered. An
-  ordinary life is one tick.
+- Time is relative, and passes in ticks. ``Row.left`` is the rest of the lease's life by the store's
+  clock. ``Client.trusts`` is the time for which a run still trusts its lease, by the run's own
+  clock. A tick lowers both. A tick can come between any two steps, so pauses of any length are
+  covered. An ordinary life is one tick.
 - ``State.net`` holds the requests that were sent and are not carried out yet. The server can carry
-  out each of them at any later time, or never: after its client gave it up, repeated it, ended its
-  run or died. An answer reaches a client only if the client still waits for it. An answer can be
-  lost.
+  out each of them at any later time, or never: also after its client gave it up, repeated it, ended
+  its run or died. An answer reaches a client only if the client still waits for it. An answer can
+  be lost.
 - A transaction's save locks the row until its COMMIT is carried out or the server rolls it back.
 - The clock of :attr:`.Protocol.fence` advances by one with each acquisition. A real clock advances
   by more. This makes no difference, because the protocol only asks which of two fences is larger.
@@ -39,7 +39,7 @@ from .lease_state import (
     State,
 )
 
-#: The client number of requests for whose answer no client waits.
+#: Stands for the client's number in a request for whose answer no client waits.
 NO_CLIENT = -1
 
 Steps = Iterator[tuple[str, State | None]]
@@ -47,10 +47,10 @@ Steps = Iterator[tuple[str, State | None]]
 
 @dataclass
 class LeaseModel:
-    """A protocol, and the bounds within which the explorer explores it."""
+    """A protocol, and the bounds within which the explorer visits the states of its model."""
 
     protocol: Protocol
-    #: For each client, the writes that its bodies make: ``checkpoint`` or ``transaction``.
+    #: For each client, the writes that each of its bodies makes: ``checkpoint`` or ``transaction``.
     bodies: tuple[tuple[str, ...], ...]
     #: How often a client sends each request at most.
     tries: int = 2
@@ -72,20 +72,20 @@ class LeaseModel:
     #: if ``by_host`` is true; otherwise an operator does.
     frees: int = 0
     by_host: bool = False
-    #: How many fail-overs lose the last commit.
+    #: How many fail-overs can happen; each loses the last commit.
     fail_overs: int = 0
-    #: How many renewals a parent sends for a child whose run has ended.
+    #: How many renewals a parent sends, at most, for a child whose run has ended.
     parent_renewals: int = 0
     #: How many times another message asks the holder to hand over at most.
     handoff_requests: int = 0
     prunes: int = 0
-    #: How many times the clock is set back.
+    #: How often the clock can be set back.
     clock_resets: int = 0
     #: Whether a hold period follows each run that succeeded.
     holds: bool = False
     lease_ttl: int = LONG
-    #: How many ticks a body may clean up after its run stopped trusting the lease; ``None``: the
-    #: body ends at once.
+    #: For how many ticks a body may clean up after its run stopped trusting the lease; ``None``:
+    #: the body ends at once.
     cleans_up_for: int | None = None
     #: The names of the invariants that are checked.
     invariants: tuple[str, ...] = ALL
@@ -112,7 +112,7 @@ class LeaseModel:
     # -- the server
 
     def carry_out(self, row: Row, request: Request, clock: int) -> tuple[Row, Answer] | None:
-        """Return the row after a request, and the answer; ``None`` if it waits for a lock."""
+        """Return the row after a request, and the answer; ``None`` if the request must wait."""
         kind, holder = request.kind, request.holder
         mine = row.holder == holder and row.fence == request.fence
         if kind == "read history":
@@ -172,7 +172,7 @@ class LeaseModel:
         return row, Answer(True, row.fence, row.write, checkpoints=row.checkpoints, items=row.items)
 
     def write_held(self, row: Row, request: Request) -> tuple[Row, Answer]:
-        """Carry out a holder's save, transaction's save or release."""
+        """Carry out a holder's write: a save, a transaction's save, or a release."""
         number, state = request.number, request.checkpoints
         in_order = {
             "any": True,
@@ -302,7 +302,8 @@ class LeaseModel:
             client.items if saves else 0,
             succeeded,
         )
-        # A run stops its heartbeat before it releases, so it ignores the answer to an open renewal.
+        # A run stops its heartbeat before it releases, so it ignores the answer to a renewal in
+        # flight.
         return self.send_anew(
             state, index, "release", request, self.tries,
             number=number, succeeds=succeeded, heartbeat=-1,
@@ -313,8 +314,9 @@ class LeaseModel:
     def end_delivery(self, state: State, index: int, report: str | None, unsure: bool) -> State:
         """End a client's delivery.
 
-        :param report: the outcome that the client reports; ``None``: none, because no body ran.
-        :param unsure: whether the client may hold the lease without knowing.
+        :param report: the outcome that the client reports; ``None`` if it reports none, because no
+            body ran.
+        :param unsure: whether the client may hold the lease without knowing it.
         """
         client = state.clients[index]
         holder = (index, client.delivery)
@@ -421,7 +423,9 @@ class LeaseModel:
         return state._replace(rest=rest._replace(largest=max(rest.largest, client.fence)))
 
     def proved(self, client: Client, holder: Holder, history: tuple[End, ...]) -> str:
-        """Return the outcome that the history proves, after a repeated release was refused."""
+        """Return the outcome that the history proves, after a client's repeated release was
+        refused.
+        """
         expected = "saved" if client.succeeds else "failed"
         own = [end.outcome for end in history if end[:2] == (holder, client.fence)]
         if own and self.protocol.proof == "any":
@@ -469,7 +473,7 @@ class LeaseModel:
         yield from self.other_steps(state)
 
     def time(self, state: State) -> Steps:
-        """Yield a tick, unless a body has no tick left in which it may clean up."""
+        """Let a tick pass, unless a body has no more time to clean up."""
         for client in state.clients:
             cleans_up = client.phase in IN_BODY and not client.trusts
             if cleans_up and client.cleaning_ticks + 1 == self.cleans_up_for:
@@ -497,7 +501,7 @@ class LeaseModel:
         )
 
     def requests(self, state: State) -> Steps:
-        """Yield the steps of the requests in flight: one is carried out, or one never arrives.
+        """Yield the steps of the requests in flight: each is carried out, or never arrives.
 
         The server can also roll back a transaction, and a fail-over can lose the last commit.
         """
@@ -637,8 +641,8 @@ class LeaseModel:
     def other_steps(self, state: State) -> Steps:
         """Yield the steps that no client takes.
 
-        Operators, the hosts and parents of dead processes, messages that ask for a handoff,
-        ``prune`` and the clock take them.
+        They are those of operators, the hosts and parents of dead processes, messages that ask for
+        a handoff, ``prune`` and the clock.
         """
         row, clients, rest = state.row, state.clients, state.rest
         runs = row.holder is not None
@@ -710,7 +714,7 @@ class LeaseModel:
         return None
 
     def known(self, state: State) -> bool:
-        """Return whether a process knows of the lease and will end it: its client or its host."""
+        """Return whether a client or a host knows of the lease, and so will end it."""
         holder = state.row.holder
         if holder is None:
             return True

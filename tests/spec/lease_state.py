@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-#: The two lives of a lease in the model, in ticks: an ordinary life and a long one.
+#: The two lives of a lease in the model, in ticks of the model's clock: an ordinary life and a long
+#: one.
 ORDINARY, LONG = 1, 3
 
 #: The names of all invariants of a lease; PROTOCOL.md, section 4, explains them.
@@ -21,10 +22,10 @@ class Protocol(NamedTuple):
     #: Whether an acquire takes the lease for an ordinary life only, so that a renewal before the
     #: body begins (the confirmation) extends it to ``lease_ttl``.
     short_first_life: bool = True
-    #: What a repeated acquire changes: nothing; the expiry and the handoff request; or these two
-    #: and the write number.
+    #: What a repeated acquire changes in the row: nothing; the expiry and the handoff request; or
+    #: these two and the write number.
     repeated: Literal["nothing", "expiry", "expiry and number"] = "nothing"
-    #: Whether a client gives back each lease that it may hold without knowing.
+    #: Whether a client gives back each lease that it may hold without knowing it.
     gives_back: bool = True
     #: What a client does after a COMMIT without an answer: it asks the row (under its lock or
     #: without it), or assumes that the transaction was rolled back.
@@ -32,16 +33,17 @@ class Protocol(NamedTuple):
     #: Whether a run that does not learn the outcome of its COMMIT sends no state any more. If
     #: false, its release may send the state.
     careful: bool = True
-    #: Which history entry proves that a repeated and then refused release was carried out before:
-    #: an entry with this run's holder, fence and outcome ("own"), or any entry with its holder and
-    #: fence.
+    #: After a repeated release was refused, which history entry proves that an earlier copy was
+    #: carried out: one with the run's holder, fence and outcome ("own"), or one with the run's
+    #: holder and fence and any outcome.
     proof: Literal["own", "any"] = "own"
-    #: How many ticks before its expiry a run stops trusting its lease.
+    #: A run stops trusting its lease this many ticks before the lease expires.
     margin: int = 0
     #: When a lost run gives back its lease: when its body has ended, or as soon as it learns of the
     #: loss.
     gives_back_at: Literal["end", "loss"] = "end"
-    #: The number that the first write of a run names as seen: what acquire answered, or 0.
+    #: The number that the first write of a run names as seen: the number that acquire answered, or
+    #: 0.
     first_seen: Literal["answered", "zero"] = "answered"
     #: How the store chooses the fence of an acquisition: the larger of the row's fence + 1 and the
     #: clock, or always the row's fence + 1.
@@ -106,7 +108,7 @@ NAMES = {
 
 
 class Answer(NamedTuple):
-    """The server's answer. Which fields are used depends on the request."""
+    """The server's answer. Which fields are used depends on the kind of the request."""
 
     yes: bool
     fence: int = 0
@@ -126,7 +128,9 @@ class End(NamedTuple):
 
 
 class Lock(NamedTuple):
-    """The lock on the row that a transaction's save holds until COMMIT, and what it will write."""
+    """A transaction's lock on the row, held from its save to its COMMIT, and the values that it
+    saved.
+    """
 
     holder: Holder
     number: int
@@ -164,8 +168,8 @@ class Row(NamedTuple):
 class Client(NamedTuple):
     """A client: a worker process that receives messages, one after the other."""
 
-    #: One of: idle, acquire, confirm, body, save, transaction, commit, question, cleaning up,
-    #: release, read history, done, dead.
+    #: The client's phase, one of: idle, acquire, confirm, body, save, transaction, commit,
+    #: question, cleaning up, release, read history, done, dead.
     phase: str = "idle"
     #: How many deliveries the client had before this one.
     delivery: int = 0
@@ -174,7 +178,7 @@ class Client(NamedTuple):
     waits_for: Request | None = None
     since: int = 0
     tries: int = 0
-    #: Whether an earlier copy of the request was not answered.
+    #: Whether an earlier copy of this request was not answered.
     unsure: bool = False
     fence: int = 0
     #: For how many ticks the run still trusts its lease.
@@ -183,15 +187,15 @@ class Client(NamedTuple):
     items: int = 0
     number: int = 0
     seen: int = 0
-    #: How many writes of its script the body has made.
+    #: How many writes the body has made, of those that ``LeaseModel.bodies`` lists.
     at: int = 0
     #: Whether the outcome of a COMMIT is still unknown to the run.
     undecided: bool = False
     succeeds: bool = True
     #: The holders whose leases the client gives back until the store answers.
     to_give_back: tuple[Holder, ...] = ()
-    #: Ticks since the heartbeat that is not answered yet, or -1 if there is none; and the number of
-    #: heartbeats sent.
+    #: How many ticks ago the heartbeat in flight was sent, or -1 if none is in flight; and how many
+    #: heartbeats were sent.
     heartbeat: int = -1
     heartbeats: int = 0
     #: The outcome that the client reported for each of its deliveries.
@@ -209,12 +213,14 @@ NO_RUN = ("idle", "done", "dead")
 
 
 class Rest(NamedTuple):
-    """How often each event outside the clients can still happen, and facts for the invariants."""
+    """How often each event outside the clients can still happen, and facts that the invariants
+    need.
+    """
 
     deaths: int
-    #: Releases in another's name.
+    #: How many more releases can be sent in another's name.
     frees: int
-    #: Whether the host has looked for leases of its dead process.
+    #: Whether the host of a dead process has looked for its leases.
     host_checked: bool
     fail_overs: int
     #: The largest fence of all bodies that have begun.
@@ -228,7 +234,8 @@ class Rest(NamedTuple):
 
 class State(NamedTuple):
     """A state of the model: the row now and before its last commit, the requests in flight (with
-    the number of the client that sent each), the clients, and the other events' counters.
+    the number of the client that sent each), the clients, and how often other events can still
+    happen.
     """
 
     row: Row

@@ -1,8 +1,8 @@
 """Models of ``enqueue_once`` and of the pending run that ``on_conflict="coalesce"`` records.
 
 As in :mod:`.lease_model`, the server carries out a request at any later time or never, answers can
-be lost, and a client can give up at any time. Unlike there, acquisitions and releases take effect
-at once.
+be lost, and a client can give up at any time. Unlike in that model, acquisitions and releases take
+effect at once.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Literal, NamedTuple
 
 from .explorer import Broken, added, replaced
 
-#: In ticks: an ordinary life, and how long a message counts as queued.
+#: An ordinary life of a lease, and how long a message counts as queued, both in ticks of the
+#: model's clock.
 ORDINARY, LIFE = 1, 3
 
 
 class Queue(NamedTuple):
     """The columns of the row that say which message is queued.
 
-    A message has the number of its sender.
+    A message is identified by the number of its sender, because each sender sends only one.
     """
 
     running: int | None = None
@@ -47,10 +48,10 @@ class Claim(NamedTuple):
 class Sender(NamedTuple):
     """A sender and its message."""
 
-    #: One of: idle, read, claim, confirm, sent, none.
+    #: The sender's phase, one of: idle, read, claim, confirm, sent, none.
     phase: str = "idle"
-    #: One of: "" (not published), waits, runs, dropped, and settled: the message has ended, and the
-    #: row must show it.
+    #: The message's phase, one of: "" (not published), waits, runs, dropped, and settled (the
+    #: message has ended, and the row must no longer count it as queued).
     message: str = ""
     seen: int = -1
     tries: int = 0
@@ -115,7 +116,7 @@ class QueueModel:
         mine = row.queued == message and row.left > 0
         if self.guard == "number":
             if row.number == number + 1 and mine:
-                # This is a repetition of the claim in the row.
+                # The request repeats the claim that is in the row.
                 return row, True, row.number
             free = row.number == number
         else:
@@ -251,9 +252,11 @@ class QueueModel:
 
 
 class PendingRunRequest(NamedTuple):
-    """A request: record a pending run beside the run that was seen, or remove one that was sent."""
+    """A request to record a pending run for the run that was seen, or to remove a pending run that
+    was sent.
+    """
 
-    #: record or remove.
+    #: The kind of the request: record or remove.
     kind: str
     pending: int
     fence: int = 0
@@ -261,18 +264,21 @@ class PendingRunRequest(NamedTuple):
 
 
 class Delivery(NamedTuple):
-    """A delivery that meets a conflict. The pending run that it asks for has its number."""
+    """A delivery that meets a conflict. The pending run that it asks for is identified by the
+    delivery's number.
+    """
 
-    #: One of: idle, waits, recorded, retried.
+    #: The delivery's phase, one of: idle, waits, recorded, retried.
     phase: str = "idle"
     waits_for: PendingRunRequest | None = None
-    #: Whether the delivery has received the answer that its pending run is recorded.
+    #: Whether the delivery has learned that its pending run is recorded.
     confirmed: bool = False
 
 
 class PendingRunState(NamedTuple):
-    """The fence of the present run (odd while it runs, even after it), the pending run in the row,
-    the pending runs that were sent, the requests in flight, and the deliveries.
+    """A state of the model: the fence of the latest run (odd while it runs, even after its end),
+    the pending run in the row, the pending runs that were sent, the requests in flight, and the
+    deliveries.
     """
 
     fence: int
@@ -291,8 +297,8 @@ class PendingRunModel:
 
     Runs follow each other. Each run sends the pending run that its release finds.
 
-    :param guard: what a request to record a pending run names: the run that was seen, or this run
-        and the pending run that it replaces.
+    :param guard: what a request to record a pending run names: the run that was seen, or that run
+        and the pending run that is replaced.
     """
 
     guard: Literal["run", "run and pending"]

@@ -1,6 +1,6 @@
 """The scenarios that are explored: in some the protocol holds, in others the models find a fault.
 
-Each scenario is small. It leaves out details that do not matter for it, for example the length of
+Each scenario is small. It leaves out details that do not matter in it, for example the length of
 lives, bodies that raise, or invariants that the protocol does not claim there.
 """
 
@@ -42,14 +42,14 @@ CHECKPOINT, TRANSACTION = (CK,), (TX,)
 
 
 def one(*body: str, **bounds: Any) -> LeaseModel:
-    """Return a model with one client, which sends each request up to twice."""
+    """Return a model with one client, which sends each request at most twice."""
     return LeaseModel(**{"protocol": GOOD, "bodies": (body,)} | bounds)
 
 
 def several(*bodies: tuple[str, ...], **bounds: Any) -> LeaseModel:
-    """Return a model with several clients, which send each request once.
+    """Return a model with several clients, which send each request only once.
 
-    A request without a copy can be late, too: its client may have given it up.
+    A request that is sent once can be late, too: its client may have given it up.
     """
     return LeaseModel(**{"protocol": GOOD, "bodies": bodies, "tries": 1} | bounds)
 
@@ -58,9 +58,9 @@ def without(*invariants: str) -> tuple[str, ...]:
     return tuple(each for each in ALL if each not in invariants)
 
 
-#: The lease's life is one ordinary life, so no run confirms its lease.
+#: Bounds of models in which a lease lives for one ordinary life, so that no run confirms its lease.
 SHORT: dict[str, Any] = {"lease_ttl": ORDINARY}
-#: When a lease is lost, its body cleans up for a shorter time than the margin.
+#: Bounds of models in which a body cleans up for at most one tick after its run lost the lease.
 CLEANS_UP: dict[str, Any] = {"heartbeats": 1, "cleans_up_for": 1, "invariants": ("I5",)}
 MARGIN = GOOD._replace(short_first_life=False, margin=1)
 OPERATOR: dict[str, Any] = {"frees": 1, "invariants": without("I5", "refused"), **SHORT}
@@ -145,7 +145,7 @@ HOLDS = {
     ),
 }
 
-#: Faults of the former protocol, which had no guards against late requests.
+#: Scenarios with the former protocol, which had no guards against late requests.
 FORMER_FAULTS = {
     "a late save overwrites a newer one": Fault(
         "I1", one(CK, CK, protocol=FORMER, invariants=("I1",), **SHORT)
@@ -179,7 +179,7 @@ FORMER_FAULTS = {
     "a late request for a pending run replaces a newer one": Fault("I7", PendingRunModel("run")),
 }
 
-#: Faults of the protocol of PROTOCOL.md if one of its rules is changed.
+#: Scenarios in which one rule of PROTOCOL.md is changed.
 HALF_FIXES = {
     "the number must be the next one": Fault(
         "refused", one(CK, CK, protocol=GOOD._replace(order="next"), tries=1, **SHORT)
@@ -229,7 +229,7 @@ HALF_FIXES = {
     ),
 }
 
-#: Faults that PROTOCOL.md names as possible: section 4, "Not claimed".
+#: Scenarios in which a fault is possible, as PROTOCOL.md says in section 4, "Not claimed".
 NOT_CLAIMED = {
     "a fence is given twice, because the row was pruned and the clock set back": Fault(
         "I6", several(NOTHING, NOTHING, clock_resets=1, **PRUNED | {"invariants": ("I6",)})

@@ -1,4 +1,4 @@
-"""Explore the models of PROTOCOL.md: its protocol holds, and each planted fault is found.
+"""Explore the models of PROTOCOL.md: its own protocol holds, and each planted fault is found.
 
 By default only the small scenarios are explored. ``SINGLETON_TEST_SPEC=whole`` explores all of
 them; ``tox -e spec`` sets it.
@@ -16,7 +16,8 @@ from .scenarios import FAULTS, HOLDS, Scenario
 from .shown import interleaving
 
 WHOLE = os.environ.get("SINGLETON_TEST_SPEC") == "whole"
-#: Scenarios with at most this many states are explored by default; the largest takes two seconds.
+#: Scenarios with at most this many states are explored by default. Exploring so many takes two
+#: seconds.
 SMALL = 50_000
 
 INTERLEAVINGS = Path(__file__).with_name("INTERLEAVINGS.md").read_text()

@@ -1,4 +1,6 @@
-"""Fixtures that run a test once for each kind of store, PostgreSQL behind PgBouncer included."""
+"""Fixtures that run a test once for each kind of store. PostgreSQL behind PgBouncer counts as a
+kind.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(params=[*STORES_AND_POOLED, "redis"])
 def leases(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Leases]:
-    """Open a store of each kind, also Redis, which has leases but no states."""
+    """Open a store of each kind, Redis included. Redis keeps leases but no states."""
     opened: Leases
     if request.param == "redis":
         opened = RedisStore(request.getfixturevalue("lease_url"), io_timeout=2.0)

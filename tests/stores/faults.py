@@ -1,4 +1,4 @@
-"""Faults for the model's tests. Each fault changes one place in one statement or script.
+"""Faults that the model's tests must find. Each fault changes one place in one statement or script.
 
 Faults of statements are planted into the store in memory, which uses SQLite's statements. Faults of
 scripts are planted into Redis.
@@ -11,7 +11,8 @@ from celery_singleton_state.store.sql.store import SqlStore
 IN_ORDER = "AND write BETWEEN :seen AND :number"
 NEW_QUEUE = "'now'), 0, 1)"
 SAME = "CASE WHEN mine.holder = :holder THEN"
-#: By the fault's name: the statement, the text that is replaced in it, and the faulty text.
+#: Maps each fault's name to the statement, the right text that is replaced in it, and the faulty
+#: text.
 FAULTS = {
     "acquire takes a held lease": ("acquire", "(mine.holder IS NULL OR", "(1 = 1 OR"),
     "acquire raises no fence": ("acquire", "abs(-1 - coalesce(mine.fence, 0))", "mine.fence"),
@@ -132,7 +133,8 @@ FAULTS = {
 }
 
 
-#: By the fault's name: the Redis script, the text that is replaced in it, and the faulty text.
+#: Maps each fault's name to the Redis script, the right text that is replaced in it, and the faulty
+#: text.
 REDIS_FAULTS = {
     "release without the fence": (
         "RELEASE",
@@ -152,7 +154,8 @@ REDIS_FAULTS = {
 }
 
 
-#: A fault of the first name is planted into all of these statements that contain its text.
+#: Maps a statement's name in ``FAULTS`` to several statements. A fault of that name is planted into
+#: each of them that contains the right text.
 SEVERAL = {"release": ("release", "save_and_release")}
 
 
@@ -167,8 +170,8 @@ def plant(store: SqlStore, statement: str, right: str, wrong: str) -> SqlStore:
     return store
 
 
-#: The faults that are planted with the ordinary tests, as they are found soon; ``tox -e spec``
-#: plants them all.
+#: The faults that are planted in the ordinary tests, because the random steps soon find them; ``tox
+#: -e spec`` plants all faults.
 BRIEFLY = (
     "acquire ignores the clock",
     "acquire again resets the number",

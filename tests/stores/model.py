@@ -1,7 +1,8 @@
 """A model of a singleton's row and of the lease's protocol, in plain Python.
 
-tests/spec/PROTOCOL.md has the rules. :class:`Model` has the verbs of a store and answers as every
-store must. It has no clock: a lease has one of two lives, and expires when a test says so.
+tests/spec/PROTOCOL.md has the rules. :class:`Model` has the methods of a store and answers as every
+store must. It has no clock: a lease lives for the short first life or the long life, and expires
+when a test says so.
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ class ModelRow:
     schema_version: int | None = None
     fence: int = 0
     write: int = 0
-    #: ``None`` if the row is free, and also in a hold period. ``life`` is above 0 in a hold period.
+    #: The lease's holder; ``None`` if the row is free, and also in a hold period, in which ``life``
+    #: is above 0.
     holder: str | None = None
     task_id: str | None = None
-    #: About how many seconds the lease or the hold period lasts; 0 if it has expired.
+    #: About how many more seconds the lease or the hold period lasts; 0 if it has expired.
     life: float = 0.0
     #: Whether the run has taken longer than any hold period, so that its release begins none.
     outlasted: bool = False
@@ -69,10 +71,10 @@ class ModelRow:
     wanted: str | None = None
     queue: int = 0
     queued_task_id: str | None = None
-    #: Whether the queued message still counts as queued: its life has not ended.
+    #: Whether the queued message still counts as queued, because its claim has not expired.
     queued: bool = False
-    #: The largest rank of all messages that asked for a handoff, and the time at which the newest
-    #: message was sent.
+    #: The largest rank that any message had when it asked for a handoff, and the time at which the
+    #: newest message was sent. A rank orders messages by age, on the same scale as fences.
     newest: int = 0
     newest_sent: str | None = None
     #: The task's name. The newest holder has set it, or the caller that made the row.
@@ -95,10 +97,11 @@ class ModelRow:
         return (self.holder, self.fence) == (row.holder, row.fence) and self.life > 0
 
     def may_be_taken(self, rank: int, sent: str | None) -> bool:
-        """Return whether a new holder may acquire the lease.
+        """Return whether a new holder may acquire the lease: no lease and no hold period
+        lasts, and no newer message has asked for the lease.
 
-        :param rank: the rank of its message; 0 if it has none yet.
-        :param sent: the time at which its message was sent.
+        :param rank: the rank of the new holder's message; 0 if it has none yet.
+        :param sent: the time at which this message was sent.
         """
         newest = self.rank <= rank if rank else not is_before(sent, self.newest_sent)
         return newest and not self.life
@@ -108,7 +111,7 @@ class ModelRow:
         self.life = 0.0
 
     def expire(self) -> None:
-        """Let more time pass than any life lasts."""
+        """Let the lease or the hold period, and the claim of the queued message, expire."""
         self.life, self.outlasted, self.queued = 0.0, True, False
 
     def store(self, write: Write) -> None:
@@ -126,7 +129,7 @@ class ModelRow:
         }
 
     def hidden(self) -> tuple[Any, ...]:
-        """Return the values of the row that no verb of the store shows."""
+        """Return the values of the row that no method of the store shows."""
         return self.queue, self.queued_task_id if self.queued else None
 
     def unused(self) -> bool:
@@ -137,7 +140,7 @@ class ModelRow:
 class Model:
     """The rows of all singletons, and the entries of a schedule.
 
-    A verb that is refused answers ``None`` or ``False``, and changes nothing.
+    A method whose request is refused returns ``None`` or ``False``, and changes nothing.
     """
 
     def __init__(self) -> None:
@@ -360,7 +363,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Request:
-    """A call of a store's verb. It can be carried out at any time, and repeatedly."""
+    """A call of a store's method. It can be carried out at any time, and repeatedly."""
 
     verb: str
     arguments: tuple[Any, ...]
@@ -382,7 +385,7 @@ class Request:
 
 @dataclass(eq=False)
 class Run:
-    """All that a process knows of its own run."""
+    """What a process knows of its own run."""
 
     key: str
     holder: str
@@ -390,13 +393,15 @@ class Run:
     task_id: str | None
     #: Whether the run confirms its lease (extends the first life) before its body begins.
     confirms: bool = False
-    #: One of: "acquires", "confirms", "body", "commits" (its COMMIT was not answered), "releases".
+    #: The run's phase, one of: "acquires", "confirms", "body", "commits" (its COMMIT was not
+    #: answered), "releases".
     phase: str = "acquires"
-    #: The request whose answer the run waits for, and whether an earlier copy was not answered.
+    #: The request whose answer the run waits for, and whether an earlier copy of this request was
+    #: not answered.
     request: Request | None = None
     unsure: bool = False
     lease: Lease | None = None
-    #: The state in memory, the state before the open transaction, and the last write's number.
+    #: The state in memory, the state before the open transaction, and the number of the last write.
     state: State = field(default_factory=State)
     before: State = field(default_factory=State)
     number: int = 0
@@ -409,7 +414,8 @@ class Run:
 
 
 def fence_is_right(fence: int, before: int, earliest: float, latest: float) -> bool:
-    """Return whether an acquisition's fence is the larger of the clock and the rank before it + 1.
+    """Return whether a fence is right: the clock's milliseconds, or ``before`` + 1 if that is
+    larger.
 
     :param before: the largest fence or rank of the row before the acquisition.
     :param earliest, latest: the store read its clock between these two times, in seconds since

@@ -130,7 +130,7 @@ def test_a_repeated_acquisition_keeps_the_write_number(store: SqlStore) -> None:
 
 
 def test_a_fence_is_the_stores_time_in_milliseconds(leases: Leases) -> None:
-    """Because of this no fence is given twice after a row was removed or the store lost its
+    """Fences that follow the clock are not repeated after a row was removed or the store lost its
     data.
     """
     acquired = acquire(leases)
@@ -138,7 +138,7 @@ def test_a_fence_is_the_stores_time_in_milliseconds(leases: Leases) -> None:
 
 
 def test_a_fence_grows_by_one_while_the_stores_clock_is_behind_it(store: SqlStore) -> None:
-    """The store's clock was set back."""
+    """The store's clock was set back, so the row's fence is larger than the clock."""
     ahead = acquire(store, "a").lease.fence + 10**9
     store._change(f"UPDATE kv_store SET fence = {ahead}", {})
     assert store.give_back("k", "a")
@@ -164,7 +164,9 @@ def test_a_released_lease_is_acquired_with_a_larger_fence(leases: Leases) -> Non
 
 
 def test_an_expired_lease_is_taken_over(leases: Leases) -> None:
-    """The answer distinguishes such a takeover from an orderly handoff: its write number is -1."""
+    """The answer distinguishes a takeover from an orderly handoff: after a takeover its write
+    number is -1, not 0.
+    """
     first = acquire(leases, "a", BRIEF).lease
     let_expire(leases)
     second = acquire(leases, "b")
@@ -176,7 +178,7 @@ def test_an_expired_lease_is_taken_over(leases: Leases) -> None:
 
 
 def test_a_lease_is_given_back_by_its_holders_name_alone(leases: Leases) -> None:
-    """A's acquisition took effect, but its answer was lost: A does not know the fence."""
+    """A's acquisition took effect, but its answer was lost: A does not know its fence."""
     first = acquire(leases, "a").lease
     assert leases.give_back("k", "a") == FREED
     row = peek(leases)
@@ -431,7 +433,9 @@ def test_a_write_after_writes_with_an_unknown_outcome_is_carried_out(
 def test_a_write_after_a_write_that_the_store_lost_is_refused(
     store: SqlStore, carry_out: CarryOut
 ) -> None:
-    """A's writes 1 and 2 are answered; a fail-over loses write 2; A's write 3 relies on write 2."""
+    """A's writes 1 and 2 are answered; a fail-over loses write 2; A's write 3 names write 2 as
+    seen.
+    """
     lease = acquire(store).lease
     assert store.save(lease, write(NEW, 1))
     before = peek(store)
@@ -461,7 +465,9 @@ def test_the_first_write_after_a_takeover_is_accepted(store: SqlStore, carry_out
 
 
 def test_a_release_without_a_value_names_no_write(store: SqlStore) -> None:
-    """A run releases without a value if its last transaction has an unknown outcome."""
+    """A run whose last transaction has an unknown outcome releases without a value, because it does
+    not know which state is stored.
+    """
     lease = acquire(store).lease
     assert store.save(lease, write(NEW, 1))
     assert store.release(lease, DONE) == FREED
@@ -495,7 +501,9 @@ def test_written_answers_for_an_expired_lease_without_a_successor(store: SqlStor
 
 
 def test_written_answers_nothing_to_a_former_holder(store: SqlStore) -> None:
-    """A gets no answer after its run ended, and none about B's writes after it."""
+    """A asks about its write after its run has ended, and again after B has written: it learns
+    nothing.
+    """
     lease = acquire(store, "a").lease
     assert store.release(lease, DONE, write(NEW, 1))
     assert store.written(lease, 1) is None
@@ -508,7 +516,7 @@ def test_written_answers_nothing_to_a_former_holder(store: SqlStore) -> None:
 def test_written_waits_for_a_commit_in_progress(
     request: pytest.FixtureRequest, tmp_path: Path, server: str
 ) -> None:
-    """A's transaction has saved, but its COMMIT is not carried out yet; A asks whether the write
+    """A's transaction has saved, but its COMMIT is not carried out yet; A asks whether its write
     took effect; the COMMIT is carried out. A must not get "no" as the answer.
     """
     url = url_on(server, request, tmp_path)
@@ -526,7 +534,7 @@ def test_written_waits_for_a_commit_in_progress(
 
 
 def test_a_row_of_an_older_release_of_the_package_is_used(store: SqlStore) -> None:
-    """The fence of such a row is a small number. It has no write number and no queue number."""
+    """Such a row has a small number as its fence, and no write number and no queue number."""
     assert store.release(acquire(store, "a").lease, DONE, write(NEW))
     column = store._sql.write
     store._change(f"UPDATE kv_store SET fence = 3, {column} = NULL, queue = NULL", {})
@@ -636,7 +644,9 @@ def test_a_run_longer_than_its_hold_period_leaves_the_row_free(leases: Leases) -
 
 
 def test_a_row_has_the_times_of_acquisition_and_of_reading(leases: Leases) -> None:
-    """Both times come from the store's clock. In the tests this is the test machine's clock."""
+    """Both times come from the store's clock, which in the tests is the clock of the test's
+    machine.
+    """
     asked_at = time.time()
     acquired = acquire(leases)
     row = peek(leases)

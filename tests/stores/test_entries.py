@@ -65,7 +65,9 @@ def test_many_entries_are_recorded_at_once(store: SqlStore) -> None:
 
 @pytest.mark.parametrize("rows", [{}, {f"{ENTRIES}a": "1"}])
 def test_recording_renews_the_lease(store: SqlStore, rows: dict[str, str]) -> None:
-    """The record extends the lease to the given life, counted from the time of the record."""
+    """When a leader records entries, its lease is extended to its ``ttl``, counted from the store's
+    time of the record.
+    """
     leader = lead(store)
     short = Lease(leader.key, leader.holder, leader.fence, 5.0)
     now = store.entries.record(short, rows, 1, 0)
@@ -207,12 +209,12 @@ Change = Callable[[SqlStore, Lease], bool]
 
 
 def record(store: SqlStore, leader: Lease) -> bool:
-    """Change the entry that an earlier record has made."""
+    """Change the entry that an earlier ``record()`` has stored."""
     return store.entries.record(leader, {f"{ENTRIES}a": "2"}, 2, 1) is not None
 
 
 def forget(store: SqlStore, leader: Lease) -> bool:
-    """Remove the entry that an earlier record has made."""
+    """Remove the entry that an earlier ``record()`` has stored."""
     return store.entries.forget(leader, [f"{ENTRIES}a"], 2, 1)
 
 
@@ -287,7 +289,7 @@ def test_each_verb_is_one_statement_except_a_removal(postgres: Postgres, postgre
     migrate_url(postgres_url, "kv_store")
     store = open_store(postgres_url + options, "kv_store", 5.0)
     leader = lead(store)
-    # The first statement opens the connection.
+    # Open the connection first, so that its statements are not counted.
     assert store.entries.forget(leader, [], 1, 0)
     before = len(postgres.statements_of("entries"))
     entries = {f"{ENTRIES}{number}": "1" for number in range(100)}

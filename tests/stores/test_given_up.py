@@ -1,4 +1,4 @@
-"""A statement that its client gives up must also end on the server, however the client gives up.
+"""Statements that a client gives up in different ways: each must also end on the server.
 
 Another session locks the table all the time, so nothing else ends the waiting statement.
 """
@@ -22,12 +22,12 @@ from tests.helpers.pgbouncer import PgBouncer
 from tests.helpers.servers import Postgres
 from tests.helpers.waiting import wait_until
 
-#: A time limit for answers, in seconds, that no test reaches.
+#: A time limit for answers, in seconds, that is longer than any test.
 PATIENT = 60.0
 
 
 class Server:
-    """A database, and the number of its sessions that wait for a lock."""
+    """A database whose table a test can lock, and whose waiting sessions it can count."""
 
     def __init__(self, postgres: Postgres, url: str) -> None:
         self._postgres, self._url = postgres, url
@@ -61,7 +61,9 @@ def server(postgres: Postgres, server_url: str) -> Server:
 def make_store(
     request: pytest.FixtureRequest, server: Server, server_url: str
 ) -> Iterator[Callable[[float], SqlStore]]:
-    """Return a function that opens a store with a given limit for answers, in seconds."""
+    """Return a function that opens a store whose statements must be answered within the given
+    seconds.
+    """
     made: list[SqlStore] = []
     url = server_url
     if request.param == "pgbouncer":
@@ -114,7 +116,9 @@ def acquire_beside_another(store: SqlStore) -> None:
 
 
 def use_a_transaction(store: SqlStore) -> None:
-    """Send a statement of a task's body, whose answer has no time limit."""
+    """Send a statement in a transaction, as a task's body does: the store sets no time limit for
+    its answer.
+    """
     with store.transaction() as transaction:
         transaction.connection.exec_driver_sql("SELECT * FROM kv_store")
 
@@ -134,8 +138,8 @@ def test_a_statement_that_takes_too_long_ends(
 def test_with_an_older_libpq_no_statement_is_cancelled(
     server: Server, server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An older libpq's cancel request would block all threads and greenlets while the server is
-    silent.
+    """The store sends no cancel request with an older libpq, because it would block all threads and
+    greenlets while the server is silent.
     """
     monkeypatch.setattr(psycopg.capabilities, "has_cancel_safe", lambda: False)
     store = open_store(server_url, "kv_store", 0.5)
@@ -151,7 +155,7 @@ def test_with_an_older_libpq_no_statement_is_cancelled(
 def test_a_statement_ended_by_the_users_server_setting_ends(
     server: Server, server_url: str, setting: str
 ) -> None:
-    """The time-out counts as a store that is unavailable for a while."""
+    """The user's own time-out on the server raises ``StoreUnavailable``, as an outage does."""
     store = open_store(f"{server_url}?options=-c%20{setting}%3D100", "kv_store", PATIENT)
     with server.locked(), pytest.raises(StoreUnavailable, match="timeout"):
         acquire(store)

@@ -136,7 +136,9 @@ def test_modify_is_atomic_among_processes(shared_store_url: str) -> None:
 
 
 def test_modify_while_another_removes_the_key(kv: KeyValueStore) -> None:
-    """A makes the row; B removes it; only then A tries to lock it."""
+    """A's statement makes the row; B removes the row; then A's next statement tries to lock it. No
+    call fails.
+    """
     with ThreadPoolExecutor(4) as pool:
         for done in [
             pool.submit(kv.modify, "k", lambda n: n + 1, 0)
@@ -210,7 +212,8 @@ def test_a_key_that_cannot_be_text_is_refused(kv: KeyValueStore) -> None:
 def test_reading_within_a_transaction(app: Celery, kv: KeyValueStore, store_url: str) -> None:
     """On SQLite a reader must not ask for the file's only write lock."""
     if store_url == "memory://":
-        # The store's only connection is the one of the transaction.
+        # A store in memory has a single connection, which the transaction uses, so nothing else can
+        # read.
         return
     kv.set("k", 1)
     with runtime_of(app).store.transaction():
@@ -243,8 +246,8 @@ def test_values_of_another_type_are_refused(kv: KeyValueStore) -> None:
 
 
 def test_leases_are_never_touched(app: Celery, kv: KeyValueStore) -> None:
-    """If the key-value store removes or overwrites a singleton's row, the state changes, but the
-    fence stays.
+    """The key-value store may remove or overwrite a singleton's state, but never the fence in its
+    row.
     """
     store = runtime_of(app).store
     acquired = store.acquire("singleton-state:s", "holder", 60, None)

@@ -1,7 +1,7 @@
 """Requests that are carried out late, on every store: the interleavings of the lease's protocol.
 
 A store carries out a request as soon as the test sends it. So the test sends a late request after
-the requests that overtook it. tests/spec/INTERLEAVINGS.md shows the harm that each interleaving did
+the requests that overtook it. tests/spec/INTERLEAVINGS.md shows what harm each interleaving did
 under the former protocol.
 """
 
@@ -60,12 +60,12 @@ def let_expire(store: Leases) -> None:
 
 
 def write(number: int, seen: int) -> Write:
-    """Return the run's write with a number, with a content of its own."""
+    """Return the run's write with a number, which stores a value of its own."""
     return Write(number, seen, NewValue(f'{{"write":{number}}}', 1))
 
 
 def value(number: int) -> str:
-    """Return the content of the run's write with a number."""
+    """Return the value that the run's write with a number stores."""
     return write(number, 0).new.value
 
 
@@ -169,8 +169,9 @@ def test_a_write_is_refused_if_the_database_lost_the_write_before(store: SqlStor
 
 
 def test_the_first_number_tells_a_takeover_from_a_handoff(leases: Leases) -> None:
-    """The number is 0 in a new row and after an orderly handoff. It is -1 if the last holder let
-    its lease expire. It is 0 after a hold period, because the last holder had released the lease.
+    """The write number that acquire answers is 0 in a new row and after an orderly handoff. It is
+    -1 if the last holder let its lease expire. It is 0 after a hold period, because the last holder
+    had released the lease.
     """
     first = acquire(leases, "a")
     assert (first.write, peek(leases).write) == (0, 0)
@@ -186,7 +187,7 @@ def test_the_first_number_tells_a_takeover_from_a_handoff(leases: Leases) -> Non
 
 
 def test_a_run_that_took_over_an_expired_lease_can_write(store: SqlStore) -> None:
-    """The first write of such a run names -1 as seen: the number that acquire answered."""
+    """The first write of such a run names -1 as seen, which is the number that acquire answered."""
     acquire(store, "a", BRIEF)
     let_expire(store)
     second = acquire(store, "b")
@@ -226,8 +227,8 @@ def test_written_waits_for_the_outcome_of_a_transaction(
     server_store: SqlStore, commits: bool
 ) -> None:
     """The transaction's save was carried out; its COMMIT is not carried out yet; the run asks
-    whether the write took effect. Without the row's lock the answer would be no, the run would
-    continue, and the COMMIT would come after that.
+    whether the save took effect. If the question did not wait for the row's lock, the answer would
+    be no, the run would continue, and then the COMMIT would be carried out.
     """
     store = server_store
     lease = acquire(store).lease
@@ -261,7 +262,7 @@ def waiting_statements(store: SqlStore) -> int:
     if store.engine.dialect.name == "postgresql":
         query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
     else:
-        # The server refreshes this table ten times a second.
+        # MariaDB refreshes this table only ten times a second, so the number can be a little late.
         query = "SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
     return int(store._rows(query, {})[0][0])
 
@@ -326,8 +327,8 @@ def test_a_late_acquire_holds_for_the_first_life_at_most(leases: Leases) -> None
 
 
 def test_a_lease_is_given_back_by_the_holders_name_alone(leases: Leases) -> None:
-    """Both answers to acquire are lost, so the holder knows no fence. It gives the lease back until
-    it is answered. A late copy of this request must not free the next holder's lease.
+    """Both answers to acquire are lost, so the holder knows no fence. It repeats ``give_back``
+    until the store answers. A late copy of this request must not free the next holder's lease.
     """
     acquire(leases, "a")
     assert leases.requests.request_run(peek(leases), "{}")
@@ -336,7 +337,7 @@ def test_a_lease_is_given_back_by_the_holders_name_alone(leases: Leases) -> None
     assert leases.give_back("k", "a") == Released(wanted="{}")
     row = peek(leases)
     assert (row.holder, row.task_id, row.expires_in, row.acquired_at) == (None,) * 4
-    # Giving back does not count as the end of a run.
+    # Giving back the lease without a run does not count as the end of a run.
     assert (row.run_count, row.history, row.fence) == (0, None, before.fence)
     assert leases.give_back("k", "a") is None
     acquire(leases, "b")
@@ -370,8 +371,8 @@ def test_a_late_renewal_does_not_extend_another_runs_lease(leases: Leases) -> No
 
 def test_an_operators_release_is_not_taken_for_the_runs_own(leases: Leases) -> None:
     """The run's release stalls; an operator releases the lease, which leaves a history entry with
-    the run's fence and holder; the run repeats its release, and is refused. The entry has another
-    outcome than the run's, so the run must not take it for its own end.
+    the run's fence and holder; the run repeats its release, and is refused. This entry has another
+    outcome than the run, so the run must not conclude that its own release took effect.
     """
     lease = acquire(leases).lease
     assert leases.release(lease, Ended("lost", '["lost"]'))
@@ -384,12 +385,16 @@ def test_an_operators_release_is_not_taken_for_the_runs_own(leases: Leases) -> N
 
 
 def clock() -> int:
-    """Return this machine's time, which the servers have, too, in milliseconds since 1970."""
+    """Return the time in milliseconds since 1970, by this machine's clock, which the servers use,
+    too.
+    """
     return int(time.time() * 1000)
 
 
 def set_fence(store: Any, fence: int) -> None:
-    """Set the row's fence, as if the store's clock had been ahead or behind when it was given."""
+    """Set the row's fence, as if the store's clock had been ahead or behind when the fence was
+    given.
+    """
     if isinstance(store, SqlStore):
         store._change(f"UPDATE {store.table.fullname} SET fence = {fence}", {})
     else:
@@ -418,8 +423,8 @@ def test_a_fence_is_not_given_twice_after_the_row_was_removed(leases: Leases) ->
 
 
 def test_a_fence_is_not_given_twice_after_an_older_row_came_back(leases: Leases) -> None:
-    """A fail-over loses commits, or a backup is restored: the row has an older fence than was given
-    last. The next acquisition must not count on from the older fence.
+    """A fail-over loses commits, or a backup is restored: the row has an older fence than the last
+    one that was given. The next fence must not be the row's fence + 1.
     """
     first = acquire(leases).lease
     leases.release(first, DONE)
@@ -429,7 +434,7 @@ def test_a_fence_is_not_given_twice_after_an_older_row_came_back(leases: Leases)
 
 
 def test_a_fence_grows_by_one_after_the_clock_was_set_back(leases: Leases) -> None:
-    """The row's fence is an hour ahead of the clock."""
+    """The row's fence is an hour ahead of the clock, so the next fence is the row's fence + 1."""
     leases.release(acquire(leases).lease, DONE)
     ahead = clock() + HOUR
     set_fence(leases, ahead)
@@ -447,8 +452,8 @@ def claim(leases: Leases, task_id: str, number: int) -> bool:
 
 
 def test_a_late_claim_does_not_count_a_finished_message_as_queued(leases: Leases) -> None:
-    """A claim stalls; its copy is answered; the message is sent, runs and ends; the first copy of
-    the claim is carried out.
+    """A sender's claim of the queue stalls; its copy is answered; the message is sent, runs and
+    ends; the first copy of the claim is carried out.
     """
     number = leases.requests.queued("k").number
     assert claim(leases, "m", number)
@@ -466,8 +471,8 @@ def test_a_late_claim_of_a_message_that_was_dequeued_is_refused(
     leases: Leases, known: bool
 ) -> None:
     """A claim stalls, and its sender gives it up; the message is sent without a claim; it is
-    revoked, and its worker dequeues it; the claim is carried out. Perhaps the singleton has never
-    run.
+    revoked, and its worker dequeues it; the claim is carried out. This also holds for a singleton
+    that has never run.
     """
     if known:
         leases.release(acquire(leases).lease, DONE)
@@ -494,7 +499,9 @@ def test_dequeue_leaves_another_message_queued(leases: Leases) -> None:
 
 
 def test_a_direct_call_leaves_the_queued_message(leases: Leases) -> None:
-    """An acquisition removes only its own message from the queue."""
+    """An acquisition removes only the acquiring message from the queue, and a direct call has no
+    message.
+    """
     assert claim(leases, "m1", leases.requests.queued("k").number)
     leases.release(acquire(leases, task="direct").lease, DONE)
     assert leases.requests.queued("k").task_id == "m1"
@@ -579,7 +586,9 @@ def test_a_late_put_does_not_overwrite_a_newer_state(store: Store) -> None:
 
 
 def test_a_late_put_of_a_new_singleton_is_refused(store: Store) -> None:
-    """The operator saw no row. Then a run, or another operator, has made one."""
+    """The operator saw no row. Before the put is carried out, a run or another operator makes the
+    row.
+    """
     assert store.requests.put("k", None, NEWER)
     assert not store.requests.put("k", None, NEW)
     store.release(acquire(store).lease, DONE)
@@ -588,7 +597,9 @@ def test_a_late_put_of_a_new_singleton_is_refused(store: Store) -> None:
 
 
 def test_put_leaves_a_running_singleton_alone(store: Store) -> None:
-    """A put is also refused if the run's lease has expired, because the run may still write."""
+    """A put is refused while a run has the lease, even if it has expired, because the run may still
+    write.
+    """
     acquire(store, "a", BRIEF)
     assert not store.requests.put("k", peek(store), NEW)
     let_expire(store)
@@ -610,8 +621,8 @@ def test_a_row_of_an_older_release_can_be_acquired(store: SqlStore) -> None:
 
 
 def test_a_put_that_found_no_row_does_not_overwrite_a_new_run(mariadb_url: str) -> None:
-    """A put finds no row, and so locks none; a run acquires the lease, and so makes the row; the
-    put writes.
+    """A put finds no row, and so locks none; a run acquires the lease, which makes the row; the put
+    writes. It must be refused.
     """
     store = open_store(mariadb_url, "kv_store", 10.0, auto_migrate=True)
     gate, url = "DO GET_LOCK('gate', 10);\nINSERT", sa.make_url(mariadb_url)

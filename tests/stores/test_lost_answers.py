@@ -1,4 +1,4 @@
-"""A database server behind a proxy that cuts or refuses connections, or falls silent.
+"""Runs whose database server is behind a proxy that cuts or refuses connections, or falls silent.
 
 Each test lets the proxy do this at the worst time for a run.
 """
@@ -116,7 +116,7 @@ def check_two_runs(app: Celery) -> None:
 
 
 def test_the_answer_to_acquire_is_lost(app: Celery, proxy: Proxy) -> None:
-    """The lease is acquired, but the holder does not know it. The holder repeats the request, and
+    """The lease is acquired, but the holder does not know that. The holder repeats the request, and
     gets the same fence.
     """
     task = make(app)
@@ -126,7 +126,7 @@ def test_the_answer_to_acquire_is_lost(app: Celery, proxy: Proxy) -> None:
 
 
 def test_the_answer_to_release_is_lost(app: Celery, proxy: Proxy) -> None:
-    """The run has saved and released, but does not know it. Its repeated release is refused, and
+    """The run has saved and released, but does not know that. Its repeated release is refused, and
     the run finds its own end in the history.
     """
 
@@ -160,8 +160,8 @@ def written(url: str) -> list[int]:
 def test_the_answer_to_a_commit_is_lost(
     app: Celery, proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows and state are committed, but the run does not know it. The row's write number tells
-    it.
+    """Rows and state are committed, but the run does not know that. It learns this from the row's
+    write number.
     """
     save = SqlTransaction.save
 
@@ -222,7 +222,9 @@ def test_a_server_unavailable_in_the_body(app: Celery, proxy: Proxy) -> None:
 
 @pytest.mark.parametrize("moment", ["before", "in the body"])
 def test_a_silent_server_becomes_an_error(app: Celery, proxy: Proxy, moment: str) -> None:
-    """The server receives every byte and answers none, so no time-out of TCP notices it."""
+    """The server receives every byte and answers none. TCP notices nothing, so the store's own time
+    limit must raise the error.
+    """
 
     def act(task: Any) -> None:
         proxy.mode = "mute"
@@ -280,7 +282,7 @@ def test_a_retry_finds_that_its_unanswered_save_was_committed(app: Celery, proxy
 
 
 def test_a_time_limit_in_mid_statement_leaves_the_pool_whole(app: Celery, url: str) -> None:
-    """Another transaction locks the row; acquire waits for it; the soft time limit interrupts
+    """Another transaction locks the row; acquire waits for the row; the soft time limit interrupts
     acquire.
     """
     task = make(app)
@@ -301,8 +303,8 @@ def test_a_time_limit_in_mid_statement_leaves_the_pool_whole(app: Celery, url: s
                     task()
     finally:
         signal.signal(signal.SIGALRM, before)
-    # An interrupted acquire may still take the lease later, for one ordinary life at most. Runs are
-    # skipped until then.
+    # An interrupted acquire may still take the lease afterwards, and then holds it for at most one
+    # ordinary life. Until that has passed, runs are skipped.
     assert wait_until(task, "the lease is free") == 2
 
 

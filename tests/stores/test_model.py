@@ -53,26 +53,26 @@ from tests.stores.model import (
     fence_is_right,
 )
 
-#: Whether all faults are planted, and not only a few.
+#: Whether all faults are planted; by default only a few are.
 WHOLE = os.environ.get("SINGLETON_TEST_SPEC") == "whole"
 KEYS = ("k1", "k2")
 ANY_KEY = st.sampled_from(("k1", "k1", "k1", "k2"))
 PROCESSES = (1, 2, 3)
-#: The possible fates of a request. If a request is repeated, its first copy is parked, and its
-#: second copy is answered.
+#: What can happen to a request. If a request is repeated, its first copy is parked, and its second
+#: copy is answered.
 FATES = st.sampled_from(
     ("answered", "answered", "repeated", "repeated", "unanswered", "never", "parked")
 )
 SELDOM = st.sampled_from([False, False, True])
 LONG_AGO = "2000-01-01 00:00:00.000"
-#: By how many milliseconds a fence is moved ahead of the clock: an hour.
+#: How far a fence is moved ahead of the clock, in milliseconds: an hour.
 AHEAD = 3_600_000
-#: How many runs the history of a row holds.
+#: How many past runs the history of a row holds.
 HISTORY = 2
-#: The errors that show that a fault was found. Hypothesis raises ``Flaky`` if a fault depends on
-#: the clock's milliseconds, because it does not show at each repetition.
+#: The errors that show that a fault was found. ``Flaky`` is one of them, because Hypothesis raises
+#: it for a fault that depends on the clock's milliseconds, and so does not show at each repetition.
 FOUND = (AssertionError, Flaky)
-#: The answer to a request that was not answered.
+#: Stands for the answer to a request that was not answered.
 UNKNOWN = object()
 
 SETTINGS = settings(
@@ -83,12 +83,12 @@ SETTINGS = settings(
     stateful_step_count=40,
     report_multiple_bugs=False,
 )
-#: Settings for slow stores: MariaDB, where each step needs several statements and commits;
-#: PostgreSQL, which ``tox -e spec`` takes as far as the others; and PgBouncer, where the steps
-#: reach the same PostgreSQL as the direct tests.
+#: Settings with fewer examples, for the slow stores: MariaDB, where each step needs several
+#: statements and commits; PostgreSQL, which ``tox -e spec`` tests as long as the other stores; and
+#: PgBouncer, behind which the tests reach the same PostgreSQL again.
 FEW = settings(SETTINGS, max_examples=20)
-#: Settings for finding planted faults: Hypothesis stops at the first failure, and does not shorten
-#: it.
+#: Settings for finding a planted fault: Hypothesis stops at the first failure, and does not search
+#: for a shorter example.
 TO_THE_FIRST_FAILURE = settings(SETTINGS, max_examples=3000, phases=[Phase.generate])
 
 
@@ -102,14 +102,16 @@ class Sender:
 
     key: str
     task_id: str
-    #: The queue's number that the sender has read.
+    #: The queue's number that the sender has read, and names in its claim.
     number: int
-    #: The claim, if it was sent and not answered yet.
+    #: The sender's claim, if it was sent and not answered yet.
     claim: Request | None = None
 
 
 def one_of(name: str) -> st.SearchStrategy[Any]:
-    """Choose one of the machine's runs, messages or the like; most often one of the last two."""
+    """Choose an item of the machine's list with this name, for example a run; most often one of the
+    last two.
+    """
 
     def draw(machine: Leases) -> st.SearchStrategy[Any]:
         found = getattr(machine, name)
@@ -148,25 +150,27 @@ class Leases(RuleBasedStateMachine):
         self.parked: list[Request] = []
         #: Runs of living processes whose deliveries have not ended.
         self.runs: list[Run] = []
-        #: Runs whose leases their living processes give back until the store answers.
+        #: Ended runs of living processes, which give back these runs' leases until the store
+        #: answers.
         self.to_give_back: list[Run] = []
-        #: Holders of dead processes; and the part of them for which the host has not checked yet.
+        #: The holders of dead processes; and the part of these holders for which no recovery has
+        #: checked yet.
         self.dead: set[str] = set()
         self.unchecked: set[str] = set()
-        #: Releases in the names of dead holders that were not answered.
+        #: Releases that recoveries send in the names of dead holders, and that were not answered.
         self.recoveries: list[Request] = []
-        #: All leases that a run has ever known.
+        #: All leases of which any run has ever known.
         self.leases: list[Lease] = []
         self.senders: list[Sender] = []
-        #: Messages that were sent and have not run yet: key and id.
+        #: Messages that were sent and have not run yet, as pairs of key and id.
         self.messages: list[tuple[str, str]] = []
-        #: Messages that asked a holder to hand over: key, id and rank.
+        #: Messages that asked a holder to hand over, each as key, id and rank.
         self.ranked: list[tuple[str, str, int]] = []
-        #: Pending runs that were recorded and may have been sent: key and pending run.
+        #: Pending runs that were recorded and may have been sent, as pairs of key and pending run.
         self.recorded: list[tuple[str, str]] = []
         # Only the invariants use these: messages for which a lease was acquired or which were
-        # dequeued, holders whose successful release took effect, the largest fence of a body, and
-        # all fences.
+        # dequeued, holders whose successful release took effect, the largest fence that a body of
+        # each key had, and all fences.
         self.settled: set[str] = set()
         self.saved: set[str] = set()
         self.largest = dict.fromkeys(KEYS, 0)
@@ -190,7 +194,9 @@ class Leases(RuleBasedStateMachine):
         return self.store._rows(f"SELECT * FROM {self.store.table.fullname} ORDER BY {name}", {})
 
     def hidden(self) -> dict[str, tuple[Any, ...]]:
-        """Return by key the values that no verb shows: the queue's number and queued message."""
+        """Return a dict that maps each key to the values that no method of the store shows: the
+        queue's number and the queued message.
+        """
         sql = self.store._sql
         rows = self.store._rows(
             f"SELECT {sql.key}, coalesce(queue, 0),"
@@ -204,7 +210,7 @@ class Leases(RuleBasedStateMachine):
         return [tuple(row) for row in self.store._rows("SELECT of_key, item FROM business", {})]
 
     def set_column(self, key: str, name: str, value: str) -> None:
-        """Set a column of a key's row, if it is not null."""
+        """Set a column of a key's row, unless the column is null."""
         self.store._change(
             f"UPDATE {self.store.table.fullname} SET {name} = {value}"
             f" WHERE {self.store._sql.key} = '{key}' AND {name} IS NOT NULL",
@@ -212,8 +218,8 @@ class Leases(RuleBasedStateMachine):
         )
 
     def move_back(self, key: str) -> None:
-        """Move the times of a key's row into the past. They are in UTC; MariaDB rejects a suffix
-        for it.
+        """Move the times of a key's row into the past. The times are in UTC; MariaDB rejects a
+        suffix that says so.
         """
         zone = "" if self.store.engine.dialect.name == "mysql" else "+00:00"
         for name in ("acquired_at", "expires_at", "hold_until", "queued_until"):
@@ -355,7 +361,7 @@ class Leases(RuleBasedStateMachine):
     def deliver(
         self, process: int, key: str, of_message: bool, ranked: bool, confirms: bool, fate: str
     ) -> None:
-        """Deliver a new message to a process, or deliver again a message that asked for the
+        """Deliver a message to a process: a new one, a sent one, or again one that asked for the
         lease.
         """
         self.nonce += 1
@@ -368,14 +374,14 @@ class Leases(RuleBasedStateMachine):
             key, task_id, rank = self.ranked[self.nonce % len(self.ranked)]
         run = Run(key, holder, process, task_id, confirms=confirms)
         self.runs.append(run)
-        # Sometimes the message was overtaken by newer ones, or was sent from another host.
+        # Sometimes newer messages have overtaken this message, or it was sent from another host.
         number = self.nonce - 4 * (ranked and not rank)
         sent = f"{'host' if process < 3 else 'another'}:{number:020d}"
         arguments = (key, holder, FIRST, task_id, rank, sent, f"task {process}")
         self.ask(run, Request("acquire", arguments), fate)
 
     def ask(self, run: Run, request: Request, fate: str) -> None:
-        """Let a run send a request, and receive the answer if it is answered."""
+        """Let a run send a request, and receive the answer if there is one."""
         run.request = request
         answer = self.send(request, fate)
         run.unsure = run.unsure or fate != "answered"
@@ -406,7 +412,7 @@ class Leases(RuleBasedStateMachine):
             run.phase, run.undecided = "body", True
 
     def ask_whether_committed(self, run: Run, fate: str) -> None:
-        """Ask the row whether a COMMIT without an answer took effect."""
+        """Let a run ask the row whether a COMMIT that was not answered took effect."""
         assert run.lease is not None
         committed = self.send(Request("written", (run.lease, run.number)), fate)
         if committed is UNKNOWN:
@@ -467,7 +473,8 @@ class Leases(RuleBasedStateMachine):
     def end(self, run: Run, report: str = "", unsure: bool = False) -> None:
         """End a delivery.
 
-        :param unsure: whether the process may hold the lease without knowing.
+        :param report: the outcome that the run reports; by default none.
+        :param unsure: whether the process may hold the lease without knowing it.
         """
         self.runs.remove(run)
         if unsure:
@@ -547,7 +554,7 @@ class Leases(RuleBasedStateMachine):
             write = self.next_write(run)
         assert run.lease is not None
         history = [*run.history, [run.lease.fence, run.holder, run.outcome]][-HISTORY:]
-        # A successful run replaces the record of finished ticks; any other run leaves it.
+        # A run that succeeded replaces the record of finished ticks; any other run leaves it.
         ticks_done = f'"{run.lease.fence}"' if succeeded else None
         ended = Ended(run.outcome, json.dumps(history), hold if succeeded else 0.0, ticks_done)
         run.phase = "releases"
@@ -563,9 +570,7 @@ class Leases(RuleBasedStateMachine):
             self.refused(run)
 
     def found_in_history(self, run: Run, report: str) -> str:
-        """Return the outcome of a run whose repeated release was refused, as the history shows
-        it.
-        """
+        """Return what the history says about a run whose repeated release was refused."""
         row = self.row(run.key)
         assert run.lease is not None
         ends = json.loads((row and row.history) or "[]")
@@ -594,15 +599,15 @@ class Leases(RuleBasedStateMachine):
     @precondition(lambda self: self.leases)
     @rule(fate=FATES)
     def renew_all(self, fate: str) -> None:
-        """Renew all leases, as parents do. Their children may have lost or released them, and no
-        run receives the answer.
+        """Renew all leases, as parent processes do for their children. The children may have lost
+        or released the leases, and no run receives the answer.
         """
         self.send(Request("renew", (list(self.leases),)), fate)
 
     @precondition(lambda self: self.writing)
     @rule(run=one_of("writing"), renews_only=SELDOM, fate=FATES)
     def record(self, run: Run, renews_only: bool, fate: str) -> None:
-        """Record schedule entries, as a leading beat does whose lease this is."""
+        """Let a run record schedule entries, as a beat does while it leads."""
         self.nonce += 1
         run.number += 1
         entries = {} if renews_only else {f"{run.key}:{name}": str(self.nonce) for name in "ab"}
@@ -625,7 +630,9 @@ class Leases(RuleBasedStateMachine):
 
     @rule(process=st.sampled_from(PROCESSES), recovers=st.booleans(), reopens=SELDOM)
     def crash(self, process: int, recovers: bool, reopens: bool) -> None:
-        """Let a process die: it sends nothing more, and the names of its holders stay known."""
+        """Let a process die: it sends nothing more. The names of its holders are kept for a
+        recovery.
+        """
         died = [run for run in self.runs + self.to_give_back if run.process == process]
         self.runs = [run for run in self.runs if run.process != process]
         self.to_give_back = [run for run in self.to_give_back if run.process != process]
@@ -667,8 +674,8 @@ class Leases(RuleBasedStateMachine):
 
     @rule(key=ANY_KEY, fate=FATES, rivals=st.booleans())
     def request_handoff(self, key: str, fate: str, rivals: bool) -> None:
-        """Let a newer message ask the holder to hand over, or let two messages do it that saw the
-        same row.
+        """Let a newer message ask the holder to hand over; or let two messages that saw the same
+        row ask.
         """
         row = self.row(key)
         if row is None or row.holder is None:
@@ -700,7 +707,7 @@ class Leases(RuleBasedStateMachine):
 
     @rule(key=ANY_KEY, fate=FATES, rivals=st.booleans())
     def request_run(self, key: str, fate: str, rivals: bool) -> None:
-        """Let a conflict record a pending run, or let two conflicts do it that saw the same row."""
+        """Let a conflict record a pending run; or let two conflicts that saw the same row do so."""
         row = self.row(key)
         if row is None or not row.held:
             return
@@ -725,8 +732,8 @@ class Leases(RuleBasedStateMachine):
 
     @rule(key=ANY_KEY)
     def read_queue(self, key: str) -> None:
-        """Let a sender read the queue, to claim later. It only claims if no message is queued or
-        running.
+        """Let a sender read the queue, so that it can claim later. A sender claims only if it has
+        read that no message is queued or running.
         """
         queued = self.carry_out(Request("queued", (key,)))
         if queued.task_id is None:
@@ -764,7 +771,7 @@ class Leases(RuleBasedStateMachine):
         self.pass_time(key, True)
 
     def pass_time(self, key: str, longer_than_any_life: bool) -> None:
-        """Let all lives of a key expire. A holder that is paused meanwhile does not learn of it."""
+        """Let all times of a key expire. A holder that is paused meanwhile does not learn that."""
         if longer_than_any_life and key in self.model.rows:
             self.move_back(key)
             self.model.rows[key].expire()
@@ -773,8 +780,8 @@ class Leases(RuleBasedStateMachine):
 
     @rule(key=ANY_KEY)
     def set_clock_back(self, key: str) -> None:
-        """Set the store's clock back. Only the gap between the row's fence and the clock shows
-        this.
+        """Let the store's clock go back. The test cannot set the clock, so it moves the row's fence
+        ahead.
         """
         row = self.model.rows.get(key)
         if row and row.holder is None:
@@ -783,8 +790,8 @@ class Leases(RuleBasedStateMachine):
 
     @rule(key=ANY_KEY)
     def prune(self, key: str) -> None:
-        """Prune a key. Late claims and puts for it are dropped, because PROTOCOL.md claims nothing
-        about requests that are later than the pruned row's age.
+        """Prune a key. Forget the late claims and puts for this key, because PROTOCOL.md promises
+        nothing about requests that are later than the pruned row's age.
         """
         row = self.model.rows.get(key)
         if row is None or row.fence > time.time() * 1000 + AHEAD / 2:
@@ -804,7 +811,7 @@ class Leases(RuleBasedStateMachine):
     @precondition(lambda self: self.model.rows)
     @rule(key=ANY_KEY)
     def write_with_parts_of_a_lease(self, key: str) -> None:
-        """Send requests in which two of key, fence and holder are right, and one is wrong."""
+        """Send requests in which one of three parts of a lease (key, fence, holder) is wrong."""
         row = self.model.seen(key)
         lease = Lease(key, row.holder or "no holder", row.fence, LONG)
         write = Write(row.write + 1, row.write, State(checkpoints=-1).encoded())
@@ -850,8 +857,8 @@ class Leases(RuleBasedStateMachine):
     @precondition(lambda self: self.has_states)
     @rule(key=ANY_KEY)
     def write_after_commits_were_lost(self, key: str) -> None:
-        """Send writes of a holder that has seen a newer write than the row has: the database has
-        lost it.
+        """Send writes of a holder that has seen a newer write than the row has, because the
+        database has lost that write.
         """
         row = self.model.seen(key)
         if row.holder is None:
@@ -890,7 +897,7 @@ class Leases(RuleBasedStateMachine):
             assert life - FIRST / 2 < row.expires_in < life + 1 or (not life and not row.held)
 
     def is_known(self, row: Row) -> None:
-        """Check I4: a lease that no process will end is held for one first life at most."""
+        """Check I4: no lease outlasts one first life unless some process will end it."""
         if row.in_hold_period or row.expires_in is None or row.expires_in <= FIRST + 1:
             return
         known = {run.holder for run in self.runs + self.to_give_back} | self.unchecked
@@ -1012,8 +1019,8 @@ def test_random_steps_find_a_planted_fault_in_redis(
 
 @pytest.mark.parametrize("fault", FAULTS if WHOLE else BRIEFLY)
 def test_random_steps_find_a_planted_fault(fault: str) -> None:
-    """If the steps did not find planted faults, finding none in a real store would prove
-    nothing.
+    """If the random steps did not find planted faults, it would prove nothing that they find none
+    in a real store.
     """
     store = plant(opener("memory://")(), *FAULTS[fault])
     with pytest.raises(FOUND):

@@ -59,7 +59,7 @@ def test_an_expected_singleton_gets_a_row_and_an_old_row_stays(store: SqlStore) 
 
 
 def put(store: SqlStore, key: str, value: str, version: int) -> bool:
-    """Put a state, by the row as it is now."""
+    """Put a state, as an operator does that has just seen the row."""
     return store.requests.put(key, store.peek(key), NewValue(value, version))
 
 
@@ -85,7 +85,7 @@ def test_a_state_is_put_if_the_lease_is_free(store: SqlStore) -> None:
 def test_a_put_is_refused_while_an_expired_lease_has_no_successor(
     store: SqlStore,
 ) -> None:
-    """The late holder is still the only one that may write the state."""
+    """The holder of the expired lease is still the only one that may write the state."""
     acquired = store.acquire("late", "h:1:a.1", 0, None)
     assert acquired is not None
     assert not put(store, "late", "3", 4)
@@ -115,7 +115,7 @@ def test_a_put_does_not_overwrite_a_state_that_was_not_seen(store: SqlStore) -> 
 
 
 def test_a_put_is_refused_after_a_run_that_saved_nothing(store: SqlStore) -> None:
-    """The row has changed since it was seen, although the state has not."""
+    """The row has changed since the operator saw it, although the state has not."""
     run(store, "k")
     seen = row_of(store, "k")
     acquired = store.acquire("k", "h:1:a.2", 60, None)
@@ -127,7 +127,9 @@ def test_a_put_is_refused_after_a_run_that_saved_nothing(store: SqlStore) -> Non
 
 @pytest.mark.parametrize("made", ["expected", "queued", "set aside"])
 def test_a_state_is_put_into_a_row_that_had_no_run(store: SqlStore, made: str) -> None:
-    """The operator sees the row, or no row if it did not belong to a singleton yet."""
+    """The row was made before any run: by an expected singleton, a claim, or a value that was set
+    aside.
+    """
     if made == "expected":
         store.requests.expect({"k": "t"})
     elif made == "queued":

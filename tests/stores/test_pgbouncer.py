@@ -133,7 +133,7 @@ def url_with_prepared_statements(url: str) -> str:
             client.autocommit = True
             for number in range(10):
                 client.execute(f"SELECT {number}")
-            # This transaction makes the next client get another of the pooler's connections.
+            # Let the next client get another of the pooler's connections.
             connect(None).execute("SELECT 1")
     return f"{url}?prepare_threshold=0"
 
@@ -187,7 +187,7 @@ def test_a_transactions_error_names_the_setting(url: str) -> None:
 def test_a_run_fails_at_once(
     url_with_prepared_statements: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A wrong setting does not pass by itself, so acquire is not retried at once."""
+    """Waiting does not correct a wrong setting, so acquire is not retried at once."""
     asked = []
     acquire = SqlStore.acquire
 

@@ -1,4 +1,6 @@
-"""Prune removes the rows of keys that are no longer used, and never a row in use. All stores."""
+"""Tests of prune on all stores: it removes the rows of keys that are no longer used, and no row in
+use.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,10 @@ def run(store: SqlStore, key: str = "k") -> None:
 
 
 def age(store: SqlStore, *columns: str, key: str | None = None) -> None:
-    """Set these times of the rows (by default, those of the last use) to years ago."""
-    # The value is in UTC. MariaDB rejects the suffix for it, and does not need it.
+    """Set columns of the rows to a time years ago: by default the times of the last use, in all
+    rows.
+    """
+    # The time is in UTC. MariaDB rejects a suffix that says so, and needs none.
     zone = "" if store.engine.dialect.name == "mysql" else "+00:00"
     for column in columns or ("updated_at", "last_finished_at"):
         which = f" AND {store._sql.key} = '{key}'" if key else ""
@@ -68,7 +72,7 @@ def test_keys_unused_for_longer_than_the_age_are_removed(store: SqlStore) -> Non
 
 
 def test_only_named_keys_are_removed(store: SqlStore) -> None:
-    """The caller can show the keys first, and can remove them in batches."""
+    """The caller can show the unused keys first, and can remove them in batches."""
     old(store, *(f"k{n}" for n in range(7)))
     assert sorted(store.prune(["k1", "k2"], DAY)) == ["k1", "k2"]
     assert store.prune([], DAY) == []
@@ -137,14 +141,14 @@ def in_hold_period(store: SqlStore) -> None:
 
 
 def with_handoff_request(store: SqlStore) -> None:
-    """Leave a handoff request in the row; the message that asked will come later."""
+    """Leave a handoff request in a free row; the message that asked is not delivered yet."""
     lease = acquire(store, "b").lease
     store.requests.request_handoff(peek(store), "c")
     store.release(lease, DONE)
 
 
 def with_pending_run(store: SqlStore) -> None:
-    """Leave a pending run in the row that could not be sent."""
+    """Leave a pending run in a free row, because it could not be sent."""
     lease = acquire(store, "b").lease
     store.requests.request_run(peek(store), "w")
     store.release(lease, DONE)
@@ -252,8 +256,8 @@ def shared_store(shared_store_url: str) -> Iterator[SqlStore]:
 
 @contextmanager
 def uncommitted(store: SqlStore, statement: str, named: dict[str, Any]) -> Iterator[Any]:
-    """Carry out a statement, yield its answer, and commit it when the block ends."""
-    # MariaDB's statements contain their own transaction; it is removed here.
+    """Carry out a statement, yield the rows that it returns, and commit it when the block ends."""
+    # Remove the transaction that MariaDB's statements contain, because this function commits.
     own = r"SET TRANSACTION.*;\s*|START TRANSACTION;\s*|;\s*COMMIT\s*$"
     with open_transaction(store.engine) as connection:
         cursor = connection.connection.cursor()
@@ -264,7 +268,8 @@ def uncommitted(store: SqlStore, statement: str, named: dict[str, Any]) -> Itera
 
 def wait_until_blocked(store: SqlStore, statement: Future[object]) -> None:
     waiting = WAITING.get(store.engine.dialect.name)
-    # On SQLite the second statement waits for the file's lock, which no query can see.
+    # On SQLite the second statement waits for the file's lock, which no query can see: do not wait
+    # for it.
     if waiting:
         wait_until(lambda: store._rows(waiting, {})[0][0] > 0, "the statement waits for a lock")
     assert not statement.done()

@@ -1,4 +1,6 @@
-"""Leases in Redis: the properties of this store, and which of two stores a singleton belongs to."""
+"""Leases in Redis: the properties of this store, and which of the two stores a singleton belongs
+to.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ def make_app(tmp_path: Path, lease_url: str) -> Iterator[Callable[..., Celery]]:
 
 
 def fence_of(self: Any) -> int:
-    """Return the run's fence; this is a task's body."""
+    """A task's body that returns the run's fence."""
     return int(self.fence)
 
 
@@ -68,7 +70,9 @@ def both(make_app: Callable[..., Celery], tmp_path: Path) -> Celery:
 
 
 def test_a_run_is_two_calls(lease_url: str, make_app: Callable[..., Celery]) -> None:
-    """The server counts the calls. No call sends a script's text again."""
+    """The server counts the calls. No call sends the text of a script, which the server knows
+    already.
+    """
     task = task_of(make_app())
     task()
     with redis.Redis.from_url(lease_url, decode_responses=True) as client:
@@ -211,8 +215,8 @@ def test_a_silent_server_becomes_an_error(proxied: tuple[Celery, Proxy]) -> None
 
 
 def test_the_answer_to_acquire_is_lost(proxied: tuple[Celery, Proxy]) -> None:
-    """The lease is acquired, but the holder does not know it. It repeats acquire, and gets the same
-    fence.
+    """The lease is acquired, but the holder does not know that. The holder repeats acquire, and
+    gets the same fence.
     """
     app, proxy = proxied
     task = task_of(app)
@@ -429,8 +433,8 @@ def test_migrate_without_a_database_is_refused(make_app: Callable[..., Celery]) 
 def test_the_lease_of_a_dead_process_and_unknown_task_is_freed(
     make_app: Callable[..., Celery],
 ) -> None:
-    """The dead process's file names a task that this app has renamed or removed. So no task says in
-    which store the lease is.
+    """The dead process's file names a task that this app has renamed or removed, so the app cannot
+    tell by the task in which store the lease is.
     """
     app = make_app()
     task_of(app)()
@@ -440,7 +444,7 @@ def test_the_lease_of_a_dead_process_and_unknown_task_is_freed(
     assert store.acquire(key, holder, 600, None)
     dead = HolderFiles(runtime.holder_files.directory, "1-abcdef")
     dead.note(HolderRecord(key, holder, 0))
-    # Releases the file's lock, like the death of a process.
+    # Release the lock of the dead process's file, as its death does.
     dead.leave_to_parent()
     assert free_dead(runtime) == 1
     row = store.peek(key)

@@ -1,4 +1,4 @@
-"""Leases in Redis when a request is carried out late or repeated, or when its answer was lost."""
+"""Leases in Redis when a request is carried out late or repeated, or when its answer is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.helpers.waiting import wait_until
 
 LONG, BRIEF = 60.0, 0.2
 DONE = Ended("succeeded", "[]")
-#: The largest integer of Redis, less a few, so that some acquisitions still fit.
+#: The largest integer of Redis, less a few, so that some more acquisitions still get a larger
+#: fence.
 NEAR_THE_END = 2**63 - 10
 
 

@@ -1,4 +1,4 @@
-"""Redis servers that are demoted, fail over, are full, run as a cluster, or refuse.
+"""Redis servers that are demoted, fail over, are full, run as a cluster, or refuse calls.
 
 Some tests are about the connections to such servers.
 """
@@ -98,7 +98,7 @@ def acquire(store: RedisStore, key: str = "k", holder: str = "h") -> Lease:
 
 
 def connect(store: RedisStore, port: int, lease: Lease, number: int = CONNECTIONS) -> None:
-    """Make a store open this many connections, by as many calls at once.
+    """Make a store open ``number`` connections, by as many calls at once.
 
     The server's writes are paused until all calls wait, so that no two calls share a connection.
     """
@@ -113,12 +113,12 @@ def connect(store: RedisStore, port: int, lease: Lease, number: int = CONNECTION
 
 
 def blocked(client: redis.Redis) -> int:
-    """Return how many clients wait for the end of the pause of writes. Scripts count as writes."""
+    """Return how many clients wait for the end of the pause of writes, which stops scripts, too."""
     return int(client.info("clients")["blocked_clients"])
 
 
 def renew_at_once(store: RedisStore, lease: Lease) -> list[Any]:
-    """Send as many renewals at once as there are connections; return their answers or errors."""
+    """Send ``CONNECTIONS`` renewals at once; return their answers or errors."""
     barrier = threading.Barrier(CONNECTIONS)
 
     def renew() -> Any:
@@ -284,7 +284,9 @@ def test_ls_scrape_and_prune_read_page_by_page(
 
 
 def commands(client: redis.Redis) -> int:
-    """Return how many commands on hashes the server has carried out."""
+    """Return how many commands on hashes the server has carried out, which shows how many rows were
+    read.
+    """
     found = client.info("commandstats")
     return sum(each["calls"] for name, each in found.items() if name.startswith("cmdstat_h"))
 
@@ -316,7 +318,7 @@ def test_a_process_renews_very_many_leases(
 def test_redis_cluster_is_refused_at_start(
     make_server: Callable[..., Configured], make_store: Callable[[str], RedisStore]
 ) -> None:
-    """Each call refuses a cluster, too, in case the check at start was not made."""
+    """Each call refuses a cluster, too, in case the check at the worker's start was not made."""
     server = make_server("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     with redis.Redis(port=server.port) as client:
         client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
@@ -374,7 +376,7 @@ def test_a_full_server_renews_and_releases(
 def test_a_server_without_its_required_replicas_is_unavailable(
     make_server: Callable[..., Configured], make_store: Callable[[str], RedisStore]
 ) -> None:
-    """This error passes by itself. But the server may also be a primary that was cut off, so the
+    """The server refuses writes for a while. It may also be a primary that was cut off, so the
     store closes its connections to it.
     """
     server = make_server()
@@ -486,7 +488,7 @@ def ids_of(store: RedisStore) -> set[int]:
 def test_more_calls_at_once_than_redis_pys_pool_allows(
     primary: Valkey, make_store: Callable[[str], RedisStore]
 ) -> None:
-    """A connection pool of redis-py has 100 connections at most, and fails the next call."""
+    """redis-py's own pool would refuse the 101st call at once; the store answers all 120."""
     store = make_store(primary.url)
     connect(store, primary.port, acquire(store), 120)
 

@@ -1,4 +1,4 @@
-"""Connections that cannot be made: errors that an operator must fix are not taken for outages."""
+"""Connections that cannot be made: an error that an operator must fix is no outage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECRET = "hunter2"
 
 @pytest.fixture
 def error_of() -> Iterator[Callable[[str], StoreError]]:
-    """Return a function that returns the error of checking the store behind a URL."""
+    """Return a function that checks the store behind a URL and returns the expected error."""
     opened: list[SqlStore | RedisStore] = []
 
     def check(url: str) -> StoreError:
@@ -99,7 +99,9 @@ def test_a_missing_server_is_an_outage(url: str, error_of: Callable[[str], Store
 def test_a_certificate_that_was_removed_is_a_one_line_error(
     tmp_path: Path, error_of: Callable[[str], StoreError]
 ) -> None:
-    """PyMySQL reads the file again for each connection, and raises Python's own error."""
+    """PyMySQL reads the certificate's file again for each connection, and raises Python's own
+    error.
+    """
     authorities = ssl.get_default_verify_paths().cafile
     if authorities is None:
         pytest.skip("Python knows no file of certificates here")
@@ -116,7 +118,7 @@ def test_a_certificate_that_was_removed_is_a_one_line_error(
 def test_an_invalid_host_name_is_not_taken_for_a_refused_value(
     monkeypatch: pytest.MonkeyPatch, error_of: Callable[[str], StoreError]
 ) -> None:
-    """The host's name is invalid in a way that only looking it up reveals."""
+    """The host's name is invalid in a way that only the name's look-up reveals."""
 
     def refuse(*_args: Any, **_kwargs: Any) -> None:
         raise UnicodeError("label empty or too long")

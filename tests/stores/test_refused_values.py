@@ -1,4 +1,6 @@
-"""Values that a store cannot hold: the error is no outage, and nothing changes. All stores."""
+"""Tests on all stores of values that a store cannot hold: the error is no outage, and nothing
+changes.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,7 @@ def store_and_refused_value(
         open_store(url, "kv_store", 2.0, auto_migrate=True).close()
         with with_small_packets(request.getfixturevalue("mariadb")):
             store = open_store(url, "kv_store", 2.0)
-            # The server does not read the larger value: it closes the connection.
+            # The server does not read the larger value, but closes the connection.
             yield store, of_size(PACKET if kind == "packet" else 200 * PACKET)
     elif kind == "column":
         url = url_on("mariadb", request, tmp_path)
@@ -106,8 +108,8 @@ def test_a_value_that_the_store_cannot_hold_is_no_outage(
     assert (after.value, after.fence, after.holder) == (NEW.value, before.fence, before.holder)
     assert after.write == before.write
     assert store.peek("other") is None
-    # The refused write has used number 2 and was not answered, so the release has number 3 and has
-    # seen 1.
+    # The refused write has used number 2 and was not answered. So the release has number 3, and
+    # names write 1 as seen.
     assert store.release(lease, DONE, Write(3, 1, NEW))
 
 
@@ -203,7 +205,7 @@ def test_all_verbs_work_in_databases_of_other_encodings(
     url = url_on(name, request, tmp_path)
     store = open_store(url, "kv_store", 2.0, auto_migrate=True)
     use_all(store)
-    # Both encodings can hold these characters, each in its own way.
+    # The text contains an ö, which both encodings can hold, each in its own way.
     lease = acquire(store, key="Köln").lease
     new = NewValue('{"city":"Köln"}', 1)
     assert store.save(lease, write(new))

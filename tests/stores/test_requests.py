@@ -1,6 +1,6 @@
 """Requests to a row that do not come from its holder, on all stores.
 
-They are handoff requests, pending runs, and claims of the queue.
+They are handoff requests, requests for pending runs, and claims of the queue.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def peek_later(store: Leases) -> Row:
 
 
 def released(store: Leases) -> Row:
-    """Return the row as it was while A held it. A has released it since; in the functions below, A
-    has lost it in other ways.
-    """
+    """Let A acquire and release; return the row as it was while A held it."""
     lease = acquire(store, "a").lease
     seen = peek(store)
     store.release(lease, DONE)
@@ -140,7 +138,7 @@ def test_only_the_hold_period_that_was_seen_is_ended(leases: Leases) -> None:
 
 
 def test_the_holder_learns_which_message_asks_for_a_handoff(store: SqlStore) -> None:
-    """Each answer to the holder names the message, until the release, because an answer may be
+    """Each answer to the holder until its release names the message, because any answer may be
     lost.
     """
     lease = acquire(store, "a").lease
@@ -175,7 +173,9 @@ def test_a_handoff_request_changes_nothing_else(leases: Leases) -> None:
 
 
 def test_the_next_holder_is_not_asked_to_hand_over(leases: Leases) -> None:
-    """A is asked to hand over, and releases. The next holder may be the message that asked."""
+    """A is asked to hand over, and releases. The next holder, which may be the message that asked,
+    must not find the request in the row.
+    """
     lease = acquire(leases, "a").lease
     leases.requests.request_handoff(peek(leases), "b")
     leases.release(lease, DONE)
@@ -199,8 +199,8 @@ def test_a_late_older_message_does_not_stop_the_holder(leases: Leases) -> None:
 
 
 def test_two_messages_do_not_get_the_same_rank(leases: Leases) -> None:
-    """Both messages saw the same row. The first may repeat its request, because its answer may have
-    been lost.
+    """Both messages saw the same row, and so ask with the same rank. The store accepts only the
+    first message, which may repeat its request, because its answer may have been lost.
     """
     acquire(leases, "a")
     seen = peek(leases)
@@ -231,8 +231,8 @@ def test_of_two_messages_that_asked_the_newer_gets_the_lease(leases: Leases) -> 
 
 
 def test_a_message_that_acquires_outranks_all_that_asked(leases: Leases) -> None:
-    """B asks A to hand over; A's run ends; C finds the lease free, runs and ends; B tries to
-    acquire. All this time the store's clock is behind the ranks.
+    """B asks A to hand over, with a rank ahead of the store's clock; A's run ends; C finds the
+    lease free, gets a fence above B's rank, runs and ends; B tries to acquire, and is refused.
     """
     lease = acquire(leases, "a").lease
     rank = peek(leases).next_rank + 3_600_000
@@ -250,7 +250,7 @@ def test_a_message_that_acquires_outranks_all_that_asked(leases: Leases) -> None
 @pytest.mark.parametrize("ends", [True, False], ids=["ran", "waits"])
 def test_a_message_that_was_overtaken_is_not_the_newest(leases: Leases, ends: bool) -> None:
     """First B and then C are sent, from the same host. C is delivered first and runs, or asks A to
-    hand over; then the lease is free, and B is delivered.
+    hand over; then the lease is free, and B is delivered. B is refused.
     """
     sent_by_b, sent_by_c = f"host:{9:020d}", f"host:{10:020d}"
     lease = acquire(leases, "a").lease
@@ -317,7 +317,7 @@ def test_a_replaced_pending_run_does_not_come_back(leases: Leases) -> None:
 
 
 def test_a_pending_run_replaces_only_the_one_that_was_seen(leases: Leases) -> None:
-    """A pending run that was seen can be replaced, unless it was sent since."""
+    """A pending run that was seen can be replaced, unless it has been sent since."""
     leases.release(acquire(leases, "a").lease, DONE)
     lease = acquire(leases, "b").lease
     assert leases.requests.request_run(peek(leases), "w1")
@@ -407,7 +407,7 @@ def test_no_message_is_queued_beside_one_that_runs(leases: Leases) -> None:
 
 
 def test_a_message_is_queued_beside_a_direct_call(leases: Leases) -> None:
-    """A direct call has no message id that the sender could get as the answer."""
+    """The sender gets the id of a message that runs, but a direct call has no message id."""
     assert leases.acquire("k", "a", LONG, None) is not None
     assert enqueue(leases.requests, "k", "t", LONG) == "t"
 
@@ -432,8 +432,8 @@ def test_a_message_that_runs_is_no_longer_queued(leases: Leases) -> None:
 
 
 def test_a_message_stays_queued_while_another_runs(leases: Leases) -> None:
-    """A message that was sent earlier, or requeued, can run between the sending of this message and
-    its run.
+    """An older or requeued message can run after this message was sent and before this message
+    runs.
     """
     enqueue(leases.requests, "k", "t1", LONG)
     lease = acquire(leases, "a").lease
@@ -443,7 +443,7 @@ def test_a_message_stays_queued_while_another_runs(leases: Leases) -> None:
 
 
 def test_a_message_that_is_refused_the_lease_stays_queued(leases: Leases) -> None:
-    """The message will be delivered again."""
+    """The broker will deliver the message again."""
     enqueue(leases.requests, "k", "task-b", LONG)
     acquire(leases, "a")
     assert leases.acquire("k", "b", LONG, "task-b") is None
@@ -495,7 +495,9 @@ def test_a_first_claim_is_no_repetition(leases: Leases) -> None:
 
 
 def test_a_claim_can_replace_the_queued_message_that_was_seen(leases: Leases) -> None:
-    """The sender knows that the queued message has ended, or it sends the same message again."""
+    """A sender may replace a queued message if it knows that this message has ended, or if it sends
+    this same message again.
+    """
     assert claim(leases, "t1", 0)
     assert leases.requests.claim("k", "t2", LONG, 1, first=True)
     assert leases.requests.queued("k") == Queued(2, "t2")
@@ -583,9 +585,9 @@ def test_a_claim_that_comes_after_its_message_was_dropped_is_refused(
     assert leases.requests.queued("k") == Queued(number + 1, None)
 
 
-def test_a_claim_that_comes_when_its_life_has_ended_is_refused(leases: Leases) -> None:
-    """t1's claim is carried out; its life ends; a copy of it is carried out. Then t2 claims, and
-    another copy of t1's claim is carried out.
+def test_a_claim_that_comes_after_it_has_expired_is_refused(leases: Leases) -> None:
+    """t1's claim is carried out, and expires; a copy of this claim is carried out. Then t2 claims,
+    and another copy of t1's claim is carried out.
     """
     assert leases.requests.claim("k", "t1", BRIEF, 0)
     wait_until(lambda: leases.requests.queued("k").task_id is None, "its life ends")
@@ -596,8 +598,8 @@ def test_a_claim_that_comes_when_its_life_has_ended_is_refused(leases: Leases) -
 
 
 def test_a_claim_after_the_queue_has_changed_is_refused(leases: Leases) -> None:
-    """t2's sender sees that no message is queued; t1 is claimed, sent, and runs; then t2 is
-    claimed.
+    """t2's sender sees that no message is queued; t1 is queued, sent, and runs; then t2's claim is
+    carried out.
     """
     number = leases.requests.queued("k").number
     enqueue(leases.requests, "k", "t1", LONG)
@@ -653,7 +655,7 @@ def test_a_claim_on_a_value_that_never_was_leased(store: SqlStore) -> None:
 
 def test_one_of_many_threads_enqueues(leases: Leases) -> None:
     """All threads find no message queued, and claim at once. One claim is accepted. The other
-    threads wait for the row, read it again, and get the first one's id.
+    threads wait for the row, read it again, and get the id of the queued message.
     """
     barrier = threading.Barrier(8)
 
@@ -673,8 +675,8 @@ def test_one_of_many_threads_enqueues(leases: Leases) -> None:
 
 def test_threads_that_enqueue_and_dequeue_never_overlap(leases: Leases) -> None:
     """t1 is queued; t2's claim is refused; t1 is dequeued; t2's sender reads the row, and finds no
-    message queued. It claims again, and gets its own id, or that of another message that was
-    claimed in between.
+    message queued. It claims again, and gets t2's id, or the id of a message that another sender
+    has claimed meanwhile.
     """
     alone = threading.Lock()
     task_ids = ["t1", "t2", "t3"]

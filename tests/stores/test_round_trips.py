@@ -1,4 +1,4 @@
-"""The number of statements that a run costs, counted at the database or its driver (promise P7)."""
+"""Tests of promise P7: how many statements a run costs, counted at the database or its driver."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_run_is_two_statements_on_postgresql(postgres: Postgres, postgres_url:
     )
     migrate(runtime_of(app).settings)
     count = counting_task(app)
-    # The first call opens the connection.
+    # Open the connection first, so that its statements are not counted.
     count()
     before = len(postgres.statements_of("counted"))
     for _ in range(5):
@@ -55,14 +55,12 @@ def test_a_run_is_two_statements_on_postgresql(postgres: Postgres, postgres_url:
 def test_a_run_is_two_round_trips_on_mariadb(
     mariadb_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each text contains several statements. The test counts the texts that are sent, because each
-    costs one round trip.
-    """
+    """A text of several statements costs one round trip, so the test counts the texts."""
     app = Celery("shop", set_as_current=False)
     app.conf.singleton_store_url = mariadb_url
     migrate(runtime_of(app).settings)
     count = counting_task(app)
-    # The first call opens the connection.
+    # Open the connection first, so that its statements are not counted.
     count()
     sent: list[Any] = []
     send = pymysql.connections.Connection._execute_command

@@ -1,4 +1,4 @@
-"""A store that is shared by threads and forked processes, or whose rows other transactions lock."""
+"""Stores that threads and forked processes share, or whose rows other transactions lock."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_forked_child_opens_its_own_connections(shared_store_url: str) -> None
 
 def test_a_childs_writes_outlive_its_parents_connection(shared_store_url: str) -> None:
     """On SQLite, a child that inherited its parent's record of file locks would write into a log
-    file that the parent deletes when it closes the store.
+    file that the parent deletes when it closes the store. So the child must open the file anew.
     """
     app = app_on(shared_store_url)
     run_once(app, "k")
@@ -140,8 +140,8 @@ def locking_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @contextmanager
 def leases_with_locked_rows(url: str) -> Iterator[tuple[list[HeldLease], list[HeldLease], Any]]:
-    """Hold leases; yield the leases whose rows another transaction has locked, the other leases,
-    and this transaction.
+    """Hold eight leases; yield the leases whose rows another transaction has locked, the other
+    leases, and this transaction.
     """
     app = app_on(url)
     app.conf.singleton_heartbeat_interval = 1.5
@@ -217,7 +217,7 @@ def test_opening_a_locked_sqlite_file_waits(tmp_path: Path) -> None:
 
 def test_a_statement_that_waits_for_a_lock_uses_the_time_after_it(shared_store_url: str) -> None:
     """A acquires; B asks for the same row, which a third transaction has locked; A's lease expires;
-    the row is unlocked. The store must answer B by its clock after the wait: B takes the lease
+    the row is unlocked. The store must compare with its clock after the wait: B takes the lease
     over.
     """
     app = app_on(shared_store_url)

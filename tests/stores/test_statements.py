@@ -1,4 +1,4 @@
-"""Each database's ``.sql`` file must have all statements, and its database must accept them."""
+"""Tests that each ``.sql`` file has all statements, and that its database accepts them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from celery_singleton_state.store.sql.store import SqlStore
 #: Attributes of ``Statements`` that its classes define in Python, not in a ``.sql`` file.
 IN_PYTHON = {"now", "level", "begin", "insert", "largest", "rows", "encoding_advice"}
 DECLARED = set(Statements.__annotations__) - IN_PYTHON
-#: Statements that a database's file may leave out.
+#: Statements that a database's ``.sql`` file may leave out, because ``Statements`` has a default.
 OPTIONAL = {name for name in DECLARED if hasattr(Statements, name)}
 
 #: A value for each parameter of a statement.
@@ -67,7 +67,9 @@ def database(request: pytest.FixtureRequest) -> str:
 
 
 def sections(database: str) -> Iterator[tuple[str, str]]:
-    """Yield the name and the text of each statement, with its comments."""
+    """Yield the name and the text of each statement in a database's ``.sql`` file, comments
+    included.
+    """
     text = files(package).joinpath(f"{database}.sql").read_text(encoding="utf-8")
     for part in text.split("\n-- name: ")[1:]:
         name, _, rest = part.partition("\n")
@@ -115,8 +117,8 @@ def test_the_check_reads_all_columns(database: str) -> None:
 
 
 def test_the_database_explains_each_statement(store_url: str) -> None:
-    """EXPLAIN shows that each statement is valid for its database and that its types fit. It also
-    shows that an operator can paste it into a client.
+    """EXPLAIN shows that each statement is valid for its database and that its types fit. The test
+    also shows that an operator can paste each statement into a client.
     """
     store = open_store(store_url, "kv_store", 10.0, auto_migrate=True)
     assert isinstance(store, SqlStore)
