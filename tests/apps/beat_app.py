@@ -1,7 +1,7 @@
 """The app of the tests' beats and of their workers. All settings come from the environment.
 
-``TEST_SCHEDULE`` is the schedule, as JSON. It has the entries of ``beat_schedule``, and each
-``schedule`` is an interval in seconds, or a list of a crontab's fields.
+``TEST_SCHEDULE`` is the schedule, as JSON. It has the entries of ``beat_schedule``. The
+``schedule`` of each entry is an interval in seconds, or a list of a crontab's fields.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ if "TEST_OWN_SCHEDULES" in os.environ:
 
 @signals.before_task_publish.connect
 def hang(**_: Any) -> None:
-    """Hang before publishing, for as long as a file exists."""
+    """Hang before each message is published, while the file ``TEST_HANG`` exists."""
     path = Path(os.environ.get("TEST_HANG", "/nowhere"))
     while path.exists():
         time.sleep(0.05)
@@ -91,7 +91,7 @@ if "TEST_CRASH" in os.environ:
     record = Leader.record
 
     def crash(self: Leader, entries: Any) -> None:
-        """Die before this entry is recorded as sent."""
+        """Kill the process before the entry ``TEST_CRASH`` is recorded as sent."""
         if '"last_tick"' in entries.get(os.environ["TEST_CRASH"], ""):
             os.kill(os.getpid(), signal.SIGKILL)
         record(self, entries)
@@ -114,7 +114,7 @@ def _note(task: Any, entry: str) -> None:
     retry_policy=PATIENT,
 )
 def ticked(self: SingletonTask, entry: str) -> None:
-    """A task that is a singleton for each entry."""
+    """The body of a task with one singleton for each entry: note the tick."""
     _note(self, entry)
 
 
@@ -122,12 +122,13 @@ def _close(self: SingletonTask) -> None:
     _note(self, str(header(self.request, ENTRY)).partition(":")[2])
 
 
-#: One singleton for all entries, so that its ticks conflict: as in the docs, and with waiting.
+#: Tasks with one singleton for all entries, so that ticks of different entries conflict: one task
+#: as in the docs, and one that waits.
 singleton_task(app, name="close_day")(_close)
 singleton_task(app, name="close_day_waiting", on_conflict="wait")(_close)
 
 
 @app.task(name="plain", bind=True)
 def plain(self: Any, entry: str) -> None:
-    """A task that is no singleton."""
+    """The body of a task that is no singleton: note the tick."""
     _note(self, entry)

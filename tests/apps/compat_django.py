@@ -32,8 +32,8 @@ def main() -> None:
     PeriodicTask.objects.create(name="one", task="plain", interval=every)
     scheduler: Any = DatabaseScheduler(app=Celery("compat", broker="memory://", beat_schedule={}))
     assert "one" in scheduler.schedule
-    # Use ``update``, because the model's ``save()`` records the change, and the scheduler would see
-    # it.
+    # Use ``update``, because the model's ``save()`` also records that the schedule has changed,
+    # which the scheduler would notice.
     PeriodicTask.objects.filter(name="one").update(name="two")
     assert "one" in scheduler.schedule
     compat.read_schedule_anew(scheduler)

@@ -36,7 +36,8 @@ def main(kind: str) -> None:
         compat.watch_processes(billiards, seen.append)
         assert seen == [first]
         if is_threads:
-            # Do not kill a process here: it may hold the lock of the queue that all of them share.
+            # Do not kill a process here: it may hold the lock of the queue that all processes of
+            # the pool share.
             pool.grow(1)
             wait_until(lambda: len(seen) == 2, "a thread of the pool makes one more process")
         else:

@@ -1,4 +1,6 @@
-"""The table into which the bodies of ``step_app`` copy numbers: each number must be there once."""
+"""The table into which the bodies of ``step_app`` copy numbers. If no commit is lost or doubled, it
+contains each number once.
+"""
 
 from __future__ import annotations
 

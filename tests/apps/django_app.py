@@ -29,4 +29,4 @@ __all__ = ["LeadingScheduler", "app"]
 
 
 class LeadingScheduler(LeaderMixin, DatabaseScheduler):  # type: ignore[misc]
-    """The scheduler as a Django project defines it."""
+    """A leading scheduler as a Django project would define it."""

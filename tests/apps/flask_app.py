@@ -31,7 +31,7 @@ class WebApp:
 
     @property
     def contexts(self) -> int:
-        """How many contexts of this application the calling code is in."""
+        """In how many contexts of this application the calling code is."""
         return self._contexts.get()
 
 
@@ -48,7 +48,7 @@ def init_celery(celery: Celery) -> type:
     return FlaskTask
 
 
-# Set the class of the app that exists already; a new app would get it as ``task_cls``.
+# Set the task class of the existing app; a new app would get it as ``task_cls``.
 FlaskTask: Any = init_celery(app)
 
 

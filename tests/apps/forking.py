@@ -1,7 +1,7 @@
 """A program whose task's body forks: ``python -m tests.apps.forking <url> <how> <notes>``.
 
 The child does what ``how`` says, returns from the body, and exits like any program, with all
-destructors. The parent waits for that and then goes on.
+destructors. The parent waits until the child has exited, and then goes on.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Leading(SingletonTask[Any]):
 
 
 def use(self: Any, connection: Any) -> None:
-    """Try everything that the child could do with the run that it has from its parent; note what is
+    """Try every use of the run that the child has inherited from its parent; note which uses are
     refused.
     """
 
@@ -70,9 +70,9 @@ def use(self: Any, connection: Any) -> None:
 
 
 def use_its_own(self: Any, connection: Any) -> None:
-    """Use a key-value store of the child's own, as a program may in any process."""
+    """Use a key-value store that the child opens itself, as a program may in any process."""
     kv = KeyValueStore.from_app(app)
-    if not (connection and URL.startswith("sqlite")):  # not while the parent has SQLite's lock
+    if not (connection and URL.startswith("sqlite")):  # the parent has SQLite's lock
         kv.set("of the child", 1)
     note("has its own")
 

@@ -1,4 +1,4 @@
-"""The workers' app on an unusual host; the environment says what the host lacks."""
+"""The app of workers on an unusual host; the environment says which features the host lacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The app of the drill with many waiting messages: a singleton, and a plain task."""
+"""The app of the drill with many waiting messages: a singleton and a plain task."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.apps.tasks import app, note, wait_for
     conflict_timeout=float(os.environ.get("TEST_CONFLICT_TIMEOUT", "600")),
 )
 def patient(self: SingletonTask, number: int, until: str = "") -> int:
-    """Hold the lease until a file exists; without a file, note only that it was this message's
-    turn.
+    """Hold the lease until the file ``until`` exists. If none is named, only note that the message
+    ran.
     """
     note("served" if not until else "holds", number=number)
     if until:
@@ -27,5 +27,5 @@ def patient(self: SingletonTask, number: int, until: str = "") -> int:
 
 @app.task(name="plain")
 def plain(number: int, sent: float) -> None:
-    """Note how long the message was on its way, in seconds."""
+    """Note how many seconds passed between the sending of the message and its run."""
     note("plain", number=number, took=time.monotonic() - sent)

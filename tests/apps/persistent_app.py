@@ -16,7 +16,7 @@ __all__ = ["LeadingScheduler", "app"]
 class LeadingScheduler(LeaderMixin, PersistentScheduler):
     """Celery's own scheduler with leadership.
 
-    ``TEST_AGE_FILE`` moves the last runs in its file back, by seconds.
+    ``TEST_AGE_FILE`` makes the last runs in the scheduler's file older by this many seconds.
     """
 
     def setup_schedule(self) -> None:

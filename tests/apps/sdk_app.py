@@ -21,7 +21,7 @@ from celery_singleton_state.beat import LeaderMixin
 from celery_singleton_state.headers import DUE, header
 from tests.apps.tasks import note, transport_options
 
-#: A log format that begins each line with the logger's name.
+#: The log format of the workers: each line begins with the logger's name.
 FORMAT = "[%(asctime)s: %(levelname)s/%(processName)s] %(name)s: %(message)s"
 #: The name of the beat in this process; empty in a worker.
 BEAT = os.environ.get("TEST_BEAT", "")
@@ -74,8 +74,8 @@ def opentelemetry() -> Callable[[], object]:
     return lambda: trace.get_current_span().get_span_context().is_valid
 
 
-#: For each tool, a function that switches it on, and returns a function that tells whether the
-#: calling body is traced.
+#: Maps each tool to a function that switches it on. This function returns another one, which tells
+#: whether the calling body is traced.
 SDKS = {
     "sentry-sdk": sentry,
     "ddtrace": datadog,
@@ -137,7 +137,7 @@ def note_tick(task: Any, beat: str, entry: str) -> None:
     conflict_timeout=60,
 )
 def ticked(self: SingletonTask[Counter], beat: str, entry: str) -> None:
-    """A singleton with a state."""
+    """The body of a singleton with a state: note the tick and the state."""
     self.state.n += 1
     assert self.tick is not None
     note_tick(self, beat, entry)
@@ -148,7 +148,7 @@ def ticked(self: SingletonTask[Counter], beat: str, entry: str) -> None:
     app, name="retried", unique_on=["beat", "entry"], on_conflict="wait", conflict_timeout=60
 )
 def retried(self: SingletonTask, beat: str, entry: str) -> None:
-    """A singleton that retries each tick once, and notes it then."""
+    """The body of a singleton that retries each tick once: note the tick in the retry."""
     if not self.request.retries:
         raise self.retry(countdown=0.1)
     assert self.tick is not None
@@ -157,26 +157,26 @@ def retried(self: SingletonTask, beat: str, entry: str) -> None:
 
 @singleton_task(app, name="once", unique_on=["beat", "entry"], enqueue_once=True)
 def once(self: SingletonTask, beat: str, entry: str) -> None:
-    """A singleton of which at most one tick is queued."""
+    """The body of a singleton of which at most one tick is queued: note the tick."""
     note_tick(self, beat, entry)
 
 
 @app.task(name="plain", bind=True)
 def plain(self: Any, beat: str, entry: str) -> None:
-    """A task that is no singleton."""
+    """The body of a task that is no singleton: note the tick."""
     note_tick(self, beat, entry)
 
 
 @app.task(name="sends_twice")
 def sends_twice() -> None:
-    """Send a task twice; only the first message may be queued."""
+    """Send the task ``once`` twice, and note the ids; only the first message may be queued."""
     ids = {once.apply_async(("", "sent"), countdown=3).id for _ in range(2)}
     note("queued", ids=sorted(ids))
 
 
 @singleton_task(app, name="meets", on_conflict="wait", conflict_timeout=60)
 def meets(self: SingletonTask) -> None:
-    """A body that lasts long enough for other messages to find its lease taken."""
+    """Sleep for a second, so that other messages find the lease taken."""
     note("enter", id=self.request.id)
     time.sleep(1.0)
     note("leave", id=self.request.id)
@@ -191,6 +191,6 @@ def meets(self: SingletonTask) -> None:
     throws=(LeaderHandoffFailed,),
 )
 def waits_in_vain(self: SingletonTask, key: str, seconds: float) -> str:
-    """A body that lasts longer than a second message waits."""
+    """Sleep for so long that a second message's wait for the lease ends without success."""
     time.sleep(seconds)
     return key

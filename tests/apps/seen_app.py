@@ -32,7 +32,7 @@ class Counter:
 
 
 def write_down(details: Details) -> None:
-    """A user's own hook."""
+    """A user's own hook: note each event that the package emits."""
     note("told", kind=type(details).__name__, singleton=details.singleton)
 
 
@@ -43,7 +43,7 @@ def hourly(self: SingletonTask[Any]) -> None:
 
 @singleton_task(app, name="counted", state_schema=Counter, unique_on=["key"], max_retries=0)
 def counted(self: SingletonTask[Counter], key: str, does: str = "save") -> int:
-    """Do to the state what the message says, so that tests know what must be counted."""
+    """Do with the state what ``does`` says, so that tests know the expected metrics."""
     note("runs", key=key, does=does)
     if does == "idle":
         return self.state.n

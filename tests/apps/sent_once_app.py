@@ -10,7 +10,7 @@ from tests.apps.tasks import app, note, wait_for
 
 
 class BeforeStart(SingletonTask[Any, Any, Any]):
-    """A base class whose ``before_start`` ends the delivery before the body."""
+    """A base class whose ``before_start`` can end the delivery before the body begins."""
 
     abstract = True
 
@@ -23,13 +23,13 @@ class BeforeStart(SingletonTask[Any, Any, Any]):
 
 @app.task(bind=True, base=BeforeStart, enqueue_once=True, time_limit=1, name="ends_early")
 def ends_early(self: Any, how: str) -> str:
-    """Return the argument. Only with "runs" does a delivery reach the body."""
+    """Return the argument. Only if it is "runs" does a delivery reach this body."""
     return how
 
 
 @singleton_task(app, enqueue_once=True, on_conflict="wait", conflict_timeout=60, name="versioned")
 def versioned(self: SingletonTask, version: int, until: str = "") -> int:
-    """Note which version runs."""
+    """Note the version that runs, and wait for a file if one is named."""
     note("version", version=version)
     if until:
         wait_for(until)

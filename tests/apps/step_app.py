@@ -1,4 +1,4 @@
-"""The app of the drills on late requests: a message says what its body does, step by step."""
+"""The app of the drills on late requests: a message says step by step what its body does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ app.conf.update(
 
 @dataclass
 class Progress:
-    """How many numbers the bodies have copied, and a mark by which a proxy recognises a state."""
+    """The state: how many numbers the bodies have copied, and a mark by which a proxy recognises a
+    save.
+    """
 
     n: int = 0
     mark: str = ""
@@ -33,7 +35,7 @@ class Stepping(SingletonTask[Any]):
     abstract = True
 
     def reach(self, place: str, gate: str) -> None:
-        """Note that the body has reached a place, and wait until the gate is open."""
+        """Note that the body has reached a place, and wait until the test opens the gate."""
         note("reached", place=place, fence=self.fence)
         wait_for(gate)
 
@@ -44,13 +46,13 @@ class Stepping(SingletonTask[Any]):
         self.state.mark = text
 
     def copy(self) -> None:
-        """Copy the next number, and record it in the state, in one commit."""
+        """Copy the next number into the table, and count it in the state, in one commit."""
         with self.transaction() as connection:
             self.state.n += 1
             connection.execute(copied.insert(), {"n": self.state.n})
 
     def stay(self, tidies: float) -> None:
-        """Stay until the run is interrupted, and take some time to tidy up."""
+        """Stay until the run is interrupted, and then tidy up for ``tidies`` seconds."""
         note("on", fence=self.fence)
         try:
             while True:
@@ -72,7 +74,7 @@ def take_steps(self: Stepping, *steps: Sequence[Any]) -> int:
 
 
 COMMON = {"state_schema": Progress, "on_conflict": "wait", "conflict_timeout": 20}
-#: The options of each task, in addition to ``COMMON``.
+#: Maps each task to its options besides ``COMMON``.
 TASKS: dict[str, dict[str, Any]] = {
     "steps": {},
     "persistent steps": {"persist_on_error": True},

@@ -40,7 +40,7 @@ PATIENT = {"StateLoadFailed": SOON, "StatePersistFailed": SOON}
 
 
 def transport_options() -> dict[str, Any]:
-    """Return the transport options that the tests need on the environment's broker."""
+    """Return the transport options that tests need with the broker that the environment names."""
     broker = os.environ.get("CELERY_BROKER_URL", "")
     if broker.startswith("amqp"):
         return {"confirm_publish": True}
@@ -228,7 +228,7 @@ def modelled(self: SingletonTask[Counter], order: Order) -> Order:
 
 
 class CountingBase(SingletonTask[Counter]):
-    """A user's own base class, with Celery's hooks."""
+    """A user's own base class that overrides Celery's hooks."""
 
     abstract = True
 
@@ -294,7 +294,7 @@ class Leading(SingletonTask[Any]):
 
 
 def wait_in(how: str) -> None:
-    """Wait for longer than any test does, in one of several ways."""
+    """Wait for longer than any test does: ``how`` chooses one of several ways."""
     if how == "sleep":
         time.sleep(300)
     elif how == "socket":
@@ -312,8 +312,8 @@ def wait_in(how: str) -> None:
 def waits(self: SingletonTask[Counter], how: str = "sleep") -> None:
     self.state.n += 1
     self.checkpoint()
-    # The checkpoint is done before the note, so that a test that takes the lease away after it does
-    # not make the checkpoint fail.
+    # Make the checkpoint before the note: after the note, a test takes the lease away, and a
+    # checkpoint would fail.
     with inside("waits", fence=self.fence):
         self.state.n += 100
         wait_in(how)
@@ -394,7 +394,7 @@ WAYS = {
     default_retry_delay=0,
 )
 def swallows(self: SingletonTask[Counter], way: str, number: int = 0) -> None:
-    """Work in code in which an exception can be swallowed."""
+    """Work in code in which an exception can be swallowed; ``way`` chooses the code."""
     with inside("swallows", way=way, retries=self.request.retries):
         WAYS[way]()
 
@@ -490,7 +490,7 @@ singleton_task(
 
 
 class OfTenant(SingletonTask[Any]):
-    """A base class that removes the tenant's argument before the task is called."""
+    """A base class that takes the tenant's argument away before the body sees the arguments."""
 
     abstract = True
 
@@ -515,7 +515,7 @@ singleton_task(
 
 @singleton_task(app, state_schema=Counter, name="retries_later", unique_on=["number"])
 def retries_later(self: SingletonTask[Counter], number: int, seconds: float, times: int = 1) -> int:
-    """Retry ``times`` times, each time after so many seconds."""
+    """Retry ``times`` times, each time after ``seconds``."""
     with inside("retries_later", number=number, retries=self.request.retries):
         self.state.n += 1
         if self.request.retries < times:
@@ -603,7 +603,7 @@ singleton_task(app, state_schema=Counter, on_conflict="raise", name="sends_next_
     app, state_schema=Counter, on_conflict="wait", conflict_timeout=60, name="keeps_the_gil"
 )
 def keeps_the_gil(self: SingletonTask[Counter], how: str, seconds: float) -> int:
-    """Keep the GIL, without a break, for at least so many seconds."""
+    """Keep the GIL, without a break, for at least ``seconds``."""
     with inside("keeps_the_gil", n=self.state.n):
         kept, length = 0.0, 20
         while kept < seconds:
@@ -611,7 +611,7 @@ def keeps_the_gil(self: SingletonTask[Counter], how: str, seconds: float) -> int
             if how == "C call":
                 ctypes.PyDLL(None).usleep(int(seconds * 1e6))
             else:
-                re.match(r"(a+)+$", "a" * length + "b")  # takes twice as long for one letter more
+                re.match(r"(a+)+$", "a" * length + "b")  # one letter more doubles the time
             kept = time.monotonic() - start
             length += 1
             note("kept", seconds=kept)
@@ -628,7 +628,7 @@ def long_body(self: SingletonTask[Counter], number: int, until: str) -> int:
 
 
 class Gated(SingletonTask[Any]):
-    """A base class that waits for a file before it acquires the lease."""
+    """A base class whose deliveries wait for a file before they acquire the lease."""
 
     abstract = True
 
@@ -670,8 +670,8 @@ def sent_once_and_retried(self: SingletonTask[Counter]) -> None:
 
 @singleton_task(app, state_schema=Counter, name="uses_the_store", unique_on=["number"])
 def uses_the_store(self: SingletonTask[Counter], number: int, until: str, beside: bool) -> int:
-    """Use the store in a transaction, while the heartbeat uses it; with ``beside``, also outside
-    the transaction.
+    """Use the store in a transaction, while the heartbeat uses it too. With ``beside``, also use
+    the store outside the transaction at the same time.
     """
     kv = KeyValueStore.from_app(app).prefix("beside:")
     with inside("uses_the_store", number=number), self.transaction() as connection:
@@ -686,7 +686,7 @@ def uses_the_store(self: SingletonTask[Counter], number: int, until: str, beside
 
 @singleton_task(app, state_schema=Counter, name="forks", max_retries=0)
 def forks(self: SingletonTask[Counter], until: str, childs_end: str) -> int:
-    """Fork a child that reads the state and outlives the body, which goes on and saves."""
+    """Fork a child that reads the state and outlives the body. The body goes on and saves."""
     with self.transaction() as connection:
         connection.exec_driver_sql("SELECT 1")
         child = os.fork()
@@ -704,8 +704,8 @@ def forks(self: SingletonTask[Counter], until: str, childs_end: str) -> int:
 
 
 class Recorded(SingletonTask[Counter]):
-    """A base class that kills its process, or waits, after the save and before Celery records the
-    result.
+    """A base class that kills its process, or waits, after the run's save and before Celery records
+    the result.
     """
 
     abstract = True
@@ -745,7 +745,7 @@ def reports(result: Any) -> Any:
 
 @singleton_task(app, state_schema=Counter, name="dies_until", max_retries=2, default_retry_delay=0)
 def dies_until(self: SingletonTask[Counter], deaths: int) -> int:
-    """Kill the process in the first ``deaths`` runs."""
+    """Kill the process in each of the first ``deaths`` runs."""
     note("enter", task="dies_until", fence=self.fence)
     self.state.n += 1
     self.checkpoint()

@@ -70,13 +70,13 @@ def make_table(url: str, name: str) -> None:
 
 
 def is_valid(watch: psycopg.Connection[Any], table: str = "kv_store") -> list[bool]:
-    """Return for each index of the table, except that of its key, whether it is valid."""
+    """Return for each index of the table, except the primary key's, whether it is valid."""
     return [valid for (valid,) in watch.execute(VALID.format(table=table))]
 
 
 @pytest.fixture
 def short_lock_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the upgrade's lock timeouts and pauses."""
+    """Shorten the upgrade's lock timeouts, and the pauses before it asks for the lock again."""
     monkeypatch.setattr(unobtrusive, "LOCK_TIMEOUT", 0.1)
     monkeypatch.setattr(concurrent_index, "LOCK_TIMEOUT", 0.1)
     monkeypatch.setattr(unobtrusive, "PAUSE", 0.1)
@@ -131,7 +131,7 @@ def test_a_failed_upgrade_says_which_process_holds_the_lock(
 @pytest.fixture
 def writer(postgres_url: str, connect: Connect) -> psycopg.Connection[Any]:
     """Return a connection that has written to a table without an index, and has not ended its
-    transaction. Building the index has to wait for it.
+    transaction, so that an index build has to wait.
     """
     make_table(postgres_url, "kv_store")
     connection = connect("slow writer")
@@ -196,8 +196,8 @@ def test_an_upgrade_waits_for_an_index_build_whose_client_died(
 ) -> None:
     """A builds the index, and waits for a writer's transaction; A's process is killed, but its
     build continues in the database; B starts an upgrade, and waits for this build, while others
-    write; the writer's transaction ends. A's build ends, because B holds no snapshot for which it
-    would have to wait. B must keep A's index.
+    write; the writer's transaction ends. A's build ends, because B holds no snapshot for which the
+    build would have to wait. B must keep A's index.
     """
     spawn = multiprocessing.get_context("spawn")
     process = spawn.Process(target=migrate_url, args=(postgres_url, "kv_store"), daemon=True)
@@ -252,7 +252,7 @@ def test_an_index_build_does_not_wait_for_waiting_upgrades(
     database = url.rpartition("/")[2]
 
     def connected() -> bool:
-        # The first upgrade has two connections.
+        # The first upgrade opens two connections, and each other upgrade opens one.
         return pgbouncer.log.read_text().count(f"login attempt: db={database}") > len(processes)
 
     wait_until(connected, "the others have connected")

@@ -107,8 +107,8 @@ def test_a_failed_upgrade_says_how_to_find_the_locks_holder(
 def test_an_upgrade_makes_times_precise_to_the_microsecond(
     mariadb_url: str, connect: Connect, column: str, becomes: str
 ) -> None:
-    """A commit whose answer was lost is recognised by its time, so two commits within a second need
-    different times.
+    """If a commit's answer is lost, the commit is recognised by its time. So two commits within a
+    second need different times.
     """
     cursor = connect(autocommit=True)
     cursor.execute(

@@ -1,4 +1,4 @@
-"""PostgreSQL's roles: one that may make the table, and one that may only use it."""
+"""Tests of docs/databases.md's roles on PostgreSQL: one makes the table, another only uses it."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_table_without_grants_is_not_made_again(
 
 
 def test_a_role_that_may_not_make_the_table_gets_an_error(worker_url: str) -> None:
-    """Both raise this error: a worker with singleton_auto_migrate, and the command ``migrate``."""
+    """A worker with ``singleton_auto_migrate`` raises this error, and so does ``migrate``."""
     error = (
         "shop_worker may not create or upgrade table jobs.kv_store .*permission denied for schema"
     )
@@ -153,9 +153,9 @@ def test_a_role_that_does_not_own_the_table_gets_an_error(
     migrate_url(owner_url, TABLE)
 
 
-#: Row-level security policies, and the result of the worker's check: "all": it may read and write
-#: all rows; "its own": it could write and read a row of its own; otherwise the statement that the
-#: policies refuse.
+#: Row-level security policies, and the result of the worker's check with each: "all" if it may read
+#: and write all rows, "its own" if it could write and read a row of its own, or else the statement
+#: that the policies refuse.
 POLICIES = [
     ((), "insert"),
     (("CREATE POLICY p ON {table} USING (true)",), "all"),
@@ -217,7 +217,7 @@ def test_row_level_security_that_can_hide_a_lease_is_found_at_start(
     found: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The check writes rows of its own, and must leave none behind."""
+    """The check at start writes rows of its own, and must leave none behind."""
     enable = f"ALTER TABLE {TABLE} ENABLE ROW LEVEL SECURITY"
     execute(owner_url, enable, *(policy.format(table=TABLE) for policy in policies))
     store = open_store(worker_url, TABLE, 5.0)

@@ -1,4 +1,4 @@
-"""MariaDB's roles: one that may make the table, and one that may only use it."""
+"""Tests of docs/databases.md's roles on MariaDB: one makes the table, another only uses it."""
 
 from __future__ import annotations
 

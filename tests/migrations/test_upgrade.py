@@ -1,4 +1,4 @@
-"""Making the table, and upgrading an older table."""
+"""Tests of making the table, and of upgrading an older table."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_table_of_three_columns_is_upgraded_with_its_rows(
     columns, indexes = columns_and_indexes(shared_store_url)
     assert columns == ALL_COLUMNS
     assert [names for _, names in indexes] == [["updated_at"]]
-    # A writer that knows only the three columns can still write.
+    # A writer that knows only the first three columns can still write.
     execute(shared_store_url, f"INSERT INTO kv_store ({key}, value) VALUES ('later', '1')")
 
 
@@ -79,7 +79,7 @@ def test_a_value_that_was_there_before_is_the_first_state(shared_store_url: str)
 
 
 def test_keys_are_compared_by_their_bytes(mariadb_url: str) -> None:
-    """The old table compares keys without regard to case, which is MariaDB's default."""
+    """The old table ignores case when it compares keys, which is MariaDB's default."""
     execute(mariadb_url, given_table(mariadb_url))
     migrate_url(mariadb_url, "kv_store")
     store = open_store(mariadb_url, "kv_store", 2)
@@ -161,7 +161,7 @@ def test_most_renewals_are_heap_only_updates(postgres_url: str, before: str) -> 
     for _ in range(4):
         for part in range(5):
             assert len(store.renew(leases[part::5])) == 10
-    # The server's process reports its counts only when its connection is closed.
+    # The server's process reports its counts only when its connection is closed, so close it first.
     store.close()
     _, after_renewals = wait_until(updates_once(first + 200), "the renewals are counted")
     assert after_renewals - before_renewals > 170

@@ -1,7 +1,7 @@
-"""Run the same storm for each contestant: ``python -m tests.storm [--seed N] [--seconds N]
-[contestant ...]``.
+"""Run the same storm for each contestant, which is this package, another one or none.
 
-The servers are Valkey and PostgreSQL, because the other packages keep their locks in Redis.
+Call: ``python -m tests.storm [--seed N] [--seconds N] [contestant ...]``. The servers are Valkey
+and PostgreSQL, because the other packages keep their locks in Redis.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COLUMNS = {
 
 
 def work_through(contestant: str, seed: int, seconds: float) -> Findings:
-    """Run one contestant's storm, on servers of its own; return what the checker found."""
+    """Run a storm for one contestant, on servers of its own; return what the checker found."""
     storm = Storm(seed, seconds)
     if contestant != OURS:
         peer = {"STORM_PEER": contestant}

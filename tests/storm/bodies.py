@@ -1,4 +1,4 @@
-"""How a body spends its time: most bodies sleep, some log in a tight loop, some keep the GIL."""
+"""How a storm's bodies spend their time: most sleep, some log in a loop, some keep the GIL."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from functools import cache
 
 from tests.storm.jobs import TICK
 
-#: How many of a hundred bodies do so.
+#: How many of a hundred bodies log in a tight loop, and how many keep the GIL.
 LOGGING, KEEPING_THE_GIL = 4, 2
-#: Seconds for which the GIL is kept: longer than a lease's life.
+#: For how many seconds a body keeps the GIL: longer than a lease's life.
 LONG = 2.5
 
-#: A pattern that backtracks through all ways to split a text into ones and twos. Each further
-#: letter makes it take 1.6 times as long.
+#: A slow pattern: it backtracks through all ways to split a text into parts of one and two letters.
+#: One letter more makes it take 1.6 times as long.
 _SLOW = re.compile("(?:a|aa)+$")
 _FEW, _GROWTH, _MOST = 22, (1 + math.sqrt(5)) / 2, 36
 
 
 def checks_of(job: str, attempt: int, seconds: float) -> Iterator[None]:
-    """Yield each time the body can check its lease, for about ``seconds``.
+    """Yield whenever the body can check its lease, for about ``seconds``.
 
-    The job and the attempt's number decide how the body spends the time in between.
+    The job and the attempt's number decide how the body spends the time between two checks.
     """
     chance = random.Random(f"{job} {attempt}").uniform(0, 100)
     if chance < KEEPING_THE_GIL:

@@ -21,8 +21,8 @@ Note = dict[str, Any]
 class Log:
     """The records that a storm left.
 
-    :param notes: the notes of each event, in the order in which they were written.
-    :param trails: the lines of each singleton's state, by the singleton's name.
+    :param notes: maps each kind of event to its notes, in the order in which they were written.
+    :param trails: maps each singleton's name to the lines of its state.
     :param effects: singleton, event, job and fence of each row that a ``transaction()`` wrote.
     """
 
@@ -47,7 +47,7 @@ class Log:
 
     @cached_property
     def open_jobs(self) -> set[str]:
-        """The jobs that were sent, are in no state, and were not reported as succeeded or
+        """The jobs that were sent, but are in no state and were not reported as succeeded or
         failed.
         """
         ended = self.jobs("succeeded") | self.jobs("failed")
@@ -59,10 +59,10 @@ class Log:
 
     @cached_property
     def lost_by_broker(self) -> set[str]:
-        """The open jobs that were sent, or sent again, and that no worker has begun since then.
+        """The open jobs that no worker has begun since they were last sent.
 
-        kombu's Redis transport can lose them: it takes a message from the server before it records
-        that it has the message.
+        kombu's Redis transport can lose such jobs: it takes a message from the server before it
+        records that it has the message.
         """
         ends: dict[str, str] = {}
         for note in sorted(self.notes["sends"] + self.notes["begins"], key=itemgetter("at")):
@@ -77,9 +77,10 @@ class Log:
 
 @dataclass
 class Findings:
-    """The promises that a storm broke: a line of text for each case.
+    """What a storm showed: how many runs there were, and lists of the broken promises.
 
-    :param runs: how many runs there were.
+    Each list has a line of text for each case.
+
     :param lost_by_broker: how many messages no worker began. The broker lost them, not this
         package.
     """
@@ -96,7 +97,7 @@ class Findings:
 
     @property
     def wrong(self) -> dict[str, list[str]]:
-        """The lists of broken promises that are not empty, by name."""
+        """Maps the names of the lists of broken promises to the lists, without the empty lists."""
         return {name: found for name, found in vars(self).items() if found and name in PROMISED}
 
 
@@ -104,7 +105,7 @@ PROMISED = tuple(each.name for each in fields(Findings) if each.default_factory 
 
 
 def check(log: Log) -> Findings:
-    """Return what is wrong with the records of a storm."""
+    """Return what the records of a storm show."""
     return Findings(
         runs=len(log.notes["enter"]),
         overlaps=_overlaps(log),
@@ -123,8 +124,8 @@ def check(log: Log) -> Findings:
 def _overlaps(log: Log) -> list[str]:
     """Return the runs of one singleton that trusted their leases at the same time.
 
-    A run trusts its lease from its first note to its last. Each note carries the time from before
-    the run checked its lease.
+    A run trusts its lease from its first note to its last. A run writes each note after it has
+    checked its lease, with the time from before this check.
     """
     spans: dict[tuple[str, str], list[float]] = {}
     for note in log.notes["trusts"]:
@@ -144,8 +145,8 @@ def _overlaps(log: Log) -> list[str]:
 
 
 def _lost_updates(log: Log) -> list[str]:
-    """Return jobs that succeeded and are not in the state, and states that do not continue their
-    predecessor.
+    """Return jobs that succeeded and are not in the state, and states that do not continue the
+    state before them.
     """
     found = [
         f"{job} succeeded and is not in the state"
@@ -157,8 +158,8 @@ def _lost_updates(log: Log) -> list[str]:
             for before, after in pairwise(lines)
             if after["position"] <= before["position"]
         ]
-    # A run must continue the state of the previous run: if it entered with n lines, its line is the
-    # n-th, counted from 0.
+    # A run must continue the state of the previous run: if its state had n lines when it began, the
+    # run's own line is line n, counted from 0.
     places = {
         (singleton, line["job"], line["fence"]): place
         for singleton, lines in log.trails.items()
@@ -187,8 +188,8 @@ def _doubled(log: Log) -> list[str]:
 
 
 def _fences(log: Log) -> list[str]:
-    """Return fences that do not grow from line to line or from event to event, or that two runs
-    share.
+    """Return fences that two runs share, or that are not larger than the fence of the previous line
+    or event.
 
     Contestants without fences note zeros, which are ignored.
     """
@@ -203,8 +204,8 @@ def _fences(log: Log) -> list[str]:
         (f"{singleton}'s events", [fence for _, fence in sorted(rows)])
         for singleton, rows in events.items()
     ]
-    # Runs are not compared in the order of their notes, because a run can be delayed before its
-    # first note: no two runs may share a fence.
+    # Do not compare runs in the order of their notes, because a run can be delayed before its first
+    # note. Sort their fences instead, and check that no two are equal.
     runs: dict[str, list[int]] = defaultdict(list)
     for note in log.notes["enter"]:
         runs[note["singleton"]].append(note["fence"])

@@ -1,4 +1,4 @@
-"""Run a storm: a fleet works while faults happen, and then in a calm without them."""
+"""Run a storm: a fleet works while faults happen, and then in a calm without faults."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ QUIET = 15.0
 class Storm:
     """The settings of a storm.
 
-    :param seconds: how long it lasts.
+    :param seconds: how long the faults go on.
     :param rate: jobs a second, on average.
     :param slow: how many of a hundred bodies take about as long as a lease's life, or longer.
-    :param calm: seconds in the calm after it within which its jobs must end.
+    :param calm: seconds after the faults within which all jobs must end.
     :param kinds: the kinds of faults that happen.
     :param pools: the command-line options of each worker.
     :param app: the module of the workers' app.
@@ -139,9 +139,9 @@ class Drill:
             )
 
     def _slot(self, number: int, options: list[str]) -> Slot:
-        # Give each worker a temporary directory of its own, as in a container. A worker frees
-        # leases of dead workers by the files in it, so that here it must wait until the others'
-        # leases expire.
+        # Give each worker a temporary directory of its own, as in a container. A worker finds dead
+        # workers by the files in this directory, so here it must wait until the leases of dead
+        # workers expire.
         host = self._directory / f"host{number}"
         host.mkdir(exist_ok=True)
         return Slot(
@@ -233,12 +233,12 @@ class Drill:
             server.start()
 
     def _stop_backends(self, seconds: float) -> None:
-        """Stop half of the server's processes that serve the workers. MariaDB has threads instead,
-        and so none.
+        """Stop half of the processes in which PostgreSQL serves the workers. MariaDB serves them in
+        threads, so do nothing there.
         """
         if not isinstance(self._store, Postgres):
             return
-        # The server may be down now, and then has no such processes either.
+        # The server may be down now. Then it has no such processes.
         with contextlib.suppress(psycopg.OperationalError):
             backends = self._store.backends()
             stopped = self._chance.sample(backends, (len(backends) + 1) // 2)
@@ -261,7 +261,9 @@ class Drill:
         notes.note("calm")
 
     def _wait_for_jobs(self) -> None:
-        """Wait until all jobs have ended, or their time is over. The checker finds the rest."""
+        """Wait until all jobs have ended, or the calm is over. The checker finds the jobs that have
+        not ended.
+        """
         end = time.monotonic() + self.storm.calm
 
         def over() -> bool:

@@ -1,4 +1,4 @@
-"""Which faults happen to a fleet, and when: all of it follows from a seed."""
+"""The plan of a storm: which faults happen to a fleet, and when. All follows from a seed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: The kinds of faults of one worker, and of a server that all workers use.
+#: The kinds of faults that happen to one worker, and the kinds that happen to a server of all
+#: workers.
 TO_A_WORKER = (
     "kill child",
     "kill worker",
@@ -27,8 +28,8 @@ class Fault:
     """One fault.
 
     :param at: seconds from the start of the storm.
-    :param target: the number of a worker; ignored if the fault is a server's.
-    :param lasts: seconds until the fault ends, for a kind that does not end at once.
+    :param target: the number of the worker that has the fault; ignored if a server has it.
+    :param lasts: seconds until the fault ends; ignored if it ends at once.
     """
 
     at: float
@@ -44,9 +45,9 @@ def plan(
     lease_ttl: float,
     kinds: Sequence[str] = (*TO_A_WORKER, *TO_A_SERVER),
 ) -> list[Fault]:
-    """Return the faults of a storm, in order: about one a second, each kind as often as the others.
+    """Return the faults of a storm, in order: about one a second, all kinds equally often.
 
-    They last from a fraction of a lease's life to more than two lives, and so overlap.
+    A fault lasts from a fraction of a lease's life to more than two lives, so that faults overlap.
     """
     chance = random.Random(seed)
     faults: list[Fault] = []

@@ -28,7 +28,7 @@ def port_of(url: str) -> int:
 
 
 def through(proxy: Proxy, url: str) -> str:
-    """Return the URL with the proxy's port."""
+    """Return the URL with the port of the proxy instead of the server's."""
     return url.replace(f":{port_of(url)}", f":{proxy.port}", 1)
 
 
@@ -79,13 +79,13 @@ class Slot:
             self.worker.signal_all(number)
 
     def kill_child(self, chance: random.Random) -> None:
-        """Kill one of the pool's processes, or the worker itself if its pool has none."""
+        """Kill one process of the worker's pool, or the worker if its pool has no processes."""
         with self._lock, contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
             pids = self.worker.pids()
             os.kill(chance.choice(pids[1:] or pids), signal.SIGKILL)
 
     def shut_down(self, number: signal.Signals) -> None:
-        """Ask the worker to shut down, warm (SIGTERM) or cold (SIGQUIT)."""
+        """Ask the worker to shut down: warm with SIGTERM, or cold with SIGQUIT."""
         with self._lock, contextlib.suppress(ProcessLookupError):
             os.kill(self.worker.process.pid, number)
 

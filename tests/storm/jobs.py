@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 
-#: Seconds between two notes in which a run says that it still trusts its lease.
+#: Seconds between two notes in which a run says that it trusts its lease.
 TICK = 0.01
 
 effects = sa.Table(

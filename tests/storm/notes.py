@@ -21,7 +21,8 @@ def _open(path: str, pid: int) -> int:
 def note(event: str, at: float | None = None, **facts: Any) -> None:
     """Append a note in one write, so that the lines of different processes do not mix.
 
-    :param at: ``time.monotonic()``, which all processes of a machine share. None: now.
+    :param at: the time of the note, as ``time.monotonic()``, which is the same in all processes of
+        a machine. None: now.
     """
     line = json.dumps({"event": event, "at": time.monotonic() if at is None else at} | facts)
     os.write(_open(os.environ[FILE], os.getpid()), line.encode() + b"\n")

@@ -1,7 +1,8 @@
-"""The jobs of a storm with other packages, or without one: ``STORM_PEER`` says which.
+"""The jobs of a storm for the other contestants: other packages, or no package.
 
-Each contestant keeps the state in a table, and reads and writes it where our tasks do. Each has the
-options with which Celery repeats a dead task, and a Redis lock that outlives every body.
+``STORM_PEER`` names the contestant. Each contestant keeps the state in a table, and reads and
+writes it where our tasks do. Each has the options with which Celery repeats a task whose process
+died, and a Redis lock that outlives every body.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tests.storm.jobs import Line, Trail, effects
 from tests.storm.notes import note
 from tests.storm.signals import observe
 
-#: Seconds until a lock expires. The longest body takes 5.5 s.
+#: Seconds until a contestant's lock expires: longer than the longest body, which takes 5.5 s.
 EXPIRY = 8
 
 BROKER = os.environ.get("CELERY_BROKER_URL", "")
@@ -70,8 +71,8 @@ def save(connection: sa.Connection, trail: Trail) -> None:
 
 
 def work(run: str, name: str, job: str, seconds: float) -> None:
-    """Note again and again that the body runs. Without a lease it cannot check whether it still
-    may.
+    """Note again and again that the body runs. It has no lease, so it cannot check whether it may
+    go on.
     """
     for _ in checks_of(job, 0, seconds):
         note("trusts", run=run, singleton=name)
@@ -95,7 +96,7 @@ def body(name: str, job: str, seconds: float) -> None:
 
 
 def locked(self: Any, name: str, job: str, seconds: float) -> None:
-    """Run the body under a hand-made Redis lock. If the lock is taken, retry."""
+    """Run the body under a hand-made Redis lock. If the lock is taken, retry the task."""
     lock = redis.Redis.from_url(BROKER).lock(f"lock-{name}", timeout=EXPIRY)
     if not lock.acquire(blocking=False):
         raise self.retry(countdown=0.5)

@@ -12,7 +12,9 @@ from celery_singleton_state.store.sql.store import SqlStore
 
 
 def without_fence() -> None:
-    """Accept every write: do not compare fences in the row, and do not check the run's lease."""
+    """Break the fence: accept every write without comparing fences in the row or checking the run's
+    lease.
+    """
     make = PostgresqlStatements.__init__
 
     def break_open(statement: str, *, writes: bool = True) -> str:
@@ -34,7 +36,7 @@ def without_fence() -> None:
 
 
 def without_renewal() -> None:
-    """Report every lease as renewed, and renew none."""
+    """Break the renewal: report every lease as renewed, and renew none."""
 
     def renew(self: SqlStore, leases: Sequence[Lease]) -> dict[str, str | None]:
         return {lease.key: None for lease in leases}

@@ -1,7 +1,7 @@
-"""Send jobs: ``python -m tests.storm.sender <app> <seed> <seconds> <jobs a second> <slow> <first
-number>``.
+"""Send jobs to the workers of a storm.
 
-Each job is tried until the broker has accepted it. With 0 seconds, one job is sent for each
+Call: ``python -m tests.storm.sender <app> <seed> <seconds> <jobs a second> <slow> <first number>``.
+Each job is sent again until the broker has accepted it. With 0 seconds, one job is sent for each
 singleton.
 """
 
@@ -17,16 +17,16 @@ from typing import Any
 
 from tests.storm.notes import note
 
-#: How long bodies take, in seconds. Each half of a body is one stretch of work, and half of a slow
-#: body can outlast the lease's life of 2 s.
+#: The shortest and the longest time of quick, medium and slow bodies, in seconds. Each half of a
+#: body is one stretch of work, and half of a slow body can outlast the lease's life of 2 s.
 QUICK, MEDIUM, SLOW = (0.02, 0.1), (0.3, 1.0), (1.5, 5.5)
 
 
 def send(task: Any, name: str, job: str, seconds: float) -> None:
     """Send a job until the broker has accepted it, or the task says that another copy is queued.
 
-    Waiting for the confirmation has a time limit, because RabbitMQ may never confirm a message that
-    was published to a quorum queue during its start.
+    The wait for the broker's confirmation has a time limit, because RabbitMQ may never confirm a
+    message that was published to a quorum queue while that queue was starting.
     """
     options = {}
     if "confirm_timeout" in inspect.signature(task.app.amqp.send_task_message).parameters:
@@ -46,7 +46,7 @@ def send(task: Any, name: str, job: str, seconds: float) -> None:
 
 
 def storm(chance: random.Random, names: list[str], seconds: float, rate: float) -> Iterator[str]:
-    """Yield the singleton's name of each job, when the job is to be sent."""
+    """Yield the singleton's name for each job, at the time at which to send the job."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         yield chance.choice(names)

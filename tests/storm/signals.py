@@ -1,4 +1,4 @@
-"""Note what Celery's signals say about a storm's jobs."""
+"""Write notes about a storm's jobs when Celery's signals report them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def _is_of_cold_shutdown(error: BaseException) -> bool:
     """Return whether the error comes from a cold shutdown of a solo pool, after the body.
 
     The signal handler of such a shutdown raises ``NotImplementedError`` wherever the process is.
-    That is not a failure of the job. The checker sees if the job is lost.
+    This error is no failure of the job, so it is not noted. If the job is lost, the checker finds
+    that.
     """
     if not isinstance(error, NotImplementedError):
         return False

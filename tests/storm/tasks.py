@@ -1,8 +1,9 @@
 """The app of a storm's workers. Each message is a job, which adds a line to its singleton's state.
 
-A run does what a careful user's run would do. It makes a checkpoint. It copies one event in a
-``transaction()``, which also moves its position. It adds its job to the state, which is saved at
-the end. So the database shows what happened: each event has one row, and each job one line.
+A run does what a careful user's run would do. It makes a checkpoint. In one ``transaction()`` it
+copies the next event into a table, and advances the position that its state holds. It adds its job
+to the state, which is saved at the end. So the database shows what happened: each event has one
+row, and each job one line.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tests.storm.jobs import Line, Trail, effects
 from tests.storm.notes import note
 from tests.storm.signals import observe
 
-#: Retries that go on for longer than any storm.
+#: A retry policy whose retries go on for longer than any storm.
 PATIENT = RetryPolicy(max_retries=10_000, backoff=0.3, backoff_max=2.0)
 RETRIED = ("StateLoadFailed", "StatePersistFailed", "HeartbeatFailed", "LeaderHandoffFailed")
 
@@ -32,23 +33,24 @@ app = Celery("storm")
 app.conf.update(
     worker_prefetch_multiplier=1,
     worker_lost_wait=0.5,
-    # With this count on, a worker with threads hung in one of ten storms: it had lost RabbitMQ, and
-    # set its prefetch count back as soon as it was connected again.
+    # When this reduction of the prefetch count was on, a worker with threads hung in one of ten
+    # storms: it had lost RabbitMQ, and set its prefetch count back as soon as it was connected
+    # again.
     worker_enable_prefetch_count_reduction=False,
     broker_connection_max_retries=None,
     broker_connection_retry_on_startup=True,
     broker_transport_options=(
         {"confirm_publish": True}
         if os.environ.get("CELERY_BROKER_URL", "").startswith("amqp")
-        # A short expiry of kombu's mutex, which a worker that dies while it restores messages
-        # leaves behind.
+        # Let kombu's mutex expire soon: a worker that dies while it restores messages does not
+        # release it.
         else {"visibility_timeout": 5.0, "unacked_mutex_expire": 2}
     ),
     task_ignore_result=True,
 )
 use_queues(app, "celery")
 
-#: The singletons, and the task of each.
+#: Maps the name of each singleton to its task.
 SINGLETONS = {f"a{n}": "step" for n in range(5)} | {f"b{n}": "step_to_the_end" for n in range(5)}
 
 
@@ -79,9 +81,9 @@ class Working(SingletonTask[Any]):
     retry_kwargs = MappingProxyType({"max_retries": None, "countdown": 0.5})
 
     def work(self, run: str, name: str, job: str, seconds: float) -> None:
-        """Work for so long, and note again and again that the lease is trusted.
+        """Work for ``seconds``, and note again and again that the run trusts its lease.
 
-        Each note carries the time from before the check of the lease.
+        Each note is written after a check of the lease, with the time from before this check.
         """
         for _ in checks_of(job, self.request.retries, seconds):
             at = time.monotonic()
@@ -100,7 +102,7 @@ for task, on_lease_lost in {"step": "interrupt", "step_to_the_end": "finish"}.it
         conflict_timeout=600,
         on_lease_lost=on_lease_lost,
         max_retries=10_000,
-        # Seconds for which Celery waits before it repeats a task whose process died.
+        # Seconds for which Celery waits before it repeats a task whose process has died.
         default_retry_delay=0.5,
         retry_reasons=RETRIED,
         retry_policy=dict.fromkeys(RETRIED, PATIENT),
