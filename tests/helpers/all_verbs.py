@@ -1,4 +1,4 @@
-"""Call every function of a store once, for tests of what a role, a server or a process may do."""
+"""Call every function of a store once, to test what a role, server or process may do with it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ NEW = NewValue('{"n":1}', 1)
 
 
 def use_all(store: SqlStore) -> None:
-    """Call the store's five verbs, its requests about other holders' rows, and its entries'
-    functions.
+    """Call the store's own functions, its requests to other holders' rows, and its functions for
+    entries.
     """
     store.check()
     lease = acquire(store, "a").lease

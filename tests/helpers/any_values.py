@@ -1,5 +1,5 @@
-"""Values of all kinds that a state can hold, and a comparison for them, for tests of
-round trips.
+"""Values of all kinds that a state can hold, and a comparison of such values, for tests of round
+trips.
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ def _holding(parts: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 ANYTHING = st.recursive(_LEAVES, _holding, max_leaves=8)
-#: Values that are the same in every schema, so that hypothesis does not reject examples early.
+#: JSON values, which are equal to themselves in every schema, so that hypothesis rejects few
+#: examples.
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -194,7 +195,7 @@ JSON = st.recursive(
 _ONE = st.integers(-5, 5) | st.integers()
 _TIMES = st.datetimes() | st.datetimes(timezones=st.timezones())
 
-#: For each field, values that fit its type.
+#: Maps the name of each field to a strategy for values that fit the field's type.
 FITTING: dict[str, st.SearchStrategy[Any]] = {
     "number": _ONE,
     "my_number": _ONE,
@@ -238,7 +239,9 @@ FIELDS: dict[Any, tuple[str, ...]] = {
 
 @st.composite
 def states(draw: st.DrawFn, schema: Any) -> Any:
-    """Draw a state of a schema. Few fields are set, two times in three to a value that fits."""
+    """Draw a state of a schema. Up to three fields are set: two in three of them to a value that
+    fits.
+    """
     state = {} if schema is Dict else schema()
     names = draw(st.lists(st.sampled_from(FIELDS[schema]), unique=True, max_size=3))
     for name in names:
@@ -257,9 +260,10 @@ def _put(state: Any, name: str, value: Any) -> None:
 
 
 def told(value: Any) -> Any:
-    """Return what a value is, with the types of all its parts, so that ``==`` can be trusted.
+    """Return a description of a value and of the types of all its parts: equal values have equal
+    ones.
 
-    It shares no code with the package, which it checks.
+    This function shares no code with the package, because it checks the package.
     """
     kind = type(value)
     name = f"{kind.__module__}.{kind.__qualname__}"
@@ -279,7 +283,8 @@ def told(value: Any) -> Any:
     return (name, repr(value)) if held is None else (name, *held)
 
 
-#: January and July of five years: a time zone's offsets on these dates identify it well enough.
+#: The middle of January and July in five years: the offsets of a time zone on these dates identify
+#: the zone well enough.
 _HALF_YEARS = [datetime(year, month, 15) for year in range(2000, 2050, 10) for month in (1, 7)]
 
 
@@ -293,7 +298,9 @@ def _zone(at: datetime | time) -> Any:
 
 
 def _held(value: Any) -> list[Any] | None:
-    """Return the attributes of a schema or part of this module; None for any other value."""
+    """Return the attributes of a value whose class is a schema or part of this module, or else
+    None.
+    """
     names = FIELDS.get(type(value))
     if names is None and isinstance(value, Part | Piece):
         names = ("size", "hidden") if isinstance(value, Part) else ("own_size", "content")

@@ -33,8 +33,8 @@ class Host:
 
 
 class Hosts:
-    """Several hosts on one schedule, and what the store and the workers' notes say about all of
-    them.
+    """Several hosts whose beats send one schedule; and what the store and the workers' notes say
+    about the ticks.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class Hosts:
         )
 
     def leader(self, other_than: Host | None = None) -> Host:
-        """Wait until a host leads, and return it.
+        """Wait until a host's beat leads, and return the host.
 
-        :param other_than: a host that does not count.
+        :param other_than: a host that must not be returned, even if its beat leads.
         """
 
         def found() -> Host | None:
@@ -98,7 +98,7 @@ class Hosts:
         return decode_rows(self.store.entries.load(f"{LEADER}:"))
 
     def executed(self) -> dict[str, list[datetime]]:
-        """Return the due times of the ticks that have run, by entry."""
+        """Return a dict that maps each entry to the due times of its ticks that have run."""
         found: dict[str, list[datetime]] = {}
         for note in self.fleet.notes("tick"):
             found.setdefault(note["entry"], []).append(datetime.fromisoformat(note["due"]))
@@ -116,7 +116,9 @@ class Hosts:
         wait_until(lambda: self.sent() >= before + more, f"{more} more ticks are sent")
 
     def wait_until_caught_up(self) -> None:
-        """Wait until the leader has sent again the ticks that others sent and could not record."""
+        """Wait until the leader is not behind: it has sent all due ticks, also those that a former
+        leader sent and could not record.
+        """
 
         def caught_up() -> bool:
             row = self.store.peek(LEADER)
@@ -144,7 +146,9 @@ class Hosts:
             wait_until(lambda: not broker.llen("celery"), "the queue is empty")
 
     def complaints(self) -> list[str]:
-        """Return what is wrong with the ticks that have run. Call it after ``stop``."""
+        """Return a line for each fault of the ticks that have run. Call this function after
+        ``stop``.
+        """
         intervals = {
             name: timedelta(seconds=float(str(fields["schedule"])))
             for name, fields in self._schedule.items()

@@ -1,4 +1,4 @@
-"""Beats that run within the test's own process."""
+"""Beats that run in the test's own process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVERY_MINUTE = {"task": "t", "schedule": 60.0}
 
 
 class Beats:
-    """Make beats, each with an app and a runtime of its own, as if it were a process of its own."""
+    """Make beats, each with an app and a runtime of its own, as if each ran in its own process."""
 
     def __init__(self, store_url: str) -> None:
         self._store_url = store_url
@@ -51,7 +51,9 @@ class Beats:
 
 
 def due_now(beat: SingletonScheduler, name: str = "e", ago: timedelta = SECOND) -> datetime:
-    """Make a leader's entry due a little while ago, also in the store; return when it is due."""
+    """Make an entry of a leading beat due a little while ago, also in the store; return the due
+    time.
+    """
     moment = beat._leader.now() - ago
     heap: list[Any] = beat._heap
     for index, (_, number, entry) in enumerate(heap):

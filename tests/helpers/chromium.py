@@ -28,8 +28,8 @@ import pytest
 from tests.helpers.waiting import DEADLINE, wait_until
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-#: A program that makes two pipes descriptors 3 and 4, where the browser reads and writes, and then
-#: becomes the browser.
+#: A program that opens two pipes as descriptors 3 and 4, from and to which the browser reads and
+#: writes, and then becomes the browser.
 LAUNCH = """
 import os, sys
 orders, answers = int(sys.argv[1]), int(sys.argv[2])
@@ -55,7 +55,8 @@ class Chromium:
         path = find_chromium()
         self._answers, theirs_out = os.pipe()
         theirs_in, self._orders = os.pipe()
-        # Move the ends above 4, so that neither is overwritten when the other becomes 3 or 4.
+        # Give the pipes descriptors above 4, so that neither is overwritten when the other becomes
+        # 3 or 4.
         ends = [_above(theirs_in), _above(theirs_out)]
         environment = os.environ | {"HOME": str(home), "TMPDIR": str(home)}
         for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_RUNTIME_DIR"):
@@ -98,7 +99,7 @@ class Chromium:
         return Tab(self, url, width, height, dark)
 
     def close(self) -> None:
-        """Have the browser close itself, so that it reaps its children; kill it if it goes on."""
+        """Ask the browser to close, so that it reaps its children; kill it if it does not end."""
         self._send("Browser.close", None, {})
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=10)
@@ -111,17 +112,17 @@ class Chromium:
         shutil.rmtree(self._home)
 
     def _send(self, method: str, session: str | None, parameters: dict[str, Any]) -> int:
-        """Send a request; return its number."""
+        """Send a request; return the number by which its answer is recognised."""
         number = next(self._numbers)
         request: dict[str, Any] = {"id": number, "method": method, "params": parameters}
         if session:
             request["sessionId"] = session
-        with contextlib.suppress(BrokenPipeError):  # the missing answer will be reported
+        with contextlib.suppress(BrokenPipeError):  # the caller finds no answer
             os.write(self._orders, json.dumps(request).encode() + b"\0")
         return number
 
     def _next(self, end: float) -> bytes:
-        """Return the browser's next message."""
+        """Return the browser's next message, which is an answer or an event."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._answers, selectors.EVENT_READ)
             while b"\0" not in self._buffer:
@@ -197,7 +198,7 @@ class Tab:
         path.write_bytes(base64.b64decode(answer["data"]))
 
 
-#: A script that collects the page's errors, and whatever its security policy refuses.
+#: A script that collects the page's errors, and whatever the page's security policy refuses.
 WATCH_FOR_ERRORS = """
 globalThis.refused = [];
 addEventListener("securitypolicyviolation", event => refused.push(event.violatedDirective));

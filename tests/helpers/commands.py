@@ -1,8 +1,8 @@
-"""Run Celery's commands, each in a process forked from one that has already loaded Celery.
+"""Run Celery's commands, each in a process that is forked from one which has already loaded Celery.
 
-Loading Celery takes four times as long as an average command, and took a tenth of the tests' whole
-time. The first process loads no app. Commands that go on, such as a worker, are not run in this
-way.
+Loading Celery takes four times as long as an average command, and took a tenth of the whole time of
+the tests. The process from which commands are forked loads no app. A command that does not end by
+itself, such as a worker, is not run in this way.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def run(
 def _main(
     arguments: list[str], environment: dict[str, str], folder: str, root: Path, outputs: list[Path]
 ) -> None:
-    """Be the process that a shell would have started: with its environment, folder and output
-    files.
+    """Run the command as if a shell had started this process, with its environment, folder and
+    output files.
     """
     os.environ.clear()
     os.environ.update(environment)
@@ -69,5 +69,6 @@ def _main(
     try:
         main()
     finally:
-        # From Python 3.13 on, a process of multiprocessing calls these itself.
+        # Run the exit functions here, because before Python 3.13 a process of multiprocessing does
+        # not run them.
         atexit._run_exitfuncs()

@@ -1,4 +1,4 @@
-"""Schedule entries whose times lie around noon of one day."""
+"""Schedule entries whose times are around noon of one day."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def entry(app: Celery, schedule: Any = 60.0, due: datetime = NOON, **fields: Any
 
 
 def on_the_30th_of_february(hour: Any) -> crontab:
-    """Return a crontab of a day that never comes, which Celery before 5.7 lets a user make."""
+    """Return a crontab for a day that does not exist, which Celery before 5.7 accepts."""
     made = crontab(0, hour)
     made.day_of_month, made.month_of_year = {30}, {2}
     return made

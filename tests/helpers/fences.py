@@ -1,4 +1,4 @@
-"""Check fences: their number, and that they grow."""
+"""Check fences: how many there are, and that they grow."""
 
 from __future__ import annotations
 

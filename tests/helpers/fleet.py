@@ -23,7 +23,7 @@ from tests.helpers import commands
 from tests.helpers.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
-#: The app of workers that name no other one.
+#: The app of a worker whose test names no other app.
 TASKS = "tests.apps.tasks"
 
 
@@ -125,7 +125,7 @@ has_ping = pytest.mark.skipif(
     reason="Celery's beat answers to nothing before 5.7",
 )
 
-#: Labels that come first in the keys of ``Exporter.metrics``.
+#: The labels whose values come first in the keys of ``Exporter.metrics``.
 LEADING = ("key", "singleton")
 
 
@@ -145,7 +145,7 @@ class Exporter(Program):
         return f"http://127.0.0.1:{port}"
 
     def get(self, path: str) -> tuple[int, str]:
-        """Return the status and the body of an answer."""
+        """Return the status and the body of the exporter's answer to a request for a path."""
         try:
             with urllib.request.urlopen(self.url + path, timeout=30) as answer:
                 return int(answer.status), answer.read().decode()
@@ -154,8 +154,8 @@ class Exporter(Program):
                 return error.code, error.read().decode()
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], float]]:
-        """Return the samples of a scrape: by name, and then by the labels' values,
-        singleton first.
+        """Return the samples of one scrape: a dict that maps each metric to a dict, which maps the
+        values of the labels, the singleton's first, to the sample's value.
         """
         found: dict[str, dict[tuple[str, ...], float]] = {}
         for family in text_string_to_metric_families(self.get("/metrics")[1]):
@@ -227,8 +227,8 @@ class Fleet:
     ) -> Beat:
         """Start a beat.
 
-        :param host: a beat of another host has another temporary directory, so that neither of them
-            sees the other's process.
+        :param host: the name of the beat's host. Beats of different hosts have different temporary
+            directories, so that none of them sees the process of another.
         """
         folder = self.directory / f"host{host}"
         folder.mkdir(exist_ok=True)
@@ -272,7 +272,7 @@ class Fleet:
         return commands.run(["-A", app or self.app, *arguments], self.environment, ROOT)
 
     def outputs(self) -> list[tuple[str, str]]:
-        """Return a title and a text for each program's log, and for the notes."""
+        """Return the log of each program, and the notes, as pairs of a title and a text."""
         programs = (*self._workers, *self._beats, *self._exporters)
         said = [(program.log.stem, program.output) for program in programs]
         return [*said, ("notes", self.notes_file.read_text())]

@@ -1,11 +1,12 @@
-"""Fixtures: the fleet of a test, as its markers describe it, and a client app.
+"""Fixtures: the fleet that a test's markers describe, and client apps.
 
 ``@pytest.mark.fleet(…)`` describes the fleet of ``fleet`` and ``make_fleet``. A test's own marker
 adds to its module's marker, and overrides it.
 
 :param store: the name of a store, or of a fixture that returns its URL. Default: an SQLite file.
-:param broker: ``valkey``, or the kind of the queue on RabbitMQ.
-:param leases: the name of a fixture that returns the URL of a Redis server for leases.
+:param broker: ``valkey``, or the kind of the queue on RabbitMQ. Default: ``valkey``.
+:param leases: the name of a fixture that returns the URL of a Redis server for leases. Default: the
+    store keeps the leases.
 :param app: the app of the fleet's workers, beats and commands.
 
 With a tuple of stores or brokers the test runs once on each of them. All other parameters are
@@ -38,8 +39,8 @@ _fleets = pytest.StashKey[list[Fleet]]()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Show the output of the test's programs with a failure, because the failure may not occur
-    again.
+    """Add the output of the test's programs to the report of a failure, because the failure may not
+    occur again.
     """
     report = yield
     if report.failed:
@@ -66,14 +67,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def fleet_store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of the store of the test's fleet."""
+    """The URL of the store that the test's fleet uses."""
     marked = _marked(request.node).get("store", "sqlite")
     return url_on(getattr(request, "param", marked), request, tmp_path)
 
 
 @pytest.fixture
 def fleet_broker(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
-    """The environment variables that choose the broker of the test's fleet."""
+    """The environment variables that say which broker the test's fleet uses."""
     marked = _marked(request.node).get("broker", "valkey")
     kind: str = getattr(request, "param", marked)
     if kind == "valkey":
@@ -113,8 +114,9 @@ def make_fleet(
     fleet_settings: dict[str, object],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[..., Fleet]]:
-    """A function that makes a fleet as the test's markers describe it, or on another store, or with
-    more settings. The test's process gets the fleet's settings too, so that it can be a client.
+    """A function that makes a fleet as the test's markers describe it; its arguments are another
+    store and more settings. The test's process gets the fleet's settings too, so that it can be a
+    client.
     """
     made = request.node.stash[_fleets] = []
 
@@ -133,14 +135,14 @@ def make_fleet(
 
 @pytest.fixture
 def fleet(make_fleet: Callable[..., Fleet]) -> Fleet:
-    """The test's fleet; none of its programs runs yet."""
+    """The fleet that the test's markers describe, before any of its programs is started."""
     return make_fleet()
 
 
 @pytest.fixture
 def client(make_fleet: Callable[..., Fleet]) -> Iterator[Callable[[], Celery]]:
-    """A function that makes client apps: they know no tasks and send by name, as a web
-    server may.
+    """A function that makes client apps. They know no tasks, so they send by name, as a web server
+    may.
     """
     made: list[Celery] = []
 
@@ -153,7 +155,8 @@ def client(make_fleet: Callable[..., Fleet]) -> Iterator[Callable[[], Celery]]:
         )
         use_queues(made[-1], os.environ.get("TEST_QUEUE", "celery"))
         if os.environ.get("CELERY_BROKER_URL", "").startswith("amqp"):
-            # RabbitMQ may lose a message that it has not confirmed when it is killed.
+            # Wait for each confirmation, because a RabbitMQ that is killed may lose an unconfirmed
+            # message.
             made[-1].conf.broker_transport_options = {"confirm_publish": True}
         # Poll for results instead of listening: a listening socket would outlive the test.
         made[-1].backend.on_task_call = lambda *_: None

@@ -1,4 +1,4 @@
-"""Messages without a broker: they are kept when sent, and delivered when a test says so."""
+"""Messages without a broker: each is kept when it is sent, and delivered when the test says so."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Message:
 
 @dataclass
 class Broker:
-    """A broker that keeps the messages which an app sends."""
+    """Stands for a broker: it keeps the messages that an app sends."""
 
     app: Celery
     sent: list[Message] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Broker:
         self.sent.append(Message(self.app, headers, list(args), kwargs, options))
 
     def pop(self) -> Message:
-        """Return the only message that was sent since the last call, and forget it."""
+        """Return the only message that is kept, and keep it no longer."""
         (message,) = self.sent
         self.sent.clear()
         return message

@@ -1,4 +1,4 @@
-"""A store whose answers to renewals are made up by the test."""
+"""A store that answers renewals as the test wants."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Answers:
         self.answer: Callable[[Sequence[Lease]], set[str]] = lambda leases: {
             lease.key for lease in leases
         }
-        #: By key: the message that requests a handoff.
+        #: Maps a lease's key to the message that requests a handoff.
         self.handoffs: dict[str, str] = {}
 
     def renew(self, leases: Sequence[Lease]) -> dict[str, str | None]:

@@ -36,11 +36,12 @@ class MariaDB(Server):
         install = find("mariadb-install-db", "mysql_install_db")
         super().__init__("mariadb")
         self._program = program
-        # Do without asynchronous writes: the kernel has a limited number, and each server takes
-        # many.
+        # Do without asynchronous writes, because the kernel allows a limited number of them, and
+        # each server reserves many.
         self._options = ["--no-defaults", f"--datadir={self.directory}/data"]
         self._options += ["--innodb-use-native-aio=0"]
-        # Servers that are set up at the same time in one temporary directory crash now and then.
+        # Give each server a temporary directory, because servers that are set up at the same time
+        # in one such directory crash now and then.
         (self.directory / "tmp").mkdir()
         self._options.append(f"--tmpdir={self.directory}/tmp")
         if os.geteuid() == 0:
@@ -79,7 +80,9 @@ class MariaDB(Server):
         self._admin(f"DROP DATABASE {name}")
 
     def create_database_for_shop(self, name: str) -> str:
-        """Create a database whose user :meth:`make_read_only` keeps from writing, unlike root."""
+        """Create a database, and a user whom :meth:`make_read_only` keeps from writing, unlike
+        root.
+        """
         url = self.create_database(name)
         self._admin("CREATE USER shop@'%'")
         self._admin(f"GRANT ALL ON {name}.* TO shop@'%'")

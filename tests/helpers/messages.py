@@ -30,7 +30,9 @@ def received(app: Celery) -> list[Any]:
 
 
 def deliver(app: Celery, message: Any) -> Any:
-    """Deliver a message; return Celery's account of it, with ``retval`` and ``info.state``."""
+    """Deliver a message; return Celery's record of the delivery, with ``retval`` and
+    ``info.state``.
+    """
     args, kwargs, embedded = message.payload
     request = {
         **embedded,

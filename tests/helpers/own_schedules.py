@@ -40,7 +40,9 @@ class BusinessDays(crontab):
 
 
 class EveryFromTable(schedule):
-    """An interval that ``is_due`` reads from a table each time; there is no ``run_every``."""
+    """An interval that ``is_due`` reads from a table each time, without the attribute
+    ``run_every``.
+    """
 
     def __init__(self, **options: Any) -> None:
         self.table = {"seconds": 30.0}
@@ -98,7 +100,7 @@ class Once(BaseSchedule):
 
 
 class Answers(BaseSchedule):
-    """A schedule whose ``remaining_estimate`` always returns the same."""
+    """A schedule whose ``remaining_estimate`` always returns the given value."""
 
     def __init__(self, answer: Any, **options: Any) -> None:
         self.answer = answer
@@ -109,7 +111,7 @@ class Answers(BaseSchedule):
 
 
 class SaysDue(BaseSchedule):
-    """A schedule whose ``is_due`` always returns the same."""
+    """A schedule whose ``is_due`` always returns the given values."""
 
     def __init__(self, *answer: Any, **options: Any) -> None:
         self.answer = answer
@@ -133,7 +135,7 @@ class OnceAnHour(schedule):
 
 
 class HostClock(schedule):
-    """An interval of 30 s that reads the host's clock instead of its ``now()``."""
+    """An interval of 30 s that reads the host's clock instead of calling its own ``now()``."""
 
     def is_due(self, last_run_at: datetime) -> Any:
         left = (last_run_at + 30 * SECOND - datetime.now(UTC)).total_seconds()
@@ -141,7 +143,7 @@ class HostClock(schedule):
 
 
 class HostClockEstimate(schedule):
-    """A schedule that is due at each full minute, by the host's clock instead of its ``now()``."""
+    """A schedule that is due at each full minute of the host's clock, not of its own ``now()``."""
 
     def remaining_estimate(self, last_run_at: datetime) -> timedelta:
         minute = last_run_at.replace(second=0, microsecond=0) + MINUTE
@@ -149,7 +151,7 @@ class HostClockEstimate(schedule):
 
 
 class OnlyOnce(BaseSchedule):
-    """A schedule that is due once, which it remembers in an attribute of its own."""
+    """A schedule that is due once, and then remembers this in an attribute of its own."""
 
     fired = False
 
@@ -203,13 +205,13 @@ OPTIONS = {"country": "DE", "days": {"a", "b", "c", "d"}, "when": lambda: 1, "by
 
 
 def own_texts() -> list[str]:
-    """Return the texts of schedules whose attributes have no text, or another one in each
-    process.
+    """Return the canonical texts of schedules with attributes that are hard to describe: they have
+    no text, or a different text in each process.
     """
     loop: list[Any] = []
     loop.append(loop)
-    # The zone in a crontab's text is its app's. Without an app it would be that of whichever app is
-    # the current one.
+    # Give the crontabs this app, because a crontab's text names the time zone of its app, or of
+    # Celery's current app if it has none.
     app = Celery(set_as_current=False)
     return [
         spelled(SaysDue(True, 60)),

@@ -1,4 +1,4 @@
-"""Owners of leases, for tests of what notifies them."""
+"""Owners of leases, for tests of which events an owner is notified of."""
 
 from __future__ import annotations
 

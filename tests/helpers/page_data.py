@@ -91,7 +91,7 @@ def page(*singletons: ShownSingleton, **changes: Any) -> Page:
 
 
 def entry(name: str, seconds: float | None, **changes: Any) -> EntryState:
-    """Return an entry that is due in so many seconds; None: never."""
+    """Return an entry whose next tick is due in this many seconds; None: it has no next tick."""
     now = datetime.fromtimestamp(NOW, UTC)
     usual: dict[str, Any] = {
         "entry": name,
@@ -168,7 +168,7 @@ def five() -> Page:
 
 
 def many(drawn: int = 200, total: int = 2_000) -> Page:
-    """Return a page of 2,000 singletons with the first ``drawn`` of them, the worst first."""
+    """Return a page that shows the first ``drawn`` of ``total`` singletons, the worst first."""
     dice = random.Random(7)
     names = [
         f'shop.tasks.{task}{{"tenant":"{tenant}-{number:04d}"}}'
@@ -220,7 +220,7 @@ def _one_of_many(dice: random.Random, number: int, name: str) -> ShownSingleton:
 
 
 def replace_times(entry: Entry, earlier: float) -> Entry:
-    """Return the same run, so many seconds earlier."""
+    """Return a copy of a history entry, whose run began and ended ``earlier`` seconds earlier."""
     return run(
         NOW - entry.finished + earlier, entry.finished - entry.started, entry.outcome, entry.error
     )

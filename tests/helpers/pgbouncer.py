@@ -17,15 +17,15 @@ import pytest
 from tests.helpers.servers import Server
 from tests.helpers.waiting import wait_until
 
-#: Where Debian and Ubuntu install it. Only root's path contains this folder.
+#: The folder in which Debian and Ubuntu install PgBouncer. Only root's path contains this folder.
 SBIN = "/usr/sbin"
-#: Fewer connections than a test has clients, so that clients share them and change them in
-#: mid-session.
+#: PgBouncer's connections to a database: fewer than a test has clients, so that clients share
+#: connections and get a different one in mid-session.
 SERVER_CONNECTIONS = 3
 
 
 def find_pgbouncer() -> str:
-    """Return the program's path; skip the test if it is not installed."""
+    """Return the path of PgBouncer; skip the test if it is not installed."""
     found = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:{SBIN}")
     if found:
         return found
@@ -36,10 +36,10 @@ def find_pgbouncer() -> str:
 class PgBouncer(Server):
     """A pooler in transaction mode in front of all databases of a server on this host.
 
-    Its settings are the defaults except where a test needs others. It refuses to run as root, so
-    the tests of root run it as nobody.
+    Its settings are the defaults except where a test needs others. PgBouncer refuses to run as
+    root, so tests that run as root start it as the user nobody.
 
-    :param port: the port of the server behind it.
+    :param port: the port of the server behind the pooler.
     """
 
     def __init__(self, port: int) -> None:
@@ -52,8 +52,8 @@ class PgBouncer(Server):
             "auth_type": "any",
             "pool_mode": "transaction",
             "default_pool_size": SERVER_CONNECTIONS,
-            # End idle connections soon: tests leave more databases behind than the server allows
-            # connections.
+            # End idle connections soon: each test leaves a database behind, and together they would
+            # keep more connections than the server allows.
             "server_idle_timeout": 5,
         }
         config = self.directory / "pgbouncer.ini"

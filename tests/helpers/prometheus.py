@@ -52,7 +52,7 @@ class Prometheus(Server):
             ],
             "rule_files": [str(rules)],
         }
-        # JSON is valid YAML.
+        # Write the configuration as JSON, which is valid YAML.
         (self.directory / "prometheus.yml").write_text(json.dumps(config))
         self.spawn(
             program,
@@ -63,8 +63,8 @@ class Prometheus(Server):
         wait_until(self._is_ready, "Prometheus is ready")
 
     def query(self, expression: str) -> dict[tuple[str, ...], float]:
-        """Return the present values of an expression, by the values of its labels in the order of
-        their names.
+        """Return a dict that maps the values of the labels, in the order of the labels' names, to
+        the present value of an expression.
 
         :raises AssertionError: Prometheus refuses the expression.
         """
@@ -79,7 +79,7 @@ class Prometheus(Server):
         }
 
     def rules(self) -> dict[str, str]:
-        """Return the health of each rule, by its name."""
+        """Return a dict that maps the name of each rule to the rule's health."""
         groups = self._get("/api/v1/rules")["data"]["groups"]
         return {rule["name"]: rule["health"] for group in groups for rule in group["rules"]}
 

@@ -12,18 +12,18 @@ from celery import Celery, bootsteps
 from kombu import Exchange, Queue
 from kombu.common import Broadcast, QoS
 
-#: The environment variable for the kind of an app's queues. Default: classic.
+#: The environment variable that names the kind of an app's queues. Default: classic.
 KIND = "TEST_QUEUE_KIND"
-#: Kinds of quorum queues, named after the type of the exchange to which they are bound.
+#: The kinds of quorum queues. Each has the name of the exchange type to which the queue is bound.
 QUORUM = ("direct", "topic")
 KINDS = ("classic", *QUORUM)
 
 
 class PrefetchForEach(bootsteps.StartStopStep):
-    """A step of Celery's consumer that lets it use quorum queues before Celery 5.5.
+    """A step of Celery's consumer that lets Celery before 5.5 use quorum queues.
 
     Quorum queues refuse a prefetch count for a whole channel, which Celery sets in an earlier step.
-    This step removes it and sets one for each consumer.
+    This step removes that count and sets one for each consumer.
     """
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
@@ -38,7 +38,7 @@ class PrefetchForEach(bootsteps.StartStopStep):
 
 
 def use_queues(app: Celery, name: str) -> None:
-    """Give an app the queue of this name, of the kind in the environment.
+    """Give an app a queue with a name, of the kind that the environment names.
 
     With ``fanout`` the app gets a second queue, ``<name>-all``, of which each worker has a copy.
     """

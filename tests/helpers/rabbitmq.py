@@ -18,12 +18,12 @@ import pytest
 from tests.helpers.servers import Server, free_port
 from tests.helpers.waiting import wait_until
 
-#: Where Debian, Ubuntu and Fedora install the start script that does not switch to another user.
+#: The places where Debian, Ubuntu and Fedora install the start script that keeps the user.
 SCRIPTS = "/usr/lib/rabbitmq/bin"
 
 
 def find_rabbitmq() -> str:
-    """Return the path of the start script; skip the test if it is not installed."""
+    """Return the path of RabbitMQ's start script; skip the test if it is not installed."""
     found = shutil.which("rabbitmq-server", path=f"{SCRIPTS}:{os.environ.get('PATH', '')}")
     if found:
         return found
@@ -69,7 +69,7 @@ class RabbitMQ(Server):
         return self.url_at(self.port)
 
     def url_at(self, port: int) -> str:
-        """Return the broker's URL with the port of a proxy."""
+        """Return the broker's URL with another port, for example a proxy's."""
         return f"amqp://guest:guest@127.0.0.1:{port}//"
 
     def start(self) -> None:
@@ -77,7 +77,9 @@ class RabbitMQ(Server):
         wait_until(self._answers, f"RabbitMQ on port {self.port}", deadline=90.0)
 
     def stop(self, how: signal.Signals = signal.SIGKILL) -> None:
-        """Kill the server and all its helpers. It keeps the messages that it has confirmed."""
+        """Kill the server and all its helper processes. The messages that it has confirmed are
+        kept.
+        """
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, how)

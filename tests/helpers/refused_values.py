@@ -1,4 +1,4 @@
-"""Values that some store cannot hold."""
+"""Values that some stores cannot hold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from tests.helpers.mariadb import MariaDB
 
-#: No task is named like this, but a sender may choose such a task id.
+#: A task id that some stores cannot hold, and that a sender may choose all the same.
 ODD = "a\0b\udc80 Łódź\\x00 \U0001f389"
 LARGEST = 2**63 - 1
 PACKET = 1 << 17

@@ -1,5 +1,6 @@
-"""Database roles, made with the SQL of ``docs/databases.md``; on PostgreSQL unless the name says
-otherwise.
+"""Database roles, made with the SQL of ``docs/databases.md``.
+
+A function is for PostgreSQL unless its name says otherwise.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from sqlalchemy import make_url
 from tests.helpers.tables import execute
 
 _PAGE = Path(__file__).parents[2] / "docs" / "databases.md"
-#: The page's SQL: for each database, first what an administrator runs before the table is made,
-#: then what the table's owner runs after that.
+#: The SQL of the page: for each database, first the SQL that an administrator runs before the table
+#: is made, then the SQL that the table's owner runs after that.
 _BEFORE, _AFTER, _BEFORE_ON_MARIADB, _AFTER_ON_MARIADB = re.findall(
     r"^```sql\n(.*?)^```", _PAGE.read_text(), re.MULTILINE | re.DOTALL
 )
@@ -23,7 +24,7 @@ TABLE = "jobs.kv_store"
 
 
 def of(role: str, url: str) -> str:
-    """Return a database's URL with another role."""
+    """Return a database's URL with the user replaced by another role."""
     return make_url(url).set(username=role).render_as_string()
 
 
@@ -38,7 +39,9 @@ def grant(url: str) -> None:
 
 
 def drop_roles(url: str) -> None:
-    """Drop the roles with all that they own, because a server's databases share its roles."""
+    """Drop the roles with all that they own. Otherwise other tests would find them, because all
+    databases of a server share its roles.
+    """
     both = f"{OWNER}, {WORKER}"
     execute(url, f"DROP OWNED BY {both} CASCADE", f"DROP ROLE {both}")
 
@@ -52,7 +55,7 @@ def grant_on_mariadb(url: str) -> None:
 
 
 def drop_roles_on_mariadb(url: str) -> None:
-    """Drop the roles, and the database that the page creates."""
+    """Drop the roles, and the database that the SQL of the page creates."""
     execute(url, f"DROP USER {OWNER}, {WORKER}", "DROP DATABASE jobs")
 
 

@@ -1,4 +1,4 @@
-"""A singleton's row, and shorthands for what tests do with its lease."""
+"""A singleton's row, and short functions for what tests do with its lease."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from tests.helpers.waiting import wait_until
 
 LONG = 60.0
 BRIEF = 0.2
-#: Tolerance in seconds, because clocks are floating-point numbers here.
+#: The tolerance in seconds when times are compared, because they are floating-point numbers.
 ROUNDING = 0.01
 NEW, NEWER = NewValue('{"n":1}', 1), NewValue('{"n":2}', 1)
 DONE = Ended("succeeded", "[]")
 WITH_HOLD_PERIOD = Ended("succeeded", "[]", hold=LONG)
 FREED = Released(wanted=None)
-#: For each server, a query for how many statements wait for a lock.
+#: Maps each server to a query that returns how many statements wait for a lock.
 WAITING = {
     "postgresql": "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'",
     "mysql": "SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'",

@@ -34,7 +34,7 @@ def row(app: Celery, name: str = "count") -> Row:
 
 
 def write(app: Celery, value: str, version: int | None = None, name: str = "count") -> None:
-    """Store a value in the singleton's row, as a run would."""
+    """Store a value in the singleton's row, as a run does."""
     store = runtime_of(app).store
     acquired = store.acquire(f"singleton-state:{name}", "by hand", 60, None)
     assert acquired is not None
@@ -44,13 +44,13 @@ def write(app: Celery, value: str, version: int | None = None, name: str = "coun
 
 
 def make_table(app: Celery) -> None:
-    """Create a user's table for numbers, in the store's database."""
+    """Create a user's own table of numbers in the store's database."""
     with runtime_of(app).sql.engine.connect() as connection:
         connection.exec_driver_sql("CREATE TABLE written (n integer)")
 
 
 def written(app: Celery) -> list[int]:
-    """Return the numbers in the user's table."""
+    """Return the numbers in the user's own table."""
     with runtime_of(app).sql.engine.connect() as connection:
         found = connection.exec_driver_sql("SELECT n FROM written ORDER BY n").all()
     return [n for (n,) in found]

@@ -12,7 +12,7 @@ from tests.helpers.fleet import Exporter, Fleet, outcome
 
 RUNS = 500
 DOES = ("save", "idle", "checkpoint", "transaction", "fail", "misfit", "sleep")
-#: For each kind of run, the operations on its state, which is new for each run.
+#: Maps each kind of run to the operations on its state. Each run has a new state.
 OPERATIONS = {
     "save": ("load", "save"),
     "idle": ("load", "save"),
@@ -24,7 +24,8 @@ OPERATIONS = {
 }
 
 
-#: By metric: the expected value for each set of label values, where it is not 0.
+#: Maps each metric to a dict, which maps a set of label values to the expected value, unless it is
+#: 0.
 Expected = dict[str, dict[frozenset[str], float]]
 
 
@@ -70,6 +71,8 @@ def work_through_the_script(app: Celery, fleet: Fleet, store: SqlStore) -> Expec
 
 
 def counts(exporter: Exporter, name: str) -> dict[tuple[str, ...], float]:
-    """Return the series of a counter that are not 0, by their labels."""
+    """Return a dict that maps the labels of each series of a counter to the series' value,
+    without the series that are 0.
+    """
     found = exporter.metrics().get(name, {})
     return {labels: count for labels, count in found.items() if count}

@@ -13,7 +13,10 @@ NAME = "leases"
 
 
 class Replica(Valkey):
-    """A server that replicates another server, which it reaches at a port."""
+    """A server that replicates another server.
+
+    :param port: the port of the other server.
+    """
 
     def __init__(self, port: int) -> None:
         self._followed = port
@@ -22,7 +25,7 @@ class Replica(Valkey):
     def start(self) -> None:
         super().start()
         with redis.Redis(port=self._followed) as client:
-            # Without this the master waits for five seconds for further replicas.
+            # Without this setting the master waits for five seconds for more replicas.
             client.config_set("repl-diskless-sync-delay", 0)
         with redis.Redis(port=self.port) as client:
             client.replicaof("127.0.0.1", self._followed)
@@ -30,7 +33,9 @@ class Replica(Valkey):
 
 
 class Sentinel(Server):
-    """A Sentinel that decides on a failover alone, after half a second."""
+    """A Sentinel that starts a failover without others, when its master has been silent for half a
+    second.
+    """
 
     def __init__(self, master: Valkey) -> None:
         super().__init__("sentinel")

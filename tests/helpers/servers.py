@@ -28,12 +28,13 @@ import psycopg
 
 from tests.helpers.waiting import DEADLINE, wait_until
 
-#: Bytes that a file system in memory must have free to be used for servers.
+#: How many bytes a file system in memory must have free, or else servers use the disk.
 ROOM = 4 * 2**30
-#: Ports below those that a system assigns to clients (from 32768 on Linux, from 49152 elsewhere).
-#: So no client takes the port of a server that has not started yet or is down for a while.
+#: The ports of the tests' servers, below the ports that a system assigns to clients (from 32768 on
+#: Linux, from 49152 elsewhere). So no client takes the port of a server that has not started yet or
+#: is down for a while.
 PORTS = range(20_000, 32_000)
-#: How many ports each test process has to itself, unless there are very many such processes.
+#: How many ports each test process has to itself; with very many processes, two may share some.
 SHARE = 100
 
 
@@ -46,8 +47,8 @@ def _ports() -> Iterator[int]:
 def free_port() -> int:
     for port in _ports():
         with socket.socket() as probe, contextlib.suppress(OSError):
-            # Bind as servers do, so that a port whose old connections are still closing counts as
-            # free.
+            # Bind with this option, as servers do, so that a port counts as free while its old
+            # connections are closing.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
             return port
@@ -55,7 +56,7 @@ def free_port() -> int:
 
 
 def in_memory() -> str | None:
-    """Return a folder on a file system in memory, or None without one that has room.
+    """Return a folder on a file system in memory, or None if none has enough room.
 
     On a disk, a database that lives for a minute would spend half of its time on writing.
     """
@@ -93,7 +94,9 @@ class Server:
 
 
 class Postgres(Server):
-    """A PostgreSQL server. It refuses to run as root, so the tests of root run it as nobody."""
+    """A PostgreSQL server. It refuses to run as root, so tests that run as root start it as the
+    user nobody.
+    """
 
     def __init__(self) -> None:
         super().__init__("postgres")
@@ -109,7 +112,7 @@ class Postgres(Server):
         self.start()
 
     def _how_to_make(self) -> list[str]:
-        """Return the command that creates its data directory."""
+        """Return the command that creates the server's data directory."""
         make = [str(self._bin / "initdb"), "-D", str(self.data), "-U", "postgres", "-A", "trust"]
         return [*make, "--no-sync", "-E", "UTF8", "--locale=C"]
 
@@ -140,7 +143,7 @@ class Postgres(Server):
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
         """Stop the server cleanly without waiting for its clients (SIGINT), or kill it.
 
-        Its children exit with it in both cases.
+        The server's children exit with it in both cases.
         """
         super().stop(signal.SIGQUIT if how is signal.SIGKILL else how)
 
@@ -163,9 +166,9 @@ class Postgres(Server):
         self._admin(f"DROP DATABASE {name} WITH (FORCE)")
 
     def empty_database(self, name: str, but_for: str) -> None:
-        """Empty a database but for one table and its version table, and delete that table's rows.
+        """Empty one table of a database; drop all other tables but the version table.
 
-        This takes a tenth of the time for creating a database with its table.
+        This takes a tenth of the time that it takes to create a database with its table.
         """
         others = (
             "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
@@ -188,7 +191,7 @@ class Postgres(Server):
     def backends(self, where: str = "true") -> list[int]:
         """Return the pids of the server's processes that serve the package's connections.
 
-        :param where: which of them, as a condition on ``pg_stat_activity``.
+        :param where: a condition on ``pg_stat_activity`` that the returned processes meet.
         """
         return self.column(
             "postgres",
@@ -197,7 +200,7 @@ class Postgres(Server):
         )
 
     def column(self, database: str, query: str) -> list[Any]:
-        """Return the values of a query of one column."""
+        """Run a query that returns one column; return the column's values."""
         with psycopg.connect(f"{self._dsn} dbname={database}", autocommit=True) as connection:
             return [value for (value,) in connection.execute(query).fetchall()]
 
@@ -213,8 +216,8 @@ class Postgres(Server):
         )
 
     def statements_of(self, application: str) -> list[str]:
-        """Return the verbs of an application's statements. It must have set
-        ``log_statement=all``.
+        """Return the verbs (such as SELECT) of the statements of an application whose connections
+        have set ``log_statement=all``.
         """
         logged = rf"^{application}\|LOG:\s+(?:execute [^:]*|statement):\s+(\w+)"
         return re.findall(logged, self.log.read_text(), re.MULTILINE)
@@ -246,15 +249,15 @@ class Postgres(Server):
         installed = Path(spec.origin).parent / "pginstall"
         if os.geteuid() != 0:
             return installed / "bin"
-        # The user nobody may have no access to the wheel's folder.
+        # Copy the wheel's folder, because the user nobody may have no access to it.
         copy = shutil.copytree(installed, self.directory / "server", symlinks=True)
         return copy / "bin"
 
 
 class Standby(Postgres):
-    """A server that replicates another one, asynchronously, until it is promoted.
+    """A server that replicates a primary server, asynchronously, until it is promoted.
 
-    :param port: the port at which it reaches the other server.
+    :param port: the port at which it reaches the primary.
     """
 
     def __init__(self, port: int) -> None:
@@ -272,7 +275,7 @@ class Standby(Postgres):
 class Valkey(Server):
     """A Valkey or Redis server.
 
-    :param durable: whether its data survives its death.
+    :param durable: whether its data is still there after the server was killed.
     """
 
     def __init__(self, durable: bool = False) -> None:
@@ -310,13 +313,13 @@ class Valkey(Server):
 class Proxy:
     """A TCP proxy that can refuse connections, fall silent, or lose the server's answers.
 
-    ``mode`` says what it does with data and new connections from now on:
+    ``mode`` says what the proxy does from now on with data and new connections:
 
     - ``pass``: forward everything.
     - ``mute``: accept everything and forward nothing, as a dead network does.
-    - ``drop one answer``: forward requests, close the connection when the next answer arrives, and
-      ``pass`` from then on.
-    - ``drop answers``: the same, for every answer.
+    - ``drop one answer``: forward requests; when the next answer arrives, close its connection
+      instead of forwarding the answer, and switch to ``pass``.
+    - ``drop answers``: forward requests, and close the connection of every answer that arrives.
     - ``refuse``: close connections at once.
 
     :meth:`hold` and :meth:`lose_answer_to` affect a single request, recognised by its text.
@@ -343,19 +346,19 @@ class Proxy:
             _shut(each)
 
     def hold(self, pattern: bytes, skip: int = 0) -> Held:
-        """Keep back the next request that contains a text, until the test delivers it.
+        """Keep back the next request whose text matches a pattern, until the test delivers it.
 
-        :param pattern: a regular expression for the text.
-        :param skip: how many such requests to forward first.
+        :param pattern: a regular expression.
+        :param skip: how many matching requests to forward first.
         """
         self._held.append(Held(pattern, skip))
         return self._held[-1]
 
     def lose_answer_to(self, pattern: bytes, then: str = "pass") -> None:
-        """Close the connection when the answer to the next request that contains a text arrives.
+        """Close the connection instead of answering the next request whose text matches a pattern.
 
-        :param pattern: a regular expression for the text.
-        :param then: the mode from then on.
+        :param pattern: a regular expression.
+        :param then: the proxy's mode after that.
         """
         self._answers_to_lose.append((re.compile(pattern, re.DOTALL), then))
 
@@ -402,8 +405,8 @@ class Proxy:
                 if self.mode != "mute":
                     sink.sendall(data)
                 if not is_answer and (answered := self._awaited.get(sink)):
-                    # Hold back even the message that ends the client's session until the server has
-                    # answered.
+                    # Wait for the server's answer before data is read on, so that the message which
+                    # ends the client's session is also held back.
                     answered.wait(timeout=DEADLINE)
         except OSError:
             pass
@@ -418,8 +421,8 @@ class Proxy:
     def _look_at(
         self, data: bytes, source: socket.socket, sink: socket.socket, is_answer: bool
     ) -> bool:
-        """Apply the held requests and lost answers to some data; return whether the connection
-        stays open.
+        """Hold back a request or lose an answer if the test has asked for that; return whether to
+        forward the data.
         """
         if is_answer:
             self._note_answer(source)
@@ -444,7 +447,9 @@ class Proxy:
 
 
 class Held:
-    """A request that a proxy holds back, or will hold back, and delivers later."""
+    """A request that a proxy keeps back, as soon as it arrives, until the test delivers or forgets
+    it.
+    """
 
     def __init__(self, pattern: bytes, skip: int) -> None:
         self._pattern = re.compile(pattern, re.DOTALL)
@@ -455,7 +460,7 @@ class Held:
         self._client: socket.socket | None = None
 
     def takes(self, data: bytes, client: socket.socket) -> bool:
-        """Return whether this is the request, and if so take it."""
+        """Take the data if they are the request to hold back; return whether they are."""
         if not self._pattern.search(data):
             return False
         with self._lock:
@@ -476,7 +481,9 @@ class Held:
         wait_until(self._taken.is_set, f"a request with {self._pattern.pattern!r} comes")
 
     def wait_abandoned(self) -> None:
-        """Wait until the client waits no longer for an answer: it ends its session, or closes."""
+        """Wait until the client has given up the request: it ends its session, or closes the
+        connection.
+        """
         self.wait()
         assert self._client is not None
         client = [self._client]

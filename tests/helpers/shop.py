@@ -69,7 +69,7 @@ class Shop:
         return self._store.peek(f"singleton-state:{name}")
 
     def rows(self) -> list[int]:
-        """Return the numbers that the bodies have copied."""
+        """Return the numbers that the bodies have copied, from the shop's own table."""
         with self.engine.begin() as connection:
             return list(connection.scalars(sa.select(copied.c.n).order_by(copied.c.n)))
 
@@ -86,14 +86,14 @@ class Shop:
 
 
 class Gate:
-    """A file that bodies wait for."""
+    """A file that bodies wait for: the test opens the gate by making the file."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name, self._file = name, folder / name
 
     @property
     def step(self) -> list[str]:
-        """The step of a body that waits for this gate."""
+        """The step of a body (see step_app) that waits for this gate."""
         return ["reach", self.name, str(self._file)]
 
     def open(self) -> None:
@@ -101,9 +101,7 @@ class Gate:
 
 
 class StoppedBackends:
-    """The server's processes for the workers' connections, stopped, so that they read no
-    request.
-    """
+    """The server's processes for the workers' connections, paused, so that they read no request."""
 
     def __init__(self, server: Postgres) -> None:
         self._server = server

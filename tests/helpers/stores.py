@@ -21,13 +21,15 @@ SERVERS = {
     "sql_ascii": "sql_ascii_url",
 }
 
-#: A store's own tests run through a pooler, too; tests of code that uses a store do not.
+#: The stores of tests of the stores themselves: these tests also run through a pooler, unlike tests
+#: of code that uses a store.
 STORES_AND_POOLED = (*STORES, "pgbouncer")
 
 
 def url_on(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Return the URL of an empty database on the store of this name, or the value of that
-    fixture.
+    """Return the URL of an empty database on a store.
+
+    :param name: the name of the store, or of a fixture that returns its URL.
     """
     if name == "memory":
         return "memory://"
@@ -49,8 +51,8 @@ def apps_on(store_url: str) -> Iterator[Callable[..., Celery]]:
         return app
 
     yield make
-    # All apps of a process share Celery's results in memory, and ticks of different tests have the
-    # same ids, so remove the results.
+    # Remove the results, because all apps of a process share Celery's results in memory, and ticks
+    # of different tests have the same ids.
     cache._DUMMY_CLIENT_CACHE.clear()
     for app in made:
         close_runtime(app)

@@ -1,4 +1,6 @@
-"""Tables that users made without this package, and the columns and indexes of tables."""
+"""Tables that users made without this package, and functions that read a table's columns and
+indexes.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def given_table(url: str, name: str = "kv_store") -> str:
 
 
 def key_of(url: str) -> str:
-    """Return the column's name, quoted if it is a keyword of the database."""
+    """Return the name of the key's column, quoted if it is a keyword of the database."""
     return "`key`" if url.startswith("mysql") else "key"
 
 

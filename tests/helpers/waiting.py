@@ -1,4 +1,4 @@
-"""Wait for conditions, never for a fixed time."""
+"""Wait for conditions, and never for a fixed time."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-#: The default time limit in seconds. It is long, because only a failing test reaches it.
+#: How long a test waits for a condition by default, in seconds. It is long, because only a failing
+#: test waits so long.
 DEADLINE = 30.0
 
 
 def wait_until(condition: Callable[[], T], what: str, deadline: float = DEADLINE) -> T:
     """Wait until a condition is true; return its value.
 
-    :param what: what is waited for, in the words of the error.
+    :param what: the condition in words, for the text of the error.
     :param deadline: after how many seconds to raise an ``AssertionError``.
     """
     end = time.monotonic() + deadline

@@ -1,4 +1,4 @@
-"""The rows of workers' singletons, and the workers' connections to the database."""
+"""Rows of the singletons that workers run, and the workers' connections to the database."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def wait_until_free(app: Celery, name: str) -> Row:
 
 
 def steal(store_url: str, name: str) -> None:
-    """Take the leases of a task away, as if another holder had taken over and released them."""
+    """Take all leases of a task from their holders, as if other holders had taken over and released
+    them.
+    """
     engine = create_engine(store_url)
     with engine.begin() as connection:
         connection.exec_driver_sql(

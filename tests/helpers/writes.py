@@ -8,7 +8,8 @@ from celery_singleton_state.store.base import TAKEN_OVER, NewValue, RowRequests,
 def write(new: NewValue, number: int = 1, seen: int | None = None) -> Write:
     """Return a run's write.
 
-    :param seen: the newest earlier write that the run knows was answered. None: all were answered.
+    :param seen: the number of the newest earlier write that was answered. None: the write before
+        this one.
     """
     if seen is None:
         seen = number - 1 if number > 1 else TAKEN_OVER
@@ -16,7 +17,8 @@ def write(new: NewValue, number: int = 1, seen: int | None = None) -> Write:
 
 
 def enqueue(requests: RowRequests, key: str, task_id: str, life: float) -> str:
-    """Read which message is queued, and claim the queue if none is, as a client does.
+    """Read which message is queued, and claim the queue for this message if none is, as a client
+    does.
 
     :returns: the id of the message that is queued or running.
     """
