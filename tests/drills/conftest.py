@@ -73,8 +73,8 @@ def link(own_postgres: Postgres, make_proxy: Callable[[int], Proxy]) -> Proxy:
 
 @pytest.fixture
 def make_standby(link: Proxy) -> Iterator[Callable[[], Standby]]:
-    """A function that makes standbys of the test's own server, with the data that it has
-    by then.
+    """A function that makes standbys of the test's own server. A standby has the data that the
+    server has at this time.
     """
     made: list[Standby] = []
 

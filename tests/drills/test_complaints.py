@@ -1,4 +1,5 @@
-"""Complaints by users of other packages, each by its issue number, which must not hold here.
+"""Complaints by users of other packages, each with its issue number. This package must not have
+these faults.
 
 Leases live for two minutes here, so that no lease becomes free by expiring. Complaints about beats
 that take over from one another are tested in the drills of beat.
@@ -42,28 +43,36 @@ def outcomes(app: Celery, name: str) -> list[str]:
 
 
 def sent_once_of(app: Celery) -> Any:
-    """Return the task ``sent_once`` for the sending app, which decides whether to publish it."""
+    """Return the task ``sent_once`` for the sending app. There ``enqueue_once`` decides whether to
+    publish.
+    """
 
     def body(self: Any, number: int, until: str = "") -> None:
-        """Do nothing: the body that counts runs in the workers."""
+        """Do nothing: only the name and the options of this task are used. The workers run another
+        body.
+        """
 
     options: Any = {"name": "sent_once", "enqueue_once": True, "unique_on": ["number"]}
     return singleton_task(app, shared=False, **options)(body)
 
 
 def deaf_of(app: Celery) -> Any:
-    """Return the task ``deaf`` for the sending app, which publishes it only if no copy is queued or
-    running.
+    """Return the task ``deaf`` for the sending app, which publishes it only if no message is queued
+    or running.
     """
 
     def body(self: Any, how: str = "") -> None:
-        """Do nothing: the body that counts runs in the workers."""
+        """Do nothing: only the name and the options of this task are used. The workers run another
+        body.
+        """
 
     return singleton_task(app, shared=False, name="deaf", enqueue_once=True)(body)
 
 
 def sent_after(task: Any, last_id: str, *args: Any) -> Any:
-    """Send the task until a new message is published instead of ``last_id``; return its result."""
+    """Send the task until a new message, not ``last_id``, is published; return the new message's
+    result.
+    """
 
     def sent() -> Any:
         result = task.delay(*args)
@@ -105,7 +114,7 @@ def test_celery_singleton_40_a_run_killed_by_a_time_limit_does_not_block_the_nex
 def test_celery_singleton_20_a_retry_is_sent_and_runs(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """``raise self.retry()`` is not refused because of the lease of the run that calls it."""
+    """``raise self.retry()`` sends its message although the calling run has the lease."""
     app = client()
     fleet.start("-c", "2")
     app.send_task("retry_twice")
@@ -117,8 +126,8 @@ def test_celery_singleton_20_a_retry_is_sent_and_runs(
 def test_celery_singleton_20_a_retry_is_not_taken_for_a_second_copy(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """``self.retry()`` publishes its message although the ``enqueue_once`` task is running: the
-    running copy is the caller itself.
+    """``self.retry()`` publishes its message although the ``enqueue_once`` task is running, because
+    the caller itself is the running message.
     """
     app = client()
     fleet.start("-c", "1")
@@ -132,11 +141,11 @@ def test_celery_singleton_20_a_retry_is_not_taken_for_a_second_copy(
 def test_celery_singleton_55_an_error_in_a_retry_does_not_kill_the_worker(
     make_fleet: Callable[..., Fleet], client: Callable[[], Celery], serializer: str
 ) -> None:
-    """A task with ``autoretry_for`` raises one of our errors: its result is that error, unchanged.
+    """A task with ``autoretry_for`` raises one of our errors: its result is this error, unchanged.
 
     The error goes from the pool's process to the worker, once for the retry and once for the
-    failure, and then to the result backend. Each of them rebuilds the error. The pool's process and
-    the worker survive it.
+    failure, and then to the result backend. Each step rebuilds the error. The pool's process and
+    the worker survive this.
     """
     fleet = make_fleet(TEST_SERIALIZER=serializer)
     app = client()
@@ -258,8 +267,8 @@ def test_celery_singleton_21_a_dead_worker_leaves_no_lock(
     """A worker and all its processes are killed in mid-run. The next delivery finds that the
     lease's holder is dead, and takes over.
 
-    The other worker starts before the kill, so that no worker's start frees the dead worker's
-    lease.
+    The other worker starts before the kill, because a worker frees the leases of dead workers when
+    it starts.
     """
     app = client()
     killed = fleet.start("-c", "1", "-Q", "a")
@@ -277,8 +286,8 @@ def test_celery_singleton_19_a_duplicate_does_not_drop_its_chain(
 ) -> None:
     """Two chains begin with the same task: it runs once, and the second task runs in both chains.
 
-    The second chain is sent while the first chain's run goes on. Its first message is published,
-    and the rest of its chain runs although that first delivery is skipped.
+    The second chain is sent while the first chain's run goes on. Its first message is published.
+    That delivery is skipped, and yet the rest of the chain runs.
     """
     app, go = client(), tmp_path / "go"
     first, add = sent_once_of(app), app.signature("plain_add")
@@ -295,8 +304,8 @@ def test_celery_singleton_19_a_duplicate_does_not_drop_its_chain(
 def test_celery_singleton_53_a_task_that_sends_itself_does_not_collide(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """A run sends its own next message: a queued message does not keep the run's lease taken or
-    raise a conflict.
+    """A run sends the next message of its own task: this queued message does not keep the run's
+    lease taken or raise a conflict.
     """
     app = client()
     fleet.start("-c", "1")
@@ -310,8 +319,8 @@ def test_celery_singleton_53_a_task_that_sends_itself_does_not_collide(
 def test_celery_singleton_53_a_message_that_a_run_sends_itself_waits_for_its_end(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """A run sends its own next message. With ``on_conflict="wait"`` that message waits for the end
-    of the run.
+    """A run sends the next message of its own task. With ``on_conflict="wait"`` that message waits
+    for the end of the run.
 
     The run ends only after another process has received the message and found the lease taken.
     """
@@ -366,8 +375,8 @@ def test_celery_singleton_48_no_redis_is_needed(
 def test_celery_once_147_a_crash_leaves_no_lock(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """A worker and all its processes are killed in mid-run. After it is started again, the next
-    message is published and runs.
+    """A worker and all its processes are killed in mid-run. After the worker is started again, the
+    next message is published and runs.
     """
     task = sent_once_of(client())
     killed = fleet.start("-c", "1", name="again")
@@ -439,9 +448,10 @@ def test_celery_once_110_a_failed_task_runs_again(
 def test_celery_once_136_send_task_is_guarded(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """A task is sent by name, from an app that does not know it. The lease guards it all the same.
+    """A task is sent by name, from an app that does not know the task. The lease guards it all the
+    same.
 
-    Celery's own beat sends by name when it does not import the tasks.
+    Celery's own beat sends tasks by name when it does not import them.
     """
     app, go = client(), tmp_path / "go"
     assert "held_and_skipped" not in app.tasks
@@ -457,11 +467,11 @@ def test_celery_once_136_send_task_is_guarded(
 def test_celery_once_104_a_lock_can_be_kept_for_a_while(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """``hold_at_least``: a message within the hold period after a run is skipped, and a later one
-    runs.
+    """With ``hold_at_least``, a message within the hold period after a run is skipped, and a later
+    message runs.
 
-    One task has a hold period of an hour, so that its second message falls within it on any
-    machine.
+    One task has a hold period of an hour, so that its second message falls within this period on
+    any machine.
     """
     app = client()
     worker = fleet.start("-c", "1")
@@ -511,9 +521,7 @@ def test_celery_5935_a_body_longer_than_the_visibility_timeout_runs_once(
 
 
 def is_overdue(app: Celery) -> bool:
-    """Return whether the broker delivered a message longer ago than the visibility
-    timeout of 1 s.
-    """
+    """Return whether a message was delivered longer ago than the visibility timeout of 1 s."""
     with app.connection_for_read() as connection:
         client = connection.default_channel.client
         ((_, taken),) = client.zrange("unacked_index", 0, -1, withscores=True)
@@ -526,8 +534,8 @@ def test_celery_1876_the_last_run_is_known_after_a_crash(
 ) -> None:
     """A run is recorded when it ends, not minutes later.
 
-    Beat and worker are killed right after the run, so that Celery's scheduler has not stored it.
-    Their successors do not repeat the run, because its hold period is an hour.
+    Beat and worker are killed right after the run, before Celery's scheduler has stored the run.
+    The next beat and worker do not repeat the run, because its hold period is an hour.
     """
     schedule = {"often": {"task": "kept", "schedule": 0.2}}
     fleet = make_fleet(TEST_SCHEDULE=json.dumps(schedule))

@@ -1,4 +1,4 @@
-"""Tracing tools wrap Celery's methods and add to its messages. With each of them, workers and beats
+"""Tracing tools wrap Celery's methods and add to its messages. With each tool, workers and beats
 still do all that they do without it.
 
 A tool that is not installed is skipped. With ``SINGLETON_TEST_SDKS=required`` in the environment,
@@ -28,7 +28,8 @@ from tests.helpers.fleet import ROOT, Fleet, outcome
 from tests.helpers.waiting import wait_until
 
 APP = "tests.apps.sdk_app"
-#: For each tool: its package, and whether a folder ``bootstrap`` in it switches the tool on.
+#: Maps each tool to its package, and to whether a folder ``bootstrap`` in the package switches the
+#: tool on.
 SDKS = {
     "sentry-sdk": ("sentry_sdk", False),
     "ddtrace": ("ddtrace", True),
@@ -36,7 +37,7 @@ SDKS = {
     "elastic-apm": ("elasticapm", False),
     "opentelemetry-instrumentation-celery": ("opentelemetry.instrumentation.celery", False),
 }
-#: The tools that send data to a collector in this test.
+#: The tools that send data to the test's collector.
 SENDING = ("sentry-sdk", "ddtrace", "elastic-apm")
 #: Settings that keep the tools from sending data off this host and from asking for cloud metadata.
 SETTINGS = {
@@ -48,20 +49,20 @@ SETTINGS = {
     "NEW_RELIC_DEVELOPER_MODE": "true",
     "NEW_RELIC_LICENSE_KEY": "0" * 40,
     "NEW_RELIC_LOG_LEVEL": "warning",
-    # New Relic's own command sets these two, to say which Python it is for.
+    # New Relic's own command sets these two, to say for which Python it was installed.
     "NEW_RELIC_PYTHON_PREFIX": os.path.realpath(sys.prefix),
     "NEW_RELIC_PYTHON_VERSION": "{}.{}".format(*sys.version_info),
 }
 
 pytestmark = pytest.mark.fleet(store="postgresql", app=APP, **SETTINGS)
-#: The two beats by name, and the scheduler of each.
+#: Maps the name of each of the two beats to its scheduler.
 SCHEDULERS = {"own": "singleton", "persistent": f"{APP}:LeadingScheduler"}
-#: How many ticks of the entry that is due each second the test waits for.
+#: For how many ticks of an entry the test waits. The entry is due each second.
 TICKS = int(os.environ.get("SINGLETON_TEST_SDK_SECONDS", "60"))
 
 
 class Collector(BaseHTTPRequestHandler):
-    """Answer every request of a tool with an empty JSON object, and note its path."""
+    """A server that answers each request of a tool with an empty object, and notes its path."""
 
     seen: set[str]
 
@@ -135,14 +136,14 @@ def traced(make_fleet: Callable[..., Fleet], sdk: str, collector: str) -> Fleet:
     return fleet
 
 
-def test_a_traced_project(
+def test_a_traced_project_works_as_without_the_tool(
     traced: Fleet, client: Callable[[], Celery], sdk: str, postgres_url: str, seen: set[str]
 ) -> None:
-    """A worker and two beats run for a minute: our scheduler, and Celery's own with
+    """A worker and two beats run for a minute, one with our scheduler, one with Celery's own and
     ``LeaderMixin``.
 
-    Every tick is sent once and runs once. Of the messages that wait for a lease, each gets it or
-    fails in time. Our log has no error, and no log has a traceback.
+    Every tick is sent once and runs once. Of the messages that wait for a lease, each gets the
+    lease or fails in time. Our log has no error, and no log has a traceback.
     """
     worker = traced.start("-c", "4")
     beats = {
@@ -186,8 +187,8 @@ def test_a_traced_project(
 
 
 def send_conflicting_messages(fleet: Fleet, app: Celery) -> None:
-    """Send messages that conflict: four that wait for one another, two of which one waits in vain,
-    and an ``enqueue_once`` task sent twice.
+    """Send messages that conflict: four that wait for one another, two of which one fails because
+    it waits too long, and an ``enqueue_once`` task twice.
     """
     met = [app.send_task("meets") for _ in range(4)]
     in_vain = [app.send_task("waits_in_vain", ("a", 8.0)) for _ in range(2)]
@@ -208,12 +209,12 @@ def send_conflicting_messages(fleet: Fleet, app: Celery) -> None:
 
 
 def ticks_of(fleet: Fleet, beat: str, entry: str) -> list[dict[str, Any]]:
-    """Return the notes that an entry's bodies wrote, in order."""
+    """Return the notes that the bodies of an entry's ticks wrote, in order."""
     return [note for note in fleet.notes("tick") if (note["beat"], note["entry"]) == (beat, entry)]
 
 
 def states_of(store_url: str, beat: str) -> dict[str, EntryState]:
-    """Return the stored state of each of a beat's entries."""
+    """Return a dict that maps each entry of a beat to its stored state."""
     store = open_store(store_url, "kv_store", 5.0)
     try:
         return decode_rows(store.entries.load(f"singleton-beat:{beat}:"))
@@ -222,7 +223,7 @@ def states_of(store_url: str, beat: str) -> dict[str, EntryState]:
 
 
 def complaints(fleet: Fleet, beat: str, entry: str, state: EntryState) -> list[str]:
-    """Return a line for each thing that is wrong with the ticks of an entry that have run."""
+    """Return a line for each fault of the ticks of an entry that have run."""
     ran = ticks_of(fleet, beat, entry)
     dues = [note["due"] for note in ran]
     found = [f"{beat} {entry}: {due} ran {n} times" for due, n in Counter(dues).items() if n > 1]
@@ -230,7 +231,7 @@ def complaints(fleet: Fleet, beat: str, entry: str, state: EntryState) -> list[s
     if entry == "once":
         # An ``enqueue_once`` tick is not sent while the previous tick is queued.
         return found if 0 < len(ran) <= state.total_run_count + 1 else [*found, "once: not sent"]
-    # The beat may have sent its last tick, without recording it, when it was stopped.
+    # When the beat was stopped, it may have sent its last tick without recording it.
     if len(ran) - state.total_run_count not in (0, 1):
         found.append(f"{beat} {entry}: {state.total_run_count} were sent, and {len(ran)} ran")
     if entry != "retried" and any(a > b for a, b in pairwise(dues)):
@@ -248,5 +249,5 @@ def errors(output: str) -> list[str]:
 
 
 def tracebacks(output: str) -> list[str]:
-    """Return the first line of each traceback, from whichever package."""
+    """Return the first line of each traceback, whichever package logged it."""
     return [line for line in output.splitlines() if line.startswith("Traceback")]

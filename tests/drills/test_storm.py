@@ -1,4 +1,6 @@
-"""P1, P2, P3: a fleet works through a storm; no runs overlap, and nothing is lost or doubled."""
+"""Promises P1, P2 and P3: a fleet works through a storm; no runs overlap, nothing is lost or
+doubled.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from tests.storm.drill import Drill, Storm
 
 pytestmark = pytest.mark.xdist_group("storm")
 
-#: The seed and the length in seconds; ``SINGLETON_TEST_STORM=<seed>:<seconds>`` asks for another
-#: storm.
+#: The seed of the storm and its length in seconds; ``SINGLETON_TEST_STORM=<seed>:<seconds>`` asks
+#: for another storm.
 SEED, SECONDS = map(int, os.environ.get("SINGLETON_TEST_STORM", "1:40").split(":"))
 
 
@@ -43,8 +45,8 @@ def test_a_storm_on_valkey(durable_valkey: Valkey, own_postgres: Postgres, tmp_p
     assert found.runs > SECONDS
 
 
-#: The kinds of RabbitMQ queues; ``SINGLETON_TEST_STORM_QUEUES`` asks for others, as
-#: ``direct,topic``.
+#: The kinds of RabbitMQ queues that are tested; ``SINGLETON_TEST_STORM_QUEUES`` asks for others,
+#: for example ``direct,topic``.
 QUEUES = os.environ.get("SINGLETON_TEST_STORM_QUEUES", "classic,topic").split(",")
 
 
@@ -65,7 +67,8 @@ def test_a_storm_on_mariadb(durable_valkey: Valkey, own_mariadb: MariaDB, tmp_pa
     assert found.runs > SECONDS
 
 
-#: How many short storms a fault gets to show itself: each storm provokes it only by chance.
+#: The number of short storms after which a planted fault must have been found: each storm reveals
+#: it only by chance.
 STORMS_FOR_A_FAULT = 5
 
 
@@ -76,7 +79,7 @@ STORMS_FOR_A_FAULT = 5
         ("without renewal", [], {"overlaps"}),
     ],
 )
-def test_a_fault_is_found(
+def test_a_planted_fault_is_found(
     fault: str,
     kinds: list[str],
     findings: set[str],

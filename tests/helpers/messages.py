@@ -46,7 +46,7 @@ def deliver(app: Celery, message: Any) -> Any:
 
 
 def deliver_all(app: Celery, limit: int = 50) -> list[Any]:
-    """Deliver all waiting messages, and those that they send, until none waits."""
+    """Deliver all waiting messages, and all messages that the deliveries send."""
     accounts: list[Any] = []
     while messages := received(app):
         for message in messages:

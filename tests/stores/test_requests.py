@@ -316,7 +316,7 @@ def test_a_replaced_pending_run_does_not_come_back(leases: Leases) -> None:
     assert leases.requests.wanted("k") == "w2"
 
 
-def test_a_pending_run_replaces_only_the_one_that_was_seen(leases: Leases) -> None:
+def test_a_pending_run_replaces_only_a_pending_run_that_was_seen(leases: Leases) -> None:
     """A pending run that was seen can be replaced, unless it has been sent since."""
     leases.release(acquire(leases, "a").lease, DONE)
     lease = acquire(leases, "b").lease
@@ -401,7 +401,7 @@ def test_keys_have_queues_of_their_own(leases: Leases) -> None:
     assert enqueue(leases.requests, "k2", "t2", LONG) == "t2"
 
 
-def test_no_message_is_queued_beside_one_that_runs(leases: Leases) -> None:
+def test_no_message_is_queued_beside_a_running_message(leases: Leases) -> None:
     acquire(leases, "a")
     assert enqueue(leases.requests, "k", "t", LONG) == "task-a"
 

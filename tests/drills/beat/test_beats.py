@@ -21,7 +21,7 @@ from tests.helpers.fleet import Beat, Fleet
 from tests.helpers.servers import Postgres, Proxy, Valkey
 from tests.helpers.waiting import wait_until
 
-#: An interval that gives the beat's lease a life of 2 s.
+#: A setting of the heartbeat interval that gives the beat's lease a life of 2 s.
 SHORT = {"CELERY_SINGLETON_HEARTBEAT_INTERVAL": "1"}
 HOUR = timedelta(hours=1)
 
@@ -57,7 +57,7 @@ def test_a_crash_between_sending_and_recording(
 
 @pytest.fixture
 def faketime() -> Iterator[str]:
-    """The path of libfaketime, which shows a process another time."""
+    """The path of libfaketime, with which a process reads a wrong time from the clock."""
     found = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
     if not found:
         assert os.environ.get("SINGLETON_TEST_FAKETIME") != "required", "no libfaketime"
@@ -70,9 +70,9 @@ def faketime() -> Iterator[str]:
 
 
 def test_a_wrong_clock_does_no_harm(make_hosts: Callable[..., Hosts], faketime: str) -> None:
-    """One host's clock is an hour ahead, another host's an hour behind, and a third host's is
-    right. Each leads in its turn. A tick is due by the store's clock, so all of them send the same
-    ticks at the same times.
+    """One host's clock is an hour ahead, another host's is an hour behind, and a third host's is
+    right. Each host leads in its turn. A tick is due by the store's clock, so all hosts send the
+    same ticks at the same times.
     """
     began = datetime.now(UTC)
     hosts = make_hosts(often(), **SHORT)
@@ -98,15 +98,17 @@ def test_a_wrong_clock_does_no_harm(make_hosts: Callable[..., Hosts], faketime: 
 
 
 def logged_at(host: Host) -> datetime:
-    """Return what time the host's clock showed when its beat logged that it leads."""
+    """Return the time that the host's clock showed when its beat logged that it leads."""
     (line,) = (line for line in host.beat.output.splitlines() if "beat leads" in line)
     return datetime.strptime(line[1:20], "%Y-%m-%d %H:%M:%S").astimezone(UTC)
 
 
 @pytest.mark.parametrize("issue", ["redbeat 230", "redbeat 306"])
-def test_a_lease_lost_in_mid_run(make_hosts: Callable[..., Hosts], issue: str) -> None:
-    """Another holder suddenly has the leader's lease. RedBeat's beat exits over that, or is never
-    elected again. Our beat stands by, and leads again when the lease is free.
+def test_a_beat_that_loses_its_lease_stands_by(
+    make_hosts: Callable[..., Hosts], issue: str
+) -> None:
+    """Another holder suddenly has the leader's lease. In such a case RedBeat's beat exits, or is
+    never elected again. Our beat stands by, and leads again when the lease is free.
     """
     hosts = make_hosts(often(), **SHORT)
     hosts.fleet.start("-P", "solo", app=APP)
@@ -127,11 +129,11 @@ def test_a_lease_lost_in_mid_run(make_hosts: Callable[..., Hosts], issue: str) -
 def test_redbeat_163_an_emptied_store_repeats_no_tick(
     make_hosts: Callable[..., Hosts],
 ) -> None:
-    """The table is emptied under the leader, as by a failover to an empty server. RedBeat's leader
-    exits then, and its stand-by leads an empty schedule.
+    """The table is emptied while the leader runs, as by a failover to an empty server. In such a
+    case RedBeat's leader exits, and its stand-by leads an empty schedule.
 
-    Here the schedule comes from the app, and its intervals are aligned as before. No tick runs
-    twice, although all records of the first ticks are lost.
+    Our schedule comes from the app, and its intervals are aligned as before. No tick runs twice,
+    although all records of the first ticks are lost.
     """
     hosts = make_hosts(often(), **SHORT)
     hosts.fleet.start("-P", "solo", app=APP)
@@ -152,7 +154,7 @@ def test_redbeat_92_a_dead_leader_is_succeeded_in_seconds(
     make_hosts: Callable[..., Hosts],
 ) -> None:
     """The leader is killed, and the other beat leads, with default settings. The benchmark
-    ``takeover`` measures how many seconds that takes.
+    ``takeover`` measures how many seconds this takes.
     """
     hosts = make_hosts(often())
     hosts.fleet.start("-P", "solo", app=APP)
@@ -177,11 +179,12 @@ def test_servers_are_killed_under_all_beats(
     own_postgres: Postgres,
     own_valkey: Valkey,
 ) -> None:
-    """The store is killed, then the broker, and each is started again under the running beats. The
+    """The store is killed, then the broker, and each is started again while the beats run. The
     workers start only after that, so that the test does not count messages which kombu's Redis
     transport loses when its server dies.
     """
-    # With "all", the next tick of an entry would wait until a worker has ended the previous one.
+    # Catch up on the latest tick only: with "all", the next tick of an entry would wait until a
+    # worker has ended the previous tick.
     schedule = often(catch_up="latest")
     fleet = make_fleet(
         own_postgres.create_database("shop"), TEST_SCHEDULE=json.dumps(schedule), **SHORT
@@ -238,13 +241,13 @@ def test_stopping_a_beat_while_it_sends_loses_no_tick(make_fleet: Callable[..., 
     other.stop()
     fleet.start("-P", "threads", "-c", "2")
     sent = senders_of_any(one) + senders_of_any(other)
-    # Each beat may have been stopped after it logged a tick and before it sent it.
+    # Each beat may have been stopped after it logged a tick and before it sent the tick.
     notes = fleet.wait_for_notes("tick", sent - 2)
     ticks: dict[str, list[datetime]] = {}
     for note in notes:
         ticks.setdefault(note["entry"], []).append(datetime.fromisoformat(note["due"]))
     doubled = len(notes) - len({note["id"] for note in notes})
-    # The tick whose message was in flight when the signal came may be sent again.
+    # If a tick's message was in flight when the signal came, the tick may be sent again.
     assert doubled <= 1
     for dues in ticks.values():
         steps = {later - earlier for earlier, later in pairwise(sorted(set(dues)))}

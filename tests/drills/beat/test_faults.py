@@ -1,4 +1,4 @@
-"""Three beats, each on a host of its own, and faults of the leader one after the other."""
+"""Three beats, each on a host of its own. The leader has one fault after the other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.xdist_group("storm")
 logger = logging.getLogger(__name__)
 
 ENTRIES = 200
-#: How long the leaders have faults, in seconds.
+#: For how many seconds the leaders have faults.
 STORM = 120.0
 SEED = 1
 
@@ -39,7 +39,7 @@ def killed(hosts: Hosts, host: Host) -> Iterator[None]:
 
 @contextmanager
 def stopped(_hosts: Hosts, host: Host) -> Iterator[None]:
-    """Pause the leader wherever it is, and resume it when another beat leads."""
+    """Pause the leader, whatever it is doing, and resume it when another beat leads."""
     host.beat.process.send_signal(signal.SIGSTOP)
     before = len(host.beat.output)
     yield
@@ -73,7 +73,7 @@ def refused_by_the_broker(_hosts: Hosts, host: Host) -> Iterator[None]:
 
 
 def _heal(proxy: Proxy) -> None:
-    """Let new connections through, and cut the old ones with the data on them."""
+    """Let new connections through, and cut the old connections, whose data is lost."""
     proxy.mode = "pass"
     proxy.cut()
 

@@ -92,7 +92,7 @@ def doubled(fleet: Fleet) -> list[str]:
 def make_project(
     request: pytest.FixtureRequest, make_fleet: Callable[..., Fleet], tmp_path: Path
 ) -> Callable[[str], Project]:
-    """A function that makes a project with its tables. The store is on the same kind of
+    """A function that makes a Django project with its tables, and a store on the same kind of
     database.
     """
 
@@ -102,7 +102,8 @@ def make_project(
             database: dict[str, Any] = {
                 "ENGINE": "django.db.backends.sqlite3",
                 "NAME": f"{tmp_path}/django.db",
-                # A transaction that reads before it writes could not wait for another writer.
+                # Lock the file at the start, because a transaction that reads before it writes
+                # cannot wait for another writer.
                 "OPTIONS": {"timeout": 10, "transaction_mode": "IMMEDIATE"},
             }
         else:
@@ -137,9 +138,9 @@ def project(make_project: Callable[[str], Project]) -> Project:
 
 
 def test_a_tick_that_a_dead_leader_sent_is_not_sent_again(any_project: Project) -> None:
-    """The leader sends an entry that is due once an hour. It is killed before its scheduler writes
-    that to the database, which happens only every three minutes. Another beat leads, and does not
-    send the entry again. (django-celery-beat #337, #576, celery #1495, #1876)
+    """The leader sends an entry that is due once an hour. The leader is killed before its scheduler
+    writes the last run to the database, which happens only every three minutes. Another beat leads,
+    and does not send the entry again. (django-celery-beat #337, #576, celery #1495, #1876)
     """
     project = any_project
     project.run("""
@@ -159,11 +160,11 @@ task("clock", None, clocked=clock, one_off=True)
     assert "Sending due task often" in other.output
     found = counts(project.fleet)
     assert (found["hourly"], found["once"], found["clock"]) == (1, 1, 1)
-    # The dead leader may have sent one tick that it could not record any more.
+    # The dead leader may have sent one tick that it could not record before it died.
     assert len(doubled(project.fleet)) <= 1
 
 
-def test_an_orderly_stop(project: Project) -> None:
+def test_after_an_orderly_stop_the_other_beat_leads_at_once(project: Project) -> None:
     """The leader stops: its scheduler writes its own data, and the other beat leads at once."""
     project.run("task('often', every(1))")
     one, other = project.beats()
@@ -179,8 +180,8 @@ def test_an_orderly_stop(project: Project) -> None:
 
 
 def test_entries_are_edited_while_the_beat_runs(any_project: Project) -> None:
-    """Entries are added, made quicker, disabled and removed. The leading beat follows, and so does
-    the beat that leads after it.
+    """Entries are added, made more frequent, disabled and removed. The leading beat follows these
+    changes, and so does the beat that leads next.
     """
     project = any_project
     project.run("""
@@ -235,8 +236,8 @@ def test_a_leader_that_was_stopped_sends_and_writes_nothing_more(project: Projec
 
 
 def test_a_crash_between_sending_and_recording(project: Project) -> None:
-    """The leader sends a message and dies before it, or its scheduler, has recorded that. The next
-    leader sends the message again, with the same id.
+    """The leader sends a message and dies before the leader or its scheduler has recorded the tick.
+    The next leader sends the message again, with the same id.
     """
     project.run("""
 task("first", every(3600), last_run_at=now - timedelta(hours=2))
@@ -277,7 +278,8 @@ def test_two_beats_with_schedule_files_of_their_own(
             PERSISTENT, scheduler=f"{PERSISTENT}:LeadingScheduler", host=host, **environment
         )
 
-    # By the beats' files, which are older, the hourly entry is due now.
+    # The hourly entry would be due now by the beats' files, which are older than the store's
+    # record.
     one = beat("1", TEST_AGE_FILE="7200")
     one.wait_leads()
     other = beat("2", TEST_AGE_FILE="7200")

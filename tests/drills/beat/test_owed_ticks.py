@@ -1,4 +1,4 @@
-"""A beat owes many ticks after a pause, with real beats, brokers and workers."""
+"""Beats that owe many ticks after a pause, with real brokers and workers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from tests.helpers.fleet import Fleet
 from tests.helpers.waiting import wait_until
 
 MINUTE, DAY = timedelta(minutes=1), timedelta(days=1)
-#: An hour of the day half a day from now, so that no daily tick becomes due during the tests.
+#: An hour of the day that is half a day from now, so that no daily tick becomes due during the
+#: tests.
 FAR_HOUR = (datetime.now(UTC).hour + 12) % 24
-#: An entry whose tick of each day is sent, however long no beat ran, and however late that is.
+#: A daily entry whose owed ticks are all sent, however long no beat has run, and however late they
+#: are.
 CLOSE_DAY = {
     "task": "close_day",
     "schedule": ["5", str(FAR_HOUR)],
@@ -36,10 +38,10 @@ EVERY_MINUTE = CLOSE_DAY | {"schedule": 60.0}
 
 
 def owe(hosts: Hosts, name: str, count: int, every: timedelta) -> list[datetime]:
-    """Run a beat until it has stored its rows, then change an entry's row so that the next leader
-    owes ``count`` ticks.
+    """Let an entry fall behind: run a beat until it has stored its rows, then change the entry's
+    row so that the next leader owes ``count`` ticks.
 
-    :returns: the ticks.
+    :returns: these ticks.
     """
     host = hosts.start()
     host.beat.wait_leads()
@@ -64,7 +66,7 @@ def closed(hosts: Hosts, name: str) -> list[datetime]:
 
 @pytest.mark.parametrize("task", ["close_day", "close_day_waiting"])
 def test_each_owed_day_is_closed(make_hosts: Callable[..., Hosts], task: str) -> None:
-    """The example of docs/beat.md, with default settings and four workers at once."""
+    """The example of docs/beat.md, with default settings and four runs at the same time."""
     hosts = make_hosts({"close-day": CLOSE_DAY | {"task": task}})
     hosts.fleet.start("-P", "threads", "-c", "4", app=APP)
     owed = owe(hosts, "close-day", 4, DAY)
@@ -80,7 +82,9 @@ def test_each_owed_day_is_closed(make_hosts: Callable[..., Hosts], task: str) ->
     assert hosts.states()["close-day"].missed_count == 0
 
 
-def test_300_owed_ticks_with_on_conflict_wait(make_hosts: Callable[..., Hosts]) -> None:
+def test_300_owed_ticks_run_in_order_with_on_conflict_wait(
+    make_hosts: Callable[..., Hosts],
+) -> None:
     """All 300 owed ticks run in order, although the row's history holds only 16 runs. The leader is
     killed twice.
     """
@@ -125,8 +129,8 @@ def test_a_beat_that_owes_1000_ticks_of_one_entry_and_has_1000_others(
 
 
 def test_20000_owed_ticks_of_a_task_that_is_no_singleton(make_hosts: Callable[..., Hosts]) -> None:
-    """The other entry's ticks are sent in time, as if no tick was owed, and none of them is dropped
-    as too old.
+    """The ticks of another entry are sent in time, as if no tick were owed, and none of them is
+    dropped as too old.
     """
     every = timedelta(seconds=3)
     other = {"task": "plain", "schedule": every.total_seconds()}
@@ -151,7 +155,7 @@ def test_20000_owed_ticks_of_a_task_that_is_no_singleton(make_hosts: Callable[..
 
 
 def late(state: EntryState) -> timedelta:
-    """Return how late the newest tick of an entry was sent."""
+    """Return how late the newest tick of an entry was when it was sent."""
     assert state.last_run_at
     assert state.last_tick
     return state.last_run_at - state.last_tick
@@ -168,8 +172,10 @@ MINUTES = {
 
 
 @pytest.mark.fleet(app=APP)
-def test_after_a_pause_of_an_hour(make_fleet: Callable[..., Fleet], fleet_store: str) -> None:
-    """The test makes the stored schedule an hour older, as if nothing had run for an hour.
+def test_after_a_pause_of_an_hour_each_entry_follows_its_rules(
+    make_fleet: Callable[..., Fleet], fleet_store: str
+) -> None:
+    """The stored schedule is made an hour older, as if no beat had run for an hour.
 
     Then a beat leads. It sends the ticks that each entry's rules ask for, in order.
     """
@@ -221,7 +227,9 @@ def led_since(store_url: str) -> datetime:
 
 
 def move_back(store_url: str, by: timedelta) -> dict[str, datetime]:
-    """Make the whole stored schedule older by ``by``. Return the next tick of each entry."""
+    """Make the whole stored schedule older by ``by``. Return a dict that maps each entry to its
+    next tick.
+    """
     store = open_store(store_url, "kv_store", 5.0)
     lease = store.acquire(LEADER, "the test", 60, None)
     assert lease is not None

@@ -24,10 +24,10 @@ from tests.helpers.fleet import Fleet, Worker, outcome
 from tests.helpers.queues import QUORUM
 from tests.helpers.waiting import wait_until
 
-#: Seconds after which the broker delivers a message again that was not acknowledged.
+#: After how many seconds the broker delivers a message again if it was not acknowledged.
 VISIBILITY_TIMEOUT = 2.0
 
-# A short heartbeat interval, so that a holder soon learns of a request to hand over.
+# A short heartbeat interval, so that a holder soon learns of a handoff request.
 pytestmark = pytest.mark.fleet(
     broker=("valkey", *QUORUM),
     CELERY_SINGLETON_HEARTBEAT_INTERVAL="0.5",
@@ -109,7 +109,7 @@ def test_the_holder_dies_while_another_waits(
 
 
 def stop_with_message(worker: Worker, app: Celery, task_id: str) -> bool:
-    """Stop a worker if it holds this message unacknowledged; return whether it does. Otherwise let
+    """Pause a worker if it holds this message unacknowledged; return whether it does. If not, let
     the worker go on.
     """
     worker.signal_all(signal.SIGSTOP)
@@ -135,7 +135,7 @@ def test_the_worker_of_a_waiting_delivery_dies(
     killed = fleet.start("-c", "1", "-Q", "b", name="b")
     second = send(app, "waits_its_turn", "second", queue="b")
     fleet.wait_for_output(killed, f"Task waits_its_turn[{second.id}] ignored")
-    # Wait, because Redis loses a message that is on its way to a worker when that worker is killed.
+    # Wait, because Redis loses a message that is on its way to a worker when this worker is killed.
     wait_until(
         lambda: stop_with_message(killed, app, second.id), "the worker is stopped with its message"
     )
@@ -171,8 +171,8 @@ def test_a_delivery_that_replaces_stops_the_holder(
 def test_of_four_messages_that_replace_within_a_second_the_last_completes(
     fleet: Fleet, client: Callable[[], Celery], go: Path
 ) -> None:
-    """Each of the four runs would go on for ever if it was not replaced. Their first statements
-    reach the store in any order.
+    """Each of the four runs would go on for ever if it were not replaced. Their first statements
+    may reach the store in any order.
     """
     app = client()
     worker = fleet.start("-c", "4")
@@ -190,8 +190,8 @@ def test_of_four_messages_that_replace_within_a_second_the_last_completes(
 def test_a_replaced_message_that_is_retried_does_not_replace_its_replacer(
     fleet: Fleet, client: Callable[[], Celery], go: Path
 ) -> None:
-    """The first task retries over every error, also over its own replacement. Its retry does not
-    ask the replacing run to hand over.
+    """The replaced task retries on every error, even on the error that says that it was replaced.
+    Its retry does not ask the replacing run to hand over.
     """
     app = client()
     fleet.start("-c", "2")
@@ -244,8 +244,8 @@ def test_the_run_after_coalesced_messages_has_the_newest_typed_arguments(
     serializer: str,
 ) -> None:
     """Messages with typed arguments are coalesced. The run after them has arguments of the same
-    types. It also has the tenant's argument, which a base class of the task removes before the body
-    sees it.
+    types. It also has the tenant's argument, which a base class of the task takes away before the
+    body sees the arguments.
     """
     fleet = make_fleet(TEST_SERIALIZER=serializer)
     values: list[Any] = [datetime(2026, 11, 27, tzinfo=UTC), Decimal("0.10"), UUID(int=7)]
@@ -280,8 +280,8 @@ def test_a_pending_run_survives_the_death_of_the_holder(
 def test_messages_in_the_hold_period_are_one_run_after_it(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """Messages arrive in the hold period after a run. The first one waits for its end and runs. The
-    others are coalesced into that run.
+    """Messages arrive in the hold period after a run. The first message waits for the end of the
+    hold period and runs. The others are coalesced into that run.
     """
     app = client()
     fleet.start("-c", "1")

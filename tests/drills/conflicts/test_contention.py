@@ -1,4 +1,4 @@
-"""P1 and P2 under contention: many processes, one singleton."""
+"""Promises P1 and P2 under contention: many processes deliver messages of one singleton."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ from tests.helpers.waiting import wait_until
 
 PROCESSES = 8
 DELIVERIES = 200
-#: Fewer deliveries for each process behind the pooler, whose server and statements are tested as
-#: another store's.
+#: How many deliveries each process makes behind the pooler: fewer, because the test also runs
+#: without the pooler, on the same server and with the same statements.
 FEWER = 50
 
 
 @pytest.fixture(params=STORES_AND_POOLED[1:])
 def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty database, on each store that processes can share, and behind
-    PgBouncer.
-    """
+    """The URL of an empty database: on each store that processes share, and on PgBouncer."""
     return url_on(request.param, request, tmp_path)
 
 

@@ -52,11 +52,11 @@ def test_plain_tasks_are_not_delayed_by_many_waiting_messages(
     queue: str,
     tmp_path: Path,
 ) -> None:
-    """Plain tasks are not delayed by 300 waiting messages, and one of these runs soon after the
-    lease is free.
+    """Plain tasks are not delayed by 300 waiting messages, and one of these messages runs soon
+    after the lease is free.
 
-    They were delayed when each waiting message came again within four seconds, because they
-    queued behind all of these messages.
+    They were delayed when each waiting message was delivered again within four seconds, because a
+    plain task then queued behind all of these messages.
     """
     fleet = start(make_fleet, queue, 600)
     app, go = client(), tmp_path / "go"
@@ -64,7 +64,7 @@ def test_plain_tasks_are_not_delayed_by_many_waiting_messages(
     fleet.wait_for_notes("holds")
     for number in range(1, WAITING + 1):
         app.send_task("patient", (number,), queue=queue)
-    # This plain task runs after the first of the waiting messages have tried.
+    # Some waiting messages have been delivered before this plain task runs.
     app.send_task("plain", (0, time.monotonic()), queue=queue)
     fleet.wait_for_notes("plain")
     wait_until(lambda: messages_in(app, queue) == 0, "the worker has all messages")
@@ -91,8 +91,8 @@ def test_messages_that_wait_for_too_long_fail_in_time(
     queue: str,
     tmp_path: Path,
 ) -> None:
-    """Fifty messages wait for too long, and each of them fails when its ``conflict_timeout`` is
-    over.
+    """Fifty messages wait for a lease that stays taken. Each fails when its ``conflict_timeout``
+    has passed.
     """
     fleet = start(make_fleet, queue, 3)
     app, go = client(), tmp_path / "go"

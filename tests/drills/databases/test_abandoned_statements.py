@@ -1,4 +1,4 @@
-"""Statements that workers gave up on also end on the server, and leave connections for others."""
+"""Statements that workers gave up also end on the server, and leave connections for others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tests.helpers.servers import Postgres
 from tests.helpers.waiting import wait_until
 
 PROCESSES = 8
-#: The most connections that docs/databases.md allows: those of each process and of the parent.
+#: The largest number of connections that docs/databases.md allows: three for each process of the
+#: pool, and three for the parent process.
 MOST = 3 * (PROCESSES + 1)
 #: How many failed deliveries to wait for while the store hangs. Each delivery fails after several
 #: statements.
@@ -52,10 +53,11 @@ def standby_gone(server: Postgres) -> Iterator[None]:
 
 
 def most_connections(server: Postgres, url: str, worker: Worker) -> int:
-    """Return the largest number of server processes of a database, seen while a worker gives up
-    statement after statement.
+    """Return how many server processes a database had at most while a worker gave up statement
+    after statement.
 
-    Each check connects anew, like another application. So it fails if no connection is left.
+    Each count uses a new connection, as another application would. So this function fails if the
+    worker leaves no connection for others.
     """
     name = url.rpartition("/")[2]
     seen = 0
@@ -81,8 +83,8 @@ def test_a_locked_table_does_not_take_all_connections_from_others(
     """Eight processes ask for leases in a table that another session has locked. Each process gives
     its statement up after two seconds, and asks again over a new connection.
 
-    When nothing ended the abandoned statements, the server had 55 processes after 11 seconds, and
-    47 behind PgBouncer after 24.
+    Before abandoned statements were ended, the server had 55 processes after 11 seconds, and 47
+    behind PgBouncer after 24 seconds.
     """
     fleet, app = make_fleet(url), client()
     worker = fleet.start("-c", str(PROCESSES))
@@ -90,7 +92,7 @@ def test_a_locked_table_does_not_take_all_connections_from_others(
         results = [app.send_task("keyed", (number,)) for number in range(2 * PROCESSES)]
         most = most_connections(postgres, url, worker)
     assert [outcome(result) for result in results] == list(range(1, len(results) + 1))
-    # The session that locks the table has one more connection.
+    # The session that has locked the table uses one more connection.
     assert most <= MOST + 1
 
 
@@ -98,8 +100,8 @@ def test_a_standby_that_is_gone_does_not_take_all_connections_from_others(
     make_fleet: Callable[..., Fleet], client: Callable[[], Celery], own_postgres: Postgres
 ) -> None:
     """Eight processes ask for leases, and the commits wait for a synchronous standby that is gone.
-    Each process gives up, but its commit would go on waiting on the server. When nothing ended
-    such commits, the server had 56 processes after 11 seconds.
+    Each process gives up, but its commit goes on waiting on the server, unless something ends it.
+    Before such commits were ended, the server had 56 processes after 11 seconds.
     """
     url = own_postgres.create_database("shop")
     fleet, app = make_fleet(url), client()

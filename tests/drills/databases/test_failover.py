@@ -1,7 +1,7 @@
-"""Failovers of the Redis server that has the leases.
+"""Failovers of the Redis server that keeps the leases.
 
-One is to a replica that has not received a lease: it breaks P1, but not P2. The other is a demotion
-of a server that stays alive.
+In one failover the replica has not received a lease: this breaks P1, but not P2. In the other
+failover the old server is demoted and stays alive.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def test_a_failover_that_loses_leases(
     sentinel: Sentinel,
 ) -> None:
     """A's lease is acquired while the replica receives nothing. The master dies, and the replica
-    takes its place, without the lease. B acquires it. Now two bodies run, until A's next renewal is
+    takes its place, without A's lease. B acquires it. Now two bodies run, until A's next renewal is
     refused and A's body is interrupted. A singleton with a state, whose lease was acquired at the
     same time, runs through all of this alone, and saves.
 
-    A's next renewal is far away, because B's first attempt may find no master yet, and B must begin
-    before that renewal.
+    A's next renewal is far away, because B must begin before A's renewal, but B's first attempt may
+    find no master yet.
     """
     fleet = make_fleet(
         postgres_url,
@@ -104,8 +104,9 @@ def test_a_demotion_costs_no_run_its_lease(
     master: Valkey,
     replica: Replica,
 ) -> None:
-    """Eight runs hold leases, and the worker's threads have connections to the primary. The primary
-    becomes a replica, stays alive and closes no connection. Its name then leads to the new primary.
+    """Eight runs hold leases, and each thread of the worker has a connection to the primary. The
+    primary becomes a replica, stays alive and closes no connection. Then its host name leads to the
+    new primary.
 
     All leases are renewed at the new primary, all runs succeed, and the next runs begin in each
     thread.
@@ -118,7 +119,7 @@ def test_a_demotion_costs_no_run_its_lease(
         redis.Redis(port=master.port, decode_responses=True) as old,
         redis.Redis(port=replica.port, decode_responses=True) as new,
     ):
-        # Pause the server until each thread waits for an answer, so that each has made its
+        # Pause the server until each thread waits for an answer, so that each thread makes a
         # connection.
         old.client_pause(60_000, all=False)
         runs = [app.send_task("sent_once", (number, str(go))) for number in range(8)]

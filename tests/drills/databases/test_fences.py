@@ -1,6 +1,4 @@
-"""P2: no fence is given twice, even if the database that counts them loses data or its clock is
-wrong.
-"""
+"""Promise P2: no fence is given twice, even if the database loses data or its clock is wrong."""
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ def run(app: Celery, times: int, name: str = "stateless steps") -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a database with SQLite's own backup, which is safe while other processes use
-    both files.
-    """
+    """Copy a database with SQLite's own backup, which works while both files are in use."""
     with closing(sqlite3.connect(source)) as read, closing(sqlite3.connect(target)) as written:
         read.backup(written)
 
@@ -43,7 +39,9 @@ def fences(fleet: Fleet) -> list[int]:
 def test_a_sqlite_file_that_is_restored_from_a_backup(
     make_fleet: Callable[..., Fleet], client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """One run. A backup. Two runs. The backup is restored. Two runs."""
+    """One run is made, and then a backup. Two runs are made. The backup is restored. Two more runs
+    are made, with new fences.
+    """
     store, backup = tmp_path / "store.db", tmp_path / "backup.db"
     fleet = make_fleet(f"sqlite:///{store}")
     app = client()
@@ -59,8 +57,8 @@ def test_a_sqlite_file_that_is_restored_from_a_backup(
 def test_a_database_that_is_restored_from_a_backup(
     own_postgres: Postgres, make_shop: Callable[..., Shop], client: Callable[[], Celery]
 ) -> None:
-    """One run. A dump. Two runs. The dump is restored on PostgreSQL while the worker goes on. Two
-    runs.
+    """One run is made, and then a dump. Two runs are made. The dump is restored on PostgreSQL while
+    the worker goes on. Two more runs are made, with new fences.
     """
     shop = make_shop(own_postgres)
     app = client()
@@ -94,7 +92,9 @@ def test_a_redis_that_was_wiped(
     own_valkey: Valkey,
     tmp_path: Path,
 ) -> None:
-    """FLUSHALL between two runs of a singleton without a state, whose lease is in Redis."""
+    """FLUSHALL removes all data between two runs of a singleton without a state, whose lease is in
+    Redis.
+    """
     fleet = make_fleet(f"sqlite:///{tmp_path}/store.db", CELERY_SINGLETON_LEASE_URL=own_valkey.url)
     app = client()
     fleet.start("-c", "1", app=APP)
@@ -109,8 +109,8 @@ def test_a_redis_that_was_wiped(
 def test_a_clock_that_was_set_back(
     own_server: Postgres | MariaDB, make_shop: Callable[..., Shop], client: Callable[[], Celery]
 ) -> None:
-    """The server's clock is an hour behind the newest fence. The next fences grow by one from
-    there, and no run waits for the clock.
+    """The server's clock is an hour behind the newest fence. The next fences grow by one from the
+    newest fence, and no run waits for the clock.
     """
     shop = make_shop(own_server)
     app = client()

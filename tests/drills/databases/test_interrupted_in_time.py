@@ -1,4 +1,4 @@
-"""P1: a lost run is interrupted early enough to tidy up before the next run begins."""
+"""Promise P1: a lost run is interrupted early enough to tidy up before the next run begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""P2, P3: a request that the server carries out after its client gave it up changes nothing."""
+"""Promises P2 and P3: a request that is carried out after its client gave it up changes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from tests.helpers.shop import Gate, Shop, StoppedBackends
 def stalled(shop: Shop, how: str, pattern: bytes) -> Iterator[None]:
     """Stall a request that contains ``pattern``, and have it carried out at the end of the block.
 
-    ``how`` says where it stalls: in a stopped process of the server, or on its way to the server.
+    ``how`` says where the request stalls: in a stopped process of the server, or on its way to the
+    server.
     """
     if how == "by a stopped backend":
         if not isinstance(shop.server, Postgres):
@@ -46,11 +47,12 @@ def test_a_late_checkpoint_does_not_undo_later_saves(
     how: str,
     later: str,
 ) -> None:
-    """A checkpoint stalls. It is repeated over another connection, and answered. The body saves
-    newer states, together with rows. Then the first copy of the checkpoint is carried out.
+    """A checkpoint stalls. The checkpoint is repeated over another connection, and answered. The
+    body saves newer states, together with rows. Then the first copy of the checkpoint is carried
+    out.
 
-    The release does not save the late state. The next run goes on after the newest state, and no
-    row is doubled.
+    The state of the late checkpoint is not stored. The next run goes on after the newest state, and
+    no row is doubled.
     """
     shop = make_shop(own_server)
     shop.start()
@@ -73,8 +75,8 @@ def test_a_late_checkpoint_does_not_undo_later_saves(
 def test_a_late_save_at_the_end_does_not_undo_the_next_run(
     own_server: Postgres | MariaDB, make_shop: Callable[..., Shop], client: Callable[[], Celery]
 ) -> None:
-    """The save that also releases the lease stalls. It is repeated, and answered. Another run
-    saves. Then the first copy is carried out, and changes nothing.
+    """The save that also releases the lease stalls. This save is repeated, and answered. Another
+    run saves. Then the first copy is carried out, and changes nothing.
     """
     shop = make_shop(own_server)
     shop.start()
@@ -90,8 +92,8 @@ def test_a_late_acquisition_delays_the_next_run_by_one_life_at_most(
     own_server: Postgres | MariaDB, make_shop: Callable[..., Shop], client: Callable[[], Celery]
 ) -> None:
     """A request for a lease of ten minutes stalls and is repeated. The run ends and releases the
-    lease. Then the first copy is carried out: a lease is held, but no run has it. The next run gets
-    the lease after an ordinary life at the latest, which is 4 s here.
+    lease. Then the first copy is carried out: now a lease is held that no run has. The next run
+    gets the lease after an ordinary life at the latest, which is 4 s here.
     """
     shop = make_shop(own_server, CELERY_SINGLETON_HEARTBEAT_INTERVAL=2)
     shop.start()

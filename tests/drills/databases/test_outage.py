@@ -1,4 +1,6 @@
-"""PostgreSQL is stopped under a real worker: the right reason, a real retry, nothing lost."""
+"""PostgreSQL is stopped while a real worker uses it: the worker names the right reason and retries,
+and nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,8 @@ def test_the_server_is_stopped_before_the_run(
 def test_the_server_is_stopped_in_the_body(
     fleet: Fleet, client: Callable[[], Celery], own_postgres: Postgres, tmp_path: Path
 ) -> None:
-    """The server is stopped during the body, so the save fails. The run is repeated from the state
-    before it.
+    """The server is stopped during the body, so the save fails. The run is repeated, and starts
+    from the state before the first attempt.
     """
     app = client()
     worker = fleet.start("-c", "1")

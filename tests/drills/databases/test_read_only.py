@@ -1,6 +1,4 @@
-"""P6: a server that is read-only for a while, as after a failover, counts as unavailable: no work
-fails.
-"""
+"""Promise P6: a server that is read-only for a while counts as unavailable, not as an error."""
 
 from __future__ import annotations
 
@@ -27,8 +25,9 @@ def test_a_server_that_is_read_only_for_a_while(
     when: str,
     reason: str,
 ) -> None:
-    """The server becomes read-only before the run or in mid-run, and the message is retried. In
-    mid-run, the body's own statement in ``transaction()`` is the first to be refused.
+    """The server becomes read-only before the run or in mid-run, and the message is retried, so no
+    work fails. In mid-run, the body's own statement in ``transaction()`` is the first to be
+    refused.
     """
     shop = make_shop(own_server)
     app, start = client(), make_gate("start")
@@ -54,8 +53,8 @@ def test_no_connection_stays_with_the_server_that_is_read_only(
     make_standby: Callable[[], Standby],
     client: Callable[[], Celery],
 ) -> None:
-    """A standby is promoted. The old primary is read-only and goes on answering. New connections
-    lead to the new primary, but no existing connection ends by itself.
+    """A standby is promoted. The old primary is read-only and still answers. New connections lead
+    to the new primary, but no existing connection ends by itself.
 
     At the first refusal the worker closes all its connections, and no message has to be retried.
     """

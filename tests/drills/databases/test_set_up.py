@@ -1,4 +1,4 @@
-"""Errors in a database's set-up, or an encoding that lacks characters, under a real worker."""
+"""Real workers on databases whose set-up has an error, or whose encoding lacks characters."""
 
 from __future__ import annotations
 

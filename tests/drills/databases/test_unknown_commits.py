@@ -1,4 +1,4 @@
-"""P3: the outcome of a commit is unknown to the run. Rows and state agree all the same."""
+"""Promise P3: rows and state agree even if a run does not learn the outcome of a commit."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def check_rows_and_state_agree(shop: Shop, app: Celery) -> None:
 def hold_commit(
     shop: Shop, app: Celery, start: Gate, *more: list[str]
 ) -> tuple[AsyncResult[Any], Held]:
-    """Send a task whose body begins after ``start`` opens. Return its result, and its first COMMIT,
-    which stalls on its way to the server.
+    """Send a task whose body begins after the gate ``start`` opens. Return its result, and its
+    first COMMIT, which stalls on its way to the server.
     """
     result = app.send_task(NAME, (start.step, ["copy"], *more))
     shop.wait_reached("start")
@@ -44,7 +44,7 @@ def hold_commit(
 
 
 def wait_failed(worker: Worker) -> None:
-    """Wait until the run has failed because of the store, whether it is then retried or not."""
+    """Wait until the run has failed because of the store. It may then be retried or not."""
     errors = ("HeartbeatFailed", "StatePersistFailed")
     wait_until(lambda: any(error in worker.output for error in errors), "the run fails")
 
@@ -57,8 +57,9 @@ def shop(own_server: Postgres | MariaDB, make_shop: Callable[..., Shop]) -> Shop
 def test_a_commit_that_is_carried_out_after_its_client_has_given_up(
     shop: Shop, client: Callable[[], Celery], make_gate: Callable[[str], Gate]
 ) -> None:
-    """COMMIT stalls on its way. The client gives up and asks the row, which its own transaction has
-    locked. Then COMMIT is carried out. The run goes on as if COMMIT had been answered.
+    """COMMIT stalls on its way. The client gives COMMIT up and asks the row, which its own
+    transaction has locked. Then COMMIT is carried out. The run goes on as if COMMIT had been
+    answered.
     """
     app, start = client(), make_gate("start")
     shop.start()
@@ -103,7 +104,7 @@ def test_the_answer_to_a_commit_is_lost_and_the_store_is_away_for_a_moment(
     shop: Shop, client: Callable[[], Celery], make_gate: Callable[[str], Gate]
 ) -> None:
     """COMMIT is carried out, but its answer is lost. For the next 0.2 s the store refuses to say
-    whether it was committed.
+    whether the transaction was committed.
     """
     app, start = client(), make_gate("start")
     shop.start()
@@ -127,8 +128,8 @@ def test_a_soft_time_limit_during_a_commit(
 ) -> None:
     """The soft time limit ends a body while its COMMIT is on its way.
 
-    The signal reaches the pool's process, which gives COMMIT up. Then COMMIT is carried out, or it
-    is lost. The body fails with its time limit in both cases.
+    The signal reaches the pool's process, which gives COMMIT up. Then COMMIT is carried out, or is
+    lost. In both cases the body fails because of its time limit.
     """
     app, start = client(), make_gate("start")
     shop.start()
@@ -151,9 +152,10 @@ def test_a_commit_that_waits_for_a_standby_that_never_comes(
     client: Callable[[], Celery],
     make_gate: Callable[[str], Gate],
 ) -> None:
-    """PostgreSQL has committed, but does not answer before a synchronous standby has confirmed,
-    which never happens. Every later write waits in the same way. The client gives up, and the run
-    fails. An operator resets the setting, and the server carries out all waiting statements.
+    """PostgreSQL has committed, but answers only after a synchronous standby has confirmed the
+    commit, which never happens. Every later write waits in the same way. The client gives up, and
+    the run fails. An operator resets the setting, and the server carries out all waiting
+    statements.
     """
     shop = make_shop(own_postgres, CELERY_SINGLETON_HEARTBEAT_INTERVAL=2)
     app, start = client(), make_gate("start")

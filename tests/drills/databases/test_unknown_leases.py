@@ -1,7 +1,7 @@
 """A live process can hold a lease without knowing it. It soon releases such a lease.
 
-An ordinary life is 20 s here, and the tasks' leases live for ten minutes. A lease that is free
-before that was released and has not expired.
+An ordinary life is 20 s here, and the tasks' leases live for ten minutes. If a lease becomes free
+within 20 s, it was released and has not expired.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def shop(own_server: Postgres | MariaDB, make_shop: Callable[..., Shop]) -> Shop
 
 
 def test_all_answers_to_an_acquisition_are_lost(shop: Shop, client: Callable[[], Celery]) -> None:
-    """The lease is acquired, but all answers are lost, so its process does not know that it holds
-    it.
+    """The lease is acquired, but all answers are lost, so the process does not know that it holds
+    the lease.
     """
     app, name = client(), "long steps, not retried"
     for _ in range(3):
@@ -76,7 +76,7 @@ def test_the_last_answer_to_a_release_is_lost(shop: Shop, client: Callable[[], C
     ],
     ids=lambda headers: "+".join(headers),
 )
-def test_a_message_with_a_malformed_header(
+def test_a_message_with_a_malformed_header_leaves_no_lease(
     shop: Shop, client: Callable[[], Celery], headers: dict[str, str]
 ) -> None:
     """A message has a malformed header. Its lease is released even if the header causes an error

@@ -21,7 +21,7 @@ from tests.helpers.tables import ALL_COLUMNS, columns_and_indexes, execute, give
 from tests.helpers.waiting import wait_until
 
 ROWS = 1_000_000
-#: Rows that the programs change during the upgrade: counters.
+#: The number of rows that the programs change during the upgrade: each contains a counter.
 COUNTERS = 1_000
 
 FILL = f"""
@@ -31,7 +31,7 @@ SELECT CASE WHEN n <= {COUNTERS} THEN 'counter-' ELSE 'old-' END || n,
   now() - n * interval '1 second'
 FROM generate_series(1, {ROWS}) AS n
 """
-#: A checksum of the rows that must not change.
+#: A query for a checksum of the rows that must not change.
 FINGERPRINT = """
 SELECT count(*), sum(hashtextextended(concat(key, '|', value, '|', updated_at), 0))
 FROM kv_store WHERE key LIKE 'old-%%'
@@ -42,15 +42,16 @@ SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('idx_kv_store_upd
 
 
 class Users:
-    """Two programs that read and write, and know only three columns.
+    """Two programs that know only three columns: one reads, one writes.
 
-    A statement that waits for 20 s fails: an upgrade may not make it wait for so long.
+    A statement that waits for 20 s fails, because an upgrade may not make programs wait for so
+    long.
     """
 
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn
         self._stop = threading.Event()
-        #: How long the slowest statement took, in seconds.
+        #: How many seconds the slowest statement took.
         self.longest = 0.0
         self.reads = self.counted = 0
         #: Keys that the writer inserted and did not delete again.
@@ -112,8 +113,8 @@ def test_an_upgrade_loses_no_row_and_stops_no_program(
     watch: psycopg.Connection[Any],
     is_killed: bool,
 ) -> None:
-    """A reads and B writes during the whole test. The table, which has no index, is upgraded at
-    once, or the upgrade is killed while it builds the index and then started again.
+    """A reads and B writes during the whole test. The table has no index. The upgrade runs at once,
+    or is killed while it builds the index and then started again.
     """
     execute(postgres_url, given_table(postgres_url), FILL.replace("%", "%%"))
     watch.execute("VACUUM ANALYZE kv_store")
@@ -165,7 +166,7 @@ def test_an_upgrade_loses_no_row_and_stops_no_program(
 
 def kill_in_mid_build(fleet: Fleet, url: str, watch: psycopg.Connection[Any]) -> None:
     """Kill an upgrade while it builds the index. An open transaction that has changed the table
-    keeps the build from finishing before.
+    keeps the build from finishing before the kill.
     """
     with psycopg.connect(url.replace("+psycopg", "")) as writer:
         writer.execute("INSERT INTO kv_store (key, value) VALUES ('slow', '1')")

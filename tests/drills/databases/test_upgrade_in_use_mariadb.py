@@ -40,13 +40,13 @@ WHERE `key` LIKE 'old-%'
 
 
 class Users:
-    """Two programs that read and write, and know only three columns."""
+    """Two programs that know only three columns: one reads, one writes."""
 
     def __init__(self, connect: Callable[[], pymysql.Connection]) -> None:
         self._connect = connect
         self._stop = threading.Event()
         self.reads = self.counted = 0
-        #: How long the slowest statement of each program took, in seconds.
+        #: How many seconds the slowest statement of each program took.
         self.longest_read = self.longest_write = 0.0
 
     def stop(self) -> None:
@@ -78,8 +78,8 @@ def test_an_upgrade_loses_nothing(
     make_fleet: Callable[..., Fleet], mariadb: MariaDB, mariadb_url: str, collation: str
 ) -> None:
     """A reads and B writes during the whole test. If the collation already compares keys by their
-    bytes, the upgrade only adds columns, at once. Otherwise MariaDB rewrites the whole table, and
-    writers wait for that.
+    bytes, the upgrade only adds columns, which is quick. Otherwise MariaDB rewrites the whole
+    table, and writers wait for that.
     """
     execute(mariadb_url, MAKE.format(collation=collation), FILL)
     fleet = make_fleet(mariadb_url, CELERY_SINGLETON_AUTO_MIGRATE="0")

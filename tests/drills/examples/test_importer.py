@@ -1,5 +1,5 @@
-"""The importer demo imports each line exactly once, leaves nothing behind, and its proof
-can fail.
+"""The importer demo imports each line exactly once and leaves nothing behind; and its proof can
+fail.
 """
 
 import importlib
@@ -101,7 +101,7 @@ def test_deliveries_are_skipped_while_a_run_is_active(performance: SimpleNamespa
 
 
 def found(pattern: str, text: str) -> Any:
-    """Return the groups of the pattern's one match."""
+    """Return the groups of the pattern's only match in a text."""
     (match,) = re.findall(pattern, text)
     return match
 
@@ -123,7 +123,7 @@ def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path, number: int) 
 
 @pytest.fixture
 def demo() -> Iterator[SimpleNamespace]:
-    """The demo's modules, as attributes."""
+    """An object whose attributes are the demo's modules."""
     names = ("orders", "proof", "watch")
     sys.path.insert(0, str(DEMO))
     try:

@@ -84,7 +84,7 @@ def start(fleet: Fleet) -> Iterator[Callable[[str], Container]]:
 
 @has_ping
 def test_workers_and_beats_answer_for_themselves(start: Callable[[str], Container]) -> None:
-    """One of two workers is dead. Its probe fails although the other worker answers."""
+    """Of two workers one is dead. Its probe fails although the other worker answers."""
     containers = [start(name) for name in ("shop-worker", "shop-worker", "shop-beat", "shop-beat")]
     for container in containers:
         wait_until(lambda each=container: each.passes("livenessProbe"), "it is alive")

@@ -28,8 +28,8 @@ from tests.helpers.waiting import wait_until
 
 APP = "tests.apps.seen_app"
 PATHS = ("/health", "/metrics", "/")
-#: What 300 clients send first, a third of them each. The clients that send the last part go on
-#: sending, byte by byte, and never end the request.
+#: The parts of a request that 300 clients send, a third of them each. The clients with the last
+#: part go on sending, byte by byte, and never end the request.
 HALVES = (b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nX: ")
 
 pytestmark = pytest.mark.fleet(store="postgresql", app=APP)
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.fleet(store="postgresql", app=APP)
 
 @pytest.fixture
 def clients() -> Iterator[Callable[[Exporter], list[socket.socket]]]:
-    """A function that has 300 clients send half a request each; a third of them never stops
+    """A function that lets 300 clients send half a request each. A third of them never stop
     sending.
     """
     stop = threading.Event()
@@ -69,8 +69,8 @@ def clients() -> Iterator[Callable[[Exporter], list[socket.socket]]]:
 
 @pytest.fixture
 def hang(own_postgres: Postgres) -> Iterator[Callable[[signal.Signals], None]]:
-    """A function that sends a signal to the whole database server: SIGSTOP makes it hang, SIGCONT
-    go on.
+    """A function that sends a signal to all processes of the database server: SIGSTOP makes the
+    server hang, SIGCONT makes it go on.
     """
 
     def send(number: signal.Signals) -> None:
@@ -88,8 +88,8 @@ def test_300_half_sent_requests_are_closed_after_a_while(
     postgres_url: str,
     clients: Callable[[Exporter], list[socket.socket]],
 ) -> None:
-    """300 clients send half a request. Meanwhile the exporter answers others. Then it has as many
-    threads and descriptors as before, although a third of the clients goes on sending.
+    """300 clients send half a request. Meanwhile the exporter answers others. After a while it has
+    as many threads and descriptors as before, although a third of the clients go on sending.
     """
     exporter = make_fleet().start_exporter()
     assert [exporter.get(path)[0] for path in PATHS] == [200] * 3
@@ -110,8 +110,9 @@ def test_300_scrapes_of_a_store_that_hangs(
     own_postgres: Postgres,
     hang: Callable[[signal.Signals], None],
 ) -> None:
-    """The scrapes share their queries of a store that hangs: one query after the other would take
-    most of an hour. Requests beyond the limit are refused at once.
+    """The scrapes share their queries of the store that hangs: if each scrape sent its own query,
+    one after the other, they would take most of an hour. Requests beyond the limit are refused at
+    once.
     """
     exporter = make_fleet(own_postgres.create_database("shop")).start_exporter()
     process = psutil.Process(exporter.process.pid)
@@ -137,9 +138,8 @@ def test_60_scrapes_of_a_large_exposition(
 ) -> None:
     """The store and the events have 10,000 keys, and 60 clients ask for the metrics all the time.
 
-    The exporter's memory grows by that of a few expositions only. It answers each health probe
-    within 10 seconds. SIGTERM ends it although the
-    clients go on asking.
+    The exporter's memory grows by the size of a few expositions only. The exporter answers each
+    health probe within 10 seconds. SIGTERM ends it although the clients go on asking.
     """
     exporter = make_fleet().start_exporter("--per-key")
     app = client()
@@ -169,7 +169,8 @@ def test_60_scrapes_of_a_large_exposition(
     def ask() -> list[int]:
         found = []
         while not stop.is_set():
-            # The exporter cuts some requests off when it ends, and later ones find no server.
+            # Ignore the errors at the end: the exporter cuts some requests off, and later requests
+            # find no server.
             with (
                 contextlib.suppress(OSError, HTTPException),
                 urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer,
@@ -216,17 +217,16 @@ def test_a_signal_ends_the_exporter_while_requests_hang(
         clients(exporter)
         wait_until(lambda: process.num_threads() >= threads + 10, "the requests wait")
         exporter.process.send_signal(number)
-        # The limit of 6 s is shorter than the store's own time limits, which would end the requests
-        # too.
+        # 6 s is shorter than the store's own time limits, so these have not ended the requests.
         assert exporter.process.wait(timeout=6) == 0
     assert "Traceback" not in exporter.output
 
 
-def test_made_up_events_through_a_broker(
+def test_made_up_events_through_a_broker_do_no_harm(
     make_fleet: Callable[..., Fleet], postgres_url: str, client: Callable[[], Celery]
 ) -> None:
-    """Made-up events in the broker end neither the exporter's connection nor its counting. They
-    make no series of their own.
+    """Made-up events in the broker do not end the exporter's connection or its counting, and make
+    no series of their own.
     """
     exporter = make_fleet().start_exporter()
     app = client()
@@ -255,7 +255,7 @@ def test_made_up_events_through_a_broker(
     wait_until(lambda: counted("retried") == 1, "the last event is counted")
     after = exporter.metrics()
     assert after["singleton_broker_up"] == {(): 1}
-    # These 400 are the events with an odd key, and the events whose duration is not a number.
+    # These 400 are the events with an odd key, and the events with a duration that is not a number.
     assert counted("succeeded") == 400
     assert counted("(others)") == 200
     assert after["singleton_executions_total"][("(unknown)", "succeeded")] == 200
@@ -269,7 +269,7 @@ def test_made_up_events_through_a_broker(
 
 
 def send(connection: Connection, body: str, content_type: str) -> None:
-    """Publish a body, unchanged, to the exchange of the workers' events."""
+    """Publish a body, as it is, to the exchange of the workers' events."""
     connection.Producer(exchange=get_exchange(connection)).publish(
         body, content_type=content_type, content_encoding="utf-8", routing_key="made.up"
     )

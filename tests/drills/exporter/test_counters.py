@@ -22,7 +22,7 @@ pytestmark = pytest.mark.fleet(store="postgresql", app=APP)
 def test_the_counters_agree_with_500_runs(
     fleet: Fleet, client: Callable[[], Celery], fleet_store: str
 ) -> None:
-    """All 500 runs have different keys, which are counted in one series."""
+    """The 500 runs have different keys, and are counted in one series."""
     app = client()
     fleet.start("-c", "2", "-E")
     exporter = fleet.start_exporter()
@@ -46,7 +46,7 @@ def test_the_counters_agree_with_500_runs(
 def test_ten_thousand_keys_are_read_by_one_statement(
     make_fleet: Callable[..., Fleet], postgres: Postgres, server_url: str
 ) -> None:
-    """The keys add no series to the metrics. With ``--per-key`` they do, up to a limit."""
+    """The keys add no series to the metrics. With ``--per-key`` keys add series, up to a limit."""
     url = f"{server_url}?application_name=scraped&options=-c%20log_statement%3Dall"
     fleet = make_fleet(url)
     exporter, per_key = fleet.start_exporter(), fleet.start_exporter("--per-key")

@@ -1,4 +1,4 @@
-"""Flower handles Celery's events as before when this package's events are among them.
+"""Flower handles Celery's events in the same way when this package's events are among them.
 
 This is a drill, not a test, because every ``celery`` command loads Flower if it is installed.
 """
@@ -37,8 +37,8 @@ def flower(fleet: Fleet) -> Iterator[int]:
 def test_flower_does_not_count_our_events_as_tasks(
     fleet: Fleet, client: Callable[[], Celery], flower: int
 ) -> None:
-    """Flower receives our events as well. It does not take them for tasks and does not count them
-    as tasks.
+    """Flower also receives our events. It does not count them as tasks, and does not show them as
+    tasks.
     """
     fleet.start("-P", "solo", "-E")
 

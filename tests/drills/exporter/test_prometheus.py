@@ -44,7 +44,7 @@ def promtool(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str
 
 
 def expressions() -> list[str]:
-    """Return the dashboard's queries, with its variables filled in."""
+    """Return the dashboard's queries, with the dashboard's variables filled in."""
     board = json.loads((EXAMPLE / "dashboard.json").read_text())
     found = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     return [
@@ -78,12 +78,15 @@ def test_prometheus_has_the_exact_numbers(
     ask = prometheus.query
 
     def found(name: str) -> dict[frozenset[str], float]:
-        """Return the series of the scripted task ``counted``, without those of ``hourly``."""
+        """Return the series of the scripted task ``counted`` that are not 0, without the series of
+        ``hourly``.
+        """
         return {frozenset(each): n for each, n in ask(f"{name}{{singleton='counted'}} > 0").items()}
 
     for name, counted in expected.items():
         wait_until(lambda n=name, c=counted: found(n) == c, f"Prometheus has {name}: {counted}")
-    # The first error is an increase for Prometheus, because the series existed before, as zero.
+    # Prometheus counts even the first error as an increase, because the series existed before with
+    # the value 0.
     increase = "increase(singleton_state_errors_total{reason='SchemaDecodeFailed'}[1m]) > 0"
     wait_until(
         lambda: ask(increase).keys() == {("SchemaDecodeFailed", "counted")},
@@ -109,7 +112,7 @@ def test_the_dashboard_asks_for_metrics_that_exist(
     fleet = make_fleet()
     text = fleet.start_exporter("--per-key").get("/metrics")[1]
     there = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
-    # No beat has led yet, so that the exporter does not show these two.
+    # The exporter does not show these two metrics, because no beat has led yet.
     there |= {"singleton_beat_leading", "singleton_beat_fence"}
     asked = " ".join([*expressions(), (EXAMPLE / "alerts.yml").read_text()])
     named = {word for word in _words(asked) if word.startswith("singleton_")}

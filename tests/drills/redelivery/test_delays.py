@@ -1,4 +1,4 @@
-"""Delays that are longer than Redis waits for the acknowledgement of a message."""
+"""Delays that are longer than the time for which Redis waits for a message's acknowledgement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers.waiting import wait_until
 
 
 def messages(app: Celery) -> int:
-    """Return how many messages are in the queue, or delivered and not acknowledged."""
+    """Return how many messages the broker has, queued or not acknowledged."""
     with app.connection() as connection:
         client = connection.default_channel.client
         return int(client.llen("celery") + client.hlen("unacked"))
@@ -23,9 +23,9 @@ def test_a_coalesced_message_that_waits_for_long_runs_once(
 ) -> None:
     """A coalesced message waits for the end of a hold period of 12 s, and runs once.
 
-    Redis checks every 10 s for messages that were not acknowledged within 1 s. It would redeliver a
-    message that waits for 12 s at once, and each copy would then record another pending run, for
-    ever. So the message waits in short steps.
+    Redis checks every 10 s for messages that were not acknowledged within 1 s. If the message
+    waited for 12 s without a break, Redis would deliver a second copy, and each copy would record
+    another pending run, for ever. So the message waits in short steps.
     """
     fleet = make_fleet(
         f"sqlite:///{tmp_path}/store.db",

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.fleet(app=APP)
 
 @pytest.fixture
 def make_task(fleet: Fleet, client: Callable[[], Celery]) -> Iterator[Callable[..., Any]]:
-    """A function that makes tasks in the sending app, which decides whether to publish a
-    message.
+    """A function that makes a task in the sending app. There ``enqueue_once`` decides whether to
+    publish a message.
     """
     made: list[Celery] = []
 
@@ -30,7 +30,9 @@ def make_task(fleet: Fleet, client: Callable[[], Celery]) -> Iterator[Callable[.
         made.append(client())
 
         def body(self: Any, what: Any = "", until: str = "") -> None:
-            """Do nothing: the body that counts runs in the workers."""
+            """Do nothing: only the name and the options of this task are used. The workers run
+            another body.
+            """
 
         return singleton_task(made[-1], name=name, shared=False, enqueue_once=True, **options)(body)
 
@@ -40,7 +42,9 @@ def make_task(fleet: Fleet, client: Callable[[], Celery]) -> Iterator[Callable[.
 
 
 def sent_after(task: Any, last: Any, *args: Any, **options: Any) -> Any:
-    """Send the task until a new message is published instead of ``last``; return its result."""
+    """Send the task until the result is not ``last``, because a new message was published; return
+    the new result.
+    """
 
     def sent() -> Any:
         result = task.apply_async(args, **options)
@@ -58,8 +62,8 @@ def is_queued(task: Any) -> bool:
 def test_a_message_that_fails_before_its_delivery_does_not_block_the_next(
     fleet: Fleet, make_task: Callable[..., Any], how: str
 ) -> None:
-    """``before_start`` raises, or the hard time limit kills the process in it. The next message is
-    published.
+    """``before_start`` raises, or the hard time limit kills the process in ``before_start``. The
+    next message is published.
     """
     fleet.start("-c", "1")
     task = make_task("ends_early")
@@ -81,8 +85,8 @@ def test_a_message_that_a_worker_cannot_read_does_not_block_the_next(
 def test_a_message_for_an_unknown_task_does_not_block_the_next(
     fleet: Fleet, make_task: Callable[..., Any]
 ) -> None:
-    """During a deployment no worker knows the task yet, so the first message fails. The sender does
-    not get that failed result for its next message: that message is published.
+    """During a deployment no worker knows the task yet, so the first message fails. The sender's
+    next message is published: the sender does not get the failed result instead.
     """
     fleet.start("-c", "1")
     task = make_task("known_tomorrow")
@@ -94,8 +98,9 @@ def test_a_message_for_an_unknown_task_does_not_block_the_next(
 def test_a_change_during_a_run_is_not_lost(
     fleet: Fleet, make_task: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Versions 2 and 3 are sent while version 1 runs. The running message cannot stand for them, so
-    2 is published. It is queued, so the sender of 3 gets the result of 2.
+    """Versions 2 and 3 are sent while version 1 runs. Version 2 is published, because the running
+    message has not seen the change. Version 2 is then queued, so the sender of version 3 gets its
+    result.
     """
     go = tmp_path / "go"
     fleet.start("-c", "2")

@@ -1,4 +1,4 @@
-"""A singleton's message is sent through a fanout exchange (kombu's ``Broadcast``): it runs once."""
+"""A singleton's message that is sent to all workers (kombu's ``Broadcast``) runs once."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.fleet(
 
 @pytest.fixture
 def workers(fleet: Fleet, client: Callable[[], Celery]) -> list[Worker]:
-    """Three workers that listen to the fanout exchange. On Redis they do so a little after they are
-    ready.
+    """Start three workers, and wait until they listen to the fanout exchange. On Redis this is a
+    little after they are ready.
     """
     started = [fleet.start("-c", "2", ready=False, name=name) for name in "abc"]
     for worker in started:
@@ -41,8 +41,8 @@ def workers(fleet: Fleet, client: Callable[[], Celery]) -> list[Worker]:
 def send_to_all(app: Celery, task: str, *args: Any, **options: Any) -> Any:
     """Send a message through the fanout exchange.
 
-    The exchange is declared first, because on Redis kombu takes an exchange that its process has
-    not declared for a direct one.
+    Declare the exchange first, because on Redis kombu treats an exchange that its process has not
+    declared as a direct exchange.
     """
     queue = app.amqp.queues[f"{app.conf.task_default_queue}-all"]
     declare = [queue.exchange]
@@ -73,7 +73,7 @@ def test_a_message_to_all_workers_runs_once(
     deduplicate: bool,
 ) -> None:
     """Three workers get a copy each. One copy runs while the others find the lease taken, and no
-    copy is redelivered. Copies that arrive after the run find it in the row's history.
+    copy is redelivered. If a copy arrives after the run, it finds the run in the row's history.
     """
     app, go = client(), tmp_path / "go"
     task = f"broadcast_{policy}_{deduplicate}"
@@ -93,8 +93,8 @@ def test_a_message_to_all_workers_runs_once(
 def test_a_message_to_all_workers_waits_for_another_run(
     workers: list[Worker], fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """The three copies find the lease taken by the run of another message. One of them runs after
-    it.
+    """The three copies find that the run of another message has the lease. One copy runs after that
+    run.
     """
     app, go = client(), tmp_path / "go"
     task = "broadcast_wait_False"
@@ -117,7 +117,7 @@ def test_a_retry_that_the_body_of_one_copy_asks_for_runs_once(
     workers: list[Worker], fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
     """The body of a fanout message calls ``self.retry()``. On Redis the retry goes to all workers,
-    on RabbitMQ into the queue of one worker. It runs once on both.
+    on RabbitMQ it goes into the queue of one worker. On both brokers the retry runs once.
     """
     result = send_to_all(client(), "retries_later", 1, 0.2, 3)
     wait_until(lambda: ended(workers, "retries_later", result.id) >= 6, "all retries have run")

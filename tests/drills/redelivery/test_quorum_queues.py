@@ -25,8 +25,8 @@ pytestmark = [
 def test_a_retry_after_less_than_a_second_arrives(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """A retry with a countdown of 0.3 s arrives after a second. Celery's own delay would refuse and
-    drop it (``countdown must be a positive number``).
+    """A retry with a countdown of 0.3 s arrives after a second. Celery's own delay would refuse the
+    countdown (``countdown must be a positive number``) and drop the retry.
     """
     app = client()
     fleet.start("-c", "2")
@@ -71,7 +71,8 @@ def test_a_message_waits_through_the_deaths_of_its_worker_and_of_rabbitmq(
     fleet = make_fleet(CELERY_BROKER_URL=own_rabbitmq.url)
     app = client()
     killed = fleet.start("-c", "1", name="a")
-    # RabbitMQ 3.10 can lose a quorum queue that is younger than half a second when it is killed.
+    # Wait for this task, because RabbitMQ 3.10 can lose a quorum queue that is younger than half a
+    # second when it is killed.
     assert outcome(app.send_task("retries_later", (0, 3))) == 1
     result = app.send_task("retries_later", (1, 5))
     fleet.wait_for_output(killed, f"Task retries_later[{result.id}] retry")
@@ -86,7 +87,9 @@ def test_a_message_waits_through_the_deaths_of_its_worker_and_of_rabbitmq(
 
 
 def delete_delay_exchange(app: Celery) -> None:
-    """Delete an exchange for delays, as if no worker had declared it or was allowed to."""
+    """Delete an exchange for delays, as if no worker had declared it or had the right to declare
+    it.
+    """
     with app.connection_for_write() as connection, connection.channel() as channel:
         channel.exchange_delete("celery_delayed_27")
 
@@ -94,7 +97,7 @@ def delete_delay_exchange(app: Celery) -> None:
 def test_a_message_that_rabbitmq_cannot_delay_waits_in_the_worker(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """RabbitMQ would lose a message that is published to an exchange which does not exist."""
+    """RabbitMQ would lose a message that is published to an exchange that does not exist."""
     app = client()
     worker = fleet.start("-c", "2")
     delete_delay_exchange(app)

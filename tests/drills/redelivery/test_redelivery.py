@@ -53,9 +53,7 @@ def test_the_same_message_published_twice_runs_once(
 def test_a_message_whose_runs_die_is_redelivered_a_limited_number_of_times(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """Each run kills its process. Celery delivers the message again as often as it may, and no
-    more.
-    """
+    """Each run kills its process. Celery limits how often it delivers the message again."""
     app = client()
     fleet.start("-c", "1")
     result = app.send_task("dies_twice")
@@ -68,15 +66,15 @@ def test_a_message_whose_runs_die_is_redelivered_a_limited_number_of_times(
 
 
 def send_and_enter(fleet: Fleet, app: Celery, go: Path) -> AsyncResult[int]:
-    """Send a message; return its result when its body has begun."""
+    """Send a message and wait until its body has begun; return the message's result."""
     result: AsyncResult[int] = app.send_task("increment", (str(go),))
     fleet.wait_for_notes("enter")
     return result
 
 
 def wait_until_requeued(fleet: Fleet, worker: Worker) -> None:
-    """Wait until the copy is requeued. Before Celery 5.5 there is nothing to wait for, because a
-    worker that has reconnected starts no message while a body runs.
+    """Wait until the second copy of the message is requeued. Do not wait with Celery before 5.5, in
+    which a worker that has reconnected starts no message while a body runs.
     """
     if celery.VERSION >= (5, 5):
         fleet.wait_for_output(worker, "its message is requeued")
@@ -90,7 +88,7 @@ def test_the_connection_of_a_worker_breaks_in_mid_body(
     tmp_path: Path,
 ) -> None:
     """A's body runs. A's connection breaks. RabbitMQ delivers the message again. A reconnects and
-    receives it while the run goes on.
+    receives the copy while the run goes on.
 
     The copy is requeued, and ends as a duplicate after the run has saved.
     """
@@ -116,7 +114,8 @@ def test_another_worker_gets_the_message_of_a_run_that_goes_on(
 ) -> None:
     """A's body runs. A is cut off from RabbitMQ for good. B receives A's message.
 
-    B requeues it while A's run goes on, and ends it as a duplicate after the run has saved.
+    B requeues the message while A's run goes on, and ends it as a duplicate after the run has
+    saved.
     """
     proxy = make_proxy(rabbitmq.port)
     fleet = make_fleet()
@@ -142,8 +141,8 @@ def test_a_run_that_celery_kills_over_a_lost_connection_is_repeated(
     client: Callable[[], Celery],
     tmp_path: Path,
 ) -> None:
-    """``worker_cancel_long_running_tasks_on_connection_loss``: A's connection breaks. Celery kills
-    the body's process. The lease is free at once. The message is redelivered and runs.
+    """With ``worker_cancel_long_running_tasks_on_connection_loss``, A's connection breaks. Celery
+    kills the body's process. The lease is free at once. The message is redelivered and runs.
     """
     proxy = make_proxy(rabbitmq.port)
     fleet = make_fleet(CELERY_BROKER_URL=rabbitmq.url_at(proxy.port), TEST_CANCEL="1")
@@ -162,8 +161,8 @@ def test_a_worker_that_dies_leaves_its_message_to_another(
     client: Callable[[], Celery],
     tmp_path: Path,
 ) -> None:
-    """A and all its processes are killed in mid-body. A also has three messages that wait for its
-    one child. B, on the same host, receives all four messages and takes over the lease.
+    """A and all its processes are killed in mid-body. Three more messages have been waiting for A's
+    only child. B, on the same host, receives all four messages and takes over the lease.
     """
     fleet = make_fleet(TEST_PREFETCH="4")
     app, go = client(), tmp_path / "go"
@@ -189,8 +188,8 @@ def test_a_worker_that_falls_silent_to_rabbitmq_in_mid_body(
     pool: str,
 ) -> None:
     """A's main thread stops sending heartbeats to RabbitMQ: with threads, a cold shutdown has ended
-    it; in a solo pool, it runs the body. RabbitMQ takes A for dead while
-    A's run goes on, and delivers its message to B.
+    the thread; in a solo pool, the thread runs the body. RabbitMQ considers A dead while A's run
+    goes on, and delivers its message to B.
 
     A cannot acknowledge the message. B requeues it, and ends it as a duplicate after the run has
     saved.
@@ -244,7 +243,8 @@ def test_rabbitmq_dies_in_mid_body(
     fleet = make_fleet(CELERY_BROKER_URL=own_rabbitmq.url)
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "2")
-    # RabbitMQ 3.10 can lose a quorum queue that is younger than half a second when it is killed.
+    # Wait for this task, because RabbitMQ 3.10 can lose a quorum queue that is younger than half a
+    # second when it is killed.
     assert outcome(app.send_task("retries_later", (0, 1))) == 1
     result: AsyncResult[int] = app.send_task("increment", (str(go),))
     fleet.wait_for_notes("enter", 3)

@@ -1,4 +1,4 @@
-"""What follows a run: its result and callbacks, and its message if its process dies."""
+"""What follows a run: its result and callbacks; and a redelivery if its process dies."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_a_chain_goes_on_with_the_result_of_a_run_whose_process_died_before_it_w
     tmp_path: Path,
     backend: bool,
 ) -> None:
-    """The run saves. Its child is killed before Celery sends the chain's next message. The message
-    is redelivered, and recognised as done: the chain goes on with its result.
+    """The run saves. Its child process is killed before Celery sends the chain's next message. The
+    message is redelivered, and recognised as done: the chain goes on with the result of the run.
     """
     fleet = make_fleet()
     if not backend:
@@ -81,8 +81,8 @@ def test_a_result_that_was_too_large_to_keep_is_none_and_a_warning(
 def test_a_copy_that_comes_just_as_a_run_ends_sends_no_second_callback(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """The run saves. A copy of its message arrives and finds it done. Only then does Celery send
-    the callback and record the result of the first delivery.
+    """The run saves. A copy of its message arrives, and the run is already done. Only then does
+    Celery send the callback and record the result of the first delivery.
     """
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "2")
@@ -126,16 +126,19 @@ def unreachable(task_id: str) -> None:
 def test_an_id_that_was_used_before_runs_each_day(
     fleet: Fleet, client: Callable[[], Celery], backend: bool
 ) -> None:
-    """Each day's message has the id of the previous day's, whose result is still in the backend.
+    """Each day's message has the id of the previous day's message, whose result is still in the
+    backend.
 
-    A sender without a result backend cannot delete that result, so the worker does it before the
+    A sender without a result backend cannot delete this result, so the worker deletes it before the
     run.
     """
     app = client()
     fleet.start("-c", "1")
 
     def body(self: Any, until: str = "") -> None:
-        """Do nothing: the body that counts runs in the worker."""
+        """Do nothing: only the name and the options of this task are used. The worker runs another
+        body.
+        """
 
     sender = client()
     if not backend:
@@ -159,7 +162,9 @@ def test_a_new_message_with_the_id_of_a_run_that_goes_on_runs_after_it(
     made: dict[str, Any] = {"state_schema": Counter, "shared": False}
 
     def body(self: Any, *_: Any) -> None:
-        """Do nothing: the body that counts runs in the worker."""
+        """Do nothing: only the name and the options of this task are used. The worker runs another
+        body.
+        """
 
     increment = singleton_task(app, name="increment", **made)(body)
     increment.apply_async((str(go),), task_id="nightly-import")
@@ -174,8 +179,8 @@ def test_a_new_message_with_the_id_of_a_run_that_goes_on_runs_after_it(
         twice.apply_async(task_id="nightly-report")
         fleet.wait_for_notes("attempt", 3 * day)
 
-        # Check the state, not the result: Celery can store the retry's state after the retry's
-        # success.
+        # Check the state, not the result: after the retry's success, Celery can still store that a
+        # retry was asked for.
         def is_saved(expected: str = f'{{"n":{day}}}') -> bool:
             row = store.peek("singleton-state:retry_twice")
             return row is not None and not row.held and row.value == expected

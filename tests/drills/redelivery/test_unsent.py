@@ -1,7 +1,7 @@
 """Messages that must be sent again while their broker is unavailable, with real workers.
 
-Workers publish through a proxy that refuses, and read from the broker itself. So an acknowledgement
-arrives, and a message that is discarded would be lost.
+Workers publish through a proxy that refuses connections, and read from the broker itself. So an
+acknowledgement still arrives, and a message that is acknowledged without being sent would be lost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ pytestmark = pytest.mark.fleet(
 
 @pytest.fixture(params=["valkey", "rabbitmq"])
 def broker(request: pytest.FixtureRequest) -> tuple[UrlAt, int]:
-    """A function from a port to the broker's URL, and the broker's own port."""
+    """A pair: a function that returns the broker's URL with another port, and the broker's own
+    port.
+    """
     if request.param == "rabbitmq":
         rabbitmq: RabbitMQ = request.getfixturevalue("rabbitmq")
         return rabbitmq.url_at, rabbitmq.port
@@ -51,8 +53,8 @@ def fleet_broker(broker: tuple[UrlAt, int], proxy: Proxy, tmp_path: Path) -> dic
 
 
 def start(fleet: Fleet) -> Worker:
-    """Start a worker that publishes nothing of its own, because a failure of that would also break
-    the connection that it reads from.
+    """Start a worker that publishes no heartbeats of its own: if they failed, this would also break
+    the connection from which the worker reads.
     """
     return fleet.start("-c", "2", "--without-heartbeat")
 
@@ -66,11 +68,13 @@ def wait_until_unsent(fleet: Fleet, worker: Worker, task: str, task_id: str) -> 
     fleet.wait_for_output(worker, f"singleton {task}: task {task_id} could not be sent again")
 
 
-def test_a_retry(fleet: Fleet, client: Callable[[], Celery], proxy: Proxy, tmp_path: Path) -> None:
+def test_a_retry_is_sent_when_the_broker_is_back(
+    fleet: Fleet, client: Callable[[], Celery], proxy: Proxy, tmp_path: Path
+) -> None:
     """The body runs. Publishing fails from now on. The body asks for a retry. Publishing works
     again.
 
-    The message is redelivered as it was, and its retry is sent then.
+    The original message is redelivered, and its retry is then sent.
     """
     app, go = client(), tmp_path / "go"
     worker = start(fleet)
@@ -80,8 +84,8 @@ def test_a_retry(fleet: Fleet, client: Callable[[], Celery], proxy: Proxy, tmp_p
     go.touch()
     wait_until_unsent(fleet, worker, "retries_once", result.id)
     proxy.mode = "pass"
-    # Do not wait for the result: Celery stores the result of the run that asked for the retry after
-    # it has sent the retry, and so sometimes after the retry's own result.
+    # Do not wait for the result: Celery stores that a retry was asked for after it has sent the
+    # retry, and so sometimes after the retry's own result.
     wait_until(
         lambda: any(note["retries"] == 1 for note in fleet.notes("leave")), "the retry has run"
     )
@@ -90,7 +94,7 @@ def test_a_retry(fleet: Fleet, client: Callable[[], Celery], proxy: Proxy, tmp_p
     assert retries[-1] == 1
 
 
-def test_a_delivery_that_waits_for_its_turn(
+def test_a_delivery_that_waits_is_sent_when_the_broker_is_back(
     fleet: Fleet, client: Callable[[], Celery], proxy: Proxy, tmp_path: Path
 ) -> None:
     """A's body runs. B is about to acquire the lease. Publishing fails from now on. B finds the

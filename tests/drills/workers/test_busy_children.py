@@ -19,9 +19,9 @@ from tests.helpers.waiting import wait_until
 from tests.helpers.worker_rows import steal
 
 INTERVAL = 0.5
-#: The life of a lease, in seconds: by default it is two intervals.
+#: The life of a lease, in seconds. It is two heartbeat intervals by default.
 LIFE = 2 * INTERVAL
-#: How many lives to wait: without renewals the lease would have expired long before.
+#: For how many lives a test waits: so many that a lease without renewals would have expired.
 LIVES = 3
 
 pytestmark = pytest.mark.fleet(
@@ -36,8 +36,8 @@ def row_of(app: Celery, name: str) -> Row:
 
 
 def wait_for_lives(app: Celery, name: str) -> None:
-    """Wait until a lease has been held for ``LIVES`` lives, by the store's clock, without
-    a break.
+    """Wait for ``LIVES`` lives, by the store's clock, and check that the lease is held all the
+    time.
     """
     start = row_of(app, name).read_at
 
@@ -75,8 +75,9 @@ def test_a_body_that_keeps_the_gil_keeps_its_lease(
 def test_a_lost_run_that_keeps_the_gil_is_interrupted(
     fleet: Fleet, client: Callable[[], Celery], postgres_url: str
 ) -> None:
-    """A body is in a regular expression that takes minutes. It lets no other thread of its process
-    run, but it checks for signals. Another holder takes the lease: the body is interrupted.
+    """A body is in a regular expression that takes minutes. The expression lets no other thread of
+    the process run, but checks for signals. Another holder takes the lease: the body is
+    interrupted.
     """
     app = client()
     fleet.start("-c", "1")
@@ -113,8 +114,8 @@ def test_the_parent_of_a_busy_child_is_stopped(
 def test_a_stopped_child_is_renewed_until_a_time_limit_ends_it(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """A child is stopped, as by a debugger. It is not dead and can go on at any time, so its parent
-    renews its lease, until the hard time limit kills it.
+    """A child is stopped, as by a debugger. The child is not dead and can go on at any time, so its
+    parent renews its lease, until the hard time limit kills the child.
     """
     app = client()
     fleet.start("-c", "1")

@@ -1,5 +1,6 @@
-"""The ways in which a process can die in mid-run: the kernel reports the death, and the lease is
-free at once.
+"""Processes that die in mid-run, in several ways.
+
+The kernel reports each death, so the lease is free at once.
 
 Leases live for two minutes here, so that no lease becomes free by expiring.
 """
@@ -31,13 +32,13 @@ def outcomes(row: Row) -> list[str]:
 
 
 def expiry(row: Row) -> float:
-    """Return when the row's lease expires, by the store's clock."""
+    """Return the time at which the row's lease expires, by the store's clock."""
     assert row.expires_in is not None
     return row.read_at + row.expires_in
 
 
 def messages_kept(app: Celery) -> int:
-    """Return how many messages the broker has: queued, or delivered and not acknowledged."""
+    """Return how many messages the broker has, queued or not acknowledged."""
     with app.connection_for_read() as connection:
         channel = connection.default_channel
         queued, given_out = app.conf.task_default_queue, channel.unacked_key
@@ -53,7 +54,7 @@ def terminate(app: Celery, fleet: Fleet, task_id: str) -> None:
 
 
 def nothing(app: Celery, fleet: Fleet, task_id: str) -> None:
-    """Do nothing: the body ends its own process, or a time limit does."""
+    """Do nothing, because the body or a time limit ends the process."""
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def nothing(app: Celery, fleet: Fleet, task_id: str) -> None:
         ("os._exit", nothing, ()),
     ],
 )
-def test_a_child_that_dies(
+def test_a_child_that_dies_leaves_no_lease(
     make_fleet: Callable[..., Fleet],
     shared_store_url: str,
     client: Callable[[], Celery],
@@ -76,8 +77,8 @@ def test_a_child_that_dies(
     """A child dies in mid-run: its lease is free at once, and no state is saved.
 
     The next message runs in the other child or in the dead child's successor. Users know the fault
-    from celery-singleton #40 (a hard time limit leaves the lock), #21 (a dead worker leaves it) and
-    #29.
+    from celery-singleton #40 (a hard time limit leaves the lock), #21 (a dead worker leaves the
+    lock) and #29.
     """
     fleet = make_fleet(shared_store_url)
     app = client()
@@ -86,7 +87,7 @@ def test_a_child_that_dies(
     fleet.wait_for_notes("enter")
     kill(app, fleet, sent.id)
     row = wait_until_free(app, "dies")
-    # At a hard time limit Celery first asks the child to exit, so that it may release the lease
+    # At a hard time limit Celery first asks the child to exit, so the child may release the lease
     # itself.
     expected = {"lost", "failed"} if how == "hard time limit" else {"lost"}
     assert outcomes(row)[0] in expected
@@ -114,7 +115,7 @@ def test_a_body_that_fails_releases_its_lease_itself(
 
 
 def is_dead(pid: int) -> bool:
-    """Return whether a process is dead, reaped by its parent or not."""
+    """Return whether a process is dead, even if its parent has not reaped it yet."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -145,8 +146,8 @@ def test_the_next_delivery_takes_over_from_a_worker_killed_with_its_children(
 def test_a_worker_frees_the_leases_of_its_dead_predecessor(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """When a worker starts, it frees the leases of its dead predecessor, and no lease of a living
-    worker.
+    """When a worker starts, it frees the leases of its dead predecessor. It does not free the
+    leases of a living worker.
     """
     app = client()
     killed = fleet.start("-c", "1", "-Q", "a", name="a")
@@ -198,9 +199,8 @@ def test_a_cold_shutdown_leaves_the_message_to_another_worker(
 ) -> None:
     """A cold shutdown ends a body; its message is redelivered to another worker.
 
-    Celery reports a killed greenlet as a success. It reports a body in a solo pool as a failure,
-    because it raises an error there: that pool cannot kill a body. Neither may acknowledge the
-    message.
+    Celery reports a killed greenlet as a success. A solo pool cannot kill its body, so Celery
+    raises an error in it, and reports a failure. In neither case may the message be acknowledged.
     """
     fleet = make_fleet()
     app, go = client(), tmp_path / "go"
@@ -296,7 +296,7 @@ def test_a_soft_shutdown_of_a_solo_worker_interrupts_even_a_body_that_could_end(
     """A soft shutdown of a solo worker stops a body that could have ended in time.
 
     Celery waits in the signal handler, which runs in the body's own thread. So the body cannot go
-    on during the wait. It is interrupted after the wait, and its message is redelivered.
+    on during the wait. The body is interrupted after the wait, and its message is redelivered.
     """
     fleet = make_fleet(TEST_SOFT_SHUTDOWN="2")
     app, go = client(), tmp_path / "go"

@@ -1,4 +1,7 @@
-"""A body forks a child that outlives it. Leases live for two minutes here."""
+"""Bodies that fork a child that outlives them.
+
+Leases live for two minutes here, so that no lease becomes free by expiring.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +46,8 @@ def test_a_run_and_the_child_that_it_forked_both_go_on(
 def test_a_killed_childs_lease_is_free_though_its_forked_child_lives(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """The pool's process is killed. The child that its body forked has copies of its open files,
-    and lives on.
+    """The pool's process is killed. The child that its body has forked has copies of the open files
+    of the pool's process, and lives on.
     """
     app = client()
     fleet.start("-c", "1")

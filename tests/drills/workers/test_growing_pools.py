@@ -1,4 +1,4 @@
-"""A worker's pool grows: each body that it can run has a connection to the store."""
+"""A worker's pool grows, and still has a connection to the store for each of its bodies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.worker_rows import connections
 
 @pytest.fixture
 def server(postgres_url: str) -> Iterator[psycopg.Connection[Any]]:
-    """A connection of the test to the server, to see the workers' transactions."""
+    """A connection of the test to the server, which shows the workers' transactions."""
     with psycopg.connect(postgres_url.replace("+psycopg", ""), autocommit=True) as connection:
         yield connection
 
@@ -39,8 +39,8 @@ def test_a_worker_that_grows_has_a_connection_for_each_body(
     tmp_path: Path,
     how: str,
 ) -> None:
-    """20 bodies have a transaction open at the same time, although the pool was started
-    with two.
+    """20 bodies have a transaction open at the same time, although the pool was started with two
+    greenlets.
     """
     bodies = 20
     fleet = make_fleet(postgres_url, TEST_PREFETCH="10")

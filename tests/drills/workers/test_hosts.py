@@ -43,8 +43,9 @@ def test_a_live_run_is_left_alone_by_a_host_that_shares_its_files_and_not_its_lo
 def test_a_worker_runs_without_a_directory_for_temporary_files(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """A container with a read-only file system and no ``tmpfs``. The test uses threads, because a
-    prefork pool cannot start without temporary files.
+    """The worker has no directory for temporary files, as in a container with a read-only file
+    system and no ``tmpfs``. The test uses threads, because a prefork pool cannot start without
+    temporary files.
     """
     fleet.environment["TEST_NO_TEMPDIR"] = "1"
     worker = fleet.start("-P", "threads", app="tests.apps.kernel_app")

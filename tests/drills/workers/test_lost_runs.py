@@ -1,4 +1,4 @@
-"""A run loses its lease: its body is interrupted, in every pool, and the next run is not
+"""Runs that lose their lease: the body is interrupted, in every pool, and the next run is not
 disturbed.
 """
 
@@ -46,8 +46,8 @@ def store_url(tmp_path: Path) -> str:
 def test_the_body_of_a_lost_run_is_interrupted(
     fleet: Fleet, client: Callable[[], Celery], store_url: str, pool: str, how: str
 ) -> None:
-    """The body is interrupted wherever it waits, and its task fails. The worker goes on: its next
-    run is not interrupted.
+    """The body is interrupted wherever it waits, and its task fails. The worker goes on, and its
+    next run is not interrupted.
     """
     app = client()
     fleet.start(*POOLS[pool])
@@ -68,11 +68,11 @@ def test_the_body_of_a_lost_run_is_interrupted(
 def test_an_interruption_that_is_swallowed_is_repeated(
     fleet: Fleet, client: Callable[[], Celery], store_url: str, pool: str
 ) -> None:
-    """An interruption is swallowed, and the next one arrives. Each run ends as lost, once.
+    """Logging, a destructor, a callback of C code, an event loop, or the body itself, which catches
+    ``Exception``, swallows an interruption. The next interruption arrives. Each run ends as lost,
+    once.
 
-    It is swallowed by logging, a destructor, a callback of C code, an event loop, or the body
-    itself, which catches ``Exception``. The task retries over every ``Exception``, but is not
-    retried.
+    The task retries on every ``Exception``, but is not retried, because its run is lost.
     """
     app = client()
     worker = fleet.start(*POOLS[pool])
@@ -93,9 +93,8 @@ def test_an_interruption_that_is_swallowed_is_repeated(
 def test_bodies_that_log_in_a_loop_all_end(
     fleet: Fleet, client: Callable[[], Celery], store_url: str
 ) -> None:
-    """Eight bodies that log in a tight loop lose their leases, and all are interrupted. Before
-    logging could no longer swallow the interruption for good, 17 of 24 such bodies ran to their
-    end.
+    """Eight bodies that log in a tight loop lose their leases, and all are interrupted. At a time
+    when logging could swallow the interruption for good, 17 of 24 such bodies ran to their end.
     """
     app = client()
     worker = fleet.start("-P", "prefork", "-c", "8")
@@ -111,7 +110,8 @@ def test_a_lost_run_tidies_up_undisturbed(
     fleet: Fleet, client: Callable[[], Celery], store_url: str, pool: str
 ) -> None:
     """A lost run tidies up for longer than the pause between two interruptions, and is not
-    interrupted again. Its ``except Exception`` catches nothing.
+    interrupted again. The interruption is no ``Exception``, so the body's ``except Exception`` does
+    not catch it.
     """
     app = client()
     fleet.start(*POOLS[pool])
@@ -124,11 +124,11 @@ def test_a_lost_run_tidies_up_undisturbed(
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_lost_run_that_finishes(
+def test_a_lost_run_that_finishes_cannot_save(
     fleet: Fleet, client: Callable[[], Celery], store_url: str, tmp_path: Path, pool: str
 ) -> None:
-    """``on_lease_lost="finish"``: the body goes on to its end. ``on_lose_leadership()`` is called
-    once, when the lease is lost. The save is refused.
+    """With ``on_lease_lost="finish"`` the body goes on to its end. ``on_lose_leadership()`` is
+    called once, when the lease is lost. The save is refused.
     """
     app = client()
     fleet.start(*POOLS[pool])

@@ -1,4 +1,4 @@
-"""P2: a worker that was paused for longer than its lease's life cannot write."""
+"""Promise P2: a worker that was paused for longer than its lease's life cannot write."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def test_a_stale_save_is_refused(
     shared_store_url: str,
     tmp_path: Path,
 ) -> None:
-    """A is in its body. SIGSTOP. A's lease expires. B runs and saves. SIGCONT. A ends its body.
+    """A is in its body. A is paused with SIGSTOP. A's lease expires. B runs and saves. A is
+    resumed, and ends its body.
 
     A's state is computed from the state before B's run. A's save is refused, B's state stays, and
     A's task ends as ``HeartbeatFailed``.
@@ -60,8 +61,8 @@ def test_a_long_body_keeps_its_lease(
     shared_store_url: str,
     tmp_path: Path,
 ) -> None:
-    """A body runs for longer than its lease's life. The lease is renewed, and never free in
-    between.
+    """A body runs for longer than its lease's life. The lease is renewed, and is never free
+    meanwhile.
     """
     fleet = make_fleet(shared_store_url, CELERY_SINGLETON_HEARTBEAT_INTERVAL="1")
     app = client()
@@ -79,7 +80,7 @@ def test_a_long_body_keeps_its_lease(
         assert row is not None
         assert row.held
         remaining.append(row.expires_in or 0)
-        # Only a renewal can make the remaining life grow.
+        # The remaining life has grown, so a renewal took effect.
         renewals += remaining[-1] > remaining[-2] + 0.5
         return renewals > 3
 

@@ -1,4 +1,4 @@
-"""Custom pools, kernels that refuse a ``pidfd``, and gevent beside a locked SQLite file.
+"""Custom pools, kernels that refuse a ``pidfd``, and gevent on an SQLite file that is locked.
 
 Leases live for two minutes here, so that no lease becomes free by expiring.
 """
@@ -28,8 +28,8 @@ def store_url(tmp_path: Path) -> str:
 
 
 def kill_a_body(fleet: Fleet, app: Celery) -> None:
-    """Run a body in a child and kill the child: its lease becomes free, and the next
-    message runs.
+    """Run a body in a child and kill the child. Its lease must become free, and the next message
+    must run.
     """
     app.send_task("dies", ("killed",))
     (entered,) = fleet.wait_for_notes("enter")
@@ -42,8 +42,8 @@ def kill_a_body(fleet: Fleet, app: Celery) -> None:
 def test_a_worker_starts_where_the_kernel_refuses_a_pidfd(
     make_fleet: Callable[..., Fleet], client: Callable[[], Celery], store_url: str, how: str
 ) -> None:
-    """A kernel refuses every ``pidfd`` if it is old, is gVisor or has a seccomp filter. It refuses
-    one of several if the process has too many files open.
+    """A kernel that is old, is gVisor's or has a seccomp filter refuses every ``pidfd``. Any kernel
+    refuses one if the process has too many files open.
     """
     fleet = make_fleet(TEST_PIDFD=how)
     worker = fleet.start("-c", "1", app="tests.apps.kernel_app")
@@ -72,8 +72,8 @@ def test_memory_guards_the_threads_of_one_process_of_any_pool(
 
 @pytest.fixture
 def green_fleet(make_fleet: Callable[..., Fleet], store_url: str) -> Fleet:
-    """A worker of gevent, whose statements wait for half a minute for the lock of the
-    SQLite file.
+    """A worker with gevent, whose statements wait for half a minute for the lock of the SQLite
+    file.
     """
     fleet = make_fleet(TEST_PREFETCH="10")
     fleet.start("-P", "gevent", "-c", "8")
@@ -82,7 +82,7 @@ def green_fleet(make_fleet: Callable[..., Fleet], store_url: str) -> Fleet:
 
 def check_plain_tasks_run(app: Celery) -> None:
     """Check that tasks without a lease run, one after the other, while a singleton waits for the
-    file.
+    file's lock.
     """
     for number in range(10):
         assert outcome(app.send_task("plain_add", (number,)), deadline=15) == number
@@ -110,7 +110,7 @@ def test_gevent_goes_on_while_one_of_its_own_bodies_has_the_files_lock(
     green_fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
     """A body is in a transaction, and so has the file's lock. A delivery waits for that lock. The
-    body ends its transaction: it must be able to run, or the lock would never become free.
+    body must be able to run and to end its transaction, or the lock would never become free.
     """
     app, until = client(), tmp_path / "until"
     has_it = app.send_task("uses_the_store", (1, str(until), False))
