@@ -14,7 +14,7 @@ __all__ = ["LeadingScheduler", "app"]
 
 
 class LeadingScheduler(LeaderMixin, PersistentScheduler):
-    """Celery's own scheduler with leadership.
+    """Celery's own scheduler with ``LeaderMixin``: one of several beats leads.
 
     ``TEST_AGE_FILE`` makes the last runs in the scheduler's file older by this many seconds.
     """

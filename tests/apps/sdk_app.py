@@ -88,7 +88,7 @@ is_traced = SDKS[os.environ["TEST_SDK"]]()
 
 
 class LeadingScheduler(LeaderMixin, PersistentScheduler):
-    """Celery's own scheduler with leadership."""
+    """Celery's own scheduler with ``LeaderMixin``: one of several beats leads."""
 
 
 app = Celery("shop")

@@ -346,7 +346,7 @@ def destroy_in_a_loop() -> None:
 
 
 def call_back_in_a_loop() -> None:
-    """Work in a callback of SQLite, which replaces the exceptions that the callback raises."""
+    """Work in a callback of SQLite, which turns each exception into an error of its own."""
     with contextlib.closing(sqlite3.connect(":memory:")) as connection:
         connection.create_function("work", 0, lambda: sum(range(20_000)))
         while True:
@@ -356,7 +356,7 @@ def call_back_in_a_loop() -> None:
 
 
 def wait_for_timers() -> None:
-    """Work in timers of an event loop, which logs and drops what their callbacks raise."""
+    """Work in timers of an event loop, which logs and drops the exceptions of their callbacks."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()

@@ -247,8 +247,8 @@ def test_celery_singleton_29_a_revoked_message_does_not_block_the_next(
 def test_celery_singleton_29_a_terminated_run_does_not_block_the_next_message(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """A run is terminated by ``revoke(terminate=True)``. For ``enqueue_once`` it no longer counts
-    as running: the next message is published.
+    """A run is terminated by ``revoke(terminate=True)``. For ``enqueue_once``, the terminated run
+    no longer counts as running: the next message is published.
     """
     app = client()
     task = sent_once_of(app)

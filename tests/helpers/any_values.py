@@ -42,7 +42,7 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Part:
-    """A dataclass without ``==``, so that comparing two of them says nothing about their fields."""
+    """A dataclass without ``==``: comparing two instances says nothing about their fields."""
 
     size: int = 7
     hidden: Any = dataclasses.field(default=None, compare=False)

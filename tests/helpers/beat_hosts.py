@@ -1,4 +1,4 @@
-"""Beats on hosts of their own, which learn of one another only through the store."""
+"""Beats that each run on a host of their own, and learn of one another only through the store."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Hosts:
         self.fleet.wait_for_notes("tick", len(self.fleet.notes("tick")) + more)
 
     def sent(self) -> int:
-        """Return how many ticks are recorded in the store as sent."""
+        """Return how many ticks the store's records say were sent."""
         return sum(state.total_run_count for state in self.states().values())
 
     def wait_for_sent(self, more: int) -> None:

@@ -78,7 +78,7 @@ def stored(beat: SingletonScheduler) -> dict[str, EntryState]:
 
 
 def take_over(beat: SingletonScheduler) -> None:
-    """Give the leader's lease to another holder, as if this beat's lease had expired."""
+    """Give the leader's lease to another holder, as if the leader's lease had expired."""
     store: Any = beat._leader.runtime.store
     with store.engine.connect() as connection:
         connection.exec_driver_sql(

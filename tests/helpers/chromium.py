@@ -1,8 +1,8 @@
 """A real, headless Chromium for the tests, from the system's packages: no wheel contains it.
 
 If it is not installed, its tests are skipped; with ``SINGLETON_TEST_CHROMIUM=required`` in the
-environment, as in CI, they fail. The tests control it through two pipes with its DevTools protocol:
-JSON texts that end in a NUL.
+environment, as in CI, they fail. The tests send requests of the browser's DevTools protocol through
+two pipes. Each message is a JSON text that ends in a NUL.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from celery.app.trace import build_tracer
 
 @dataclass
 class Message:
-    """A message as it was sent."""
+    """A message as its sender has sent it."""
 
     app: Celery
     headers: dict[str, Any]

@@ -8,7 +8,7 @@ from celery_singleton_state.store.base import Lease
 
 
 class Answers:
-    """A store that can only renew. It notes which leases it was asked to renew."""
+    """A store that can only renew leases. It records the keys that it was asked to renew."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []

@@ -20,7 +20,9 @@ PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
 
 
 def find(*names: str) -> str:
-    """Return the path of a program, by any of its names; skip the test if it is not installed."""
+    """Return the path of a program that may have several names; skip the test if it is not
+    installed.
+    """
     for name in names:
         if found := shutil.which(name, path=PATH):
             return found

@@ -71,7 +71,7 @@ class FromTableAsProperty(schedule):
 
 
 class Later(crontab):
-    """A crontab with an offset."""
+    """A crontab whose due times are later by an offset."""
 
     def __init__(self, *fields: Any, offset: timedelta = timedelta(0), **options: Any) -> None:
         self.offset = offset

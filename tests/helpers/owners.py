@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 
 class Told:
-    """An owner that passes on what happens to its lease.
+    """An owner of a lease that calls the given functions when something happens to the lease.
 
-    :param lost: called with the reason when the lease is lost.
-    :param asked: called with the requester when a handoff is requested.
+    :param lost: called with the reason when the lease is lost; by default nothing is called.
+    :param asked: called with the requester when a handoff is requested; by default nothing is
+        called.
     """
 
     def __init__(

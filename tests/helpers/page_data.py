@@ -123,7 +123,9 @@ def beat(**changes: Any) -> ShownBeat:
 
 
 def five() -> Page:
-    """Return a page with five singletons: late, failing, running, lost once, and never run."""
+    """Return a page with five singletons: one is late, one fails, one runs, one was lost once, and
+    one has never run.
+    """
     orders = 'shop.tasks.import_orders{"tenant":"acme"}'
     mails = 'shop.tasks.send_mails{"list":"newsletter","tenant":"globex"}'
     late = "it finished 4512 s ago, and should have within 600 s"

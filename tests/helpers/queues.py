@@ -1,4 +1,4 @@
-"""Queues of the tests' apps on RabbitMQ: classic queues, or quorum queues on each kind of
+"""Queues of the tests' apps on RabbitMQ: classic queues, or quorum queues with each type of
 exchange.
 """
 

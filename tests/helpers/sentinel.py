@@ -1,5 +1,5 @@
-"""Servers for failovers of Redis leases: a replica of a master, and a Sentinel that
-watches both.
+"""Servers for failovers of Redis leases: a replica of a master, and a Sentinel that watches both
+servers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Real servers for the tests, started on free ports and stopped by pid; and a proxy in front of
-them.
+"""Real servers for the tests, started on free ports and stopped by pid; and a proxy for such a
+server.
 
-The programs come from the path, or else from a wheel.
+The servers' programs come from the search path, or else from a wheel.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Postgres(Server):
         return self.url(name)
 
     def create_database_for_shop(self, name: str) -> str:
-        """Create a database whose user :meth:`make_read_only` keeps from writing."""
+        """Create a database, and a user whom :meth:`make_read_only` keeps from writing."""
         return self.create_database(name)
 
     def drop_database(self, name: str) -> None:
@@ -511,7 +511,7 @@ S = TypeVar("S", bound=Server)
 
 
 def running(start: Callable[[], S]) -> Iterator[S]:
-    """Yield a running server to a fixture, and close it afterwards."""
+    """Yield a running server to a fixture, and close the server afterwards."""
     server = start()
     yield server
     server.close()

@@ -24,7 +24,8 @@ APP = "tests.apps.step_app"
 
 
 class Shop:
-    """A database, and workers of :mod:`tests.apps.step_app` that reach it through a proxy.
+    """A database, and workers of :mod:`tests.apps.step_app` that reach the database through a
+    proxy.
 
     :param database: the database's URL without the proxy.
     """

@@ -1,4 +1,4 @@
-"""The stores on which tests run, and apps on them."""
+"""The stores on which tests run, and apps that use these stores."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ BUILDS = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'CREATE INDEX CONCUR
 
 @pytest.fixture
 def connect(postgres_url: str) -> Iterator[Connect]:
-    """Return a function that opens connections. Their statements time out after 20 s."""
+    """Return a function that opens connections whose statements time out after 20 s."""
     with ExitStack() as stack:
 
         def open_one(name: str, **options: Any) -> psycopg.Connection[Any]:

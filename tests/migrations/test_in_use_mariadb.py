@@ -23,7 +23,7 @@ Connect = Callable[..., pymysql.cursors.Cursor]
 
 @pytest.fixture
 def connect(mariadb: MariaDB, mariadb_url: str) -> Iterator[Connect]:
-    """Return a function that opens connections. Their waits for locks time out after 20 s."""
+    """Return a function that opens connections whose waits for locks time out after 20 s."""
     with ExitStack() as stack:
 
         def open_one(autocommit: bool) -> pymysql.cursors.Cursor:

@@ -20,7 +20,7 @@ PRIVILEGES = ("SELECT", "INSERT", "UPDATE", "DELETE")
 
 @pytest.fixture
 def roles(postgres_url: str) -> Iterator[None]:
-    """Make the roles of docs/databases.md, as they are before the table is made."""
+    """Make the roles of docs/databases.md, but not the table yet."""
     make_roles(postgres_url)
     yield
     drop_roles(postgres_url)

@@ -29,8 +29,8 @@ TABLE = "kv_store"
 
 @pytest.fixture
 def url(mariadb: MariaDB, mariadb_url: str) -> Iterator[str]:
-    """Make the database and the roles of docs/databases.md, as they are before the table is made;
-    return root's URL.
+    """Make the database and the roles of docs/databases.md, but not the table yet; return root's
+    URL.
     """
     make_roles_on_mariadb(mariadb_url)
     yield mariadb.url("jobs")

@@ -212,7 +212,9 @@ def test_several_processes_upgrade_one_table_at_once(shared_store_url: str) -> N
 
 
 def test_several_threads_upgrade_tables_at_once(tmp_path: Any) -> None:
-    """Alembic's helpers are global in the process, so two upgrades at once must not mix them."""
+    """The threads must not disturb each other, although Alembic's helpers are global in the
+    process.
+    """
     urls = [f"sqlite:///{tmp_path}/{n}.db" for n in range(4)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda url: migrate_url(url, "kv_store"), urls))

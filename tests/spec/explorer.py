@@ -1,4 +1,4 @@
-"""Explore a small model exhaustively, breadth first."""
+"""Explore a small model: visit all its states, breadth first."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Item = TypeVar("Item")
 
 
 class Model(Protocol):
-    """A model that :func:`explore` can explore. Its states are hashable values."""
+    """A model that :func:`explore` can explore. The states of a model are hashable values."""
 
     def start(self) -> Hashable:
-        """Return the first state."""
+        """Return the first state of the model."""
 
     def steps(self, state: Any) -> Iterable[tuple[str, Any]]:
         """Return all steps that can come next: the name of each step, and the state after it.
@@ -25,11 +25,11 @@ class Model(Protocol):
         """
 
     def broken(self, state: Any) -> str | None:
-        """Say which invariant a state breaks, and how; ``None`` if it breaks none."""
+        """Return which invariant a state breaks, and how; ``None`` if it breaks none."""
 
 
 class Broken(Exception):
-    """A step breaks an invariant; the message says which, and how."""
+    """The error of a step that breaks an invariant; its message says which invariant, and how."""
 
 
 class Explored(NamedTuple):
@@ -86,7 +86,7 @@ def _way(came_from: dict[int, tuple[int | None, str]], last: int) -> list[str]:
 
 
 def replaced(items: tuple[Item, ...], index: int, item: Item) -> tuple[Item, ...]:
-    """Return the tuple with the item at an index replaced."""
+    """Return a copy of a tuple in which the item at an index is replaced."""
     return (*items[:index], item, *items[index + 1 :])
 
 

@@ -52,23 +52,23 @@ class LeaseModel:
     protocol: Protocol
     #: For each client, the writes that each of its bodies makes: ``checkpoint`` or ``transaction``.
     bodies: tuple[tuple[str, ...], ...]
-    #: How often a client sends each request at most.
+    #: How often a client sends each request, at most.
     tries: int = 2
     deliveries: int = 1
-    #: How many requests can be in flight at the same time.
+    #: How many requests can be in flight at the same time, at most.
     in_flight: int = 3
-    #: How many heartbeats each run sends at most.
+    #: How many heartbeats each run sends, at most.
     heartbeats: int = 0
-    #: How many clients die at most.
+    #: How many clients die, at most.
     deaths: int = 0
     #: Whether a body can continue after a write that failed.
     continues: bool = True
     #: Whether a body can raise an error.
     raises: bool = True
     persist_on_error: bool = False
-    #: How many runs the history holds.
+    #: How many past runs the row's history holds.
     history: int = 1
-    #: How many releases in another's name are sent at most. The host of a dead process sends them
+    #: How many releases are sent in another's name, at most. The host of a dead process sends them
     #: if ``by_host`` is true; otherwise an operator does.
     frees: int = 0
     by_host: bool = False
@@ -76,7 +76,7 @@ class LeaseModel:
     fail_overs: int = 0
     #: How many renewals a parent sends, at most, for a child whose run has ended.
     parent_renewals: int = 0
-    #: How many times another message asks the holder to hand over at most.
+    #: How many times another message asks the holder to hand over, at most.
     handoff_requests: int = 0
     prunes: int = 0
     #: How often the clock can be set back.
@@ -228,7 +228,7 @@ class LeaseModel:
         return row
 
     def end(self, row: Row, request: Request, outcome: str) -> Row:
-        """Free the lease, and record the run's end in the history."""
+        """End a run in the row: free the lease, and record the run's end in the history."""
         end = End(request.holder, row.fence, outcome)
         history = (*row.history, end)[-self.history :]
         return row._replace(holder=None, left=0, writer=None, history=history)
@@ -336,7 +336,7 @@ class LeaseModel:
     def fails(self, state: State, index: int, undecided: bool = False) -> Steps:
         """Yield what a body does after a write that failed or has an unknown outcome.
 
-        The body ends with the error, or continues.
+        The body either ends with the error or continues.
         """
         client = state.clients[index]._replace(
             phase="body", waits_for=None, undecided=undecided or state.clients[index].undecided
@@ -432,7 +432,8 @@ class LeaseModel:
             return expected
         if own or self.protocol.proof == "any":
             return expected if own == [expected] else "lost"
-        # A full history may have dropped the entry of the run's end.
+        # The history was full and may have dropped the entry of the run's end, so it proves
+        # nothing.
         return "unknown" if len(history) >= self.history else "lost"
 
     def check_refusal(self, state: State, index: int) -> None:
@@ -453,7 +454,7 @@ class LeaseModel:
         elif phase in ("acquire", "confirm"):
             yield "gives up", self.end_delivery(state, index, None, unsure=True)
         elif phase in ("save", "transaction") or (phase, unknown) == ("commit", "assumes"):
-            # A transaction whose save was not answered never sent its COMMIT.
+            # If the transaction's save was not answered, the client has not sent the COMMIT.
             yield from self.fails(state, index)
         elif phase == "commit":
             question = Request("question", holder, client.fence, number=client.number)
@@ -581,7 +582,9 @@ class LeaseModel:
             yield f"{name}, client {index} learns that its lease is lost", lost
 
     def client_steps(self, state: State, index: int, client: Client) -> Steps:
-        """Yield what a client does without an answer: it begins, continues, gives up or dies."""
+        """Yield what a client does on its own, and not because of an answer: it begins, continues,
+        gives up or dies.
+        """
         name = f"client {index}"
         holder = (index, client.delivery)
         room = len(state.net) < self.in_flight
@@ -631,7 +634,9 @@ class LeaseModel:
         )
 
     def dies(self, state: State, index: int) -> State:
-        """Let a client die. The invariants still find its lease by its number and delivery."""
+        """Let a client die. Its number and its delivery are kept, by which the invariants find its
+        lease.
+        """
         client = state.clients[index]
         last = ((index, client.delivery), client.fence) if self.parent_renewals else None
         dead = Client("dead", client.delivery, reports=client.reports, last=last)

@@ -13,14 +13,14 @@ ALL = ("I1", "I2", "I3", "I4", "I5", "I6", "I9", "handoff", "refused")
 
 
 class Protocol(NamedTuple):
-    """The rules of a protocol, one switch each. The defaults are the rules of PROTOCOL.md."""
+    """The rules of a protocol, each as a switch. The defaults are the rules of PROTOCOL.md."""
 
     #: Which writes the store accepts within a lease: any; only the write with the next number; a
     #: write whose number is not smaller than the row's; or a write for which
     #: ``seen <= the row's number <= n`` holds.
     order: Literal["any", "next", "not smaller", "between"] = "between"
-    #: Whether an acquire takes the lease for an ordinary life only, so that a renewal before the
-    #: body begins (the confirmation) extends it to ``lease_ttl``.
+    #: Whether an acquire takes the lease for an ordinary life only. If so, a renewal before the
+    #: body begins (the confirmation) extends the lease to ``lease_ttl``.
     short_first_life: bool = True
     #: What a repeated acquire changes in the row: nothing; the expiry and the handoff request; or
     #: these two and the write number.
@@ -30,8 +30,8 @@ class Protocol(NamedTuple):
     #: What a client does after a COMMIT without an answer: it asks the row (under its lock or
     #: without it), or assumes that the transaction was rolled back.
     unknown_commit: Literal["asks", "asks without lock", "assumes"] = "asks"
-    #: Whether a run that does not learn the outcome of its COMMIT sends no state any more. If
-    #: false, its release may send the state.
+    #: Whether a run that does not learn the outcome of its COMMIT sends no state after that. If
+    #: false, the run's release may send the state.
     careful: bool = True
     #: After a repeated release was refused, which history entry proves that an earlier copy was
     #: carried out: one with the run's holder, fence and outcome ("own"), or one with the run's
@@ -39,8 +39,8 @@ class Protocol(NamedTuple):
     proof: Literal["own", "any"] = "own"
     #: A run stops trusting its lease this many ticks before the lease expires.
     margin: int = 0
-    #: When a lost run gives back its lease: when its body has ended, or as soon as it learns of the
-    #: loss.
+    #: When a lost run gives back its lease: when its body has ended, or as soon as the run learns
+    #: of the loss.
     gives_back_at: Literal["end", "loss"] = "end"
     #: The number that the first write of a run names as seen: the number that acquire answered, or
     #: 0.
@@ -63,13 +63,13 @@ FORMER = Protocol(
     fence="next",
 )
 
-#: The name of a run's holder: the number of its client, and how many deliveries that client had
-#: before this run.
+#: A holder, which stands for one run: the number of its client, and how many deliveries that client
+#: had before this run.
 Holder = tuple[int, int]
 
 
 class Request(NamedTuple):
-    """A request to the store's server. Which fields are used depends on its kind."""
+    """A request to the store's server. Which fields are used depends on the kind of the request."""
 
     kind: str
     holder: Holder
@@ -79,7 +79,7 @@ class Request(NamedTuple):
     #: The state that the request writes; ``checkpoints`` is ``None`` if it writes no state.
     checkpoints: int | None = None
     items: int = 0
-    #: For a release: whether the run has succeeded.
+    #: For a release: whether the run has succeeded; false for any other request.
     succeeded: bool = False
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ class Request(NamedTuple):
         return ", ".join(parts)
 
 
-#: The names of the kinds of requests, as INTERLEAVINGS.md shows them.
+#: Maps each kind of request to its name in INTERLEAVINGS.md.
 NAMES = {
     "acquire": "acquire",
     "renew": "renewal",
@@ -148,11 +148,11 @@ class Row(NamedTuple):
     business: tuple[int, ...] = ()
     fence: int = 0
     holder: Holder | None = None
-    #: Ticks until the lease expires.
+    #: How many ticks are left until the lease expires.
     left: int = 0
     #: The number of the last write within the lease.
     write: int = 0
-    #: The ends of the last runs, newest last.
+    #: How the last runs ended, the newest run last.
     history: tuple[End, ...] = ()
     #: Whether a handoff request is recorded: the holder is asked to hand over.
     handoff_requested: bool = False

@@ -30,12 +30,12 @@ class Queue(NamedTuple):
     left: int = 0
     #: The queue's number: each claim, acquisition and dequeue adds 1.
     number: int = 0
-    #: The last message that has run.
+    #: The last message that has run; empty if none has run.
     history: tuple[int, ...] = ()
 
 
 class Claim(NamedTuple):
-    """A request about a message: read (the row), claim, confirm or dequeue."""
+    """A request about a message. Its kind is read (the row), claim, confirm or dequeue."""
 
     kind: str
     message: int
@@ -60,7 +60,9 @@ class Sender(NamedTuple):
 
 
 class QueueState(NamedTuple):
-    """The row, the requests in flight, the senders, and how many messages can still be revoked."""
+    """A state of the model: the row, the requests in flight, the senders, and how many messages can
+    still be revoked.
+    """
 
     row: Queue
     net: tuple[Claim, ...]
@@ -76,10 +78,10 @@ class QueueModel:
     """The model of ``enqueue_once``.
 
     :param guard: how the store recognises a late claim. "none": not at all, as in the former
-        protocol. "history": it refuses a claim if the history has the message. "confirmed": a claim
-        counts for an ordinary life until the sender confirms it, by the message's id. "confirmed by
-        number": the sender confirms it by the claim's number. "number": a claim names the queue's
-        number, as in PROTOCOL.md.
+        protocol. "history": the store refuses a claim if the history has the message. "confirmed":
+        a claim counts for an ordinary life until the sender confirms it, by the message's id.
+        "confirmed by number": the sender confirms its claim by the claim's number. "number": a
+        claim names the queue's number, as in PROTOCOL.md.
     """
 
     guard: Literal["none", "history", "confirmed", "confirmed by number", "number"]

@@ -19,7 +19,7 @@ from .queue_model import PendingRunModel, QueueModel
 class Scenario:
     """A scenario in which no invariant breaks.
 
-    :param states: how many different states it has.
+    :param states: how many different states the scenario has.
     """
 
     states: int

@@ -7,7 +7,7 @@ from .scenarios import Fault
 
 
 def interleaving(name: str, fault: Fault) -> str:
-    """Return a section in Markdown: the fault's name, the steps, and the broken invariant."""
+    """Return a section in Markdown with the fault's name, the steps, and the broken invariant."""
     *steps, broken = explore(fault.model).fault
     lines = [f"{number}. {step}" for number, step in enumerate(steps, 1)]
     return "\n".join([f"### {name}", "", *lines, "", f"**{broken.removeprefix('=> ')}**", ""])

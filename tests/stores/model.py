@@ -406,7 +406,7 @@ class Run:
     before: State = field(default_factory=State)
     number: int = 0
     seen: int = 0
-    #: Whether the outcome of a COMMIT will stay unknown.
+    #: Whether the run will never learn the outcome of one of its COMMITs.
     undecided: bool = False
     trusts: bool = False
     history: list[list[Any]] = field(default_factory=list)

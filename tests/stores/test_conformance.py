@@ -300,8 +300,8 @@ def test_release_with_a_value_stores_all_of_it(store: SqlStore) -> None:
 
 
 def test_a_release_keeps_or_replaces_the_finished_ticks(leases: Leases) -> None:
-    """A release that names no finished ticks, for example an operator's, keeps those in the row.
-    This also holds for leases without a state.
+    """A release that names no finished ticks, for example an operator's, keeps the finished ticks
+    in the row. This also holds for leases without a state.
     """
     leases.release(acquire(leases).lease, replace(DONE, ticks_done='{"e":[]}'))
     assert peek(leases).ticks_done == '{"e":[]}'
@@ -404,8 +404,8 @@ CarryOut = Callable[[SqlStore, Lease, Write], bool]
 
 @EACH_WRITE
 def test_a_late_write_is_refused(store: SqlStore, carry_out: CarryOut) -> None:
-    """A's write 1 stalls; its copy is answered, and then write 2; the first copy of write 1 is
-    carried out.
+    """A's write 1 stalls; its copy is answered, and so is A's write 2; then the first copy of write
+    1 is carried out.
     """
     lease = acquire(store).lease
     assert store.save(lease, write(NEW, 1))
@@ -714,8 +714,8 @@ def test_values_come_back_as_they_were(store: SqlStore, value: str) -> None:
 
 
 def test_one_of_many_threads_acquires(leases: Leases) -> None:
-    """All threads ask for a free lease at once. One of them gets it; after its release, one gets it
-    again.
+    """All threads ask for a free lease at once. One thread gets the lease, and releases it; then
+    all threads ask again, and again one thread gets the lease.
     """
     barrier = threading.Barrier(8)
 

@@ -134,8 +134,8 @@ def test_a_connection_interrupted_in_mid_statement_is_not_used_again(
 def test_one_dead_connection_makes_the_pool_drop_all(
     engine: Engine, connections: Connections, postgres_url: str
 ) -> None:
-    """The server ends all sessions. The error of the first connection makes the pool drop its
-    others.
+    """The server ends all sessions. The error of the first connection makes the pool drop its other
+    connections.
     """
     process(connections)
     with engine.connect() as pooled:

@@ -133,8 +133,8 @@ def test_only_the_named_entries_are_forgotten(store: SqlStore) -> None:
 
 
 def test_a_late_record_overwrites_no_newer_entry(store: SqlStore) -> None:
-    """A's first record stalls; its copy is answered, and then the second record; the first copy is
-    carried out. The entry's last time must not go back.
+    """A's first record stalls; its copy is answered, and so is A's second record; then the first
+    copy is carried out. The entry must keep the state of the second record.
     """
     leader = lead(store)
     assert store.entries.record(leader, {f"{ENTRIES}a": "1", f"{ENTRIES}b": "1"}, 1, 0)

@@ -85,7 +85,9 @@ class TimeLimit(Exception):
 
 @contextmanager
 def interrupted(server: Server) -> Iterator[None]:
-    """Raise :class:`TimeLimit` in the main thread as soon as its statement waits on the server."""
+    """Raise :class:`TimeLimit` in the main thread as soon as this thread's statement waits on the
+    server.
+    """
     before = signal.signal(signal.SIGUSR1, _raise_time_limit)
 
     def interrupt() -> None:
@@ -138,8 +140,8 @@ def test_a_statement_that_takes_too_long_ends(
 def test_with_an_older_libpq_no_statement_is_cancelled(
     server: Server, server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store sends no cancel request with an older libpq, because it would block all threads and
-    greenlets while the server is silent.
+    """The store sends no cancel request with an older libpq, because such a request would block all
+    threads and greenlets while the server is silent.
     """
     monkeypatch.setattr(psycopg.capabilities, "has_cancel_safe", lambda: False)
     store = open_store(server_url, "kv_store", 0.5)

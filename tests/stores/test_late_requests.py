@@ -60,12 +60,14 @@ def let_expire(store: Leases) -> None:
 
 
 def write(number: int, seen: int) -> Write:
-    """Return the run's write with a number, which stores a value of its own."""
+    """Return write ``number`` of a run. The value that it stores differs from that of any other
+    write.
+    """
     return Write(number, seen, NewValue(f'{{"write":{number}}}', 1))
 
 
 def value(number: int) -> str:
-    """Return the value that the run's write with a number stores."""
+    """Return the value that write ``number`` of a run stores."""
     return write(number, 0).new.value
 
 
@@ -187,7 +189,7 @@ def test_the_first_number_tells_a_takeover_from_a_handoff(leases: Leases) -> Non
 
 
 def test_a_run_that_took_over_an_expired_lease_can_write(store: SqlStore) -> None:
-    """The first write of such a run names -1 as seen, which is the number that acquire answered."""
+    """The run's first write names -1 as seen, which is the number that acquire answered."""
     acquire(store, "a", BRIEF)
     let_expire(store)
     second = acquire(store, "b")
@@ -281,9 +283,9 @@ def test_a_repeated_acquire_keeps_the_handoff_request(leases: Leases) -> None:
 
 
 def test_a_repeated_acquire_never_shortens_the_lease(leases: Leases) -> None:
-    """Acquire, for the first life, stalls; its copy is answered; the run confirms for its long
-    life; the first copy is carried out. If it set the first life again, the lease would expire
-    early, and a second body would begin while the first still trusts its lease.
+    """An acquire for the first life stalls; its copy is answered; the run confirms for its long
+    life; the first copy is carried out. If this copy set the first life again, the lease would
+    expire early, and a second body would begin while the first still trusts its lease.
     """
     lease = replace(acquire(leases, ttl=FIRST).lease, ttl=LONG)
     assert leases.renew([lease])
@@ -294,9 +296,9 @@ def test_a_repeated_acquire_never_shortens_the_lease(leases: Leases) -> None:
 
 
 def test_a_repeated_acquire_keeps_number_and_time(store: SqlStore) -> None:
-    """Acquire stalls; its copy is answered; saves 1 and 2 are answered; the first copy of acquire
-    is carried out, and then a late copy of save 1. If the number were 0 again, the late save would
-    be accepted, and the run's next save would be refused.
+    """An acquire stalls; its copy is answered; saves 1 and 2 are answered; the first copy of the
+    acquire is carried out, and then a late copy of save 1. If the write number were 0 again, the
+    late save would be accepted, and the run's next save would be refused.
     """
     first = acquire(store)
     store.save(first.lease, write(1, seen=0))
@@ -311,9 +313,9 @@ def test_a_repeated_acquire_keeps_number_and_time(store: SqlStore) -> None:
 
 
 def test_a_late_acquire_holds_for_the_first_life_at_most(leases: Leases) -> None:
-    """Acquire stalls; its copy is answered; the run confirms, ends and releases; the first copy of
-    acquire is carried out. It takes the free lease for a run that has ended. The late copy of the
-    confirmation names an older fence, and must not extend this lease.
+    """An acquire stalls; its copy is answered; the run confirms, ends and releases; the first copy
+    of the acquire is carried out. This copy takes the free lease for a run that has ended. The late
+    copy of the confirmation names an older fence, and must not extend this lease.
     """
     lease = replace(acquire(leases, ttl=FIRST).lease, ttl=LONG)
     assert leases.renew([lease])
@@ -356,8 +358,8 @@ def test_give_back_does_not_end_a_hold_period(leases: Leases) -> None:
 
 
 def test_a_late_renewal_does_not_extend_another_runs_lease(leases: Leases) -> None:
-    """A parent renews for a child whose run has ended. The lease is free, or another run holds
-    it.
+    """A parent renews the lease of a child whose run has ended. By now the lease is free, or
+    another run has it.
     """
     lease = acquire(leases, "a").lease
     leases.release(lease, DONE)
@@ -409,8 +411,8 @@ def test_a_fence_is_the_stores_clock(leases: Leases) -> None:
 
 
 def test_a_fence_is_not_given_twice_after_the_row_was_removed(leases: Leases) -> None:
-    """A run writes elsewhere by its fence, and ends. Its row is removed: pruned, or lost with a
-    wiped Redis. The new row must get another fence, so that late requests of that run stay
+    """A run writes to another system with its fence, and ends. Its row is removed: pruned, or lost
+    with a wiped Redis. The new row must get another fence, so that late requests of that run stay
     harmless.
     """
     first = acquire(leases).lease
@@ -521,8 +523,8 @@ def test_a_late_pending_run_does_not_replace_a_newer_one(leases: Leases) -> None
 
 
 def test_only_the_pending_run_that_was_sent_is_removed(leases: Leases) -> None:
-    """A run sends the pending run; its request to remove it stalls; a newer pending run is
-    recorded; then the request is carried out.
+    """A run sends the pending run; its request to remove this pending run stalls; a newer pending
+    run is recorded; then the request is carried out.
     """
     acquire(leases)
     assert leases.requests.request_run(peek(leases), "older")

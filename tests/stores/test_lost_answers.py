@@ -178,7 +178,9 @@ def test_the_answer_to_a_commit_is_lost(
 
 
 def test_a_connection_lost_before_the_commit(app: Celery, proxy: Proxy, url: str) -> None:
-    """Neither the rows nor the state are stored. The retry starts from the state before."""
+    """Neither the rows nor the state are stored. The retry starts from the state before the
+    transaction.
+    """
     attempts = []
 
     def act(task: Any) -> None:

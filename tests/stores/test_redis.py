@@ -229,7 +229,9 @@ def test_the_answer_to_acquire_is_lost(proxied: tuple[Celery, Proxy]) -> None:
 
 
 def test_the_answer_to_release_is_lost(proxied: tuple[Celery, Proxy]) -> None:
-    """The repeated release is refused, and the run finds its own end in the history."""
+    """The run has released, but the answer is lost. The repeated release is refused, and the run
+    finds its own end in the history.
+    """
     app, proxy = proxied
 
     def body(self: Any) -> None:
@@ -367,8 +369,8 @@ def acquire_and_release(store: RedisStore, name: str) -> None:
 
 
 def test_a_store_finds_the_new_master_by_sentinel() -> None:
-    """The master is killed; the replica becomes the master. Leases that it has copied are
-    renewed.
+    """The master is killed; the replica becomes the master. The leases that the replica has copied
+    are renewed.
     """
     master = Valkey()
     replica = Replica(master.port)
@@ -397,8 +399,8 @@ def test_a_store_finds_the_new_master_by_sentinel() -> None:
 
 
 def test_prune_removes_unused_keys_only(lease_url: str) -> None:
-    """Keys unused for longer than the age are removed. A key with a lease (even an expired one), a
-    pending run or a queued message is not.
+    """Keys that were unused for longer than the given age are removed. A key with a lease (even an
+    expired one), a pending run or a queued message is kept.
     """
     store = RedisStore(lease_url, io_timeout=2.0)
     for key in ("t:old", "t:held", "t:pending", "t:queued", "t:new", "u:old"):

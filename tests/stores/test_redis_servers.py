@@ -152,8 +152,8 @@ def test_after_a_demotion_one_call_is_refused_and_all_others_succeed(
     make_store: Callable[[str], RedisStore],
 ) -> None:
     """The name in the URL leads to the new primary. The old primary is now a replica; it stays
-    reachable, and closes none of its eight connections. The first call over one of them is refused.
-    No call over the seven others may be.
+    reachable, and closes none of its eight connections. The first call over one of these
+    connections is refused. No call over the other seven may be refused.
     """
     proxy = make_proxy(primary.port)
     store = make_store(through(proxy, primary.url))
@@ -173,8 +173,8 @@ def test_a_demoted_server_refuses_all_calls(
     make_proxy: Callable[[int], Proxy],
     make_store: Callable[[str], RedisStore],
 ) -> None:
-    """The data of a demoted server is old. It must not say that a lease is lost or held, or which
-    message is queued, although these answers need no write.
+    """The data of a demoted server is old. So even calls that only read are refused: whether a
+    lease is lost or held, and which message is queued.
     """
     proxy = make_proxy(primary.port)
     store = make_store(through(proxy, primary.url))

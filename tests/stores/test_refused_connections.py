@@ -133,7 +133,7 @@ def test_an_invalid_host_name_is_not_taken_for_a_refused_value(
 def test_sentinels_that_know_no_master_are_named_without_their_password(
     error_of: Callable[[str], StoreError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """redis-py's error text contains the representation of each client; up to release 6.4 this
+    """redis-py's error text contains the representation of each client, which up to redis-py 6.4
     contains the password.
     """
     ports = free_port(), free_port()

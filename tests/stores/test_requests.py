@@ -86,7 +86,7 @@ def test_a_request_to_a_former_holder_is_refused(
 
 def test_a_request_to_the_predecessor_does_not_reach_the_successor(leases: Leases) -> None:
     """C finds the lease held by A; A releases; B acquires; C sends its request by the row that it
-    saw. It must not affect B.
+    saw. C's request must not affect B.
     """
     seen = released(leases)
     successor = acquire(leases, "b").lease
@@ -121,8 +121,8 @@ def test_the_newest_message_is_next_after_a_hold_period(leases: Leases) -> None:
 
 
 def test_only_the_hold_period_that_was_seen_is_ended(leases: Leases) -> None:
-    """An operator sees the hold period after A's run; it ends; B runs, and another hold period
-    begins; the operator's request must not end that one.
+    """An operator sees the hold period after A's run; this hold period ends; B runs, and another
+    one begins; the operator's request must not end the new hold period.
     """
     leases.release(acquire(leases, "a").lease, WITH_HOLD_PERIOD)
     seen = peek(leases)
@@ -555,8 +555,8 @@ def dropped(store: Leases, task_id: str) -> None:
 def test_a_late_claim_for_a_message_that_ran_or_ended_is_refused(
     leases: Leases, before: str, ended: Callable[[Leases, str], None]
 ) -> None:
-    """t's claim stalls; its copy is answered, and the message is sent; it runs, or is dropped; the
-    first copy is carried out. A finished message must not keep other messages out.
+    """t's claim stalls; its copy is answered, and t is sent; t runs, or is dropped; the first copy
+    of the claim is carried out. A finished message must not keep other messages out.
     """
     if before != "no row":
         ran(leases, "t0")

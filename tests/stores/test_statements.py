@@ -22,7 +22,7 @@ DECLARED = set(Statements.__annotations__) - IN_PYTHON
 #: Statements that a database's ``.sql`` file may leave out, because ``Statements`` has a default.
 OPTIONAL = {name for name in DECLARED if hasattr(Statements, name)}
 
-#: A value for each parameter of a statement.
+#: Maps each parameter of the statements to a value for it.
 PARAMETERS: dict[str, Any] = {
     "also": "b",
     "entries": '[{"key": "k", "value": "1"}]',

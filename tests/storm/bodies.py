@@ -67,7 +67,7 @@ def _logger() -> logging.Logger:
 
 
 def _keep_the_gil() -> Iterator[None]:
-    """Match a careless regular expression, which keeps the GIL for about 2.5 s."""
+    """Keep the GIL for about 2.5 s: match a regular expression that backtracks very often."""
     yield
     more = math.log(LONG / _seconds_for_few()) / math.log(_GROWTH)
     _match(min(_FEW + max(round(more), 0), _MOST))

@@ -42,7 +42,7 @@ class Log:
 
     @cached_property
     def done(self) -> Counter[str]:
-        """How many times each job is in a state."""
+        """Maps each job to how many times it is in a state."""
         return Counter(line["job"] for lines in self.trails.values() for line in lines)
 
     @cached_property
@@ -54,7 +54,7 @@ class Log:
         return self.jobs("sent") - set(self.done) - ended
 
     def jobs(self, event: str) -> set[str]:
-        """Return the jobs with a note of this event."""
+        """Return the jobs about which there is a note of this kind of event."""
         return {note["job"] for note in self.notes[event]}
 
     @cached_property
@@ -71,7 +71,7 @@ class Log:
 
     @property
     def quiet_since(self) -> float:
-        """When a process last wrote a note, as ``time.monotonic()``."""
+        """The time of the last note of any process, as ``time.monotonic()``."""
         return max(note["at"] for notes in self.notes.values() for note in notes[-1:])
 
 
@@ -219,7 +219,9 @@ def _fences(log: Log) -> list[str]:
 
 
 def _standing_still(log: Log) -> list[str]:
-    """Return the singletons that ran none of the jobs sent after the storm."""
+    """Return the singletons that jobs were sent to after the storm, and that ran none of these
+    jobs.
+    """
     calm = log.notes["calm"][-1]["at"]
     wanted = {note["singleton"] for note in log.notes["sent"] if note["at"] > calm}
     ran = {note["singleton"] for note in log.notes["enter"] if note["at"] > calm}

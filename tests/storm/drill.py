@@ -38,8 +38,9 @@ POOLS = (
     ("-P", "solo"),
     ("-P", "gevent", "-c", "2"),
 )
-#: Seconds without notes after which a message counts as lost: the Redis transport checks only every
-#: ten seconds for messages that a dead worker left unacknowledged.
+#: After how many seconds without a note a message counts as lost. It is more than ten seconds,
+#: because only every ten seconds the Redis transport checks for messages that a dead worker left
+#: unacknowledged.
 QUIET = 15.0
 
 

@@ -1,4 +1,4 @@
-"""Workers that are restarted whenever they end, each with proxies of its own to store and
+"""Workers that are restarted whenever they end. Each has its own proxies to the store and the
 broker.
 """
 
@@ -33,10 +33,11 @@ def through(proxy: Proxy, url: str) -> str:
 
 
 class Slot:
-    """The place of one worker, which is started again whenever it has ended.
+    """The place of one worker of the fleet: whenever the worker has ended, a new one is started in
+    it.
 
-    Its connections to the store and the broker go through proxies of its own, so that a fault can
-    cut this worker off alone.
+    The worker's connections to the store and the broker go through proxies of its own, so that a
+    fault can cut this worker off alone.
 
     :param app: the module of the worker's app.
     """
@@ -90,7 +91,7 @@ class Slot:
             os.kill(self.worker.process.pid, number)
 
     def mend_store(self) -> None:
-        """Let the worker reach the store again, over new connections."""
+        """Let the worker reach the store again, through new connections."""
         self.store.mode = "pass"
         self.store.cut()
 
@@ -106,7 +107,7 @@ class Slot:
 
 
 class Later:
-    """Actions that end faults, each at its time and in a thread of its own."""
+    """Actions that end faults, each at its own time and in a thread of its own."""
 
     def __init__(self) -> None:
         self._timers: list[threading.Timer] = []

@@ -37,8 +37,8 @@ def often(task: str = "ticked", entries: int = 5, catch_up: str = "all") -> Sche
 def test_a_crash_between_sending_and_recording(
     make_hosts: Callable[..., Hosts], task: str, runs: int
 ) -> None:
-    """The leader has sent a tick and dies before it records the tick. The next leader sends it
-    again, with the same id. A singleton refuses the second copy; a plain task runs it twice.
+    """The leader has sent a tick and dies before it records the tick. The next leader sends the
+    tick again, with the same id. A singleton refuses the second copy; a plain task runs it twice.
     """
     hosts = make_hosts(often(task), **SHORT)
     hosts.fleet.start("-P", "solo", app=APP)

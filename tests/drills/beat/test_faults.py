@@ -91,8 +91,8 @@ FAULTS: tuple[Fault, ...] = (
 def test_every_tick_is_run_once_whatever_happens_to_the_leader(
     make_hosts: Callable[..., Hosts],
 ) -> None:
-    """200 entries are due every 1 to 3 s. Half of them catch up on all missed ticks, half only on
-    the latest. For two minutes the leader has one fault after the other.
+    """200 entries are due every 1 to 3 s. Half of the entries catch up on all missed ticks, half
+    only on the latest tick. For two minutes the leader has one fault after the other.
     """
     hosts = make_hosts(
         {
@@ -130,8 +130,8 @@ def test_every_tick_is_run_once_whatever_happens_to_the_leader(
 
 
 def storm(hosts: Hosts, chance: random.Random) -> Iterator[str]:
-    """Cause one fault after the other. For each, yield its name and the seconds until another beat
-    led.
+    """Cause one fault after the other. For each fault, yield its name and the seconds until another
+    beat led.
     """
     end = time.monotonic() + STORM
     faults: list[Fault] = []

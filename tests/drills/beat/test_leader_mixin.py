@@ -62,7 +62,7 @@ class Project:
         return self.fleet.start_beat(DJANGO, scheduler=f"{DJANGO}:LeadingScheduler", host=host)
 
     def beats(self) -> tuple[Beat, Beat]:
-        """Start two beats; return the leader, and the stand-by."""
+        """Start two beats; return the beat that leads and the beat that stands by."""
         one = self.beat("1")
         one.wait_leads()
         other = self.beat("2")
@@ -215,7 +215,7 @@ PeriodicTask.objects.get(name="removed").delete()
 
 
 def test_a_leader_that_was_stopped_sends_and_writes_nothing_more(project: Project) -> None:
-    """The leader is paused until another beat leads, and then resumed. It stands by."""
+    """The leader is paused until another beat leads, and then resumed. The old leader stands by."""
     project.run("task('often', every(1))")
     one, other = project.beats()
     project.wait_for("often", 2)
@@ -260,7 +260,7 @@ def test_two_beats_with_schedule_files_of_their_own(
 ) -> None:
     """Celery's own scheduler keeps last runs in a file, and each of the two beats has a file of its
     own. One beat sends an entry that is due once an hour. Then the other beat leads, and does not
-    send it again.
+    send this entry again.
     """
     schedule = {
         "often": {"task": "plain", "schedule": 1.0},

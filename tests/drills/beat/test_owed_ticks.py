@@ -106,7 +106,9 @@ def test_300_owed_ticks_run_in_order_with_on_conflict_wait(
 def test_a_beat_that_owes_1000_ticks_of_one_entry_and_has_1000_others(
     make_hosts: Callable[..., Hosts],
 ) -> None:
-    """All owed ticks are closed in order, and no other entry is late by more than its interval."""
+    """All owed ticks of the one entry run in order, and no other entry is late by more than its
+    interval.
+    """
     every = timedelta(seconds=20)
     others: dict[str, Any] = {
         f"o{number}": {"task": "plain", "schedule": every.total_seconds()} for number in range(1000)

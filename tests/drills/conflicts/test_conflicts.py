@@ -57,8 +57,8 @@ def send(app: Celery, name: str, what: str, until: Any = "", **options: Any) -> 
 def test_a_delivery_waits_and_runs_when_the_lease_is_free(
     fleet: Fleet, client: Callable[[], Celery], go: Path
 ) -> None:
-    """A delivery finds the lease taken, waits, and runs when the lease is free. It uses up none of
-    the task's own retries, and its chain goes on.
+    """A delivery finds the lease taken, waits, and runs when the lease is free. The delivery uses
+    up none of the task's own retries, and its chain goes on.
 
     Users know the faults from celery-singleton #19 (a duplicate drops its chain) and celery-once
     #110 (a task sent by hand is ignored silently).
@@ -125,8 +125,9 @@ def stop_with_message(worker: Worker, app: Celery, task_id: str) -> bool:
 def test_the_worker_of_a_waiting_delivery_dies(
     fleet: Fleet, client: Callable[[], Celery], go: Path
 ) -> None:
-    """A waiting delivery's worker is killed. The broker redelivers the message when it next checks:
-    Redis checks when a worker starts, and then only every ten seconds.
+    """A waiting delivery's worker is killed. The broker redelivers the message at its next check.
+    Redis checks when a worker starts, and otherwise every ten seconds, so the test starts another
+    worker.
     """
     app = client()
     fleet.start("-c", "1", "-Q", "a", name="a")

@@ -19,8 +19,8 @@ PROCESSES = 8
 #: The largest number of connections that docs/databases.md allows: three for each process of the
 #: pool, and three for the parent process.
 MOST = 3 * (PROCESSES + 1)
-#: How many failed deliveries to wait for while the store hangs. Each delivery fails after several
-#: statements.
+#: For how many failed deliveries the test waits while the store hangs. Each delivery fails after
+#: several statements.
 GIVEN_UP = 3 * PROCESSES
 
 

@@ -21,7 +21,7 @@ from tests.helpers.waiting import wait_until
 
 
 def run(app: Celery, times: int, name: str = "stateless steps") -> None:
-    """Run a task so many times, one run after the other. Each run notes its fence."""
+    """Run a task ``times`` times, one run after the other. Each run notes its fence."""
     for _ in range(times):
         outcome(app.send_task(name, (["note_fence"],)))
 

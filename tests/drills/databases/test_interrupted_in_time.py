@@ -32,9 +32,9 @@ def test_a_body_that_tidies_up_has_left_before_the_next_one_begins(
     tidies: float,
 ) -> None:
     """A worker's connection to the store falls silent, and its lease, which has the default life,
-    expires. Its body is interrupted and tidies up in its ``finally``. Another process, with a
-    working connection, asks for the lease all the time. It begins only after the first body has
-    left.
+    expires. The worker's body is interrupted and tidies up in its ``finally``. Another process,
+    with a working connection, asks for the lease all the time. Its body begins only after the first
+    body has left.
     """
     shop = make_shop(own_postgres)
     shop.start(*pool)
@@ -58,7 +58,7 @@ def test_a_body_that_tidies_up_has_left_before_the_next_one_begins(
 
 
 def first_result(task: Any) -> Any:
-    """Run the task until it gets the lease; return what it returns."""
+    """Call the task until it gets the lease; return the run's result."""
     while True:
         try:
             return task()

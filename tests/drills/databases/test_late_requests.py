@@ -109,15 +109,16 @@ def test_a_late_acquisition_delays_the_next_run_by_one_life_at_most(
 def test_a_message_that_is_done_is_not_queued_again_by_a_late_request(
     own_server: Postgres | MariaDB, make_shop: Callable[..., Shop], client: Callable[[], Celery]
 ) -> None:
-    """The statement that records a queued message stalls and is given up. The message is sent, runs
-    and ends. Then the statement is carried out. The next message is published all the same, at
-    once.
+    """The request that records a queued message stalls and is given up. The message is sent, runs
+    and ends. Then the request is carried out. All the same, the next message is published at once.
     """
     shop = make_shop(own_server, CELERY_SINGLETON_HEARTBEAT_INTERVAL=2)
     shop.start()
 
     def body(self: Any) -> None:
-        """Do nothing: the body that counts runs in the worker."""
+        """Do nothing: only the name and the options of this task are used. The worker runs another
+        body.
+        """
 
     task: Any = singleton_task(client(), shared=False, name="sent once", enqueue_once=True)(body)
     assert outcome(task.delay()) == "ran"

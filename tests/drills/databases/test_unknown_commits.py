@@ -25,7 +25,7 @@ COMMIT = rb"(^Q.{4}|\x03)COMMIT\0?$"
 
 
 def check_rows_and_state_agree(shop: Shop, app: Celery) -> None:
-    """Check, with one more run, that no number is copied twice and none is left out."""
+    """Check, with one more run, that each number is copied exactly once."""
     copied = outcome(app.send_task(NAME, (["copy"],)))
     assert shop.rows() == list(range(1, copied + 1))
 

@@ -47,8 +47,8 @@ def test_all_answers_to_an_acquisition_are_lost(shop: Shop, client: Callable[[],
 
 
 def test_the_last_answer_to_a_release_is_lost(shop: Shop, client: Callable[[], Celery]) -> None:
-    """Every copy of the release is lost and its connections are cut, so the outcome of the save is
-    unknown. The lease is released as soon as the store answers again.
+    """The release is lost on its way to the store, which then refuses connections, so the run does
+    not learn the outcome of its save. The lease is released as soon as the store answers again.
     """
     app, name = client(), "long steps, not retried"
     shop.proxy.lose_answer_to(b"unsaved", then="refuse")
@@ -79,8 +79,8 @@ def test_the_last_answer_to_a_release_is_lost(shop: Shop, client: Callable[[], C
 def test_a_message_with_a_malformed_header_leaves_no_lease(
     shop: Shop, client: Callable[[], Celery], headers: dict[str, str]
 ) -> None:
-    """A message has a malformed header. Its lease is released even if the header causes an error
-    between acquisition and body.
+    """A message has a malformed header, which may cause an error between acquisition and body. The
+    lease is released all the same.
     """
     app, name = client(), "long steps, not retried"
     outcome(app.send_task(name, (["copy"],), headers=headers))
@@ -95,8 +95,8 @@ def test_a_message_with_a_malformed_header_leaves_no_lease(
 def test_a_body_raises_an_error_whose_text_cannot_be_stored(
     shop: Shop, client: Callable[[], Celery], text: str
 ) -> None:
-    """A failure is recorded in the row's history although its text cannot be stored as it is. The
-    next run gets the lease at once.
+    """The failure is recorded in the row's history, although its text cannot be stored as it is.
+    The next run gets the lease at once.
     """
     app, name = client(), "long steps, not retried"
     assert isinstance(outcome(app.send_task(name, (["copy"], ["fail", text]))), ValueError)

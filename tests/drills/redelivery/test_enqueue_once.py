@@ -1,4 +1,4 @@
-"""``enqueue_once`` with real workers: which messages keep a second one from being published."""
+"""``enqueue_once`` with real workers: which messages keep the next message from being published."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_message_that_fails_before_its_delivery_does_not_block_the_next(
 def test_a_message_that_a_worker_cannot_read_does_not_block_the_next(
     fleet: Fleet, make_task: Callable[..., Any]
 ) -> None:
-    """The sender uses a serializer that workers do not accept. The next message is published."""
+    """The sender uses a serializer that workers do not accept. Its next message is published."""
     fleet.start("-c", "1")
     task = make_task("ends_early")
     first = task.apply_async(("runs",), serializer="pickle")

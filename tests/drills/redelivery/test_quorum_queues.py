@@ -1,4 +1,4 @@
-"""RabbitMQ's quorum queues, with real workers: delayed messages wait in RabbitMQ, for any time."""
+"""RabbitMQ's quorum queues, with real workers: delayed messages wait in RabbitMQ, however long."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_a_retry_after_less_than_a_second_arrives(
 def test_a_message_that_is_retried_again_and_again_stays_in_its_queue(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """Each of Celery's delays adds 56 characters to the routing key, which holds 255. A message
-    that was retried 20 times must still reach its queue.
+    """Each of Celery's delays adds 56 characters to the routing key, which holds at most 255. A
+    message that was retried 20 times must still reach its queue.
     """
     app = client()
     worker = fleet.start("-c", "2")
@@ -47,8 +47,8 @@ def test_a_message_that_is_retried_again_and_again_stays_in_its_queue(
 
 
 def test_messages_that_wait_do_not_block_others(fleet: Fleet, client: Callable[[], Celery]) -> None:
-    """As many messages as a worker prefetches ask for a retry in an hour. Then a plain
-    task runs.
+    """A worker prefetches as many messages as it may, and all of them ask for a retry in an hour.
+    Then a plain task runs.
     """
     app = client()
     worker = fleet.start("-c", "2")

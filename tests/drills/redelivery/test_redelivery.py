@@ -237,7 +237,7 @@ def test_rabbitmq_dies_in_mid_body(
     client: Callable[[], Celery],
     tmp_path: Path,
 ) -> None:
-    """RabbitMQ is killed while a body runs, and started again. It has kept the message and
+    """RabbitMQ is killed while a body runs, and started again. It has kept the body's message and
     redelivers it. The run is not repeated, and the next message runs.
     """
     fleet = make_fleet(CELERY_BROKER_URL=own_rabbitmq.url)

@@ -102,7 +102,9 @@ def test_a_copy_that_comes_just_as_a_run_ends_sends_no_second_callback(
 def test_copies_of_short_runs_send_each_callback_once(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """Each message is sent twice. The copy arrives before, during or after the end of the run."""
+    """Each message is sent twice. The second copy arrives before, during or after the end of the
+    run.
+    """
     app = client()
     fleet.start("-c", "4")
     for number in range(40):
@@ -154,8 +156,8 @@ def test_an_id_that_was_used_before_runs_each_day(
 def test_a_new_message_with_the_id_of_a_run_that_goes_on_runs_after_it(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """A second message with the id of a running message runs after it, even if the first message
-    was retried meanwhile: a retry is the same message.
+    """A second message with the id of a running message runs after that message, even if that
+    message is retried meanwhile: a retry is the same message, not a second one.
     """
     app, go = client(), tmp_path / "go"
     worker = fleet.start("-c", "2")
@@ -216,7 +218,7 @@ def test_the_message_of_a_killed_child_runs_again(
 def test_a_task_that_always_kills_its_process_ends(
     fleet: Fleet, client: Callable[[], Celery]
 ) -> None:
-    """A task kills its process in every run. After ``max_retries`` it is not run again."""
+    """A task kills its process in every run. After ``max_retries`` the task is not run again."""
     app = client()
     fleet.start("-c", "1")
     error = outcome(app.send_task("dies_until", (100,)))

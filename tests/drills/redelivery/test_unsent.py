@@ -98,8 +98,8 @@ def test_a_delivery_that_waits_is_sent_when_the_broker_is_back(
     fleet: Fleet, client: Callable[[], Celery], proxy: Proxy, tmp_path: Path
 ) -> None:
     """A's body runs. B is about to acquire the lease. Publishing fails from now on. B finds the
-    lease taken and cannot publish its message for later. Publishing works again, and B runs after
-    A.
+    lease taken and cannot publish its message for later. Publishing works again. B's message is
+    sent, and runs after A.
     """
     app, go = client(), tmp_path / "go"
     open_gate, gate = tmp_path / "open gate", tmp_path / "gate"

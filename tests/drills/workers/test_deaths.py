@@ -228,7 +228,7 @@ def test_a_cold_shutdown_of_threads_lets_the_run_end(
     """A cold shutdown cannot end a thread: Celery's shutdown raises an error, and Python waits for
     the thread.
 
-    The lease is renewed until the run has ended, and only then is its message acknowledged.
+    The lease is renewed until the run has ended. The message is acknowledged only after that.
     """
     fleet = make_fleet(
         CELERY_SINGLETON_HEARTBEAT_INTERVAL="1",

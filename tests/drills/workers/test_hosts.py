@@ -23,7 +23,7 @@ def test_a_live_run_is_left_alone_by_a_host_that_shares_its_files_and_not_its_lo
 ) -> None:
     """A's body runs. B is another host that sees A's holder files, but not A's locks on them (NFS
     with ``local_lock``, CIFS with ``nobrl``, Lustre with ``localflock``). B starts, and a delivery
-    on B finds A's lease taken. B does not take A for dead.
+    on B finds A's lease taken. B must not conclude that A is dead.
     """
     app, until = client(), tmp_path / "until"
     fleet.start("-P", "solo")
