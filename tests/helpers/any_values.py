@@ -258,7 +258,7 @@ def _put(state: Any, name: str, value: Any) -> None:
         setattr(state, name, value)
 
 
-def told(value: Any) -> Any:
+def described(value: Any) -> Any:
     """Return a description of a value and of the types of all its parts: equal values have equal
     ones.
 
@@ -269,11 +269,11 @@ def told(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return name, value.name
     if isinstance(value, dict):
-        return name, frozenset((told(key), told(each)) for key, each in value.items())
+        return name, frozenset((described(key), described(each)) for key, each in value.items())
     if isinstance(value, set | frozenset):
-        return name, frozenset(map(told, value))
+        return name, frozenset(map(described, value))
     if isinstance(value, list | tuple):
-        return name, tuple(map(told, value))
+        return name, tuple(map(described, value))
     if isinstance(value, datetime | time):
         return name, value.replace(tzinfo=None, fold=0).isoformat(), _zone(value)
     if isinstance(value, pydantic.SecretStr):
@@ -309,11 +309,11 @@ def _held(value: Any) -> list[Any] | None:
         **getattr(value, "__dict__", {}),
         **(getattr(value, "__pydantic_extra__", None) or {}),
     }
-    found = {name: told(getattr(value, name)) for name in {*names, *others}}
+    found = {name: described(getattr(value, name)) for name in {*names, *others}}
     if isinstance(found.get("ratio"), tuple) and type(value.ratio) is int:
         # For a type checker an int is a float, so an int in a float's field may come back as a
         # float.
-        found["ratio"] = told(float(value.ratio)), int(float(value.ratio)) - value.ratio
+        found["ratio"] = described(float(value.ratio)), int(float(value.ratio)) - value.ratio
     elif "ratio" in found:
         found["ratio"] = found["ratio"], 0
     return sorted(found.items(), key=lambda item: item[0])

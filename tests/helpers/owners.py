@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-class Told:
+class RecordingOwner:
     """An owner of a lease that calls the given functions when something happens to the lease.
 
     :param lost: called with the reason when the lease is lost; by default nothing is called.

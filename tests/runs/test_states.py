@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from celery_singleton_state import SchemaDecodeFailed, singleton_task
 from celery_singleton_state.runtime import runtime_of
 from celery_singleton_state.store.base import Row
-from tests.helpers.any_values import ANYTHING, JSON, Typed, Untyped, states, told
+from tests.helpers.any_values import ANYTHING, JSON, Typed, Untyped, described, states
 
 
 @dataclass
@@ -119,7 +119,7 @@ def test_the_next_run_has_the_saved_state_or_the_save_fails(
     memory_app: Celery, schema: Any
 ) -> None:
     def body(self: Any, state: Any = None) -> Any:
-        found = told(self.state)
+        found = described(self.state)
         if state is not None:
             self.state = state
         return found
@@ -137,7 +137,7 @@ def test_the_next_run_has_the_saved_state_or_the_save_fails(
             except SchemaDecodeFailed:
                 expected = before
             else:
-                expected = told(state)
+                expected = described(state)
         assert task() == expected
 
     check()

@@ -12,7 +12,7 @@ from celery_singleton_state.lease.heartbeat import Heartbeat
 from celery_singleton_state.lease.lease import HeldLease, clock
 from celery_singleton_state.store.base import Lease, StoreUnavailable
 from tests.helpers.leases import Answers
-from tests.helpers.owners import Told
+from tests.helpers.owners import RecordingOwner
 from tests.helpers.waiting import wait_until
 
 
@@ -279,7 +279,7 @@ def test_a_late_answer_does_not_bring_an_expired_lease_back(
     store.answer = answer_late
     lost: list[bool] = []
     lease = held("a", ttl=0.3)
-    lease.owner = Told(lost=lambda why: lost.append(answered.is_set()))
+    lease.owner = RecordingOwner(lost=lambda why: lost.append(answered.is_set()))
     heartbeat.hold(lease)
     wait_until(lambda: lost, "the run is told that its lease is lost")
     answered.set()
@@ -334,7 +334,7 @@ def test_a_holder_learns_which_task_asks_for_a_handoff(
     store.handoffs["a"] = "task 7"
     asked, other = held("a"), held("b")
     heard: list[str] = []
-    asked.owner = other.owner = Told(asked=heard.append)
+    asked.owner = other.owner = RecordingOwner(asked=heard.append)
     heartbeat.hold(asked)
     heartbeat.hold(other)
     wait_until(lambda: heard, "the holder is asked")
@@ -369,7 +369,7 @@ def test_an_error_of_one_owner_stops_no_other_renewal(heartbeat: Heartbeat, stor
         raise RuntimeError("can't start new thread")
 
     asked, other = held("asked"), held("other")
-    asked.owner = Told(asked=fail)
+    asked.owner = RecordingOwner(asked=fail)
     store.handoffs["asked"] = "somebody"
     for lease in (asked, other):
         heartbeat.hold(lease)

@@ -34,7 +34,7 @@ from celery_singleton_state.runtime import close_runtime, runtime_of
 from celery_singleton_state.store.base import Ended, Lease
 from celery_singleton_state.worker.parent_renewal import ParentRenewal
 from tests.helpers.leases import Answers
-from tests.helpers.owners import Told
+from tests.helpers.owners import RecordingOwner
 from tests.helpers.waiting import wait_until
 
 FORK = multiprocessing.get_context("fork")
@@ -109,7 +109,7 @@ def test_a_refusal_and_a_handoff_request_are_read_at_the_signal(child: Child) ->
     """Without the signal, the child's own thread would read them only half a minute later."""
     lost, asked = child.hold("lost"), child.hold("asked")
     heard: list[str] = []
-    asked.owner = Told(asked=heard.append)
+    asked.owner = RecordingOwner(asked=heard.append)
     child.answer(asked, RenewalAnswer("holder of asked", clock(), "task 7"))
     wait_until(lambda: heard, "the holder is asked to hand over")
     assert heard[0] == "task 7"
@@ -256,7 +256,7 @@ def hold(app: Celery, pipe: Any, key: str) -> None:
     acquired = own.store.acquire(key, holder, TTL, None)
     assert acquired is not None
     held = HeldLease(acquired.lease, asked_at, TTL / 100)
-    held.owner = Told(lost=pipe.send)
+    held.owner = RecordingOwner(lost=pipe.send)
     own.heartbeat_of(own.store).hold(held)
     pipe.send(acquired.lease)
     while True:

@@ -43,8 +43,8 @@ from tests.helpers.any_values import (
     Typed,
     Untyped,
     Word,
+    described,
     states,
-    told,
 )
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -67,7 +67,7 @@ def is_kept_or_refused(state: Any, schema: Any) -> None:
             again = saved(state, schema)
         except StateError:
             return
-    assert told(again) == told(state)
+    assert described(again) == described(state)
 
 
 @settings(deadline=None, max_examples=200)
@@ -134,7 +134,7 @@ def test_a_value_that_an_untyped_state_would_lose_is_named_by_its_path(
     [None, True, 1, 1.0, -0.0, 2**70, "ä\0", [1, True, 1.5, None], {"a": [{}]}, [[]] * 99],
 )
 def test_values_of_json_need_no_type(value: Any) -> None:
-    assert told(saved(Untyped(value))) == told(Untyped(value))
+    assert described(saved(Untyped(value))) == described(Untyped(value))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_typed_state_is_kept() -> None:
         part=Part(hidden=[None]),
         pieces=[Piece(own_size=1)],
     )
-    assert told(saved(state)) == told(state)
+    assert described(saved(state)) == described(state)
 
 
 def test_an_attribute_that_is_no_field_is_kept_or_refused() -> None:
