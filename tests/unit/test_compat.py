@@ -485,7 +485,7 @@ def test_a_pool_can_be_given_more_connections(tmp_path: Path) -> None:
     engine.dispose()
 
 
-def test_a_pool_closes_connections_that_are_returned_after_it_was_told_to(tmp_path: Path) -> None:
+def test_a_pool_that_refuses_returns_closes_returned_connections(tmp_path: Path) -> None:
     engine = sa.create_engine(f"sqlite:///{tmp_path}/a.db", poolclass=sa.QueuePool)
     connection = engine.raw_connection()
     compat.refuse_returns(engine.pool)

@@ -92,8 +92,8 @@ def test_whether_a_run_ended_is_unknown_if_its_entry_may_have_been_dropped() -> 
 
 
 def test_old_duplicates_are_dropped_separately_from_runs() -> None:
-    """The history has a limit for runs and one for duplicates. If one of them was exceeded, this
-    says nothing about the other.
+    """The history has a limit for runs and one for duplicates. So dropped duplicates do not mean
+    that runs were dropped, too.
     """
     old_duplicate, old_run = entry(1, outcome="duplicate"), entry(1)
     later = (entry(4), entry(5, outcome="duplicate"))

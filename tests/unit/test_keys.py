@@ -109,7 +109,7 @@ def test_long_names_make_different_keys_that_fit(one: str, other: str) -> None:
 
 
 class Text(str):
-    """A subclass of ``str`` as Django's ``SafeString``."""
+    """A subclass of ``str``, such as Django's ``SafeString``."""
 
 
 class Level(IntEnum):
@@ -137,7 +137,7 @@ class Money:
 
 
 class Promise:
-    """A text that is made when it is needed, as Django's lazy translations."""
+    """A text that is made only when it is needed, such as Django's lazy translations."""
 
     def __str__(self) -> str:
         return "lazy"
@@ -179,9 +179,10 @@ SENT = [
 def test_the_sender_and_the_body_have_the_same_key(
     value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """JSON changes some values. The sender makes the key of the value before, and the worker after.
+    """JSON changes some values. The sender makes the key from the value as it was before this
+    change, and the worker makes the key from the changed value.
 
-    Both keys must be the same.
+    Both keys must be equal.
     """
     monkeypatch.setattr("kombu.utils.json.textual_types", (Promise,))
     content_type, encoding, sent = dumps([value], "json")

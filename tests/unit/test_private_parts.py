@@ -26,7 +26,8 @@ ROOT = Path(celery_singleton_state.__file__).parent
 COMPAT = ROOT / "compat.py"
 PRIVATE = re.compile(r"_[A-Za-z]\w*|__\w*[A-Za-z0-9]_?")
 
-#: This package's own private names that modules use of objects other than ``self``, with the owner.
+#: Maps each private name of this package that a module uses on another object than ``self`` to the
+#: name's owner.
 OURS = {
     "_CELERY_SINGLETON_STATE_PARENT": "a variable of the environment (lease.renewal_slots)",
     "_close": "KeyValueStore, while it is made (kv)",
@@ -91,7 +92,8 @@ def private_uses(text: str, module: str) -> Iterator[tuple[int, str]]:
     """Yield the line and the name of each private part that a module's source uses."""
     tree = ast.parse(text)
     known = OURS.keys() | PYTHONS.keys()
-    own = {"self", "cls", "super()", "celerys"}  # "celerys" is super() without its types
+    # The package calls ``super()`` "celerys" if it hides the types of ``super()`` from mypy.
+    own = {"self", "cls", "super()", "celerys"}
     own |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     formats = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
     parts = {id(part) for node in formats for part in node.values}
@@ -113,7 +115,7 @@ def private_uses(text: str, module: str) -> Iterator[tuple[int, str]]:
 
 
 def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
-    """Return the parts of all imported names, but for imports from this package."""
+    """Return the parts of all imported names, except for imports from this package."""
     names = [each.name for each in node.names]
     if isinstance(node, ast.ImportFrom):
         if node.level or (node.module or "").startswith(ROOT.name):
@@ -156,7 +158,8 @@ def test_compat_lists_the_private_names_that_our_classes_override() -> None:
 
 def _modules() -> Iterator[ModuleType]:
     for each in pkgutil.walk_packages([str(ROOT)], f"{ROOT.name}."):
-        if ".versions." not in each.name:  # only Alembic can import a migration
+        # Only Alembic can import a migration.
+        if ".versions." not in each.name:
             yield importlib.import_module(each.name)
 
 
@@ -185,7 +188,8 @@ def _names_in(kind: type) -> frozenset[str]:
     """Return the names that a class's source defines or uses on itself."""
     try:
         source = inspect.getsource(kind)
-    except (OSError, TypeError):  # a class that is written in C
+    except (OSError, TypeError):
+        # The class is written in C, so it has no Python source.
         return frozenset(vars(kind))
     used = re.findall(r"(?:self|cls|celerys|super\(\))\.(\w+)", source)
     return frozenset({*used, *(name for name in vars(kind) if name in source)})

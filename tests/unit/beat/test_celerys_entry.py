@@ -49,7 +49,7 @@ from tests.helpers.own_schedules import (
 
 #: The time at which the tests begin: a Tuesday.
 NOON = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
-#: The most turns that `run` allows. No entry here needs as many: one that does hangs.
+#: The most turns that `run` allows. No test needs so many, so an entry that takes them all hangs.
 TURNS = 2000
 
 
@@ -137,7 +137,9 @@ def test_a_crontab_with_an_offset(app: Celery, own: Any, minutes: list[int]) -> 
 
 
 def test_a_schedule_that_reads_its_hosts_clock(app: Celery) -> None:
-    """The schedule is asked about the present, and its due times are counted from there."""
+    """Such a schedule can be asked only about the present. Its due times count from the present,
+    too.
+    """
     now = datetime.now(UTC)
     for own, first in ((HostClock(app=app), 30), (HostClockEstimate(1, app=app), 60)):
         due, following = next_runs(own, 2, now)
@@ -222,7 +224,8 @@ def test_the_rules_for_missed_ticks(
 def test_another_leader_finds_the_same_tick(app: Celery) -> None:
     """A leader finds a due tick, and dies before it records that it has sent the tick.
 
-    The next leader finds the same tick, from the state before and from the state after that.
+    The next leader finds the same tick, whether the stored state is from before or from after the
+    first leader's check.
     """
     entry = behind(app)
     state = entry.state()
@@ -241,7 +244,7 @@ def test_a_tick_that_was_found_and_not_sent_becomes_too_old(app: Celery) -> None
     assert run(entry, LATE + HOUR, LATE + HOUR) == [NOON + 90 * MINUTE]
 
 
-def test_no_tick_is_sent_at_the_next_time_to_ask_for_a_tick_that_became_too_old(
+def test_after_a_tick_became_too_old_the_next_time_to_ask_is_no_tick(
     app: Celery,
 ) -> None:
     """The schedule asks to be asked again every five seconds. At 12:00:03 it says that it is due.
@@ -269,9 +272,9 @@ def test_a_schedule_that_is_slow_to_answer_is_asked_in_turns(
 ) -> None:
     """The schedule takes a second for each answer, because it reads a table.
 
-    No turn has more than a few questions. No tick of the entry is lost, even if another beat
-    becomes the leader in between. Nothing is sent at a time at which the schedule only wants to be
-    asked.
+    The leader asks only a few questions in each turn, so that other entries have their turns. No
+    tick of the entry is lost, even if another beat becomes the leader in between. Nothing is sent
+    at a time at which the schedule only wants to be asked.
     """
     clock = [0.0]
 
@@ -309,8 +312,8 @@ def test_a_schedule_that_is_slow_to_answer_is_asked_in_turns(
 def test_a_slow_schedule_that_is_a_year_behind_is_asked_about_the_present(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The leader does not ask about each time in the year. This would take hours without any
-    tick.
+    """The leader does not ask about each time in the year, because this would take hours in which
+    no tick is sent.
     """
     turns = [0.0]
     monkeypatch.setattr(poll, "clock", lambda: turns.append(turns[-1] + 1) or turns[-1])
@@ -380,7 +383,7 @@ def test_next_runs_and_matches_now_of_a_run_once_schedule(app: Celery, own: Any)
     assert not matches_now(once, NOON + HOUR)
     with pytest.raises(ValueError, match="due"):
         next_runs(once, 1, NOON)
-    # LeaderMixin calls this function. After the only run the answer is the time it asked about.
+    # LeaderMixin calls ``due_after``. After the only run it returns the time that it was given.
     assert due_after(once, NOON + HOUR) == NOON + HOUR
 
 
@@ -506,7 +509,7 @@ def test_a_schedule_that_cannot_be_asked_is_refused_by_name(
 def test_a_nowfun_that_is_off_the_clock_is_logged(
     app: Celery, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Beats go by the system's clock, not by the crontab's ``nowfun``."""
+    """A warning says that beats go by the system's clock and not by the crontab's ``nowfun``."""
     made(app, crontab(nowfun=lambda: datetime.now(UTC), app=app))
     assert caplog.text == ""
     made(app, crontab(nowfun=lambda: datetime.now(UTC) - HOUR, app=app))

@@ -22,7 +22,7 @@ def utc_app() -> Celery:
 
 
 def run_until(entry: SingletonEntry, now: datetime) -> list[datetime]:
-    """Return the ticks that a leader sends if it looks at the entry at ``now``, in order."""
+    """Return the ticks that a leader sends when it checks the entry at ``now``, in order."""
     sent = []
     while entry.next_tick <= now:
         if not entry.miss(now):
@@ -227,7 +227,8 @@ def test_another_leader_continues_from_the_stored_state(utc_app: Celery) -> None
 def test_after_a_takeover_that_skipped_ticks_the_next_names_no_tick_before_it(
     utc_app: Celery, catch_up: str
 ) -> None:
-    """A tick names the tick before it: when its run is done, all ticks up to it count as done.
+    """A tick's message names the tick before it. When that message was run, all times between the
+    two ticks count as done.
 
     The old leader may have sent some of the skipped ticks before it died, without recording them.
     They may not be done, so the new leader's first tick names no tick before it.
@@ -273,8 +274,10 @@ def test_after_a_takeover_that_skipped_no_tick_the_next_names_the_last(utc_app: 
 def test_an_entry_with_a_changed_schedule_is_not_due_at_once(
     utc_app: Celery, before: Any, after: Any, expected: datetime
 ) -> None:
-    """The entry's last tick was at 12:00. A beat starts with another schedule for it at 17:00 (in
-    the first case, at 13:00).
+    """The entry's last tick was at 12:00. At 17:00 a beat starts with another schedule for the
+    entry.
+
+    In the first case the beat starts at 13:00.
     """
     old = entry(utc_app, before)
     assert run_until(old, NOON) == [NOON]

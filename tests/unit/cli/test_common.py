@@ -89,7 +89,9 @@ def test_the_exporter_names_an_included_module_that_is_missing(memory_app: Celer
 def test_commands_know_the_tasks_of_included_modules(
     memory_app: Celery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``health`` needs them: a task's options decide whether its singleton is healthy."""
+    """``health`` needs these tasks, because a task's options decide whether its singleton is
+    healthy.
+    """
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "with_a_task.py").write_text(
         "from celery import current_app\n"

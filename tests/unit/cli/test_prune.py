@@ -65,7 +65,7 @@ def app(memory_app: Celery) -> Celery:
 def old(app: Celery, tasks: Mapping[str, str]) -> Runtime:
     """Return a runtime whose store has singletons that were last used in 2001.
 
-    :param tasks: the task's name by the singleton's name.
+    :param tasks: maps the name of each singleton to the name of its task.
     """
     runtime = runtime_of(app)
     runtime.store.requests.expect({row_key(PREFIX, name): task for name, task in tasks.items()})
@@ -115,7 +115,9 @@ def test_an_old_key_of_a_task_with_unique_on_can_be_removed(
     ],
 )
 def test_a_row_that_is_no_key_of_unique_on_is_kept(app: Celery, name: str, task: str) -> None:
-    """The row's task has no ``unique_on``, or gained or lost it later, or is not in the app."""
+    """The row's task has no ``unique_on``, had none when the row was made, has one no longer, or is
+    not in the app.
+    """
     assert find_unused(old(app, {name: task}), DAY, None) == {}
 
 

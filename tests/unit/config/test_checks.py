@@ -131,9 +131,7 @@ def test_each_option_that_is_checked_is_typed() -> None:
 
 
 def test_each_option_of_celery_is_typed() -> None:
-    """Options are the arguments of ``app.task``, a task's attributes and the options of its
-    messages.
-    """
+    """The options are arguments of ``app.task``, attributes of tasks, and options of messages."""
     found = set(inspect.signature(Celery._task_from_fun).parameters)
     found |= set(extract_exec_options(Task))
     found |= {

@@ -134,7 +134,7 @@ def test_options_can_come_from_annotations(app: Celery) -> None:
 
 
 def test_making_a_task_does_not_bind_celerys_base_class(app: Celery) -> None:
-    """Reading ``Task.app`` binds Celery's own base class to an app, and with it every task."""
+    """Reading ``Task.app`` would bind Celery's own base class to an app, and with it all tasks."""
     define(app).name  # noqa: B018
     assert not Task.__bound__
 

@@ -30,11 +30,12 @@ from celery_singleton_state.runtime import runtime_of
 from tests.helpers.details import EXAMPLES
 
 LIMIT = 5
-#: A bound that no sequence of events may exceed: for 2 tasks and their keys, 60 series each.
+#: The most series that any events may make: 60 for each key, and each of 2 tasks has LIMIT keys and
+#: one more that stands for the rest.
 MOST_SERIES = 2 * (LIMIT + 1) * 60 + 1
 
-#: Puts the labels of a sample into a fixed order: after sorting by these numbers and by name, the
-#: order is reversed, so that ``singleton`` is first and ``key`` is second.
+#: The order of a sample's labels: the label with the largest number comes first, and labels without
+#: a number come last.
 RANK = {"key": 1, "singleton": 2}
 Samples = dict[str, dict[tuple[str, ...], float]]
 
@@ -54,7 +55,7 @@ class ReceiverWithoutBroker:
         self.receiver._on_body(list(events))
 
     def samples(self) -> Samples:
-        """Return the value of each series as a scrape reads it, by metric name and label values."""
+        """Return the series that a scrape reads: maps metric name and label values to the value."""
         found: Samples = {}
         generate_openmetrics(self.registry).decode()
         for family in text_string_to_metric_families(generate_latest(self.registry).decode()):
@@ -190,8 +191,8 @@ def test_keys_beyond_the_limit_are_one_series_and_one_warning(
 
 
 def test_the_keys_of_all_tasks_share_one_limit() -> None:
-    """Beyond the limit only the first key of each task has a series of its own. So many keys of one
-    task do not hide a task that has one key.
+    """Beyond the limit only the first key of each task has a series of its own. Thus a task with
+    many keys does not hide a task that has one key.
     """
     keys = Keys(limit=LIMIT)
     of_one = [keys.label("many", f"key {number}") for number in range(10 * LIMIT)]

@@ -119,7 +119,7 @@ def empty(app: Celery) -> None:
 def output_of(app: Celery, *arguments: str, may_be: int = 0, encoding: str = "utf-8") -> str:
     """Run a command and return its output. No character of the output may control a terminal.
 
-    :param may_be: an exit code that is allowed, too.
+    :param may_be: an exit code that is allowed besides 0.
     """
     context = SimpleNamespace(app=app)
     result = CliRunner(charset=encoding).invoke(singleton, list(arguments), obj=context)
@@ -142,7 +142,7 @@ def json_of(app: Celery, *arguments: str, may_be: int = 0) -> Any:
 
 
 def metrics(app: Celery) -> dict[str, dict[str, float]]:
-    """Return the value of each gauge by metric name and key.
+    """Return a dict that maps each gauge, by metric name and key, to its value.
 
     Prometheus reads two text formats: both are parsed, and must have the same metrics.
     """

@@ -23,7 +23,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def of_tests(name: str) -> bool:
-    """Return whether a dotted name is a test module or a ``conftest``, or is in one."""
+    """Return whether a dotted name is, or is in, a test module or a ``conftest``."""
     return any(part == "conftest" or part.startswith("test_") for part in name.split("."))
 
 

@@ -1,7 +1,7 @@
 """Renewal by the parent: a worker's child leaves the renewal of its leases to the main process.
 
-Child and parent exchange requests and answers through the child's holder file. Both sides are
-tested with a real file.
+Child and parent exchange requests and answers through the child's holder file, which has a slot for
+each lease. Both sides are tested with a real file.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def test_a_renewal_is_requested_until_the_lease_is_dropped(child: Child) -> None
 
 
 def test_an_answer_extends_the_time_to_trust_the_lease_at_once(child: Child) -> None:
-    """Reading the lease's remaining time reads the answer. No thread of the child has to run
-    before.
+    """Reading the lease's remaining time reads the answer. So the child need not wait until one of
+    its threads has run.
     """
     held = child.hold("a")
     asked_at = held.asked_at + 20
@@ -171,8 +171,9 @@ def test_a_process_renews_a_lease_whose_request_has_no_room(child: Child) -> Non
 
 
 def test_a_child_renews_by_itself_when_its_parent_does_not(child: Child) -> None:
-    """The child renews a lease at half of its life. If the parent answers in time, the child never
-    does.
+    """The child sends its own renewal when half of the lease's life has passed without an answer.
+
+    As long as the parent answers in time, the child sends none.
     """
     silent = child.hold("silent", ttl=1.0, interval=0.5)
     wait_until(lambda: len(child.store.asked) >= 3, "the child renews by itself, again and again")
@@ -351,7 +352,9 @@ def test_requests_to_another_parent_are_ignored(
     make_child: Callable[[str], tuple[Any, Any, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """If two containers share the directory, their processes can have the same ids."""
+    """If two containers share the directory, their processes can have the same ids. So a process
+    may find a request that is meant for a parent in the other container.
+    """
     process, _, _ = make_child("a")
     monkeypatch.setenv(renewal_slots._MARK, "")
     renewal = ParentRenewal(app, lambda: [process])
@@ -359,7 +362,7 @@ def test_requests_to_another_parent_are_ignored(
     assert renewal._leases == {}
 
 
-def test_a_child_is_told_of_a_refusal_until_its_run_ends(
+def test_a_stopped_child_learns_of_a_refusal_when_it_continues(
     app: Celery, make_child: Callable[[str], tuple[Any, Any, Any]]
 ) -> None:
     """The child is stopped. Its lease is released by another process. The parent's renewal is

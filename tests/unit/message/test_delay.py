@@ -1,4 +1,4 @@
-"""Where a message is sent again to, and how long it is delayed, for each kind of broker."""
+"""To which queue a message is sent again, and with which delay, for each kind of broker."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def sent(task: Any, request: Context, **options: Any) -> dict[str, Any]:
 def test_no_countdown_is_longer_than_the_broker_waits_for_an_acknowledgement(
     make_app: Callable[..., Celery], broker: str, options: dict[str, Any], longest: float | None
 ) -> None:
-    """The message carries the rest of its pause. When it arrives, it is sent again for that
-    rest.
+    """If a pause is longer, the message carries the rest of it. When the message arrives, it is
+    sent again for that rest.
     """
     task = task_of(make_app(broker, **options))
     made = sent(task, message(), countdown=86_400.0)
@@ -118,8 +118,8 @@ def test_no_countdown_is_longer_than_the_broker_waits_for_an_acknowledgement(
 def test_a_retry_counts_as_queued_for_its_whole_pause(
     make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch, broker: str, pause: float
 ) -> None:
-    """The countdown may be only a part of the pause. There is none if RabbitMQ delays the
-    message.
+    """The countdown may be only a part of the pause. If RabbitMQ delays the message, it has no
+    countdown.
     """
     monkeypatch.setattr(delay, "_is_bound", lambda *_: True)
     url, _, quorum = broker.partition(" ")
@@ -219,7 +219,8 @@ def test_a_message_that_was_delayed_often_is_sent_to_its_own_queue(
     make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A delayed message arrives with the name of the delaying exchange, and with a prefix before
-    its routing key. Neither may be taken for its own.
+    its routing key. The exchange must not be mistaken for the message's own, nor the prefix for a
+    part of its key.
     """
     pytest.importorskip("kombu.transport.native_delayed_delivery")
     monkeypatch.setattr(delay, "_is_bound", lambda *_: True)
@@ -293,7 +294,9 @@ def test_a_message_with_copies_in_two_queues_is_sent_to_one_queue(
 def test_a_copy_of_a_fanout_exchange_never_goes_back_to_the_exchange(
     make_app: Callable[..., Celery],
 ) -> None:
-    """The only exception is a body's own retry, if the broker cannot address a single queue."""
+    """The only exception is a retry that the body itself sends when the broker cannot address a
+    single queue.
+    """
     for broker, exchange in (("amqp://", ""), ("redis://", "all")):
         app = make_app(broker, Queue("q"), Broadcast("all"))
         request = message("all", "q")
@@ -305,8 +308,8 @@ def test_a_copy_of_a_fanout_exchange_never_goes_back_to_the_exchange(
 def test_rabbitmqs_notes_of_its_moves_are_not_sent_again(
     make_app: Callable[..., Celery],
 ) -> None:
-    """With such a header RabbitMQ would conclude that the message moves in a circle, and drop
-    it.
+    """RabbitMQ notes in headers through which queues it has moved a message. If these headers were
+    sent again, RabbitMQ would conclude that the message moves in a circle, and drop the message.
     """
     moves = {"x-death": [{"queue": "celery_delayed_1"}], "x-first-death-queue": "celery_delayed_1"}
     made = sent(task_of(make_app("amqp://")), message(headers={**moves, "own": 1}), countdown=1)

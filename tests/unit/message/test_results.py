@@ -51,7 +51,8 @@ def delivery(app: Celery, request: dict[str, Any] | None = None, **options: Any)
     task = singleton_task(app, **{"name": "t", "deduplicate": True, "shared": False, **options})(
         body
     )
-    app.backend.forget("m")  # all apps of this process share this backend
+    # All apps of this process share one backend, so an earlier test may have stored this result.
+    app.backend.forget("m")
     message = {"id": "m", "called_directly": False, "args": (), "kwargs": {}, "hostname": "w@host"}
     made = Context(message | (request or {}))
     return Delivery(task, made, "t", "singleton-state:t", task._options, None, runtime_of(app))

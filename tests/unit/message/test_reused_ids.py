@@ -1,4 +1,4 @@
-"""Messages that share one task id: which of them carry a value that tells them apart."""
+"""Messages that share one task id: which of them carry a value that distinguishes them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from celery_singleton_state.runtime import Runtime, runtime_of
 
 @pytest.fixture
 def sent(memory_app: Celery, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The value of each message that was sent, in order. A message without a value has ``None``."""
+    """The value that distinguishes each sent message, in order; ``None`` if a message has none."""
     values: list[Any] = []
 
     def send(producer: Any, name: str, message: Any, headers: Any = None, **_: Any) -> None:
@@ -107,8 +107,10 @@ def test_after_an_error_the_next_send_is_the_same_message(
 def test_a_task_that_runs_again_sends_the_same_messages(
     memory_app: Celery, task: Any, sent: list[Any]
 ) -> None:
-    """A task sends messages, and its process dies. The task runs again, and sends the messages
+    """A task sends a message, and its process dies. The task runs again, and sends the message
     again.
+
+    Both messages have the same value, so the second one counts as a duplicate.
     """
 
     @memory_app.task(bind=True, shared=False)

@@ -151,7 +151,8 @@ def test_a_run_is_not_interrupted_after_its_body(here: Here) -> None:
 def test_an_interruption_at_the_end_of_the_body_is_dropped(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last line of the body is done. The body is interrupted. Only then is its section left.
+    """The last line of the body is done. The body is interrupted. Only then does the thread leave
+    the section of code in which the body may be interrupted.
 
     In another thread, the exception arrives when the body's code has already ended.
     """

@@ -1,4 +1,4 @@
-"""Due times of schedules: they are those of Celery, and right when clocks change."""
+"""Due times of schedules: they equal Celery's, and are right when clocks change."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_a_crontab_is_due_when_celery_says_so(cron: crontab, after: datetime) ->
     assert next_due(cron, after) == after + cron.remaining_estimate(after)
 
 
-#: Time zones with all kinds of clock changes: in both hemispheres, by 30 minutes, by two hours, at
-#: midnight, no longer, and never.
+#: Time zones with all kinds of clock changes: in both hemispheres, by 30 minutes, by two hours and
+#: at midnight; also zones whose clocks no longer change, or never did.
 ZONES = [
     *("Europe/Berlin", "Europe/Dublin", "America/New_York", "Asia/Kolkata", "Australia/Lord_Howe"),
     *("Pacific/Apia", "America/Santiago", "Asia/Kathmandu", "Antarctica/Troll", "UTC"),

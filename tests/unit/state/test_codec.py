@@ -109,8 +109,8 @@ class MoreData(Data):
 
 
 def test_defaults_of_nested_dataclasses_are_written() -> None:
-    """If a document lacked a default, it would get another value when a later release changes
-    it.
+    """If a document left out a default, the field would get another value as soon as a later
+    release changes the default.
     """
     state = codec(Whole).decode('{"part": {}, "parts": {"a": [{}]}}', 1)
     part = {"size": 7}

@@ -198,7 +198,8 @@ def test_an_attribute_that_is_no_field_is_kept_or_refused() -> None:
             return (self.n**2,)
 
     state = Cursor(3)
-    assert state.square == (9,)  # cached on the object
+    # Reading the property stores its value in the object's ``__dict__``.
+    assert state.square == (9,)
     assert saved(state).index == {3: 1}
     state.index[3] = 2
     with pytest.raises(StateError, match=r"state\.index\[3\]: 2 comes back as 1"):
@@ -278,7 +279,8 @@ def test_a_slot_that_is_no_field_is_kept_or_refused() -> None:
     with pytest.raises(StateError, match=r"state\.cache: list does not come back; make it a field"):
         saved(state)
     computed = Own(3)
-    assert computed.square == (9,)  # cached in a slot
+    # Reading the property stores its value in a slot of the object.
+    assert computed.square == (9,)
     assert saved(computed).n == 3
 
 
@@ -316,7 +318,7 @@ class Changing(Codec[Any]):
     """A codec whose state changes while it is saved, as if a thread of the body changed it.
 
     :param live: the state that is changed.
-    :param times: the number of writings after which the state is changed.
+    :param times: how often the state is changed: each time just after it was written.
     :param change: changes the state.
     """
 

@@ -1,4 +1,4 @@
-"""``storable`` makes a text that every database can hold of any text. ``restored`` reverts it."""
+"""``storable`` turns any text into one that every database can hold. ``restored`` reverses this."""
 
 from __future__ import annotations
 

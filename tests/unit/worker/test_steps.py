@@ -15,15 +15,13 @@ from celery_singleton_state.worker.steps import SingletonStep, watch_over
 
 
 class OfEventlet(BasePool):
-    """Stands in for the pool in ``celery.concurrency.eventlet``, which needs eventlet to be
-    imported.
-    """
+    """Stands in for eventlet's pool, whose class cannot be imported without eventlet."""
 
     __module__ = "celery.concurrency.eventlet"
 
 
 class OfUsers(OfEventlet):
-    """A user's subclass of that pool, as ``CELERY_CUSTOM_WORKER_POOL`` may name it."""
+    """A user's subclass of eventlet's pool, as ``CELERY_CUSTOM_WORKER_POOL`` may name it."""
 
 
 @pytest.mark.parametrize(

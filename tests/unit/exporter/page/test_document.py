@@ -83,8 +83,10 @@ def test_a_failing_singleton_shows_its_error() -> None:
 
 
 def test_the_error_of_an_earlier_run_is_not_shown() -> None:
-    """In the list of singletons, the history of a singleton may be missing or old, if its last run
-    succeeded. Then the history's last error belongs to an earlier run.
+    """If a singleton's last run succeeded, the list of singletons may lack its history or have an
+    old one.
+
+    The last error in an old history belongs to an earlier run.
     """
     assert ERRORS[1] not in read(shown("t", row("t"), run(300, 2, "failed", ERRORS[1])))
 
@@ -205,7 +207,8 @@ def test_no_template_turns_escaping_off(templates: Environment) -> None:
 
 
 def test_no_html_is_written_in_python() -> None:
-    tag = re.compile(r"(?<!\?P)<[a-zA-Z/!]")  # not "(?P<name>", a group of a regular expression
+    # A "<" after "?P" begins the name of a group in a regular expression, and no HTML tag.
+    tag = re.compile(r"(?<!\?P)<[a-zA-Z/!]")
     for file in EXPORTER.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
