@@ -116,8 +116,8 @@ def test_checkpoints_of_several_threads_are_sent_one_after_the_other(
     2. Thread B begins a checkpoint.
     3. B waits until A's checkpoint is saved.
 
-    If B's were numbered and sent first, the store would refuse A's as late, and the lease would
-    count as lost.
+    If B's checkpoint got a number and were sent first, the store would refuse A's checkpoint as
+    late, and the lease would count as lost.
     """
     store = runtime_of(app).store
     save = store.save

@@ -1,4 +1,4 @@
-"""Arguments that Celery converts by pydantic: the key is made of the converted arguments."""
+"""Arguments that Celery converts with pydantic: the key is made of the converted arguments."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_spelling_is_not_sent_while_another_spelling_is_queued(
 ) -> None:
     task = make(enqueue_once=True)
     ids = {task.delay(each).id for each in SPELLINGS}
-    if VERSION >= (5, 7):  # Older versions cannot send a model as an argument.
+    if VERSION >= (5, 7):  # Older Celery cannot send a model as an argument.
         ids.add(task.delay(Order(id=1)).id)
     assert len(ids) == 1
     assert len(received(app)) == 1

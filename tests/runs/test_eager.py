@@ -66,22 +66,25 @@ def store_url(tmp_path: Path) -> str:
 
 @pytest.fixture
 def app(make_app: Callable[..., Celery]) -> Celery:
-    """Return an app that waits for the file's lock for a moment only, so that statements fail soon.
+    """Return an app that waits only briefly for the file's lock, so that statements fail soon.
 
-    The tests' leases live for longer than that.
+    The tests' leases live for longer than the app waits.
     """
     return make_app(singleton_heartbeat_interval=0.1)
 
 
 @pytest.fixture
 def runs() -> list[int]:
-    """Return a list to which each run adds the number from which its state started."""
+    """Return a list to which each run adds the number that its state had at the start."""
     return []
 
 
 @pytest.fixture
 def make(app: Celery, runs: list[int]) -> Callable[..., Any]:
-    """Return a function that makes a task whose body counts, and then calls another function."""
+    """Return a function that makes a task.
+
+    The task's body counts in its state, and then calls the function ``inside``.
+    """
 
     def made(inside: Callable[[Any], Any] = lambda task: None, **options: Any) -> Any:
         def body(self: Any, *_: Any) -> str:

@@ -15,14 +15,15 @@ from celery_singleton_state.migrations.open_store import open_store
 from tests.helpers.fleet import ROOT
 from tests.helpers.stores import url_on
 
-#: By what the child does (see tests/apps/forking.py), the lines that the child writes to its notes.
+#: Maps each thing that the child may do (see tests/apps/forking.py) to the lines that the child
+#: then writes to its notes.
 NOTES_OF = {
     "use": ["is refused: checkpoint", "is refused: transaction", "succeeds"],
     "use_its_own": ["has its own", "succeeds"],
     "leave": [],
     "fail": ["LookupError"],
     "come_back": ["succeeds"],
-    # When the block of transaction() ends, it would save the state. The child gets a RuntimeError.
+    # The end of a transaction() block would save the state, so it raises RuntimeError in the child.
     "use in transaction": [
         "is refused: checkpoint",
         "is refused: transaction",
@@ -38,7 +39,7 @@ NOTES_OF = {
 
 @pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
 def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Return the URL of an empty database. The test runs once for each database server."""
+    """Return the URL of an empty database. The test runs once for each kind of database."""
     return url_on(request.param, request, tmp_path)
 
 

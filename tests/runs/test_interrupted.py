@@ -41,7 +41,7 @@ def lose(app: Celery, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 def test_an_interrupted_run_is_not_retried(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The task asks for retries over every ``Exception``, and its body catches these."""
+    """The task asks for retries over every ``Exception``. Its body catches every ``Exception``."""
     attempts: list[int] = []
 
     def body(self: Any) -> None:
@@ -62,9 +62,9 @@ def test_an_interrupted_run_is_not_retried(app: Celery, monkeypatch: pytest.Monk
 
 def test_a_body_that_catches_everything_is_interrupted_for_a_handoff(app: Celery) -> None:
     """1. Another task asks for the lease.
-    2. The holder's heartbeat learns of it, and interrupts the body.
+    2. The holder's heartbeat learns of this request, and interrupts the body.
     3. The body catches the interruption.
-    4. The second interruption ends it.
+    4. A second interruption ends the body.
     """
     store = runtime_of(app).store
     caught: list[str] = []

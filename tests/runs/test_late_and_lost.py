@@ -38,9 +38,9 @@ from tests.helpers.waiting import wait_until
 
 NO_ARGUMENTS = Content("application/json", "utf-8", "[[], {}, {}]")
 
-#: Seconds that a lease lives by default.
+#: The life of a lease by default, in seconds.
 ORDINARY_LIFE = 8.0
-#: Seconds of a life that is longer than any test takes.
+#: A life of a lease that is longer than any test takes, in seconds.
 LONG_LIFE = 600.0
 
 
@@ -126,7 +126,8 @@ def test_a_late_acquisition_holds_the_lease_for_the_default_life_at_most(
 ) -> None:
     """The run has ended. Its request to acquire the lease is carried out once more.
 
-    No run uses that lease. It expires after the default life, not after the long one.
+    No run uses that lease. It expires after the default life, although the task has a longer
+    ``lease_ttl``.
     """
     task = task_of(app, increment, lease_ttl=LONG_LIFE)
     acquire = Verb(app, monkeypatch, "acquire", times=0)
@@ -171,7 +172,7 @@ def test_a_lease_that_was_lost_before_it_was_confirmed_is_a_conflict(
     """1. Acquire is answered.
     2. The process is stopped.
     3. The lease is released, and another holder acquires it.
-    4. The process goes on, and confirms its lease: the store refuses that.
+    4. The process goes on, and tries to confirm its lease. The store refuses that.
     """
     task = task_of(app, idle, lease_ttl=LONG_LIFE, on_conflict="raise")
     store = runtime_of(app).store
@@ -195,6 +196,7 @@ def test_a_body_does_not_begin_if_the_lease_was_lost_during_a_result_lookup(
        old result.
     2. The lease is lost.
     3. The result backend answers.
+    4. The run ends, and its body is not called.
     """
     bodies: list[int] = []
     memory_app.conf.singleton_heartbeat_interval = 0.1
@@ -299,7 +301,10 @@ def test_a_checkpoint_after_a_failed_checkpoint_is_saved(
 def _commit_that(
     app: Celery, monkeypatch: pytest.MonkeyPatch, is_carried_out: bool, error: Exception
 ) -> Iterator[None]:
-    """Make each COMMIT within the block end with an error, whether it is carried out or not."""
+    """Make each COMMIT within the block end with an error, carried out or not.
+
+    :param is_carried_out: whether the database carries the COMMIT out before the error.
+    """
     store: Any = runtime_of(app).store
     transaction = store.transaction
 
@@ -321,10 +326,13 @@ def _commit_that(
 
 @pytest.mark.parametrize("is_carried_out", [True, False])
 @pytest.mark.parametrize("error", [StoreUnavailable("silent"), TimeoutError("a time limit")])
-def test_after_a_lost_answer_to_a_commit_the_row_is_asked(
+def test_after_a_lost_answer_to_a_commit_the_row_is_read(
     app: Celery, monkeypatch: pytest.MonkeyPatch, is_carried_out: bool, error: Exception
 ) -> None:
-    """The user's rows, the saved state, and the state in the body's memory agree."""
+    """The run reads from its row whether COMMIT was carried out.
+
+    So the user's rows, the saved state, and the state in the body's memory agree.
+    """
     make_table(app)
     caught: list[BaseException] = []
 
@@ -375,7 +383,7 @@ def test_a_commit_whose_outcome_is_unknown_is_never_overwritten(
     app: Celery, monkeypatch: pytest.MonkeyPatch, is_carried_out: bool
 ) -> None:
     """1. The answer to COMMIT is lost.
-    2. The store does not answer whether it was carried out.
+    2. The store does not answer the question whether COMMIT was carried out.
     3. The body goes on, and each further write fails.
     4. The run ends without saving, although ``persist_on_error`` is set.
     """
@@ -485,8 +493,8 @@ def test_a_pending_run_removes_its_own_request_from_the_row(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1. A holder sends the pending run's message.
-    2. It dies before it removes the pending run from the row.
-    3. The message runs, and removes it.
+    2. The holder dies before it removes the pending run from the row.
+    3. The message is delivered, and its run removes the pending run from the row.
     """
     sent: list[Any] = []
 
@@ -509,7 +517,7 @@ def _interrupted(*_: Any, **__: Any) -> Any:
 def test_a_time_limit_while_the_state_is_decoded_is_no_decode_error(app: Celery) -> None:
     """A time limit interrupts a migration of the stored value.
 
-    The interruption neither counts as a value that cannot be decoded, nor is it swallowed.
+    The time limit's error is raised. The value does not count as one that cannot be decoded.
     """
     write(app, '{"n":2}', 1)
     task = task_of(
@@ -562,7 +570,7 @@ def test_an_interrupted_roll_back_breaks_no_connection(
 
     task = task_of(app, body)
     patched = True
-    for _ in range(4):  # The pool has fewer than four connections.
+    for _ in range(4):  # Broken connections would use up the pool.
         with monkeypatch.context() as patch:
             patch.setattr(dialect, "do_rollback", _interrupted)
             with pytest.raises(SoftTimeLimitExceeded):

@@ -136,7 +136,7 @@ def base(request: pytest.FixtureRequest) -> type:
 
 @pytest.fixture(params=["Flask's before", "Flask's behind", "overridden with super"])
 def some_base(request: pytest.FixtureRequest) -> type:
-    """Return a few of BASES, for tests that depend only on the order of the classes."""
+    """Return a few of BASES, for tests that depend on nothing but the order of the classes."""
     found: type = BASES[request.param]
     return found
 
@@ -279,7 +279,11 @@ def test_a_body_that_calls_its_task_meets_its_own_lease(app: Celery, some_base: 
 def test_autoretry_retries_errors_of_the_body_and_not_of_the_guard(
     app: Celery, some_base: type
 ) -> None:
-    """Celery's wrapper for ``autoretry_for`` is within the guard, whatever the classes' order."""
+    """Whatever the order of the classes, the guard is around Celery's wrapper for
+    ``autoretry_for``.
+
+    So this wrapper sees the errors of the body only.
+    """
     bodies: list[int] = []
 
     @app.task(
@@ -316,7 +320,10 @@ def test_autoretry_retries_errors_of_the_body_and_not_of_the_guard(
 def test_the_apps_own_task_class_is_kept(
     app: Celery, own: type, base: type[SingletonTask], how: str
 ) -> None:
-    """In Celery, ``base=`` replaces the app's class. Then the body would lack the app's context."""
+    """The task has the app's own class as well as the singleton's, so it has the app's context.
+
+    In Celery, ``base=`` replaces the app's class.
+    """
     if how == "task_cls":
         app.task_cls = own
     else:
@@ -396,7 +403,7 @@ def test_unique_on_can_choose_an_argument_that_a_base_removes(app: Celery) -> No
 def test_enqueue_once_with_an_argument_that_a_base_removes(app: Celery, unique_on: Any) -> None:
     """The message was queued under a key that its run does not have.
 
-    After the run it does not count as queued any more.
+    After the run, the message no longer counts as queued.
     """
 
     @app.task(
@@ -420,7 +427,7 @@ def test_enqueue_once_with_an_argument_that_a_base_removes(app: Celery, unique_o
 def test_a_waiting_message_of_enqueue_once_with_a_removed_argument(app: Celery, ends: str) -> None:
     """The message counts as queued under the key of the arguments with which it was sent.
 
-    That ends when the message acquires the lease, or fails because it has waited too long.
+    It no longer counts when it acquires the lease, or fails because it has waited too long.
     """
     queued: list[str | None] = []
 
@@ -459,7 +466,10 @@ def test_a_waiting_message_of_enqueue_once_with_a_removed_argument(app: Celery, 
 def test_a_message_is_sent_again_without_the_classes_own_apply_async(
     app: Celery,
 ) -> None:
-    """The first sending has added an argument already. A second call would add it once more."""
+    """The class's ``apply_async`` adds an argument when the message is sent for the first time.
+
+    A second call would add this argument once more.
+    """
 
     class Adding(Task):  # type: ignore[type-arg]
         def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
@@ -567,7 +577,7 @@ def test_other_methods_of_a_class_are_called(
 
 
 class Headstrong(Task):  # type: ignore[type-arg]
-    """A class whose methods call Celery's directly, and so bypass those of SingletonTask."""
+    """A class whose methods call Celery's methods directly, past those of SingletonTask."""
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         return self.app.send_task(self.name, args, kwargs, **options)
@@ -599,7 +609,7 @@ def test_a_class_that_bypasses_our_methods_is_still_guarded(
 def test_a_retry_that_bypasses_our_method_runs(app: Celery, mix: Callable[[type], type]) -> None:
     """The body asks for a retry with ``throw=False``, and its run succeeds.
 
-    The retry is not refused as a duplicate of that run.
+    The retry runs: it is not refused as a duplicate of that run.
     """
     ran = []
 

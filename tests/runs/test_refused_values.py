@@ -113,7 +113,8 @@ def test_a_refused_state_runs_one_body_and_the_row_keeps_its_state(
     assert (after.value, after.updated_at) == (before.value, before.updated_at)
     assert (after.holder, after.last_outcome) == (None, "failed")
     assert decode(after.history, "visit")[-1].outcome == "failed"
-    # The body of each other case fails, and with persist_on_error its state is refused once more.
+    # In every case but "save" the body itself fails. persist_on_error then tries to save the state
+    # once more, which is refused and logged.
     assert ("the state was not saved after an error" in caplog.text) == (how != "save")
     assert task.apply(("Bern",)).successful()
     assert '"visits":2' in row(app).value
@@ -224,7 +225,7 @@ def test_a_fence_at_its_largest_fails_at_once_and_says_what_to_do(app: Celery) -
     assert len(ran) == 1
 
 
-#: By database, the statements that make a trigger which refuses all writes to the table.
+#: Maps each database to the statements that make a trigger which refuses writes to the table.
 MAINTENANCE = {
     "postgresql": (
         "CREATE FUNCTION stop() RETURNS trigger LANGUAGE plpgsql"

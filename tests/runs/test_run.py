@@ -352,7 +352,7 @@ def test_the_history_keeps_the_last_runs(make_app: Callable[..., Celery]) -> Non
 def take_over(app: Celery, task: Any) -> None:
     """Wait until a run's lease has expired, then acquire it for a successor, which saves a state.
 
-    A body calls this. Its heartbeat must not renew the lease.
+    A run's body calls this function. The run's heartbeat must not renew the lease meanwhile.
     """
     store = runtime_of(app).store
     key = f"singleton-state:{task.name}"
@@ -425,7 +425,8 @@ def test_a_transaction_commits_rows_and_state_together(app: Celery) -> None:
 def test_a_body_that_goes_on_after_a_rollback_has_the_state_from_before(app: Celery) -> None:
     """A rollback restores the state in memory, too.
 
-    Otherwise the run would save a position behind rows that were rolled back.
+    Otherwise the run would save a position after rows that were rolled back, and the next run would
+    skip these rows.
     """
 
     def body(self: Any) -> int:
@@ -559,6 +560,6 @@ def test_the_memory_of_an_ended_run_and_its_state_is_freed_at_once(
         kept = error
     finally:
         gc.enable()
-    assert len(states) > 1  # Eager retries add more, because Celery runs them immediately.
+    assert len(states) > 1  # More than two if eager retries ran, too.
     assert not any(state() for state in states)
     del kept

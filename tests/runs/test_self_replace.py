@@ -83,7 +83,7 @@ def test_pages_that_are_called_eagerly(memory_app: Celery, how: str) -> None:
 
 
 def test_copies_of_replaced_messages_are_duplicates(memory_app: Celery) -> None:
-    """After each page, all pages so far are delivered again, while the next page waits."""
+    """After each page, the messages of all pages so far are delivered again."""
     seen: list[tuple[int, int]] = []
     result = paging(memory_app, seen).delay(1)
     sent = []
@@ -150,9 +150,9 @@ def test_a_replacement_that_arrives_before_the_lease_is_free_runs_later(
 
 
 def test_with_a_task_id_that_is_used_each_day_all_pages_run_each_day(memory_app: Celery) -> None:
-    """All pages have the task id that the sender gives each day.
+    """The sender gives the same task id each day. All pages of a day have this id.
 
-    The fault was: on the second day page 2 counted as a duplicate of the day before.
+    The fault was: on the second day page 2 counted as a duplicate of the first day's page 2.
     """
     seen: list[tuple[int, int]] = []
     task = paging(memory_app, seen)
@@ -164,7 +164,7 @@ def test_with_a_task_id_that_is_used_each_day_all_pages_run_each_day(memory_app:
 
 
 def test_a_singleton_that_replaces_another_runs_each_day(memory_app: Celery) -> None:
-    """The replacement has the first task's id, which the day before's replacement had, too."""
+    """Each day's replacement has the same task id, which is the id of the replaced task."""
     ran: list[str] = []
 
     def first(self: Any) -> None:
@@ -183,7 +183,10 @@ def test_a_singleton_that_replaces_another_runs_each_day(memory_app: Celery) -> 
 
 
 def test_the_end_of_a_chain_that_is_sent_with_one_id_runs_each_day(memory_app: Celery) -> None:
-    """The chain's last message has the task id. A second copy of that message does not run."""
+    """Each day a chain is sent with one task id, which Celery gives to the chain's last message.
+
+    That message runs each day. Its second copy does not run.
+    """
     ran: list[str] = []
 
     def last(self: Any, *_: Any) -> None:

@@ -19,7 +19,7 @@ def beats(shared_store_url: str) -> Iterator[Beats]:
 
 @pytest.fixture
 def on_sqlite(tmp_path: Path) -> Iterator[Beats]:
-    """Return beats on SQLite, for tests of what does not depend on the store."""
+    """Return beats on SQLite, for tests whose outcome does not depend on the store."""
     made = Beats(f"sqlite:///{tmp_path}/store.db")
     yield made
     made.close()

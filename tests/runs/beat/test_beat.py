@@ -136,7 +136,8 @@ def test_while_the_store_is_unavailable_no_further_tick_is_sent(
     entries: Any = beat._leader.runtime.store.entries
     record = entries.record
     first = due_now(beat, "e")
-    # Due so much later that it does not become due by itself during the test.
+    # The tick of "f" is so far in the future that it becomes due only when the test moves the
+    # clock.
     second = due_now(beat, "f", -30 * SECOND)
     monkeypatch.setattr(entries, "record", _unavailable)
     assert beat.tick() == STANDBY_POLL
@@ -223,7 +224,7 @@ def test_a_leader_whose_lease_was_taken_over_stops_sending(
     2. Another beat takes its lease over.
     3. The leader wakes up before its own clock says that its lease has expired.
     4. It sends a due tick.
-    5. It records the tick, and the store refuses that.
+    5. It tries to record the tick, and the store refuses this write.
     6. It sends nothing more.
     """
     caplog.set_level(logging.INFO)
@@ -306,12 +307,12 @@ def test_a_message_that_cannot_be_made_stops_no_other(
     assert stored(beat)["good"].total_run_count == 1
 
 
-def test_a_lazy_argument_that_fails_stops_no_other(
+def test_a_lazy_argument_that_fails_stops_no_other_entry(
     beats: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The argument raises an error that broker connections raise, too.
+    """An entry's lazy argument raises FileNotFoundError, which broker connections raise, too.
 
-    The beat does not mistake it for an unavailable broker.
+    The beat does not conclude that the broker is unavailable. It sends the other entry's tick.
     """
 
     def read() -> str:
@@ -345,7 +346,7 @@ def test_missed_ticks_are_counted_and_logged(
 
 
 def ticks_sent(sent: list[dict[str, Any]]) -> dict[str, list[datetime]]:
-    """Return by entry the ticks whose messages were sent, in order."""
+    """Return a dict that maps each entry to the ticks whose messages were sent, in order."""
     found: dict[str, list[datetime]] = {}
     for message in sent:
         due = datetime.fromisoformat(message[DUE])
@@ -358,7 +359,8 @@ def test_the_latest_tick_of_one_entry_precedes_anothers_backlog(
 ) -> None:
     """Two entries are behind. The latest tick of one is sent before the older ticks of the other.
 
-    In the order of due times, the latest tick would be missed again before its turn, and so on.
+    If the beat sent all ticks in the order of their due times, the latest tick would be too old
+    before its turn came, and so would each tick after it.
     """
     beat = beats.make({"all": EVERY_MINUTE | {"catch_up": "all"}, "e": EVERY_MINUTE})
     beat.tick()
@@ -431,7 +433,7 @@ def test_an_entry_whose_row_cannot_be_read_starts_anew(
 def test_a_wrong_clock_of_the_host_does_not_matter(
     beats: Beats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host's clock is wrong. The beat evaluates by the store's clock whether a tick is due."""
+    """The host's clock is wrong. The beat decides by the store's clock whether a tick is due."""
     right = beats.make({"e": EVERY_MINUTE})
     right.tick()
     now = right._leader.now()
@@ -445,7 +447,7 @@ def test_a_wrong_clock_of_the_host_does_not_matter(
 def test_all_due_ticks_are_recorded_in_one_statement(
     beats: Beats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """50 ticks are due, and one statement records them. Without a due tick, none is needed."""
+    """50 ticks are due, and one statement records them. While none is due, no statement is sent."""
     beat = beats.make({f"e{number}": EVERY_MINUTE for number in range(50)})
     beat.tick()
     calls: list[str] = []
@@ -467,7 +469,7 @@ def test_all_due_ticks_are_recorded_in_one_statement(
 
 
 def test_closing_a_beat_twice_does_no_harm(beats: Beats) -> None:
-    """Celery closes a beat twice: in the signal's handler, and at the end."""
+    """Celery closes a beat twice: in the handler of the stop signal, and when the process ends."""
     beat = beats.make({"e": EVERY_MINUTE})
     beat.tick()
     beat.close()
@@ -514,12 +516,12 @@ def test_bad_entries_from_other_sources_are_refused_by_name(on_sqlite: Beats) ->
     assert "c" in on_sqlite.make({"c": celerys}).schedule
 
 
-def test_an_entry_that_is_never_due_again_stops_no_other(
+def test_an_entry_that_is_never_due_again_stops_no_other_entry(
     on_sqlite: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Entry "once" runs once only, entry "none" cannot calculate its next tick.
+    """The entry "once" runs only once. The next tick of the entry "none" cannot be calculated.
 
-    The beat goes on to send the ticks of entry "normal".
+    The beat still sends the ticks of the entry "normal".
     """
     now = datetime.now(UTC)
     schedule = {
@@ -546,14 +548,14 @@ def test_an_entry_that_is_never_due_again_stops_no_other(
 def test_the_answer_of_a_custom_schedule_is_recorded_before_the_next_question(
     on_sqlite: Beats, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The schedule's own method says whether it is due, and when to ask again.
+    """A custom schedule has its own method that says whether it is due, and when to ask again.
 
     1. Leader A asks at time t1: not due, ask again at t2.
     2. A records t2.
     3. A asks at t2: due.
-    4. A sends the tick, and dies before it records that.
-    5. Leader B asks at t2, too, so its tick has the same task id. If B asked at t1, it would come
-       to another time.
+    4. A sends the tick, and dies before it records that the tick was sent.
+    5. Leader B asks at t2, too, so B's tick has the same task id. If A had not recorded t2, B would
+       ask at another time, and its tick would have another task id.
     """
     own = {"e": {"task": "t", "schedule": SaysDue(False, 0.3)}}
     one, other = (
@@ -579,9 +581,9 @@ def test_the_answer_of_a_custom_schedule_is_recorded_before_the_next_question(
 
 
 def test_the_next_times_of_a_custom_schedule_are_its_due_times(on_sqlite: Beats) -> None:
-    """The store has the time at which to ask the schedule again, when it may not be due.
+    """For such a schedule the store has the next time to ask it, which may be no due time.
 
-    ``celery singleton next`` shows the times at which the entry is due instead.
+    ``celery singleton next`` shows the entry's due times instead.
     """
     own = {"e": {"task": "t", "schedule": AnHourAfter(5.0)}}
     beat = on_sqlite.make(own)
@@ -594,7 +596,7 @@ def test_the_next_times_of_a_custom_schedule_are_its_due_times(on_sqlite: Beats)
 
 
 class AnHourAfter(interval):
-    """A schedule that is due an hour after the last run, and wants to be asked every 5 seconds."""
+    """A schedule that is due an hour after the last run, but wants to be asked every 5 seconds."""
 
     def is_due(self, last_run_at: datetime) -> Any:
         return schedstate(self.now() - last_run_at >= timedelta(hours=1), 5)
@@ -610,7 +612,7 @@ def test_a_stop_whose_systemexit_was_lost_takes_effect_at_the_next_tick(
 ) -> None:
     """1. A signal arrives while a message is sent.
     2. Its handler closes the beat.
-    3. The handler's SystemExit is lost, as in a destructor.
+    3. The handler's SystemExit is lost, as if it had been raised in a destructor.
     4. The beat sends nothing more.
     5. The next tick raises SystemExit again.
     """
@@ -670,8 +672,8 @@ def test_a_stop_in_a_destructor_shows_no_traceback(
 ) -> None:
     """1. Python destroys the AsyncResult of a sent message, which unsubscribes from the backend.
     2. A signal arrives, and its handler raises SystemExit.
-    3. Python would print an exception of a destructor. It does not print this one, because the next
-       tick raises it again.
+    3. Python would print an exception that a destructor raises. The beat hides this SystemExit,
+       because its next tick raises it again.
     """
     shown: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda lost: shown.append(lost.exc_type))
@@ -691,7 +693,8 @@ def test_a_stop_in_a_destructor_shows_no_traceback(
     assert shown == []
     with pytest.raises(SystemExit):
         beat.tick()
-    # Only the beat's own SystemExit is hidden: Python prints exceptions of later destructors.
+    # Only the SystemExit of the beat's stop is hidden: Python prints exceptions of later
+    # destructors.
     Result()
     assert shown == [SystemExit]
 
@@ -732,7 +735,7 @@ def test_an_edit_of_an_entry_that_could_not_be_sent_is_kept(
     """1. The scheduler reserves an entry, to send it.
     2. The user makes the entry slower, or disables it.
     3. The beat must renew its lease first, so the entry is not sent.
-    4. The beat undoes the reservation in the schedule, which is read anew.
+    4. The beat reads the schedule anew, and undoes the reservation there.
     5. The user's change stays.
     """
     app = Celery("shop", broker="memory://", set_as_current=False)

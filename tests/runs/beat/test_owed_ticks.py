@@ -88,7 +88,7 @@ class Shop:
         wait_until(sent, f"{count} messages are sent")
 
     def run(self, headers: dict[str, Any], **more: Any) -> None:
-        """Run a message in this process, as a worker would. An error is not raised here."""
+        """Run a message in this process, as a worker would. An error of the body is not raised."""
         self.task.apply(task_id=headers["id"], headers=dict(headers), throw=False, **more)
 
     def dues(self) -> list[datetime]:
@@ -121,7 +121,10 @@ def _shops(beats: Beats) -> Iterator[Callable[..., Shop]]:
 
 
 def owe(shop: Shop, days: int, name: str = "e") -> list[datetime]:
-    """Make a number of ticks of a daily entry owed, and return them."""
+    """Let a daily entry fall behind by a number of ticks; return these owed ticks.
+
+    :param days: the number of ticks, of which each day has one.
+    """
     today = shop.beat._leader.now().replace(hour=HOUR_OF_DAY, minute=5, second=0, microsecond=0)
     last = today if today <= shop.beat._leader.now() else today - DAY
     owed = [last - number * DAY for number in reversed(range(days))]
@@ -265,13 +268,13 @@ def test_after_a_tick_that_failed_for_good_the_next_is_sent(make_shop: Callable[
 
 
 def settings_of_own_queue() -> dict[str, Any]:
-    """Return settings with a new queue's name, because all apps share the broker in memory."""
+    """Return settings that name a new queue, because all apps share the queues in memory."""
     queue = f"pages-{uuid.uuid4()}"
     return {"task_default_queue": queue, "result_backend": "cache+memory://"}
 
 
 def run_in_pages(shop: Shop) -> list[tuple[datetime, int]]:
-    """Make each run of the task replace itself by the next of three pages.
+    """Make a tick's task work in three pages: each run calls ``self.replace()`` for the next page.
 
     :returns: a list that gets the tick and the page of each run.
     """
@@ -291,10 +294,10 @@ def run_in_pages(shop: Shop) -> list[tuple[datetime, int]]:
 def test_a_tick_whose_replacement_is_lost_is_sent_again_after_a_day(
     make_shop_on_sqlite: Callable[..., Shop], lost: int
 ) -> None:
-    """1. The tick's run replaces itself by a page.
+    """1. The tick's run replaces itself by the next of three pages.
     2. The queue is purged while a page waits in it.
     3. After a day the beat sends the tick again.
-    4. That copy is not refused, although some pages were done: all pages run.
+    4. All pages of that copy run, although some of them were done before.
     5. A redelivery of the first message is refused.
     """
     shop = make_shop_on_sqlite({"e": DAILY}, settings_of_own_queue())
@@ -325,7 +328,10 @@ def test_a_tick_whose_replacement_is_lost_is_sent_again_after_a_day(
 def test_a_tick_whose_pages_take_days_is_not_sent_again(
     make_shop_on_sqlite: Callable[..., Shop],
 ) -> None:
-    """The beat waits for a day since it last saw a page run, and each page takes less than that."""
+    """The beat sends a tick again only if none of its pages has run for a day.
+
+    Here each page takes less than a day, so the tick is not sent again.
+    """
     shop = make_shop_on_sqlite({"e": DAILY}, settings_of_own_queue())
     owe(shop, 2)
     pages = run_in_pages(shop)
@@ -379,7 +385,10 @@ def test_no_tick_is_sent_before_the_last_replacement_of_the_tick_before(
 def test_a_tick_whose_message_can_never_be_sent_is_not_waited_for(
     make_shop_on_sqlite: Callable[..., Shop], argument: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No row would ever record that such a tick has ended. The next is tried when it is due."""
+    """The beat tries the next tick as soon as it is due.
+
+    It does not wait until a row records that the first tick has ended, because no row ever would.
+    """
     shop = make_shop_on_sqlite({"e": EVERY_MINUTE | BY_ONE | {"args": (argument,)}})
     first = due_now(shop.beat, "e", 61 * SECOND)
     for number in (2, 3):
@@ -518,7 +527,10 @@ def test_an_entry_whose_row_cannot_be_read_delays_no_other_entry(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Leases may be in another store than the schedule. Here the leases' store is unavailable."""
+    """Leases may be in another store than the schedule. Here only the leases' store is unavailable.
+
+    The beat cannot read whether the entry's tick has ended. It sends the other entry's tick.
+    """
     shop = make_shop({"e": DAILY, "other": EVERY_MINUTE})
     owe(shop, 2)
     shop.send_until(1)
@@ -576,7 +588,8 @@ def test_one_entrys_backlog_delays_no_other_entry(make_shop: Callable[..., Shop]
     due_now(shop.beat, "backlog", timedelta(days=14))
     for name in others:
         due_now(shop.beat, name)
-    # Due so much later that it does not become due by itself during the test.
+    # The tick of "soon" is so far in the future that it becomes due only when the test moves the
+    # clock.
     due_now(shop.beat, "soon", -MINUTE / 2)
     shop.tick()
     entries = [message[ENTRY] for message in shop.sent]
@@ -593,7 +606,7 @@ def test_one_entrys_backlog_delays_no_other_entry(make_shop: Callable[..., Shop]
 def test_an_entry_that_cannot_be_sent_delays_no_other_entry(
     make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tool's wrapper of ``apply_entry`` sends nothing for one entry, and raises no error."""
+    """A tool's wrapper of ``apply_entry`` sends nothing for "bad", and raises no error."""
     shop = make_shop({"bad": EVERY_MINUTE, "good": EVERY_MINUTE})
     apply_entry = shop.beat.apply_entry
     tried: list[str] = []

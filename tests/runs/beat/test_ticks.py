@@ -1,4 +1,4 @@
-"""Messages of ticks as their runs see them: a second copy is refused, on every store."""
+"""Deliveries of ticks: a second copy of a tick's message is refused, on every store."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def options_of(
     previous: datetime | None = None,
     one_by_one: bool = False,
 ) -> dict[str, Any]:
-    """Return the options of a beat's message for a tick, after a round trip through JSON."""
+    """Return the options of a beat's message for a tick, as they arrive after a round trip through
+    JSON.
+    """
     made = ScheduleEntry(name=entry, task="count", schedule=60, app=app)
     message = message_of(made, beat, due, previous, one_by_one)
     options: dict[str, Any] = json.loads(json.dumps(message.options))
@@ -54,7 +56,7 @@ def options_of(
 def in_chain(app: Celery, number: int, **more: Any) -> dict[str, Any]:
     """Return the message of the tick ``number`` seconds after noon.
 
-    It names the tick a second before it as the previous one.
+    The message names the tick of a second earlier as the previous tick.
     """
     due = NOON + number * SECOND
     return options_of(app, due, previous=due - SECOND, **more)
@@ -98,7 +100,9 @@ def test_a_run_knows_its_tick(app: Celery) -> None:
     "options", [{}, {"deduplicate": True}], ids=["by default", "deduplicate=True"]
 )
 def test_a_second_copy_of_a_tick_is_refused(app: Celery, options: dict[str, Any]) -> None:
-    """The singleton has no state. By default its second copies of other messages would run."""
+    """The singleton has no state, so by default a second copy of a message without a tick would
+    run.
+    """
     ran: list[datetime | None] = []
     task = counting(app, ran, **options)
     for due in (NOON, NOON + SECOND, NOON, NOON + SECOND, NOON + 2 * SECOND):
@@ -116,7 +120,10 @@ def test_without_deduplication_a_second_copy_of_a_tick_runs(app: Celery) -> None
 
 
 def test_a_tick_that_failed_is_run_again(app: Celery) -> None:
-    """Only ticks that were done are refused: the second copy runs, and the third is refused."""
+    """A tick's copy is refused only if the tick was done.
+
+    Here the first run fails, so the second copy runs. The third copy is refused.
+    """
     tries: list[int] = []
 
     def body(self: Any) -> None:
@@ -175,8 +182,8 @@ def test_refused_copies_in_the_history_let_no_other_copy_run(
 
 
 def test_ticks_of_another_entry_do_not_count(make_app: Callable[..., Celery]) -> None:
-    """Two entries have one singleton. A tick of the second entry runs, although the first entry's
-    later ticks were done.
+    """Two entries send to one singleton. A tick of the second entry runs, although the first
+    entry's later ticks were done.
     """
     app = make_app(singleton_history=3)
     ran: list[datetime | None] = []
@@ -280,9 +287,10 @@ def known_ticks(app: Celery) -> EntryTicks:
 def test_a_tick_that_failed_for_good_has_ended(
     app: Celery, error: Exception, ended: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tick has ended after an error over which its message is not sent again.
+    """A tick has ended if an error ends its run and the message is not sent again after this error.
 
-    It is not done, so a second copy runs. After the other errors the tick has not ended.
+    The tick is not done, so a second copy runs. After other errors the message is sent again, and
+    the tick has not ended.
     """
     monkeypatch.setattr(SingletonTask, "_answer", lambda *_: None)
     tries: list[int] = []
@@ -303,7 +311,8 @@ def test_a_tick_that_failed_for_good_has_ended(
 def test_a_copy_of_a_one_by_one_tick_that_failed_for_good_is_refused(
     memory_app: Celery, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """1. A beat sends a tick again while its first message waits.
+    """1. A beat sends its ticks one by one. It sends one of them again while the tick's first
+       message waits.
     2. The first message runs, and fails for good.
     3. The copies are refused, because the next tick may have run meanwhile.
     4. A retry of the tick is not a copy, and runs.

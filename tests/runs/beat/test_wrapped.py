@@ -102,7 +102,10 @@ def run(scheduler: Any, until: Callable[[], Any]) -> None:
 def test_apply_entry_is_called_with_the_arguments_that_celery_passes(
     make: Callable[[], Any], sent: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """sentry-sdk takes exactly two positional arguments, and ddtrace the entry by its position."""
+    """sentry-sdk's wrapper takes exactly two positional arguments.
+
+    ddtrace's wrapper finds the entry by its position among the arguments.
+    """
     seen: list[tuple[Any, ...]] = []
     celerys = Scheduler.apply_entry
 
@@ -134,8 +137,8 @@ def wrap(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, before: Any) ->
         ("apply_entry", ValueError),
         ("apply_entry", TypeError),
         ("apply_entry", OperationalError),
-        # No other error from here: a TypeError would mean that the message cannot be made, an
-        # OperationalError that the broker is unavailable.
+        # From ``apply_async`` only this error is tested: a TypeError would mean that the message
+        # cannot be made, and an OperationalError that the broker is unavailable.
         ("apply_async", ValueError),
     ],
 )
@@ -150,7 +153,7 @@ def test_an_error_of_a_wrapper_postpones_one_entry_only(
     """1. A tool's wrapper raises over one entry's tick, three times.
     2. The beat logs each error with the entry's name.
     3. The other entry's ticks are sent meanwhile.
-    4. The first entry's tick is sent with the time at which it was due.
+    4. The first entry's tick is sent late. Its message has the time at which the tick was due.
     """
     tries: list[None] = []
 
@@ -337,7 +340,7 @@ def test_a_beat_leads_although_its_schedule_cannot_be_read(
         scheduler.close()
 
 
-def test_a_tick_that_one_leader_could_not_send_the_next_leader_sends(
+def test_a_tick_that_the_old_leader_could_not_send_is_sent_by_the_next(
     app: Celery,
     sent: list[tuple[str, datetime]],
     caplog: pytest.LogCaptureFixture,

@@ -97,7 +97,7 @@ def sent(task: Any, broker: Broker, *args: Any, **options: Any) -> Message:
 
 
 def properties(serializer: str) -> dict[str, str]:
-    """Return the properties of a message that a serializer has encoded."""
+    """Return the message properties that name a serializer's content type."""
     return {"content_type": serialization.registry.name_to_type[serializer]}  # type: ignore[attr-defined]  # missing in celery-types
 
 
@@ -165,7 +165,9 @@ def test_the_pending_run_of_a_direct_call_ignores_its_result_if_its_task_does(
 
 
 def test_the_pending_run_keeps_the_senders_headers_and_options(app: Celery, broker: Broker) -> None:
-    """Callbacks are not kept: they belong to the first message, and would be called twice."""
+    """Callbacks are not kept: Celery calls them for the coalesced message, and would call them
+    twice.
+    """
     task = coalesced(app)
     expires = datetime.now(UTC) + timedelta(hours=1)
     message = sent(
@@ -220,7 +222,11 @@ def test_the_pending_run_of_a_delayed_message_is_not_delayed(
 def test_content_that_the_workers_do_not_accept_is_not_sent(
     app: Celery, broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The pending run stays in the row. A later release sends it, if its worker accepts it."""
+    """The pending run stays in the row.
+
+    The next holder sends it when it releases the lease, if that holder's worker accepts the
+    content.
+    """
     message = sent(coalesced(app), broker, Point(3), serializer="pickle")
     deliver_during_a_run(app, message, properties=properties("pickle"))
     free(app)
@@ -262,9 +268,9 @@ def test_a_retry_is_sent_as_the_message_was_encoded(app: Celery, broker: Broker)
 
 
 def start_hold_period(app: Celery, seconds: float) -> None:
-    """Run a task whose lease is then kept.
+    """Start a hold period: let a run acquire the lease, succeed, and keep the lease.
 
-    :param seconds: how long the hold period is.
+    :param seconds: the length of the hold period.
     """
     store = runtime_of(app).store
     held = store.acquire(KEY, "holder", 60, "task-h")
@@ -290,7 +296,8 @@ def test_a_change_in_the_hold_period_does_not_rely_on_a_tick_that_waits(
 ) -> None:
     """A tick of ``catch_up="all"`` waits for the lease, and is next in line.
 
-    A coalesced message is sent again all the same, because the tick may not bring its change.
+    A message that arrives in the hold period is still sent again, because the tick's run may not
+    see the change for which the message was sent.
     """
     start_hold_period(app, 60)
     row = runtime_of(app).store.peek(KEY)
@@ -306,7 +313,7 @@ def test_a_change_in_the_hold_period_is_not_lost_to_a_run_that_begins(
 ) -> None:
     """1. Message A finds the lease in its hold period.
     2. The hold period ends, and message B acquires the lease.
-    3. A claims its place in the queue, and finds B running.
+    3. A asks to be recorded as next in line, and finds B running.
     4. A is sent again.
     """
     start_hold_period(app, 60)

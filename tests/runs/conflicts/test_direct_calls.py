@@ -108,7 +108,7 @@ def dict_schema() -> Any:
 
 
 def test_a_coalesced_call_waits_for_the_end_of_the_hold_period(app: Celery, call: Any) -> None:
-    """A call cannot be sent again as a message, so it waits in place of leaving a pending run."""
+    """A call cannot be sent again as a message, so it waits and leaves no pending run."""
     task = task_of(app, returned, on_conflict="coalesce", hold_at_least=0.3)
     assert call(task, "first") == "first"
     assert call(task, "second") == "second"

@@ -1,7 +1,7 @@
 """on_conflict="replace": the newest message wins, and a replaced message never asks again.
 
 In the docstrings, H is the run that holds the lease, or held it. A, B and C are messages, from the
-oldest to the newest.
+oldest to the newest. A message's *rank* is a number that is larger the newer the message is.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def send(task: Any, broker: Broker, what: str) -> Message:
 
 
 def wait(message: Message, broker: Broker) -> Message:
-    """Deliver a message that conflicts; returns the message that is sent in its place."""
+    """Deliver a message that conflicts; return the message that is sent in its place."""
     message.deliver()
     again = broker.pop()
     assert again.task_id == message.task_id
@@ -122,7 +122,7 @@ def test_the_newest_of_several_waiting_messages_runs(
 def test_a_message_asks_the_holder_to_stop_once(
     app: Celery, broker: Broker, make_task: Callable[..., Any]
 ) -> None:
-    """A asks H to stop. A is delivered again before H has stopped. Its rank stays as it was."""
+    """A asks H to stop. A is delivered again before H has stopped. A keeps its rank."""
     task = make_task()
     hold(app)
     a = wait(send(task, broker, "A"), broker)
@@ -134,8 +134,9 @@ def test_a_message_asks_the_holder_to_stop_once(
 def test_a_message_that_waits_gives_up_for_a_newer_one_that_found_the_lease_free(
     app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
-    """A asks H to stop. H stops. B is delivered, finds the lease free, runs and ends. A is
-    delivered again, and finds the lease free, too.
+    """A asks H to stop. H stops. B is delivered, finds the lease free, runs and ends.
+
+    A is delivered again, and finds the lease free, too. A gives up.
     """
     task, holder = make_task(), hold(app)
     a = wait(send(task, broker, "A"), broker)
@@ -148,8 +149,9 @@ def test_a_message_that_waits_gives_up_for_a_newer_one_that_found_the_lease_free
 def test_a_run_that_failed_by_itself_is_not_retried_over_a_newer_message(
     app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
-    """A runs. B asks A to stop. A fails before it learns of that, and asks for a retry. The retry
-    is delivered before B is delivered again.
+    """A runs. B asks A to stop. A fails before it learns of that, and asks for a retry.
+
+    The retry is delivered before B is delivered again. The retry gives up.
     """
     b: list[Message] = []
 
@@ -184,8 +186,9 @@ def test_a_run_that_failed_by_itself_is_retried(
 def test_the_replacement_of_a_run_is_as_old_as_the_run(
     app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
-    """A runs. B asks A to stop. A replaces itself by ``self.replace()`` before it learns of that.
-    The replacement is delivered before B is delivered again.
+    """A runs. B asks A to stop. A calls ``self.replace()`` before it learns of that.
+
+    A's replacement is delivered before B is delivered again. The replacement gives up.
     """
     b: list[Message] = []
 
@@ -250,7 +253,7 @@ def test_a_message_whose_run_died_does_not_replace_a_newer_one(
     again: dict[str, Any],
 ) -> None:
     """A runs. B asks A to stop. A's process dies. The broker or Celery delivers A's message again,
-    without A's rank. That happens before B is delivered again.
+    without A's rank, before B is delivered again. A gives up.
     """
     task = make_task()
     a = send(task, broker, "A")
@@ -275,8 +278,10 @@ def test_a_message_whose_run_died_runs_again(
 def test_a_waiting_message_that_is_redelivered_keeps_its_rank(
     app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
-    """A asks H to stop. A's worker is killed before it has sent A's message again. The broker
-    redelivers A's message once before B is delivered, and once after.
+    """A asks H to stop. A's worker is killed before it has sent A's message again.
+
+    The broker redelivers A's message twice. Before B is delivered, A keeps its rank. After B was
+    delivered, A gives up.
     """
     task, holder = make_task(), hold(app)
     message = send(task, broker, "A")
@@ -297,7 +302,9 @@ def test_a_message_whose_handoff_request_was_not_answered_keeps_its_rank(
     monkeypatch: pytest.MonkeyPatch,
     ran: list[str],
 ) -> None:
-    """A asks H to stop. The answer is lost, so A is sent again. B is delivered before A."""
+    """A asks H to stop. The answer is lost, so A is sent again. B is delivered before A. A gives
+    up.
+    """
     task, holder = make_task(), hold(app)
     requests = runtime_of(app).store.requests
     ask = requests.request_handoff
@@ -320,7 +327,7 @@ def test_a_duplicate_replaces_no_newer_message(
     app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
     """H runs. B asks H to stop. H ends. A second copy of H's message acquires the free lease, and
-    ends as a duplicate. B is delivered again, and runs. The time when H was sent is unknown.
+    ends as a duplicate. B is delivered again, and runs. H's message lacks the time of its sending.
     """
     b: list[Message] = []
 
@@ -341,8 +348,9 @@ def test_a_duplicate_replaces_no_newer_message(
 def test_messages_that_overtake_each_other_rank_by_the_time_of_sending(
     app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
-    """A, B and C are sent. Each of them is delivered in another process of the worker. The
-    processes ask the store in the order B, C, A.
+    """A, B and C are sent, and each is delivered in another process of the worker.
+
+    The processes ask the store in the order B, C, A. A and B give up, and C runs.
     """
     task, holder = make_task(), hold(app)
     a, b, c = (send(task, broker, what) for what in "ABC")
@@ -357,8 +365,9 @@ def test_messages_that_overtake_each_other_rank_by_the_time_of_sending(
 def test_an_overtaken_message_leaves_a_free_lease_to_the_newest(
     app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
-    """A and B are sent. B is delivered first, and asks H to stop. H stops at once. A is delivered
-    before B is delivered again, and finds the lease free.
+    """A and B are sent. B is delivered first, and asks H to stop. H stops at once.
+
+    A is delivered before B is delivered again, and finds the lease free. A gives up.
     """
     task, holder = make_task(), hold(app)
     a, b = (send(task, broker, what) for what in "AB")
@@ -389,7 +398,9 @@ def test_times_of_two_hosts_are_not_compared() -> None:
 def test_in_the_hold_period_only_the_newest_message_waits(
     app: Celery, broker: Broker, make_task: Callable[..., Any], ran: list[str]
 ) -> None:
-    """H has ended, and its hold period has begun. A and B wait. After an early release, B runs."""
+    """H has ended, and its hold period has begun. A and B are delivered. After an early release of
+    the lease, A gives up and B runs.
+    """
     task, holder = make_task(), hold(app)
     store = runtime_of(app).store
     assert store.release(holder, Ended("succeeded", "[]", 60))

@@ -32,7 +32,7 @@ class Messages:
         app.conf.broker_url = "memory://"
         self.app = app
         self.store = runtime_of(app).store
-        #: By task id, the headers with which a message is sent again.
+        #: Maps each task id to the headers with which its message was last sent again.
         self.waiting: dict[str, dict[str, Any]] = {}
         self.served: list[str] = []
 
@@ -140,7 +140,10 @@ def test_the_last_try_of_a_message_takes_a_free_lease(messages: Messages) -> Non
 
 
 def test_a_lost_message_loses_its_place_as_next_in_line(messages: Messages) -> None:
-    """A is next in line, and lost with its worker. When A's claim expires, B acquires the lease."""
+    """A is next in line, and lost with its worker. The row's record of A expires.
+
+    Then B acquires the lease.
+    """
     lease = messages.hold()
     for task_id in ("A", "B"):
         messages.deliver(task_id)
@@ -220,7 +223,7 @@ def test_another_try_of_a_waiting_message_only_reads_the_row(
 def test_a_message_that_waits_keeps_whether_its_result_is_ignored(
     memory_app: Celery, of_task: bool, of_message: bool | None, expected: bool
 ) -> None:
-    """A message of another client may lack ``ignore_result``. Then the task's option counts."""
+    """If a message of another client lacks ``ignore_result``, the task's option counts."""
     found = Messages(memory_app, ignore_result=of_task)
     found.hold()
     own = {} if of_message is None else {"ignore_result": of_message}

@@ -1,4 +1,7 @@
-"""``enqueue_once``: which messages the sending client publishes, on every store."""
+"""``enqueue_once``: which messages the sending client publishes, on every store.
+
+Before a client publishes a message, it *claims*: it asks the store to record the message as queued.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +87,7 @@ def test_a_running_message_stands_for_the_messages_of_others(
 
 
 def test_a_run_may_send_its_next_message(app: Celery, published: list[str]) -> None:
-    """A run stands only for messages that others send (celery-singleton #53).
+    """A run stands only for messages that others send (issue 53 of celery-singleton).
 
     The messages that its own body sends are published.
     """
@@ -118,7 +121,7 @@ def test_a_skipped_message_no_longer_counts_as_queued(app: Celery, published: li
 def test_retries_workflow_parts_and_messages_with_headers_are_always_sent(
     app: Celery, published: list[str], options: dict[str, Any]
 ) -> None:
-    """The queued message cannot do the work of such a message (celery-singleton #20)."""
+    """The queued message cannot do the work of such a message (issue 20 of celery-singleton)."""
     task = task_of(app)
     task.delay()
     if "link" in options:
@@ -135,7 +138,7 @@ def test_a_lost_message_blocks_others_only_until_it_expires(
 ) -> None:
     """The first message is never delivered. After its ``expires``, the next is published.
 
-    In celery-singleton #29, a revoked task blocked all others for ever.
+    In issue 29 of celery-singleton, a revoked task blocked all other messages for ever.
     """
     task = task_of(app)
     first = task.apply_async(expires=0.5)
@@ -241,11 +244,11 @@ def test_several_clients_at_once_publish_one_message(app: Celery, published: lis
 
 
 class RowRequests:
-    """The row requests of a store, with a function called after each read of the queue.
+    """A store's ``requests``, with a function that is called after each read of the queued message.
 
-    So a test can act between a client's read and the claim that follows.
+    So a test can act between this read and the client's claim.
 
-    :param between: gets the number of reads so far.
+    :param between: is called with the number of reads so far.
     """
 
     def __init__(self, requests: Any, between: Callable[[int], None]) -> None:
@@ -601,7 +604,9 @@ def test_a_run_costs_no_further_request(app: Celery, monkeypatch: pytest.MonkeyP
 def test_a_message_that_failed_over_the_store_no_longer_counts_as_queued(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store is unavailable at acquire, and the message is not retried."""
+    """The store is unavailable when the run would acquire the lease, and the message is not
+    retried.
+    """
     task = task_of(app, retry_reasons=[])
     first = task.delay()
 
@@ -634,7 +639,10 @@ def test_a_message_whose_stored_result_is_a_failure_blocks_no_other(
 def test_a_task_id_that_was_used_before_counts_as_queued_again(
     app: Celery, published: list[str]
 ) -> None:
-    """The result backend still has yesterday's result of this task id."""
+    """The result backend still has yesterday's result of this task id.
+
+    This result does not mean that today's message has ended.
+    """
     task = task_of(app)
     app.backend.store_result("nightly", None, "SUCCESS")
     assert {task.apply_async(task_id="nightly").id for _ in range(2)} == {"nightly"}
@@ -687,7 +695,8 @@ def test_a_retry_is_sent_although_another_message_is_queued(
 def test_a_requeued_message_does_not_count_as_queued(app: Celery) -> None:
     """A message is requeued because its own run is in progress.
 
-    It counts as running. If it counted as queued, a message with a change could be dropped for it.
+    It counts as running. If it counted as queued, ``enqueue_once`` could drop a new message about a
+    change that the run no longer sees.
     """
     task = task_of(app, on_conflict="wait")
     assert runtime_of(app).store.acquire("singleton-state:sent", "a run", 60, "1") is not None
@@ -704,7 +713,11 @@ def test_a_requeued_message_does_not_count_as_queued(app: Celery) -> None:
 def test_a_connection_that_was_closed_meanwhile_sends_no_second_copy(
     server_url: str, published: list[str]
 ) -> None:
-    """The server closes the client's idle connection. The second message is still not published."""
+    """The server closes the client's idle connection after the first message was sent.
+
+    For the second message the client connects again. It finds the first message queued, and
+    publishes nothing.
+    """
     for make in apps_on(server_url):
         app = make(broker_url="memory://")
         task = task_of(app)
