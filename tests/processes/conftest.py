@@ -1,6 +1,6 @@
 """Fixtures for tests with real worker and beat processes, which share one store.
 
-Whether a store itself does what it must is tested in ``tests/stores``.
+The stores themselves are tested in ``tests/stores``.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ EVERY = 0.4
 REMOTE = "--enable-remote-control"
 SCHEDULE = {"a": {"task": "ticked", "schedule": EVERY, "catch_up": "all"}}
 
-# With this interval and the default threshold of 2 a lease lives for 2 s.
+# The heartbeat interval of 1 s times the default threshold of 2 makes a lease live for 2 s.
 pytestmark = pytest.mark.fleet(
     app=APP, TEST_SCHEDULE=json.dumps(SCHEDULE), CELERY_SINGLETON_HEARTBEAT_INTERVAL=1
 )
@@ -93,9 +93,11 @@ def test_one_of_the_beats_in_workers_leads(fleet: Fleet) -> None:
 
 
 def test_objects_inherited_from_the_worker_close_no_file_of_its_beat(fleet: Fleet) -> None:
-    """Celery closes the files that a beat inherits from its worker. The store's files then get the
-    same numbers. When Python collects the inherited file objects, these would close the numbers
-    again.
+    """Celery closes the files that a beat process inherits from its worker. The files of the beat's
+    store then get the same numbers.
+
+    When Python collects the inherited file objects, these would close the numbers again, and with
+    them the store's files.
     """
     fleet.environment["TEST_GARBAGE"] = "1"
     worker = fleet.start("-c", "1", "-B", "--scheduler", "singleton")
@@ -195,5 +197,5 @@ def test_odd_schedules_do_not_delay_the_ticks_of_other_entries(fleet: Fleet) -> 
 
 
 def entries(fleet: Fleet) -> list[str]:
-    """Return the entry of each tick that was run, in order."""
+    """Return the names of the entries whose ticks were run, in order."""
     return [note["entry"] for note in fleet.notes("tick")]

@@ -18,9 +18,9 @@ from tests.helpers.worker_rows import connections
 
 PAGE = (ROOT / "docs" / "databases.md").read_text()
 BODIES = 2
-#: By pool: a row of the table in docs/databases.md, and the number of connections that it means for
-#: this number of bodies. The second number is for bodies that, while they have a transaction open,
-#: use the store for nothing else.
+#: Maps each pool to its row of the table in docs/databases.md, and to two numbers of connections
+#: that the row means for BODIES bodies: if each body uses the store beside its open transaction,
+#: and if none does.
 BUDGETS = {
     "prefork": ("each process of a prefork pool | 3 |", 3 * BODIES + 1, 2 * BODIES + 1),
     "threads": ("threads, gevent: a worker | concurrency + 2 |", BODIES + 2, BODIES + 1),
@@ -58,10 +58,10 @@ def test_a_worker_under_load_keeps_to_the_budget(
     pool: str,
     beside: bool,
 ) -> None:
-    """Each body has a transaction open while heartbeats renew its lease. With ``beside``, it
+    """Each body has a transaction open while heartbeats renew its lease. With ``beside``, the body
     changes other values in the store at the same time.
 
-    This is the most that a worker can need, so it opens as many connections as documented.
+    No worker needs more connections, so the worker opens as many as are documented.
     """
     row, most, usual = BUDGETS[pool]
     assert row in PAGE

@@ -134,11 +134,11 @@ def test_a_refused_delivery_names_the_holder(
 def test_a_duplicate_that_comes_during_the_run_waits_and_is_dropped(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Any
 ) -> None:
-    """The second delivery finds its own task id in the lease. It is requeued until the first has
-    saved.
+    """The second delivery finds its own task id in the lease. It is requeued until the first
+    delivery's run has saved its state.
 
-    Then it is recognised as a duplicate. The body runs once, and the result stays that of the
-    first.
+    Then the second delivery is recognised as a duplicate. The body runs once, and the first
+    delivery's result is kept.
     """
     app = client()
     worker = fleet.start("-c", "2")

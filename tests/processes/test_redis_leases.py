@@ -40,7 +40,7 @@ def test_two_deliveries_do_not_run_at_the_same_time(
 def test_a_killed_childs_lease_is_free_at_once(
     fleet: Fleet, client: Callable[[], Celery], tmp_path: Path
 ) -> None:
-    """The worker notices the death and releases the lease, long before it would expire."""
+    """The worker notices its child's death and releases the lease, long before it would expire."""
     fleet.environment["CELERY_SINGLETON_HEARTBEAT_INTERVAL"] = "60"
     app = client()
     worker = fleet.start("-c", "1")

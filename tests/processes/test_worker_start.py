@@ -83,8 +83,9 @@ CANNOT_START = {
 def test_a_wrong_store_is_one_line_from_worker_beat_and_command(
     make_fleet: Callable[..., Fleet], tmp_path: Path, why: str
 ) -> None:
-    """The line names the setting and what to write. It has no traceback and no password. Nothing is
-    retried.
+    """The line names the setting or the missing table, and says what to do.
+
+    It has no traceback and no password. The program ends without another try.
     """
     url, advice = CANNOT_START[why]
     fleet = make_fleet(url, CELERY_SINGLETON_AUTO_MIGRATE="0")

@@ -75,9 +75,7 @@ def test_a_wrong_state_or_name_changes_nothing(
 def test_the_state_of_an_active_run_is_changed_only_with_force(
     fleet: Fleet, store: SqlStore
 ) -> None:
-    """``--force`` also takes the run's lease away, so that the store refuses the run's later
-    writes.
-    """
+    """``--force`` also releases the run's lease. So the store refuses the run's later writes."""
     held = store.acquire(KEY, "host:1:a.1", 60, "its-task")
     assert held is not None
     change = ("singleton", "state", "set", "increment", '{"n": 5}', "--yes")
@@ -127,7 +125,7 @@ def test_an_operator_ends_a_hold_period_early(fleet: Fleet, store: SqlStore) -> 
 
 
 def test_health(fleet: Fleet, client: Callable[[], Celery], store: SqlStore) -> None:
-    """The singleton ``hourly`` should run once an hour. Before its first run, the hour begins with
+    """The singleton ``hourly`` must run once an hour. Before its first run, the hour counts from
     the start of the worker.
     """
     fleet.start("-P", "solo", app=APP)

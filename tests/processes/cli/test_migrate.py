@@ -48,8 +48,9 @@ def test_a_worker_with_an_older_table_names_the_command_that_upgrades_it(
 def test_an_existing_table_with_another_name_is_upgraded(
     make_fleet: Callable[..., Fleet], client: Callable[[], Celery], postgres_url: str
 ) -> None:
-    """The table is in another schema, and its name must be quoted. The value in it is the first
-    state.
+    """The table is in another schema, and its name must be quoted.
+
+    The value that the table had before is the state that the singleton's first run loads.
     """
     table = '"Jobs"."we_ird Name-1"'
     execute(
@@ -75,7 +76,7 @@ def test_an_existing_table_with_another_name_is_upgraded(
 
 @pytest.fixture
 def restricted(make_fleet: Callable[..., Fleet], server_url: str) -> Iterator[Fleet]:
-    """A fleet whose database role may use the table but not make it. There is no table yet."""
+    """A fleet whose database role may use tables but not create one. No table exists yet."""
     make_roles(server_url)
     yield make_fleet(
         of(WORKER, server_url),

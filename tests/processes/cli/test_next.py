@@ -39,7 +39,9 @@ def test_next_before_a_beat_led(fleet: Fleet) -> None:
 
 
 def test_next_shows_the_leader_and_its_next_ticks(fleet: Fleet) -> None:
-    """Then the leader is killed: the ticks that are due meanwhile are shown as late."""
+    """While a beat leads, its next ticks are shown. When it was killed, the ticks that have become
+    due since are shown as late.
+    """
     beat = fleet.start_beat()
     beat.wait_for("Sending due task often")
     found = overview(fleet)

@@ -46,8 +46,10 @@ def names(store: SqlStore) -> list[str]:
 def test_only_old_unused_keys_are_removed(
     fleet: Fleet, client: Callable[[], Celery], store: SqlStore, store_url: str
 ) -> None:
-    """All keys are years old. One of them has just been run, the lease of another was never
-    released, and some rows are no keys of a task with ``unique_on``: these are kept.
+    """All keys are years old, and the keys of tasks with ``unique_on`` are removed.
+
+    Kept are: a key that has just been run, a key whose lease was never released, and rows that
+    belong to no task with ``unique_on``.
     """
     old(store, *(f'keyed{{"number":{n}}}' for n in range(1, 6)), 'raises{"reason":"x"}')
     old(store, "increment", 'gone{"a":1}', 'keyed_of_old{"number":1}', "keyed", "keyed7")
