@@ -1,4 +1,4 @@
-"""Benchmarks of the package: the cost of a stateful singleton, beside that of common alternatives.
+"""Benchmarks of the package: what a stateful singleton costs, compared with common alternatives.
 
 Install with ``pip install -e '.[benchmark]'``. ``python -m benchmarks`` runs all parts; ``python -m
 benchmarks worker --quick`` runs one part, with fewer repetitions. Absolute figures depend on the

@@ -1,9 +1,9 @@
 """``--against CHECKOUT``: compare this package's speed with that of another checkout's package.
 
-The two packages take turns. Each runs in processes of its own, with databases of its own. Measured
-are the rates of no-op tasks in a worker, as in ``worker``, and direct calls of a task, as in
-``statements``. Both packages run the tasks of this checkout's benchmarks, so these tasks use only
-public names. For example::
+The two packages take turns. Each runs in processes of its own, with databases of its own. The
+benchmark measures the rates of no-op tasks in a worker, as ``worker`` does, and direct calls of a
+task, as ``statements`` does. Both packages run the tasks of this checkout's benchmarks, so these
+tasks use only public names. For example::
 
     git worktree add --detach ../before <commit>
     python -m benchmarks --against ../before worker statements

@@ -4,13 +4,13 @@ Real ``celery beat`` processes send to a real broker. No worker runs the tasks, 
 throws the messages away. Entry i is due every 1 + i % 60 seconds.
 
 - *late*: from the time at which a message was due until the broker had it. This package's messages
-  have the due time in a header. For Celery's and RedBeat's schedulers it is the last run that they
-  know plus the interval.
+  have the due time in a header. For Celery's and RedBeat's schedulers the due time is the last run
+  that they know plus the interval.
 - *busy*: the beat process's processor time for each message, without the time in which it waits.
-- *saturated*: fewer messages were sent than were due, and late. RedBeat may send more than are due
-  while it catches up with the messages that became due during its start-up.
-- *statements*: round trips to this package's store. These and *messages* are counted for each call
-  of the scheduler's ``tick()``.
+- *saturated*: the beat sent fewer messages than were due, and sent them late. RedBeat may send more
+  than are due while it catches up with the messages that became due during its start-up.
+- *statements*: round trips to this package's store, for each call of the scheduler's ``tick()``.
+  *messages* are counted for each call of ``tick()``, too.
 - *start-up*: from the start of the process to its first message, imports included.
 """
 

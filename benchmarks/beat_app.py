@@ -35,7 +35,7 @@ def entry_name(number: int) -> str:
 
 
 def _entry(number: int, now: datetime, stretch: int) -> dict[str, Any]:
-    """Return an entry that is somewhere within its interval.
+    """Return an entry whose last run was a part of its interval ago, another part for each entry.
 
     Without a last run, Celery and RedBeat would find all entries of one interval due at the same
     time, and all entries due together each minute. This package spreads entries itself, and ignores

@@ -19,15 +19,17 @@ from .beat_notes import Note, read
 from .beat_process import OURS, Schedule, redbeat_url, started_beat
 from .servers import Servers
 
-#: A scheduler is saturated if it sends less than this share of the due messages, and half of them
-#: later than this many seconds. The share is below 1, because a scheduler that counts from the last
-#: run always sends slightly less.
+#: The limits of saturation: a scheduler is saturated if it sends less than the share SATURATED of
+#: the due messages, and half of them more than BEHIND seconds late. The share is below 1, because a
+#: scheduler that counts from the last run always sends slightly less than is due.
 SATURATED, BEHIND = 0.97, 0.25
 
 
 @dataclass(frozen=True)
 class Window:
-    """The seconds after the first message: first those not counted, then those counted."""
+    """The seconds after the first message: ``warm_up`` seconds that are not counted, then
+    ``seconds``.
+    """
 
     warm_up: float
     seconds: float
@@ -37,11 +39,13 @@ class Window:
 class Figures:
     """The figures of one beat.
 
-    :param due_rate: ticks due per second. For this package they are counted in this very window.
-        The other schedulers count from the last run, so for them the intervals alone give the rate.
+    :param due_rate: ticks due per second. For this package these ticks are counted within the
+        window. The other schedulers count from the last run, so for them the intervals alone give
+        the rate.
     :param start: seconds from the process's start to its first message.
-    :param start_busy: the processor time of the process until then, in seconds.
-    :param start_statements: the statements that the process had sent to the store until then.
+    :param start_busy: the processor time of the process until its first message, in seconds.
+    :param start_statements: the statements that the process had sent to the store until its first
+        message.
     :param notes: the notes of the messages within the window.
     """
 

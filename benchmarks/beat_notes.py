@@ -21,9 +21,9 @@ class Note(NamedTuple):
 
     :param due: when the message was due, in seconds since the epoch.
     :param sent: when the broker had the message, in seconds since the epoch.
-    :param busy: the processor time of the process until then, in seconds.
-    :param statements: the statements that the process had sent to the store until then.
-    :param ticks: the calls of the scheduler's ``tick()`` that had ended until then.
+    :param busy: the processor time of the process until ``sent``, in seconds.
+    :param statements: the statements that the process had sent to the store until ``sent``.
+    :param ticks: the calls of the scheduler's ``tick()`` that had ended until ``sent``.
     """
 
     due: float

@@ -1,9 +1,10 @@
 """``contention``: 64 processes compete for 1, 64 or 10,000 singletons on PostgreSQL.
 
-For some seconds each process tries to acquire singletons at random. If it gets a lease, it releases
-it with a state, as a delivery does. Measured are the rates of acquired leases and of conflicts, the
-time of an acquisition, and the dead rows that remain some time later. PostgreSQL's autovacuum has
-its default settings, except that it checks the tables every second instead of every minute.
+For some seconds each process tries to acquire singletons at random. A process that gets a lease
+releases it with a state, as a delivery does. The benchmark measures the rates of acquired leases
+and of conflicts, the time of an acquisition, and the dead rows that remain some time later.
+PostgreSQL's autovacuum has its default settings, except that it checks the tables every second
+instead of every minute.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def _rows(connection: psycopg.Connection, table: str) -> tuple[str, str, str]:
         row = connection.execute(query, [table]).fetchone()
         assert row is not None
         live, dead, size = row
-        # Autovacuum does not act below its threshold: 50 rows and a fifth of the table.
+        # Autovacuum leaves a table alone until its dead rows exceed 50 plus a fifth of its rows.
         if dead <= 50 + 0.2 * live or time.monotonic() > end:
             return f"{live:,}", f"{dead:,}", f"{size / 1e6:.1f}"
         time.sleep(0.5)

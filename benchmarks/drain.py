@@ -136,7 +136,7 @@ def _options(pool: Pool) -> list[str]:
         f"--pool={pool.name}",
         f"--concurrency={pool.concurrency}",
         "--loglevel=WARNING",
-        # There are no other workers, so waiting for them would only cost time.
+        # Do not wait for other workers' answers, because there are no other workers.
         "--without-mingle",
         "--without-gossip",
         *pool.options,
@@ -147,7 +147,8 @@ def _wait_until_empty(servers: Servers, process: subprocess.Popen[bytes], log: P
     """Wait until all messages were taken from the queue and acknowledged."""
     deadline = time.monotonic() + TIMEOUT
     with redis.Redis.from_url(servers.broker) as client:
-        # Check twice, because a message that is just being fetched is in neither place.
+        # Check twice, because a message that is just being fetched is neither in the queue nor
+        # among the unacknowledged messages.
         for _ in range(2):
             while client.llen("celery") or client.hlen("unacked"):
                 if process.poll() is not None or time.monotonic() > deadline:

@@ -32,7 +32,7 @@ _numbers = itertools.count(1)
 
 
 class Host:
-    """A worker's host: its directory for temporary files, and a directory for the bodies' marks."""
+    """A simulated host: a directory for temporary files, and one for the bodies' marks."""
 
     def __init__(self, servers: Servers, name: str) -> None:
         self._folder = servers.scratch / f"host-{name}"
@@ -78,7 +78,7 @@ class Host:
         return self._marks / mark
 
     def hold(self, queue: str, task: str = "wait") -> int:
-        """Send a message whose body does not end; return the id of the process that runs it."""
+        """Send a message whose body does not end; return the id of this body's process."""
         return int(_read(self.send(queue, ends=False, task=task))[0])
 
 

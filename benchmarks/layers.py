@@ -31,7 +31,7 @@ from .measure import Samples, relate
 from .servers import Servers
 
 POOLS = (Pool("prefork", 1), Pool("solo", 1))
-#: The figures of a block, and their headings.
+#: Maps each figure of a block to its heading in the table.
 FIGURES = {"run": "run", "store": "store", "cpu": "CPU"}
 #: Makes PostgreSQL answer before a commit is on the disk, because the disk's time varies most.
 NO_WAIT = "?options=-csynchronous_commit%3Doff"
@@ -56,7 +56,7 @@ def run(servers: Servers, quick: bool, console: Console) -> None:
 def _measure(
     servers: Servers, variant: Variant, pool: Pool, turns: int
 ) -> Iterator[dict[str, dict[str, float]]]:
-    """Yield for each turn the microseconds of a run, by layer and figure."""
+    """Yield for each turn a dict that maps layer and figure to the microseconds of a run."""
     # Import the app only now, so that importing this module needs no servers.
     from .layers_tasks import BLOCK, WARM_UP, WAYS, read_blocks
 

@@ -1,4 +1,5 @@
-"""The app of the ``layers`` part: singletons whose process reaches the store in several ways.
+"""The app of the ``layers`` part: singletons whose process reaches the store in several ways. A way
+is one connection layer: the package's own, or one of a client library.
 
 The ways take turns in one process, :data:`BLOCK` runs each. The way is changed within a body, so
 the time from one body to the next belongs to one way: it contains the end of one run and the
@@ -34,7 +35,7 @@ BLOCK = 50
 #: fill histories.
 WARM_UP = SLOTS * 16
 
-#: How many layers are compared for each store.
+#: The number of connection layers that are compared for each store.
 WAYS = 3
 OURS = "this package"
 
@@ -50,7 +51,7 @@ Way = Callable[..., Any]
 class Block:
     """The time that :data:`BLOCK` runs took, in seconds.
 
-    :param store: the part of it in calls of the store's connection layer.
+    :param store: the part of the runs' time that was spent in calls of the connection layer.
     :param cpu: the processor time of all threads of this process.
     """
 
@@ -138,7 +139,7 @@ def _by_scripts(client: Any) -> Way:
     return call
 
 
-#: By the name of the store's attribute that holds its layer.
+#: Maps the name of the store's attribute that has the connection layer to the turns of its ways.
 _turns: dict[str, Turns] = {}
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-#: For each case, its figures, one for each turn.
+#: Maps each case to its figures, one for each turn.
 Samples = dict[str, list[float]]
 
 
@@ -30,7 +30,9 @@ class Ratio:
 
     @property
     def with_quartiles(self) -> str:
-        """The median with the quartiles. They fit many turns, of which the machine spoils some."""
+        """The median with the quartiles, which ignore the few of many turns that the machine
+        disturbs.
+        """
         first, third = self.quartiles
         return f"{self.median:.2f} ({first:.2f}-{third:.2f})"
 

@@ -1,9 +1,9 @@
 """``renewals``: measure what the free space that ``migrate`` leaves in the table's pages saves.
 
-Measured are: the bytes of write-ahead log for one renewed lease, in two tables of one PostgreSQL
-database, the second without ``fillfactor``; the size of each table with its indexes at the end; and
-the median time to renew all leases once. All rows are held, either by one process, whose one
-statement renews them all, or by 50 processes in turns.
+The benchmark uses two tables of one PostgreSQL database, the second without ``fillfactor``. For
+each table it measures the bytes of write-ahead log for one renewed lease, the size with the indexes
+at the end, and the median time to renew all leases once. All rows are held, either by one process,
+whose one statement renews them all, or by 50 processes in turns.
 
 The server logs a whole page when the page is changed for the first time after a checkpoint. The
 benchmark makes one checkpoint before the first renewal; later ones are up to the server.
@@ -29,7 +29,8 @@ from .servers import Servers
 
 LEASES = 1_000
 PROCESSES = (1, 50)
-#: The sizes of the histories in bytes: of one or two runs, and of sixteen. They do not compress.
+#: The sizes of the histories that are measured, in bytes: of one or two runs, and of sixteen. Their
+#: content cannot be compressed.
 HISTORIES = (200, 1500)
 OURS, FULL = "renewals_ours", "renewals_full"
 HEADINGS = ("processes", "history", "fillfactor", "log, bytes", "ratio to ours")

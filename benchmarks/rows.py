@@ -1,8 +1,8 @@
 """``rows``: measure whether acquiring a lease and loading its state gets slower as the table grows.
 
-Measured is the median time of ``store.acquire`` on singletons chosen at random, in three tables of
-one PostgreSQL database that differ only in their number of rows. Each lease is released before the
-next is acquired, outside the measured time.
+The benchmark measures the median time of ``store.acquire`` on singletons chosen at random. It does
+so in three tables of one PostgreSQL database that differ only in their number of rows. Each lease
+is released before the next is acquired, outside the measured time.
 
 Not measured: a table whose pages are not in memory.
 """

@@ -1,7 +1,7 @@
 """``statements``: measure what a run costs beyond the two SQL statements that it needs.
 
-Measured in one process and one thread are the same two statements (acquire and load, save and
-release) with the same values:
+The benchmark measures the same two statements (acquire and load, save and release) with the same
+values, in one process and one thread:
 
 - on a bare driver connection: prepared, in autocommit mode, without a pool;
 - as the store's ``acquire`` and ``release``;

@@ -1,8 +1,9 @@
-"""``stores``: measure each verb of each store, and the bare driver with the same statement.
+"""``stores``: measure each operation of each store, and the bare driver with the same statement.
 
-Measured are a call of the store, and the same text with the same parameters, sent over a connection
-of the driver itself, with its answer fetched. Both take turns, in blocks. Server and client share a
-machine. A network would add one round trip, because each verb here is one round trip.
+A store's operation (a *verb*, such as ``acquire``) is measured in two ways: as a call of the store,
+and as the same statement with the same parameters, sent over a connection of the driver itself,
+with its answer fetched. The two ways take turns, in blocks. Server and client share a machine. A
+network would add one round trip, because each operation here is one round trip.
 
 MariaDB is measured if it is installed.
 """
@@ -43,7 +44,7 @@ MANY = 100
 PAST = '["0123456789abcdef",0,"h:1:a",1,null,"succeeded",null,1.0,2.0]'
 HISTORY = f"[{','.join([PAST] * 16)}]"
 ENDED = Ended("succeeded", HISTORY)
-#: Each time this is the first write of its lease, or a repetition of it.
+#: The write of each call. It is the first write of its lease, or a repetition of that write.
 WRITE = Write(1, 0, NewValue('{"count":1}', 1))
 
 #: A function that sends a text with named parameters, or a script with keys and arguments.
@@ -52,9 +53,9 @@ Send = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb of a store.
+    """One operation of a store, and the same statement without the store.
 
-    :param call: calls the store's verb.
+    :param call: calls the store's operation.
     :param bare: sends the same statement without the store.
     :param before: makes the next call possible; its time is not measured.
     """

@@ -31,7 +31,7 @@ STANDS_BY = "beat stands by: celerybeat"
 
 @dataclass(frozen=True)
 class Case:
-    """The signal that ends the leader, and the place of the next one.
+    """A signal that ends the leader, and whether the next leader runs on the same host.
 
     :param target: the seconds until another beat must send.
     """
@@ -71,7 +71,7 @@ class Pair:
 
     def take_over(self) -> tuple[float, float]:
         """End the leader; return the seconds until the other leads, and until it sends."""
-        # End it at a random time between two ticks.
+        # End the leader at a random time between two ticks.
         time.sleep(random.random())
         old, new = self._leader, self._other
         ended_at = time.time()

@@ -1,9 +1,9 @@
 """The app of the ``worker`` part: one task for each variant, all with the same no-op body.
 
-Each message has a slot, of which there are :data:`SLOTS`, and a unique number. A slot is one
-singleton, or one lock, with a counter as its state. Neighbouring messages in the queue have
-different slots, so no run ever meets a conflict. Because of the unique number, packages that drop
-duplicates when a message is sent find none.
+Each message has a unique number, and one of :data:`SLOTS` slots. A slot is one singleton, or one
+lock, with a counter as its state. Neighbouring messages in the queue have different slots, so no
+run ever meets a conflict. Because of the unique number, packages that drop duplicates when a
+message is sent find none.
 
 The app reads from the environment: ``BENCHMARK_BROKER`` and ``BENCHMARK_DATABASE``, the servers;
 and ``BENCHMARK_MARKS``, the directory to which the times of the bodies are written.
@@ -83,13 +83,13 @@ def plain(slot: int, number: int) -> None:
 
 @app.task(base=Singleton)
 def with_celery_singleton(slot: int, number: int) -> None:
-    """Run with a lock from sending to success, and without a state."""
+    """Run with a lock that is held from sending to success, and without a state."""
     body()
 
 
 @app.task(base=QueueOnce)
 def with_celery_once(slot: int, number: int) -> None:
-    """Run with a lock from sending to return, and without a state."""
+    """Run with a lock that is held from sending to the body's return, and without a state."""
     body()
 
 

@@ -47,7 +47,7 @@ class Count:
 
 
 def measured() -> dict[str, int]:
-    """Return each number, by its name."""
+    """Return a dict that maps the name of each number to the measured number."""
     files = calls_of_a_run()
     return dict(
         zip(

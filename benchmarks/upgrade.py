@@ -1,9 +1,9 @@
 """``upgrade``: measure how long clients wait while a table of three columns is upgraded.
 
-Measured is the longest of the reads and writes that one connection sends without a pause while
-``migrate`` runs in another process on a PostgreSQL table of three columns. The table either has its
-index, so that only columns are added, or not, so that the index is built as well. For comparison
-there are the median of the reads, and the longest read or write, while no upgrade runs.
+One connection sends reads and writes without a pause, while ``migrate`` runs in another process on
+a PostgreSQL table of three columns. The benchmark measures the longest of these reads and writes.
+If the table has its index already, only columns are added; otherwise the index is built as well.
+For comparison the median read, and the longest read or write, are measured while no upgrade runs.
 
 Not measured: how long the upgrade waits for other clients' transactions, because they decide it.
 """

@@ -1,10 +1,10 @@
 """``waiting``: measure how long a plain task waits while many messages wait for one singleton.
 
 A worker with two processes gets 20 plain tasks a second, and messages with ``on_conflict="wait"``
-for a lease that another worker holds. Measured are: the time from sending a plain task to its body,
-after all messages were sent; after the holder's end, the time until the first waiting message runs;
-and how many of them have run after ten seconds. For comparison the same is measured without waiting
-messages.
+for a lease that another worker holds. After all messages were sent, the benchmark measures the time
+from sending a plain task to its body. After the holder's end, it measures the time until the first
+waiting message runs, and how many of them have run after ten seconds. For comparison, plain tasks
+are also measured without waiting messages.
 
 Not measured: sending the messages, and their first attempts, which take 2 s for 1,000 messages.
 """
@@ -30,7 +30,7 @@ from celery_singleton_state.migrations.open_store import open_store
 
 from .servers import Servers
 
-#: How many messages wait, and for how many seconds at most.
+#: The cases that are measured: how many messages wait, and for how many seconds at most.
 CASES = ((0, 600), (300, 600), (1000, 600), (300, 10), (1000, 10))
 PLAIN_A_SECOND = 20
 #: For how many seconds after the holder's end the served messages are counted.

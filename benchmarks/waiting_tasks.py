@@ -21,7 +21,10 @@ app.conf.singleton_store_url = os.environ.get("BENCHMARK_DATABASE", "sqlite:///b
 
 
 def note(what: str, number: float) -> None:
-    """Append a line with one write, so that lines do not mix. All processes share the clock."""
+    """Append a line about a body, with the time on a clock that all processes share.
+
+    The line is appended by one write, so that the lines of several processes do not mix.
+    """
     with open(os.environ["BENCHMARK_NOTES"], "a") as notes:
         notes.write(f"{what} {number} {time.monotonic()}\n")
 
@@ -33,7 +36,7 @@ def note(what: str, number: float) -> None:
     conflict_timeout=float(os.environ.get("BENCHMARK_TIMEOUT", "600")),
 )
 def waits(self: SingletonTask, number: int, until: str = "") -> None:
-    """Hold the lease until a file exists. Without a file's name, only note the run."""
+    """Hold the lease until the file ``until`` exists. If no file is named, only note the run."""
     note("served" if not until else "holds", number)
     while until and not Path(until).exists():
         time.sleep(0.01)
