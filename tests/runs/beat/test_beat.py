@@ -293,7 +293,7 @@ def test_a_beat_without_a_broker_does_not_lead(
     assert beat.tick() > 0
 
 
-def test_a_message_that_cannot_be_made_stops_no_other(
+def test_a_message_that_cannot_be_made_stops_no_other_entry(
     beats: Beats, sent: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     beat = beats.make({"bad": EVERY_MINUTE | {"args": (object(),)}, "good": EVERY_MINUTE})
