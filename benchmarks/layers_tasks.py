@@ -72,7 +72,7 @@ class Turns:
         self._begin()
 
     def call(self, *arguments: Any) -> Any:
-        """Make one call, by the way whose turn it is."""
+        """Make one call through the layer whose turn it is."""
         started = time.perf_counter()
         try:
             return self._way(*arguments)
@@ -82,7 +82,10 @@ class Turns:
     execute = call
 
     def note(self) -> None:
-        """Count a run, and change to the next way at the end of a block. Each body calls this."""
+        """Count a run, and switch to the next of the compared layers after each block of runs.
+
+        Each body calls this.
+        """
         self._count += 1
         if self._count % BLOCK:
             return

@@ -209,11 +209,12 @@ def _shown(request: Context) -> Mapping[str, Any]:
 def _on_top(request: Context, shown: Mapping[str, Any]) -> dict[str, Any]:
     """Return the custom headers that are attributes of the request.
 
-    User code can have set other attributes on the request. If Celery shows all headers, an
-    attribute that is not among the shown headers is not a header. If Celery shows only an inner
-    header (:data:`INNER`), an attribute counts as a header if a message can carry its value.
+    User code can have set further attributes on the request, which are no headers. Usually
+    ``request.headers`` names all headers, and only an attribute that it names is one. If the
+    message has a header that is itself called ``headers`` (:data:`INNER`), ``request.headers`` is
+    that header's value. Then each attribute counts as a header if a message can carry its value.
 
-    :param shown: the headers that Celery shows as ``request.headers``.
+    :param shown: ``request.headers``.
     """
     found = _kept(custom_attributes(request))
     if any(name not in found or is_of_tool(name) for name in shown):

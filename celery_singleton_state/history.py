@@ -165,11 +165,12 @@ def is_run(entry: Entry) -> bool:
 def done_by(
     entries: tuple[Entry, ...], task_id: str, generation: int, sent: str | None = None
 ) -> Entry | None:
-    """Return the entry of the run that did a message's work, or the work of a later generation.
+    """Return the entry of the run that did a message's work, or the work of a later retry of it.
 
-    If no such run is in the history any more, return the entry of a duplicate of the message. A
-    duplicate also proves that the work is done, but it has no result.
+    If no such run is in the history any more, return the entry of a delivery that ended as a
+    duplicate of the message. It also proves that the work is done, but it has no result.
 
+    :param generation: the message's generation, see :class:`Entry`.
     :param sent: the value that tells messages with the same task id apart. A run with the same id
         and another value did other work. ``None``: the id alone is compared.
     :returns: ``None`` if the history does not show that the work is done.

@@ -11,8 +11,8 @@ from celery_singleton_state.schedules.due import next_due, spelled
 
 from .entry_state import EntryState
 
-#: The largest number of times that a schedule whose class overrides ``is_due`` is asked whether it
-#: is due, in the search for its next tick.
+#: How often ``is_due`` is called at most to find the next tick of a schedule whose class overrides
+#: ``is_due``.
 QUESTIONS = 500
 
 

@@ -18,9 +18,9 @@ from .delivery import Delivery
 
 #: Whether Celery itself retries and counts the messages of killed children, as it does from 5.7 on.
 CELERY_COUNTS = hasattr(Task, "retry_on_worker_lost")
-#: How many processes may die while they run one message, if Celery itself counts killed children. A
-#: larger ``max_retries`` takes precedence. The number is larger than the usual ``max_retries``, so
-#: that Celery's own limit comes first.
+#: How many processes may die while they run one message, if Celery itself counts killed children;
+#: or ``max_retries`` of the task, if that is larger. The limit is only a safety net: it is larger
+#: than the usual ``max_retries``, at which Celery already fails the message.
 MAX_DEATHS = 20
 
 

@@ -31,9 +31,10 @@ GRAIN = timedelta(seconds=0.1)
 #: The longest time that a call of a schedule's method is assumed to take. This time is subtracted
 #: before a due time is rounded up. So the duration of a call does not move the due time.
 CALL = timedelta(seconds=0.01)
-#: The shortest time until the next call of ``is_due`` if its answer is more than 0 seconds.
+#: ``is_due`` answers how many seconds later it wants to be called again. This is the shortest time
+#: that is waited if it answers more than 0 seconds.
 LEAST = timedelta(seconds=0.01)
-#: The time until the next call of ``is_due`` if its answer is 0 seconds or less.
+#: The time that is waited before the next call of ``is_due`` if it answers 0 seconds or less.
 AT_ONCE = timedelta(seconds=1)
 #: If ``is_due`` answers this many seconds or more, the schedule is never asked again.
 #: django-celery-beat returns this number for that purpose.

@@ -80,9 +80,10 @@ def _described(one: Any, other: Any, path: str) -> str:
 def _changed_part(
     one: Any, other: Any, is_same: Callable[[Any, Any], bool]
 ) -> tuple[str, Any, Any] | None:
-    """Return the first part of a value that differs: its path, the part, and what it is read as.
+    """Return the first part in which a value differs from what is read back from its JSON.
 
-    ``None`` if no single part differs. Then the two values differ as a whole, or in their keys.
+    :returns: the part's path, the part before, and the part after; ``None`` if the two values
+        differ as a whole or in their keys, and so in no single part.
     """
     if (
         isinstance(one, dict)

@@ -164,8 +164,8 @@ class ChildrenStep(bootsteps.StartStopStep):
         compat.call_when_readable(hub, self._deaths, self._maintain, pool)
 
     def _on_death(self, pid: int) -> None:
-        # Make the pool check for dead processes now, because without this report it only checks
-        # once in five seconds.
+        # Wake the event loop, which has the pool check for dead processes now. By itself the pool
+        # only checks once in five seconds.
         with contextlib.suppress(BlockingIOError):
             os.write(self._report, b".")
         free_dead(runtime.runtime_of(self._app), f"{pid}-*")

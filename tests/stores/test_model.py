@@ -153,8 +153,7 @@ class Leases(RuleBasedStateMachine):
         #: Ended runs of living processes, which give back these runs' leases until the store
         #: answers.
         self.to_give_back: list[Run] = []
-        #: The holders of dead processes; and the part of these holders for which no recovery has
-        #: checked yet.
+        #: The holders of dead processes; and those of them that no recovery has looked for yet.
         self.dead: set[str] = set()
         self.unchecked: set[str] = set()
         #: Releases that recoveries send in the names of dead holders, and that were not answered.

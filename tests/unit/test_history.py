@@ -30,7 +30,9 @@ def test_a_history_that_cannot_be_read_counts_as_empty(
 
 
 def test_a_succeeded_run_did_its_own_and_earlier_generations() -> None:
-    """The run asked for a retry and succeeded. Only its retry, the next generation, is new work."""
+    """The run sent a retry without raising it, and succeeded. Only the retry, which is the next
+    generation, is new work.
+    """
     entries = (entry(1, generation=1),)
     assert history.done_by(entries, "t", 0)
     assert history.done_by(entries, "t", 1)
