@@ -23,6 +23,9 @@ pytestmark = pytest.mark.xdist_group("storm")
 #: The seed of the storm and its length in seconds; ``SINGLETON_TEST_STORM=<seed>:<seconds>`` asks
 #: for another storm.
 SEED, SECONDS = map(int, os.environ.get("SINGLETON_TEST_STORM", "1:40").split(":"))
+#: The least number of runs of a storm that proves anything: two for each of the ten singletons. A
+#: machine without other work has some hundred.
+LEAST_RUNS = 20
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def work_through(
 def test_a_storm_on_valkey(durable_valkey: Valkey, own_postgres: Postgres, tmp_path: Path) -> None:
     found = work_through(Storm(SEED, SECONDS), tmp_path, own_postgres, durable_valkey)
     assert found.wrong == {}
-    assert found.runs > SECONDS
+    assert found.runs >= LEAST_RUNS
 
 
 #: The kinds of RabbitMQ queues that are tested; ``SINGLETON_TEST_STORM_QUEUES`` asks for others,
@@ -58,13 +61,13 @@ def test_a_storm_on_rabbitmq(
     found = work_through(storm, tmp_path, own_postgres, own_rabbitmq)
     assert found.wrong == {}
     assert found.lost_by_broker == 0
-    assert found.runs > SECONDS
+    assert found.runs >= LEAST_RUNS
 
 
 def test_a_storm_on_mariadb(durable_valkey: Valkey, own_mariadb: MariaDB, tmp_path: Path) -> None:
     found = work_through(Storm(SEED, SECONDS), tmp_path, own_mariadb, durable_valkey)
     assert found.wrong == {}
-    assert found.runs > SECONDS
+    assert found.runs >= LEAST_RUNS
 
 
 #: The number of short storms after which a planted fault must have been found: each storm reveals
