@@ -9,6 +9,9 @@ LONG = 60.0
 BRIEF = 0.2
 #: The tolerance in seconds when times are compared, because they are floating-point numbers.
 ROUNDING = 0.01
+#: The tolerance in seconds when a statement reads the database's clock twice. A busy machine may
+#: stop the database in between.
+STALL = 3.0
 NEW, NEWER = NewValue('{"n":1}', 1), NewValue('{"n":2}', 1)
 DONE = Ended("succeeded", "[]")
 WITH_HOLD_PERIOD = Ended("succeeded", "[]", hold=LONG)

@@ -139,7 +139,7 @@ def test_modify_while_another_removes_the_key(kv: KeyValueStore) -> None:
     """A's statement makes the row; B removes the row; then A's next statement tries to lock it. No
     call fails.
     """
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(2) as pool:
         for done in [
             pool.submit(kv.modify, "k", lambda n: n + 1, 0)
             if n % 2
