@@ -336,11 +336,11 @@ def note_changed(scheduler: Any, name: str) -> None:
 # -- kombu: brokers
 
 #: kombu's module for delayed messages that RabbitMQ keeps until they are due, so that no worker has
-#: to keep them; ``None`` before kombu 5.5.
-#: The names ``MAX_NUMBER_OF_BITS_TO_USE``, ``MAX_LEVEL``, ``level_name``, ``calculate_routing_key``
-#: and ``CELERY_DELAYED_DELIVERY_EXCHANGE`` of the module are used. If a kombu release lacks one of
-#: the names: each delayed message logs an error. A retry is then delayed by Celery's own rules, and
-#: a message that was to be sent again is redelivered by its broker.
+#: to keep them; ``None`` before kombu 5.5. The names ``MAX_NUMBER_OF_BITS_TO_USE``, ``MAX_LEVEL``,
+#: ``level_name``, ``calculate_routing_key`` and ``CELERY_DELAYED_DELIVERY_EXCHANGE`` of the module
+#: are used. If a kombu release lacks one of the names: for each delayed message an error is logged.
+#: A retry is then delayed by Celery's own rules, and a message that was to be sent again is
+#: redelivered by its broker.
 native_delays = native_delayed_delivery
 #: Matches the names of the exchanges through which RabbitMQ delays messages. Since kombu 5.7 an app
 #: can choose a prefix for the names. If a kombu release names the exchanges differently: a delayed

@@ -418,7 +418,7 @@ class SingletonTask(_TypedTask[S, P, R]):
             earlier.error = earlier.result = None
 
     def _answer(self, error: SingletonError, delivery: Delivery) -> bool:
-        """Retry the message after an error if the task's options say so for this reason.
+        """Retry the message after an error, if the task's options allow it for the error's reason.
 
         An eager run is repeated by :meth:`_deliver`, and not retried by Celery. Celery would raise
         ``Retry`` to the code that called the task and expects the error, and would recurse without

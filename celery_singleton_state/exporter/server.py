@@ -211,8 +211,8 @@ class _Handler(BaseHTTPRequestHandler):
             URL, as a client of a proxy sends it.
         """
         named = self.headers.get_all("Host", [])
-        # Require one Host header, because a browser always sends one. Only simple probes that speak
-        # HTTP/1.0 may send none.
+        # The host is checked because of requests from browsers, and a browser always sends one Host
+        # header. A request without the header is only allowed in HTTP/1.0, which simple probes use.
         if len(named) > 1 or (not named and self.request_version != "HTTP/1.0"):
             return text(HTTPStatus.BAD_REQUEST, "one Host header is needed")
         for value in (*named, in_target):

@@ -38,7 +38,7 @@ for _kind in KINDS[1:]:
 
 
 class EventsHook:
-    """A hook that sends each event as a Celery event, and a burst of them in one message."""
+    """A hook that sends each event as a Celery event. A burst of events goes out in one message."""
 
     def __init__(self, app: Celery) -> None:
         self._app = weakref.ref(app)

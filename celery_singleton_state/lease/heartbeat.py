@@ -317,8 +317,8 @@ class TimerThread(Generic[T]):
                     return due
                 self._wakes_at = self._next_wake()
                 forever = self._wakes_at == float("inf")
-                # The wait is limited because the clock of a wait stops while the host is suspended,
-                # and an item may be due when the host wakes up.
+                # The wait is limited because a wait does not count the time while the host is
+                # suspended, and an item may be due when the host wakes up.
                 left = min(self._wakes_at - clock(), LINGER)
                 self._changed.wait(None if forever else left)
             return []

@@ -35,8 +35,8 @@ class Pace:
         """
         now = clock()
         with self._lock:
-            # One try may raise the average cost by a limited amount only, because the first request
-            # also makes a connection, and so takes much longer than the next ones.
+            # Limit by how much one try raises the average, because the first try also makes a
+            # connection, and so takes much longer than the next ones.
             cost = min(cost + COST_OF_MESSAGE, 4 * self._cost)
             self._cost += (cost - self._cost) / 8
             for each in list(self._due):

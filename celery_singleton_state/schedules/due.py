@@ -159,8 +159,9 @@ def _next_of_crontab(cron: Schedule, after: datetime) -> datetime:
     moments = _every_hour if len(cron.hour) == 24 else _by_the_clock
     found = None
     for moment in moments(cron, after):
-        # When clocks are put forward, a later time of the local clock can be earlier in UTC. So the
-        # search goes on until no earlier time can follow.
+        # The times come in the order of the local clock. Of two times around a change of the
+        # clocks, the later one by the local clock can be the earlier one in UTC. So the search goes
+        # on until all further times are later in UTC, too.
         if found and moment > found + CHANGE:
             break
         if moment > after:

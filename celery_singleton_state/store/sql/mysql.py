@@ -72,8 +72,9 @@ _ALLOWED = {
 _OF_SQLALCHEMY = frozenset({"ssl_capath", "ssl_cipher", "ssl_check_hostname"})
 
 #: The length, in characters, from which a statement's size is compared with the server's limit
-#: (``max_allowed_packet``) before the statement is sent. A shorter statement needs no check: the
-#: server can read it whatever the limit is, and answers with a clear error if it is too large.
+#: (``max_allowed_packet``) before the statement is sent. A shorter statement needs no check:
+#: even if it exceeds the limit, the server reads all of it and answers with a clear error. It would
+#: close the connection while a longer statement is being sent.
 LARGE = 4096
 #: MySQL's error number for a packet that is larger than ``max_allowed_packet``.
 TOO_LARGE = 1153
