@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -214,30 +212,6 @@ def test_a_connection_in_use_is_closed_after_its_memory_store_was_closed() -> No
     assert is_open(drivers)
     connection.close()
     assert not is_open(drivers)
-
-
-@pytest.mark.parametrize("content", [b"no database " * 100, b""], ids=["no database", "locked"])
-def test_a_sqlite_file_that_cannot_be_used_is_closed(
-    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first statement on a new connection fails: the file is not a database, or another process
-    locks it while the connection switches it to WAL.
-    """
-    path = tmp_path / "store.db"
-    path.write_bytes(content)
-    made: list[sqlite3.Connection] = []
-    connect = sqlite3.connect
-    monkeypatch.setattr(
-        sqlite3, "connect", lambda *a, **k: made.append(connect(*a, **k)) or made[-1]
-    )
-    engine = make_engine(parse_url(f"sqlite:///{path}"), io_timeout=0.05)
-    with contextlib.closing(connect(path, isolation_level=None)) as other:
-        if not content:
-            other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(sqlite3.DatabaseError):
-            engine.raw_connection()
-    assert made
-    assert not any(map(is_open, made))
 
 
 def is_open(connection: sqlite3.Connection) -> bool:

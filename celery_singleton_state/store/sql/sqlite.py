@@ -176,15 +176,9 @@ def make(url: URL, io_timeout: float, pool_size: int, connect_timeout: float) ->
     @event.listens_for(engine, "connect")
     def prepare(connection: Connection, _record: Any) -> None:
         connection.lock_timeout = io_timeout
-        if in_memory:
-            return
-        try:
+        if not in_memory:
             _use_wal(connection, io_timeout)
             connection.execute("PRAGMA synchronous = NORMAL")
-        except BaseException:
-            # Close the connection, because SQLAlchemy drops it after this error without closing it.
-            connection.close()
-            raise
 
     return engine
 
