@@ -7,10 +7,10 @@ reasons:
   the connection to the next call, and the next call takes the interrupted call's answer for its
   own.
 - After a failover each connection of the pool would fail once.
-- The pool is slower. With this module a no-op run in a worker takes 0.95 of the time that the run
-  takes with the client's pool. The run's two calls take 0.84 (prefork) or 0.77 (solo) of their
-  time, and a prefork child uses 0.88 of the CPU time (``python -m benchmarks layers``; medians of
-  60 turns, on two busy cores).
+- The pool is slower. With this module a no-op run in a worker takes 0.92 (prefork) or 0.96
+  (solo) of the time that the run takes with the client's pool. The run's two calls take 0.79 or
+  0.85 of their time, and a prefork child uses 0.86 of the CPU time (``python -m benchmarks
+  layers``; medians of 60 turns on two cores).
 """
 
 from __future__ import annotations

@@ -8,17 +8,18 @@ The kept connection and the driver's cursor save time. ``python -m benchmarks la
 much. The table shows the time of a no-op run in a worker as a fraction of the time that the run
 would take if each statement used SQLAlchemy's ``raw_connection()`` or ``connect()``. In brackets
 are the fractions for the run's statements alone, and for the CPU time of the worker's child. The
-fractions are medians on two busy cores:
+worker is a prefork worker with one child. The fractions are medians of 60 turns on two cores:
 
 ============================  =====================  ============================
 database                      ``raw_connection()``   ``connect()``
 ============================  =====================  ============================
-PostgreSQL, no wait for disk  0.97 (0.97; 0.92)      0.87 (0.75; 0.71)
-SQLite                        0.96 (0.74; 0.91)      0.86 (0.41; 0.71)
+PostgreSQL, no wait for disk  0.97 (0.88; 0.93)      0.88 (0.68; 0.72)
+SQLite                        0.95 (0.72; 0.90)      0.87 (0.42; 0.73)
 ============================  =====================  ============================
 
-"No wait for disk" is ``synchronous_commit = off``. If PostgreSQL waits for a slow disk, this wait
-hides the difference: the fraction for a run is 0.95, with quartiles of 0.73 and 1.25.
+"No wait for disk" is ``synchronous_commit = off``. By default PostgreSQL waits for its disk, which
+hides the difference to ``raw_connection()``: the fraction for a run is 1.01, with quartiles of 0.93
+and 1.08, and for the CPU time 0.94.
 
 All connections are in autocommit mode, and SQLAlchemy neither pings nor resets them. So a statement
 takes one round trip. BEGIN, COMMIT or ROLLBACK would add further round trips.
